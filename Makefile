@@ -1,0 +1,86 @@
+# make              the program, ./astrovl
+# make run          a tour of it, within a minute
+# make test         every test; the last line counts them
+# make install      to PREFIX (default /usr/local), under DESTDIR if given
+# make lint         warnings as errors with the compilers found here, and the checkers found here
+# make test-sanitize   the tests with the address and undefined-behaviour sanitizers
+# make test-real    the tests that need real models and vocabularies (says where to get them)
+# make golden       writes test/golden/ anew (needs PyTorch and transformers; see test/make_golden.py)
+
+CC      = cc
+CFLAGS ?= -O2
+LDLIBS  = -lm -pthread
+PYTHON  = python3
+PREFIX  = /usr/local
+DATA    = $(PREFIX)/share/astrovl
+
+WARNINGS = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+all: astrovl
+
+astrovl: demo.c astrovl.h
+	$(CC) $(CFLAGS) -DASTROVL_DATA_DIR='"$(DATA)"' -o $@ demo.c $(LDLIBS)
+
+run: astrovl
+	@echo; echo '--- 1. The shipped model (a small LLaVA, 8 MB) describes the example images'
+	./astrovl caption --quiet test/images/*
+	@echo; echo '--- 2. It answers questions about one of them, and says how long it took'
+	@for question in 'What kind of object is this?' 'Is there a bar?' 'Which colour dominates?'; do \
+	    echo "./astrovl ask $(IMAGE) \"$$question\""; ./astrovl ask $(IMAGE) "$$question" || exit 1; done
+	@echo; echo '--- 3. A conversation remembers what was said; here its questions come through a pipe'
+	printf 'What is this?\nIs anything odd about it?\n' | ./astrovl chat --quiet $(IMAGE)
+	@echo; echo '--- 4. What the model reads: tokens of the vocabulary instead of letters'
+	./astrovl tokens 'a barred spiral galaxy'
+	@echo; echo '--- 5. The same answer on every machine: hashes over every number computed on the way to it'
+	./astrovl trace $(IMAGE) 'What is this?' --hash --max-tokens 4 | tail -n 2
+	@echo; echo 'Next: ./astrovl chat $(IMAGE)   or   ./astrovl --help'
+
+IMAGE = test/images/spiral.png
+
+test: astrovl test/test
+	@rm -f test/test.log
+	@{ ./test/test 2>&1; echo "(C tests: exit status $$?)"; } | tee test/test.log
+	@{ $(PYTHON) test/test_convert.py 2>&1; echo "(command-line tests: exit status $$?)"; } | tee -a test/test.log
+	@awk '/^[0-9]+ passed, [0-9]+ failed$$/ { passed += $$1; failed += $$3; programs++ } \
+	      END { if (programs != 2) { print "a test program did not reach its end"; failed++ } \
+	            printf "%d passed, %d failed\n", passed, failed; exit failed > 0 }' test/test.log
+
+test/test: test/test.c astrovl.h
+	$(CC) -O1 -g -o $@ test/test.c $(LDLIBS)
+
+test-sanitize:
+	$(CC) $(SANITIZE) -o test/test-sanitize test/test.c $(LDLIBS)
+	$(CC) $(SANITIZE) -o astrovl-sanitize demo.c $(LDLIBS)
+	./test/test-sanitize
+	ASTROVL=./astrovl-sanitize $(PYTHON) test/test_convert.py
+
+test-real: astrovl test/test
+	$(PYTHON) test/test_real.py
+
+golden:
+	$(PYTHON) test/make_golden.py
+
+lint:
+	@for cc in gcc clang; do command -v $$cc >/dev/null || continue; for file in demo.c test/test.c; do \
+	    echo "$$cc $$file: C99, C++11"; \
+	    $$cc -x c -std=c99 $(WARNINGS) -O1 -c $$file -o /dev/null || exit 1; \
+	    $$cc -x c++ -std=c++11 $(WARNINGS) -fsyntax-only $$file || exit 1; done; done
+	@if command -v cppcheck >/dev/null; then echo cppcheck; \
+	    cppcheck --quiet --std=c99 --enable=warning,portability --inline-suppr --error-exitcode=1 $(CPPCHECK) demo.c; fi
+	@if command -v clang-tidy >/dev/null; then echo clang-tidy; \
+	    clang-tidy --quiet --warnings-as-errors='*' --header-filter=astrovl.h --checks='$(TIDY)' demo.c -- -std=c99; fi
+
+CPPCHECK = --suppress=normalCheckLevelMaxBranches
+TIDY     = -*,clang-analyzer-*,-clang-analyzer-security.insecureAPI.*,bugprone-macro-parentheses,bugprone-sizeof-*,bugprone-suspicious-*
+
+install: astrovl
+	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(DATA)
+	cp astrovl $(DESTDIR)$(PREFIX)/bin/
+	cp astrovl.h $(DESTDIR)$(PREFIX)/include/
+	cp test/astrovl-tiny.gguf $(DESTDIR)$(DATA)/
+
+clean:
+	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/test.log
+
+.PHONY: all run test test-sanitize test-real golden lint install clean
