@@ -4,7 +4,7 @@
 # make install      to PREFIX (default /usr/local), under DESTDIR if given
 # make lint         warnings as errors with the compilers found here, and the checkers found here
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
-# make test-real    the tests that need real models and vocabularies (says where to get them)
+# make test-real VOCABULARIES=DIR   the tests on real models (test/real_*.py say what they need and where to get it)
 # make golden       writes test/golden/ anew (needs PyTorch and transformers; see test/make_golden.py)
 
 CC      = cc
@@ -55,8 +55,9 @@ test-sanitize:
 	./test/test-sanitize
 	ASTROVL=./astrovl-sanitize $(PYTHON) test/test_convert.py
 
-test-real: astrovl test/test
-	$(PYTHON) test/test_real.py
+test-real: astrovl
+	$(PYTHON) test/real_models.py
+	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
 
 golden:
 	$(PYTHON) test/make_golden.py

@@ -135,7 +135,7 @@ static void print_number(FILE *out, double value, int is_float32) {
         back = strtod(text, NULL);
         if (is_float32 ? (float)back == (float)value : !(back < value || back > value)) break;
     }
-    fputs(text, out);
+    fputs(strcmp(text, "-0") == 0 ? "-0.0" : text, out);      // JSON readers take -0 for an integer
 }
 
 // "577 x 1024", slowest dimension first
@@ -185,9 +185,6 @@ static void json_number(json *j, const char *key, double value) {
     json_key(j, key);
     print_number(stdout, value, 1);
 }
-
-// Writes out what is buffered. Returns 0 when the reader is gone or the disk is full.
-static int flush_output(void) { return fflush(stdout) == 0 && !ferror(stdout); }
 
 // ====================================================================================================================
 // Options
@@ -435,7 +432,8 @@ struct program {
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
-    int                bar_drawn, broken_output;
+    int                bar_drawn;
+    int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
 };
 
@@ -451,6 +449,13 @@ static void on_interrupt(int signal_number) {
 static int failed(const astrovl_error *err) {
     fprintf(stderr, "astrovl: %s\n", err->message);
     return EXIT_FAILED;
+}
+
+// Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
+static void flush_output(program *p) {
+    if ((fflush(stdout) == 0 && !ferror(stdout)) || p->stop) return;
+    if (errno != EPIPE) fprintf(stderr, "astrovl: standard output cannot be written: %s\n", strerror(errno));
+    p->stop = 1;
 }
 
 static int out_of_memory(void) {
@@ -522,7 +527,7 @@ static void clear_bar(program *p) {
 static int on_progress(void *user, const char *stage, int done, int total) {
     program *p = (program *)user;
     int i, filled = total > 0 ? (int)((int64_t)done * 30 / total) : 0;
-    if (g_interrupted || p->broken_output) return 1;
+    if (g_interrupted || p->stop) return 1;
     if (!p->show_progress || time(NULL) - p->started < 2) return 0;
     fprintf(stderr, "\r%-6s [", stage);
     for (i = 0; i < 30; i++) fputc(i < filled ? '#' : '-', stderr);
@@ -539,8 +544,8 @@ static int on_text(void *user, const char *text, size_t size) {
     if (p->o.json || p->o.hash) return g_interrupted != 0;
     if (p->safe_output) print_safe(stdout, text, size);
     else fwrite(text, 1, size, stdout);
-    if (!flush_output()) p->broken_output = 1;
-    return g_interrupted || p->broken_output;
+    flush_output(p);
+    return g_interrupted || p->stop;
 }
 
 static int open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
@@ -700,7 +705,7 @@ static char *read_line(FILE *in) {
 static void finish_answer(program *p, const char *file, const char *label, const char *prompt, const char *answer) {
     if (p->o.json) print_answer_json(p, file, prompt, answer);
     else putchar('\n');
-    if (!flush_output()) p->broken_output = 1;
+    flush_output(p);
     print_timings(p, label);
 }
 
@@ -722,7 +727,7 @@ static int answer_image(program *p, const char *path, const char *prompt) {
     }
     if (!answer) {
         if (p->o.json) print_error_json(path, &err);
-        flush_output();
+        flush_output(p);
         return failed(&err);
     }
     finish_answer(p, path, several ? path : NULL, prompt, answer);
@@ -735,7 +740,7 @@ static int answer_each(program *p, int n_images, const char *prompt) {
     int i, status = open_model_and_session(p);
     if (status != EXIT_OK) return status;
     g_interrupted = 0;
-    for (i = 0; i < n_images && !p->broken_output && !g_interrupted; i++)
+    for (i = 0; i < n_images && !p->stop && !g_interrupted; i++)
         if (answer_image(p, p->o.words.items[i], prompt) != EXIT_OK) status = EXIT_FAILED;
     return status;
 }
@@ -843,7 +848,7 @@ static void chat_loop(program *p, chat_state *c) {
     char *line;
     int go_on = 1;
     if (c->interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
-    while (go_on && !p->broken_output) {
+    while (go_on && !p->stop) {
         if (c->interactive) fputs("> ", stderr), fflush(stderr);
         line = read_line(stdin);
         if (!line) {
@@ -1285,7 +1290,7 @@ typedef struct trace_state {
     traced_name *names;
     int          n_names, capacity;
     uint64_t     n_tensors, n_bytes, total;
-    int          failed;                   // something could not be written; said already
+    int          failed;                   // a file could not be written; said already
 } trace_state;
 
 // FNV-1a, 64 bits (Fowler, Noll, Vo): h = (h xor byte) * prime. Start with FNV_START.
@@ -1417,7 +1422,8 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
     for (i = 0; i < n_dims; i++) n *= (uint64_t)shape[i];
     if (t->folder) save_tensor(t, name, layer, shape, n_dims, n, data);
     else hash_tensor(t, name, shape, n_dims, n, data);
-    if (t->failed || ferror(stdout)) t->p->broken_output = 1;   // on_progress and on_text then end the work
+    flush_output(t->p);
+    if (t->failed) t->p->stop = 1;                         // on_progress and on_text then end the work
     t->n_tensors++;
     t->n_bytes += n * 4;
 }
@@ -1448,7 +1454,7 @@ static int trace_turn(program *p, trace_state *t) {
     if (n_images && load_image(p->o.words.items[0], &image, &err) != ASTROVL_OK) return failed(&err);
     answer = say(p, &image, n_images, p->o.words.items[n_images], &err);
     astrovl_image_free(&image);
-    if (t->failed) {
+    if (p->stop) {
         astrovl_free(answer);
         return EXIT_FAILED;
     }
@@ -1631,9 +1637,6 @@ int main(int argc, char **argv) {
     } else {
         status = usage_error(NULL, "there is no command \"%s\"", name);
     }
-    if (!flush_output() || p.broken_output) {
-        if (errno != EPIPE && status == EXIT_OK) fprintf(stderr, "astrovl: standard output cannot be written\n");
-        if (status == EXIT_OK) status = EXIT_FAILED;
-    }
-    return status;
+    flush_output(&p);
+    return p.stop && status == EXIT_OK ? EXIT_FAILED : status;
 }

@@ -130,19 +130,22 @@ class Torch:
 
 
 class Program:
-    """Answers with the compiled program: one call per question."""
+    """Answers with the compiled program: one call per wording of a question, on all the images that it is asked about."""
     def __init__(self, program, gguf):
-        self.command, self.folder = [program, "ask", "-m", gguf], tempfile.TemporaryDirectory()
+        self.command, self.folder = [program, "ask", "-m", gguf, "--json", "--quiet"], tempfile.TemporaryDirectory()
 
     def answers(self, images, which, questions):
-        out = []
-        for i, q in zip(which, questions):
-            path = os.path.join(self.folder.name, "image.png")
-            Image.fromarray(images[i]).save(path)
-            done = subprocess.run(self.command + ["--json", path, q], capture_output=True, text=True, check=True)
-            reply = json.loads(done.stdout)
-            reply = reply[0] if isinstance(reply, list) else reply
-            out.append(reply.get("answer") or reply.get("text") or reply["turns"][0]["answer"])
+        path = lambda i: "%s/%05d.png" % (self.folder.name, i)
+        for i in set(which):
+            Image.fromarray(images[i]).save(path(i))
+        out = [None] * len(which)
+        for question in sorted(set(questions)):
+            places = [k for k, q in enumerate(questions) if q == question]
+            for start in range(0, len(places), 200):
+                some = places[start:start + 200]
+                done = subprocess.run(self.command + [path(which[k]) for k in some] + [question], capture_output=True, text=True, check=True)
+                for k, line in zip(some, done.stdout.splitlines()):
+                    out[k] = json.loads(line)["text"]
         return out
 
 

@@ -244,7 +244,9 @@ def caption(rng, info):
 
 # ---- reading an answer back ------------------------------------------------------------------------------------
 
-PHRASES = sorted(((p, c) for c, ps in NAMES.items() for p in ps), key=lambda pc: -len(pc[0]))
+SHORTER = {"banded_planet": ["banded giant", "gas giant"], "merging": ["merging galaxies", "colliding galaxies"],
+           "dark_nebula": ["dark cloud"], "cratered_moon": ["moon covered"], "barred_spiral": ["barred galaxy"]}   # also clear
+PHRASES = [(p, c) for names in (NAMES, SHORTER) for c, ps in names.items() for p in ps]
 CANNOT_RE = re.compile(r"cannot|can't|not possible|does not (show|say|tell)|unable|unknown")
 
 

@@ -237,11 +237,16 @@ def disc(S, cx, cy, R, incl, pa, m=2, pitch=0.3, bar=0.0, bulge=0.3, contrast=1.
     return (light * (0.55 * G.u(0.7, 1.3))).astype(f32)
 
 
-def spiral_frame(S, m, pitch, bar, steep=1.08, **kw):
-    """What the three classes of spirals share: size, inclination, labels."""
+def spiral_frame(S, m, pitch, bar, steep=1.08, soft=0.0, **kw):
+    """What the three classes of spirals share: size, inclination, labels. Some are soft, as in most photographs: seen
+    aslant, faint arms in a smooth disc, a yellow heart in blue surroundings; their arms cannot be counted."""
     G = S.R
+    soft = G.p(soft)
+    if soft:
+        steep = 1.29
+        kw.update(contrast=G.u(0.25, 0.55), bulge=G.u(0.6, 1.4), clumps=G.u(0, 0.3), young=G.color(YOUNG, rgb(0.8, 0.85, 1.0), OLD))
     R = S.s * (G.u(0.2, 0.5) if G.p(0.9) else G.u(0.5, 0.62))
-    face = G.p(0.5)
+    face = G.p(0.25 if soft else 0.5)
     incl = G.u(0, 0.45) if face else G.u(0.72, steep)
     cx, cy = S.place(R * 0.8)
     S.radius = R * 0.9
@@ -250,7 +255,11 @@ def spiral_frame(S, m, pitch, bar, steep=1.08, **kw):
     S.info.update(orientation='face-on' if face else 'inclined', n_galaxies=1, bar='yes' if bar else 'no')
     edge = min(cx, S.w - cx, cy, S.h - cy)
     S.sharp_arms = R > 0.24 * S.s and incl < 1.1 and edge > 0.55 * R
+    S.sharp_arms = S.sharp_arms and not soft
     S.info['arms'] = m if S.sharp_arms else None
+    if G.p(0.3):
+        S.field = G.lu(200, 900)
+        S.countable = S.field < 400
     distant_galaxies(S)
 
 
@@ -258,7 +267,7 @@ def barred_spiral(S):
     G = S.R
     strong = G.p(0.8)
     spiral_frame(S, 2, math.radians(G.u(13, 30)), G.u(0.27, 0.42), bulge=G.u(0.2, 0.6), wobble=G.u(0.1, 0.45),
-                 contrast=G.u(0.8, 1.5) if strong else G.u(0.3, 0.5), dust=G.u(0, 0.6), clumps=G.u(0, 0.6))
+                 contrast=G.u(0.8, 1.5) if strong else G.u(0.3, 0.5), dust=G.u(0, 0.6), clumps=G.u(0, 0.6), soft=0.12)
     if not strong:
         S.info['arms'] = None
 
@@ -267,7 +276,7 @@ def tight_spiral(S):
     G = S.R
     m = 2 if G.p(0.75) else G.i(3, 4)
     spiral_frame(S, m, math.radians(G.u(8, 14)), 0.0, bulge=G.u(0.4, 1.0), wobble=G.u(0.15, 0.6),
-                 contrast=G.u(0.6, 1.4), dust=G.u(0.3, 1.3), clumps=G.u(0, 0.5), inner=G.u(0.12, 0.2), steep=1.24)
+                 contrast=G.u(0.6, 1.4), dust=G.u(0.3, 1.3), clumps=G.u(0, 0.5), inner=G.u(0.12, 0.2), steep=1.24, soft=0.35)
     S.info['arms'] = 2 if m == 2 and S.sharp_arms and S.radius > 0.3 * S.s else None
 
 
@@ -275,7 +284,7 @@ def loose_spiral(S):
     G = S.R
     m = G.pick((2, 2, 2, 3, 3, 4))
     spiral_frame(S, m, math.radians(G.u(20, 38) if m < 4 else G.u(24, 38)), 0.0, bulge=G.u(0.12, 0.5),
-                 wobble=G.u(0.1, 0.55), contrast=G.u(1.0, 1.7), dust=G.u(0, 0.6), clumps=G.u(0.2, 1.2))
+                 wobble=G.u(0.1, 0.55), contrast=G.u(1.0, 1.7), dust=G.u(0, 0.6), clumps=G.u(0.2, 1.2), soft=0.1)
 
 
 def distant_galaxies(S):
@@ -512,17 +521,21 @@ def globular_cluster(S):
     a = R * G.u(0.16, 0.36)
     cx, cy = S.place(R * 0.7, 0.2)
     n = int(G.lu(250, 3500) * (0.35 + R / S.s))
+    fine = G.p(0.4)                                # resolved into dust-like grains, in a field as rich
+    if fine:
+        R = S.s * G.lu(0.16, 0.5)
+        a, n = R * G.u(0.12, 0.3), int(G.lu(800, 4000))
     fr = g.random(n) * 0.93
     r, th = a * np.sqrt(fr / (1 - fr)), g.random(n) * TAU
     q = G.u(0.88, 1)
-    flux = power_law(g, n, 0.1, G.u(1.2, 5.0), G.u(1.6, 2.3)) * G.lu(0.4, 2.2)
+    flux = power_law(g, n, 0.1, G.u(1.2, 5.0), G.u(1.6, 2.3)) * (G.lu(0.1, 0.5) if fine else G.lu(0.4, 2.2))
     t = np.where(g.random(n) < 0.2, 0.15, G.u(0.35, 0.62)) + 0.12 * g.standard_normal(n)
     S.points(cx + r * np.cos(th), cy + q * r * np.sin(th), flux, star_colors(t))
     _, _, rr = S.polar(cx, cy, q, 0.0)
     tint = G.color(rgb(1, 0.92, 0.75), rgb(1, 0.98, 0.94), rgb(0.85, 0.92, 1), rgb(1, 0.8, 0.5))
     S.light += G.lu(0.06, 1.2) * (1 + (rr / a) ** 2) ** -2 * tint
-    S.sharp = G.u(0.4, 1)
-    S.field = G.lu(10, 250)
+    S.sharp = G.u(0.4, 0.6) if fine else G.u(0.4, 1)
+    S.field = G.lu(150, 1800) if fine else G.lu(10, 250)
     S.countable = False
     S.radius = min(R, 0.5 * S.w)
     if R > 0.5 * S.s:
@@ -587,9 +600,9 @@ def planetary_nebula(S):
     """A star's thrown-off shells. A spherical shell seen from outside has the brightness of the path through it,
     sqrt(Ro^2 - r^2) - sqrt(Ri^2 - r^2): a ring. Bipolar ones are pinched at the waist."""
     G = S.R
-    R = S.s * G.lu(0.06, 0.40)
+    R = S.s * G.lu(0.06, 0.45)
     cx, cy = S.place(R)
-    pa, kind = G.u(0, TAU), G.pick(('ring', 'ring', 'disc', 'shells', 'bipolar', 'bipolar', 'dumbbell'))
+    pa, kind = G.u(0, TAU), G.pick(('ring', 'ring', 'disc', 'shells', 'bipolar', 'bipolar', 'dumbbell', 'bubble'))
     q = G.u(0.65, 1.0) if kind != 'bipolar' else 1.0
     u, v, r = S.polar(cx, cy, q, pa)
     n1 = S.fractal(2.8, 0.4)
@@ -598,6 +611,8 @@ def planetary_nebula(S):
     if kind == 'ring':
         inner, body = G.u(0.45, 0.8), None
         body = path(1.0, inner) + G.u(0.0, 0.35) * path(1.0, 0)
+    elif kind == 'bubble':                         # old and large: an even disc with a brighter rim
+        body = 0.4 * sigmoid((1 - rn) / 0.03) * (1 + G.u(0, 1.5) * np.exp(-((rn - 0.9) / 0.08) ** 2))
     elif kind == 'disc':
         body = path(1.0, G.u(0.0, 0.3)) ** 0.6
     elif kind == 'shells':
@@ -612,6 +627,8 @@ def planetary_nebula(S):
         th = np.arctan2(v, u)
         body = sigmoid((1 - rn) / 0.05) * (0.2 + 0.9 * np.abs(np.cos(th)) ** G.u(1, 3))
     body = body * np.clip(1 + G.u(0.05, 0.5) * n1, 0.1, 3)
+    if G.p(0.25):                                  # one side brighter, as where it runs into the gas between the stars
+        body = body * np.clip(1 + G.u(0.4, 1.1) * np.cos(np.arctan2(v, u) - G.u(0, TAU)), 0.03, 3)
     c_in = glow(S, 'teal', 'green', 'blue', 'sky', 'teal', 'sky', 'white', 'violet')
     c_out = glow(S, 'red', 'pink', 'gold', 'crimson', 'teal', 'blue', 'green') if G.p(0.75) else c_in
     t = sigmoid((rn - G.u(0.5, 0.9)) / G.u(0.05, 0.2))
@@ -650,6 +667,8 @@ def threads(S, scale, width, ragged=0.02):
 def emission_nebula(S):
     """Gas lit by hot stars: turbulent clouds, bright rims, dark lanes and pillars; frame-filling or bounded."""
     G = S.R
+    if G.p(0.14):
+        return lit_dust(S)
     bounded = G.p(0.55)
     gas, fine, lane = clouds(S, G.u(3.2, 4.4)), S.fractal(2.4, 0.3), clouds(S, 3.1, 0.5)
     dens = np.exp(G.u(0.5, 1.0) * gas + G.u(0.03, 0.2) * fine)
@@ -684,6 +703,23 @@ def emission_nebula(S):
                  power_law(g, k, 1, 6, 1.5), star_colors(0.85 + 0.1 * g.standard_normal(k)))
     S.field = G.lu(20, 900)
     S.countable = S.field < 400
+
+
+def lit_dust(S):
+    """One to three bright stars in a dusty cloud, each with a halo of its own scattered, mostly blue light."""
+    G = S.R
+    gas, haze = clouds(S, 3.6), clouds(S, 3.2, 0.9)
+    S.light += G.u(0.01, 0.12) * np.exp(0.7 * haze) * glow(S, 'brown', 'red', 'blue', 'white')
+    cx, cy = S.place(S.s * 0.25)
+    S.radius = S.s * G.u(0.2, 0.4)
+    for _ in range(G.i(1, 3)):
+        x, y = cx + G.n(0.4) * S.radius, cy + G.n(0.4) * S.radius
+        _, _, r = S.polar(x, y, G.u(0.7, 1), G.u(0, TAU))
+        halo = np.exp(-r / (S.radius * G.u(0.2, 0.5))) * np.exp(G.u(0.3, 0.9) * gas)
+        S.light += np.minimum(G.u(0.3, 1.0) * halo, 2.0) * glow(S, 'sky', 'blue', 'blue', 'white', 'gold')
+        bright_star(S, x, y, G.u(2, 8), G.u(0.6, 1), S.spikes)
+    S.field = G.lu(20, 900)
+    S.countable = False
 
 
 def supernova_remnant(S):

@@ -18,6 +18,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -32,7 +33,7 @@ PROJ, VOCAB, CONTEXT = 128, 1000, 1024
 HEAD = 32                                         # every attention head is 32 wide
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BOS, EOS = 1, 2
-FROZEN = 0.12                                     # part of the vlm stage in which the vision tower rests
+FROZEN = 0.35                                     # part of the vlm stage in which the vision tower rests
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def contrastive_loss(model, image, infos, words, rng):
 
 # ---- conversations ---------------------------------------------------------------------------------------------
 
-KIND_WEIGHT = {"caption": 3.0, "class": 3.0, "stars": 2.0, "arms": 2.0, "unknowable": 1.5, "choice": 1.0}   # others 1
+KIND_WEIGHT = {"caption": 3.0, "class": 3.0, "stars": 3.0, "arms": 2.0, "is_a": 2.0, "choice": 1.5}   # others 1
 
 
 def conversation(rng, info, words, turns):
@@ -504,16 +505,19 @@ class Muon:
             {"params": [p for n, p in self.rest if n.startswith(t)], "tower": t, "weight_decay": 0.0}
             for t in ("vision", "text", "llama", "mm", "aux", "logit_scale")], lr=1e-3, betas=(0.9, 0.98), fused=True)
 
-    def step(self, lr, decay=0.02):
-        """lr: tower -> (Muon's rate, Adam's rate); towers that are missing rest."""
-        for (tower, r, c, parts), ps in self.groups.items():
+    def step(self, lr, rank=0, procs=1, decay=0.02):
+        """lr: tower -> (Muon's rate, Adam's rate); towers that are missing rest. The processes share the orthogonalising."""
+        for turn, ((tower, r, c, parts), ps) in enumerate(self.groups.items()):
             ps = [p for p in ps if p.grad is not None]
             if tower not in lr or not ps:
                 continue
             for p in ps:
                 self.momentum[id(p)].lerp_(p.grad, 0.05)
-            m = torch.cat([p.grad.lerp(self.momentum[id(p)], 0.95).view(parts, r, c) for p in ps])
-            update = orthogonalise(m) * max(1, r / c) ** 0.5
+            update = torch.cat([p.grad.lerp(self.momentum[id(p)], 0.95).view(parts, r, c) for p in ps])
+            if turn % procs == rank:
+                update = orthogonalise(update).contiguous() * max(1, r / c) ** 0.5
+            if procs > 1:
+                dist.broadcast(update, turn % procs)
             for p, u in zip(ps, update.view(len(ps), parts * r, c)):
                 p.data.mul_(1 - lr[tower][0] * decay).add_(u, alpha=-lr[tower][0])
         for group in self.adam.param_groups:
@@ -564,7 +568,21 @@ def rates(stage, progress, step):
     return lr
 
 
-def train(args):
+def average_gradients(model, procs):
+    """One sum over the processes, as DistributedDataParallel would do it."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, part in zip(grads, (flat / procs).split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+
+
+def train(rank, args):
+    """One of --procs processes, each with one thread and its own part of the batch: on cores that other programs use
+    too, one meeting per step wastes less than OpenMP's hundreds."""
+    torch.set_num_threads(args.threads)
+    if args.procs > 1:
+        dist.init_process_group("gloo", init_method="tcp://127.0.0.1:%d" % args.port, rank=rank, world_size=args.procs)
     words = Vocabularies(args.work)
     torch.manual_seed(args.seed)
     model = Model(len(words.clip_tokens))
@@ -584,7 +602,7 @@ def train(args):
     else:
         whiten_patches(model.vision, normalise(pool.sample(random.Random(args.seed), 512)[0]))
     log = open("%s/%s.log" % (args.work, args.stage), "a")
-    say = lambda *a: (print(*a, flush=True), print(*a, file=log, flush=True))
+    say = lambda *a: None if rank else (print(*a, flush=True), print(*a, file=log, flush=True))
     say("start at step %d, %.0f s spent, %d images in the pool" % (step, spent, pool.count))
     loader, ahead = concurrent.futures.ThreadPoolExecutor(1), None      # the next batch is made beside this one's step
     saved_at, t0, sums = time.time(), time.time(), {}
@@ -592,16 +610,18 @@ def train(args):
         progress = step / args.steps if args.steps else spent / (60 * args.minutes)
         if progress >= 1:
             break
-        rng = random.Random((args.seed * 1000003 + step) * 7 + (args.stage == "vlm"))
+        rng = random.Random("%d %s %d %d" % (args.seed, args.stage, step, rank))
         if step % 50 == 0:
             pool.refresh()
-        batch = ahead.result() if ahead else load(pool, args, step)
-        ahead = loader.submit(load, pool, args, step + 1)
-        parts = train_step(args, model, batch, words, rng, progress)
+        batch = ahead.result() if ahead else load(pool, args, step, rank)
+        ahead = loader.submit(load, pool, args, step + 1, rank)
+        parts = train_step(args, model, batch, words, rng, progress, step)
         loss = sum(weight * l for weight, l in parts.values() if weight)
         loss.backward()
+        if args.procs > 1:
+            average_gradients(model, args.procs)
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 5.0)
-        optim.step(rates(args.stage, progress, step))
+        optim.step(rates(args.stage, progress, step), rank, args.procs)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         for k, (_, l) in parts.items():
@@ -609,31 +629,40 @@ def train(args):
         step += 1
         now = time.time()
         spent, t0 = spent + now - t0, now
+        if args.procs > 1:
+            clock = torch.tensor(spent, dtype=torch.float64)
+            dist.broadcast(clock, 0)                                   # all agree on the progress
+            spent = float(clock)
         if step % 100 == 0:
             say("%s step %d %.0f s %4.1f %%  %s" % (time.strftime("%H:%M:%S"), step, spent, 100 * progress, "  ".join(
                 "%s %.3f" % (k, sum(v) / len(v)) for k, v in sums.items())))
             sums = {}
-        if step % args.check == 0:
+        if step % args.check == 0 and rank == 0:
             say("  validation: " + check(args, model, val, words))
             t0 = time.time()
-        if now - saved_at > 180:
+        if now - saved_at > 180 and rank == 0:
             save(path, model, optim, step, spent)
             saved_at = now
-    say("  validation: " + check(args, model, val, words))
-    save(path, model, optim, step, spent)
+    if rank == 0:
+        say("  validation: " + check(args, model, val, words))
+        save(path, model, optim, step, spent)
+    if args.procs > 1:
+        dist.barrier()
 
 
-def load(pool, args, step):
-    rng = random.Random((args.seed * 1000003 + step) * 11 + (args.stage == "vlm"))
+def load(pool, args, step, rank=0):
+    rng = random.Random("load %d %s %d %d" % (args.seed, args.stage, step, rank))
     images, infos = pool.sample(rng, args.batch)
     return normalise(images, rng), infos
 
 
-def train_step(args, model, batch, words, rng, progress):
-    """The losses of one batch: name -> (weight, value). The contrastive half joins late: it learns fast on good features."""
+def train_step(args, model, batch, words, rng, progress, step):
+    """The losses of one batch: name -> (weight, value). The contrastive half joins late: it learns fast on good features;
+    beside the language model it gets every third step."""
     pixels, infos = batch
     frozen = args.stage == "vlm" and progress <= FROZEN
-    paired = not frozen and (args.stage == "vlm" or progress > 0.75)
+    paired = step % 3 == 0 if args.stage == "vlm" else progress > 0.75
+    paired = paired and not frozen
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if frozen:
             with torch.no_grad():
@@ -791,9 +820,10 @@ def main():
     ap.add_argument("--val", default="work/val", help="a pool of other seeds for the figures in the log")
     ap.add_argument("--stage", choices=["vocabulary", "vision", "vlm"])
     ap.add_argument("--minutes", type=float, default=45), ap.add_argument("--steps", type=int, default=0)
-    ap.add_argument("--batch", type=int, default=64), ap.add_argument("--turns", type=int, default=5)
+    ap.add_argument("--batch", type=int, default=48), ap.add_argument("--turns", type=int, default=8)
     ap.add_argument("--check", type=int, default=500), ap.add_argument("--seed", type=int, default=7)
-    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--procs", type=int, default=2, help="processes, each with --threads and its own --batch")
+    ap.add_argument("--threads", type=int, default=1), ap.add_argument("--port", type=int, default=29511)
     ap.add_argument("--init", help="a GGUF to start the stage from"), ap.add_argument("--export", metavar="GGUF")
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
@@ -801,7 +831,10 @@ def main():
     if args.stage == "vocabulary" or not os.path.exists(args.work + "/clip_merges.json"):
         train_vocabularies(args.work, args.seed)
     if args.stage in ("vision", "vlm"):
-        train(args)
+        if args.procs > 1:
+            torch.multiprocessing.spawn(train, (args,), args.procs)
+        else:
+            train(0, args)
     if args.export:
         words = Vocabularies(args.work)
         model = Model(len(words.clip_tokens))

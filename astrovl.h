@@ -1,0 +1,7263 @@
+// astrovl.h 0.1.0: astronomy's vision-language models in one C header.                                       MIT licence
+//
+// Runs AstroLLaVA (arXiv 2504.08583) and whatever else is built like LLaVA-1.5: a CLIP vision tower, a projector, and a
+// LLaMA-family language model, out of the GGUF files that llama.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap
+// where there are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every machine.
+//
+// ====================================================================================================================
+// [0] Manual
+// ====================================================================================================================
+//
+// Contents (search for the number in brackets)
+//   [0] manual       this text
+//   [1] API          every public declaration, documented where it stands
+//   [2] platform     configuration, errors, memory, byte order, files, time, threads
+//   [3] numbers      f16, bf16 and the block formats to float32; exp, tanh, erf, sin, cos that are the same everywhere
+//   [4] kernels      the inner loops, one table per instruction set
+//   [5] ops          the audit tap; norms, softmax, activations, RoPE, products, attention
+//   [6] GGUF         the file reader; weights across several files
+//   [7] text         SentencePiece and byte-level BPE tokenizers
+//   [8] images       PNG, JPEG, PNM; resize, pad, crop
+//   [9] CLIP         the vision tower and its preprocessing
+//   [10] LLaMA       the language model and its KV cache
+//   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
+//   [12] generation  sampling, stop rules, streaming, turns, captions
+//
+// ---- How to use it ------------------------------------------------------------------------------------------------
+// Copy this file into your project. In exactly one .c or .cpp file write
+//
+//     #define ASTROVL_IMPLEMENTATION
+//     #include "astrovl.h"
+//
+// and include it without the define wherever else you call it. Link with -lm, and with -pthread unless ASTROVL_NO_THREADS is
+// defined. Nothing else is needed: no build system, no generated files, no options. -O2 or -O3 matter for speed.
+//
+// A caption is one call:
+//
+//     astrovl_error err;
+//     astrovl_model *model = astrovl_open("astrovl-tiny.gguf", NULL, &err);
+//     char *text = model ? astrovl_caption_file(model, "m51.jpg", NULL, &err) : NULL;
+//     puts(text ? text : err.message);
+//     astrovl_free(text);
+//     astrovl_close(model);
+//
+// The real AstroLLaVA comes as two files, the language model and the vision half ("mmproj"):
+//
+//     const char *files[] = {"astrollava-q4_0.gguf", "astrollava-mmproj-f16.gguf"};
+//     model = astrovl_open_files(files, 2, NULL, &err);
+//
+// A conversation, streamed to the terminal as it is written:
+//
+//     static int show(void *user, const char *text, size_t size) {
+//         (void)user;
+//         return fwrite(text, 1, size, stdout) != size;       // non-zero stops the answer
+//     }
+//     astrovl_generation how = {0};                           // all zeros: greedy, 256 tokens
+//     how.on_text = show;
+//     astrovl_image image;
+//     if (astrovl_image_load("m51.jpg", 0, &image, &err) == ASTROVL_OK) {
+//         astrovl_session *s = astrovl_session_new(model, NULL, &err);
+//         astrovl_free(astrovl_chat(s, &image, 1, "What kind of galaxy is this?", &how, &err));
+//         astrovl_free(astrovl_chat(s, NULL, 0, "Is it seen edge-on or face-on?", &how, &err));   // the image is remembered
+//         astrovl_session_free(s);
+//         astrovl_image_free(&image);
+//     }
+//
+// Looking inside: every intermediate tensor of both transformers passes by, under the name that transformers gives it.
+//
+//     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
+//         if (strcmp(name, "model.layers.0.self_attn.attn_weights") == 0) ...  // [n_head][n_new][n_keys]
+//     }
+//     astrovl_session_options o = {0};
+//     o.mode = ASTROVL_EXACT;
+//     o.tap = look;
+//     astrovl_session *s = astrovl_session_new(model, &o, &err);
+//
+// The parts by themselves: astrovl_encode_image gives the rows that stand for an image, astrovl_eval_tokens and
+// astrovl_eval_embeddings append to the sequence and give logits, astrovl_sample draws the next token. The layers one by one
+// (astrovl_rms_norm, astrovl_rope, ...) are plain functions on float arrays.
+//
+// ---- Errors ---------------------------------------------------------------------------------------------------------
+// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given with one line
+// that names the file and the tensor, key or byte. Nothing is printed, no signal raised, no process ended. Input files may be
+// hostile: every size in them is checked before it is used. What a failed call had begun is undone: after a failed turn the
+// conversation is what it was before.
+//
+// ---- Threads and memory ---------------------------------------------------------------------------------------------
+// A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one thread at a
+// time; it runs its own worker threads (n_threads, by default one per processor), which sleep between calls. There is no global
+// state. Results do not depend on the number of threads.
+// Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are only
+// vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv * head_dim * 8 bytes,
+// of which the system gives only what has been written, and the activations of at most 512 rows.
+//
+// ---- Two modes ------------------------------------------------------------------------------------------------------
+// ASTROVL_FAST (default) uses the best kernels there are for the machine. ASTROVL_EXACT computes in float32 with one fixed order
+// for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
+// compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
+// that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
+// Today both modes run the same portable kernels; the fast ones come with the instruction sets' tables in [4].
+//
+// ---- Configuration: define before the implementation ----------------------------------------------------------------
+//   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
+//   ASTROVL_MALLOC(size)          the allocator, all three or none; a NULL return is handled everywhere
+//   ASTROVL_REALLOC(memory, size)
+//   ASTROVL_FREE(memory)
+//   ASTROVL_NO_THREADS            no pthreads: one thread does all
+//   ASTROVL_NO_MMAP               files are read, not mapped
+//   ASTROVL_NO_FILES              no stdio at all: models and images come as memory blocks
+//   ASTROVL_BARE                  neither POSIX nor Windows: standard C alone
+//   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
+//   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that does not ask for a size: 4096 tokens (or the model's, if less)
+//   ASTROVL_MAX_THREADS           64
+//
+
+// ====================================================================================================================
+// [1] API
+// The public declarations. Conventions for all of them:
+// - a function that can fail takes `astrovl_error *err` last; err may be NULL. On success err is left alone.
+// - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd].
+// - option structs may be all zeros (or the pointer NULL): zero always means the sensible default.
+// - memory that a function returns is released with astrovl_free(), handles with their own function.
+// ==================================================================================================================
+
+#ifndef ASTROVL_H
+#define ASTROVL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef ASTROVL_API
+#define ASTROVL_API extern
+#endif
+
+#define ASTROVL_VERSION "0.1.0"
+
+// ---- status and errors ------------------------------------------------------------------------------------------
+
+typedef enum astrovl_status {
+    ASTROVL_OK = 0,
+    ASTROVL_ERROR_ARGUMENT,      // the caller's mistake: a parameter is missing or out of range
+    ASTROVL_ERROR_MEMORY,        // an allocation failed
+    ASTROVL_ERROR_FILE,          // a file cannot be opened, read or written
+    ASTROVL_ERROR_FORMAT,        // a file's bytes break its format's rules
+    ASTROVL_ERROR_UNSUPPORTED,   // well-formed, but of a kind this header does not implement
+    ASTROVL_ERROR_MODEL,         // the files lack a part that the call needs, or their shapes do not fit together
+    ASTROVL_ERROR_LIMIT,         // larger than a limit: the context is full, an image has too many pixels
+    ASTROVL_CANCELLED            // a callback asked to stop
+} astrovl_status;
+
+// What went wrong, in words: names the file, tensor, key or byte offset, and where it can, what to do about it.
+typedef struct astrovl_error {
+    astrovl_status status;
+    char message[480];           // one line, zero-terminated, UTF-8
+} astrovl_error;
+
+ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...: static memory
+
+// Releases memory that a function below returned (text, arrays). NULL is allowed.
+ASTROVL_API void astrovl_free(void *memory);
+
+// ---- GGUF files -------------------------------------------------------------------------------------------------
+// Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little- and big-endian.
+
+// Tensor types, with GGUF's numbers.
+typedef enum astrovl_type {
+    ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1,
+    ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6, ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8,
+    ASTROVL_TYPE_Q2_K = 10, ASTROVL_TYPE_Q3_K = 11, ASTROVL_TYPE_Q4_K = 12, ASTROVL_TYPE_Q5_K = 13, ASTROVL_TYPE_Q6_K = 14,
+    ASTROVL_TYPE_BF16 = 30
+} astrovl_type;
+
+// Metadata value types, with GGUF's numbers.
+typedef enum astrovl_value_type {
+    ASTROVL_VALUE_U8 = 0, ASTROVL_VALUE_I8 = 1, ASTROVL_VALUE_U16 = 2, ASTROVL_VALUE_I16 = 3, ASTROVL_VALUE_U32 = 4,
+    ASTROVL_VALUE_I32 = 5, ASTROVL_VALUE_F32 = 6, ASTROVL_VALUE_BOOL = 7, ASTROVL_VALUE_STRING = 8,
+    ASTROVL_VALUE_ARRAY = 9, ASTROVL_VALUE_U64 = 10, ASTROVL_VALUE_I64 = 11, ASTROVL_VALUE_F64 = 12
+} astrovl_value_type;
+
+typedef struct astrovl_gguf astrovl_gguf;
+
+// Bytes with a length; not zero-terminated.
+typedef struct astrovl_string {
+    const char *data;
+    size_t      size;
+} astrovl_string;
+
+// One tensor of a file. ne is GGUF's order: ne[0] is the length of a row, so a matrix [n_out][n_in] has ne = {n_in, n_out}.
+typedef struct astrovl_tensor {
+    const char   *name;          // zero-terminated, owned by the file's handle
+    astrovl_type  type;
+    int           n_dims;        // 1 to 4
+    int64_t       ne[4];         // unused ones are 1
+    uint64_t      offset;        // in the file, from its first byte
+    uint64_t      n_bytes;
+    const void   *data;          // little-endian blocks, whatever the file's and the host's order; no alignment is promised
+} astrovl_tensor;
+
+// One metadata entry.
+typedef struct astrovl_kv {
+    const char         *key;     // zero-terminated, owned by the handle
+    astrovl_value_type  type;
+    astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
+    uint64_t            count;   // elements of an array; otherwise 1
+} astrovl_kv;
+
+// Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it is
+// checked here, once. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MEMORY).
+ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err);
+// The same for a file that lies in memory; the block is not copied and must outlive the handle. name: for messages.
+ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name, astrovl_error *err);
+ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);                // NULL is allowed
+ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file);
+ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file);         // 2 or 3
+ASTROVL_API int astrovl_gguf_big_endian(const astrovl_gguf *file);
+ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file);       // bytes
+ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file);
+ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index);
+ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *file, const char *name);   // NULL: absent
+ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file);
+ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);
+ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key);                          // index, or -1
+// Element `i` of entry `index` (i = 0 for a scalar), converted. A number asked of a string entry is 0; a string asked of a
+// number entry is empty; i out of range likewise. Booleans are 0 and 1.
+ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i);
+ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i);
+ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i);
+
+ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K", or NULL for a type this header lacks
+// Bytes of a row of n_values; 0 if the type is unknown or n_values is not a multiple of its block.
+ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values);
+// Expands n_values (a multiple of the type's block) to float32, exactly as the format defines them.
+// Source: ggml's ggml-common.h block layouts. Returns ARGUMENT for an unknown type or a broken block count.
+ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, float *values, int64_t n_values);
+// IEEE half precision and bfloat16, as bits; to the nearest value, ties to even, when narrowing.
+ASTROVL_API float astrovl_f16_to_f32(uint16_t half);
+ASTROVL_API float astrovl_bf16_to_f32(uint16_t half);
+ASTROVL_API uint16_t astrovl_f32_to_f16(float value);
+ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
+
+// ---- models -----------------------------------------------------------------------------------------------------
+
+typedef struct astrovl_model   astrovl_model;     // weights, vocabulary, settings: immutable, shared by threads
+typedef struct astrovl_session astrovl_session;   // KV cache, scratch memory, threads: one caller at a time
+
+// Prompt templates. AUTO reads tokenizer.chat_template (recognised by its markers, not interpreted).
+typedef enum astrovl_template {
+    ASTROVL_TEMPLATE_AUTO = 0,
+    ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
+    ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same but for one word ("human" for "user"; LLaVA's own inference scripts)
+    ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
+    ASTROVL_TEMPLATE_LLAMA3,       // <|start_header_id|>user<|end_header_id|>
+    ASTROVL_TEMPLATE_CHATML,       // <|im_start|>user: SmolLM2 and many others
+    ASTROVL_TEMPLATE_PLAIN         // no markers: the model continues the text
+} astrovl_template;
+
+typedef struct astrovl_open_options {
+    int              no_mmap;      // 1: read the file into memory instead of mapping it
+    astrovl_template chat_template;  // AUTO: from the file
+} astrovl_open_options;
+
+// A model file that lies in memory.
+typedef struct astrovl_memory {
+    const void *data;
+    size_t      size;
+    const char *name;              // for messages; may be NULL
+} astrovl_memory;
+
+// Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across all).
+// Any part may be absent; astrovl_get_info says what there is. Weights stay in the mapped file: nothing is copied but the
+// small vectors. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MODEL, MEMORY).
+ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_options *options, astrovl_error *err);
+ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths, const astrovl_open_options *options,
+                                              astrovl_error *err);
+ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks, const astrovl_open_options *options,
+                                               astrovl_error *err);
+ASTROVL_API void astrovl_close(astrovl_model *model);                   // after its sessions; NULL is allowed
+
+// What a model consists of.
+typedef struct astrovl_info {
+    int has_vocab, has_text, has_vision, has_projector;
+    astrovl_template chat_template;
+    const char *name;                                   // general.name, or ""
+    // language model (LLaMA)
+    int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;
+    float rope_theta, rms_norm_eps;
+    int bos_token, eos_token;                           // -1: none
+    // vision tower (CLIP)
+    int image_size, patch_size, n_patches, vision_n_embd, vision_n_layer, vision_n_head, vision_n_ff;
+    int vision_feature_layer;                           // how many layers run before the features are taken
+    int n_image_tokens;                                 // rows that one image takes in the sequence
+    uint64_t n_params, n_weight_bytes;
+} astrovl_info;
+
+ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
+ASTROVL_API int astrovl_n_files(const astrovl_model *model);
+ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
+ASTROVL_API const char *astrovl_template_name(astrovl_template t);                      // "vicuna_v1", ...
+ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
+
+// ---- one-call API -----------------------------------------------------------------------------------------------
+
+typedef struct astrovl_image {
+    int            width, height;
+    unsigned char *rgb;            // [height][width][3], sRGB as in the file
+    int            orientation;    // EXIF tag 0x0112: 1 to 8, 1 when absent (1 = upright)
+} astrovl_image;
+
+// How text is chosen and when it ends. All zeros: greedy, at most 256 tokens.
+typedef struct astrovl_generation {
+    int      max_tokens;           // 0: 256
+    float    temperature;          // 0: greedy (the rest of this block is then unused but repetition_penalty)
+    int      top_k;                // keep the k likeliest; 0: all
+    float    top_p;                // keep the smallest set with this probability (Holtzman et al. 2020); 0 or 1: all
+    float    min_p;                // drop what is less likely than min_p * the likeliest; 0: none
+    float    repetition_penalty;   // logits of seen tokens / p if > 0, * p otherwise (Keskar et al. 2019); 0 or 1: off
+    int      repetition_window;    // over the last n generated tokens; 0: 64
+    uint64_t seed;                 // the same seed gives the same choices on every machine
+    const char *const *stop;       // [n_stop] texts that end the answer (and are left out of it)
+    int      n_stop;
+    const char *system;            // system prompt; NULL: the template's own; "": none
+    int      parse_special;        // 1: special tokens written in the user's text are taken as such (trusted text only)
+    // Called with each new piece of text, never a broken UTF-8 character; a non-zero return cancels (the answer so far is kept).
+    int    (*on_text)(void *user, const char *text, size_t size);
+    void    *user;
+} astrovl_generation;
+
+// Each returns the answer, zero-terminated UTF-8, to be freed with astrovl_free; NULL and err on failure. They open a session
+// of their own (all processors, fast mode); use a session to keep it, to talk on, or to choose threads and mode.
+ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image, const astrovl_generation *options,
+                                  astrovl_error *err);
+ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path, const astrovl_generation *options,
+                                       astrovl_error *err);
+ASTROVL_API char *astrovl_ask(const astrovl_model *model, const astrovl_image *image, const char *question,
+                              const astrovl_generation *options, astrovl_error *err);
+ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image_path, const char *question,
+                                   const astrovl_generation *options, astrovl_error *err);
+
+#define ASTROVL_CAPTION_PROMPT "Describe this image."
+
+// ---- sessions ---------------------------------------------------------------------------------------------------
+
+typedef enum astrovl_mode {
+    ASTROVL_FAST = 0,              // the best kernels this machine has; repeatable here, whatever the thread count
+    ASTROVL_EXACT                  // the same bits on every machine, compiler and thread count
+} astrovl_mode;
+
+// Sees an intermediate tensor the moment it is computed. It must not call back into the session.
+// name    as transformers names the module: "vision_model.encoder.layers.3.mlp.fc1", "model.layers.0.self_attn.q_proj"
+// layer   the layer's number, or -1 outside the layers
+// shape   [n_dims], slowest first;   data   float32, valid during the call
+typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data);
+
+// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels.
+typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
+
+typedef struct astrovl_session_options {
+    astrovl_mode     mode;
+    int              n_threads;    // 0: one per processor
+    int              n_ctx;        // tokens the KV cache holds; 0: the model's, at most ASTROVL_DEFAULT_CONTEXT
+    astrovl_tap      tap;          // NULL: none
+    void            *tap_user;
+    astrovl_progress progress;     // NULL: none
+    void            *progress_user;
+} astrovl_session_options;
+
+// The model must outlive the session. Returns NULL and err (ARGUMENT, MEMORY).
+ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
+                                                 astrovl_error *err);
+ASTROVL_API void astrovl_session_free(astrovl_session *s);              // NULL is allowed
+ASTROVL_API void astrovl_session_reset(astrovl_session *s);             // forgets the conversation
+ASTROVL_API int astrovl_session_n_past(const astrovl_session *s);       // positions the KV cache holds now
+ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
+
+// One turn of a conversation: the user says `text` about `images` (n_images may be 0), the model answers. Where `text` has the
+// marker <image> n_images times, the images stand there; where it has none, they stand before the text, each followed by a
+// newline (LLaVA's habit). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL and err: LIMIT when
+// the context is full, MODEL when a part is missing. A failed turn leaves the conversation as it was before it.
+ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
+                               const astrovl_generation *options, astrovl_error *err);
+
+// What the last turn took.
+typedef struct astrovl_stats {
+    double encode_seconds;         // images through the vision tower and projector
+    double prompt_seconds;         // reading the prompt
+    double decode_seconds;         // writing the answer
+    int    n_prompt_tokens;        // image rows included
+    int    n_answer_tokens;
+    int    stopped_by_limit;       // 1: max_tokens or the context ended the answer, not the model
+} astrovl_stats;
+ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stats);
+// The last answer's tokens, owned by the session, valid until the next turn.
+ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *n_tokens);
+
+// ---- the parts of a session, one by one -------------------------------------------------------------------------
+
+// Brings an image to the vision tower's input as the model's files say (pad to square or centre crop, bicubic resize,
+// 1/255, mean and standard deviation). pixels: out, [3][image_size][image_size].
+ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
+                                              astrovl_error *err);
+
+// Encodes one image to the rows that the language model reads in its place.
+// image     8-bit RGB, any size; padded or cropped as the model's files say
+// features  out, [n_image_tokens][n_embd], caller's memory
+// Returns MODEL if the model has no vision tower or projector (err says what is missing).
+// Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
+ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
+                                                astrovl_error *err);
+
+// Appends tokens (or rows of embeddings, [n][n_embd]) to the sequence.
+// logits    out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits = 0 to compute none
+// Returns LIMIT when the context would overflow (the sequence is then unchanged).
+ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits,
+                                               int n_logits, astrovl_error *err);
+ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
+                                                   int n_logits, astrovl_error *err);
+// Forgets all positions from n_past on (to branch a conversation or to retry).
+ASTROVL_API void astrovl_session_rewind(astrovl_session *s, int n_past);
+
+// The next token by the rules of `options`; changes logits [n_vocab] in place.
+// history [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
+ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options, const int32_t *history,
+                                   int n_history, uint64_t *random_state);
+
+// ---- text -------------------------------------------------------------------------------------------------------
+
+#define ASTROVL_ADD_SPECIAL   1    // BOS/EOS as the vocabulary asks
+#define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
+
+// Text to token ids. tokens: out, at most `capacity`; returns how many there are (if more than capacity, the rest was not
+// written), or -1 and err (MODEL: no vocabulary; MEMORY). Any bytes are accepted, valid UTF-8 or not.
+ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
+                                 int capacity, astrovl_error *err);
+// A token's entry in the vocabulary, as the file spells it ("▁the", "<0x0A>", "Ġthe"); empty for an id out of range.
+ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token);
+// The bytes a token stands for in running text; special tokens give none. Returns the count (which may exceed capacity).
+ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
+// Token ids to text, zero-terminated (astrovl_free); a leading space that the tokenizer added is removed. NULL and err.
+ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens, astrovl_error *err);
+// 1 if the token ends an answer (EOS, <|im_end|>, <|eot_id|> ...).
+ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
+
+// ---- images -----------------------------------------------------------------------------------------------------
+// The reference is Pillow: convert("RGB") of PNG is matched to the bit, JPEG within 1 level of libjpeg-turbo's default.
+
+// Decodes PNG, JPEG or PNM (told by the first bytes) to RGB. max_pixels: 0 means ASTROVL_MAX_PIXELS. The pixels are as stored:
+// apply astrovl_image_upright for EXIF. Release with astrovl_image_free.
+ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pixels, astrovl_image *image, astrovl_error *err);
+ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, uint64_t max_pixels, astrovl_image *image,
+                                                astrovl_error *err);
+ASTROVL_API void astrovl_image_free(astrovl_image *image);
+// Turns and mirrors the pixels in `image` by its EXIF orientation and sets that to 1.
+ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err);
+// Pillow's resize(..., BICUBIC): antialiased, a = -0.5, in 8-bit fixed point. out is new memory; it may not alias image.
+ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int width, int height, astrovl_image *out,
+                                                astrovl_error *err);
+// The image centred on a square of its longer side, filled with `color` (LLaVA's expand2square).
+ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
+                                                    astrovl_image *out, astrovl_error *err);
+// The middle width x height pixels (transformers' center_crop; black outside the image).
+ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height, astrovl_image *out,
+                                                     astrovl_error *err);
+
+// ---- layers: each operation on plain arrays, one thread, for teaching and auditing ------------------------------
+
+// y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
+ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
+// y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]                   RMSNorm (Zhang & Sennrich 2019), LLaMA's norm
+ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps);
+// x[i] = exp(x[i] - max) / sum exp(x - max)
+ASTROVL_API void astrovl_softmax(float *x, int n);
+// GELU (Hendrycks & Gimpel 2016): x * Phi(x);  quick-GELU (CLIP): x * sigmoid(1.702 x);  SiLU: x * sigmoid(x)
+ASTROVL_API void astrovl_gelu(float *x, int64_t n);
+ASTROVL_API void astrovl_quick_gelu(float *x, int64_t n);
+ASTROVL_API void astrovl_silu(float *x, int64_t n);
+// Rotates the pairs (x[2i], x[2i+1]) of one head by position * inv_freq[i] (Su et al. 2021; GGUF's interleaved order).
+// x: [head_dim]; inv_freq: [head_dim / 2]
+ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq);
+// y[n_rows][n_out] = x[n_rows][n_in] * w[n_out][n_in]^T + bias[n_out]  (bias may be NULL); w float32; exact mode's order
+ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in, int n_out);
+// Exact mode's functions: only + - * / and sqrt of IEEE arithmetic, so the same bits everywhere.
+ASTROVL_API float astrovl_expf(float x);
+ASTROVL_API float astrovl_tanhf(float x);
+ASTROVL_API float astrovl_erff(float x);
+ASTROVL_API float astrovl_sinf(float x);
+ASTROVL_API float astrovl_cosf(float x);
+
+#ifdef __cplusplus
+}
+#endif
+#endif // ASTROVL_H
+
+// ====================================================================================================================
+// [2] Platform
+// What the rest needs from the machine and cannot compute: memory, files, threads, time. Everything below this section is
+// plain arithmetic on arrays. Each part has a fallback in standard C, so the header builds where there is nothing else.
+// ====================================================================================================================
+
+#ifdef ASTROVL_IMPLEMENTATION
+#ifndef ASTROVL__IMPLEMENTED
+#define ASTROVL__IMPLEMENTED
+
+#if defined(__FAST_MATH__)
+#error "astrovl.h: exact mode promises IEEE arithmetic; compile its implementation without -ffast-math"
+#endif
+
+#if defined(_WIN32) || defined(__wasm__) || defined(ASTROVL_BARE)
+#define AVL__POSIX 0
+#else
+#define AVL__POSIX 1
+#endif
+
+#include <float.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <string.h>
+#ifndef ASTROVL_NO_FILES
+#include <stdio.h>
+#endif
+#if AVL__POSIX && !defined(ASTROVL_NO_THREADS)
+#define AVL__THREADS 1
+#include <pthread.h>
+#else
+#define AVL__THREADS 0
+#endif
+#if AVL__POSIX && !defined(ASTROVL_NO_FILES) && !defined(ASTROVL_NO_MMAP)
+#define AVL__MMAP 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#else
+#define AVL__MMAP 0
+#endif
+#if AVL__POSIX
+#include <sys/time.h>
+#include <unistd.h>
+#else
+#include <time.h>
+#endif
+
+// Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---- configuration (the manual describes each) ---------------------------------------------------------------------
+
+#ifndef ASTROVL_MALLOC
+#include <stdlib.h>
+#define ASTROVL_MALLOC(size)           malloc(size)
+#define ASTROVL_REALLOC(memory, size)  realloc(memory, size)
+#define ASTROVL_FREE(memory)           free(memory)
+#endif
+#ifndef ASTROVL_MAX_PIXELS
+#define ASTROVL_MAX_PIXELS ((uint64_t)1 << 28)
+#endif
+#ifndef ASTROVL_DEFAULT_CONTEXT
+#define ASTROVL_DEFAULT_CONTEXT 4096
+#endif
+#ifndef ASTROVL_MAX_THREADS
+#define ASTROVL_MAX_THREADS 64
+#endif
+
+// ---- errors --------------------------------------------------------------------------------------------------------
+
+// Appends text to message[capacity] at *at, cutting what does not fit at a character's start.
+static void avl__message_put(char *message, size_t capacity, size_t *at, const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i < size && *at + 1 < capacity; i++) {
+        unsigned char c = (unsigned char)text[i];
+        message[(*at)++] = c < 32 || c == 127 ? '?' : (char)c;   // names from hostile files must not drive a terminal
+    }
+    if (i < size && ((unsigned char)text[i] & 0xC0) == 0x80) {   // cut within a UTF-8 character: its first bytes go too
+        while (*at > 0 && ((unsigned char)message[*at - 1] & 0xC0) == 0x80) (*at)--;
+        if (*at > 0) (*at)--;
+    }
+    message[*at] = 0;
+}
+
+static void avl__message_put_int(char *message, size_t capacity, size_t *at, int64_t value) {
+    char digits[24];
+    size_t n = sizeof digits;
+    uint64_t v = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
+    do digits[--n] = (char)('0' + v % 10), v /= 10; while (v);
+    if (value < 0) digits[--n] = '-';
+    avl__message_put(message, capacity, at, digits + n, sizeof digits - n);
+}
+
+// Formats like printf, for the few conversions that messages need and no locale can change: %s (char *), %S (astrovl_string),
+// %d (int), %l (int64_t), %c, %%.
+static void avl__format_v(char *message, size_t capacity, const char *format, va_list args) {
+    size_t at = 0;
+    message[0] = 0;
+    for (; *format; format++) {
+        if (*format != '%') { avl__message_put(message, capacity, &at, format, 1); continue; }
+        switch (*++format) {
+        case 's': { const char *s = va_arg(args, const char *); avl__message_put(message, capacity, &at, s, strlen(s)); break; }
+        case 'S': { astrovl_string s = va_arg(args, astrovl_string); avl__message_put(message, capacity, &at, s.data, s.size); break; }
+        case 'd': avl__message_put_int(message, capacity, &at, va_arg(args, int)); break;
+        case 'l': avl__message_put_int(message, capacity, &at, va_arg(args, int64_t)); break;
+        case 'c': { char c = (char)va_arg(args, int); avl__message_put(message, capacity, &at, &c, 1); break; }
+        case '%': avl__message_put(message, capacity, &at, "%", 1); break;
+        default: return;
+        }
+    }
+}
+
+static void avl__format(char *text, size_t capacity, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    avl__format_v(text, capacity, format, args);
+    va_end(args);
+}
+
+// Fills err (if given) and returns status, so that a failing function can end with `return avl__fail(...)`.
+static astrovl_status avl__fail(astrovl_error *err, astrovl_status status, const char *format, ...) {
+    if (err) {
+        va_list args;
+        err->status = status;
+        va_start(args, format);
+        avl__format_v(err->message, sizeof err->message, format, args);
+        va_end(args);
+    }
+    return status;
+}
+
+ASTROVL_API const char *astrovl_status_name(astrovl_status status) {
+    static const char *const names[] = {"ok", "argument", "memory", "file", "format", "unsupported", "model", "limit", "cancelled"};
+    return (unsigned)status < sizeof names / sizeof *names ? names[status] : "unknown";
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+// Room for count elements of size bytes, all zero; NULL when the product overflows or memory is out. Never a zero-size block.
+static void *avl__alloc(uint64_t count, size_t size) {
+    void *memory;
+    if (size && count > (uint64_t)(SIZE_MAX / 2) / size) return NULL;
+    memory = ASTROVL_MALLOC(count && size ? (size_t)count * size : 1);
+    if (memory) memset(memory, 0, count && size ? (size_t)count * size : 1);
+    return memory;
+}
+
+// The same without zeroing, for buffers that are written before they are read.
+static void *avl__alloc_raw(uint64_t count, size_t size) {
+    if (size && count > (uint64_t)(SIZE_MAX / 2) / size) return NULL;
+    return ASTROVL_MALLOC(count && size ? (size_t)count * size : 1);
+}
+
+static float *avl__alloc_floats(uint64_t count) { return (float *)avl__alloc_raw(count, sizeof(float)); }
+
+// Grows *array (of element size) to hold at least `needed`, doubling; 0 when memory is out (then *array stays as it was).
+static int avl__grow(void *array, size_t *capacity, size_t needed, size_t size) {
+    void *old, *memory;
+    size_t wanted = *capacity < 16 ? 16 : *capacity;
+    if (needed <= *capacity) return 1;
+    while (wanted < needed) {
+        if (wanted > SIZE_MAX / 4) return 0;
+        wanted *= 2;
+    }
+    if (wanted > SIZE_MAX / 2 / size) return 0;
+    memcpy(&old, array, sizeof old);   // array is the address of a pointer of any type
+    memory = ASTROVL_REALLOC(old, wanted * size);
+    if (!memory) return 0;
+    memcpy(array, &memory, sizeof memory);
+    *capacity = wanted;
+    return 1;
+}
+
+ASTROVL_API void astrovl_free(void *memory) {
+    if (memory) ASTROVL_FREE(memory);
+}
+
+// A growing byte string, always zero-terminated once something was put. `failed` sticks, so it is checked once, at the end.
+typedef struct avl__bytes {
+    char  *data;
+    size_t size, capacity;
+    int    failed;
+} avl__bytes;
+
+static void avl__bytes_put(avl__bytes *b, const char *data, size_t size) {
+    if (b->failed || size > SIZE_MAX / 4 || !avl__grow(&b->data, &b->capacity, b->size + size + 1, 1)) {
+        b->failed = 1;
+        return;
+    }
+    if (size) memcpy(b->data + b->size, data, size);
+    b->size += size;
+    b->data[b->size] = 0;
+}
+
+static void avl__bytes_put_text(avl__bytes *b, const char *text) { avl__bytes_put(b, text, strlen(text)); }
+
+static char *avl__copy_text(const char *text, size_t size) {   // zero-terminated copy, or NULL
+    char *copy = (char *)avl__alloc_raw((uint64_t)size + 1, 1);
+    if (!copy) return NULL;
+    if (size) memcpy(copy, text, size);
+    copy[size] = 0;
+    return copy;
+}
+
+// ---- byte order ----------------------------------------------------------------------------------------------------
+// Values are put together from single bytes: right on every host, and compilers turn it into one load.
+
+static uint16_t avl__load_u16(const void *p) {
+    const uint8_t *b = (const uint8_t *)p;
+    return (uint16_t)(b[0] | b[1] << 8);
+}
+static uint32_t avl__load_u32(const void *p) {
+    const uint8_t *b = (const uint8_t *)p;
+    return (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+}
+static uint64_t avl__load_u64(const void *p) {
+    return (uint64_t)avl__load_u32(p) | (uint64_t)avl__load_u32((const uint8_t *)p + 4) << 32;
+}
+static uint16_t avl__load_u16be(const void *p) {
+    const uint8_t *b = (const uint8_t *)p;
+    return (uint16_t)(b[0] << 8 | b[1]);
+}
+static uint32_t avl__load_u32be(const void *p) {
+    const uint8_t *b = (const uint8_t *)p;
+    return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | (uint32_t)b[3];
+}
+static float avl__float_from_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+static uint32_t avl__float_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+// ---- files ---------------------------------------------------------------------------------------------------------
+
+// A file's bytes, mapped or read.
+typedef struct avl__file {
+    const uint8_t *data;
+    size_t         size;
+    int            mapped;      // 1: release with munmap; 0: with ASTROVL_FREE
+} avl__file;
+
+#ifndef ASTROVL_NO_FILES
+// Reads a whole stream whose size need not be known (a pipe has none).
+static astrovl_status avl__read_stream(FILE *stream, const char *path, avl__file *file, astrovl_error *err) {
+    uint8_t *data = NULL;
+    size_t size = 0, capacity = 0, n;
+    for (;;) {
+        if (!avl__grow(&data, &capacity, size + 65536, 1)) {
+            astrovl_free(data);
+            return avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory after reading %l bytes", path, (int64_t)size);
+        }
+        n = fread(data + size, 1, capacity - size, stream);
+        size += n;
+        if (n == 0) break;
+    }
+    if (ferror(stream)) {
+        astrovl_free(data);
+        return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be read (is it a folder?)", path);
+    }
+    file->data = data;
+    file->size = size;
+    file->mapped = 0;
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__file_read(const char *path, avl__file *file, astrovl_error *err) {
+    astrovl_status status;
+    FILE *stream = fopen(path, "rb");
+    if (!stream) return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
+    status = avl__read_stream(stream, path, file, err);
+    fclose(stream);
+    return status;
+}
+#endif
+
+#if AVL__MMAP
+// Maps a regular file; returns 0 where that cannot be done (a pipe, an empty file), and reading is tried instead.
+static int avl__file_map(const char *path, avl__file *file) {
+    struct stat st;
+    void *data;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) return 0;
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size <= 0 || (uint64_t)st.st_size > SIZE_MAX) {
+        close(fd);
+        return 0;
+    }
+    data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    close(fd);
+    if (data == MAP_FAILED) return 0;
+    file->data = (const uint8_t *)data;
+    file->size = (size_t)st.st_size;
+    file->mapped = 1;
+    return 1;
+}
+#endif
+
+static astrovl_status avl__file_open(const char *path, int no_mmap, avl__file *file, astrovl_error *err) {
+    memset(file, 0, sizeof *file);
+    if (!path) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
+#if AVL__MMAP
+    if (!no_mmap && avl__file_map(path, file)) return ASTROVL_OK;
+#endif
+    (void)no_mmap;
+#ifndef ASTROVL_NO_FILES
+    return avl__file_read(path, file, err);
+#else
+    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: built without files; give the bytes with the _memory or _decode call", path);
+#endif
+}
+
+static void avl__file_close(avl__file *file) {
+#if AVL__MMAP
+    if (file->mapped) {
+        void *data;
+        memcpy(&data, &file->data, sizeof data);   // munmap takes no const
+        munmap(data, file->size);
+        memset(file, 0, sizeof *file);
+        return;
+    }
+#endif
+    if (file->data) {
+        void *data;
+        memcpy(&data, &file->data, sizeof data);
+        ASTROVL_FREE(data);
+    }
+    memset(file, 0, sizeof *file);
+}
+
+// ---- time ----------------------------------------------------------------------------------------------------------
+
+static double avl__seconds(void) {   // wall clock, for measuring spans
+#if AVL__POSIX
+    struct timeval now;
+    gettimeofday(&now, NULL);
+    return (double)now.tv_sec + (double)now.tv_usec * 1e-6;
+#else
+    return (double)clock() / CLOCKS_PER_SEC;
+#endif
+}
+
+// ---- threads -------------------------------------------------------------------------------------------------------
+// A pool runs one job at a time: job(context, i) for every i below n_items, item i always as a whole by one thread. Results
+// cannot depend on the number of threads, because no job adds up across items.
+
+typedef void (*avl__job)(void *context, int item, int thread);
+
+typedef struct avl__pool avl__pool;
+
+#if AVL__THREADS
+struct avl__pool {
+    pthread_t       threads[ASTROVL_MAX_THREADS];
+    int             n_started;      // workers; the caller is one more
+    pthread_mutex_t lock;
+    pthread_cond_t  wake, done;
+    avl__job        job;
+    void           *context;
+    int             n_items, next_item, n_busy, generation, quit;
+};
+
+// Takes items until none is left. Called and returns with the lock held.
+static void avl__pool_work(avl__pool *pool, int thread) {
+    while (pool->next_item < pool->n_items) {
+        int item = pool->next_item++;
+        pthread_mutex_unlock(&pool->lock);
+        pool->job(pool->context, item, thread);
+        pthread_mutex_lock(&pool->lock);
+    }
+}
+
+typedef struct avl__pool_start { avl__pool *pool; int thread; } avl__pool_start;
+
+static void *avl__pool_main(void *argument) {
+    avl__pool_start start = *(avl__pool_start *)argument;
+    avl__pool *pool = start.pool;
+    int seen = 0;
+    ASTROVL_FREE(argument);
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        while (pool->generation == seen && !pool->quit) pthread_cond_wait(&pool->wake, &pool->lock);
+        if (pool->quit) break;
+        seen = pool->generation;
+        avl__pool_work(pool, start.thread);
+        if (--pool->n_busy == 0) pthread_cond_signal(&pool->done);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+static void avl__pool_free(avl__pool *pool) {
+    int i;
+    if (!pool) return;
+    pthread_mutex_lock(&pool->lock);
+    pool->quit = 1;
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+    for (i = 0; i < pool->n_started; i++) pthread_join(pool->threads[i], NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->lock);
+    ASTROVL_FREE(pool);
+}
+
+static int avl__n_processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > ASTROVL_MAX_THREADS ? ASTROVL_MAX_THREADS : (int)n;
+}
+
+// n_threads: the caller included. A thread that the system refuses is done without; NULL only when memory is out.
+static avl__pool *avl__pool_new(int n_threads) {
+    avl__pool *pool = (avl__pool *)avl__alloc(1, sizeof *pool);
+    int i;
+    if (!pool) return NULL;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    for (i = 1; i < n_threads && i < ASTROVL_MAX_THREADS; i++) {
+        avl__pool_start *start = (avl__pool_start *)avl__alloc(1, sizeof *start);
+        if (!start) {
+            avl__pool_free(pool);
+            return NULL;
+        }
+        start->pool = pool;
+        start->thread = i;
+        if (pthread_create(&pool->threads[pool->n_started], NULL, avl__pool_main, start) != 0) {
+            ASTROVL_FREE(start);
+            break;
+        }
+        pool->n_started++;
+    }
+    return pool;
+}
+
+static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
+    if (n_items <= 1 || pool->n_started == 0) {
+        int i;
+        for (i = 0; i < n_items; i++) job(context, i, 0);
+        return;
+    }
+    pthread_mutex_lock(&pool->lock);
+    pool->job = job;
+    pool->context = context;
+    pool->n_items = n_items;
+    pool->next_item = 0;
+    pool->n_busy = pool->n_started;
+    pool->generation++;
+    pthread_cond_broadcast(&pool->wake);
+    avl__pool_work(pool, 0);
+    while (pool->n_busy > 0) pthread_cond_wait(&pool->done, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static int avl__pool_n_threads(const avl__pool *pool) { return pool->n_started + 1; }
+
+#else   // without threads the pool is a loop
+
+struct avl__pool { int unused; };
+static avl__pool *avl__pool_new(int n_threads) { (void)n_threads; return (avl__pool *)avl__alloc(1, sizeof(avl__pool)); }
+static void avl__pool_free(avl__pool *pool) { astrovl_free(pool); }
+static int avl__n_processors(void) { return 1; }
+static int avl__pool_n_threads(const avl__pool *pool) { (void)pool; return 1; }
+static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
+    int i;
+    (void)pool;
+    for (i = 0; i < n_items; i++) job(context, i, 0);
+}
+#endif
+
+// ====================================================================================================================
+// [3] Numbers
+// How a model's numbers are written in a file, and what is computed from them with more than + - * /:
+// - half precision (IEEE 754 binary16) and bfloat16, to float32 and back;
+// - the GGUF block formats to float32 (layouts: ggml's ggml-common.h; the results are the `gguf` Python package's, bit
+//   for bit);
+// - exp, tanh, erf, sin, cos, and pow for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
+//   one correct result, so the functions give the same bits on every machine, which no libm promises.
+// ====================================================================================================================
+
+#include <math.h>   // sqrt alone: IEEE 754 fixes their result to the last bit
+
+static double avl__sqrt(double x) { return sqrt(x); }
+
+// ---- half precision ------------------------------------------------------------------------------------------------
+//   binary16   s eeeee mmmmmmmmmm        e = 1..30: (-1)^s 2^(e-15) (1 + m/2^10)    e = 0: (-1)^s 2^-24 m
+//   bfloat16   s eeeeeeee mmmmmmm        the upper half of a float32
+// e all ones: infinity (m = 0) or NaN (m > 0). Narrowing rounds to nearest, ties to even.
+
+ASTROVL_API float astrovl_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h & 0x7C00u;
+    uint32_t normal = ((uint32_t)(h & 0x7FFF) << 13) + (112u << 23);              // exponent bias 15 becomes 127
+    uint32_t tiny = avl__float_bits((float)(h & 0x3FF) * (1.0f / 16777216));      // m / 2^24 is exact
+    uint32_t bits = exponent == 0 ? tiny : exponent == 0x7C00 ? normal + (112u << 23) : normal;
+    return avl__float_from_bits(bits | sign);
+}
+
+// value / 2^shift (shift 1 to 24), rounded to nearest, ties to even
+static uint32_t avl__round_shift(uint32_t value, uint32_t shift) {
+    uint32_t quotient = value >> shift, rest = value & ((1u << shift) - 1), half = 1u << (shift - 1);
+    return quotient + (rest > half || (rest == half && (quotient & 1)));
+}
+
+ASTROVL_API uint16_t astrovl_f32_to_f16(float f) {
+    uint32_t bits = avl__float_bits(f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF, h;
+    uint32_t exponent = magnitude >> 23, mantissa = (magnitude & 0x7FFFFF) | 0x800000;
+    if (magnitude > 0x7F800000) h = 0x7E00 | (magnitude >> 13 & 0x3FF);                  // NaN stays NaN, made quiet
+    else if (exponent >= 127 + 16) h = 0x7C00;                                           // from 2^16 on: infinity
+    else if (exponent >= 127 - 14) h = avl__round_shift(magnitude, 13) - (112u << 10);   // may carry up to infinity
+    else if (exponent >= 127 - 25) h = avl__round_shift(mantissa, 126 - exponent);       // subnormal, in units of 2^-24
+    else h = 0;
+    return (uint16_t)(sign | h);
+}
+
+ASTROVL_API float astrovl_bf16_to_f32(uint16_t h) { return avl__float_from_bits((uint32_t)h << 16); }
+
+ASTROVL_API uint16_t astrovl_f32_to_bf16(float f) {
+    uint32_t bits = avl__float_bits(f);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);   // NaN stays NaN, made quiet
+    return (uint16_t)avl__round_shift(bits, 16);                                  // may carry up to infinity
+}
+
+// ---- block formats -------------------------------------------------------------------------------------------------
+// A row of a weight matrix is stored in blocks of 32 or 256 values that share a scale d (and a minimum m):
+//     y = d * q + m, or d * q - m, with small integers q.
+// Q4_0 to Q8_0 have one scale for 32 values; the K formats ("super-blocks" of 256) store the scales of their groups of
+// 16 or 32 as small integers too. Below, "2 qs[16]" is a field of 16 bytes that begins at byte 2, [i:j] are bits i to j
+// of a byte, lowest first, and f16 is 2 bytes of half precision. Each function expands n_blocks blocks. The order of
+// the float operations is part of the format: it decides the last bit.
+
+static float avl__load_f16(const uint8_t *p) { return astrovl_f16_to_f32(avl__load_u16(p)); }
+
+// F32, 4 bytes: one little-endian float.   F16, BF16, 2 bytes: one little-endian half.
+static void avl__dequantize_f32(const uint8_t *b, float *y, int64_t n_blocks) {
+    for (; n_blocks > 0; n_blocks--, b += 4, y++) *y = avl__float_from_bits(avl__load_u32(b));
+}
+static void avl__dequantize_f16(const uint8_t *b, float *y, int64_t n_blocks) {
+    for (; n_blocks > 0; n_blocks--, b += 2, y++) *y = avl__load_f16(b);
+}
+static void avl__dequantize_bf16(const uint8_t *b, float *y, int64_t n_blocks) {
+    for (; n_blocks > 0; n_blocks--, b += 2, y++) *y = astrovl_bf16_to_f32(avl__load_u16(b));
+}
+
+// Q4_0, 18 bytes for 32 values:   0 d f16 | 2 qs[16]
+//   y[j] = d * (qs[j][0:3] - 8)     y[j + 16] = d * (qs[j][4:7] - 8)     j < 16
+static void avl__dequantize_q4_0(const uint8_t *b, float *y, int64_t n_blocks) {
+    int j;
+    for (; n_blocks > 0; n_blocks--, b += 18, y += 32) {
+        float d = avl__load_f16(b);
+        for (j = 0; j < 16; j++) {
+            y[j] = d * (float)((b[2 + j] & 15) - 8);
+            y[j + 16] = d * (float)((b[2 + j] >> 4) - 8);
+        }
+    }
+}
+
+// Q4_1, 20 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qs[16]
+//   y[j] = d * qs[j][0:3] + m       y[j + 16] = d * qs[j][4:7] + m
+static void avl__dequantize_q4_1(const uint8_t *b, float *y, int64_t n_blocks) {
+    int j;
+    for (; n_blocks > 0; n_blocks--, b += 20, y += 32) {
+        float d = avl__load_f16(b), m = avl__load_f16(b + 2);
+        for (j = 0; j < 16; j++) {
+            y[j] = d * (float)(b[4 + j] & 15) + m;
+            y[j + 16] = d * (float)(b[4 + j] >> 4) + m;
+        }
+    }
+}
+
+// Q5_0, 22 bytes for 32 values:   0 d f16 | 2 qh u32 | 6 qs[16]      bit j of qh is the fifth bit of value j
+//   y[j] = d * (qs[j][0:3] + 16 qh[j] - 16)     y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16] - 16)
+static void avl__dequantize_q5_0(const uint8_t *b, float *y, int64_t n_blocks) {
+    int j;
+    for (; n_blocks > 0; n_blocks--, b += 22, y += 32) {
+        float d = avl__load_f16(b);
+        uint32_t qh = avl__load_u32(b + 2);
+        for (j = 0; j < 16; j++) {
+            y[j] = d * (float)((int)((b[6 + j] & 15) | (qh >> j & 1) << 4) - 16);
+            y[j + 16] = d * (float)((int)((uint32_t)(b[6 + j] >> 4) | (qh >> (j + 16) & 1) << 4) - 16);
+        }
+    }
+}
+
+// Q5_1, 24 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qh u32 | 8 qs[16]
+//   y[j] = d * (qs[j][0:3] + 16 qh[j]) + m      y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16]) + m
+static void avl__dequantize_q5_1(const uint8_t *b, float *y, int64_t n_blocks) {
+    int j;
+    for (; n_blocks > 0; n_blocks--, b += 24, y += 32) {
+        float d = avl__load_f16(b), m = avl__load_f16(b + 2);
+        uint32_t qh = avl__load_u32(b + 4);
+        for (j = 0; j < 16; j++) {
+            y[j] = d * (float)((int)((b[8 + j] & 15) | (qh >> j & 1) << 4)) + m;
+            y[j + 16] = d * (float)((int)((uint32_t)(b[8 + j] >> 4) | (qh >> (j + 16) & 1) << 4)) + m;
+        }
+    }
+}
+
+// Q8_0, 34 bytes for 32 values:   0 d f16 | 2 qs i8[32]
+//   y[j] = d * qs[j]
+static void avl__dequantize_q8_0(const uint8_t *b, float *y, int64_t n_blocks) {
+    int j;
+    for (; n_blocks > 0; n_blocks--, b += 34, y += 32) {
+        float d = avl__load_f16(b);
+        for (j = 0; j < 32; j++) y[j] = d * (float)(int8_t)b[2 + j];
+    }
+}
+
+// Q2_K, 84 bytes for 256 values in 16 groups of 16:   0 scales[16] | 16 qs[64] | 80 d f16 | 82 dmin f16
+// Value i lies in group g = i / 16; its bits are a pair of qs[32 (i / 128) + i % 32], pair (i / 32) % 4.
+//   y[i] = (d * scales[g][0:3]) * q - (dmin * scales[g][4:7])
+static void avl__dequantize_q2_k(const uint8_t *b, float *y, int64_t n_blocks) {
+    int g, j;
+    for (; n_blocks > 0; n_blocks--, b += 84, y += 256) {
+        float d = avl__load_f16(b + 80), dmin = avl__load_f16(b + 82);
+        for (g = 0; g < 16; g++) {
+            const uint8_t *qs = b + 16 + g / 8 * 32 + g % 2 * 16;
+            float scale = d * (float)(b[g] & 15), minimum = dmin * (float)(b[g] >> 4);
+            int shift = g / 2 % 4 * 2;
+            for (j = 0; j < 16; j++) y[16 * g + j] = scale * (float)(qs[j] >> shift & 3) - minimum;
+        }
+    }
+}
+
+// Q3_K, 110 bytes for 256 values in 16 groups of 16:   0 hmask[32] | 32 qs[64] | 96 scales[12] | 108 d f16
+// The two low bits of value i lie as in Q2_K; bit i / 32 of hmask[i % 32] says that 4 is NOT subtracted.
+// Scale g has 6 bits: low four in nibble g / 8 of scales[g % 8], high two in pair g / 4 of scales[8 + g % 4]; minus 32.
+//   y[i] = (d * (scale[g] - 32)) * (q - (hmask bit ? 0 : 4))
+static void avl__dequantize_q3_k(const uint8_t *b, float *y, int64_t n_blocks) {
+    int g, j;
+    for (; n_blocks > 0; n_blocks--, b += 110, y += 256) {
+        float d = avl__load_f16(b + 108);
+        for (g = 0; g < 16; g++) {
+            const uint8_t *qs = b + 32 + g / 8 * 32 + g % 2 * 16, *hmask = b + g % 2 * 16;
+            int low = b[96 + g % 8] >> g / 8 * 4 & 15, high = b[104 + g % 4] >> g / 4 * 2 & 3;
+            float scale = d * (float)((low | high << 4) - 32);
+            int shift = g / 2 % 4 * 2;
+            for (j = 0; j < 16; j++)
+                y[16 * g + j] = scale * (float)((qs[j] >> shift & 3) - (hmask[j] >> g / 2 & 1 ? 0 : 4));
+        }
+    }
+}
+
+// The 6-bit scale and minimum of group g (of 8) that Q4_K and Q5_K pack into 12 bytes s:
+//   g < 4:    scale = s[g][0:5]                         minimum = s[g + 4][0:5]
+//   g >= 4:   scale = s[g + 4][0:3], s[g - 4][6:7]      minimum = s[g + 4][4:7], s[g][6:7]
+static void avl__unpack_scale(const uint8_t *s, int g, int *scale, int *minimum) {
+    if (g < 4) {
+        *scale = s[g] & 63;
+        *minimum = s[g + 4] & 63;
+    } else {
+        *scale = (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
+        *minimum = s[g + 4] >> 4 | s[g] >> 6 << 4;
+    }
+}
+
+// Q4_K, 144 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qs[128]
+// Groups 2k and 2k + 1 are the low and the high nibbles of qs[32 k] to qs[32 k + 31].
+//   y[i] = (d * scale[g]) * q - (dmin * minimum[g])
+static void avl__dequantize_q4_k(const uint8_t *b, float *y, int64_t n_blocks) {
+    int g, j, scale, minimum;
+    for (; n_blocks > 0; n_blocks--, b += 144, y += 256) {
+        float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
+        for (g = 0; g < 8; g++) {
+            const uint8_t *qs = b + 16 + g / 2 * 32;
+            float dg, mg;
+            avl__unpack_scale(b + 4, g, &scale, &minimum);
+            dg = d * (float)scale;
+            mg = dmin * (float)minimum;
+            for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)(qs[j] >> g % 2 * 4 & 15) - mg;
+        }
+    }
+}
+
+// Q5_K, 176 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qh[32] | 48 qs[128]
+// As Q4_K; bit g of qh[j] is the fifth bit of value 32 g + j.
+static void avl__dequantize_q5_k(const uint8_t *b, float *y, int64_t n_blocks) {
+    int g, j, scale, minimum;
+    for (; n_blocks > 0; n_blocks--, b += 176, y += 256) {
+        float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
+        for (g = 0; g < 8; g++) {
+            const uint8_t *qh = b + 16, *qs = b + 48 + g / 2 * 32;
+            float dg, mg;
+            avl__unpack_scale(b + 4, g, &scale, &minimum);
+            dg = d * (float)scale;
+            mg = dmin * (float)minimum;
+            for (j = 0; j < 32; j++)
+                y[32 * g + j] = dg * (float)((qs[j] >> g % 2 * 4 & 15) | (qh[j] >> g & 1) << 4) - mg;
+        }
+    }
+}
+
+// Q6_K, 210 bytes for 256 values in 16 groups of 16:   0 ql[128] | 128 qh[64] | 192 scales i8[16] | 208 d f16
+// Value i: its low four bits are nibble (i / 64) % 2 of ql[64 (i / 128) + i % 64]; its high two lie in qh as Q2_K's do
+// in qs.
+//   y[i] = (d * scales[i / 16]) * (q - 32)
+static void avl__dequantize_q6_k(const uint8_t *b, float *y, int64_t n_blocks) {
+    int g, j;
+    for (; n_blocks > 0; n_blocks--, b += 210, y += 256) {
+        float d = avl__load_f16(b + 208);
+        for (g = 0; g < 16; g++) {
+            const uint8_t *ql = b + g / 8 * 64 + g % 4 * 16, *qh = b + 128 + g / 8 * 32 + g % 2 * 16;
+            float scale = d * (float)(int8_t)b[192 + g];
+            int low_shift = g / 4 % 2 * 4, high_shift = g / 2 % 4 * 2;
+            for (j = 0; j < 16; j++)
+                y[16 * g + j] = scale * (float)(((ql[j] >> low_shift & 15) | (qh[j] >> high_shift & 3) << 4) - 32);
+        }
+    }
+}
+
+// What there is to know about a tensor type. A big-endian file has the multi-byte fields of each block in its own
+// order: halves and words say where fields of 2 and 4 bytes lie, {first byte, how many in a row}.
+typedef struct avl__type_info {
+    int         type;                       // an astrovl_type
+    const char *name;
+    int         block_values, block_bytes;
+    uint8_t     halves[2], words[2];
+    void      (*dequantize)(const uint8_t *blocks, float *values, int64_t n_blocks);
+} avl__type_info;
+
+static const avl__type_info avl__types[] = {
+    {ASTROVL_TYPE_F32,  "F32",  1,   4,   {0, 0},   {0, 1}, avl__dequantize_f32},
+    {ASTROVL_TYPE_F16,  "F16",  1,   2,   {0, 1},   {0, 0}, avl__dequantize_f16},
+    {ASTROVL_TYPE_Q4_0, "Q4_0", 32,  18,  {0, 1},   {0, 0}, avl__dequantize_q4_0},
+    {ASTROVL_TYPE_Q4_1, "Q4_1", 32,  20,  {0, 2},   {0, 0}, avl__dequantize_q4_1},
+    {ASTROVL_TYPE_Q5_0, "Q5_0", 32,  22,  {0, 1},   {2, 1}, avl__dequantize_q5_0},
+    {ASTROVL_TYPE_Q5_1, "Q5_1", 32,  24,  {0, 2},   {4, 1}, avl__dequantize_q5_1},
+    {ASTROVL_TYPE_Q8_0, "Q8_0", 32,  34,  {0, 1},   {0, 0}, avl__dequantize_q8_0},
+    {ASTROVL_TYPE_Q2_K, "Q2_K", 256, 84,  {80, 2},  {0, 0}, avl__dequantize_q2_k},
+    {ASTROVL_TYPE_Q3_K, "Q3_K", 256, 110, {108, 1}, {0, 0}, avl__dequantize_q3_k},
+    {ASTROVL_TYPE_Q4_K, "Q4_K", 256, 144, {0, 2},   {0, 0}, avl__dequantize_q4_k},
+    {ASTROVL_TYPE_Q5_K, "Q5_K", 256, 176, {0, 2},   {0, 0}, avl__dequantize_q5_k},
+    {ASTROVL_TYPE_Q6_K, "Q6_K", 256, 210, {208, 1}, {0, 0}, avl__dequantize_q6_k},
+    {ASTROVL_TYPE_BF16, "BF16", 1,   2,   {0, 1},   {0, 0}, avl__dequantize_bf16}
+};
+
+static const avl__type_info *avl__find_type(int type) {   // NULL: a type this header lacks
+    size_t i;
+    for (i = 0; i < sizeof avl__types / sizeof *avl__types; i++)
+        if (avl__types[i].type == type) return &avl__types[i];
+    return NULL;
+}
+
+// The same without checks, for the kernels: type is known, n_values a multiple of its block.
+static void avl__dequantize_row(int type, const void *blocks, float *values, int64_t n_values) {
+    const avl__type_info *info = avl__find_type(type);
+    info->dequantize((const uint8_t *)blocks, values, n_values / info->block_values);
+}
+
+ASTROVL_API const char *astrovl_type_name(int type) {
+    const avl__type_info *info = avl__find_type(type);
+    return info ? info->name : NULL;
+}
+
+ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values) {
+    const avl__type_info *info = avl__find_type(type);
+    if (!info || n_values < 0 || n_values % info->block_values != 0) return 0;
+    if ((uint64_t)(n_values / info->block_values) > SIZE_MAX / (size_t)info->block_bytes) return 0;
+    return (size_t)(n_values / info->block_values) * (size_t)info->block_bytes;
+}
+
+ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, float *values, int64_t n_values) {
+    const avl__type_info *info = avl__find_type(type);
+    if (!info || n_values < 0 || n_values % info->block_values != 0) return ASTROVL_ERROR_ARGUMENT;
+    if (n_values > 0 && (!blocks || !values)) return ASTROVL_ERROR_ARGUMENT;
+    avl__dequantize_row(type, blocks, values, n_values);
+    return ASTROVL_OK;
+}
+
+// ---- exponential and logarithm -------------------------------------------------------------------------------------
+// The float functions compute in double and round once at the end: the error is half a unit in the last place (ulp)
+// plus the double's error, which is below 0.001 ulp of the float. So a result is the float nearest to the true value,
+// but where that lies within 0.001 ulp of the middle between two floats.
+
+#define AVL__LN2      0.6931471805599453094172
+#define AVL__LN2_HIGH 0.693147180369123816490    // the upper 32 bits of ln 2: n * LN2_HIGH is exact for |n| < 2^21
+#define AVL__LN2_LOW  1.90821492927058770002e-10 // the rest
+#define AVL__LOG2_E   1.4426950408889634074
+
+// Adding 1.5 * 2^52 pushes a double's fraction out of its 52 bits: what remains is x rounded to an integer (ties to
+// even), which also stands in the low bits of the sum. For |x| < 2^31.
+#define AVL__ROUNDER 6755399441055744.0
+
+static uint64_t avl__double_bits(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static double avl__double_from_bits(uint64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+static double avl__round(double x, int *integer) {
+    double sum = x + AVL__ROUNDER;
+    uint32_t low = (uint32_t)avl__double_bits(sum);
+    *integer = low < 0x80000000u ? (int)low : -(int)(0xFFFFFFFFu - low) - 1;
+    return sum - AVL__ROUNDER;
+}
+static double avl__power_of_2(int n) { return avl__double_from_bits((uint64_t)(1023 + n) << 52); }   // |n| <= 1022
+
+// exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2,  |r| <= 0.347;   exp(r) = 1 + r + r^2/2! + ... + r^9/9!
+// What the series leaves out is below 1e-11. There are no branches: where x is too small or too large, a limit stands
+// for it that is sure to become 0 or infinity when the double is rounded to float.
+ASTROVL_API float astrovl_expf(float x) {
+    double v = x < -104.0f ? -104.0 : x > 89.0f ? 89.0 : (double)x, r, sum;
+    int n;
+    r = v - avl__round(v * AVL__LOG2_E, &n) * AVL__LN2;
+    sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
+          r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880)))))))));
+    sum *= avl__double_from_bits((uint64_t)(1023u + (uint32_t)n) << 52);
+    return x != x ? x : (float)sum;   // a NaN as it came
+}
+
+// The same in double: ln 2 in two parts, so that r keeps all its bits, and 13 terms (r^14 / 14! < 5e-18).
+// Relative error below 3e-16 where the result is a normal number.
+static double avl__exp(double x) {
+    double k, r, sum;
+    int n;
+    if (x != x) return x;
+    if (x > 709.79) return HUGE_VAL;
+    if (x < -745.2) return 0;
+    k = avl__round(x * AVL__LOG2_E, &n);
+    r = (x - k * AVL__LN2_HIGH) - k * AVL__LN2_LOW;
+    sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
+          r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800 +
+          r * (1.0 / 479001600 + r * (1.0 / 6227020800.0)))))))))))));
+    return sum * avl__power_of_2(n / 2) * avl__power_of_2(n - n / 2);   // two steps: 2^n may be no normal double
+}
+
+// a * b = product + *error, exactly (Dekker 1971): halves of 26 bits, whose products need no rounding
+static double avl__two_product(double a, double b, double *error) {
+    double p = a * b, t, a1, a2, b1, b2;
+    t = 134217729.0 * a; a1 = t - (t - a); a2 = a - a1;   // 2^27 + 1
+    t = 134217729.0 * b; b1 = t - (t - b); b2 = b - b1;
+    *error = ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2;
+    return p;
+}
+
+// log(x) = e ln 2 + log(m),  x = 2^e m,  sqrt(1/2) <= m <= sqrt(2)
+// log(m) = 2 (s + s^3/3 + s^5/5 + ... + s^21/21),  s = (m - 1) / (m + 1),  |s| < 0.172: what is left out is below 1e-18
+// Returns the result's double and in *low what that lacks: some 10 bits more, which avl__pow needs because it
+// multiplies the logarithm and its error. x > 0 and finite.
+static double avl__log_parts(double x, double *low) {
+    uint64_t bits = avl__double_bits(x);
+    double e, m, f, s, s_low, p, p_low, q, tail, high;
+    int k;
+    e = 0;
+    if (bits >> 52 == 0) bits = avl__double_bits(x * 4503599627370496.0), e = -52;   // subnormal: times 2^52
+    e += (double)(int)(bits >> 52) - 1023;
+    m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
+    if (m > 1.4142135623730951) m *= 0.5, e += 1;
+    f = m - 1;                                         // exact
+    s = f / (2 + f);
+    p = avl__two_product(s, 2 + f, &p_low);
+    s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // what s lacks: the remainder, and that of 2 + f
+    q = s * s;
+    for (tail = 0, k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
+    p = e * AVL__LN2_HIGH;                             // exact
+    tail = 2 * (s_low + s * tail) + e * AVL__LN2_LOW;
+    high = p + 2 * s;                                  // |p| > |2 s| or p = 0, so what this sum loses is found exactly
+    tail += 2 * s - (high - p);                        // (Dekker's fast two-sum)
+    *low = tail - ((high + tail) - high);
+    return high + tail;
+}
+
+// x^y = exp(y log x) for x > 0, with y log x as a sum high + low: exp(high + low) = exp(high) (1 + low).
+// Relative error below 5e-16 where the result is a normal number.
+static double avl__pow(double x, double y) {
+    double log_low, log_high = avl__log_parts(x, &log_low);
+    double low, high = avl__two_product(y, log_high, &low), result = avl__exp(high);
+    low += y * log_low;
+    return result > DBL_MAX ? result : result + result * low;
+}
+
+// tanh(x) = 1 - 2 / (exp(2x) + 1);  below 1/16, where that would cancel:  x - x^3/3 + 2 x^5/15 - 17 x^7/315
+// What the series leaves out is below 5e-12 relative; from 1/16 on cancellation costs 4 of a double's 53 bits.
+ASTROVL_API float astrovl_tanhf(float x) {
+    double v = x < 0 ? -(double)x : (double)x, q = v * v, y;
+    if (x != x) return x;
+    if (v < 0.0625) return (float)((double)x * (1 - q * (1.0 / 3 - q * (2.0 / 15 - q * (17.0 / 315)))));
+    y = v > 10 ? 1 : 1 - 2 / (avl__exp(2 * v) + 1);   // tanh(10) = 1 - 4e-9 is 1 as a float
+    return (float)(x < 0 ? -y : y);
+}
+
+// erf(x) = 2/sqrt(pi) integral_0^x exp(-t^2) dt
+//   |x| < 2    2/sqrt(pi) x sum_k (-x^2)^k / (k! (2k + 1)),  k <= 12 below 1, k <= 23 below 2: leaves out 1e-11
+//   |x| >= 2   1 - exp(-x^2) / sqrt(pi) / (x + (1/2)/(x + (2/2)/(x + (3/2)/(x + ...)))), Laplace's continued fraction;
+//              16 levels give the difference from 1, which is below 0.005, to 1e-8
+ASTROVL_API float astrovl_erff(float x) {
+    static const double c[] = {   // 1 / (k! (2k+1))
+        1.0, 1.0 / (1 * 3.0), 1.0 / (2 * 5.0), 1.0 / (6 * 7.0), 1.0 / (24 * 9.0), 1.0 / (120 * 11.0),
+        1.0 / (720 * 13.0), 1.0 / (5040 * 15.0), 1.0 / (40320 * 17.0), 1.0 / (362880 * 19.0), 1.0 / (3628800 * 21.0),
+        1.0 / (39916800 * 23.0), 1.0 / (479001600 * 25.0), 1.0 / (6227020800.0 * 27), 1.0 / (87178291200.0 * 29),
+        1.0 / (1307674368000.0 * 31),
+        1.0 / (20922789888000.0 * 33), 1.0 / (355687428096000.0 * 35), 1.0 / (6402373705728000.0 * 37),
+        1.0 / (121645100408832000.0 * 39), 1.0 / (2432902008176640000.0 * 41), 1.0 / (51090942171709440000.0 * 43),
+        1.0 / (1124000727777607680000.0 * 45), 1.0 / (25852016738884976640000.0 * 47)
+    };
+    double v = x < 0 ? -(double)x : (double)x, q = v * v, sum;
+    int k = v < 1 ? 12 : 23;
+    if (x != x) return x;
+    if (v < 2) {
+        for (sum = c[k]; k > 0; k--) sum = c[k - 1] - q * sum;
+        return (float)(1.1283791670955125739 * (double)x * sum);
+    }
+    for (sum = v, k = 16; k > 0; k--) sum = v + 0.5 * k / sum;
+    sum = v > 4 ? 1 : 1 - avl__exp(-q) * 0.56418958354775628695 / sum;   // erf(4) = 1 - 1.5e-8 is 1 as a float
+    return (float)(x < 0 ? -sum : sum);
+}
+
+// ---- sine and cosine -----------------------------------------------------------------------------------------------
+// x = n pi/2 + r, |r| <= pi/4; by n mod 4, sin(x) = sin r, cos r, -sin r, -cos r. The whole care is in r: x close to a
+// multiple of pi/2 cancels nearly all digits of the difference.
+
+// The first 224 bits of 2/pi after the binary point.
+static const uint32_t avl__two_over_pi[7] = {
+    0xA2F9836Eu, 0x4E441529u, 0xFC2757D1u, 0xF534DDC0u, 0xDB629599u, 0x3C439041u, 0xFE5163ABu
+};
+
+// For |x| >= 2^23 (Payne & Hanek 1983). x = m 2^e with an integer m < 2^24 and 0 <= e <= 104. Only x 2/pi modulo 4 is
+// wanted, so the bits of 2^e 2/pi that weigh 4 or more may be left out: the next 96 (2 before the point, 94 after it)
+// times m, modulo 4, give n and a fraction. Of that 64 bits are used; for the float closest to a multiple of pi/2
+// (7.7e28) it begins with 29 zeros, which leaves 35.
+static double avl__reduce_large(float x, int *n) {
+    uint32_t bits = avl__float_bits(x), m = (bits & 0x7FFFFF) | 0x800000, word[3];
+    int first = (int)(bits >> 23 & 255) - 150 - 2, i;   // the window's first bit in avl__two_over_pi; may be -2
+    uint64_t carry = 0;
+    uint32_t high, low;                                 // the first 64 bits of the fraction
+    double fraction;
+    for (i = 2; i >= 0; i--) {
+        int at = first + 32 * i, index = (at + 32) / 32 - 1, shift = (at + 32) % 32;
+        uint64_t pair = (uint64_t)(index < 0 ? 0 : avl__two_over_pi[index]) << 32 | avl__two_over_pi[index + 1];
+        carry += (pair << shift >> 32 & 0xFFFFFFFFu) * m;
+        word[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+    *n = (int)(word[0] >> 30);
+    high = word[0] << 2 | word[1] >> 30;
+    low = word[1] << 2 | word[2] >> 30;
+    if (high >> 31) {                                   // more than half: the next n, and a negative rest
+        *n += 1;
+        fraction = -((double)~high / 4294967296.0 + (double)~low / 18446744073709551616.0);
+    } else
+        fraction = (double)high / 4294967296.0 + (double)low / 18446744073709551616.0;
+    if (bits >> 31) *n = -*n, fraction = -fraction;
+    return fraction * 1.57079632679489661923;
+}
+
+// x - n pi/2 for |x| < 2^23 (Cody & Waite 1980): pi/2 in three parts, the first two of 30 bits, so that their products
+// with n (at most 23 bits) are exact, and so are the differences as long as they cancel.
+static double avl__reduce(float x, int *n) {
+    double k;
+    if (x >= 8388608.0f || x <= -8388608.0f) return avl__reduce_large(x, n);
+    k = avl__round((double)x * 0.63661977236758134308, n);
+    return (((double)x - k * 1.570796325802803) - k * 9.920935791635221e-10) - k * 5.170182981794105e-19;
+}
+
+// sin r = r - r^3/3! + ... + r^13/13!,   cos r = 1 - r^2/2! + ... + r^12/12!:   right to 1e-12 for |r| <= pi/4
+// quadrant 0: sin r, 1: cos r, 2: -sin r, 3: -cos r
+static float avl__sin_quadrant(double r, int quadrant) {
+    double q = r * r, y;
+    if (quadrant & 1)
+        y = 1 - q * (1.0 / 2 - q * (1.0 / 24 - q * (1.0 / 720 - q * (1.0 / 40320 - q * (1.0 / 3628800 -
+            q * (1.0 / 479001600))))));
+    else
+        y = r * (1 - q * (1.0 / 6 - q * (1.0 / 120 - q * (1.0 / 5040 - q * (1.0 / 362880 - q * (1.0 / 39916800 -
+            q * (1.0 / 6227020800.0)))))));
+    return (float)(quadrant & 2 ? -y : y);
+}
+
+// Right to 0.501 ulp for every float; NaN for infinities.
+ASTROVL_API float astrovl_sinf(float x) {
+    int n;
+    double r;
+    if (x != x) return x;
+    if (x > FLT_MAX || x < -FLT_MAX) return avl__float_from_bits(0x7FC00000);
+    r = avl__reduce(x, &n);
+    return avl__sin_quadrant(r, n & 3);
+}
+
+ASTROVL_API float astrovl_cosf(float x) {   // cos x = sin(x + pi/2)
+    int n;
+    double r;
+    if (x != x) return x;
+    if (x > FLT_MAX || x < -FLT_MAX) return avl__float_from_bits(0x7FC00000);
+    r = avl__reduce(x, &n);
+    return avl__sin_quadrant(r, (n + 1) & 3);
+}
+
+
+// ====================================================================================================================
+// [4] Kernels
+// The few loops in which all the time goes, behind one table of function pointers: products of activations with a weight
+// matrix in any stored format, and the two vector loops of attention. A kernel for a new instruction set is one more table
+// with a few short functions; the model code above knows only the table.
+//
+// Exact mode fixes the order of every sum. A dot product of n values keeps 16 partial sums; value i goes to sum i % 16, in
+// order of i, as a rounded product then a rounded addition; then the 16 are folded 8 + 8, 4 + 4, 2 + 2, 1 + 1. Sixteen
+// because that is one AVX-512 register, two of AVX, four of SSE or NEON, or sixteen plain variables: each computes the same
+// bits.
+// ====================================================================================================================
+
+// A weight matrix in place, in its stored format:  y = x W^T + bias
+typedef struct avl__linear {
+    const void  *weight;       // [n_out] rows of n_in values
+    const float *bias;         // [n_out], or NULL
+    int          type;         // astrovl_type of the weight
+    int          n_in, n_out;
+    size_t       row_bytes;
+} avl__linear;
+
+typedef struct avl__kernels {
+    const char *name;
+    // sum over i of a[i] * b[i]
+    float (*dot)(const float *a, const float *b, int n);
+    // y[i] += a * x[i]
+    void (*axpy)(float *y, float a, const float *x, int n);
+    // Columns first..last-1 of y[n_rows][n_out] = x[n_rows][n_in] W^T + bias.  scratch: [n_in] floats of this thread's own
+    void (*linear)(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last, float *scratch);
+} avl__kernels;
+
+#define AVL__LANES 16
+
+static float avl__fold_lanes(float *lane) {
+    int half, i;
+    for (half = AVL__LANES / 2; half > 0; half /= 2)
+        for (i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+static float avl__dot_portable(const float *a, const float *b, int n) {
+    float lane[AVL__LANES] = {0};
+    int i, j;
+    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES)
+        for (j = 0; j < AVL__LANES; j++) lane[j] += a[i + j] * b[i + j];
+    for (j = 0; i + j < n; j++) lane[j] += a[i + j] * b[i + j];
+    return avl__fold_lanes(lane);
+}
+
+static void avl__axpy_portable(float *y, float a, const float *x, int n) {
+    int i;
+    for (i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+// Each weight row is expanded once and then meets every row of x while it is in the cache.
+static void avl__linear_portable(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last,
+                                 float *scratch) {
+    const uint8_t *rows = (const uint8_t *)w->weight;
+    int out, r;
+    for (out = first; out < last; out++) {
+        float bias = w->bias ? w->bias[out] : 0.0f;
+        avl__dequantize_row(w->type, rows + (size_t)out * w->row_bytes, scratch, w->n_in);
+        for (r = 0; r < n_rows; r++)
+            y[(size_t)r * w->n_out + out] = avl__dot_portable(x + (size_t)r * w->n_in, scratch, w->n_in) + bias;
+    }
+}
+
+static const avl__kernels avl__kernels_portable = {"portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable};
+
+// The table for a mode: exact always runs the portable one, fast the best that this processor has.
+static const avl__kernels *avl__choose_kernels(astrovl_mode mode) {
+    (void)mode;   // the instruction sets' tables come in between here
+    return &avl__kernels_portable;
+}
+
+
+// ====================================================================================================================
+// [5] Ops
+// The operations that both transformers are made of, on rows of float32: norms, softmax, activations, RoPE, products with
+// a weight matrix, attention. The public ones work on plain arrays for whoever wants to take a model apart; the ones that
+// are worth several threads take an avl__run, the circumstances under which a pass runs.
+// ====================================================================================================================
+
+// ---- how a pass is run ---------------------------------------------------------------------------------------------
+
+typedef struct avl__run {
+    const avl__kernels *kernels;
+    avl__pool          *pool;
+    astrovl_tap         tap;               // NULL: nobody watches
+    void               *tap_user;
+    astrovl_progress    progress;          // NULL: nobody waits
+    void               *progress_user;
+    float              *rows;              // activations of the pass under way
+    size_t              rows_capacity;
+    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row, or attention scores
+    size_t              thread_capacity;
+    size_t              thread_floats;
+} avl__run;
+
+// Makes room for a pass, before it starts, so that nothing inside it can fail: n_rows_floats to carve activations from, and
+// n_thread_floats for each thread. 0 when memory is out.
+static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_thread_floats) {
+    uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
+    if (n_rows_floats > SIZE_MAX / 8 || n_thread_floats > SIZE_MAX / 8 / n_threads) return 0;
+    if (!avl__grow(&run->rows, &run->rows_capacity, (size_t)n_rows_floats, sizeof(float))) return 0;
+    if (!avl__grow(&run->thread_memory, &run->thread_capacity, (size_t)(n_thread_floats * n_threads), sizeof(float))) return 0;
+    run->thread_floats = (size_t)n_thread_floats;
+    return 1;
+}
+
+static float *avl__thread_memory(const avl__run *run, int thread) {
+    return run->thread_memory + (size_t)thread * run->thread_floats;
+}
+
+// Takes n floats off a block that avl__run_reserve measured out.
+static float *avl__carve(float **block, uint64_t n) {
+    float *taken = *block;
+    *block += n;
+    return taken;
+}
+
+// Reports progress; non-zero when the caller wants to stop.
+static int avl__report(const avl__run *run, const char *stage, int done, int total) {
+    return run->progress ? run->progress(run->progress_user, stage, done, total) : 0;
+}
+
+// ---- the audit tap -------------------------------------------------------------------------------------------------
+
+// Shows data [d0][d1][d2] (sizes of 0 at the end are no dimensions) under the name prefix.layer.name, as transformers names
+// modules; empty parts are left out. Costs one comparison when nobody watches.
+static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data, int64_t d0,
+                      int64_t d1, int64_t d2) {
+    char full[160];
+    int64_t shape[3];
+    int n_dims = d2 > 0 ? 3 : d1 > 0 ? 2 : 1;
+    if (!run->tap) return;
+    shape[0] = d0;
+    shape[1] = d1;
+    shape[2] = d2;
+    if (layer < 0) avl__format(full, sizeof full, "%s%s%s", prefix, *prefix && *name ? "." : "", name);
+    else           avl__format(full, sizeof full, "%s.%d%s%s", prefix, layer, *name ? "." : "", name);
+    run->tap(run->tap_user, full, layer, shape, n_dims, data);
+}
+
+static void avl__tap(const avl__run *run, const char *prefix, int layer, const char *name, const float *data, int64_t n_rows,
+                     int64_t n_columns) {
+    avl__tap3(run, prefix, layer, name, data, n_rows, n_columns, 0);
+}
+
+// ---- norms ---------------------------------------------------------------------------------------------------------
+// Sums run in double, first value to last: more digits than a float32 sum of any order, at no cost that can be measured.
+
+// y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]
+ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps) {
+    double sum = 0.0, squares = 0.0;
+    float mean, scale;
+    int i;
+    for (i = 0; i < n_embd; i++) sum += x[i];
+    mean = (float)(sum / n_embd);
+    for (i = 0; i < n_embd; i++) {
+        double d = (double)x[i] - mean;
+        squares += d * d;
+    }
+    scale = (float)(1.0 / avl__sqrt(squares / n_embd + eps));
+    for (i = 0; i < n_embd; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
+// y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]
+ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps) {
+    double squares = 0.0;
+    float scale;
+    int i;
+    for (i = 0; i < n_embd; i++) squares += (double)x[i] * x[i];
+    scale = (float)(1.0 / avl__sqrt(squares / n_embd + eps));
+    for (i = 0; i < n_embd; i++) y[i] = x[i] * scale * weight[i];
+}
+
+// x, y: [n_rows][n_embd]
+static void avl__layer_norm_rows(float *y, const float *x, const float *weight, const float *bias, int n_rows, int n_embd,
+                                 float eps) {
+    int r;
+    for (r = 0; r < n_rows; r++)
+        astrovl_layer_norm(y + (size_t)r * n_embd, x + (size_t)r * n_embd, weight, bias, n_embd, eps);
+}
+
+static void avl__rms_norm_rows(float *y, const float *x, const float *weight, int n_rows, int n_embd, float eps) {
+    int r;
+    for (r = 0; r < n_rows; r++) astrovl_rms_norm(y + (size_t)r * n_embd, x + (size_t)r * n_embd, weight, n_embd, eps);
+}
+
+// ---- softmax and activations ---------------------------------------------------------------------------------------
+
+// x[i] = exp(x[i] - max x) / sum of the same. Subtracting the maximum changes nothing but keeps exp in range.
+ASTROVL_API void astrovl_softmax(float *x, int n) {
+    double sum = 0.0;
+    float max, scale;
+    int i;
+    if (n <= 0) return;
+    max = x[0];
+    for (i = 1; i < n; i++) if (x[i] > max) max = x[i];
+    for (i = 0; i < n; i++) {
+        x[i] = astrovl_expf(x[i] - max);
+        sum += x[i];
+    }
+    scale = (float)(1.0 / sum);
+    for (i = 0; i < n; i++) x[i] *= scale;
+}
+
+// x Phi(x), Phi the normal distribution's integral: x (1 + erf(x / sqrt 2)) / 2
+ASTROVL_API void astrovl_gelu(float *x, int64_t n) {
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + astrovl_erff(x[i] * 0.70710678118654752f));
+}
+
+// x sigmoid(1.702 x): OpenAI's CLIP was trained with this approximation, so it is what its weights mean
+ASTROVL_API void astrovl_quick_gelu(float *x, int64_t n) {
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-1.702f * x[i]));
+}
+
+// x sigmoid(x)
+ASTROVL_API void astrovl_silu(float *x, int64_t n) {
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-x[i]));
+}
+
+// An elementwise activation over many values, in threads.
+typedef struct avl__activation_job {
+    float  *x;
+    int64_t n;
+    void  (*activation)(float *x, int64_t n);
+} avl__activation_job;
+
+enum { AVL__ACTIVATION_CHUNK = 8192 };
+
+static void avl__activation_item(void *context, int item, int thread) {
+    avl__activation_job *job = (avl__activation_job *)context;
+    int64_t first = (int64_t)item * AVL__ACTIVATION_CHUNK, n = job->n - first;
+    (void)thread;
+    job->activation(job->x + first, n < (int64_t)AVL__ACTIVATION_CHUNK ? n : (int64_t)AVL__ACTIVATION_CHUNK);
+}
+
+static void avl__activate(avl__run *run, float *x, int64_t n, void (*activation)(float *x, int64_t n)) {
+    avl__activation_job job;
+    job.x = x;
+    job.n = n;
+    job.activation = activation;
+    avl__pool_run(run->pool, avl__activation_item, &job, (int)((n + AVL__ACTIVATION_CHUNK - 1) / AVL__ACTIVATION_CHUNK));
+}
+
+static void avl__add(float *y, const float *x, int64_t n) {
+    int64_t i;
+    for (i = 0; i < n; i++) y[i] += x[i];
+}
+
+// ---- RoPE ----------------------------------------------------------------------------------------------------------
+// Position m turns the pair (x[2i], x[2i+1]) of every head by the angle m * inv_freq[i]: the dot product of a query at m and
+// a key at n then depends on m - n only (Su et al. 2021, equation 34). llama.cpp's converter stores the rows of q and k so
+// that the pairs are neighbours; transformers pairs i with i + head_dim / 2.
+
+// inv_freq[i] = theta^(-2i / head_dim) / factor[i], rounded to float32 as transformers does; factors (rope_freqs.weight of
+// LLaMA-3, [head_dim / 2]) may be NULL; linear_scale divides positions (rope.scaling.type = linear), 1 for none
+static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, const float *factors, float linear_scale) {
+    int i;
+    for (i = 0; i < head_dim / 2; i++) {
+        float f = (float)(1.0 / avl__pow(theta, 2.0 * i / head_dim));
+        if (factors) f /= factors[i];
+        inv_freq[i] = f / linear_scale;
+    }
+}
+
+ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq) {
+    int i;
+    for (i = 0; i < head_dim / 2; i++) {
+        float angle = (float)position * inv_freq[i], c = astrovl_cosf(angle), s = astrovl_sinf(angle);
+        float x0 = x[2 * i], x1 = x[2 * i + 1];
+        x[2 * i]     = x0 * c - x1 * s;
+        x[2 * i + 1] = x0 * s + x1 * c;
+    }
+}
+
+// The first rope_dim values of every head of x [n_rows][n_head][head_dim], row r standing at position + r.
+static void avl__rope_rows(float *x, int n_rows, int n_head, int head_dim, int rope_dim, int position, const float *inv_freq,
+                           float *cos_sin) {
+    int r, h, i;
+    for (r = 0; r < n_rows; r++) {
+        for (i = 0; i < rope_dim / 2; i++) {   // one row's angles serve all its heads
+            float angle = (float)(position + r) * inv_freq[i];
+            cos_sin[2 * i]     = astrovl_cosf(angle);
+            cos_sin[2 * i + 1] = astrovl_sinf(angle);
+        }
+        for (h = 0; h < n_head; h++) {
+            float *head = x + ((size_t)r * n_head + h) * head_dim;
+            for (i = 0; i < rope_dim / 2; i++) {
+                float x0 = head[2 * i], x1 = head[2 * i + 1], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+                head[2 * i]     = x0 * c - x1 * s;
+                head[2 * i + 1] = x0 * s + x1 * c;
+            }
+        }
+    }
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+typedef struct avl__linear_job {
+    const avl__run    *run;
+    const avl__linear *w;
+    float             *y;
+    const float       *x;
+    int                n_rows;
+} avl__linear_job;
+
+enum { AVL__LINEAR_CHUNK = 32 };   // columns of y that a thread takes at a time
+
+static void avl__linear_item(void *context, int item, int thread) {
+    avl__linear_job *job = (avl__linear_job *)context;
+    int first = item * AVL__LINEAR_CHUNK, last = first + AVL__LINEAR_CHUNK;
+    if (last > job->w->n_out) last = job->w->n_out;
+    job->run->kernels->linear(job->y, job->x, job->w, job->n_rows, first, last, avl__thread_memory(job->run, thread));
+}
+
+// y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
+static void avl__apply(avl__run *run, float *y, const float *x, const avl__linear *w, int n_rows) {
+    avl__linear_job job;
+    job.run = run;
+    job.w = w;
+    job.y = y;
+    job.x = x;
+    job.n_rows = n_rows;
+    avl__pool_run(run->pool, avl__linear_item, &job, (w->n_out + AVL__LINEAR_CHUNK - 1) / AVL__LINEAR_CHUNK);
+}
+
+ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in, int n_out) {
+    int r, o;
+    for (r = 0; r < n_rows; r++)
+        for (o = 0; o < n_out; o++)
+            y[(size_t)r * n_out + o] = avl__dot_portable(x + (size_t)r * n_in, w + (size_t)o * n_in, n_in) + (bias ? bias[o] : 0.0f);
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+// out = softmax(q k^T / sqrt(head_dim)) v for every head (Vaswani et al. 2017, equation 1). With fewer key than query heads,
+// n_head / n_head_kv neighbouring query heads share one (Ainslie et al. 2023). A causal row sees the keys up to its own place.
+typedef struct avl__attention {
+    const float *q;               // [n_rows][n_head][head_dim]
+    const float *k, *v;           // [n_past + n_rows][n_head_kv][head_dim]
+    float       *out;             // [n_rows][n_head][head_dim]
+    float       *weights;         // [n_head][n_rows][n_past + n_rows] for the tap, or NULL
+    int          n_rows, n_past, n_head, n_head_kv, head_dim, causal;
+    const avl__run *run;
+} avl__attention;
+
+enum { AVL__ATTENTION_ROWS = 16 };   // query rows that a thread takes at a time
+
+// One query row of one head.  scores: [n_past + n_rows]
+static void avl__attend(const avl__attention *a, int head, int row, float *scores) {
+    const avl__kernels *kernels = a->run->kernels;
+    int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows, j;
+    size_t kv_stride = (size_t)a->n_head_kv * a->head_dim, kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim;
+    size_t at = ((size_t)row * a->n_head + head) * a->head_dim;
+    float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
+    for (j = 0; j < n_keys; j++) scores[j] = kernels->dot(a->q + at, a->k + (size_t)j * kv_stride + kv_head, a->head_dim) * scale;
+    astrovl_softmax(scores, n_keys);
+    memset(a->out + at, 0, (size_t)a->head_dim * sizeof(float));
+    for (j = 0; j < n_keys; j++) kernels->axpy(a->out + at, scores[j], a->v + (size_t)j * kv_stride + kv_head, a->head_dim);
+    if (a->weights) {
+        size_t n_all = (size_t)a->n_past + a->n_rows;
+        float *weights = a->weights + ((size_t)head * a->n_rows + row) * n_all;
+        memset(weights, 0, n_all * sizeof(float));
+        memcpy(weights, scores, (size_t)n_keys * sizeof(float));
+    }
+}
+
+static void avl__attention_item(void *context, int item, int thread) {
+    const avl__attention *a = (const avl__attention *)context;
+    int head = item % a->n_head, first = item / a->n_head * AVL__ATTENTION_ROWS, row;
+    for (row = first; row < first + AVL__ATTENTION_ROWS && row < a->n_rows; row++)
+        avl__attend(a, head, row, avl__thread_memory(a->run, thread));
+}
+
+static void avl__attention_run(avl__attention *a) {
+    int n_blocks = (a->n_rows + AVL__ATTENTION_ROWS - 1) / AVL__ATTENTION_ROWS;
+    avl__pool_run(a->run->pool, avl__attention_item, a, n_blocks * a->n_head);
+}
+
+// Floats that the tap's copy of the attention weights takes: none when nobody watches.
+static uint64_t avl__attention_weights_floats(const avl__run *run, int n_head, int n_rows, int n_keys) {
+    return run->tap ? (uint64_t)n_head * n_rows * n_keys : 0;
+}
+
+// ====================================================================================================================
+// [6] GGUF
+// The file format of models (ggml-org/ggml, docs/gguf.md), versions 2 and 3, in either byte order:
+//
+//     "GGUF"   u32 version   u64 n_tensors   u64 n_kv
+//     n_kv times        string key, u32 value type, value                        metadata
+//     n_tensors times   string name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset
+//     zeros up to a multiple of general.alignment (32); tensor data, each at its offset from here
+//
+// A string is u64 length and bytes; an array is u32 item type, u64 count and the items. A file comes from anywhere, so
+// each number is checked against the bytes that remain before it is used to read, multiply or allocate; the memory
+// taken is bounded by a small multiple of the file's size. Later sections rely on what is checked here: names are
+// without zero bytes, tensors lie within the file and apart from each other, their rows are whole blocks.
+// A big-endian file's tensors are copied once and brought to little-endian; all others are used where they lie, at any
+// address: `data` promises no alignment.
+// ====================================================================================================================
+
+#define AVL__GGUF_MAX_KEY       65535      // the specification's limit
+#define AVL__GGUF_MAX_NAME      1024       // of a tensor; the specification's is 64
+#define AVL__GGUF_MAX_ALIGNMENT (1 << 20)
+
+// Names that can be found: name[i] are zero-terminated copies, order sorts them (strcmp).
+typedef struct avl__names {
+    char **name;
+    int   *order;
+    int    count;
+} avl__names;
+
+typedef struct avl__gguf_entry {
+    astrovl_kv      kv;
+    const uint8_t  *values;       // the first element, in the file's byte order
+    const uint8_t **strings;      // an array's strings, [count]: where each one's length stands; otherwise NULL
+} avl__gguf_entry;
+
+struct astrovl_gguf {
+    avl__file        file;
+    int              owns_file;   // 0: the caller's memory block
+    char            *name;
+    int              version, big_endian;
+    avl__names       keys, tensor_names;
+    avl__gguf_entry *entries;     // [keys.count]
+    astrovl_tensor  *tensors;     // [tensor_names.count]
+    uint8_t         *converted;   // a big-endian file's tensor data as little-endian; otherwise NULL
+};
+
+// ---- sorting and finding -------------------------------------------------------------------------------------------
+// Heapsort and binary search: no input makes them slow, which a hash table cannot say of names that an attacker chose.
+
+typedef int (*avl__order)(const void *context, int a, int b);   // < 0: item a comes first; > 0: item b
+
+// Sorts order[n], item numbers, ascending.
+static void avl__sort(int *order, int n, avl__order compare, const void *context) {
+    int64_t start = n / 2, end = n;
+    while (end > 1) {
+        int64_t parent, child;
+        int item;
+        if (start > 0) item = order[--start];                   // first a heap is built, largest on top,
+        else item = order[--end], order[end] = order[0];        // then the top is taken off, again and again
+        for (parent = start; (child = 2 * parent + 1) < end; parent = child) {
+            if (child + 1 < end && compare(context, order[child], order[child + 1]) < 0) child++;
+            if (compare(context, item, order[child]) >= 0) break;
+            order[parent] = order[child];
+        }
+        order[parent] = item;
+    }
+}
+
+static int avl__names_order(const void *context, int a, int b) {
+    const avl__names *names = (const avl__names *)context;
+    return strcmp(names->name[a], names->name[b]);
+}
+
+static int avl__names_find(const avl__names *names, const char *name) {   // -1: absent
+    int low = 0, high = names->count;
+    if (!name) return -1;
+    while (low < high) {
+        int middle = low + (high - low) / 2, item = names->order[middle], side = strcmp(name, names->name[item]);
+        if (side == 0) return item;
+        if (side < 0) high = middle; else low = middle + 1;
+    }
+    return -1;
+}
+
+// ---- reading with every step checked -------------------------------------------------------------------------------
+
+// Where reading stands, and what is being read, for messages. The functions below return 0 after filling err.
+typedef struct avl__gguf_reader {
+    astrovl_gguf  *f;
+    uint64_t       at;            // the next byte
+    uint64_t       field;         // where the field in question begins
+    const char    *kind;          // "header", "key" or "tensor"
+    astrovl_string name;          // the key's or tensor's; empty while that is being read
+    astrovl_error *err;
+} avl__gguf_reader;
+
+// At most n bytes of a text's start (n > 0) or end (n < 0), cut between UTF-8 characters.
+static astrovl_string avl__excerpt(const char *text, size_t size, int n) {
+    astrovl_string s;
+    size_t cut = size > (size_t)(n < 0 ? -n : n) ? size - (size_t)(n < 0 ? -n : n) : 0;   // bytes to leave out
+    s.data = text;
+    s.size = size - cut;
+    if (cut == 0) return s;
+    if (n < 0) {
+        for (s.data += cut; s.size > 0 && ((unsigned char)*s.data & 0xC0) == 0x80; s.data++) s.size--;
+    } else
+        while (s.size > 0 && ((unsigned char)text[s.size] & 0xC0) == 0x80) s.size--;
+    return s;
+}
+
+// "model.gguf: key 'llama.block_count' at byte 1234: <reason>"
+static int avl__gguf_fail(const avl__gguf_reader *r, astrovl_status status, const char *format, ...) {
+    const char *path = r->f->name, *quote = r->name.size ? "'" : "", *space = r->name.size ? " " : "";
+    astrovl_string file = avl__excerpt(path, strlen(path), -128), name = avl__excerpt(r->name.data, r->name.size, 96);
+    char reason[200];
+    va_list args;
+    va_start(args, format);
+    avl__format_v(reason, sizeof reason, format, args);
+    va_end(args);
+    avl__fail(r->err, status, "%S: %s%s%s%S%s at byte %l: %s", file, r->kind, space, quote, name, quote,
+              (int64_t)r->field, reason);
+    return 0;
+}
+
+static uint64_t avl__gguf_rest(const avl__gguf_reader *r) { return r->f->file.size - r->at; }
+
+// Are n more bytes there?
+static int avl__gguf_need(const avl__gguf_reader *r, uint64_t n) {
+    if (n <= avl__gguf_rest(r)) return 1;
+    return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the file ends here, after %l bytes (an incomplete download?)",
+                          (int64_t)r->f->file.size);
+}
+
+// An unsigned number of n bytes (1, 2, 4, 8) in the file's byte order.
+static uint64_t avl__gguf_load(const astrovl_gguf *f, const uint8_t *p, int n) {
+    uint64_t value = 0;
+    int i;
+    for (i = 0; i < n; i++) value = value << 8 | p[f->big_endian ? i : n - 1 - i];
+    return value;
+}
+
+static int avl__gguf_read(avl__gguf_reader *r, int n, uint64_t *value) {
+    r->field = r->at;
+    if (!avl__gguf_need(r, (uint64_t)n)) return 0;
+    *value = avl__gguf_load(r->f, r->f->file.data + r->at, n);
+    r->at += (uint64_t)n;
+    return 1;
+}
+
+static int avl__gguf_read_string(avl__gguf_reader *r, astrovl_string *s) {
+    uint64_t size;
+    if (!avl__gguf_read(r, 8, &size)) return 0;
+    if (size > avl__gguf_rest(r))
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a text reaches past the file's end, at %l bytes (an incomplete "
+                              "download?)", (int64_t)r->f->file.size);
+    s->data = (const char *)r->f->file.data + r->at;
+    s->size = (size_t)size;
+    r->at += size;
+    return 1;
+}
+
+// A key or tensor name: 1 to `limit` bytes, none of them zero. *copy is zero-terminated.
+static int avl__gguf_read_name(avl__gguf_reader *r, const char *kind, size_t limit, char **copy) {
+    astrovl_string s;
+    r->kind = kind;
+    r->name.size = 0;
+    if (!avl__gguf_read_string(r, &s)) return 0;
+    if (s.size == 0) return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name is empty");
+    if (s.size > limit)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %l bytes; %d are allowed", (int64_t)s.size,
+                              (int)limit);
+    r->name = s;
+    if (memchr(s.data, 0, s.size)) return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
+    *copy = avl__copy_text(s.data, s.size);
+    return *copy ? 1 : avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+}
+
+// ---- metadata ------------------------------------------------------------------------------------------------------
+
+static int avl__value_bytes(uint64_t type) {   // 0: of no fixed size; -1: no such type
+    static const signed char bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};   // by astrovl_value_type
+    return type < sizeof bytes ? bytes[type] : -1;
+}
+
+// A value type's number, which must be one of the specification's.
+static int avl__gguf_read_type(avl__gguf_reader *r, astrovl_value_type *type) {
+    uint64_t number;
+    if (!avl__gguf_read(r, 4, &number)) return 0;
+    if (avl__value_bytes(number) < 0)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "there is no value type %l", (int64_t)number);
+    *type = (astrovl_value_type)number;
+    return 1;
+}
+
+// The strings of an array; their places are kept, so that each can be found at once.
+static int avl__gguf_read_strings(avl__gguf_reader *r, avl__gguf_entry *e) {
+    uint64_t i;
+    astrovl_string s;
+    e->strings = (const uint8_t **)avl__alloc_raw(e->kv.count, sizeof *e->strings);
+    if (!e->strings) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory for %l texts", (int64_t)e->kv.count);
+    for (i = 0; i < e->kv.count; i++) {
+        e->strings[i] = r->f->file.data + r->at;
+        if (!avl__gguf_read_string(r, &s)) return 0;
+    }
+    return 1;
+}
+
+static int avl__gguf_read_entry(avl__gguf_reader *r, avl__gguf_entry *e, char **key) {
+    uint64_t i, bytes;
+    astrovl_string s;
+    if (!avl__gguf_read_name(r, "key", AVL__GGUF_MAX_KEY, key)) return 0;
+    e->kv.key = *key;
+    if (!avl__gguf_read_type(r, &e->kv.type)) return 0;
+    e->kv.item_type = e->kv.type;
+    e->kv.count = 1;
+    if (e->kv.type == ASTROVL_VALUE_ARRAY) {
+        if (!avl__gguf_read_type(r, &e->kv.item_type)) return 0;
+        if (e->kv.item_type == ASTROVL_VALUE_ARRAY)
+            return avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "arrays of arrays are not supported");
+        if (!avl__gguf_read(r, 8, &e->kv.count)) return 0;
+    }
+    e->values = r->f->file.data + r->at;
+    if (e->kv.type == ASTROVL_VALUE_STRING) return avl__gguf_read_string(r, &s);
+    bytes = e->kv.item_type == ASTROVL_VALUE_STRING ? 8 : (uint64_t)avl__value_bytes(e->kv.item_type);
+    if (e->kv.type != ASTROVL_VALUE_ARRAY) {
+        r->field = r->at;
+        if (!avl__gguf_need(r, bytes)) return 0;
+    } else if (e->kv.count > avl__gguf_rest(r) / bytes)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "%l values of at least %d bytes reach past the file's end, at "
+                              "%l bytes", (int64_t)e->kv.count, (int)bytes, (int64_t)r->f->file.size);
+    if (e->kv.item_type == ASTROVL_VALUE_STRING) return avl__gguf_read_strings(r, e);
+    for (i = 0; e->kv.item_type == ASTROVL_VALUE_BOOL && i < e->kv.count; i++)
+        if (r->field = r->at + i, e->values[i] > 1)
+            return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a truth value is %d, neither 0 nor 1", e->values[i]);
+    r->at += e->kv.count * bytes;
+    return 1;
+}
+
+// Element i of entry `index`, and its type; NULL where there is none.
+static const uint8_t *avl__gguf_element(const astrovl_gguf *f, int index, uint64_t i, astrovl_value_type *type) {
+    const avl__gguf_entry *e;
+    if (index < 0 || index >= f->keys.count || i >= f->entries[index].kv.count) return NULL;
+    e = &f->entries[index];
+    *type = e->kv.item_type;
+    return e->strings ? e->strings[i] : e->values + i * (uint64_t)avl__value_bytes(*type);
+}
+
+static int64_t avl__double_to_int(double x) {   // towards zero; what does not fit becomes the nearest that does
+    if (x != x) return 0;
+    return x >= 9223372036854775808.0 ? INT64_MAX : x < -9223372036854775808.0 ? INT64_MIN : (int64_t)x;
+}
+
+ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i) {
+    astrovl_value_type type;
+    const uint8_t *p = avl__gguf_element(file, index, i, &type);
+    uint64_t value = p ? avl__gguf_load(file, p, avl__value_bytes(type)) : 0;   // 0 for a string: no bytes are read
+    if (!p) return 0;
+    switch (type) {
+    case ASTROVL_VALUE_I8:  return (int8_t)value;
+    case ASTROVL_VALUE_I16: return (int16_t)value;
+    case ASTROVL_VALUE_I32: return (int32_t)value;
+    case ASTROVL_VALUE_I64: return (int64_t)value;
+    case ASTROVL_VALUE_F32: return avl__double_to_int((double)avl__float_from_bits((uint32_t)value));
+    case ASTROVL_VALUE_F64: return avl__double_to_int(avl__double_from_bits(value));
+    default: return value > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)value;
+    }
+}
+
+ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i) {
+    astrovl_value_type type;
+    const uint8_t *p = avl__gguf_element(file, index, i, &type);
+    if (p && type == ASTROVL_VALUE_F32) return (double)avl__float_from_bits((uint32_t)avl__gguf_load(file, p, 4));
+    if (p && type == ASTROVL_VALUE_F64) return avl__double_from_bits(avl__gguf_load(file, p, 8));
+    if (p && type == ASTROVL_VALUE_U64) return (double)avl__gguf_load(file, p, 8);
+    return (double)astrovl_gguf_int(file, index, i);
+}
+
+ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i) {
+    astrovl_string s = {"", 0};
+    astrovl_value_type type;
+    const uint8_t *p = avl__gguf_element(file, index, i, &type);
+    if (p && type == ASTROVL_VALUE_STRING) {
+        s.data = (const char *)p + 8;
+        s.size = (size_t)avl__gguf_load(file, p, 8);
+    }
+    return s;
+}
+
+// ---- tensors -------------------------------------------------------------------------------------------------------
+
+// Rows of whole blocks, and a size that the file can hold; with that, no later product of dimensions overflows.
+static int avl__gguf_size_tensor(const avl__gguf_reader *r, astrovl_tensor *t) {
+    const avl__type_info *info = avl__find_type(t->type);
+    uint64_t limit = r->f->file.size, bytes = (uint64_t)info->block_bytes;
+    uint64_t counts[4];
+    int i;
+    if (t->ne[0] % info->block_values != 0)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "rows of %l values cannot be of type %s, which has blocks of %d",
+                              t->ne[0], info->name, info->block_values);
+    counts[0] = (uint64_t)(t->ne[0] / info->block_values);
+    for (i = 1; i < 4; i++) counts[i] = (uint64_t)t->ne[i];
+    for (i = 0; i < 4; i++) {
+        if (counts[i] > limit / bytes)
+            return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %l x %l x %l x %l in %s needs more than the "
+                                  "file's %l bytes", t->ne[0], t->ne[1], t->ne[2], t->ne[3], info->name,
+                                  (int64_t)limit);
+        bytes *= counts[i];
+    }
+    t->n_bytes = bytes;
+    return 1;
+}
+
+static int avl__gguf_read_tensor(avl__gguf_reader *r, astrovl_tensor *t, char **name) {
+    uint64_t n_dims, value;
+    int i;
+    if (!avl__gguf_read_name(r, "tensor", AVL__GGUF_MAX_NAME, name)) return 0;
+    t->name = *name;
+    if (!avl__gguf_read(r, 4, &n_dims)) return 0;
+    if (n_dims > 4)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it has %l dimensions; 4 are allowed", (int64_t)n_dims);
+    t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
+    for (i = 0; i < 4; i++) {
+        value = 1;
+        if (i < (int)n_dims && !avl__gguf_read(r, 8, &value)) return 0;
+        if (value == 0 || value > (uint64_t)INT64_MAX)
+            return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is %s", i, value ? "too large" : "0");
+        t->ne[i] = (int64_t)value;
+    }
+    if (!avl__gguf_read(r, 4, &value)) return 0;
+    if (value > INT_MAX || !avl__find_type((int)value))
+        return avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %l, which is not supported: convert it "
+                              "to F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", (int64_t)value);
+    t->type = (astrovl_type)value;
+    return avl__gguf_size_tensor(r, t) && avl__gguf_read(r, 8, &t->offset);
+}
+
+// Turns offsets from the data section's start into the file's, once they are known to lie within it.
+static int avl__gguf_place_tensor(avl__gguf_reader *r, astrovl_tensor *t, uint64_t start, uint64_t alignment) {
+    uint64_t size = r->f->file.size;
+    r->name.data = t->name;
+    r->name.size = strlen(t->name);
+    if (t->offset % alignment != 0)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its data's offset %l is not a multiple of the alignment, %l",
+                              (int64_t)t->offset, (int64_t)alignment);
+    if (start > size || t->offset > size - start || t->n_bytes > size - start - t->offset)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its %l bytes of data at offset %l reach past the file's end, "
+                              "at %l bytes (an incomplete download?)", (int64_t)t->n_bytes, (int64_t)t->offset,
+                              (int64_t)size);
+    t->offset += start;
+    t->data = r->f->file.data + t->offset;
+    return 1;
+}
+
+static int avl__tensor_order(const void *context, int a, int b) {
+    const astrovl_tensor *tensors = (const astrovl_tensor *)context;
+    return tensors[a].offset < tensors[b].offset ? -1 : tensors[a].offset > tensors[b].offset;
+}
+
+// No byte may belong to two tensors. order: scratch, [n_tensors]
+static int avl__gguf_check_overlap(avl__gguf_reader *r, int *order) {
+    const astrovl_tensor *t = r->f->tensors;
+    int i, n = r->f->tensor_names.count;
+    avl__sort(order, n, avl__tensor_order, t);
+    for (i = 1; i < n; i++) {
+        const astrovl_tensor *a = &t[order[i - 1]], *b = &t[order[i]];
+        if (b->offset - a->offset >= a->n_bytes) continue;
+        r->field = b->offset;
+        r->name.data = b->name;
+        r->name.size = strlen(b->name);
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its data overlaps that of '%S'",
+                              avl__excerpt(a->name, strlen(a->name), 96));
+    }
+    return 1;
+}
+
+// Reverses the multi-byte fields of each block (see avl__types).
+static void avl__swap_blocks(const avl__type_info *info, uint8_t *b, uint64_t n_bytes) {
+    uint8_t *end = b + n_bytes, *p, t;
+    int i;
+    for (; b < end; b += info->block_bytes) {
+        for (i = 0, p = b + info->halves[0]; i < info->halves[1]; i++, p += 2) t = p[0], p[0] = p[1], p[1] = t;
+        for (i = 0, p = b + info->words[0]; i < info->words[1]; i++, p += 4) {
+            t = p[0], p[0] = p[3], p[3] = t;
+            t = p[1], p[1] = p[2], p[2] = t;
+        }
+    }
+}
+
+// A big-endian file: all tensors' data, in little-endian order, one after the other in new memory.
+static int avl__gguf_convert(avl__gguf_reader *r) {
+    astrovl_gguf *f = r->f;
+    uint64_t total = 0, at = 0;
+    int i;
+    for (i = 0; i < f->tensor_names.count; i++) total += (f->tensors[i].n_bytes + 63) / 64 * 64;
+    f->converted = (uint8_t *)avl__alloc_raw(total, 1);
+    if (!f->converted)
+        return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory for a copy of %l bytes", (int64_t)total);
+    for (i = 0; i < f->tensor_names.count; i++) {
+        astrovl_tensor *t = &f->tensors[i];
+        memcpy(f->converted + at, t->data, (size_t)t->n_bytes);
+        avl__swap_blocks(avl__find_type(t->type), f->converted + at, t->n_bytes);
+        t->data = f->converted + at;
+        at += (t->n_bytes + 63) / 64 * 64;
+    }
+    return 1;
+}
+
+// ---- the whole file ------------------------------------------------------------------------------------------------
+
+// Magic and version. The version's small number tells the byte order.
+static int avl__gguf_read_version(avl__gguf_reader *r) {
+    const uint8_t *data = r->f->file.data;
+    uint64_t version;
+    r->kind = "header";
+    if (r->f->file.size < 4 || memcmp(data, "GGUF", 4) != 0)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "this is not a GGUF file: it does not begin with \"GGUF\"");
+    r->at = 4;
+    if (!avl__gguf_need(r, 4)) return 0;
+    r->f->big_endian = avl__load_u16(data + 4) == 0;
+    if (!avl__gguf_read(r, 4, &version)) return 0;
+    if (version != 2 && version != 3)
+        return avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "GGUF version %l; 2 and 3 are supported%s",
+                              (int64_t)version, version == 1 ? " (convert the model again, with a new converter)" : "");
+    r->f->version = (int)version;
+    return 1;
+}
+
+// A count of things that take at least n bytes each.
+static int avl__gguf_read_count(avl__gguf_reader *r, const char *things, uint64_t n, int *count) {
+    uint64_t value;
+    if (!avl__gguf_read(r, 8, &value)) return 0;
+    if (value > avl__gguf_rest(r) / n || value > INT_MAX)
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it announces %l %s, too many for a file of %l bytes",
+                              (int64_t)value, things, (int64_t)r->f->file.size);
+    *count = (int)value;
+    return 1;
+}
+
+static int avl__names_alloc(const avl__gguf_reader *r, avl__names *names) {
+    int i;
+    names->name = (char **)avl__alloc((uint64_t)names->count, sizeof *names->name);
+    names->order = (int *)avl__alloc((uint64_t)names->count, sizeof *names->order);
+    if (!names->name || !names->order) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    for (i = 0; i < names->count; i++) names->order[i] = i;
+    return 1;
+}
+
+static void avl__names_free(avl__names *names) {
+    int i;
+    for (i = 0; names->name && i < names->count; i++) astrovl_free(names->name[i]);
+    astrovl_free(names->name);
+    astrovl_free(names->order);
+}
+
+// Sorts the names; the same one twice is an error.
+static int avl__names_sort(avl__gguf_reader *r, avl__names *names) {
+    int i;
+    avl__sort(names->order, names->count, avl__names_order, names);
+    for (i = 1; i < names->count; i++) {
+        const char *name = names->name[names->order[i]];
+        if (strcmp(name, names->name[names->order[i - 1]]) != 0) continue;
+        r->name.data = name;
+        r->name.size = strlen(name);
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the same name appears twice in the list that ends here");
+    }
+    return 1;
+}
+
+static int avl__gguf_read_metadata(avl__gguf_reader *r) {
+    astrovl_gguf *f = r->f;
+    int i;
+    if (!avl__names_alloc(r, &f->keys)) return 0;
+    f->entries = (avl__gguf_entry *)avl__alloc((uint64_t)f->keys.count, sizeof *f->entries);
+    if (!f->entries) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    for (i = 0; i < f->keys.count; i++)
+        if (!avl__gguf_read_entry(r, &f->entries[i], &f->keys.name[i])) return 0;
+    r->field = r->at;
+    return avl__names_sort(r, &f->keys);
+}
+
+static int avl__gguf_read_alignment(avl__gguf_reader *r, uint64_t *alignment) {
+    int index = avl__names_find(&r->f->keys, "general.alignment");
+    int64_t value = index < 0 ? 32 : astrovl_gguf_int(r->f, index, 0);
+    if (value < 1 || value > AVL__GGUF_MAX_ALIGNMENT || (value & (value - 1)) != 0) {
+        r->field = (uint64_t)(r->f->entries[index].values - r->f->file.data);
+        r->name.data = "general.alignment";
+        r->name.size = strlen(r->name.data);
+        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it is %l, not a power of two up to %d", value,
+                              AVL__GGUF_MAX_ALIGNMENT);
+    }
+    *alignment = (uint64_t)value;
+    return 1;
+}
+
+static int avl__gguf_read_tensors(avl__gguf_reader *r, uint64_t alignment) {
+    astrovl_gguf *f = r->f;
+    uint64_t start;
+    int i, good, *order;
+    if (!avl__names_alloc(r, &f->tensor_names)) return 0;
+    f->tensors = (astrovl_tensor *)avl__alloc((uint64_t)f->tensor_names.count, sizeof *f->tensors);
+    if (!f->tensors) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    for (i = 0; i < f->tensor_names.count; i++)
+        if (!avl__gguf_read_tensor(r, &f->tensors[i], &f->tensor_names.name[i])) return 0;
+    r->field = r->at;
+    if (!avl__names_sort(r, &f->tensor_names)) return 0;
+    start = (r->at + alignment - 1) / alignment * alignment;
+    for (i = 0; i < f->tensor_names.count; i++)
+        if (!avl__gguf_place_tensor(r, &f->tensors[i], start, alignment)) return 0;
+    order = (int *)avl__alloc_raw((uint64_t)f->tensor_names.count, sizeof *order);
+    if (!order) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    memcpy(order, f->tensor_names.order, (size_t)f->tensor_names.count * sizeof *order);
+    good = avl__gguf_check_overlap(r, order);
+    astrovl_free(order);
+    return good && (!f->big_endian || avl__gguf_convert(r));
+}
+
+static int avl__gguf_read_all(avl__gguf_reader *r) {
+    uint64_t alignment = 0;
+    return avl__gguf_read_version(r)
+        && avl__gguf_read_count(r, "tensors", 25, &r->f->tensor_names.count)   // 25, 14: the least that one takes
+        && avl__gguf_read_count(r, "metadata entries", 14, &r->f->keys.count)
+        && avl__gguf_read_metadata(r)
+        && avl__gguf_read_alignment(r, &alignment)
+        && avl__gguf_read_tensors(r, alignment);
+}
+
+// Takes the file over: it is closed on failure too.
+static astrovl_gguf *avl__gguf_new(avl__file *file, int owns_file, const char *name, astrovl_error *err) {
+    astrovl_gguf *f = (astrovl_gguf *)avl__alloc(1, sizeof *f);
+    avl__gguf_reader r;
+    memset(&r, 0, sizeof r);
+    if (f) f->name = avl__copy_text(name, strlen(name));
+    if (!f || !f->name) {
+        if (owns_file) avl__file_close(file);
+        astrovl_free(f);
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
+        return NULL;
+    }
+    f->file = *file;
+    f->owns_file = owns_file;
+    r.f = f;
+    r.err = err;
+    r.name.data = "";
+    if (avl__gguf_read_all(&r)) return f;
+    astrovl_gguf_close(f);
+    return NULL;
+}
+
+ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err) {
+    avl__file file;
+    if (avl__file_open(path, no_mmap, &file, err) != ASTROVL_OK) return NULL;
+    return avl__gguf_new(&file, 1, path, err);
+}
+
+ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name,
+                                                   astrovl_error *err) {
+    avl__file file;
+    memset(&file, 0, sizeof file);
+    file.data = (const uint8_t *)data;
+    file.size = size;
+    if (data) return avl__gguf_new(&file, 0, name ? name : "(memory)", err);
+    avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no memory block was given", name ? name : "(memory)");
+    return NULL;
+}
+
+ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file) {
+    int i;
+    if (!file) return;
+    for (i = 0; file->entries && i < file->keys.count; i++) astrovl_free((void *)file->entries[i].strings);
+    avl__names_free(&file->keys);
+    avl__names_free(&file->tensor_names);
+    astrovl_free(file->entries);
+    astrovl_free(file->tensors);
+    astrovl_free(file->converted);
+    if (file->owns_file) avl__file_close(&file->file);
+    astrovl_free(file->name);
+    astrovl_free(file);
+}
+
+ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file) { return file->name; }
+ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file) { return file->version; }
+ASTROVL_API int astrovl_gguf_big_endian(const astrovl_gguf *file) { return file->big_endian; }
+ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file) { return file->file.size; }
+ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file) { return file->tensor_names.count; }
+ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file) { return file->keys.count; }
+ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index) {
+    return index >= 0 && index < file->tensor_names.count ? &file->tensors[index] : NULL;
+}
+ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *file, const char *name) {
+    return astrovl_gguf_tensor(file, avl__names_find(&file->tensor_names, name));
+}
+ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index) {
+    return index >= 0 && index < file->keys.count ? &file->entries[index].kv : NULL;
+}
+ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key) {
+    return avl__names_find(&file->keys, key);
+}
+
+
+// ---- weights across files ------------------------------------------------------------------------------------------
+// A model may lie in one file or in several; a tensor or key is looked for in each, in the order they were given. Matrices
+// are used where they lie; vectors and position tables are expanded to float32 once and owned here.
+
+typedef struct avl__weights {
+    astrovl_gguf **files;          // [n_files], owned
+    int            n_files;
+    float        **vectors;        // [n_vectors], owned
+    size_t         n_vectors, vectors_capacity;
+} avl__weights;
+
+static void avl__weights_free(avl__weights *w) {
+    size_t i;
+    int f;
+    for (i = 0; i < w->n_vectors; i++) astrovl_free(w->vectors[i]);
+    astrovl_free(w->vectors);
+    for (f = 0; f < w->n_files; f++) astrovl_gguf_close(w->files[f]);
+    astrovl_free(w->files);
+    memset(w, 0, sizeof *w);
+}
+
+static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char *name, const astrovl_gguf **file) {
+    int f;
+    for (f = 0; f < w->n_files; f++) {
+        const astrovl_tensor *t = astrovl_gguf_find_tensor(w->files[f], name);
+        if (t) {
+            if (file) *file = w->files[f];
+            return t;
+        }
+    }
+    return NULL;
+}
+
+// The file that has a key, with its index there; NULL when none has.
+static const astrovl_gguf *avl__find_key(const avl__weights *w, const char *key, int *index) {
+    int f;
+    for (f = 0; f < w->n_files; f++)
+        if ((*index = astrovl_gguf_find_kv(w->files[f], key)) >= 0) return w->files[f];
+    return NULL;
+}
+
+static astrovl_string avl__key_string(const avl__weights *w, const char *key) {
+    astrovl_string none = {"", 0};
+    int index;
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
+    return file && astrovl_gguf_kv(file, index)->type == ASTROVL_VALUE_STRING ? astrovl_gguf_string(file, index, 0) : none;
+}
+
+static double avl__key_float(const avl__weights *w, const char *key, double fallback) {
+    int index;
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
+    return file ? astrovl_gguf_float(file, index, 0) : fallback;
+}
+
+// An integer that must lie in min..max; fallback (if >= 0) stands in for an absent key.
+static astrovl_status avl__key_int(const avl__weights *w, const char *key, int64_t min, int64_t max, int64_t fallback, int *value,
+                                   astrovl_error *err) {
+    int index;
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
+    int64_t v = file ? astrovl_gguf_int(file, index, 0) : fallback;
+    if (!file && fallback < 0)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
+                         astrovl_gguf_name(w->files[0]), key);
+    if (v < min || v > max)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s is %l; it must lie between %l and %l",
+                         astrovl_gguf_name(file ? file : w->files[0]), key, v, min, max);
+    *value = (int)v;
+    return ASTROVL_OK;
+}
+
+// Writes "[4096, 32]", a tensor's shape slowest first, into text.
+static void avl__describe_shape(const astrovl_tensor *t, char *text, size_t capacity) {
+    char part[32];
+    size_t at = 0;
+    int d;
+    text[0] = 0;
+    for (d = t->n_dims - 1; d >= 0; d--) {
+        avl__format(part, sizeof part, "%s%l%s", d == t->n_dims - 1 ? "[" : ", ", t->ne[d], d == 0 ? "]" : "");
+        avl__message_put(text, capacity, &at, part, strlen(part));
+    }
+}
+
+static astrovl_status avl__missing_tensor(const avl__weights *w, const char *name, astrovl_error *err) {
+    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the tensor %s is missing; is the file that holds it among those given?",
+                     astrovl_gguf_name(w->files[0]), name);
+}
+
+// Expands a tensor of `count` values to float32.
+static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_t count, const float **out, astrovl_error *err) {
+    const astrovl_gguf *file = NULL;
+    const astrovl_tensor *t = avl__find_tensor(w, name, &file);
+    int64_t total = 1;
+    float *values;
+    int d;
+    if (!t) return avl__missing_tensor(w, name, err);
+    for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
+    if (total != count) {
+        char shape[96];
+        avl__describe_shape(t, shape, sizeof shape);
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %l values",
+                         astrovl_gguf_name(file), name, shape, count);
+    }
+    values = avl__alloc_floats((uint64_t)count);
+    if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
+        astrovl_free(values);
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory for tensor %s", astrovl_gguf_name(file), name);
+    }
+    w->vectors[w->n_vectors++] = values;
+    avl__dequantize_row(t->type, t->data, values, count);
+    *out = values;
+    return ASTROVL_OK;
+}
+
+// The same for a tensor that may be absent: *out is then NULL.
+static astrovl_status avl__load_optional_vector(avl__weights *w, const char *name, int64_t count, const float **out,
+                                                astrovl_error *err) {
+    *out = NULL;
+    return avl__find_tensor(w, name, NULL) ? avl__load_vector(w, name, count, out, err) : ASTROVL_OK;
+}
+
+// Points `linear` at PREFIX.weight [n_out][n_in] (further dimensions folded into n_in) and expands PREFIX.bias, if there is one.
+static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int n_in, int n_out, avl__linear *linear,
+                                       astrovl_error *err) {
+    char name[128], shape[96];
+    const astrovl_gguf *file = NULL;
+    const astrovl_tensor *t;
+    int64_t row = 1;
+    int d;
+    avl__format(name, sizeof name, "%s.weight", prefix);
+    t = avl__find_tensor(w, name, &file);
+    if (!t) return avl__missing_tensor(w, name, err);
+    for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
+    if (t->n_dims < 2 || row != n_in || t->ne[t->n_dims - 1] != n_out) {
+        avl__describe_shape(t, shape, sizeof shape);
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for [%d, %d]", astrovl_gguf_name(file),
+                         name, shape, n_out, n_in);
+    }
+    linear->weight = t->data;
+    linear->type = t->type;
+    linear->n_in = n_in;
+    linear->n_out = n_out;
+    linear->row_bytes = (size_t)(t->n_bytes / (uint64_t)n_out);   // whole blocks: every row of ne[0] is
+    avl__format(name, sizeof name, "%s.bias", prefix);
+    return avl__load_optional_vector(w, name, n_out, &linear->bias, err);
+}
+
+// ====================================================================================================================
+// [7] Text
+// Text to token ids and back, by the vocabulary and the rules that a GGUF file carries in its tokenizer.ggml.* keys.
+//   llama  SentencePiece's BPE (Kudo & Richardson 2018): of all adjacent pairs that form a piece of the vocabulary, the
+//          one with the best score is merged, again and again. A space is U+2581; what no piece spells goes as bytes.
+//   gpt2   byte-level BPE (Radford et al. 2019): a regular expression cuts the text into words; in each, the pair that
+//          stands first in a list of merges is merged, again and again. Any byte is a symbol, so nothing is unknown.
+// Ids equal those of transformers: LlamaTokenizer with legacy=True, and the `tokenizers` package for byte-level BPE.
+// The regular expressions are written out by hand, over tables of Unicode's letters and numbers. Both kinds merge
+// through one heap, so a text of n characters takes O(n log n) time, with spaces in it or without.
+// ====================================================================================================================
+
+// ---- UTF-8 ---------------------------------------------------------------------------------------------------------
+
+#define AVL__UTF8_BAD (-1)   // no character starts with these bytes
+#define AVL__UTF8_CUT (-2)   // a character starts here, but the text ends within it
+
+#define AVL__REPLACEMENT "\xEF\xBF\xBD"   // U+FFFD
+#define AVL__SPACE_MARK  "\xE2\x96\x81"   // U+2581, SentencePiece's space
+
+// The code point at the start of text (size > 0), and in *length its bytes. Overlong forms and surrogates are BAD. For
+// BAD and CUT *length is the longest piece that could have begun a character, at least 1: what a decoder replaces by
+// one U+FFFD (the Unicode Standard 3.9, "maximal subpart"; Python's errors="replace").
+static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
+    const uint8_t *s = (const uint8_t *)text;
+    uint32_t c = s[0], low = 0x80, high = 0xBF;   // the second byte's range is narrower after four of the first bytes
+    size_t n, i;
+    *length = 1;
+    if (c < 0x80) return (int32_t)c;
+    if (c < 0xC2 || c > 0xF4) return AVL__UTF8_BAD;
+    n = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+    if (c == 0xE0) low = 0xA0;
+    if (c == 0xED) high = 0x9F;
+    if (c == 0xF0) low = 0x90;
+    if (c == 0xF4) high = 0x8F;
+    c &= 0x7Fu >> n;
+    for (i = 1; i < n; i++) {
+        *length = i;
+        if (i == size) return AVL__UTF8_CUT;
+        if (s[i] < low || s[i] > high) return AVL__UTF8_BAD;
+        c = c << 6 | (s[i] & 0x3Fu);
+        low = 0x80, high = 0xBF;
+    }
+    *length = n;
+    return (int32_t)c;
+}
+
+// Tokens end anywhere, characters too: the gate lets whole characters through and holds back the first bytes of one.
+// Bytes that belong to no character come out as U+FFFD, as from Python's incremental decoder with errors="replace".
+typedef struct avl__utf8_gate {
+    char   pending[4];
+    size_t n_pending;      // at most 3 between calls
+} avl__utf8_gate;
+
+// Appends to out what may be shown now. A gate starts as all zeros.
+static void avl__utf8_gate_put(avl__utf8_gate *gate, const char *bytes, size_t size, avl__bytes *out) {
+    size_t i, length;
+    for (i = 0; i < size; i++) {
+        gate->pending[gate->n_pending++] = bytes[i];
+        while (gate->n_pending) {
+            int32_t c = avl__utf8_read(gate->pending, gate->n_pending, &length);
+            if (c == AVL__UTF8_CUT) break;
+            if (c == AVL__UTF8_BAD) avl__bytes_put(out, AVL__REPLACEMENT, 3);
+            else avl__bytes_put(out, gate->pending, length);
+            gate->n_pending -= length;
+            memmove(gate->pending, gate->pending + length, gate->n_pending);
+        }
+    }
+}
+
+// The end of the text: a character that never became whole is one U+FFFD.
+static void avl__utf8_gate_flush(avl__utf8_gate *gate, avl__bytes *out) {
+    if (gate->n_pending) avl__bytes_put(out, AVL__REPLACEMENT, 3);
+    gate->n_pending = 0;
+}
+
+// ---- classes of characters -----------------------------------------------------------------------------------------
+// \p{L} and \p{N} of Unicode 16.0, the version of the engine in `tokenizers` 0.23; test/make_golden.py
+// (tokens_class_tables) asked that engine about every code point and wrote these strings. A set of characters is the
+// sorted list of code points where membership changes, from outside to inside and back. Stored are the differences of
+// that list, in base 26: a capital letter is a digit with more to follow, a small letter the last one ("Cn" is 2 * 26 +
+// 13 = 65, the letter A).
+
+#define AVL__LETTER_BOUNDS 1354
+#define AVL__NUMBER_BOUNDS 288
+
+static const char avl__letter_table[] =
+    "CnBagBaBvbkbebfxbBfbRqemofhbbbEzfbccebbgbbdbbbubDfbFjiGkbBmcbgBpCtBbeeBtBrBjcbDvbbpchckdcbqbbBeBdDllbyBhjcebfweb"
+    "jbdbxzhlfybgrBqCgCcdbsbhkpqeicccwbhbbdedbqbncbdockbigeccwbhbcbcbcBfebbtdqjbdbwbhbcbfdbsbpcxblicccwbhbcbfdbBecbdp"
+    "brbbgddbedcbbbcdcdddmwbCaibdbxbqdbBadcbccBebeibdbxbkbfdbBfcbcpcrjbdbBpcbqbfdidygfsdybjbbchCgBwbcmhCgcbbbfbybbbkb"
+    "cjbcfbbveBgbClibBkBbfElBrubqgeedbdchdenmbrBmbbfbcBrbMvbechbbbecBpbecBhbechbbbecpbCfbecCpBlqqDicgdXwcrbBafCxgihsn"
+    "tosonbdpCaBjbebCpDlhfcBibbfCskBfBxBecflBseBaCcxjCbDebDpBvriCcBenckBsBaBkBpdkBkclfBrcdBpebgbcdbfHkCmKscgcBmcgcibb"
+    "bbbbbBfcCbbhbbddbhdecgenfdbhEmbnbqnDxbebckbbdfgbbbbbbeblceffebCacDZfIvgedcmBmbbfbcCehbqxjhbhbhbhbhbhbhbhDcbSbcBq"
+    "ffceDigdbDmbefBrbDqrBgBwqTsJToCmBGUfCpBucKjdqkcuBvqBfcCsBxjcDzcCpccbbbivqbdbebxBdCaoByCkgdbbclBckxzBdhBvBcbqfbkk"
+    "fbBpxdbiuxdbdBybbdccfcbbbydclhdmgcgcgjhbhbBrbogElBdQNsmxeBxMNcOccEcBmhmffbbkbnbfbbbcbcbEeBhNzsCmcCcBomEmfbFfBkBa"
+    "gBalDldgcgcgcdBjmbBabtbcbpcoBiEtOzBddBxBvBgnubigBmkBecBkeiBwGcsBkeBkeBoiCamlbpbhbcblbpbhbcdCamLzjwkiygbBqbjCrgcb"
+    "bBsbcdbcxkxjBfCntbckwkBaCsCegcCmbpebdbBdBqBddBdBjibBcBbCckwktnsEgCvCdBznBznBkBmBcjxJqBqgcqdChBdkbiwBqsBuvBbxmCbC"
+    "fccbnBtBgzBaBkBdbcbiBjdbmBwoevbbbBjsbztcClhbbbebpbkhBvBmicccwbhbcbfdbsbmfBekbbcbbBmbbzbbbBsCbseudBeBwucbbHcBvBpe"
+    "BkBwubChBrnbCtBbBlhHdBsEmCmBficbcibcbypbbbDqicBnqbbbBcbkBohbvblButbsCvHrBhBfjbBlrbBxBeEihbcbBmvbzgbcbBgobMptpbbn"
+    "bBiEubDbBJmIwHoDXkDtpBPgrgzFXrfWlKDdBeCPuVxhBfrDbrBesBwqeBfvftQqBtIdCmEyCxfbConCmcbbBcJCaiBVqBpkNFrebhbcbLfpbBdd"
+    "cboeiPgDKuEdfndjhkIWkDhbCtbccbcccebmbbbhbCnbecibhbBcbebfbbdhbNcczbzbBfbzbBfbzbBfbzbBfbzbiCSyBfggKbCkFqBtkhqbMjBe"
+    "sBsSqBcIuBecbTbhbebcbpbHpChCqhbBUiebBbbcbbcbbkbebbbbgbebbbbbbdbcbbcbbbbbbbbbbcbbcebhbebebbbkbrfdbfbrGOaCLFcBgGDu"
+    "gIocINqoLBlpXyDQwUwCFyHHzfGFg";
+
+static const char avl__number_table[] =
+    "BwkEqcfbcdCDlkFekHqkPwkEokegEekEokEokcgEgnElkihDzkEahhtEfkDskEokCsuKikCskBBruBHxdJfkgkwkLokEylGjkgkHakDikFekgkBO"
+    "gbdggkHqBzcfBByCiDawYgBeCBhbBDxbzjodNfeFikBeibpBgkBnpBRSakHgkMigFykBmkHqkwkDikPqkBFMckSzBtmCfrcNdBbBkeBdbibFefHu"
+    "kBKgizhBnjCxfwgGeccqcBuCmjCacBedCxfEaiyiBphMsgBwkgkKsBfGckBqeEihFeBeEykCikFokhuJrkNekEokOkkDykguCymQetDpkZmkDiBd"
+    "ItkCskQgkDyvBPbEhXAfkDMckDikFekbhUgkKcxBJSzkCEwumuEezBQrByDNckQgkTikJnkBBojEykBElChbdbeCyBtbpBLanEDfk";
+
+// Fills bounds[n] from a table.
+static void avl__expand_table(const char *table, uint32_t *bounds, int n) {
+    uint32_t bound = 0, number = 0;
+    int i = 0;
+    for (; *table && i < n; table++) {
+        int last = *table >= 'a';
+        number = number * 26 + (uint32_t)(*table - (last ? 'a' : 'A'));
+        if (!last) continue;
+        bounds[i++] = bound += number;
+        number = 0;
+    }
+}
+
+// A code point is inside if the count of bounds not above it is odd.
+static int avl__in_bounds(uint32_t c, const uint32_t *bounds, int n) {
+    int low = 0, high = n;   // bounds[0..low) <= c < bounds[high..n)
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (bounds[middle] <= c) low = middle + 1;
+        else high = middle;
+    }
+    return low & 1;
+}
+
+typedef enum avl__class {
+    AVL__CLASS_END, AVL__CLASS_OTHER, AVL__CLASS_LETTER, AVL__CLASS_NUMBER, AVL__CLASS_SPACE
+} avl__class;
+
+// \s: Unicode's White_Space property.
+static int avl__is_white_space(uint32_t c) {
+    return (c >= 9 && c <= 13) || c == 32 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+// ---- vocabularies --------------------------------------------------------------------------------------------------
+
+typedef enum avl__vocab_kind { AVL__VOCAB_SPM = 1, AVL__VOCAB_BPE } avl__vocab_kind;
+
+// How a byte-level BPE text is cut into words.
+typedef enum avl__word_rule { AVL__WORDS_GPT2, AVL__WORDS_LLAMA3, AVL__WORDS_SMOLLM } avl__word_rule;
+
+// tokenizer.ggml.token_type
+enum {
+    AVL__TOKEN_NORMAL = 1, AVL__TOKEN_UNKNOWN, AVL__TOKEN_CONTROL, AVL__TOKEN_USER_DEFINED, AVL__TOKEN_UNUSED,
+    AVL__TOKEN_BYTE
+};
+
+// A growing list of ids. All zeros is an empty one; release data with astrovl_free.
+typedef struct avl__tokens {
+    int32_t *data;
+    size_t   size, capacity;
+} avl__tokens;
+
+static int avl__tokens_put(avl__tokens *tokens, int32_t id) {   // 0: memory is out
+    if (!avl__grow(&tokens->data, &tokens->capacity, tokens->size + 1, sizeof *tokens->data)) return 0;
+    tokens->data[tokens->size++] = id;
+    return 1;
+}
+
+typedef struct avl__piece_slot {
+    uint32_t hash;
+    int32_t  id;              // -1: empty
+} avl__piece_slot;
+
+// left and right become id. An earlier merge (lower rank) goes first.
+typedef struct avl__merge_slot {
+    int32_t  left, right;     // left -1: empty
+    int32_t  id;
+    uint32_t rank;
+} avl__merge_slot;
+
+// A set of tokens that are looked for in running text as they are spelled (their type is in the set).
+typedef struct avl__markers {
+    uint8_t  types[8];        // [type]: 1 if tokens of this type belong to the set
+    uint8_t  first[256];      // [byte]: 1 if one of them starts with it
+    size_t  *lengths;         // [n_lengths] the lengths that occur, ascending
+    size_t   n_lengths, capacity;
+} avl__markers;
+
+typedef struct avl__vocab {
+    avl__vocab_kind  kind;
+    avl__word_rule   rule;             // BPE
+    int              n_tokens;
+    int              bos, eos, unk, pad, eot;              // -1: none
+    int              add_bos, add_eos;
+    int              add_space_prefix;                     // SPM: a space goes before every part of a text
+    int              whole_words;                          // BPE: a word that is a piece stays one (ignore_merges)
+    int              has_bytes, has_unused;                // SPM: all <0xNN> are there; there are tokens of type UNUSED
+    astrovl_string  *pieces;           // [n_tokens], pointing into the file
+    uint8_t         *types;            // [n_tokens] AVL__TOKEN_*
+    uint8_t         *ends;             // [n_tokens] 1: ends an answer
+    uint32_t        *order;            // [n_tokens] SPM: scores as integers, the best score the lowest
+    size_t           longest;          // bytes of the longest piece
+    avl__piece_slot *piece_slots;      // [piece_mask + 1] open addressing, at most half full
+    uint32_t         piece_mask;
+    avl__merge_slot *merge_slots;      // [merge_mask + 1] the same
+    uint32_t         merge_mask;
+    int32_t          byte_ids[256];    // the token of a single byte, or -1
+    avl__markers     special;          // tokens that PARSE_SPECIAL finds
+    avl__markers     user_defined;     // SPM: tokens that are found in any text
+    uint32_t         letters[AVL__LETTER_BOUNDS], numbers[AVL__NUMBER_BOUNDS];
+} avl__vocab;
+
+#define AVL__MAX_TOKENS (1 << 26)      // keeps every table's size within 32 bits
+
+static void avl__vocab_free(avl__vocab *v) {
+    astrovl_free(v->pieces);
+    astrovl_free(v->types);
+    astrovl_free(v->ends);
+    astrovl_free(v->order);
+    astrovl_free(v->piece_slots);
+    astrovl_free(v->merge_slots);
+    astrovl_free(v->special.lengths);
+    astrovl_free(v->user_defined.lengths);
+    memset(v, 0, sizeof *v);
+}
+
+static int avl__string_is(astrovl_string s, const char *text) {
+    return s.size == strlen(text) && memcmp(s.data, text, s.size) == 0;
+}
+
+// The class of the character at text[at..end), and its length. Valid UTF-8 is expected.
+static avl__class avl__class_at(const avl__vocab *v, const char *text, size_t at, size_t end, size_t *length) {
+    uint32_t c;
+    *length = 0;
+    if (at >= end) return AVL__CLASS_END;
+    c = (uint32_t)avl__utf8_read(text + at, end - at, length);
+    if (avl__is_white_space(c)) return AVL__CLASS_SPACE;
+    if (avl__in_bounds(c, v->letters, AVL__LETTER_BOUNDS)) return AVL__CLASS_LETTER;
+    if (avl__in_bounds(c, v->numbers, AVL__NUMBER_BOUNDS)) return AVL__CLASS_NUMBER;
+    return AVL__CLASS_OTHER;
+}
+
+// ---- finding pieces ------------------------------------------------------------------------------------------------
+
+// FNV-1a; a hash goes on where that of the bytes before it ended.
+#define AVL__HASH_START 2166136261u
+static uint32_t avl__hash(uint32_t hash, const char *data, size_t size) {
+    size_t i;
+    for (i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
+    return hash;
+}
+
+// The slot of the piece a + b, or the empty one where it would go. hash: of both.
+static avl__piece_slot *avl__piece_slot_of(const avl__vocab *v, uint32_t hash, astrovl_string a, astrovl_string b) {
+    uint32_t at = (hash ^ hash >> 15) & v->piece_mask;
+    for (;; at = (at + 1) & v->piece_mask) {
+        avl__piece_slot *slot = &v->piece_slots[at];
+        const astrovl_string *piece;
+        if (slot->id < 0) return slot;
+        if (slot->hash != hash) continue;
+        piece = &v->pieces[slot->id];
+        if (piece->size == a.size + b.size && memcmp(piece->data, a.data, a.size) == 0 &&
+            memcmp(piece->data + a.size, b.data, b.size) == 0) return slot;
+    }
+}
+
+static astrovl_string avl__string(const char *data, size_t size) {
+    astrovl_string s;
+    s.data = size ? data : "";   // memcmp takes no NULL
+    s.size = size;
+    return s;
+}
+
+// The id of the piece a + b, or -1; of several with one spelling, the first.
+static int avl__vocab_find_joined(const avl__vocab *v, astrovl_string a, astrovl_string b) {
+    uint32_t hash = avl__hash(avl__hash(AVL__HASH_START, a.data, a.size), b.data, b.size);
+    return avl__piece_slot_of(v, hash, a, b)->id;
+}
+
+static int avl__vocab_find(const avl__vocab *v, const char *piece, size_t size) {
+    return avl__vocab_find_joined(v, avl__string(piece, size), avl__string(NULL, 0));
+}
+
+static astrovl_string avl__vocab_piece(const avl__vocab *v, int32_t id) {
+    return id < 0 || id >= v->n_tokens ? avl__string(NULL, 0) : v->pieces[id];
+}
+
+static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 && id < v->n_tokens && v->ends[id]; }
+
+// Room for n entries in a table of a power of two slots, at most half full.
+static uint32_t avl__table_slots(uint32_t n) {
+    uint32_t slots = 16;
+    while (slots < 2 * n) slots *= 2;
+    return slots;
+}
+
+// The slot of the merge of two ids, or the empty one where it would go.
+static avl__merge_slot *avl__merge_slot_of(const avl__vocab *v, int32_t left, int32_t right) {
+    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+    uint32_t at = (uint32_t)(pair * 0x9E3779B97F4A7C15u >> 32) & v->merge_mask;
+    for (;; at = (at + 1) & v->merge_mask) {
+        avl__merge_slot *slot = &v->merge_slots[at];
+        if (slot->left < 0 || (slot->left == left && slot->right == right)) return slot;
+    }
+}
+
+// Adds a token's spelling to a set; 0: memory is out.
+static int avl__markers_add(avl__markers *m, astrovl_string piece) {
+    size_t i = m->n_lengths;
+    if (piece.size == 0) return 1;
+    m->first[(uint8_t)piece.data[0]] = 1;
+    while (i > 0 && m->lengths[i - 1] > piece.size) i--;
+    if (i > 0 && m->lengths[i - 1] == piece.size) return 1;
+    if (!avl__grow(&m->lengths, &m->capacity, m->n_lengths + 1, sizeof *m->lengths)) return 0;
+    memmove(m->lengths + i + 1, m->lengths + i, (m->n_lengths - i) * sizeof *m->lengths);
+    m->lengths[i] = piece.size;
+    m->n_lengths++;
+    return 1;
+}
+
+// The longest token of a set that text starts with, or -1. The text is hashed once, stopping at every length that
+// occurs.
+static int32_t avl__markers_match(const avl__vocab *v, const avl__markers *m, const char *text, size_t size) {
+    uint32_t hash = AVL__HASH_START;
+    size_t i, done = 0;
+    int32_t best = -1;
+    if (size == 0 || !m->first[(uint8_t)text[0]]) return -1;
+    for (i = 0; i < m->n_lengths && m->lengths[i] <= size; i++) {
+        int32_t id;
+        hash = avl__hash(hash, text + done, m->lengths[i] - done);
+        done = m->lengths[i];
+        id = avl__piece_slot_of(v, hash, avl__string(text, done), avl__string(NULL, 0))->id;
+        if (id >= 0 && m->types[v->types[id]]) best = id;
+    }
+    return best;
+}
+
+// ---- loading -------------------------------------------------------------------------------------------------------
+
+// Where a vocabulary is read from, and where errors go.
+typedef struct avl__vocab_source {
+    const astrovl_gguf *file;
+    const char         *prefix;
+    astrovl_error      *err;
+} avl__vocab_source;
+
+typedef struct avl__vocab_key { char text[128]; } avl__vocab_key;
+
+static avl__vocab_key avl__vocab_key_of(const avl__vocab_source *from, const char *name) {
+    avl__vocab_key key;
+    avl__format(key.text, sizeof key.text, "%s%s", from->prefix, name);
+    return key;
+}
+
+static astrovl_status avl__vocab_fail(const avl__vocab_source *from, const char *name, const char *what) {
+    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s %s", astrovl_gguf_name(from->file), from->prefix, name,
+                     what);
+}
+
+static astrovl_status avl__vocab_no_memory(const avl__vocab_source *from) {
+    return avl__fail(from->err, ASTROVL_ERROR_MEMORY, "%s: out of memory for the vocabulary",
+                     astrovl_gguf_name(from->file));
+}
+
+static int avl__is_int_type(astrovl_value_type type) {   // booleans count
+    return type != ASTROVL_VALUE_F32 && type != ASTROVL_VALUE_F64 && type != ASTROVL_VALUE_STRING &&
+           type != ASTROVL_VALUE_ARRAY;
+}
+
+// The entry's index, or -1 if it is absent.
+static int avl__vocab_entry(const avl__vocab_source *from, const char *name) {
+    avl__vocab_key key = avl__vocab_key_of(from, name);
+    return astrovl_gguf_find_kv(from->file, key.text);
+}
+
+static astrovl_value_type avl__vocab_type(const avl__vocab_source *from, int index) {
+    return astrovl_gguf_kv(from->file, index)->type;
+}
+static astrovl_value_type avl__vocab_item_type(const avl__vocab_source *from, int index) {
+    return astrovl_gguf_kv(from->file, index)->item_type;
+}
+static uint64_t avl__vocab_count(const avl__vocab_source *from, int index) {
+    return astrovl_gguf_kv(from->file, index)->count;
+}
+
+static astrovl_status avl__vocab_text(const avl__vocab_source *from, const char *name, astrovl_string *text) {
+    int index = avl__vocab_entry(from, name);
+    *text = avl__string(NULL, 0);
+    if (index < 0) return ASTROVL_OK;
+    if (avl__vocab_type(from, index) != ASTROVL_VALUE_STRING) return avl__vocab_fail(from, name, "is no string");
+    *text = astrovl_gguf_string(from->file, index, 0);
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__vocab_flag(const avl__vocab_source *from, const char *name, int *flag) {
+    int index = avl__vocab_entry(from, name);
+    if (index < 0) return ASTROVL_OK;
+    if (!avl__is_int_type(avl__vocab_type(from, index))) return avl__vocab_fail(from, name, "is no boolean");
+    *flag = astrovl_gguf_int(from->file, index, 0) != 0;
+    return ASTROVL_OK;
+}
+
+// A token's id; *id keeps its value where the key is absent.
+static astrovl_status avl__vocab_id(const avl__vocab_source *from, const avl__vocab *v, const char *name, int *id) {
+    int index = avl__vocab_entry(from, name);
+    int64_t value;
+    if (index < 0) return ASTROVL_OK;
+    if (!avl__is_int_type(avl__vocab_type(from, index))) return avl__vocab_fail(from, name, "is no integer");
+    value = astrovl_gguf_int(from->file, index, 0);
+    if (value < 0 || value >= v->n_tokens) {
+        return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s is %l, but there are %d tokens",
+                         astrovl_gguf_name(from->file), from->prefix, name, value, v->n_tokens);
+    }
+    *id = (int)value;
+    return ASTROVL_OK;
+}
+
+// An array's entry; *index is -1 if it is absent.
+static astrovl_status avl__vocab_array(const avl__vocab_source *from, const char *name, int *index) {
+    *index = avl__vocab_entry(from, name);
+    if (*index >= 0 && avl__vocab_type(from, *index) != ASTROVL_VALUE_ARRAY) {
+        return avl__vocab_fail(from, name, "is no array");
+    }
+    return ASTROVL_OK;
+}
+
+// The same for an array with one element per token.
+static astrovl_status avl__vocab_array_of(const avl__vocab_source *from, const avl__vocab *v, const char *name,
+                                          int *index) {
+    astrovl_status status = avl__vocab_array(from, name, index);
+    uint64_t count;
+    if (status != ASTROVL_OK || *index < 0) return status;
+    count = avl__vocab_count(from, *index);
+    if (count == (uint64_t)v->n_tokens) return ASTROVL_OK;
+    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s has %l elements for %d tokens",
+                     astrovl_gguf_name(from->file), from->prefix, name, (int64_t)count, v->n_tokens);
+}
+
+// Which algorithm and which rule.
+static astrovl_status avl__vocab_load_kind(avl__vocab *v, const avl__vocab_source *from) {
+    astrovl_string model, pre;
+    astrovl_status status = avl__vocab_text(from, "model", &model);
+    if (status == ASTROVL_OK) status = avl__vocab_text(from, "pre", &pre);
+    if (status != ASTROVL_OK) return status;
+    if (model.size == 0) {
+        return avl__fail(from->err, ASTROVL_ERROR_MODEL, "%s: has no vocabulary (no %smodel)",
+                         astrovl_gguf_name(from->file), from->prefix);
+    }
+    if (avl__string_is(model, "llama")) {
+        v->kind = AVL__VOCAB_SPM;
+        v->add_bos = v->add_space_prefix = 1;
+        return ASTROVL_OK;
+    }
+    if (!avl__string_is(model, "gpt2")) {
+        return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
+                         "%s: the tokenizer model \"%S\" is not supported (llama and gpt2 are)",
+                         astrovl_gguf_name(from->file), model);
+    }
+    v->kind = AVL__VOCAB_BPE;
+    if (avl__string_is(pre, "llama-bpe") || avl__string_is(pre, "llama3") || avl__string_is(pre, "llama-v3")) {
+        v->rule = AVL__WORDS_LLAMA3;
+        v->add_bos = v->whole_words = 1;
+    } else if (avl__string_is(pre, "smollm")) {
+        v->rule = AVL__WORDS_SMOLLM;
+    } else if (pre.size == 0 || avl__string_is(pre, "gpt-2") || avl__string_is(pre, "default")) {
+        v->rule = AVL__WORDS_GPT2;
+    } else {
+        return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
+                         "%s: the pre-tokenizer \"%S\" is not supported (llama-bpe, smollm and gpt-2 are)",
+                         astrovl_gguf_name(from->file), pre);
+    }
+    return ASTROVL_OK;
+}
+
+// The tokens' spellings and the table that finds them.
+static astrovl_status avl__vocab_load_pieces(avl__vocab *v, const avl__vocab_source *from) {
+    int index, i;
+    uint32_t slots;
+    uint64_t count;
+    astrovl_status status = avl__vocab_array(from, "tokens", &index);
+    if (status != ASTROVL_OK) return status;
+    if (index < 0) {
+        return avl__fail(from->err, ASTROVL_ERROR_MODEL, "%s: has no vocabulary (no %stokens)",
+                         astrovl_gguf_name(from->file), from->prefix);
+    }
+    count = avl__vocab_count(from, index);
+    if (avl__vocab_item_type(from, index) != ASTROVL_VALUE_STRING) {
+        return avl__vocab_fail(from, "tokens", "is no array of strings");
+    }
+    if (count == 0 || count > AVL__MAX_TOKENS) {
+        return avl__vocab_fail(from, "tokens", "is empty, or has more than 2^26 elements");
+    }
+    slots = avl__table_slots((uint32_t)count);
+    v->n_tokens = (int)count;
+    v->pieces = (astrovl_string *)avl__alloc_raw(count, sizeof *v->pieces);
+    v->types = (uint8_t *)avl__alloc(count, 1);
+    v->ends = (uint8_t *)avl__alloc(count, 1);
+    v->piece_slots = (avl__piece_slot *)avl__alloc_raw(slots, sizeof *v->piece_slots);
+    if (!v->pieces || !v->types || !v->ends || !v->piece_slots) return avl__vocab_no_memory(from);
+    v->piece_mask = slots - 1;
+    memset(v->piece_slots, 0xFF, slots * sizeof *v->piece_slots);   // every id is -1
+    for (i = 0; i < v->n_tokens; i++) {
+        astrovl_string piece = astrovl_gguf_string(from->file, index, (uint64_t)i);
+        uint32_t hash = avl__hash(AVL__HASH_START, piece.data, piece.size);
+        avl__piece_slot *slot = avl__piece_slot_of(v, hash, avl__string(piece.data, piece.size), avl__string(NULL, 0));
+        v->pieces[i] = avl__string(piece.data, piece.size);
+        if (piece.size > v->longest) v->longest = piece.size;
+        if (slot->id >= 0) continue;
+        slot->hash = hash;
+        slot->id = i;
+    }
+    return ASTROVL_OK;
+}
+
+// The ids of the special tokens, by key or else by their usual spelling, and whether a text gets some of them.
+static astrovl_status avl__vocab_load_ids(avl__vocab *v, const avl__vocab_source *from) {
+    astrovl_status status;
+    int spm = v->kind == AVL__VOCAB_SPM;
+    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : -1;
+    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : -1;
+    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : -1;
+    v->pad = v->eot = -1;
+    status = avl__vocab_id(from, v, "bos_token_id", &v->bos);
+    if (status == ASTROVL_OK) status = avl__vocab_id(from, v, "eos_token_id", &v->eos);
+    if (status == ASTROVL_OK) status = avl__vocab_id(from, v, "unknown_token_id", &v->unk);
+    if (status == ASTROVL_OK) status = avl__vocab_id(from, v, "eot_token_id", &v->eot);
+    if (status == ASTROVL_OK) status = avl__vocab_flag(from, "add_bos_token", &v->add_bos);
+    if (status == ASTROVL_OK) status = avl__vocab_flag(from, "add_eos_token", &v->add_eos);
+    if (status == ASTROVL_OK && spm) status = avl__vocab_flag(from, "add_space_prefix", &v->add_space_prefix);
+    // Some writers give a padding id just past the vocabulary. It is never used here, so that is no reason to refuse
+    // the file.
+    if (status == ASTROVL_OK && avl__vocab_id(from, v, "padding_token_id", &v->pad) != ASTROVL_OK) v->pad = -1;
+    return status;
+}
+
+// "<0x4F>" -> 0x4F; other spellings -> -1
+static int avl__byte_piece(astrovl_string piece) {
+    static const char digits[] = "0123456789ABCDEF";
+    const char *high, *low;
+    if (piece.size != 6 || memcmp(piece.data, "<0x", 3) != 0 || piece.data[5] != '>') return -1;
+    high = (const char *)memchr(digits, piece.data[3], 16);
+    low = (const char *)memchr(digits, piece.data[4], 16);
+    return high && low ? (int)(high - digits) * 16 + (int)(low - digits) : -1;
+}
+
+// Types as the file gives them; a file without them is told by spelling.
+static astrovl_status avl__vocab_load_types(avl__vocab *v, const avl__vocab_source *from) {
+    int index, i;
+    astrovl_status status = avl__vocab_array_of(from, v, "token_type", &index);
+    if (status != ASTROVL_OK) return status;
+    if (index >= 0 && !avl__is_int_type(avl__vocab_item_type(from, index))) {
+        return avl__vocab_fail(from, "token_type", "is no array of integers");
+    }
+    for (i = 0; i < v->n_tokens; i++) {
+        int64_t type = AVL__TOKEN_NORMAL;
+        if (index >= 0) type = astrovl_gguf_int(from->file, index, (uint64_t)i);
+        else if (i == v->bos || i == v->eos) type = AVL__TOKEN_CONTROL;
+        else if (i == v->unk) type = AVL__TOKEN_UNKNOWN;
+        else if (v->kind == AVL__VOCAB_SPM && avl__byte_piece(v->pieces[i]) >= 0) type = AVL__TOKEN_BYTE;
+        if (type < 0 || type > AVL__TOKEN_BYTE) {
+            return avl__vocab_fail(from, "token_type", "holds a type outside 0 to 6");
+        }
+        v->types[i] = type == 0 ? (uint8_t)AVL__TOKEN_NORMAL : (uint8_t)type;   // 0: undefined
+        if (v->types[i] == AVL__TOKEN_UNUSED) v->has_unused = 1;
+    }
+    return ASTROVL_OK;
+}
+
+// Which tokens end an answer: by id, and the usual end marks among the special tokens (a model may end its turn with
+// another than its EOS).
+static void avl__vocab_mark_ends(avl__vocab *v) {
+    static const char *const marks[] = {"</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
+                                        "<|endoftext|>", "<|end|>", "<end_of_turn>", "<EOT>"};
+    size_t i;
+    for (i = 0; i < sizeof marks / sizeof *marks; i++) {
+        int id = avl__vocab_find(v, marks[i], strlen(marks[i]));
+        if (id >= 0 && (v->types[id] == AVL__TOKEN_CONTROL || v->types[id] == AVL__TOKEN_USER_DEFINED)) v->ends[id] = 1;
+    }
+    if (v->eos >= 0) v->ends[v->eos] = 1;
+    if (v->eot >= 0) v->ends[v->eot] = 1;
+}
+
+static astrovl_status avl__vocab_load_markers(avl__vocab *v, const avl__vocab_source *from) {
+    int i;
+    v->special.types[AVL__TOKEN_CONTROL] = v->special.types[AVL__TOKEN_UNKNOWN] = 1;
+    // SentencePiece knows its user-defined tokens in any text; in byte-level BPE they are added tokens like the special
+    // ones.
+    if (v->kind == AVL__VOCAB_BPE) v->special.types[AVL__TOKEN_USER_DEFINED] = 1;
+    else v->user_defined.types[AVL__TOKEN_USER_DEFINED] = 1;
+    for (i = 0; i < v->n_tokens; i++) {
+        int type = v->types[i], ok = 1;
+        if (v->special.types[type]) ok = avl__markers_add(&v->special, v->pieces[i]);
+        if (v->user_defined.types[type]) ok = avl__markers_add(&v->user_defined, v->pieces[i]);
+        if (!ok) return avl__vocab_no_memory(from);
+    }
+    return ASTROVL_OK;
+}
+
+// SPM: scores become integers that sort the other way round, so that both kinds of BPE merge the lowest first. The bits
+// of a float sort like the float once a negative one's are inverted and a positive one's sign is set.
+static astrovl_status avl__vocab_load_scores(avl__vocab *v, const avl__vocab_source *from) {
+    int index, i;
+    astrovl_status status = avl__vocab_array_of(from, v, "scores", &index);
+    if (status != ASTROVL_OK) return status;
+    if (index < 0) return avl__vocab_fail(from, "scores", "is missing: a llama vocabulary needs it");
+    if (avl__vocab_item_type(from, index) != ASTROVL_VALUE_F32) {
+        return avl__vocab_fail(from, "scores", "is no array of floats");
+    }
+    v->order = (uint32_t *)avl__alloc_raw((uint64_t)v->n_tokens, sizeof *v->order);
+    if (!v->order) return avl__vocab_no_memory(from);
+    for (i = 0; i < v->n_tokens; i++) {
+        float score = (float)astrovl_gguf_float(from->file, index, (uint64_t)i) + 0.0f;   // no -0
+        uint32_t bits = avl__float_bits(score);
+        if (score != score) return avl__vocab_fail(from, "scores", "holds a score that is not a number");
+        v->order[i] = ~(bits >> 31 ? ~bits : bits | 0x80000000u);
+    }
+    return ASTROVL_OK;
+}
+
+static void avl__vocab_find_byte_pieces(avl__vocab *v) {
+    int i;
+    memset(v->byte_ids, 0xFF, sizeof v->byte_ids);
+    for (i = 0; i < v->n_tokens; i++) {
+        int byte = v->types[i] == AVL__TOKEN_BYTE ? avl__byte_piece(v->pieces[i]) : -1;
+        if (byte >= 0 && v->byte_ids[byte] < 0) v->byte_ids[byte] = i;
+    }
+    v->has_bytes = 1;
+    for (i = 0; i < 256; i++) v->has_bytes &= v->byte_ids[i] >= 0;
+}
+
+// Byte-level BPE spells each byte as one printable character (GPT-2's bytes_to_unicode): the printable bytes of Latin-1
+// as themselves, the other 68 in their order as U+0100 and up.
+static uint32_t avl__byte_to_char(uint32_t byte) {
+    if (byte <= 32) return 256 + byte;
+    if (byte >= 127 && byte <= 160) return 289 + (byte - 127);
+    return byte == 173 ? 323 : byte;
+}
+
+static int avl__char_to_byte(int32_t c) {   // -1: a character that spells no byte
+    if (c >= 256 && c <= 288) return c - 256;
+    if (c >= 289 && c <= 322) return c - 289 + 127;
+    if (c == 323) return 173;
+    return c > 32 && c < 256 && avl__byte_to_char((uint32_t)c) == (uint32_t)c ? c : -1;
+}
+
+static size_t avl__byte_spelling(uint32_t byte, char spelling[2]) {   // its length in UTF-8
+    uint32_t c = avl__byte_to_char(byte);
+    if (c < 0x80) {
+        spelling[0] = (char)c;
+        return 1;
+    }
+    spelling[0] = (char)(0xC0 | c >> 6);
+    spelling[1] = (char)(0x80 | (c & 0x3F));
+    return 2;
+}
+
+// BPE: the merges, "left right" in the order of their rank. Both and what they make must be tokens.
+static astrovl_status avl__vocab_load_merges(avl__vocab *v, const avl__vocab_source *from) {
+    int index;
+    uint32_t count, slots, i;
+    astrovl_status status = avl__vocab_array(from, "merges", &index);
+    if (status != ASTROVL_OK) return status;
+    if (index < 0) return avl__vocab_fail(from, "merges", "is missing: a gpt2 vocabulary needs it");
+    if (avl__vocab_item_type(from, index) != ASTROVL_VALUE_STRING) {
+        return avl__vocab_fail(from, "merges", "is no array of strings");
+    }
+    if (avl__vocab_count(from, index) > AVL__MAX_TOKENS) {
+        return avl__vocab_fail(from, "merges", "has more than 2^26 elements");
+    }
+    count = (uint32_t)avl__vocab_count(from, index);
+    slots = avl__table_slots(count);
+    v->merge_slots = (avl__merge_slot *)avl__alloc_raw(slots, sizeof *v->merge_slots);
+    if (!v->merge_slots) return avl__vocab_no_memory(from);
+    v->merge_mask = slots - 1;
+    memset(v->merge_slots, 0xFF, slots * sizeof *v->merge_slots);   // every left is -1
+    for (i = 0; i < count; i++) {
+        astrovl_string text = astrovl_gguf_string(from->file, index, i), a, b;
+        const char *space = text.size > 1 ? (const char *)memchr(text.data + 1, ' ', text.size - 1) : NULL;
+        avl__merge_slot *slot;
+        int32_t left, right, id;
+        if (!space) {
+            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] has no space between two pieces",
+                             astrovl_gguf_name(from->file), from->prefix, (int)i);
+        }
+        a = avl__string(text.data, (size_t)(space - text.data));
+        b = avl__string(space + 1, text.size - a.size - 1);
+        left = avl__vocab_find(v, a.data, a.size);
+        right = avl__vocab_find(v, b.data, b.size);
+        id = avl__vocab_find_joined(v, a, b);
+        if (left < 0 || right < 0 || id < 0) {
+            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] \"%S\" names a piece that is no token",
+                             astrovl_gguf_name(from->file), from->prefix, (int)i, text);
+        }
+        slot = avl__merge_slot_of(v, left, right);
+        if (slot->left >= 0) continue;
+        slot->left = left;
+        slot->right = right;
+        slot->id = id;
+        slot->rank = i;
+    }
+    return ASTROVL_OK;
+}
+
+// The parts that only byte-level BPE has.
+static astrovl_status avl__vocab_load_bpe(avl__vocab *v, const avl__vocab_source *from) {
+    uint32_t byte;
+    avl__expand_table(avl__letter_table, v->letters, AVL__LETTER_BOUNDS);
+    avl__expand_table(avl__number_table, v->numbers, AVL__NUMBER_BOUNDS);
+    for (byte = 0; byte < 256; byte++) {
+        char spelling[2];
+        size_t size = avl__byte_spelling(byte, spelling);
+        v->byte_ids[byte] = avl__vocab_find(v, spelling, size);
+    }
+    return avl__vocab_load_merges(v, from);
+}
+
+// prefix: "tokenizer.ggml.", before every key. The file must outlive the vocabulary, which points into it.
+static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, astrovl_error *err) {
+    avl__vocab_source from;
+    astrovl_status status;
+    from.file = file;
+    from.prefix = prefix;
+    from.err = err;
+    memset(v, 0, sizeof *v);
+    status = avl__vocab_load_kind(v, &from);
+    if (status == ASTROVL_OK) status = avl__vocab_load_pieces(v, &from);
+    if (status == ASTROVL_OK) status = avl__vocab_load_ids(v, &from);
+    if (status == ASTROVL_OK) status = avl__vocab_load_types(v, &from);
+    if (status == ASTROVL_OK) status = avl__vocab_load_markers(v, &from);
+    if (status == ASTROVL_OK) {
+        avl__vocab_mark_ends(v);
+        if (v->kind == AVL__VOCAB_BPE) status = avl__vocab_load_bpe(v, &from);
+        else {
+            avl__vocab_find_byte_pieces(v);
+            status = avl__vocab_load_scores(v, &from);
+        }
+    }
+    if (status != ASTROVL_OK) avl__vocab_free(v);
+    return status;
+}
+
+// ---- merging -------------------------------------------------------------------------------------------------------
+// The symbols of a text are a linked list; a heap holds every adjacent pair that could be merged, the best on top.
+// Merging a pair lets the left symbol grow over the right one and offers the two new pairs. Pairs that a merge has
+// overtaken stay in the heap, and are known, when they come up, by their length.
+
+typedef struct avl__symbol {
+    int32_t start, size;    // bytes of the text; size 0: swallowed by the symbol on its left
+    int32_t prev, next;     // -1: none
+    int32_t id;             // -1: not a token (yet)
+    int32_t frozen;         // 1: takes part in no merge
+} avl__symbol;
+
+typedef struct avl__candidate {
+    uint32_t order;         // the lowest goes first, of equals the leftmost
+    int32_t  left;          // index of the left symbol
+    int32_t  size;          // bytes of both
+    int32_t  id;            // of the token they make
+} avl__candidate;
+
+// Everything that turning one text into tokens needs.
+typedef struct avl__encoder {
+    const avl__vocab *v;
+    avl__tokens      *out;
+    const char       *text;        // what symbols point into
+    avl__symbol      *symbols;
+    size_t            n_symbols, symbol_capacity;
+    avl__candidate   *heap;
+    size_t            n_heap, heap_capacity;
+    int32_t          *splits;      // SPM with UNUSED tokens: [n_tokens] bytes of the left half it was merged from
+    avl__bytes        buffer;      // the text as its tokenizer normalises it
+    avl__bytes        spelling;    // a word in byte-level spelling
+} avl__encoder;
+
+static void avl__encoder_free(avl__encoder *e) {
+    astrovl_free(e->symbols);
+    astrovl_free(e->heap);
+    astrovl_free(e->splits);
+    astrovl_free(e->buffer.data);
+    astrovl_free(e->spelling.data);
+}
+
+// Appends a symbol to the list; 0: memory is out.
+static int avl__symbol_put(avl__encoder *e, size_t start, size_t size, int32_t id, int frozen) {
+    avl__symbol *s;
+    if (!avl__grow(&e->symbols, &e->symbol_capacity, e->n_symbols + 1, sizeof *e->symbols)) return 0;
+    s = &e->symbols[e->n_symbols];
+    s->start = (int32_t)start;
+    s->size = (int32_t)size;
+    s->prev = (int32_t)e->n_symbols - 1;
+    s->next = -1;
+    s->id = id;
+    s->frozen = frozen;
+    if (e->n_symbols) e->symbols[e->n_symbols - 1].next = (int32_t)e->n_symbols;
+    e->n_symbols++;
+    return 1;
+}
+
+static int avl__candidate_before(const avl__candidate *a, const avl__candidate *b) {
+    return a->order < b->order || (a->order == b->order && a->left < b->left);
+}
+
+static int avl__heap_put(avl__encoder *e, const avl__candidate *candidate) {   // 0: memory is out
+    size_t at = e->n_heap;
+    if (!avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap)) return 0;
+    e->n_heap++;
+    while (at > 0 && avl__candidate_before(candidate, &e->heap[(at - 1) / 2])) {
+        e->heap[at] = e->heap[(at - 1) / 2];
+        at = (at - 1) / 2;
+    }
+    e->heap[at] = *candidate;
+    return 1;
+}
+
+static avl__candidate avl__heap_take(avl__encoder *e) {   // the heap is not empty
+    avl__candidate top = e->heap[0], last = e->heap[--e->n_heap];
+    size_t at = 0, child;
+    while ((child = 2 * at + 1) < e->n_heap) {
+        if (child + 1 < e->n_heap && avl__candidate_before(&e->heap[child + 1], &e->heap[child])) child++;
+        if (!avl__candidate_before(&e->heap[child], &last)) break;
+        e->heap[at] = e->heap[child];
+        at = child;
+    }
+    e->heap[at] = last;
+    return top;
+}
+
+// Text can become these by merging; the others are never spelled by accident.
+static int avl__is_mergeable(const avl__vocab *v, int32_t id) {
+    int type = v->types[id];
+    return type == AVL__TOKEN_NORMAL || type == AVL__TOKEN_USER_DEFINED || type == AVL__TOKEN_UNUSED;
+}
+
+// What two adjacent symbols make: 0 if nothing.
+static int avl__merge_of(const avl__encoder *e, const avl__symbol *left, const avl__symbol *right,
+                         avl__candidate *candidate) {
+    const avl__vocab *v = e->v;
+    candidate->size = left->size + right->size;
+    if (v->kind == AVL__VOCAB_SPM) {
+        if (left->frozen || right->frozen || (size_t)candidate->size > v->longest) return 0;
+        candidate->id = avl__vocab_find(v, e->text + left->start, (size_t)candidate->size);
+        if (candidate->id < 0 || !avl__is_mergeable(v, candidate->id)) return 0;
+        candidate->order = v->order[candidate->id];
+    } else {
+        const avl__merge_slot *slot = avl__merge_slot_of(v, left->id, right->id);
+        if (slot->left < 0) return 0;
+        candidate->id = slot->id;
+        candidate->order = slot->rank;
+    }
+    return 1;
+}
+
+// Offers the pair that starts with symbol `left`; 0: memory is out.
+static int avl__offer_pair(avl__encoder *e, int32_t left) {
+    avl__candidate candidate;
+    int32_t right = left < 0 ? -1 : e->symbols[left].next;
+    if (right < 0 || !avl__merge_of(e, &e->symbols[left], &e->symbols[right], &candidate)) return 1;
+    candidate.left = left;
+    return avl__heap_put(e, &candidate);
+}
+
+// Merges the symbols until no pair makes a token; 0: memory is out.
+static int avl__merge_symbols(avl__encoder *e) {
+    size_t i;
+    e->n_heap = 0;
+    for (i = 0; i + 1 < e->n_symbols; i++)
+        if (!avl__offer_pair(e, (int32_t)i)) return 0;
+    while (e->n_heap) {
+        avl__candidate c = avl__heap_take(e);
+        avl__symbol *left = &e->symbols[c.left], *right;
+        if (left->size == 0 || left->next < 0) continue;
+        right = &e->symbols[left->next];
+        if (left->size + right->size != c.size) continue;
+        if (e->splits) e->splits[c.id] = left->size;
+        left->size = c.size;
+        left->id = c.id;
+        left->next = right->next;
+        right->size = 0;
+        if (left->next >= 0) e->symbols[left->next].prev = c.left;
+        if (!avl__offer_pair(e, left->prev) || !avl__offer_pair(e, c.left)) return 0;
+    }
+    return 1;
+}
+
+// ---- SentencePiece -------------------------------------------------------------------------------------------------
+
+// The text as pieces spell it: a space in front, spaces as U+2581, a byte that is not UTF-8 as U+FFFD.
+static void avl__spm_normalize(avl__encoder *e, const char *text, size_t size) {
+    size_t at = 0, length;
+    e->buffer.size = 0;
+    if (e->v->add_space_prefix) avl__bytes_put_text(&e->buffer, AVL__SPACE_MARK);
+    while (at < size) {
+        int32_t c;
+        if (text[at] == ' ') {
+            avl__bytes_put_text(&e->buffer, AVL__SPACE_MARK);
+            at++;
+            continue;
+        }
+        c = avl__utf8_read(text + at, size - at, &length);
+        if (c < 0) {
+            avl__bytes_put_text(&e->buffer, AVL__REPLACEMENT);
+            length = 1;
+        } else avl__bytes_put(&e->buffer, text + at, length);
+        at += length;
+    }
+}
+
+// One symbol per character, or per user-defined token, which stays as it is.
+static int avl__spm_split(avl__encoder *e) {
+    const avl__vocab *v = e->v;
+    size_t at = 0, size = e->buffer.size, length;
+    e->text = e->buffer.data;
+    e->n_symbols = 0;
+    while (at < size) {
+        int32_t id = avl__markers_match(v, &v->user_defined, e->text + at, size - at);
+        int frozen = id >= 0;
+        if (frozen) length = v->pieces[id].size;
+        else {
+            avl__utf8_read(e->text + at, size - at, &length);
+            id = avl__vocab_find(v, e->text + at, length);
+            if (id >= 0 && !avl__is_mergeable(v, id)) id = -1;
+        }
+        if (!avl__symbol_put(e, at, length, id, frozen)) return 0;
+        at += length;
+    }
+    return 1;
+}
+
+// Undoes the last merge of a symbol whose token is UNUSED; 0 if there was none. Its right half is the symbol that stood
+// there.
+static int avl__spm_undo_merge(avl__encoder *e, int32_t index) {
+    avl__symbol *s = &e->symbols[index], *right;
+    int32_t left_size = s->id >= 0 && e->splits && e->v->types[s->id] == AVL__TOKEN_UNUSED ? e->splits[s->id] : 0;
+    int32_t low = index, high = (int32_t)e->n_symbols - 1;
+    if (left_size == 0) return 0;
+    while (low < high) {
+        int32_t middle = low + (high - low + 1) / 2;
+        if (e->symbols[middle].start <= s->start + left_size) low = middle;
+        else high = middle - 1;
+    }
+    right = &e->symbols[low];
+    right->size = s->size - left_size;
+    right->next = s->next;
+    right->id = avl__vocab_find(e->v, e->text + right->start, (size_t)right->size);
+    s->size = left_size;
+    s->next = low;
+    s->id = avl__vocab_find(e->v, e->text + s->start, (size_t)left_size);
+    return 1;
+}
+
+// Appends the tokens of all symbols; 0: memory is out. A symbol that is no token goes as its bytes, or as the unknown
+// token, once for a run of such symbols.
+static int avl__spm_emit(avl__encoder *e) {
+    const avl__vocab *v = e->v;
+    int32_t index = e->n_symbols ? 0 : -1;
+    int was_unknown = 0;
+    for (; index >= 0; index = e->symbols[index].next) {
+        const avl__symbol *s = &e->symbols[index];
+        int32_t i;
+        while (avl__spm_undo_merge(e, index)) {}
+        if (s->id >= 0) {
+            if (!avl__tokens_put(e->out, s->id)) return 0;
+        } else if (v->has_bytes) {
+            for (i = 0; i < s->size; i++)
+                if (!avl__tokens_put(e->out, v->byte_ids[(uint8_t)e->text[s->start + i]])) return 0;
+        } else if (v->unk >= 0 && !was_unknown) {
+            if (!avl__tokens_put(e->out, v->unk)) return 0;
+        }
+        was_unknown = s->id < 0;
+    }
+    return 1;
+}
+
+static int avl__spm_encode(avl__encoder *e, const char *text, size_t size) {   // 0: memory is out
+    if (e->v->has_unused && !e->splits) {
+        e->splits = (int32_t *)avl__alloc((uint64_t)e->v->n_tokens, sizeof *e->splits);
+        if (!e->splits) return 0;
+    }
+    avl__spm_normalize(e, text, size);
+    return !e->buffer.failed && avl__spm_split(e) && avl__merge_symbols(e) && avl__spm_emit(e);
+}
+
+// ---- byte-level BPE: words -----------------------------------------------------------------------------------------
+// Each function returns where the word that starts at text[at] ends, at < end. \s, \p{L}, \p{N} are classes SPACE,
+// LETTER, NUMBER; [^\s\p{L}\p{N}] is OTHER.
+
+// The end of the run of one class.
+static size_t avl__run_end(const avl__vocab *v, const char *text, size_t at, size_t end, avl__class wanted) {
+    size_t length;
+    while (avl__class_at(v, text, at, end, &length) == wanted) at += length;
+    return at;
+}
+
+// 's|'t|'re|'ve|'m|'ll|'d: the length of one, or 0. fold: in capitals as well (the long s, U+017F, folds to s too).
+static size_t avl__contraction(const char *text, size_t size, int fold) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    size_t i, n;
+    if (size < 2 || text[0] != '\'') return 0;
+    if (fold && size > 2 && memcmp(text + 1, "\xC5\xBF", 2) == 0) return 3;
+    for (i = 0; i < sizeof endings / sizeof *endings; i++) {
+        for (n = 0; endings[i][n] && n + 1 < size; n++) {
+            char c = text[n + 1];
+            if (fold && c >= 'A' && c <= 'Z') c = (char)(c + 32);
+            if (c != endings[i][n]) break;
+        }
+        if (!endings[i][n]) return n + 1;
+    }
+    return 0;
+}
+
+// \s+(?!\S)|\s+: white space that ends the text; otherwise all but its last character, which goes to the next word.
+static size_t avl__spaces_end(const avl__vocab *v, const char *text, size_t at, size_t end) {
+    size_t next = at, last = at, length;
+    while (avl__class_at(v, text, next, end, &length) == AVL__CLASS_SPACE) {
+        last = next;
+        next += length;
+    }
+    return next < end && last > at ? last : next;
+}
+
+// GPT-2: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+static size_t avl__word_gpt2(const avl__vocab *v, const char *text, size_t at, size_t end) {
+    size_t length, n = avl__contraction(text + at, end - at, 0), first = at + (text[at] == ' ');
+    avl__class c = avl__class_at(v, text, first, end, &length);
+    if (n) return at + n;
+    if (c == AVL__CLASS_SPACE || c == AVL__CLASS_END) return avl__spaces_end(v, text, at, end);
+    return avl__run_end(v, text, first, end, c);
+}
+
+// LLaMA-3: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
+//          \s*[\r\n]+|\s+(?!\S)|\s+
+static size_t avl__word_llama3(const avl__vocab *v, const char *text, size_t at, size_t end) {
+    size_t length, next_length, i, newline = 0, n = avl__contraction(text + at, end - at, 1);
+    avl__class c = avl__class_at(v, text, at, end, &length);
+    if (n) return at + n;
+    if (c == AVL__CLASS_LETTER) return avl__run_end(v, text, at, end, c);
+    if (c == AVL__CLASS_NUMBER) {
+        for (i = 0; i < 3 && avl__class_at(v, text, at, end, &length) == AVL__CLASS_NUMBER; i++) at += length;
+        return at;
+    }
+    if (text[at] != '\r' && text[at] != '\n' &&
+        avl__class_at(v, text, at + length, end, &next_length) == AVL__CLASS_LETTER) {
+        return avl__run_end(v, text, at + length, end, AVL__CLASS_LETTER);
+    }
+    i = at + (text[at] == ' ');
+    if (avl__class_at(v, text, i, end, &next_length) == AVL__CLASS_OTHER) {
+        i = avl__run_end(v, text, i, end, AVL__CLASS_OTHER);
+        while (i < end && (text[i] == '\r' || text[i] == '\n')) i++;
+        return i;
+    }
+    for (i = at; avl__class_at(v, text, i, end, &length) == AVL__CLASS_SPACE; i += length)
+        if (text[i] == '\r' || text[i] == '\n') newline = i + 1;
+    return newline ? newline : avl__spaces_end(v, text, at, end);
+}
+
+// SmolLM: every \p{N} stands alone; GPT-2's rule cuts what lies between, without seeing past it. Returns the end of
+// such a part.
+static size_t avl__digit_part_end(const avl__vocab *v, const char *text, size_t at, size_t end) {
+    size_t length;
+    avl__class c = avl__class_at(v, text, at, end, &length);
+    if (c == AVL__CLASS_NUMBER) return at + length;
+    while (c != AVL__CLASS_NUMBER && c != AVL__CLASS_END) {
+        at += length;
+        c = avl__class_at(v, text, at, end, &length);
+    }
+    return at;
+}
+
+// ---- byte-level BPE: tokens ----------------------------------------------------------------------------------------
+
+// The token that a whole word is, or -1.
+static int32_t avl__whole_word(avl__encoder *e, const char *word, size_t size) {
+    size_t i;
+    int32_t id;
+    if (size > e->v->longest) return -1;
+    e->spelling.size = 0;
+    for (i = 0; i < size; i++) {
+        char spelling[2];
+        size_t n = avl__byte_spelling((uint8_t)word[i], spelling);
+        avl__bytes_put(&e->spelling, spelling, n);
+    }
+    if (e->spelling.failed) return -1;   // the caller looks at `failed`
+    id = avl__vocab_find(e->v, e->spelling.data, e->spelling.size);
+    return id >= 0 && e->v->types[id] == AVL__TOKEN_NORMAL ? id : -1;
+}
+
+// A byte whose symbol the vocabulary lacks (SmolLM2 lacks some control characters) gives nothing, as in `tokenizers`.
+static int avl__bpe_encode_word(avl__encoder *e, const char *word, size_t size) {   // 0: memory is out
+    const avl__vocab *v = e->v;
+    int32_t index, id = v->whole_words ? avl__whole_word(e, word, size) : -1;
+    size_t i;
+    if (e->spelling.failed) return 0;
+    if (id >= 0) return avl__tokens_put(e->out, id);
+    e->n_symbols = 0;
+    for (i = 0; i < size; i++) {
+        id = v->byte_ids[(uint8_t)word[i]];
+        if (id >= 0 && !avl__symbol_put(e, i, 1, id, 0)) return 0;
+    }
+    if (e->n_symbols == 0) return 1;
+    if (!avl__merge_symbols(e)) return 0;
+    for (index = 0; index >= 0; index = e->symbols[index].next)
+        if (!avl__tokens_put(e->out, e->symbols[index].id)) return 0;
+    return 1;
+}
+
+static int avl__bpe_encode(avl__encoder *e, const char *text, size_t size) {   // 0: memory is out
+    const avl__vocab *v = e->v;
+    avl__utf8_gate gate;
+    size_t at = 0, part = 0, end;   // part: how far the word rule may look
+    memset(&gate, 0, sizeof gate);
+    e->buffer.size = 0;
+    avl__utf8_gate_put(&gate, text, size, &e->buffer);   // valid UTF-8 from here on
+    avl__utf8_gate_flush(&gate, &e->buffer);
+    if (e->buffer.failed) return 0;
+    text = e->buffer.data;
+    size = e->buffer.size;
+    for (; at < size; at = end) {
+        if (at == part) part = v->rule == AVL__WORDS_SMOLLM ? avl__digit_part_end(v, text, at, size) : size;
+        end = v->rule == AVL__WORDS_LLAMA3 ? avl__word_llama3(v, text, at, part) : avl__word_gpt2(v, text, at, part);
+        if (!avl__bpe_encode_word(e, text + at, end - at)) return 0;
+    }
+    return 1;
+}
+
+// ---- text to tokens ------------------------------------------------------------------------------------------------
+
+// Where the next special token starts (size if there is none), and its id.
+static size_t avl__next_special(const avl__vocab *v, const char *text, size_t at, size_t size, int32_t *id) {
+    for (; at < size; at++)
+        if ((*id = avl__markers_match(v, &v->special, text + at, size - at)) >= 0) return at;
+    *id = -1;
+    return size;
+}
+
+// The text between special tokens is encoded part by part, each as if it stood alone: so in SPM each gets a space in
+// front.
+static int avl__encode_parts(avl__encoder *e, const char *text, size_t size, int parse_special) {   // 0: memory is out
+    size_t at = 0, end;
+    int32_t id = -1;
+    while (at < size) {
+        end = parse_special ? avl__next_special(e->v, text, at, size, &id) : size;
+        if (end > at && !(e->v->kind == AVL__VOCAB_SPM ? avl__spm_encode(e, text + at, end - at)
+                                                       : avl__bpe_encode(e, text + at, end - at))) return 0;
+        if (id >= 0 && !avl__tokens_put(e->out, id)) return 0;
+        at = end + (id >= 0 ? e->v->pieces[id].size : 0);
+    }
+    return 1;
+}
+
+// Appends the tokens of any bytes to out; on failure out is as before. flags: ASTROVL_ADD_SPECIAL |
+// ASTROVL_PARSE_SPECIAL.
+static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, size_t size, int flags, avl__tokens *out,
+                                        astrovl_error *err) {
+    avl__encoder e;
+    size_t before = out->size;
+    int ok = 1;
+    if (size > INT32_MAX / 4) {
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %l bytes is too long", (int64_t)size);
+    }
+    memset(&e, 0, sizeof e);
+    e.v = v;
+    e.out = out;
+    if ((flags & ASTROVL_ADD_SPECIAL) && v->add_bos && v->bos >= 0) ok = avl__tokens_put(out, v->bos);
+    ok = ok && avl__encode_parts(&e, text, size, flags & ASTROVL_PARSE_SPECIAL);
+    if (ok && (flags & ASTROVL_ADD_SPECIAL) && v->add_eos && v->eos >= 0) ok = avl__tokens_put(out, v->eos);
+    avl__encoder_free(&e);
+    if (ok) return ASTROVL_OK;
+    out->size = before;
+    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %l bytes", (int64_t)size);
+}
+
+// ---- tokens to text ------------------------------------------------------------------------------------------------
+
+// Copies what fits and returns how long the whole is.
+typedef struct avl__text_out { char *text; int capacity, size; } avl__text_out;
+
+static void avl__text_put(avl__text_out *out, char c) {
+    if (out->size < out->capacity) out->text[out->size] = c;
+    out->size++;
+}
+
+static void avl__put_literally(avl__text_out *out, astrovl_string piece) {
+    size_t i;
+    for (i = 0; i < piece.size; i++) avl__text_put(out, piece.data[i]);
+}
+
+static void avl__put_spm_piece(avl__text_out *out, astrovl_string piece) {
+    size_t i = 0;
+    while (i < piece.size) {
+        int space = piece.size - i >= 3 && memcmp(piece.data + i, AVL__SPACE_MARK, 3) == 0;
+        avl__text_put(out, space ? ' ' : piece.data[i]);
+        i += space ? 3 : 1;
+    }
+}
+
+// Characters back to bytes; a piece with a character that spells no byte is text as it stands.
+static void avl__put_bpe_piece(avl__text_out *out, astrovl_string piece) {
+    size_t i, length;
+    int size = out->size;
+    for (i = 0; i < piece.size; i += length) {
+        int byte = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length));
+        if (byte < 0) {
+            out->size = size;
+            avl__put_literally(out, piece);
+            return;
+        }
+        avl__text_put(out, (char)byte);
+    }
+}
+
+// The bytes a token stands for in running text: copies at most capacity of them, returns how many there are. Special
+// tokens give none. A character may be spread over several tokens: avl__utf8_gate puts it together.
+static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, int capacity) {
+    avl__text_out out;
+    astrovl_string piece = avl__vocab_piece(v, id);
+    out.text = text;
+    out.capacity = capacity;
+    out.size = 0;
+    if (id < 0 || id >= v->n_tokens || piece.size > INT32_MAX) return 0;
+    switch (v->types[id]) {
+    case AVL__TOKEN_CONTROL:
+    case AVL__TOKEN_UNKNOWN: break;
+    case AVL__TOKEN_BYTE:
+        if (avl__byte_piece(piece) >= 0) avl__text_put(&out, (char)avl__byte_piece(piece));
+        break;
+    default:
+        if (v->kind == AVL__VOCAB_SPM) avl__put_spm_piece(&out, piece);
+        else if (v->types[id] == AVL__TOKEN_USER_DEFINED) avl__put_literally(&out, piece);
+        else avl__put_bpe_piece(&out, piece);
+    }
+    return out.size;
+}
+
+// ====================================================================================================================
+// [8] Images
+// Files to 8-bit RGB, and the few whole-image operations that the models' preprocessing needs. The reference is Pillow,
+// because the models learned from pixels that it produced: Image.open(f).convert("RGB") and Image.resize(..., BICUBIC).
+// PNG: ISO/IEC 15948, with zlib and deflate after RFC 1950 and RFC 1951. JPEG: ITU-T T.81 and the JFIF and Adobe
+// conventions, with the integer arithmetic of libjpeg's default decoder. PNM: the netpbm manual pages.
+// A decoder here never allocates more than a small multiple of what the file's bytes could expand to.
+// ==================================================================================================================
+
+// ---- whole images -------------------------------------------------------------------------------------------------
+
+ASTROVL_API void astrovl_image_free(astrovl_image *image) {
+    if (!image) return;
+    astrovl_free(image->rgb);
+    memset(image, 0, sizeof *image);
+}
+
+// Fills `image` with width x height pixels of new memory, not yet written.
+static astrovl_status avl__image_new(astrovl_image *image, int width, int height, astrovl_error *err) {
+    memset(image, 0, sizeof *image);
+    image->rgb = (unsigned char *)avl__alloc_raw((uint64_t)width * (uint64_t)height, 3);
+    if (!image->rgb)
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for an image of %d x %d pixels", width, height);
+    image->width = width;
+    image->height = height;
+    image->orientation = 1;
+    return ASTROVL_OK;
+}
+
+static size_t avl__image_at(const astrovl_image *image, int x, int y) {   // index of pixel (x, y)'s red in rgb
+    return ((size_t)y * (size_t)image->width + (size_t)x) * 3;
+}
+
+static astrovl_status avl__image_check(const astrovl_image *image, const void *out, astrovl_error *err) {
+    if (!image || !image->rgb || image->width < 1 || image->height < 1)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty: no pixels, or a width or height below 1");
+    if (!out || out == (const void *)image)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the result needs an image of its own to be put into");
+    return ASTROVL_OK;
+}
+
+// A file's claim about its size, judged before anything is allocated for it.
+static astrovl_status avl__image_check_size(const char *format, uint32_t width, uint32_t height, uint64_t max_pixels,
+                                            astrovl_error *err) {
+    if (width == 0 || height == 0)
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "%s: the header gives a size of %l x %l pixels", format,
+                         (int64_t)width, (int64_t)height);
+    if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height > max_pixels)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: %l x %l pixels are more than the limit of %l", format,
+                         (int64_t)width, (int64_t)height, (int64_t)(max_pixels > INT64_MAX ? INT64_MAX : max_pixels));
+    return ASTROVL_OK;
+}
+
+// Tag 0x0112 of the first directory of EXIF data (a TIFF file in miniature); 1, upright, where it is absent or broken.
+static int avl__exif_orientation(const uint8_t *tiff, size_t size) {
+    uint32_t at, i, n;
+    int big;
+    if (size < 8 || (memcmp(tiff, "II*\0", 4) != 0 && memcmp(tiff, "MM\0*", 4) != 0)) return 1;
+    big = tiff[0] == 'M';
+    at = big ? avl__load_u32be(tiff + 4) : avl__load_u32(tiff + 4);
+    if (at > size - 2) return 1;
+    n = big ? avl__load_u16be(tiff + at) : avl__load_u16(tiff + at);
+    for (i = 0; i < n && size - at - 2 >= 12 * ((size_t)i + 1); i++) {
+        const uint8_t *entry = tiff + at + 2 + 12 * (size_t)i;   // tag, type, count, value
+        int tag = big ? avl__load_u16be(entry) : avl__load_u16(entry);
+        int type = big ? avl__load_u16be(entry + 2) : avl__load_u16(entry + 2);
+        int value = big ? avl__load_u16be(entry + 8) : avl__load_u16(entry + 8);
+        if (tag == 0x0112) return type == 3 && value >= 1 && value <= 8 ? value : 1;
+    }
+    return 1;
+}
+
+// ---- inflate: zlib data (RFC 1950) of known unpacked size ---------------------------------------------------------
+// Deflate is a sequence of Huffman-coded literals and of (length, distance) copies from what was already written.
+
+#define AVL__INFLATE_FAST 10   // codes up to this many bits are found by one look-up; the longer, rarer ones bit by bit
+
+typedef struct avl__inflate_code {
+    uint16_t fast[1 << AVL__INFLATE_FAST];   // by the next bits: symbol * 16 + code length, or 0: a longer code
+    uint16_t count[16];                      // codes of each length
+    uint16_t symbol[288];                    // in the order of their codes
+} avl__inflate_code;
+
+typedef struct avl__inflate_state {
+    const uint8_t *in;
+    size_t         n_in, at;       // next byte to read
+    uint64_t       bits;           // read and not yet used; the lowest bit is next
+    int            n_bits;         // how many of them are real; what lies above is zero or a preview of in[at]
+    uint8_t       *out;
+    size_t         n_out, n;       // size and how much is written
+    int            too_much;       // the data goes on when `out` is full
+    avl__inflate_code literals, distances;
+} avl__inflate_state;
+
+// Afterwards at least 56 bits are there, unless the input ends.
+static void avl__inflate_refill(avl__inflate_state *s) {
+    if (s->n_in - s->at >= 8) {
+        s->bits |= avl__load_u64(s->in + s->at) << s->n_bits;
+        s->at += (size_t)(63 - s->n_bits) >> 3;
+        s->n_bits |= 56;
+        return;
+    }
+    for (; s->n_bits <= 56 && s->at < s->n_in; s->n_bits += 8) s->bits |= (uint64_t)s->in[s->at++] << s->n_bits;
+}
+
+// The next n <= 16 bits of what refill made ready. Past the input's end n_bits falls below 0; callers check.
+static unsigned avl__inflate_bits(avl__inflate_state *s, int n) {
+    unsigned value = (unsigned)(s->bits & (((uint64_t)1 << n) - 1));
+    s->bits >>= n;
+    s->n_bits -= n;
+    return value;
+}
+
+// Builds the canonical code with these lengths (RFC 1951, 3.2.2): codes of one length are consecutive, in symbol
+// order, and follow those of smaller length. Returns 0 if the lengths do not describe a prefix code that uses all bit
+// patterns (a single code of one bit, or none at all, is allowed: that is how few distances are written).
+static int avl__inflate_code_new(avl__inflate_code *code, const uint8_t *lengths, int n) {
+    unsigned first[16], next = 0;
+    int i, length, left = 1, used = 0, place[16];
+    memset(code, 0, sizeof *code);
+    for (i = 0; i < n; i++) code->count[lengths[i]]++;
+    code->count[0] = 0;
+    for (length = 1, place[0] = 0; length < 16; length++) {
+        left = left * 2 - code->count[length];
+        if (left < 0) return 0;
+        next = (next + code->count[length - 1]) * 2;
+        first[length] = next;
+        place[length] = used;
+        used += code->count[length];
+    }
+    if (left > 0 && used > code->count[1]) return 0;
+    for (i = 0; i < n; i++) {
+        unsigned word, reversed = 0, step;
+        length = lengths[i];
+        if (length == 0) continue;
+        code->symbol[place[length]++] = (uint16_t)i;
+        word = first[length]++;
+        if (length > AVL__INFLATE_FAST) continue;
+        for (step = 0; step < (unsigned)length; step++) reversed |= (word >> step & 1) << (length - 1 - (int)step);
+        for (step = reversed; step < 1u << AVL__INFLATE_FAST; step += 1u << length)   // any bits may follow
+            code->fast[step] = (uint16_t)(i * 16 + length);
+    }
+    return 1;
+}
+
+// The next symbol, or -1 for a bit pattern that is no code.
+static int avl__inflate_symbol(avl__inflate_state *s, const avl__inflate_code *code) {
+    unsigned entry = code->fast[s->bits & ((1u << AVL__INFLATE_FAST) - 1)];
+    int length, word = 0, first = 0, index = 0;
+    if (entry) {
+        s->bits >>= entry & 15;
+        s->n_bits -= (int)(entry & 15);
+        return (int)(entry >> 4);
+    }
+    for (length = 1; length < 16; length++) {   // word: the bits so far; first: the smallest code of this length
+        word = word * 2 + (int)avl__inflate_bits(s, 1);
+        if (word - first < code->count[length]) return code->symbol[index + word - first];
+        index += code->count[length];
+        first = (first + code->count[length]) * 2;
+    }
+    return -1;
+}
+
+static astrovl_status avl__inflate_fail(const avl__inflate_state *s, const char *what, astrovl_error *err) {
+    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: the compressed data %s, about byte %l of %l in the IDAT chunks",
+                     what,
+                     (int64_t)s->at, (int64_t)s->n_in);
+}
+
+static astrovl_status avl__inflate_stored(avl__inflate_state *s, astrovl_error *err) {
+    size_t size;
+    (void)avl__inflate_bits(s, s->n_bits & 7);
+    s->at -= (size_t)s->n_bits / 8;   // whole bytes go back to the input
+    s->bits = 0;
+    s->n_bits = 0;
+    if (s->n_in - s->at < 4) return avl__inflate_fail(s, "ends too early", err);
+    size = avl__load_u16(s->in + s->at);
+    if ((size ^ 0xFFFF) != avl__load_u16(s->in + s->at + 2))
+        return avl__inflate_fail(s, "has a broken stored block", err);
+    s->at += 4;
+    if (size > s->n_in - s->at) return avl__inflate_fail(s, "ends too early", err);
+    s->too_much = size > s->n_out - s->n;
+    if (s->too_much) size = s->n_out - s->n;
+    if (size) memcpy(s->out + s->n, s->in + s->at, size);
+    s->at += size;
+    s->n += size;
+    return ASTROVL_OK;
+}
+
+// Reads a block's own codes (RFC 1951, 3.2.7): their lengths are themselves Huffman-coded, with repeats.
+static astrovl_status avl__inflate_codes(avl__inflate_state *s, astrovl_error *err) {
+    static const uint8_t order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
+    uint8_t lengths[288 + 32];
+    int i, n_literals, n_distances, n_lengths;
+    avl__inflate_refill(s);
+    n_literals = (int)avl__inflate_bits(s, 5) + 257;
+    n_distances = (int)avl__inflate_bits(s, 5) + 1;
+    n_lengths = (int)avl__inflate_bits(s, 4) + 4;
+    if (n_literals > 286 || n_distances > 30) return avl__inflate_fail(s, "names too many codes", err);
+    memset(lengths, 0, sizeof lengths);
+    for (i = 0; i < n_lengths; i++) {
+        avl__inflate_refill(s);
+        lengths[order[i]] = (uint8_t)avl__inflate_bits(s, 3);
+    }
+    if (!avl__inflate_code_new(&s->literals, lengths, 19))
+        return avl__inflate_fail(s, "has a broken code of code lengths", err);
+    memset(lengths, 0, sizeof lengths);
+    for (i = 0; i < n_literals + n_distances;) {
+        int symbol, repeat = 1;
+        uint8_t length = 0;
+        avl__inflate_refill(s);
+        symbol = avl__inflate_symbol(s, &s->literals);
+        if (symbol < 0) return avl__inflate_fail(s, "has an unknown code length", err);
+        if (symbol < 16) length = (uint8_t)symbol;
+        else if (symbol == 16) {
+            if (i == 0) return avl__inflate_fail(s, "repeats a code length before the first", err);
+            length = lengths[i - 1];
+            repeat = 3 + (int)avl__inflate_bits(s, 2);
+        } else repeat = symbol == 17 ? 3 + (int)avl__inflate_bits(s, 3) : 11 + (int)avl__inflate_bits(s, 7);
+        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
+        if (repeat > n_literals + n_distances - i) return avl__inflate_fail(s, "repeats a code length too often", err);
+        while (repeat--) lengths[i++] = length;
+    }
+    if (lengths[256] == 0) return avl__inflate_fail(s, "has a block without an end", err);
+    if (!avl__inflate_code_new(&s->literals, lengths, n_literals) ||
+        !avl__inflate_code_new(&s->distances, lengths + n_literals, n_distances))
+        return avl__inflate_fail(s, "has a broken Huffman code", err);
+    return ASTROVL_OK;
+}
+
+static void avl__inflate_fixed_codes(avl__inflate_state *s) {   // RFC 1951, 3.2.6
+    uint8_t lengths[288];
+    int i;
+    for (i = 0; i < 288; i++) lengths[i] = (uint8_t)(i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : 8);
+    (void)avl__inflate_code_new(&s->literals, lengths, 288);
+    memset(lengths, 5, 32);
+    (void)avl__inflate_code_new(&s->distances, lengths, 32);
+}
+
+// Copies `size` bytes from `distance` back; the two may overlap, which repeats a pattern. There is room for them.
+static void avl__inflate_copy(avl__inflate_state *s, size_t distance, size_t size) {
+    uint8_t *to = s->out + s->n, *end = to + size;
+    const uint8_t *from = to - distance;
+    if (distance >= 8 && s->n_out - s->n >= size + 8)   // may write up to 7 bytes too many: they are overwritten later
+        for (; to < end; to += 8, from += 8) memcpy(to, from, 8);
+    else while (to < end) *to++ = *from++;
+    s->n += size;
+}
+
+// Literals and copies until the block ends, or until `out` is full.
+static astrovl_status avl__inflate_block(avl__inflate_state *s, astrovl_error *err) {
+    static const uint16_t length_base[29] = {3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59,
+                                             67, 83,
+                                             99, 115, 131, 163, 195, 227, 258};
+    static const uint8_t length_bits[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5,
+                                            5, 5, 5, 0};
+    static const uint16_t distance_base[30] = {1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385, 513,
+                                               769,
+                                               1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
+    for (;;) {
+        size_t size, distance;
+        int symbol;
+        if (s->n_bits < 48)
+            avl__inflate_refill(s);   // one literal, or a whole copy, takes at most 15 + 5 + 15 + 13 = 48 bits
+        symbol = avl__inflate_symbol(s, &s->literals);
+        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
+        if (symbol == 256) return ASTROVL_OK;
+        if (symbol >= 0 && symbol < 256) {
+            s->too_much = s->n == s->n_out;
+            if (s->too_much) return ASTROVL_OK;
+            s->out[s->n++] = (uint8_t)symbol;
+            continue;
+        }
+        if (symbol < 0 || symbol > 285) return avl__inflate_fail(s, "has an unknown code", err);
+        size = length_base[symbol - 257] + avl__inflate_bits(s, length_bits[symbol - 257]);
+        symbol = avl__inflate_symbol(s, &s->distances);
+        if (symbol < 0 || symbol > 29) return avl__inflate_fail(s, "has an unknown distance code", err);
+        distance = distance_base[symbol] + avl__inflate_bits(s, symbol < 2 ? 0 : symbol / 2 - 1);
+        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
+        if (distance > s->n) return avl__inflate_fail(s, "refers to bytes before its start", err);
+        s->too_much = size > s->n_out - s->n;
+        avl__inflate_copy(s, distance, s->too_much ? s->n_out - s->n : size);
+        if (s->too_much) return ASTROVL_OK;
+    }
+}
+
+// a = 1 + sum of bytes, b = sum of the a's, both modulo 65521      Adler-32 (RFC 1950)
+static uint32_t avl__adler32(const uint8_t *data, size_t size) {
+    uint32_t a = 1, b = 0;
+    while (size > 0) {
+        size_t n = size < 5552 ? size : 5552;   // as many as cannot overflow 32 bits
+        size -= n;
+        while (n--) { a += *data++; b += a; }
+        a %= 65521;
+        b %= 65521;
+    }
+    return b << 16 | a;
+}
+
+// The sum of all unpacked bytes stands behind the last block.
+static astrovl_status avl__inflate_check_sum(avl__inflate_state *s, astrovl_error *err) {
+    (void)avl__inflate_bits(s, s->n_bits & 7);
+    s->at -= (size_t)s->n_bits / 8;   // whole bytes go back to the input
+    if (s->n_in - s->at < 4) return avl__inflate_fail(s, "ends before its check sum", err);
+    if (avl__load_u32be(s->in + s->at) != avl__adler32(s->out, s->n))
+        return avl__inflate_fail(s, "does not match its check sum (Adler-32)", err);
+    return ASTROVL_OK;
+}
+
+// Unpacks exactly s->n_out bytes. Fewer in the data is an error; more are left alone, as in Pillow, and not summed.
+static astrovl_status avl__inflate_run(avl__inflate_state *s, astrovl_error *err) {
+    int last = 0;
+    if (s->n_in < 2 || (s->in[0] & 15) != 8 || s->in[0] >> 4 > 7 || (s->in[1] & 32) || avl__load_u16be(s->in) % 31 != 0)
+        return avl__inflate_fail(s, "does not start as zlib data", err);
+    s->at = 2;
+    while (!last && !s->too_much) {
+        astrovl_status status = ASTROVL_OK;
+        unsigned kind;
+        avl__inflate_refill(s);
+        last = (int)avl__inflate_bits(s, 1);
+        kind = avl__inflate_bits(s, 2);
+        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
+        if (kind == 3) return avl__inflate_fail(s, "has a block of unknown kind", err);
+        if (kind == 1) avl__inflate_fixed_codes(s);
+        if (kind == 2) status = avl__inflate_codes(s, err);
+        if (!status) status = kind == 0 ? avl__inflate_stored(s, err) : avl__inflate_block(s, err);
+        if (status) return status;
+    }
+    if (s->n < s->n_out) return avl__inflate_fail(s, "holds fewer bytes than the image has", err);
+    return s->too_much ? ASTROVL_OK : avl__inflate_check_sum(s, err);
+}
+
+// ---- PNG ----------------------------------------------------------------------------------------------------------
+// As Pillow converts to RGB: alpha and tRNS are dropped without blending; 16-bit colour keeps the high byte, but
+// 16-bit gray (without alpha) is clipped at 255, so that such files come out nearly white; gray of 1, 2 and 4 bits is
+// scaled to 0..255; a palette index without a colour is black. Gamma and colour profiles are not applied.
+
+typedef struct avl__png {
+    const uint8_t *data;
+    size_t         size, at;            // at: the chunk being read
+    uint32_t       crc_table[8][256];
+    uint32_t       width, height;
+    int            depth, color, interlaced;
+    int            n_channels;
+    uint8_t        colors[256][3];      // RGB of every sample value, for palettes and for gray of up to 8 bits
+    int            has_palette;
+    uint8_t       *idat;                // the contents of the IDAT chunks, joined
+    size_t         idat_size, idat_capacity;
+    int            orientation;
+} avl__png;
+
+// Tables of the CRC of ISO 3309 for eight bytes at a time: table[k][b] is the effect of byte b with k bytes after it.
+static void avl__png_make_crc_table(avl__png *png) {
+    uint32_t i, k, c;
+    for (i = 0; i < 256; i++) {
+        for (c = i, k = 0; k < 8; k++) c = c & 1 ? 0xEDB88320u ^ c >> 1 : c >> 1;
+        png->crc_table[0][i] = c;
+    }
+    for (k = 1; k < 8; k++)
+        for (i = 0; i < 256; i++) {
+            c = png->crc_table[k - 1][i];
+            png->crc_table[k][i] = png->crc_table[0][c & 255] ^ c >> 8;
+        }
+}
+
+static uint32_t avl__png_crc(const avl__png *png, const uint8_t *p, size_t n) {
+    const uint32_t (*t)[256] = png->crc_table;
+    uint32_t c = 0xFFFFFFFFu;
+    for (; n >= 8; n -= 8, p += 8) {
+        uint32_t a = avl__load_u32(p) ^ c, b = avl__load_u32(p + 4);
+        c = t[7][a & 255] ^ t[6][a >> 8 & 255] ^ t[5][a >> 16 & 255] ^ t[4][a >> 24] ^
+            t[3][b & 255] ^ t[2][b >> 8 & 255] ^ t[1][b >> 16 & 255] ^ t[0][b >> 24];
+    }
+    for (; n > 0; n--, p++) c = t[0][(c ^ *p) & 255] ^ c >> 8;
+    return ~c;
+}
+
+// PNG: chunk "IDAT" at byte 57: `what`
+static astrovl_status avl__png_fail(const avl__png *png, astrovl_status status, const char *what, astrovl_error *err) {
+    astrovl_string name;
+    if (png->size - png->at < 8) return avl__fail(err, status, "PNG: at byte %l: %s", (int64_t)png->at, what);
+    name.data = (const char *)png->data + png->at + 4;
+    name.size = 4;
+    return avl__fail(err, status, "PNG: chunk \"%S\" at byte %l: %s", name, (int64_t)png->at, what);
+}
+
+static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t size, uint64_t max_pixels,
+                                      astrovl_error *err) {
+    static const uint8_t n_channels[7] = {1, 0, 3, 1, 2, 0, 4};        // by colour type
+    static const uint32_t depths[7] = {0x10116, 0, 0x10100, 0x116, 0x10100, 0, 0x10100};   // bit d: depth d is allowed
+    int i;
+    if (size != 13) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must have 13 bytes", err);
+    png->width = avl__load_u32be(p);
+    png->height = avl__load_u32be(p + 4);
+    png->depth = p[8];
+    png->color = p[9];
+    png->interlaced = p[12];
+    if (png->color > 6 || png->depth > 16 || !(depths[png->color] >> png->depth & 1))
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: IHDR: colour type %d with %d bits does not exist", png->color,
+                         png->depth);
+    if (p[10] != 0 || p[11] != 0 || p[12] > 1)
+        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "unknown compression, filter or interlace method", err);
+    png->n_channels = n_channels[png->color];
+    if (png->color == 0 && png->depth <= 8)
+        for (i = 0; i < 1 << png->depth; i++) memset(png->colors[i], i * 255 / ((1 << png->depth) - 1), 3);
+    return avl__image_check_size("PNG", png->width, png->height, max_pixels, err);
+}
+
+static astrovl_status avl__png_palette(avl__png *png, const uint8_t *p, size_t size, astrovl_error *err) {
+    if (size == 0 || size % 3 != 0 || size > 768)
+        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "not 1 to 256 RGB colours", err);
+    if (png->color != 3) return ASTROVL_OK;   // for true colour it is only a suggestion
+    memcpy(png->colors, p, size);
+    png->has_palette = 1;
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__png_chunk(avl__png *png, const uint8_t *p, size_t size, uint64_t max_pixels,
+                                     astrovl_error *err) {
+    const char *name = (const char *)p - 4;
+    if (png->width == 0 && memcmp(name, "IHDR", 4) != 0)
+        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must come first", err);
+    if (memcmp(name, "IHDR", 4) == 0) {
+        if (png->width) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "a second header", err);
+        return avl__png_header(png, p, size, max_pixels, err);
+    }
+    if (memcmp(name, "PLTE", 4) == 0) return avl__png_palette(png, p, size, err);
+    if (memcmp(name, "eXIf", 4) == 0) png->orientation = avl__exif_orientation(p, size);
+    else if (memcmp(name, "IDAT", 4) == 0) {
+        if (!avl__grow(&png->idat, &png->idat_capacity, png->idat_size + size, 1))
+            return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory", err);
+        if (size) memcpy(png->idat + png->idat_size, p, size);
+        png->idat_size += size;
+    } else if (!(name[0] & 32) && memcmp(name, "IEND", 4) != 0)
+        return avl__png_fail(png, ASTROVL_ERROR_UNSUPPORTED, "a critical chunk of unknown kind", err);
+    return ASTROVL_OK;
+}
+
+// Walks the chunks (length, name, data, CRC). Behind the pixels a cut-off file is forgiven: no pixel is missing.
+static astrovl_status avl__png_chunks(avl__png *png, uint64_t max_pixels, astrovl_error *err) {
+    int state = 0;   // 0: before the IDAT chunks, 1: among them, 2: behind
+    for (png->at = 8;;) {
+        const uint8_t *p = png->data + png->at;
+        size_t left = png->size - png->at, size = left < 8 ? 0 : avl__load_u32be(p);
+        int is_idat = left >= 8 && memcmp(p + 4, "IDAT", 4) == 0;
+        astrovl_status status;
+        if (state == 1 && !is_idat) state = 2;
+        if (left < 12 || size > left - 12) {
+            if (state == 2) return ASTROVL_OK;
+            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "the file ends inside it", err);
+        }
+        if (avl__png_crc(png, p + 4, size + 4) != avl__load_u32be(p + 8 + size)) {
+            if (state == 2) return ASTROVL_OK;
+            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "its bytes do not match its check sum (CRC)", err);
+        }
+        if (is_idat && state == 2)
+            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IDAT chunks must follow each other", err);
+        if (is_idat) state = 1;
+        status = avl__png_chunk(png, p + 8, size, max_pixels, err);
+        if (status) return status;
+        if (memcmp(p + 4, "IEND", 4) == 0) return ASTROVL_OK;
+        png->at += size + 12;
+    }
+}
+
+// The neighbour whose value is nearest to left + up - up_left (ISO 15948, 9.4).
+static int avl__paeth(int left, int up, int up_left) {
+    int to_left = up - up_left, to_up = left - up_left, to_up_left = to_left + to_up;
+    to_left = to_left < 0 ? -to_left : to_left;
+    to_up = to_up < 0 ? -to_up : to_up;
+    to_up_left = to_up_left < 0 ? -to_up_left : to_up_left;
+    up = to_up <= to_up_left ? up : up_left;
+    return to_left <= to_up && to_left <= to_up_left ? left : up;
+}
+
+// Undoes a row's filter: row[i] += prediction from the bytes a pixel to the left, above, and both (0 outside).
+// up: the row above, or NULL;   step: bytes of a pixel, at least 1
+static int avl__png_unfilter(uint8_t *row, const uint8_t *up, size_t n, size_t step, int filter) {
+    size_t i, first = step < n ? step : n;
+    if (filter > 4) return 0;
+    if (!up) filter = filter == 2 ? 0 : filter == 3 ? 5 : filter == 4 ? 1 : filter;   // 5: half of the left alone
+    switch (filter) {
+    case 1: for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step]); break;
+    case 2: for (i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + up[i]); break;
+    case 3:
+        for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i] / 2);
+        for (; i < n; i++) row[i] = (uint8_t)(row[i] + (row[i - step] + up[i]) / 2);
+        break;
+    case 4:
+        for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i]);
+        for (; i < n; i++) row[i] = (uint8_t)(row[i] + avl__paeth(row[i - step], up[i], up[i - step]));
+        break;
+    case 5: for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step] / 2); break;
+    default: break;
+    }
+    return 1;
+}
+
+// n pixels of an unfiltered row to RGB; the next pixel's place is `step` bytes on.
+static void avl__png_row(const avl__png *png, const uint8_t *row, uint32_t n, uint8_t *rgb, size_t step) {
+    int depth = png->depth, mask = (1 << depth) - 1, is_rgb = png->color == 2 || png->color == 6;
+    size_t sample = depth == 16 ? 2 : 1, pixel = sample * (size_t)png->n_channels;
+    uint32_t i;
+    if (png->color == 2 && depth == 8 && step == 3) memcpy(rgb, row, (size_t)n * 3);
+    else if (png->n_channels == 1 && depth <= 8)
+        for (i = 0; i < n; i++, rgb += step) {
+            size_t bit = (size_t)i * (size_t)depth;
+            memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
+        }
+    else if (png->n_channels == 1)
+        for (i = 0; i < n; i++, rgb += step, row += 2) memset(rgb, row[0] ? 255 : row[1], 3);
+    else
+        for (i = 0; i < n; i++, rgb += step, row += pixel) {
+            rgb[0] = row[0];
+            rgb[1] = row[is_rgb ? sample : 0];
+            rgb[2] = row[is_rgb ? 2 * sample : 0];
+        }
+}
+
+// A grid of pixels that is stored as an image of its own: all of them, or one of Adam7's seven passes.
+typedef struct avl__png_pass {
+    uint32_t x, y, dx, dy, width, height;
+    uint64_t row_bytes;                  // without the filter byte
+} avl__png_pass;
+
+static int avl__png_passes(const avl__png *png, avl__png_pass passes[7]) {   // returns how many there are
+    static const uint8_t adam7[7][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
+                                        {1, 0, 2, 2}, {0, 1, 1, 2}};
+    static const uint8_t whole[4] = {0, 0, 1, 1};
+    int i, n = 0;
+    for (i = 0; i < (png->interlaced ? 7 : 1); i++) {
+        const uint8_t *grid = png->interlaced ? adam7[i] : whole;
+        avl__png_pass *p = &passes[n];
+        if (png->width <= grid[0] || png->height <= grid[1]) continue;   // an empty pass takes no bytes
+        p->x = grid[0];
+        p->y = grid[1];
+        p->dx = grid[2];
+        p->dy = grid[3];
+        p->width = (png->width - p->x + p->dx - 1) / p->dx;
+        p->height = (png->height - p->y + p->dy - 1) / p->dy;
+        p->row_bytes = ((uint64_t)p->width * (uint64_t)(png->depth * png->n_channels) + 7) / 8;
+        n++;
+    }
+    return n;
+}
+
+// Unpacks the IDAT data to filtered rows: raw, of all passes. Deflate expands at most 1032 : 1 (258 bytes from 2
+// bits), so a small file that claims to be a huge image is found out before memory is taken.
+static astrovl_status avl__png_inflate(avl__png *png, const avl__png_pass *passes, int n_passes, uint8_t **raw,
+                                       astrovl_error *err) {
+    uint64_t limit = (uint64_t)png->idat_size * 1032, size = 0;
+    avl__inflate_state *s;
+    astrovl_status status;
+    int i;
+    for (i = 0; i < n_passes; i++) {
+        if (passes[i].height > (limit - size) / (passes[i].row_bytes + 1))
+            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: %l bytes of IDAT data cannot hold %l x %l pixels",
+                             (int64_t)png->idat_size,
+                             (int64_t)png->width, (int64_t)png->height);
+        size += passes[i].height * (passes[i].row_bytes + 1);
+    }
+    s = (avl__inflate_state *)avl__alloc(1, sizeof *s);
+    *raw = (uint8_t *)avl__alloc_raw(size, 1);
+    if (!s || !*raw) {
+        astrovl_free(s);
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %l bytes of pixels", (int64_t)size);
+    }
+    s->in = png->idat;
+    s->n_in = png->idat_size;
+    s->out = *raw;
+    s->n_out = (size_t)size;
+    status = avl__inflate_run(s, err);
+    astrovl_free(s);
+    return status;
+}
+
+static astrovl_status avl__png_pixels(const avl__png *png, const avl__png_pass *passes, int n_passes, uint8_t *raw,
+                                      astrovl_image *image, astrovl_error *err) {
+    size_t step = (size_t)(png->depth * png->n_channels + 7) / 8;
+    int i;
+    for (i = 0; i < n_passes; i++) {
+        const avl__png_pass *p = &passes[i];
+        size_t n = (size_t)p->row_bytes;
+        uint8_t *up = NULL;
+        uint32_t y;
+        for (y = 0; y < p->height; y++, up = raw + 1, raw += n + 1) {
+            if (!avl__png_unfilter(raw + 1, up, n, step, raw[0]))
+                return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: row %l has filter %d, which does not exist",
+                                 (int64_t)y, raw[0]);
+            avl__png_row(png, raw + 1, p->width, image->rgb + avl__image_at(image, (int)p->x, (int)(p->y + y * p->dy)),
+                         3 * (size_t)p->dx);
+        }
+    }
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__png_decode_in(avl__png *png, uint64_t max_pixels, astrovl_image *image, astrovl_error *err) {
+    avl__png_pass passes[7];
+    uint8_t *raw = NULL;
+    int n_passes;
+    astrovl_status status = avl__png_chunks(png, max_pixels, err);
+    if (status) return status;
+    if (png->color == 3 && !png->has_palette)
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: an image of colour type 3 lacks its palette (chunk PLTE)");
+    n_passes = avl__png_passes(png, passes);
+    status = avl__png_inflate(png, passes, n_passes, &raw, err);
+    astrovl_free(png->idat);
+    png->idat = NULL;
+    if (!status) status = avl__image_new(image, (int)png->width, (int)png->height, err);
+    if (!status) status = avl__png_pixels(png, passes, n_passes, raw, image, err);
+    if (!status) image->orientation = png->orientation;
+    astrovl_free(raw);
+    return status;
+}
+
+static astrovl_status avl__png_decode(const uint8_t *data, size_t size, uint64_t max_pixels, astrovl_image *image,
+                                      astrovl_error *err) {
+    avl__png *png = (avl__png *)avl__alloc(1, sizeof *png);
+    astrovl_status status;
+    if (!png) return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory");
+    png->data = data;
+    png->size = size;
+    png->orientation = 1;
+    avl__png_make_crc_table(png);
+    status = avl__png_decode_in(png, max_pixels, image, err);
+    astrovl_free(png->idat);
+    astrovl_free(png);
+    return status;
+}
+
+// ---- PNM ----------------------------------------------------------------------------------------------------------
+// P1 to P3 are text, P4 to P6 binary; bitmap, gray, colour. As Pillow scales them: samples up to maxval become
+// round(sample / maxval * 255), halves to even; gray with maxval above 255 becomes round(sample / maxval * 65535) and
+// is then clipped at 255, so that such files come out nearly white. A comment (# to the end of its line) counts as
+// white space.
+
+typedef struct avl__pnm {
+    const uint8_t *data;
+    size_t         size, at;
+    int            kind;            // 1 to 6
+    uint32_t       width, height, maxval;
+} avl__pnm;
+
+static int avl__is_space(int c) { return c == ' ' || (c >= 9 && c <= 13); }
+
+static void avl__pnm_skip_space(avl__pnm *p) {
+    for (; p->at < p->size && (avl__is_space(p->data[p->at]) || p->data[p->at] == '#'); p->at++)
+        if (p->data[p->at] == '#')
+            while (p->at + 1 < p->size && p->data[p->at] != '\n' && p->data[p->at] != '\r') p->at++;
+}
+
+// A decimal number from 0 to limit, and what ends it: white space, a comment or the file's end.
+static astrovl_status avl__pnm_number(avl__pnm *p, uint32_t limit, uint32_t *value, astrovl_error *err) {
+    uint64_t v = 0;
+    size_t start;
+    avl__pnm_skip_space(p);
+    if (p->at == p->size)
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the file ends at byte %l where a number should be",
+                         (int64_t)p->at);
+    for (start = p->at; p->at < p->size && p->data[p->at] >= '0' && p->data[p->at] <= '9'; p->at++) {
+        v = v * 10 + (uint64_t)(p->data[p->at] - '0');
+        if (v > limit)
+            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the number at byte %l is above %l", (int64_t)start,
+                             (int64_t)limit);
+    }
+    if (p->at == start || (p->at < p->size && !avl__is_space(p->data[p->at]) && p->data[p->at] != '#'))
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %l is not part of a number", (int64_t)p->at);
+    *value = (uint32_t)v;
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__pnm_header(avl__pnm *p, uint64_t max_pixels, astrovl_error *err) {
+    // the least that a pixel takes; a text sample takes a byte
+    static const uint8_t bits[7] = {0, 1, 8, 24, 1, 8, 24};
+    int is_bitmap = p->kind == 1 || p->kind == 4;
+    uint64_t row_bytes;
+    astrovl_status status = avl__pnm_number(p, INT_MAX, &p->width, err);
+    if (!status) status = avl__pnm_number(p, INT_MAX, &p->height, err);
+    p->maxval = 1;
+    if (!status && !is_bitmap) status = avl__pnm_number(p, 65535, &p->maxval, err);
+    if (!status) status = avl__image_check_size("PNM", p->width, p->height, max_pixels, err);
+    if (status) return status;
+    if (p->maxval == 0) return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: maxval is 0");
+    if (p->kind >= 4 && p->at < p->size) {   // one character of white space, or a comment, ends a binary file's header
+        if (p->data[p->at] == '#')
+            while (p->at + 1 < p->size && p->data[p->at] != '\n' && p->data[p->at] != '\r') p->at++;
+        p->at++;
+    }
+    row_bytes = p->kind == 1 ? p->width : ((uint64_t)p->width * bits[p->kind] * (p->kind > 4 &&
+                                                                                 p->maxval > 255 ? 2 : 1) + 7) / 8;
+    if (p->height > (p->size - p->at) / row_bytes)
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: %l bytes after the header cannot hold %l x %l pixels",
+                         (int64_t)(p->size - p->at),
+                         (int64_t)p->width, (int64_t)p->height);
+    return ASTROVL_OK;
+}
+
+// round(sample / maxval * top) in double, halves to even as Python rounds, then clipped to 8 bits.
+static uint8_t avl__pnm_scale(uint32_t sample, uint32_t maxval, double top) {
+    double v = (double)sample / (double)maxval * top;
+    uint32_t floor_v = (uint32_t)v;
+    double rest = v - (double)floor_v;
+    if (rest > 0.5 || (rest == 0.5 && (floor_v & 1))) floor_v++;
+    return (uint8_t)(floor_v > 255 ? 255 : floor_v);
+}
+
+static astrovl_status avl__pnm_bits(avl__pnm *p, astrovl_image *image, astrovl_error *err) {   // P1, P4: 1 is black
+    int x, y;
+    for (y = 0; y < image->height; y++) {
+        unsigned char *rgb = image->rgb + avl__image_at(image, 0, y);
+        for (x = 0; x < image->width; x++, rgb += 3) {
+            int bit;
+            if (p->kind == 4) bit = p->data[p->at + (size_t)x / 8] >> (7 - x % 8) & 1;
+            else {
+                avl__pnm_skip_space(p);
+                if (p->at == p->size || (p->data[p->at] != '0' && p->data[p->at] != '1'))
+                    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %l is neither 0 nor 1", (int64_t)p->at);
+                bit = p->data[p->at++] == '1';
+            }
+            memset(rgb, bit ? 0 : 255, 3);
+        }
+        if (p->kind == 4) p->at += ((size_t)image->width + 7) / 8;
+    }
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__pnm_samples(avl__pnm *p, astrovl_image *image, astrovl_error *err) {   // P2, P3, P5, P6
+    int n_channels = p->kind == 3 || p->kind == 6 ? 3 : 1, is_wide = p->maxval > 255, c;
+    double top = n_channels == 1 && is_wide ? 65535.0 : 255.0;
+    size_t i, n = (size_t)image->width * (size_t)image->height;
+    for (i = 0; i < n; i++) {
+        unsigned char *rgb = image->rgb + 3 * i;
+        for (c = 0; c < n_channels; c++) {
+            uint32_t v;
+            if (p->kind <= 3) {
+                astrovl_status status = avl__pnm_number(p, p->maxval, &v, err);
+                if (status) return status;
+            } else {
+                v = is_wide ? avl__load_u16be(p->data + p->at) : p->data[p->at];
+                p->at += is_wide ? 2 : 1;
+            }
+            rgb[c] = p->maxval == 255 ? (uint8_t)v : avl__pnm_scale(v, p->maxval, top);
+        }
+        if (n_channels == 1) rgb[1] = rgb[2] = rgb[0];
+    }
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__pnm_decode(const uint8_t *data, size_t size, uint64_t max_pixels, astrovl_image *image,
+                                      astrovl_error *err) {
+    avl__pnm p;
+    astrovl_status status;
+    memset(&p, 0, sizeof p);
+    p.data = data;
+    p.size = size;
+    p.kind = data[1] - '0';
+    p.at = 2;
+    status = avl__pnm_header(&p, max_pixels, err);
+    if (!status) status = avl__image_new(image, (int)p.width, (int)p.height, err);
+    if (status) return status;
+    return p.kind == 1 || p.kind == 4 ? avl__pnm_bits(&p, image, err) : avl__pnm_samples(&p, image, err);
+}
+
+// ---- JPEG: bits and Huffman codes ---------------------------------------------------------------------------------
+// Huffman-coded baseline, extended and progressive files of 8 bits. What libjpeg's default decoder computes in
+// integers is computed here in the same integers: inverse DCT "islow", triangle ("fancy") upsampling, YCbCr to RGB in
+// 16-bit fixed point. Damaged or missing scan data is an error (libjpeg fills in gray); junk between segments is
+// skipped.
+
+#define AVL__JPEG_FAST 9         // codes up to this many bits are found by one look-up
+#define AVL__JPEG_MAX_SCANS 256  // real files have about ten; each one visits the whole image
+
+typedef struct avl__jpeg_code {
+    uint16_t fast[1 << AVL__JPEG_FAST];   // by the next bits: code length * 256 + symbol, or 0: a longer code, or none
+    uint8_t  count[17];                   // codes of each length
+    uint8_t  symbol[256];                 // in the order of their codes
+    int      is_defined;
+} avl__jpeg_code;
+
+typedef struct avl__jpeg_component {
+    int      id, h, v;                    // sampling factors: blocks per MCU
+    int      table;                       // number of its quantisation table
+    int      is_latched;                  // quant is set: it is the table as of the component's first scan
+    uint16_t quant[64];                   // in zigzag order, as the file has it
+    int      width, height;               // samples
+    int      blocks_x, blocks_y;          // blocks that hold samples
+    int      stride;                      // blocks in a stored row: whole MCUs
+    uint8_t *samples;                     // [8 * rows of blocks][8 * stride]
+    int16_t *coefficients;                // progressive: [rows of blocks][stride][64], natural order
+    const avl__jpeg_code *dc, *ac;        // of the current scan
+    int      predicted;                   // DC value of the block before
+} avl__jpeg_component;
+
+typedef struct avl__jpeg {
+    const uint8_t *data;
+    size_t         size, at;
+    uint64_t       bits;                  // the highest bit is next
+    int            n_bits, n_invented;    // valid bits; how many were added as zeros because the data ended
+    int            width, height, n_components, is_progressive, max_h, max_v, mcus_x, mcus_y;
+    avl__jpeg_component component[4];
+    avl__jpeg_component *scan[4];         // the current scan's components
+    int            n_scan, first, last, high, low;   // and its coefficients and bit positions (Ss, Se, Ah, Al)
+    int            end_of_band;           // progressive: blocks without further coefficients still to come (EOBRUN)
+    int            restart_interval, n_scans;
+    int            has_jfif, adobe_transform;        // -1: no Adobe marker
+    int            orientation;
+    int            has_table[4];
+    uint16_t       table[4][64];
+    avl__jpeg_code code[2][4];            // DC, AC
+} avl__jpeg;
+
+static const uint8_t avl__zigzag[64] = {   // natural index of the k-th coefficient in the file
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48,
+    41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+
+static astrovl_status avl__jpeg_fail(const avl__jpeg *j, astrovl_status status, const char *what, astrovl_error *err) {
+    return avl__fail(err, status, "JPEG: at byte %l: %s", (int64_t)j->at, what);
+}
+
+// Afterwards at least 32 bits are there. FF 00 in the data stands for FF; FF and anything else is a marker, which
+// ends it: from there on zeros are invented, and counted.
+static void avl__jpeg_refill(avl__jpeg *j) {
+    while (j->n_bits <= 32 && j->size - j->at >= 4) {
+        uint32_t x = avl__load_u32be(j->data + j->at);
+        if ((x & ~(x + 0x01010101u)) & 0x80808080u)
+            break;   // perhaps an FF: a byte with its high bit set that loses it by + 1
+        j->bits |= (uint64_t)x << (32 - j->n_bits);
+        j->n_bits += 32;
+        j->at += 4;
+    }
+    while (j->n_bits <= 56) {
+        uint64_t byte = 0;
+        if (j->at < j->size && (j->data[j->at] != 0xFF || (j->size - j->at > 1 && j->data[j->at + 1] == 0))) {
+            byte = j->data[j->at];
+            j->at += byte == 0xFF ? 2 : 1;
+        } else j->n_invented += 8;
+        j->bits |= byte << (56 - j->n_bits);
+        j->n_bits += 8;
+    }
+}
+
+static unsigned avl__jpeg_bits(avl__jpeg *j, int n) {   // the next n <= 16 bits; refill made them ready
+    unsigned value = (unsigned)(j->bits >> 32 >> (32 - n));
+    j->bits <<= n;
+    j->n_bits -= n;
+    return value;
+}
+
+static int avl__jpeg_overrun(const avl__jpeg *j) { return j->n_bits < j->n_invented; }   // were invented bits used?
+
+// T.81 annex C: codes of one length are consecutive and follow those of smaller length. Returns 0 if they do not fit.
+static int avl__jpeg_code_new(avl__jpeg_code *code, const uint8_t count[16], const uint8_t *symbols, int n) {
+    unsigned word = 0, i, k = 0, length;
+    memset(code, 0, sizeof *code);
+    memcpy(code->symbol, symbols, (size_t)n);
+    for (length = 1; length <= 16; length++, word *= 2) {
+        code->count[length] = count[length - 1];
+        for (i = 0; i < count[length - 1]; i++, word++, k++) {
+            unsigned shift = AVL__JPEG_FAST - length, fill;
+            if (word >> length) return 0;
+            if (length > AVL__JPEG_FAST) continue;
+            for (fill = 0; fill < 1u << shift; fill++)
+                code->fast[(word << shift) + fill] = (uint16_t)(length << 8 | code->symbol[k]);
+        }
+    }
+    code->is_defined = 1;
+    return 1;
+}
+
+// The next symbol, or -1 for a bit pattern that is no code.
+static int avl__jpeg_symbol(avl__jpeg *j, const avl__jpeg_code *code) {
+    unsigned entry = code->fast[j->bits >> (64 - AVL__JPEG_FAST)];
+    int length, word = 0, first = 0, index = 0;
+    if (entry) {
+        j->bits <<= entry >> 8;
+        j->n_bits -= (int)(entry >> 8);
+        return (int)(entry & 255);
+    }
+    for (length = 1; length <= 16; length++) {   // word: the bits so far; first: the smallest code of this length
+        word = word * 2 + (int)avl__jpeg_bits(j, 1);
+        if (word - first < code->count[length]) return code->symbol[index + word - first];
+        index += code->count[length];
+        first = (first + code->count[length]) * 2;
+    }
+    return -1;
+}
+
+// A signed number of n bits (T.81, F.2.2.1): those that begin with 0 stand for the negative ones.
+static int avl__jpeg_signed(avl__jpeg *j, int n) {
+    int value = (int)avl__jpeg_bits(j, n);
+    return n == 0 || value >> (n - 1) ? value : value - (1 << n) + 1;
+}
+
+// ---- JPEG: blocks of coefficients ---------------------------------------------------------------------------------
+// Each function reads one block of the current scan, and returns 0 if the data makes no sense.
+
+// The DC value: the difference to the block before is stored.
+static int avl__jpeg_dc(avl__jpeg *j, avl__jpeg_component *c) {
+    int size;
+    avl__jpeg_refill(j);
+    size = avl__jpeg_symbol(j, c->dc);
+    if (size < 0 || size > 15) return 0;
+    c->predicted = (int16_t)(uint16_t)(c->predicted + avl__jpeg_signed(j, size));
+    return 1;
+}
+
+// Sequential files: the whole block (T.81, F.2.2), already multiplied by the quantisation table.
+static int avl__jpeg_block(avl__jpeg *j, avl__jpeg_component *c, int32_t block[64]) {
+    int k;
+    memset(block, 0, 64 * sizeof *block);
+    if (!avl__jpeg_dc(j, c)) return 0;
+    block[0] = c->predicted * c->quant[0];
+    for (k = 1; k < 64; k++) {
+        int symbol, size;
+        if (j->n_bits < 32) avl__jpeg_refill(j);
+        symbol = avl__jpeg_symbol(j, c->ac);
+        if (symbol < 0) return 0;
+        size = symbol & 15;
+        if (size == 0) {
+            if (symbol != 0xF0) break;   // end of block
+            k += 15;                     // sixteen zeros
+            continue;
+        }
+        k += symbol >> 4;
+        if (k > 63) return 0;
+        block[avl__zigzag[k]] = avl__jpeg_signed(j, size) * c->quant[k];
+    }
+    return 1;
+}
+
+static int avl__jpeg_dc_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
+    if (!avl__jpeg_dc(j, c)) return 0;
+    block[0] = (int16_t)(uint16_t)((unsigned)c->predicted << j->low);
+    return 1;
+}
+
+static int avl__jpeg_dc_refine(avl__jpeg *j, int16_t *block) {
+    avl__jpeg_refill(j);
+    if (avl__jpeg_bits(j, 1)) block[0] = (int16_t)(block[0] | 1 << j->low);
+    return 1;
+}
+
+// The length of a run of blocks that end here: 2^n plus n bits, n < 15; this block is not counted (T.81, G.1.2.2).
+static void avl__jpeg_read_end_of_band(avl__jpeg *j, int n) {
+    j->end_of_band = (1 << n) - 1 + (int)avl__jpeg_bits(j, n);
+}
+
+static int avl__jpeg_ac_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
+    int k;
+    if (j->end_of_band > 0) {
+        j->end_of_band--;
+        return 1;
+    }
+    for (k = j->first; k <= j->last; k++) {
+        int symbol, size, run;
+        if (j->n_bits < 32) avl__jpeg_refill(j);
+        symbol = avl__jpeg_symbol(j, c->ac);
+        if (symbol < 0) return 0;
+        size = symbol & 15;
+        run = symbol >> 4;
+        if (size == 0 && run < 15) {
+            avl__jpeg_read_end_of_band(j, run);
+            break;
+        }
+        k += run;
+        if (size == 0) continue;
+        if (k > j->last) return 0;
+        block[avl__zigzag[k]] = (int16_t)(uint16_t)((unsigned)avl__jpeg_signed(j, size) << j->low);
+    }
+    return 1;
+}
+
+// One more bit for each coefficient that is already known to be non-zero: it moves it away from zero.
+static void avl__jpeg_refine(avl__jpeg *j, int16_t *coefficient) {
+    if (j->n_bits < 32) avl__jpeg_refill(j);
+    if (avl__jpeg_bits(j, 1) && !((*coefficient < 0 ? -*coefficient : *coefficient) >> j->low & 1))
+        *coefficient = (int16_t)(*coefficient + (*coefficient < 0 ? -(1 << j->low) : 1 << j->low));
+}
+
+// Between the new coefficients, which all are +1 or -1 at this bit, the known ones get their bit (T.81, G.1.2.3).
+static int avl__jpeg_ac_refine(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
+    int k = j->first;
+    while (k <= j->last && j->end_of_band == 0) {
+        int symbol, run, value = 0;
+        if (j->n_bits < 32) avl__jpeg_refill(j);
+        symbol = avl__jpeg_symbol(j, c->ac);
+        if (symbol < 0 || (symbol & 15) > 1) return 0;
+        run = symbol >> 4;
+        if (symbol & 15) value = avl__jpeg_bits(j, 1) ? 1 << j->low : -(1 << j->low);
+        else if (run < 15) {
+            avl__jpeg_read_end_of_band(j, run);
+            j->end_of_band++;   // this block's rest is part of it
+            break;
+        }
+        for (; k <= j->last; k++) {   // passes `run` zeros, then stands on the zero that becomes `value`
+            int16_t *coefficient = &block[avl__zigzag[k]];
+            if (*coefficient) avl__jpeg_refine(j, coefficient);
+            else if (run-- == 0) {
+                *coefficient = (int16_t)value;
+                k++;
+                break;
+            }
+        }
+    }
+    if (j->end_of_band > 0) {
+        for (; k <= j->last; k++)
+            if (block[avl__zigzag[k]]) avl__jpeg_refine(j, &block[avl__zigzag[k]]);
+        j->end_of_band--;
+    }
+    return 1;
+}
+
+// ---- JPEG: inverse DCT --------------------------------------------------------------------------------------------
+// Loeffler, Ligtenberg and Moschytz (ICASSP 1989): 11 multiplications for 8 points. Columns, then rows; constants
+// have 13 fractional bits, the values in between 2. Sums are unsigned, so that hostile coefficients wrap around
+// instead of overflowing.
+
+// out[i * 8], i = 0..7: the inverse DCT of in[0], in[8], ... in[56], times 2^13 sqrt(8)
+static void avl__idct_8(const int32_t *in, uint32_t out[8]) {
+    uint32_t x0 = (uint32_t)in[0], x1 = (uint32_t)in[8], x2 = (uint32_t)in[16], x3 = (uint32_t)in[24];
+    uint32_t x4 = (uint32_t)in[32], x5 = (uint32_t)in[40], x6 = (uint32_t)in[48], x7 = (uint32_t)in[56];
+    // even half: a rotation by 3 pi / 8 of (x2, x6), and butterflies
+    uint32_t r = (x2 + x6) * 4433u;                  // 0.541196100
+    uint32_t s2 = r - x6 * 15137u;                   // 1.847759065
+    uint32_t s3 = r + x2 * 6270u;                    // 0.765366865
+    uint32_t s0 = (x0 + x4) << 13, s1 = (x0 - x4) << 13;
+    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
+    // odd half
+    uint32_t t = (x7 + x3 + x5 + x1) * 9633u;        // 1.175875602
+    uint32_t a = t - (x7 + x3) * 16069u;             // 1.961570560
+    uint32_t b = t - (x5 + x1) * 3196u;              // 0.390180644
+    uint32_t c = (x7 + x1) * 7373u;                  // 0.899976223
+    uint32_t d = (x5 + x3) * 20995u;                 // 2.562915447
+    uint32_t o0 = x1 * 12299u + b - c;               // 1.501321110
+    uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
+    uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
+    uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
+    out[0] = e0 + o0;
+    out[7] = e0 - o0;
+    out[1] = e1 + o1;
+    out[6] = e1 - o1;
+    out[2] = e2 + o2;
+    out[5] = e2 - o2;
+    out[3] = e3 + o3;
+    out[4] = e3 - o3;
+}
+
+static int32_t avl__idct_round(uint32_t x, int n) { return (int32_t)(x + (1u << (n - 1))) >> n; }
+
+static uint8_t avl__clip8(int32_t x) { return (uint8_t)(x < 0 ? 0 : x > 255 ? 255 : x); }
+
+// block: [8][8] coefficients, natural order, multiplied by the quantisation table;   out: 8 rows, `stride` bytes apart
+static void avl__idct(const int32_t block[64], uint8_t *out, size_t stride) {
+    int32_t columns[64];   // after the first pass, transposed
+    uint32_t sums[8];
+    int x, y, i;
+    for (x = 0; x < 8; x++) {
+        const int32_t *in = block + x;
+        if (!(in[8] | in[16] | in[24] | in[32] | in[40] | in[48] | in[56])) {   // very common: a constant column
+            for (i = 0; i < 8; i++) columns[x * 8 + i] = (int32_t)((uint32_t)in[0] << 2);
+            continue;
+        }
+        avl__idct_8(in, sums);
+        for (i = 0; i < 8; i++) columns[x * 8 + i] = avl__idct_round(sums[i], 13 - 2);
+    }
+    for (y = 0; y < 8; y++, out += stride) {
+        avl__idct_8(columns + y, sums);
+        for (i = 0; i < 8; i++) out[i] = avl__clip8(avl__idct_round(sums[i], 13 + 2 + 3) + 128);
+    }
+}
+
+// ---- JPEG: segments and scans -------------------------------------------------------------------------------------
+
+static astrovl_status avl__jpeg_quantisation(avl__jpeg *j, const uint8_t *p, size_t size, astrovl_error *err) {   // DQT
+    while (size > 0) {
+        int is_wide = p[0] >> 4, number = p[0] & 15, i;
+        size_t bytes = is_wide ? 129 : 65;
+        if (is_wide > 1 || number > 3 || size < bytes)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken quantisation table (DQT)", err);
+        for (i = 0; i < 64; i++) j->table[number][i] = is_wide ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
+        j->has_table[number] = 1;
+        p += bytes;
+        size -= bytes;
+    }
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t size, astrovl_error *err) {   // DHT
+    while (size > 0) {
+        size_t n = 0;
+        int i;
+        for (i = 1; i <= 16 && size >= 17; i++) n += p[i];
+        if (size < 17 + n || n > 256 || p[0] >> 4 > 1 || (p[0] & 15) > 3 ||
+            !avl__jpeg_code_new(&j->code[p[0] >> 4][p[0] & 3], p + 1, p + 17, (int)n))
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)", err);
+        p += 17 + n;
+        size -= 17 + n;
+    }
+    return ASTROVL_OK;
+}
+
+// The components' sizes in blocks and their memory. A block takes at least one bit of a scan, so a small file that
+// claims to be a huge image is found out first.
+static astrovl_status avl__jpeg_allocate(avl__jpeg *j, astrovl_error *err) {
+    uint64_t n_blocks = 0;
+    int i;
+    j->mcus_x = (j->width - 1) / (8 * j->max_h) + 1;
+    j->mcus_y = (j->height - 1) / (8 * j->max_v) + 1;
+    for (i = 0; i < j->n_components; i++) {
+        avl__jpeg_component *c = &j->component[i];
+        c->width = (j->width * c->h + j->max_h - 1) / j->max_h;
+        c->height = (j->height * c->v + j->max_v - 1) / j->max_v;
+        c->blocks_x = (c->width + 7) / 8;
+        c->blocks_y = (c->height + 7) / 8;
+        c->stride = j->mcus_x * c->h;
+        n_blocks += (uint64_t)c->blocks_x * (uint64_t)c->blocks_y;
+    }
+    if (n_blocks > 8 * (uint64_t)j->size)
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "JPEG: %l bytes cannot hold %d x %d pixels", (int64_t)j->size,
+                         j->width, j->height);
+    for (i = 0; i < j->n_components; i++) {
+        avl__jpeg_component *c = &j->component[i];
+        uint64_t blocks = (uint64_t)c->stride * (uint64_t)(j->mcus_y * c->v);
+        c->samples = (uint8_t *)avl__alloc_raw(blocks, 64);
+        if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc(blocks, 64 * sizeof(int16_t));
+        if (!c->samples || (j->is_progressive && !c->coefficients))
+            return avl__fail(err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory for %d x %d pixels", j->width, j->height);
+    }
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p, size_t size, uint64_t max_pixels,
+                                      astrovl_error *err) {   // SOF
+    int i;
+    astrovl_status status;
+    if (marker >= 0xC9)
+        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "arithmetic coding is not supported, only Huffman", err);
+    if (marker > 0xC2)
+        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "lossless and hierarchical coding are not supported", err);
+    if (j->n_components) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a second frame (SOF)", err);
+    if (size < 6 || size != 6 + 3 * (size_t)p[5])
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) of wrong length", err);
+    if (p[0] != 8)
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d bits per sample are not supported, only 8", p[0]);
+    if (p[5] != 1 && p[5] != 3 && p[5] != 4)
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d components are not supported, only 1, 3 or 4", p[5]);
+    j->height = avl__load_u16be(p + 1);
+    j->width = avl__load_u16be(p + 3);
+    if (j->height == 0 && j->width > 0)
+        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED,
+                              "the height is left to a DNL marker, which is not supported", err);
+    status = avl__image_check_size("JPEG", (uint32_t)j->width, (uint32_t)j->height, max_pixels, err);
+    if (status) return status;
+    j->is_progressive = marker == 0xC2;
+    j->n_components = p[5];
+    j->max_h = j->max_v = 1;
+    for (i = 0, p += 6; i < j->n_components; i++, p += 3) {
+        avl__jpeg_component *c = &j->component[i];
+        c->id = p[0];
+        c->h = p[1] >> 4;
+        c->v = p[1] & 15;
+        c->table = p[2];
+        if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4 || c->table > 3)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) with a broken component", err);
+        if (c->h > j->max_h) j->max_h = c->h;
+        if (c->v > j->max_v) j->max_v = c->v;
+    }
+    for (i = 0; i < j->n_components; i++)
+        if (j->max_h % j->component[i].h || j->max_v % j->component[i].v)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED,
+                                  "sampling factors that are no whole multiples are not supported", err);
+    return avl__jpeg_allocate(j, err);
+}
+
+// SOS: which components and coefficients come next, with which codes.
+static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size_t size, astrovl_error *err) {
+    int i, k, n = size ? p[0] : 0, n_blocks = 0;
+    if (j->n_components == 0)
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) before the frame (SOF)", err);
+    if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n)
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) of wrong length", err);
+    if (++j->n_scans > AVL__JPEG_MAX_SCANS) return avl__jpeg_fail(j, ASTROVL_ERROR_LIMIT, "too many scans", err);
+    j->n_scan = n;
+    j->first = j->is_progressive ? p[1 + 2 * n] : 0;
+    j->last = j->is_progressive ? p[2 + 2 * n] : 63;
+    j->high = j->is_progressive ? p[3 + 2 * n] >> 4 : 0;
+    j->low = j->is_progressive ? p[3 + 2 * n] & 15 : 0;
+    if (j->is_progressive && (j->last > 63 || j->low > 13 || (j->high && j->high != j->low + 1) ||
+                              (j->first == 0 ? j->last != 0 : j->last < j->first || n != 1)))
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with impossible progression parameters", err);
+    for (i = 0; i < n; i++) {
+        avl__jpeg_component *c = NULL;
+        int dc = p[2 + 2 * i] >> 4, ac = p[2 + 2 * i] & 15;
+        for (k = 0; k < j->n_components && !c; k++)
+            if (j->component[k].id == p[1 + 2 * i]) c = &j->component[k];
+        for (k = 0; k < i; k++)
+            if (j->scan[k] == c) c = NULL;
+        if (!c || dc > 3 || ac > 3)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with an unknown component or table", err);
+        c->dc = &j->code[0][dc];
+        c->ac = &j->code[1][ac];
+        if ((j->first == 0 && j->high == 0 && !c->dc->is_defined) || (j->last > 0 && !c->ac->is_defined))
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose Huffman table is missing", err);
+        if (!c->is_latched) {
+            if (!j->has_table[c->table])
+                return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose quantisation table is missing", err);
+            memcpy(c->quant, j->table[c->table], sizeof c->quant);
+            c->is_latched = 1;
+        }
+        j->scan[i] = c;
+        n_blocks += c->h * c->v;
+    }
+    if (n > 1 && n_blocks > 10)
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with more than 10 blocks per MCU", err);
+    return ASTROVL_OK;
+}
+
+static int avl__jpeg_scan_block(avl__jpeg *j, avl__jpeg_component *c, int x, int y) {
+    size_t at = (size_t)y * (size_t)c->stride + (size_t)x;
+    if (j->is_progressive) {
+        int16_t *block = c->coefficients + at * 64;
+        if (j->first == 0) return j->high ? avl__jpeg_dc_refine(j, block) : avl__jpeg_dc_first(j, c, block);
+        return j->high ? avl__jpeg_ac_refine(j, c, block) : avl__jpeg_ac_first(j, c, block);
+    } else {
+        int32_t block[64];
+        if (!avl__jpeg_block(j, c, block)) return 0;
+        avl__idct(block, c->samples + (size_t)y * (size_t)c->stride * 64 + (size_t)x * 8, (size_t)c->stride * 8);
+        return 1;
+    }
+}
+
+// One MCU: h x v blocks of each component, or a single block if the scan has a single component.
+static int avl__jpeg_mcu(avl__jpeg *j, int x, int y) {
+    int i, bx, by;
+    if (j->n_scan == 1) return avl__jpeg_scan_block(j, j->scan[0], x, y);
+    for (i = 0; i < j->n_scan; i++) {
+        avl__jpeg_component *c = j->scan[i];
+        for (by = 0; by < c->v; by++)
+            for (bx = 0; bx < c->h; bx++)
+                if (!avl__jpeg_scan_block(j, c, x * c->h + bx, y * c->v + by)) return 0;
+    }
+    return 1;
+}
+
+// Forgets what led to here, at a scan's start and at each restart marker.
+static void avl__jpeg_reset(avl__jpeg *j) {
+    int i;
+    j->bits = 0;
+    j->n_bits = j->n_invented = 0;
+    j->end_of_band = 0;
+    for (i = 0; i < j->n_scan; i++) j->scan[i]->predicted = 0;
+}
+
+// Stands on the bytes that the bit buffer has read ahead: moves to the next marker, FF and a byte that is neither 00
+// nor FF.
+static int avl__jpeg_find_marker(avl__jpeg *j) {
+    for (; j->size - j->at >= 2; j->at++)
+        if (j->data[j->at] == 0xFF && j->data[j->at + 1] != 0 && j->data[j->at + 1] != 0xFF) return j->data[j->at + 1];
+    j->at = j->size;
+    return 0;
+}
+
+static astrovl_status avl__jpeg_scan(avl__jpeg *j, astrovl_error *err) {
+    int is_single = j->n_scan == 1, x, y, until_restart = j->restart_interval, n_restarts = 0;
+    int n_x = is_single ? j->scan[0]->blocks_x : j->mcus_x, n_y = is_single ? j->scan[0]->blocks_y : j->mcus_y;
+    avl__jpeg_reset(j);
+    for (y = 0; y < n_y; y++)
+        for (x = 0; x < n_x; x++) {
+            if (j->restart_interval && until_restart-- == 0) {
+                if (avl__jpeg_find_marker(j) != 0xD0 + (n_restarts++ & 7))
+                    return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT,
+                                          "the restart marker (RST) that should be here is missing", err);
+                j->at += 2;
+                avl__jpeg_reset(j);
+                until_restart = j->restart_interval - 1;
+            }
+            if (!avl__jpeg_mcu(j, x, y))
+                return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the scan's data is damaged: no such code", err);
+            if (avl__jpeg_overrun(j))
+                return avl__fail(err, ASTROVL_ERROR_FORMAT,
+                                 "JPEG: the scan's data ends at byte %l, in row %d of %d of its blocks: "
+                                 "the file is cut off or damaged", (int64_t)j->at, y, n_y);
+        }
+    return ASTROVL_OK;
+}
+
+static void avl__jpeg_app(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
+    if (marker == 0xE0 && size >= 14 && memcmp(p, "JFIF", 5) == 0) j->has_jfif = 1;
+    if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && j->orientation == 0)
+        j->orientation = avl__exif_orientation(p + 6, size - 6);
+    if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe_transform = p[11];
+}
+
+// One segment: its marker, and size bytes at p. SOS is followed by its scan's data.
+static astrovl_status avl__jpeg_segment(avl__jpeg *j, int marker, const uint8_t *p, size_t size, uint64_t max_pixels,
+                                        astrovl_error *err) {
+    astrovl_status status;
+    if (marker == 0xDB) return avl__jpeg_quantisation(j, p, size, err);
+    if (marker == 0xC4) return avl__jpeg_huffman(j, p, size, err);
+    if (marker == 0xDD && size < 2)
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a restart interval (DRI) of wrong length", err);
+    if (marker == 0xDD) j->restart_interval = avl__load_u16be(p);
+    if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC8 && marker != 0xCC)
+        return avl__jpeg_frame(j, marker, p, size, max_pixels, err);
+    if (marker >= 0xE0 && marker <= 0xEF) avl__jpeg_app(j, marker, p, size);
+    if (marker != 0xDA) return ASTROVL_OK;
+    status = avl__jpeg_scan_header(j, p, size, err);
+    if (status) return status;
+    j->at += 2 + 2 + size;
+    return avl__jpeg_scan(j, err);
+}
+
+static int avl__jpeg_is_complete(const avl__jpeg *j) {   // has every component been in a scan?
+    int i;
+    for (i = 0; i < j->n_components; i++)
+        if (!j->component[i].is_latched) return 0;
+    return j->n_components > 0;
+}
+
+// Reads segment after segment: to the end (EOI) of a progressive file, which may improve any pixel until then; of
+// others until all components are there.
+static astrovl_status avl__jpeg_segments(avl__jpeg *j, uint64_t max_pixels, astrovl_error *err) {
+    for (j->at = 2; j->is_progressive || !avl__jpeg_is_complete(j);) {
+        int marker = avl__jpeg_find_marker(j);
+        size_t size, before;
+        astrovl_status status;
+        if (marker == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends before its image does", err);
+        if (marker == 0xD9) break;
+        if (marker == 0x01 || (marker >= 0xD0 && marker <= 0xD8)) { j->at += 2; continue; }   // stand alone
+        size = j->size - j->at < 4 ? 0 : avl__load_u16be(j->data + j->at + 2);
+        if (size < 2 || size > j->size - j->at - 2)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends inside a segment", err);
+        before = j->at;
+        status = avl__jpeg_segment(j, marker, j->data + j->at + 4, size - 2, max_pixels, err);
+        if (status) return status;
+        if (j->at == before) j->at += 2 + size;
+    }
+    if (!avl__jpeg_is_complete(j))
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the end (EOI) comes before the whole image", err);
+    return ASTROVL_OK;
+}
+
+static void avl__jpeg_progressive_samples(avl__jpeg_component *c) {
+    int32_t block[64];
+    int x, y, k;
+    for (y = 0; y < c->blocks_y; y++)
+        for (x = 0; x < c->blocks_x; x++) {
+            const int16_t *in = c->coefficients + ((size_t)y * (size_t)c->stride + (size_t)x) * 64;
+            for (k = 0; k < 64; k++) block[avl__zigzag[k]] = in[avl__zigzag[k]] * c->quant[k];
+            avl__idct(block, c->samples + (size_t)y * (size_t)c->stride * 64 + (size_t)x * 8, (size_t)c->stride * 8);
+        }
+}
+
+// ---- JPEG: samples to pixels --------------------------------------------------------------------------------------
+
+// A chroma sample that stands for two pixels lies between them: each pixel takes 3/4 of its own sample and 1/4 of the
+// neighbour on its side, where there is one. Rounding goes alternately down and up. Other ratios than 2 are repetition.
+//   upright:  v[i] = 3 own[i] + beside[i]       own, beside: the sample rows nearest to the pixel row
+//   across:   out[2i] = 3 v[i] + v[i-1],  out[2i+1] = 3 v[i] + v[i+1]
+
+static void avl__jpeg_widen(const uint8_t *own, int n, uint8_t *out) {   // across alone, in quarters
+    int i;
+    out[0] = own[0];
+    out[2 * n - 1] = own[n - 1];
+    for (i = 0; i < n - 1; i++) {
+        out[2 * i + 1] = (uint8_t)((3 * own[i] + own[i + 1] + 2) >> 2);
+        out[2 * i + 2] = (uint8_t)((3 * own[i + 1] + own[i] + 1) >> 2);
+    }
+}
+
+static void avl__jpeg_widen_both(const uint8_t *own, const uint8_t *beside, int n, uint8_t *out) {   // in sixteenths
+    int i, v = 3 * own[0] + beside[0];
+    out[0] = (uint8_t)((4 * v + 8) >> 4);
+    for (i = 0; i < n - 1; i++) {
+        int next = 3 * own[i + 1] + beside[i + 1];
+        out[2 * i + 1] = (uint8_t)((3 * v + next + 7) >> 4);
+        out[2 * i + 2] = (uint8_t)((3 * next + v + 8) >> 4);
+        v = next;
+    }
+    out[2 * n - 1] = (uint8_t)((4 * v + 7) >> 4);
+}
+
+// Row y of a component at the image's full size: where it lies, if nothing had to be done, or in `out`.
+static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_component *c, int y, uint8_t *out) {
+    int ratio_x = j->max_h / c->h, ratio_y = j->max_v / c->v, row = y / ratio_y, x, i;
+    int other = y % ratio_y == 0 ? row - 1 : row + 1;   // the row beside, if ratio_y is 2
+    const uint8_t *own = c->samples + (size_t)row * (size_t)c->stride * 8, *beside;
+    other = other < 0 ? 0 : other >= c->height ? c->height - 1 : other;
+    beside = c->samples + (size_t)other * (size_t)c->stride * 8;
+    if (ratio_x == 1 && ratio_y == 2)
+        for (x = 0; x < c->width; x++) out[x] = (uint8_t)((3 * own[x] + beside[x] + 1 + y % 2) >> 2);
+    else if (ratio_x == 1) return own;
+    else if (ratio_x == 2 && ratio_y == 1 && c->width > 2) avl__jpeg_widen(own, c->width, out);
+    else if (ratio_x == 2 && ratio_y == 2 && c->width > 2) avl__jpeg_widen_both(own, beside, c->width, out);
+    else
+        for (x = 0; x < c->width; x++)
+            for (i = 0; i < ratio_x; i++) out[x * ratio_x + i] = own[x];
+    return out;
+}
+
+// R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
+static void avl__jpeg_rgb(const uint8_t *luma, const uint8_t *blue, const uint8_t *red, int n, uint8_t *rgb) {
+    int i;
+    for (i = 0; i < n; i++, rgb += 3) {
+        int y = luma[i], cb = blue[i] - 128, cr = red[i] - 128;
+        rgb[0] = avl__clip8(y + ((91881 * cr + 32768) >> 16));
+        rgb[1] = avl__clip8(y + ((-22554 * cb - 46802 * cr + 32768) >> 16));
+        rgb[2] = avl__clip8(y + ((116130 * cb + 32768) >> 16));
+    }
+}
+
+// R = K (255 - C') / 255: Pillow takes four components for Adobe's inverted CMYK, whether a marker says so or not.
+// rgb: holds 255 - C', 255 - M', 255 - Y';   black: K'    (primed: 255 less the ink)
+static void avl__jpeg_apply_black(const uint8_t *black, int n, uint8_t *rgb) {
+    int i;
+    for (i = 0; i < 3 * n; i++) {
+        int k = black[i / 3], product = rgb[i] * k + 128;
+        rgb[i] = avl__clip8(k - (((product >> 8) + product) >> 8));
+    }
+}
+
+// What the components mean: libjpeg's rules. Without a marker, three are YCbCr unless they are called R, G and B.
+static int avl__jpeg_is_ycc(const avl__jpeg *j) {
+    const avl__jpeg_component *c = j->component;
+    if (j->n_components == 4) return j->adobe_transform > 0;
+    if (j->has_jfif) return 1;
+    if (j->adobe_transform >= 0) return j->adobe_transform != 0;
+    return !(c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B');
+}
+
+static void avl__jpeg_pixels(const avl__jpeg *j, uint8_t *scratch, astrovl_image *image) {
+    int is_ycc = avl__jpeg_is_ycc(j), n = j->width, i, x, y;
+    for (y = 0; y < j->height; y++) {
+        uint8_t *rgb = image->rgb + avl__image_at(image, 0, y);
+        const uint8_t *row[4];
+        for (i = 0; i < j->n_components; i++)
+            row[i] = avl__jpeg_row(j, &j->component[i], y, scratch + (size_t)i * ((size_t)n + 8));
+        if (j->n_components == 1) row[1] = row[2] = row[0];
+        if (j->n_components > 1 && is_ycc) avl__jpeg_rgb(row[0], row[1], row[2], n, rgb);
+        else
+            for (x = 0; x < n; x++)
+                for (i = 0; i < 3; i++) rgb[3 * x + i] = row[i][x];
+        if (j->n_components < 4) continue;
+        for (x = 0; x < 3 * n && !is_ycc; x++) rgb[x] = (uint8_t)(255 - rgb[x]);
+        avl__jpeg_apply_black(row[3], n, rgb);
+    }
+}
+
+static astrovl_status avl__jpeg_decode_in(avl__jpeg *j, uint64_t max_pixels, astrovl_image *image, astrovl_error *err) {
+    uint8_t *scratch;
+    int i;
+    astrovl_status status = avl__jpeg_segments(j, max_pixels, err);
+    if (!status) status = avl__image_new(image, j->width, j->height, err);
+    if (status) return status;
+    scratch = (uint8_t *)avl__alloc_raw((uint64_t)j->n_components, (size_t)j->width + 8);   // rows of up to width + 3
+    if (!scratch) return avl__fail(err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
+    for (i = 0; i < j->n_components && j->is_progressive; i++) avl__jpeg_progressive_samples(&j->component[i]);
+    avl__jpeg_pixels(j, scratch, image);
+    astrovl_free(scratch);
+    if (j->orientation) image->orientation = j->orientation;
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__jpeg_decode(const uint8_t *data, size_t size, uint64_t max_pixels, astrovl_image *image,
+                                       astrovl_error *err) {
+    avl__jpeg *j = (avl__jpeg *)avl__alloc(1, sizeof *j);
+    astrovl_status status;
+    int i;
+    if (!j) return avl__fail(err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
+    j->data = data;
+    j->size = size;
+    j->adobe_transform = -1;
+    status = avl__jpeg_decode_in(j, max_pixels, image, err);
+    for (i = 0; i < 4; i++) {
+        astrovl_free(j->component[i].samples);
+        astrovl_free(j->component[i].coefficients);
+    }
+    astrovl_free(j);
+    return status;
+}
+
+// ---- any format ---------------------------------------------------------------------------------------------------
+
+ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, uint64_t max_pixels,
+                                                astrovl_image *image,
+                                                astrovl_error *err) {
+    const uint8_t *p = (const uint8_t *)data;
+    astrovl_status status;
+    if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to decode into");
+    memset(image, 0, sizeof *image);
+    if (!data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data was given to decode");
+    if (max_pixels == 0) max_pixels = ASTROVL_MAX_PIXELS;
+    if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(p, size, max_pixels, image, err);
+    else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(p, size, max_pixels, image, err);
+    else if (size >= 3 && p[0] == 'P' && p[1] >= '1' && p[1] <= '6' && (avl__is_space(p[2]) || p[2] == '#'))
+        status = avl__pnm_decode(p, size, max_pixels, image, err);
+    else return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED,
+                          "neither PNG, JPEG nor PNM (P1 to P6): its %l bytes start with none of "
+                          "their signatures", (int64_t)size);
+    if (status) astrovl_image_free(image);
+    return status;
+}
+
+ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pixels, astrovl_image *image,
+                                              astrovl_error *err) {
+    astrovl_error inner;
+    avl__file file;
+    astrovl_status status;
+    if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to load into");
+    memset(image, 0, sizeof *image);
+    status = avl__file_open(path, 0, &file, err);
+    if (status) return status;
+    if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
+    else status = astrovl_image_decode(file.data, file.size, max_pixels, image, &inner);
+    avl__file_close(&file);
+    return status ? avl__fail(err, status, "%s: %s", path, inner.message) : ASTROVL_OK;
+}
+
+// ---- orientation, padding, cropping -------------------------------------------------------------------------------
+
+// EXIF's eight: 2, 3, 6... say how the stored image is to be mirrored and turned. Pixel (x, y) of the result is
+// pixel (x, y) of the stored one, with the two exchanged (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted
+// from the far end.
+ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err) {
+    astrovl_image out;
+    astrovl_status status = avl__image_check(image, &out, err);
+    int o, swap, x, y;
+    if (status) return status;
+    o = image->orientation;
+    if (o < 0 || o > 8) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "orientation %d: EXIF has 1 to 8", o);
+    image->orientation = 1;
+    if (o <= 1) return ASTROVL_OK;
+    swap = o >= 5;
+    status = avl__image_new(&out, swap ? image->height : image->width, swap ? image->width : image->height, err);
+    if (status) {
+        image->orientation = o;
+        return status;
+    }
+    for (y = 0; y < out.height; y++)
+        for (x = 0; x < out.width; x++) {
+            int from_x = swap ? y : x, from_y = swap ? x : y;
+            if (o == 2 || o == 3 || o == 7 || o == 8) from_x = image->width - 1 - from_x;
+            if (o == 3 || o == 4 || o == 6 || o == 7) from_y = image->height - 1 - from_y;
+            memcpy(out.rgb + avl__image_at(&out, x, y), image->rgb + avl__image_at(image, from_x, from_y), 3);
+        }
+    astrovl_image_free(image);
+    *image = out;
+    return ASTROVL_OK;
+}
+
+// out(x, y) = image(x + left, y + top), `color` outside; left and top may be negative.
+static void avl__image_window(const astrovl_image *image, int left, int top, const unsigned char color[3],
+                              astrovl_image *out) {
+    int x, y, begin = left < 0 ? -left : 0, end = image->width - left < out->width ? image->width - left : out->width;
+    for (y = 0; y < out->height; y++) {
+        unsigned char *row = out->rgb + avl__image_at(out, 0, y);
+        int is_inside = y + top >= 0 && y + top < image->height;
+        for (x = 0; x < out->width; x++)
+            if (!is_inside || x < begin || x >= end) memcpy(row + 3 * (size_t)x, color, 3);
+        if (is_inside && end > begin)
+            memcpy(row + 3 * (size_t)begin, image->rgb + avl__image_at(image, begin + left, y + top),
+                   3 * (size_t)(end - begin));
+    }
+}
+
+ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
+                                                    astrovl_image *out, astrovl_error *err) {
+    static const unsigned char black[3] = {0, 0, 0};
+    int side;
+    astrovl_status status = avl__image_check(image, out, err);
+    if (status) return status;
+    side = image->width > image->height ? image->width : image->height;
+    status = avl__image_new(out, side, side, err);
+    if (status) return status;
+    avl__image_window(image, -((side - image->width) / 2), -((side - image->height) / 2), color ? color : black, out);
+    return ASTROVL_OK;
+}
+
+// floor((size - window) / 2), also where the window is larger than the image
+static int avl__crop_offset(int size, int window) {
+    return size >= window ? (size - window) / 2 : -((window - size + 1) / 2);
+}
+
+ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
+                                                     astrovl_image *out,
+                                                     astrovl_error *err) {
+    static const unsigned char black[3] = {0, 0, 0};
+    astrovl_status status = avl__image_check(image, out, err);
+    if (status) return status;
+    if (width < 1 || height < 1)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a crop of %d x %d pixels", width, height);
+    status = avl__image_new(out, width, height, err);
+    if (status) return status;
+    avl__image_window(image, avl__crop_offset(image->width, width), avl__crop_offset(image->height, height), black,
+                      out);
+    return ASTROVL_OK;
+}
+
+// ---- resizing -----------------------------------------------------------------------------------------------------
+// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels within `support` of its centre, where
+// the kernel is stretched by the reduction (so that it averages when it shrinks); along the rows, then along the
+// columns, with weights of 22 fractional bits and rounding to 8 bits after each. That is the order of Pillow up to
+// 12, which prepared the models' training data (images over 100 times as high as wide, made lower, go the other way
+// round); Pillow 13 chooses the order by its cost, and where it chooses the other, its pixels differ in their
+// rounding and clipping.
+
+#define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
+
+// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981)
+static double avl__bicubic(double x) {
+    if (x < 0.0) x = -x;
+    if (x < 1.0) return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0;
+    if (x < 2.0) return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
+    return 0.0;
+}
+
+// The weights of one axis: output i is the sum over k < count[i] of weight[i * stride + k] * input[first[i] + k].
+typedef struct avl__resize_axis {
+    int     *first, *count;   // [n_out]
+    int32_t *weight;          // [n_out][stride]
+    size_t   stride;
+} avl__resize_axis;
+
+static void avl__resize_axis_free(avl__resize_axis *axis) {
+    astrovl_free(axis->first);
+    astrovl_free(axis->count);
+    astrovl_free(axis->weight);
+}
+
+// The weights of output i, normalised to a sum of 1 and rounded away from zero at halves. w: scratch, [stride]
+static void avl__resize_weights(avl__resize_axis *axis, int i, int n_in, double scale, double *w) {
+    double stretch = scale < 1.0 ? 1.0 : scale, support = 2.0 * stretch, step = 1.0 / stretch;
+    double centre = ((double)i + 0.5) * scale, sum = 0.0;
+    double low = centre - support + 0.5, high = centre + support + 0.5;
+    int32_t *weight = axis->weight + (size_t)i * axis->stride;
+    int first = low < 0.0 ? 0 : (int)low, end = high > (double)n_in ? n_in : (int)high, k;
+    for (k = 0; k < end - first; k++) {
+        w[k] = avl__bicubic(((double)(k + first) - centre + 0.5) * step);
+        sum += w[k];
+    }
+    for (k = 0; k < end - first; k++) {
+        double v = (sum != 0.0 ? w[k] / sum : w[k]) * (double)(1 << AVL__RESIZE_BITS);
+        weight[k] = (int32_t)(v < 0.0 ? v - 0.5 : v + 0.5);
+    }
+    axis->first[i] = first;
+    axis->count[i] = end - first;
+}
+
+static astrovl_status avl__resize_axis_new(avl__resize_axis *axis, int n_in, int n_out, astrovl_error *err) {
+    double scale = (double)n_in / (double)n_out;
+    double *w;
+    int i;
+    axis->stride = (size_t)(2.0 * (scale < 1.0 ? 1.0 : scale)) * 2 + 3;   // 2 * support + 1 at least
+    axis->first = (int *)avl__alloc_raw((uint64_t)n_out, sizeof(int));
+    axis->count = (int *)avl__alloc_raw((uint64_t)n_out, sizeof(int));
+    axis->weight = (int32_t *)avl__alloc_raw((uint64_t)n_out * axis->stride, sizeof(int32_t));
+    w = (double *)avl__alloc_raw(axis->stride, sizeof(double));
+    if (!axis->first || !axis->count || !axis->weight || !w) {
+        astrovl_free(w);
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing %d to %d pixels", n_in, n_out);
+    }
+    for (i = 0; i < n_out; i++) avl__resize_weights(axis, i, n_in, scale, w);
+    astrovl_free(w);
+    return ASTROVL_OK;
+}
+
+static uint8_t avl__resize_round(int32_t sum) {   // 22 fractional bits, the half already added
+    return sum < 0 ? 0 : avl__clip8(sum >> AVL__RESIZE_BITS);
+}
+
+static void avl__resize_rows(const astrovl_image *image, const avl__resize_axis *axis, astrovl_image *out) {
+    int x, y, k;
+    for (y = 0; y < out->height; y++) {
+        unsigned char *to = out->rgb + avl__image_at(out, 0, y);
+        for (x = 0; x < out->width; x++, to += 3) {
+            const unsigned char *from = image->rgb + avl__image_at(image, axis->first[x], y);
+            const int32_t *w = axis->weight + (size_t)x * axis->stride;
+            int32_t r = 1 << (AVL__RESIZE_BITS - 1), g = r, b = r;
+            for (k = 0; k < axis->count[x]; k++, from += 3) {
+                r += w[k] * from[0];
+                g += w[k] * from[1];
+                b += w[k] * from[2];
+            }
+            to[0] = avl__resize_round(r);
+            to[1] = avl__resize_round(g);
+            to[2] = avl__resize_round(b);
+        }
+    }
+}
+
+// sums: scratch, [3 * width]
+static void avl__resize_columns(const astrovl_image *image, const avl__resize_axis *axis, int32_t *sums,
+                                astrovl_image *out) {
+    size_t n = 3 * (size_t)out->width, i;
+    int y, k;
+    for (y = 0; y < out->height; y++) {
+        unsigned char *to = out->rgb + avl__image_at(out, 0, y);
+        for (i = 0; i < n; i++) sums[i] = 1 << (AVL__RESIZE_BITS - 1);
+        for (k = 0; k < axis->count[y]; k++) {
+            const unsigned char *from = image->rgb + avl__image_at(image, 0, axis->first[y] + k);
+            int32_t w = axis->weight[(size_t)y * axis->stride + (size_t)k];
+            for (i = 0; i < n; i++) sums[i] += w * from[i];
+        }
+        for (i = 0; i < n; i++) to[i] = avl__resize_round(sums[i]);
+    }
+}
+
+// Each changes one axis, into new memory.
+static astrovl_status avl__resize_width(const astrovl_image *image, int width, astrovl_image *out, astrovl_error *err) {
+    avl__resize_axis axis = {NULL, NULL, NULL, 0};
+    astrovl_status status = avl__resize_axis_new(&axis, image->width, width, err);
+    if (!status) status = avl__image_new(out, width, image->height, err);
+    if (!status) avl__resize_rows(image, &axis, out);
+    avl__resize_axis_free(&axis);
+    return status;
+}
+
+static astrovl_status avl__resize_height(const astrovl_image *image, int height, astrovl_image *out,
+                                         astrovl_error *err) {
+    avl__resize_axis axis = {NULL, NULL, NULL, 0};
+    int32_t *sums = (int32_t *)avl__alloc_raw((uint64_t)image->width * 3, sizeof(int32_t));
+    astrovl_status status = sums ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing");
+    if (!status) status = avl__resize_axis_new(&axis, image->height, height, err);
+    if (!status) status = avl__image_new(out, image->width, height, err);
+    if (!status) avl__resize_columns(image, &axis, sums, out);
+    avl__resize_axis_free(&axis);
+    astrovl_free(sums);
+    return status;
+}
+
+ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int width, int height, astrovl_image *out,
+                                                astrovl_error *err) {
+    astrovl_image half;   // one axis done
+    int columns_first;
+    astrovl_status status = avl__image_check(image, out, err);
+    if (status) return status;
+    memset(out, 0, sizeof *out);
+    if (width < 1 || height < 1)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a size of %d x %d pixels", width, height);
+    if (width == image->width && height == image->height) {
+        status = avl__image_new(out, width, height, err);
+        if (!status) memcpy(out->rgb, image->rgb, (size_t)width * (size_t)height * 3);
+        return status;
+    }
+    if (width == image->width) return avl__resize_height(image, height, out, err);
+    if (height == image->height) return avl__resize_width(image, width, out, err);
+    columns_first = image->height > 100 * (int64_t)image->width && height < image->height;
+    status = columns_first ? avl__resize_height(image, height, &half, err)
+                           : avl__resize_width(image, width, &half, err);
+    if (status) return status;
+    status = columns_first ? avl__resize_width(&half, width, out, err)
+                           : avl__resize_height(&half, height, out, err);
+    astrovl_image_free(&half);
+    return status;
+}
+
+
+// ====================================================================================================================
+// [9] CLIP
+// The image half of CLIP (Radford et al. 2021): a vision transformer (Dosovitskiy et al. 2021) with a norm before the layers.
+// An image of S x S pixels is cut into (S / P)^2 patches; each becomes one row of n_embd numbers, a learned class row stands
+// before them, learned positions are added, and n_layer pre-norm layers follow:
+//     x += attention(layer_norm1(x));   x += fc2(activation(fc1(layer_norm2(x))))
+// LLaVA reads the patches' rows after the last layer but one. Names: v.* tensors and clip.vision.* keys of an mmproj GGUF.
+// ====================================================================================================================
+
+typedef struct avl__clip_layer {
+    const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;   // [n_embd]
+    avl__linear  q, k, v, out;                                            // [n_embd][n_embd]
+    avl__linear  fc1, fc2;                                                // [n_ff][n_embd], [n_embd][n_ff]
+} avl__clip_layer;
+
+typedef struct avl__clip {
+    int   image_size, patch_size, n_patches;
+    int   n_embd, n_head, n_ff, n_layer;      // n_layer: layers the file has
+    int   n_run;                              // layers run before the features are taken
+    int   use_gelu;                           // 1: GELU, 0: quick-GELU
+    int   pad_square;                         // 1: pad with the mean colour (LLaVA); 0: resize the short side and crop (CLIP)
+    float eps, mean[3], std[3];
+    const float *class_embd;                  // [n_embd]
+    const float *position_embd;               // [1 + n_patches][n_embd]
+    const float *pre_norm_weight, *pre_norm_bias;
+    avl__linear  patch_embd;                  // [n_embd][3][P][P]
+    avl__clip_layer *layers;                  // [n_layer], owned
+} avl__clip;
+
+static astrovl_status avl__clip_load_layer(avl__clip *clip, avl__weights *w, int i, astrovl_error *err) {
+    avl__clip_layer *layer = &clip->layers[i];
+    const struct { const char *name; avl__linear *linear; } square[] = {
+        {"attn_q", &layer->q}, {"attn_k", &layer->k}, {"attn_v", &layer->v}, {"attn_out", &layer->out}};
+    const struct { const char *name; const float **vector; } norms[] = {
+        {"ln1.weight", &layer->norm1_weight}, {"ln1.bias", &layer->norm1_bias},
+        {"ln2.weight", &layer->norm2_weight}, {"ln2.bias", &layer->norm2_bias}};
+    const astrovl_tensor *up;
+    const char *fc1 = "ffn_up", *fc2 = "ffn_down";
+    char name[64];
+    astrovl_status status = ASTROVL_OK;
+    size_t n;
+    for (n = 0; n < 4 && !status; n++) {
+        avl__format(name, sizeof name, "v.blk.%d.%s", i, square[n].name);
+        status = avl__load_linear(w, name, clip->n_embd, clip->n_embd, square[n].linear, err);
+    }
+    for (n = 0; n < 4 && !status; n++) {
+        avl__format(name, sizeof name, "v.blk.%d.%s", i, norms[n].name);
+        status = avl__load_vector(w, name, clip->n_embd, norms[n].vector, err);
+    }
+    // Converters before 2025 called fc1 "ffn_down" and fc2 "ffn_up"; the shape tells, since fc2 reads n_ff values.
+    avl__format(name, sizeof name, "v.blk.%d.ffn_up.weight", i);
+    up = avl__find_tensor(w, name, NULL);
+    if (up && up->ne[0] == clip->n_ff && clip->n_ff != clip->n_embd) {
+        fc1 = "ffn_down";
+        fc2 = "ffn_up";
+    }
+    if (!status) {
+        avl__format(name, sizeof name, "v.blk.%d.%s", i, fc1);
+        status = avl__load_linear(w, name, clip->n_embd, clip->n_ff, &layer->fc1, err);
+    }
+    if (!status) {
+        avl__format(name, sizeof name, "v.blk.%d.%s", i, fc2);
+        status = avl__load_linear(w, name, clip->n_ff, clip->n_embd, &layer->fc2, err);
+    }
+    return status;
+}
+
+// Three numbers of a key, or OpenAI CLIP's own.
+static void avl__clip_load_color(const avl__weights *w, const char *key, const float *fallback, float *color) {
+    int index, c;
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
+    int whole = file && astrovl_gguf_kv(file, index)->count == 3;
+    for (c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
+}
+
+// How many layers run before LLaVA takes its features (transformers: vision_feature_layer -2, all but the last layer). A file
+// may say so; else one with the final norm holds the whole tower, one without had its unused last layer dropped by the converter.
+static astrovl_status avl__clip_choose_depth(avl__clip *clip, const avl__weights *w, astrovl_error *err) {
+    int index, deepest = 0;
+    uint64_t i;
+    const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
+    if (!file) {
+        clip->n_run = clip->n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && clip->n_layer > 1);
+        return ASTROVL_OK;
+    }
+    for (i = 0; i < astrovl_gguf_kv(file, index)->count; i++) {
+        int64_t layer = astrovl_gguf_int(file, index, i);
+        if (layer < 0 || layer > clip->n_layer)
+            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
+                             astrovl_gguf_name(file), layer, clip->n_layer);
+        if (layer > deepest) deepest = (int)layer;
+    }
+    if (i > 1)
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): LLaVA takes one",
+                         astrovl_gguf_name(file), (int64_t)i);
+    clip->n_run = deepest;
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__clip_load_sizes(avl__clip *clip, const avl__weights *w, astrovl_error *err) {
+    static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f}, clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
+    astrovl_string aspect = avl__key_string(w, "clip.vision.image_aspect_ratio");
+    int index, c;
+    const astrovl_gguf *file;
+    astrovl_status status = avl__key_int(w, "clip.vision.image_size", 1, 8192, -1, &clip->image_size, err);
+    if (!status) status = avl__key_int(w, "clip.vision.patch_size", 1, clip->image_size, -1, &clip->patch_size, err);
+    if (!status) status = avl__key_int(w, "clip.vision.embedding_length", 1, 65536, -1, &clip->n_embd, err);
+    if (!status) status = avl__key_int(w, "clip.vision.feed_forward_length", 1, 1 << 20, -1, &clip->n_ff, err);
+    if (!status) status = avl__key_int(w, "clip.vision.block_count", 1, 1024, -1, &clip->n_layer, err);
+    if (!status) status = avl__key_int(w, "clip.vision.attention.head_count", 1, clip->n_embd, -1, &clip->n_head, err);
+    if (status) return status;
+    clip->n_patches = (clip->image_size / clip->patch_size) * (clip->image_size / clip->patch_size);
+    if (clip->n_embd % clip->n_head != 0 || clip->n_patches > 65536)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d heads over %d values and %d patches",
+                         astrovl_gguf_name(w->files[0]), clip->n_head, clip->n_embd, clip->n_patches);
+    clip->eps = (float)avl__key_float(w, "clip.vision.attention.layer_norm_epsilon", 1e-5);
+    file = avl__find_key(w, "clip.use_gelu", &index);
+    clip->use_gelu = file ? astrovl_gguf_int(file, index, 0) != 0 : 0;
+    avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
+    avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
+    for (c = 0; c < 3; c++)
+        if (!(clip->std[c] > 0.0f))
+            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive", astrovl_gguf_name(w->files[0]));
+    // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
+    clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_error *err) {
+    int i, patch_values;
+    astrovl_status status = avl__clip_load_sizes(clip, w, err);
+    if (!status) status = avl__clip_choose_depth(clip, w, err);
+    if (status) return status;
+    patch_values = 3 * clip->patch_size * clip->patch_size;
+    clip->layers = (avl__clip_layer *)avl__alloc((uint64_t)clip->n_layer, sizeof *clip->layers);
+    if (!clip->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the vision tower");
+    status = avl__load_vector(w, "v.class_embd", clip->n_embd, &clip->class_embd, err);
+    if (!status) status = avl__load_linear(w, "v.patch_embd", patch_values, clip->n_embd, &clip->patch_embd, err);
+    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)(1 + clip->n_patches) * clip->n_embd,
+                                           &clip->position_embd, err);
+    if (!status) status = avl__load_vector(w, "v.pre_ln.weight", clip->n_embd, &clip->pre_norm_weight, err);
+    if (!status) status = avl__load_vector(w, "v.pre_ln.bias", clip->n_embd, &clip->pre_norm_bias, err);
+    for (i = 0; i < clip->n_layer && !status; i++) status = avl__clip_load_layer(clip, w, i, err);
+    return status;
+}
+
+// ---- preprocessing -------------------------------------------------------------------------------------------------
+
+// pixels[c][y][x] = (rgb / 255 - mean[c]) / std[c], of an image that has the tower's size.  transformers' CLIPImageProcessor
+static void avl__clip_normalize(const avl__clip *clip, const astrovl_image *image, float *pixels) {
+    size_t n = (size_t)clip->image_size * clip->image_size, i;
+    int c;
+    for (c = 0; c < 3; c++)
+        for (i = 0; i < n; i++)
+            pixels[(size_t)c * n + i] = ((float)image->rgb[3 * i + (size_t)c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
+}
+
+// Pads to a square with the mean colour and resizes (LLaVA), or resizes the short side and crops the middle (CLIP).
+static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_image *image, float *pixels, astrovl_error *err) {
+    astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
+    int size = clip->image_size, c;
+    astrovl_status status;
+    if (!image || !image->rgb || image->width < 1 || image->height < 1)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty");
+    if (clip->pad_square) {
+        unsigned char color[3];
+        for (c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // truncated as LLaVA's int(): 122 116 104
+        status = astrovl_image_pad_square(image, color, &shaped, err);
+        if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
+    } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
+        int w = image->width, h = image->height;
+        int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
+        if (rw > 65535 || rh > 65535)
+            return avl__fail(err, ASTROVL_ERROR_LIMIT, "an image of %d x %d pixels is too narrow to be cropped to a square", w, h);
+        status = astrovl_image_resize(image, (int)rw, (int)rh, &shaped, err);
+        if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
+    }
+    if (!status) avl__clip_normalize(clip, &sized, pixels);
+    astrovl_image_free(&shaped);
+    astrovl_image_free(&sized);
+    return status;
+}
+
+// ---- the tower -----------------------------------------------------------------------------------------------------
+
+// Activations of one pass over n rows, carved from the run's block.
+typedef struct avl__clip_rows {
+    float *x;                   // [n][n_embd]   the residual stream
+    float *normed;              // [n][n_embd]
+    float *q, *k, *v, *mixed;   // [n][n_embd]
+    float *hidden;              // [n][n_ff]
+    float *weights;             // [n_head][n][n], only for the tap
+} avl__clip_rows;
+
+static int avl__clip_reserve(const avl__clip *clip, avl__run *run, avl__clip_rows *rows) {
+    uint64_t n = 1 + (uint64_t)clip->n_patches, wide = n * (uint64_t)clip->n_embd;
+    uint64_t hidden = n * (uint64_t)clip->n_ff, patches = (uint64_t)clip->n_patches * 3 * clip->patch_size * clip->patch_size;
+    uint64_t weights = avl__attention_weights_floats(run, clip->n_head, (int)n, (int)n);
+    uint64_t thread = n, longest = (uint64_t)(clip->n_ff > clip->n_embd ? clip->n_ff : clip->n_embd);
+    float *block;
+    if (hidden < patches) hidden = patches;   // the cut-up image shares the place of the MLP's rows
+    if (thread < longest) thread = longest;
+    if (thread < 3 * (uint64_t)clip->patch_size * clip->patch_size) thread = 3 * (uint64_t)clip->patch_size * clip->patch_size;
+    if (!avl__run_reserve(run, 6 * wide + hidden + weights, thread)) return 0;
+    block = run->rows;
+    rows->x = avl__carve(&block, wide);
+    rows->normed = avl__carve(&block, wide);
+    rows->q = avl__carve(&block, wide);
+    rows->k = avl__carve(&block, wide);
+    rows->v = avl__carve(&block, wide);
+    rows->mixed = avl__carve(&block, wide);
+    rows->hidden = avl__carve(&block, hidden);
+    rows->weights = weights ? avl__carve(&block, weights) : NULL;
+    return 1;
+}
+
+// patches[n_patches][3][P][P] from pixels[3][S][S]: a convolution with stride P is a product over cut-out patches
+static void avl__clip_cut_patches(const avl__clip *clip, const float *pixels, float *patches) {
+    int p = clip->patch_size, s = clip->image_size, n = s / p, py, px, c, y;
+    for (py = 0; py < n; py++)
+        for (px = 0; px < n; px++)
+            for (c = 0; c < 3; c++)
+                for (y = 0; y < p; y++, patches += p)
+                    memcpy(patches, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
+}
+
+static void avl__clip_embed(const avl__clip *clip, avl__run *run, const float *pixels, avl__clip_rows *rows) {
+    int n = 1 + clip->n_patches, d = clip->n_embd;
+    avl__clip_cut_patches(clip, pixels, rows->hidden);
+    avl__apply(run, rows->x + d, rows->hidden, &clip->patch_embd, clip->n_patches);
+    avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", rows->x + d, clip->n_patches, d);
+    memcpy(rows->x, clip->class_embd, (size_t)d * sizeof(float));
+    avl__add(rows->x, clip->position_embd, (int64_t)n * d);
+    avl__tap(run, "vision_model.embeddings", -1, "", rows->x, n, d);
+    avl__layer_norm_rows(rows->x, rows->x, clip->pre_norm_weight, clip->pre_norm_bias, n, d, clip->eps);
+    avl__tap(run, "vision_model.pre_layrnorm", -1, "", rows->x, n, d);   // transformers' spelling
+}
+
+static void avl__clip_layer_run(const avl__clip *clip, avl__run *run, const char *prefix, int i, avl__clip_rows *rows, int n) {
+    const avl__clip_layer *layer = &clip->layers[i];
+    int d = clip->n_embd;
+    avl__attention attention = {rows->q, rows->k, rows->v, rows->mixed, rows->weights, n, 0, clip->n_head, clip->n_head,
+                                d / clip->n_head, 0, run};
+    avl__layer_norm_rows(rows->normed, rows->x, layer->norm1_weight, layer->norm1_bias, n, d, clip->eps);
+    avl__tap(run, prefix, i, "layer_norm1", rows->normed, n, d);
+    avl__apply(run, rows->q, rows->normed, &layer->q, n);
+    avl__apply(run, rows->k, rows->normed, &layer->k, n);
+    avl__apply(run, rows->v, rows->normed, &layer->v, n);
+    avl__tap(run, prefix, i, "self_attn.q_proj", rows->q, n, d);
+    avl__tap(run, prefix, i, "self_attn.k_proj", rows->k, n, d);
+    avl__tap(run, prefix, i, "self_attn.v_proj", rows->v, n, d);
+    avl__attention_run(&attention);
+    avl__tap3(run, prefix, i, "self_attn.attn_weights", rows->weights, clip->n_head, n, n);
+    avl__tap(run, prefix, i, "self_attn.context", rows->mixed, n, d);
+    avl__apply(run, rows->normed, rows->mixed, &layer->out, n);
+    avl__tap(run, prefix, i, "self_attn.out_proj", rows->normed, n, d);
+    avl__add(rows->x, rows->normed, (int64_t)n * d);
+
+    avl__layer_norm_rows(rows->normed, rows->x, layer->norm2_weight, layer->norm2_bias, n, d, clip->eps);
+    avl__tap(run, prefix, i, "layer_norm2", rows->normed, n, d);
+    avl__apply(run, rows->hidden, rows->normed, &layer->fc1, n);
+    avl__tap(run, prefix, i, "mlp.fc1", rows->hidden, n, clip->n_ff);
+    avl__activate(run, rows->hidden, (int64_t)n * clip->n_ff, clip->use_gelu ? astrovl_gelu : astrovl_quick_gelu);
+    avl__tap(run, prefix, i, "mlp.activation_fn", rows->hidden, n, clip->n_ff);
+    avl__apply(run, rows->normed, rows->hidden, &layer->fc2, n);
+    avl__tap(run, prefix, i, "mlp.fc2", rows->normed, n, d);
+    avl__add(rows->x, rows->normed, (int64_t)n * d);
+    avl__tap(run, prefix, i, "", rows->x, n, d);
+}
+
+// pixels [3][S][S] to the rows after n_run layers.  features: out, [n_patches][n_embd] (the class row is left out)
+static astrovl_status avl__clip_encode(const avl__clip *clip, avl__run *run, const float *pixels, float *features,
+                                       astrovl_error *err) {
+    avl__clip_rows rows;
+    size_t d = (size_t)clip->n_embd, n = (size_t)clip->n_patches;
+    int i;
+    if (!avl__clip_reserve(clip, run, &rows)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
+    avl__clip_embed(clip, run, pixels, &rows);
+    for (i = 0; i < clip->n_run; i++) {
+        if (avl__report(run, "image", i, clip->n_run)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while encoding an image");
+        avl__clip_layer_run(clip, run, "vision_model.encoder.layers", i, &rows, 1 + clip->n_patches);
+    }
+    avl__report(run, "image", clip->n_run, clip->n_run);
+    memcpy(features, rows.x + d, n * d * sizeof(float));
+    avl__tap(run, "image_features", -1, "", features, clip->n_patches, clip->n_embd);
+    return ASTROVL_OK;
+}
+
+
+// ====================================================================================================================
+// [10] LLaMA
+// The language model (Touvron et al. 2023): a decoder of pre-norm layers on rows of n_embd numbers,
+//     x += wo attention(rope(wq n), rope(wk n), wv n)   with n = rms_norm(x), attending to all earlier rows through a cache
+//     x += w_down (silu(w_gate n) * w_up n)             with n = rms_norm(x)                          (SwiGLU, Shazeer 2020)
+// then a norm and a product with the output matrix, which gives a logit for every token of the vocabulary. Names and keys:
+// llama.cpp's GGUF files of architecture "llama" (LLaMA-1/2/3, Vicuna, SmolLM2 and others).
+// ====================================================================================================================
+
+typedef struct avl__llama_layer {
+    const float *attention_norm, *ffn_norm;   // [n_embd]
+    avl__linear  q, k, v, o;                  // q: [n_head head_dim][n_embd]; k, v: [n_head_kv head_dim][n_embd]
+    avl__linear  gate, up, down;              // [n_ff][n_embd] twice, [n_embd][n_ff]
+} avl__llama_layer;
+
+typedef struct avl__llama {
+    int   n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, rope_dim, n_ff;
+    float rope_theta, rms_norm_eps;
+    avl__linear       token_embd;             // [n_vocab][n_embd]
+    avl__linear       output;                 // [n_vocab][n_embd]; the same matrix where the file has none ("tied")
+    const float      *output_norm;            // [n_embd]
+    float            *inv_freq;               // [rope_dim / 2], owned
+    avl__llama_layer *layers;                 // [n_layer], owned
+} avl__llama;
+
+static astrovl_status avl__llama_load_sizes(avl__llama *m, const avl__weights *w, astrovl_error *err) {
+    const astrovl_tensor *embd = avl__find_tensor(w, "token_embd.weight", NULL);
+    astrovl_status status = avl__key_int(w, "llama.embedding_length", 1, 1 << 20, -1, &m->n_embd, err);
+    if (!status) status = avl__key_int(w, "llama.block_count", 1, 1024, -1, &m->n_layer, err);
+    if (!status) status = avl__key_int(w, "llama.context_length", 1, 1 << 24, -1, &m->n_ctx_train, err);
+    if (!status) status = avl__key_int(w, "llama.feed_forward_length", 1, 1 << 22, -1, &m->n_ff, err);
+    if (!status) status = avl__key_int(w, "llama.attention.head_count", 1, m->n_embd, -1, &m->n_head, err);
+    if (!status) status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
+    if (!status) status = avl__key_int(w, "llama.attention.key_length", 2, 65536, m->n_embd / m->n_head, &m->head_dim, err);
+    if (!status) status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
+    if (status) return status;
+    if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them rotated)",
+                         astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
+    if (!embd || embd->n_dims != 2 || embd->ne[1] < 1 || embd->ne[1] > 1 << 24)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: token_embd.weight is missing or no [n_vocab, n_embd] matrix",
+                         astrovl_gguf_name(w->files[0]));
+    m->n_vocab = (int)embd->ne[1];
+    m->rope_theta = (float)avl__key_float(w, "llama.rope.freq_base", 10000.0);
+    m->rms_norm_eps = (float)avl__key_float(w, "llama.attention.layer_norm_rms_epsilon", 1e-5);
+    if (!(m->rope_theta > 0.0f && m->rope_theta < 1e30f) || !(m->rms_norm_eps >= 0.0f && m->rms_norm_eps < 1.0f))
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out of range",
+                         astrovl_gguf_name(w->files[0]));
+    return ASTROVL_OK;
+}
+
+// LLaMA-3 stores one divisor per frequency (rope_freqs.weight); "linear" scaling divides every position by one factor.
+static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astrovl_error *err) {
+    const float *factors = NULL;
+    float linear_scale = 1.0f;
+    astrovl_string type = avl__key_string(w, "llama.rope.scaling.type");
+    astrovl_status status = avl__load_optional_vector(w, "rope_freqs.weight", m->rope_dim / 2, &factors, err);
+    int i;
+    if (status) return status;
+    if (avl__string_is(type, "linear"))
+        linear_scale = (float)avl__key_float(w, "llama.rope.scaling.factor", 1.0);
+    else if (type.size && !avl__string_is(type, "none") && !factors)
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and rope_freqs.weight)",
+                         astrovl_gguf_name(w->files[0]), type);
+    if (!(linear_scale > 0.0f && linear_scale < 1e6f))
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range", astrovl_gguf_name(w->files[0]));
+    for (i = 0; factors && i < m->rope_dim / 2; i++)
+        if (!(factors[i] > 0.0f))
+            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: rope_freqs.weight holds a factor that is not positive", astrovl_gguf_name(w->files[0]));
+    m->inv_freq = avl__alloc_floats((uint64_t)m->rope_dim / 2);
+    if (!m->inv_freq) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
+    avl__rope_frequencies(m->inv_freq, m->rope_dim, m->rope_theta, factors, linear_scale);
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__llama_load_layer(avl__llama *m, avl__weights *w, int i, astrovl_error *err) {
+    avl__llama_layer *layer = &m->layers[i];
+    int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
+    const struct { const char *name; int n_in, n_out; avl__linear *linear; } linears[] = {
+        {"attn_q", m->n_embd, n_q, &layer->q},          {"attn_k", m->n_embd, n_kv, &layer->k},
+        {"attn_v", m->n_embd, n_kv, &layer->v},         {"attn_output", n_q, m->n_embd, &layer->o},
+        {"ffn_gate", m->n_embd, m->n_ff, &layer->gate}, {"ffn_up", m->n_embd, m->n_ff, &layer->up},
+        {"ffn_down", m->n_ff, m->n_embd, &layer->down}};
+    char name[64];
+    astrovl_status status = ASTROVL_OK;
+    size_t n;
+    for (n = 0; n < sizeof linears / sizeof *linears && !status; n++) {
+        avl__format(name, sizeof name, "blk.%d.%s", i, linears[n].name);
+        status = avl__load_linear(w, name, linears[n].n_in, linears[n].n_out, linears[n].linear, err);
+    }
+    avl__format(name, sizeof name, "blk.%d.attn_norm.weight", i);
+    if (!status) status = avl__load_vector(w, name, m->n_embd, &layer->attention_norm, err);
+    avl__format(name, sizeof name, "blk.%d.ffn_norm.weight", i);
+    if (!status) status = avl__load_vector(w, name, m->n_embd, &layer->ffn_norm, err);
+    return status;
+}
+
+static astrovl_status avl__llama_load(avl__llama *m, avl__weights *w, astrovl_error *err) {
+    astrovl_status status = avl__llama_load_sizes(m, w, err);
+    int i;
+    if (!status) status = avl__llama_load_rope(m, w, err);
+    if (!status) status = avl__load_linear(w, "token_embd", m->n_embd, m->n_vocab, &m->token_embd, err);
+    if (!status) status = avl__load_vector(w, "output_norm.weight", m->n_embd, &m->output_norm, err);
+    if (status) return status;
+    m->output = m->token_embd;
+    if (avl__find_tensor(w, "output.weight", NULL)) status = avl__load_linear(w, "output", m->n_embd, m->n_vocab, &m->output, err);
+    if (status) return status;
+    m->layers = (avl__llama_layer *)avl__alloc((uint64_t)m->n_layer, sizeof *m->layers);
+    if (!m->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
+    for (i = 0; i < m->n_layer && !status; i++) status = avl__llama_load_layer(m, w, i, err);
+    return status;
+}
+
+// ---- the KV cache --------------------------------------------------------------------------------------------------
+// Keys (already rotated) and values of every earlier position, so that a new token costs one row and not the whole text.
+
+typedef struct avl__kv_cache {
+    float *k, *v;          // [n_layer][n_ctx][n_head_kv][head_dim], touched only as far as n_past
+    int    n_ctx, n_past;
+} avl__kv_cache;
+
+static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx) {
+    uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
+    if (n > SIZE_MAX / 16 / row) return 0;
+    cache->n_ctx = n_ctx;
+    cache->n_past = 0;
+    cache->k = avl__alloc_floats(n * row);
+    cache->v = avl__alloc_floats(n * row);
+    return cache->k && cache->v;
+}
+
+static void avl__kv_cache_free(avl__kv_cache *cache) {
+    astrovl_free(cache->k);
+    astrovl_free(cache->v);
+}
+
+// ---- the forward pass ----------------------------------------------------------------------------------------------
+
+typedef struct avl__llama_rows {
+    float *x;                // [n][n_embd]   the residual stream
+    float *normed;           // [n][n_embd]
+    float *q, *mixed;        // [n][n_head][head_dim]
+    float *gate, *up;        // [n][n_ff]
+    float *angles;           // [rope_dim]    cosines and sines of one position
+    float *shown;            // [n][n_head][head_dim], only for the tap
+    float *weights;          // [n_head][n][n_past + n], only for the tap
+} avl__llama_rows;
+
+static int avl__llama_reserve(const avl__llama *m, avl__run *run, int n_past, int n, avl__llama_rows *rows) {
+    uint64_t wide = (uint64_t)n * m->n_embd, heads = (uint64_t)n * m->n_head * m->head_dim, hidden = (uint64_t)n * m->n_ff;
+    uint64_t weights = avl__attention_weights_floats(run, m->n_head, n, n_past + n), shown = run->tap ? heads : 0;
+    uint64_t thread = (uint64_t)n_past + n;
+    float *block;
+    if (thread < (uint64_t)m->n_embd) thread = (uint64_t)m->n_embd;
+    if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
+    if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
+    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * hidden + (uint64_t)m->rope_dim + shown + weights, thread)) return 0;
+    block = run->rows;
+    rows->x = avl__carve(&block, wide);
+    rows->normed = avl__carve(&block, wide);
+    rows->q = avl__carve(&block, heads);
+    rows->mixed = avl__carve(&block, heads);
+    rows->gate = avl__carve(&block, hidden);
+    rows->up = avl__carve(&block, hidden);
+    rows->angles = avl__carve(&block, (uint64_t)m->rope_dim);
+    rows->shown = shown ? avl__carve(&block, shown) : NULL;
+    rows->weights = weights ? avl__carve(&block, weights) : NULL;
+    return 1;
+}
+
+// Shows heads [n][n_head][head_dim] with each head's rotated values in transformers' order: GGUF keeps the pair (i, i + half)
+// as neighbours, so that value 2i here is i there and 2i + 1 is i + half.
+static void avl__llama_tap_heads(const avl__llama *m, const avl__run *run, int layer, const char *name, const float *heads, int n,
+                                 int n_head, float *shown) {
+    int row, i, half = m->rope_dim / 2;
+    if (!run->tap) return;
+    memcpy(shown, heads, (size_t)n * n_head * m->head_dim * sizeof(float));
+    for (row = 0; row < n * n_head; row++)
+        for (i = 0; i < half; i++) {
+            shown[(size_t)row * m->head_dim + i]        = heads[(size_t)row * m->head_dim + 2 * i];
+            shown[(size_t)row * m->head_dim + i + half] = heads[(size_t)row * m->head_dim + 2 * i + 1];
+        }
+    avl__tap(run, "model.layers", layer, name, shown, n, (int64_t)n_head * m->head_dim);
+}
+
+static void avl__llama_attention(const avl__llama *m, avl__run *run, avl__kv_cache *cache, int i, avl__llama_rows *rows, int n) {
+    const avl__llama_layer *layer = &m->layers[i];
+    size_t kv_row = (size_t)m->n_head_kv * m->head_dim, kv_layer = (size_t)i * cache->n_ctx * kv_row;
+    float *k = cache->k + kv_layer, *v = cache->v + kv_layer;
+    float *k_new = k + (size_t)cache->n_past * kv_row, *v_new = v + (size_t)cache->n_past * kv_row;
+    avl__attention attention = {rows->q, k, v, rows->mixed, rows->weights, n, cache->n_past, m->n_head, m->n_head_kv, m->head_dim,
+                                1, run};
+    avl__rms_norm_rows(rows->normed, rows->x, layer->attention_norm, n, m->n_embd, m->rms_norm_eps);
+    avl__tap(run, "model.layers", i, "input_layernorm", rows->normed, n, m->n_embd);
+    avl__apply(run, rows->q, rows->normed, &layer->q, n);
+    avl__apply(run, k_new, rows->normed, &layer->k, n);
+    avl__apply(run, v_new, rows->normed, &layer->v, n);
+    avl__llama_tap_heads(m, run, i, "self_attn.q_proj", rows->q, n, m->n_head, rows->shown);
+    avl__llama_tap_heads(m, run, i, "self_attn.k_proj", k_new, n, m->n_head_kv, rows->shown);
+    avl__tap(run, "model.layers", i, "self_attn.v_proj", v_new, n, (int64_t)kv_row);
+    avl__rope_rows(rows->q, n, m->n_head, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->angles);
+    avl__rope_rows(k_new, n, m->n_head_kv, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->angles);
+    avl__llama_tap_heads(m, run, i, "self_attn.q_rope", rows->q, n, m->n_head, rows->shown);
+    avl__llama_tap_heads(m, run, i, "self_attn.k_rope", k_new, n, m->n_head_kv, rows->shown);
+    avl__attention_run(&attention);
+    avl__tap3(run, "model.layers", i, "self_attn.attn_weights", rows->weights, m->n_head, n, cache->n_past + n);
+    avl__tap(run, "model.layers", i, "self_attn.context", rows->mixed, n, (int64_t)m->n_head * m->head_dim);
+    avl__apply(run, rows->normed, rows->mixed, &layer->o, n);
+    avl__tap(run, "model.layers", i, "self_attn.o_proj", rows->normed, n, m->n_embd);
+    avl__add(rows->x, rows->normed, (int64_t)n * m->n_embd);
+}
+
+static void avl__llama_mlp(const avl__llama *m, avl__run *run, int i, avl__llama_rows *rows, int n) {
+    const avl__llama_layer *layer = &m->layers[i];
+    int64_t n_hidden = (int64_t)n * m->n_ff, j;
+    avl__rms_norm_rows(rows->normed, rows->x, layer->ffn_norm, n, m->n_embd, m->rms_norm_eps);
+    avl__tap(run, "model.layers", i, "post_attention_layernorm", rows->normed, n, m->n_embd);
+    avl__apply(run, rows->gate, rows->normed, &layer->gate, n);
+    avl__apply(run, rows->up, rows->normed, &layer->up, n);
+    avl__tap(run, "model.layers", i, "mlp.gate_proj", rows->gate, n, m->n_ff);
+    avl__tap(run, "model.layers", i, "mlp.up_proj", rows->up, n, m->n_ff);
+    avl__activate(run, rows->gate, n_hidden, astrovl_silu);
+    for (j = 0; j < n_hidden; j++) rows->gate[j] *= rows->up[j];
+    avl__tap(run, "model.layers", i, "mlp.act", rows->gate, n, m->n_ff);
+    avl__apply(run, rows->normed, rows->gate, &layer->down, n);
+    avl__tap(run, "model.layers", i, "mlp.down_proj", rows->normed, n, m->n_embd);
+    avl__add(rows->x, rows->normed, (int64_t)n * m->n_embd);
+    avl__tap(run, "model.layers", i, "", rows->x, n, m->n_embd);
+}
+
+// The rows that tokens [n] stand for.  x: out, [n][n_embd]
+static void avl__llama_embed(const avl__llama *m, const int32_t *tokens, int n, float *x) {
+    const uint8_t *rows = (const uint8_t *)m->token_embd.weight;
+    int r;
+    for (r = 0; r < n; r++)
+        avl__dequantize_row(m->token_embd.type, rows + (size_t)tokens[r] * m->token_embd.row_bytes, x + (size_t)r * m->n_embd, m->n_embd);
+}
+
+// Appends n positions, at most what the cache has left (the caller has checked): embeddings [n][n_embd], or NULL and tokens [n].
+//   logits  out, [n_logits][n_vocab], of the last n_logits positions
+static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__kv_cache *cache, const int32_t *tokens,
+                                      const float *embeddings, int n, float *logits, int n_logits, astrovl_error *err) {
+    avl__llama_rows rows;
+    const float *last;
+    int i;
+    if (!avl__llama_reserve(m, run, cache->n_past, n, &rows)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for reading %d tokens", n);
+    if (embeddings) memcpy(rows.x, embeddings, (size_t)n * m->n_embd * sizeof(float));
+    else            avl__llama_embed(m, tokens, n, rows.x);
+    avl__tap(run, "model.embed_tokens", -1, "", rows.x, n, m->n_embd);
+    for (i = 0; i < m->n_layer; i++) {
+        if (n > 1 && avl__report(run, "prompt", i, m->n_layer)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
+        avl__llama_attention(m, run, cache, i, &rows, n);
+        avl__llama_mlp(m, run, i, &rows, n);
+    }
+    if (n > 1) avl__report(run, "prompt", m->n_layer, m->n_layer);
+    cache->n_past += n;
+    if (n_logits == 0) return ASTROVL_OK;
+    last = rows.x + (size_t)(n - n_logits) * m->n_embd;
+    avl__rms_norm_rows(rows.normed, last, m->output_norm, n_logits, m->n_embd, m->rms_norm_eps);
+    avl__tap(run, "model.norm", -1, "", rows.normed, n_logits, m->n_embd);
+    avl__apply(run, logits, rows.normed, &m->output, n_logits);
+    avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
+    return ASTROVL_OK;
+}
+
+
+// ====================================================================================================================
+// [11] VLM
+// The whole: a model out of files, a session that runs it, and LLaVA (Liu et al. 2023) itself, which is three short steps.
+// The vision tower turns an image into one row per patch; a projector brings each row to the language model's width; the rows
+// stand in the sequence where the prompt says <image>. From there on the language model cannot tell rows from words.
+// ====================================================================================================================
+
+struct astrovl_model {
+    avl__weights     weights;
+    avl__vocab       vocab;
+    avl__llama       llama;
+    avl__clip        clip;
+    avl__linear      projector[2];      // W2 gelu(W1 x + b1) + b2  (mlp2x_gelu), or the first one alone (linear)
+    int              n_projector;       // 0: none
+    int              has_vocab, has_text, has_vision;
+    astrovl_template chat_template;
+    char            *name;              // general.name
+};
+
+struct astrovl_session {
+    const astrovl_model *model;
+    avl__run             run;
+    avl__kv_cache        cache;         // n_ctx 0: the model has no language model
+    avl__tokens          answer;        // the last answer's tokens
+    int                  n_unread;      // tokens at the answer's end that the cache does not hold yet
+    int                  n_turns;
+    astrovl_stats        stats;
+};
+
+// ---- templates -----------------------------------------------------------------------------------------------------
+
+static const struct { const char *name; astrovl_template value; } avl__template_names[] = {
+    {"auto", ASTROVL_TEMPLATE_AUTO},       {"vicuna_v1", ASTROVL_TEMPLATE_VICUNA}, {"llava_v1", ASTROVL_TEMPLATE_LLAVA},
+    {"llava_llama_2", ASTROVL_TEMPLATE_LLAMA2}, {"llama_3", ASTROVL_TEMPLATE_LLAMA3}, {"chatml", ASTROVL_TEMPLATE_CHATML},
+    {"plain", ASTROVL_TEMPLATE_PLAIN}};
+
+enum { AVL__N_TEMPLATES = sizeof avl__template_names / sizeof *avl__template_names };
+
+ASTROVL_API const char *astrovl_template_name(astrovl_template t) {
+    int i;
+    for (i = 0; i < AVL__N_TEMPLATES; i++) if (avl__template_names[i].value == t) return avl__template_names[i].name;
+    return "unknown";
+}
+
+ASTROVL_API int astrovl_template_from_name(const char *name) {
+    int i;
+    for (i = 0; name && i < AVL__N_TEMPLATES; i++)
+        if (strcmp(avl__template_names[i].name, name) == 0) return avl__template_names[i].value;
+    return -1;
+}
+
+// Where `needle` begins in text, or NULL.
+static const char *avl__find_text(astrovl_string text, const char *needle) {
+    size_t n = strlen(needle), i;
+    for (i = 0; n <= text.size && i <= text.size - n; i++)
+        if (memcmp(text.data + i, needle, n) == 0) return text.data + i;
+    return NULL;
+}
+
+// Each family of chat templates writes markers that no other does.
+static astrovl_template avl__recognize_template(const avl__weights *w, int has_projector) {
+    astrovl_string jinja = avl__key_string(w, "tokenizer.chat_template");
+    if (avl__find_text(jinja, "<|im_start|>"))        return ASTROVL_TEMPLATE_CHATML;
+    if (avl__find_text(jinja, "<|start_header_id|>")) return ASTROVL_TEMPLATE_LLAMA3;
+    if (avl__find_text(jinja, "[INST]"))              return ASTROVL_TEMPLATE_LLAMA2;
+    if (avl__find_text(jinja, "curious human"))       return ASTROVL_TEMPLATE_LLAVA;
+    if (avl__find_text(jinja, "USER:"))               return ASTROVL_TEMPLATE_VICUNA;
+    return has_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;   // LLaVA-1.5's files often carry no template
+}
+
+// ---- opening a model -----------------------------------------------------------------------------------------------
+
+static astrovl_status avl__open_vocab(astrovl_model *m, astrovl_error *err) {
+    int index;
+    const astrovl_gguf *file = avl__find_key(&m->weights, "tokenizer.ggml.model", &index);
+    if (!file) return ASTROVL_OK;
+    m->has_vocab = 1;
+    return avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", err);
+}
+
+static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
+    const astrovl_gguf *file = NULL;
+    astrovl_string architecture = {"", 0};
+    astrovl_status status;
+    int key;
+    if (!avl__find_tensor(&m->weights, "token_embd.weight", &file)) return ASTROVL_OK;
+    key = astrovl_gguf_find_kv(file, "general.architecture");
+    if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
+    if (!avl__string_is(architecture, "llama"))
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\"",
+                         astrovl_gguf_name(file), architecture);
+    m->has_text = 1;
+    status = avl__llama_load(&m->llama, &m->weights, err);
+    if (!status && m->has_vocab && m->vocab.n_tokens > m->llama.n_vocab)
+        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
+                           astrovl_gguf_name(file), m->vocab.n_tokens, m->llama.n_vocab);
+    return status;
+}
+
+static astrovl_status avl__open_vision(astrovl_model *m, astrovl_error *err) {
+    if (!avl__find_tensor(&m->weights, "v.patch_embd.weight", NULL)) return ASTROVL_OK;
+    m->has_vision = 1;
+    return avl__clip_load(&m->clip, &m->weights, err);
+}
+
+// mm.0 and mm.2 of an mmproj file (1 is the GELU between them, which has no weights); mm.0 alone is LLaVA-1.0's linear one.
+static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) {
+    const astrovl_gguf *file = NULL;
+    const astrovl_tensor *first = avl__find_tensor(&m->weights, "mm.0.weight", &file);
+    astrovl_string type = avl__key_string(&m->weights, "clip.projector_type");
+    astrovl_status status;
+    int n_hidden;
+    if (!first || !m->has_vision) return ASTROVL_OK;
+    if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%S\"; LLaVA's are \"mlp\" and \"linear\"",
+                         astrovl_gguf_name(file), type);
+    if (first->n_dims != 2 || first->ne[1] > 1 << 20)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: mm.0.weight is no matrix", astrovl_gguf_name(file));
+    n_hidden = (int)first->ne[1];
+    status = avl__load_linear(&m->weights, "mm.0", m->clip.n_embd, n_hidden, &m->projector[0], err);
+    m->n_projector = 1;
+    if (!status && avl__find_tensor(&m->weights, "mm.2.weight", &file)) {
+        const astrovl_tensor *second = avl__find_tensor(&m->weights, "mm.2.weight", NULL);
+        if (second->n_dims != 2 || second->ne[1] > 1 << 20)
+            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: mm.2.weight is no matrix", astrovl_gguf_name(file));
+        status = avl__load_linear(&m->weights, "mm.2", n_hidden, (int)second->ne[1], &m->projector[1], err);
+        m->n_projector = 2;
+    }
+    if (!status && m->has_text && m->projector[m->n_projector - 1].n_out != m->llama.n_embd)
+        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the projector gives rows of %d values, the language model reads %d; "
+                           "these files belong to different models", astrovl_gguf_name(file), m->projector[m->n_projector - 1].n_out,
+                           m->llama.n_embd);
+    return status;
+}
+
+static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_options *options, astrovl_error *err) {
+    astrovl_string name = avl__key_string(&m->weights, "general.name");
+    astrovl_status status = avl__open_vocab(m, err);
+    if (!status) status = avl__open_text(m, err);
+    if (!status) status = avl__open_vision(m, err);
+    if (!status) status = avl__open_projector(m, err);
+    if (status) return status;
+    if (!m->has_vocab && !m->has_text && !m->has_vision)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no vocabulary, no LLaMA, "
+                         "no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
+    m->chat_template = options ? options->chat_template : ASTROVL_TEMPLATE_AUTO;
+    if (m->chat_template == ASTROVL_TEMPLATE_AUTO) m->chat_template = avl__recognize_template(&m->weights, m->n_projector);
+    m->name = avl__copy_text(name.data, name.size);
+    return m->name ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a model");
+}
+
+// A model with room for n files, still empty; NULL and err.
+static astrovl_model *avl__model_new(int n_files, astrovl_error *err) {
+    astrovl_model *m;
+    if (n_files < 1) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model file was given");
+        return NULL;
+    }
+    m = (astrovl_model *)avl__alloc(1, sizeof *m);
+    if (m) m->weights.files = (astrovl_gguf **)avl__alloc((uint64_t)n_files, sizeof *m->weights.files);
+    if (!m || !m->weights.files) {
+        astrovl_free(m);
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a model");
+        return NULL;
+    }
+    return m;
+}
+
+// Finishes opening once the files are there, or closes everything.
+static astrovl_model *avl__model_finish(astrovl_model *m, int n_files, const astrovl_open_options *options, astrovl_error *err) {
+    if (m->weights.n_files < n_files || avl__open_parts(m, options, err) != ASTROVL_OK) {
+        astrovl_close(m);
+        return NULL;
+    }
+    return m;
+}
+
+ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths, const astrovl_open_options *options,
+                                              astrovl_error *err) {
+    astrovl_model *m = avl__model_new(paths ? n_paths : 0, err);
+    int i;
+    if (!m) return NULL;
+    for (i = 0; i < n_paths; i++) {
+        m->weights.files[i] = astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, err);
+        if (!m->weights.files[i]) break;
+        m->weights.n_files++;
+    }
+    return avl__model_finish(m, n_paths, options, err);
+}
+
+ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_options *options, astrovl_error *err) {
+    return astrovl_open_files(&path, 1, options, err);
+}
+
+ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks, const astrovl_open_options *options,
+                                               astrovl_error *err) {
+    astrovl_model *m = avl__model_new(blocks ? n_blocks : 0, err);
+    int i;
+    if (!m) return NULL;
+    for (i = 0; i < n_blocks; i++) {
+        m->weights.files[i] = astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name ? blocks[i].name : "(memory)", err);
+        if (!m->weights.files[i]) break;
+        m->weights.n_files++;
+    }
+    return avl__model_finish(m, n_blocks, options, err);
+}
+
+ASTROVL_API void astrovl_close(astrovl_model *model) {
+    if (!model) return;
+    avl__vocab_free(&model->vocab);
+    astrovl_free(model->llama.layers);
+    astrovl_free(model->llama.inv_freq);
+    astrovl_free(model->clip.layers);
+    astrovl_free(model->name);
+    avl__weights_free(&model->weights);
+    astrovl_free(model);
+}
+
+ASTROVL_API int astrovl_n_files(const astrovl_model *model) { return model->weights.n_files; }
+
+ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index) {
+    return index >= 0 && index < model->weights.n_files ? model->weights.files[index] : NULL;
+}
+
+static void avl__count_weights(const avl__weights *w, astrovl_info *info) {
+    int f, i, d;
+    for (f = 0; f < w->n_files; f++)
+        for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++) {
+            const astrovl_tensor *t = astrovl_gguf_tensor(w->files[f], i);
+            uint64_t n = 1;
+            for (d = 0; d < t->n_dims; d++) n *= (uint64_t)t->ne[d];
+            info->n_params += n;
+            info->n_weight_bytes += t->n_bytes;
+        }
+}
+
+ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info) {
+    const avl__llama *llama = &model->llama;
+    const avl__clip *clip = &model->clip;
+    memset(info, 0, sizeof *info);
+    info->has_vocab = model->has_vocab;
+    info->has_text = model->has_text;
+    info->has_vision = model->has_vision;
+    info->has_projector = model->n_projector > 0;
+    info->chat_template = model->chat_template;
+    info->name = model->name;
+    info->n_vocab = model->has_text ? llama->n_vocab : model->has_vocab ? model->vocab.n_tokens : 0;
+    info->n_ctx_train = llama->n_ctx_train;
+    info->n_embd = llama->n_embd;
+    info->n_layer = llama->n_layer;
+    info->n_head = llama->n_head;
+    info->n_head_kv = llama->n_head_kv;
+    info->head_dim = llama->head_dim;
+    info->n_ff = llama->n_ff;
+    info->rope_theta = llama->rope_theta;
+    info->rms_norm_eps = llama->rms_norm_eps;
+    info->bos_token = model->has_vocab ? model->vocab.bos : -1;
+    info->eos_token = model->has_vocab ? model->vocab.eos : -1;
+    info->image_size = clip->image_size;
+    info->patch_size = clip->patch_size;
+    info->n_patches = clip->n_patches;
+    info->vision_n_embd = clip->n_embd;
+    info->vision_n_layer = clip->n_layer;
+    info->vision_n_head = clip->n_head;
+    info->vision_n_ff = clip->n_ff;
+    info->vision_feature_layer = clip->n_run;
+    info->n_image_tokens = model->n_projector ? clip->n_patches : 0;
+    avl__count_weights(&model->weights, info);
+}
+
+// ---- text, by the model's vocabulary -------------------------------------------------------------------------------
+
+static astrovl_status avl__need_vocab(const astrovl_model *m, astrovl_error *err) {
+    return m->has_vocab ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no vocabulary (tokenizer.ggml.*) in the model's files",
+                                                 astrovl_gguf_name(m->weights.files[0]));
+}
+
+ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens, int capacity,
+                                 astrovl_error *err) {
+    avl__tokens list = {NULL, 0, 0};
+    int n = -1;
+    if (avl__need_vocab(model, err) != ASTROVL_OK) return -1;
+    if (avl__vocab_encode(&model->vocab, text, size, flags, &list, err) == ASTROVL_OK) {
+        if (list.size > INT_MAX) {
+            avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of more than 2^31 tokens");
+        } else {
+            n = (int)list.size;
+            if (n > 0 && capacity > 0) memcpy(tokens, list.data, (size_t)(n < capacity ? n : capacity) * sizeof *tokens);
+        }
+    }
+    astrovl_free(list.data);
+    return n;
+}
+
+ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token) {
+    astrovl_string none = {"", 0};
+    return model->has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
+}
+
+ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity) {
+    return model->has_vocab ? avl__vocab_token_bytes(&model->vocab, token, text, capacity) : 0;
+}
+
+ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token) {
+    return model->has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
+}
+
+// Does the token begin with the space that SentencePiece puts before a text? A space of its own (<0x20>) does not count.
+static int avl__begins_with_mark(const avl__vocab *vocab, int32_t token) {
+    astrovl_string piece = avl__vocab_piece(vocab, token);
+    return vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
+}
+
+// Appends a token's text, of any length, to b.
+static void avl__put_token(const avl__vocab *vocab, int32_t token, avl__bytes *b) {
+    char small[64];
+    int n = avl__vocab_token_bytes(vocab, token, small, (int)sizeof small);
+    if (n <= (int)sizeof small) {
+        avl__bytes_put(b, small, (size_t)n);
+    } else if (b->failed || !avl__grow(&b->data, &b->capacity, b->size + (size_t)n + 1, 1)) {
+        b->failed = 1;
+    } else {
+        avl__vocab_token_bytes(vocab, token, b->data + b->size, n);
+        b->size += (size_t)n;
+        b->data[b->size] = 0;
+    }
+}
+
+ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens, astrovl_error *err) {
+    avl__bytes text = {NULL, 0, 0, 0};
+    int i, added_space = 0;
+    if (avl__need_vocab(model, err) != ASTROVL_OK) return NULL;
+    avl__bytes_put(&text, "", 0);
+    for (i = 0; i < n_tokens; i++) {
+        size_t before = text.size;
+        avl__put_token(&model->vocab, tokens[i], &text);
+        if (before == 0 && text.size > 0) added_space = avl__begins_with_mark(&model->vocab, tokens[i]);
+    }
+    if (text.failed) {
+        astrovl_free(text.data);
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the text of %d tokens", n_tokens);
+        return NULL;
+    }
+    if (added_space) memmove(text.data, text.data + 1, text.size);
+    return text.data;
+}
+
+// ---- sessions ------------------------------------------------------------------------------------------------------
+
+static astrovl_status avl__session_init(astrovl_session *s, const astrovl_session_options *o, astrovl_error *err) {
+    const avl__llama *llama = &s->model->llama;
+    int n_threads = o->n_threads > 0 ? o->n_threads : avl__n_processors();
+    int n_ctx = o->n_ctx ? o->n_ctx : llama->n_ctx_train < ASTROVL_DEFAULT_CONTEXT ? llama->n_ctx_train : ASTROVL_DEFAULT_CONTEXT;
+    if (o->n_threads < 0 || o->n_ctx < 0 || (o->mode != ASTROVL_FAST && o->mode != ASTROVL_EXACT))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options: n_threads %d, n_ctx %d, mode %d", o->n_threads, o->n_ctx, (int)o->mode);
+    if (s->model->has_text && n_ctx > llama->n_ctx_train)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a context of %d tokens; the model was made for %d", n_ctx, llama->n_ctx_train);
+    s->run.kernels = avl__choose_kernels(o->mode);
+    s->run.tap = o->tap;
+    s->run.tap_user = o->tap_user;
+    s->run.progress = o->progress;
+    s->run.progress_user = o->progress_user;
+    s->run.pool = avl__pool_new(n_threads);
+    if (!s->run.pool || (s->model->has_text && !avl__kv_cache_init(&s->cache, llama, n_ctx)))
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller one", n_ctx);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options, astrovl_error *err) {
+    astrovl_session_options defaults;
+    astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
+    if (!s) {
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
+        return NULL;
+    }
+    memset(&defaults, 0, sizeof defaults);
+    s->model = model;
+    if (avl__session_init(s, options ? options : &defaults, err) != ASTROVL_OK) {
+        astrovl_session_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+ASTROVL_API void astrovl_session_free(astrovl_session *s) {
+    if (!s) return;
+    if (s->run.pool) avl__pool_free(s->run.pool);
+    avl__kv_cache_free(&s->cache);
+    astrovl_free(s->run.rows);
+    astrovl_free(s->run.thread_memory);
+    astrovl_free(s->answer.data);
+    astrovl_free(s);
+}
+
+ASTROVL_API void astrovl_session_rewind(astrovl_session *s, int n_past) {
+    if (n_past >= 0 && n_past < s->cache.n_past) {
+        s->cache.n_past = n_past;
+        s->n_unread = 0;
+    }
+}
+
+ASTROVL_API void astrovl_session_reset(astrovl_session *s) {
+    s->cache.n_past = 0;
+    s->n_unread = 0;
+    s->n_turns = 0;
+    s->answer.size = 0;
+}
+
+ASTROVL_API int astrovl_session_n_past(const astrovl_session *s) { return s->cache.n_past; }
+ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s) { return s->cache.n_ctx; }
+ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stats) { *stats = s->stats; }
+
+ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *n_tokens) {
+    *n_tokens = (int)s->answer.size;
+    return s->answer.data;
+}
+
+// ---- images to rows ------------------------------------------------------------------------------------------------
+
+static astrovl_status avl__need_vision(const astrovl_model *m, astrovl_error *err) {
+    return m->has_vision ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no vision tower (v.* tensors) in the model's files; "
+                                                  "give the mmproj file too", astrovl_gguf_name(m->weights.files[0]));
+}
+
+static astrovl_status avl__need_text(const astrovl_model *m, astrovl_error *err) {
+    return m->has_text ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no language model (token_embd.weight, blk.*) in the "
+                                                "model's files; give the text model's file too", astrovl_gguf_name(m->weights.files[0]));
+}
+
+ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels, astrovl_error *err) {
+    astrovl_status status = avl__need_vision(model, err);
+    return status ? status : avl__clip_preprocess(&model->clip, image, pixels, err);
+}
+
+// features [n_patches][vision n_embd] to rows [n_patches][n_embd]:  W2 gelu(W1 x + b1) + b2   (LLaVA-1.5, section 3.4)
+static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const float *features, float *rows, astrovl_error *err) {
+    const avl__linear *first = &m->projector[0], *second = &m->projector[1];
+    int n = m->clip.n_patches;
+    uint64_t widest = (uint64_t)(first->n_in > first->n_out ? first->n_in : first->n_out);
+    if (!avl__run_reserve(run, (uint64_t)n * first->n_out, widest)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the projector");
+    if (m->n_projector == 1) {
+        avl__apply(run, rows, features, first, n);
+        avl__tap(run, "multi_modal_projector", -1, "linear", rows, n, first->n_out);
+        return ASTROVL_OK;
+    }
+    avl__apply(run, run->rows, features, first, n);
+    avl__tap(run, "multi_modal_projector", -1, "linear_1", run->rows, n, first->n_out);
+    avl__activate(run, run->rows, (int64_t)n * first->n_out, astrovl_gelu);
+    avl__tap(run, "multi_modal_projector", -1, "act", run->rows, n, first->n_out);
+    avl__apply(run, rows, run->rows, second, n);
+    avl__tap(run, "multi_modal_projector", -1, "linear_2", rows, n, second->n_out);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features, astrovl_error *err) {
+    const astrovl_model *m = s->model;
+    astrovl_status status = avl__need_vision(m, err);
+    float *pixels, *rows;
+    if (status) return status;
+    if (!m->n_projector)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no projector (mm.0.weight) in the model's files", astrovl_gguf_name(m->weights.files[0]));
+    pixels = avl__alloc_floats((uint64_t)3 * m->clip.image_size * m->clip.image_size);
+    rows = avl__alloc_floats((uint64_t)m->clip.n_patches * m->clip.n_embd);
+    if (!pixels || !rows) {
+        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
+    } else {
+        status = avl__clip_preprocess(&m->clip, image, pixels, err);
+        if (!status) avl__tap3(&s->run, "pixel_values", -1, "", pixels, 3, m->clip.image_size, m->clip.image_size);
+        if (!status) status = avl__clip_encode(&m->clip, &s->run, pixels, rows, err);
+        if (!status) status = avl__project(m, &s->run, rows, features, err);
+    }
+    astrovl_free(pixels);
+    astrovl_free(rows);
+    return status;
+}
+
+// ---- rows through the language model -------------------------------------------------------------------------------
+
+// A long prompt is read in blocks, so that memory for activations stays small; the numbers are the same.
+enum { AVL__PROMPT_BLOCK = 512 };
+
+static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const float *rows, int n, float *logits, int n_logits,
+                                astrovl_error *err) {
+    const avl__llama *llama = &s->model->llama;
+    int n_before = s->cache.n_past, done, i;
+    astrovl_status status = avl__need_text(s->model, err);
+    if (status) return status;
+    if (n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens to read and %d rows of logits wanted", n, n_logits);
+    if (n > s->cache.n_ctx - s->cache.n_past)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and %d more are needed",
+                         s->cache.n_ctx, s->cache.n_past, n);
+    for (i = 0; tokens && i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= llama->n_vocab)
+            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d at place %d; the model has %d", (int)tokens[i], i, llama->n_vocab);
+    for (done = 0; done < n && !status; ) {
+        int block = n - done < AVL__PROMPT_BLOCK ? n - done : AVL__PROMPT_BLOCK;
+        int skipped = n - n_logits - done;                       // of this block, rows before the first wanted one
+        int wanted = skipped >= block ? 0 : skipped < 0 ? block : block - skipped;
+        status = avl__llama_eval(llama, &s->run, &s->cache, tokens ? tokens + done : NULL, rows ? rows + (size_t)done * llama->n_embd : NULL,
+                                 block, wanted ? logits + (size_t)(done + block - wanted - (n - n_logits)) * llama->n_vocab : NULL, wanted, err);
+        done += block;
+    }
+    if (status) s->cache.n_past = n_before;
+    return status;
+}
+
+ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits, int n_logits,
+                                               astrovl_error *err) {
+    if (!tokens) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no tokens were given");
+    return avl__eval(s, tokens, NULL, n_tokens, logits, n_logits, err);
+}
+
+ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits, int n_logits,
+                                                   astrovl_error *err) {
+    if (!rows) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no rows were given");
+    return avl__eval(s, NULL, rows, n_rows, logits, n_logits, err);
+}
+
+// ---- prompts -------------------------------------------------------------------------------------------------------
+// A turn is laid out as the template says, into tokens where -1 - i stands for image i. Text between images and special tokens
+// is tokenised as one part, as LLaVA's tokenizer_image_token does; the template's own special tokens are put in as such, so a
+// user who types "<|im_end|>" has typed ten characters.
+
+typedef struct avl__prompt {
+    const astrovl_session *s;
+    int           parse_special;
+    avl__bytes    text;       // of the part under way
+    avl__tokens   tokens;
+    astrovl_status status;    // the first failure sticks
+    astrovl_error *err;
+} avl__prompt;
+
+static void avl__prompt_token(avl__prompt *p, int32_t token) {
+    if (!p->status && !avl__tokens_put(&p->tokens, token)) p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
+}
+
+// Ends the part under way.
+static void avl__prompt_flush(avl__prompt *p) {
+    if (p->text.failed && !p->status) p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
+    if (!p->status && p->text.size)
+        p->status = avl__vocab_encode(&p->s->model->vocab, p->text.data, p->text.size, p->parse_special ? ASTROVL_PARSE_SPECIAL : 0,
+                                      &p->tokens, p->err);
+    p->text.size = 0;
+}
+
+static void avl__prompt_text(avl__prompt *p, const char *text) { avl__bytes_put_text(&p->text, text); }
+
+static void avl__prompt_special(avl__prompt *p, const char *piece) {
+    int token = avl__vocab_find(&p->s->model->vocab, piece, strlen(piece));
+    avl__prompt_flush(p);
+    if (token < 0 && !p->status)
+        p->status = avl__fail(p->err, ASTROVL_ERROR_MODEL, "the %s template needs the token %s, which this vocabulary lacks; choose another template",
+                              astrovl_template_name(p->s->model->chat_template), piece);
+    avl__prompt_token(p, token);
+}
+
+// BOS or EOS, where the vocabulary has them.
+static void avl__prompt_mark(avl__prompt *p, int token) {
+    avl__prompt_flush(p);
+    if (token >= 0) avl__prompt_token(p, token);
+}
+
+#define AVL__IMAGE_MARK "<image>"
+
+static int avl__count_marks(const char *text) {
+    int n = 0;
+    for (; (text = strstr(text, AVL__IMAGE_MARK)) != NULL; text += sizeof AVL__IMAGE_MARK - 1) n++;
+    return n;
+}
+
+// The user's text with its images: at their marks, or all before the text, each on a line of its own.
+static void avl__prompt_user(avl__prompt *p, const char *text, int n_images) {
+    int image, marked = avl__count_marks(text);
+    const char *mark;
+    if (marked && n_images && marked != n_images) {
+        if (!p->status) p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given", marked, n_images);
+        return;
+    }
+    for (image = 0; !marked && image < n_images; image++) {
+        avl__prompt_flush(p);
+        avl__prompt_token(p, -1 - image);
+        avl__prompt_text(p, "\n");
+    }
+    for (image = 0; n_images && (mark = strstr(text, AVL__IMAGE_MARK)) != NULL; image++) {
+        avl__bytes_put(&p->text, text, (size_t)(mark - text));
+        avl__prompt_flush(p);
+        avl__prompt_token(p, -1 - image);
+        text = mark + sizeof AVL__IMAGE_MARK - 1;
+    }
+    avl__prompt_text(p, text);
+}
+
+// The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source.
+static void avl__prompt_chatml_system(avl__prompt *p) {
+    static const char open[] = "<|im_start|>system\\n";
+    astrovl_string jinja = avl__key_string(&p->s->model->weights, "tokenizer.chat_template"), rest;
+    const char *start = avl__find_text(jinja, open), *end;
+    if (!start) return;
+    rest.data = start + sizeof open - 1;
+    rest.size = jinja.size - (size_t)(rest.data - jinja.data);
+    end = avl__find_text(rest, "<|im_end|>");
+    if (!end || memchr(rest.data, '\'', (size_t)(end - rest.data)) || memchr(rest.data, '"', (size_t)(end - rest.data))) return;
+    avl__bytes_put(&p->text, rest.data, (size_t)(end - rest.data));
+}
+
+// LLaVA's conversation.py: conv_vicuna_v1 and conv_llava_v1 differ in one word.
+//   SYSTEM USER: text ASSISTANT: answer</s>USER: text ASSISTANT:
+static void avl__prompt_vicuna(avl__prompt *p, const char *text, int n_images, const char *system, const char *person) {
+    if (p->s->n_turns == 0) {
+        if (system) {
+            avl__prompt_text(p, system);
+        } else {
+            avl__prompt_text(p, "A chat between a curious ");
+            avl__prompt_text(p, person);
+            avl__prompt_text(p, " and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the ");
+            avl__prompt_text(p, person);
+            avl__prompt_text(p, "'s questions.");
+        }
+        if (!system || *system) avl__prompt_text(p, " ");
+    } else {
+        avl__prompt_mark(p, p->s->model->vocab.eos);
+    }
+    avl__prompt_text(p, "USER: ");
+    avl__prompt_user(p, text, n_images);
+    avl__prompt_text(p, " ASSISTANT:");
+}
+
+//   <s>[INST] <<SYS>>\nSYSTEM\n<</SYS>>\n\ntext [/INST] answer </s><s>[INST] text [/INST]      LLaVA's conv_llava_llama_2
+static void avl__prompt_llama2(avl__prompt *p, const char *text, int n_images, const char *system) {
+    int first = p->s->n_turns == 0;
+    if (!system) system = "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+                          "provides, and assist the user with a variety of tasks using natural language.";
+    if (!first) {
+        int space = avl__vocab_find(&p->s->model->vocab, AVL__SPACE_MARK, 3);   // the space before </s> is a part of its own
+        avl__prompt_mark(p, space);
+        avl__prompt_mark(p, p->s->model->vocab.eos);
+        avl__prompt_mark(p, p->s->model->vocab.bos);
+    }
+    avl__prompt_text(p, "[INST] ");
+    if (first && *system) {
+        avl__prompt_text(p, "<<SYS>>\n");
+        avl__prompt_text(p, system);
+        avl__prompt_text(p, "\n<</SYS>>\n\n");
+    }
+    avl__prompt_user(p, text, n_images);
+    avl__prompt_text(p, " [/INST]");
+}
+
+// One message of LLaMA-3:  <|start_header_id|>role<|end_header_id|>\n\n
+static void avl__prompt_llama3_header(avl__prompt *p, const char *role) {
+    avl__prompt_special(p, "<|start_header_id|>");
+    avl__prompt_text(p, role);
+    avl__prompt_special(p, "<|end_header_id|>");
+    avl__prompt_text(p, "\n\n");
+}
+
+static void avl__prompt_llama3(avl__prompt *p, const char *text, int n_images, const char *system) {
+    if (p->s->n_turns > 0) {
+        avl__prompt_special(p, "<|eot_id|>");
+    } else if (system && *system) {
+        avl__prompt_llama3_header(p, "system");
+        avl__prompt_text(p, system);
+        avl__prompt_special(p, "<|eot_id|>");
+    }
+    avl__prompt_llama3_header(p, "user");
+    avl__prompt_user(p, text, n_images);
+    avl__prompt_special(p, "<|eot_id|>");
+    avl__prompt_llama3_header(p, "assistant");
+}
+
+//   <|im_start|>system\nSYSTEM<|im_end|>\n<|im_start|>user\ntext<|im_end|>\n<|im_start|>assistant\n
+static void avl__prompt_chatml(avl__prompt *p, const char *text, int n_images, const char *system) {
+    if (p->s->n_turns > 0) {
+        avl__prompt_special(p, "<|im_end|>");
+        avl__prompt_text(p, "\n");
+    } else {
+        size_t before = p->text.size;
+        if (system) avl__prompt_text(p, system);
+        else        avl__prompt_chatml_system(p);
+        if (p->text.size > before) {   // the text is known now: put its opening before it
+            avl__bytes content = p->text;
+            memset(&p->text, 0, sizeof p->text);
+            avl__prompt_special(p, "<|im_start|>");
+            avl__prompt_text(p, "system\n");
+            avl__bytes_put(&p->text, content.data, content.size);
+            if (content.failed) p->text.failed = 1;
+            astrovl_free(content.data);
+            avl__prompt_special(p, "<|im_end|>");
+            avl__prompt_text(p, "\n");
+        }
+    }
+    avl__prompt_special(p, "<|im_start|>");
+    avl__prompt_text(p, "user\n");
+    avl__prompt_user(p, text, n_images);
+    avl__prompt_special(p, "<|im_end|>");
+    avl__prompt_text(p, "\n");
+    avl__prompt_special(p, "<|im_start|>");
+    avl__prompt_text(p, "assistant\n");
+}
+
+// Lays out one turn; p->tokens is the caller's to free, whatever the status.
+static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system) {
+    const avl__vocab *vocab = &p->s->model->vocab;
+    if (p->s->n_turns == 0 && vocab->add_bos) avl__prompt_mark(p, vocab->bos);
+    switch (p->s->model->chat_template) {
+    case ASTROVL_TEMPLATE_LLAMA2: avl__prompt_llama2(p, text, n_images, system); break;
+    case ASTROVL_TEMPLATE_LLAMA3: avl__prompt_llama3(p, text, n_images, system); break;
+    case ASTROVL_TEMPLATE_CHATML: avl__prompt_chatml(p, text, n_images, system); break;
+    case ASTROVL_TEMPLATE_PLAIN:  avl__prompt_user(p, text, n_images); break;
+    case ASTROVL_TEMPLATE_LLAVA:  avl__prompt_vicuna(p, text, n_images, system, "human"); break;
+    default:                      avl__prompt_vicuna(p, text, n_images, system, "user"); break;
+    }
+    avl__prompt_flush(p);
+    astrovl_free(p->text.data);
+    if (!p->status && p->tokens.size == 0) p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the prompt is empty");
+    return p->status;
+}
+
+// Tokens of a turn with images spliced in.  rows: out, [n_rows][n_embd], n_rows as counted by avl__count_rows
+static int64_t avl__count_rows(const astrovl_model *m, const avl__tokens *tokens) {
+    int64_t n = 0;
+    size_t i;
+    for (i = 0; i < tokens->size; i++) n += tokens->data[i] < 0 ? m->clip.n_patches : 1;
+    return n;
+}
+
+static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens, const astrovl_image *images, float *rows, astrovl_error *err) {
+    astrovl_status status = ASTROVL_OK;
+    size_t i;
+    for (i = 0; i < tokens->size && !status; i++) {
+        int32_t token = tokens->data[i];
+        if (token >= 0) {
+            avl__llama_embed(&s->model->llama, &token, 1, rows);
+            rows += s->model->llama.n_embd;
+        } else {
+            status = astrovl_encode_image(s, &images[-1 - token], rows, err);
+            rows += (size_t)s->model->clip.n_patches * s->model->llama.n_embd;
+        }
+    }
+    return status;
+}
+
+
+// ====================================================================================================================
+// [12] Generation
+// Turning logits into text: penalties and truncation of the distribution, the draw, stop rules, and streaming; then the calls
+// that put it all together, from a turn of a conversation to a caption in one line.
+// ====================================================================================================================
+
+// ---- the draw ------------------------------------------------------------------------------------------------------
+
+// 53 random bits as a number in [0, 1).  SplitMix64 (Steele, Lea & Flood 2014): 64 bits of state, no bad seeds
+static double avl__random(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
+}
+
+// logits of tokens seen lately: divided by the penalty if positive, multiplied if negative (Keskar et al. 2019, CTRL)
+static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history, int n_history) {
+    int window = o->repetition_window > 0 ? o->repetition_window : 64, first = n_history > window ? n_history - window : 0, i, j;
+    if (!(o->repetition_penalty > 0.0f) || o->repetition_penalty == 1.0f) return;
+    for (i = first; i < n_history; i++) {
+        int32_t t = history[i];
+        for (j = first; j < i && history[j] != t; j++) {}
+        if (j < i || t < 0 || t >= n_vocab) continue;   // once per token, however often it was said
+        logits[t] = logits[t] > 0.0f ? logits[t] / o->repetition_penalty : logits[t] * o->repetition_penalty;
+    }
+}
+
+static int32_t avl__argmax(const float *x, int n) {
+    int32_t best = 0;
+    int i;
+    for (i = 1; i < n; i++) if (x[i] > x[best]) best = i;
+    return best;
+}
+
+// What the values of p that are at least `threshold` amount to: their number (count = 1) or their sum.
+static double avl__amount_above(const float *p, int n, float threshold, int count) {
+    double amount = 0.0;
+    int i;
+    for (i = 0; i < n; i++) if (p[i] >= threshold) amount += count ? 1.0 : (double)p[i];
+    return amount;
+}
+
+// Keeps the largest values of p >= 0 until their number or sum reaches `wanted`, the lowest index first among equals, and zeroes
+// the rest. The smallest value kept is found by bisection over the bits of positive floats, which are ordered like the floats
+// themselves: 31 passes over p, and neither sorting nor memory.
+static void avl__keep_largest(float *p, int n, double wanted, int count) {
+    uint32_t low = 1, high = 0x7F800000u;   // amount above `low` reaches wanted, or everything positive is kept; above `high` it is 0
+    float cut;
+    double kept;
+    int i;
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (avl__amount_above(p, n, avl__float_from_bits(middle), count) >= wanted) low = middle;
+        else high = middle;
+    }
+    cut = avl__float_from_bits(low);
+    kept = avl__amount_above(p, n, avl__float_from_bits(high), count);
+    for (i = 0; i < n; i++) {
+        if (p[i] > cut) continue;
+        if (p[i] < cut || kept >= wanted) p[i] = 0.0f;
+        else kept += count ? 1.0 : (double)p[i];
+    }
+}
+
+ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options, const int32_t *history, int n_history,
+                                   uint64_t *random_state) {
+    float max;
+    double total = 0.0, at;
+    int32_t last = 0;
+    int i;
+    if (n_vocab < 1) return -1;
+    if (options) avl__penalize(logits, n_vocab, options, history, n_history);
+    if (!options || !(options->temperature > 0.0f)) return avl__argmax(logits, n_vocab);
+    max = logits[avl__argmax(logits, n_vocab)];
+    for (i = 0; i < n_vocab; i++) logits[i] = astrovl_expf((logits[i] - max) / options->temperature);   // the likeliest is 1
+    if (options->top_k > 0 && options->top_k < n_vocab) avl__keep_largest(logits, n_vocab, options->top_k, 1);
+    if (options->top_p > 0.0f && options->top_p < 1.0f)
+        avl__keep_largest(logits, n_vocab, options->top_p * avl__amount_above(logits, n_vocab, 0.0f, 0), 0);
+    for (i = 0; i < n_vocab; i++) {
+        if (!(logits[i] >= options->min_p)) logits[i] = 0.0f;   // NaN too
+        total += logits[i];
+    }
+    at = avl__random(random_state) * total;
+    for (i = 0; i < n_vocab; i++) {
+        if (!(logits[i] > 0.0f)) continue;
+        last = i;   // rounding may leave a crumb at the end: the last possible token takes it
+        at -= logits[i];
+        if (at < 0.0) break;
+    }
+    return last;
+}
+
+// ---- the answer as it grows ----------------------------------------------------------------------------------------
+
+typedef struct avl__answer {
+    avl__tokens    tokens;
+    int            n_unread;    // of them, at the end, not in the cache yet
+    avl__bytes     text;        // whole characters only
+    size_t         n_shown;     // bytes given to on_text
+    avl__utf8_gate gate;
+    const astrovl_generation *options;
+} avl__answer;
+
+// Where a stop text begins, looking from `from` on; the text's size when there is none.
+static size_t avl__find_stop(const avl__answer *a, size_t from) {
+    size_t at;
+    int i;
+    for (at = from; at < a->text.size; at++)
+        for (i = 0; i < a->options->n_stop; i++) {
+            size_t n = strlen(a->options->stop[i]);
+            if (n && n <= a->text.size - at && memcmp(a->text.data + at, a->options->stop[i], n) == 0) return at;
+        }
+    return a->text.size;
+}
+
+// Bytes at the end that may turn out to be the beginning of a stop text: they are not shown yet.
+static size_t avl__held_back(const avl__answer *a) {
+    size_t longest = 0, n;
+    int i;
+    for (i = 0; i < a->options->n_stop; i++)
+        for (n = strlen(a->options->stop[i]); n > longest; n--)
+            if (n <= a->text.size - a->n_shown && memcmp(a->text.data + a->text.size - n, a->options->stop[i], n) == 0) longest = n;
+    return longest;
+}
+
+// Gives on_text what is new up to byte `end`; non-zero when it cancels.
+static int avl__show(avl__answer *a, size_t end) {
+    size_t from = a->n_shown;
+    if (end <= from) return 0;
+    a->n_shown = end;
+    return a->options->on_text ? a->options->on_text(a->options->user, a->text.data + from, end - from) : 0;
+}
+
+// Appends bytes of whole characters, without the white space that an answer begins with.
+static void avl__answer_put(avl__answer *a, const char *text, size_t size) {
+    while (a->text.size == 0 && size && (*text == ' ' || *text == '\n')) text++, size--;
+    avl__bytes_put(&a->text, text, size);
+}
+
+// Takes one more token.  Returns ASTROVL_OK, ASTROVL_CANCELLED or ASTROVL_ERROR_MEMORY; *stopped: a stop text was met
+static astrovl_status avl__answer_token(avl__answer *a, const avl__vocab *vocab, int32_t token, int *stopped) {
+    avl__bytes piece = {NULL, 0, 0, 0};
+    size_t before = a->text.size, end, longest = 0;
+    int i;
+    avl__put_token(vocab, token, &piece);
+    if (!piece.failed) {
+        avl__bytes whole = {NULL, 0, 0, 0};
+        avl__utf8_gate_put(&a->gate, piece.data ? piece.data : "", piece.size, &whole);
+        if (whole.failed) a->text.failed = 1;
+        else avl__answer_put(a, whole.data ? whole.data : "", whole.size);
+        astrovl_free(whole.data);
+    }
+    astrovl_free(piece.data);
+    if (piece.failed || a->text.failed) return ASTROVL_ERROR_MEMORY;
+    for (i = 0; i < a->options->n_stop; i++)
+        if (strlen(a->options->stop[i]) > longest) longest = strlen(a->options->stop[i]);
+    end = avl__find_stop(a, before > longest ? before - longest : 0);
+    *stopped = end < a->text.size;
+    if (*stopped) {
+        a->text.size = end;
+        a->text.data[end] = 0;
+    }
+    return avl__show(a, *stopped ? end : a->text.size - avl__held_back(a)) ? ASTROVL_CANCELLED : ASTROVL_OK;
+}
+
+// ---- a turn --------------------------------------------------------------------------------------------------------
+
+// Writes tokens after the logits [n_vocab] of the prompt's last position until the model, a stop text or a limit ends the answer.
+// The last token is left unread: the next turn reads it, or nobody needs it.
+static astrovl_status avl__generate(astrovl_session *s, float *logits, avl__answer *a, astrovl_error *err) {
+    const astrovl_generation *o = a->options;
+    const avl__vocab *vocab = &s->model->vocab;
+    int max_tokens = o->max_tokens > 0 ? o->max_tokens : 256, stopped = 0;
+    uint64_t random_state = o->seed;
+    astrovl_status status = ASTROVL_OK;
+    for (;;) {
+        int32_t token = astrovl_sample(logits, s->model->llama.n_vocab, o, a->tokens.data, (int)a->tokens.size, &random_state);
+        if (avl__vocab_is_end(vocab, token)) break;
+        if (!avl__tokens_put(&a->tokens, token)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+        a->n_unread = 1;
+        status = avl__answer_token(a, vocab, token, &stopped);
+        if (status == ASTROVL_ERROR_MEMORY) return avl__fail(err, status, "out of memory for the answer");
+        if (status || stopped) break;
+        s->stats.stopped_by_limit = (int)a->tokens.size >= max_tokens || s->cache.n_past >= s->cache.n_ctx;
+        if (s->stats.stopped_by_limit) break;
+        status = avl__eval(s, &token, NULL, 1, logits, 1, err);
+        if (status) return status;
+        a->n_unread = 0;
+    }
+    if (!stopped && !status) {   // what was held back is shown now, an unfinished character as U+FFFD
+        avl__bytes rest = {NULL, 0, 0, 0};
+        avl__utf8_gate_flush(&a->gate, &rest);
+        if (!rest.failed && rest.size) avl__answer_put(a, rest.data, rest.size);
+        if (rest.failed || a->text.failed) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+        astrovl_free(rest.data);
+        if (!status) avl__show(a, a->text.size);
+    }
+    return status == ASTROVL_CANCELLED ? ASTROVL_OK : status;   // a cancelled answer is kept as far as it went
+}
+
+// Reads the turn's prompt, images spliced in.  logits: out, [n_vocab]
+static astrovl_status avl__read_prompt(astrovl_session *s, const avl__tokens *tokens, const astrovl_image *images, float *logits,
+                                       astrovl_error *err) {
+    int64_t n_rows = avl__count_rows(s->model, tokens);
+    astrovl_status status;
+    double start = avl__seconds();
+    float *rows;
+    if (n_rows >= s->cache.n_ctx - s->cache.n_past)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn needs %l "
+                         "and room for an answer", s->cache.n_ctx, s->cache.n_past, n_rows);
+    rows = avl__alloc_floats((uint64_t)n_rows * s->model->llama.n_embd);
+    if (!rows) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %l rows", n_rows);
+    status = avl__splice(s, tokens, images, rows, err);
+    s->stats.encode_seconds = avl__seconds() - start;
+    start = avl__seconds();
+    if (!status) status = avl__eval(s, NULL, rows, (int)n_rows, logits, 1, err);
+    s->stats.prompt_seconds = avl__seconds() - start;
+    s->stats.n_prompt_tokens = (int)n_rows;
+    astrovl_free(rows);
+    return status;
+}
+
+static astrovl_status avl__check_turn(const astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
+                                      const astrovl_generation *o, astrovl_error *err) {
+    const astrovl_model *m = s->model;
+    astrovl_status status = avl__need_text(m, err);
+    int i;
+    if (!status) status = avl__need_vocab(m, err);
+    if (!status && n_images > 0) status = avl__need_vision(m, err);
+    if (status) return status;
+    if (n_images > 0 && !m->n_projector)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no projector (mm.0.weight) in the model's files", astrovl_gguf_name(m->weights.files[0]));
+    if (!text || n_images < 0 || (n_images > 0 && !images) || n_images > 4096)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
+    if (o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) || !(o->temperature >= 0.0f) ||
+        !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) || !(o->repetition_penalty >= 0.0f))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, and min_p is at most 1");
+    for (i = 0; i < o->n_stop; i++) if (!o->stop[i]) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "stop text %d is NULL", i);
+    return ASTROVL_OK;
+}
+
+// The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt.
+static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const char *text, const astrovl_generation *o,
+                                        avl__tokens *tokens, astrovl_error *err) {
+    avl__prompt p;
+    astrovl_status status;
+    int i;
+    memset(&p, 0, sizeof p);
+    p.s = s;
+    p.parse_special = o->parse_special;
+    p.err = err;
+    for (i = s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - (size_t)i]);
+    status = avl__prompt_turn(&p, text, n_images, o->system);
+    *tokens = p.tokens;
+    return status;
+}
+
+// Everything of a turn that can fail; only the cache's n_past is left to the caller to put back.
+static astrovl_status avl__run_turn(astrovl_session *s, const astrovl_image *images, int n_images, const char *text, avl__answer *a,
+                                    astrovl_error *err) {
+    avl__tokens tokens = {NULL, 0, 0};
+    float *logits = avl__alloc_floats((uint64_t)s->model->llama.n_vocab);
+    astrovl_status status = logits ? avl__lay_out_turn(s, n_images, text, a->options, &tokens, err)
+                                   : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for logits");
+    memset(&s->stats, 0, sizeof s->stats);
+    avl__bytes_put(&a->text, "", 0);
+    if (!status && a->text.failed) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+    if (!status) status = avl__read_prompt(s, &tokens, images, logits, err);
+    if (!status) {
+        double start = avl__seconds();
+        status = avl__generate(s, logits, a, err);
+        s->stats.decode_seconds = avl__seconds() - start;
+        s->stats.n_answer_tokens = (int)a->tokens.size;
+    }
+    astrovl_free(logits);
+    astrovl_free(tokens.data);
+    return status;
+}
+
+ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
+                               const astrovl_generation *options, astrovl_error *err) {
+    astrovl_generation defaults;
+    avl__answer answer;
+    int n_before = s->cache.n_past;
+    memset(&defaults, 0, sizeof defaults);
+    memset(&answer, 0, sizeof answer);
+    answer.options = options ? options : &defaults;
+    if (avl__check_turn(s, images, n_images, text, answer.options, err) != ASTROVL_OK) return NULL;
+    if (avl__run_turn(s, images, n_images, text, &answer, err) != ASTROVL_OK) {
+        astrovl_free(answer.text.data);
+        astrovl_free(answer.tokens.data);
+        s->cache.n_past = n_before;
+        return NULL;
+    }
+    astrovl_free(s->answer.data);
+    s->answer = answer.tokens;
+    s->n_unread = answer.n_unread;
+    s->n_turns++;
+    return answer.text.data;
+}
+
+// ---- one call ------------------------------------------------------------------------------------------------------
+
+ASTROVL_API char *astrovl_ask(const astrovl_model *model, const astrovl_image *image, const char *question,
+                              const astrovl_generation *options, astrovl_error *err) {
+    astrovl_session *s = astrovl_session_new(model, NULL, err);
+    char *answer = s ? astrovl_chat(s, image, image ? 1 : 0, question, options, err) : NULL;
+    astrovl_session_free(s);
+    return answer;
+}
+
+ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image, const astrovl_generation *options,
+                                  astrovl_error *err) {
+    return astrovl_ask(model, image, ASTROVL_CAPTION_PROMPT, options, err);
+}
+
+ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image_path, const char *question,
+                                   const astrovl_generation *options, astrovl_error *err) {
+    astrovl_image image;
+    char *answer = NULL;
+    if (astrovl_image_load(image_path, 0, &image, err) != ASTROVL_OK) return NULL;
+    if (astrovl_image_upright(&image, err) == ASTROVL_OK) answer = astrovl_ask(model, &image, question, options, err);
+    astrovl_image_free(&image);
+    return answer;
+}
+
+ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path, const astrovl_generation *options,
+                                       astrovl_error *err) {
+    return astrovl_ask_file(model, image_path, ASTROVL_CAPTION_PROMPT, options, err);
+}
+
+#ifdef __cplusplus
+}
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+#endif // ASTROVL__IMPLEMENTED
+#endif // ASTROVL_IMPLEMENTATION
+

@@ -1,0 +1,3594 @@
+// Every C test of astrovl, one program. `./test` runs all; `./test NAME...` those whose name contains one of the words.
+// Run from the repository's root: data lies in test/. It ends with a line "N passed, N failed".
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// ---- an allocator that counts, and that fails when told to ----------------------------------------------------------
+
+static long g_live;            // blocks allocated and not yet freed
+static long g_calls;           // allocations asked for since alloc_fail_at was called
+static long g_fail_at = -1;    // the call that fails (and all after it); -1: none
+
+static int alloc_refused(void) { return g_fail_at >= 0 && g_calls++ >= g_fail_at; }
+static void *test_malloc(size_t size) {
+    void *p = alloc_refused() ? NULL : malloc(size);
+    if (p) __sync_fetch_and_add(&g_live, 1);
+    return p;
+}
+static void *test_realloc(void *old, size_t size) {
+    void *p = alloc_refused() ? NULL : realloc(old, size);
+    if (p && !old) __sync_fetch_and_add(&g_live, 1);
+    return p;
+}
+static void test_free(void *p) {
+    if (p) __sync_fetch_and_sub(&g_live, 1);
+    free(p);
+}
+static void alloc_fail_at(long call) { g_calls = 0; g_fail_at = call; }   // -1: back to normal
+static int alloc_did_fail(void) { return g_fail_at >= 0 && g_calls > g_fail_at; }
+
+#define ASTROVL_MALLOC(size)          test_malloc(size)
+#define ASTROVL_REALLOC(memory, size) test_realloc(memory, size)
+#define ASTROVL_FREE(memory)          test_free(memory)
+#define ASTROVL_IMPLEMENTATION
+#include "../astrovl.h"
+
+// ---- checks -----------------------------------------------------------------------------------------------------------
+
+static int g_passed, g_failed, g_test_failed;
+
+// One expectation; a failing one prints where and why, and the test that holds it counts as failed.
+#define CHECK(condition, ...) do { if (!(condition)) { g_test_failed = 1; \
+    fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); fprintf(stderr, __VA_ARGS__); fputc('\n', stderr); } } while (0)
+
+static int g_n_words;
+static char **g_words;
+
+// Runs one named test, and checks that it gave back all memory.
+static void run(const char *name, void (*test)(void)) {
+    long live = g_live;
+    int i, wanted = g_n_words == 0;
+    for (i = 0; i < g_n_words; i++) wanted |= strstr(name, g_words[i]) != NULL;
+    if (!wanted) return;
+    g_test_failed = 0;
+    test();
+    CHECK(g_live == live, "%s leaks %ld blocks", name, g_live - live);
+    printf("%s  %s\n", g_test_failed ? "FAILED" : "ok    ", name);
+    fflush(stdout);
+    if (g_test_failed) g_failed++; else g_passed++;
+}
+
+// A whole file of test data; exits when it is missing, since then no test means anything.
+static unsigned char *read_file(const char *path, size_t *size) {
+    FILE *f = fopen(path, "rb");
+    long n;
+    unsigned char *data;
+    if (!f || fseek(f, 0, SEEK_END) != 0 || (n = ftell(f)) < 0) { fprintf(stderr, "%s: cannot be read\n", path); exit(1); }
+    rewind(f);
+    data = (unsigned char *)malloc((size_t)n + 1);
+    if (!data || fread(data, 1, (size_t)n, f) != (size_t)n) { fprintf(stderr, "%s: cannot be read\n", path); exit(1); }
+    data[n] = 0;
+    fclose(f);
+    *size = (size_t)n;
+    return data;
+}
+
+// ---- [3] numbers ----------------------------------------------------------------------------------------------------
+#include <math.h>
+
+// ---- half precision: every value, and every place where rounding changes its mind -----------------------------------
+
+// The definition, by ldexp: (-1)^s 2^(e - 15) (1 + m / 1024), or 2^-24 m for e = 0.
+static double numbers_slow_f16(int h) {
+    int e = h >> 10 & 31, m = h & 1023;
+    double magnitude = e == 31 ? (m ? NAN : INFINITY) : e == 0 ? ldexp(m, -24) : ldexp(1024 + m, e - 25);
+    return h >> 15 ? -magnitude : magnitude;
+}
+
+static void test_f16(void) {
+    int h, sign, bad = 0;
+    for (h = 0; h < 65536; h++) {
+        double expected = numbers_slow_f16(h);
+        float f = astrovl_f16_to_f32((uint16_t)h);
+        if (expected != expected) {
+            uint32_t bits = (uint32_t)(h & 0x8000) << 16 | 0x7F800000 | (uint32_t)(h & 1023) << 13;
+            CHECK(f != f && avl__float_bits(f) == bits, "NaN %04x became %08x", h, (unsigned)avl__float_bits(f));
+            CHECK(astrovl_f32_to_f16(f) == (h | 0x200), "NaN %04x came back as %04x", h, astrovl_f32_to_f16(f));
+            continue;
+        }
+        bad += (double)f != expected || !signbit(f) != !(h >> 15) || astrovl_f32_to_f16(f) != h;
+    }
+    CHECK(bad == 0, "%d of 65,536 values are wrong", bad);
+    // between two neighbours a < b: the middle goes to the even one, what lies beside the middle to the nearer one
+    for (sign = 0; sign < 2; sign++)
+        for (h = 0; h < 0x7C00; h++) {
+            double a = numbers_slow_f16(h), b = h == 0x7BFF ? 65536 : numbers_slow_f16(h + 1);   // then comes infinity
+            float middle = (float)((a + b) / 2), below = nextafterf(middle, 0), above = nextafterf(middle, 1e6f);
+            int even = h & 1 ? h + 1 : h;
+            if (sign) middle = -middle, below = -below, above = -above;
+            bad += astrovl_f32_to_f16(middle) != (even | sign << 15);
+            bad += astrovl_f32_to_f16(below) != (h | sign << 15);
+            bad += astrovl_f32_to_f16(above) != ((h + 1) | sign << 15);
+        }
+    CHECK(bad == 0, "%d roundings are wrong", bad);
+    CHECK(astrovl_f32_to_f16(1e30f) == 0x7C00 && astrovl_f32_to_f16(-INFINITY) == 0xFC00, "large values are not infinite");
+    CHECK(astrovl_f32_to_f16(1e-30f) == 0 && astrovl_f32_to_f16(-1e-45f) == 0x8000, "small values are not zero");
+}
+
+static void test_bf16(void) {
+    int h, bad = 0;
+    for (h = 0; h < 65536; h++) {
+        uint32_t bits = (uint32_t)h << 16;
+        float f = astrovl_bf16_to_f32((uint16_t)h);
+        int is_nan = f != f;
+        if (avl__float_bits(f) != bits) bad++;
+        if (astrovl_f32_to_bf16(f) != (is_nan ? (h | 0x40) : h)) bad++;
+        if (is_nan || (h & 0x7FFF) == 0x7F80) continue;
+        if (astrovl_f32_to_bf16(avl__float_from_bits(bits | 0x7FFF)) != h) bad++;
+        if (astrovl_f32_to_bf16(avl__float_from_bits(bits | 0x8000)) != h + (h & 1)) bad++;
+        if (astrovl_f32_to_bf16(avl__float_from_bits(bits | 0x8001)) != h + 1) bad++;
+    }
+    CHECK(bad == 0, "%d are wrong", bad);
+    CHECK(astrovl_f32_to_bf16(avl__float_from_bits(0x7F800001)) == 0x7FC0, "a NaN of low bits became an infinity");
+}
+
+// ---- block formats --------------------------------------------------------------------------------------------------
+
+// Equal bits, but any NaN for any NaN.
+static int numbers_same(const float *a, const unsigned char *b, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        uint32_t bits = avl__load_u32(b + 4 * i);
+        if (avl__float_bits(a[i]) != bits && !(a[i] != a[i] && (bits & 0x7FFFFFFF) > 0x7F800000)) return 0;
+    }
+    return 1;
+}
+
+static void test_dequantize(void) {
+    size_t size, at;
+    int n_types = 0;
+    unsigned char *gold = read_file("test/golden/types.gold", &size);
+    for (at = 0; at + 8 <= size; n_types++) {
+        int type = (int)avl__load_u32(gold + at), n = (int)avl__load_u32(gold + at + 4);
+        size_t bytes = astrovl_type_row_bytes(type, n);
+        float *values = (float *)malloc((size_t)n * 4);
+        CHECK(astrovl_type_name(type) && bytes > 0 && at + 8 + bytes + (size_t)n * 4 <= size, "type %d", type);
+        if (g_test_failed) { free(values); break; }
+        memset(values, 0x55, (size_t)n * 4);
+        CHECK(astrovl_dequantize(type, gold + at + 8, values, n) == ASTROVL_OK, "%s", astrovl_type_name(type));
+        CHECK(numbers_same(values, gold + at + 8 + bytes, (size_t)n), "%s is not as gguf's", astrovl_type_name(type));
+        memset(values, 0x55, (size_t)n * 4);
+        avl__dequantize_row(type, gold + at + 8, values, n);
+        CHECK(numbers_same(values, gold + at + 8 + bytes, (size_t)n), "%s by rows", astrovl_type_name(type));
+        free(values);
+        at += 8 + bytes + (size_t)n * 4;
+    }
+    CHECK(n_types == 13 && at == size, "%d types, %d of %d bytes", n_types, (int)at, (int)size);
+    free(gold);
+}
+
+static void test_types(void) {
+    static const struct { int type; const char *name; int values, bytes; } expected[] = {
+        {0, "F32", 1, 4}, {1, "F16", 1, 2}, {2, "Q4_0", 32, 18}, {3, "Q4_1", 32, 20}, {6, "Q5_0", 32, 22},
+        {7, "Q5_1", 32, 24}, {8, "Q8_0", 32, 34}, {10, "Q2_K", 256, 84}, {11, "Q3_K", 256, 110}, {12, "Q4_K", 256, 144},
+        {13, "Q5_K", 256, 176}, {14, "Q6_K", 256, 210}, {30, "BF16", 1, 2}
+    };
+    uint8_t block[256] = {0};
+    float values[256];
+    int i, type, n = 0;
+    for (i = 0; i < 13; i++) {
+        int count = expected[i].values, bytes = expected[i].bytes;
+        type = expected[i].type;
+        CHECK(astrovl_type_name(type) && strcmp(astrovl_type_name(type), expected[i].name) == 0, "type %d", type);
+        CHECK(astrovl_type_row_bytes(type, 3 * count) == (size_t)(3 * bytes), "type %d", type);
+        CHECK(astrovl_type_row_bytes(type, count + 1) == (size_t)(count == 1 ? 2 * bytes : 0), "type %d", type);
+        CHECK(astrovl_type_row_bytes(type, -count) == 0, "type %d", type);
+        CHECK(astrovl_dequantize(type, block, values, count) == ASTROVL_OK && values[count - 1] == 0, "type %d", type);
+        CHECK(astrovl_dequantize(type, block, values, 0) == ASTROVL_OK, "type %d", type);
+        CHECK(astrovl_dequantize(type, block, values, -count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+        CHECK(astrovl_dequantize(type, NULL, values, count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+        CHECK(astrovl_dequantize(type, block, NULL, count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+        if (count == 1) continue;
+        CHECK(astrovl_dequantize(type, block, values, count / 2) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+    }
+    for (type = -1; type < 100; type++) n += astrovl_type_name(type) != NULL;
+    CHECK(n == 13, "%d types", n);
+    CHECK(astrovl_type_row_bytes(4, 256) == 0, "type 4 is none");
+    CHECK(astrovl_dequantize(4, block, values, 256) == ASTROVL_ERROR_ARGUMENT, "type 4 is none");
+    CHECK(astrovl_type_row_bytes(0, INT64_MAX) == 0, "an overflow");
+}
+
+// ---- functions ------------------------------------------------------------------------------------------------------
+
+// Distance of a float from the true value in units of the float's last place.
+static double numbers_ulp(float result, long double truth) {
+    float rounded = (float)truth;
+    int e;
+    if (truth != truth) return result != result ? 0 : 1e9;
+    if (isinf(rounded) || isinf(result)) return result == rounded ? 0 : 1e9;
+    frexpl(truth, &e);
+    return (double)(fabsl((long double)result - truth) / ldexpl(1, e - 24 < -149 ? -149 : e - 24));
+}
+
+typedef struct numbers_function {
+    const char *name;
+    float (*f)(float);
+    long double (*truth)(long double);
+    int odd;                     // f(-x) = -f(x): 1, f(x): 2, neither: 0
+    double max_ulp;
+    uint64_t hash;               // of all results of the sweep
+} numbers_function;
+
+static void test_functions(void) {
+    static const numbers_function functions[] = {
+        {"expf", astrovl_expf, expl, 0, 0.5001, 0x4116b48121d8aec6ull},
+        {"tanhf", astrovl_tanhf, tanhl, 1, 0.5001, 0xb02675594ee5efa2ull},
+        {"erff", astrovl_erff, erfl, 1, 0.501, 0xa15f8c729d6e296dull},
+        {"sinf", astrovl_sinf, sinl, 1, 0.5001, 0x61c22442fb50ef61ull},
+        {"cosf", astrovl_cosf, cosl, 2, 0.5001, 0x27234891710a7b05ull}
+    };
+    int i;
+    for (i = 0; i < 5; i++) {
+        const numbers_function *t = &functions[i];
+        uint64_t b, hash = 14695981039346656037ull;
+        double worst = 0;
+        float worst_x = 0;
+        int asymmetric = 0;
+        for (b = 0; b < 0x100000000ull; b += 20011) {   // all exponents and signs, 214,000 values
+            float x = avl__float_from_bits((uint32_t)b), y = t->f(x);
+            double error;
+            if (x != x) {
+                CHECK(y != y, "%s of a NaN is %g", t->name, y);
+                continue;
+            }
+            error = numbers_ulp(y, isinf(x) && i > 2 ? (long double)NAN : t->truth(x));
+            if (error > worst) worst = error, worst_x = x;
+            if (t->odd) asymmetric += t->f(-x) != (t->odd == 1 ? -y : y);
+            hash = (hash ^ avl__float_bits(y)) * 1099511628211ull;
+        }
+        CHECK(worst <= t->max_ulp, "%s is %.4f ulp off at %a", t->name, worst, worst_x);
+        CHECK(asymmetric == 0, "%s: %d signs", t->name, asymmetric);
+        CHECK(hash == t->hash, "%s: the bits have changed: 0x%016llx", t->name, (unsigned long long)hash);
+    }
+}
+
+static void test_function_values(void) {
+    static const struct { float (*f)(float); float x, y; } values[] = {
+        {astrovl_expf, 0, 1}, {astrovl_expf, -0.0f, 1},
+        {astrovl_expf, INFINITY, INFINITY}, {astrovl_expf, -INFINITY, 0},
+        {astrovl_expf, 88.72283935546875f, INFINITY}, {astrovl_expf, 1e30f, INFINITY}, {astrovl_expf, -1e30f, 0},
+        {astrovl_expf, -103.972084045410f, 0}, {astrovl_expf, -103.972076416016f, 1.40129846e-45f},
+        {astrovl_expf, -87.5f, 9.98235137e-39f}, {astrovl_expf, 1, 2.71828182846f},
+        {astrovl_tanhf, INFINITY, 1}, {astrovl_tanhf, -INFINITY, -1}, {astrovl_tanhf, 1e-40f, 1e-40f},
+        {astrovl_tanhf, 20, 1}, {astrovl_erff, INFINITY, 1}, {astrovl_erff, -INFINITY, -1}, {astrovl_erff, -4.5f, -1},
+        {astrovl_erff, 0.5f, 0.520499877813f}, {astrovl_sinf, 3.14159274f, -8.74227766e-8f},
+        {astrovl_cosf, 1.57079637f, -4.37113883e-8f}, {astrovl_cosf, 0, 1}, {astrovl_sinf, 1e7f, 0.420547793190782f}
+    };
+    // the floats closest to a multiple of pi/2 below and above 2^23, and the border between the two reductions
+    static const float hard[] = {252.898209f, 4.71238899f, 2.19993846e10f, 7.72917892e28f, 8388607.5f, 8388608.0f,
+                                 -8388608.0f, 8388609.0f, 1e22f, FLT_MAX};
+    size_t i;
+    float largest = astrovl_expf(88.722831726074f);
+    for (i = 0; i < sizeof values / sizeof *values; i++) {
+        float y = values[i].f(values[i].x);
+        CHECK(y == values[i].y, "case %d: %.9g instead of %.9g", (int)i, y, values[i].y);
+    }
+    CHECK(largest > 3.4e38f && largest <= FLT_MAX, "expf(88.72283) is %g", largest);
+    CHECK(avl__float_bits(astrovl_sinf(-0.0f)) == 0x80000000 && avl__float_bits(astrovl_tanhf(-0.0f)) == 0x80000000
+          && avl__float_bits(astrovl_erff(-0.0f)) == 0x80000000, "the sign of zero is lost");
+    CHECK(isnan(astrovl_sinf(INFINITY)) && isnan(astrovl_cosf(-INFINITY)), "sine of infinity");
+    for (i = 0; i < sizeof hard / sizeof *hard; i++) {
+        CHECK(numbers_ulp(astrovl_sinf(hard[i]), sinl((long double)hard[i])) < 0.5001, "sinf(%a)", hard[i]);
+        CHECK(numbers_ulp(astrovl_cosf(hard[i]), cosl((long double)hard[i])) < 0.5001, "cosf(%a)", hard[i]);
+    }
+}
+
+// A generator for test data: xorshift64*, 53 bits in [0, 1).
+static double numbers_random(uint64_t *state) {
+    *state ^= *state >> 12; *state ^= *state << 25; *state ^= *state >> 27;
+    return (double)(*state * 2685821657736338717ull >> 11) / 9007199254740992.0;
+}
+
+static double numbers_relative(double result, long double truth) {
+    return (double)fabsl(((long double)result - truth) / truth);
+}
+
+static double numbers_log(double x) {
+    double low, high = avl__log_parts(x, &low);
+    return high + low;
+}
+
+static void test_double_functions(void) {
+    uint64_t state = 1, hash = 14695981039346656037ull;
+    double worst_exp = 0, worst_log = 0, worst_pow = 0, worst_rope = 0, e;
+    int i;
+    for (i = 0; i < 100000; i++) {
+        double x = (numbers_random(&state) - 0.5) * 1410, near_one = 1 + ldexp(x, -20);
+        double any = ldexp(1 + numbers_random(&state), i % 2000 - 1000);
+        double base = ldexp(1 + numbers_random(&state), i % 20), y = (numbers_random(&state) - 0.5) * 80;
+        double results[4];
+        int k;
+        results[0] = avl__exp(x);
+        results[1] = numbers_log(any);
+        results[2] = numbers_log(near_one);
+        results[3] = avl__pow(base, y);
+        if ((e = numbers_relative(results[0], expl(x))) > worst_exp) worst_exp = e;
+        if ((e = numbers_relative(results[1], logl(any))) > worst_log) worst_log = e;
+        if ((e = numbers_relative(results[2], logl(near_one))) > worst_log) worst_log = e;
+        if ((e = numbers_relative(results[3], powl(base, y))) > worst_pow) worst_pow = e;
+        for (k = 0; k < 4; k++) hash = (hash ^ avl__double_bits(results[k])) * 1099511628211ull;
+    }
+    for (i = 0; i < 64; i++) {   // theta^(-2i/d)
+        if ((e = numbers_relative(avl__pow(10000, -i / 64.0), powl(10000, -i / 64.0L))) > worst_rope) worst_rope = e;
+        if ((e = numbers_relative(avl__pow(500000, -i / 64.0), powl(500000, -i / 64.0L))) > worst_rope) worst_rope = e;
+    }
+    CHECK(worst_exp < 3e-16, "exp: %g", worst_exp);
+    CHECK(worst_log < 3e-16, "log: %g", worst_log);
+    CHECK(worst_pow < 5e-16, "pow: %g", worst_pow);
+    CHECK(worst_rope < 5e-16, "rope: %g", worst_rope);
+    CHECK(hash == 0x363bddc38ba94f01ull, "the bits have changed: 0x%016llx", (unsigned long long)hash);
+    CHECK(avl__exp(0) == 1 && avl__exp(-INFINITY) == 0 && avl__exp(-746) == 0 && avl__exp(709.78) < INFINITY, "exp");
+    CHECK(isinf(avl__exp(INFINITY)) && isinf(avl__exp(710)) && isnan(avl__exp(NAN)), "exp");
+    CHECK(numbers_relative(avl__exp(-740), expl(-740)) < 0.01, "exp: subnormal results");
+    CHECK(numbers_relative(numbers_log(4.9406564584124654e-324), -744.440071921381262314L) < 1e-15, "log: subnormal");
+    CHECK(avl__pow(2, 10) == 1024 && avl__pow(7, 0) == 1 && isinf(avl__pow(10, 400)) && avl__pow(10, -400) == 0, "pow");
+}
+
+// The result is the float whose square, half a unit less and more, encloses x: products of 25 bits are exact in double.
+static void test_sqrt(void) {
+    uint32_t b;
+    int bad = 0;
+    for (b = 1; b < 0x7F800000; b += 200003) {
+        float x = avl__float_from_bits(b), y = (float)avl__sqrt((double)x);
+        double low = ((double)y + nextafterf(y, 0)) / 2, high = ((double)y + nextafterf(y, 1e30f)) / 2;
+        bad += !(low * low <= x && x <= high * high);
+    }
+    CHECK(bad == 0, "%d square roots are not the nearest float", bad);
+    CHECK(avl__sqrt(0) == 0 && avl__sqrt(2) == 1.4142135623730951, "sqrt");
+}
+
+static void tests_numbers(void) {
+    run("numbers: f16 exhaustively", test_f16);
+    run("numbers: bf16 exhaustively", test_bf16);
+    run("numbers: dequantisation equals the gguf package", test_dequantize);
+    run("numbers: tensor types", test_types);
+    run("numbers: exp, tanh, erf, sin, cos to 0.5 ulp", test_functions);
+    run("numbers: special values", test_function_values);
+    run("numbers: exp, log, pow in double", test_double_functions);
+    run("numbers: square root", test_sqrt);
+}
+
+
+// ====================================================================================================================
+// Platform, kernels and ops: against straightforward double arithmetic with libm
+// ====================================================================================================================
+#include <math.h>
+
+// Reproducible values in -1..1 for inputs.
+static float test_value(uint32_t *state) {
+    *state = *state * 1664525u + 1013904223u;
+    return (float)((double)(*state >> 8) / 8388608.0 - 1.0);
+}
+
+static void test_fill(float *x, int n, uint32_t seed) {
+    int i;
+    for (i = 0; i < n; i++) x[i] = test_value(&seed);
+}
+
+static double test_max_difference(const float *a, const double *b, int n) {
+    double worst = 0.0;
+    int i;
+    for (i = 0; i < n; i++) {
+        double d = fabs((double)a[i] - b[i]);
+        if (!(d <= worst)) worst = d;
+    }
+    return worst;
+}
+
+static void test_messages(void) {
+    char text[64];
+    astrovl_string s = {"a\0b", 3};
+    avl__format(text, sizeof text, "%s|%d|%l|%S|%c|%%", "x", -5, (int64_t)-9223372036854775807LL - 1, s, 'q');
+    CHECK(strcmp(text, "x|-5|-9223372036854775808|a?b|q|%") == 0, "%s", text);
+    avl__format(text, 8, "%s", "12345678901234567890");
+    CHECK(strcmp(text, "1234567") == 0, "%s", text);
+    avl__format(text, 6, "%s", "abc\xE2\x98\x86z");   // the star would be cut in half
+    CHECK(strcmp(text, "abc") == 0, "%s", text);
+    avl__format(text, 7, "%s", "abc\xE2\x98\x86z");
+    CHECK(strcmp(text, "abc\xE2\x98\x86") == 0, "%s", text);
+    avl__format(text, sizeof text, "%s", "a\033[2Jb");
+    CHECK(strcmp(text, "a?[2Jb") == 0, "control characters must not reach a terminal: %s", text);
+}
+
+static void test_growing(void) {
+    int *list = NULL;
+    size_t capacity = 0;
+    CHECK(avl__grow(&list, &capacity, 100, sizeof *list) && capacity >= 100, "capacity %zu", capacity);
+    CHECK(!avl__grow(&list, &capacity, SIZE_MAX / 2, sizeof *list) && capacity >= 100, "an impossible size must be refused");
+    astrovl_free(list);
+    CHECK(avl__alloc(UINT64_MAX / 2, 8) == NULL, "an overflowing product must be refused");
+}
+
+static void test_norms(void) {
+    enum { N = 101 };
+    float x[N], w[N], b[N], y[N];
+    double e[N], mean = 0.0, var = 0.0, squares = 0.0;
+    int i;
+    test_fill(x, N, 1), test_fill(w, N, 2), test_fill(b, N, 3);
+    for (i = 0; i < N; i++) mean += x[i], squares += (double)x[i] * x[i];
+    mean /= N;
+    for (i = 0; i < N; i++) var += (x[i] - mean) * (x[i] - mean);
+    for (i = 0; i < N; i++) e[i] = (x[i] - mean) / sqrt(var / N + 1e-5) * w[i] + b[i];
+    astrovl_layer_norm(y, x, w, b, N, 1e-5f);
+    CHECK(test_max_difference(y, e, N) < 1e-6, "layer norm is off by %g", test_max_difference(y, e, N));
+    for (i = 0; i < N; i++) e[i] = x[i] / sqrt(squares / N + 1e-6) * w[i];
+    astrovl_rms_norm(y, x, w, N, 1e-6f);
+    CHECK(test_max_difference(y, e, N) < 1e-6, "RMS norm is off by %g", test_max_difference(y, e, N));
+    astrovl_rms_norm(x, x, w, N, 1e-6f);
+    CHECK(memcmp(x, y, sizeof x) == 0, "in place must equal out of place");
+}
+
+static void test_activations(void) {
+    enum { N = 400 };
+    float x[N], y[N];
+    double e[N], sum = 0.0;
+    int i;
+    for (i = 0; i < N; i++) x[i] = (float)(i - 200) * 0.1f;
+    memcpy(y, x, sizeof x), astrovl_gelu(y, N);
+    for (i = 0; i < N; i++) e[i] = 0.5 * x[i] * (1.0 + erf(x[i] / sqrt(2.0)));
+    CHECK(test_max_difference(y, e, N) < 2e-6, "GELU is off by %g", test_max_difference(y, e, N));
+    memcpy(y, x, sizeof x), astrovl_quick_gelu(y, N);
+    for (i = 0; i < N; i++) e[i] = x[i] / (1.0 + exp(-1.702 * x[i]));
+    CHECK(test_max_difference(y, e, N) < 2e-6, "quick-GELU is off by %g", test_max_difference(y, e, N));
+    memcpy(y, x, sizeof x), astrovl_silu(y, N);
+    for (i = 0; i < N; i++) e[i] = x[i] / (1.0 + exp(-x[i]));
+    CHECK(test_max_difference(y, e, N) < 2e-6, "SiLU is off by %g", test_max_difference(y, e, N));
+    memcpy(y, x, sizeof x), astrovl_softmax(y, N);
+    for (i = 0; i < N; i++) sum += e[i] = exp(x[i] - (double)x[N - 1]);
+    for (i = 0; i < N; i++) e[i] /= sum;
+    CHECK(test_max_difference(y, e, N) < 1e-7, "softmax is off by %g", test_max_difference(y, e, N));
+    x[0] = 1000.0f, astrovl_softmax(x, 2);
+    CHECK(x[0] == 1.0f && x[1] == 0.0f, "softmax must not overflow: %g %g", x[0], x[1]);
+}
+
+// The rotation itself, and what it is for: the product of two rotated vectors depends on the distance of their places.
+static void test_rope(void) {
+    float inv_freq[4], a[8], b[8], a2[8], b2[8];
+    double e[8], near = 0.0, far = 0.0;
+    int i;
+    avl__rope_frequencies(inv_freq, 8, 10000.0f, NULL, 1.0f);
+    for (i = 0; i < 4; i++) {
+        double f = pow(10000.0, -2.0 * i / 8);
+        CHECK(fabs(inv_freq[i] - f) <= 1e-7 * f, "inv_freq[%d] = %g", i, inv_freq[i]);
+    }
+    test_fill(a, 8, 4), test_fill(b, 8, 5);
+    for (i = 0; i < 4; i++) {
+        double t = 7.0 * inv_freq[i];
+        e[2 * i] = a[2 * i] * cos(t) - a[2 * i + 1] * sin(t);
+        e[2 * i + 1] = a[2 * i] * sin(t) + a[2 * i + 1] * cos(t);
+    }
+    memcpy(a2, a, sizeof a), memcpy(b2, b, sizeof b);
+    astrovl_rope(a, 8, 7, inv_freq);
+    CHECK(test_max_difference(a, e, 8) < 1e-6, "rotation is off by %g", test_max_difference(a, e, 8));
+    astrovl_rope(b, 8, 3, inv_freq), astrovl_rope(a2, 8, 1007, inv_freq), astrovl_rope(b2, 8, 1003, inv_freq);
+    for (i = 0; i < 8; i++) near += (double)a[i] * b[i], far += (double)a2[i] * b2[i];
+    CHECK(fabs(near - far) < 1e-4, "q.k at distance 4: %g near the start, %g far from it", near, far);
+}
+
+// The order of exact mode's sum, as its comment states it.
+static void test_dot_order(void) {
+    enum { N = 16 * 5 + 7 };
+    float a[N], b[N], lane[16] = {0};
+    volatile float product;
+    int i, half;
+    test_fill(a, N, 6), test_fill(b, N, 7);
+    for (i = 0; i < N; i++) {
+        product = a[i] * b[i];
+        lane[i % 16] += product;
+    }
+    for (half = 8; half; half /= 2) for (i = 0; i < half; i++) lane[i] += lane[i + half];
+    CHECK(avl__dot_portable(a, b, N) == lane[0], "%.9g is not %.9g", avl__dot_portable(a, b, N), lane[0]);
+}
+
+// Products with every stored type equal those with the same weights expanded, whatever the number of threads and rows.
+static void test_products(void) {
+    static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
+    enum { N_IN = 512, N_OUT = 70, N_ROWS = 5 };
+    static float x[N_ROWS * N_IN], y[N_ROWS * N_OUT], y1[N_ROWS * N_OUT], expanded[N_OUT * N_IN], bias[N_OUT], direct[N_ROWS * N_OUT];
+    size_t t;
+    test_fill(x, N_ROWS * N_IN, 8), test_fill(bias, N_OUT, 9);
+    for (t = 0; t < sizeof types / sizeof *types; t++) {
+        size_t row = astrovl_type_row_bytes(types[t], N_IN), i;
+        uint8_t *blocks = (uint8_t *)malloc(row * N_OUT);
+        avl__run run;
+        avl__linear w;
+        uint32_t seed = (uint32_t)(100 + t);
+        int threads;
+        for (i = 0; i < row * N_OUT; i++) {
+            seed = seed * 1664525u + 1013904223u;
+            blocks[i] = (uint8_t)((seed >> 24) & 0x3B);   // no float16, bfloat16 or float32 made of such bytes is huge or NaN
+        }
+        CHECK(astrovl_dequantize(types[t], blocks, expanded, (int64_t)N_IN * N_OUT) == ASTROVL_OK, "type %d", types[t]);
+        astrovl_linear(direct, x, expanded, bias, N_ROWS, N_IN, N_OUT);
+        w.weight = blocks, w.bias = bias, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row;
+        for (threads = 1; threads <= 8; threads++) {
+            memset(&run, 0, sizeof run);
+            run.kernels = avl__choose_kernels(ASTROVL_EXACT);
+            run.pool = avl__pool_new(threads);
+            CHECK(run.pool && avl__run_reserve(&run, 1, N_IN), "reserve");
+            memset(y, 0xFF, sizeof y);   // NaN: every value must be written
+            avl__apply(&run, y, x, &w, N_ROWS);
+            avl__apply(&run, y1, x + 2 * N_IN, &w, 1);
+            CHECK(memcmp(y, direct, sizeof y) == 0, "%s with %d threads", astrovl_type_name(types[t]), threads);
+            CHECK(memcmp(y1, direct + 2 * N_OUT, N_OUT * sizeof *y1) == 0, "%s: one row differs from many", astrovl_type_name(types[t]));
+            avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory);
+        }
+        free(blocks);
+    }
+}
+
+// softmax(q k^T / sqrt(d)) v in double, causal with a past and grouped heads, and not causal.
+static void test_attention_case(int n_rows, int n_past, int n_head, int n_head_kv, int d, int causal) {
+    int n_keys = n_past + n_rows, h, r, j, i;
+    float *q = (float *)malloc((size_t)(n_rows * n_head * d) * 4), *k = (float *)malloc((size_t)(n_keys * n_head_kv * d) * 4);
+    float *v = (float *)malloc((size_t)(n_keys * n_head_kv * d) * 4), *out = (float *)malloc((size_t)(n_rows * n_head * d) * 4);
+    float *weights = (float *)malloc((size_t)(n_head * n_rows * n_keys) * 4);
+    double worst = 0.0, worst_sum = 0.0;
+    avl__run run;
+    avl__attention a;
+    memset(&run, 0, sizeof run), memset(&a, 0, sizeof a);
+    test_fill(q, n_rows * n_head * d, 11), test_fill(k, n_keys * n_head_kv * d, 12), test_fill(v, n_keys * n_head_kv * d, 13);
+    run.kernels = avl__choose_kernels(ASTROVL_EXACT);
+    run.pool = avl__pool_new(3);
+    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_keys), "reserve");
+    a.q = q, a.k = k, a.v = v, a.out = out, a.weights = weights, a.n_rows = n_rows, a.n_past = n_past, a.n_head = n_head;
+    a.n_head_kv = n_head_kv, a.head_dim = d, a.causal = causal, a.run = &run;
+    avl__attention_run(&a);
+    for (h = 0; h < n_head; h++)
+        for (r = 0; r < n_rows; r++) {
+            int last = causal ? n_past + r + 1 : n_keys, kv = h / (n_head / n_head_kv);
+            double p[64], sum = 0.0, shown = 0.0;
+            for (j = 0; j < last; j++) {
+                double s = 0.0;
+                for (i = 0; i < d; i++) s += (double)q[(r * n_head + h) * d + i] * k[(j * n_head_kv + kv) * d + i];
+                sum += p[j] = exp(s / sqrt((double)d));
+            }
+            for (i = 0; i < d; i++) {
+                double e = 0.0;
+                for (j = 0; j < last; j++) e += p[j] / sum * v[(j * n_head_kv + kv) * d + i];
+                if (fabs(e - out[(r * n_head + h) * d + i]) > worst) worst = fabs(e - out[(r * n_head + h) * d + i]);
+            }
+            for (j = 0; j < n_keys; j++) shown += weights[(h * n_rows + r) * n_keys + j];
+            for (j = last; j < n_keys; j++) CHECK(weights[(h * n_rows + r) * n_keys + j] == 0.0f, "a row sees its future");
+            if (fabs(shown - 1.0) > worst_sum) worst_sum = fabs(shown - 1.0);
+        }
+    CHECK(worst < 1e-6, "%d rows after %d: off by %g", n_rows, n_past, worst);
+    CHECK(worst_sum < 1e-5, "shown weights do not add up to 1: %g", worst_sum);
+    avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory);
+    free(q), free(k), free(v), free(out), free(weights);
+}
+
+static void test_attention(void) {
+    test_attention_case(1, 0, 4, 4, 8, 1);
+    test_attention_case(33, 0, 4, 2, 8, 1);
+    test_attention_case(1, 40, 6, 2, 32, 1);
+    test_attention_case(20, 7, 4, 1, 24, 1);
+    test_attention_case(37, 0, 3, 3, 16, 0);
+}
+
+static void tests_ops(void) {
+    run("platform: messages", test_messages);
+    run("platform: growing arrays", test_growing);
+    run("ops: norms", test_norms);
+    run("ops: activations", test_activations);
+    run("ops: rope", test_rope);
+    run("kernels: order of a sum", test_dot_order);
+    run("kernels: products with every type", test_products);
+    run("ops: attention", test_attention);
+}
+
+// ---- [6] GGUF -------------------------------------------------------------------------------------------------------
+// Files are written here as words, which gguf_make turns into bytes after the magic "GGUF":
+//   b1 h1 i1 q1  the number 1 in 1, 2, 4, 8 bytes     f1.5 d1.5  float32, float64     'text  a string with its length
+//   "text        bare bytes      xN  a string of N x      zN  N zero bytes      aN  zeros up to a multiple of N
+//   >            big-endian from here on, so it comes first
+
+typedef struct gguf_bytes {
+    unsigned char *data;
+    size_t size;
+    int big;
+} gguf_bytes;
+
+static void gguf_put(gguf_bytes *b, const void *data, size_t size) {
+    b->data = (unsigned char *)realloc(b->data, b->size + size + 1);
+    if (!b->data) exit(1);
+    if (data) memcpy(b->data + b->size, data, size);
+    else memset(b->data + b->size, 0, size);
+    b->size += size;
+}
+
+static void gguf_put_number(gguf_bytes *b, uint64_t value, int n) {
+    unsigned char bytes[8];
+    int i;
+    for (i = 0; i < n; i++) bytes[b->big ? n - 1 - i : i] = (unsigned char)(value >> 8 * i);
+    gguf_put(b, bytes, (size_t)n);
+}
+
+static gguf_bytes gguf_make(const char *words) {
+    gguf_bytes b;
+    memset(&b, 0, sizeof b);
+    gguf_put(&b, "GGUF", 4);
+    while (*words) {
+        size_t n = strcspn(words, " ");
+        const char *rest = words + 1;
+        uint64_t value = strchr("bhiqxza", *words) ? (uint64_t)strtoull(rest, NULL, 0) : 0;   // -1 wraps, as wanted
+        switch (*words) {
+        case '>': b.big = 1; break;
+        case 'b': gguf_put_number(&b, value, 1); break;
+        case 'h': gguf_put_number(&b, value, 2); break;
+        case 'i': gguf_put_number(&b, value, 4); break;
+        case 'q': gguf_put_number(&b, value, 8); break;
+        case 'f': gguf_put_number(&b, avl__float_bits((float)atof(rest)), 4); break;
+        case 'd': gguf_put_number(&b, avl__double_bits(atof(rest)), 8); break;
+        case '"': gguf_put(&b, rest, n - 1); break;
+        case '\'': gguf_put_number(&b, n - 1, 8); gguf_put(&b, rest, n - 1); break;
+        case 'x': gguf_put_number(&b, value, 8); for (; value > 0; value--) gguf_put(&b, "x", 1); break;
+        case 'z': gguf_put(&b, NULL, (size_t)value); break;
+        case 'a': while (b.size % value) gguf_put(&b, NULL, 1); break;
+        default: fprintf(stderr, "gguf_make: %s\n", words); exit(1);
+        }
+        words += n;
+        while (*words == ' ') words++;
+    }
+    return b;
+}
+
+// Reads all there is through the public calls; the sum keeps the reads alive.
+static double gguf_walk(const astrovl_gguf *f) {
+    double sum = 0;
+    uint64_t k;
+    int i;
+    for (i = 0; i < astrovl_gguf_n_kv(f); i++) {
+        const astrovl_kv *kv = astrovl_gguf_kv(f, i);
+        for (k = 0; k < kv->count + 1; k++) {
+            astrovl_string s = astrovl_gguf_string(f, i, k);
+            sum += (double)astrovl_gguf_int(f, i, k) + astrovl_gguf_float(f, i, k) + (double)s.size;
+            if (s.size) sum += s.data[0] + s.data[s.size - 1];
+        }
+        CHECK(astrovl_gguf_find_kv(f, kv->key) == i, "key %s is not found", kv->key);
+    }
+    for (i = 0; i < astrovl_gguf_n_tensors(f); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(f, i);
+        for (k = 0; k < t->n_bytes; k++) sum += ((const unsigned char *)t->data)[k];
+        CHECK(astrovl_gguf_find_tensor(f, t->name) == t, "tensor %s is not found", t->name);
+        k = astrovl_type_row_bytes(t->type, t->ne[0]) * (uint64_t)(t->ne[1] * t->ne[2] * t->ne[3]);
+        CHECK(t->n_bytes == k, "%s has %d bytes", t->name, (int)t->n_bytes);
+    }
+    return sum;
+}
+
+// Opens a copy that ends exactly where an allocation ends, so that a sanitizer sees a read past it.
+static int gguf_try(const unsigned char *data, size_t size, astrovl_error *err) {
+    unsigned char *copy = (unsigned char *)malloc(size ? size : 1);
+    astrovl_gguf *f;
+    int good;
+    if (!copy) exit(1);
+    memcpy(copy, data, size);
+    memset(err, 0, sizeof *err);
+    f = astrovl_gguf_open_memory(copy, size, "m.gguf", err);
+    good = f != NULL;
+    if (f) gguf_walk(f);
+    astrovl_gguf_close(f);
+    free(copy);
+    return good;
+}
+
+// ---- files that the gguf package wrote ------------------------------------------------------------------------------
+
+typedef struct gguf_expected {
+    const char *name;
+    astrovl_value_type type;
+    int64_t first, second;
+    double f_first, f_second;
+} gguf_expected;
+
+static void gguf_check_metadata(const astrovl_gguf *f) {
+    static const gguf_expected expected[] = {
+        {"u8", ASTROVL_VALUE_U8, 200, 7, 200, 7}, {"i8", ASTROVL_VALUE_I8, -100, 7, -100, 7},
+        {"u16", ASTROVL_VALUE_U16, 60000, 7, 60000, 7}, {"i16", ASTROVL_VALUE_I16, -30000, 7, -30000, 7},
+        {"u32", ASTROVL_VALUE_U32, 4000000000ll, 7, 4e9, 7}, {"i32", ASTROVL_VALUE_I32, -2000000000, 7, -2e9, 7},
+        {"f32", ASTROVL_VALUE_F32, 1, 0, 1.5, -0.25}, {"bool", ASTROVL_VALUE_BOOL, 1, 0, 1, 0},
+        {"u64", ASTROVL_VALUE_U64, INT64_MAX, 7, 18446744073709551616.0, 7},
+        {"i64", ASTROVL_VALUE_I64, INT64_MIN, 7, -9223372036854775808.0, 7},
+        {"f64", ASTROVL_VALUE_F64, INT64_MAX, 0, 1e300, -1e-300}
+    };
+    static const char *const strings[] = {"a", "", "\xE2\x96\x81the", "<0x0A>"};
+    char key[64];
+    int i, index;
+    astrovl_string s;
+    for (i = 0; i < 11; i++) {
+        const gguf_expected *e = &expected[i];
+        sprintf(key, "test.%s", e->name);
+        index = astrovl_gguf_find_kv(f, key);
+        CHECK(index >= 0, "%s is missing", key);
+        if (index < 0) continue;
+        CHECK(astrovl_gguf_kv(f, index)->type == e->type && astrovl_gguf_kv(f, index)->item_type == e->type
+              && astrovl_gguf_kv(f, index)->count == 1, "%s", key);
+        CHECK(astrovl_gguf_int(f, index, 0) == e->first && astrovl_gguf_float(f, index, 0) == e->f_first, "%s", key);
+        CHECK(astrovl_gguf_int(f, index, 1) == 0 && astrovl_gguf_string(f, index, 0).size == 0, "%s", key);
+        sprintf(key, "test.array.%s", e->name);
+        index = astrovl_gguf_find_kv(f, key);
+        CHECK(index >= 0, "%s is missing", key);
+        if (index < 0) continue;
+        CHECK(astrovl_gguf_kv(f, index)->type == ASTROVL_VALUE_ARRAY && astrovl_gguf_kv(f, index)->item_type == e->type
+              && astrovl_gguf_kv(f, index)->count == 3, "%s", key);
+        CHECK(astrovl_gguf_int(f, index, 0) == e->first && astrovl_gguf_float(f, index, 2) == e->f_first, "%s", key);
+        CHECK(astrovl_gguf_int(f, index, 1) == e->second && astrovl_gguf_float(f, index, 1) == e->f_second, "%s", key);
+        CHECK(astrovl_gguf_int(f, index, 3) == 0 && astrovl_gguf_float(f, index, UINT64_MAX) == 0, "%s: its end", key);
+    }
+    index = astrovl_gguf_find_kv(f, "test.array.string");
+    CHECK(index >= 0, "the array of texts is missing");
+    if (index < 0) return;
+    CHECK(astrovl_gguf_kv(f, index)->item_type == ASTROVL_VALUE_STRING, "the array of texts");
+    CHECK(astrovl_gguf_kv(f, index)->count == 4, "the array of texts");
+    for (i = 0; i < 5; i++) {
+        s = astrovl_gguf_string(f, index, (uint64_t)i);
+        CHECK(s.size == (i < 4 ? strlen(strings[i]) : 0), "text %d", i);
+        CHECK(i == 4 || memcmp(s.data, strings[i], s.size) == 0, "text %d", i);
+        CHECK(astrovl_gguf_int(f, index, (uint64_t)i) == 0, "text %d as a number", i);
+        CHECK(astrovl_gguf_float(f, index, (uint64_t)i) == 0, "text %d as a number", i);
+    }
+    s = astrovl_gguf_string(f, astrovl_gguf_find_kv(f, "test.string"), 0);
+    CHECK(s.size == 18 && memcmp(s.data, "Crab Nebula \xE2\x98\x84 M1", 18) == 0, "%d bytes", (int)s.size);
+}
+
+// The tensors hold the first blocks of types.gold.
+static void gguf_check_tensors(const astrovl_gguf *f) {
+    static const int64_t rows[4][3] = {{1, 1, 1}, {4, 1, 1}, {2, 2, 1}, {2, 1, 2}};
+    size_t size, at = 0;
+    unsigned char *gold = read_file("test/golden/types.gold", &size);
+    int i;
+    CHECK(astrovl_gguf_n_tensors(f) == 13, "%d tensors", astrovl_gguf_n_tensors(f));
+    for (i = 0; i < 13 && !g_test_failed; i++) {
+        int type = (int)avl__load_u32(gold + at), n = (int)avl__load_u32(gold + at + 4), n_dims = i % 4 + 1;
+        char name[32];
+        const astrovl_tensor *t;
+        sprintf(name, "tensor.%s", astrovl_type_name(type));
+        t = astrovl_gguf_find_tensor(f, name);
+        CHECK(t && t == astrovl_gguf_tensor(f, i), "%s", name);
+        if (!t) break;
+        CHECK((int)t->type == type && t->n_dims == n_dims && strcmp(t->name, name) == 0, "%s is another", name);
+        CHECK(memcmp(t->ne + 1, rows[n_dims - 1], sizeof *rows) == 0, "%s has another shape", name);
+        CHECK(memcmp(t->data, gold + at + 8, (size_t)t->n_bytes) == 0, "%s has other data", name);
+        at += 8 + astrovl_type_row_bytes(type, n) + (size_t)n * 4;
+    }
+    free(gold);
+}
+
+// One golden file: mapped, read, and from memory at an odd address, as version 3 and patched to version 2.
+static void gguf_check_golden(const char *path, int big_endian) {
+    size_t size;
+    unsigned char *data = read_file(path, &size), *odd = (unsigned char *)malloc(size + 1);
+    int way;
+    if (!odd) exit(1);
+    memcpy(odd + 1, data, size);
+    for (way = 0; way < 4; way++) {
+        astrovl_error err;
+        astrovl_gguf *f;
+        if (way == 3) odd[1 + (big_endian ? 7 : 4)] = 2;
+        f = way < 2 ? astrovl_gguf_open(path, way, &err) : astrovl_gguf_open_memory(odd + 1, size, NULL, &err);
+        CHECK(f, "%s: %s", path, err.message);
+        if (!f) break;
+        CHECK(astrovl_gguf_version(f) == (way == 3 ? 2 : 3) && astrovl_gguf_big_endian(f) == big_endian, "way %d", way);
+        CHECK(astrovl_gguf_size(f) == size, "way %d", way);
+        CHECK(strcmp(astrovl_gguf_name(f), way < 2 ? path : "(memory)") == 0, "way %d", way);
+        gguf_check_metadata(f);
+        gguf_check_tensors(f);
+        gguf_walk(f);
+        astrovl_gguf_close(f);
+    }
+    free(odd);
+    free(data);
+}
+
+static void test_gguf_golden(void) {
+    gguf_check_golden("test/golden/types_le.gguf", 0);
+    gguf_check_golden("test/golden/types_be.gguf", 1);
+}
+
+// ---- files made here ------------------------------------------------------------------------------------------------
+
+#define GGUF_EMPTY "i3 q0 q0 "
+#define GGUF_KEY   "i3 q0 q1 "
+#define GGUF_ONE   "i3 q1 q0 "
+#define GGUF_TWO   "i3 q2 q0 "
+
+static void test_gguf_good(void) {
+    static const char *const files[] = {
+        GGUF_EMPTY, "> i3 q0 q0", "i2 q0 q0",
+        GGUF_KEY "'k i8 'text", GGUF_KEY "'k i9 i8 q0", GGUF_KEY "'k i9 i0 q0", GGUF_KEY "'k i9 i7 q3 b0 b1 b1",
+        GGUF_KEY "x65535 i0 b1",
+        GGUF_KEY "'k i8 q3 b0 b255 b10",                               // a value may hold any bytes
+        GGUF_ONE "'t i1 q1 i0 q0 a32 f1",                              // one float
+        GGUF_ONE "'t i0 i0 q0 a32 f1",                                 // without dimensions: a single value
+        GGUF_ONE "x1024 i1 q1 i0 q0 a32 f1",
+        GGUF_ONE "'t i4 q32 q1 q2 q3 i2 q64 a32 z64 z108",             // six blocks of Q4_0, after a hole
+        GGUF_TWO "'a i1 q1 i0 q32 'b i1 q1 i0 q0 a32 z36",             // b's data before a's
+        "> i3 q1 q0 't i1 q2 i0 q0 a32 f1 f-2",
+        "i3 q1 q1 'general.alignment i4 i1 't i1 q1 i0 q0 f1",         // aligned to 1
+        "i3 q1 q1 'general.alignment i10 q4096 't i1 q1 i0 q0 a4096 f1"
+    };
+    size_t i;
+    for (i = 0; i < sizeof files / sizeof *files; i++) {
+        gguf_bytes b = gguf_make(files[i]);
+        astrovl_error err;
+        CHECK(gguf_try(b.data, b.size, &err), "%s: %s", files[i], err.message);
+        free(b.data);
+    }
+}
+
+// Each line breaks one rule: the message must say where and what.
+static void test_gguf_bad(void) {
+    enum { F = ASTROVL_ERROR_FORMAT, U = ASTROVL_ERROR_UNSUPPORTED };
+    static const struct { const char *file; int status; const char *where, *what; } cases[] = {
+        // header
+        {"i1 i0 i0", U, "m.gguf: header at byte 4: ", "GGUF version 1; 2 and 3 are supported (convert"},
+        {"i4 q0 q0", U, "header at byte 4: ", "GGUF version 4"},
+        {"i0 q0 q0", U, "header at byte 4: ", "GGUF version 0"},
+        {"> i1 i0 i0", U, "header at byte 4: ", "GGUF version 1"},
+        {"h3", F, "header at byte 0: ", "the file ends here, after 6 bytes (an incomplete download?)"},
+        {"i3 i0", F, "header at byte 8: ", "the file ends here, after 12 bytes"},
+        {"i3 q0 i0", F, "header at byte 16: ", "the file ends here"},
+        {"i3 q1 q0 z24", F, "tensor at byte 24: ", "name is empty"},
+        {"i3 q2 q0 z41", F, "header at byte 8: ", "announces 2 tensors, too many for a file of 65 bytes"},
+        {"i3 q0 q2 z27", F, "header at byte 16: ", "announces 2 metadata entries, too many for a file of 51 bytes"},
+        {"i3 q-1 q0", F, "header at byte 8: ", "tensors, too many"},
+        {"i3 q0 q0x8000000000000000", F, "header at byte 16: ", "metadata entries, too many"},
+        // keys and their values
+        {GGUF_KEY "q99 z20", F, "key at byte 24: ", "a text reaches past the file's end, at 52 bytes"},
+        {GGUF_KEY "q-1 z20", F, "key at byte 24: ", "a text reaches past the file's end"},
+        {GGUF_KEY "q0 z20", F, "key at byte 24: ", "its name is empty"},
+        {GGUF_KEY "x65536 i0 b0", F, "key at byte 24: ", "its name has 65536 bytes; 65535 are allowed"},
+        {GGUF_KEY "q3 \"a b0 \"c i0 b0", F, "key 'a?c' at byte 24: ", "its name has a zero byte"},
+        {GGUF_KEY "'key z2 z1", F, "key 'key' at byte 35: ", "the file ends here"},
+        {GGUF_KEY "'key i13 b0", F, "key 'key' at byte 35: ", "there is no value type 13"},
+        {GGUF_KEY "'key i-1 b0", F, "key 'key' at byte 35: ", "there is no value type 4294967295"},
+        {GGUF_KEY "'key i10 i0", F, "key 'key' at byte 39: ", "the file ends here"},
+        {GGUF_KEY "'key i8 i0", F, "key 'key' at byte 39: ", "the file ends here"},
+        {GGUF_KEY "'key i8 q1", F, "key 'key' at byte 39: ", "a text reaches past"},
+        {GGUF_KEY "'key i7 b2", F, "key 'key' at byte 39: ", "a truth value is 2, neither 0 nor 1"},
+        {GGUF_KEY "'key i9 h0", F, "key 'key' at byte 39: ", "the file ends here"},
+        {GGUF_KEY "'key i9 i13 q0", F, "key 'key' at byte 39: ", "there is no value type 13"},
+        {GGUF_KEY "'key i9 i9 q0", U, "key 'key' at byte 39: ", "arrays of arrays"},
+        {GGUF_KEY "'key i9 i0 i0", F, "key 'key' at byte 43: ", "the file ends here"},
+        {GGUF_KEY "'key i9 i0 q2 b0", F, "key 'key' at byte 43: ", "2 values of at least 1 bytes reach past"},
+        {GGUF_KEY "'key i9 i10 q0x2000000000000001 q0 q0", F, "key 'key' at byte 43: ", "reach past"},
+        {GGUF_KEY "'key i9 i8 q3 q0 q0 z7", F, "key 'key' at byte 43: ", "3 values of at least 8 bytes reach past"},
+        {GGUF_KEY "'key i9 i8 q2 q8 z8", F, "key 'key' at byte 67: ", "the file ends here"},
+        {GGUF_KEY "'key i9 i8 q2 'a q9 z8", F, "key 'key' at byte 60: ", "a text reaches past"},
+        {GGUF_KEY "'key i9 i7 q3 b0 b1 b255", F, "key 'key' at byte 53: ", "a truth value is 255"},
+        {"i3 q0 q3 'key i0 b0 'kex i0 b0 'key i0 b0", F, "key 'key' at byte 72: ", "the same name appears twice"},
+        {GGUF_KEY "'general.alignment i4 i0", F, "key 'general.alignment' at byte 53: ", "it is 0, not a power of two"},
+        {GGUF_KEY "'general.alignment i4 i48", F, "'general.alignment'", "it is 48, not a power of two"},
+        {GGUF_KEY "'general.alignment i5 i-32", F, "'general.alignment'", "it is -32, not"},
+        {GGUF_KEY "'general.alignment i10 q0x200000", F, "'general.alignment'", "it is 2097152, not"},
+        {GGUF_KEY "'general.alignment i8 '32", F, "'general.alignment'", "it is 0, not"},
+        {GGUF_KEY "'general.alignment i9 i4 q0", F, "'general.alignment'", "it is 0, not"},
+        // tensors
+        {GGUF_ONE "q99 z30", F, "tensor at byte 24: ", "a text reaches past"},
+        {GGUF_ONE "x1025 z30", F, "tensor at byte 24: ", "its name has 1025 bytes; 1024 are allowed"},
+        {GGUF_ONE "q3 \"a b0 \"c z30", F, "tensor 'a?c' at byte 24: ", "its name has a zero byte"},
+        {GGUF_ONE "'abcdefghijklmnop z2", F, "tensor 'abcdefghijklmnop' at byte 48: ", "the file ends here"},
+        {GGUF_ONE "'abc i5 z50", F, "tensor 'abc' at byte 35: ", "it has 5 dimensions; 4 are allowed"},
+        {GGUF_ONE "'abc i-1 z50", F, "tensor 'abc' at byte 35: ", "it has 4294967295 dimensions"},
+        {GGUF_ONE "'abc i2 q1 i0 h0", F, "tensor 'abc' at byte 47: ", "the file ends here"},
+        {GGUF_ONE "'abc i2 q1 q0 i0 q0", F, "tensor 'abc' at byte 47: ", "dimension 1 is 0"},
+        {GGUF_ONE "'abc i1 q0x8000000000000000 i0 q0", F, "tensor 'abc' at byte 39: ", "dimension 0 is too large"},
+        {GGUF_ONE "'abc i1 q1 h0 h0", F, "tensor 'abc' at byte 51: ", "the file ends here"},
+        {GGUF_ONE "'abc i1 q1 i4 q0 a32 f1", U, "tensor 'abc' at byte 47: ", "its type is number 4, which is not"},
+        {GGUF_ONE "'abc i1 q1 i-1 q0 a32 f1", U, "tensor 'abc' at byte 47: ", "its type is number 4294967295"},
+        {GGUF_ONE "'abc i1 q33 i2 q0 a32 z36", F, "tensor 'abc' at byte 47: ",
+         "rows of 33 values cannot be of type Q4_0, which has blocks of 32"},
+        {GGUF_ONE "'abc i1 q128 i14 q0 a32 z210", F, "tensor 'abc' at byte 47: ", "blocks of 256"},
+        {GGUF_ONE "'abc i4 q4 q4 q4 q4 i0 q0 a32 z64", F, "tensor 'abc' at byte 71: ",
+         "a shape of 4 x 4 x 4 x 4 in F32 needs more than the file's 160 bytes"},
+        {GGUF_ONE "'abc i2 q0x100000000 q0x40000000 i0 q0 a32 f1", F, "tensor 'abc' at byte 55: ", "needs more than"},
+        {GGUF_ONE "'abc i1 q0x7FFFFFFFFFFFFFFF i0 q0 a32 f1", F, "tensor 'abc' at byte 47: ", "needs more than"},
+        {GGUF_ONE "'abc i4 q1 q0x80000000 q0x80000000 q4 i0 q0 a32 f1", F, "tensor 'abc' at byte 71: ", "needs more"},
+        {GGUF_ONE "'abc i1 q1 i0 h0", F, "tensor 'abc' at byte 51: ", "the file ends here"},
+        {GGUF_ONE "'abc i1 q1 i0 q16 a32 z64", F, "tensor 'abc' at byte ",
+         "offset 16 is not a multiple of the alignment, 32"},
+        {GGUF_ONE "'abc i1 q1 i0 q0 a32 z3", F, "tensor 'abc' at byte ",
+         "its 4 bytes of data at offset 0 reach past the file's end, at 67 bytes"},
+        {GGUF_ONE "'abcd i1 q1 i0 q0", F, "tensor 'abcd' at byte ", "data at offset 0 reach past"},   // ends unpadded
+        {GGUF_ONE "'abc i1 q1 i0 q64 a32 z64", F, "tensor 'abc' at byte ", "data at offset 64 reach past"},
+        {GGUF_ONE "'abc i1 q1 i0 q-32 a32 z64", F, "tensor 'abc' at byte ", "reach past the file's end"},
+        {GGUF_TWO "'a i1 q9 i0 q32 'b i1 q1 i0 q64 a32 z128", F, "tensor 'b' at byte 160: ",
+         "its data overlaps that of 'a'"},
+        {GGUF_TWO "'a i1 q1 i0 q0 'b i1 q1 i0 q0 a32 z32", F, "tensor '", "its data overlaps that of '"},
+        {GGUF_TWO "'b i1 q1 i0 q32 'b i1 q1 i0 q0 a32 z64", F, "tensor 'b' at byte ", "the same name appears twice"}
+    };
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        gguf_bytes b = gguf_make(cases[i].file);
+        astrovl_error err;
+        CHECK(!gguf_try(b.data, b.size, &err), "%s was opened", cases[i].file);
+        CHECK((int)err.status == cases[i].status, "%s: %s", cases[i].file, astrovl_status_name(err.status));
+        CHECK(strstr(err.message, cases[i].where), "%s: %s", cases[i].file, err.message);
+        CHECK(strstr(err.message, cases[i].what), "%s: %s", cases[i].file, err.message);
+        free(b.data);
+    }
+}
+
+static void test_gguf_other_files(void) {
+    astrovl_error err;
+    char name[2000] = "/tmp/";
+    int i;
+    gguf_bytes b = gguf_make(GGUF_ONE "x1000 i1 q1 i4 q0 a32 f1");
+    CHECK(!gguf_try((const unsigned char *)"", 0, &err) && err.status == ASTROVL_ERROR_FORMAT
+          && strstr(err.message, "not a GGUF"), "an empty block: %s", err.message);
+    CHECK(!gguf_try((const unsigned char *)"GGML\3\0\0\0", 8, &err) && err.status == ASTROVL_ERROR_FORMAT
+          && strstr(err.message, "does not begin with \"GGUF\""), "another magic: %s", err.message);
+    CHECK(!astrovl_gguf_open("test/golden/no-such.gguf", 0, &err) && err.status == ASTROVL_ERROR_FILE
+          && strstr(err.message, "no-such.gguf"), "a missing file: %s", err.message);
+    CHECK(!astrovl_gguf_open("test/golden", 0, &err) && err.status == ASTROVL_ERROR_FILE, "a folder: %s", err.message);
+    CHECK(!astrovl_gguf_open("test/golden/types.gold", 0, &err) && err.status == ASTROVL_ERROR_FORMAT, "types.gold");
+    CHECK(!astrovl_gguf_open(NULL, 0, &err) && err.status == ASTROVL_ERROR_ARGUMENT, "no name");
+    CHECK(!astrovl_gguf_open_memory(NULL, 10, NULL, &err) && err.status == ASTROVL_ERROR_ARGUMENT, "no block");
+    CHECK(!astrovl_gguf_open("test/golden/types.gold", 0, NULL), "without err");
+    // long names are cut, between characters, so that the reason stays readable
+    for (i = 0; i < 300; i++) strcat(name, "\xE2\x98\x84");
+    strcat(name, "/end.gguf");
+    CHECK(!astrovl_gguf_open_memory(b.data, b.size, name, &err), "%s", err.message);
+    CHECK(strncmp(err.message, "\xE2\x98\x84", 3) == 0 && strstr(err.message, "/end.gguf: tensor 'xxxx")
+          && strstr(err.message, "its type is number 4") && strstr(err.message, "Q2_K to Q6_K"), "%s", err.message);
+    free(b.data);
+    astrovl_gguf_close(NULL);
+}
+
+static void test_gguf_accessors(void) {
+    gguf_bytes b = gguf_make("i3 q0 q7 'nan i6 i0x7FC00000 'inf i12 q0xFFF0000000000000 'big i12 d9.3e18 'int i5 i-5 "
+                             "'text i8 'abc 'list i9 i4 q2 i6 i7 'float i6 f0.5");
+    astrovl_error err;
+    astrovl_gguf *f = astrovl_gguf_open_memory(b.data, b.size, "m", &err);
+    CHECK(f, "%s", err.message);
+    if (f) {
+        CHECK(astrovl_gguf_int(f, 0, 0) == 0 && astrovl_gguf_int(f, 1, 0) == INT64_MIN
+              && astrovl_gguf_int(f, 2, 0) == INT64_MAX, "floats that no integer equals");
+        CHECK(!astrovl_gguf_kv(f, -1) && !astrovl_gguf_kv(f, 7), "no such entry");
+        CHECK(!astrovl_gguf_tensor(f, 0) && !astrovl_gguf_tensor(f, -1), "no such tensor");
+        CHECK(!astrovl_gguf_find_tensor(f, "x") && !astrovl_gguf_find_tensor(f, NULL), "no such tensor name");
+        CHECK(astrovl_gguf_find_kv(f, "") == -1 && astrovl_gguf_find_kv(f, "zzz") == -1
+              && astrovl_gguf_find_kv(f, NULL) == -1, "no such key");
+        CHECK(astrovl_gguf_int(f, 7, 0) == 0 && astrovl_gguf_float(f, -1, 0) == 0
+              && astrovl_gguf_string(f, 99, 0).size == 0, "values of no entry");
+    }
+    astrovl_gguf_close(f);
+    free(b.data);
+}
+
+static int gguf_number_order(const void *context, int a, int b) {
+    return ((const int *)context)[a] - ((const int *)context)[b];
+}
+
+static void test_gguf_sort(void) {
+    static int numbers[3000], order[3000];
+    uint64_t state = 7;
+    int n, i, kind, bad = 0;
+    for (n = 0; n < 3000; n = n < 20 ? n + 1 : n * 2)
+        for (kind = 0; kind < 4; kind++) {   // ascending, descending, random, few different
+            int seen = 0;
+            for (i = 0; i < n; i++) {
+                state = state * 6364136223846793005ull + 1442695040888963407ull;
+                numbers[i] = kind == 0 ? i : kind == 1 ? -i : (int)(state >> 40) % (kind == 2 ? 1000000 : 3);
+                order[i] = i;
+            }
+            avl__sort(order, n, gguf_number_order, numbers);
+            for (i = 1; i < n; i++) bad += numbers[order[i - 1]] > numbers[order[i]];
+            for (i = 0; i < n; i++) seen += order[i];
+            bad += seen != n * (n - 1) / 2;
+        }
+    CHECK(bad == 0, "%d errors", bad);
+}
+
+// A file cut short anywhere fails, except in the zeros after the last tensor.
+static void gguf_truncate(const char *path) {
+    size_t size, n, end = 0;
+    unsigned char *data = read_file(path, &size);
+    astrovl_error err;
+    astrovl_gguf *f = astrovl_gguf_open_memory(data, size, path, &err);
+    int i;
+    CHECK(f, "%s", err.message);
+    for (i = 0; f && i < astrovl_gguf_n_tensors(f); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(f, i);
+        if (t->offset + t->n_bytes > end) end = (size_t)(t->offset + t->n_bytes);
+    }
+    astrovl_gguf_close(f);
+    for (n = 0; n < size; n++) {
+        int good = gguf_try(data, n, &err);
+        CHECK(good == (n >= end), "%s cut to %d bytes: %s", path, (int)n, err.message);
+        CHECK(good || err.status == ASTROVL_ERROR_FORMAT, "%d bytes: %s", (int)n, err.message);
+        CHECK(good || strstr(err.message, "m.gguf: "), "%d bytes: %s", (int)n, err.message);
+    }
+    free(data);
+}
+
+static void test_gguf_truncation(void) {
+    gguf_truncate("test/golden/types_le.gguf");
+    gguf_truncate("test/golden/types_be.gguf");
+}
+
+// Random damage: nothing but a clean error or a file that can be read through.
+static void gguf_fuzz(const char *path, int rounds, uint64_t state) {
+    static const uint64_t nasty[] = {0, 1, 8, 9, 31, 32, 255, 65536, 0x7FFFFFFF, 0xFFFFFFFF, 0x100000000ull,
+                                     0x7FFFFFFFFFFFFFFFull, 0x8000000000000000ull, 0xFFFFFFFFFFFFFFFFull};
+    size_t size;
+    unsigned char *data = read_file(path, &size), *copy = (unsigned char *)malloc(size);
+    int round, opened = 0;
+    astrovl_error err;
+    if (!copy) exit(1);
+    for (round = 0; round < rounds; round++) {
+        int n_changes;
+        size_t length = size, k;
+        memcpy(copy, data, size);
+        state = state * 6364136223846793005ull + 1442695040888963407ull;
+        n_changes = (int)(state >> 62) + 1;
+        for (; n_changes > 0; n_changes--) {
+            size_t at;
+            state = state * 6364136223846793005ull + 1442695040888963407ull;
+            at = (size_t)(state >> 33) % (state >> 32 & 1 ? size : 1800);   // half of them in the metadata
+            state = state * 6364136223846793005ull + 1442695040888963407ull;
+            if (state >> 63) copy[at] = (unsigned char)(state >> 40);
+            else for (k = 0; k < 8 && at + k < size; k++)
+                copy[at + k] = (unsigned char)(nasty[(state >> 40) % 14] >> 8 * k);
+        }
+        if (state >> 58 == 0) length = (size_t)(state >> 20) % size;
+        if (gguf_try(copy, length, &err)) opened++;
+        else CHECK(err.status != ASTROVL_OK && err.message[0], "round %d: no message", round);
+    }
+    CHECK(opened > rounds / 20 && opened < rounds, "%d of %d opened: too little or too much damage", opened, rounds);
+    free(copy);
+    free(data);
+}
+
+static void test_gguf_fuzz(void) {
+    gguf_fuzz("test/golden/types_le.gguf", 12000, 1);
+    gguf_fuzz("test/golden/types_be.gguf", 8000, 2);
+}
+
+static void test_gguf_no_memory(void) {
+    static const char *const paths[] = {"test/golden/types_le.gguf", "test/golden/types_be.gguf"};
+    int file, way;
+    for (file = 0; file < 2; file++)
+        for (way = 0; way < 2; way++) {
+            int call, failed = 1;
+            long live = g_live;
+            for (call = 0; failed && call < 1000; call++) {
+                astrovl_error err;
+                astrovl_gguf *f;
+                memset(&err, 0, sizeof err);
+                alloc_fail_at(call);
+                f = astrovl_gguf_open(paths[file], way, &err);
+                failed = alloc_did_fail();
+                alloc_fail_at(-1);
+                CHECK(failed == !f, "%s, call %d", paths[file], call);
+                CHECK(f || err.status == ASTROVL_ERROR_MEMORY, "%s, call %d: %s", paths[file], call, err.message);
+                astrovl_gguf_close(f);
+                CHECK(g_live == live, "%s, call %d leaks", paths[file], call);
+            }
+            CHECK(!failed && call > 40, "only %d allocations", call);
+        }
+}
+
+static void tests_gguf(void) {
+    run("gguf: golden files, both byte orders", test_gguf_golden);
+    run("gguf: unusual but good files", test_gguf_good);
+    run("gguf: each broken rule is named", test_gguf_bad);
+    run("gguf: other files and long names", test_gguf_other_files);
+    run("gguf: values and names", test_gguf_accessors);
+    run("gguf: sorting", test_gguf_sort);
+    run("gguf: cut anywhere", test_gguf_truncation);
+    run("gguf: random damage", test_gguf_fuzz);
+    run("gguf: allocation failures", test_gguf_no_memory);
+}
+
+// ---- text -----------------------------------------------------------------------------------------------------------
+// test/golden/tokens_*.bin hold what sentencepiece and `tokenizers` make of the texts in tokens_texts.bin, with the small
+// vocabularies in vocab_*.gguf (test/make_golden.py, make_tokens).
+
+typedef struct text_case { unsigned char *data; size_t size; } text_case;
+
+typedef struct text_reader { const unsigned char *data; size_t at; } text_reader;
+
+static uint32_t text_u32(text_reader *r) {
+    uint32_t value = avl__load_u32(r->data + r->at);
+    r->at += 4;
+    return value;
+}
+
+// The texts of a file written by tokens_write_texts.
+static text_case *text_read_all(const char *path, int *n) {
+    size_t size;
+    unsigned char *file = read_file(path, &size);
+    text_reader r = {file, 0};
+    text_case *texts;
+    int i;
+    *n = (int)text_u32(&r);
+    texts = (text_case *)calloc((size_t)*n, sizeof *texts);
+    for (i = 0; i < *n; i++) {
+        size_t times = text_u32(&r), length = text_u32(&r), k;
+        texts[i].size = times * length;
+        texts[i].data = (unsigned char *)malloc(times * length + 1);
+        for (k = 0; k < times; k++) memcpy(texts[i].data + k * length, file + r.at, length);
+        r.at += length;
+    }
+    CHECK(r.at == size, "%s: %ld of %ld bytes read", path, (long)r.at, (long)size);
+    free(file);
+    return texts;
+}
+
+static void text_free_all(text_case *texts, int n) {
+    int i;
+    for (i = 0; i < n; i++) free(texts[i].data);
+    free(texts);
+}
+
+static astrovl_gguf *text_open_vocab(const char *path, avl__vocab *v) {
+    astrovl_error err;
+    astrovl_gguf *file = astrovl_gguf_open(path, 0, &err);
+    if (!file || avl__vocab_load(v, file, "tokenizer.ggml.", &err) != ASTROVL_OK) {
+        fprintf(stderr, "%s: %s\n", path, err.message);
+        exit(1);
+    }
+    return file;
+}
+
+static void text_close_vocab(astrovl_gguf *file, avl__vocab *v) {
+    avl__vocab_free(v);
+    astrovl_gguf_close(file);
+}
+
+static uint32_t text_hash(const int32_t *ids, size_t n) {
+    uint32_t hash = 2166136261u;
+    size_t i;
+    for (i = 0; i < n; i++) hash = (hash ^ (uint32_t)ids[i]) * 16777619u;
+    return hash;
+}
+
+// What ids read as: through the gate, without the space that the tokenizer put in front.
+static void text_decode(const avl__vocab *v, const int32_t *ids, size_t n, avl__bytes *out) {
+    avl__utf8_gate gate;
+    size_t i;
+    memset(&gate, 0, sizeof gate);
+    for (i = 0; i < n; i++) {
+        char text[128];
+        int size = avl__vocab_token_bytes(v, ids[i], text, (int)sizeof text), skip;
+        CHECK(size <= (int)sizeof text, "token %d has %d bytes", (int)ids[i], size);
+        skip = i == 0 && v->add_space_prefix && size > 0 && text[0] == ' ';
+        avl__utf8_gate_put(&gate, text + skip, (size_t)(size - skip), out);
+    }
+    avl__utf8_gate_flush(&gate, out);
+}
+
+static void text_print_ids(const char *what, const int32_t *ids, size_t n) {
+    size_t i;
+    fprintf(stderr, "  %s:", what);
+    for (i = 0; i < n && i < 40; i++) fprintf(stderr, " %d", (int)ids[i]);
+    fputc('\n', stderr);
+}
+
+static void text_check_vocab(const char *name) {
+    char path[128];
+    size_t size;
+    int n_texts, n_cases, i;
+    text_case *texts = text_read_all("test/golden/tokens_texts.bin", &n_texts);
+    avl__vocab v;
+    astrovl_gguf *file;
+    unsigned char *golden;
+    text_reader r = {NULL, 0};
+    avl__tokens tokens = {NULL, 0, 0};
+    sprintf(path, "test/golden/vocab_%s.gguf", name);
+    file = text_open_vocab(path, &v);
+    sprintf(path, "test/golden/tokens_%s.bin", name);
+    r.data = golden = read_file(path, &size);
+    n_cases = (int)text_u32(&r);
+    CHECK(n_texts >= 400 && n_cases >= 500, "%s: %d texts, %d cases", name, n_texts, n_cases);
+    for (i = 0; i < n_cases; i++) {
+        const text_case *text = &texts[text_u32(&r)];
+        uint32_t flags = text_u32(&r), n = text_u32(&r), k, decoded;
+        int32_t ids[600];
+        astrovl_error err;
+        int same;
+        tokens.size = 0;
+        CHECK(avl__vocab_encode(&v, (char *)text->data, text->size, (int)flags, &tokens, &err) == ASTROVL_OK, "%s", err.message);
+        if (n > 600) {
+            uint32_t hash = text_u32(&r);
+            same = tokens.size == n && text_hash(tokens.data, n) == hash;
+        } else {
+            for (k = 0; k < n; k++, r.at += 2) ids[k] = avl__load_u16(r.data + r.at);
+            same = tokens.size == n && (n == 0 || memcmp(tokens.data, ids, n * sizeof *ids) == 0);
+        }
+        CHECK(same, "%s, flags %d: \"%.60s\" (%ld bytes): %ld tokens, wanted %ld", name, (int)flags, (char *)text->data,
+              (long)text->size, (long)tokens.size, (long)n);
+        if (!same) {
+            text_print_ids("got", tokens.data, tokens.size);
+            if (n <= 600) text_print_ids("wanted", ids, n);
+        }
+        decoded = text_u32(&r);
+        if (decoded != 0xFFFFFFFFu) {   // 0xFFFFFFFE: the text itself
+            const unsigned char *want = decoded == 0xFFFFFFFEu ? text->data : golden + r.at;
+            size_t want_size = decoded == 0xFFFFFFFEu ? text->size : decoded;
+            avl__bytes got = {NULL, 0, 0, 0};
+            text_decode(&v, tokens.data, tokens.size, &got);
+            CHECK(got.size == want_size && (want_size == 0 || memcmp(got.data, want, want_size) == 0), "%s: \"%.60s\" reads \"%.60s\"",
+                  name, (char *)text->data, got.data ? got.data : "");
+            astrovl_free(got.data);
+            if (decoded != 0xFFFFFFFEu) r.at += decoded;
+        }
+    }
+    CHECK(r.at == size, "%s: %ld of %ld bytes read", name, (long)r.at, (long)size);
+    astrovl_free(tokens.data);
+    free(golden);
+    text_close_vocab(file, &v);
+    text_free_all(texts, n_texts);
+}
+
+static void test_text_spm(void)    { text_check_vocab("spm"); }
+static void test_text_plain(void)  { text_check_vocab("plain"); }
+static void test_text_gpt2(void)   { text_check_vocab("gpt2"); }
+static void test_text_llama3(void) { text_check_vocab("llamabpe"); }
+static void test_text_smollm(void) { text_check_vocab("smollm"); }
+
+// Pairs of broken text and what Python's decoder shows, fed whole, byte by byte and in threes: it may not matter.
+static void test_text_gate(void) {
+    int n, i;
+    size_t step, k;
+    text_case *texts = text_read_all("test/golden/tokens_utf8.bin", &n);
+    CHECK(n > 1000, "%d texts", n);
+    for (i = 0; i + 1 < n; i += 2) {
+        const text_case *text = &texts[i], *want = &texts[i + 1];
+        for (step = 1; step <= 10; step += step == 1 ? 2 : 7) {
+            avl__bytes got = {NULL, 0, 0, 0};
+            avl__utf8_gate gate;
+            memset(&gate, 0, sizeof gate);
+            for (k = 0; k < text->size; k += step) {
+                size_t shown = got.size, length, at;
+                avl__utf8_gate_put(&gate, (char *)text->data + k, text->size - k < step ? text->size - k : step, &got);
+                CHECK(gate.n_pending <= 3, "text %d: %ld bytes are held back", i, (long)gate.n_pending);
+                for (at = shown; at < got.size; at += length)
+                    CHECK(avl__utf8_read(got.data + at, got.size - at, &length) >= 0, "text %d: a broken character is shown", i);
+            }
+            avl__utf8_gate_flush(&gate, &got);
+            CHECK(gate.n_pending == 0, "text %d: flush leaves bytes", i);
+            CHECK(got.size == want->size && memcmp(got.data, want->data, want->size) == 0, "text %d in steps of %d", i, (int)step);
+            astrovl_free(got.data);
+        }
+    }
+    text_free_all(texts, n);
+}
+
+// Counts from the Unicode Character Database 16.0: 141,028 letters, 1,911 numbers, 25 white-space characters.
+static void test_text_classes(void) {
+    avl__vocab v;
+    astrovl_gguf *file = text_open_vocab("test/golden/vocab_gpt2.gguf", &v);
+    long letters = 0, numbers = 0, spaces = 0, both = 0;
+    uint32_t c;
+    for (c = 0; c < 0x110000; c++) {
+        int letter = avl__in_bounds(c, v.letters, AVL__LETTER_BOUNDS), number = avl__in_bounds(c, v.numbers, AVL__NUMBER_BOUNDS);
+        letters += letter;
+        numbers += number;
+        spaces += avl__is_white_space(c);
+        both += (letter && number) || (avl__is_white_space(c) && (letter || number));
+    }
+    CHECK(letters == 141028 && numbers == 1911 && spaces == 25 && both == 0, "%ld letters, %ld numbers, %ld spaces, %ld in two",
+          letters, numbers, spaces, both);
+    text_close_vocab(file, &v);
+}
+
+static void test_text_pieces(void) {
+    avl__vocab v;
+    astrovl_gguf *file = text_open_vocab("test/golden/vocab_spm.gguf", &v);
+    char text[8] = "#######";
+    int newline = avl__vocab_find(&v, "<0x0A>", 6), the = avl__vocab_find(&v, AVL__SPACE_MARK "the", 6);
+    CHECK(v.bos == 1 && v.eos == 2 && v.unk == 0 && v.pad == -1 && v.eot == -1 && v.add_bos && !v.add_eos, "special ids");
+    CHECK(newline == 16 && the > 0, "<0x0A> is %d, the is %d", newline, the);
+    CHECK(avl__vocab_token_bytes(&v, newline, text, 8) == 1 && text[0] == '\n' && text[1] == '#', "newline");
+    CHECK(avl__vocab_token_bytes(&v, the, text, 2) == 4 && memcmp(text, " t####", 6) == 0, "a piece cut short: %s", text);
+    CHECK(avl__vocab_token_bytes(&v, the, NULL, 0) == 4, "length alone");
+    CHECK(avl__vocab_token_bytes(&v, 0, text, 8) == 0 && avl__vocab_token_bytes(&v, 1, text, 8) == 0, "special tokens give no text");
+    CHECK(avl__vocab_token_bytes(&v, -1, text, 8) == 0 && avl__vocab_token_bytes(&v, v.n_tokens, text, 8) == 0, "ids out of range");
+    CHECK(avl__vocab_piece(&v, -1).size == 0 && avl__vocab_piece(&v, v.n_tokens).size == 0 && avl__vocab_piece(&v, 1).size == 3, "pieces");
+    CHECK(avl__vocab_find(&v, "no such piece", 13) == -1 && avl__vocab_find(&v, NULL, 0) == -1, "find");
+    CHECK(avl__vocab_is_end(&v, 2) && !avl__vocab_is_end(&v, 1) && !avl__vocab_is_end(&v, -1) && !avl__vocab_is_end(&v, 1 << 30), "ends");
+    text_close_vocab(file, &v);
+    file = text_open_vocab("test/golden/vocab_smollm.gguf", &v);
+    CHECK(avl__vocab_is_end(&v, v.eos) && avl__vocab_is_end(&v, avl__vocab_find(&v, "<|endoftext|>", 13)) &&
+          !avl__vocab_is_end(&v, v.bos), "ends of the chatml vocabulary");
+    CHECK(avl__vocab_token_bytes(&v, avl__vocab_find(&v, "<extra>", 7), text, 8) == 7 && memcmp(text, "<extra>", 7) == 0, "added token");
+    text_close_vocab(file, &v);
+}
+
+// ---- vocabularies made by hand: a GGUF file in memory, key by key ----
+
+typedef struct text_file { avl__bytes b; uint32_t n_kv; } text_file;
+
+static void text_put(text_file *f, uint64_t value, int size) {
+    char bytes[8];
+    int i;
+    for (i = 0; i < size; i++) bytes[i] = (char)(value >> (8 * i));
+    avl__bytes_put(&f->b, bytes, (size_t)size);
+}
+static void text_put_string(text_file *f, const char *s, size_t size) {
+    text_put(f, size, 8);
+    avl__bytes_put(&f->b, s, size);
+}
+static void text_put_key(text_file *f, const char *name, int type) {
+    char key[96];
+    sprintf(key, "tokenizer.ggml.%s", name);
+    text_put_string(f, key, strlen(key));
+    text_put(f, (uint64_t)type, 4);
+    f->n_kv++;
+}
+static void text_start(text_file *f) {
+    memset(f, 0, sizeof *f);
+    avl__bytes_put(&f->b, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 24);
+}
+static void text_kv_string(text_file *f, const char *name, const char *value) {
+    text_put_key(f, name, ASTROVL_VALUE_STRING);
+    text_put_string(f, value, strlen(value));
+}
+static void text_kv_number(text_file *f, const char *name, int type, uint64_t value, int size) {
+    text_put_key(f, name, type);
+    text_put(f, value, size);
+}
+static void text_kv_u32(text_file *f, const char *name, uint32_t value) { text_kv_number(f, name, ASTROVL_VALUE_U32, value, 4); }
+static void text_kv_array(text_file *f, const char *name, int type, int count) {
+    text_put_key(f, name, ASTROVL_VALUE_ARRAY);
+    text_put(f, (uint64_t)type, 4);
+    text_put(f, (uint64_t)count, 8);
+}
+// words: separated by '|'
+static void text_kv_words(text_file *f, const char *name, const char *words) {
+    const char *at;
+    int count = *words != 0;
+    for (at = words; *at; at++) count += *at == '|';
+    text_kv_array(f, name, ASTROVL_VALUE_STRING, count);
+    while (count--) {
+        size_t size = strcspn(words, "|");
+        text_put_string(f, words, size);
+        words += size + 1;
+    }
+}
+static void text_kv_floats(text_file *f, const char *name, int count, const float *values) {
+    int i;
+    text_kv_array(f, name, ASTROVL_VALUE_F32, count);
+    for (i = 0; i < count; i++) text_put(f, avl__float_bits(values[i]), 4);
+}
+static void text_kv_ints(text_file *f, const char *name, int count, const int *values) {
+    int i;
+    text_kv_array(f, name, ASTROVL_VALUE_I32, count);
+    for (i = 0; i < count; i++) text_put(f, (uint32_t)values[i], 4);
+}
+
+// Loads the vocabulary; *file is to be closed if it is not NULL. The bytes stay until text_end.
+static astrovl_status text_load(text_file *f, avl__vocab *v, astrovl_gguf **file, astrovl_error *err) {
+    int i;
+    for (i = 0; i < 4; i++) f->b.data[16 + i] = (char)(f->n_kv >> (8 * i));
+    while (f->b.size % 32) avl__bytes_put(&f->b, "", 1);
+    memset(v, 0, sizeof *v);
+    err->message[0] = 0;
+    *file = astrovl_gguf_open_memory(f->b.data, f->b.size, "hand-made", err);
+    return *file ? avl__vocab_load(v, *file, "tokenizer.ggml.", err) : err->status;
+}
+static void text_end(text_file *f, avl__vocab *v, astrovl_gguf *file) {
+    avl__vocab_free(v);
+    astrovl_gguf_close(file);
+    astrovl_free(f->b.data);
+}
+
+// Encodes text and compares with ids[n].
+static void text_expect(const avl__vocab *v, const char *text, int flags, int n, const int *ids) {
+    avl__tokens tokens = {NULL, 0, 0};
+    int i;
+    CHECK(avl__vocab_encode(v, text, strlen(text), flags, &tokens, NULL) == ASTROVL_OK, "%s", text);
+    CHECK((int)tokens.size == n, "\"%s\": %d tokens, wanted %d", text, (int)tokens.size, n);
+    for (i = 0; i < n && i < (int)tokens.size; i++)
+        CHECK(tokens.data[i] == ids[i], "\"%s\"[%d]: %d, wanted %d", text, i, (int)tokens.data[i], ids[i]);
+    if ((int)tokens.size != n) text_print_ids("got", tokens.data, tokens.size);
+    astrovl_free(tokens.data);
+}
+
+// Equal scores: the leftmost pair first (0 and -0 are equal). Types are told by spelling. A key may be missing.
+static void test_text_hand_made(void) {
+    static const float scores[] = {0, 0, 0, 0, 0, -0.0f, 0, -1, -2};
+    static const int aaa[] = {5, 3}, bab[] = {4, 6}, parsed[] = {1, 5, 2, 4}, whole[] = {1, 4, 4}, unknown[] = {3, 0, 4};
+    text_file f;
+    avl__vocab v;
+    astrovl_gguf *file;
+    astrovl_error err;
+    text_start(&f);
+    text_kv_string(&f, "model", "llama");
+    text_kv_words(&f, "tokens", "<unk>|<s>|</s>|a|b|aa|ab|<0x41>|a");
+    text_kv_floats(&f, "scores", 9, scores);
+    text_kv_number(&f, "add_space_prefix", ASTROVL_VALUE_BOOL, 0, 1);
+    text_kv_u32(&f, "padding_token_id", 9);
+    CHECK(text_load(&f, &v, &file, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(v.bos == 1 && v.eos == 2 && v.unk == 0 && v.pad == -1 && v.add_bos && v.types[7] == AVL__TOKEN_BYTE, "defaults");
+    CHECK(v.types[0] == AVL__TOKEN_UNKNOWN && v.types[1] == AVL__TOKEN_CONTROL && v.types[2] == AVL__TOKEN_CONTROL, "types");
+    text_expect(&v, "aaa", 0, 2, aaa);
+    text_expect(&v, "bab", 0, 2, bab);
+    text_expect(&v, "aa</s>b", ASTROVL_PARSE_SPECIAL | ASTROVL_ADD_SPECIAL, 4, parsed);
+    text_expect(&v, "bb", ASTROVL_ADD_SPECIAL, 3, whole);
+    text_expect(&v, "a\xC3\xA9zb", 0, 3, unknown);   // no byte fallback: a run of unknown characters is one token
+    text_end(&f, &v, file);
+}
+
+// One damaged vocabulary: what is wrong with it, the status, and a word that the message must hold.
+typedef struct text_damage { const char *what; astrovl_status status; const char *word; } text_damage;
+
+static const text_damage text_damages[] = {
+    {"no model", ASTROVL_ERROR_MODEL, "model"},
+    {"model is a number", ASTROVL_ERROR_FORMAT, "model"},
+    {"model unknown", ASTROVL_ERROR_UNSUPPORTED, "unigram"},
+    {"pre unknown", ASTROVL_ERROR_UNSUPPORTED, "martian"},
+    {"no tokens", ASTROVL_ERROR_MODEL, "tokens"},
+    {"tokens a string", ASTROVL_ERROR_FORMAT, "tokens"},
+    {"tokens are numbers", ASTROVL_ERROR_FORMAT, "tokens"},
+    {"tokens empty", ASTROVL_ERROR_FORMAT, "tokens"},
+    {"scores short", ASTROVL_ERROR_FORMAT, "scores"},
+    {"scores missing", ASTROVL_ERROR_FORMAT, "scores"},
+    {"scores are integers", ASTROVL_ERROR_FORMAT, "scores"},
+    {"scores nan", ASTROVL_ERROR_FORMAT, "scores"},
+    {"types long", ASTROVL_ERROR_FORMAT, "token_type"},
+    {"types are floats", ASTROVL_ERROR_FORMAT, "token_type"},
+    {"type 7", ASTROVL_ERROR_FORMAT, "token_type"},
+    {"type -1", ASTROVL_ERROR_FORMAT, "token_type"},
+    {"bos too large", ASTROVL_ERROR_FORMAT, "bos_token_id"},
+    {"eos negative", ASTROVL_ERROR_FORMAT, "eos_token_id"},
+    {"unk is a string", ASTROVL_ERROR_FORMAT, "unknown_token_id"},
+    {"eot too large", ASTROVL_ERROR_FORMAT, "eot_token_id"},
+    {"add_bos is a string", ASTROVL_ERROR_FORMAT, "add_bos_token"},
+    {"merges missing", ASTROVL_ERROR_FORMAT, "merges"},
+    {"merges are numbers", ASTROVL_ERROR_FORMAT, "merges"},
+    {"merge without a space", ASTROVL_ERROR_FORMAT, "merges[1]"},
+    {"merge of strangers", ASTROVL_ERROR_FORMAT, "merges[0]"},
+    {"merge empty", ASTROVL_ERROR_FORMAT, "merges[0]"},
+    {"tokens claim 2^60", ASTROVL_ERROR_FORMAT, ""},
+};
+
+static void test_text_damaged(void) {
+    static const float scores[] = {0, 0, 0, -1, -2}, bad_scores[] = {0, 0, 0, -1, 0};
+    static const int types[] = {2, 3, 3, 1, 1, 1}, bad_types[] = {2, 3, 3, 1, 7}, negative[] = {2, 3, 3, -1, 1};
+    size_t i;
+    for (i = 0; i < sizeof text_damages / sizeof *text_damages; i++) {
+        const char *what = text_damages[i].what;
+        int bpe = strncmp(what, "merge", 5) == 0 || strncmp(what, "pre", 3) == 0;
+        text_file f;
+        avl__vocab v;
+        astrovl_gguf *file;
+        astrovl_error err;
+        astrovl_status status;
+#define IS(name) (strcmp(what, name) == 0)
+        text_start(&f);
+        if (IS("model is a number")) text_kv_u32(&f, "model", 1);
+        else if (!IS("no model")) text_kv_string(&f, "model", bpe ? "gpt2" : IS("model unknown") ? "unigram" : "llama");
+        if (IS("pre unknown")) text_kv_string(&f, "pre", "martian");
+        if (IS("tokens a string")) text_kv_string(&f, "tokens", "abc");
+        else if (IS("tokens are numbers")) text_kv_floats(&f, "tokens", 5, scores);
+        else if (IS("tokens empty")) text_kv_words(&f, "tokens", "");
+        else if (IS("tokens claim 2^60")) {
+            text_put_key(&f, "tokens", ASTROVL_VALUE_ARRAY);
+            text_put(&f, ASTROVL_VALUE_STRING, 4);
+            text_put(&f, (uint64_t)1 << 60, 8);
+        } else if (!IS("no tokens")) text_kv_words(&f, "tokens", "<unk>|<s>|</s>|a|aa");
+        if (IS("scores are integers")) text_kv_ints(&f, "scores", 5, types);
+        else if (!IS("scores missing")) text_kv_floats(&f, "scores", IS("scores short") ? 4 : 5, IS("scores nan") ? bad_scores : scores);
+        if (IS("scores nan")) f.b.data[f.b.size - 2] = (char)0xC0, f.b.data[f.b.size - 1] = (char)0x7F;
+        if (IS("types are floats")) text_kv_floats(&f, "token_type", 5, scores);
+        else text_kv_ints(&f, "token_type", IS("types long") ? 6 : 5, IS("type 7") ? bad_types : IS("type -1") ? negative : types);
+        if (IS("bos too large")) text_kv_u32(&f, "bos_token_id", 5);
+        if (IS("eos negative")) text_kv_number(&f, "eos_token_id", ASTROVL_VALUE_I32, 0xFFFFFFFFu, 4);
+        if (IS("unk is a string")) text_kv_string(&f, "unknown_token_id", "0");
+        if (IS("eot too large")) text_kv_number(&f, "eot_token_id", ASTROVL_VALUE_U64, UINT64_MAX, 8);
+        if (IS("add_bos is a string")) text_kv_string(&f, "add_bos_token", "yes");
+        if (IS("merges are numbers")) text_kv_floats(&f, "merges", 1, scores);
+        else if (!IS("merges missing")) {
+            text_kv_words(&f, "merges", IS("merge without a space") ? "a a|aa" : IS("merge of strangers") ? "a b" : IS("merge empty") ? " |" : "a a");
+        }
+#undef IS
+        status = text_load(&f, &v, &file, &err);
+        CHECK(status == text_damages[i].status, "%s: status %s (%s)", what, astrovl_status_name(status), err.message);
+        CHECK(strstr(err.message, text_damages[i].word) && strstr(err.message, "hand-made"), "%s: the message is \"%s\"", what, err.message);
+        CHECK(status == ASTROVL_OK || (!v.pieces && !v.piece_slots), "%s: a failed load keeps memory", what);
+        text_end(&f, &v, file);
+    }
+}
+
+// Loads and encodes with the k-th allocation failing, for every k.
+static void text_starve(const char *path, const char *text) {
+    astrovl_error err;
+    astrovl_gguf *file = astrovl_gguf_open(path, 0, &err);
+    size_t before;
+    long k;
+    for (k = 0;; k++) {
+        avl__vocab v;
+        avl__tokens tokens = {NULL, 0, 0};
+        astrovl_status status;
+        avl__tokens_put(&tokens, 7);
+        before = tokens.size;
+        alloc_fail_at(k);
+        status = avl__vocab_load(&v, file, "tokenizer.ggml.", &err);
+        if (status == ASTROVL_OK) status = avl__vocab_encode(&v, text, strlen(text), ASTROVL_PARSE_SPECIAL | ASTROVL_ADD_SPECIAL, &tokens, &err);
+        CHECK(status == (alloc_did_fail() ? ASTROVL_ERROR_MEMORY : ASTROVL_OK), "%s: allocation %ld: %s", path, k, astrovl_status_name(status));
+        CHECK(status == ASTROVL_OK || tokens.size == before, "%s: allocation %ld: half an answer", path, k);
+        avl__vocab_free(&v);
+        astrovl_free(tokens.data);
+        if (!alloc_did_fail()) break;
+        alloc_fail_at(-1);
+    }
+    alloc_fail_at(-1);
+    CHECK(k >= 12, "%s: only %ld allocations", path, k);
+    astrovl_gguf_close(file);
+}
+
+static void test_text_no_memory(void) {
+    static const char text[] = "What is a galaxy? There's one in the image, I'd say.</s><|im_end|>\n  \xE4\xB8\xAD \xF0\x9F\x98\x80 12345 unfathomable";
+    text_starve("test/golden/vocab_spm.gguf", text);
+    text_starve("test/golden/vocab_plain.gguf", text);
+    text_starve("test/golden/vocab_llamabpe.gguf", text);
+    text_starve("test/golden/vocab_smollm.gguf", text);
+}
+
+// A word of 200,000 letters: read back, and done in far less than the minute that a quadratic method would take.
+static void text_check_long(const char *path) {
+    enum { SIZE = 200000 };
+    avl__vocab v;
+    astrovl_gguf *file = text_open_vocab(path, &v);
+    char *text = (char *)malloc(SIZE);
+    avl__tokens tokens = {NULL, 0, 0};
+    avl__bytes back = {NULL, 0, 0, 0};
+    uint32_t random = 1;
+    int i;
+    for (i = 0; i < SIZE; i++) {
+        random = random * 1664525u + 1013904223u;
+        text[i] = "aeinorst"[random >> 29];
+    }
+    CHECK(avl__vocab_encode(&v, text, SIZE, 0, &tokens, NULL) == ASTROVL_OK, "%s", path);
+    text_decode(&v, tokens.data, tokens.size, &back);
+    CHECK(back.size == SIZE && memcmp(back.data, text, SIZE) == 0 && tokens.size < SIZE * 9 / 10, "%s: %ld tokens", path, (long)tokens.size);
+    astrovl_free(back.data);
+    astrovl_free(tokens.data);
+    free(text);
+    text_close_vocab(file, &v);
+}
+
+static void test_text_long(void) {
+    text_check_long("test/golden/vocab_spm.gguf");
+    text_check_long("test/golden/vocab_llamabpe.gguf");
+}
+
+// Damaged files: loading fails with a message or works, and then whatever text gives valid ids.
+static void text_mutate(const char *path, int runs) {
+    static const char text[] = "<s> Hello <image>a </s>\nWhat's  12?<|im_end|>\xF0\x9F\x98\x80\xFF   \xE4\xB8\xAD";
+    size_t size, n, k;
+    unsigned char *original = read_file(path, &size), *copy = (unsigned char *)malloc(size);
+    uint32_t random = 7;
+    int run, loaded = 0, i;
+    for (run = 0; run < runs; run++) {
+        astrovl_gguf *file;
+        astrovl_error err;
+        avl__vocab v;
+        memcpy(copy, original, size);
+        random = random * 1664525u + 1013904223u;
+        for (i = 0; i < 1 + (int)(random >> 30); i++) {
+            uint32_t at = random = random * 1664525u + 1013904223u;
+            random = random * 1664525u + 1013904223u;
+            copy[(at >> 8) % size] = random >> 31 ? (unsigned char)(random >> 16) : (unsigned char)(copy[(at >> 8) % size] ^ 1u << (random >> 28 & 7));
+        }
+        n = random >> 24 < 16 ? (random >> 4) % size : size;
+        err.message[0] = 0;
+        file = astrovl_gguf_open_memory(copy, n, "mutant", &err);
+        CHECK(file || err.message[0], "run %d: no message", run);
+        if (!file) continue;
+        if (avl__vocab_load(&v, file, "tokenizer.ggml.", &err) == ASTROVL_OK) {
+            avl__tokens tokens = {NULL, 0, 0};
+            loaded++;
+            CHECK(avl__vocab_encode(&v, text, sizeof text, run & 3, &tokens, &err) == ASTROVL_OK, "run %d: %s", run, err.message);
+            for (k = 0; k < tokens.size; k++) {
+                char bytes[4];
+                CHECK(tokens.data[k] >= 0 && tokens.data[k] < v.n_tokens, "run %d: id %d", run, (int)tokens.data[k]);
+                avl__vocab_token_bytes(&v, tokens.data[k], bytes, 4);
+            }
+            astrovl_free(tokens.data);
+            avl__vocab_free(&v);
+        } else CHECK(err.message[0], "run %d: no message", run);
+        astrovl_gguf_close(file);
+    }
+    CHECK(loaded > runs / 200 && loaded < runs, "%s: %d of %d mutants load", path, loaded, runs);
+    free(copy);
+    free(original);
+}
+
+#ifndef TEXT_MUTANTS
+#define TEXT_MUTANTS 1000
+#endif
+static void test_text_mutants(void) {
+    text_mutate("test/golden/vocab_spm.gguf", TEXT_MUTANTS);
+    text_mutate("test/golden/vocab_plain.gguf", TEXT_MUTANTS);
+    text_mutate("test/golden/vocab_llamabpe.gguf", TEXT_MUTANTS);
+    text_mutate("test/golden/vocab_smollm.gguf", TEXT_MUTANTS);
+}
+
+static void tests_text(void) {
+    run("text: SentencePiece ids and text equal the reference's", test_text_spm);
+    run("text: SentencePiece without byte fallback, with unused pieces", test_text_plain);
+    run("text: GPT-2's byte-level BPE", test_text_gpt2);
+    run("text: LLaMA-3's byte-level BPE", test_text_llama3);
+    run("text: SmolLM's byte-level BPE", test_text_smollm);
+    run("text: only whole characters pass the UTF-8 gate", test_text_gate);
+    run("text: Unicode classes", test_text_classes);
+    run("text: pieces, bytes and ends", test_text_pieces);
+    run("text: a vocabulary made by hand", test_text_hand_made);
+    run("text: damaged vocabularies are refused with their key named", test_text_damaged);
+    run("text: every allocation may fail", test_text_no_memory);
+    run("text: long words take no quadratic time", test_text_long);
+    run("text: mutated files", test_text_mutants);
+}
+
+
+// ---- images -------------------------------------------------------------------------------------------------------
+// test/golden/images.pack and images_ops.txt come from make_golden.py: files and what Pillow makes of them.
+
+typedef struct images_file {       // a record of images.pack
+    char name[64];
+    int width, height, orientation;
+    unsigned long crc, crc_upright, size;
+    const unsigned char *data;
+} images_file;
+
+static unsigned char *g_images_pack;
+static size_t g_images_pack_size;
+
+static int images_next(size_t *at, images_file *f) {   // 0 at the end
+    int n = 0;
+    if (!g_images_pack) g_images_pack = read_file("test/golden/images.pack", &g_images_pack_size);
+    if (*at >= g_images_pack_size) return 0;
+    if (sscanf((const char *)g_images_pack + *at, "%63s %d %d %d %lx %lx %lu%n", f->name, &f->width, &f->height,
+               &f->orientation,
+               &f->crc, &f->crc_upright, &f->size, &n) != 7) { fprintf(stderr, "images.pack: broken at %lu\n",
+                                                                       (unsigned long)*at); exit(1); }
+    f->data = g_images_pack + *at + n + 1;
+    *at += (size_t)n + 1 + f->size;
+    return 1;
+}
+
+static images_file images_find(const char *name) {
+    images_file f;
+    size_t at = 0;
+    while (images_next(&at, &f)) if (strcmp(f.name, name) == 0) return f;
+    fprintf(stderr, "images.pack has no %s\n", name);
+    exit(1);
+}
+
+static unsigned long images_crc(const unsigned char *p, size_t n) {
+    unsigned long c = 0xFFFFFFFFul;
+    int k;
+    while (n--) for (c ^= *p++, k = 0; k < 8; k++) c = c & 1 ? 0xEDB88320ul ^ c >> 1 : c >> 1;
+    return c ^ 0xFFFFFFFFul;
+}
+
+static unsigned long images_pixels_crc(const astrovl_image *image) {
+    return images_crc(image->rgb, (size_t)image->width * (size_t)image->height * 3);
+}
+
+// A private copy, so that the sanitizers see a read of one byte too many.
+static unsigned char *images_copy(const images_file *f) {
+    unsigned char *copy = (unsigned char *)malloc(f->size);
+    memcpy(copy, f->data, f->size);
+    return copy;
+}
+
+static astrovl_image images_pattern(int kind, int width, int height) {   // as images_pattern() in the generator
+    astrovl_image image;
+    int x, y, c;
+    image.width = width;
+    image.height = height;
+    image.orientation = 1;
+    image.rgb = (unsigned char *)malloc((size_t)width * (size_t)height * 3);
+    for (y = 0; y < height; y++) for (x = 0; x < width; x++) for (c = 0; c < 3; c++) {
+        uint32_t h = (uint32_t)x * 73856093u ^ (uint32_t)y * 19349663u ^ (uint32_t)c * 83492791u;
+        h = (h ^ h >> 15) * 2654435761u >> 24;
+        image.rgb[((size_t)y * (size_t)width + (size_t)x) * 3 + (size_t)c] = (unsigned char)
+            (kind == 0 ? h : kind == 1 ? (uint32_t)(x * 5 + y * 3 + c * 80) & 255
+                                       : (uint32_t)(x / 3 + y / 2 + c) % 2 * 255);
+    }
+    return image;
+}
+
+static void test_images_files(void) {
+    images_file f;
+    size_t at = 0;
+    int n = 0;
+    while (images_next(&at, &f)) {
+        astrovl_image image;
+        astrovl_error err;
+        unsigned char *copy = images_copy(&f);
+        n++;
+        if (astrovl_image_decode(copy, f.size, 0, &image, &err) != ASTROVL_OK) CHECK(0, "%s: %s", f.name, err.message);
+        else {
+            CHECK(image.width == f.width && image.height == f.height, "%s: %d x %d", f.name, image.width, image.height);
+            CHECK(image.orientation == f.orientation, "%s: orientation %d", f.name, image.orientation);
+            CHECK(images_pixels_crc(&image) == f.crc, "%s: pixels differ from Pillow's", f.name);
+            CHECK(astrovl_image_upright(&image, &err) == ASTROVL_OK && image.orientation == 1, "%s", f.name);
+            CHECK(images_pixels_crc(&image) == f.crc_upright, "%s: upright differs from Pillow's", f.name);
+        }
+        astrovl_image_free(&image);
+        free(copy);
+    }
+    CHECK(n >= 150, "only %d files", n);
+}
+
+static void test_images_operations(void) {
+    FILE *f = fopen("test/golden/images_ops.txt", "r");
+    char line[200];
+    int n = 0;
+    if (!f) { fprintf(stderr, "test/golden/images_ops.txt: cannot be read\n"); exit(1); }
+    while (fgets(line, sizeof line, f)) {
+        static const unsigned char mean[3] = {122, 116, 104};
+        int kind, w, h, out_w = 0, out_h = 0;
+        unsigned long crc;
+        astrovl_image image, out;
+        astrovl_error err;
+        astrovl_status status = ASTROVL_ERROR_FORMAT;
+        if (sscanf(line, "pad %d %d %d %lx", &kind, &w, &h, &crc) != 4 &&
+            sscanf(line, "%*s %d %d %d %d %d %lx", &kind, &w, &h, &out_w, &out_h,
+                   &crc) != 6) { CHECK(0, "%s", line); continue; }
+        image = images_pattern(kind, w, h);
+        memset(&out, 0, sizeof out);
+        memset(&err, 0, sizeof err);
+        if (line[0] == 'p') status = astrovl_image_pad_square(&image, mean, &out, &err);
+        if (line[0] == 'c') status = astrovl_image_center_crop(&image, out_w, out_h, &out, &err);
+        if (line[0] == 'r') status = astrovl_image_resize(&image, out_w, out_h, &out, &err);
+        CHECK(status == ASTROVL_OK, "%s: %s", line, err.message);
+        if (!status) CHECK(images_pixels_crc(&out) == crc, "differs from Pillow's: %s", line);
+        if (!status && out_w) CHECK(out.width == out_w && out.height == out_h, "%s", line);
+        astrovl_image_free(&out);
+        free(image.rgb);
+        n++;
+    }
+    fclose(f);
+    CHECK(n >= 80, "only %d operations", n);
+}
+
+// A failed decode must say why, with a status that fits, and leave no image.
+static void images_check_failed(const char *name, astrovl_status status, const astrovl_image *image,
+                                const astrovl_error *err) {
+    CHECK(status == ASTROVL_ERROR_FORMAT || status == ASTROVL_ERROR_UNSUPPORTED || status == ASTROVL_ERROR_LIMIT,
+          "%s: %d", name, status);
+    CHECK(err->status == status && err->message[0], "%s: no message", name);
+    CHECK(!image->rgb && !image->width, "%s: an image was left", name);
+}
+
+// Every prefix of every small file is refused, or holds all pixels already.
+static void test_images_truncated(void) {
+    images_file f;
+    size_t at = 0, size;
+    while (images_next(&at, &f)) {
+        unsigned char *copy;
+        if (f.size > 900) continue;
+        for (size = 0; size < f.size; size++) {
+            astrovl_image image;
+            astrovl_error err;
+            astrovl_status status;
+            copy = (unsigned char *)malloc(size ? size : 1);
+            if (size) memcpy(copy, f.data, size);
+            status = astrovl_image_decode(copy, size, 0, &image, &err);
+            if (status) images_check_failed(f.name, status, &image, &err);
+            // a text's last number may lose digits unseen
+            else if ((f.data[1] != '2' && f.data[1] != '3') || size + 5 < f.size)
+                CHECK(images_pixels_crc(&image) == f.crc, "%s: cut off at byte %lu gives other pixels", f.name,
+                      (unsigned long)size);
+            astrovl_image_free(&image);
+            free(copy);
+        }
+    }
+}
+
+// Half of a JPEG's scan, or of a PNG's data, is an error: the gray rest is not passed off as an image.
+static void test_images_half(void) {
+    static const char *const names[] = {"420_37x29.jpg", "420_37x29_prog.jpg", "restart.jpg", "gray.jpg", "c2_8.png",
+                                        "c3_4_adam7.png", "p3.ppm", "p6.ppm"};
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof *names; i++) {
+        images_file f = images_find(names[i]);
+        astrovl_image image;
+        astrovl_error err;
+        size_t size = f.size - (names[i][0] == 'p' ? 40 : 120);
+        CHECK(astrovl_image_decode(f.data, size, 0, &image, &err) == ASTROVL_ERROR_FORMAT, "%s", names[i]);
+        astrovl_image_free(&image);
+    }
+}
+
+static uint32_t images_random(uint32_t *state) {
+    *state = *state * 1664525u + 1013904223u;
+    return *state >> 8;
+}
+
+// Makes the check sums of a changed PNG right again, so that the damage gets past them.
+static void images_repair_png(unsigned char *p, size_t size) {
+    size_t at = 8, length, k;
+    for (; size >= 12 && at <= size - 12; at += length + 12) {
+        unsigned long crc;
+        length = (size_t)p[at] << 24 | (size_t)p[at + 1] << 16 | (size_t)p[at + 2] << 8 | p[at + 3];
+        if (length > size - at - 12) return;
+        crc = images_crc(p + at + 4, length + 4);
+        for (k = 0; k < 4; k++) p[at + 8 + length + k] = (unsigned char)(crc >> (24 - 8 * k));
+    }
+}
+
+static void test_images_mutated(void) {
+    uint32_t random = 1;
+    int round, i, n_ok = 0, n_bad = 0, n_files = 0;
+    size_t at = 0;
+    images_file files[400];
+    while (n_files < 400 && images_next(&at, &files[n_files])) if (files[n_files].size < 3000) n_files++;
+    for (round = 0; round < 30000; round++) {
+        const images_file *f = &files[round % n_files];
+        unsigned char *copy = images_copy(f);
+        size_t size = f->size;
+        astrovl_image image;
+        astrovl_error err;
+        astrovl_status status;
+        int n = 1 + (int)(images_random(&random) % 4);
+        for (i = 0; i < n; i++)
+            copy[images_random(&random) % size] =
+                (unsigned char)(images_random(&random) % 3 ? images_random(&random) : 255);
+        if (images_random(&random) % 8 == 0) size = images_random(&random) % size;
+        if (copy[0] == 0x89) images_repair_png(copy, size);
+        status = astrovl_image_decode(copy, size, 1 << 20, &image, &err);
+        if (status) images_check_failed(f->name, status, &image, &err);
+        if (status) n_bad++; else n_ok++;
+        astrovl_image_free(&image);
+        free(copy);
+    }
+    CHECK(n_ok > 1000 && n_bad > 1000, "%d decoded, %d refused: the mutations are too strong or too weak", n_ok, n_bad);
+}
+
+// Decodes a file with `n` bytes at `at` replaced; returns the status.
+static astrovl_status images_patched(const char *name, size_t at, const char *bytes, size_t n, uint64_t max_pixels,
+                                     astrovl_error *err) {
+    images_file f = images_find(name);
+    unsigned char *copy = images_copy(&f);
+    astrovl_image image;
+    astrovl_status status;
+    memcpy(copy + at, bytes, n);
+    if (copy[0] == 0x89) images_repair_png(copy, f.size);
+    memset(err, 0, sizeof *err);
+    status = astrovl_image_decode(copy, f.size, max_pixels, &image, err);
+    if (status) images_check_failed(name, status, &image, err);
+    astrovl_image_free(&image);
+    free(copy);
+    return status;
+}
+
+// where these bytes first stand in a file
+static size_t images_offset(const char *name, const char *bytes, size_t n) {
+    images_file f = images_find(name);
+    size_t at;
+    for (at = 0; at + n <= f.size; at++) if (memcmp(f.data + at, bytes, n) == 0) return at;
+    fprintf(stderr, "%s lacks some bytes\n", name);
+    exit(1);
+}
+
+// Small files that claim to be huge: refused by the limit, and without a limit because they hold too little.
+static void test_images_bombs(void) {
+    size_t sof0 = images_offset("420_37x29.jpg", "\xFF\xC0", 2), sof2 = images_offset("420_37x29_prog.jpg", "\xFF\xC2",
+                                                                                      2);
+    astrovl_error err;
+    int pass;
+    for (pass = 0; pass < 2; pass++) {
+        uint64_t limit = pass ? UINT64_MAX : 0;
+        astrovl_status wanted = pass ? ASTROVL_ERROR_FORMAT : ASTROVL_ERROR_LIMIT;
+        CHECK(images_patched("c6_16.png", 16, "\x7F\xFF\xFF\xFF\x7F\xFF\xFF\xFF", 8, limit, &err) == wanted, "%s",
+              err.message);
+        CHECK(images_patched("c0_1_adam7.png", 16, "\0\1\0\0\0\1\0\0", 8, limit, &err) == wanted, "%s", err.message);
+        CHECK(images_patched("420_37x29.jpg", sof0 + 5, "\xFF\xFF\xFF\xFF", 4, limit, &err) == wanted, "%s",
+              err.message);
+        CHECK(images_patched("420_37x29_prog.jpg", sof2 + 5, "\xFF\xFF\xFF\xFF", 4, limit, &err) == wanted, "%s",
+              err.message);
+        CHECK(images_patched("p6_65535.ppm", 0, "P6 999999 99999 9 ", 18, limit, &err) == wanted, "%s", err.message);
+        CHECK(images_patched("p3_1000.ppm", 0, "P3 999999 99999 9 ", 18, limit, &err) == wanted, "%s", err.message);
+        CHECK(images_patched("p1.pbm", 0, "P1 999999 99999 ", 16, limit, &err) == wanted, "%s", err.message);
+    }
+    CHECK(images_patched("c2_8.png", 16, "\xFF\xFF\xFF\xFF\0\0\0\1", 8, UINT64_MAX, &err) == ASTROVL_ERROR_LIMIT, "%s",
+          err.message);
+    CHECK(images_patched("c2_8.png", 0, "", 0, 29 * 21, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(images_patched("c2_8.png", 0, "", 0, 29 * 21 - 1, &err) == ASTROVL_ERROR_LIMIT, "%s", err.message);
+    CHECK(images_patched("420_37x29.jpg", 0, "", 0, 37 * 29 - 1, &err) == ASTROVL_ERROR_LIMIT, "%s", err.message);
+    CHECK(images_patched("p6.ppm", 0, "", 0, 7 * 6 - 1, &err) == ASTROVL_ERROR_LIMIT, "%s", err.message);
+}
+
+// What is wrong gets the right status, and words that name the place.
+static void test_images_errors(void) {
+    static const struct { const char *name, *find; size_t n_find,
+                         skip; const char *bytes; size_t n; astrovl_status status; const char *words; } cases[] = {
+        {"c2_8.png", "IHDR", 4, 12, "\3", 1, ASTROVL_ERROR_FORMAT, "colour type 2 with 3 bits"},
+        {"c2_8.png", "IHDR", 4, 13, "\5", 1, ASTROVL_ERROR_FORMAT, "colour type 5"},
+        {"c2_8.png", "IHDR", 4, 14, "\1", 1, ASTROVL_ERROR_FORMAT, "IHDR"},
+        {"c2_8.png", "IHDR", 4, 4, "\0\0\0\0", 4, ASTROVL_ERROR_FORMAT, "0 x 21"},
+        {"c2_8.png", "IHDR", 4, 0, "JHDR", 4, ASTROVL_ERROR_FORMAT, "must come first"},
+        {"c2_8.png", "IDAT", 4, 0, "CgBI", 4, ASTROVL_ERROR_UNSUPPORTED, "CgBI"},
+        {"c3_8.png", "PLTE", 4, 0, "pLTE", 4, ASTROVL_ERROR_FORMAT, "PLTE"},
+        {"c2_8.png", "IDAT", 4, 4, "\x79", 1, ASTROVL_ERROR_FORMAT, "zlib"},
+        {"stored.png", "IDAT", 4, 30, "\7", 1, ASTROVL_ERROR_FORMAT, "Adler-32"},
+        {"stored.png", "IDAT", 4, 7, "\0", 1, ASTROVL_ERROR_FORMAT, "stored block"},
+        {"stored.png", "IDAT", 4, 6, "\7", 1, ASTROVL_ERROR_FORMAT, "unknown kind"},
+        {"many_idat.png", "IDAT", 4, 0, "iDAT", 4, ASTROVL_ERROR_FORMAT, "IDAT"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 1, "\xC9", 1, ASTROVL_ERROR_UNSUPPORTED, "arithmetic"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 1, "\xC3", 1, ASTROVL_ERROR_UNSUPPORTED, "lossless"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 4, "\14", 1, ASTROVL_ERROR_UNSUPPORTED, "12 bits"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 9, "\2", 1, ASTROVL_ERROR_FORMAT, "SOF"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 5, "\0\0", 2, ASTROVL_ERROR_UNSUPPORTED, "DNL"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 14, "\x32", 1, ASTROVL_ERROR_UNSUPPORTED, "whole multiples"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 11, "\x52", 1, ASTROVL_ERROR_FORMAT, "SOF"},
+        {"420_37x29.jpg", "\xFF\xDB", 2, 4, "\x07", 1, ASTROVL_ERROR_FORMAT, "DQT"},
+        {"420_37x29.jpg", "\xFF\xC4", 2, 5, "\x09", 1, ASTROVL_ERROR_FORMAT, "DHT"},
+        {"420_37x29.jpg", "\xFF\xC4", 2, 1, "\xFE", 1, ASTROVL_ERROR_FORMAT, "Huffman table is missing"},
+        {"420_37x29.jpg", "\xFF\xDB", 2, 1, "\xFE", 1, ASTROVL_ERROR_FORMAT, "quantisation table is missing"},
+        {"420_37x29.jpg", "\xFF\xDA", 2, 5, "\x09", 1, ASTROVL_ERROR_FORMAT, "unknown component"},
+        {"420_37x29.jpg", "\xFF\xC0", 2, 1, "\xFE", 1, ASTROVL_ERROR_FORMAT, "before the frame"},
+        {"420_37x29_prog.jpg", "\xFF\xDA", 2, 11, "\x77", 1, ASTROVL_ERROR_FORMAT, "progression"},
+        {"restart.jpg", "\xFF\xD1", 2, 1, "\xD3", 1, ASTROVL_ERROR_FORMAT, "restart marker"},
+        {"p6.ppm", "P6", 2, 0, "P7", 2, ASTROVL_ERROR_UNSUPPORTED, "neither PNG"},
+        {"p6.ppm", "255", 3, 0, "000", 3, ASTROVL_ERROR_FORMAT, "maxval"},
+        {"p3.ppm", "255", 3, 0, "2z5", 3, ASTROVL_ERROR_FORMAT, "not part of a number"},
+        {"p3_10.ppm", "10\n", 3, 3, "99", 2, ASTROVL_ERROR_FORMAT, "above 10"},
+        {"p1.pbm", "comment\n", 8, 13, "7", 1, ASTROVL_ERROR_FORMAT, "neither 0 nor 1"}};
+    size_t i;
+    astrovl_error err;
+    astrovl_image image;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        size_t at = images_offset(cases[i].name, cases[i].find, cases[i].n_find) + cases[i].skip;
+        astrovl_status status = images_patched(cases[i].name, at, cases[i].bytes, cases[i].n, 0, &err);
+        CHECK(status == cases[i].status && strstr(err.message, cases[i].words), "case %d, %s, wanted \"%s\": %d %s",
+              (int)i, cases[i].name,
+              cases[i].words, status, err.message);
+    }
+    CHECK(astrovl_image_load("test/no such file.png", 0, &image, &err) == ASTROVL_ERROR_FILE, "%s", err.message);
+    CHECK(astrovl_image_load("test/golden/images_ops.txt", 0, &image, &err) == ASTROVL_ERROR_UNSUPPORTED &&
+          strstr(err.message, "images_ops.txt: neither"), "%s", err.message);
+    CHECK(astrovl_image_load(NULL, 0, &image, &err) == ASTROVL_ERROR_ARGUMENT, "no path");
+    CHECK(astrovl_image_decode(NULL, 5, 0, &image, NULL) == ASTROVL_ERROR_ARGUMENT, "no data");
+    CHECK(astrovl_image_decode("", 0, 0, NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "no image");
+    CHECK(astrovl_image_decode("", 0, 0, &image, &err) == ASTROVL_ERROR_UNSUPPORTED, "no bytes");
+}
+
+// A wrong CRC is an error up to the pixels; behind them, and in a missing end, it is not.
+static void test_images_png_crc(void) {
+    images_file f = images_find("many_idat.png");
+    unsigned char *copy = images_copy(&f);
+    astrovl_image image;
+    astrovl_error err;
+    size_t at = images_offset("many_idat.png", "tEXt", 4) + 4;
+    copy[at] ^= 1;
+    CHECK(astrovl_image_decode(copy, f.size, 0, &image, &err) == ASTROVL_ERROR_FORMAT && strstr(err.message, "tEXt") &&
+          strstr(err.message, "CRC"),
+          "%s", err.message);
+    copy[at] ^= 1;
+    copy[f.size - 1] ^= 1;
+    CHECK(astrovl_image_decode(copy, f.size, 0, &image, &err) == ASTROVL_OK && images_pixels_crc(&image) == f.crc,
+          "broken end");
+    astrovl_image_free(&image);
+    CHECK(astrovl_image_decode(copy, f.size - 12, 0, &image, &err) == ASTROVL_OK && images_pixels_crc(&image) == f.crc,
+          "no end");
+    astrovl_image_free(&image);
+    free(copy);
+}
+
+// A row with a filter that does not exist, in data whose check sums are right.
+static void test_images_png_filter(void) {
+    images_file f = images_find("stored.png");   // zlib header of 2 bytes, one stored block with 5 before its data, sum
+    size_t at = images_offset("stored.png", "IDAT", 4) + 4, n = 30 * (1 + 40 * 3), k;
+    unsigned char *copy = images_copy(&f);
+    astrovl_image image;
+    astrovl_error err;
+    uint32_t sum;
+    copy[at + 7 + 121] = 7;
+    sum = avl__adler32(copy + at + 7, n);
+    for (k = 0; k < 4; k++) copy[at + 7 + n + k] = (unsigned char)(sum >> (24 - 8 * k));
+    images_repair_png(copy, f.size);
+    CHECK(astrovl_image_decode(copy, f.size, 0, &image, &err) == ASTROVL_ERROR_FORMAT &&
+          strstr(err.message, "row 1 has filter 7"), "%s", err.message);
+    free(copy);
+}
+
+// Each allocation fails in turn: every call reports it and leaves nothing behind (run() counts the blocks).
+static void test_images_out_of_memory(void) {
+    static const char *const names[] = {"c2_8.png", "c3_4_adam7.png", "many_idat.png", "420_37x29.jpg",
+                                        "420_37x29_prog.jpg", "ycck.jpg", "p3.ppm", "p6.ppm"};
+    static const unsigned char color[3] = {1, 2, 3};
+    size_t i;
+    long fail;
+    int op;
+    for (i = 0; i < sizeof names / sizeof *names; i++) {
+        images_file f = images_find(names[i]);
+        for (fail = 0;; fail++) {
+            astrovl_image image;
+            astrovl_error err;
+            astrovl_status status;
+            int did_fail;
+            alloc_fail_at(fail);
+            status = astrovl_image_decode(f.data, f.size, 0, &image, &err);
+            did_fail = alloc_did_fail();
+            alloc_fail_at(-1);
+            CHECK(status == (did_fail ? ASTROVL_ERROR_MEMORY : ASTROVL_OK), "%s, allocation %ld: %d", f.name, fail,
+                  status);
+            CHECK(!did_fail == !!image.rgb, "%s, allocation %ld", f.name, fail);
+            astrovl_image_free(&image);
+            if (!did_fail) break;
+        }
+        CHECK(fail >= 1, "%s allocates nothing?", f.name);
+    }
+    for (op = 0; op < 7; op++)
+        for (fail = 0;; fail++) {
+            astrovl_image from = images_pattern(0, 9, 5), image, out;
+            astrovl_error err;
+            astrovl_status status = ASTROVL_OK;
+            int did_fail;
+            memset(&out, 0, sizeof out);
+            (void)astrovl_image_center_crop(&from, 9, 5, &image, &err);   // the same pixels, from our allocator
+            free(from.rgb);
+            image.orientation = 6;
+            alloc_fail_at(fail);
+            if (op == 0) status = astrovl_image_resize(&image, 4, 4, &out, &err);
+            if (op == 1) status = astrovl_image_resize(&image, 9, 4, &out, &err);
+            if (op == 2) status = astrovl_image_resize(&image, 4, 5, &out, &err);
+            if (op == 3) status = astrovl_image_resize(&image, 9, 5, &out, &err);
+            if (op == 4) status = astrovl_image_pad_square(&image, color, &out, &err);
+            if (op == 5) status = astrovl_image_center_crop(&image, 3, 3, &out, &err);
+            if (op == 6) status = astrovl_image_upright(&image, &err);
+            did_fail = alloc_did_fail();
+            alloc_fail_at(-1);
+            CHECK(status == (did_fail ? ASTROVL_ERROR_MEMORY : ASTROVL_OK), "operation %d, allocation %ld: %d", op,
+                  fail, status);
+            CHECK(!did_fail || !out.rgb, "operation %d, allocation %ld leaves an image", op, fail);
+            if (op == 6) CHECK(image.rgb && image.orientation == (did_fail ? 6 : 1), "upright, allocation %ld", fail);
+            astrovl_image_free(&image);
+            astrovl_image_free(&out);
+            if (!did_fail) break;
+        }
+}
+
+static void test_images_arguments(void) {
+    astrovl_image image = images_pattern(0, 4, 4), out, empty;
+    astrovl_error err;
+    memset(&empty, 0, sizeof empty);
+    CHECK(astrovl_image_resize(&image, 0, 4, &out, &err) == ASTROVL_ERROR_ARGUMENT, "width 0");
+    CHECK(astrovl_image_resize(&image, 4, -1, &out, &err) == ASTROVL_ERROR_ARGUMENT, "height -1");
+    CHECK(astrovl_image_resize(&empty, 4, 4, &out, &err) == ASTROVL_ERROR_ARGUMENT, "empty");
+    CHECK(astrovl_image_resize(NULL, 4, 4, &out, NULL) == ASTROVL_ERROR_ARGUMENT, "NULL");
+    CHECK(astrovl_image_resize(&image, 4, 4, &image, &err) == ASTROVL_ERROR_ARGUMENT, "in place");
+    CHECK(astrovl_image_center_crop(&image, 0, 1, &out, &err) == ASTROVL_ERROR_ARGUMENT, "crop of width 0");
+    CHECK(astrovl_image_center_crop(&image, 1, 1, NULL, &err) == ASTROVL_ERROR_ARGUMENT, "crop to nowhere");
+    CHECK(astrovl_image_pad_square(&empty, NULL, &out, &err) == ASTROVL_ERROR_ARGUMENT, "padding nothing");
+    CHECK(astrovl_image_upright(&empty, &err) == ASTROVL_ERROR_ARGUMENT, "nothing upright");
+    image.orientation = 9;
+    CHECK(astrovl_image_upright(&image, &err) == ASTROVL_ERROR_ARGUMENT, "orientation 9");
+    astrovl_image_free(NULL);
+    free(image.rgb);
+}
+
+static void tests_images(void) {
+    run("images: files decode to Pillow's pixels", test_images_files);
+    run("images: resize, pad and crop give Pillow's pixels", test_images_operations);
+    run("images: cut off at every byte", test_images_truncated);
+    run("images: half a file is an error", test_images_half);
+    run("images: 30,000 mutated files", test_images_mutated);
+    run("images: pixel bombs", test_images_bombs);
+    run("images: errors say what is wrong", test_images_errors);
+    run("images: PNG check sums", test_images_png_crc);
+    run("images: PNG filters", test_images_png_filter);
+    run("images: allocation failure at every site", test_images_out_of_memory);
+    run("images: arguments", test_images_arguments);
+    free(g_images_pack);
+    g_images_pack = NULL;
+}
+
+// ---- models: two tiny random LLaVAs against transformers -----------------------------------------------------------
+// make_golden.py writes the models and what transformers computes with them: A (LLaMA-2-like: two files, F32 and F16,
+// SentencePiece, MLP projector) and B (LLaMA-3-like: one file, BF16 and F16, byte-level BPE, grouped queries, scaled
+// RoPE, linear projector). Exact mode must match every intermediate tensor and every greedily chosen token.
+
+#define MODELS_IMAGE (-200)       // stands for an image in stored prompts
+#define MODELS_TOLERANCE 1e-4     // of a tensor's largest value
+
+typedef struct models_value {     // one entry of a .gold file; make_golden.py describes the format
+    char     name[96];
+    int      kind, n_dims, seen;  // kind 0: float32, 1: int32, 2: text
+    int64_t  dims[4];
+    float    largest;             // of the whole tensor
+    int64_t  step, count;         // stored are the elements 0, step, 2 step, ...
+    const unsigned char *data;
+} models_value;
+
+typedef struct models_gold {
+    unsigned char *bytes;
+    models_value  *values;
+    int            n;
+} models_gold;
+
+static void models_gold_read(models_gold *g, const char *path) {
+    size_t size, at = 8;
+    int i, d;
+    g->bytes = read_file(path, &size);
+    g->n = (int)avl__load_u32(g->bytes + 4);
+    g->values = (models_value *)calloc((size_t)g->n, sizeof *g->values);
+    for (i = 0; g->values && i < g->n; i++) {
+        models_value *v = &g->values[i];
+        uint32_t length = avl__load_u32(g->bytes + at);
+        memcpy(v->name, g->bytes + at + 4, length);
+        at += 4 + length;
+        v->kind = (int)avl__load_u32(g->bytes + at);
+        v->n_dims = (int)avl__load_u32(g->bytes + at + 4);
+        at += 8;
+        for (d = 0; d < v->n_dims; d++, at += 4) v->dims[d] = avl__load_u32(g->bytes + at);
+        v->largest = avl__float_from_bits(avl__load_u32(g->bytes + at));
+        v->step = avl__load_u32(g->bytes + at + 4);
+        v->count = avl__load_u32(g->bytes + at + 8);
+        v->data = g->bytes + at + 12;
+        at += 12 + (size_t)v->count * (v->kind == 2 ? 1 : 4);
+    }
+    CHECK(at == size, "%s is read to its end", path);
+}
+
+static void models_gold_free(models_gold *g) {
+    free(g->values);
+    free(g->bytes);
+}
+
+static models_value *models_find(const models_gold *g, const char *name) {
+    int i;
+    for (i = 0; i < g->n; i++) if (strcmp(g->values[i].name, name) == 0) return &g->values[i];
+    return NULL;
+}
+
+// RUN.FIELD, which make_golden.py always writes.
+static const models_value *models_field(const models_gold *g, const char *run, const char *field) {
+    char name[64];
+    const models_value *v;
+    snprintf(name, sizeof name, "%s%s%s", run, *run ? "." : "", field);
+    v = models_find(g, name);
+    if (!v) { fprintf(stderr, "golden values lack %s\n", name); exit(1); }
+    return v;
+}
+
+static int32_t models_int(const models_value *v, int64_t i) {
+    uint32_t bits = avl__load_u32(v->data + 4 * i);
+    int32_t value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static const char *models_text(const models_gold *g, const char *run, const char *field, char *text, size_t capacity) {
+    const models_value *v = models_field(g, run, field);
+    size_t n = (size_t)v->count < capacity - 1 ? (size_t)v->count : capacity - 1;
+    memcpy(text, v->data, n);
+    text[n] = 0;
+    return text;
+}
+
+// ---- opening
+
+static const char *const models_a_files[] = {"test/golden/models_a_text.gguf", "test/golden/models_a_mmproj.gguf"};
+static const char *const models_b_files[] = {"test/golden/models_b.gguf"};
+static const char *const models_files[] = {"test/golden/models_a_text.gguf", "test/golden/models_a_mmproj.gguf",
+                                           "test/golden/models_b.gguf"};
+static const char *const models_runs[] = {"one", "two", "text"};
+
+static astrovl_model *models_open(int which, const astrovl_open_options *options, astrovl_error *err) {
+    return which == 'a' ? astrovl_open_files(models_a_files, 2, options, err)
+                        : astrovl_open_files(models_b_files, 1, options, err);
+}
+
+typedef struct models_kit {       // what most tests need
+    models_gold    gold;
+    astrovl_model *model;
+    astrovl_image  images[2];
+    char           system[256];
+} models_kit;
+
+static void models_kit_open(models_kit *kit, int which) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    memset(kit, 0, sizeof *kit);
+    models_gold_read(&kit->gold, which == 'a' ? "test/golden/models_a.gold" : "test/golden/models_b.gold");
+    kit->model = models_open(which, NULL, &err);
+    CHECK(kit->model, "%s", err.message);
+    CHECK(astrovl_image_load("test/golden/models_1.png", 0, &kit->images[0], &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(astrovl_image_load("test/golden/models_2.png", 0, &kit->images[1], &err) == ASTROVL_OK, "%s", err.message);
+    models_text(&kit->gold, "", "system", kit->system, sizeof kit->system);
+    if (!kit->model) exit(1);     // nothing below means anything then
+}
+
+static void models_kit_close(models_kit *kit) {
+    astrovl_close(kit->model);
+    astrovl_image_free(&kit->images[0]);
+    astrovl_image_free(&kit->images[1]);
+    models_gold_free(&kit->gold);
+}
+
+static astrovl_session *models_session(const models_kit *kit, astrovl_mode mode, int n_threads, astrovl_tap tap,
+                                       void *user) {
+    astrovl_session_options o;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_session *s;
+    memset(&o, 0, sizeof o);
+    o.mode = mode;
+    o.n_threads = n_threads;
+    o.tap = tap;
+    o.tap_user = user;
+    s = astrovl_session_new(kit->model, &o, &err);
+    CHECK(s, "%s", err.message);
+    if (!s) exit(1);
+    return s;
+}
+
+static astrovl_generation models_options(const models_kit *kit, int max_tokens) {
+    astrovl_generation o;
+    memset(&o, 0, sizeof o);
+    o.max_tokens = max_tokens;
+    o.system = kit->system[0] ? kit->system : NULL;
+    return o;
+}
+
+// Asks the question of a stored run about its first n_images images.
+static char *models_ask(const models_kit *kit, astrovl_session *s, const char *run, int n_images,
+                        const astrovl_generation *o, astrovl_error *err) {
+    char question[256];
+    models_text(&kit->gold, run, "question", question, sizeof question);
+    return astrovl_chat(s, kit->images, n_images, question, o, err);
+}
+
+// ---- layer by layer
+
+// Watches a run and compares what it sees. Text may come in several passes: a pass starts at row `base` and has `n`
+// rows
+// of the prompt's `total`; what comes after those is the answer, which the golden tensors do not cover.
+typedef struct models_watch {
+    models_gold *gold;
+    int64_t base, n, total;
+    double  worst;                // largest difference, relative to its tensor's largest value
+    char    worst_name[96];
+    int     failed;
+} models_watch;
+
+static void models_compare(models_watch *w, const models_value *v, int64_t first_row, const int64_t *shape, int n_dims,
+                           const float *data) {
+    int64_t rows = n_dims == 3 ? shape[1] : shape[0], columns = shape[n_dims - 1];
+    int64_t all_rows = v->dims[n_dims - 2], all_columns = v->dims[n_dims - 1], k;
+    for (k = 0; k < v->count; k++) {
+        int64_t i = k * v->step, column = i % all_columns, head = i / all_columns / all_rows;
+        int64_t row = i / all_columns % all_rows - first_row;
+        float expected = avl__float_from_bits(avl__load_u32(v->data + 4 * k)), got;
+        double difference;
+        if (row < 0 || row >= rows) continue;
+        got = column < columns ? data[(head * rows + row) * columns + column] : 0.0f;   // no weight on keys yet to come
+        difference = (double)got - expected;
+        if (difference < 0) difference = -difference;
+        if (!(difference / v->largest <= w->worst)) {
+            w->worst = difference / v->largest;
+            memcpy(w->worst_name, v->name, sizeof v->name);
+        }
+        if (!(difference <= MODELS_TOLERANCE * v->largest) && !w->failed) {
+            w->failed = 1;        // the first one says where to look
+            CHECK(0, "%s, row %d column %d: %.9g, expected %.9g (largest %.9g)", v->name, (int)(row + first_row),
+                  (int)column, got, expected, v->largest);
+        }
+    }
+}
+
+static void models_on_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
+                          const float *data) {
+    models_watch *w = (models_watch *)user;
+    models_value *v = models_find(w->gold, name);
+    int is_text = strncmp(name, "model.", 6) == 0 || strcmp(name, "lm_head") == 0, written = -1;
+    int64_t first_row = 0;
+    const char *number = strstr(name, "layers.");
+    if (number) written = (number[7] - '0');
+    CHECK(layer == written, "%s is said to be of layer %d", name, layer);
+    if (!v || v->kind != 0) { CHECK(0, "%s is not a name that transformers has", name); return; }
+    if (strcmp(name, "model.embed_tokens") == 0) {
+        w->base += w->n;
+        w->n = shape[0];
+    }
+    if (is_text && w->base >= w->total) return;
+    if (n_dims != v->n_dims || (n_dims == 2 && shape[1] != v->dims[1]) || (n_dims == 3 && shape[0] != v->dims[0])) {
+        CHECK(0, "%s has another shape: %d dimensions, %d x %d", name, n_dims, (int)shape[0], (int)shape[1]);
+        return;
+    }
+    if (is_text && n_dims == 3) first_row = w->base;
+    if (is_text && n_dims == 2)   // both may hold the last rows only
+        first_row = w->base + w->n - shape[0] - (w->total - v->dims[0]);
+    models_compare(w, v, first_row, shape, n_dims, data);
+    v->seen += (int)(n_dims == 3 ? shape[1] : shape[0]);
+}
+
+static void models_watch_start(models_watch *w, models_gold *gold, int64_t total) {
+    int i;
+    memset(w, 0, sizeof *w);
+    w->gold = gold;
+    w->total = total;
+    for (i = 0; i < gold->n; i++) gold->values[i].seen = 0;
+}
+
+// Every tensor must have come by, with all its rows (the last two may leave out what nobody asked for).
+static void models_watch_end(const models_watch *w, const char *what) {
+    int i, n = 0;
+    for (i = 0; i < w->gold->n; i++) {
+        const models_value *v = &w->gold->values[i];
+        int all = v->n_dims >= 2 ? (int)v->dims[v->n_dims - 2] : 0;
+        if (v->kind != 0) continue;
+        if (strcmp(v->name, "model.norm") == 0 || strcmp(v->name, "lm_head") == 0) all = 1;
+        CHECK(v->seen >= all, "%s: %s was seen with %d rows of %d", what, v->name, v->seen, all);
+        n++;
+    }
+    CHECK(n > 60, "%d tensors", n);
+    if (getenv("MODELS_VERBOSE"))
+        printf("    %s: %d tensors, the largest difference %.2g at %s\n", what, n, w->worst, w->worst_name);
+}
+
+static int64_t models_n_rows(const models_kit *kit, const models_value *prompt) {
+    astrovl_info info;
+    int64_t n = 0, i;
+    astrovl_get_info(kit->model, &info);
+    for (i = 0; i < prompt->count; i++) n += models_int(prompt, i) == MODELS_IMAGE ? info.n_image_tokens : 1;
+    return n;
+}
+
+static void models_layers(int which) {
+    models_kit kit;
+    models_watch watch;
+    astrovl_session *s;
+    astrovl_generation o;
+    astrovl_error err = {ASTROVL_OK, ""};
+    char *answer;
+    models_kit_open(&kit, which);
+    models_watch_start(&watch, &kit.gold, models_n_rows(&kit, models_field(&kit.gold, "one", "prompt")));
+    s = models_session(&kit, ASTROVL_EXACT, 2, models_on_tap, &watch);
+    o = models_options(&kit, 3);
+    answer = models_ask(&kit, s, "one", 1, &o, &err);
+    CHECK(answer, "%s", err.message);
+    models_watch_end(&watch, which == 'a' ? "model A" : "model B");
+    astrovl_free(answer);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+static void models_layers_a(void) { models_layers('a'); }
+static void models_layers_b(void) { models_layers('b'); }
+
+// ---- greedy text
+
+// Reads a stored prompt: tokens in pieces of at most `piece`, images as rows.  logits: out, of the last position
+static void models_read_prompt(const models_kit *kit, astrovl_session *s, const models_value *prompt, int piece,
+                               float *logits) {
+    astrovl_info info;
+    astrovl_error err = {ASTROVL_OK, ""};
+    int32_t tokens[1024];
+    float *rows;
+    int64_t i = 0;
+    int image = 0, last;
+    astrovl_get_info(kit->model, &info);
+    rows = (float *)malloc((size_t)info.n_image_tokens * (size_t)info.n_embd * sizeof *rows);
+    while (rows && i < prompt->count) {
+        int n = 0;
+        if (models_int(prompt, i) == MODELS_IMAGE) {
+            CHECK(astrovl_encode_image(s, &kit->images[image++], rows, &err) == ASTROVL_OK, "%s", err.message);
+            CHECK(astrovl_eval_embeddings(s, rows, info.n_image_tokens, NULL, 0, &err) == ASTROVL_OK, "%s",
+                  err.message);
+            i++;
+            continue;
+        }
+        while (i < prompt->count && n < piece && n < 1024 && models_int(prompt, i) != MODELS_IMAGE)
+            tokens[n++] = models_int(prompt, i++);
+        last = i == prompt->count;
+        CHECK(astrovl_eval_tokens(s, tokens, n, last ? logits : NULL, last, &err) == ASTROVL_OK, "%s", err.message);
+    }
+    free(rows);
+}
+
+static float *models_logits(const models_kit *kit, int rows) {
+    astrovl_info info;
+    float *logits;
+    astrovl_get_info(kit->model, &info);
+    logits = (float *)calloc((size_t)rows * (size_t)info.n_vocab, sizeof *logits);
+    if (!logits) exit(1);
+    return logits;
+}
+
+static size_t models_row_bytes(const models_kit *kit) {
+    astrovl_info info;
+    astrovl_get_info(kit->model, &info);
+    return (size_t)info.n_vocab * sizeof(float);
+}
+
+// Token by token through the session's parts.
+static void models_greedy(int which) {
+    static const char *const runs[] = {"one", "two", "text", "turn1", "turn2"};
+    models_kit kit;
+    size_t r;
+    models_kit_open(&kit, which);
+    for (r = 0; r < sizeof runs / sizeof *runs; r++) {
+        const models_value *prompt = models_field(&kit.gold, runs[r], "prompt");
+        const models_value *expected = models_field(&kit.gold, runs[r], "tokens");
+        astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+        float *logits = models_logits(&kit, 1);
+        astrovl_info info;
+        int64_t i;
+        astrovl_get_info(kit.model, &info);
+        models_read_prompt(&kit, s, prompt, 1024, logits);
+        CHECK(astrovl_session_n_past(s) == models_n_rows(&kit, prompt), "%d rows read", astrovl_session_n_past(s));
+        for (i = 0; i < expected->count; i++) {
+            int32_t token = astrovl_sample(logits, info.n_vocab, NULL, NULL, 0, NULL);
+            CHECK(token == models_int(expected, i), "%s: token %d is %d, transformers says %d", runs[r], (int)i,
+                  (int)token, (int)models_int(expected, i));
+            if (token != models_int(expected, i)) break;
+            CHECK(astrovl_eval_tokens(s, &token, 1, logits, 1, NULL) == ASTROVL_OK, "token %d", (int)i);
+        }
+        free(logits);
+        astrovl_session_free(s);
+    }
+    models_kit_close(&kit);
+}
+
+static void models_greedy_a(void) { models_greedy('a'); }
+static void models_greedy_b(void) { models_greedy('b'); }
+
+static void models_check_answer(const models_kit *kit, astrovl_session *s, const char *run, const char *answer) {
+    const models_value *expected = models_field(&kit->gold, run, "tokens");
+    char text[1024];
+    int n = 0, i;
+    const int32_t *tokens = astrovl_answer_tokens(s, &n);
+    CHECK(n == expected->count, "%s: %d tokens, expected %d", run, n, (int)expected->count);
+    for (i = 0; i < n && i < expected->count && tokens[i] == models_int(expected, i); i++) {}
+    CHECK(i == expected->count, "%s: token %d is another than transformers'", run, i);
+    models_text(&kit->gold, run, "text", text, sizeof text);
+    CHECK(answer && strcmp(answer, text) == 0, "%s: \"%s\", expected \"%s\"", run, answer ? answer : "(none)", text);
+}
+
+// The same through templates and astrovl_chat, the two turns of a conversation too.
+static void models_chat(int which) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_generation o;
+    astrovl_stats stats;
+    astrovl_error err = {ASTROVL_OK, ""};
+    char *answer;
+    size_t r;
+    int n_past;
+    models_kit_open(&kit, which);
+    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    o = models_options(&kit, 64);
+    for (r = 0; r < sizeof models_runs / sizeof *models_runs; r++) {
+        const models_value *prompt = models_field(&kit.gold, models_runs[r], "prompt");
+        int n_images = (int)models_int(models_field(&kit.gold, models_runs[r], "n_images"), 0);
+        astrovl_session_reset(s);
+        answer = models_ask(&kit, s, models_runs[r], n_images, &o, &err);
+        CHECK(answer, "%s", err.message);
+        models_check_answer(&kit, s, models_runs[r], answer);
+        astrovl_get_stats(s, &stats);
+        CHECK(stats.n_prompt_tokens == models_n_rows(&kit, prompt), "%d prompt tokens", stats.n_prompt_tokens);
+        CHECK(stats.n_answer_tokens == 64 && stats.stopped_by_limit, "%d answer tokens", stats.n_answer_tokens);
+        astrovl_free(answer);
+    }
+    astrovl_session_reset(s);
+    CHECK(astrovl_session_n_past(s) == 0, "%d positions after a reset", astrovl_session_n_past(s));
+    o.max_tokens = (int)models_field(&kit.gold, "turn1", "tokens")->count;
+    answer = models_ask(&kit, s, "turn1", 1, &o, &err);
+    models_check_answer(&kit, s, "turn1", answer);
+    astrovl_free(answer);
+    n_past = astrovl_session_n_past(s);
+    o.max_tokens = 64;
+    answer = models_ask(&kit, s, "turn2", 0, &o, &err);
+    models_check_answer(&kit, s, "turn2", answer);
+    astrovl_get_stats(s, &stats);
+    CHECK(n_past + stats.n_prompt_tokens == models_n_rows(&kit, models_field(&kit.gold, "turn2", "prompt")),
+          "the second turn read %d tokens after %d", stats.n_prompt_tokens, n_past);
+    astrovl_free(answer);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+static void models_chat_a(void) { models_chat('a'); }
+static void models_chat_b(void) { models_chat('b'); }
+
+// Whether a call failed as it should; forgets the error for the next one.
+static int models_failed(astrovl_error *err, int failed, astrovl_status status) {
+    int right = failed && err->status == status && err->message[0];
+    if (!right) fprintf(stderr, "    status %s: %s\n", astrovl_status_name(err->status), err->message);
+    memset(err, 0, sizeof *err);
+    return right;
+}
+
+#define FAILS(failed, status, ...) CHECK(models_failed(&err, failed, ASTROVL_ERROR_##status), __VA_ARGS__)
+
+// ---- prompt templates
+
+// Every template's tokens: what LLaVA's conversation.py and the models' Jinja sources write, cut up by the reference
+// tokenizers.
+static void models_layouts(void) {
+    models_gold gold;
+    int i;
+    models_gold_read(&gold, "test/golden/models_layouts.gold");
+    for (i = 0; i * 6 < gold.n; i++) {
+        char number[16], text[256], file[64], path[96], template_name[32], system[256];
+        const models_value *expected, *options;
+        astrovl_open_options open;
+        astrovl_generation o;
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_model *m;
+        astrovl_session *s;
+        avl__tokens tokens = {NULL, 0, 0};
+        size_t t;
+        snprintf(number, sizeof number, "%d", i);
+        expected = models_field(&gold, number, "tokens");
+        options = models_field(&gold, number, "options");   // has a system text, turn, images, parse_special
+        models_text(&gold, number, "file", file, sizeof file);
+        models_text(&gold, number, "text", text, sizeof text);
+        models_text(&gold, number, "system", system, sizeof system);
+        models_text(&gold, number, "template", template_name, sizeof template_name);
+        snprintf(path, sizeof path, "test/golden/%s", file);
+        memset(&open, 0, sizeof open);
+        if (strcmp(template_name, "chatml") != 0)           // which is to be recognised
+            open.chat_template = (astrovl_template)astrovl_template_from_name(template_name);
+        m = astrovl_open(path, &open, &err);
+        s = m ? astrovl_session_new(m, NULL, &err) : NULL;
+        CHECK(s, "%s", err.message);
+        if (!s) exit(1);
+        memset(&o, 0, sizeof o);
+        o.system = models_int(options, 0) ? system : NULL;
+        o.parse_special = models_int(options, 3);
+        s->n_turns = models_int(options, 1);
+        CHECK(avl__lay_out_turn(s, models_int(options, 2), text, &o, &tokens, &err) == ASTROVL_OK, "%s", err.message);
+        for (t = 0; t < tokens.size && t < (size_t)expected->count; t++) {
+            int32_t id = models_int(expected, (int64_t)t);
+            if (id == MODELS_IMAGE ? tokens.data[t] >= 0 : tokens.data[t] != id) break;
+        }
+        CHECK(t == tokens.size && t == (size_t)expected->count,
+              "case %d, %s, \"%s\": %d tokens, expected %d, the first %d are right", i, template_name, text,
+              (int)tokens.size, (int)expected->count, (int)t);
+        astrovl_free(tokens.data);
+        astrovl_session_free(s);
+        astrovl_close(m);
+    }
+    CHECK(i >= 25, "%d cases", i);
+    models_gold_free(&gold);
+}
+
+// A template whose special tokens the vocabulary lacks is refused when it is used.
+static void models_foreign_template(void) {
+    models_kit kit;
+    astrovl_open_options open;
+    astrovl_session *s;
+    astrovl_error err = {ASTROVL_OK, ""};
+    models_kit_open(&kit, 'a');
+    astrovl_close(kit.model);
+    memset(&open, 0, sizeof open);
+    open.chat_template = ASTROVL_TEMPLATE_CHATML;
+    kit.model = astrovl_open_files(models_a_files, 2, &open, &err);
+    s = models_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
+    FAILS(!astrovl_chat(s, NULL, 0, "What?", NULL, &err), MODEL, "chatml with a LLaMA-2 vocabulary");
+    CHECK(astrovl_session_n_past(s) == 0, "%d positions", astrovl_session_n_past(s));
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+// ---- the same bits, however it is run
+
+static void models_hash_bytes(uint64_t *hash, const void *data, size_t size) {   // FNV-1a
+    const unsigned char *p = (const unsigned char *)data;
+    size_t i;
+    for (i = 0; i < size; i++) *hash = (*hash ^ p[i]) * 0x100000001B3u;
+}
+
+static void models_hash_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
+                            const float *data) {
+    size_t n = sizeof(float);
+    int d;
+    for (d = 0; d < n_dims; d++) n *= (size_t)shape[d];
+    models_hash_bytes((uint64_t *)user, name, strlen(name));
+    models_hash_bytes((uint64_t *)user, &layer, sizeof layer);
+    models_hash_bytes((uint64_t *)user, data, n);
+}
+
+static void models_threads(void) {
+    static const int counts[] = {1, 2, 3, 8};
+    int which, mode;
+    size_t c;
+    for (which = 'a'; which <= 'b'; which++) {
+        models_kit kit;
+        models_kit_open(&kit, which);
+        for (mode = 0; mode < 2; mode++) {
+            uint64_t first = 0;
+            for (c = 0; c < sizeof counts / sizeof *counts; c++) {
+                uint64_t hash = 0xCBF29CE484222325u;
+                astrovl_session *s = models_session(&kit, mode ? ASTROVL_EXACT : ASTROVL_FAST, counts[c],
+                                                    models_hash_tap, &hash);
+                astrovl_generation o = models_options(&kit, 5);
+                char *answer = astrovl_chat(s, kit.images, 2, "Which is larger?", &o, NULL);
+                CHECK(answer, "no answer with %d threads", counts[c]);
+                if (c == 0) first = hash;
+                CHECK(hash == first, "model %c, mode %d: %d threads give other bits than one", which, mode, counts[c]);
+                astrovl_free(answer);
+                astrovl_session_free(s);
+            }
+        }
+        models_kit_close(&kit);
+    }
+}
+
+// Tokens for a long text: any will do.
+static void models_some_tokens(int32_t *tokens, int n, int n_vocab) {
+    int i;
+    for (i = 0; i < n; i++) tokens[i] = (int32_t)((i * 37 + i * i % 11) % n_vocab);
+}
+
+// 600 tokens at once (more than one block of the prompt), in pieces, and one by one: the same logits of the last 200.
+static void models_pieces(void) {
+    enum { N = 600, WANTED = 200 };
+    static const int pieces[] = {600, 7, 100, 1, 513};
+    models_kit kit;
+    astrovl_error err = {ASTROVL_OK, ""};
+    int32_t tokens[N];
+    float *expected, *logits;
+    size_t row, p;
+    models_kit_open(&kit, 'b');
+    expected = models_logits(&kit, WANTED);
+    row = models_row_bytes(&kit);
+    models_some_tokens(tokens, N, (int)(row / sizeof(float)));
+    for (p = 0; p < sizeof pieces / sizeof *pieces; p++) {
+        astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+        int at, n;
+        logits = models_logits(&kit, WANTED);
+        for (at = 0; at < N; at += n) {
+            int wanted;
+            float *to;
+            n = N - at < pieces[p] ? N - at : pieces[p];
+            wanted = at + n <= N - WANTED ? 0 : at >= N - WANTED ? n : at + n - (N - WANTED);
+            to = wanted ? logits + (size_t)(at + n - wanted - (N - WANTED)) * (row / sizeof(float)) : NULL;
+            CHECK(astrovl_eval_tokens(s, tokens + at, n, to, wanted, &err) == ASTROVL_OK, "%s", err.message);
+        }
+        if (p == 0) memcpy(expected, logits, WANTED * row);
+        for (at = 0; at < WANTED; at++)
+            if (memcmp((char *)expected + (size_t)at * row, (char *)logits + (size_t)at * row, row) != 0) break;
+        CHECK(at == WANTED, "in pieces of %d, position %d has other logits", pieces[p], N - WANTED + at);
+        free(logits);
+        astrovl_session_free(s);
+    }
+    free(expected);
+    models_kit_close(&kit);
+}
+
+static void models_rewind(void) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_error err = {ASTROVL_OK, ""};
+    int32_t tokens[40];
+    float *first, *second;
+    size_t row;
+    models_kit_open(&kit, 'a');
+    row = models_row_bytes(&kit);
+    models_some_tokens(tokens, 40, (int)(row / sizeof(float)));
+    first = models_logits(&kit, 1);
+    second = models_logits(&kit, 1);
+    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    CHECK(astrovl_eval_tokens(s, tokens, 20, first, 1, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(astrovl_eval_tokens(s, tokens + 20, 20, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
+    astrovl_session_rewind(s, 99);
+    CHECK(astrovl_session_n_past(s) == 40, "a rewind to the future left %d positions", astrovl_session_n_past(s));
+    astrovl_session_rewind(s, 12);
+    CHECK(astrovl_session_n_past(s) == 12, "%d positions after a rewind to 12", astrovl_session_n_past(s));
+    CHECK(astrovl_eval_tokens(s, tokens + 12, 8, second, 1, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(memcmp(first, second, row) == 0, "other logits after a rewind");
+    astrovl_session_reset(s);
+    CHECK(astrovl_eval_tokens(s, tokens, 20, second, 1, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(memcmp(first, second, row) == 0, "other logits after a reset");
+    free(first);
+    free(second);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+// The logits of run "one" in a model opened in another way must be the usual ones.
+static void models_check_same(const models_kit *kit, astrovl_model *other, const char *what) {
+    models_kit twin = *kit;
+    float *expected = models_logits(kit, 1), *logits = models_logits(kit, 1);
+    const models_value *prompt = models_field(&kit->gold, "one", "prompt");
+    astrovl_session *s = models_session(kit, ASTROVL_EXACT, 2, NULL, NULL);
+    models_read_prompt(kit, s, prompt, 1024, expected);
+    astrovl_session_free(s);
+    if (other) {
+        twin.model = other;
+        s = models_session(&twin, ASTROVL_EXACT, 2, NULL, NULL);
+        models_read_prompt(&twin, s, prompt, 1024, logits);
+        astrovl_session_free(s);
+    }
+    CHECK(other && memcmp(expected, logits, models_row_bytes(kit)) == 0, "%s: other logits", what);
+    free(expected);
+    free(logits);
+}
+
+static astrovl_model *models_open_bytes(const unsigned char *data, size_t size, astrovl_error *err) {
+    astrovl_memory block;
+    block.data = data;
+    block.size = size;
+    block.name = "block";
+    return astrovl_open_memory(&block, 1, NULL, err);
+}
+
+static void models_ways_to_open(void) {
+    models_kit kit;
+    astrovl_open_options no_mmap;
+    astrovl_memory blocks[2];
+    astrovl_model *m;
+    astrovl_error err = {ASTROVL_OK, ""};
+    const char *swapped[2];
+    unsigned char *bytes[2];
+    int i;
+    models_kit_open(&kit, 'a');
+    memset(&no_mmap, 0, sizeof no_mmap);
+    no_mmap.no_mmap = 1;
+    m = astrovl_open_files(models_a_files, 2, &no_mmap, &err);
+    models_check_same(&kit, m, "read, not mapped");
+    astrovl_close(m);
+    swapped[0] = models_a_files[1];
+    swapped[1] = models_a_files[0];
+    m = astrovl_open_files(swapped, 2, NULL, &err);
+    models_check_same(&kit, m, "files in the other order");
+    astrovl_close(m);
+    for (i = 0; i < 2; i++) {
+        size_t size;
+        bytes[i] = read_file(models_a_files[i], &size);
+        blocks[i].data = bytes[i];
+        blocks[i].size = size;
+        blocks[i].name = NULL;
+    }
+    m = astrovl_open_memory(blocks, 2, NULL, &err);
+    models_check_same(&kit, m, "memory blocks");
+    astrovl_close(m);
+    free(bytes[0]);
+    free(bytes[1]);
+    models_kit_close(&kit);
+}
+
+// ---- editing a file in memory
+
+// The bytes of a key's value (after its type), or of a tensor's entry (after its name).  NULL: not there
+static unsigned char *models_after(unsigned char *data, size_t size, const char *name, int is_key) {
+    size_t n = strlen(name), at;
+    for (at = 0; at + n + 12 < size; at++)
+        if (avl__load_u64(data + at) == n && memcmp(data + at + 8, name, n) == 0)
+            return data + at + 8 + n + (is_key ? 4 : 0);
+    return NULL;
+}
+
+static void models_store(unsigned char *at, uint32_t value) {
+    int i;
+    for (i = 0; i < 4; i++) at[i] = (unsigned char)(value >> 8 * i);
+}
+
+// Every bfloat16 of model B is a float16 too (make_golden.py sees to it): stored as that, it must compute the same.
+static void models_f16_and_bf16(void) {
+    models_kit kit;
+    astrovl_gguf *file;
+    astrovl_model *m;
+    astrovl_error err = {ASTROVL_OK, ""};
+    size_t size;
+    unsigned char *bytes = read_file(models_b_files[0], &size);
+    int i, n_changed = 0;
+    uint64_t j;
+    models_kit_open(&kit, 'b');
+    file = astrovl_gguf_open(models_b_files[0], 0, &err);
+    for (i = 0; file && i < astrovl_gguf_n_tensors(file); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+        if (t->type != ASTROVL_TYPE_BF16) continue;
+        for (j = 0; j < t->n_bytes; j += 2) {
+            unsigned char *v = bytes + t->offset + j;
+            uint32_t bits = (uint32_t)avl__load_u16(v) << 16, sign = bits >> 16 & 0x8000, exponent = bits >> 23 & 0xFF;
+            uint32_t half = bits & 0x7FFFFFFF ? sign | (exponent - 127 + 15) << 10 | (bits >> 13 & 0x3FF) : sign;
+            v[0] = (unsigned char)half;
+            v[1] = (unsigned char)(half >> 8);
+        }
+        models_store(models_after(bytes, size, t->name, 0) + 4 + 8 * t->n_dims, ASTROVL_TYPE_F16);
+        n_changed++;
+    }
+    CHECK(n_changed > 20, "%d tensors are BF16", n_changed);
+    astrovl_gguf_close(file);
+    m = models_open_bytes(bytes, size, &err);
+    models_check_same(&kit, m, "F16 in place of BF16");
+    astrovl_close(m);
+    free(bytes);
+    models_kit_close(&kit);
+}
+
+// A file whose keys contradict its tensors is refused, with the key or tensor named.
+static void models_wrong_keys(void) {
+    static const struct { int file; const char *key; uint32_t value; } cases[] = {
+        {0, "llama.embedding_length", 25}, {0, "llama.embedding_length", 0},
+        {0, "llama.block_count", 4}, {0, "llama.block_count", 0xFFFFFFFF},
+        {0, "llama.feed_forward_length", 57}, {0, "llama.context_length", 0},
+        {0, "llama.attention.head_count", 5}, {0, "llama.attention.head_count", 0},
+        {0, "llama.attention.head_count_kv", 3}, {0, "llama.attention.head_count_kv", 2},
+        {0, "llama.attention.head_count_kv", 0}, {2, "llama.attention.head_count_kv", 4},
+        {0, "llama.rope.dimension_count", 5}, {0, "llama.rope.dimension_count", 8},
+        {1, "clip.vision.image_size", 35}, {1, "clip.vision.image_size", 0},
+        {1, "clip.vision.patch_size", 5}, {1, "clip.vision.patch_size", 0},
+        {1, "clip.vision.embedding_length", 24}, {1, "clip.vision.feed_forward_length", 65},
+        {1, "clip.vision.attention.head_count", 5}, {1, "clip.vision.attention.head_count", 0},
+        {1, "clip.vision.block_count", 3}, {1, "clip.vision.block_count", 0x7FFFFFFF},
+        {2, "clip.vision.feature_layer", 4}, {2, "clip.vision.feature_layer", 0xFFFFFFFF}};
+    size_t c;
+    for (c = 0; c < sizeof cases / sizeof *cases; c++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file(models_files[cases[c].file], &size);
+        unsigned char *at = models_after(bytes, size, cases[c].key, 1);
+        astrovl_model *m;
+        CHECK(at, "%s is not in %s", cases[c].key, models_files[cases[c].file]);
+        if (at) {
+            int is_array = strcmp(cases[c].key, "clip.vision.feature_layer") == 0;   // of one: type, count, value
+            models_store(at + (is_array ? 12 : 0), cases[c].value);
+            m = models_open_bytes(bytes, size, &err);
+            CHECK(!m && err.status == ASTROVL_ERROR_MODEL && strstr(err.message, "block"), "%s = %u: %s (%s)",
+                  cases[c].key, (unsigned)cases[c].value, m ? "opened" : err.message, astrovl_status_name(err.status));
+            astrovl_close(m);
+        }
+        free(bytes);
+    }
+}
+
+// Each tensor of each file in turn is given another name: then either the model is refused with that tensor named, or
+// it lacks a part, which the calls that need it say.
+static void models_missing_tensors(void) {
+    int f, i, n_refused = 0;
+    for (f = 0; f < 3; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file(models_files[f], &size);
+        astrovl_gguf *file = astrovl_gguf_open(models_files[f], 0, &err);
+        for (i = 0; file && i < astrovl_gguf_n_tensors(file); i++) {
+            const char *name = astrovl_gguf_tensor(file, i)->name;
+            unsigned char *after = models_after(bytes, size, name, 0);
+            astrovl_model *m;
+            after[-1] ^= 1;
+            m = models_open_bytes(bytes, size, &err);
+            if (!m) {
+                int nothing = f == 1 && strcmp(name, "v.patch_embd.weight") == 0;   // is left of an mmproj without that
+                CHECK(err.status == ASTROVL_ERROR_MODEL, "without %s: %s", name, err.message);
+                CHECK(nothing || strstr(err.message, name), "without %s: %s", name, err.message);
+                n_refused++;
+            } else {
+                astrovl_info info;
+                astrovl_get_info(m, &info);
+                CHECK(strstr(name, ".bias") || strncmp(name, "v.post_ln", 9) == 0 ||
+                      strcmp(name, "output.weight") == 0 ||
+                      strcmp(name, "rope_freqs.weight") == 0 || strcmp(name, "mm.2.weight") == 0 ||
+                      !info.has_text || !info.has_vision || !info.has_projector, "nobody misses %s", name);
+            }
+            astrovl_close(m);
+            after[-1] ^= 1;
+        }
+        CHECK(file && i > 20, "%s", err.message);
+        astrovl_gguf_close(file);
+        free(bytes);
+    }
+    CHECK(n_refused > 80, "%d tensors are missed", n_refused);
+}
+
+// ---- parts of a model
+
+static void models_parts(void) {
+    models_kit a, b;
+    astrovl_info info;
+    astrovl_model *m;
+    astrovl_session *s;
+    astrovl_error err = {ASTROVL_OK, ""};
+    const char *mixed[2];
+    float *rows;
+    int32_t token = 5;
+    size_t size;
+    unsigned char *bytes;
+    models_kit_open(&a, 'a');
+    models_kit_open(&b, 'b');
+    rows = (float *)malloc(16 * 24 * sizeof *rows);
+    // a language model alone talks, and says what it lacks for an image
+    m = astrovl_open(models_a_files[0], NULL, &err);
+    CHECK(m, "%s", err.message);
+    astrovl_get_info(m, &info);
+    CHECK(info.has_text && info.has_vocab && !info.has_vision && !info.has_projector && info.n_image_tokens == 0,
+          "parts of a text file");
+    FAILS(!astrovl_caption(m, &a.images[0], NULL, &err), MODEL, "a caption without a tower");
+    s = astrovl_session_new(m, NULL, &err);
+    FAILS(astrovl_encode_image(s, &a.images[0], rows, &err) != ASTROVL_OK, MODEL, "encoding without a tower");
+    astrovl_session_free(s);
+    astrovl_close(m);
+    // a vision tower with its projector encodes, and does not talk
+    m = astrovl_open(models_a_files[1], NULL, &err);
+    CHECK(m, "%s", err.message);
+    astrovl_get_info(m, &info);
+    CHECK(!info.has_text && !info.has_vocab && info.has_vision && info.has_projector && info.n_image_tokens == 16,
+          "parts of an mmproj file");
+    s = astrovl_session_new(m, NULL, &err);
+    CHECK(s && rows && astrovl_encode_image(s, &a.images[0], rows, &err) == ASTROVL_OK, "%s", err.message);
+    FAILS(astrovl_eval_tokens(s, &token, 1, NULL, 0, &err) != ASTROVL_OK, MODEL, "tokens without a model");
+    FAILS(astrovl_eval_embeddings(s, rows, 1, NULL, 0, &err) != ASTROVL_OK, MODEL, "rows without a model");
+    FAILS(!astrovl_chat(s, &a.images[0], 1, "Hello", NULL, &err), MODEL, "a dialogue without a model");
+    FAILS(astrovl_tokenize(m, "Hello", 5, 0, NULL, 0, &err) < 0, MODEL, "tokens without a vocabulary");
+    FAILS(!astrovl_detokenize(m, &token, 1, &err), MODEL, "text without a vocabulary");
+    astrovl_session_free(s);
+    astrovl_close(m);
+    // a vocabulary alone tokenises
+    bytes = read_file(models_a_files[0], &size);
+    memset(bytes + 8, 0, 8);      // no tensors
+    m = models_open_bytes(bytes, size, &err);
+    CHECK(m, "%s", err.message);
+    if (m) {
+        astrovl_get_info(m, &info);
+        CHECK(info.has_vocab && !info.has_text && !info.has_vision, "parts of a vocabulary");
+        CHECK(astrovl_tokenize(m, "What", 4, 0, NULL, 0, &err) > 0, "%s", err.message);
+        FAILS(!astrovl_ask(m, NULL, "What?", NULL, &err), MODEL, "an answer from a vocabulary");
+    }
+    astrovl_close(m);
+    free(bytes);
+    // parts of two models
+    mixed[0] = models_a_files[0];
+    mixed[1] = models_b_files[0];
+    FAILS(!astrovl_open_files(mixed, 2, NULL, &err), MODEL, "A's text with B's projector");
+    mixed[1] = "test/golden/there_is_no_such_file.gguf";
+    FAILS(!astrovl_open_files(mixed, 2, NULL, &err), FILE, "a file that is not there");
+    FAILS(!astrovl_open_files(mixed, 0, NULL, &err), ARGUMENT, "no files");
+    FAILS(!astrovl_open("test/golden/models_1.png", NULL, &err), FORMAT, "a picture for a model");
+    free(rows);
+    models_kit_close(&a);
+    models_kit_close(&b);
+}
+
+static void models_info(void) {
+    models_kit a, b;
+    astrovl_info i;
+    models_kit_open(&a, 'a');
+    models_kit_open(&b, 'b');
+    astrovl_get_info(a.model, &i);
+    CHECK(i.n_vocab == 384 && i.n_ctx_train == 512 && i.n_embd == 24 && i.n_layer == 3 && i.n_head == 4 &&
+          i.n_head_kv == 4 && i.head_dim == 6 && i.n_ff == 56 && i.bos_token == 1 && i.eos_token == 2, "A's text");
+    CHECK(i.image_size == 28 && i.patch_size == 7 && i.n_patches == 16 && i.vision_n_embd == 32 &&
+          i.vision_n_layer == 2 && i.vision_n_head == 4 && i.vision_n_ff == 64 && i.vision_feature_layer == 2 &&
+          i.n_image_tokens == 16, "A's tower");
+    CHECK(i.chat_template == ASTROVL_TEMPLATE_VICUNA && strcmp(i.name, "random A") == 0, "A's template and name");
+    astrovl_get_info(b.model, &i);
+    CHECK(i.n_vocab == 400 && i.n_head == 4 && i.n_head_kv == 2 && i.head_dim == 8 && i.n_patches == 25 &&
+          i.vision_n_layer == 3 && i.vision_feature_layer == 2 && i.rope_theta == 500000.0f &&
+          i.chat_template == ASTROVL_TEMPLATE_LLAMA3, "B");
+    CHECK(astrovl_n_files(a.model) == 2 && astrovl_file(a.model, 1) && !astrovl_file(a.model, 2), "A's files");
+    models_kit_close(&a);
+    models_kit_close(&b);
+}
+
+// ---- limits, failures, and what they leave behind
+
+static astrovl_session *models_small_session(const models_kit *kit, int n_ctx, astrovl_progress progress, void *user) {
+    astrovl_session_options o;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_session *s;
+    memset(&o, 0, sizeof o);
+    o.mode = ASTROVL_EXACT;
+    o.n_threads = 2;
+    o.n_ctx = n_ctx;
+    o.progress = progress;
+    o.progress_user = user;
+    s = astrovl_session_new(kit->model, &o, &err);
+    CHECK(s, "%s", err.message);
+    if (!s) exit(1);
+    return s;
+}
+
+static void models_arguments(void) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_session_options o;
+    astrovl_generation g;
+    astrovl_image empty = {0, 0, NULL, 1};
+    astrovl_error err = {ASTROVL_OK, ""};
+    float *logits;
+    int32_t tokens[4] = {3, 4, 5, 6}, beyond = 400, negative = -1;
+    models_kit_open(&kit, 'b');
+    logits = models_logits(&kit, 4);
+    memset(&o, 0, sizeof o);
+    o.n_ctx = 1025;
+    FAILS(!astrovl_session_new(kit.model, &o, &err), ARGUMENT, "a context beyond the model's");
+    o.n_ctx = -1;
+    FAILS(!astrovl_session_new(kit.model, &o, &err), ARGUMENT, "a negative context");
+    s = models_small_session(&kit, 0, NULL, NULL);
+    CHECK(astrovl_session_n_ctx(s) == 1024, "the model's own context: %d", astrovl_session_n_ctx(s));
+    FAILS(astrovl_eval_tokens(s, &beyond, 1, NULL, 0, &err) != ASTROVL_OK, ARGUMENT, "token 400 of 400");
+    FAILS(astrovl_eval_tokens(s, &negative, 1, NULL, 0, &err) != ASTROVL_OK, ARGUMENT, "token -1");
+    FAILS(astrovl_eval_tokens(s, tokens, 0, NULL, 0, &err) != ASTROVL_OK, ARGUMENT, "no tokens");
+    FAILS(astrovl_eval_tokens(s, NULL, 3, NULL, 0, &err) != ASTROVL_OK, ARGUMENT, "tokens NULL");
+    FAILS(astrovl_eval_tokens(s, tokens, 3, logits, 4, &err) != ASTROVL_OK, ARGUMENT, "4 logits of 3 tokens");
+    FAILS(astrovl_eval_tokens(s, tokens, 3, NULL, 1, &err) != ASTROVL_OK, ARGUMENT, "logits NULL");
+    FAILS(astrovl_eval_embeddings(s, NULL, 3, NULL, 0, &err) != ASTROVL_OK, ARGUMENT, "rows NULL");
+    FAILS(!astrovl_chat(s, kit.images, 2, "One <image> mark.", NULL, &err), ARGUMENT, "one mark for two images");
+    FAILS(!astrovl_chat(s, NULL, 1, "What?", NULL, &err), ARGUMENT, "images NULL");
+    FAILS(!astrovl_chat(s, &empty, 1, "What?", NULL, &err), ARGUMENT, "an empty image");
+    FAILS(!astrovl_chat(s, NULL, 0, NULL, NULL, &err), ARGUMENT, "text NULL");
+    g = models_options(&kit, -1);
+    FAILS(!astrovl_chat(s, NULL, 0, "What?", &g, &err), ARGUMENT, "max_tokens -1");
+    g = models_options(&kit, 1);
+    g.temperature = -1;
+    FAILS(!astrovl_chat(s, NULL, 0, "What?", &g, &err), ARGUMENT, "a negative temperature");
+    CHECK(astrovl_session_n_past(s) == 0, "%d positions after nothing but mistakes", astrovl_session_n_past(s));
+    free(logits);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+static void models_full_context(void) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_generation o;
+    astrovl_stats stats;
+    astrovl_error err = {ASTROVL_OK, ""};
+    int32_t tokens[41];
+    float *before, *after;
+    char *answer, full[1024];
+    int n_prompt;
+    models_kit_open(&kit, 'a');
+    before = models_logits(&kit, 1);
+    after = models_logits(&kit, 1);
+    models_some_tokens(tokens, 41, 384);
+    s = models_small_session(&kit, 40, NULL, NULL);
+    FAILS(astrovl_eval_tokens(s, tokens, 41, NULL, 0, &err) != ASTROVL_OK, LIMIT, "41 tokens in 40 places");
+    CHECK(astrovl_session_n_past(s) == 0, "%d positions after a refusal", astrovl_session_n_past(s));
+    CHECK(astrovl_eval_tokens(s, tokens, 39, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
+    FAILS(astrovl_eval_tokens(s, tokens, 2, NULL, 0, &err) != ASTROVL_OK, LIMIT, "2 tokens in one place");
+    CHECK(astrovl_session_n_past(s) == 39, "%d positions after a refusal", astrovl_session_n_past(s));
+    CHECK(astrovl_eval_tokens(s, tokens + 39, 1, after, 1, &err) == ASTROVL_OK, "%s", err.message);
+    FAILS(astrovl_eval_tokens(s, tokens, 1, NULL, 0, &err) != ASTROVL_OK, LIMIT, "one token in no place");
+    astrovl_session_free(s);
+    s = models_small_session(&kit, 40, NULL, NULL);
+    CHECK(astrovl_eval_tokens(s, tokens, 40, before, 1, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(memcmp(before, after, models_row_bytes(&kit)) == 0, "refusals changed what came after");
+    FAILS(!astrovl_chat(s, NULL, 0, "What?", NULL, &err), LIMIT, "a turn in a full context");
+    CHECK(astrovl_session_n_past(s) == 40, "%d positions after a refused turn", astrovl_session_n_past(s));
+    astrovl_session_free(s);
+    // the context ends an answer, which begins as it would have; then there is no room for another turn
+    n_prompt = (int)models_n_rows(&kit, models_field(&kit.gold, "one", "prompt"));
+    s = models_small_session(&kit, n_prompt + 10, NULL, NULL);
+    o = models_options(&kit, 64);
+    answer = models_ask(&kit, s, "one", 1, &o, &err);
+    astrovl_get_stats(s, &stats);
+    CHECK(answer && stats.stopped_by_limit, "%s", err.message);
+    CHECK(stats.n_answer_tokens >= 10 && stats.n_answer_tokens <= 11, "%d tokens in 10 places", stats.n_answer_tokens);
+    models_text(&kit.gold, "one", "text", full, sizeof full);
+    CHECK(answer && strncmp(answer, full, strlen(answer)) == 0, "\"%s\" is not how \"%s\" begins",
+          answer ? answer : "", full);
+    astrovl_free(answer);
+    FAILS(!astrovl_chat(s, NULL, 0, "And?", &o, &err), LIMIT, "a turn in a full context");
+    astrovl_session_free(s);
+    free(before);
+    free(after);
+    models_kit_close(&kit);
+}
+
+typedef struct models_stopper { int calls, stop_at; } models_stopper;
+
+static int models_stop_progress(void *user, const char *stage, int done, int total) {
+    models_stopper *stopper = (models_stopper *)user;
+    CHECK(strcmp(stage, "image") == 0 || strcmp(stage, "prompt") == 0, "stage %s", stage);
+    CHECK(done >= 0 && done <= total && total > 0, "%s %d/%d", stage, done, total);
+    return stopper->calls++ == stopper->stop_at;
+}
+
+// The two-turn conversation, and between its turns one that is cancelled, at every place where it can be: it must go on
+// as if that turn had never been asked.
+static void models_cancelled_turns(int which) {
+    models_kit kit;
+    int stop_at, n_cancelled = 0, n_reports = 1;
+    models_kit_open(&kit, which);
+    for (stop_at = 0; stop_at < n_reports; stop_at++) {
+        models_stopper stopper = {0, -1};
+        astrovl_session *s = models_small_session(&kit, 0, models_stop_progress, &stopper);
+        astrovl_generation o = models_options(&kit, (int)models_field(&kit.gold, "turn1", "tokens")->count);
+        astrovl_error err = {ASTROVL_OK, ""};
+        char *answer;
+        int n_past;
+        answer = models_ask(&kit, s, "turn1", 1, &o, &err);
+        models_check_answer(&kit, s, "turn1", answer);
+        astrovl_free(answer);
+        n_past = astrovl_session_n_past(s);
+        n_reports = stopper.calls;
+        stopper.calls = 0;
+        stopper.stop_at = stop_at;
+        answer = astrovl_chat(s, &kit.images[1], 1, "And this one?", &o, &err);
+        stopper.stop_at = -1;
+        if (!answer) {
+            CHECK(models_failed(&err, 1, ASTROVL_CANCELLED), "report %d said stop", stop_at);
+            CHECK(astrovl_session_n_past(s) == n_past, "%d positions after a cancelled turn, %d before",
+                  astrovl_session_n_past(s), n_past);
+            o.max_tokens = 64;
+            answer = models_ask(&kit, s, "turn2", 0, &o, &err);
+            models_check_answer(&kit, s, "turn2", answer);
+            n_cancelled++;
+        }
+        astrovl_free(answer);
+        astrovl_session_free(s);
+    }
+    CHECK(n_cancelled >= 5, "cancelled at %d places", n_cancelled);   // before each layer that runs: 2 and 3
+    models_kit_close(&kit);
+}
+
+static void models_cancelled_a(void) { models_cancelled_turns('a'); }
+static void models_cancelled_b(void) { models_cancelled_turns('b'); }
+
+// Fails the n-th allocation for every n, in each of open, session_new and chat.
+static void models_out_of_memory(int which) {
+    models_kit kit;
+    astrovl_session *s = NULL;
+    astrovl_generation o;
+    astrovl_session_options options;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_model *m = NULL;
+    char question[256], *answer = NULL;
+    long at, live, sites = 0;
+    int done, n_past;
+    models_kit_open(&kit, which);
+    for (at = 0, done = 0; !done; at++, sites++) {
+        live = g_live;
+        alloc_fail_at(at);
+        m = models_open(which, NULL, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) {
+            FAILS(!m, MEMORY, "open, allocation %ld", at);
+            CHECK(g_live == live, "open, allocation %ld: %ld blocks leak", at, g_live - live);
+        }
+        if (m && !done) astrovl_close(m);
+    }
+    CHECK(m && sites > 50, "%ld allocations in open: %s", sites, err.message);
+    astrovl_close(m);
+    memset(&options, 0, sizeof options);
+    options.mode = ASTROVL_EXACT;
+    options.n_threads = 3;
+    for (at = 0, done = 0; !done; at++) {
+        live = g_live;
+        alloc_fail_at(at);
+        s = astrovl_session_new(kit.model, &options, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) {
+            FAILS(!s, MEMORY, "session_new, allocation %ld", at);
+            CHECK(g_live == live, "session_new, allocation %ld: %ld blocks leak", at, g_live - live);
+            astrovl_session_free(s);
+        }
+    }
+    CHECK(s && at > 4, "%ld allocations in session_new: %s", at, err.message);
+    o = models_options(&kit, (int)models_field(&kit.gold, "turn1", "tokens")->count);
+    models_text(&kit.gold, "turn1", "question", question, sizeof question);
+    for (at = 0, done = 0, sites = 0; s && !done; at++, sites++) {   // each in a new session: a warm one allocates less
+        astrovl_session_free(s);
+        s = astrovl_session_new(kit.model, &options, &err);
+        alloc_fail_at(at);
+        answer = astrovl_chat(s, kit.images, 1, question, &o, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) {
+            FAILS(!answer, MEMORY, "chat, allocation %ld", at);
+            CHECK(astrovl_session_n_past(s) == 0, "chat, allocation %ld: %d positions", at, astrovl_session_n_past(s));
+            astrovl_free(answer);
+        }
+    }
+    CHECK(sites > 20, "%ld allocations in chat", sites);
+    models_check_answer(&kit, s, "turn1", answer);
+    astrovl_free(answer);
+    n_past = astrovl_session_n_past(s);
+    o.max_tokens = 64;
+    models_text(&kit.gold, "turn2", "question", question, sizeof question);
+    for (at = 0, done = 0; !done; at++) {   // the second turn, tried until it works, in one session
+        alloc_fail_at(at);
+        answer = astrovl_chat(s, NULL, 0, question, &o, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) {
+            FAILS(!answer, MEMORY, "second turn, allocation %ld", at);
+            CHECK(astrovl_session_n_past(s) == n_past, "second turn, allocation %ld: %d positions", at,
+                  astrovl_session_n_past(s));
+            astrovl_free(answer);
+        }
+    }
+    models_check_answer(&kit, s, "turn2", answer);
+    astrovl_free(answer);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+static void models_out_of_memory_a(void) { models_out_of_memory('a'); }
+static void models_out_of_memory_b(void) { models_out_of_memory('b'); }
+
+// ---- how an answer ends, and how it is shown
+
+typedef struct models_listener {
+    char text[2048];
+    int  calls, cancel_at;
+} models_listener;
+
+static int models_listen(void *user, const char *text, size_t size) {
+    models_listener *l = (models_listener *)user;
+    CHECK(size > 0 && ((unsigned char)text[0] & 0xC0) != 0x80, "a piece begins inside a character");
+    strncat(l->text, text, size < sizeof l->text - strlen(l->text) - 1 ? size : 0);
+    return l->calls++ == l->cancel_at;
+}
+
+static void models_streaming(int which) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_generation o;
+    astrovl_stats stats;
+    models_listener heard;
+    astrovl_error err = {ASTROVL_OK, ""};
+    char question[256], full[1024], stop[16], *answer;
+    const char *stops[2];
+    size_t cut;
+    models_kit_open(&kit, which);
+    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    models_text(&kit.gold, "one", "question", question, sizeof question);
+    models_text(&kit.gold, "one", "text", full, sizeof full);
+    for (cut = 1; cut + 5 < strlen(full); cut += 7) {         // a stop text anywhere, mostly across tokens
+        const char *first;
+        while (((unsigned char)full[cut] & 0xC0) == 0x80) cut++;
+        memcpy(stop, full + cut, 5);
+        stop[5] = 0;
+        first = strstr(full, stop);
+        stops[0] = "this is nowhere in it";
+        stops[1] = stop;
+        memset(&heard, 0, sizeof heard);
+        heard.cancel_at = -1;
+        o = models_options(&kit, 64);
+        o.stop = stops;
+        o.n_stop = 2;
+        o.on_text = models_listen;
+        o.user = &heard;
+        astrovl_session_reset(s);
+        answer = astrovl_chat(s, kit.images, 1, question, &o, &err);
+        CHECK(answer && first && strlen(answer) == (size_t)(first - full) && memcmp(answer, full, strlen(answer)) == 0,
+              "stop at \"%s\": \"%s\"", stop, answer ? answer : err.message);
+        CHECK(answer && strcmp(heard.text, answer) == 0, "shown \"%s\", returned \"%s\"", heard.text,
+              answer ? answer : "");
+        astrovl_get_stats(s, &stats);
+        CHECK(!stats.stopped_by_limit || stats.n_answer_tokens == 64, "stopped by a text, not by a limit");
+        astrovl_free(answer);
+    }
+    memset(&heard, 0, sizeof heard);                          // cancelled: the answer so far is kept
+    heard.cancel_at = 2;
+    o.n_stop = 0;
+    astrovl_session_reset(s);
+    answer = astrovl_chat(s, kit.images, 1, question, &o, &err);
+    CHECK(answer && *answer && strcmp(heard.text, answer) == 0 && strncmp(answer, full, strlen(answer)) == 0 &&
+          heard.calls == 3, "cancelled after 3 of %d pieces: \"%s\"", heard.calls, answer ? answer : err.message);
+    astrovl_free(answer);
+    o.on_text = NULL;
+    answer = astrovl_chat(s, NULL, 0, "And?", &o, &err);      // and the conversation goes on
+    CHECK(answer, "%s", err.message);
+    astrovl_free(answer);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+static void models_streaming_a(void) { models_streaming('a'); }
+static void models_streaming_b(void) { models_streaming('b'); }
+
+// With the end token set to the ninth token of the usual answer, that answer is eight tokens long (B: one file).
+static void models_end_token(void) {
+    models_kit kit;
+    const models_value *tokens;
+    astrovl_model *m;
+    astrovl_session *s;
+    astrovl_generation o;
+    astrovl_stats stats;
+    astrovl_error err = {ASTROVL_OK, ""};
+    models_kit twin;
+    size_t size;
+    unsigned char *bytes = read_file(models_b_files[0], &size);
+    unsigned char *at = models_after(bytes, size, "tokenizer.ggml.eos_token_id", 1);
+    char full[1024], *answer;
+    int n_answer = 0, place;
+    models_kit_open(&kit, 'b');
+    tokens = models_field(&kit.gold, "one", "tokens");
+    models_store(at, (uint32_t)models_int(tokens, 8));
+    for (place = 0; models_int(tokens, place) != models_int(tokens, 8); place++) {}
+    m = models_open_bytes(bytes, size, &err);
+    CHECK(m && astrovl_token_is_end(m, models_int(tokens, 8)), "%s", err.message);
+    twin = kit;
+    twin.model = m;
+    s = models_session(&twin, ASTROVL_EXACT, 1, NULL, NULL);
+    o = models_options(&kit, 64);
+    answer = models_ask(&kit, s, "one", 1, &o, &err);
+    models_text(&kit.gold, "one", "text", full, sizeof full);
+    astrovl_get_stats(s, &stats);
+    astrovl_answer_tokens(s, &n_answer);
+    CHECK(answer && n_answer == place && stats.n_answer_tokens == place && !stats.stopped_by_limit &&
+          strncmp(answer, full, strlen(answer)) == 0, "%d tokens: \"%s\"", n_answer, answer ? answer : err.message);
+    astrovl_free(answer);
+    astrovl_session_free(s);
+    astrovl_close(m);
+    free(bytes);
+    models_kit_close(&kit);
+}
+
+static void models_one_call(void) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_generation o;
+    astrovl_error err = {ASTROVL_OK, ""};
+    char *session_answer, *answer;
+    models_kit_open(&kit, 'a');
+    o = models_options(&kit, 12);
+    s = models_session(&kit, ASTROVL_FAST, 2, NULL, NULL);
+    session_answer = astrovl_chat(s, kit.images, 1, ASTROVL_CAPTION_PROMPT, &o, &err);
+    answer = astrovl_caption_file(kit.model, "test/golden/models_1.png", &o, &err);
+    CHECK(answer && session_answer && strcmp(answer, session_answer) == 0, "caption: %s", err.message);
+    astrovl_free(answer);
+    answer = astrovl_ask(kit.model, &kit.images[0], ASTROVL_CAPTION_PROMPT, &o, &err);
+    CHECK(answer && session_answer && strcmp(answer, session_answer) == 0, "ask: %s", err.message);
+    astrovl_free(answer);
+    astrovl_free(session_answer);
+    answer = astrovl_ask(kit.model, NULL, "How many stars are there?", &o, &err);
+    CHECK(answer && *answer, "a question without an image: %s", err.message);
+    astrovl_free(answer);
+    FAILS(!astrovl_caption_file(kit.model, "test/golden/no_such_image.png", &o, &err), FILE, "no image");
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+// Changes bytes, mostly in the keys before the vocabulary, some in the vocabulary, the list of tensors and the weights
+// (where they make infinities and NaNs), and runs whatever still opens: errors are fine, crashes are not.
+static void models_mutated(void) {
+    size_t size, metadata, keys;
+    unsigned char *bytes = read_file(models_b_files[0], &size);
+    astrovl_image image = {0, 0, NULL, 1};
+    astrovl_error err = {ASTROVL_OK, ""};
+    uint64_t random = 7;
+    int round, n_opened = 0, rounds = getenv("MODELS_ROUNDS") ? atoi(getenv("MODELS_ROUNDS")) : 300;
+    astrovl_gguf *file = astrovl_gguf_open(models_b_files[0], 0, &err);
+    metadata = (size_t)astrovl_gguf_tensor(file, 0)->offset;
+    keys = (size_t)(models_after(bytes, size, "tokenizer.ggml.tokens", 1) - bytes);
+    astrovl_gguf_close(file);
+    CHECK(astrovl_image_load("test/golden/models_1.png", 0, &image, &err) == ASTROVL_OK, "%s", err.message);
+    for (round = 0; round < rounds; round++) {
+        unsigned char *copy = (unsigned char *)malloc(size);
+        astrovl_model *m;
+        int i, n = 1 + (int)(avl__random(&random) * 2);
+        memcpy(copy, bytes, size);
+        for (i = 0; i < n; i++) {
+            double where = avl__random(&random);
+            size_t first = where < 0.75 ? 0 : where < 0.85 ? keys : metadata;
+            size_t end = where < 0.75 ? keys : where < 0.85 ? metadata : size;
+            size_t at = first + (size_t)(avl__random(&random) * (double)(end - first));
+            copy[at] = (unsigned char)(avl__random(&random) * 256);
+        }
+        m = models_open_bytes(copy, size, &err);
+        if (m) {
+            astrovl_info info;
+            astrovl_get_info(m, &info);
+            if (info.image_size <= 4096 && (int64_t)info.n_patches <= 4096) {
+                astrovl_generation o;
+                astrovl_session_options so;
+                astrovl_session *s;
+                char *answer = NULL;
+                memset(&o, 0, sizeof o);
+                memset(&so, 0, sizeof so);
+                o.max_tokens = 3;
+                so.n_threads = 1;
+                so.n_ctx = info.n_ctx_train < 256 ? 0 : 256;
+                s = astrovl_session_new(m, &so, &err);
+                if (s) answer = astrovl_chat(s, &image, 1, "What is <|eot_id|> this?", &o, &err);
+                n_opened += answer != NULL;
+                astrovl_free(answer);
+                astrovl_session_free(s);
+            }
+        } else {
+            CHECK(err.status != ASTROVL_OK && err.message[0], "an error without words");
+            if (getenv("MODELS_VERBOSE")) printf("    %s\n", err.message);
+        }
+        astrovl_close(m);
+        free(copy);
+    }
+    CHECK(n_opened > rounds / 20, "%d of %d mutants ran", n_opened, rounds);
+    astrovl_image_free(&image);
+    free(bytes);
+}
+
+// ---- sampling
+
+static void models_draws(const char *what, const astrovl_generation *o, const int *expected) {
+    static const float logits[12] = {1.5f, -0.5f, 2.0f, 0.25f, 1.0f, -3.0f, 1.9f, 0.0f, 2.0f, -1.0f, 0.75f, 1.25f};
+    uint64_t state = o->seed;
+    int i;
+    for (i = 0; i < 24; i++) {
+        float copy[12];
+        int32_t token;
+        memcpy(copy, logits, sizeof copy);
+        token = astrovl_sample(copy, 12, o, NULL, 0, &state);
+        CHECK(token == expected[i], "%s: draw %d is %d, expected %d", what, i, (int)token, expected[i]);
+    }
+}
+
+// Computed with Python: exp in double, sorting, SplitMix64 (whose first output for seed 0 is E220A8397B1DCDAF).
+static const int models_draws_plain[24] = {6, 8, 11, 6, 6, 8, 10, 6, 2, 8, 4, 6, 6, 6, 4, 2, 8, 8, 8, 10, 0, 0, 6, 1};
+static const int models_draws_cold[24] = {6, 8, 11, 6, 6, 8, 8, 6, 2, 8, 4, 6, 6, 6, 6, 2, 8, 8, 8, 8, 0, 0, 6, 2};
+static const int models_draws_top_k[24] = {6, 8, 8, 6, 6, 8, 8, 6, 2, 8, 6, 6, 6, 6, 6, 2, 6, 8, 8, 8, 2, 2, 6, 2};
+static const int models_draws_top_p[24] = {6, 8, 8, 2, 2, 8, 8, 6, 2, 8, 2, 6, 2, 6, 2, 0, 6, 8, 6, 8, 0, 0, 6, 0};
+static const int models_draws_min_p[24] = {6, 8, 11, 6, 6, 8, 8, 6, 2, 8, 6, 6, 6, 6, 6, 2, 8, 8, 8, 11, 0, 0, 6, 0};
+static const int models_draws_all[24] = {0, 6, 2, 6, 0, 6, 8, 8, 6, 6, 8, 6, 6, 2, 0, 0, 0, 0, 6, 6, 8, 6, 6, 6};
+
+static void models_sampling_draws(void) {
+    astrovl_generation o;
+    memset(&o, 0, sizeof o);
+    o.temperature = 1.0f;
+    o.seed = 1;
+    models_draws("temperature 1", &o, models_draws_plain);
+    o.temperature = 0.5f;
+    models_draws("temperature 0.5", &o, models_draws_cold);
+    o.temperature = 1.0f;
+    o.top_k = 3;
+    models_draws("top-k 3", &o, models_draws_top_k);
+    o.top_k = 0;
+    o.top_p = 0.6f;
+    models_draws("top-p 0.6", &o, models_draws_top_p);
+    o.top_p = 0;
+    o.min_p = 0.4f;
+    models_draws("min-p 0.4", &o, models_draws_min_p);
+    o.top_k = 6;
+    o.top_p = 0.8f;
+    o.min_p = 0.5f;
+    o.seed = 123456789;
+    models_draws("all three", &o, models_draws_all);
+}
+
+// 40,000 draws come out as often as the softmax says.
+static void models_sampling_frequencies(void) {
+    static const float p[5] = {0.4f, 0.1f, 0.25f, 0.2f, 0.05f};
+    static const float logs[5] = {-0.91629073f, -2.30258509f, -1.38629436f, -1.60943791f, -2.99573227f};
+    int counts[5] = {0, 0, 0, 0, 0}, i, n = 40000;
+    uint64_t state = 99;
+    astrovl_generation o;
+    memset(&o, 0, sizeof o);
+    o.temperature = 1.0f;
+    for (i = 0; i < n; i++) {
+        float copy[5];
+        memcpy(copy, logs, sizeof copy);
+        counts[astrovl_sample(copy, 5, &o, NULL, 0, &state)]++;
+    }
+    for (i = 0; i < 5; i++) {
+        double share = (double)counts[i] / n, difference = share > p[i] ? share - p[i] : p[i] - share;
+        CHECK(difference < 0.01, "token %d came in %.4f of the draws, its probability is %.2f", i, share, p[i]);
+    }
+}
+
+static void models_sampling_edges(void) {
+    astrovl_generation o;
+    uint64_t state = 5;
+    float ties[6] = {-1.0f, 3.0f, 0.0f, 3.0f, 3.0f, 2.0f}, copy[6], one[1] = {-7.0f};
+    float penalised[4] = {2.0f, 1.9f, -1.0f, 0.5f};
+    float infinite[3];
+    int32_t history[5] = {0, 0, 2, 9, -4};
+    int i;
+    memcpy(copy, ties, sizeof copy);
+    CHECK(astrovl_sample(copy, 6, NULL, NULL, 0, NULL) == 1, "the lowest id wins a tie");
+    memset(&o, 0, sizeof o);
+    CHECK(astrovl_sample(one, 1, &o, NULL, 0, NULL) == 0, "a vocabulary of one");
+    CHECK(astrovl_sample(one, 0, &o, NULL, 0, NULL) == -1, "a vocabulary of none");
+    // repetition penalty 2: 2.0 -> 1.0 (once, though it was said twice), -1.0 -> -2.0; ids outside the vocabulary:
+    // ignored
+    o.repetition_penalty = 2.0f;
+    CHECK(astrovl_sample(penalised, 4, &o, history, 5, NULL) == 1, "the penalty moves the choice");
+    CHECK(penalised[0] == 1.0f && penalised[1] == 1.9f && penalised[2] == -2.0f && penalised[3] == 0.5f,
+          "penalised logits %g %g %g %g", penalised[0], penalised[1], penalised[2], penalised[3]);
+    o.repetition_window = 2;      // only 9 and -4 are looked at
+    penalised[0] = 2.0f;
+    CHECK(astrovl_sample(penalised, 4, &o, history, 5, NULL) == 0, "what lies before the window is forgotten");
+    // top-k 1 and a tiny top-p are greedy, ties included
+    memset(&o, 0, sizeof o);
+    o.temperature = 1.0f;
+    for (i = 0; i < 50; i++) {
+        o.top_k = i % 2;
+        o.top_p = i % 2 ? 0.0f : 1e-6f;
+        memcpy(copy, ties, sizeof copy);
+        CHECK(astrovl_sample(copy, 6, &o, NULL, 0, &state) == 1, "top-k %d, top-p %g", o.top_k, o.top_p);
+    }
+    // a token with logit minus infinity never comes
+    memset(&o, 0, sizeof o);
+    o.temperature = 1.0f;
+    for (i = 0; i < 200; i++) {
+        infinite[0] = infinite[2] = 0.0f;
+        infinite[1] = avl__float_from_bits(0xFF800000u);
+        CHECK(astrovl_sample(infinite, 3, &o, NULL, 0, &state) != 1, "an impossible token");
+    }
+}
+
+// The same seed, the same text; another seed, another text.
+static void models_sampling_text(void) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_generation o;
+    char *texts[4];
+    int i;
+    models_kit_open(&kit, 'a');
+    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    o = models_options(&kit, 32);
+    o.temperature = 1.0f;
+    o.top_p = 0.9f;
+    o.repetition_penalty = 1.2f;
+    for (i = 0; i < 4; i++) {
+        o.seed = i == 3 ? 8 : 7;
+        astrovl_session_reset(s);
+        texts[i] = astrovl_chat(s, kit.images, 1, "What is in this image?", &o, NULL);
+        if (!texts[i]) exit(1);
+    }
+    CHECK(strcmp(texts[0], texts[1]) == 0 && strcmp(texts[0], texts[2]) == 0, "one seed, two texts: \"%s\", \"%s\"",
+          texts[0], texts[1]);
+    CHECK(strcmp(texts[0], texts[3]) != 0, "two seeds, one text: \"%s\"", texts[0]);
+    for (i = 0; i < 4; i++) astrovl_free(texts[i]);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+static void tests_models(void) {
+    run("models: what the files say", models_info);
+    run("models: A layer by layer as transformers", models_layers_a);
+    run("models: B layer by layer as transformers", models_layers_b);
+    run("models: A's greedy tokens as transformers", models_greedy_a);
+    run("models: B's greedy tokens as transformers", models_greedy_b);
+    run("models: A's dialogues as transformers", models_chat_a);
+    run("models: B's dialogues as transformers", models_chat_b);
+    run("models: prompt templates", models_layouts);
+    run("models: a template for another vocabulary", models_foreign_template);
+    run("models: the same bits with 1, 2, 3, 8 threads", models_threads);
+    run("models: the same bits in one piece and in many", models_pieces);
+    run("models: rewind and reset", models_rewind);
+    run("models: mapped, read, in memory", models_ways_to_open);
+    run("models: F16 and BF16 of one value", models_f16_and_bf16);
+    run("models: keys that contradict the tensors", models_wrong_keys);
+    run("models: every tensor missing once", models_missing_tensors);
+    run("models: parts of a model", models_parts);
+    run("models: wrong arguments", models_arguments);
+    run("models: a full context", models_full_context);
+    run("models: A, cancelled turns leave no trace", models_cancelled_a);
+    run("models: B, cancelled turns leave no trace", models_cancelled_b);
+    run("models: A out of memory at every allocation", models_out_of_memory_a);
+    run("models: B out of memory at every allocation", models_out_of_memory_b);
+    run("models: A's answer in pieces, with stop texts", models_streaming_a);
+    run("models: B's answer in pieces, with stop texts", models_streaming_b);
+    run("models: the end token", models_end_token);
+    run("models: one-call functions", models_one_call);
+    run("models: mutated files", models_mutated);
+    run("models: sampling, fixed draws", models_sampling_draws);
+    run("models: sampling, frequencies", models_sampling_frequencies);
+    run("models: sampling, edges", models_sampling_edges);
+    run("models: sampling, seeds", models_sampling_text);
+}
+
+
+int main(int argc, char **argv) {
+    g_words = argv + 1;
+    g_n_words = argc - 1;
+    tests_numbers();
+    tests_ops();
+    tests_gguf();
+    tests_text();
+    tests_images();
+    tests_models();
+    printf("%d passed, %d failed\n", g_passed, g_failed);
+    return g_failed > 0;
+}
+
