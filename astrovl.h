@@ -6768,16 +6768,22 @@ static void avl__prompt_user(avl__prompt *p, const char *text, int n_images) {
     avl__prompt_text(p, text);
 }
 
-// The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source.
+// The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source: what stands
+// there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
 static void avl__prompt_chatml_system(avl__prompt *p) {
-    static const char open[] = "<|im_start|>system\\n";
+    static const char open[] = "<|im_start|>system";
     astrovl_string jinja = avl__key_string(&p->s->model->weights, "tokenizer.chat_template"), rest;
     const char *start = avl__find_text(jinja, open), *end;
+    size_t skip;
     if (!start) return;
     rest.data = start + sizeof open - 1;
     rest.size = jinja.size - (size_t)(rest.data - jinja.data);
+    skip = rest.size > 1 && *rest.data == '\n' ? 1 : rest.size > 2 && rest.data[0] == '\\' && rest.data[1] == 'n' ? 2 : 0;
+    rest.data += skip;
+    rest.size -= skip;
     end = avl__find_text(rest, "<|im_end|>");
-    if (!end || memchr(rest.data, '\'', (size_t)(end - rest.data)) || memchr(rest.data, '"', (size_t)(end - rest.data))) return;
+    if (!skip || !end) return;
+    if (memchr(rest.data, '\'', (size_t)(end - rest.data)) || memchr(rest.data, '"', (size_t)(end - rest.data))) return;
     avl__bytes_put(&p->text, rest.data, (size_t)(end - rest.data));
 }
 
