@@ -354,7 +354,7 @@ typedef enum astrovl_mode {
 // shape   [n_dims], slowest first;   data   float32, valid during the call
 typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data);
 
-// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels.
+// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels (but not once done is total).
 typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
 
 typedef struct astrovl_session_options {

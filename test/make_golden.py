@@ -30,7 +30,6 @@ import tokenizers
 import torch
 import transformers
 import transformers.models.llama.modeling_llama as models_llama
-from PIL import Image
 from PIL import Image, ImageOps
 from gguf.scripts.gguf_convert_endian import byteswap_tensors
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -314,9 +313,9 @@ def make_images(folder):
 
 # =====================================================================================================================
 # Models
-# Two tiny random LLaVA models, computed by transformers in float32: weights as GGUF files, every intermediate tensor, greedy
-# continuations. Read by test.c's "models" tests.
-#   models_a_text.gguf, models_a_mmproj.gguf   LLaMA-2-like, two files, F32 and F16, SentencePiece vocabulary, MLP projector
+# Two tiny random LLaVA models, computed by transformers in float32: weights as GGUF files, every intermediate tensor,
+# greedy continuations. Read by test.c's "models" tests.
+#   models_a_text.gguf, models_a_mmproj.gguf   LLaMA-2-like, two files, F32 and F16, SentencePiece vocabulary, MLP
 #   models_b.gguf                              LLaMA-3-like, one file, BF16 and F16, byte-level BPE, linear projector
 #   models_chatml.gguf                         a vocabulary alone, with a chatml template
 #   models_a.gold, models_b.gold               expected values (models_write_gold tells the format)
@@ -333,10 +332,10 @@ MODELS_GREEDY = 64
 MODELS_MARGIN = 1e-3
 MODELS_MAX_VALUES = 211      # of one tensor that are stored
 
-# ---- text: two vocabularies trained on these lines -----------------------------------------------------------------------
+# ---- text: two vocabularies trained on these lines -------------------------------------------------------------------
 
-MODELS_SYSTEM_A = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-                   "detailed, and polite answers to the user's questions.")
+MODELS_SYSTEM_A = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+                   "helpful, detailed, and polite answers to the user's questions.")
 MODELS_SYSTEM_B = "You answer questions about the sky."
 MODELS_LINES = [
     MODELS_SYSTEM_A, MODELS_SYSTEM_A, MODELS_SYSTEM_A, MODELS_SYSTEM_B,
@@ -367,9 +366,10 @@ class models_spm:            # SentencePiece BPE with byte fallback, as LLaMA 2
     def __init__(self, n_vocab):
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(MODELS_LINES), model_writer=out, vocab_size=n_vocab, model_type="bpe", byte_fallback=True,
-            character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
-            split_digits=True, minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1000)
+            sentence_iterator=iter(MODELS_LINES), model_writer=out, vocab_size=n_vocab, model_type="bpe",
+            byte_fallback=True, character_coverage=0.98, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, num_threads=1, split_digits=True, minloglevel=2, unk_id=0, bos_id=1, eos_id=2,
+            pad_id=-1, max_sentence_length=1000)
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
         self.n_vocab = self.sp.get_piece_size()
         self.bos, self.end, self.image_token, self.ends = 1, 2, 0, [2]
@@ -411,12 +411,13 @@ class models_spm:            # SentencePiece BPE with byte fallback, as LLaMA 2
         w.add_chat_template(self.template)
 
 
-class models_bpe:            # byte-level BPE with LLaMA 3's pre-tokenizer; the models_chatml class has other special tokens
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+class models_bpe:            # byte-level BPE with LLaMA 3's pre-tokenizer; models_chatml has other special tokens
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+               r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|start_header_id|>",
                 "<|end_header_id|>", "<|eot_id|>"]
-    template = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}"
-                "<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n")
+    template = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+                "{{ m['content'] }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n")
     system = MODELS_SYSTEM_B
 
     def __init__(self, n_vocab):
@@ -426,25 +427,29 @@ class models_bpe:            # byte-level BPE with LLaMA 3's pre-tokenizer; the 
                                         pre.ByteLevel(add_prefix_space=False, use_regex=False)])
         t.decoder = tokenizers.decoders.ByteLevel()
         t.train_from_iterator(MODELS_LINES, tokenizers.trainers.BpeTrainer(
-            vocab_size=n_vocab - len(self.specials), initial_alphabet=sorted(pre.ByteLevel.alphabet()), show_progress=False))
-        self.plain = tokenizers.Tokenizer.from_str(t.to_str())   # without special tokens: what a user's text is read with
+            vocab_size=n_vocab - len(self.specials), initial_alphabet=sorted(pre.ByteLevel.alphabet()),
+            show_progress=False))
+        self.plain = tokenizers.Tokenizer.from_str(t.to_str())   # without special tokens: for what a user typed
         t.add_special_tokens(self.specials)    # after the ordinary ones, as in LLaMA 3
         self.t, self.n_vocab = t, t.get_vocab_size()
         self.init_specials(t.token_to_id)
 
     def init_specials(self, i):
         t = self.t
-        self.bos, self.end, self.image_token = i("<|begin_of_text|>"), i("<|eot_id|>"), i("<|reserved_special_token_0|>")
+        self.bos, self.end = i("<|begin_of_text|>"), i("<|eot_id|>")
+        self.image_token = i("<|reserved_special_token_0|>")
         self.ends = [self.end, i("<|end_of_text|>")]
         vocab = t.get_vocab()
-        names = {c for c in tokenizers.pre_tokenizers.ByteLevel.alphabet() if ord(c) > 0x7E or c in "\"#$%&()*+/0<=>@[\\]^_`{|}~"}
+        names = {c for c in tokenizers.pre_tokenizers.ByteLevel.alphabet()
+                 if ord(c) > 0x7E or c in "\"#$%&()*+/0<=>@[\\]^_`{|}~"}
         self.quiet = [vocab[c] for c in names] + [vocab[s] for s in self.specials]
 
     def encode(self, text):
         return self.t.encode(text, add_special_tokens=False).ids
 
     def turn(self, text, first):
-        message = ("<|start_header_id|>system<|end_header_id|>\n\n" + MODELS_SYSTEM_B + "<|eot_id|>" if first else "<|eot_id|>")
+        message = "<|start_header_id|>system<|end_header_id|>\n\n" + MODELS_SYSTEM_B if first else ""
+        message += "<|eot_id|>"
         message += ("<|start_header_id|>user<|end_header_id|>\n\n" + text +
                     "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
         ids = [self.bos] if first else []
@@ -473,9 +478,10 @@ class models_bpe:            # byte-level BPE with LLaMA 3's pre-tokenizer; the 
 
 class models_chatml(models_bpe):
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    template = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-                "You look at the sky.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-                "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    template = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+                "{{ '<|im_start|>system\nYou look at the sky.<|im_end|>\n' }}{% endif %}"
+                "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
     def init_specials(self, i):
         self.bos, self.end = i("<|endoftext|>"), i("<|im_end|>")
@@ -485,9 +491,9 @@ class models_chatml(models_bpe):
         w.kv_data[0]["tokenizer.ggml.add_bos_token"].value = False
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
-def models_image(width, height, seed):         # a soft gradient with some stars: few bytes as PNG, every channel different
+def models_image(width, height, seed):         # a soft gradient with some stars: few bytes as PNG, no channels alike
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     rgb = np.stack([40 + 90 * x / width, 30 + 120 * y / height, 90 - 60 * x * y / (width * height)], axis=2)
@@ -506,7 +512,7 @@ def models_preprocess(image, size):            # LLaVA's image_aspect_ratio = pa
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))[None])
 
 
-# ---- the models ------------------------------------------------------------------------------------------------------------
+# ---- the models ------------------------------------------------------------------------------------------------------
 
 class models_linear(torch.nn.Module):          # LLaVA's projector of type "linear", which LlavaConfig has no word for
     def __init__(self, n_in, n_out):
@@ -533,7 +539,8 @@ def models_config(which, vocab):
                                             "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                             "original_max_position_embeddings": 256}, tie_word_embeddings=True)
     n_patches = (vision.image_size // vision.patch_size) ** 2
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=vocab.image_token, image_seq_length=n_patches,
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=vocab.image_token,
+                       image_seq_length=n_patches,
                        projector_hidden_act="gelu", vision_feature_layer=-2, vision_feature_select_strategy="default",
                        tie_word_embeddings=text.tie_word_embeddings)
 
@@ -551,7 +558,8 @@ def models_build(which, vocab, seed):
     config.text_config._attn_implementation = config.vision_config._attn_implementation = "eager"
     model = LlavaForConditionalGeneration(config).float().eval()
     if which == "b":
-        model.model.multi_modal_projector = models_linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        model.model.multi_modal_projector = models_linear(config.vision_config.hidden_size,
+                                                          config.text_config.hidden_size)
         model.tie_weights()
         assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     rng = torch.Generator().manual_seed(seed)
@@ -559,7 +567,7 @@ def models_build(which, vocab, seed):
         for name, p in model.named_parameters():
             x = torch.randn(p.shape, generator=rng)
             if which == "b" and name == "model.language_model.norm.weight":
-                pass                           # any sign: with tied embeddings, positive ones make it repeat its last token
+                pass                           # any sign: all positive, tied embeddings repeat their last token
             elif "norm" in name:
                 x = (1 if name.endswith("weight") else 0) + 0.2 * x
             elif p.dim() == 1:
@@ -577,7 +585,7 @@ def models_build(which, vocab, seed):
     return model
 
 
-# ---- GGUF ------------------------------------------------------------------------------------------------------------------
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 def models_permute(w, n_head):                 # transformers' half-split rows of a head -> GGUF's interleaved pairs
     return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
@@ -603,7 +611,8 @@ def models_rope_factors(config):               # LLaMA 3.1's frequency scaling, 
 MODELS_TEXT_NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
                      "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
                      "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-MODELS_VISION_NAMES = {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+MODELS_VISION_NAMES = {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.q_proj": "attn_q",
+                       "self_attn.k_proj": "attn_k",
                        "self_attn.v_proj": "attn_v", "self_attn.out_proj": "attn_out", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 
 
@@ -659,8 +668,8 @@ def models_write_vision_keys(w, config, n_layers, projector, feature_layer):
     w.add_uint32("clip.vision.attention.head_count", v.num_attention_heads)
     w.add_float32("clip.vision.attention.layer_norm_epsilon", v.layer_norm_eps)
     w.add_uint32("clip.vision.block_count", n_layers)
-    # llama.cpp's converter stores the index into transformers' hidden_states, where 0 is the embeddings: with 3 layers and
-    # vision_feature_layer = -2 that is 2, which is the number of layers that run.
+    # llama.cpp's converter stores the index into transformers' hidden_states, where 0 is the embeddings: with 3 layers
+    # and vision_feature_layer = -2 that is 2, which is the number of layers that run.
     if feature_layer is not None: w.add_array("clip.vision.feature_layer", [feature_layer])
     w.add_array("clip.vision.image_mean", MODELS_MEAN)
     w.add_array("clip.vision.image_std", MODELS_STD)
@@ -710,7 +719,7 @@ def models_write_gguf(which, folder, model, vocab):
     if which == "a": models_close(vision)
 
 
-# ---- running the reference ---------------------------------------------------------------------------------------------------
+# ---- running the reference -------------------------------------------------------------------------------------------
 
 def models_expand(model, ids):                 # MODELS_IMAGE -> as many placeholder tokens as an image has rows
     c = model.config
@@ -761,7 +770,8 @@ class models_recorder:                         # every module's values in one fo
         for i, layer in enumerate(lm.layers):
             name = "model.layers.%d" % i
             self.out(layer, name)
-            for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+            for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                         "self_attn.o_proj",
                          "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
                 self.out(layer.get_submodule(part), name + "." + part)
             self.out(layer.self_attn, name + ".self_attn.attn_weights", lambda y: y, 1)
@@ -797,9 +807,9 @@ class models_recorder:                         # every module's values in one fo
         for h in self.handles: h.remove()
 
 
-# A .gold file: "GOLD", u32 entries; each: u32 name length, name, u32 kind (0 f32, 1 i32, 2 text), u32 n_dims, u32 dims[],
-# f32 largest absolute value, u32 step, u32 count, values: the elements 0, step, 2 step, ... (all little-endian). `step` has no
-# factor in common with the dims, so that every row and column is met.
+# A .gold file: "GOLD", u32 entries; each: u32 name length, name, u32 kind (0 f32, 1 i32, 2 text), u32 n_dims,
+# u32 dims[], f32 largest absolute value, u32 step, u32 count, values: the elements 0, step, 2 step, ... (all
+# little-endian). `step` has no factor in common with the dims, so that every row and column is met.
 def models_write_gold(path, entries):
     with open(path, "wb") as f:
         f.write(b"GOLD" + struct.pack("<I", len(entries)))
@@ -815,20 +825,21 @@ def models_write_gold(path, entries):
             largest = float(np.abs(x).max()) if kind == 0 else 0.0
             values = np.ascontiguousarray(x).reshape(-1)[::step]
             key = name.encode()
-            f.write(struct.pack("<I", len(key)) + key + struct.pack("<II", kind, x.ndim) + struct.pack("<%dI" % x.ndim, *x.shape))
+            f.write(struct.pack("<I", len(key)) + key)
+            f.write(struct.pack("<II", kind, x.ndim) + struct.pack("<%dI" % x.ndim, *x.shape))
             f.write(struct.pack("<fII", largest, step, values.size) + values.tobytes())
 
 
-# ---- prompt templates ----------------------------------------------------------------------------------------------------------
+# ---- prompt templates ------------------------------------------------------------------------------------------------
 
-MODELS_SYSTEM_LLAMA2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-                        "provides, and assist the user with a variety of tasks using natural language.")
+MODELS_SYSTEM_LLAMA2 = ("You are a helpful language and vision assistant. You are able to understand the visual content "
+                        "that the user provides, and assist the user with a variety of tasks using natural language.")
 
 
-# One case: [template, system or None, turn (0: the first), n_images, parse_special, user text, expected pieces]. Pieces as in
-# models_spm.parts: a text is cut into tokens on its own, a number is a token.
+# One case: [template, system or None, turn (0: the first), n_images, parse_special, user text, expected pieces], the
+# pieces as in models_spm.parts: a text is cut into tokens on its own, a number is a token.
 def models_layouts_spm(v):
-    person = "A chat between a curious %s and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the %s's questions."
+    person = MODELS_SYSTEM_A.replace("user", "%s")
     image, bos, end, space = MODELS_IMAGE, 1, 2, v.sp.piece_to_id("\u2581")
     assert space > 258
     inst = "[INST] <<SYS>>\n%s\n<</SYS>>\n\n"
@@ -836,12 +847,14 @@ def models_layouts_spm(v):
         ["vicuna_v1", None, 0, 0, 0, "What?", [bos, person % ("user", "user") + " USER: What? ASSISTANT:"]],
         ["vicuna_v1", "Look.", 0, 1, 0, "What?", [bos, "Look. USER: ", image, "\nWhat? ASSISTANT:"]],
         ["vicuna_v1", "", 0, 2, 0, "What?", [bos, "USER: ", image, "\n", image, "\nWhat? ASSISTANT:"]],
-        ["vicuna_v1", "", 0, 2, 0, "Is <image> like <image>?", [bos, "USER: Is ", image, " like ", image, "? ASSISTANT:"]],
+        ["vicuna_v1", "", 0, 2, 0, "Is <image> like <image>?",
+         [bos, "USER: Is ", image, " like ", image, "? ASSISTANT:"]],
         ["vicuna_v1", None, 1, 1, 0, "And?", [end, "USER: ", image, "\nAnd? ASSISTANT:"]],
         ["vicuna_v1", "", 0, 0, 0, "</s>Ha", [bos, "USER: </s>Ha ASSISTANT:"]],
         ["vicuna_v1", "", 0, 0, 1, "</s>Ha", [bos, "USER: ", end, "Ha ASSISTANT:"]],
         ["vicuna_v1", "", 0, 0, 0, "What is <image>?", [bos, "USER: What is <image>? ASSISTANT:"]],
-        ["llava_v1", None, 0, 1, 0, "What?", [bos, person % ("human", "human") + " USER: ", image, "\nWhat? ASSISTANT:"]],
+        ["llava_v1", None, 0, 1, 0, "What?",
+         [bos, person % ("human", "human") + " USER: ", image, "\nWhat? ASSISTANT:"]],
         ["llava_llama_2", None, 0, 1, 0, "What?", [bos, inst % MODELS_SYSTEM_LLAMA2, image, "\nWhat? [/INST]"]],
         ["llava_llama_2", "", 0, 0, 0, "What?", [bos, "[INST] What? [/INST]"]],
         ["llava_llama_2", "Look.", 0, 0, 0, "What?", [bos, inst % "Look." + "What? [/INST]"]],
@@ -856,7 +869,8 @@ def models_layouts_llama3(v):
     user, answer, image = [h, "user", e, "\n\n"], [eot, h, "assistant", e, "\n\n"], MODELS_IMAGE
     return [
         ["llama_3", None, 0, 0, 0, "What?", [v.bos] + user[:3] + ["\n\nWhat?"] + answer],
-        ["llama_3", "Look.", 0, 1, 0, "What?", [v.bos, h, "system", e, "\n\nLook.", eot] + user + [image, "\nWhat?"] + answer],
+        ["llama_3", "Look.", 0, 1, 0, "What?", [v.bos, h, "system", e, "\n\nLook.", eot] + user + [image,
+                                                                                                   "\nWhat?"] + answer],
         ["llama_3", None, 1, 0, 0, "And?", [eot] + user[:3] + ["\n\nAnd?"] + answer],
         ["llama_3", None, 0, 0, 0, "A<|eot_id|>B", [v.bos] + user[:3] + ["\n\nA<|eot_id|>B"] + answer],
         ["llama_3", None, 0, 0, 1, "A<|eot_id|>B", [v.bos] + user[:3] + ["\n\nA", eot, "B"] + answer],
@@ -869,12 +883,14 @@ def models_layouts_chatml(v):
     cases = [
         ["chatml", None, 0, 0, 0, "What?", system + [start, "user\nWhat?"] + answer],
         ["chatml", "", 0, 0, 0, "What?", [start, "user\nWhat?"] + answer],
-        ["chatml", "Look.", 0, 1, 0, "What?", [start, "system\nLook.", end, "\n", start, "user\n", image, "\nWhat?"] + answer],
+        ["chatml", "Look.", 0, 1, 0, "What?",
+         [start, "system\nLook.", end, "\n", start, "user\n", image, "\nWhat?"] + answer],
         ["chatml", None, 1, 0, 0, "And?", [end, "\n", start, "user\nAnd?"] + answer],
         ["chatml", "", 0, 0, 0, "A<|im_end|>B", [start, "user\nA<|im_end|>B"] + answer],
     ]
     import jinja2                              # the file's own template is the reference for the first
-    text = jinja2.Environment().from_string(v.template).render(messages=[{"role": "user", "content": "What?"}], add_generation_prompt=True)
+    text = jinja2.Environment().from_string(v.template).render(messages=[{"role": "user", "content": "What?"}],
+                                                               add_generation_prompt=True)
     assert v.t.encode(text).ids == models_pieces(v, cases[0][-1])
     return cases
 
@@ -890,18 +906,20 @@ def models_make_layouts(folder, spm, bpe):
     chatml.write(w)
     models_close(w)
     entries, n = [], 0
-    for file, vocab, cases in (("models_a_text.gguf", spm, models_layouts_spm(spm)), ("models_b.gguf", bpe, models_layouts_llama3(bpe)),
+    for file, vocab, cases in (("models_a_text.gguf", spm, models_layouts_spm(spm)),
+                               ("models_b.gguf", bpe, models_layouts_llama3(bpe)),
                                ("models_chatml.gguf", chatml, models_layouts_chatml(chatml))):
         for template, system, turn, n_images, special, text, pieces in cases:
             name, n = "%d" % n, n + 1
-            entries += [(name + ".file", file), (name + ".template", template), (name + ".system", system or ""), (name + ".text", text),
+            entries += [(name + ".file", file), (name + ".template", template), (name + ".system", system or ""),
+                        (name + ".text", text),
                         (name + ".options", np.array([system is not None, turn, n_images, special], np.int32)),
                         (name + ".tokens", np.array(models_pieces(vocab, pieces), np.int32))]
     models_write_gold(os.path.join(folder, "models_layouts.gold"), entries)
     print("models: %d prompt layouts" % n)
 
 
-# ---- all together ------------------------------------------------------------------------------------------------------------
+# ---- all together ----------------------------------------------------------------------------------------------------
 
 def models_runs(model, vocab, images):         # -> {name: (prompt ids, n_images, greedy tokens)}, smallest margin
     q, runs, least = MODELS_QUESTIONS, {}, 1e9
@@ -956,7 +974,7 @@ def models_make_one(which, folder, images, first_seed):
 
 def make_models(folder):
     for name, version in MODELS_VERSIONS.items():
-        found = __import__(name).__version__ if name != "gguf" else __import__("importlib.metadata").metadata.version("gguf")
+        found = importlib.metadata.version(name)
         print("%s %s%s" % (name, found, "" if found.split("+")[0] == version else " (pinned: %s)" % version))
     torch.set_num_threads(1)
     images = [models_image(53, 37, 1), models_image(20, 31, 2)]

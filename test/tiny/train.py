@@ -397,7 +397,7 @@ def contrastive_loss(model, image, infos, words, rng):
 
 # ---- conversations ---------------------------------------------------------------------------------------------
 
-KIND_WEIGHT = {"caption": 3.0, "class": 3.0, "stars": 3.0, "arms": 2.0, "is_a": 2.0, "choice": 1.5}   # others 1
+KIND_WEIGHT = {"caption": 3.0, "class": 4.0, "stars": 6.0, "arms": 2.5, "is_a": 1.5, "orientation": 1.5}   # others 1
 
 
 def conversation(rng, info, words, turns):
@@ -644,8 +644,8 @@ def train(rank, args):
             save(path, model, optim, step, spent)
             saved_at = now
     if rank == 0:
-        say("  validation: " + check(args, model, val, words))
         save(path, model, optim, step, spent)
+        say("  validation: " + check(args, model, val, words))
     if args.procs > 1:
         dist.barrier()
 
