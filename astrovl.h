@@ -1766,34 +1766,40 @@ static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, co
     }
 }
 
+// turn: out, {cos, sin, -sin} of an angle
+static void avl__rope_turn(float *turn, float angle) {
+    turn[0] = astrovl_cosf(angle);
+    turn[1] = astrovl_sinf(angle);
+    turn[2] = -turn[1];
+}
+
+// (x0, x1) = (x0 cos - x1 sin, x0 sin + x1 cos), with -sin read from memory and added. As a subtraction beside an addition, gcc
+// 12's vectoriser makes both one fused vfmaddsub even where contraction is switched off, and exact mode's bits would differ.
+static void avl__rope_pair(float *x, const float *turn) {
+    float x0 = x[0], x1 = x[1];
+    x[0] = x0 * turn[0] + x1 * turn[2];
+    x[1] = x0 * turn[1] + x1 * turn[0];
+}
+
 ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq) {
+    float turn[3];
     int i;
     for (i = 0; i < head_dim / 2; i++) {
-        float angle = (float)position * inv_freq[i], c = astrovl_cosf(angle), s = astrovl_sinf(angle);
-        float x0 = x[2 * i], x1 = x[2 * i + 1];
-        x[2 * i]     = x0 * c - x1 * s;
-        x[2 * i + 1] = x0 * s + x1 * c;
+        avl__rope_turn(turn, (float)position * inv_freq[i]);
+        avl__rope_pair(x + 2 * i, turn);
     }
 }
 
 // The first rope_dim values of every head of x [n_rows][n_head][head_dim], row r standing at position + r.
+//   turns  scratch, [rope_dim / 2][3]: one row's angles serve all its heads
 static void avl__rope_rows(float *x, int n_rows, int n_head, int head_dim, int rope_dim, int position, const float *inv_freq,
-                           float *cos_sin) {
+                           float *turns) {
     int r, h, i;
     for (r = 0; r < n_rows; r++) {
-        for (i = 0; i < rope_dim / 2; i++) {   // one row's angles serve all its heads
-            float angle = (float)(position + r) * inv_freq[i];
-            cos_sin[2 * i]     = astrovl_cosf(angle);
-            cos_sin[2 * i + 1] = astrovl_sinf(angle);
-        }
-        for (h = 0; h < n_head; h++) {
-            float *head = x + ((size_t)r * n_head + h) * head_dim;
-            for (i = 0; i < rope_dim / 2; i++) {
-                float x0 = head[2 * i], x1 = head[2 * i + 1], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
-                head[2 * i]     = x0 * c - x1 * s;
-                head[2 * i + 1] = x0 * s + x1 * c;
-            }
-        }
+        for (i = 0; i < rope_dim / 2; i++) avl__rope_turn(turns + 3 * i, (float)(position + r) * inv_freq[i]);
+        for (h = 0; h < n_head; h++)
+            for (i = 0; i < rope_dim / 2; i++)
+                avl__rope_pair(x + ((size_t)r * n_head + h) * head_dim + 2 * i, turns + 3 * i);
     }
 }
 
@@ -5387,7 +5393,7 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pix
 // pixel (x, y) of the stored one, with the two exchanged (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted
 // from the far end.
 ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err) {
-    astrovl_image out;
+    astrovl_image out = {0, 0, NULL, 1};
     astrovl_status status = avl__image_check(image, &out, err);
     int o, swap, x, y;
     if (status) return status;
@@ -6052,7 +6058,7 @@ typedef struct avl__llama_rows {
     float *normed;           // [n][n_embd]
     float *q, *mixed;        // [n][n_head][head_dim]
     float *gate, *up;        // [n][n_ff]
-    float *angles;           // [rope_dim]    cosines and sines of one position
+    float *turns;            // [rope_dim / 2][3]   cosine, sine, -sine of one position's angles
     float *shown;            // [n][n_head][head_dim], only for the tap
     float *weights;          // [n_head][n][n_past + n], only for the tap
 } avl__llama_rows;
@@ -6065,7 +6071,7 @@ static int avl__llama_reserve(const avl__llama *m, avl__run *run, int n_past, in
     if (thread < (uint64_t)m->n_embd) thread = (uint64_t)m->n_embd;
     if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
     if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
-    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * hidden + (uint64_t)m->rope_dim + shown + weights, thread)) return 0;
+    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * hidden + (uint64_t)m->rope_dim / 2 * 3 + shown + weights, thread)) return 0;
     block = run->rows;
     rows->x = avl__carve(&block, wide);
     rows->normed = avl__carve(&block, wide);
@@ -6073,7 +6079,7 @@ static int avl__llama_reserve(const avl__llama *m, avl__run *run, int n_past, in
     rows->mixed = avl__carve(&block, heads);
     rows->gate = avl__carve(&block, hidden);
     rows->up = avl__carve(&block, hidden);
-    rows->angles = avl__carve(&block, (uint64_t)m->rope_dim);
+    rows->turns = avl__carve(&block, (uint64_t)m->rope_dim / 2 * 3);
     rows->shown = shown ? avl__carve(&block, shown) : NULL;
     rows->weights = weights ? avl__carve(&block, weights) : NULL;
     return 1;
@@ -6109,8 +6115,8 @@ static void avl__llama_attention(const avl__llama *m, avl__run *run, avl__kv_cac
     avl__llama_tap_heads(m, run, i, "self_attn.q_proj", rows->q, n, m->n_head, rows->shown);
     avl__llama_tap_heads(m, run, i, "self_attn.k_proj", k_new, n, m->n_head_kv, rows->shown);
     avl__tap(run, "model.layers", i, "self_attn.v_proj", v_new, n, (int64_t)kv_row);
-    avl__rope_rows(rows->q, n, m->n_head, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->angles);
-    avl__rope_rows(k_new, n, m->n_head_kv, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->angles);
+    avl__rope_rows(rows->q, n, m->n_head, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->turns);
+    avl__rope_rows(k_new, n, m->n_head_kv, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->turns);
     avl__llama_tap_heads(m, run, i, "self_attn.q_rope", rows->q, n, m->n_head, rows->shown);
     avl__llama_tap_heads(m, run, i, "self_attn.k_rope", k_new, n, m->n_head_kv, rows->shown);
     avl__attention_run(&attention);

@@ -418,12 +418,12 @@ static void test_norms(void) {
     int i;
     test_fill(x, N, 1), test_fill(w, N, 2), test_fill(b, N, 3);
     for (i = 0; i < N; i++) mean += x[i], squares += (double)x[i] * x[i];
-    mean /= N;
+    mean /= (double)N;
     for (i = 0; i < N; i++) var += (x[i] - mean) * (x[i] - mean);
-    for (i = 0; i < N; i++) e[i] = (x[i] - mean) / sqrt(var / N + 1e-5) * w[i] + b[i];
+    for (i = 0; i < N; i++) e[i] = (x[i] - mean) / sqrt(var / (double)N + 1e-5) * w[i] + b[i];
     astrovl_layer_norm(y, x, w, b, N, 1e-5f);
     CHECK(test_max_difference(y, e, N) < 1e-6, "layer norm is off by %g", test_max_difference(y, e, N));
-    for (i = 0; i < N; i++) e[i] = x[i] / sqrt(squares / N + 1e-6) * w[i];
+    for (i = 0; i < N; i++) e[i] = x[i] / sqrt(squares / (double)N + 1e-6) * w[i];
     astrovl_rms_norm(y, x, w, N, 1e-6f);
     CHECK(test_max_difference(y, e, N) < 1e-6, "RMS norm is off by %g", test_max_difference(y, e, N));
     astrovl_rms_norm(x, x, w, N, 1e-6f);

@@ -122,10 +122,13 @@ class Torch:
     def answers(self, images, which, questions):
         """which: index of the image of each question."""
         if getattr(self, "seen", None) is not images:
-            self.seen, self.patches = images, self.features(images)
+            self.seen, patches = images, self.features(images)
+            parts = [train.read_images(self.model, self.words, patches[i:i + 100]) for i in range(0, len(images), 100)]
+            self.past = [tuple(torch.cat([p[layer][j] for p in parts]) for j in (0, 1)) for layer in range(train.LL)]
         out = []
         for i in range(0, len(which), 100):
-            out += train.generate(self.model, self.words, self.patches[which[i:i + 100]], questions[i:i + 100])
+            past = [(k[which[i:i + 100]], v[which[i:i + 100]]) for k, v in self.past]
+            out += train.generate(self.model, self.words, past, questions[i:i + 100])
         return out
 
 

@@ -1,12 +1,12 @@
 """Trains the shipped model, LLaVA-1.5 in miniature, on rendered images; on two CPU cores.
 
-    python train.py --stage vision --minutes 45     # CLIP towers: supervised heads + contrastive loss
-    python train.py --stage vlm --minutes 35        # projector + LLaMA, then everything together
+    python train.py --stage vision --steps 2450     # CLIP towers: supervised heads + contrastive loss
+    python train.py --stage vlm --steps 1500 --batch 32     # projector + LLaMA, then everything together
     python train.py --export ../astrovl-tiny.gguf   # one GGUF file, Q8_0
 
 Each stage writes a checkpoint every few minutes and the same command resumes it. README.md has the whole story.
-What makes a transformer learn from few images, in order of what it brought: supervised heads on every label the
-renderer knows, Muon (orthogonalised momentum) for the matrices, sinusoidal positions, whitening patch embedding.
+What helps a transformer to learn from few images: supervised heads on every label that the renderer knows, Muon
+(orthogonalised momentum) for the matrices, sinusoids as the first positions, a whitening patch embedding.
 """
 import argparse
 import concurrent.futures
@@ -455,19 +455,26 @@ def vlm_loss(model, patches, infos, words, rng, turns):
 
 
 @torch.no_grad()
-def generate(model, words, patches, questions, limit=48):
-    """Greedy answers to one question per image; each part padded on the right and masked. Returns strings."""
+def read_images(model, words, patches):
+    """What the language model keeps of the text before the image and of the image: each layer's (k, v)."""
     before = torch.tensor([BOS] + words.ids(lang.BEFORE_IMAGE))
+    x = embed(model, before, patches, torch.zeros(len(patches), 0, dtype=torch.long))
+    n = x.shape[1]
+    return model.llama(x, torch.arange(n).expand(len(x), -1), torch.full((n, n), -1e9).triu(1).expand(len(x), 1, -1, -1))[1]
+
+
+@torch.no_grad()
+def generate(model, words, past, questions, limit=48):
+    """Greedy answers to one question per image that read_images() has read; questions padded on the right and masked."""
     asks = [words.ids(lang.first_turn(q)) for q in questions]
-    b, n = len(asks), max(map(len, asks))
+    b, n, prefix = len(asks), max(map(len, asks)), past[0][0].shape[2]
     ids = torch.zeros(b, n, dtype=torch.long)
     for row, a in zip(ids, asks):
         row[:len(a)] = torch.tensor(a)
     lengths = torch.tensor([len(a) for a in asks])
-    prefix = len(before) + GRID * GRID
-    bias = torch.full((prefix + n, prefix + n), -1e9).triu(1).expand(b, 1, -1, -1)
-    x, past = model.llama(embed(model, before, patches, ids), torch.arange(prefix + n).expand(b, -1), bias)
-    x = x[torch.arange(b), prefix + lengths - 1]
+    bias = torch.cat([torch.zeros(n, prefix), torch.full((n, n), -1e9).triu(1)], 1).expand(b, 1, -1, -1)
+    x, past = model.llama(model.llama.tok(ids), (prefix + torch.arange(n)).expand(b, -1), bias, past)
+    x = x[torch.arange(b), lengths - 1]
     keys = torch.cat([torch.zeros(b, prefix), torch.where(torch.arange(n)[None] < lengths[:, None], 0.0, -1e9)], 1)
     out, done = [[] for _ in range(b)], torch.zeros(b, dtype=torch.bool)
     for step in range(limit):
@@ -702,7 +709,7 @@ def check(args, model, val, words):
         for kind in ("class", "caption", "stars", "arms", "color", "choice", "unknowable"):
             some = [i for i in range(256) if kind in lang.truths(infos[i])]
             asked = [lang.qa(rng, infos[i], kind) for i in some]
-            said = generate(model, words, patches[some], [q for q, _, _ in asked])
+            said = generate(model, words, read_images(model, words, patches[some]), [q for q, _, _ in asked])
             right[kind] = sum(lang.score(kind, t, s) for (_, _, t), s in zip(asked, said)) / len(some)
         text += " | said: " + " ".join("%s %.3f" % kv for kv in right.items()) + " | e.g. " + said[0]
     return text
