@@ -600,6 +600,7 @@ static astrovl_status load_image(const char *path, astrovl_image *image, astrovl
 static char *say(program *p, const astrovl_image *images, int n_images, const char *text, astrovl_error *err) {
     char *answer;
     void (*before)(int) = signal(SIGINT, on_interrupt);
+    if (before == SIG_IGN) signal(SIGINT, SIG_IGN);   // started so (in the background of a script): leave it
     g_interrupted = 0;
     p->started = time(NULL);
     answer = astrovl_chat(p->session, images, n_images, text, &p->generation, err);
