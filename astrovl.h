@@ -18,10 +18,11 @@
 //   [6] GGUF         the file reader; weights across several files
 //   [7] text         SentencePiece and byte-level BPE tokenizers
 //   [8] images       PNG, JPEG, PNM; resize, pad, crop
-//   [9] CLIP         the vision tower and its preprocessing
+//   [9] CLIP         the vision tower and its preprocessing, the text tower
 //   [10] LLaMA       the language model and its KV cache
 //   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
 //   [12] generation  sampling, stop rules, streaming, turns, captions
+//   [13] contrastive embeddings of images and texts, scores, search, metrics
 //
 // ---- How to use it ------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -245,6 +246,7 @@ ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
 
 typedef struct astrovl_model   astrovl_model;     // weights, vocabulary, settings: immutable, shared by threads
 typedef struct astrovl_session astrovl_session;   // KV cache, scratch memory, threads: one caller at a time
+typedef struct astrovl_guide   astrovl_guide;     // what an answer may look like: a regular expression or a JSON schema
 
 // Prompt templates. AUTO reads tokenizer.chat_template (recognised by its markers, not interpreted).
 typedef enum astrovl_template {
@@ -292,6 +294,11 @@ typedef struct astrovl_info {
     int image_size, patch_size, n_patches, vision_n_embd, vision_n_layer, vision_n_head, vision_n_ff;
     int vision_feature_layer;                           // how many layers run before the features are taken
     int n_image_tokens;                                 // rows that one image takes in the sequence
+    // contrastive (CLIP): both towers, the text tower
+    int has_joint_image, has_joint_text;                // images (texts) can be embedded
+    int n_embd_joint;                                   // length of an embedding
+    float logit_scale;                                  // what cosines are multiplied by before softmax (CLIP: 100)
+    int clip_text_n_ctx, clip_text_n_embd, clip_text_n_layer, clip_text_n_head, clip_text_n_ff, clip_text_n_vocab;
     uint64_t n_params, n_weight_bytes;
 } astrovl_info;
 
@@ -322,6 +329,7 @@ typedef struct astrovl_generation {
     const char *const *stop;       // [n_stop] texts that end the answer (and are left out of it)
     int      n_stop;
     const char *system;            // system prompt; NULL: the template's own; "": none
+    astrovl_guide *guide;          // NULL: free text; else the answer keeps to it, and ends as it asks within max_tokens
     int      parse_special;        // 1: special tokens written in the user's text are taken as such (trusted text only)
     // Called with each new piece of text, never a broken UTF-8 character; a non-zero return cancels (the answer so far is kept).
     int    (*on_text)(void *user, const char *text, size_t size);
@@ -424,6 +432,91 @@ ASTROVL_API void astrovl_session_rewind(astrovl_session *s, int n_past);
 // history [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
 ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options, const int32_t *history,
                                    int n_history, uint64_t *random_state);
+
+// ---- guided generation ------------------------------------------------------------------------------------------
+
+// Keeps an answer inside a regular language: a pattern or a JSON schema becomes a finite automaton over bytes, and in each of
+// its states only those tokens may follow whose bytes it accepts (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries
+// are made so). Which tokens these are is found once per state and remembered, so a guide belongs to one thread at a time.
+// The model must outlive it.
+
+// A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH, groups ( )
+// and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
+// NULL and err: FORMAT or UNSUPPORTED name the byte of the pattern, LIMIT if it needs too many states.
+ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err);
+// JSON that validates against a schema (json-schema.org, draft 2020-12), of which this part is understood:
+//   type           object, array, string, integer, number, boolean, null, or a list of these
+//   object         properties (written in their order), required (the others may be left out), additionalProperties (none is
+//                  ever written)
+//   array          items, minItems, maxItems
+//   string         minLength, maxLength (characters)
+//   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
+// Integers have at most 15 digits, other numbers 15 before and after the point. Between the parts stands at most one space.
+// NULL and err: FORMAT or UNSUPPORTED name the place in the schema ("/properties/objects/items"), LIMIT as above.
+ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size, astrovl_error *err);
+ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);              // NULL is allowed
+// For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in state 0.
+// The state after a token, or -1 where the token may not follow.
+ASTROVL_API int astrovl_guide_next(const astrovl_guide *guide, int state, int32_t token);
+// 1 if the answer may end here.
+ASTROVL_API int astrovl_guide_is_final(const astrovl_guide *guide, int state);
+// Tokens that suffice to bring the answer to an end from here (0 in a final state).
+ASTROVL_API int astrovl_guide_n_to_end(const astrovl_guide *guide, int state);
+// Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those the automaton refuses, and those after which
+// n_left - 1 more tokens would not suffice to end. End tokens may follow in final states. MEMORY; LIMIT if nothing may follow.
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits, astrovl_error *err);
+
+// ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) ------------------------------------------------
+
+// Embeds images (or texts) as rows of n_embd_joint numbers. Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3;
+// transformers' CLIPModel.get_image_features and get_text_features.
+// normalize   1: each row divided by its length (cosines are then products), 0: as the towers give it
+// embeddings  out, [n][n_embd_joint], caller's memory.  Several images go through the tower together; the rows are the same as
+// one by one. A text longer than the tower's positions is cut (its last token stays the end token). Any UTF-8; lower-cased and
+// cleaned as transformers' CLIPTokenizer does.   Returns MODEL if the model lacks the tower.
+ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images, int normalize,
+                                                float *embeddings, astrovl_error *err);
+ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
+                                               float *embeddings, astrovl_error *err);
+// Token ids of a text for the text tower, start and end token included, not cut: as astrovl_tokenize.
+ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens, int capacity,
+                                      astrovl_error *err);
+// How well each text fits an image: cosines and, if not NULL, probabilities = softmax(logit_scale * cosine) over the texts.
+// cosines, probabilities: out, [n_texts]. Opens a session of its own (all processors, fast mode).
+ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image, const char *const *texts,
+                                         int n_texts, float *cosines, float *probabilities, astrovl_error *err);
+
+// A row found, and how well it fits.
+typedef struct astrovl_hit {
+    int64_t row;
+    float   score;
+} astrovl_hit;
+
+// The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are compared:
+// the result is exact. rows: [n_rows][n_dims] float16, little-endian (as in an index file, any alignment); query: [n_dims].
+// hits: out, [k].  n_threads 0: one per processor.  Returns how many there are (fewer than k if there are fewer rows), or -1.
+// Scores are summed in exact mode's order: the same on every machine.
+ASTROVL_API int astrovl_search(const void *rows, int64_t n_rows, int n_dims, const float *query, int k, int n_threads,
+                               astrovl_hit *hits, astrovl_error *err);
+
+// Metrics of a set of n pairs (PAPERCLIP, arXiv 2403.08851, section 4); images, texts: [n][n_dims], normalised, row i of one
+// belonging to row i of the other.
+// The mean over both directions of -log softmax(logit_scale * cosines)[i][i]   (CLIP's loss, the whole set as one batch)
+ASTROVL_API double astrovl_contrastive_loss(const float *images, const float *texts, int n, int n_dims, float logit_scale);
+// ranks[i], out: how many rows of `items` fit row i of `queries` better than its partner does (0: the partner is first). Rows
+// equal to the partner's count as better if they come earlier.
+ASTROVL_API void astrovl_retrieval_ranks(const float *queries, const float *items, int n, int n_dims, int32_t *ranks);
+// The share of ranks among the best k percent: ranks[i] < floor(percent / 100 * n).
+ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double percent);
+// Seconds that n_threads (0: one per processor) take to read a block of memory once: the ceiling to hold astrovl_search against.
+ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_threads);
+
+// ---- JSON lines -------------------------------------------------------------------------------------------------
+
+// The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of strings.
+// *n: how many, 0 if there is no such member. One block of memory, texts included (astrovl_free). NULL and err: FORMAT names the
+// byte where the text breaks JSON's rules, or the member that is of another kind.
+ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err);
 
 // ---- text -------------------------------------------------------------------------------------------------------
 
@@ -539,6 +632,12 @@ ASTROVL_API float astrovl_cosf(float x);
 #include <unistd.h>
 #else
 #include <time.h>
+#endif
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define AVL__X86 1           // instruction sets beyond the build's are compiled per function and chosen at run time
+#include <immintrin.h>
+#else
+#define AVL__X86 0
 #endif
 
 // Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
@@ -1370,6 +1469,11 @@ static double avl__log_parts(double x, double *low) {
     return high + tail;
 }
 
+static double avl__log(double x) {   // x > 0 and finite
+    double low, high = avl__log_parts(x, &low);
+    return high + low;
+}
+
 // x^y = exp(y log x) for x > 0, with y log x as a sum high + low: exp(high + low) = exp(high) (1 + low).
 // Relative error below 5e-16 where the result is a normal number.
 static double avl__pow(double x, double y) {
@@ -1524,6 +1628,8 @@ typedef struct avl__kernels {
     void (*axpy)(float *y, float a, const float *x, int n);
     // Columns first..last-1 of y[n_rows][n_out] = x[n_rows][n_in] W^T + bias.  scratch: [n_in] floats of this thread's own
     void (*linear)(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last, float *scratch);
+    // sum over i of half[i] * x[i], half: little-endian float16 at any address.  The same bits in every table
+    float (*dot_f16)(const void *half, const float *x, int n);
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -1541,6 +1647,15 @@ static float avl__dot_portable(const float *a, const float *b, int n) {
     for (i = 0; i + AVL__LANES <= n; i += AVL__LANES)
         for (j = 0; j < AVL__LANES; j++) lane[j] += a[i + j] * b[i + j];
     for (j = 0; i + j < n; j++) lane[j] += a[i + j] * b[i + j];
+    return avl__fold_lanes(lane);
+}
+
+static float avl__dot_f16_portable(const void *half, const float *x, int n) {
+    const uint8_t *h = (const uint8_t *)half;
+    float lane[AVL__LANES] = {0};
+    int i, j;
+    for (i = 0; i < n; i += AVL__LANES)
+        for (j = 0; j < AVL__LANES && i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
     return avl__fold_lanes(lane);
 }
 
@@ -1562,11 +1677,39 @@ static void avl__linear_portable(float *y, const float *x, const avl__linear *w,
     }
 }
 
-static const avl__kernels avl__kernels_portable = {"portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable};
+static const avl__kernels avl__kernels_portable = {"portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable,
+                                                   avl__dot_f16_portable};
+
+#if AVL__X86
+// AVX2 (and F16C, which every processor with AVX2 has): eight float16 become eight floats in one instruction, so a search is
+// bound by reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
+__attribute__((target("avx2,f16c")))
+static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
+    const uint8_t *h = (const uint8_t *)half;
+    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
+    float lane[AVL__LANES];
+    int i, j;
+    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES) {
+        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i)));
+        __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i + 16)));
+        low = _mm256_add_ps(low, _mm256_mul_ps(a, _mm256_loadu_ps(x + i)));
+        high = _mm256_add_ps(high, _mm256_mul_ps(b, _mm256_loadu_ps(x + i + 8)));
+    }
+    _mm256_storeu_ps(lane, low);
+    _mm256_storeu_ps(lane + 8, high);
+    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
+    return avl__fold_lanes(lane);
+}
+
+static const avl__kernels avl__kernels_avx2 = {"avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2};
+#endif
 
 // The table for a mode: exact always runs the portable one, fast the best that this processor has.
 static const avl__kernels *avl__choose_kernels(astrovl_mode mode) {
-    (void)mode;   // the instruction sets' tables come in between here
+#if AVL__X86
+    if (mode == ASTROVL_FAST && __builtin_cpu_supports("avx2")) return &avl__kernels_avx2;
+#endif
+    (void)mode;
     return &avl__kernels_portable;
 }
 
@@ -2641,7 +2784,10 @@ static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int 
 //          one with the best score is merged, again and again. A space is U+2581; what no piece spells goes as bytes.
 //   gpt2   byte-level BPE (Radford et al. 2019): a regular expression cuts the text into words; in each, the pair that
 //          stands first in a list of merges is merged, again and again. Any byte is a symbol, so nothing is unknown.
-// Ids equal those of transformers: LlamaTokenizer with legacy=True, and the `tokenizers` package for byte-level BPE.
+//   CLIP's text tower has a byte-level BPE of its own kind: the text is composed and lower-cased first, white space is
+//          dropped, and a word's last byte is a symbol of its own ("y</w>").
+// Ids equal those of transformers: LlamaTokenizer with legacy=True, CLIPTokenizer, and the `tokenizers` package for
+// byte-level BPE.
 // The regular expressions are written out by hand, over tables of Unicode's letters and numbers. Both kinds merge
 // through one heap, so a text of n characters takes O(n log n) time, with spaces in it or without.
 // ====================================================================================================================
@@ -2679,6 +2825,15 @@ static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
     }
     *length = n;
     return (int32_t)c;
+}
+
+// Writes a code point (below 0x110000, no surrogate) as UTF-8; returns its length.
+static size_t avl__utf8_write(uint32_t c, char *text) {
+    static const uint8_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
+    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, i;
+    for (i = n - 1; i > 0; i--, c >>= 6) text[i] = (char)(0x80 | (c & 0x3F));
+    text[0] = (char)(lead[n == 1 ? 0 : n] | c);
+    return n;
 }
 
 // Tokens end anywhere, characters too: the gate lets whole characters through and holds back the first bytes of one.
@@ -2744,17 +2899,24 @@ static const char avl__number_table[] =
     "kBKgizhBnjCxfwgGeccqcBuCmjCacBedCxfEaiyiBphMsgBwkgkKsBfGckBqeEihFeBeEykCikFokhuJrkNekEokOkkDykguCymQetDpkZmkDiBd"
     "ItkCskQgkDyvBPbEhXAfkDMckDikFekbhUgkKcxBJSzkCEwumuEezBQrByDNckQgkTikJnkBBojEykBElChbdbeCyBtbpBLanEDfk";
 
+// The next number of a table; *at moves behind it.
+static uint32_t avl__table_number(const char **at) {
+    uint32_t number = 0;
+    while (**at >= 'A' && **at <= 'Z') number = number * 26 + (uint32_t)(*(*at)++ - 'A');
+    return number * 26 + (uint32_t)(*(*at)++ - 'a');
+}
+
+// The same for numbers of both signs, stored as 0, -1, 1, -2, 2 ...
+static int32_t avl__table_signed(const char **at) {
+    uint32_t n = avl__table_number(at);
+    return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
+}
+
 // Fills bounds[n] from a table.
 static void avl__expand_table(const char *table, uint32_t *bounds, int n) {
-    uint32_t bound = 0, number = 0;
-    int i = 0;
-    for (; *table && i < n; table++) {
-        int last = *table >= 'a';
-        number = number * 26 + (uint32_t)(*table - (last ? 'a' : 'A'));
-        if (!last) continue;
-        bounds[i++] = bound += number;
-        number = 0;
-    }
+    uint32_t bound = 0;
+    int i;
+    for (i = 0; i < n; i++) bounds[i] = bound += avl__table_number(&table);
 }
 
 // A code point is inside if the count of bounds not above it is odd.
@@ -2778,20 +2940,7 @@ static int avl__is_white_space(uint32_t c) {
            c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
-// ---- vocabularies --------------------------------------------------------------------------------------------------
-
-typedef enum avl__vocab_kind { AVL__VOCAB_SPM = 1, AVL__VOCAB_BPE } avl__vocab_kind;
-
-// How a byte-level BPE text is cut into words.
-typedef enum avl__word_rule { AVL__WORDS_GPT2, AVL__WORDS_LLAMA3, AVL__WORDS_SMOLLM } avl__word_rule;
-
-// tokenizer.ggml.token_type
-enum {
-    AVL__TOKEN_NORMAL = 1, AVL__TOKEN_UNKNOWN, AVL__TOKEN_CONTROL, AVL__TOKEN_USER_DEFINED, AVL__TOKEN_UNUSED,
-    AVL__TOKEN_BYTE
-};
-
-// A growing list of ids. All zeros is an empty one; release data with astrovl_free.
+// A growing list of token ids (or code points). All zeros is an empty one; release data with astrovl_free.
 typedef struct avl__tokens {
     int32_t *data;
     size_t   size, capacity;
@@ -2802,6 +2951,333 @@ static int avl__tokens_put(avl__tokens *tokens, int32_t id) {   // 0: memory is 
     tokens->data[tokens->size++] = id;
     return 1;
 }
+
+// ---- cleaning, for CLIP --------------------------------------------------------------------------------------------
+// CLIP's text is composed (Unicode's normalisation form C: "e" and a combining acute become one character; Unicode
+// Standard Annex 15) and lower-cased. Again test/make_golden.py (tokens_clean_tables) asked the engine in `tokenizers`.
+// The tables hold numbers in base 26 as above; a number of either sign is stored as 0, -1, 1, -2, 2 ...
+//   lower case   runs: first (less the last run's), 2 * (count - 1) + (stride - 1), lower less capital (signed)
+//   classes      runs of marks: first (less the last run's), count, canonical combining class
+//   seconds      the characters that stand second in a pair (signed differences)
+//   pairs        whole (less the last one), its first character (signed difference), and 0 if that is all of it, else
+//                1 + 2 * the second's number + (1 if the pair is composed again, which a few are not)
+
+#define AVL__LOWER_RUNS 185
+#define AVL__MARK_RUNS  334
+#define AVL__SECONDS    84
+#define AVL__PAIRS      2060
+
+static const char avl__lower_table[] =
+    "CnByCmExBsCmymCmBoBvcByfchpcrBtcBuaJhbfciaQebdceaPwbacccPucacdaGcbaPobaPqbaccaPubaPycaQgbaQcbaceaQgbaQkcaQmbfcga"
+    "QubaccaQudaccaQubacccQscdceaQwbaceaciaebaccaebaccaebrctrctaebdceaHlbaEhbBncBoaJzcrcyaBFYkbaccaMnbaBFYedaccaOzbaF"
+    "ibaFmbjcLmdcgacjaIyhaCyceCweaEyccEwdBgCmsqCmBsaqjxcBcaEpdaccanbacdeJzdBeGeqCkCmDcBhcBqCbcCcaBebncpDrcDtCwDsEIpCw"
+    "VMuBnaVMugaVMuBBvGcEKZoDckqDGrachDgIXjBteIXjMlFtcGcaWNtcDrcEaopqkpqopqopqkprhppopBgopqopqopqcpccFrcarmgGpearmcpc"
+    "cHrocpccIpcanmcJvccJrcarLmaWGfeaYUvbaYLnhaCeBuBeBgBjacBFnByCaCTuDqDsDsaccaBFUjbaLHjbaBFTddfcgaBFXfbaBFUvbaBFXlba"
+    "BFXjcacdacjcBFZxcDvcEddchacBTYkBtcCmBbcGgncqCjcCtdceaEANvbjcnaccaEVChddcgtcuaEVElbaEVFhbaEVEzbaEVEfbaEVElcaEVApb"
+    "aEVClbaEVAvbaCTkbpcqaDrbaEVEjbaEARvbdceaEVHdbpcqaEVXxzacBHAiByCmBVzDaDcGuCsDcHkuDamBcDaqmDaicDaCQeDwEyIaBqCmEHkC"
+    "kCmBGLcCkCmDsBwCcBUIyCoCq";
+
+static const char avl__mark_table[] =
+    "BDovIwvbIybeImebIybbIibfImfcHuceImecHuclImlfbfeImedIwfbIwdbJgbbIwbdImddIwdcImddIwdeImebIwbbIybcImcbIwbbIzbcJacbI"
+    "zbcJacbIzbnIwLcfIwKkbImbeIwebImbdIwdbIobbImbgIwggImgcIwcbImbcIwcbIobbIubbIwbbkbblbbmbbnbbobbpbbqbbrbbsbctcbubbvb"
+    "bwcbxcbybbzcbIwbbImcbsCviIwibBebbBfbbBgBxbBbbbBcbbBdbbBebbBfbbBgbbBhbbBibcIwccImcfIwfbImbcIwcbImrbBjDyhIwjeIwebI"
+    "mbbIwdcIwdbImbcIwcbImBkbBkBfbIwbbImbcIwcbImbcIwcdImdbIwbcImcbIwbbImbdIwdbImbbIwbbImbbIwbbImbbIwbbImbcIwGghIwhbIm"
+    "bbIwBjeIwfjIwkdIwefIwBwdImEtoIwpbImbcIwcbImbcIwcbImbdIwddImdbBbbbBcbbBdbdIwdbImbcIwccImcfIwCnbhrbjebIwbbImbcIwEb"
+    "bhrbjEhbhrbjEhbhrbjEhbhrbjEybjEybjibDgbbDnDybhrbjEybjEvbjEgcDzcbjoeEdEicEoqeEsDccImBdbImcbImcbIiCebEzbbFacbFcgeF"
+    "agbFaccIwcbjccIwCmbImEjbhccjDgbImBBsdIwBKpbjBgbjGcbjlbIwHwbIuFobIobbIwbbImImbIwbbImCubjviIwkbImBxfIwfgImgcIwcbIm"
+    "EpbhqbjBnbIwbbImbhIwCjcjCibhmcjCrbhFxdIwebbbfImfcIwceImebIwchblbImhbIwecIwHscIwcbImbhIwhbImbcIwcbJabbIgbbImbbHub"
+    "BlIwBqbIwbbIzbbImbbIwbbImBBtcIwccbceIwedbdcIwgbIwecbcbIwbbImbbIwbcbceImebIwEOddIwFobjDtBgIwWobIkbbIubbIybbIobcIq"
+    "EdciBSQgbIwfkIwBqcIwDecIwKsbjHibjBcsIwCxdImBobjDsbhnbjJgbIwccIwcbImdcIwhcIwdbIwCbbjJnbjBDZtbBaBDqhIwhhImhcIwBLnb"
+    "ImItbImFufIwCMxbImcbIwBpbIwbbbbbImfbjGkbIwbbImCAybjCfbjCgbjbbhCsdIwBzcjCmbhCzbjkbhEdbjbbhGxbhbbjDebhrbjzhIwkfIwI"
+    "cbjebhEubjbbhJsbjbbhExbjEpbjbbhEmbjBYabjBDUvfbCmhIwBEVubbHWpcIicdbgbIsbfIiniImkfIwfcImBgeIwFwdIwFFihIwirIwthIwic"
+    "IwdfIwDHihImEmgIwgbh";
+
+static const char avl__second_table[] =
+    "CHcccckeCgCreCqCnkbBgxeBqCKoccCFeKaByCbJwVsBvByCbLyBxLsJucBnJoByIwkBgBKidFdeyNkIJeSFvdBchgdtCbucDogzBIJqcBGMtguc"
+    "tifmHUFmIkBPeByBBitBaSqFMEmscccc";
+
+static const char *const avl__pair_table[] = {   // in parts: C99 promises no string above 4,095 characters
+    "HkFacbaebagbaibakbamceobecbaebagbakbicbaebagbakckibccbaebagbaibakdmcbaebagbakbiedqcbaebagbaibakbamceobecbaebagba"
+    "kbicbaebagbakckibccbaebagbaibakdmcbaebagbakbiecakbEhqbCmqbClsbCmsbClubCmubChebCmebClgbCmgbClwbCmwbClybCmybCjybCm"
+    "ydCjqbCmqbClsbCmsbClwbCmwbClubCmubClybCmybChgbCmgbClsbCmsbClwbCmwbClobCmobCjgbCmgdCjibCmibClqbCmqbClsbCmsbClubCm"
+    "ubClwecgbCmgbCjobCmocCjebCmebClobCmobClybCmyfChebCmebClobCmobClybCmyeCjqbCmqbClsbCmsbClBabCmBadCfebCmebClobCmobC"
+    "lybCmybCjebCmebClgbCmgbClobCmobClybCmybCjobCmobClybCmydCjibCmibClqbCmqbClsbCmsbClmbCmmbClBabCmBabClubCmubChgbCmg"
+    "bChgbCmgbClkbcebCmebClwbCmwbClybCmyBiDhBcbCmBcoBzBcbCmBcBdDzybCmybBvybCmybBzybCmybBzybCmybHyqbCmqbClebCmebClybCm"
+    "ybClcbCmccEhqbCmqbYuqbcqbBBdqbCmqdMfybCmybCdybCmybCdubCmubBDeqbcqbDzybQwybBQlyeCrebCmedBxcbCmcbGsebCmebCjebCmebB"
+    "bebCmebObBebCmBebClBgbCmBgbCdBebCmBebClBgbCmBgbCdBebCmBebClBgbCmBgbBzBebCmBebClBgbCmBgbCfBebCmBebClBgbCmBgbCfBeb"
+    "CmBebClBgbCmBgbCpBibCmBibCjBibCmBidDjybCmyhCzwbCmwbCdobCmobIsqbCmqbCnqbCmqbMtwbCmwbBIkqbcqbBKdqbCmqKjBXuabcacBka"
+    "bvdBwGbakBXbahIkebCFiebCEdabCEmebeebeecmecmebiebCoeBaDtkbykbyebiebeebeebBkeBaBjkbykblebmebiefsebakBsFecbakcdeezk"
+    "fBoebdcbwslvsBgCmsxfcbakcdeeCskfCdebdcbwsyDuBebcBeCwHhsbCmsoCxsbCmsbClkbCmkdCbsbCmsdMokbckbOzkbCmkbCjkbCmkdCjqbC"
+    "mqbClkbCmkbBzkbCmkdNckbckbOlkbCmkbDfqbCmqbClkbCmkbClBabCmBabCdkbCmkdCdkbCmkLlBKqBkbaBmbCoBmbCnBobCsBmFyKsBmcBnBm"
+    "rBiBmXaBUaBqiqBqdgBqBkChBpbcBpbcBpbkBpbkBpbcBpbsBpbiBpEeLsBsbaBuqCxBvbcBvcBaBvDgKcBxdmBxBjCpBxbcBxbkBxdBeBxJaVwC"
+    "adaCcbaCeqCxCfbcCfCdIqCiCcEaCkbcCkbbCiEuJwCmEqJiCohoCobaCqcaCsbiCoExJoCubcCubbCwFmLiCycaDabgCybfDcNtBBuDdkuDdfkD"
+    "dfkDdfkDdnCbDfkDuDhcaDjbFaDlccDljFbDlsCoDdkuDdfkDdfkDdfkDdnCbDfEfLmDoEDcIGeDqceDqceDqceDqceDqeiDqBpDeDqceDqdeDqb"
+    "cDqcgDqBAzULtDsbCmDsbCjwbCmwbClDubCmDubClDwbCmDwbHuebCmebMnwbCmwbClDubCmDubClDwbCmDwbClobCmobClDybCmDybNkcbccbbe"
+    "bcebPvDybCmDybClEabCmEabBIssbcsbBLdwbCmwbCjqbCmqbCjwbCmwbClDubCmDubClkbCmkbClobCmobClEcbCmEcbCjEabCmEabHwebCmebM"
+    "pebCmebClDubCmDubClDwbCmDwbCjDubCmDubWOqqbcqbWRdDwbCmDwbClDybCmDybCjebCmebClwbCmwbClDubCmDubCjwbCmwbClDubCmDubCl"
+    "DwbCmDwbClDybCmDybHyebCmebClkbCmkbGscbccbbebcebTlebCmebClwbCmwbChwbCmwbClDubCmDubWQyqbcqbWTlDwbCmDwbCjwbCmwbClDu"
+    "bCmDubRuwbcwbkwbcwbVZewbcwbWTxwbCmwbClDubCmDubClDwbCmDwbClDybCmDybCjEebCmEebClEabCmEabClDybCmDybSsebcebckbckbVhi"
+    "bCmibClDubCmDubCjcbCmcbClebCmebClkbCmkbClwbCmwbClDubCmDubCjwbCmwbClkbCmkbCjwbCmwbCjgbCmgbClDubCmDubClDwbCmDwbBjD"
+    "wbykbgmbemcUewfYlDubCmDubClEgbCmEgbHmebCmebClcbCmcbClEgbCmEgbClibCmibWNsgbcgbWLhebcebbcbccbbEgbcEgbbibcibWLesbcs"
+    "bWZvDubCmDubClEgbCmEgbClibCmibHuebCmebClcbCmcbClEgbCmEgbClibCmibWOygbcgbXBjEgbCmEgbClDubCmDubBzDubCmDubClEgbCmEg"
+    "bHuebCmebClcbCmcbClEgbCmEgbClibCmibWPsgbcgbWCnebcebbcbccbbEgbcEgbbibcibbDubcDubZnDubCmDubClEgbCmEgbYeebcebbcbccb"
+    "bEgbcEgbbibcibbDubcDubBAjcbCmcbClDubCmDubClEgbCmEgbClibCmihCLkEibaEkbURucbccbbebcebbEmbcEmbUUhEibaEkbUUwcbccbbeb"
+    "cebbEmbcEmbUSdEibaEkbUSscbccbbebcedUVfEibaEkbUVucbccbbebcedUTfEibaEkbUTucbccbbebcebbEmbcEmbUWhEibaEkbUWwcbccbbeb"
+    "cebbEmbcEmbUUhEibaEkbUUwcbccbbebcebbEmbcEmbUXjEibaEkbUXycbccbbebcebbEmbcEmbUVbEibaEkbUVqcbccbbebcedUYdEibaEkbUYs"
+    "cbccbbebcedUVvEibaEkbUWkcbccbbebcebbEmbcEmcUYxEkcUZoccaecaEmbUWtEibaEkbUXicbccbbebcebbEmbcEmbUZvEibaEkbVAkcbccbb"
+    "ebcebbEmbcEmbUZvcbjabscbpabucbrabwcbtabBgcbBaabncbqabhcbkadUPoEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEo"
+    "bcEobcEobcEobBiEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobDuEobcEobcEobcEobcEobcEobcEobcEobc"
+    "EobcEobcEobcEobcEobcEobcEobcEobVAhsbaqbVAkEobVAjEobjEockEmbVFuEobVIfsbaqbacbvabwEocDcadCIjEmbXImEobVAfEobrEocsEm"
+    "bVGoEobVJdcbzabBecbBbabBcEobVImcbaebaEmbVFvsbaqbBicbEladDeEmbBiEmbDtsbaqbacbBdacVOicbaebaEmbVJtsbaqbmcbCbabBiEib"
+    "aEkbiEmbmEmbCxsbaqbacbBtabBmEkbCGncbCEkabCJxadXOqEobUZlEobkEocjEmbVIwEobVMbcbBlabCgcbBzabCaEobCGfadXSmabcaLhVMha"
+    "eCOhabJkaEhYVuEqbeEqteEqBfEqEqbiEqbdEqCbDuEqfkEqdgEqyBwEqceEqBbBuEqdoEqdeEqcgEqxZUjEqcZWiEqlBnEqbZUvEqbeEqbZWmEq"
+    "bcEqdBaEqbcEqdgEqbcEqhgEqbcEqdoEqbcEqdgEqbcEqBjCcEqbmEqbcEqbeEqBxDpEqbcEqbBoEqbcEqhCmEqbcEq",
+    "bcEqbcEqCiKCkabcaCXuDXvEpCBoECyEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsdgEsceEsceEshoEsbaEucgEsbaEucgEsbaE"
+    "ucgEsbaEucgEsbaEuxEbEskGsEsoBcEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsdgEsceEsceEshoEsbaEucgEsbaEucgEsbaEu"
+    "cgEsbaEucgEsbaEuxEbEsdFqEsbcEsbcEsbcEsewEsCXTiCRDuabBCHbabBEEmabBNnabWSbabYSjabEIgabCFJaabaabCBGfabBQUqabBTRfabC"
+    "VyabGOyabPMsabGXkabFCmabBDeabYmabFTmabBDFdabCJaabCVsabCHmabMKkabJZmabGLyabCFDlabDTmabRVyabFJqabPFgabSDmabBXCdabO"
+    "CkabQOyabCSsabBDGfabXNqabETqabBFHxabGHmabEUoabEFsabWPgabBXLnabBReabWsabNOmabEPiabFMoabDRiabGXgabEOoabGqabFTeabHA"
+    "kabDFmabBYcabBCJbabSsabDDiabERiabLNyabIScabOXdabBLVxabERaabWGeabDDcabKRvabEWeabPDgabHTaabBVBhabCRsabKJqabCWkabXu"
+    "abKSeabUiabSGeabBZCrabBIQkabBJJhabBfabBENwabCToabEScabOAqabIHtabBEVhabFLuabYZoabBUArabKJkabDEcabOTeabBLqabBAAjab"
+    "BCSeabBFFzabMBkabNItabXHmabFOhabRYaabBFIrabDMsabXFiabKBoabEVqabXLfabBBGeabBAQhabHFvabYEgabXRtabNLyabBDIjabCBuabH"
+    "kabRFkabPLsabEEyabGJeabFHqabBVPrabZqabDYgabEDuabFEwabHTiabGYqabVPmabDPiabDEgabEgabCFSnabPHeabDOkabBBFiabBLBnabCJ"
+    "gabIqabBZgabHZmabBQiabCMaabDZmabDEaabBWwabLDuabHTfabIMsabCKcabBXJxabKuabBPkabVGgabSEeabBLoabBHGbabXcabCRkabGFmab"
+    "MOeabGQzabBBSbabGDeabDTcabBJyabBUyabOVsabOcabIMkabNgabNPcabDPsabGiabQaabCCYrabBFXuabSFcabDUuabBOUfabNXlabBTwabIK"
+    "eabGgabHCeabDIwabFXoabDJsabLEaabISmabLKsabBREvabBKCiabBZGbabPWmabJgabEAmabBAsabECwabZwabCImabDNmabURsabCBSzabMRy"
+    "abBNPsabCBGjabJUqabMTeabZEuabBKBtabBHyabFEkabIRgabBANeabBZUfabBLkabGIeabHIqabYgabBAqabDFmabFKkabBKqabHGwabHBwabB"
+    "kabGTqabDWeabBZFxabUVeabUEbabWMwabCCuabNEiabMQcabEIiabBSyabBPRrabESeabPGcabFKbabGoabBCmabHLjabBQjabUGsabBTXfabBN"
+    "TcabBLCpabDxabJOoabDEgabTSgabZGbabNIoabEWhabBEScabFGnabKPuabJRfabBGJfabKHhabDKqadBZgacKRsadPPjabZFsabCTkabBWeabC"
+    "qaboabDgabWOkabUDrabCHaacEUsacDSmadDZkabPeaeGAmabBaabDkabDLoabJStabELeabCBUvabYcabHwabBDgabCcabIkabBTgabIcabHoab"
+    "BKiabIaabCVoabuabDDsabQiabCyabHsabCOgabLiabNmabBMmabDTkabMoabUiabBTgabOoabBMsabDJiabNiabwabbabqabmaboabDsabcabNs"
+    "abFaabYoabBRkabBqabEiabXmabLiabBLoabKuabaabBKuabDPaabKiabBByabEiabBFoabEcabCAuabKaabFBiabVwabEqabBQGhabOBLaabNBY"
+    "padBNIxabCScabFxabBLnabBIwabEoabZeabDyabBZyabFnabFgabFqabBWqabGwabLeabBgabUuabPgabCUeaboabLcabFgabXaabJcabFjabKi"
+    "abDnabLgabFcabBEuabGuabEeabUaabWaabMoabiabEoabDDmabFaabBEcabBFoabBfabGsabTkabZwabESoabEDfabJkabJmabZeabLmabEcabR"
+    "kabeabNeabBiabByabGqabtabBEmabBLiabUwabOkabRgabLuabZkabPiabCNaabMcabCRsabBJcabFiabBgabWwabEkabDlabEeabfabBhabFwa"
+    "bGgabBDkabBRcabYeabWsabRaabDBgabHyabIwabKgabCuabyabDsabCDyabDLkabLLKuablabITuabORXfabDKgabCoabPLMeabHZiabZTuabNZ"
+    "FrabFuaCqEMKvEvcByExlrEzbaFbbHDWaEzbaFbbHDXxExbaFdbaFfbcFfbcFfbcFfbcFfbcFfbcFfceFfbcFfbcFfbcFfbcFfceFfceFfbcFfce"
+    "FfbcFfceFfbcFfbcFfbcFfbcFfbBpFhbhFjbuFjbsFjIBsHUAcFmceFmpuFmFbKuFobcFoUuBPaFqbaFsOdBCmFubaFwcaFyJsTqGabcGaCTBnFM"
+    "CqGbbcGbboGdbaGfbaGhbaGjbaGlDjGyGbbcGbbcGdbcGdbbGfbcGfEHLgLHMrabjabsabMRJuabMQNrabGaabBaabFmabJgabCkabGaabBvabVJ"
+    "dabNOQyabMSYbaboabBgabBmabMRYwabNNSvabVSuabCyabMSAuabMRZzabBaabCDzabCEqabsabQUKaabQUFbabBcabWBvabWGeabwabDkabkab"
+    "WGpabWMuabeabCcabBsabwabcabBiabDwabqabsabByabuabeabaabaabMUGoabLYIpabVSdabBqabMUXcabMUWdabmabBqabLsabHvabBgabCma"
+    "bEmabGmabCaabFeabBgabCoabaabBqabBkabqabBeabBAeabUxabVaabPfabCsabDJdabFFyabWdabCyabByabJzabMwabbabJmabMYLsabMYGha"
+    "bkabBeabBoabqabEyabMZGmabFcabMZAxabDqabyabGbabKyabBAWlabBcabBBHwabEeabaabNAFkabMZVdabBqabBeabyabNARiabNAQjaboabC"
+    "NaabCKvabBBThabBBYcabBcabGiabDxabNCIoabNBUnabNBUsabNBRjabfabBiabHuabcabBCOjabBCQmabDiabBqabDkabBCUvabOGMcabOGKba"
+    "bBCYiabgabgabBoabQXWyabQXSxabNEMwabaabMDZjabBAKrabaabBDBhabOTFeabBJSeabOZRbabsabBDEtabBDIkabDyabuabCqabKmabBDTla"
+    "bChabBDXgabNGBgabNFXhabJyabiabeabdabDoabBoabCuabBbabwabDqabBoabiabCaabwabFcabGmabCsabJoabNHEmabNHFxabEzabIiabCca"
+    "bHmabNHKsabNHFxabHdabCdabBFKvabBFZqabBqabCkabCxabBFVxabBGMoabCgabNJJgabNJAbabViabNlabBGSlabBGYaabBGZhabCtabREqab"
+    "gabQFuabHrabTTiabBUBvabBASaabiabmabEsabvabNKTcabOSChabBHWcabIzabPuabDyabNKIqabNKHxabInabSwabBILhabBIOwabHmabFmab"
+    "OqabNKKcabNKGdabBJKvabBJQgabNLOmabNLKnabBJPzabBJSiabDmabCcabcabNMOaabWJbabWRmabNMLbabNNTsa",
+    "bNNKzabBcabHvabNmabDcabEkabEdabDcabBeabBaabNNDiabNNJnabTiabEwabBLHlabBLOqabhabNNMaabNOBvabBCsabNNKaabDsabNNGxabI"
+    "wabCbabfabBMGvabBMKmabDyablabEeabLUIyabLTXfabNOHgabNOAnabNOZuabNOOzabBaabCcabNQGmabNQCtabBqabNQYiabReabNQXvabBia"
+    "bBOBdabBODeabBOCfabaabBOOsabBqabBqabBoabFiabBORdabBOYcabNSUmabNSSlabNSZoabNSVrabMMHyabMLVpabNURqabBuabKuabPKDbab"
+    "yabBPPoabNVAcabbabDaabCaabNVBtabcabaabDiabBPSjabBPXkabBPWjabGeabPMPaabNWJtabEuabEyabBQIzabPNXeabNXDnabNXMmabDiab"
+    "NXLjabHcabBQZfabBRFuabuabkabNYYcabXaabaabNZIvabBRCxabPRFuabNZMfabgabBRQxabPRTiabNZHzabBSBzabBSDsabjabCgabOBMaabO"
+    "BEjabBSFrabBSNkabEoabFeabBSTdabPVGaabCkabPVFnabPVQuabOCCrabOCKmabOCIjabHuabwabODFmabFqabODEbabODOiabODNbabMRKwab"
+    "OLIhabBUCoabGgabBUEpabBUJeabBDEvabPHPkabBcabBNMpabsabMQKrabgabKHwabCEYvabBVBwablabBkabBKHnabBKJcabeabuabDeabOFWm"
+    "abOFWnabEiabFkabFsabKpabLwabDgabIqabTzabJeabeabBgabOFWuabXuabLnabQBVnabBWHwabeabCsabOKRwabOKLvabOGYyabQDLtabiabQ"
+    "DVsabWgabQERdabBXDyabyabwabeabEyabCnabKiabDjabLqabGfabFeabCcabBXTlabBYAmabCmabBYAhabBYHqabgabOKEiabOJVjaboabBYMr"
+    "abBYOwabCLUzabQXGoabOeabQKDzabsabBZKcabFyabMcabPqabOLXuabOLRdabBsabGyabHcabOMZgabDMGrabLAMbabBdabEaabLBAaabLAIla"
+    "bHsabOQRkabCcabOPSrabHeabCmabOQHuabOQGzabVyabMgabcabHbabBDiabCeabORQwabOQObabCFNvabCFRgabOROaabQWYzabCGFqabBRFta"
+    "bBRNeabOTIyabQkabRABvabqabCGQmabOUWyabRBItabRBToabOVEjabaabCiabOVYgabOVJzabCGVtabCHBgabJsabCcabEqabCHFrabRFXsabO"
+    "XWtabXgabOoabCISzabCkabCIYuabPAJmabRJHjabRJLqabUkabKcabPARzabCJQvabCJVqabkaboabuaboabCwabPCXua"};
+
+typedef struct avl__lower_run { uint32_t first, count, stride; int32_t shift; } avl__lower_run;
+typedef struct avl__mark_run { uint32_t first, count, rank; } avl__mark_run;
+
+typedef struct avl__pair {
+    uint32_t whole, first, second;    // second 0: none
+    int      composes;
+    int      next;                    // the next pair in its bucket, -1: none
+} avl__pair;
+
+typedef struct avl__cleaner {
+    avl__lower_run lower[AVL__LOWER_RUNS];
+    avl__mark_run  marks[AVL__MARK_RUNS];
+    avl__pair      pairs[AVL__PAIRS];            // ascending by whole
+    int            buckets[1024];                // of pairs that compose, by avl__pair_bucket
+} avl__cleaner;
+
+static uint32_t avl__pair_bucket(uint32_t first, uint32_t second) {
+    return (first * 0x9E3779B1u ^ second * 0x85EBCA6Bu) >> 22;
+}
+
+static void avl__fill_cleaner(avl__cleaner *c) {
+    const char *lower = avl__lower_table, *mark = avl__mark_table, *second = avl__second_table, *pair = avl__pair_table[0];
+    uint32_t seconds[AVL__SECONDS], at = 0, code;
+    int i, part = 0;
+    for (i = 0; i < AVL__LOWER_RUNS; i++) {
+        c->lower[i].first = at += avl__table_number(&lower);
+        code = avl__table_number(&lower);
+        c->lower[i].count = code / 2 + 1;
+        c->lower[i].stride = code % 2 + 1;
+        c->lower[i].shift = avl__table_signed(&lower);
+    }
+    for (i = 0, at = 0; i < AVL__MARK_RUNS; i++) {
+        c->marks[i].first = at += avl__table_number(&mark);
+        c->marks[i].count = avl__table_number(&mark);
+        c->marks[i].rank = avl__table_number(&mark);
+    }
+    for (i = 0, at = 0; i < AVL__SECONDS; i++) seconds[i] = at += (uint32_t)avl__table_signed(&second);
+    memset(c->buckets, 0xFF, sizeof c->buckets);   // every bucket is -1
+    for (i = 0, at = 0; i < AVL__PAIRS; i++) {
+        avl__pair *p = &c->pairs[i];
+        if (!*pair) pair = avl__pair_table[++part];
+        p->whole = at += avl__table_number(&pair);
+        p->first = (i ? p[-1].first : 0) + (uint32_t)avl__table_signed(&pair);
+        code = avl__table_number(&pair);
+        p->second = code ? seconds[(code - 1) / 2] : 0;
+        p->composes = code ? (int)((code - 1) % 2) : 0;
+        if (p->composes) {
+            int *bucket = &c->buckets[avl__pair_bucket(p->first, p->second)];
+            p->next = *bucket;
+            *bucket = i;
+        }
+    }
+}
+
+static uint32_t avl__lower_case(const avl__cleaner *c, uint32_t point) {
+    int low = 0, high = AVL__LOWER_RUNS;   // lower[low - 1].first <= point < lower[high].first
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (c->lower[middle].first <= point) low = middle + 1;
+        else high = middle;
+    }
+    if (low > 0) {
+        const avl__lower_run *run = &c->lower[low - 1];
+        uint32_t from = point - run->first;
+        if (from % run->stride == 0 && from / run->stride < run->count) return point + (uint32_t)run->shift;
+    }
+    return point;
+}
+
+// The canonical combining class: 0 for a character that stands by itself.
+static uint32_t avl__mark_rank(const avl__cleaner *c, uint32_t point) {
+    int low = 0, high = AVL__MARK_RUNS;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (c->marks[middle].first <= point) low = middle + 1;
+        else high = middle;
+    }
+    return low > 0 && point - c->marks[low - 1].first < c->marks[low - 1].count ? c->marks[low - 1].rank : 0;
+}
+
+// Hangul syllables are made of a lead, a vowel and perhaps a tail, by arithmetic (the Unicode Standard 3.12).
+enum { AVL__HANGUL = 0xAC00, AVL__LEAD = 0x1100, AVL__VOWEL = 0x1161, AVL__TAIL = 0x11A7, AVL__N_LEADS = 19, AVL__N_VOWELS = 21,
+       AVL__N_TAILS = 28, AVL__N_SYLLABLES = AVL__N_LEADS * AVL__N_VOWELS * AVL__N_TAILS };
+
+// What a pair composes to, or 0.
+static uint32_t avl__composed(const avl__cleaner *c, uint32_t first, uint32_t second) {
+    int i;
+    if (first - AVL__LEAD < AVL__N_LEADS && second - AVL__VOWEL < AVL__N_VOWELS)
+        return AVL__HANGUL + ((first - AVL__LEAD) * AVL__N_VOWELS + (second - AVL__VOWEL)) * AVL__N_TAILS;
+    if (first - AVL__HANGUL < AVL__N_SYLLABLES && (first - AVL__HANGUL) % AVL__N_TAILS == 0 && second > AVL__TAIL &&
+        second - AVL__TAIL < AVL__N_TAILS) return first + (second - AVL__TAIL);
+    for (i = c->buckets[avl__pair_bucket(first, second)]; i >= 0; i = c->pairs[i].next)
+        if (c->pairs[i].first == first && c->pairs[i].second == second) return c->pairs[i].whole;
+    return 0;
+}
+
+// A list of code points: the class of each stands above its 21 bits, so that ordering need not look it up again.
+enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
+
+static int avl__points_put(avl__tokens *points, const avl__cleaner *c, uint32_t point) {   // 0: memory is out
+    return avl__tokens_put(points, (int32_t)(point | avl__mark_rank(c, point) << AVL__POINT_BITS));
+}
+
+// Appends a character taken apart as far as it goes; 0: memory is out.
+static int avl__decompose(avl__tokens *points, const avl__cleaner *c, uint32_t point) {
+    int low = 0, high = AVL__PAIRS;
+    if (point - AVL__HANGUL < AVL__N_SYLLABLES) {
+        uint32_t s = point - AVL__HANGUL, tail = s % AVL__N_TAILS;
+        return avl__points_put(points, c, AVL__LEAD + s / (AVL__N_VOWELS * AVL__N_TAILS)) &&
+               avl__points_put(points, c, AVL__VOWEL + s / AVL__N_TAILS % AVL__N_VOWELS) &&
+               (tail == 0 || avl__points_put(points, c, AVL__TAIL + tail));
+    }
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (c->pairs[middle].whole < point) low = middle + 1;
+        else high = middle;
+    }
+    if (low == AVL__PAIRS || c->pairs[low].whole != point) return avl__points_put(points, c, point);
+    return avl__decompose(points, c, c->pairs[low].first) &&
+           (c->pairs[low].second == 0 || avl__decompose(points, c, c->pairs[low].second));
+}
+
+// Each run of marks sorted by class, equal ones in their order: a counting sort, since a hostile text may be one long run.
+// copy: [n]
+static void avl__order_marks(int32_t *points, int32_t *copy, size_t n) {
+    size_t from, to, i;
+    for (from = 0; from < n; from = to + 1) {
+        size_t starts[257] = {0};
+        int sorted = 1;
+        for (to = from; to < n && points[to] >> AVL__POINT_BITS; to++) {
+            starts[(points[to] >> AVL__POINT_BITS) + 1]++;
+            sorted &= to == from || points[to - 1] >> AVL__POINT_BITS <= points[to] >> AVL__POINT_BITS;
+        }
+        if (sorted) continue;
+        for (i = 1; i < 257; i++) starts[i] += starts[i - 1];
+        for (i = from; i < to; i++) copy[starts[points[i] >> AVL__POINT_BITS]++] = points[i];
+        memcpy(points + from, copy, (to - from) * sizeof *points);
+    }
+}
+
+// Puts characters together with the marks behind them, unless a mark of the same or a higher class stands between. Returns how
+// many are left.
+static size_t avl__compose(const avl__cleaner *c, int32_t *points, size_t n) {
+    size_t i, out = 0, starter = (size_t)-1;
+    int32_t last = 0;   // the class of the point before; 0: one that stands by itself
+    for (i = 0; i < n; i++) {
+        int32_t rank = points[i] >> AVL__POINT_BITS;
+        uint32_t whole = 0;
+        if (starter != (size_t)-1 && (out == starter + 1 || (last > 0 && last < rank)))
+            whole = avl__composed(c, (uint32_t)points[starter], (uint32_t)(points[i] & AVL__POINT_MASK));
+        if (whole) {
+            points[starter] = (int32_t)whole;
+            continue;
+        }
+        if (rank == 0) starter = out;
+        last = rank;
+        points[out++] = points[i];
+    }
+    return out;
+}
+
+// Appends text (valid UTF-8), composed and in lower case; 0: memory is out.
+static int avl__clean(const avl__cleaner *c, const char *text, size_t size, avl__bytes *out) {
+    avl__tokens points = {NULL, 0, 0};
+    size_t at, length, i;
+    int32_t *copy = NULL;
+    int ok = 1;
+    for (at = 0; at < size && ok; at += length) ok = avl__decompose(&points, c, (uint32_t)avl__utf8_read(text + at, size - at, &length));
+    if (ok) copy = (int32_t *)avl__alloc_raw(points.size, sizeof *copy);
+    if (copy) {
+        avl__order_marks(points.data, copy, points.size);
+        points.size = avl__compose(c, points.data, points.size);
+        for (i = 0; i < points.size; i++) {
+            char utf8[4];
+            uint32_t point = (uint32_t)(points.data[i] & AVL__POINT_MASK);
+            avl__bytes_put(out, utf8, avl__utf8_write(point == 0x130 ? 'i' : avl__lower_case(c, point), utf8));
+            if (point == 0x130) avl__bytes_put(out, "\xCC\x87", 2);   // the one capital that two characters stand for: i and a dot
+        }
+    }
+    ok = copy != NULL && !out->failed;
+    astrovl_free(copy);
+    astrovl_free(points.data);
+    return ok;
+}
+
+// ---- vocabularies --------------------------------------------------------------------------------------------------
+
+typedef enum avl__vocab_kind { AVL__VOCAB_SPM = 1, AVL__VOCAB_BPE } avl__vocab_kind;
+
+// How a byte-level BPE text is cut into words.
+typedef enum avl__word_rule { AVL__WORDS_GPT2, AVL__WORDS_LLAMA3, AVL__WORDS_SMOLLM, AVL__WORDS_CLIP } avl__word_rule;
+
+// tokenizer.ggml.token_type
+enum {
+    AVL__TOKEN_NORMAL = 1, AVL__TOKEN_UNKNOWN, AVL__TOKEN_CONTROL, AVL__TOKEN_USER_DEFINED, AVL__TOKEN_UNUSED,
+    AVL__TOKEN_BYTE
+};
 
 typedef struct avl__piece_slot {
     uint32_t hash;
@@ -2842,6 +3318,8 @@ typedef struct avl__vocab {
     avl__merge_slot *merge_slots;      // [merge_mask + 1] the same
     uint32_t         merge_mask;
     int32_t          byte_ids[256];    // the token of a single byte, or -1
+    int32_t          last_byte_ids[256];   // CLIP: of one that ends a word
+    avl__cleaner    *cleaner;          // CLIP
     avl__markers     special;          // tokens that PARSE_SPECIAL finds
     avl__markers     user_defined;     // SPM: tokens that are found in any text
     uint32_t         letters[AVL__LETTER_BOUNDS], numbers[AVL__NUMBER_BOUNDS];
@@ -2856,6 +3334,7 @@ static void avl__vocab_free(avl__vocab *v) {
     astrovl_free(v->order);
     astrovl_free(v->piece_slots);
     astrovl_free(v->merge_slots);
+    astrovl_free(v->cleaner);
     astrovl_free(v->special.lengths);
     astrovl_free(v->user_defined.lengths);
     memset(v, 0, sizeof *v);
@@ -3149,13 +3628,17 @@ static astrovl_status avl__vocab_load_pieces(avl__vocab *v, const avl__vocab_sou
     return ASTROVL_OK;
 }
 
+#define AVL__CLIP_START "<|startoftext|>"
+#define AVL__CLIP_END   "<|endoftext|>"
+#define AVL__WORD_END   "</w>"             // what CLIP's vocabulary writes after a word's last byte
+
 // The ids of the special tokens, by key or else by their usual spelling, and whether a text gets some of them.
 static astrovl_status avl__vocab_load_ids(avl__vocab *v, const avl__vocab_source *from) {
     astrovl_status status;
     int spm = v->kind == AVL__VOCAB_SPM;
-    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : -1;
-    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : -1;
-    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : -1;
+    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : v->cleaner ? avl__vocab_find(v, AVL__CLIP_START, strlen(AVL__CLIP_START)) : -1;
+    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : v->cleaner ? avl__vocab_find(v, AVL__CLIP_END, strlen(AVL__CLIP_END)) : -1;
+    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : v->cleaner ? v->eos : -1;
     v->pad = v->eot = -1;
     status = avl__vocab_id(from, v, "bos_token_id", &v->bos);
     if (status == ASTROVL_OK) status = avl__vocab_id(from, v, "eos_token_id", &v->eos);
@@ -3280,23 +3763,35 @@ static int avl__char_to_byte(int32_t c) {   // -1: a character that spells no by
     return c > 32 && c < 256 && avl__byte_to_char((uint32_t)c) == (uint32_t)c ? c : -1;
 }
 
-static size_t avl__byte_spelling(uint32_t byte, char spelling[2]) {   // its length in UTF-8
-    uint32_t c = avl__byte_to_char(byte);
-    if (c < 0x80) {
-        spelling[0] = (char)c;
-        return 1;
-    }
-    spelling[0] = (char)(0xC0 | c >> 6);
-    spelling[1] = (char)(0x80 | (c & 0x3F));
-    return 2;
+static size_t avl__byte_spelling(uint32_t byte, char spelling[4]) {   // its length in UTF-8
+    return avl__utf8_write(avl__byte_to_char(byte), spelling);
+}
+
+static astrovl_status avl__vocab_alloc_merges(avl__vocab *v, const avl__vocab_source *from, uint32_t count) {
+    uint32_t slots = avl__table_slots(count);
+    v->merge_slots = (avl__merge_slot *)avl__alloc_raw(slots, sizeof *v->merge_slots);
+    if (!v->merge_slots) return avl__vocab_no_memory(from);
+    v->merge_mask = slots - 1;
+    memset(v->merge_slots, 0xFF, slots * sizeof *v->merge_slots);   // every left is -1
+    return ASTROVL_OK;
+}
+
+static void avl__merge_put(avl__vocab *v, int32_t left, int32_t right, int32_t id, uint32_t rank) {
+    avl__merge_slot *slot = avl__merge_slot_of(v, left, right);
+    if (slot->left >= 0) return;   // the first of equals counts
+    slot->left = left;
+    slot->right = right;
+    slot->id = id;
+    slot->rank = rank;
 }
 
 // BPE: the merges, "left right" in the order of their rank. Both and what they make must be tokens.
 static astrovl_status avl__vocab_load_merges(avl__vocab *v, const avl__vocab_source *from) {
     int index;
-    uint32_t count, slots, i;
+    uint32_t count, i;
     astrovl_status status = avl__vocab_array(from, "merges", &index);
     if (status != ASTROVL_OK) return status;
+    if (index < 0 && v->cleaner) return avl__vocab_alloc_merges(v, from, (uint32_t)v->n_tokens);   // recovered later
     if (index < 0) return avl__vocab_fail(from, "merges", "is missing: a gpt2 vocabulary needs it");
     if (avl__vocab_item_type(from, index) != ASTROVL_VALUE_STRING) {
         return avl__vocab_fail(from, "merges", "is no array of strings");
@@ -3305,15 +3800,11 @@ static astrovl_status avl__vocab_load_merges(avl__vocab *v, const avl__vocab_sou
         return avl__vocab_fail(from, "merges", "has more than 2^26 elements");
     }
     count = (uint32_t)avl__vocab_count(from, index);
-    slots = avl__table_slots(count);
-    v->merge_slots = (avl__merge_slot *)avl__alloc_raw(slots, sizeof *v->merge_slots);
-    if (!v->merge_slots) return avl__vocab_no_memory(from);
-    v->merge_mask = slots - 1;
-    memset(v->merge_slots, 0xFF, slots * sizeof *v->merge_slots);   // every left is -1
+    status = avl__vocab_alloc_merges(v, from, count);
+    if (status != ASTROVL_OK) return status;
     for (i = 0; i < count; i++) {
         astrovl_string text = astrovl_gguf_string(from->file, index, i), a, b;
         const char *space = text.size > 1 ? (const char *)memchr(text.data + 1, ' ', text.size - 1) : NULL;
-        avl__merge_slot *slot;
         int32_t left, right, id;
         if (!space) {
             return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] has no space between two pieces",
@@ -3328,12 +3819,7 @@ static astrovl_status avl__vocab_load_merges(avl__vocab *v, const avl__vocab_sou
             return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] \"%S\" names a piece that is no token",
                              astrovl_gguf_name(from->file), from->prefix, (int)i, text);
         }
-        slot = avl__merge_slot_of(v, left, right);
-        if (slot->left >= 0) continue;
-        slot->left = left;
-        slot->right = right;
-        slot->id = id;
-        slot->rank = i;
+        avl__merge_put(v, left, right, id, i);
     }
     return ASTROVL_OK;
 }
@@ -3344,11 +3830,25 @@ static astrovl_status avl__vocab_load_bpe(avl__vocab *v, const avl__vocab_source
     avl__expand_table(avl__letter_table, v->letters, AVL__LETTER_BOUNDS);
     avl__expand_table(avl__number_table, v->numbers, AVL__NUMBER_BOUNDS);
     for (byte = 0; byte < 256; byte++) {
-        char spelling[2];
-        size_t size = avl__byte_spelling(byte, spelling);
-        v->byte_ids[byte] = avl__vocab_find(v, spelling, size);
+        char spelling[4];
+        astrovl_string s = avl__string(spelling, avl__byte_spelling(byte, spelling));
+        v->byte_ids[byte] = avl__vocab_find(v, s.data, s.size);
+        v->last_byte_ids[byte] = avl__vocab_find_joined(v, s, avl__string(AVL__WORD_END, strlen(AVL__WORD_END)));
     }
     return avl__vocab_load_merges(v, from);
+}
+
+// All parts of a vocabulary whose kind is known.
+static astrovl_status avl__vocab_load_parts(avl__vocab *v, const avl__vocab_source *from) {
+    astrovl_status status = avl__vocab_load_pieces(v, from);
+    if (status == ASTROVL_OK) status = avl__vocab_load_ids(v, from);
+    if (status == ASTROVL_OK) status = avl__vocab_load_types(v, from);
+    if (status == ASTROVL_OK) status = avl__vocab_load_markers(v, from);
+    if (status != ASTROVL_OK) return status;
+    avl__vocab_mark_ends(v);
+    if (v->kind == AVL__VOCAB_BPE) return avl__vocab_load_bpe(v, from);
+    avl__vocab_find_byte_pieces(v);
+    return avl__vocab_load_scores(v, from);
 }
 
 // prefix: "tokenizer.ggml.", before every key. The file must outlive the vocabulary, which points into it.
@@ -3360,18 +3860,7 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
     from.err = err;
     memset(v, 0, sizeof *v);
     status = avl__vocab_load_kind(v, &from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_pieces(v, &from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_ids(v, &from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_types(v, &from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_markers(v, &from);
-    if (status == ASTROVL_OK) {
-        avl__vocab_mark_ends(v);
-        if (v->kind == AVL__VOCAB_BPE) status = avl__vocab_load_bpe(v, &from);
-        else {
-            avl__vocab_find_byte_pieces(v);
-            status = avl__vocab_load_scores(v, &from);
-        }
-    }
+    if (status == ASTROVL_OK) status = avl__vocab_load_parts(v, &from);
     if (status != ASTROVL_OK) avl__vocab_free(v);
     return status;
 }
@@ -3406,6 +3895,7 @@ typedef struct avl__encoder {
     size_t            n_heap, heap_capacity;
     int32_t          *splits;      // SPM with UNUSED tokens: [n_tokens] bytes of the left half it was merged from
     avl__bytes        buffer;      // the text as its tokenizer normalises it
+    avl__bytes        cleaned;     // CLIP: the same, composed and in lower case
     avl__bytes        spelling;    // a word in byte-level spelling
 } avl__encoder;
 
@@ -3414,6 +3904,7 @@ static void avl__encoder_free(avl__encoder *e) {
     astrovl_free(e->heap);
     astrovl_free(e->splits);
     astrovl_free(e->buffer.data);
+    astrovl_free(e->cleaned.data);
     astrovl_free(e->spelling.data);
 }
 
@@ -3690,6 +4181,14 @@ static size_t avl__word_llama3(const avl__vocab *v, const char *text, size_t at,
     return newline ? newline : avl__spaces_end(v, text, at, end);
 }
 
+// CLIP: 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+   White space is a word here, which the caller drops.
+static size_t avl__word_clip(const avl__vocab *v, const char *text, size_t at, size_t end) {
+    size_t length, n = avl__contraction(text + at, end - at, 0);
+    avl__class c = avl__class_at(v, text, at, end, &length);
+    if (n) return at + n;
+    return c == AVL__CLASS_NUMBER ? at + length : avl__run_end(v, text, at, end, c);
+}
+
 // SmolLM: every \p{N} stands alone; GPT-2's rule cuts what lies between, without seeing past it. Returns the end of
 // such a part.
 static size_t avl__digit_part_end(const avl__vocab *v, const char *text, size_t at, size_t end) {
@@ -3712,7 +4211,7 @@ static int32_t avl__whole_word(avl__encoder *e, const char *word, size_t size) {
     if (size > e->v->longest) return -1;
     e->spelling.size = 0;
     for (i = 0; i < size; i++) {
-        char spelling[2];
+        char spelling[4];
         size_t n = avl__byte_spelling((uint8_t)word[i], spelling);
         avl__bytes_put(&e->spelling, spelling, n);
     }
@@ -3721,7 +4220,8 @@ static int32_t avl__whole_word(avl__encoder *e, const char *word, size_t size) {
     return id >= 0 && e->v->types[id] == AVL__TOKEN_NORMAL ? id : -1;
 }
 
-// A byte whose symbol the vocabulary lacks (SmolLM2 lacks some control characters) gives nothing, as in `tokenizers`.
+// A byte whose symbol the vocabulary lacks (SmolLM2 lacks some control characters) gives nothing, as in `tokenizers`, unless
+// there is a token for the unknown (CLIP).
 static int avl__bpe_encode_word(avl__encoder *e, const char *word, size_t size) {   // 0: memory is out
     const avl__vocab *v = e->v;
     int32_t index, id = v->whole_words ? avl__whole_word(e, word, size) : -1;
@@ -3730,7 +4230,8 @@ static int avl__bpe_encode_word(avl__encoder *e, const char *word, size_t size) 
     if (id >= 0) return avl__tokens_put(e->out, id);
     e->n_symbols = 0;
     for (i = 0; i < size; i++) {
-        id = v->byte_ids[(uint8_t)word[i]];
+        id = (v->cleaner && i + 1 == size ? v->last_byte_ids : v->byte_ids)[(uint8_t)word[i]];
+        if (id < 0 && v->cleaner) id = v->unk;
         if (id >= 0 && !avl__symbol_put(e, i, 1, id, 0)) return 0;
     }
     if (e->n_symbols == 0) return 1;
@@ -3751,7 +4252,19 @@ static int avl__bpe_encode(avl__encoder *e, const char *text, size_t size) {   /
     if (e->buffer.failed) return 0;
     text = e->buffer.data;
     size = e->buffer.size;
+    if (v->cleaner) {
+        e->cleaned.size = 0;
+        if (!avl__clean(v->cleaner, text, size, &e->cleaned)) return 0;
+        text = e->cleaned.data;
+        size = e->cleaned.size;
+    }
     for (; at < size; at = end) {
+        size_t length;
+        if (v->rule == AVL__WORDS_CLIP) {
+            end = avl__word_clip(v, text, at, size);
+            if (avl__class_at(v, text, at, end, &length) != AVL__CLASS_SPACE && !avl__bpe_encode_word(e, text + at, end - at)) return 0;
+            continue;
+        }
         if (at == part) part = v->rule == AVL__WORDS_SMOLLM ? avl__digit_part_end(v, text, at, size) : size;
         end = v->rule == AVL__WORDS_LLAMA3 ? avl__word_llama3(v, text, at, part) : avl__word_gpt2(v, text, at, part);
         if (!avl__bpe_encode_word(e, text + at, end - at)) return 0;
@@ -3804,6 +4317,72 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     if (ok) return ASTROVL_OK;
     out->size = before;
     return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %l bytes", (int64_t)size);
+}
+
+// ---- CLIP's vocabulary ---------------------------------------------------------------------------------------------
+
+// The symbols that a piece starts from: one per byte's character, the last one with its "</w>". 0: memory is out; *whole: 0 if
+// the piece holds a symbol that is no token.
+static int avl__clip_split_piece(avl__encoder *e, astrovl_string piece, int *whole) {
+    size_t at = 0, length, end = strlen(AVL__WORD_END);
+    size_t text = piece.size > end && memcmp(piece.data + piece.size - end, AVL__WORD_END, end) == 0 ? piece.size - end : piece.size;
+    e->n_symbols = 0;
+    *whole = text > 0 && piece.size < 65536;
+    for (; at < text && *whole; at += length) {
+        int32_t id;
+        avl__utf8_read(piece.data + at, text - at, &length);
+        if (at + length == text) length = piece.size - at;
+        id = avl__vocab_find(e->v, piece.data + at, length);
+        *whole = id >= 0;
+        if (*whole && !avl__symbol_put(e, at, length, id, 0)) return 0;
+    }
+    return 1;
+}
+
+// clip.cpp's files hold no merges. They are recovered from the order of the vocabulary, in which every merge appended the token
+// it makes: a token's own pair is what its characters come to by the merges before it. 0: memory is out.
+static int avl__clip_recover_merges(avl__vocab *v) {
+    avl__encoder e;
+    int32_t id;
+    int ok = 1, whole;
+    memset(&e, 0, sizeof e);
+    e.v = v;
+    for (id = 0; id < v->n_tokens && ok; id++) {
+        const avl__symbol *left, *right;
+        if (v->types[id] != AVL__TOKEN_NORMAL) continue;
+        ok = avl__clip_split_piece(&e, v->pieces[id], &whole);
+        if (!ok || !whole || e.n_symbols < 2) continue;
+        ok = avl__merge_symbols(&e);
+        left = &e.symbols[0];
+        if (!ok || left->next < 0) continue;
+        right = &e.symbols[left->next];
+        if (right->next < 0) avl__merge_put(v, left->id, right->id, id, (uint32_t)id);
+    }
+    avl__encoder_free(&e);
+    return ok;
+}
+
+// As avl__vocab_load, for the vocabulary of CLIP's text tower.
+static astrovl_status avl__clip_vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, astrovl_error *err) {
+    avl__vocab_source from;
+    astrovl_status status;
+    from.file = file;
+    from.prefix = prefix;
+    from.err = err;
+    memset(v, 0, sizeof *v);
+    v->kind = AVL__VOCAB_BPE;
+    v->rule = AVL__WORDS_CLIP;
+    v->add_bos = v->add_eos = 1;
+    v->cleaner = (avl__cleaner *)avl__alloc(1, sizeof *v->cleaner);
+    if (!v->cleaner) return avl__vocab_no_memory(&from);
+    avl__fill_cleaner(v->cleaner);
+    status = avl__vocab_load_parts(v, &from);
+    if (status == ASTROVL_OK && avl__vocab_entry(&from, "merges") < 0 && !avl__clip_recover_merges(v)) status = avl__vocab_no_memory(&from);
+    if (status == ASTROVL_OK && (v->bos < 0 || v->eos < 0))
+        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: CLIP's vocabulary lacks %s", astrovl_gguf_name(file),
+                           v->bos < 0 ? AVL__CLIP_START : AVL__CLIP_END);
+    if (status != ASTROVL_OK) avl__vocab_free(v);
+    return status;
 }
 
 // ---- tokens to text ------------------------------------------------------------------------------------------------
@@ -5628,35 +6207,64 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
 
 // ====================================================================================================================
 // [9] CLIP
-// The image half of CLIP (Radford et al. 2021): a vision transformer (Dosovitskiy et al. 2021) with a norm before the layers.
-// An image of S x S pixels is cut into (S / P)^2 patches; each becomes one row of n_embd numbers, a learned class row stands
-// before them, learned positions are added, and n_layer pre-norm layers follow:
+// Two transformers (Radford et al. 2021), made of the same pre-norm layers:
 //     x += attention(layer_norm1(x));   x += fc2(activation(fc1(layer_norm2(x))))
-// LLaVA reads the patches' rows after the last layer but one. Names: v.* tensors and clip.vision.* keys of an mmproj GGUF.
+// The vision tower (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one row of
+// n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before the layers.
+// LLaVA reads the patches' rows after the last layer but one; for CLIP the class row after all layers stands for the image.
+// The text tower: one row per token, positions added, attention to earlier tokens only; the end token's row after all layers
+// stands for the text. Each goes through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a projection to
+// the length that both share.
+// Names: v.*, t.*, visual_projection, text_projection; clip.vision.* and clip.text.* keys of mmproj and clip.cpp's GGUF files.
 // ====================================================================================================================
 
-typedef struct avl__clip_layer {
+typedef struct avl__tower_layer {
     const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;   // [n_embd]
     avl__linear  q, k, v, out;                                            // [n_embd][n_embd]
     avl__linear  fc1, fc2;                                                // [n_ff][n_embd], [n_embd][n_ff]
-} avl__clip_layer;
+} avl__tower_layer;
+
+typedef struct avl__tower {
+    int   n_embd, n_head, n_ff, n_layer;      // n_layer: layers the file has
+    int   use_gelu;                           // 1: GELU, 0: quick-GELU
+    float eps;
+    avl__tower_layer *layers;                 // [n_layer], owned
+} avl__tower;
+
+// From the row that stands for an image or a text to the space that both share.
+typedef struct avl__joint {
+    const float *norm_weight, *norm_bias;     // [n_embd]
+    avl__linear  dense[2];                    // PAPERCLIP's head: W2 gelu(W1 x + b1) + b2
+    int          n_dense;                     // 2, or 0: none
+    avl__linear  projection;                  // [n_embd_joint][n_embd]
+} avl__joint;
 
 typedef struct avl__clip {
+    avl__tower tower;
+    avl__joint joint;                         // if has_joint
     int   image_size, patch_size, n_patches;
-    int   n_embd, n_head, n_ff, n_layer;      // n_layer: layers the file has
-    int   n_run;                              // layers run before the features are taken
-    int   use_gelu;                           // 1: GELU, 0: quick-GELU
+    int   n_run;                              // layers run before LLaVA's features are taken
+    int   has_joint;
     int   pad_square;                         // 1: pad with the mean colour (LLaVA); 0: resize the short side and crop (CLIP)
-    float eps, mean[3], std[3];
+    float mean[3], std[3];
     const float *class_embd;                  // [n_embd]
     const float *position_embd;               // [1 + n_patches][n_embd]
     const float *pre_norm_weight, *pre_norm_bias;
     avl__linear  patch_embd;                  // [n_embd][3][P][P]
-    avl__clip_layer *layers;                  // [n_layer], owned
 } avl__clip;
 
-static astrovl_status avl__clip_load_layer(avl__clip *clip, avl__weights *w, int i, astrovl_error *err) {
-    avl__clip_layer *layer = &clip->layers[i];
+typedef struct avl__clip_text {
+    avl__tower   tower;
+    avl__joint   joint;
+    int          n_ctx, n_vocab;
+    avl__linear  token_embd;                  // [n_vocab][n_embd]
+    const float *position_embd;               // [n_ctx][n_embd]
+} avl__clip_text;
+
+// ---- loading -------------------------------------------------------------------------------------------------------
+
+static astrovl_status avl__tower_load_layer(avl__tower *tower, avl__weights *w, const char *prefix, int i, astrovl_error *err) {
+    avl__tower_layer *layer = &tower->layers[i];
     const struct { const char *name; avl__linear *linear; } square[] = {
         {"attn_q", &layer->q}, {"attn_k", &layer->k}, {"attn_v", &layer->v}, {"attn_out", &layer->out}};
     const struct { const char *name; const float **vector; } norms[] = {
@@ -5668,29 +6276,90 @@ static astrovl_status avl__clip_load_layer(avl__clip *clip, avl__weights *w, int
     astrovl_status status = ASTROVL_OK;
     size_t n;
     for (n = 0; n < 4 && !status; n++) {
-        avl__format(name, sizeof name, "v.blk.%d.%s", i, square[n].name);
-        status = avl__load_linear(w, name, clip->n_embd, clip->n_embd, square[n].linear, err);
+        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, square[n].name);
+        status = avl__load_linear(w, name, tower->n_embd, tower->n_embd, square[n].linear, err);
     }
     for (n = 0; n < 4 && !status; n++) {
-        avl__format(name, sizeof name, "v.blk.%d.%s", i, norms[n].name);
-        status = avl__load_vector(w, name, clip->n_embd, norms[n].vector, err);
+        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, norms[n].name);
+        status = avl__load_vector(w, name, tower->n_embd, norms[n].vector, err);
     }
     // Converters before 2025 called fc1 "ffn_down" and fc2 "ffn_up"; the shape tells, since fc2 reads n_ff values.
-    avl__format(name, sizeof name, "v.blk.%d.ffn_up.weight", i);
+    avl__format(name, sizeof name, "%s.blk.%d.ffn_up.weight", prefix, i);
     up = avl__find_tensor(w, name, NULL);
-    if (up && up->ne[0] == clip->n_ff && clip->n_ff != clip->n_embd) {
+    if (up && up->ne[0] == tower->n_ff && tower->n_ff != tower->n_embd) {
         fc1 = "ffn_down";
         fc2 = "ffn_up";
     }
     if (!status) {
-        avl__format(name, sizeof name, "v.blk.%d.%s", i, fc1);
-        status = avl__load_linear(w, name, clip->n_embd, clip->n_ff, &layer->fc1, err);
+        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, fc1);
+        status = avl__load_linear(w, name, tower->n_embd, tower->n_ff, &layer->fc1, err);
     }
     if (!status) {
-        avl__format(name, sizeof name, "v.blk.%d.%s", i, fc2);
-        status = avl__load_linear(w, name, clip->n_ff, clip->n_embd, &layer->fc2, err);
+        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, fc2);
+        status = avl__load_linear(w, name, tower->n_ff, tower->n_embd, &layer->fc2, err);
     }
     return status;
+}
+
+// prefix: "v" or "t", of the tensors; key_prefix: "clip.vision." or "clip.text."
+static astrovl_status avl__tower_load(avl__tower *tower, avl__weights *w, const char *prefix, const char *key_prefix,
+                                      astrovl_error *err) {
+    const struct { const char *name; int max, *value; } sizes[] = {
+        {"embedding_length", 65536, &tower->n_embd}, {"feed_forward_length", 1 << 20, &tower->n_ff},
+        {"block_count", 1024, &tower->n_layer}, {"attention.head_count", 65536, &tower->n_head}};
+    const astrovl_gguf *file;
+    astrovl_status status = ASTROVL_OK;
+    char key[64];
+    int i, index;
+    for (i = 0; i < 4 && !status; i++) {
+        avl__format(key, sizeof key, "%s%s", key_prefix, sizes[i].name);
+        status = avl__key_int(w, key, 1, sizes[i].max, -1, sizes[i].value, err);
+    }
+    if (status) return status;
+    if (tower->n_embd % tower->n_head != 0)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values", astrovl_gguf_name(w->files[0]),
+                         key_prefix, tower->n_head, tower->n_embd);
+    avl__format(key, sizeof key, "%sattention.layer_norm_epsilon", key_prefix);
+    tower->eps = (float)avl__key_float(w, key, 1e-5);
+    file = avl__find_key(w, "clip.use_gelu", &index);
+    tower->use_gelu = file ? astrovl_gguf_int(file, index, 0) != 0 : 0;
+    tower->layers = (avl__tower_layer *)avl__alloc((uint64_t)tower->n_layer, sizeof *tower->layers);
+    if (!tower->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a CLIP tower");
+    for (i = 0; i < tower->n_layer && !status; i++) status = avl__tower_load_layer(tower, w, prefix, i, err);
+    return status;
+}
+
+// A matrix whose number of rows only the file knows.
+static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix, int n_in, avl__linear *linear, astrovl_error *err) {
+    char name[128];
+    const astrovl_gguf *file = NULL;
+    const astrovl_tensor *t;
+    avl__format(name, sizeof name, "%s.weight", prefix);
+    t = avl__find_tensor(w, name, &file);
+    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 20))
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
+    return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
+}
+
+// prefix: "v" or "t";   projection: "visual_projection" or "text_projection"
+static astrovl_status avl__joint_load(avl__joint *joint, avl__weights *w, const char *prefix, const char *projection, int n_embd,
+                                      astrovl_error *err) {
+    char name[64];
+    astrovl_status status;
+    avl__format(name, sizeof name, "%s.post_ln.weight", prefix);
+    status = avl__load_vector(w, name, n_embd, &joint->norm_weight, err);
+    avl__format(name, sizeof name, "%s.post_ln.bias", prefix);
+    if (!status) status = avl__load_vector(w, name, n_embd, &joint->norm_bias, err);
+    avl__format(name, sizeof name, "%s.head.0.weight", prefix);
+    if (!status && avl__find_tensor(w, name, NULL)) {
+        joint->n_dense = 2;
+        avl__format(name, sizeof name, "%s.head.0", prefix);
+        status = avl__load_tall_linear(w, name, n_embd, &joint->dense[0], err);
+        avl__format(name, sizeof name, "%s.head.2", prefix);
+        if (!status) status = avl__load_tall_linear(w, name, joint->dense[0].n_out, &joint->dense[1], err);
+    }
+    if (status) return status;
+    return avl__load_tall_linear(w, projection, joint->n_dense ? joint->dense[1].n_out : n_embd, &joint->projection, err);
 }
 
 // Three numbers of a key, or OpenAI CLIP's own.
@@ -5708,14 +6377,14 @@ static astrovl_status avl__clip_choose_depth(avl__clip *clip, const avl__weights
     uint64_t i;
     const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
     if (!file) {
-        clip->n_run = clip->n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && clip->n_layer > 1);
+        clip->n_run = clip->tower.n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && clip->tower.n_layer > 1);
         return ASTROVL_OK;
     }
     for (i = 0; i < astrovl_gguf_kv(file, index)->count; i++) {
         int64_t layer = astrovl_gguf_int(file, index, i);
-        if (layer < 0 || layer > clip->n_layer)
+        if (layer < 0 || layer > clip->tower.n_layer)
             return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
-                             astrovl_gguf_name(file), layer, clip->n_layer);
+                             astrovl_gguf_name(file), layer, clip->tower.n_layer);
         if (layer > deepest) deepest = (int)layer;
     }
     if (i > 1)
@@ -5728,22 +6397,13 @@ static astrovl_status avl__clip_choose_depth(avl__clip *clip, const avl__weights
 static astrovl_status avl__clip_load_sizes(avl__clip *clip, const avl__weights *w, astrovl_error *err) {
     static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f}, clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
     astrovl_string aspect = avl__key_string(w, "clip.vision.image_aspect_ratio");
-    int index, c;
-    const astrovl_gguf *file;
+    int c;
     astrovl_status status = avl__key_int(w, "clip.vision.image_size", 1, 8192, -1, &clip->image_size, err);
     if (!status) status = avl__key_int(w, "clip.vision.patch_size", 1, clip->image_size, -1, &clip->patch_size, err);
-    if (!status) status = avl__key_int(w, "clip.vision.embedding_length", 1, 65536, -1, &clip->n_embd, err);
-    if (!status) status = avl__key_int(w, "clip.vision.feed_forward_length", 1, 1 << 20, -1, &clip->n_ff, err);
-    if (!status) status = avl__key_int(w, "clip.vision.block_count", 1, 1024, -1, &clip->n_layer, err);
-    if (!status) status = avl__key_int(w, "clip.vision.attention.head_count", 1, clip->n_embd, -1, &clip->n_head, err);
     if (status) return status;
     clip->n_patches = (clip->image_size / clip->patch_size) * (clip->image_size / clip->patch_size);
-    if (clip->n_embd % clip->n_head != 0 || clip->n_patches > 65536)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d heads over %d values and %d patches",
-                         astrovl_gguf_name(w->files[0]), clip->n_head, clip->n_embd, clip->n_patches);
-    clip->eps = (float)avl__key_float(w, "clip.vision.attention.layer_norm_epsilon", 1e-5);
-    file = avl__find_key(w, "clip.use_gelu", &index);
-    clip->use_gelu = file ? astrovl_gguf_int(file, index, 0) != 0 : 0;
+    if (clip->n_patches > 65536)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d patches", astrovl_gguf_name(w->files[0]), clip->n_patches);
     avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
     avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
     for (c = 0; c < 3; c++)
@@ -5755,20 +6415,31 @@ static astrovl_status avl__clip_load_sizes(avl__clip *clip, const avl__weights *
 }
 
 static astrovl_status avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_error *err) {
-    int i, patch_values;
+    int patch_values, n_embd;
     astrovl_status status = avl__clip_load_sizes(clip, w, err);
+    if (!status) status = avl__tower_load(&clip->tower, w, "v", "clip.vision.", err);
     if (!status) status = avl__clip_choose_depth(clip, w, err);
     if (status) return status;
     patch_values = 3 * clip->patch_size * clip->patch_size;
-    clip->layers = (avl__clip_layer *)avl__alloc((uint64_t)clip->n_layer, sizeof *clip->layers);
-    if (!clip->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the vision tower");
-    status = avl__load_vector(w, "v.class_embd", clip->n_embd, &clip->class_embd, err);
-    if (!status) status = avl__load_linear(w, "v.patch_embd", patch_values, clip->n_embd, &clip->patch_embd, err);
-    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)(1 + clip->n_patches) * clip->n_embd,
-                                           &clip->position_embd, err);
-    if (!status) status = avl__load_vector(w, "v.pre_ln.weight", clip->n_embd, &clip->pre_norm_weight, err);
-    if (!status) status = avl__load_vector(w, "v.pre_ln.bias", clip->n_embd, &clip->pre_norm_bias, err);
-    for (i = 0; i < clip->n_layer && !status; i++) status = avl__clip_load_layer(clip, w, i, err);
+    n_embd = clip->tower.n_embd;
+    status = avl__load_vector(w, "v.class_embd", n_embd, &clip->class_embd, err);
+    if (!status) status = avl__load_linear(w, "v.patch_embd", patch_values, n_embd, &clip->patch_embd, err);
+    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)(1 + clip->n_patches) * n_embd, &clip->position_embd, err);
+    if (!status) status = avl__load_vector(w, "v.pre_ln.weight", n_embd, &clip->pre_norm_weight, err);
+    if (!status) status = avl__load_vector(w, "v.pre_ln.bias", n_embd, &clip->pre_norm_bias, err);
+    clip->has_joint = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
+    if (!status && clip->has_joint) status = avl__joint_load(&clip->joint, w, "v", "visual_projection", n_embd, err);
+    return status;
+}
+
+static astrovl_status avl__clip_text_load(avl__clip_text *text, avl__weights *w, astrovl_error *err) {
+    astrovl_status status = avl__tower_load(&text->tower, w, "t", "clip.text.", err);
+    int n_embd = text->tower.n_embd;
+    if (!status) status = avl__key_int(w, "clip.text.context_length", 2, 65536, -1, &text->n_ctx, err);
+    if (!status) status = avl__load_tall_linear(w, "t.token_embd", n_embd, &text->token_embd, err);
+    text->n_vocab = text->token_embd.n_out;
+    if (!status) status = avl__load_vector(w, "t.position_embd.weight", (int64_t)text->n_ctx * n_embd, &text->position_embd, err);
+    if (!status) status = avl__joint_load(&text->joint, w, "t", "text_projection", n_embd, err);
     return status;
 }
 
@@ -5809,38 +6480,114 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
     return status;
 }
 
-// ---- the tower -----------------------------------------------------------------------------------------------------
+// ---- the towers ----------------------------------------------------------------------------------------------------
 
-// Activations of one pass over n rows, carved from the run's block.
-typedef struct avl__clip_rows {
-    float *x;                   // [n][n_embd]   the residual stream
-    float *normed;              // [n][n_embd]
-    float *q, *k, *v, *mixed;   // [n][n_embd]
-    float *hidden;              // [n][n_ff]
-    float *weights;             // [n_head][n][n], only for the tap
-} avl__clip_rows;
+// One pass through a tower: the rows of several images or texts, one after the other. Only attention knows where each ends.
+typedef struct avl__tower_pass {
+    int        n_rows, n_sequences;
+    const int *lengths;         // [n_sequences] rows of each; NULL: all the same
+    int        causal;
+    const char *prefix;         // for the tap: "vision_model.encoder.layers"
+    // carved from the run's block
+    float *x;                   // [n_rows][n_embd]   the residual stream
+    float *normed;              // [n_rows][n_embd]
+    float *q, *k, *v, *mixed;   // [n_rows][n_embd]
+    float *hidden;              // [n_rows][n_ff], or what else asks for its room
+    float *weights;             // [n_head][n][n], only for the tap, which sees sequences one by one
+} avl__tower_pass;
 
-static int avl__clip_reserve(const avl__clip *clip, avl__run *run, avl__clip_rows *rows) {
-    uint64_t n = 1 + (uint64_t)clip->n_patches, wide = n * (uint64_t)clip->n_embd;
-    uint64_t hidden = n * (uint64_t)clip->n_ff, patches = (uint64_t)clip->n_patches * 3 * clip->patch_size * clip->patch_size;
-    uint64_t weights = avl__attention_weights_floats(run, clip->n_head, (int)n, (int)n);
-    uint64_t thread = n, longest = (uint64_t)(clip->n_ff > clip->n_embd ? clip->n_ff : clip->n_embd);
+static uint64_t avl__max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+// n_longest: rows of the longest sequence;   n_hidden, n_thread: floats that the caller needs in `hidden` and for each thread
+static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, avl__run *run, avl__tower_pass *pass, int n_longest,
+                              uint64_t n_hidden, uint64_t n_thread) {
+    uint64_t n = (uint64_t)pass->n_rows, wide = n * (uint64_t)tower->n_embd;
+    uint64_t weights = avl__attention_weights_floats(run, tower->n_head, n_longest, n_longest);
+    uint64_t head = joint && joint->n_dense ? (uint64_t)avl__max_u64((uint64_t)joint->dense[0].n_out, (uint64_t)joint->dense[1].n_out) : 0;
     float *block;
-    if (hidden < patches) hidden = patches;   // the cut-up image shares the place of the MLP's rows
-    if (thread < longest) thread = longest;
-    if (thread < 3 * (uint64_t)clip->patch_size * clip->patch_size) thread = 3 * (uint64_t)clip->patch_size * clip->patch_size;
-    if (!avl__run_reserve(run, 6 * wide + hidden + weights, thread)) return 0;
+    n_hidden = avl__max_u64(avl__max_u64(n_hidden, n * (uint64_t)tower->n_ff), 2 * (uint64_t)pass->n_sequences * head);
+    n_thread = avl__max_u64(avl__max_u64(n_thread, (uint64_t)n_longest), avl__max_u64(head, (uint64_t)tower->n_embd));
+    n_thread = avl__max_u64(n_thread, (uint64_t)tower->n_ff);
+    if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread)) return 0;
     block = run->rows;
-    rows->x = avl__carve(&block, wide);
-    rows->normed = avl__carve(&block, wide);
-    rows->q = avl__carve(&block, wide);
-    rows->k = avl__carve(&block, wide);
-    rows->v = avl__carve(&block, wide);
-    rows->mixed = avl__carve(&block, wide);
-    rows->hidden = avl__carve(&block, hidden);
-    rows->weights = weights ? avl__carve(&block, weights) : NULL;
+    pass->x = avl__carve(&block, wide);
+    pass->normed = avl__carve(&block, wide);
+    pass->q = avl__carve(&block, wide);
+    pass->k = avl__carve(&block, wide);
+    pass->v = avl__carve(&block, wide);
+    pass->mixed = avl__carve(&block, wide);
+    pass->hidden = avl__carve(&block, n_hidden);
+    pass->weights = weights ? avl__carve(&block, weights) : NULL;
     return 1;
 }
+
+static void avl__tower_attend(const avl__tower *tower, avl__run *run, avl__tower_pass *pass, int layer) {
+    int i, n, d = tower->n_embd;
+    size_t at = 0;
+    for (i = 0; i < pass->n_sequences; i++, at += (size_t)n * (size_t)d) {
+        avl__attention attention = {pass->q + at, pass->k + at, pass->v + at, pass->mixed + at, pass->weights, 0, 0, tower->n_head,
+                                    tower->n_head, d / tower->n_head, pass->causal, run};
+        n = pass->lengths ? pass->lengths[i] : pass->n_rows / pass->n_sequences;
+        attention.n_rows = n;
+        avl__attention_run(&attention);
+        avl__tap3(run, pass->prefix, layer, "self_attn.attn_weights", pass->weights, tower->n_head, n, n);
+    }
+}
+
+static void avl__tower_layer_run(const avl__tower *tower, avl__run *run, avl__tower_pass *pass, int i) {
+    const avl__tower_layer *layer = &tower->layers[i];
+    const char *prefix = pass->prefix;
+    int d = tower->n_embd, n = pass->n_rows;
+    avl__layer_norm_rows(pass->normed, pass->x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
+    avl__tap(run, prefix, i, "layer_norm1", pass->normed, n, d);
+    avl__apply(run, pass->q, pass->normed, &layer->q, n);
+    avl__apply(run, pass->k, pass->normed, &layer->k, n);
+    avl__apply(run, pass->v, pass->normed, &layer->v, n);
+    avl__tap(run, prefix, i, "self_attn.q_proj", pass->q, n, d);
+    avl__tap(run, prefix, i, "self_attn.k_proj", pass->k, n, d);
+    avl__tap(run, prefix, i, "self_attn.v_proj", pass->v, n, d);
+    avl__tower_attend(tower, run, pass, i);
+    avl__tap(run, prefix, i, "self_attn.context", pass->mixed, n, d);
+    avl__apply(run, pass->normed, pass->mixed, &layer->out, n);
+    avl__tap(run, prefix, i, "self_attn.out_proj", pass->normed, n, d);
+    avl__add(pass->x, pass->normed, (int64_t)n * d);
+
+    avl__layer_norm_rows(pass->normed, pass->x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
+    avl__tap(run, prefix, i, "layer_norm2", pass->normed, n, d);
+    avl__apply(run, pass->hidden, pass->normed, &layer->fc1, n);
+    avl__tap(run, prefix, i, "mlp.fc1", pass->hidden, n, tower->n_ff);
+    avl__activate(run, pass->hidden, (int64_t)n * tower->n_ff, tower->use_gelu ? astrovl_gelu : astrovl_quick_gelu);
+    avl__tap(run, prefix, i, "mlp.activation_fn", pass->hidden, n, tower->n_ff);
+    avl__apply(run, pass->normed, pass->hidden, &layer->fc2, n);
+    avl__tap(run, prefix, i, "mlp.fc2", pass->normed, n, d);
+    avl__add(pass->x, pass->normed, (int64_t)n * d);
+    avl__tap(run, prefix, i, "", pass->x, n, d);
+}
+
+// GELU as flax has it by default, which PAPERCLIP's heads use: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+static void avl__gelu_tanh(float *x, int64_t n) {
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + astrovl_tanhf(0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+}
+
+// The rows that stand for the sequences, normed already, to the shared space.  rows: [n_sequences][n_embd] in pass->normed;
+// embeddings: out, [n_sequences][n_embd_joint]
+static void avl__joint_run(const avl__joint *joint, avl__run *run, avl__tower_pass *pass, const char *name, float *embeddings) {
+    const float *rows = pass->normed;
+    int n = pass->n_sequences;
+    if (joint->n_dense) {
+        float *out = pass->hidden + (size_t)n * (size_t)joint->dense[0].n_out;
+        avl__apply(run, pass->hidden, rows, &joint->dense[0], n);
+        avl__gelu_tanh(pass->hidden, (int64_t)n * joint->dense[0].n_out);
+        avl__apply(run, out, pass->hidden, &joint->dense[1], n);
+        avl__tap(run, name, -1, "head", out, n, joint->dense[1].n_out);
+        rows = out;
+    }
+    avl__apply(run, embeddings, rows, &joint->projection, n);
+    avl__tap(run, name, -1, "", embeddings, n, joint->projection.n_out);
+}
+
+// ---- images --------------------------------------------------------------------------------------------------------
 
 // patches[n_patches][3][P][P] from pixels[3][S][S]: a convolution with stride P is a product over cut-out patches
 static void avl__clip_cut_patches(const avl__clip *clip, const float *pixels, float *patches) {
@@ -5852,68 +6599,108 @@ static void avl__clip_cut_patches(const avl__clip *clip, const float *pixels, fl
                     memcpy(patches, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
 }
 
-static void avl__clip_embed(const avl__clip *clip, avl__run *run, const float *pixels, avl__clip_rows *rows) {
-    int n = 1 + clip->n_patches, d = clip->n_embd;
-    avl__clip_cut_patches(clip, pixels, rows->hidden);
-    avl__apply(run, rows->x + d, rows->hidden, &clip->patch_embd, clip->n_patches);
-    avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", rows->x + d, clip->n_patches, d);
-    memcpy(rows->x, clip->class_embd, (size_t)d * sizeof(float));
-    avl__add(rows->x, clip->position_embd, (int64_t)n * d);
-    avl__tap(run, "vision_model.embeddings", -1, "", rows->x, n, d);
-    avl__layer_norm_rows(rows->x, rows->x, clip->pre_norm_weight, clip->pre_norm_bias, n, d, clip->eps);
-    avl__tap(run, "vision_model.pre_layrnorm", -1, "", rows->x, n, d);   // transformers' spelling
+// One image's rows. x: out, [1 + n_patches][n_embd];   patches: [n_patches][3][P][P], scratch
+static void avl__clip_embed(const avl__clip *clip, avl__run *run, const float *pixels, float *x, float *patches) {
+    int n = 1 + clip->n_patches, d = clip->tower.n_embd;
+    avl__clip_cut_patches(clip, pixels, patches);
+    avl__apply(run, x + d, patches, &clip->patch_embd, clip->n_patches);
+    avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", x + d, clip->n_patches, d);
+    memcpy(x, clip->class_embd, (size_t)d * sizeof(float));
+    avl__add(x, clip->position_embd, (int64_t)n * d);
+    avl__tap(run, "vision_model.embeddings", -1, "", x, n, d);
+    avl__layer_norm_rows(x, x, clip->pre_norm_weight, clip->pre_norm_bias, n, d, clip->tower.eps);
+    avl__tap(run, "vision_model.pre_layrnorm", -1, "", x, n, d);   // transformers' spelling
 }
 
-static void avl__clip_layer_run(const avl__clip *clip, avl__run *run, const char *prefix, int i, avl__clip_rows *rows, int n) {
-    const avl__clip_layer *layer = &clip->layers[i];
-    int d = clip->n_embd;
-    avl__attention attention = {rows->q, rows->k, rows->v, rows->mixed, rows->weights, n, 0, clip->n_head, clip->n_head,
-                                d / clip->n_head, 0, run};
-    avl__layer_norm_rows(rows->normed, rows->x, layer->norm1_weight, layer->norm1_bias, n, d, clip->eps);
-    avl__tap(run, prefix, i, "layer_norm1", rows->normed, n, d);
-    avl__apply(run, rows->q, rows->normed, &layer->q, n);
-    avl__apply(run, rows->k, rows->normed, &layer->k, n);
-    avl__apply(run, rows->v, rows->normed, &layer->v, n);
-    avl__tap(run, prefix, i, "self_attn.q_proj", rows->q, n, d);
-    avl__tap(run, prefix, i, "self_attn.k_proj", rows->k, n, d);
-    avl__tap(run, prefix, i, "self_attn.v_proj", rows->v, n, d);
-    avl__attention_run(&attention);
-    avl__tap3(run, prefix, i, "self_attn.attn_weights", rows->weights, clip->n_head, n, n);
-    avl__tap(run, prefix, i, "self_attn.context", rows->mixed, n, d);
-    avl__apply(run, rows->normed, rows->mixed, &layer->out, n);
-    avl__tap(run, prefix, i, "self_attn.out_proj", rows->normed, n, d);
-    avl__add(rows->x, rows->normed, (int64_t)n * d);
-
-    avl__layer_norm_rows(rows->normed, rows->x, layer->norm2_weight, layer->norm2_bias, n, d, clip->eps);
-    avl__tap(run, prefix, i, "layer_norm2", rows->normed, n, d);
-    avl__apply(run, rows->hidden, rows->normed, &layer->fc1, n);
-    avl__tap(run, prefix, i, "mlp.fc1", rows->hidden, n, clip->n_ff);
-    avl__activate(run, rows->hidden, (int64_t)n * clip->n_ff, clip->use_gelu ? astrovl_gelu : astrovl_quick_gelu);
-    avl__tap(run, prefix, i, "mlp.activation_fn", rows->hidden, n, clip->n_ff);
-    avl__apply(run, rows->normed, rows->hidden, &layer->fc2, n);
-    avl__tap(run, prefix, i, "mlp.fc2", rows->normed, n, d);
-    avl__add(rows->x, rows->normed, (int64_t)n * d);
-    avl__tap(run, prefix, i, "", rows->x, n, d);
-}
-
-// pixels [3][S][S] to the rows after n_run layers.  features: out, [n_patches][n_embd] (the class row is left out)
-static astrovl_status avl__clip_encode(const avl__clip *clip, avl__run *run, const float *pixels, float *features,
-                                       astrovl_error *err) {
-    avl__clip_rows rows;
-    size_t d = (size_t)clip->n_embd, n = (size_t)clip->n_patches;
-    int i;
-    if (!avl__clip_reserve(clip, run, &rows)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
-    avl__clip_embed(clip, run, pixels, &rows);
-    for (i = 0; i < clip->n_run; i++) {
-        if (avl__report(run, "image", i, clip->n_run)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while encoding an image");
-        avl__clip_layer_run(clip, run, "vision_model.encoder.layers", i, &rows, 1 + clip->n_patches);
+// pixels [n_images][3][S][S] through the first n_layers layers; the rows are left in pass->x [n_images][1 + n_patches][n_embd].
+static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const float *pixels, int n_images, int n_layers,
+                                    avl__tower_pass *pass, astrovl_error *err) {
+    int n = 1 + clip->n_patches, i;
+    size_t s = (size_t)clip->image_size, patch = 3 * (size_t)clip->patch_size * (size_t)clip->patch_size;
+    memset(pass, 0, sizeof *pass);
+    pass->n_rows = n_images * n;
+    pass->n_sequences = n_images;
+    pass->prefix = "vision_model.encoder.layers";
+    if (!avl__tower_reserve(&clip->tower, &clip->joint, run, pass, n, (size_t)clip->n_patches * patch, patch))
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
+    for (i = 0; i < n_images; i++)
+        avl__clip_embed(clip, run, pixels + (size_t)i * 3 * s * s, pass->x + (size_t)i * (size_t)n * (size_t)clip->tower.n_embd, pass->hidden);
+    for (i = 0; i < n_layers; i++) {
+        if (avl__report(run, "image", i, n_layers)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while encoding an image");
+        avl__tower_layer_run(&clip->tower, run, pass, i);
     }
-    avl__report(run, "image", clip->n_run, clip->n_run);
-    memcpy(features, rows.x + d, n * d * sizeof(float));
-    avl__tap(run, "image_features", -1, "", features, clip->n_patches, clip->n_embd);
+    avl__report(run, "image", n_layers, n_layers);
     return ASTROVL_OK;
 }
 
+// LLaVA's features: pixels [3][S][S] to the patches' rows after n_run layers.  features: out, [n_patches][n_embd]
+static astrovl_status avl__clip_encode(const avl__clip *clip, avl__run *run, const float *pixels, float *features,
+                                       astrovl_error *err) {
+    avl__tower_pass pass;
+    size_t d = (size_t)clip->tower.n_embd;
+    astrovl_status status = avl__clip_run(clip, run, pixels, 1, clip->n_run, &pass, err);
+    if (status) return status;
+    memcpy(features, pass.x + d, (size_t)clip->n_patches * d * sizeof(float));
+    avl__tap(run, "image_features", -1, "", features, clip->n_patches, clip->tower.n_embd);
+    return ASTROVL_OK;
+}
+
+// CLIP's: the class rows after all layers, in the shared space.  embeddings: out, [n_images][n_embd_joint]
+static astrovl_status avl__clip_embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n_images, float *embeddings,
+                                             astrovl_error *err) {
+    avl__tower_pass pass;
+    size_t d = (size_t)clip->tower.n_embd, n = 1 + (size_t)clip->n_patches;
+    int i;
+    astrovl_status status = avl__clip_run(clip, run, pixels, n_images, clip->tower.n_layer, &pass, err);
+    if (status) return status;
+    for (i = 0; i < n_images; i++) memcpy(pass.mixed + (size_t)i * d, pass.x + (size_t)i * n * d, d * sizeof(float));
+    avl__layer_norm_rows(pass.normed, pass.mixed, clip->joint.norm_weight, clip->joint.norm_bias, n_images, clip->tower.n_embd,
+                         clip->tower.eps);
+    avl__tap(run, "vision_model.post_layernorm", -1, "", pass.normed, n_images, clip->tower.n_embd);
+    avl__joint_run(&clip->joint, run, &pass, "visual_projection", embeddings);
+    return ASTROVL_OK;
+}
+
+// ---- texts ---------------------------------------------------------------------------------------------------------
+
+// Rows of an embedding table: x[r] = table[tokens[r]].  x: out, [n][n_in of the table]
+static void avl__embed_tokens(const avl__linear *table, const int32_t *tokens, int n, float *x) {
+    const uint8_t *rows = (const uint8_t *)table->weight;
+    int r;
+    for (r = 0; r < n; r++)
+        avl__dequantize_row(table->type, rows + (size_t)tokens[r] * table->row_bytes, x + (size_t)r * (size_t)table->n_in, table->n_in);
+}
+
+// tokens: those of n_texts texts, one after the other;   lengths: [n_texts], each 1 to n_ctx;   end: the end token, whose first
+// row stands for a text (the last row, where there is none);   embeddings: out, [n_texts][n_embd_joint]
+static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens, const int *lengths,
+                                            int n_texts, int32_t end, float *embeddings, astrovl_error *err) {
+    avl__tower_pass pass;
+    int i, j, d = text->tower.n_embd, longest = 0, at = 0;
+    memset(&pass, 0, sizeof pass);
+    for (i = 0; i < n_texts; i++) {
+        pass.n_rows += lengths[i];
+        if (lengths[i] > longest) longest = lengths[i];
+    }
+    pass.n_sequences = n_texts;
+    pass.lengths = lengths;
+    pass.causal = 1;
+    pass.prefix = "text_model.encoder.layers";
+    if (!avl__tower_reserve(&text->tower, &text->joint, run, &pass, longest, 0, 0))
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding a text");
+    avl__embed_tokens(&text->token_embd, tokens, pass.n_rows, pass.x);
+    for (i = 0; i < n_texts; at += lengths[i++]) avl__add(pass.x + (size_t)at * (size_t)d, text->position_embd, (int64_t)lengths[i] * d);
+    avl__tap(run, "text_model.embeddings", -1, "", pass.x, pass.n_rows, d);
+    for (i = 0; i < text->tower.n_layer; i++) avl__tower_layer_run(&text->tower, run, &pass, i);
+    avl__layer_norm_rows(pass.x, pass.x, text->joint.norm_weight, text->joint.norm_bias, pass.n_rows, d, text->tower.eps);
+    avl__tap(run, "text_model.final_layer_norm", -1, "", pass.x, pass.n_rows, d);
+    for (i = 0, at = 0; i < n_texts; at += lengths[i++]) {
+        for (j = 0; j + 1 < lengths[i] && tokens[at + j] != end; j++) {}
+        memcpy(pass.normed + (size_t)i * (size_t)d, pass.x + (size_t)(at + j) * (size_t)d, (size_t)d * sizeof(float));
+    }
+    avl__joint_run(&text->joint, run, &pass, "text_projection", embeddings);
+    return ASTROVL_OK;
+}
 
 // ====================================================================================================================
 // [10] LLaMA
@@ -6145,14 +6932,6 @@ static void avl__llama_mlp(const avl__llama *m, avl__run *run, int i, avl__llama
     avl__tap(run, "model.layers", i, "", rows->x, n, m->n_embd);
 }
 
-// The rows that tokens [n] stand for.  x: out, [n][n_embd]
-static void avl__llama_embed(const avl__llama *m, const int32_t *tokens, int n, float *x) {
-    const uint8_t *rows = (const uint8_t *)m->token_embd.weight;
-    int r;
-    for (r = 0; r < n; r++)
-        avl__dequantize_row(m->token_embd.type, rows + (size_t)tokens[r] * m->token_embd.row_bytes, x + (size_t)r * m->n_embd, m->n_embd);
-}
-
 // Appends n positions, at most what the cache has left (the caller has checked): embeddings [n][n_embd], or NULL and tokens [n].
 //   logits  out, [n_logits][n_vocab], of the last n_logits positions
 static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__kv_cache *cache, const int32_t *tokens,
@@ -6162,7 +6941,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     int i;
     if (!avl__llama_reserve(m, run, cache->n_past, n, &rows)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for reading %d tokens", n);
     if (embeddings) memcpy(rows.x, embeddings, (size_t)n * m->n_embd * sizeof(float));
-    else            avl__llama_embed(m, tokens, n, rows.x);
+    else            avl__embed_tokens(&m->token_embd, tokens, n, rows.x);
     avl__tap(run, "model.embed_tokens", -1, "", rows.x, n, m->n_embd);
     for (i = 0; i < m->n_layer; i++) {
         if (n > 1 && avl__report(run, "prompt", i, m->n_layer)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
@@ -6193,9 +6972,12 @@ struct astrovl_model {
     avl__vocab       vocab;
     avl__llama       llama;
     avl__clip        clip;
+    avl__clip_text   clip_text;
+    avl__vocab       clip_vocab;        // the text tower's
+    float            logit_scale;       // what cosines are multiplied by before softmax
     avl__linear      projector[2];      // W2 gelu(W1 x + b1) + b2  (mlp2x_gelu), or the first one alone (linear)
     int              n_projector;       // 0: none
-    int              has_vocab, has_text, has_vision;
+    int              has_vocab, has_text, has_vision, has_clip_text;
     astrovl_template chat_template;
     char            *name;              // general.name
 };
@@ -6286,6 +7068,47 @@ static astrovl_status avl__open_vision(astrovl_model *m, astrovl_error *err) {
     return avl__clip_load(&m->clip, &m->weights, err);
 }
 
+// The text tower's vocabulary: under keys of its own where the file has a language model as well, else where clip.cpp puts it.
+static astrovl_status avl__open_clip_vocab(astrovl_model *m, astrovl_error *err) {
+    static const char *const prefixes[] = {"clip.text.tokenizer.ggml.", "tokenizer.ggml."};
+    const astrovl_gguf *file = NULL;
+    char key[64];
+    int i, index;
+    for (i = 0; i < 2; i++) {
+        avl__format(key, sizeof key, "%stokens", prefixes[i]);
+        if (i == 0) file = avl__find_key(&m->weights, key, &index);
+        else avl__find_tensor(&m->weights, "t.token_embd.weight", &file);
+        if (file && astrovl_gguf_find_kv(file, key) >= 0) return avl__clip_vocab_load(&m->clip_vocab, file, prefixes[i], err);
+    }
+    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again "
+                     "with its tokenizer", astrovl_gguf_name(file));
+}
+
+static astrovl_status avl__open_clip_text(astrovl_model *m, astrovl_error *err) {
+    const astrovl_gguf *file = NULL;
+    const float *scale;
+    astrovl_status status;
+    m->logit_scale = 100.0f;   // where CLIP's training ends; clip.cpp's files leave it out
+    if (avl__find_tensor(&m->weights, "logit_scale", &file)) {
+        status = avl__load_vector(&m->weights, "logit_scale", 1, &scale, err);
+        if (status) return status;
+        m->logit_scale = astrovl_expf(scale[0]);
+        if (!(m->logit_scale > 0.0f && m->logit_scale <= FLT_MAX))
+            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: logit_scale is out of range", astrovl_gguf_name(file));
+    }
+    if (!avl__find_tensor(&m->weights, "t.token_embd.weight", &file)) return ASTROVL_OK;
+    status = avl__clip_text_load(&m->clip_text, &m->weights, err);
+    if (!status) status = avl__open_clip_vocab(m, err);
+    if (!status && m->clip_vocab.n_tokens > m->clip_text.n_vocab)
+        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower's vocabulary has %d tokens, t.token_embd.weight only %d rows",
+                           astrovl_gguf_name(file), m->clip_vocab.n_tokens, m->clip_text.n_vocab);
+    if (!status && m->clip.has_joint && m->clip.joint.projection.n_out != m->clip_text.joint.projection.n_out)
+        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: images are embedded in %d numbers, texts in %d; these towers belong to different "
+                           "models", astrovl_gguf_name(file), m->clip.joint.projection.n_out, m->clip_text.joint.projection.n_out);
+    m->has_clip_text = 1;
+    return status;
+}
+
 // mm.0 and mm.2 of an mmproj file (1 is the GELU between them, which has no weights); mm.0 alone is LLaVA-1.0's linear one.
 static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) {
     const astrovl_gguf *file = NULL;
@@ -6300,7 +7123,7 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
     if (first->n_dims != 2 || first->ne[1] > 1 << 20)
         return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: mm.0.weight is no matrix", astrovl_gguf_name(file));
     n_hidden = (int)first->ne[1];
-    status = avl__load_linear(&m->weights, "mm.0", m->clip.n_embd, n_hidden, &m->projector[0], err);
+    status = avl__load_linear(&m->weights, "mm.0", m->clip.tower.n_embd, n_hidden, &m->projector[0], err);
     m->n_projector = 1;
     if (!status && avl__find_tensor(&m->weights, "mm.2.weight", &file)) {
         const astrovl_tensor *second = avl__find_tensor(&m->weights, "mm.2.weight", NULL);
@@ -6322,8 +7145,9 @@ static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_optio
     if (!status) status = avl__open_text(m, err);
     if (!status) status = avl__open_vision(m, err);
     if (!status) status = avl__open_projector(m, err);
+    if (!status) status = avl__open_clip_text(m, err);
     if (status) return status;
-    if (!m->has_vocab && !m->has_text && !m->has_vision)
+    if (!m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text)
         return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no vocabulary, no LLaMA, "
                          "no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
     m->chat_template = options ? options->chat_template : ASTROVL_TEMPLATE_AUTO;
@@ -6393,7 +7217,9 @@ ASTROVL_API void astrovl_close(astrovl_model *model) {
     avl__vocab_free(&model->vocab);
     astrovl_free(model->llama.layers);
     astrovl_free(model->llama.inv_freq);
-    astrovl_free(model->clip.layers);
+    avl__vocab_free(&model->clip_vocab);
+    astrovl_free(model->clip.tower.layers);
+    astrovl_free(model->clip_text.tower.layers);
     astrovl_free(model->name);
     avl__weights_free(&model->weights);
     astrovl_free(model);
@@ -6403,6 +7229,10 @@ ASTROVL_API int astrovl_n_files(const astrovl_model *model) { return model->weig
 
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index) {
     return index >= 0 && index < model->weights.n_files ? model->weights.files[index] : NULL;
+}
+
+static int avl__n_embd_joint(const astrovl_model *m) {
+    return m->has_clip_text ? m->clip_text.joint.projection.n_out : m->clip.has_joint ? m->clip.joint.projection.n_out : 0;
 }
 
 static void avl__count_weights(const avl__weights *w, astrovl_info *info) {
@@ -6442,12 +7272,22 @@ ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info
     info->image_size = clip->image_size;
     info->patch_size = clip->patch_size;
     info->n_patches = clip->n_patches;
-    info->vision_n_embd = clip->n_embd;
-    info->vision_n_layer = clip->n_layer;
-    info->vision_n_head = clip->n_head;
-    info->vision_n_ff = clip->n_ff;
+    info->vision_n_embd = clip->tower.n_embd;
+    info->vision_n_layer = clip->tower.n_layer;
+    info->vision_n_head = clip->tower.n_head;
+    info->vision_n_ff = clip->tower.n_ff;
     info->vision_feature_layer = clip->n_run;
     info->n_image_tokens = model->n_projector ? clip->n_patches : 0;
+    info->has_joint_image = model->has_vision && clip->has_joint;
+    info->has_joint_text = model->has_clip_text;
+    info->n_embd_joint = avl__n_embd_joint(model);
+    info->logit_scale = model->logit_scale;
+    info->clip_text_n_ctx = model->clip_text.n_ctx;
+    info->clip_text_n_embd = model->clip_text.tower.n_embd;
+    info->clip_text_n_layer = model->clip_text.tower.n_layer;
+    info->clip_text_n_head = model->clip_text.tower.n_head;
+    info->clip_text_n_ff = model->clip_text.tower.n_ff;
+    info->clip_text_n_vocab = model->clip_text.n_vocab;
     avl__count_weights(&model->weights, info);
 }
 
@@ -6458,12 +7298,11 @@ static astrovl_status avl__need_vocab(const astrovl_model *m, astrovl_error *err
                                                  astrovl_gguf_name(m->weights.files[0]));
 }
 
-ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens, int capacity,
-                                 astrovl_error *err) {
+static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size, int flags, int32_t *tokens, int capacity,
+                         astrovl_error *err) {
     avl__tokens list = {NULL, 0, 0};
     int n = -1;
-    if (avl__need_vocab(model, err) != ASTROVL_OK) return -1;
-    if (avl__vocab_encode(&model->vocab, text, size, flags, &list, err) == ASTROVL_OK) {
+    if (avl__vocab_encode(vocab, text, size, flags, &list, err) == ASTROVL_OK) {
         if (list.size > INT_MAX) {
             avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of more than 2^31 tokens");
         } else {
@@ -6473,6 +7312,11 @@ ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, s
     }
     astrovl_free(list.data);
     return n;
+}
+
+ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens, int capacity,
+                                 astrovl_error *err) {
+    return avl__need_vocab(model, err) ? -1 : avl__tokenize(&model->vocab, text, size, flags, tokens, capacity, err);
 }
 
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token) {
@@ -6643,7 +7487,7 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
     if (!m->n_projector)
         return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no projector (mm.0.weight) in the model's files", astrovl_gguf_name(m->weights.files[0]));
     pixels = avl__alloc_floats((uint64_t)3 * m->clip.image_size * m->clip.image_size);
-    rows = avl__alloc_floats((uint64_t)m->clip.n_patches * m->clip.n_embd);
+    rows = avl__alloc_floats((uint64_t)m->clip.n_patches * m->clip.tower.n_embd);
     if (!pixels || !rows) {
         status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
     } else {
@@ -6920,7 +7764,7 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
     for (i = 0; i < tokens->size && !status; i++) {
         int32_t token = tokens->data[i];
         if (token >= 0) {
-            avl__llama_embed(&s->model->llama, &token, 1, rows);
+            avl__embed_tokens(&s->model->llama.token_embd, &token, 1, rows);
             rows += s->model->llama.n_embd;
         } else {
             status = astrovl_encode_image(s, &images[-1 - token], rows, err);
@@ -7262,6 +8106,334 @@ ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image
 ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path, const astrovl_generation *options,
                                        astrovl_error *err) {
     return astrovl_ask_file(model, image_path, ASTROVL_CAPTION_PROMPT, options, err);
+}
+
+// ====================================================================================================================
+// [13] Contrastive
+// CLIP (Radford et al. 2021) and PAPERCLIP (Mishra-Sharma et al. 2024): an image and a text that belong together have embeddings
+// that point the same way. So a text can be looked for among images, an image among texts, and both directions be measured.
+//     cosine(a, b) = a . b / (|a| |b|);    p(text j | image i) = softmax_j(logit_scale * cosine(image_i, text_j))
+// ====================================================================================================================
+
+// ---- embeddings ----------------------------------------------------------------------------------------------------
+
+static astrovl_status avl__need_joint_image(const astrovl_model *m, astrovl_error *err) {
+    if (m->has_vision && m->clip.has_joint) return ASTROVL_OK;
+    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: images cannot be embedded: no %s in the model's files", astrovl_gguf_name(m->weights.files[0]),
+                     m->has_vision ? "visual_projection.weight" : "vision tower (v.*)");
+}
+
+static astrovl_status avl__need_joint_text(const astrovl_model *m, astrovl_error *err) {
+    return m->has_clip_text ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: texts cannot be embedded: no CLIP text tower (t.*) in "
+                                                     "the model's files", astrovl_gguf_name(m->weights.files[0]));
+}
+
+// x[r] /= |x[r]|, in place; x: [n_rows][n_dims]
+static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
+    int r, i;
+    for (r = 0; r < n_rows; r++, x += n_dims) {
+        float length = (float)avl__sqrt((double)avl__dot_portable(x, x, n_dims));
+        for (i = 0; i < n_dims && length > 0.0f; i++) x[i] /= length;
+    }
+}
+
+// How many rows go through a tower together: enough to keep all threads busy, little enough to stay near the cache.
+enum { AVL__JOINT_ROWS = 1024 };
+
+// One pass over n images.  pixels: [n][3][S][S], scratch
+static astrovl_status avl__embed_image_pass(astrovl_session *s, const astrovl_image *images, int n, float *pixels, float *embeddings,
+                                            astrovl_error *err) {
+    const avl__clip *clip = &s->model->clip;
+    size_t size = (size_t)clip->image_size;
+    int i;
+    for (i = 0; i < n; i++) {
+        astrovl_status status = avl__clip_preprocess(clip, &images[i], pixels + 3 * size * size * (size_t)i, err);
+        if (status) return status;
+    }
+    if (n == 1) avl__tap3(&s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
+    return avl__clip_embed_images(clip, &s->run, pixels, n, embeddings, err);
+}
+
+ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images, int normalize,
+                                                float *embeddings, astrovl_error *err) {
+    const avl__clip *clip = &s->model->clip;
+    int n_pass, i, n, n_dims = avl__n_embd_joint(s->model);
+    float *pixels;
+    astrovl_status status = avl__need_joint_image(s->model, err);
+    if (status) return status;
+    if (n_images < 0 || (n_images > 0 && (!images || !embeddings)))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_embed_images needs images and room for their embeddings");
+    n_pass = s->run.tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);   // the tap sees images one by one
+    if (n_pass > n_images) n_pass = n_images;
+    pixels = avl__alloc_floats((uint64_t)n_pass * 3 * (uint64_t)clip->image_size * (uint64_t)clip->image_size);
+    if (!pixels) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d images", n_pass);
+    for (i = 0; i < n_images && !status; i += n) {
+        n = n_images - i < n_pass ? n_images - i : n_pass;
+        status = avl__embed_image_pass(s, images + i, n, pixels, embeddings + (size_t)i * (size_t)n_dims, err);
+    }
+    astrovl_free(pixels);
+    if (!status && normalize) avl__normalize_rows(embeddings, n_images, n_dims);
+    return status;
+}
+
+// Appends a text's tokens, cut to the tower's positions.  *length: out, how many
+static astrovl_status avl__clip_tokens(const astrovl_model *m, const char *text, avl__tokens *tokens, int *length, astrovl_error *err) {
+    size_t before = tokens->size, n_ctx = (size_t)m->clip_text.n_ctx;
+    astrovl_status status = avl__vocab_encode(&m->clip_vocab, text, strlen(text), ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL, tokens, err);
+    if (status) return status;
+    if (tokens->size - before > n_ctx) {
+        tokens->size = before + n_ctx;
+        tokens->data[tokens->size - 1] = m->clip_vocab.eos;
+    }
+    *length = (int)(tokens->size - before);
+    return ASTROVL_OK;
+}
+
+// One pass over the first texts, as many as fit.  lengths: [n_texts], scratch;   *n_done: out
+static astrovl_status avl__embed_text_pass(astrovl_session *s, const char *const *texts, int n_texts, int *lengths, int *n_done,
+                                           float *embeddings, astrovl_error *err) {
+    const astrovl_model *m = s->model;
+    avl__tokens tokens = {NULL, 0, 0};
+    astrovl_status status = ASTROVL_OK;
+    int n;
+    for (n = 0; n < n_texts && tokens.size < AVL__JOINT_ROWS && !(n > 0 && s->run.tap) && !status; n++)
+        status = texts[n] ? avl__clip_tokens(m, texts[n], &tokens, &lengths[n], err)
+                          : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", n);
+    if (!status) status = avl__clip_embed_texts(&m->clip_text, &s->run, tokens.data, lengths, n, m->clip_vocab.eos, embeddings, err);
+    astrovl_free(tokens.data);
+    *n_done = n;
+    return status;
+}
+
+ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
+                                               float *embeddings, astrovl_error *err) {
+    int i, n = 0, n_dims = avl__n_embd_joint(s->model), *lengths;
+    astrovl_status status = avl__need_joint_text(s->model, err);
+    if (status) return status;
+    if (n_texts < 0 || (n_texts > 0 && (!texts || !embeddings)))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_embed_texts needs texts and room for their embeddings");
+    lengths = (int *)avl__alloc((uint64_t)n_texts, sizeof *lengths);
+    if (!lengths) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d texts", n_texts);
+    for (i = 0; i < n_texts && !status; i += n)
+        status = avl__embed_text_pass(s, texts + i, n_texts - i, lengths, &n, embeddings + (size_t)i * (size_t)n_dims, err);
+    astrovl_free(lengths);
+    if (!status && normalize) avl__normalize_rows(embeddings, n_texts, n_dims);
+    return status;
+}
+
+ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens, int capacity,
+                                      astrovl_error *err) {
+    if (avl__need_joint_text(model, err) != ASTROVL_OK) return -1;
+    return avl__tokenize(&model->clip_vocab, text, size, ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL, tokens, capacity, err);
+}
+
+// cosines[j] of an image with texts [n_texts], through embeddings [1 + n_texts][n_dims]
+static astrovl_status avl__score(astrovl_session *s, const astrovl_image *image, const char *const *texts, int n_texts, float *embeddings,
+                                 float *cosines, astrovl_error *err) {
+    int n_dims = avl__n_embd_joint(s->model), j;
+    astrovl_status status = astrovl_embed_images(s, image, 1, 1, embeddings, err);
+    if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, embeddings + n_dims, err);
+    for (j = 0; j < n_texts && !status; j++) cosines[j] = avl__dot_portable(embeddings, embeddings + (size_t)(j + 1) * (size_t)n_dims, n_dims);
+    return status;
+}
+
+ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image, const char *const *texts,
+                                         int n_texts, float *cosines, float *probabilities, astrovl_error *err) {
+    astrovl_session *s;
+    float *embeddings;
+    astrovl_status status;
+    int j;
+    if (n_texts < 1 || !cosines) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_score needs texts and room for their cosines");
+    embeddings = avl__alloc_floats(((uint64_t)n_texts + 1) * (uint64_t)avl__n_embd_joint(model));
+    if (!embeddings) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
+    s = astrovl_session_new(model, NULL, err);
+    status = s ? avl__score(s, image, texts, n_texts, embeddings, cosines, err) : ASTROVL_ERROR_MEMORY;
+    astrovl_session_free(s);
+    astrovl_free(embeddings);
+    if (!status && probabilities) {
+        for (j = 0; j < n_texts; j++) probabilities[j] = model->logit_scale * cosines[j];
+        astrovl_softmax(probabilities, n_texts);
+    }
+    return status;
+}
+
+// ---- search --------------------------------------------------------------------------------------------------------
+// Each thread goes through its slices of the rows and keeps the best k of each in a heap, the worst on top.
+
+static int avl__hit_is_better(astrovl_hit a, astrovl_hit b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
+
+// Puts `hit` where hits[at] was, the n hits being a heap but for that place.
+static void avl__hits_sink(astrovl_hit *hits, int n, int at, astrovl_hit hit) {
+    int child;
+    while ((child = 2 * at + 1) < n) {
+        if (child + 1 < n && avl__hit_is_better(hits[child], hits[child + 1])) child++;
+        if (!avl__hit_is_better(hit, hits[child])) break;
+        hits[at] = hits[child];
+        at = child;
+    }
+    hits[at] = hit;
+}
+
+// Keeps the best k of all that were offered.
+static void avl__hits_offer(astrovl_hit *hits, int *n, int k, astrovl_hit hit) {
+    if (*n == k) {
+        if (avl__hit_is_better(hit, hits[0])) avl__hits_sink(hits, k, 0, hit);
+    } else {
+        int at = (*n)++;
+        for (; at > 0 && avl__hit_is_better(hits[(at - 1) / 2], hit); at = (at - 1) / 2) hits[at] = hits[(at - 1) / 2];
+        hits[at] = hit;
+    }
+}
+
+typedef struct avl__search {
+    const avl__kernels *kernels;
+    const uint8_t      *rows;
+    const float        *query;
+    int64_t             n_rows;
+    int                 n_dims, k, n_slices;
+    astrovl_hit        *hits;       // [n_slices][k]
+    int                *n_hits;     // [n_slices]
+} avl__search;
+
+static void avl__search_slice(void *context, int slice, int thread) {
+    const avl__search *search = (const avl__search *)context;
+    int64_t row = search->n_rows * slice / search->n_slices, end = search->n_rows * (slice + 1) / search->n_slices;
+    astrovl_hit *hits = search->hits + (size_t)slice * (size_t)search->k, hit;
+    (void)thread;
+    for (; row < end; row++) {
+        hit.row = row;
+        hit.score = search->kernels->dot_f16(search->rows + (size_t)row * 2 * (size_t)search->n_dims, search->query, search->n_dims);
+        if (!(hit.score >= -FLT_MAX)) hit.score = -FLT_MAX;   // not a number: a row of a damaged index comes last
+        avl__hits_offer(hits, &search->n_hits[slice], search->k, hit);
+    }
+}
+
+// The slices' hits joined into the first slice's, best first; returns how many.
+static int avl__search_join(avl__search *search, astrovl_hit *hits) {
+    int n = 0, slice, i;
+    for (slice = 0; slice < search->n_slices; slice++)
+        for (i = 0; i < search->n_hits[slice]; i++) avl__hits_offer(hits, &n, search->k, search->hits[(size_t)slice * (size_t)search->k + (size_t)i]);
+    for (i = n - 1; i > 0; i--) {   // the worst of the heap goes to its end, again and again
+        astrovl_hit worst = hits[0], last = hits[i];
+        avl__hits_sink(hits, i, 0, last);
+        hits[i] = worst;
+    }
+    return n;
+}
+
+ASTROVL_API int astrovl_search(const void *rows, int64_t n_rows, int n_dims, const float *query, int k, int n_threads,
+                               astrovl_hit *hits, astrovl_error *err) {
+    avl__search search;
+    int64_t slice_rows = k > 4096 ? k : 4096;
+    int n = -1;
+    avl__pool *pool;
+    if (n_rows < 0 || n_dims < 1 || k < 1 || n_threads < 0 || !query || !hits || (n_rows > 0 && !rows) ||
+        (uint64_t)n_rows > SIZE_MAX / 2 / (uint64_t)n_dims) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_search needs rows, a query and room for k hits");
+        return -1;
+    }
+    memset(&search, 0, sizeof search);
+    search.kernels = avl__choose_kernels(ASTROVL_FAST);
+    search.rows = (const uint8_t *)rows;
+    search.query = query;
+    search.n_rows = n_rows;
+    search.n_dims = n_dims;
+    search.k = k;
+    search.n_slices = n_rows / slice_rows > 256 ? 256 : n_rows / slice_rows > 1 ? (int)(n_rows / slice_rows) : 1;
+    pool = avl__pool_new(n_threads ? n_threads : avl__n_processors());
+    search.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)search.n_slices * (uint64_t)k, sizeof *search.hits);
+    search.n_hits = (int *)avl__alloc((uint64_t)search.n_slices, sizeof *search.n_hits);
+    if (pool && search.hits && search.n_hits) {
+        avl__pool_run(pool, avl__search_slice, &search, search.n_slices);
+        n = avl__search_join(&search, hits);
+    } else avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
+    if (pool) avl__pool_free(pool);
+    astrovl_free(search.hits);
+    astrovl_free(search.n_hits);
+    return n;
+}
+
+typedef struct avl__read {
+    const uint8_t *data;
+    size_t         size;
+    uint64_t       sums[64];
+} avl__read;
+
+// Eight sums, so that the processor waits for memory and not for an addition.
+static void avl__read_slice(void *context, int slice, int thread) {
+    avl__read *read = (avl__read *)context;
+    size_t at = read->size / 64 * (size_t)slice, end = slice == 63 ? read->size : at + read->size / 64;
+    uint64_t sum[8] = {0}, word;
+    int i;
+    (void)thread;
+    for (; at + 64 <= end; at += 64)
+        for (i = 0; i < 8; i++) {
+            memcpy(&word, read->data + at + 8 * (size_t)i, sizeof word);
+            sum[i] += word;
+        }
+    for (; at < end; at++) sum[0] += read->data[at];
+    for (i = 0; i < 8; i++) read->sums[slice] += sum[i];
+}
+
+ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_threads) {
+    avl__read read;
+    double start, seconds;
+    volatile uint64_t keep = 0;   // so that no compiler leaves the reading out
+    int i;
+    avl__pool *pool = avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors());
+    if (!pool) return 0.0;
+    memset(&read, 0, sizeof read);
+    read.data = (const uint8_t *)data;
+    read.size = size;
+    start = avl__seconds();
+    avl__pool_run(pool, avl__read_slice, &read, 64);
+    seconds = avl__seconds() - start;
+    for (i = 0; i < 64; i++) keep = keep + read.sums[i];
+    avl__pool_free(pool);
+    return seconds;
+}
+
+// ---- metrics -------------------------------------------------------------------------------------------------------
+
+// -log softmax(scale * x . items)[i], summed over the n pairs (x, items[i])
+static double avl__cross_entropy(const float *queries, const float *items, int n, int n_dims, float scale) {
+    double total = 0.0;
+    int i, j;
+    for (i = 0; i < n; i++) {
+        const float *query = queries + (size_t)i * (size_t)n_dims;
+        double own = (double)scale * (double)avl__dot_portable(query, items + (size_t)i * (size_t)n_dims, n_dims), sum = 0.0;
+        for (j = 0; j < n; j++)
+            sum += avl__exp((double)scale * (double)avl__dot_portable(query, items + (size_t)j * (size_t)n_dims, n_dims) - own);
+        total += sum <= DBL_MAX ? avl__log(sum) : sum;
+    }
+    return total;
+}
+
+ASTROVL_API double astrovl_contrastive_loss(const float *images, const float *texts, int n, int n_dims, float logit_scale) {
+    if (n < 1) return 0.0;
+    return (avl__cross_entropy(images, texts, n, n_dims, logit_scale) + avl__cross_entropy(texts, images, n, n_dims, logit_scale)) /
+           (2.0 * n);
+}
+
+ASTROVL_API void astrovl_retrieval_ranks(const float *queries, const float *items, int n, int n_dims, int32_t *ranks) {
+    int i, j;
+    for (i = 0; i < n; i++) {
+        const float *query = queries + (size_t)i * (size_t)n_dims;
+        float own = avl__dot_portable(query, items + (size_t)i * (size_t)n_dims, n_dims);
+        ranks[i] = 0;
+        for (j = 0; j < n; j++) {
+            float other = avl__dot_portable(query, items + (size_t)j * (size_t)n_dims, n_dims);
+            ranks[i] += other > own || (other == own && j < i);
+        }
+    }
+}
+
+ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double percent) {
+    // A hundredth of a percent of rounding must not lose a rank: 0.07 * 100 is a little less than 7 in binary.
+    double limit = percent / 100.0 * n * (1.0 + 1e-12);
+    int found = 0, i;
+    for (i = 0; i < n; i++) found += (double)ranks[i] + 1.0 <= limit;   // ranks[i] < floor(limit)
+    return n > 0 ? (double)found / n : 0.0;
 }
 
 #ifdef __cplusplus

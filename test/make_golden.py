@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes test/golden/, what test.c compares with: by the reference implementations, never by astrovl.
 
-    python3 test/make_golden.py [images] [models] [tokens] [types]     # all of them without arguments
+    python3 test/make_golden.py [images] [joint] [models] [tokens] [types]     # all of them without arguments
 
 Not run by CI: it needs PyTorch (6 GB). The versions below are those the committed files were made with; another version is
 told, and may give other bytes. In a virtual environment outside the tree:
@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zlib
 
 import PIL.features
@@ -32,8 +33,8 @@ import transformers
 import transformers.models.llama.modeling_llama as models_llama
 from PIL import Image, ImageOps
 from gguf.scripts.gguf_convert_endian import byteswap_tensors
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 
 # =====================================================================================================================
@@ -331,6 +332,7 @@ MODELS_STD = [0.26862954, 0.26130258, 0.27577711]
 MODELS_GREEDY = 64
 MODELS_MARGIN = 1e-3
 MODELS_MAX_VALUES = 211      # of one tensor that are stored
+MODELS_WHOLE = ("pixel_values", "images", "texts", "cosines", "probabilities")   # but of these all
 
 # ---- text: two vocabularies trained on these lines -------------------------------------------------------------------
 
@@ -820,7 +822,7 @@ def models_write_gold(path, entries):
                 kind = 0 if np.asarray(x).dtype.kind == "f" else 1
                 x = np.asarray(x, "<f4" if kind == 0 else "<i4")
             step = 1
-            if kind == 0 and name != "pixel_values":
+            if kind == 0 and name not in MODELS_WHOLE:
                 while -(-x.size // step) > MODELS_MAX_VALUES or any(math.gcd(step, d) > 1 for d in x.shape): step += 1
             largest = float(np.abs(x).max()) if kind == 0 else 0.0
             values = np.ascontiguousarray(x).reshape(-1)[::step]
@@ -1317,22 +1319,86 @@ def tokens_make_utf8(folder):
     tokens_write_texts(os.path.join(folder, "tokens_utf8.bin"), [(t, 1) for pair in zip(texts, shown) for t in pair])
 
 
+def tokens_number(n):
+    """A number of section 7's tables: base 26, a capital letter for each digit with more to follow, a small one for the last."""
+    digits = chr(ord("a") + n % 26)
+    while n >= 26:
+        n //= 26
+        digits = chr(ord("A") + n % 26) + digits
+    return digits
+
+
+def tokens_signed(n):
+    return tokens_number(2 * n if n >= 0 else -2 * n - 1)
+
+
+def tokens_print_table(comment, text):
+    print("// " + comment)
+    for i in range(0, len(text), 112):
+        print('    "%s"' % text[i:i + 112])
+
+
 def tokens_class_tables():
     """Prints the tables of section 7: what the engine in `tokenizers` takes for \\p{L} and \\p{N}, as differences in base 26."""
     for pattern in (r"\p{L}", r"\p{N}"):
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
         inside = [not 0xD800 <= c < 0xE000 and not split.pre_tokenize_str(chr(c)) for c in range(0x110000)]
         bounds = [c for c in range(0x110000) if inside[c] != (c > 0 and inside[c - 1])]
-        text = ""
-        for number in (b - a for a, b in zip([0] + bounds, bounds)):
-            digits = chr(ord("a") + number % 26)
-            while number >= 26:
-                number //= 26
-                digits = chr(ord("A") + number % 26) + digits
-            text += digits
-        print("// %s: %d bounds, %d code points" % (pattern, len(bounds), sum(inside)))
-        for i in range(0, len(text), 112):
-            print('    "%s"' % text[i:i + 112])
+        tokens_print_table("%s: %d bounds, %d code points" % (pattern, len(bounds), sum(inside)),
+                           "".join(tokens_number(b - a) for a, b in zip([0] + bounds, bounds)))
+
+
+def tokens_clean_tables():
+    """Prints the tables that CLIP's cleaning needs: lower case and canonical composition as the engine in `tokenizers` has them."""
+    lower, decompose, compose = normalizers.Lowercase(), normalizers.NFD(), normalizers.NFC()
+    points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    runs = []                                                        # first, count, stride, shift
+    for c in points:
+        small = lower.normalize_str(chr(c))
+        if small == chr(c) or len(small) > 1:                        # U+0130 becomes two characters: written out in the code
+            continue
+        shift = ord(small) - c
+        if runs and runs[-1][3] == shift and (c - runs[-1][0] in (1, 2) if runs[-1][1] == 1 else
+                                              c == runs[-1][0] + runs[-1][1] * runs[-1][2]):
+            runs[-1][2] = c - runs[-1][0] if runs[-1][1] == 1 else runs[-1][2]
+            runs[-1][1] += 1
+        else:
+            runs.append([c, 1, 1, shift])
+    tokens_print_table("lower case: %d runs" % len(runs), "".join(
+        tokens_number(c - p) + tokens_number(2 * (n - 1) + stride - 1) + tokens_signed(shift)
+        for p, (c, n, stride, shift) in zip([0] + [r[0] for r in runs], runs)))
+
+    runs = []                                                        # first, count, class; the engine's Unicode is older than
+    for c in points:                                                 # Python's: what it does not reorder has no class for it
+        rank = unicodedata.combining(chr(c))
+        if not rank or decompose.normalize_str(chr(c)) != chr(c):
+            continue
+        known = decompose.normalize_str("a\u0345" + chr(c)) == "a" + chr(c) + "\u0345" if rank < 240 else \
+            decompose.normalize_str("a" + chr(c) + "\u0334") == "a\u0334" + chr(c)
+        if not known:
+            continue
+        if runs and runs[-1][0] + runs[-1][1] == c and runs[-1][2] == rank:
+            runs[-1][1] += 1
+        else:
+            runs.append([c, 1, rank])
+    tokens_print_table("classes: %d runs" % len(runs), "".join(
+        tokens_number(c - p) + tokens_number(n) + tokens_number(rank)
+        for p, (c, n, rank) in zip([0] + [r[0] for r in runs], runs)))
+
+    pairs, seconds = [], []
+    for c in points:
+        if decompose.normalize_str(chr(c)) == chr(c) or 0xAC00 <= c < 0xD7A4:
+            continue
+        parts = [int(x, 16) for x in unicodedata.decomposition(chr(c)).split()]
+        if len(parts) == 2 and parts[1] not in seconds:
+            seconds.append(parts[1])
+        code = 0 if len(parts) == 1 else 1 + 2 * seconds.index(parts[1]) + (compose.normalize_str(chr(c)) == chr(c))
+        pairs.append((c, parts[0], code))
+    tokens_print_table("second characters: %d" % len(seconds),
+                       "".join(tokens_signed(b - a) for a, b in zip([0] + seconds, seconds)))
+    tokens_print_table("pairs: %d" % len(pairs), "".join(
+        tokens_number(c - p[0]) + tokens_signed(first - p[1]) + tokens_number(code)
+        for p, (c, first, code) in zip([(0, 0, 0)] + pairs, pairs)))
 
 
 def make_tokens(folder):
@@ -1342,6 +1408,264 @@ def make_tokens(folder):
     for rule, size in (("gpt-2", 500), ("llama-bpe", 500), ("smollm", 420)):
         tokens_make_bpe(folder, rule, size)
     tokens_make_utf8(folder)
+
+
+# =====================================================================================================================
+# Joint
+# Two tiny random CLIP models, computed by transformers in float32, with a small vocabulary of CLIP's kind. Read by test.c's
+# "joint" tests.
+#   joint_a.gguf         as clip.cpp writes: F32, no merges, no logit_scale, ffn_up and ffn_down swapped; quick-GELU
+#   joint_b.gguf         F16 and BF16, GELU, PAPERCLIP's dense heads, merges, the vocabulary under clip.text.tokenizer.ggml.*
+#   joint_a.gold, joint_b.gold   every intermediate tensor of the first image and text; embeddings and scores of all
+#   joint_texts.bin, joint_tokens.bin   hard texts, and what CLIPTokenizer makes of them
+#   joint_image.png      a wide image, beside models_1.png and models_2.png
+# =====================================================================================================================
+
+JOINT_TEXTS = ["a photo of a spiral galaxy", "An edge-on galaxy with a DUST lane", "globular cluster", "",
+               "the ringed planet and its moons, seen through a small telescope on a clear night: can you count how many moons there "
+               "are, and tell which of them is the largest one?"]
+JOINT_STRINGS = ["\u0130stanbul", "STRASSE \u1e9e \u00df", "Caf\u00e9 cafe\u0301 CAFE\u0301", "\u212b \u2126 \u212a",
+                 "\u1100\u1161\u11a8 \uac00\u11a8 \uac01", "q\u0323\u0307 q\u0307\u0323", "\u0958\u0929 \u0915\u093c",
+                 "\uf900\u2f800 \U0002f81a", "\u03a3\u0391\u03a3", "it's IT'S can't CAN'T 'S", "don\u2019t", "1234 \u00bd\u00b2 x\u00b2",
+                 "NGC1300 M 31  \t\n H\u03b1", "<|startoftext|> a <|endoftext|> b", "<|ENDOFTEXT|>", "<|endoftext|", "</w> a</w>",
+                 "\u0344 a\u0344", "\u1e69 s\u0323\u0307 s\u0307\u0323 \u1e61\u0323", "\u0f73\u0f75", "A\u030a \u00c5", "\u0301a", " "]
+
+
+def joint_strings():
+    rng = random.Random(77)
+    marks = [chr(c) for c in range(0x300, 0x370)] + ["\u0323", "\u0327", "\u0328", "\u093c", "\u3099", "\u05bc", "\u064b", "\u0651"]
+    bases = list("aAeEiIoOuUsSzZ \u03b1\u03b9\u03c5\u03a9\u0391\u0438\u0418\u304b\u304f\u30db\u05d0\u0627\u0915\u00c9\u01d7\u1ea4\u1fb7")
+    strings = list(JOINT_STRINGS) + [s for s in JOINT_TEXTS if s]
+    for _ in range(120):
+        strings.append("".join(rng.choice(bases) + "".join(rng.choice(marks) for _ in range(rng.choice([0, 1, 1, 2, 3])))
+                               for _ in range(rng.randint(1, 6))))
+    for _ in range(40):
+        strings.append("".join(chr(rng.choice([rng.randint(0x20, 0x24ff), rng.randint(0xa640, 0xabff), rng.randint(0x1100, 0x11ff),
+                                               rng.randint(0x10400, 0x104ff), rng.randint(0xac00, 0xd7a3), rng.randint(0x1e900, 0x1e943)]))
+                               for _ in range(8)))
+    return strings
+
+
+def joint_vocabulary():
+    """-> tokens in the order of OpenAI's vocabulary (bytes, bytes that end a word, merges, two special tokens), merges"""
+    letters = list(dict.fromkeys(byte for _, byte in sorted(joint_bytes().items())))
+    clean = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    trained = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer = clean
+    trained.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, initial_alphabet=letters, end_of_word_suffix="</w>")
+    trained.train_from_iterator((TOKENS_CORPUS + "\n".join(JOINT_TEXTS)).split("\n"), trainer)
+    merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
+    tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    assert len(set(tokens)) == len(tokens) and len(letters) == 256
+    return tokens, merges
+
+
+def joint_bytes():                             # GPT-2's spelling of bytes
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
+
+
+def joint_write_tokens(folder, tokenizer):
+    texts = tokens_texts() + [(s.encode(), 1) for s in joint_strings()]
+    tokens_write_texts(os.path.join(folder, "joint_texts.bin"), texts)
+    cases = [(i, TOKENS_ADD | TOKENS_PARSE, tokenizer((text * times).decode("utf-8", "replace"))["input_ids"], None)
+             for i, (text, times) in enumerate(texts)]
+    tokens_write_cases(os.path.join(folder, "joint_tokens.bin"), cases)
+    return len(cases)
+
+
+class joint_head(torch.nn.Module):             # PAPERCLIP's frozen-backbone variant: flax's gelu is the tanh one
+    def __init__(self, n, n_hidden):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(n, n_hidden), torch.nn.Linear(n_hidden, n)
+
+    def forward(self, x):
+        return self.b(torch.nn.functional.gelu(self.a(x), approximate="tanh"))
+
+
+def joint_build(which, tokens, seed):
+    act = {"a": "quick_gelu", "b": "gelu"}[which]
+    config = CLIPConfig(
+        text_config=dict(vocab_size=len(tokens), hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+                         max_position_embeddings=24, hidden_act=act, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1),
+        vision_config=dict(hidden_size=40 if which == "a" else 24, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                           image_size=32, patch_size=8, hidden_act=act), projection_dim=20)
+    model = CLIPModel(config).float().eval()
+    model.set_attn_implementation("eager")
+    if which == "b":
+        model.vision_head, model.text_head = joint_head(24, 50), joint_head(32, 90)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            x = torch.randn(p.shape, generator=rng)
+            if name == "logit_scale":
+                x = torch.tensor(math.log(100.0) if which == "a" else 3.3)
+            elif "norm" in name:
+                x = (1 if name.endswith("weight") else 0) + 0.2 * x
+            elif p.dim() == 1 or "position" in name:
+                x = 0.3 * x
+            elif "token_embedding" not in name:
+                x = x / math.sqrt(p[0].numel()) * 1.3
+            kind = joint_type(which, name, p)
+            p.copy_(x.half().float() if kind == 1 else x.bfloat16().float() if kind == 30 else x)
+    return model
+
+
+def joint_type(which, name, p):                # as clip.cpp: the patches always F16
+    if "patch_embedding" in name or (which == "b" and p.dim() == 2 and "position" not in name and "token" not in name):
+        return 1
+    return 30 if which == "b" and "token_embedding" in name else 0
+
+
+def joint_gguf_name(name, swapped):
+    if "projection" in name or name == "logit_scale":
+        return name
+    tower = {"vision": "v.", "text": "t."}[name.split("_")[0]]
+    base, kind = (name.rsplit(".", 1) + [""])[:2]
+    base = base.split(".", 1)[1]
+    if base == "embeddings" and kind == "class_embedding":
+        return "v.class_embd"
+    if name.split(".")[0].endswith("_head"):
+        return tower + {"a": "head.0.", "b": "head.2."}[base] + kind
+    if base.startswith("encoder.layers."):
+        _, _, layer, rest = base.split(".", 3)
+        out = MODELS_VISION_NAMES[rest]
+        if swapped:
+            out = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}.get(out, out)
+        return "%sblk.%s.%s.%s" % (tower, layer, out, kind)
+    return tower + {"embeddings.patch_embedding": "patch_embd", "embeddings.position_embedding": "position_embd",
+                    "embeddings.token_embedding": "token_embd", "pre_layrnorm": "pre_ln", "post_layernorm": "post_ln",
+                    "final_layer_norm": "post_ln"}[base] + "." + kind
+
+
+def joint_write_gguf(which, folder, model, tokens, merges):
+    w = gguf.GGUFWriter(os.path.join(folder, "joint_%s.gguf" % which), "clip")
+    w.add_name("random CLIP " + which.upper())
+    for key in ("has_text_encoder", "has_vision_encoder"):
+        w.add_bool("clip." + key, True)
+    w.add_bool("clip.use_gelu", which == "b")
+    v, t = model.config.vision_config, model.config.text_config
+    w.add_uint32("clip.vision.image_size", v.image_size)
+    w.add_uint32("clip.vision.patch_size", v.patch_size)
+    w.add_uint32("clip.text.context_length", t.max_position_embeddings)
+    for key, c in (("clip.vision.", v), ("clip.text.", t)):
+        w.add_uint32(key + "embedding_length", c.hidden_size)
+        w.add_uint32(key + "feed_forward_length", c.intermediate_size)
+        w.add_uint32(key + "projection_dim", model.config.projection_dim)
+        w.add_uint32(key + "attention.head_count", c.num_attention_heads)
+        w.add_float32(key + "attention.layer_norm_epsilon", c.layer_norm_eps)
+        w.add_uint32(key + "block_count", c.num_hidden_layers)
+    w.add_array("clip.vision.image_mean", MODELS_MEAN)
+    w.add_array("clip.vision.image_std", MODELS_STD)
+    if which == "a":
+        w.add_token_list(tokens)
+    else:
+        w.add_array("clip.text.tokenizer.ggml.tokens", tokens)
+        w.add_array("clip.text.tokenizer.ggml.merges", [" ".join(m) for m in merges])
+    for name, p in model.named_parameters():
+        if which == "a" and name == "logit_scale":
+            continue
+        x, kind = np.ascontiguousarray(p.detach().numpy().reshape(p.shape or (1,))), joint_type(which, name, p)
+        if kind == 30:
+            w.add_tensor(joint_gguf_name(name, which == "a"), gguf.quantize(x, gguf.GGMLQuantizationType.BF16),
+                         raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            w.add_tensor(joint_gguf_name(name, which == "a"), x.astype(np.float16 if kind == 1 else np.float32))
+    models_close(w)
+
+
+def joint_preprocess(image, size):             # CLIPImageProcessor: the short side to size, the middle cut out
+    short, long = sorted(image.size)
+    other = int(size * long / short)
+    w, h = (size, other) if image.size[0] <= image.size[1] else (other, size)
+    sized = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - size) // 2, (h - size) // 2
+    pixels = np.asarray(sized.crop((left, top, left + size, top + size))).astype(np.float32) * np.float32(1 / 255)
+    pixels = (pixels - np.array(MODELS_MEAN, np.float32)) / np.array(MODELS_STD, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))[None])
+
+
+class joint_recorder(models_recorder):
+    def __init__(self, model):
+        self.values, self.handles = {}, []
+        self.out(model.vision_model.embeddings.patch_embedding, "vision_model.embeddings.patch_embedding",
+                 lambda x: x.flatten(2).transpose(1, 2))
+        for name in ("vision_model.embeddings", "vision_model.pre_layrnorm", "text_model.embeddings", "text_model.final_layer_norm"):
+            self.out(model.get_submodule(name), name)
+        for name, n in (("vision_model", 3), ("text_model", 2)):
+            for i in range(n):
+                layer, path = model.get_submodule("%s.encoder.layers.%d" % (name, i)), "%s.encoder.layers.%d" % (name, i)
+                self.out(layer, path)
+                for part in ("layer_norm1", "layer_norm2", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                             "self_attn.out_proj", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"):
+                    self.out(layer.get_submodule(part), path + "." + part)
+                self.out(layer.self_attn, path + ".self_attn.attn_weights", lambda y: y, 1)
+                self.into(layer.self_attn.out_proj, path + ".self_attn.context")
+
+    def close(self):
+        for h in self.handles:
+            h.remove()
+
+
+def joint_rows(model, images, ids, values):    # transformers' CLIPModel, with the heads where there are some
+    identity = lambda x: x
+    pooled_v = model.vision_model(pixel_values=images).pooler_output
+    pooled_t = model.text_model(input_ids=ids).pooler_output
+    head_v, head_t = getattr(model, "vision_head", identity)(pooled_v), getattr(model, "text_head", identity)(pooled_t)
+    v, t = model.visual_projection(head_v), model.text_projection(head_t)
+    if values is not None:
+        values.update({"vision_model.post_layernorm": pooled_v.numpy(), "visual_projection": v.numpy(), "text_projection": t.numpy()})
+        if head_v is not pooled_v:
+            values.update({"visual_projection.head": head_v.numpy(), "text_projection.head": head_t.numpy()})
+    return v, t
+
+
+def joint_make_one(which, folder, tokens, merges, images, seed):
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+    model = joint_build(which, tokens, seed)
+    joint_write_gguf(which, folder, model, tokens, merges)
+    pixels = [joint_preprocess(i, model.config.vision_config.image_size) for i in images]
+    ids = [torch.tensor([tokenizer(t, truncation=True, max_length=24)["input_ids"]]) for t in JOINT_TEXTS]
+    recorder = joint_recorder(model)
+    with torch.no_grad():
+        joint_rows(model, pixels[0], ids[0], recorder.values)
+        recorder.close()
+        v = torch.cat([joint_rows(model, p, ids[0], None)[0] for p in pixels])
+        t = torch.cat([joint_rows(model, pixels[0], i, None)[1] for i in ids])
+        if which == "a":                       # the whole of transformers' own forward pass agrees
+            whole = model(pixel_values=pixels[0], input_ids=ids[0])
+            assert torch.allclose(whole.image_embeds, v[:1] / v[:1].norm(), atol=1e-6)
+            assert torch.allclose(whole.text_embeds, t[:1] / t[:1].norm(), atol=1e-6)
+        nv, nt = v / v.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
+        cosines = nv @ nt.T
+        logits = model.logit_scale.exp() * cosines
+        square = nt[:3] @ nv.T                 # three pairs, for the metrics
+        labels = torch.arange(3)
+        loss = (torch.nn.functional.cross_entropy(model.logit_scale.exp() * square, labels) +
+                torch.nn.functional.cross_entropy(model.logit_scale.exp() * square.T, labels)) / 2
+    entries = [("pixel_values", pixels[0][0].numpy()), ("pixels.1", pixels[1][0].numpy()), ("pixels.2", pixels[2][0].numpy())]
+    entries += [("text.%d" % i, text) for i, text in enumerate(JOINT_TEXTS)]
+    entries += [("n_texts", np.array([len(JOINT_TEXTS)], np.int32)), ("images", v.numpy()), ("texts", t.numpy()),
+                ("cosines", cosines.numpy()), ("probabilities", logits.softmax(dim=1).numpy()),
+                ("order", np.array([sorted(range(len(JOINT_TEXTS)), key=lambda j: -float(row[j])) for row in logits], np.int32)),
+                ("loss", np.array([[float(loss)]], np.float32)), ("logit_scale", np.array([[float(model.logit_scale.exp())]], np.float32))]
+    models_write_gold(os.path.join(folder, "joint_%s.gold" % which), entries + sorted(recorder.values.items()))
+    print("joint %s: %d tensors, loss %.4f" % (which, len(recorder.values), float(loss)))
+    return tokenizer
+
+
+def make_joint(folder):
+    torch.set_num_threads(1)
+    models_image(90, 41, 3).save(os.path.join(folder, "joint_image.png"), optimize=True)
+    images = [Image.open(os.path.join(folder, n)) for n in ("models_1.png", "models_2.png", "joint_image.png")]
+    tokens, merges = joint_vocabulary()
+    tokenizer = joint_make_one("a", folder, tokens, merges, images, 5)
+    joint_make_one("b", folder, tokens, merges, images, 6)
+    print("joint: %d tokens, %d texts" % (len(tokens), joint_write_tokens(folder, tokenizer)))
 
 
 # =====================================================================================================================
@@ -1468,7 +1792,7 @@ VERSIONS = {"torch": "2.15.0", "transformers": "5.23.0", "tokenizers": "0.23.3",
 
 def main():
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
-    parts = {"images": make_images, "models": make_models, "tokens": make_tokens, "types": make_types}
+    parts = {"images": make_images, "joint": make_joint, "models": make_models, "tokens": make_tokens, "types": make_types}
     if sys.argv[1:] == ["--versions"]:
         print(" ".join("%s==%s" % item for item in VERSIONS.items()))
         return

@@ -3579,6 +3579,539 @@ static void tests_models(void) {
 }
 
 
+// ---- joint: CLIP's two towers against transformers ------------------------------------------------------------------
+// make_golden.py writes two tiny random models: A as clip.cpp's files are (no merges, no logit_scale), B with PAPERCLIP's dense
+// heads; and what CLIPModel and CLIPTokenizer make of images and texts.
+
+enum { JOINT_IMAGES = 3, JOINT_TEXTS = 5, JOINT_DIMS = 20 };
+
+typedef struct joint_kit {
+    models_gold    gold;
+    astrovl_model *model;
+    astrovl_image  images[JOINT_IMAGES];
+    char           text[JOINT_TEXTS][256];
+    const char    *texts[JOINT_TEXTS];
+} joint_kit;
+
+static void joint_kit_open(joint_kit *kit, int which) {
+    static const char *const images[] = {"test/golden/models_1.png", "test/golden/models_2.png", "test/golden/joint_image.png"};
+    astrovl_error err = {ASTROVL_OK, ""};
+    int i;
+    memset(kit, 0, sizeof *kit);
+    models_gold_read(&kit->gold, which == 'a' ? "test/golden/joint_a.gold" : "test/golden/joint_b.gold");
+    kit->model = astrovl_open(which == 'a' ? "test/golden/joint_a.gguf" : "test/golden/joint_b.gguf", NULL, &err);
+    CHECK(kit->model, "%s", err.message);
+    if (!kit->model) exit(1);
+    for (i = 0; i < JOINT_IMAGES; i++) CHECK(astrovl_image_load(images[i], 0, &kit->images[i], &err) == ASTROVL_OK, "%s", err.message);
+    for (i = 0; i < JOINT_TEXTS; i++) {
+        char field[16];
+        sprintf(field, "%d", i);
+        kit->texts[i] = models_text(&kit->gold, "text", field, kit->text[i], sizeof kit->text[i]);
+    }
+}
+
+static void joint_kit_close(joint_kit *kit) {
+    int i;
+    astrovl_close(kit->model);
+    for (i = 0; i < JOINT_IMAGES; i++) astrovl_image_free(&kit->images[i]);
+    models_gold_free(&kit->gold);
+}
+
+static astrovl_session *joint_session(const joint_kit *kit, astrovl_mode mode, int n_threads, astrovl_tap tap, void *user) {
+    models_kit m;
+    memset(&m, 0, sizeof m);
+    m.model = kit->model;
+    return models_session(&m, mode, n_threads, tap, user);
+}
+
+// All values of a stored tensor, against `got`.
+static void joint_check(const joint_kit *kit, const char *name, const float *got, double tolerance) {
+    const models_value *v = models_field(&kit->gold, "", name);
+    int64_t i, bad = -1;
+    for (i = 0; i < v->count; i++) {
+        double difference = (double)got[i * v->step] - avl__float_from_bits(avl__load_u32(v->data + 4 * i));
+        if (!((difference < 0 ? -difference : difference) <= tolerance * v->largest)) bad = i;
+    }
+    CHECK(bad < 0, "%s[%d] is %.9g, expected %.9g", name, (int)(bad * v->step), got[bad * v->step],
+          avl__float_from_bits(avl__load_u32(v->data + 4 * bad)));
+}
+
+static void joint_info(void) {
+    joint_kit kit;
+    astrovl_info info;
+    joint_kit_open(&kit, 'a');
+    astrovl_get_info(kit.model, &info);
+    CHECK(info.has_joint_image && info.has_joint_text && info.n_embd_joint == JOINT_DIMS && info.clip_text_n_ctx == 24 &&
+          info.clip_text_n_embd == 32 && info.clip_text_n_layer == 2 && info.clip_text_n_head == 4 && info.clip_text_n_ff == 72,
+          "A: %d numbers, %d positions", info.n_embd_joint, info.clip_text_n_ctx);
+    CHECK(info.logit_scale == 100.0f && !info.has_text && !info.has_vocab && info.has_vision, "A: logit_scale %g", info.logit_scale);
+    joint_kit_close(&kit);
+    joint_kit_open(&kit, 'b');
+    astrovl_get_info(kit.model, &info);
+    joint_check(&kit, "logit_scale", &info.logit_scale, 1e-6);
+    joint_kit_close(&kit);
+}
+
+// ---- the tokenizer
+
+static void joint_tokens(int which) {
+    size_t size;
+    int n_texts, n_cases, i, n_same = 0;
+    text_case *texts = text_read_all("test/golden/joint_texts.bin", &n_texts);
+    unsigned char *golden = read_file("test/golden/joint_tokens.bin", &size);
+    text_reader r = {NULL, 0};
+    joint_kit kit;
+    static int32_t ids[16384];
+    joint_kit_open(&kit, which);
+    r.data = golden;
+    n_cases = (int)text_u32(&r);
+    CHECK(n_cases == n_texts && n_cases >= 500, "%d texts, %d cases", n_texts, n_cases);
+    for (i = 0; i < n_cases; i++) {
+        const text_case *text = &texts[text_u32(&r)];
+        uint32_t flags = text_u32(&r), n = text_u32(&r), k;
+        astrovl_error err = {ASTROVL_OK, ""};
+        int got = astrovl_clip_tokenize(kit.model, (const char *)text->data, text->size, ids, 16384, &err), same = got == (int)n;
+        CHECK(flags == 3, "flags %d", (int)flags);
+        if (n > 600) same = same && text_u32(&r) == text_hash(ids, n);
+        else for (k = 0; k < n; k++, r.at += 2) same = same && ids[k] == avl__load_u16(r.data + r.at);
+        CHECK(same, "%c: \"%.60s\" (%ld bytes): %d tokens, wanted %d", which, (const char *)text->data, (long)text->size, got, (int)n);
+        if (!same && n <= 600) {
+            text_print_ids("got", ids, (size_t)(got < 0 ? 0 : got));
+            for (k = 0, r.at -= 2 * n; k < n; k++, r.at += 2) ids[k] = avl__load_u16(r.data + r.at);
+            text_print_ids("wanted", ids, n);
+        }
+        n_same += same;
+        CHECK(text_u32(&r) == 0xFFFFFFFFu, "case %d", i);
+    }
+    CHECK(r.at == size && n_same == n_cases, "%d of %d the same", n_same, n_cases);
+    free(golden);
+    text_free_all(texts, n_texts);
+    joint_kit_close(&kit);
+}
+
+static void joint_tokens_a(void) { joint_tokens('a'); }   // merges recovered from the vocabulary's order
+static void joint_tokens_b(void) { joint_tokens('b'); }
+
+// A megabyte of one letter's marks in falling classes, of Hangul, of one word: no quadratic time, and no crash.
+static void joint_long_texts(void) {
+    static const char *const units[] = {"\xCC\x81\xCC\xA3\xCC\xB4", "\xE1\x84\x80\xE1\x85\xA1\xE1\x86\xA8", "a", "\xC7\xBA", " ", "\xFF"};
+    joint_kit kit;
+    size_t u, n = 300000, i;
+    char *text = (char *)malloc(n);
+    joint_kit_open(&kit, 'a');
+    for (u = 0; text && u < sizeof units / sizeof *units; u++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        for (i = 0; i < n; i++) text[i] = units[u][i % strlen(units[u])];
+        CHECK(astrovl_clip_tokenize(kit.model, text, n, NULL, 0, &err) >= 2, "%s", err.message);
+    }
+    free(text);
+    joint_kit_close(&kit);
+}
+
+// ---- layer by layer, and what comes out
+
+static void joint_on_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
+    models_watch *w = (models_watch *)user;
+    models_value *v = models_find(w->gold, name);
+    const char *number = strstr(name, "layers.");
+    CHECK(layer == (number ? number[7] - '0' : -1), "%s is said to be of layer %d", name, layer);
+    if (!v || v->kind != 0) { CHECK(0, "%s is not a name that transformers has", name); return; }
+    if (n_dims != v->n_dims || shape[0] != v->dims[0] || shape[1] != v->dims[1] || (n_dims == 3 && shape[2] != v->dims[2])) {
+        CHECK(0, "%s has another shape: %d dimensions, %d x %d", name, n_dims, (int)shape[0], (int)shape[1]);
+        return;
+    }
+    models_compare(w, v, 0, shape, n_dims, data);
+    v->seen++;
+}
+
+static void joint_layers(int which) {
+    joint_kit kit;
+    models_watch watch;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_session *s;
+    float image[JOINT_DIMS], text[JOINT_DIMS];
+    int i, n = 0;
+    joint_kit_open(&kit, which);
+    models_watch_start(&watch, &kit.gold, 0);
+    s = joint_session(&kit, ASTROVL_EXACT, 2, joint_on_tap, &watch);
+    CHECK(astrovl_embed_images(s, kit.images, 1, 0, image, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(astrovl_embed_texts(s, kit.texts, 1, 0, text, &err) == ASTROVL_OK, "%s", err.message);
+    for (i = 0; i < kit.gold.n; i++) {
+        const models_value *v = &kit.gold.values[i];
+        int tower = strncmp(v->name, "vision_model", 12) == 0 || strncmp(v->name, "text_model", 10) == 0 || strstr(v->name, "projection");
+        n += tower;
+        CHECK(!tower || v->seen == 1, "%s was seen %d times", v->name, v->seen);
+    }
+    CHECK(n >= 68, "%d tensors", n);
+    if (getenv("MODELS_VERBOSE")) printf("    %c: %d tensors, the largest difference %.2g at %s\n", which, n, watch.worst, watch.worst_name);
+    astrovl_session_free(s);
+    joint_kit_close(&kit);
+}
+
+static void joint_layers_a(void) { joint_layers('a'); }
+static void joint_layers_b(void) { joint_layers('b'); }
+
+static void joint_scores(int which) {
+    joint_kit kit;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_session *s;
+    float images[JOINT_IMAGES * JOINT_DIMS], texts[JOINT_TEXTS * JOINT_DIMS], cosines[JOINT_IMAGES * JOINT_TEXTS], all[JOINT_IMAGES * JOINT_TEXTS];
+    float unit[JOINT_IMAGES * JOINT_DIMS], loss;
+    astrovl_info info;
+    const models_value *order;
+    int i, j, k;
+    joint_kit_open(&kit, which);
+    astrovl_get_info(kit.model, &info);
+    s = joint_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
+    CHECK(astrovl_embed_images(s, kit.images, JOINT_IMAGES, 0, images, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(astrovl_embed_texts(s, kit.texts, JOINT_TEXTS, 0, texts, &err) == ASTROVL_OK, "%s", err.message);
+    joint_check(&kit, "images", images, MODELS_TOLERANCE);
+    joint_check(&kit, "texts", texts, MODELS_TOLERANCE);
+    CHECK(astrovl_embed_images(s, kit.images, JOINT_IMAGES, 1, unit, &err) == ASTROVL_OK, "%s", err.message);
+    for (i = 0; i < JOINT_IMAGES; i++) {
+        double length = 0.0;
+        for (k = 0; k < JOINT_DIMS; k++) length += (double)unit[i * JOINT_DIMS + k] * unit[i * JOINT_DIMS + k];
+        CHECK(length > 0.99999 && length < 1.00001, "image %d has length %g", i, length);
+    }
+    astrovl_session_free(s);
+    order = models_field(&kit.gold, "", "order");
+    for (i = 0; i < JOINT_IMAGES; i++) {
+        float *row = cosines + i * JOINT_TEXTS, *p = all + i * JOINT_TEXTS, total = 0.0f;
+        CHECK(astrovl_score(kit.model, &kit.images[i], kit.texts, JOINT_TEXTS, row, p, &err) == ASTROVL_OK, "%s", err.message);
+        for (j = 0; j < JOINT_TEXTS; j++) total += p[j];
+        CHECK(total > 0.9999f && total < 1.0001f, "probabilities sum to %g", total);
+        for (j = 1; j < JOINT_TEXTS; j++) {
+            int before = models_int(order, i * JOINT_TEXTS + j - 1), after = models_int(order, i * JOINT_TEXTS + j);
+            CHECK(row[before] >= row[after], "image %d: text %d stands before %d", i, before, after);
+        }
+    }
+    joint_check(&kit, "cosines", cosines, MODELS_TOLERANCE);
+    joint_check(&kit, "probabilities", all, 2e-3);   // 100 times a cosine's difference, exponentiated
+    s = joint_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
+    CHECK(astrovl_embed_texts(s, kit.texts, JOINT_IMAGES, 1, texts, &err) == ASTROVL_OK, "%s", err.message);
+    loss = (float)astrovl_contrastive_loss(unit, texts, JOINT_IMAGES, JOINT_DIMS, info.logit_scale);
+    joint_check(&kit, "loss", &loss, 1e-4);
+    astrovl_session_free(s);
+    joint_kit_close(&kit);
+}
+
+static void joint_scores_a(void) { joint_scores('a'); }
+static void joint_scores_b(void) { joint_scores('b'); }
+
+// Together or one by one, 1 to 8 threads: the same bits.
+static void joint_batches(void) {
+    enum { N = 40 };
+    joint_kit kit;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_image many[N];
+    const char *words[N];
+    static float together[N * JOINT_DIMS], one[JOINT_DIMS], texts[N * JOINT_DIMS];
+    int i, threads;
+    joint_kit_open(&kit, 'b');
+    for (i = 0; i < N; i++) {
+        many[i] = kit.images[i % JOINT_IMAGES];
+        words[i] = kit.texts[i * 7 % JOINT_TEXTS];
+    }
+    for (threads = 1; threads <= 8; threads++) {
+        astrovl_session *s = joint_session(&kit, threads % 2 ? ASTROVL_EXACT : ASTROVL_FAST, threads, NULL, NULL);
+        CHECK(astrovl_embed_images(s, many, N, 1, together, &err) == ASTROVL_OK, "%s", err.message);
+        CHECK(astrovl_embed_texts(s, words, N, 1, texts, &err) == ASTROVL_OK, "%s", err.message);
+        for (i = 0; i < N; i += 9) {
+            CHECK(astrovl_embed_images(s, &many[i], 1, 1, one, &err) == ASTROVL_OK, "%s", err.message);
+            CHECK(memcmp(one, together + i * JOINT_DIMS, sizeof one) == 0, "%d threads: image %d", threads, i);
+            CHECK(astrovl_embed_texts(s, &words[i], 1, 1, one, &err) == ASTROVL_OK, "%s", err.message);
+            CHECK(memcmp(one, texts + i * JOINT_DIMS, sizeof one) == 0, "%d threads: text %d", threads, i);
+        }
+        CHECK(astrovl_embed_images(s, many, 0, 1, NULL, &err) == ASTROVL_OK && astrovl_embed_texts(s, words, 0, 1, NULL, &err) == ASTROVL_OK,
+              "none: %s", err.message);
+        astrovl_session_free(s);
+    }
+    joint_kit_close(&kit);
+}
+
+static void joint_errors(void) {
+    joint_kit kit;
+    models_kit llava;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_image empty = {0, 0, NULL, 1};
+    const char *nothing[1] = {NULL};
+    float out[64];
+    astrovl_session *s;
+    joint_kit_open(&kit, 'a');
+    s = joint_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
+    FAILS(astrovl_embed_images(s, &empty, 1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "an empty image");
+    FAILS(astrovl_embed_images(s, NULL, 1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "no image");
+    FAILS(astrovl_embed_images(s, kit.images, -1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "-1 images");
+    FAILS(astrovl_embed_texts(s, nothing, 1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "a NULL text");
+    FAILS(astrovl_embed_texts(s, NULL, 1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "no texts");
+    FAILS(astrovl_score(kit.model, kit.images, kit.texts, 0, out, NULL, &err) != ASTROVL_OK, ARGUMENT, "no texts to score");
+    FAILS(!astrovl_chat(s, NULL, 0, "What?", NULL, &err), MODEL, "a chat with CLIP");
+    astrovl_session_free(s);
+    models_kit_open(&llava, 'a');
+    s = models_session(&llava, ASTROVL_EXACT, 1, NULL, NULL);
+    CHECK(astrovl_embed_images(s, kit.images, 1, 1, out, &err) == ASTROVL_ERROR_MODEL && strstr(err.message, "visual_projection"),
+          "images with LLaVA: %s", err.message);
+    FAILS(astrovl_embed_texts(s, kit.texts, 1, 1, out, &err) != ASTROVL_OK, MODEL, "texts with LLaVA");
+    FAILS(astrovl_clip_tokenize(llava.model, "a", 1, NULL, 0, &err) < 0, MODEL, "tokens with LLaVA");
+    astrovl_session_free(s);
+    models_kit_close(&llava);
+    joint_kit_close(&kit);
+}
+
+// ---- hostile files and memory
+
+// The file without one of its tensors or keys (its name is changed): refused with its name, or not needed.
+static void joint_missing(void) {
+    static const char *const files[] = {"test/golden/joint_a.gguf", "test/golden/joint_b.gguf"};
+    int f, i, n_refused = 0;
+    for (f = 0; f < 2; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file(files[f], &size);
+        astrovl_gguf *file = astrovl_gguf_open(files[f], 0, &err);
+        int n_tensors = astrovl_gguf_n_tensors(file);
+        for (i = 0; i < n_tensors + astrovl_gguf_n_kv(file); i++) {
+            const char *name = i < n_tensors ? astrovl_gguf_tensor(file, i)->name : astrovl_gguf_kv(file, i - n_tensors)->key;
+            unsigned char *after = models_after(bytes, size, name, 0);
+            astrovl_model *m;
+            after[-1] ^= 1;
+            m = models_open_bytes(bytes, size, &err);
+            n_refused += !m;
+            if (!m) CHECK(err.message[0] && (strstr(err.message, name) || strstr(err.message, "vocabulary")), "without %s: %s", name, err.message);
+            astrovl_close(m);
+            after[-1] ^= 1;
+        }
+        astrovl_gguf_close(file);
+        free(bytes);
+    }
+    CHECK(n_refused > 100, "%d are missed", n_refused);
+}
+
+static void joint_mutated(void) {
+    size_t size, metadata;
+    unsigned char *bytes = read_file("test/golden/joint_b.gguf", &size);
+    astrovl_error err = {ASTROVL_OK, ""};
+    uint64_t random = 11;
+    int round, n_ran = 0;
+    astrovl_gguf *file = astrovl_gguf_open("test/golden/joint_b.gguf", 0, &err);
+    joint_kit kit;
+    metadata = (size_t)astrovl_gguf_tensor(file, 0)->offset;
+    astrovl_gguf_close(file);
+    joint_kit_open(&kit, 'b');
+    for (round = 0; round < 300; round++) {
+        unsigned char *copy = (unsigned char *)malloc(size);
+        astrovl_model *m;
+        float *out;
+        astrovl_info info;
+        memcpy(copy, bytes, size);
+        copy[(size_t)(avl__random(&random) * (double)(avl__random(&random) < 0.9 ? metadata : size))] = (unsigned char)(avl__random(&random) * 256);
+        m = models_open_bytes(copy, size, &err);
+        if (m) {
+            astrovl_session *s;
+            astrovl_get_info(m, &info);
+            s = info.n_patches <= 4096 && info.image_size <= 1024 ? astrovl_session_new(m, NULL, &err) : NULL;
+            out = (float *)malloc(sizeof(float) * JOINT_TEXTS * (size_t)(info.n_embd_joint + 1));
+            if (s) n_ran += astrovl_embed_images(s, kit.images, 1, 1, out, &err) == ASTROVL_OK;
+            if (s) n_ran += astrovl_embed_texts(s, kit.texts, JOINT_TEXTS, 1, out, &err) == ASTROVL_OK;
+            astrovl_session_free(s);
+            free(out);
+        } else CHECK(err.status != ASTROVL_OK && err.message[0], "an error without words");
+        astrovl_close(m);
+        free(copy);
+    }
+    CHECK(n_ran > 30, "%d ran", n_ran);
+    joint_kit_close(&kit);
+    free(bytes);
+}
+
+static void joint_out_of_memory(int which) {
+    joint_kit kit;
+    astrovl_error err = {ASTROVL_OK, ""};
+    float out[8 * JOINT_DIMS], cosines[JOINT_TEXTS];
+    long at, live;
+    int done;
+    joint_kit_open(&kit, which);
+    for (at = 0, done = 0; !done; at++) {
+        astrovl_model *m;
+        live = g_live;
+        alloc_fail_at(at);
+        m = astrovl_open(which == 'a' ? "test/golden/joint_a.gguf" : "test/golden/joint_b.gguf", NULL, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(!m, MEMORY, "open, allocation %ld", at);
+        astrovl_close(m);
+        CHECK(g_live == live, "open, allocation %ld: %ld blocks leak", at, g_live - live);
+    }
+    CHECK(at > 50, "%ld allocations in open", at);
+    for (at = 0, done = 0; !done; at++) {
+        astrovl_session *s = joint_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_embed_images(s, kit.images, 2, 1, out, &err);
+        if (!status) status = astrovl_embed_texts(s, kit.texts, 2, 1, out, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(status, MEMORY, "embedding, allocation %ld", at);
+        astrovl_session_free(s);
+    }
+    CHECK(at > 10, "%ld allocations in embedding", at);
+    for (at = 0, done = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_score(kit.model, kit.images, kit.texts, JOINT_TEXTS, cosines, NULL, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(status, MEMORY, "score, allocation %ld", at);
+    }
+    joint_kit_close(&kit);
+}
+
+static void joint_out_of_memory_a(void) { joint_out_of_memory('a'); }
+static void joint_out_of_memory_b(void) { joint_out_of_memory('b'); }
+
+// ---- search and metrics, against the plainest way to compute them
+
+// Small multiples of 1/64: many rows are equal, so that the order of equals is tested too.
+static uint16_t *joint_rows(int n, int d, uint64_t seed) {
+    uint16_t *rows = (uint16_t *)malloc(sizeof *rows * (size_t)n * (size_t)d + 1);
+    int i;
+    for (i = 0; rows && i < n * d; i++) {
+        uint16_t h = astrovl_f32_to_f16((float)((int)(avl__random(&seed) * 5) - 2) / (d > 8 ? 64 : 1));
+        unsigned char b[2];
+        b[0] = (unsigned char)h;
+        b[1] = (unsigned char)(h >> 8);
+        memcpy((unsigned char *)rows + 2 * (size_t)i, b, 2);
+    }
+    return rows;
+}
+
+static void joint_search_case(int n, int d, int k, int n_threads, int odd) {
+    uint16_t *rows = joint_rows(n, d, (uint64_t)(n * 31 + d));
+    unsigned char *place = (unsigned char *)malloc((size_t)n * (size_t)d * 2 + 2);
+    float *query = (float *)malloc(sizeof(float) * (size_t)d), *x = (float *)malloc(sizeof(float) * (size_t)d);
+    astrovl_hit *hits = (astrovl_hit *)malloc(sizeof *hits * (size_t)k);
+    char *taken = (char *)calloc((size_t)n + 1, 1);
+    astrovl_error err = {ASTROVL_OK, ""};
+    uint64_t seed = 5;
+    int i, j, h, found;
+    memcpy(place + odd, rows, (size_t)n * (size_t)d * 2);
+    for (j = 0; j < d; j++) query[j] = (float)avl__random(&seed) - 0.5f;
+    found = astrovl_search(place + odd, n, d, query, k, n_threads, hits, &err);
+    CHECK(found == (k < n ? k : n), "%d of %d rows, %d dims: %d hits", k, n, d, found);
+    for (h = 0; h < found; h++) {
+        int best = -1;
+        float score = 0.0f;
+        for (i = 0; i < n; i++) {
+            float s;
+            if (taken[i]) continue;
+            for (j = 0; j < d; j++) x[j] = astrovl_f16_to_f32(avl__load_u16(place + odd + 2 * ((size_t)i * (size_t)d + (size_t)j)));
+            s = avl__dot_portable(x, query, d);
+            if (best < 0 || s > score) { best = i; score = s; }
+        }
+        taken[best] = 1;
+        CHECK(hits[h].row == best && hits[h].score == score, "%d rows, %d dims, hit %d: row %d (%.9g), wanted %d (%.9g)", n, d, h,
+              (int)hits[h].row, hits[h].score, best, score);
+    }
+    free(rows); free(place); free(query); free(x); free(hits); free(taken);
+}
+
+static void joint_search(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_hit hits[4];
+    float query[4] = {1, 0, 0, 0};
+    uint16_t rows[12] = {0};
+    int threads;
+    long at;
+    for (threads = 1; threads <= 8; threads++) joint_search_case(9000, 20, 17, threads, threads % 2);
+    joint_search_case(1, 1, 3, 1, 0);
+    joint_search_case(50, 512, 50, 2, 1);
+    joint_search_case(300, 67, 300, 3, 0);
+    joint_search_case(40000, 3, 5, 2, 0);
+    CHECK(astrovl_search(rows, 0, 4, query, 4, 1, hits, &err) == 0, "no rows");
+    FAILS(astrovl_search(rows, 3, 0, query, 4, 1, hits, &err) < 0, ARGUMENT, "no dims");
+    FAILS(astrovl_search(rows, 3, 4, query, 0, 1, hits, &err) < 0, ARGUMENT, "k 0");
+    FAILS(astrovl_search(NULL, 3, 4, query, 1, 1, hits, &err) < 0, ARGUMENT, "no rows' address");
+    FAILS(astrovl_search(rows, INT64_MAX, 4, query, 1, 1, hits, &err) < 0, ARGUMENT, "more rows than there is memory");
+    rows[4] = avl__load_u16("\x00\x7e");   // NaN: the last
+    rows[8] = avl__load_u16("\x00\xbc");   // -1
+    CHECK(astrovl_search(rows, 3, 4, query, 3, 1, hits, &err) == 3 && hits[0].row == 0 && hits[1].row == 2 && hits[2].row == 1,
+          "%d %d %d", (int)hits[0].row, (int)hits[1].row, (int)hits[2].row);
+    for (at = 0;; at++) {
+        int n, done;
+        alloc_fail_at(at);
+        n = astrovl_search(rows, 3, 4, query, 3, 2, hits, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (done) break;
+        FAILS(n < 0, MEMORY, "search, allocation %ld", at);
+    }
+    CHECK(at > 2, "%ld allocations", at);
+    CHECK(astrovl_measure_read(rows, sizeof rows, 2) >= 0.0, "reading takes time");
+}
+
+static void joint_metrics(void) {
+    enum { N = 40, D = 6 };
+    float images[N * D], texts[N * D];
+    int32_t ranks[N];
+    uint64_t seed = 3;
+    double want = 0.0, percent;
+    int i, j, k, direction;
+    for (i = 0; i < N * D; i++) images[i] = (float)avl__random(&seed) - 0.5f, texts[i] = images[i] + ((float)avl__random(&seed) - 0.5f);
+    for (direction = 0; direction < 2; direction++)   // CLIP's loss by its definition, with libm
+        for (i = 0; i < N; i++) {
+            double sum = 0.0, own = 0.0;
+            for (j = 0; j < N; j++) {
+                double dot = 0.0;
+                for (k = 0; k < D; k++) dot += (double)images[(direction ? j : i) * D + k] * texts[(direction ? i : j) * D + k];
+                sum += exp(12.0 * dot);
+                if (i == j) own = 12.0 * dot;
+            }
+            want += (log(sum) - own) / (2.0 * N);
+        }
+    CHECK(fabs(astrovl_contrastive_loss(images, texts, N, D, 12.0f) - want) < 1e-5 * want, "%.9g, wanted %.9g",
+          astrovl_contrastive_loss(images, texts, N, D, 12.0f), want);
+    CHECK(astrovl_contrastive_loss(images, texts, 0, D, 12.0f) == 0.0, "of none");
+    astrovl_retrieval_ranks(images, texts, N, D, ranks);
+    for (i = 0; i < N; i++) {
+        int rank = 0;
+        float own = avl__dot_portable(images + i * D, texts + i * D, D);
+        for (j = 0; j < N; j++) {
+            float other = avl__dot_portable(images + i * D, texts + j * D, D);
+            rank += other > own || (other == own && j < i);
+        }
+        CHECK(ranks[i] == rank, "rank %d is %d", i, (int)ranks[i]);
+    }
+    for (i = 0; i < N; i++) ranks[i] = i;   // then floor(percent / 100 * 40) of them are found
+    for (k = 0; k <= 1000; k++) {
+        percent = k / 10.0;
+        CHECK(astrovl_top_k_accuracy(ranks, N, percent) == (double)(k * N / 1000) / (double)N, "top %g %%: %g", percent,
+              astrovl_top_k_accuracy(ranks, N, percent));
+    }
+    for (i = 0; i < D; i++) images[D + i] = images[i], texts[D + i] = texts[i];   // equal rows: the earlier one is better
+    astrovl_retrieval_ranks(images, texts, N, D, ranks);
+    CHECK(ranks[1] == ranks[0] + 1, "equals: %d and %d", (int)ranks[0], (int)ranks[1]);
+}
+
+static void tests_joint(void) {
+    run("joint: what the files say", joint_info);
+    run("joint: A's tokens as CLIPTokenizer, merges recovered", joint_tokens_a);
+    run("joint: B's tokens as CLIPTokenizer", joint_tokens_b);
+    run("joint: long texts", joint_long_texts);
+    run("joint: A layer by layer as CLIPModel", joint_layers_a);
+    run("joint: B layer by layer as CLIPModel", joint_layers_b);
+    run("joint: A's embeddings, scores, order, loss", joint_scores_a);
+    run("joint: B's embeddings, scores, order, loss", joint_scores_b);
+    run("joint: the same bits together and one by one, 1 to 8 threads", joint_batches);
+    run("joint: wrong arguments and missing towers", joint_errors);
+    run("joint: every tensor and key missing once", joint_missing);
+    run("joint: mutated files", joint_mutated);
+    run("joint: A out of memory at every allocation", joint_out_of_memory_a);
+    run("joint: B out of memory at every allocation", joint_out_of_memory_b);
+    run("joint: search", joint_search);
+    run("joint: metrics", joint_metrics);
+}
+
+
 int main(int argc, char **argv) {
     g_words = argv + 1;
     g_n_words = argc - 1;
@@ -3588,6 +4121,7 @@ int main(int argc, char **argv) {
     tests_text();
     tests_images();
     tests_models();
+    tests_joint();
     printf("%d passed, %d failed\n", g_passed, g_failed);
     return g_failed > 0;
 }
