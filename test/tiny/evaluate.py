@@ -1,6 +1,7 @@
 """Measures the shipped model: on 1,000 rendered images of unseen seeds, and on real photographs.
 
     python evaluate.py MODEL.gguf                    # seeds 0..999, with PyTorch on the exported weights
+    python evaluate.py MODEL.gguf --clip             # the contrastive half on the same seeds: zero-shot classes, retrieval
     python evaluate.py MODEL.gguf --real             # Debian's stellarium-data, which no training has touched
     python evaluate.py MODEL.gguf --program ../../astrovl    # the same questions through the compiled program
     python evaluate.py MODEL.gguf --golden DIR       # ten images with prompt ids and greedy answers, for the C tests
@@ -18,6 +19,7 @@ import tempfile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import language as lang
@@ -119,6 +121,15 @@ class Torch:
         return torch.cat([self.model.vision(train.normalise(images[i:i + 64]), last=False)[0]
                           for i in range(0, len(images), 64)])
 
+    @torch.no_grad()
+    def embed_images(self, images):
+        return torch.cat([F.normalize(self.model.vision(train.normalise(images[i:i + 50]))[1], dim=-1)
+                          for i in range(0, len(images), 50)])
+
+    @torch.no_grad()
+    def embed_texts(self, texts):
+        return train.text_embeddings(self.model, self.words, texts)
+
     def answers(self, images, which, questions):
         """which: index of the image of each question."""
         if getattr(self, "seen", None) is not images:
@@ -136,27 +147,46 @@ class Program:
     """Answers with the compiled program: one call per wording of a question, on all the images that it is asked about."""
     def __init__(self, program, gguf):
         self.command, self.folder = [program, "ask", "-m", gguf, "--json", "--quiet"], tempfile.TemporaryDirectory()
+        self.embed = [program, "embed", "-m", gguf, "--quiet", "-o", self.folder.name + "/rows.npy"]
+
+    def path(self, i):
+        return "%s/%05d.png" % (self.folder.name, i)
+
+    def rows(self, arguments):
+        subprocess.run(self.embed + arguments, check=True)
+        return torch.from_numpy(np.load(self.embed[-1]))
+
+    def embed_images(self, images):
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(self.path(i))
+        return self.rows([self.path(i) for i in range(len(images))])
+
+    def embed_texts(self, texts):
+        return self.rows([a for text in texts for a in ("--text", text)])
 
     def answers(self, images, which, questions):
-        path = lambda i: "%s/%05d.png" % (self.folder.name, i)
         for i in set(which):
-            Image.fromarray(images[i]).save(path(i))
+            Image.fromarray(images[i]).save(self.path(i))
         out = [None] * len(which)
         for question in sorted(set(questions)):
             places = [k for k, q in enumerate(questions) if q == question]
             for start in range(0, len(places), 200):
                 some = places[start:start + 200]
-                done = subprocess.run(self.command + [path(which[k]) for k in some] + [question], capture_output=True, text=True, check=True)
+                done = subprocess.run(self.command + [self.path(which[k]) for k in some] + [question], capture_output=True, text=True, check=True)
                 for k, line in zip(some, done.stdout.splitlines()):
                     out[k] = json.loads(line)["text"]
         return out
 
 
-def rendered(answerer, count, folder):
-    """The table of accuracies on seeds 0..count-1: name -> (right, asked)."""
+def draw(count):
     import render
     pairs = [render.render(seed) for seed in range(count)]
-    images, infos = np.stack([p[0] for p in pairs]), [p[1] for p in pairs]
+    return np.stack([p[0] for p in pairs]), [p[1] for p in pairs]
+
+
+def rendered(answerer, count, folder):
+    """The table of accuracies on seeds 0..count-1: name -> (right, asked)."""
+    images, infos = draw(count)
     score, mistakes = {}, []
     for kind in lang.KINDS:
         rng = random.Random("evaluate " + kind)
@@ -176,12 +206,13 @@ def rendered(answerer, count, folder):
     return score
 
 
-def show(score):
+def show(score, keys):
     print("| what, on unseen rendered images | right | of | accuracy |\n|---|---|---|---|")
-    for key in list(GROUPS) + list(TOGETHER):
+    for key in keys:
         if key in score:
             right, total = score[key]
-            print("| %s | %d | %d | %.1f %% |" % (GROUPS.get(key, "**all " + key + "**"), right, total, 100 * right / total))
+            name = "**all %s**" % key if key in TOGETHER else GROUPS.get(key, key)
+            print("| %s | %d | %d | %.1f %% |" % (name, right, total, 100 * right / total))
 
 
 def real(answerer, captions):
@@ -205,6 +236,21 @@ def real(answerer, captions):
         print("  %-34s %s" % (key, ", ".join("%s %d" % kv for kv in sorted(row.items(), key=lambda kv: (kv[0] != "right", -kv[1])))))
     for i in random.Random(3).sample(every, min(captions, len(every))):
         print("  %-22s %s %s" % (os.path.basename(photos[i][0]), "ok " if named[i] in photos[i][1] else "-- ", told[i]))
+
+
+def real_clip(answerer):
+    """Zero-shot classes of the same photographs, and labels that `describe` would name for some of them."""
+    photos = photographs()
+    image = answerer.embed_images(np.stack([prepare(Image.open(p)) for p, _ in photos]))
+    guess = (image @ train.class_prompts(answerer.embed_texts).T).argmax(1).tolist()
+    named = [list(lang.NAMES)[g] for g in guess]
+    right = sum(n in ok for n, (_, ok) in zip(named, photos))
+    group = sum(any(lang.group_of(n) == lang.group_of(c) for c in ok) for n, (_, ok) in zip(named, photos))
+    print("real photographs, zero-shot: class %d of %d (%.1f %%), at least the kind %d (%.1f %%)" % (
+        right, len(photos), 100 * right / len(photos), group, 100 * group / len(photos)))
+    best = (image @ answerer.embed_texts(lang.LABELS).T).topk(3, 1).indices.tolist()
+    for i in random.Random(3).sample(range(len(photos)), 14):
+        print("    %-22s %s" % (os.path.basename(photos[i][0]), "; ".join(lang.LABELS[k] for k in best[i])))
 
 
 def heads(answerer):
@@ -346,7 +392,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("model"), ap.add_argument("--work", default="work"), ap.add_argument("--count", type=int, default=1000)
     ap.add_argument("--program"), ap.add_argument("--checkpoint"), ap.add_argument("--real", action="store_true")
-    ap.add_argument("--heads", action="store_true"), ap.add_argument("--captions", type=int, default=40)
+    ap.add_argument("--heads", action="store_true"), ap.add_argument("--clip", action="store_true")
+    ap.add_argument("--captions", type=int, default=40)
     ap.add_argument("--golden", metavar="DIR"), ap.add_argument("--transformers", metavar="DIR"), ap.add_argument("--mistakes", metavar="DIR")
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
@@ -358,10 +405,16 @@ def main():
         golden(answerer, args.golden)
     elif args.transformers is not None:
         as_transformers(args.model, answerer, args.transformers)
+    elif args.clip and args.real:
+        real_clip(answerer)
+    elif args.clip:
+        images, infos = draw(args.count)
+        score = train.clip_scores(answerer.embed_images(images), answerer.embed_texts, infos)
+        show(score, score)
     elif args.real:
         real(answerer, args.captions)
     else:
-        show(rendered(answerer, args.count, args.mistakes))
+        show(rendered(answerer, args.count, args.mistakes), list(GROUPS) + list(TOGETHER))
 
 
 if __name__ == "__main__":

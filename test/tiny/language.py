@@ -5,6 +5,7 @@ by construction. `qa(rng, info, kind)` gives one question, one answer and the tr
 reads an answer back: True or False. Wordings are skewed: the first of a list is said most often, so that a small
 model's greedy answer has one clear favourite while it still understands many ways to ask.
 """
+import os
 import re
 
 # Class -> noun phrases, without article. The first is the favourite.
@@ -240,6 +241,84 @@ def caption(rng, info):
         extra.append(ODD_PHRASES[info["odd"]])
     second = " " + capital(" and ".join(extra[:1] + extra[-1:] if len(extra) > 2 else extra)) + "." if extra else ""
     return capital(first) + second
+
+
+# ---- short texts: what CLIP is asked with --------------------------------------------------------------------------
+
+TEMPLATES = ["a photo of {a}", "{name}", "an image of {a}", "a telescope image of {a}", "this image shows {a}", "{a}",
+             "a picture of {a}", "an astronomical image of {a}", "{a} in the sky", "{a} seen with a telescope"]
+# Class -> entries of labels.txt that fit it, the closest first. What fits nothing here is never shown to the model as right.
+FITTING = {
+    "disturbed": """disturbed galaxy with a distorted shape; irregular galaxy; interacting galaxies; starburst galaxy; warped
+        galactic disk; stellar streams and shells around a galaxy; studying how galaxies grow by mergers""",
+    "merging": """pair of merging galaxies; interacting galaxies; tidal tails and bridges between galaxies; starburst galaxy;
+        luminous infrared galaxy; studying how galaxies grow by mergers""",
+    "round_smooth": """round smooth galaxy; elliptical galaxy; giant elliptical galaxy at the centre of a cluster; measuring the
+        light profiles of elliptical galaxies""",
+    "in_between_smooth": """smooth oval galaxy; elliptical galaxy; lenticular galaxy; measuring the light profiles of elliptical
+        galaxies""",
+    "cigar_smooth": """smooth cigar-shaped galaxy; lenticular galaxy; elliptical galaxy; measuring the light profiles of
+        elliptical galaxies""",
+    "barred_spiral": """barred spiral galaxy; spiral galaxy; stellar bar in a galaxy; spiral arms; studying how bars drive gas to
+        the centre of galaxies; tracing the structure of spiral arms""",
+    "tight_spiral": "tightly wound spiral galaxy; spiral galaxy; spiral arms; tracing the structure of spiral arms",
+    "loose_spiral": "loosely wound spiral galaxy; spiral galaxy; spiral arms; tracing the structure of spiral arms",
+    "edge_on_no_bulge": """edge-on galaxy without a bulge; edge-on spiral galaxy; galactic disk seen edge-on; measuring the
+        thickness of galactic disks""",
+    "edge_on_bulge": """edge-on galaxy with a central bulge; edge-on spiral galaxy; galactic disk seen edge-on; galactic bulge;
+        measuring the thickness of galactic disks""",
+    "globular_cluster": """globular cluster; horizontal branch stars; blue stragglers; multiple populations in a star cluster;
+        dating a globular cluster by its oldest stars; measuring proper motions in a star cluster; searching for
+        intermediate-mass black holes; mass segregation in a star cluster""",
+    "open_cluster": """open star cluster; young massive star cluster; stellar association; main sequence turn-off; mass
+        segregation in a star cluster; dating a stellar population from its colours and magnitudes; counting low-mass stars
+        to find the initial mass function; searching for brown dwarfs in young clusters""",
+    "planetary_nebula": """planetary nebula; expanding shell of gas; mass loss from a dying star; studying how dying stars shed
+        their envelopes; determining the composition of a nebula from its emission lines""",
+    "emission_nebula": """emission nebula; region of ionised hydrogen; star formation; ionisation front; surveying young stars in
+        a star-forming region; studying how massive stars shape their surroundings; determining the composition of a nebula
+        from its emission lines""",
+    "supernova_remnant": """supernova remnant; glowing filaments of gas; shock waves in gas; supernova explosion; measuring the
+        expansion of a supernova remnant""",
+    "dark_nebula": "dark nebula; molecular cloud; interstellar dust; interstellar extinction",
+    "ringed_planet": "ringed planet; planetary rings; gas giant planet; searching for new moons and rings",
+    "banded_planet": """banded giant planet; gas giant planet; cloud bands on a giant planet; storm on a giant planet; monitoring
+        weather on the giant planets""",
+    "cratered_moon": "cratered moon; impact craters; icy moon; counting craters to date a surface",
+    "comet": "comet; tail of a comet; coma and nucleus of a comet; tracking the activity of a comet",
+    "gravitational_lens": """gravitational lens; arcs of a gravitational lens; einstein ring; galaxy cluster acting as a lens;
+        finding faint distant galaxies behind a lens; mapping mass in a galaxy cluster with strong lensing""",
+    "star_field": """star field; crowded field of stars; stars in the galactic bulge; calibrating a camera on a standard star
+        field""",
+}
+FITTING = {cls: [" ".join(label.split()) for label in text.split(";")] for cls, text in FITTING.items()}
+LABELS = [line.strip() for line in open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "labels.txt"))
+          if not line.startswith("#")]
+assert all(label in LABELS for some in FITTING.values() for label in some)
+
+
+def prompt(template, name):
+    return template.format(a=article(name), name=name)
+
+
+def fitting_labels(info):
+    """Label of labels.txt -> how well it fits this image: the name of the class itself counts three times."""
+    cls = info["class"]
+    fit = dict.fromkeys(FITTING[cls], 1.0)
+    fit[FITTING[cls][0]] = 3.0
+    also = []
+    if cls in GALAXIES:
+        also += ["classifying galaxy shapes"]
+    if info["bar"] == "yes":
+        also += ["stellar bar in a galaxy"]
+    if info["dust_lane"] == "yes":
+        also += ["dust lane across a galaxy", "mapping dust in galaxies"]
+    if info["orientation"] == "face-on" and cls.endswith("spiral"):
+        also += ["face-on spiral galaxy"] + (["grand design spiral galaxy"] if info["arms"] == 2 else [])
+    if cls == "emission_nebula" and info["color"] == "blue":
+        also += ["reflection nebula"]
+    fit.update(dict.fromkeys(also, 1.0))
+    return fit
 
 
 # ---- reading an answer back ------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
     python train.py --stage vision --steps 2450     # CLIP towers: supervised heads + contrastive loss
     python train.py --stage vlm --steps 1500 --batch 32     # projector + LLaMA, then everything together
+    python train.py --stage hidden                  # what the finished tower's layer 6 says, on disk for the next stage
+    python train.py --stage clip --pool work/hidden --val work/hidden_val --steps 1143 --batch 192   # CLIP's own half
     python train.py --export ../astrovl-tiny.gguf   # one GGUF file, Q8_0
 
 Each stage writes a checkpoint every few minutes and the same command resumes it. README.md has the whole story.
@@ -60,10 +62,13 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, ffn), nn.Linear(ffn, d)
 
-    def forward(self, x, bias=None):
+    def forward(self, x, bias=None, first=False):
+        """first: the output of the first position alone."""
         b, n, d = x.shape
         q, k, v = self.qkv(self.ln1(x)).view(b, n, 3, d // HEAD, HEAD).permute(2, 0, 3, 1, 4)
-        x = x + self.out(attend(q, k, v, bias).transpose(1, 2).reshape(b, n, d))
+        if first:
+            q, x = q[:, :, :1], x[:, :1]
+        x = x + self.out(attend(q, k, v, bias).transpose(1, 2).reshape(x.shape))
         return x + self.down(F.silu(self.up(self.ln2(x))))
 
 
@@ -79,17 +84,21 @@ class Vision(nn.Module):
 
     def forward(self, pixels, last=True):
         """pixels: [b, 3, 112, 112] normalised -> patch features [b, 64, 192] of layer -2, embedding [b, 128] or None."""
+        x = self.hidden(pixels)
+        return x[:, 1:], self.embedding(x) if last else None
+
+    def hidden(self, pixels):
+        """Hidden state 6, [b, 65, 192]: all that the language model ever sees of the tower."""
         b = pixels.shape[0]
         p = pixels.view(b, 3, GRID, PATCH, GRID, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(b, GRID * GRID, -1)
         x = self.pre_ln(torch.cat([self.cls.expand(b, 1, VD), self.patch(p)], 1) + self.pos)
         for block in self.blocks[:FEATURE_LAYER]:
             x = block(x)
-        if not last:
-            return x[:, 1:], None
-        y = x
-        for block in self.blocks[FEATURE_LAYER:]:
-            y = block(y)
-        return x[:, 1:], self.proj(self.post_ln(y[:, 0]))
+        return x
+
+    def embedding(self, hidden):
+        """CLIP's own part of the tower: the last layer, read at the class token."""
+        return self.proj(self.post_ln(self.blocks[FEATURE_LAYER](hidden, first=True)[:, 0]))
 
 
 class Text(nn.Module):
@@ -293,7 +302,7 @@ class Vocabularies:
 # ---- images and their labels -----------------------------------------------------------------------------------
 
 class Pool:
-    """Shards of render.py --pool, mapped; new shards are seen by refresh()."""
+    """Shards of render.py --pool (or of hidden states), mapped; new shards are seen by refresh()."""
     def __init__(self, folders):
         self.folders, self.shards, self.known = folders, [], set()
         self.refresh()
@@ -310,7 +319,7 @@ class Pool:
 
     def sample(self, rng, n, augment=True):
         """n images [n, 112, 112, 3] uint8 with their labels, each in one of the eight symmetries and shifted a little."""
-        images, infos = np.empty((n, SIZE, SIZE, 3), np.uint8), []
+        images, infos = np.empty((n, *self.shards[0][0].shape[1:]), self.shards[0][0].dtype), []
         for i in range(n):
             pixels, labels = self.shards[rng.randrange(len(self.shards))]
             k = rng.randrange(len(labels))
@@ -380,19 +389,72 @@ def aux_loss(aux, patches, infos):
     return loss + 0.15 * F.smooth_l1_loss(count[stars >= 0], stars[stars >= 0].float()), logits, truth
 
 
-def contrastive_loss(model, image, infos, words, rng):
-    """CLIP's symmetric loss; equal captions in a batch count as equally right."""
-    captions = [lang.caption(rng, i) for i in infos]
-    ids = [words.caption(c) for c in captions]
+def text_embeddings(model, words, texts):
+    """[n, 128] of length 1."""
+    ids = [words.caption(t) for t in texts]
     last = torch.tensor([len(i) - 1 for i in ids])
     padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
     for row, i in zip(padded, ids):
         row[:len(i)] = torch.tensor(i)
-    text = model.text(padded, last)
-    s = model.logit_scale.exp() * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+    return F.normalize(model.text(padded, last).float(), dim=-1)
+
+
+def agreement_loss(model, image, text, fit):
+    """CLIP's symmetric loss where several may be right: fit [images, texts] says how well each text fits each image, and the
+    softmax of each row shall be shared out like that. What fits nothing counts as a wrong answer only."""
+    s = model.logit_scale.exp() * image @ text.T
+    parts = [F.cross_entropy(a[f.sum(1) > 0], F.normalize(f[f.sum(1) > 0], p=1, dim=1)) for a, f in ((s, fit), (s.T, fit.T))]
+    return sum(parts) / 2
+
+
+def contrastive_loss(model, image, infos, words, rng):
+    """CLIP's symmetric loss; equal captions in a batch count as equally right."""
+    captions = [lang.caption(rng, i) for i in infos]
     same = torch.tensor([[a == b for b in captions] for a in captions]).float()
-    same = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(s, same) + F.cross_entropy(s.T, same)) / 2
+    return agreement_loss(model, F.normalize(image.float(), dim=-1), text_embeddings(model, words, captions), same)
+
+
+def clip_losses(model, hidden, infos, words, rng):
+    """Captions; then the 22 classes, one wording of each; then some of the labels that `describe` chooses from. The images are
+    always the same, so a part of the patches is left out: without that the class accuracy falls again after 1,000 steps."""
+    kept = [0] + rng.sample(range(1, 1 + GRID * GRID), rng.randint(24, GRID * GRID))   # the class token and some patches
+    image = model.vision.embedding(hidden[:, kept])
+    captions = contrastive_loss(model, image, infos, words, rng)
+    names, labels = list(lang.NAMES), rng.sample(lang.LABELS, 96)
+    short = [lang.prompt(lang.pick(rng, lang.TEMPLATES), lang.pick(rng, lang.NAMES[c])) for c in names] + labels
+    text = text_embeddings(model, words, short)
+    image = F.normalize(image.float(), dim=-1)
+    is_class = F.one_hot(torch.tensor([names.index(i["class"]) for i in infos]), len(names)).float()
+    fits = torch.tensor([[fit.get(l, 0.0) for l in labels] for fit in map(lang.fitting_labels, infos)])
+    return {"clip": (1.0, captions), "class": (1.0, agreement_loss(model, image, text[:len(names)], is_class)),
+            "label": (0.5, agreement_loss(model, image, text[len(names):], fits))}
+
+
+def class_prompts(embed_texts, templates=lang.TEMPLATES):
+    """One embedding per class: the mean over the templates."""
+    text = embed_texts([lang.prompt(t, names[0]) for names in lang.NAMES.values() for t in templates])
+    return F.normalize(text.view(len(lang.NAMES), len(templates), -1).mean(1), dim=-1)
+
+
+def clip_scores(image, embed_texts, infos, pairs=500):
+    """The measures of the contrastive half: name -> (right, of). image [n, 128] and what embed_texts returns: length 1.
+    Zero-shot: the nearest of the 22 classes' prompts. Retrieval: the partner is in the best tenth."""
+    names, score = list(lang.NAMES), {}
+    truth = torch.tensor([names.index(i["class"]) for i in infos])
+    one, guess = ((image @ class_prompts(embed_texts, t).T).argmax(1) for t in (lang.TEMPLATES[:1], lang.TEMPLATES))
+    score["zero-shot class, mean of ten prompts"] = (int((guess == truth).sum()), len(truth))
+    score["zero-shot class, \"a photo of a ...\""] = (int((one == truth).sum()), len(truth))
+    captions = embed_texts([lang.caption(random.Random("pair %d" % i), info) for i, info in enumerate(infos[:pairs])])
+    s = image[:pairs] @ captions.T
+    for name, a in (("image to caption", s), ("caption to image", s.T)):
+        rank = (a > a.diagonal()[:, None]).sum(1)                      # how many are better than the partner
+        for what, best in (("best tenth", len(a) // 10), ("best", 1)):
+            score["%s, %s" % (name, what)] = (int((rank < best).sum()), len(a))
+    nearest = (image @ embed_texts(lang.LABELS).T).argmax(1)
+    score["nearest label fits"] = (sum(lang.LABELS[k] in lang.fitting_labels(i) for k, i in zip(nearest, infos)), len(infos))
+    for i, c in enumerate(names):
+        score[c] = (int((guess == truth)[truth == i].sum()), int((truth == i).sum()))
+    return score
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------
@@ -568,6 +630,8 @@ def rates(stage, progress, step):
         k = warm * min(1.0, 1.12 - progress)
         return {t: (0.02 * k, 2e-3 * k) for t in ("vision", "text", "aux", "logit_scale")}
     k = warm * min(1.0, 1.25 * (1 - progress) + 0.01)
+    if stage == "clip":
+        return {t: (0.006 * k, 6e-4 * k) for t in ("vision", "text", "logit_scale")}
     lr = {"llama": (0.02 * k, 3e-3 * k), "mm": (0.01 * k, 2e-3 * k)}
     if progress > FROZEN:
         j = 0.25 * k * min(1.0, (progress - FROZEN) * 20)
@@ -595,7 +659,7 @@ def train(rank, args):
     model = Model(len(words.clip_tokens))
     pool, val = Pool(args.pool.split(",")), Pool([args.val])
     path = "%s/%s.pt" % (args.work, args.stage)
-    before = args.work + "/vision.pt" if args.stage == "vlm" else None
+    before = {"vlm": args.work + "/vision.pt", "clip": args.work + "/vlm.pt"}.get(args.stage)
     optim, step, spent = Muon(model), 0, 0.0
     if os.path.exists(path):
         saved = torch.load(path, weights_only=True)
@@ -659,6 +723,9 @@ def train(rank, args):
 
 def load(pool, args, step, rank=0):
     rng = random.Random("load %d %s %d %d" % (args.seed, args.stage, step, rank))
+    if args.stage == "clip":
+        hidden, infos = pool.sample(rng, args.batch, augment=False)
+        return torch.from_numpy(hidden).float(), infos
     images, infos = pool.sample(rng, args.batch)
     return normalise(images, rng), infos
 
@@ -667,6 +734,9 @@ def train_step(args, model, batch, words, rng, progress, step):
     """The losses of one batch: name -> (weight, value). The contrastive half joins late: it learns fast on good features;
     beside the language model it gets every third step."""
     pixels, infos = batch
+    if args.stage == "clip":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return clip_losses(model, pixels, infos, words, rng)
     frozen = args.stage == "vlm" and progress <= FROZEN
     paired = step % 3 == 0 if args.stage == "vlm" else progress > 0.75
     paired = paired and not frozen
@@ -695,7 +765,12 @@ def train_step(args, model, batch, words, rng, progress, step):
 
 @torch.no_grad()
 def check(args, model, val, words):
-    """Accuracies on validation images: the heads', and after the first stage greedy answers'."""
+    """Accuracies on validation images: the heads', and after the first stage greedy answers'; in the last stage CLIP's."""
+    if args.stage == "clip":
+        hidden, infos = val.shards[0]
+        image = F.normalize(model.vision.embedding(torch.from_numpy(np.array(hidden)).float()), dim=-1)
+        score = clip_scores(image, lambda texts: text_embeddings(model, words, texts), infos)
+        return "  ".join("%s %.1f" % (k, 100 * a / b) for k, (a, b) in score.items())
     rng = random.Random(5)
     images, infos = val.sample(rng, 512, augment=False)
     right, total, patches = {}, {}, []
@@ -713,6 +788,33 @@ def check(args, model, val, words):
             right[kind] = sum(lang.score(kind, t, s) for (_, _, t), s in zip(asked, said)) / len(some)
         text += " | said: " + " ".join("%s %.3f" % kv for kv in right.items()) + " | e.g. " + said[0]
     return text
+
+
+@torch.no_grad()
+def write_hidden(rank, args):
+    """Hidden state 6 of every image of the pools (changed at random, as in training) and of the validation images (as they
+    are), by the rounded weights of the file: the last stage trains on these and leaves everything below alone."""
+    torch.set_num_threads(args.threads)
+    words = Vocabularies(args.work)
+    tower = load_gguf(Model(len(words.clip_tokens)), args.work + "/vlm.gguf").vision
+    shards = [(folder, name, args.work + "/hidden") for folder in args.pool.split(",") for name in sorted(os.listdir(folder))]
+    shards = [(args.val, name, args.work + "/hidden_val") for name in sorted(os.listdir(args.val))] + shards
+    for folder, name, to in [s for s in shards if s[1].endswith(".jsonl")][rank::args.procs]:
+        out = "%s/%s_%s" % (to, os.path.basename(folder), name[:-6])
+        rng = random.Random("hidden %d %s %s" % (args.seed, folder, name))
+        if os.path.exists(out + ".jsonl"):
+            continue
+        os.makedirs(to, exist_ok=True)
+        images, infos = np.load("%s/%s.npy" % (folder, name[:-6])), [json.loads(line) for line in open("%s/%s" % (folder, name))]
+        if folder != args.val:
+            images, infos = zip(*(symmetry(rng, i, info) for i, info in zip(images, infos)))
+        states = [tower.hidden(normalise(np.stack(images[i:i + 50]), rng if folder != args.val else None)).half().numpy()
+                  for i in range(0, len(images), 50)]
+        np.save(out + ".npy", np.concatenate(states))
+        with open(out + ".new", "w") as f:
+            f.write("".join(json.dumps(info) + "\n" for info in infos))
+        os.replace(out + ".new", out + ".jsonl")
+        print("%s %s: %d images" % (time.strftime("%H:%M:%S"), out, len(infos)), flush=True)
 
 
 def save(path, model, optim, step, spent):
@@ -825,7 +927,7 @@ def main():
     ap.add_argument("--work", default="work", help="folder of vocabularies, checkpoints and logs")
     ap.add_argument("--pool", default="work/pool", help="folders of render.py --pool, separated by commas")
     ap.add_argument("--val", default="work/val", help="a pool of other seeds for the figures in the log")
-    ap.add_argument("--stage", choices=["vocabulary", "vision", "vlm"])
+    ap.add_argument("--stage", choices=["vocabulary", "vision", "vlm", "hidden", "clip"])
     ap.add_argument("--minutes", type=float, default=45), ap.add_argument("--steps", type=int, default=0)
     ap.add_argument("--batch", type=int, default=48), ap.add_argument("--turns", type=int, default=8)
     ap.add_argument("--check", type=int, default=500), ap.add_argument("--seed", type=int, default=7)
@@ -837,19 +939,27 @@ def main():
     os.makedirs(args.work, exist_ok=True)
     if args.stage == "vocabulary" or not os.path.exists(args.work + "/clip_merges.json"):
         train_vocabularies(args.work, args.seed)
-    if args.stage in ("vision", "vlm"):
+    if args.stage == "hidden":
+        export_newest(args, args.work + "/vlm.gguf", ("vlm",))
+    if args.stage in ("vision", "vlm", "hidden", "clip"):
+        run = write_hidden if args.stage == "hidden" else train
         if args.procs > 1:
-            torch.multiprocessing.spawn(train, (args,), args.procs)
+            torch.multiprocessing.spawn(run, (args,), args.procs)
         else:
-            train(0, args)
+            run(0, args)
     if args.export:
-        words = Vocabularies(args.work)
-        model = Model(len(words.clip_tokens))
-        for stage in ("vlm", "vision"):
-            if os.path.exists("%s/%s.pt" % (args.work, stage)):
-                model.load_state_dict(torch.load("%s/%s.pt" % (args.work, stage), weights_only=True)["model"])
-                break
-        print("%s: %d bytes" % (args.export, export(model, words, args.export)))
+        export_newest(args, args.export, ("clip", "vlm", "vision"))
+
+
+def export_newest(args, path, stages):
+    """Exports the checkpoint of the latest of these stages that has one."""
+    words = Vocabularies(args.work)
+    model = Model(len(words.clip_tokens))
+    for stage in stages:
+        if os.path.exists("%s/%s.pt" % (args.work, stage)):
+            model.load_state_dict(torch.load("%s/%s.pt" % (args.work, stage), weights_only=True)["model"])
+            break
+    print("%s: %d bytes" % (path, export(model, words, path)))
 
 
 if __name__ == "__main__":
