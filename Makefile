@@ -34,6 +34,18 @@ run: astrovl
 	./astrovl tokens 'a barred spiral galaxy'
 	@echo; echo '--- 5. The same answer on every machine: hashes over every number computed on the way to it'
 	./astrovl trace $(IMAGE) 'What is this?' --hash --max-tokens 4 | tail -n 2
+	@echo; echo '--- 6. Images and texts in one space: which text fits; what the picture may show and be good for'
+	./astrovl score $(IMAGE) --text 'a spiral galaxy' --text 'a globular cluster' --text 'a comet'
+	./astrovl describe -k 2 $(IMAGE)
+	@echo; echo '--- 7. A folder is indexed once (here into a temporary file) and then searched with words'
+	@index=$$(mktemp -d)/images.avl; ./astrovl index test/images -o $$index && \
+	    echo './astrovl search images.avl "a planet with rings"' && ./astrovl search $$index 'a planet with rings' && \
+	    rm -r $$(dirname $$index)
+	@echo; echo '--- 8. How good is a model? Two measurements, on five images only: to show the form, not the figures'
+	./astrovl evaluate retrieval test/pairs.jsonl
+	./astrovl evaluate vqa test/vqa.jsonl
+	@echo; echo '--- 9. An abstract becomes JSON that keeps to a schema; this model is too small to fill it with sense'
+	echo 'We will image the arcs around Abell 370 and map its dark matter.' | ./astrovl summarize --quiet -
 	@echo; echo 'Next: ./astrovl chat $(IMAGE)   or   ./astrovl --help'
 
 IMAGE = test/images/spiral.png

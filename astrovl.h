@@ -1,7 +1,8 @@
 // astrovl.h 0.1.0: astronomy's vision-language models in one C header.                                       MIT licence
 //
 // Runs AstroLLaVA (arXiv 2504.08583) and whatever else is built like LLaVA-1.5: a CLIP vision tower, a projector, and a
-// LLaMA-family language model, out of the GGUF files that llama.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap
+// LLaMA-family language model, out of the GGUF files that llama.cpp uses; and PAPERCLIP (arXiv 2403.08851) and any other CLIP of
+// two towers, out of the files that clip.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap
 // where there are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every machine.
 //
 // ====================================================================================================================
@@ -63,6 +64,25 @@
 //         astrovl_session_free(s);
 //         astrovl_image_free(&image);
 //     }
+//
+// An answer that a program can read: JSON that keeps to a schema, whatever the model would rather say.
+//
+//     const char *schema = "{\"type\": \"object\", \"required\": [\"class\", \"arms\"], \"properties\": {"
+//                          " \"class\": {\"enum\": [\"spiral\", \"elliptical\"]}, \"arms\": {\"type\": \"integer\"}}}";
+//     astrovl_guide *guide = astrovl_guide_schema(model, schema, strlen(schema), &err);
+//     how.guide = guide;
+//     text = astrovl_ask_file(model, "m51.jpg", "Which class of galaxy, and how many arms?", &how, &err);
+//     astrovl_guide_free(guide);
+//
+// Which words fit an image? And with embeddings kept, which images fit words?
+//
+//     const char *words[] = {"a spiral galaxy", "a globular cluster"};
+//     float cosines[2], probabilities[2];
+//     astrovl_score(model, &image, words, 2, cosines, probabilities, &err);
+//
+//     astrovl_embed_images(s, images, n, 1, rows, &err);          // [n][n_embd_joint], store them as float16
+//     astrovl_embed_texts(s, words, 1, 1, query, &err);
+//     n_hits = astrovl_search(rows_f16, n, n_embd_joint, query, 10, 0, hits, &err);
 //
 // Looking inside: every intermediate tensor of both transformers passes by, under the name that transformers gives it.
 //
@@ -849,11 +869,15 @@ typedef struct avl__file {
 } avl__file;
 
 #ifndef ASTROVL_NO_FILES
-// Reads a whole stream whose size need not be known (a pipe has none).
-static astrovl_status avl__read_stream(FILE *stream, const char *path, avl__file *file, astrovl_error *err) {
+// Reads a whole stream whose size need not be known (a pipe has none), up to `limit` bytes: a device may never end.
+static astrovl_status avl__read_stream(FILE *stream, const char *path, size_t limit, avl__file *file, astrovl_error *err) {
     uint8_t *data = NULL;
     size_t size = 0, capacity = 0, n;
     for (;;) {
+        if (size > limit) {
+            astrovl_free(data);
+            return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: has more than %l bytes (is it a device?)", path, (int64_t)limit);
+        }
         if (!avl__grow(&data, &capacity, size + 65536, 1)) {
             astrovl_free(data);
             return avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory after reading %l bytes", path, (int64_t)size);
@@ -872,11 +896,11 @@ static astrovl_status avl__read_stream(FILE *stream, const char *path, avl__file
     return ASTROVL_OK;
 }
 
-static astrovl_status avl__file_read(const char *path, avl__file *file, astrovl_error *err) {
+static astrovl_status avl__file_read(const char *path, size_t limit, avl__file *file, astrovl_error *err) {
     astrovl_status status;
     FILE *stream = fopen(path, "rb");
     if (!stream) return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
-    status = avl__read_stream(stream, path, file, err);
+    status = avl__read_stream(stream, path, limit, file, err);
     fclose(stream);
     return status;
 }
@@ -903,15 +927,17 @@ static int avl__file_map(const char *path, avl__file *file) {
 }
 #endif
 
-static astrovl_status avl__file_open(const char *path, int no_mmap, avl__file *file, astrovl_error *err) {
+// limit: of what is read; a file that is mapped may have any size
+static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit, avl__file *file, astrovl_error *err) {
     memset(file, 0, sizeof *file);
     if (!path) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
 #if AVL__MMAP
     if (!no_mmap && avl__file_map(path, file)) return ASTROVL_OK;
 #endif
     (void)no_mmap;
+    (void)limit;
 #ifndef ASTROVL_NO_FILES
-    return avl__file_read(path, file, err);
+    return avl__file_read(path, limit, file, err);
 #else
     return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: built without files; give the bytes with the _memory or _decode call", path);
 #endif
@@ -1630,6 +1656,8 @@ typedef struct avl__kernels {
     void (*linear)(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last, float *scratch);
     // sum over i of half[i] * x[i], half: little-endian float16 at any address.  The same bits in every table
     float (*dot_f16)(const void *half, const float *x, int n);
+    // reads size bytes once, as fast as this instruction set can, and returns some sum of them: for measuring memory
+    uint64_t (*read)(const void *data, size_t size);
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -1659,6 +1687,22 @@ static float avl__dot_f16_portable(const void *half, const float *x, int n) {
     return avl__fold_lanes(lane);
 }
 
+// Eight sums, so that the processor waits for memory and not for an addition.
+static uint64_t avl__read_portable(const void *data, size_t size) {
+    const uint8_t *bytes = (const uint8_t *)data;
+    uint64_t sum[8] = {0}, word;
+    size_t at = 0;
+    int i;
+    for (; at + 64 <= size; at += 64)
+        for (i = 0; i < 8; i++) {
+            memcpy(&word, bytes + at + 8 * i, sizeof word);
+            sum[i] += word;
+        }
+    for (; at < size; at++) sum[0] += bytes[at];
+    for (i = 1; i < 8; i++) sum[0] += sum[i];
+    return sum[0];
+}
+
 static void avl__axpy_portable(float *y, float a, const float *x, int n) {
     int i;
     for (i = 0; i < n; i++) y[i] += a * x[i];
@@ -1678,7 +1722,7 @@ static void avl__linear_portable(float *y, const float *x, const avl__linear *w,
 }
 
 static const avl__kernels avl__kernels_portable = {"portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable,
-                                                   avl__dot_f16_portable};
+                                                   avl__dot_f16_portable, avl__read_portable};
 
 #if AVL__X86
 // AVX2 (and F16C, which every processor with AVX2 has): eight float16 become eight floats in one instruction, so a search is
@@ -1701,7 +1745,25 @@ static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
     return avl__fold_lanes(lane);
 }
 
-static const avl__kernels avl__kernels_avx2 = {"avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2};
+__attribute__((target("avx2")))
+static uint64_t avl__read_avx2(const void *data, size_t size) {
+    const uint8_t *bytes = (const uint8_t *)data;
+    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+    uint64_t sum[4];
+    size_t at = 0;
+    for (; at + 128 <= size; at += 128) {
+        const __m256i *p = (const __m256i *)(const void *)(bytes + at);
+        a = _mm256_add_epi64(a, _mm256_loadu_si256(p));
+        b = _mm256_add_epi64(b, _mm256_loadu_si256(p + 1));
+        c = _mm256_add_epi64(c, _mm256_loadu_si256(p + 2));
+        d = _mm256_add_epi64(d, _mm256_loadu_si256(p + 3));
+    }
+    _mm256_storeu_si256((__m256i *)(void *)sum, _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d)));
+    return sum[0] + sum[1] + sum[2] + sum[3] + avl__read_portable(bytes + at, size - at);
+}
+
+static const avl__kernels avl__kernels_avx2 = {"avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2,
+                                               avl__read_avx2};
 #endif
 
 // The table for a mode: exact always runs the portable one, fast the best that this processor has.
@@ -2582,7 +2644,7 @@ static astrovl_gguf *avl__gguf_new(avl__file *file, int owns_file, const char *n
 
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err) {
     avl__file file;
-    if (avl__file_open(path, no_mmap, &file, err) != ASTROVL_OK) return NULL;
+    if (avl__file_open(path, no_mmap, SIZE_MAX / 4, &file, err) != ASTROVL_OK) return NULL;
     return avl__gguf_new(&file, 1, path, err);
 }
 
@@ -5951,6 +6013,8 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, u
     return status;
 }
 
+#define AVL__IMAGE_BYTES ((size_t)1 << 30)   // of an image file that cannot be mapped
+
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pixels, astrovl_image *image,
                                               astrovl_error *err) {
     astrovl_error inner;
@@ -5958,7 +6022,7 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pix
     astrovl_status status;
     if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to load into");
     memset(image, 0, sizeof *image);
-    status = avl__file_open(path, 0, &file, err);
+    status = avl__file_open(path, 0, AVL__IMAGE_BYTES, &file, err);
     if (status) return status;
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
     else status = astrovl_image_decode(file.data, file.size, max_pixels, image, &inner);
@@ -7869,6 +7933,1631 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
     return last;
 }
 
+// ---- guided generation ---------------------------------------------------------------------------------------------
+// From a pattern or a schema to the tokens that may follow, in five steps:
+//   1. The text is read into expressions: texts, sets of characters, sequences, alternatives, lists.
+//   2. Expressions become a nondeterministic automaton over bytes (Thompson 1968, doi 10.1145/363347.363387).
+//   3. Sets of its states become the states of a deterministic one, a table [n_states][n_classes] (Rabin & Scott 1959). Bytes
+//      that no transition tells apart share a column.
+//   4. The vocabulary is sorted by the tokens' bytes. A token may follow in a state if the automaton can walk along its bytes
+//      (Willard & Louf 2023, arXiv 2307.09702); neighbours in the sorted list share their first bytes' steps.
+//   5. For every state it is found how many tokens suffice to end from there, so that no answer is cut off by max_tokens.
+// A failure sticks to the builder; what is made after it is of no consequence.
+
+#define AVL__GUIDE_STATES  65536       // of the deterministic automaton
+#define AVL__GUIDE_NFA     (1 << 20)   // states of the other one
+#define AVL__GUIDE_WORK    (1 << 28)   // steps that finding the former from the latter may take: about a second
+#define AVL__GUIDE_TEXT    (1 << 18)   // bytes of a pattern or schema
+#define AVL__GUIDE_DEPTH   64          // groups in groups, values in values
+#define AVL__GUIDE_TOKEN   32          // bytes; longer tokens (runs of dashes, mostly) never follow
+#define AVL__GUIDE_MASKS   1024        // masks that are remembered
+
+static int avl__compare_strings(astrovl_string a, astrovl_string b) {   // by bytes; what ends first comes first
+    int side = memcmp(a.data, b.data, a.size < b.size ? a.size : b.size);
+    return side ? side : (a.size > b.size) - (a.size < b.size);
+}
+
+static int avl__hex_digit(int c) {   // -1: none
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+// ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
+
+enum {   // kinds, as a set; INTEGER is a schema's word for some of the numbers
+    AVL__JSON_NULL = 1, AVL__JSON_BOOLEAN = 2, AVL__JSON_NUMBER = 4, AVL__JSON_STRING = 8, AVL__JSON_ARRAY = 16,
+    AVL__JSON_OBJECT = 32, AVL__JSON_INTEGER = 64
+};
+
+typedef struct avl__json_node {
+    int            kind;
+    astrovl_string key;          // the name of an object's member
+    astrovl_string text;         // a string's characters; other scalars as they are written
+    int            child, next;  // node numbers, 0: none (0 is the whole text, which is nobody's child)
+    int            n_children;
+    size_t         at;           // where it begins
+} avl__json_node;
+
+typedef struct avl__json {
+    const char     *name, *text;     // name: for messages
+    size_t          size, at;
+    avl__json_node *nodes;
+    size_t          n_nodes, capacity;
+    char           *strings;         // [size] characters of all strings, unescaped: never more than the text has
+    size_t          n_strings;
+    int             depth;
+    astrovl_error  *err;
+} avl__json;
+
+static void avl__json_free(avl__json *j) {
+    astrovl_free(j->nodes);
+    astrovl_free(j->strings);
+}
+
+static astrovl_status avl__json_fail(avl__json *j, const char *what) {
+    return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %l: %s", j->name, (int64_t)j->at, what);
+}
+
+static astrovl_status avl__json_no_memory(avl__json *j) {
+    avl__fail(j->err, ASTROVL_ERROR_MEMORY, "%s: out of memory", j->name);
+    return ASTROVL_ERROR_MEMORY;
+}
+
+static int avl__json_peek(const avl__json *j) { return j->at < j->size ? (unsigned char)j->text[j->at] : -1; }
+
+static void avl__json_space(avl__json *j) {
+    int c;
+    while ((c = avl__json_peek(j)) == ' ' || c == '\t' || c == '\n' || c == '\r') j->at++;
+}
+
+static int avl__json_take(avl__json *j, int c) {   // white space, then c; 0: something else stands there
+    avl__json_space(j);
+    if (avl__json_peek(j) != c) return 0;
+    j->at++;
+    return 1;
+}
+
+// The XXXX of \uXXXX, or -1.
+static int32_t avl__json_unit(avl__json *j) {
+    int32_t unit = 0;
+    int i;
+    for (i = 0; i < 4; i++, j->at++) {
+        int digit = avl__hex_digit(avl__json_peek(j));
+        if (digit < 0) return -1;
+        unit = unit << 4 | digit;
+    }
+    return unit;
+}
+
+// After a backslash. Beyond U+FFFF two units of UTF-16 make a character.
+static astrovl_status avl__json_escape(avl__json *j) {
+    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    int c = avl__json_peek(j);
+    const char *letter = c > 0 ? strchr(letters, c) : NULL;
+    int32_t unit, low;
+    j->at++;
+    if (letter) {
+        j->strings[j->n_strings++] = meanings[letter - letters];
+        return ASTROVL_OK;
+    }
+    unit = c == 'u' ? avl__json_unit(j) : -1;
+    if (unit < 0) return avl__json_fail(j, "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX");
+    if (unit >= 0xD800 && unit < 0xE000) {
+        low = -1;
+        if (unit < 0xDC00 && j->at + 2 <= j->size && memcmp(j->text + j->at, "\\u", 2) == 0) j->at += 2, low = avl__json_unit(j);
+        if (low < 0xDC00 || low >= 0xE000) return avl__json_fail(j, "half a surrogate pair is no character");
+        unit = 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
+    }
+    j->n_strings += avl__utf8_write((uint32_t)unit, j->strings + j->n_strings);
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__json_string(avl__json *j, astrovl_string *s) {   // after its first quote
+    size_t start = j->n_strings, length;
+    int c;
+    while ((c = avl__json_peek(j)) != '"') {
+        if (c < 32) return avl__json_fail(j, c < 0 ? "the text ends within a string" : "a control character must be escaped");
+        if (c == '\\') {
+            astrovl_status status = (j->at++, avl__json_escape(j));
+            if (status) return status;
+            continue;
+        }
+        if (avl__utf8_read(j->text + j->at, j->size - j->at, &length) < 0) return avl__json_fail(j, "these bytes are not UTF-8");
+        memcpy(j->strings + j->n_strings, j->text + j->at, length);
+        j->n_strings += length;
+        j->at += length;
+    }
+    j->at++;
+    *s = avl__string(j->strings + start, j->n_strings - start);
+    return ASTROVL_OK;
+}
+
+static int avl__json_digits(avl__json *j) {   // whether there was one
+    int n = 0;
+    for (; avl__json_peek(j) >= '0' && avl__json_peek(j) <= '9'; j->at++) n = 1;
+    return n;
+}
+
+static int avl__json_number(avl__json *j) {   // -?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?
+    if (avl__json_peek(j) == '-') j->at++;
+    if (avl__json_peek(j) == '0') j->at++;
+    else if (!avl__json_digits(j)) return 0;
+    if (avl__json_peek(j) == '.' && (j->at++, !avl__json_digits(j))) return 0;
+    if (avl__json_peek(j) == 'e' || avl__json_peek(j) == 'E') {
+        j->at++;
+        if (avl__json_peek(j) == '+' || avl__json_peek(j) == '-') j->at++;
+        if (!avl__json_digits(j)) return 0;
+    }
+    return 1;
+}
+
+static int avl__json_order(const void *context, int a, int b) {
+    const avl__json_node *nodes = (const avl__json_node *)context;
+    return avl__compare_strings(nodes[a].key, nodes[b].key);
+}
+
+// Two members of an object have two names.
+static astrovl_status avl__json_unique(avl__json *j, int object) {
+    int n = j->nodes[object].n_children, node = j->nodes[object].child, i;
+    astrovl_status status = ASTROVL_OK;
+    int *order;
+    if (n < 2) return ASTROVL_OK;
+    order = (int *)avl__alloc_raw((uint64_t)n, sizeof *order);
+    if (!order) return avl__json_no_memory(j);
+    for (i = 0; i < n; i++, node = j->nodes[node].next) order[i] = node;
+    avl__sort(order, n, avl__json_order, j->nodes);
+    for (i = 1; i < n && !status; i++) {
+        if (avl__json_order(j->nodes, order[i - 1], order[i]) != 0) continue;
+        j->at = j->nodes[order[i - 1] > order[i] ? order[i - 1] : order[i]].at;
+        status = avl__json_fail(j, "a second member of the same name");
+    }
+    astrovl_free(order);
+    return status;
+}
+
+static astrovl_status avl__json_value(avl__json *j, int *number);
+
+// The values of an array or an object, after its first bracket.
+static astrovl_status avl__json_children(avl__json *j, int parent, int close) {
+    astrovl_string key = avl__string(NULL, 0);
+    astrovl_status status = ASTROVL_OK;
+    int node, last = 0;
+    if (avl__json_take(j, close)) return ASTROVL_OK;
+    do {
+        if (close == '}' && !avl__json_take(j, '"')) return avl__json_fail(j, "a member's name is expected");
+        if (close == '}') status = avl__json_string(j, &key);
+        if (status) return status;
+        if (close == '}' && !avl__json_take(j, ':')) return avl__json_fail(j, "a colon is expected");
+        status = avl__json_value(j, &node);
+        if (status) return status;
+        j->nodes[node].key = key;
+        j->nodes[parent].n_children++;
+        if (last) j->nodes[last].next = node;
+        else j->nodes[parent].child = node;
+        last = node;
+    } while (avl__json_take(j, ','));
+    if (!avl__json_take(j, close)) return avl__json_fail(j, close == '}' ? "a comma or } is expected" : "a comma or ] is expected");
+    return close == '}' ? avl__json_unique(j, parent) : ASTROVL_OK;
+}
+
+static astrovl_status avl__json_word(avl__json *j, const char *word) {
+    size_t n = strlen(word);
+    if (j->size - j->at < n || memcmp(j->text + j->at, word, n) != 0) return avl__json_fail(j, "a value is expected");
+    j->at += n;
+    return ASTROVL_OK;
+}
+
+static astrovl_status avl__json_value(avl__json *j, int *number) {
+    int node = (int)j->n_nodes, c, kind;
+    size_t start;
+    astrovl_status status = ASTROVL_OK;
+    avl__json_space(j);
+    start = j->at;
+    c = avl__json_peek(j);
+    kind = c == '{' ? AVL__JSON_OBJECT : c == '[' ? AVL__JSON_ARRAY : c == '"' ? AVL__JSON_STRING : c == 'n' ? AVL__JSON_NULL :
+           c == 't' || c == 'f' ? AVL__JSON_BOOLEAN : AVL__JSON_NUMBER;
+    if (j->depth == AVL__GUIDE_DEPTH)
+        return avl__fail(j->err, ASTROVL_ERROR_LIMIT, "%s, byte %l: nested more than %d deep", j->name, (int64_t)start, j->depth);
+    if (j->n_nodes >= INT32_MAX / 2 || !avl__grow(&j->nodes, &j->capacity, j->n_nodes + 1, sizeof *j->nodes))
+        return avl__json_no_memory(j);
+    memset(&j->nodes[node], 0, sizeof *j->nodes);
+    j->nodes[node].kind = kind;
+    j->nodes[node].at = start;
+    *number = (int)j->n_nodes++;
+    j->depth++;
+    if (c == '{' || c == '[' || c == '"') j->at++;
+    if (c == '{' || c == '[') status = avl__json_children(j, node, c == '{' ? '}' : ']');
+    else if (c == '"') status = avl__json_string(j, &j->nodes[node].text);
+    else if (c == 't' || c == 'f' || c == 'n') status = avl__json_word(j, c == 't' ? "true" : c == 'f' ? "false" : "null");
+    else if (!avl__json_number(j)) status = avl__json_fail(j, "a value is expected");
+    if (!status && c != '"') j->nodes[node].text = avl__string(j->text + start, j->at - start);
+    j->depth--;
+    return status;
+}
+
+// Reads a whole text. j is to be freed whatever the outcome.
+static astrovl_status avl__json_read(avl__json *j, const char *name, const char *text, size_t size, astrovl_error *err) {
+    int root;
+    astrovl_status status;
+    memset(j, 0, sizeof *j);
+    j->name = name;
+    j->text = text;
+    j->size = size;
+    j->err = err;
+    if (!text) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no text was given", name);
+    j->strings = (char *)avl__alloc_raw(size, 1);
+    if (!j->strings) return avl__json_no_memory(j);
+    status = avl__json_value(j, &root);
+    if (!status && (avl__json_space(j), j->at < size)) status = avl__json_fail(j, "nothing may follow the value");
+    return status;
+}
+
+static void avl__json_write_string(astrovl_string s, avl__bytes *out) {
+    static const char hex[] = "0123456789abcdef";
+    size_t i;
+    avl__bytes_put(out, "\"", 1);
+    for (i = 0; i < s.size; i++) {
+        unsigned char c = (unsigned char)s.data[i];
+        char unit[6] = {'\\', 'u', '0', '0', '0', '0'};
+        unit[4] = hex[c >> 4];
+        unit[5] = hex[c & 15];
+        if (c == '"' || c == '\\') avl__bytes_put(out, "\\", 1);
+        if (c < 32) avl__bytes_put(out, unit, 6);
+        else avl__bytes_put(out, s.data + i, 1);
+    }
+    avl__bytes_put(out, "\"", 1);
+}
+
+static void avl__json_write(const avl__json *j, int number, avl__bytes *out) {   // a value, without white space
+    const avl__json_node *node = &j->nodes[number];
+    int is_object = node->kind == AVL__JSON_OBJECT, child;
+    if (node->kind == AVL__JSON_STRING) avl__json_write_string(node->text, out);
+    else if (!is_object && node->kind != AVL__JSON_ARRAY) avl__bytes_put(out, node->text.data, node->text.size);
+    else {
+        avl__bytes_put(out, is_object ? "{" : "[", 1);
+        for (child = node->child; child; child = j->nodes[child].next) {
+            if (child != node->child) avl__bytes_put(out, ",", 1);
+            if (is_object) avl__json_write_string(j->nodes[child].key, out), avl__bytes_put(out, ":", 1);
+            avl__json_write(j, child, out);
+        }
+        avl__bytes_put(out, is_object ? "}" : "]", 1);
+    }
+}
+
+// The member of that name of the text's object, 0 if there is none; -1: it is no object.
+static int avl__json_member(const avl__json *j, int object, const char *key) {
+    int node = j->nodes[object].kind == AVL__JSON_OBJECT ? j->nodes[object].child : -1;
+    while (node > 0 && !avl__string_is(j->nodes[node].key, key)) node = j->nodes[node].next;
+    return node;
+}
+
+// Checks that a member is a string or an array of strings, and counts them and their bytes.
+static astrovl_status avl__json_count_strings(avl__json *j, int member, const char *key, int *n, size_t *n_bytes) {
+    int is_array = j->nodes[member].kind == AVL__JSON_ARRAY, node = is_array ? j->nodes[member].child : member;
+    for (*n = 0, *n_bytes = 0; node; node = is_array ? j->nodes[node].next : 0, ++*n) {
+        astrovl_string s = j->nodes[node].text;
+        int is_string = j->nodes[node].kind == AVL__JSON_STRING;
+        if (!is_string || memchr(s.data, 0, s.size))
+            return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %l: \"%s\" %s", j->name, (int64_t)j->nodes[node].at, key,
+                             is_string ? "has a zero character" : "is neither a string nor an array of strings");
+        *n_bytes += s.size + 1;
+    }
+    return ASTROVL_OK;
+}
+
+ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
+    avl__json j;
+    char **list = NULL, *text;
+    size_t n_bytes = 0;
+    int node = 0, i;
+    astrovl_status status = avl__json_read(&j, "JSON", json, size, err);
+    *n = 0;
+    if (!status && (node = key ? avl__json_member(&j, 0, key) : -1) < 0)
+        status = avl__fail(err, key ? ASTROVL_ERROR_FORMAT : ASTROVL_ERROR_ARGUMENT, key ? "JSON, byte 0: an object is expected"
+                                                                                         : "JSON: no member was named");
+    if (!status && node) status = avl__json_count_strings(&j, node, key, n, &n_bytes);
+    if (!status && !(list = (char **)avl__alloc_raw((uint64_t)*n * sizeof *list + n_bytes, 1))) status = avl__json_no_memory(&j);
+    if (status) *n = 0;
+    if (*n && j.nodes[node].kind == AVL__JSON_ARRAY) node = j.nodes[node].child;
+    for (i = 0, text = (char *)(list + *n); i < *n; i++, node = j.nodes[node].next) {
+        astrovl_string s = j.nodes[node].text;
+        list[i] = text;
+        memcpy(text, s.data, s.size);
+        text[s.size] = 0;
+        text += s.size + 1;
+    }
+    avl__json_free(&j);
+    return list;
+}
+
+// ---- expressions ---------------------------------------------------------------------------------------------------
+
+typedef enum avl__expr_kind {
+    AVL__TEXT,       // bytes a to a + b of builder.text
+    AVL__SET,        // one of the characters in b ranges from builder.bounds[a] on
+    AVL__CAT,        // a, then b
+    AVL__ALT,        // a or b
+    AVL__LIST,       // min to max (-1: any number) times a, with b in between
+    AVL__MEMBER      // an object's members up to this one: those of a (0: none), comma c, and b, which must be there if min is 1
+} avl__expr_kind;
+
+typedef struct avl__expr {
+    avl__expr_kind kind;
+    int            a, b, c, min, max;
+} avl__expr;
+
+// A state of the nondeterministic automaton.
+typedef struct avl__nfa_state {
+    int     out, out2;      // the states after it; out2 -1: none
+    int16_t low, high;      // bytes that lead there; low -1: none is read; low 256: the end
+} avl__nfa_state;
+
+struct astrovl_guide {
+    const astrovl_model *model;
+    // the automaton
+    int       n_states, n_classes;
+    uint8_t   classes[256];    // [byte] its column
+    int32_t  *table;           // [n_states][n_classes] the next state, or -1. To state 0, the start, nothing leads back
+    uint8_t  *final;           // [n_states] 1: the answer may end here
+    int32_t  *n_to_end;        // [n_states] tokens that suffice; -1: the vocabulary cannot spell an end from here
+    int32_t  *n_to_end_after;  // [n_states] the most that one token can bring about
+    // the vocabulary: tokens that have bytes, sorted by them
+    struct avl__guide_token *tokens;
+    int       n_tokens, n_vocab, longest;
+    char     *bytes;
+    // masks: bit t % 32 of word t / 32 says that token t may follow
+    int       n_words, n_masks;
+    int32_t  *mask_class;      // [n_states] states with the same number share a mask, but for end tokens
+    int       n_mask_classes;
+    uint32_t **masks;          // [n_mask_classes][2: not final, final] those found so far, or NULL
+    uint32_t *scratch;         // [n_words]
+};
+
+typedef struct avl__guide_token {
+    int32_t  id;
+    uint32_t start;            // in bytes
+    uint8_t  size, shared;     // shared: how many of its first bytes the token before has too
+} avl__guide_token;
+
+typedef struct avl__builder {
+    astrovl_guide  *guide;
+    const char     *name, *advice;         // for messages
+    astrovl_error  *err;
+    astrovl_status  status;
+    avl__expr      *exprs;                 // [0] is the empty text
+    size_t          n_exprs, exprs_capacity;
+    avl__bytes      text;
+    uint32_t       *bounds;                // [2 i], [2 i + 1]: first and last character of a range
+    size_t          n_bounds, bounds_capacity;
+    avl__nfa_state *nfa;                   // [0] is the end
+    size_t          n_nfa, nfa_capacity;
+    uint64_t        work;
+} avl__builder;
+
+static void avl__build_no_memory(avl__builder *b) {
+    if (b->status) return;
+    avl__fail(b->err, ASTROVL_ERROR_MEMORY, "%s: out of memory", b->name);
+    b->status = ASTROVL_ERROR_MEMORY;
+}
+
+static void avl__build_too_large(avl__builder *b) {
+    if (b->status) return;
+    b->status = avl__fail(b->err, ASTROVL_ERROR_LIMIT, "%s: needs more than %d states; %s", b->name, AVL__GUIDE_STATES, b->advice);
+}
+
+static int avl__expr_new(avl__builder *b, avl__expr_kind kind, int left, int right, int min, int max) {
+    avl__expr *x;
+    if (b->n_exprs >= INT32_MAX / 2 || !avl__grow(&b->exprs, &b->exprs_capacity, b->n_exprs + 1, sizeof *x)) {
+        avl__build_no_memory(b);
+        return 0;
+    }
+    x = &b->exprs[b->n_exprs];
+    x->kind = kind;
+    x->a = left;
+    x->b = right;
+    x->c = 0;
+    x->min = min;
+    x->max = max;
+    return (int)b->n_exprs++;
+}
+
+static int avl__expr_text(avl__builder *b, const char *data, size_t size) {
+    size_t at = b->text.size;
+    avl__bytes_put(&b->text, data, size);
+    if (b->text.failed || b->text.size > INT32_MAX / 2) avl__build_no_memory(b);
+    return avl__expr_new(b, AVL__TEXT, (int)at, (int)size, 0, 0);
+}
+
+static int avl__expr_word(avl__builder *b, const char *text) { return avl__expr_text(b, text, strlen(text)); }
+static int avl__expr_cat(avl__builder *b, int left, int right) { return avl__expr_new(b, AVL__CAT, left, right, 0, 0); }
+static int avl__expr_alt(avl__builder *b, int left, int right) { return avl__expr_new(b, AVL__ALT, left, right, 0, 0); }
+static int avl__expr_list(avl__builder *b, int item, int between, int min, int max) {
+    return avl__expr_new(b, AVL__LIST, item, between, min, max);
+}
+
+// Adds the characters low to high to the set that begins at bounds[start], which is sorted and has no ranges that touch. There are
+// no surrogates in UTF-8.
+static void avl__set_add(avl__builder *b, size_t start, uint32_t low, uint32_t high) {
+    size_t i = start, end;
+    if (low < 0xE000 && high >= 0xD800) {
+        if (low < 0xD800) avl__set_add(b, start, low, 0xD7FF);
+        if (high >= 0xE000) avl__set_add(b, start, 0xE000, high);
+        return;
+    }
+    if (!avl__grow(&b->bounds, &b->bounds_capacity, b->n_bounds + 2, sizeof *b->bounds)) {
+        avl__build_no_memory(b);
+        return;
+    }
+    while (i < b->n_bounds && b->bounds[i + 1] + 1 < low) i += 2;
+    for (end = i; end < b->n_bounds && b->bounds[end] <= high + 1; end += 2) {   // ranges that the new one swallows
+        if (b->bounds[end] < low) low = b->bounds[end];
+        if (b->bounds[end + 1] > high) high = b->bounds[end + 1];
+    }
+    memmove(b->bounds + i + 2, b->bounds + end, (b->n_bounds - end) * sizeof *b->bounds);
+    b->n_bounds += i + 2 - end;
+    b->bounds[i] = low;
+    b->bounds[i + 1] = high;
+}
+
+// The set from bounds[start] on, or all characters but those, as an expression; 0 if it is empty.
+static int avl__expr_set(avl__builder *b, size_t start, int negate) {
+    size_t end = b->n_bounds, i;
+    uint32_t low = 0;
+    if (negate) {
+        for (i = start; i < end; low = b->bounds[i + 1] + 1, i += 2)
+            if (b->bounds[i] > low) avl__set_add(b, end, low, b->bounds[i] - 1);
+        if (low <= 0x10FFFF) avl__set_add(b, end, low, 0x10FFFF);
+        start = end;
+    }
+    return b->n_bounds > start && !b->status ? avl__expr_new(b, AVL__SET, (int)start, (int)((b->n_bounds - start) / 2), 0, 0) : 0;
+}
+
+// ---- expressions to a nondeterministic automaton -------------------------------------------------------------------
+// Built from its end: each function is told the state that comes next and returns the one it begins with.
+
+static int avl__nfa(avl__builder *b, int low, int high, int out, int out2) {
+    avl__nfa_state *state;
+    if (b->n_nfa >= AVL__GUIDE_NFA) avl__build_too_large(b);
+    else if (!avl__grow(&b->nfa, &b->nfa_capacity, b->n_nfa + 1, sizeof *b->nfa)) avl__build_no_memory(b);
+    if (b->status) return 0;
+    state = &b->nfa[b->n_nfa];
+    state->low = (int16_t)low;
+    state->high = (int16_t)high;
+    state->out = out;
+    state->out2 = out2;
+    return (int)b->n_nfa++;
+}
+
+static int avl__nfa_fork(avl__builder *b, int out, int out2) { return avl__nfa(b, -1, -1, out, out2); }
+
+// Characters from low to at most high whose encodings are all combinations of one range for each byte; *last: the last of them.
+// Trailing bytes of a set's ranges are mostly the same: the last few states since `first` are looked through for them.
+static int avl__nfa_range(avl__builder *b, uint32_t low, uint32_t high, uint32_t *last, size_t first, int next) {
+    static const uint32_t tops[] = {0x7F, 0x7FF, 0xFFFF, 0x10FFFF};
+    uint32_t m = 0, top;
+    char from[4], to[4];
+    size_t n = avl__utf8_write(low, from), free_bytes, i;
+    for (free_bytes = n - 1; free_bytes > 0; free_bytes--) {   // trailing bytes that run through all their 64 values
+        m = ((uint32_t)1 << 6 * free_bytes) - 1;
+        if ((low & m) == 0 && (low | m) <= high) break;
+    }
+    if (free_bytes == 0) m = 0;
+    top = free_bytes == n - 1 ? tops[n - 1] : low | (m << 6 | 0x3F);
+    if (top > high) top = high;
+    *last = ((top + 1) & ~m) - 1;
+    avl__utf8_write(*last, to);
+    for (i = n; i-- > 0 && !b->status;) {
+        avl__nfa_state x = {0, -1, 0, 0};
+        size_t at = b->n_nfa, end = b->n_nfa - first > 64 ? b->n_nfa - 64 : first;
+        x.out = next;
+        x.low = (unsigned char)from[i];
+        x.high = (unsigned char)to[i];
+        while (at > end && memcmp(&b->nfa[at - 1], &x, sizeof x) != 0) at--;
+        next = at > end ? (int)at - 1 : avl__nfa(b, x.low, x.high, next, -1);
+    }
+    return next;
+}
+
+static int avl__nfa_set(avl__builder *b, const avl__expr *set, int next) {
+    size_t first = b->n_nfa;
+    int state = -1, i;
+    for (i = 0; i < set->b && !b->status; i++) {
+        uint32_t low = b->bounds[set->a + 2 * i], high = b->bounds[set->a + 2 * i + 1], last;
+        for (; low <= high && !b->status; low = last + 1) {
+            int range = avl__nfa_range(b, low, high, &last, first, next);
+            state = state < 0 ? range : avl__nfa_fork(b, range, state);
+        }
+    }
+    return state;
+}
+
+static int avl__nfa_of(avl__builder *b, int expr, int next);
+
+// Items are numbered from 1. After item k one more may follow, after a comma, unless k is max; or `next`, if k is at least min.
+static int avl__nfa_list(avl__builder *b, const avl__expr *list, int next) {
+    int item, k, last = list->max >= 0 ? list->max : list->min > 1 ? list->min : 1;   // the last item that has states of its own
+    if (list->max == 0) return avl__nfa_fork(b, next, -1);
+    if (list->max < 0) {
+        int loop = avl__nfa_fork(b, next, -1), comma;
+        item = avl__nfa_of(b, list->a, loop);
+        comma = avl__nfa_of(b, list->b, item);
+        if (!b->status) b->nfa[loop].out2 = comma;
+    } else {
+        item = avl__nfa_of(b, list->a, next);
+    }
+    for (k = last - 1; k >= 1 && !b->status; k--) {
+        int after = avl__nfa_of(b, list->b, item);
+        item = avl__nfa_of(b, list->a, k >= list->min ? avl__nfa_fork(b, after, next) : after);
+    }
+    return list->min == 0 ? avl__nfa_fork(b, item, next) : item;
+}
+
+// From the last member to the first, two starts are known: where nothing is written yet, and where a comma is due.
+static int avl__nfa_members(avl__builder *b, int expr, int next) {
+    int first = next, later = next;
+    while (expr && !b->status) {
+        avl__expr x = b->exprs[expr];
+        int member = avl__nfa_of(b, x.b, later), comma = avl__nfa_of(b, x.c, member);
+        first = x.min ? member : avl__nfa_fork(b, member, first);
+        later = x.min ? comma : avl__nfa_fork(b, comma, later);
+        expr = x.a;
+    }
+    return first;
+}
+
+static int avl__nfa_of(avl__builder *b, int expr, int next) {
+    avl__expr x;
+    int i, state;
+    if (b->status) return 0;
+    while (b->exprs[expr].kind == AVL__CAT) {   // long sequences and alternatives lie to the left: no recursion along them
+        next = avl__nfa_of(b, b->exprs[expr].b, next);
+        if (b->status) return 0;
+        expr = b->exprs[expr].a;
+    }
+    x = b->exprs[expr];
+    switch (x.kind) {
+    case AVL__TEXT:
+        if (x.b == 0 && expr != 0) return avl__nfa_fork(b, next, -1);   // so that every repetition counts as states
+        for (i = x.b; i-- > 0 && !b->status;) {
+            int byte = (unsigned char)b->text.data[x.a + i];
+            next = avl__nfa(b, byte, byte, next, -1);
+        }
+        return next;
+    case AVL__SET: return avl__nfa_set(b, &x, next);
+    case AVL__ALT:
+        for (state = -1; b->exprs[expr].kind == AVL__ALT && !b->status; expr = b->exprs[expr].a) {
+            int right = avl__nfa_of(b, b->exprs[expr].b, next);
+            state = state < 0 ? right : avl__nfa_fork(b, right, state);
+        }
+        i = avl__nfa_of(b, expr, next);
+        return avl__nfa_fork(b, i, state);
+    case AVL__LIST: return avl__nfa_list(b, &x, next);
+    default: return avl__nfa_members(b, expr, next);
+    }
+}
+
+// ---- a deterministic automaton -------------------------------------------------------------------------------------
+
+typedef struct avl__subsets {
+    int      *pool;              // the states' sets, one after the other; in each, sorted, the states that read a byte, and the end
+    size_t    n_pool, capacity;
+    size_t   *starts;            // [AVL__GUIDE_STATES + 1] in pool
+    int      *slots;             // [2 AVL__GUIDE_STATES] sets by their hash: open addressing; -1: empty
+    int      *list, n_list;      // [n_nfa] the set being put together
+    int      *stack;             // [n_nfa]
+    uint32_t *seen, mark;        // [n_nfa] seen[i] == mark: already met
+} avl__subsets;
+
+static void avl__subsets_free(avl__subsets *d) {
+    astrovl_free(d->pool);
+    astrovl_free(d->starts);
+    astrovl_free(d->slots);
+    astrovl_free(d->list);
+    astrovl_free(d->stack);
+    astrovl_free(d->seen);
+}
+
+static int avl__subsets_start(avl__subsets *d, size_t n_nfa) {   // 0: memory is out
+    memset(d, 0, sizeof *d);
+    d->starts = (size_t *)avl__alloc_raw(AVL__GUIDE_STATES + 1, sizeof *d->starts);
+    d->slots = (int *)avl__alloc_raw(2 * AVL__GUIDE_STATES, sizeof *d->slots);
+    d->list = (int *)avl__alloc_raw(n_nfa, sizeof *d->list);
+    d->stack = (int *)avl__alloc_raw(n_nfa, sizeof *d->stack);
+    d->seen = (uint32_t *)avl__alloc(n_nfa, sizeof *d->seen);
+    if (!d->starts || !d->slots || !d->list || !d->stack || !d->seen) return 0;
+    memset(d->slots, 0xFF, 2 * AVL__GUIDE_STATES * sizeof *d->slots);
+    d->starts[0] = 0;
+    return 1;
+}
+
+// Adds to the list what can be reached from a state without reading a byte.
+static void avl__subset_reach(avl__builder *b, avl__subsets *d, int from) {
+    int n = 0, way;
+    if (d->seen[from] == d->mark) return;
+    d->seen[from] = d->mark;
+    d->stack[n++] = from;
+    while (n > 0) {
+        int state = d->stack[--n];
+        const avl__nfa_state *x = &b->nfa[state];
+        b->work++;
+        if (x->low >= 0) { d->list[d->n_list++] = state; continue; }
+        for (way = 0; way < 2; way++) {
+            int to = way ? x->out2 : x->out;
+            if (to < 0 || d->seen[to] == d->mark) continue;
+            d->seen[to] = d->mark;
+            d->stack[n++] = to;
+        }
+    }
+}
+
+static int avl__int_order(const void *context, int a, int b) { (void)context; return (a > b) - (a < b); }
+
+// The number of the state with the listed set, a new one if it is new. The start is not looked for: it stays apart.
+static int avl__subset_state(avl__builder *b, avl__subsets *d) {
+    astrovl_guide *g = b->guide;
+    uint32_t hash = AVL__HASH_START, at;
+    size_t n = (size_t)d->n_list;
+    int i, state;
+    avl__sort(d->list, d->n_list, avl__int_order, NULL);
+    for (i = 0; i < d->n_list; i++) hash = (hash ^ (uint32_t)d->list[i]) * 16777619u;
+    for (at = (hash ^ hash >> 15) % (2 * AVL__GUIDE_STATES); (state = d->slots[at]) >= 0; at = (at + 1) % (2 * AVL__GUIDE_STATES)) {
+        size_t start = d->starts[state];
+        b->work++;
+        if (d->starts[state + 1] - start == n && memcmp(d->pool + start, d->list, n * sizeof *d->list) == 0) return state;
+    }
+    if (g->n_states == AVL__GUIDE_STATES) avl__build_too_large(b);
+    if (!avl__grow(&d->pool, &d->capacity, d->n_pool + n, sizeof *d->pool)) avl__build_no_memory(b);
+    if (b->status) return -1;
+    memcpy(d->pool + d->n_pool, d->list, n * sizeof *d->list);
+    d->n_pool += n;
+    state = g->n_states++;
+    d->starts[g->n_states] = d->n_pool;
+    if (state > 0) d->slots[at] = state;
+    return state;
+}
+
+// Bytes between which no transition begins or ends behave alike.
+static void avl__byte_classes(avl__builder *b) {
+    uint8_t begins[257];
+    size_t i;
+    int byte;
+    memset(begins, 0, sizeof begins);
+    for (i = 1; i < b->n_nfa; i++)
+        if (b->nfa[i].low >= 0) begins[b->nfa[i].low] = begins[b->nfa[i].high + 1] = 1;
+    b->guide->n_classes = 1;
+    for (byte = 0; byte < 256; byte++) {
+        if (byte > 0 && begins[byte]) b->guide->n_classes++;
+        b->guide->classes[byte] = (uint8_t)(b->guide->n_classes - 1);
+    }
+}
+
+// The set that a state's set becomes by reading `byte`; its number, or -1 if it is empty.
+static int avl__subset_step(avl__builder *b, avl__subsets *d, int state, int byte) {
+    size_t i;
+    d->mark++;
+    d->n_list = 0;
+    for (i = d->starts[state]; i < d->starts[state + 1]; i++) {
+        const avl__nfa_state *x = &b->nfa[d->pool[i]];
+        if (x->low <= byte && byte <= x->high) avl__subset_reach(b, d, x->out);
+    }
+    b->work += d->starts[state + 1] - d->starts[state] + (uint64_t)d->n_list * 16;   // 16: they are going to be sorted
+    if (b->work > AVL__GUIDE_WORK) avl__build_too_large(b);
+    if (b->status) return -1;
+    return d->n_list ? avl__subset_state(b, d) : -1;
+}
+
+static void avl__subsets_run(avl__builder *b, avl__subsets *d, int start) {
+    astrovl_guide *g = b->guide;
+    size_t capacity = 0;
+    int state, byte;
+    d->mark = 1;
+    avl__subset_reach(b, d, start);
+    avl__subset_state(b, d);
+    for (state = 0; state < g->n_states && !b->status; state++) {
+        if (!avl__grow(&g->table, &capacity, (size_t)(state + 1) * (size_t)g->n_classes, sizeof *g->table)) avl__build_no_memory(b);
+        if (b->status) return;
+        for (byte = 0; byte < 256 && !b->status; byte++)
+            if (byte == 0 || g->classes[byte] != g->classes[byte - 1])
+                g->table[(size_t)state * (size_t)g->n_classes + g->classes[byte]] = avl__subset_step(b, d, state, byte);
+    }
+    g->final = (uint8_t *)avl__alloc((uint64_t)g->n_states, 1);
+    if (!g->final) {
+        avl__build_no_memory(b);
+        return;
+    }
+    for (state = 0; state < g->n_states && !b->status; state++)
+        g->final[state] = d->starts[state + 1] > d->starts[state] && d->pool[d->starts[state]] == 0;   // the end sorts first
+}
+
+static void avl__build_automaton(avl__builder *b, int expr) {
+    avl__subsets d;
+    int start = avl__nfa_of(b, expr, 0);
+    if (b->status) return;
+    avl__byte_classes(b);
+    if (!avl__subsets_start(&d, b->n_nfa)) avl__build_no_memory(b);
+    else avl__subsets_run(b, &d, start);
+    avl__subsets_free(&d);
+}
+
+static int avl__guide_step(const astrovl_guide *g, int state, unsigned char byte) {
+    return g->table[(size_t)state * (size_t)g->n_classes + g->classes[byte]];
+}
+
+// ---- the vocabulary, sorted ----------------------------------------------------------------------------------------
+
+static astrovl_string avl__guide_token_bytes(const astrovl_guide *g, int i) {
+    return avl__string(g->bytes + g->tokens[i].start, g->tokens[i].size);
+}
+
+static int avl__guide_token_order(const void *context, int a, int b) {
+    const astrovl_guide *g = (const astrovl_guide *)context;
+    int side = avl__compare_strings(avl__guide_token_bytes(g, a), avl__guide_token_bytes(g, b));
+    return side ? side : a - b;
+}
+
+// The bytes of all tokens that may stand in an answer, by id.
+static int avl__guide_read_tokens(astrovl_guide *g) {   // 0: memory is out
+    const avl__vocab *v = &g->model->vocab;
+    avl__bytes bytes = {NULL, 0, 0, 0};
+    char text[AVL__GUIDE_TOKEN];
+    int id, n;
+    g->n_vocab = g->model->has_text ? g->model->llama.n_vocab : v->n_tokens;
+    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)v->n_tokens, sizeof *g->tokens);
+    for (id = 0; g->tokens && id < v->n_tokens && id < g->n_vocab; id++) {
+        n = avl__vocab_is_end(v, id) ? 0 : avl__vocab_token_bytes(v, id, text, AVL__GUIDE_TOKEN);
+        if (n < 1 || n > AVL__GUIDE_TOKEN) continue;
+        g->tokens[g->n_tokens].id = id;
+        g->tokens[g->n_tokens].start = (uint32_t)bytes.size;
+        g->tokens[g->n_tokens++].size = (uint8_t)n;
+        if (n > g->longest) g->longest = n;
+        avl__bytes_put(&bytes, text, (size_t)n);
+    }
+    g->bytes = bytes.data;
+    return g->tokens && !bytes.failed;
+}
+
+static int avl__guide_sort_tokens(astrovl_guide *g) {   // 0: memory is out
+    int *order = (int *)avl__alloc_raw((uint64_t)g->n_tokens, sizeof *order), i;
+    avl__guide_token *sorted = (avl__guide_token *)avl__alloc_raw((uint64_t)g->n_tokens, sizeof *sorted);
+    if (order && sorted && g->bytes) {
+        for (i = 0; i < g->n_tokens; i++) order[i] = i;
+        avl__sort(order, g->n_tokens, avl__guide_token_order, g);
+        for (i = 0; i < g->n_tokens; i++) sorted[i] = g->tokens[order[i]];
+        memcpy(g->tokens, sorted, (size_t)g->n_tokens * sizeof *sorted);
+        for (i = 1; i < g->n_tokens; i++) {
+            astrovl_string a = avl__guide_token_bytes(g, i - 1), b = avl__guide_token_bytes(g, i);
+            uint8_t n = 0;
+            while (n < a.size && n < b.size && a.data[n] == b.data[n]) n++;
+            g->tokens[i].shared = n;
+        }
+    }
+    astrovl_free(order);
+    astrovl_free(sorted);
+    return order && sorted;
+}
+
+// Of the tokens from low to high, which have their first `depth` bytes in common, the first whose next byte is at least `byte`.
+static int avl__guide_narrow(const astrovl_guide *g, int low, int high, int depth, int byte) {
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        const avl__guide_token *t = &g->tokens[middle];
+        if (t->size > depth && (unsigned char)g->bytes[t->start + (uint32_t)depth] >= byte) high = middle;
+        else low = middle + 1;
+    }
+    return low;
+}
+
+// ---- how far it is to the end --------------------------------------------------------------------------------------
+// A way to the end is a chain of bytes that are tokens by themselves, so that it can be spelled; of these the shortest is taken.
+// Along it, longer tokens save steps. n_to_end counts them: if it is k > 0, some token leads to a state where it is at most k - 1.
+// A vocabulary without single bytes may reach states from which no such way leads on: tokens may pass them, not end there.
+
+typedef struct avl__ways {
+    int       spelling[256];   // [class] a byte that is a token, or -1
+    uint32_t *edges;           // the automaton backwards: state * n_classes + class, sorted by the state they lead to
+    uint32_t *starts;          // [n_states + 1] in edges
+    int16_t  *path;            // [n_states] the class that the way goes on with; -1: none, or the end is here
+    int      *order;           // [n_states] states by their distance, nearest first
+    int       n_order;
+} avl__ways;
+
+static void avl__ways_free(avl__ways *w) {
+    astrovl_free(w->edges);
+    astrovl_free(w->starts);
+    astrovl_free(w->path);
+    astrovl_free(w->order);
+}
+
+// Turns the automaton's table round, as far as it can be spelled: counting sort by target.
+static int avl__ways_reverse(const astrovl_guide *g, avl__ways *w) {   // 0: memory is out
+    size_t n = (size_t)g->n_states * (size_t)g->n_classes, i;
+    int state;
+    w->edges = (uint32_t *)avl__alloc_raw(n, sizeof *w->edges);
+    w->starts = (uint32_t *)avl__alloc((uint64_t)g->n_states + 2, sizeof *w->starts);
+    w->path = (int16_t *)avl__alloc_raw((uint64_t)g->n_states, sizeof *w->path);
+    w->order = (int *)avl__alloc_raw((uint64_t)g->n_states, sizeof *w->order);
+    if (!w->edges || !w->starts || !w->path || !w->order) return 0;
+    for (i = 0; i < n; i++)
+        if (g->table[i] >= 0 && w->spelling[i % (size_t)g->n_classes] >= 0) w->starts[g->table[i] + 2]++;
+    for (state = 0; state < g->n_states; state++) w->starts[state + 2] += w->starts[state + 1];
+    for (i = 0; i < n; i++)   // starts[s + 1] moves from the beginning of s's edges to their end
+        if (g->table[i] >= 0 && w->spelling[i % (size_t)g->n_classes] >= 0) w->edges[w->starts[g->table[i] + 1]++] = (uint32_t)i;
+    return 1;
+}
+
+// Breadth first, from the final states backwards.
+static void avl__ways_find(const astrovl_guide *g, avl__ways *w) {
+    int state, i;
+    uint32_t k;
+    for (state = 0; state < g->n_states; state++) {
+        w->path[state] = -1;
+        if (g->final[state]) w->order[w->n_order++] = state;
+    }
+    for (i = 0; i < w->n_order; i++)
+        for (k = w->starts[w->order[i]]; k < w->starts[w->order[i] + 1]; k++) {
+            int from = (int)(w->edges[k] / (uint32_t)g->n_classes);
+            if (g->final[from] || w->path[from] >= 0) continue;
+            w->path[from] = (int16_t)(w->edges[k] % (uint32_t)g->n_classes);
+            w->order[w->n_order++] = from;
+        }
+}
+
+// The fewest tokens from a state along its way: 1 + those from where the best first token ends. Nearer states are known already.
+static int avl__ways_count(const astrovl_guide *g, const avl__ways *w, int state) {
+    int low = 0, high = g->n_tokens, depth, best = INT32_MAX;
+    for (depth = 0; depth < g->longest && w->path[state] >= 0; depth++) {
+        int byte = w->spelling[w->path[state]];
+        low = avl__guide_narrow(g, low, high, depth, byte);
+        high = avl__guide_narrow(g, low, high, depth, byte + 1);
+        if (low == high) break;
+        state = avl__guide_step(g, state, (unsigned char)byte);
+        if (g->tokens[low].size == depth + 1 && g->n_to_end[state] + 1 < best) best = g->n_to_end[state] + 1;
+    }
+    return best;
+}
+
+// What one token can lead to: the largest n_to_end within as many bytes as the longest token has.
+static void avl__guide_look_ahead(astrovl_guide *g) {
+    int round, state, c;
+    memcpy(g->n_to_end_after, g->n_to_end, (size_t)g->n_states * sizeof *g->n_to_end);
+    for (round = 0; round < g->longest; round++)
+        for (state = 0; state < g->n_states; state++)
+            for (c = 0; c < g->n_classes; c++) {
+                int to = g->table[(size_t)state * (size_t)g->n_classes + (size_t)c];
+                if (to >= 0 && g->n_to_end_after[to] > g->n_to_end_after[state]) g->n_to_end_after[state] = g->n_to_end_after[to];
+            }
+}
+
+static void avl__build_ends(avl__builder *b) {
+    astrovl_guide *g = b->guide;
+    avl__ways w;
+    int i;
+    memset(&w, 0, sizeof w);
+    for (i = 0; i < 256; i++) w.spelling[i] = -1;
+    for (i = g->n_tokens; i-- > 0;) {
+        int byte = (unsigned char)g->bytes[g->tokens[i].start];
+        if (g->tokens[i].size == 1) w.spelling[g->classes[byte]] = byte;
+    }
+    g->n_to_end = (int32_t *)avl__alloc((uint64_t)g->n_states, sizeof *g->n_to_end);
+    g->n_to_end_after = (int32_t *)avl__alloc((uint64_t)g->n_states, sizeof *g->n_to_end_after);
+    if (!g->n_to_end || !g->n_to_end_after || !avl__ways_reverse(g, &w)) avl__build_no_memory(b);
+    if (!b->status) {
+        avl__ways_find(g, &w);
+        for (i = 0; i < g->n_states; i++) g->n_to_end[i] = -1;
+        for (i = 0; i < w.n_order; i++) g->n_to_end[w.order[i]] = g->final[w.order[i]] ? 0 : avl__ways_count(g, &w, w.order[i]);
+        avl__guide_look_ahead(g);
+        if (g->n_to_end[0] < 0)
+            b->status = avl__fail(b->err, ASTROVL_ERROR_MODEL, "%s: the model's vocabulary cannot spell any such answer", b->name);
+    }
+    avl__ways_free(&w);
+}
+
+// ---- masks ---------------------------------------------------------------------------------------------------------
+// Two states have the same mask if no chain of bytes as long as a token tells them apart, by breaking off in one of them or by
+// ending where no way leads on. So the many states that count a string's characters share one mask until the count nears its end.
+// Found by refining a partition (Moore 1956), one round per byte.
+
+static int avl__mask_class_at(const astrovl_guide *g, const int32_t *class_of, int state, int column) {
+    int to = column < 0 ? state : g->table[(size_t)state * (size_t)g->n_classes + (size_t)column];
+    return to < 0 ? -1 : class_of[to];
+}
+
+// One round: states stay together if they were, and if each byte leads them to states that were. Returns the number of classes.
+static int avl__mask_refine(const astrovl_guide *g, const int32_t *old, int32_t *fresh, int *slots, uint32_t mask) {
+    int n = 0, state, c;
+    memset(slots, 0xFF, ((size_t)mask + 1) * sizeof *slots);
+    for (state = 0; state < g->n_states; state++) {
+        uint32_t hash = AVL__HASH_START, at;
+        int other;
+        for (c = -1; c < g->n_classes; c++) hash = (hash ^ (uint32_t)avl__mask_class_at(g, old, state, c)) * 16777619u;
+        for (at = (hash ^ hash >> 15) & mask; (other = slots[at]) >= 0; at = (at + 1) & mask) {
+            for (c = -1; c < g->n_classes && avl__mask_class_at(g, old, state, c) == avl__mask_class_at(g, old, other, c);) c++;
+            if (c == g->n_classes) break;
+        }
+        if (other < 0) slots[at] = state;
+        fresh[state] = other < 0 ? n++ : fresh[other];
+    }
+    return n;
+}
+
+static void avl__build_masks(avl__builder *b) {
+    astrovl_guide *g = b->guide;
+    uint32_t n_slots = avl__table_slots((uint32_t)g->n_states);
+    int32_t *fresh = (int32_t *)avl__alloc_raw((uint64_t)g->n_states, sizeof *fresh), *swap;
+    int *slots = (int *)avl__alloc_raw(n_slots, sizeof *slots), state, round = 0, before;
+    g->mask_class = (int32_t *)avl__alloc_raw((uint64_t)g->n_states, sizeof *g->mask_class);
+    g->n_words = g->n_vocab / 32 + 1;
+    g->scratch = (uint32_t *)avl__alloc((uint64_t)g->n_words, sizeof *g->scratch);
+    if (fresh && slots && g->mask_class && g->scratch) {
+        for (state = 0; state < g->n_states; state++) g->mask_class[state] = state == 0 ? 2 : g->n_to_end[state] >= 0;
+        do {
+            before = g->n_mask_classes;
+            g->n_mask_classes = avl__mask_refine(g, g->mask_class, fresh, slots, n_slots - 1);
+            swap = fresh, fresh = g->mask_class, g->mask_class = swap;
+        } while (++round < g->longest && g->n_mask_classes != before);
+        g->masks = (uint32_t **)avl__alloc(2 * (uint64_t)g->n_mask_classes, sizeof *g->masks);
+    }
+    if (!fresh || !slots || !g->mask_class || !g->scratch || !g->masks) avl__build_no_memory(b);
+    astrovl_free(fresh);
+    astrovl_free(slots);
+}
+
+// SentencePiece vocabularies like to begin an answer with a token that begins with a space ("_{"): where the answer itself may not,
+// that space is dropped from the first token.
+static size_t avl__guide_skip(const astrovl_guide *g, int state, const char *bytes, size_t size) {   // bytes dropped: 0 or 1
+    return state == 0 && size > 0 && bytes[0] == ' ' && avl__guide_step(g, 0, ' ') < 0;
+}
+
+static int avl__guide_walk(const astrovl_guide *g, int state, const char *bytes, size_t size) {   // -1: the automaton refuses them
+    size_t i;
+    for (i = 0; i < size && state >= 0; i++) state = avl__guide_step(g, state, (unsigned char)bytes[i]);
+    return state;
+}
+
+// Bits of the tokens that may follow, if `limit` more tokens are to suffice after them. A token's walk begins where that of the
+// token before it passed their last shared byte; if that one was refused earlier, so is this one. End tokens follow final states.
+static void avl__mask_fill(const astrovl_guide *g, int state, int limit, uint32_t *mask) {
+    const avl__vocab *vocab = &g->model->vocab;
+    int at[AVL__GUIDE_TOKEN + 1], i, n, reached = 0, skip = (int)avl__guide_skip(g, state, " ", 1);
+    memset(mask, 0, (size_t)g->n_words * sizeof *mask);
+    at[0] = state;
+    for (i = 0; i < g->n_tokens; i++) {
+        const avl__guide_token *t = &g->tokens[i];
+        const char *bytes = g->bytes + t->start;
+        if (t->shared > reached) continue;
+        for (n = t->shared; n < t->size; n++) {
+            int next = n == 0 && skip && bytes[0] == ' ' ? state : avl__guide_step(g, at[n], (unsigned char)bytes[n]);
+            if (next < 0) break;
+            at[n + 1] = next;
+        }
+        reached = n;
+        if (n < t->size || at[n] == 0) continue;   // 0: it was nothing but that space
+        if (g->n_to_end[at[n]] < 0 || g->n_to_end[at[n]] > limit) continue;
+        mask[t->id / 32] |= (uint32_t)1 << t->id % 32;
+    }
+    for (i = 0; g->final[state] && i < g->n_vocab && i < vocab->n_tokens; i++)
+        if (vocab->ends[i]) mask[i / 32] |= (uint32_t)1 << i % 32;
+}
+
+// The mask of a state with tokens enough to come, from memory or new; NULL: memory is out.
+static const uint32_t *avl__mask_of(astrovl_guide *g, int state) {
+    int place = 2 * g->mask_class[state] + g->final[state], i;
+    uint32_t *mask = g->masks[place];
+    if (mask) return mask;
+    if (g->n_masks == AVL__GUIDE_MASKS) {   // a long run may come through more than are worth keeping: it starts over
+        for (i = 0; i < 2 * g->n_mask_classes; i++) astrovl_free(g->masks[i]), g->masks[i] = NULL;
+        g->n_masks = 0;
+    }
+    mask = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *mask);
+    if (!mask) return NULL;
+    avl__mask_fill(g, state, INT32_MAX, mask);
+    g->masks[place] = mask;
+    g->n_masks++;
+    return mask;
+}
+
+// Logits without their bit become -infinity.  Returns whether any is left. (With the bits in an array, compilers choose between 32
+// pairs of floats by a few vector instructions: at a tenth of the time that shifting takes.)
+static int avl__mask_apply(const astrovl_guide *g, const uint32_t *mask, float *logits) {
+    const float never = avl__float_from_bits(0xFF800000u);
+    uint32_t bit[32], any = 0;
+    int word, i;
+    for (i = 0; i < 32; i++) bit[i] = (uint32_t)1 << i;
+    for (word = 0; word < g->n_words; word++) {
+        float *x = logits + (size_t)word * 32;
+        uint32_t bits = mask[word];
+        any |= bits;
+        if (bits == 0xFFFFFFFFu) continue;
+        if (g->n_vocab - word * 32 >= 32) for (i = 0; i < 32; i++) x[i] = bits & bit[i] ? x[i] : never;
+        else for (i = 0; i < g->n_vocab - word * 32; i++) x[i] = bits & bit[i] ? x[i] : never;
+    }
+    return any != 0;
+}
+
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits, astrovl_error *err) {
+    const uint32_t *mask = guide->scratch;
+    if (state < 0 || state >= guide->n_states || guide->n_to_end[state] < 0)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
+    if (n_left < guide->n_to_end[state])
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer needs at least %d more tokens; it has %d",
+                         guide->n_to_end[state], n_left);
+    if (guide->n_to_end_after[state] < n_left) mask = avl__mask_of(guide, state);
+    else avl__mask_fill(guide, state, n_left - 1, guide->scratch);
+    if (!mask) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens that may follow");
+    if (!avl__mask_apply(guide, mask, logits))
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
+    return ASTROVL_OK;
+}
+
+ASTROVL_API int astrovl_guide_next(const astrovl_guide *guide, int state, int32_t token) {
+    const avl__vocab *v = &guide->model->vocab;
+    char text[AVL__GUIDE_TOKEN];
+    size_t n, skip;
+    if (state < 0 || state >= guide->n_states || token >= guide->n_vocab || avl__vocab_is_end(v, token)) return -1;
+    n = (size_t)avl__vocab_token_bytes(v, token, text, AVL__GUIDE_TOKEN);
+    if (n > AVL__GUIDE_TOKEN) return -1;
+    skip = avl__guide_skip(guide, state, text, n);
+    if (n == skip) return -1;
+    state = avl__guide_walk(guide, state, text + skip, n - skip);
+    return state >= 0 && guide->n_to_end[state] >= 0 ? state : -1;
+}
+
+ASTROVL_API int astrovl_guide_is_final(const astrovl_guide *guide, int state) {
+    return state >= 0 && state < guide->n_states && guide->final[state];
+}
+
+ASTROVL_API int astrovl_guide_n_to_end(const astrovl_guide *guide, int state) {
+    return state >= 0 && state < guide->n_states ? guide->n_to_end[state] : -1;
+}
+
+static int avl__guide_is_done(const astrovl_guide *g, int state) {   // final, and nothing may follow but an end token
+    int c;
+    if (!astrovl_guide_is_final(g, state)) return 0;
+    for (c = 0; c < g->n_classes; c++) if (g->table[(size_t)state * (size_t)g->n_classes + (size_t)c] >= 0) return 0;
+    return 1;
+}
+
+ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
+    int i;
+    if (!guide) return;
+    for (i = 0; guide->masks && i < 2 * guide->n_mask_classes; i++) astrovl_free(guide->masks[i]);
+    astrovl_free(guide->table);
+    astrovl_free(guide->final);
+    astrovl_free(guide->n_to_end);
+    astrovl_free(guide->n_to_end_after);
+    astrovl_free(guide->tokens);
+    astrovl_free(guide->bytes);
+    astrovl_free(guide->mask_class);
+    astrovl_free(guide->masks);
+    astrovl_free(guide->scratch);
+    astrovl_free(guide);
+}
+
+// ---- from expressions to a guide -----------------------------------------------------------------------------------
+
+static void avl__builder_start(avl__builder *b, const astrovl_model *model, const char *name, const char *advice,
+                               astrovl_error *err) {
+    memset(b, 0, sizeof *b);
+    b->name = name;
+    b->advice = advice;
+    b->err = err;
+    b->status = avl__need_vocab(model, err);
+    if (!b->status && !(b->guide = (astrovl_guide *)avl__alloc(1, sizeof *b->guide))) avl__build_no_memory(b);
+    if (b->status) return;
+    b->guide->model = model;
+    avl__expr_text(b, "", 0);
+    avl__nfa(b, 256, 255, -1, -1);
+}
+
+static astrovl_guide *avl__builder_finish(avl__builder *b, int expr) {   // NULL if anything failed
+    if (!b->status) avl__build_automaton(b, expr);
+    if (!b->status && (!avl__guide_read_tokens(b->guide) || !avl__guide_sort_tokens(b->guide))) avl__build_no_memory(b);
+    if (!b->status) avl__build_ends(b);
+    if (!b->status) avl__build_masks(b);
+    astrovl_free(b->exprs);
+    astrovl_free(b->text.data);
+    astrovl_free(b->bounds);
+    astrovl_free(b->nfa);
+    if (!b->status) return b->guide;
+    astrovl_guide_free(b->guide);
+    return NULL;
+}
+
+// ---- patterns ------------------------------------------------------------------------------------------------------
+
+typedef struct avl__regex {
+    avl__builder *b;
+    const char   *text;
+    size_t        size, at;
+    int           depth;
+} avl__regex;
+
+static int avl__regex_fail(avl__regex *r, size_t at, astrovl_status status, const char *what) {   // 0, an expression
+    if (!r->b->status) r->b->status = avl__fail(r->b->err, status, "pattern, byte %l: %s", (int64_t)at, what);
+    return 0;
+}
+
+static int avl__regex_wrong(avl__regex *r, size_t at, const char *what) {
+    return avl__regex_fail(r, at, ASTROVL_ERROR_FORMAT, what);
+}
+
+static int avl__regex_peek(const avl__regex *r) {   // -1: the end, of the pattern or of its being read
+    return r->at < r->size && !r->b->status ? (unsigned char)r->text[r->at] : -1;
+}
+
+static int avl__regex_take(avl__regex *r, int c) {
+    if (avl__regex_peek(r) != c) return 0;
+    r->at++;
+    return 1;
+}
+
+static uint32_t avl__regex_hex(avl__regex *r, int n) {   // n digits
+    uint32_t value = 0;
+    for (; n > 0; n--, r->at++) {
+        int digit = avl__hex_digit(avl__regex_peek(r));
+        if (digit < 0) return (uint32_t)avl__regex_wrong(r, r->at, "\\x takes two hexadecimal digits, \\u four");
+        value = value << 4 | (uint32_t)digit;
+    }
+    return value;
+}
+
+// A character that stands for itself, or after a backslash.
+static uint32_t avl__regex_char(avl__regex *r) {
+    static const char letters[] = "ntrfv", meanings[] = "\n\t\r\f\v";
+    size_t start = r->at, length;
+    int32_t c = avl__regex_peek(r) < 0 ? AVL__UTF8_BAD : avl__utf8_read(r->text + r->at, r->size - r->at, &length);
+    uint32_t unit;
+    if (c < 0) return (uint32_t)avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
+    r->at += length;
+    if (c != '\\') return (uint32_t)c;
+    c = avl__regex_peek(r);
+    r->at++;
+    if (c > 0 && strchr(letters, c)) return (uint32_t)meanings[strchr(letters, c) - letters];
+    if (c == 'x') return avl__regex_hex(r, 2);
+    if (c == 'u') {
+        unit = avl__regex_hex(r, 4);
+        if (unit >= 0xD800 && unit < 0xDC00 && r->at + 2 <= r->size && memcmp(r->text + r->at, "\\u", 2) == 0) {
+            uint32_t low = (r->at += 2, avl__regex_hex(r, 4));
+            unit = low >= 0xDC00 && low < 0xE000 ? 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00) : unit;
+        }
+        if (unit < 0xD800 || unit > 0xDFFF) return unit;
+        return (uint32_t)avl__regex_wrong(r, start, "half a surrogate pair is no character");
+    }
+    if (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z'))
+        return (uint32_t)avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: \\d "
+                                         "\\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
+    return (uint32_t)c;
+}
+
+// \d, \w, \s or one of their complements: added to the set. ASCII, as JSON schema's patterns have it.  0: something else is here
+static int avl__regex_class(avl__regex *r, size_t start) {
+    static const uint32_t digit[] = {'0', '9'}, word[] = {'0', '9', 'A', 'Z', '_', '_', 'a', 'z'}, space[] = {9, 13, ' ', ' '};
+    int c = avl__regex_peek(r) == '\\' && r->at + 1 < r->size ? r->text[r->at + 1] : 0, kind = c | 0x20, i, n;
+    const uint32_t *bounds = kind == 'd' ? digit : kind == 'w' ? word : space;
+    uint32_t low = 0;
+    if (kind != 'd' && kind != 'w' && kind != 's') return 0;
+    r->at += 2;
+    n = kind == 'd' ? 2 : kind == 'w' ? 8 : 4;
+    for (i = 0; i < n; low = bounds[i + 1] + 1, i += 2) {
+        if (c == kind) avl__set_add(r->b, start, bounds[i], bounds[i + 1]);
+        else if (bounds[i] > low) avl__set_add(r->b, start, low, bounds[i] - 1);
+    }
+    if (c != kind) avl__set_add(r->b, start, low, 0x10FFFF);
+    return 1;
+}
+
+static int avl__regex_set(avl__regex *r) {   // after its [
+    size_t start = r->b->n_bounds, open = r->at - 1;
+    int negate = avl__regex_take(r, '^'), expr;
+    if (avl__regex_peek(r) == ']') return avl__regex_wrong(r, open, "an empty set (a ] in a set is written \\])");
+    while (avl__regex_peek(r) >= 0 && avl__regex_peek(r) != ']') {
+        size_t at = r->at;
+        int is_class = avl__regex_class(r, start);
+        uint32_t low = is_class ? 0 : avl__regex_char(r), high = low;
+        if (r->at + 2 <= r->size && r->text[r->at] == '-' && r->text[r->at + 1] != ']') {
+            r->at++;
+            if (is_class || avl__regex_class(r, start)) return avl__regex_wrong(r, at, "a range goes from a character to another");
+            high = avl__regex_char(r);
+        }
+        if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
+        if (!is_class) avl__set_add(r->b, start, low, high);
+    }
+    if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, open, "this [ is not closed");
+    expr = avl__expr_set(r->b, start, negate);
+    return expr ? expr : avl__regex_wrong(r, open, "a set that no character is in");
+}
+
+static int avl__regex_alternatives(avl__regex *r);
+
+static int avl__regex_group(avl__regex *r) {   // after its (
+    size_t open = r->at - 1;
+    int expr;
+    if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
+        return avl__regex_fail(r, open, ASTROVL_ERROR_UNSUPPORTED, "of the groups that begin with (? only (?: is understood");
+    if (++r->depth > AVL__GUIDE_DEPTH) return avl__regex_fail(r, open, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
+    expr = avl__regex_alternatives(r);
+    r->depth--;
+    return avl__regex_take(r, ')') ? expr : avl__regex_wrong(r, open, "this ( is not closed");
+}
+
+static int avl__regex_atom(avl__regex *r) {
+    size_t start = r->b->n_bounds, at = r->at;
+    char text[4];
+    int c = avl__regex_peek(r);
+    if (c == '*' || c == '+' || c == '?' || c == '{')
+        return avl__regex_wrong(r, at, "nothing stands here to be repeated (a literal one is written with a \\ before it)");
+    if (c == '^' || c == '$')
+        return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the ends of the pattern");
+    if (avl__regex_take(r, '(')) return avl__regex_group(r);
+    if (avl__regex_take(r, '[')) return avl__regex_set(r);
+    if (avl__regex_take(r, '.')) {
+        avl__set_add(r->b, start, '\n', '\n');
+        return avl__expr_set(r->b, start, 1);
+    }
+    if (avl__regex_class(r, start)) return avl__expr_set(r->b, start, 0);
+    return avl__expr_text(r->b, text, avl__utf8_write(avl__regex_char(r), text));
+}
+
+static int avl__regex_count(avl__regex *r) {   // -1: no number is here
+    size_t at = r->at;
+    int n = 0;
+    if (avl__regex_peek(r) < '0' || avl__regex_peek(r) > '9') return -1;
+    for (; avl__regex_peek(r) >= '0' && avl__regex_peek(r) <= '9'; r->at++) {
+        n = n * 10 + (avl__regex_peek(r) - '0');
+        if (n > AVL__GUIDE_STATES) return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "a count of more than 65536");
+    }
+    return n;
+}
+
+static int avl__regex_repeated(avl__regex *r, int atom) {   // with the quantifier that follows it, if one does
+    size_t at = r->at;
+    int c = avl__regex_peek(r), min = c == '+', max = c == '?' ? 1 : -1;
+    if (c != '*' && c != '+' && c != '?' && c != '{') return atom;
+    r->at++;
+    if (c == '{') {
+        min = max = avl__regex_count(r);
+        if (avl__regex_take(r, ',')) max = avl__regex_count(r);
+        if (min < 0 || (max >= 0 && max < min) || !avl__regex_take(r, '}'))
+            return avl__regex_wrong(r, at, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is written \\{)");
+    }
+    avl__regex_take(r, '?');   // as few as possible or as many: the same language
+    c = avl__regex_peek(r);
+    if (c == '*' || c == '+' || c == '?' || c == '{') return avl__regex_wrong(r, r->at, "a quantifier after a quantifier");
+    return avl__expr_list(r->b, atom, 0, min, max);
+}
+
+static int avl__regex_sequence(avl__regex *r) {
+    int expr = 0, c;
+    while ((c = avl__regex_peek(r)) >= 0 && c != '|' && c != ')') {
+        int item = avl__regex_repeated(r, avl__regex_atom(r));
+        expr = expr ? avl__expr_cat(r->b, expr, item) : item;
+    }
+    return expr ? expr : avl__expr_text(r->b, "", 0);
+}
+
+static int avl__regex_alternatives(avl__regex *r) {
+    int expr = avl__regex_sequence(r);
+    while (avl__regex_take(r, '|')) expr = avl__expr_alt(r->b, expr, avl__regex_sequence(r));
+    return expr;
+}
+
+// A whole pattern as an expression.
+static int avl__expr_regex(avl__builder *b, const char *pattern) {
+    avl__regex r;
+    size_t slashes = 0;
+    int expr = 0;
+    memset(&r, 0, sizeof r);
+    r.b = b;
+    r.text = pattern;
+    r.size = strlen(pattern);
+    if (r.size > AVL__GUIDE_TEXT) return avl__regex_fail(&r, AVL__GUIDE_TEXT, ASTROVL_ERROR_LIMIT, "it is too long");
+    avl__regex_take(&r, '^');   // the whole answer matches in any case
+    if (r.size > r.at && pattern[r.size - 1] == '$') {
+        while (slashes + 1 < r.size && pattern[r.size - 2 - slashes] == '\\') slashes++;
+        if (slashes % 2 == 0) r.size--;
+    }
+    expr = avl__regex_alternatives(&r);
+    return r.at < r.size ? avl__regex_fail(&r, r.at, ASTROVL_ERROR_FORMAT, "this ) closes nothing") : expr;
+}
+
+ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err) {
+    avl__builder b;
+    int expr = 0;
+    avl__builder_start(&b, model, "pattern", "lower the counts in { }", err);
+    if (!pattern && !b.status) b.status = avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no pattern was given");
+    if (!b.status) expr = avl__expr_regex(&b, pattern);
+    return avl__builder_finish(&b, expr);
+}
+
+// ---- schemas -------------------------------------------------------------------------------------------------------
+
+enum { AVL__TYPE, AVL__PROPERTIES, AVL__REQUIRED, AVL__ADDITIONAL, AVL__ITEMS, AVL__MIN_ITEMS, AVL__MAX_ITEMS, AVL__MIN_LENGTH,
+       AVL__MAX_LENGTH, AVL__ENUM, AVL__CONST, AVL__ANY_OF, AVL__N_KEYWORDS, AVL__N_WORDS = AVL__N_KEYWORDS + 7 };
+
+static const char *const avl__keywords[AVL__N_WORDS] = {   // the last seven say nothing about the values
+    "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "enum",
+    "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
+
+static const struct { const char *name; int kind; } avl__json_types[] = {
+    {"object", AVL__JSON_OBJECT}, {"array", AVL__JSON_ARRAY}, {"string", AVL__JSON_STRING}, {"integer", AVL__JSON_INTEGER},
+    {"number", AVL__JSON_NUMBER}, {"boolean", AVL__JSON_BOOLEAN}, {"null", AVL__JSON_NULL}};
+
+typedef struct avl__schema {
+    avl__builder *b;
+    avl__json     json;
+    avl__bytes    path;                                  // where the reader is, a JSON pointer (RFC 6901)
+    int           character, integer, number, comma, colon;   // expressions that many values share
+} avl__schema;
+
+static int avl__schema_expr(avl__schema *s, int node);
+
+static int avl__schema_fail(avl__schema *s, astrovl_status status, const char *what) {   // 0, an expression
+    if (!s->b->status)
+        s->b->status = avl__fail(s->b->err, status, "schema, at %s: %s", s->path.size ? s->path.data : "its root", what);
+    return 0;
+}
+
+static int avl__schema_wrong(avl__schema *s, const char *what) { return avl__schema_fail(s, ASTROVL_ERROR_FORMAT, what); }
+static int avl__schema_unknown(avl__schema *s, const char *what) { return avl__schema_fail(s, ASTROVL_ERROR_UNSUPPORTED, what); }
+
+static size_t avl__schema_enter(avl__schema *s, astrovl_string step) {   // returns what leaving takes
+    size_t before = s->path.size, i;
+    avl__bytes_put(&s->path, "/", 1);
+    for (i = 0; i < step.size; i++) {
+        if (step.data[i] == '~' || step.data[i] == '/') avl__bytes_put_text(&s->path, step.data[i] == '~' ? "~0" : "~1");
+        else avl__bytes_put(&s->path, step.data + i, 1);
+    }
+    if (s->path.failed) avl__build_no_memory(s->b);
+    return before;
+}
+
+static size_t avl__schema_enter_word(avl__schema *s, int keyword) {
+    return avl__schema_enter(s, avl__string(avl__keywords[keyword], strlen(avl__keywords[keyword])));
+}
+
+static void avl__schema_leave(avl__schema *s, size_t before) {
+    s->path.size = before;
+    if (s->path.data) s->path.data[before] = 0;
+}
+
+// Sorts a schema's members by their names. What is not understood is an error: passed over, it would be broken by the answer.
+static void avl__schema_keywords(avl__schema *s, int schema, int words[AVL__N_WORDS]) {
+    int node, i;
+    memset(words, 0, AVL__N_WORDS * sizeof *words);
+    if (s->json.nodes[schema].kind != AVL__JSON_OBJECT) avl__schema_unknown(s, "a schema is an object here");
+    for (node = s->json.nodes[schema].child; node && !s->b->status; node = s->json.nodes[node].next) {
+        for (i = 0; i < AVL__N_WORDS && !avl__string_is(s->json.nodes[node].key, avl__keywords[i]);) i++;
+        if (i < AVL__N_WORDS) { words[i] = node; continue; }
+        avl__schema_enter(s, s->json.nodes[node].key);
+        avl__schema_unknown(s, "this keyword is not understood; those that are: type, properties, required, additionalProperties "
+                            "(true, false), items, minItems, maxItems, minLength, maxLength, enum, const, anyOf");
+    }
+}
+
+static int avl__schema_type(avl__schema *s, int node) {   // of one name, its kind
+    int i, n = (int)(sizeof avl__json_types / sizeof *avl__json_types);
+    const avl__json_node *x = &s->json.nodes[node];
+    for (i = 0; i < n; i++)
+        if (x->kind == AVL__JSON_STRING && avl__string_is(x->text, avl__json_types[i].name)) return avl__json_types[i].kind;
+    return avl__schema_wrong(s, "a type is object, array, string, integer, number, boolean or null");
+}
+
+// The kinds of values allowed. Without a type, a schema that describes objects or arrays is taken to mean them.
+static int avl__schema_kinds(avl__schema *s, const int words[AVL__N_WORDS]) {
+    int type = words[AVL__TYPE], kinds = 0, node;
+    size_t before;
+    if (!type) {
+        if (words[AVL__PROPERTIES]) return AVL__JSON_OBJECT;
+        if (words[AVL__ITEMS]) return AVL__JSON_ARRAY;
+        return avl__schema_unknown(s, "a type (or enum, const, anyOf) is needed: any value at all is not understood");
+    }
+    before = avl__schema_enter_word(s, AVL__TYPE);
+    if (s->json.nodes[type].kind != AVL__JSON_ARRAY) kinds = avl__schema_type(s, type);
+    else for (node = s->json.nodes[type].child; node; node = s->json.nodes[node].next) kinds |= avl__schema_type(s, node);
+    if (!kinds) avl__schema_wrong(s, "no type is named");
+    avl__schema_leave(s, before);
+    return kinds;
+}
+
+// A limit, such as minItems; `absent` if there is none.
+static int avl__schema_count(avl__schema *s, const int words[AVL__N_WORDS], int word, int absent) {
+    astrovl_string text = s->json.nodes[words[word]].text;
+    size_t before, i;
+    int n = 0;
+    if (!words[word]) return absent;
+    before = avl__schema_enter_word(s, word);
+    if (s->json.nodes[words[word]].kind != AVL__JSON_NUMBER) avl__schema_wrong(s, "a whole number, not negative, is expected");
+    for (i = 0; i < text.size && !s->b->status; i++) {
+        if (text.data[i] < '0' || text.data[i] > '9') avl__schema_wrong(s, "a whole number, not negative, is expected");
+        n = n * 10 + (text.data[i] - '0');
+        if (n > AVL__GUIDE_STATES && word != AVL__MAX_ITEMS && word != AVL__MAX_LENGTH) avl__build_too_large(s->b);
+        if (n > AVL__GUIDE_STATES) n = AVL__GUIDE_STATES + 1;   // refused when it is built
+    }
+    avl__schema_leave(s, before);
+    return n;
+}
+
+// Items between the two limits that stand at min_word and after it: an array in its brackets, a string in its quotes.
+static int avl__schema_list(avl__schema *s, const int words[AVL__N_WORDS], int min_word, int item, int between, const char *open,
+                            const char *close) {
+    int min = avl__schema_count(s, words, min_word, 0), max = avl__schema_count(s, words, min_word + 1, -1), list;
+    if (max >= 0 && min > max) avl__schema_wrong(s, "the least (minItems, minLength) is more than the most");
+    list = avl__expr_cat(s->b, avl__expr_word(s->b, open), avl__expr_list(s->b, item, between, min, max));
+    return avl__expr_cat(s->b, list, avl__expr_word(s->b, close));
+}
+
+static int avl__schema_array(avl__schema *s, const int words[AVL__N_WORDS]) {
+    size_t before = avl__schema_enter_word(s, AVL__ITEMS);
+    int item = words[AVL__ITEMS] ? avl__schema_expr(s, words[AVL__ITEMS])
+                                 : avl__schema_unknown(s, "an array needs them: one of anything at all is not understood");
+    avl__schema_leave(s, before);
+    return avl__schema_list(s, words, AVL__MIN_ITEMS, item, s->comma, "[", "]");
+}
+
+static int avl__schema_text(avl__schema *s, astrovl_string text, int node) {   // a string, or the value `node`, as it is written
+    avl__bytes bytes = {NULL, 0, 0, 0};
+    int expr;
+    if (node < 0) avl__json_write_string(text, &bytes);
+    else avl__json_write(&s->json, node, &bytes);
+    if (bytes.failed) avl__build_no_memory(s->b);
+    expr = avl__expr_text(s->b, bytes.data ? bytes.data : "", bytes.failed ? 0 : bytes.size);
+    astrovl_free(bytes.data);
+    return expr;
+}
+
+// Whether `required` (0: absent) names a property.
+static int avl__schema_requires(const avl__schema *s, int required, astrovl_string name) {
+    int node = required ? s->json.nodes[required].child : 0;
+    while (node && avl__compare_strings(s->json.nodes[node].text, name) != 0) node = s->json.nodes[node].next;
+    return node != 0;
+}
+
+static void avl__schema_check_object(avl__schema *s, const int words[AVL__N_WORDS]) {
+    const avl__json_node *nodes = s->json.nodes;
+    int properties = words[AVL__PROPERTIES], required = words[AVL__REQUIRED], additional = words[AVL__ADDITIONAL], node, other;
+    size_t before;
+    if (properties && nodes[properties].kind != AVL__JSON_OBJECT) avl__schema_wrong(s, "properties is an object");
+    if (additional && nodes[additional].kind != AVL__JSON_BOOLEAN)
+        avl__schema_unknown(s, "additionalProperties is understood only if true or false (none is ever written)");
+    if (required && nodes[required].kind != AVL__JSON_ARRAY) avl__schema_wrong(s, "required is an array of names");
+    for (node = required ? nodes[required].child : 0; node && !s->b->status; node = nodes[node].next) {
+        if (nodes[node].kind != AVL__JSON_STRING) avl__schema_wrong(s, "required is an array of names");
+        other = properties ? nodes[properties].child : 0;
+        while (other && avl__compare_strings(nodes[other].key, nodes[node].text) != 0) other = nodes[other].next;
+        if (other || s->b->status) continue;
+        before = avl__schema_enter_word(s, AVL__REQUIRED);
+        avl__schema_enter(s, nodes[node].text);
+        avl__schema_unknown(s, "properties says nothing about this one");
+        avl__schema_leave(s, before);
+    }
+}
+
+static int avl__schema_object(avl__schema *s, const int words[AVL__N_WORDS]) {
+    avl__builder *b = s->b;
+    int node, members = 0;
+    size_t before;
+    avl__schema_check_object(s, words);
+    if (b->status) return 0;
+    before = avl__schema_enter_word(s, AVL__PROPERTIES);
+    node = words[AVL__PROPERTIES] ? s->json.nodes[words[AVL__PROPERTIES]].child : 0;
+    for (; node && !b->status; node = s->json.nodes[node].next) {
+        astrovl_string name = s->json.nodes[node].key;
+        size_t here = avl__schema_enter(s, name);
+        int key = avl__expr_cat(b, avl__schema_text(s, name, -1), s->colon);
+        int member = avl__expr_cat(b, key, avl__schema_expr(s, node));
+        members = avl__expr_new(b, AVL__MEMBER, members, member, avl__schema_requires(s, words[AVL__REQUIRED], name), 0);
+        if (!b->status) b->exprs[members].c = s->comma;
+        avl__schema_leave(s, here);
+    }
+    avl__schema_leave(s, before);
+    return avl__expr_cat(b, avl__expr_cat(b, avl__expr_word(b, "{"), members), avl__expr_word(b, "}"));
+}
+
+// Whether a number is whole, in any spelling: 3, 3.0, 30e-1.
+static int avl__json_is_whole(astrovl_string text) {
+    int64_t zeros = 0, fraction = 0, exponent = 0, sign = 1;
+    int point = 0, nonzero = 0;
+    size_t i;
+    for (i = 0; i < text.size && (text.data[i] | 0x20) != 'e'; i++) {
+        if (text.data[i] == '.') point = 1;
+        if (text.data[i] < '0' || text.data[i] > '9') continue;
+        zeros = text.data[i] == '0' ? zeros + 1 : 0;   // at the end of the digits
+        fraction += point;
+        nonzero |= text.data[i] != '0';
+    }
+    for (; i < text.size; i++) {
+        if (text.data[i] == '-') sign = -1;
+        if (text.data[i] >= '0' && text.data[i] <= '9' && exponent < 1000000000) exponent = exponent * 10 + (text.data[i] - '0');
+    }
+    return !nonzero || sign * exponent - fraction + zeros >= 0;
+}
+
+// The values of enum or const that are of the right kind.
+static int avl__schema_values(avl__schema *s, const int words[AVL__N_WORDS]) {
+    int is_enum = words[AVL__ENUM] != 0, list = is_enum ? words[AVL__ENUM] : words[AVL__CONST], expr = 0, node, i;
+    int kinds = words[AVL__TYPE] ? avl__schema_kinds(s, words) : ~0;
+    for (i = AVL__TYPE + 1; i < AVL__N_KEYWORDS; i++)
+        if (words[i] && words[i] != list) return avl__schema_unknown(s, "beside enum or const only type is understood");
+    if (is_enum && s->json.nodes[list].kind != AVL__JSON_ARRAY) return avl__schema_wrong(s, "enum is an array of values");
+    for (node = is_enum ? s->json.nodes[list].child : list; node && !s->b->status; node = is_enum ? s->json.nodes[node].next : 0) {
+        const avl__json_node *x = &s->json.nodes[node];
+        int whole = x->kind == AVL__JSON_NUMBER && avl__json_is_whole(x->text), text;
+        if (!(kinds & x->kind) && !(whole && (kinds & AVL__JSON_INTEGER))) continue;
+        text = avl__schema_text(s, x->text, node);
+        expr = expr ? avl__expr_alt(s->b, expr, text) : text;
+    }
+    return expr ? expr : avl__schema_wrong(s, "no value is left to choose from");
+}
+
+static int avl__schema_any_of(avl__schema *s, const int words[AVL__N_WORDS]) {
+    int list = words[AVL__ANY_OF], expr = 0, node, i;
+    size_t before = avl__schema_enter_word(s, AVL__ANY_OF);
+    if (s->json.nodes[list].kind != AVL__JSON_ARRAY || !s->json.nodes[list].child) avl__schema_wrong(s, "an array of schemas");
+    for (i = 0; i < AVL__N_KEYWORDS; i++)
+        if (words[i] && i != AVL__ANY_OF) avl__schema_unknown(s, "beside anyOf no other keyword is understood");
+    for (node = s->json.nodes[list].child, i = 0; node && !s->b->status; node = s->json.nodes[node].next, i++) {
+        char index[24];
+        size_t here;
+        int choice;
+        avl__format(index, sizeof index, "%d", i);
+        here = avl__schema_enter(s, avl__string(index, strlen(index)));
+        choice = avl__schema_expr(s, node);
+        expr = expr ? avl__expr_alt(s->b, expr, choice) : choice;
+        avl__schema_leave(s, here);
+    }
+    avl__schema_leave(s, before);
+    return expr;
+}
+
+static int avl__schema_of_kind(avl__schema *s, const int words[AVL__N_WORDS], int kind) {
+    switch (kind) {
+    case AVL__JSON_OBJECT: return avl__schema_object(s, words);
+    case AVL__JSON_ARRAY: return avl__schema_array(s, words);
+    case AVL__JSON_STRING: return avl__schema_list(s, words, AVL__MIN_LENGTH, s->character, 0, "\"", "\"");
+    case AVL__JSON_INTEGER: return s->integer;
+    case AVL__JSON_NUMBER: return s->number;
+    case AVL__JSON_BOOLEAN: return avl__expr_regex(s->b, "true|false");
+    default: return avl__expr_word(s->b, "null");
+    }
+}
+
+static int avl__schema_expr(avl__schema *s, int node) {
+    int words[AVL__N_WORDS], kinds, kind, expr = 0;
+    avl__schema_keywords(s, node, words);
+    if (s->b->status) return 0;
+    if (words[AVL__ENUM] || words[AVL__CONST]) return avl__schema_values(s, words);
+    if (words[AVL__ANY_OF]) return avl__schema_any_of(s, words);
+    kinds = avl__schema_kinds(s, words);
+    for (kind = 1; kind <= AVL__JSON_INTEGER && !s->b->status; kind *= 2)
+        if (kinds & kind) {
+            int choice = avl__schema_of_kind(s, words, kind);
+            expr = expr ? avl__expr_alt(s->b, expr, choice) : choice;
+        }
+    return expr;
+}
+
+ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size, astrovl_error *err) {
+    avl__builder b;
+    avl__schema s;
+    int expr = 0;
+    avl__builder_start(&b, model, "schema", "lower maxItems and maxLength, or leave them out", err);
+    memset(&s, 0, sizeof s);
+    s.b = &b;
+    if (size > AVL__GUIDE_TEXT) avl__schema_fail(&s, ASTROVL_ERROR_LIMIT, "it has more than 262,144 bytes");
+    if (!b.status) b.status = avl__json_read(&s.json, "schema", json, size, err);
+    if (!b.status) {
+        s.character = avl__expr_regex(&b, "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])"
+                                      "[\\dA-Fa-f]{2})");
+        s.integer = avl__expr_regex(&b, "-?(0|[1-9]\\d{0,14})");
+        s.number = avl__expr_regex(&b, "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?");
+        s.comma = avl__expr_regex(&b, ", ?");
+        s.colon = avl__expr_regex(&b, ": ?");
+    }
+    if (!b.status) expr = avl__schema_expr(&s, 0);
+    avl__json_free(&s.json);
+    astrovl_free(s.path.data);
+    return avl__builder_finish(&b, expr);
+}
+
 // ---- the answer as it grows ----------------------------------------------------------------------------------------
 
 typedef struct avl__answer {
@@ -7877,6 +9566,7 @@ typedef struct avl__answer {
     avl__bytes     text;        // whole characters only
     size_t         n_shown;     // bytes given to on_text
     avl__utf8_gate gate;
+    int            state;       // of the guide, if there is one
     const astrovl_generation *options;
 } avl__answer;
 
@@ -7910,21 +9600,25 @@ static int avl__show(avl__answer *a, size_t end) {
     return a->options->on_text ? a->options->on_text(a->options->user, a->text.data + from, end - from) : 0;
 }
 
-// Appends bytes of whole characters, without the white space that an answer begins with.
+// Appends bytes of whole characters, without the white space that a free answer begins with.
 static void avl__answer_put(avl__answer *a, const char *text, size_t size) {
-    while (a->text.size == 0 && size && (*text == ' ' || *text == '\n')) text++, size--;
+    while (!a->options->guide && a->text.size == 0 && size && (*text == ' ' || *text == '\n')) text++, size--;
     avl__bytes_put(&a->text, text, size);
 }
 
 // Takes one more token.  Returns ASTROVL_OK, ASTROVL_CANCELLED or ASTROVL_ERROR_MEMORY; *stopped: a stop text was met
 static astrovl_status avl__answer_token(avl__answer *a, const avl__vocab *vocab, int32_t token, int *stopped) {
     avl__bytes piece = {NULL, 0, 0, 0};
-    size_t before = a->text.size, end, longest = 0;
+    size_t before = a->text.size, end, longest = 0, skip = 0;
     int i;
     avl__put_token(vocab, token, &piece);
+    if (a->options->guide && !piece.failed) {
+        skip = avl__guide_skip(a->options->guide, a->state, piece.data, piece.size);
+        a->state = avl__guide_walk(a->options->guide, a->state, piece.data + skip, piece.size - skip);
+    }
     if (!piece.failed) {
         avl__bytes whole = {NULL, 0, 0, 0};
-        avl__utf8_gate_put(&a->gate, piece.data ? piece.data : "", piece.size, &whole);
+        avl__utf8_gate_put(&a->gate, piece.data ? piece.data + skip : "", piece.size - skip, &whole);
         if (whole.failed) a->text.failed = 1;
         else avl__answer_put(a, whole.data ? whole.data : "", whole.size);
         astrovl_free(whole.data);
@@ -7944,22 +9638,39 @@ static astrovl_status avl__answer_token(avl__answer *a, const avl__vocab *vocab,
 
 // ---- a turn --------------------------------------------------------------------------------------------------------
 
-// Writes tokens after the logits [n_vocab] of the prompt's last position until the model, a stop text or a limit ends the answer.
-// The last token is left unread: the next turn reads it, or nobody needs it.
+// Draws the next token, inside the guide if there is one; then there is room for the answer to end as it asks.
+static astrovl_status avl__draw(const astrovl_session *s, const avl__answer *a, int max_tokens, float *logits, uint64_t *random_state,
+                                int32_t *token, astrovl_error *err) {
+    const astrovl_generation *o = a->options;
+    int n_left = max_tokens - (int)a->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1;   // + 1: the last is left unread
+    astrovl_status status = o->guide ? astrovl_guide_mask(o->guide, a->state, n_left < n_room ? n_left : n_room, logits, err) : ASTROVL_OK;
+    if (status) return status;
+    *token = astrovl_sample(logits, s->model->llama.n_vocab, o, a->tokens.data, (int)a->tokens.size, random_state);
+    if (!o->guide || astrovl_guide_next(o->guide, a->state, *token) >= 0) return ASTROVL_OK;
+    if (avl__vocab_is_end(&s->model->vocab, *token) && astrovl_guide_is_final(o->guide, a->state)) return ASTROVL_OK;
+    return avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
+}
+
+static int avl__answer_is_done(const avl__answer *a) { return a->options->guide && avl__guide_is_done(a->options->guide, a->state); }
+
+// Writes tokens after the logits [n_vocab] of the prompt's last position until the model, the guide, a stop text or a limit ends the
+// answer. The last token is left unread: the next turn reads it, or nobody needs it.
 static astrovl_status avl__generate(astrovl_session *s, float *logits, avl__answer *a, astrovl_error *err) {
     const astrovl_generation *o = a->options;
     const avl__vocab *vocab = &s->model->vocab;
     int max_tokens = o->max_tokens > 0 ? o->max_tokens : 256, stopped = 0;
     uint64_t random_state = o->seed;
     astrovl_status status = ASTROVL_OK;
-    for (;;) {
-        int32_t token = astrovl_sample(logits, s->model->llama.n_vocab, o, a->tokens.data, (int)a->tokens.size, &random_state);
+    while (!avl__answer_is_done(a)) {
+        int32_t token;
+        status = avl__draw(s, a, max_tokens, logits, &random_state, &token, err);
+        if (status) return status;
         if (avl__vocab_is_end(vocab, token)) break;
         if (!avl__tokens_put(&a->tokens, token)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
         a->n_unread = 1;
         status = avl__answer_token(a, vocab, token, &stopped);
         if (status == ASTROVL_ERROR_MEMORY) return avl__fail(err, status, "out of memory for the answer");
-        if (status || stopped) break;
+        if (status || stopped || avl__answer_is_done(a)) break;
         s->stats.stopped_by_limit = (int)a->tokens.size >= max_tokens || s->cache.n_past >= s->cache.n_ctx;
         if (s->stats.stopped_by_limit) break;
         status = avl__eval(s, &token, NULL, 1, logits, 1, err);
@@ -7999,6 +9710,15 @@ static astrovl_status avl__read_prompt(astrovl_session *s, const avl__tokens *to
     return status;
 }
 
+static astrovl_status avl__check_guide(const astrovl_model *m, const astrovl_generation *o, astrovl_error *err) {
+    int n = astrovl_guide_n_to_end(o->guide, 0), max_tokens = o->max_tokens > 0 ? o->max_tokens : 256;
+    if (o->guide->model != m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the guide was made for another model");
+    if (o->n_stop > 0) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guided answer ends as its guide says: give it no stop texts");
+    if (max_tokens < n)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs at least %d tokens to end as its guide asks, and may have %d", n, max_tokens);
+    return ASTROVL_OK;
+}
+
 static astrovl_status avl__check_turn(const astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                       const astrovl_generation *o, astrovl_error *err) {
     const astrovl_model *m = s->model;
@@ -8015,7 +9735,7 @@ static astrovl_status avl__check_turn(const astrovl_session *s, const astrovl_im
         !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) || !(o->repetition_penalty >= 0.0f))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, and min_p is at most 1");
     for (i = 0; i < o->n_stop; i++) if (!o->stop[i]) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "stop text %d is NULL", i);
-    return ASTROVL_OK;
+    return o->guide ? avl__check_guide(m, o, err) : ASTROVL_OK;
 }
 
 // The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt.
@@ -8353,26 +10073,20 @@ ASTROVL_API int astrovl_search(const void *rows, int64_t n_rows, int n_dims, con
     return n;
 }
 
+enum { AVL__READ_SLICES = 64 };
+
 typedef struct avl__read {
-    const uint8_t *data;
-    size_t         size;
-    uint64_t       sums[64];
+    const avl__kernels *kernels;
+    const uint8_t      *data;
+    size_t              size;
+    uint64_t            sums[AVL__READ_SLICES];
 } avl__read;
 
-// Eight sums, so that the processor waits for memory and not for an addition.
 static void avl__read_slice(void *context, int slice, int thread) {
     avl__read *read = (avl__read *)context;
-    size_t at = read->size / 64 * (size_t)slice, end = slice == 63 ? read->size : at + read->size / 64;
-    uint64_t sum[8] = {0}, word;
-    int i;
+    size_t step = read->size / AVL__READ_SLICES, at = step * (size_t)slice;
     (void)thread;
-    for (; at + 64 <= end; at += 64)
-        for (i = 0; i < 8; i++) {
-            memcpy(&word, read->data + at + 8 * (size_t)i, sizeof word);
-            sum[i] += word;
-        }
-    for (; at < end; at++) sum[0] += read->data[at];
-    for (i = 0; i < 8; i++) read->sums[slice] += sum[i];
+    read->sums[slice] = read->kernels->read(read->data + at, slice == AVL__READ_SLICES - 1 ? read->size - at : step);
 }
 
 ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_threads) {
@@ -8383,12 +10097,13 @@ ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_thr
     avl__pool *pool = avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors());
     if (!pool) return 0.0;
     memset(&read, 0, sizeof read);
+    read.kernels = avl__choose_kernels(ASTROVL_FAST);
     read.data = (const uint8_t *)data;
     read.size = size;
     start = avl__seconds();
-    avl__pool_run(pool, avl__read_slice, &read, 64);
+    avl__pool_run(pool, avl__read_slice, &read, AVL__READ_SLICES);
     seconds = avl__seconds() - start;
-    for (i = 0; i < 64; i++) keep = keep + read.sums[i];
+    for (i = 0; i < AVL__READ_SLICES; i++) keep = keep + read.sums[i];
     avl__pool_free(pool);
     return seconds;
 }

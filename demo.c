@@ -1,6 +1,7 @@
 // demo.c: the `astrovl` program. It captions images, answers questions about them, talks about them, and shows what
-// happens inside the model while it does: tokens, tensors, every intermediate result. It is also the longest usage
-// example of astrovl.h: it uses the public API only.
+// happens inside the model while it does: tokens, tensors, every intermediate result. It scores images against texts,
+// searches folders of them, and turns abstracts into JSON. It is also the longest usage example of astrovl.h: it uses
+// the public API only.
 //
 //     cc -O2 -o astrovl demo.c -lm -pthread
 //     ./astrovl --help
@@ -10,6 +11,7 @@
 #if defined(__linux__) && !defined(_DEFAULT_SOURCE)
 #define _DEFAULT_SOURCE 1        // readlink, also when compiled with -std=c99
 #endif
+#define _FILE_OFFSET_BITS 64     // index files above 2 GB, on 32-bit machines too
 
 #define ASTROVL_IMPLEMENTATION
 #include "astrovl.h"
@@ -27,15 +29,28 @@
 #if defined(_WIN32)
 #include <direct.h>
 #include <io.h>
-#define make_folder(path) _mkdir(path)
-#define is_terminal(fd)   _isatty(fd)
+#include <share.h>
+#define make_folder(path)     _mkdir(path)
+#define is_terminal(fd)       _isatty(fd)
+#define open_to_append(path)  _fsopen(path, "ab+", _SH_DENYWR)
+#define lock_file(f)          0                            // _SH_DENYWR has done it
+#define write_file(f, p, n)   _write(_fileno(f), p, (unsigned)(n))
+#define cut_file(f, size)     _chsize_s(_fileno(f), (long long)(size))
+#define sync_file(f)          _commit(_fileno(f))
 #else
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
-#define make_folder(path) mkdir(path, 0777)
-#define is_terminal(fd)   isatty(fd)
+#define make_folder(path)     mkdir(path, 0777)
+#define is_terminal(fd)       isatty(fd)
+#define open_to_append(path)  fopen(path, "ab+")
+#define lock_file(f)          flock(fileno(f), LOCK_EX | LOCK_NB)
+#define write_file(f, p, n)   write(fileno(f), p, n)
+#define cut_file(f, size)     ftruncate(fileno(f), (off_t)(size))
+#define sync_file(f)          fsync(fileno(f))
 #endif
 
 #ifndef ASTROVL_DATA_DIR
@@ -44,11 +59,7 @@
 #define SHIPPED_MODEL "astrovl-tiny.gguf"
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
-
-// ====================================================================================================================
-// Printing
-// ====================================================================================================================
-
+// ==== Printing =======================================================================================================
 // Reads one character of UTF-8. Returns its bytes (at least 1; so must size be); *valid is 0 when they are none.
 static size_t utf8_next(const char *text, size_t size, unsigned *code, int *valid) {
     static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000};   // longer spellings than needed are not UTF-8
@@ -65,38 +76,26 @@ static size_t utf8_next(const char *text, size_t size, unsigned *code, int *vali
 }
 
 static const char replacement[] = "\xEF\xBF\xBD";   // U+FFFD, stands for bytes that are no UTF-8
-
 static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && code < 0xA0); }
 
-// Text as a JSON string. Terminal control codes come out escaped, so it is also the way to print what a file holds.
-static void print_json_string(FILE *out, const char *text, size_t size) {
+// Text with nothing in it that drives a terminal. quoted: as a JSON string, control codes escaped; otherwise they are dropped,
+// but for newline and tab.
+static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     unsigned code;
     int valid;
     size_t n;
-    fputc('"', out);
+    if (quoted) fputc('"', out);
     for (; size; text += n, size -= n) {
         n = utf8_next(text, size, &code, &valid);
         if (!valid) fputs(replacement, out);
-        else if (code == '"' || code == '\\') fprintf(out, "\\%c", (char)code);
-        else if (code == '\n') fputs("\\n", out);
-        else if (code == '\t') fputs("\\t", out);
-        else if (is_control(code)) fprintf(out, "\\u%04x", code);
-        else fwrite(text, 1, n, out);
-    }
-    fputc('"', out);
-}
-
-// Text for a terminal, which must not be driven by what a model says: control codes but newline and tab are dropped.
-static void print_safe(FILE *out, const char *text, size_t size) {
-    unsigned code;
-    int valid;
-    size_t n;
-    for (; size; text += n, size -= n) {
-        n = utf8_next(text, size, &code, &valid);
-        if (!valid) fputs(replacement, out);
+        else if (quoted && (code == '"' || code == '\\')) fprintf(out, "\\%c", (char)code);
+        else if (quoted && (code == '\n' || code == '\t')) fputs(code == '\n' ? "\\n" : "\\t", out);
+        else if (quoted && is_control(code)) fprintf(out, "\\u%04x", code);
         else if (!is_control(code) || code == '\n' || code == '\t') fwrite(text, 1, n, out);
     }
+    if (quoted) fputc('"', out);
 }
+static void print_safe(FILE *out, const char *text) { print_string(out, text, strlen(text), 0); }
 
 // Characters a string takes on the screen (wide ones counted as one).
 static int text_width(const char *text, size_t size) {
@@ -107,8 +106,10 @@ static int text_width(const char *text, size_t size) {
     return width;
 }
 
-static void print_spaces(FILE *out, int n) {
-    for (; n > 0; n--) fputc(' ', out);
+// Text, with blanks up to a width.
+static void print_padded(const char *text, size_t size, int width) {
+    print_string(stdout, text, size, 0);
+    printf("%*s", width > text_width(text, size) ? width - text_width(text, size) : 0, "");
 }
 
 // 7340032 -> "7.3 MB"
@@ -147,70 +148,58 @@ static const char *shape_text(char text[128], const int64_t *shape, int n_dims, 
     return text;
 }
 
-// JSON on standard output. Keys are NULL inside an array.
-typedef struct json {
-    int comma;                 // the next entry has one before it
-} json;
-
-static void json_key(json *j, const char *key) {
-    if (j->comma) fputs(", ", stdout);
-    if (key) print_json_string(stdout, key, strlen(key)), fputs(": ", stdout);
-    j->comma = 1;
+// JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a
+// long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
+// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)
+static void put_json(const char *f, ...) {
+    static int comma;          // the next entry has one before it
+    const char *text;
+    size_t size;
+    va_list args;
+    va_start(args, f);
+    for (; *f; f++) {
+        if (*f == ' ') continue;
+        if (comma && !strchr("}]\n", *f)) fputs(", ", stdout);
+        comma = !strchr("{[\n", *f);
+        if (strchr("{[}]\n", *f)) {
+            putchar(*f);
+        } else if (*f != '%' || f[1] == 'k') {
+            text = *f == '%' ? va_arg(args, const char *) : f;
+            size = *f == '%' ? strlen(text) : strcspn(f, ":");
+            print_string(stdout, text, size, 1);
+            fputs(": ", stdout);
+            f += *f == '%' ? 1 : size;
+            comma = 0;
+        } else if (*++f == 's' || *f == 'S') {
+            text = va_arg(args, const char *);
+            size = *f == 'S' ? va_arg(args, size_t) : strlen(text);
+            print_string(stdout, text, size, 1);
+        } else if (*f == 'd') printf("%d", va_arg(args, int));
+        else if (*f == 'l') printf("%lld", va_arg(args, long long));
+        else if (*f == 'f') print_number(stdout, va_arg(args, double), 1);
+        else if (*f == 'b') fputs(va_arg(args, int) ? "true" : "false", stdout);
+    }
+    va_end(args);
 }
 
-static void json_open(json *j, const char *key, char bracket) {
-    json_key(j, key);
-    putchar(bracket);
-    j->comma = 0;
-}
-
-static void json_close(json *j, char bracket) {
-    putchar(bracket);
-    j->comma = 1;
-}
-
-static void json_string(json *j, const char *key, const char *text, size_t size) {
-    json_key(j, key);
-    print_json_string(stdout, text, size);
-}
-
-static void json_text(json *j, const char *key, const char *text) { json_string(j, key, text, strlen(text)); }
-
-static void json_int(json *j, const char *key, int64_t value) {
-    json_key(j, key);
-    printf("%lld", (long long)value);
-}
-
-static void json_number(json *j, const char *key, double value) {
-    json_key(j, key);
-    print_number(stdout, value, 1);
-}
-
-// ====================================================================================================================
-// Options
+// ==== Options ========================================================================================================
 // A table describes every option once: the parser, the checks and the help pages are made from it.
-// ====================================================================================================================
 
-enum { CAPTION = 1, ASK = 2, CHAT = 4, TOKENS = 8, INSPECT = 16, TRACE = 32, VERSION = 64,
-       SPEAK = CAPTION | ASK | CHAT, GENERATE = SPEAK | TRACE, ALL = 127 };
-
-typedef struct list {
-    const char **items;
-    int          n;
-} list;
-
+enum { CAPTION = 1, ASK = 2, CHAT = 4, TOKENS = 8, INSPECT = 16, TRACE = 32, VERSION = 64, SCORE = 128, DESCRIBE = 256,
+       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384,
+       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 32767,
+       FAST = ALL & ~(TOKENS | INSPECT | VERSION) };          // those that compute
+typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
-    list        models, stop, words;                     // words: the arguments that are no options
+    list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, max_tokens, top_k, together, json, quiet, help;
-    int         ids, special, decode, full, hash;
+    int         ids, special, decode, full, hash, best, batch, raw, boolean, rows, dims;
     double      temperature, top_p, min_p, repetition_penalty;
     uint64_t    seed;
-    const char *system, *prompt, *folder;
+    const char *system, *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
     int         chat_template;
 } options;
-
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
-
 typedef struct option_spec {
     const char *name;
     char        letter;
@@ -221,59 +210,58 @@ typedef struct option_spec {
     const char *value, *help;
 } option_spec;
 
-#define FIELD(name) offsetof(options, name)
-
+#define F(name) offsetof(options, name)
 static const option_spec option_table[] = {
-    {"model", 'm', TEXTS, FIELD(models), 0, 0, ALL & ~VERSION, "FILE",
-     "a GGUF file; again for a second part, such as the vision tower (default: the shipped model)"},
-    {"out", 'o', TEXT, FIELD(folder), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
-    {"hash", 0, FLAG, FIELD(hash), 0, 0, TRACE, NULL, "write no files; print a hash of each tensor and one of all"},
-    {"together", 0, FLAG, FIELD(together), 0, 0, ASK, NULL, "ask once about all the images instead of once about each"},
-    {"prompt", 'p', TEXT, FIELD(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
-    {"ids", 0, FLAG, FIELD(ids), 0, 0, TOKENS, NULL, "print the ids alone, on one line"},
-    {"special", 0, FLAG, FIELD(special), 0, 0, TOKENS, NULL,
-     "add the tokens that begin (and end) a text, and take \"<s>\" in it as the token"},
-    {"decode", 0, FLAG, FIELD(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
-    {"full", 0, FLAG, FIELD(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
-    {"max-tokens", 'n', INTEGER, FIELD(max_tokens), 1, 1000000, GENERATE, "N",
-     "end an answer after N tokens (default 256; trace: 1)"},
-    {"temperature", 't', NUMBER, FIELD(temperature), 0, 100, GENERATE, "X",
-     "0: always the likeliest token (default); 1: by the model's odds"},
-    {"top-k", 0, INTEGER, FIELD(top_k), 0, 1000000000, GENERATE, "N",
-     "draw from the N likeliest tokens (default 0: all)"},
-    {"top-p", 0, NUMBER, FIELD(top_p), 0, 1, GENERATE, "X",
-     "draw from the likeliest that together have probability X (default 1: all)"},
-    {"min-p", 0, NUMBER, FIELD(min_p), 0, 1, GENERATE, "X",
-     "drop tokens less likely than X times the likeliest (default 0)"},
-    {"repetition-penalty", 0, NUMBER, FIELD(repetition_penalty), 0, 100, GENERATE, "X",
-     "above 1: avoid recent tokens (default 1)"},
-    {"seed", 's', SEED, FIELD(seed), 0, 0, GENERATE, "N",
-     "the draws' seed: the same gives the same text everywhere (default 0)"},
-    {"stop", 0, TEXTS, FIELD(stop), 0, 0, GENERATE, "TEXT",
-     "end the answer before this text; may be given several times"},
-    {"system", 0, TEXT, FIELD(system), 0, 0, GENERATE, "TEXT",
-     "the system prompt (default: the template's own; \"\": none)"},
-    {"template", 0, TEMPLATE, FIELD(chat_template), 0, 0, GENERATE, "NAME",
-     "the prompt's form (default: as the file says)"},
-    {"ctx", 'c', INTEGER, FIELD(ctx), 1, 16777216, GENERATE, "N",
-     "tokens that a conversation may hold (default: the model's, at most 4096)"},
-    {"threads", 'j', INTEGER, FIELD(threads), 1, ASTROVL_MAX_THREADS, GENERATE, "N",
-     "processors to use (default: all); the text does not depend on it"},
-    {"exact", 0, FLAG, FIELD(exact), 0, 0, SPEAK, NULL,
-     "the arithmetic that gives the same bits on every machine; slower"},
-    {"json", 0, FLAG, FIELD(json), 0, 0, SPEAK | TOKENS | INSPECT, NULL,
-     "print JSON: one object a line for each answer"},
-    {"quiet", 'q', FLAG, FIELD(quiet), 0, 0, GENERATE, NULL, "no timings and no progress on standard error"},
-    {"help", 'h', FLAG, FIELD(help), 0, 0, ALL, NULL, "this page"},
+    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | BENCH), "FILE", "a GGUF file; again for more parts (else: shipped)"},
+    {"out", 'o', TEXT, F(out), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
+    {"out", 'o', TEXT, F(out), 0, 0, INDEX, "FILE", "the index; one that exists is continued"},
+    {"out", 'o', TEXT, F(out), 0, 0, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"},
+    {"text", 0, TEXTS, F(texts), 0, 0, SCORE | EMBED, "TEXT", "a text; may be given several times"},
+    {"labels", 'l', TEXT, F(labels), 0, 0, DESCRIBE, "FILE", "texts to choose from, one a line; '#' begins a comment"},
+    {"image", 'i', TEXT, F(image), 0, 0, SEARCH, "FILE", "search for what resembles this image instead of a text"},
+    {"best", 'k', INTEGER, F(best), 1, 1000000000, DESCRIBE | SEARCH, "N", "print the N best (default: 5 of each group, 10 hits)"},
+    {"batch", 'b', INTEGER, F(batch), 1, 256, INDEX | EMBED | EVALUATE, "N", "images in one pass (default 4)"},
+    {"raw", 0, FLAG, F(raw), 0, 0, EMBED, NULL, "rows as the towers give them, not divided by their length"},
+    {"svg", 0, TEXT, F(svg), 0, 0, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"},
+    {"schema", 0, TEXT, F(schema), 0, 0, SUMMARIZE, "FILE", "the answer is JSON of this schema, not the paper's"},
+    {"regex", 0, TEXT, F(regex), 0, 0, SUMMARIZE, "PATTERN", "the answer matches this regular expression"},
+    {"bool", 0, FLAG, F(boolean), 0, 0, SUMMARIZE, NULL, "judge: the answer is true or false; see --query"},
+    {"query", 0, TEXT, F(query), 0, 0, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"},
+    {"prompt", 'p', TEXT, F(prompt), 0, 0, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"},
+    {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "rows to search (default 1000000)"},
+    {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "numbers in a row (default 512)"},
+    {"hash", 0, FLAG, F(hash), 0, 0, TRACE, NULL, "write no files; print a hash of each tensor and one of all"},
+    {"together", 0, FLAG, F(together), 0, 0, ASK, NULL, "ask once about all the images instead of once about each"},
+    {"prompt", 'p', TEXT, F(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
+    {"ids", 0, FLAG, F(ids), 0, 0, TOKENS, NULL, "print the ids alone, on one line"},
+    {"special", 0, FLAG, F(special), 0, 0, TOKENS, NULL, "add the tokens that begin (and end) a text; take \"<s>\" as the token"},
+    {"decode", 0, FLAG, F(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
+    {"full", 0, FLAG, F(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
+    {"max-tokens", 'n', INTEGER, F(max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
+    {"temperature", 't', NUMBER, F(temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
+    {"top-k", 0, INTEGER, F(top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
+    {"top-p", 0, NUMBER, F(top_p), 0, 1, GENERATE, "X", "draw from the likeliest with probability X together (default 1: all)"},
+    {"min-p", 0, NUMBER, F(min_p), 0, 1, GENERATE, "X", "drop tokens less likely than X times the likeliest (default 0)"},
+    {"repetition-penalty", 0, NUMBER, F(repetition_penalty), 0, 100, GENERATE, "X", "above 1: avoid recent tokens (else 1 or 1.1)"},
+    {"seed", 's', SEED, F(seed), 0, 0, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"},
+    {"stop", 0, TEXTS, F(stop), 0, 0, GENERATE, "TEXT", "end the answer before this text; may be given several times"},
+    {"system", 0, TEXT, F(system), 0, 0, GENERATE, "TEXT", "the system prompt (default: the template's own; \"\": none)"},
+    {"template", 0, TEMPLATE, F(chat_template), 0, 0, GENERATE, "NAME", "the prompt's form (default: as the file says)"},
+    {"ctx", 'c', INTEGER, F(ctx), 1, 16777216, GENERATE, "N", "tokens a conversation may hold (default: the model's, to 4096)"},
+    {"threads", 'j', INTEGER, F(threads), 1, ASTROVL_MAX_THREADS, FAST, "N", "processors to use (default: all)"},
+    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | BENCH), NULL, "arithmetic with the same bits on every machine; slower"},
+    {"json", 0, FLAG, F(json), 0, 0, ALL & ~(TRACE | VERSION | EMBED), NULL, "print JSON, an object a line for each answer"},
+    {"quiet", 'q', FLAG, F(quiet), 0, 0, FAST & ~BENCH, NULL, "no timings and no progress on standard error"},
+    {"help", 'h', FLAG, F(help), 0, 0, ALL, NULL, "this page"},
 };
-enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
-
+enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table), MANY = 2147483647 };
 typedef struct program program;
-
 typedef struct command {
     const char *name;
     unsigned    bit;
     int       (*run)(program *p);
+    int         least, most;               // words
+    const char *wanted;                    // said when there are more or fewer
     const char *usage, *summary, *about, *examples;
 } command;
 
@@ -310,13 +298,10 @@ static int parse_decimal(const char *text, double low, double high, double *valu
     return *value >= low && *value <= high;
 }
 
-static int template_error(const command *c, const char *text) {
+static void print_templates(FILE *out) {
     int t;
-    fprintf(stderr, "astrovl %s: no template is called \"%s\"; there are", c->name, text);
     for (t = ASTROVL_TEMPLATE_AUTO; t <= ASTROVL_TEMPLATE_PLAIN; t++)
-        fprintf(stderr, "%s %s", t ? "," : "", astrovl_template_name((astrovl_template)t));
-    fprintf(stderr, "\nTry: astrovl %s --help\n", c->name);
-    return EXIT_USAGE;
+        fprintf(out, "%s%s", t ? ", " : "", astrovl_template_name((astrovl_template)t));
 }
 
 // Stores one option's value; `text` is NULL for a flag.
@@ -339,13 +324,14 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
         break;
     case NUMBER:
         if (!parse_decimal(text, spec->low, spec->high, (double *)(void *)field))
-            return usage_error(c, "--%s wants a number from %g to %g, not \"%s\"", spec->name, spec->low,
-                               spec->high, text);
+            return usage_error(c, "--%s wants a number from %g to %g, not \"%s\"", spec->name, spec->low, spec->high, text);
         break;
     case TEMPLATE:
-        if (astrovl_template_from_name(text) < 0) return template_error(c, text);
         *(int *)(void *)field = astrovl_template_from_name(text);
-        break;
+        if (*(int *)(void *)field >= 0) break;
+        usage_error(c, "no template is called \"%s\"", text);
+        fputs("Templates: ", stderr), print_templates(stderr), fputc('\n', stderr);
+        return EXIT_USAGE;
     }
     return EXIT_OK;
 }
@@ -388,11 +374,9 @@ static int parse_options(const command *c, options *o, int argc, char **argv) {
         spec = find_option(c, argv[i], &value);
         if (!spec) return usage_error(c, "there is no option %s", argv[i]);
         if (spec->kind == FLAG && value) return usage_error(c, "--%s takes no value", spec->name);
-        if (spec->kind != FLAG && !value) {
-            if (i + 1 >= argc)
-                return usage_error(c, "--%s wants a value: --%s %s", spec->name, spec->name, spec->value);
-            value = argv[++i];
-        }
+        if (spec->kind != FLAG && !value && ++i >= argc)
+            return usage_error(c, "--%s wants a value: --%s %s", spec->name, spec->name, spec->value);
+        if (spec->kind != FLAG && !value) value = argv[i];
         status = set_option(c, o, spec, value);
     }
     return status;
@@ -408,33 +392,27 @@ static void print_command_help(const command *c) {
         snprintf(left, sizeof left, "%c%c%c --%s %s", spec->letter ? '-' : ' ', spec->letter ? spec->letter : ' ',
                  spec->letter ? ',' : ' ', spec->name, spec->value ? spec->value : "");
         printf("  %-27s %s\n", left, spec->help);
-        if (spec->kind == TEMPLATE) {
-            int t;
-            printf("%30s", "");
-            for (t = ASTROVL_TEMPLATE_AUTO; t <= ASTROVL_TEMPLATE_PLAIN; t++)
-                printf("%s%s", t ? ", " : "", astrovl_template_name((astrovl_template)t));
-            printf("\n");
-        }
+        if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
     printf("\nExamples:\n%s", c->examples);
 }
 
-// ====================================================================================================================
-// Running the model
-// ====================================================================================================================
-
+// ==== Running the model ==============================================================================================
 struct program {
     const command     *cmd;                // the command that runs
     options            o;
     astrovl_model     *model;
     astrovl_session   *session;
     astrovl_generation generation;
+    astrovl_info       info;               // of the model, once open_towers has opened it
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
     int                bar_drawn;
+    int                counting;           // the bar shows images done of all, not the layers of each; answers are not printed
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
+    union block       *memory;             // what new_memory gave
 };
 
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
@@ -445,11 +423,17 @@ static void on_interrupt(int signal_number) {
     g_interrupted = 1;
 }
 
-// Reports a failure on standard error. Returns EXIT_FAILED.
-static int failed(const astrovl_error *err) {
-    fprintf(stderr, "astrovl: %s\n", err->message);
+// Says what went wrong. Returns EXIT_FAILED.
+static int fail(const char *format, ...) {
+    va_list args;
+    fputs("astrovl: ", stderr);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
     return EXIT_FAILED;
 }
+static int failed(const astrovl_error *err) { return fail("%s", err->message); }
 
 // Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
@@ -458,28 +442,38 @@ static void flush_output(program *p) {
     p->stop = 1;
 }
 
-static int out_of_memory(void) {
-    fprintf(stderr, "astrovl: out of memory\n");
-    return EXIT_FAILED;
+typedef union block {                      // what stands before each piece of memory; a union for its alignment
+    union block *next;
+    double       number;
+    uint64_t     integer;
+} block;
+
+// Memory of zeros, released when the program ends. There is always some: the program ends if there is none.
+static void *new_memory(program *p, size_t n, size_t size) {
+    block *b = n < SIZE_MAX / 2 / (size + 1) ? (block *)calloc(1, sizeof *b + n * size) : NULL;
+    if (!b) exit(fail("out of memory"));
+    b->next = p->memory;
+    p->memory = b;
+    return b + 1;
 }
 
-static int file_exists(const char *path) {
-    FILE *f = fopen(path, "rb");
-    if (f) fclose(f);
-    return f != NULL;
+static void free_memory(block *b) {
+    while (b) {
+        block *next = b->next;
+        free(b);
+        b = next;
+    }
 }
 
 // The folder that the running program lies in, with a slash at its end; "" when it cannot be told.
 static void program_folder(const char *argv0, char *folder, size_t size) {
     char *slash;
-    snprintf(folder, size, "%s", argv0 ? argv0 : "");
+    long n = -1;
 #if defined(__linux__)
-    {
-        ssize_t n = readlink("/proc/self/exe", folder, size - 1);   // follows links and $PATH
-        if (n >= 0) folder[n] = 0;
-        else snprintf(folder, size, "%s", argv0 ? argv0 : "");
-    }
+    n = (long)readlink("/proc/self/exe", folder, size - 1);     // follows links and $PATH
+    if (n >= 0) folder[n] = 0;
 #endif
+    if (n < 0) snprintf(folder, size, "%s", argv0 ? argv0 : "");
     slash = strrchr(folder, '/');
 #if defined(_WIN32)
     if (strrchr(folder, '\\') > slash) slash = strrchr(folder, '\\');
@@ -491,31 +485,33 @@ static void program_folder(const char *argv0, char *folder, size_t size) {
 // The shipped model lies beside the program in the source tree, or in the data folder once installed.
 static void find_shipped_model(program *p, const char *argv0) {
     char folder[2048];
+    int i;
     program_folder(argv0, folder, sizeof folder);
-    snprintf(p->shipped, sizeof p->shipped, "%stest/%s", folder, SHIPPED_MODEL);
-    if (file_exists(p->shipped)) return;
-    snprintf(p->shipped, sizeof p->shipped, "%s../share/astrovl/%s", folder, SHIPPED_MODEL);
-    if (folder[0] && file_exists(p->shipped)) return;
-    snprintf(p->shipped, sizeof p->shipped, "%s/%s", ASTROVL_DATA_DIR, SHIPPED_MODEL);
-    if (!file_exists(p->shipped)) p->shipped[0] = 0;
+    for (i = 0; i < 3; i++) {
+        FILE *f;
+        snprintf(p->shipped, sizeof p->shipped, "%s%s/%s", i < 2 ? folder : "", i == 0 ? "test" : i == 1 ? "../share/astrovl" :
+                 ASTROVL_DATA_DIR, SHIPPED_MODEL);
+        f = fopen(p->shipped, "rb");
+        if (f) fclose(f);
+        if (f && (i != 1 || folder[0])) return;
+    }
+    p->shipped[0] = 0;
 }
 
-// Opens the files of -m, or the shipped model.
-static int open_model(program *p) {
+// Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
+static void open_model(program *p) {
     astrovl_open_options open_options;
     astrovl_error err;
     memset(&open_options, 0, sizeof open_options);
     open_options.chat_template = (astrovl_template)p->o.chat_template;
     if (p->o.models.n == 0) {
-        if (!p->shipped[0]) {
-            fprintf(stderr, "astrovl: the shipped model %s is neither beside the program nor in %s; name one with "
-                    "-m FILE\n", SHIPPED_MODEL, ASTROVL_DATA_DIR);
-            return EXIT_FAILED;
-        }
+        if (!p->shipped[0])
+            exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m FILE", SHIPPED_MODEL,
+                      ASTROVL_DATA_DIR));
         p->o.models.items[p->o.models.n++] = p->shipped;
     }
     p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &open_options, &err);
-    return p->model ? EXIT_OK : failed(&err);
+    if (!p->model) exit(failed(&err));
 }
 
 static void clear_bar(program *p) {
@@ -523,46 +519,44 @@ static void clear_bar(program *p) {
     p->bar_drawn = 0;
 }
 
-// Draws "image [########------------] 9/23" once the work has taken more than a second.
-static int on_progress(void *user, const char *stage, int done, int total) {
-    program *p = (program *)user;
+// Draws "image [########------------] 9/23" once the work has taken more than a second. per_second 0: do not say
+static void draw_bar(program *p, const char *stage, int done, int total, double per_second) {
     int i, filled = total > 0 ? (int)((int64_t)done * 30 / total) : 0;
-    if (g_interrupted || p->stop) return 1;
-    if (!p->show_progress || time(NULL) - p->started < 2) return 0;
+    if (!p->show_progress || time(NULL) - p->started < 2) return;
     fprintf(stderr, "\r%-6s [", stage);
     for (i = 0; i < 30; i++) fputc(i < filled ? '#' : '-', stderr);
-    fprintf(stderr, "] %d/%d\033[K", done, total);
+    fprintf(stderr, "] %d/%d", done, total);
+    if (per_second > 0) fprintf(stderr, ", %.1f/s", per_second);
+    fputs("\033[K", stderr);
     fflush(stderr);
     p->bar_drawn = 1;
+}
+
+static int on_progress(void *user, const char *stage, int done, int total) {
+    program *p = (program *)user;
+    if (g_interrupted || p->stop) return 1;
+    if (!p->counting) draw_bar(p, stage, done, total, 0);
     return 0;
 }
 
 // Gets the answer piece by piece.
 static int on_text(void *user, const char *text, size_t size) {
     program *p = (program *)user;
+    if (p->counting) return g_interrupted != 0;
     clear_bar(p);
     if (p->o.json || p->o.hash) return g_interrupted != 0;
-    if (p->safe_output) print_safe(stdout, text, size);
+    if (p->safe_output) print_string(stdout, text, size, 0);
     else fwrite(text, 1, size, stdout);
     flush_output(p);
     return g_interrupted || p->stop;
 }
 
-static int open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
-    astrovl_session_options session_options;
+static void open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
+    astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p};
     astrovl_error err;
     astrovl_generation *g = &p->generation;
-    memset(&session_options, 0, sizeof session_options);
-    session_options.mode = mode;
-    session_options.n_threads = p->o.threads;
-    session_options.n_ctx = p->o.ctx;
-    session_options.tap = tap;
-    session_options.tap_user = tap_user;
-    session_options.progress = on_progress;
-    session_options.progress_user = p;
     p->session = astrovl_session_new(p->model, &session_options, &err);
-    if (!p->session) return failed(&err);
-    memset(g, 0, sizeof *g);
+    if (!p->session) exit(failed(&err));
     g->max_tokens = p->o.max_tokens;
     g->temperature = (float)p->o.temperature;
     g->top_k = p->o.top_k;
@@ -575,12 +569,11 @@ static int open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *ta
     g->system = p->o.system;
     g->on_text = on_text;
     g->user = p;
-    return EXIT_OK;
 }
 
-static int open_model_and_session(program *p) {
-    int status = open_model(p);
-    return status == EXIT_OK ? open_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL) : status;
+static void open_model_and_session(program *p) {
+    open_model(p);
+    open_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL);
 }
 
 // Loads an image the right way up.
@@ -602,9 +595,9 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
     void (*before)(int) = signal(SIGINT, on_interrupt);
     if (before == SIG_IGN) signal(SIGINT, SIG_IGN);   // started so (in the background of a script): leave it
     g_interrupted = 0;
-    p->started = time(NULL);
+    if (!p->counting) p->started = time(NULL);
     answer = astrovl_chat(p->session, images, n_images, text, &p->generation, err);
-    clear_bar(p);
+    if (!p->counting) clear_bar(p);
     signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
     return answer;
 }
@@ -613,10 +606,7 @@ static void print_timings(program *p, const char *label) {
     astrovl_stats t;
     if (p->o.quiet || p->o.json) return;
     astrovl_get_stats(p->session, &t);
-    if (label) {
-        print_safe(stderr, label, strlen(label));
-        fputs(": ", stderr);
-    }
+    if (label) print_safe(stderr, label), fputs(": ", stderr);
     if (t.encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t.encode_seconds);
     fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t.n_prompt_tokens, t.prompt_seconds,
             t.n_answer_tokens, t.decode_seconds);
@@ -624,84 +614,183 @@ static void print_timings(program *p, const char *label) {
     fprintf(stderr, "%s\n", t.stopped_by_limit ? ", cut short by the token limit" : "");
 }
 
-// {"file": ..., "prompt": ..., "text": ..., "tokens": {...}, "complete": ..., "seconds": {...}}. file may be NULL.
+// file may be NULL.
 static void print_answer_json(program *p, const char *file, const char *prompt, const char *answer) {
     astrovl_stats t;
-    json j = {0};
     int i, n = 0;
     const int32_t *ids = astrovl_answer_tokens(p->session, &n);
     astrovl_get_stats(p->session, &t);
-    json_open(&j, NULL, '{');
-    if (file) json_text(&j, "file", file);
-    json_text(&j, "prompt", prompt);
-    json_text(&j, "text", answer);
-    json_open(&j, "tokens", '{');
-    json_int(&j, "prompt", t.n_prompt_tokens);
-    json_int(&j, "answer", t.n_answer_tokens);
-    json_open(&j, "ids", '[');
-    for (i = 0; i < n; i++) json_int(&j, NULL, ids[i]);
-    json_close(&j, ']');
-    json_close(&j, '}');
-    json_key(&j, "complete");
-    fputs(t.stopped_by_limit ? "false" : "true", stdout);
-    json_open(&j, "seconds", '{');
-    json_number(&j, "image", t.encode_seconds);
-    json_number(&j, "prompt", t.prompt_seconds);
-    json_number(&j, "answer", t.decode_seconds);
-    fputs("}}\n", stdout);
+    put_json("{");
+    if (file) put_json("file:%s", file);
+    put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
+    for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
+    put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
+             t.prompt_seconds, t.decode_seconds);
 }
 
 static void print_error_json(const char *file, const astrovl_error *err) {
-    json j = {0};
-    json_open(&j, NULL, '{');
-    json_text(&j, "file", file);
-    json_text(&j, "error", err->message);
-    json_text(&j, "status", astrovl_status_name(err->status));
-    fputs("}\n", stdout);
+    put_json("{file:%s error:%s status:%s}\n", file, err->message, astrovl_status_name(err->status));
 }
 
-// Reads a whole stream, which may hold any bytes. NULL when memory is out.
-static char *read_all(FILE *in, size_t *size) {
+// Reads a whole stream, which may hold any bytes, or a little more than `limit` of them.
+static char *read_all(program *p, FILE *in, size_t limit, size_t *size) {
     size_t capacity = 65536;
-    char *data = (char *)malloc(capacity + 1), *grown;
-    *size = 0;
-    while (data) {
-        *size += fread(data + *size, 1, capacity - *size, in);
-        data[*size] = 0;
-        if (*size < capacity) return data;
-        grown = capacity < SIZE_MAX / 4 ? (char *)realloc(data, capacity * 2 + 1) : NULL;
-        if (!grown) free(data);
-        data = grown;
-        capacity *= 2;
-    }
-    return NULL;
+    char *data = (char *)new_memory(p, capacity + 1, 1);
+    for (*size = 0; (*size += fread(data + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
+        data = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), data, capacity);
+    data[*size] = 0;
+    return data;
 }
 
-// Reads a line of any length without its end. NULL at the end of the stream. Release with free.
-static char *read_line(FILE *in) {
+// Reads a line of any length without its end. NULL at the end of the stream.
+static char *read_line(program *p, FILE *in) {
     size_t size = 0, capacity = 256;
-    char *line = (char *)malloc(capacity), *grown;
+    char *line = (char *)new_memory(p, capacity + 1, 1);
     int c;
-    while (line && (c = fgetc(in)) != EOF && c != '\n') {
+    while ((c = fgetc(in)) != EOF && c != '\n') {
         line[size++] = (char)c;
-        if (size < capacity) continue;
-        grown = (char *)realloc(line, capacity *= 2);
-        if (!grown) free(line);
-        line = grown;
+        if (size == capacity) line = (char *)memcpy(new_memory(p, (capacity *= 2) + 1, 1), line, size);
     }
-    if (line && size == 0 && feof(in)) {
-        free(line);
-        return NULL;
-    }
-    if (line && size > 0 && line[size - 1] == '\r') size--;
-    if (line) line[size] = 0;
-    return line;
+    if (size && line[size - 1] == '\r') line[size - 1] = 0;
+    return size || c != EOF ? line : NULL;
 }
 
-// ====================================================================================================================
-// caption, ask
-// ====================================================================================================================
+// ==== Texts, lists and numbers in files ==============================================================================
+static void list_add(program *p, list *l, const char *text, size_t size) {
+    if (l->n == l->capacity) {
+        const char **more = (const char **)new_memory(p, (size_t)l->n * 2 + 64, sizeof *more);
+        if (l->n) memcpy((void *)more, (const void *)l->items, (size_t)l->n * sizeof *more);
+        l->items = more;
+        l->capacity = l->n * 2 + 64;
+    }
+    l->items[l->n++] = (const char *)memcpy(new_memory(p, size + 1, 1), text, size);
+}
 
+static int cannot_open(const char *path) { return fail("%s: cannot be opened: %s", path, strerror(errno)); }
+static int write_error(const char *path) { return fail("%s: cannot be written: %s", path, strerror(errno)); }
+
+// Reads a whole file, or standard input for "-".
+static char *read_text(program *p, const char *path, size_t *size) {
+    const size_t limit = (size_t)256 << 20;                // more is a mistake: nobody writes so much by hand
+    FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    char *text;
+    if (!in) exit(cannot_open(path));
+    text = read_all(p, in, limit, size);
+    if (ferror(in)) exit(fail("%s: cannot be read: %s", path, strerror(errno)));
+    if (*size > limit) exit(fail("%s: is larger than 256 MiB; cut it into parts", path));
+    if (in != stdin) fclose(in);
+    return text;
+}
+
+// A text seen as lines, without their ends (LF or CRLF).
+typedef struct lines {
+    const char *path;
+    char       *at, *end, *line;           // line: the current one, [size], with a zero behind it
+    size_t      size;
+    int         number;                    // from 1
+} lines;
+
+static lines lines_of(const char *path, char *text, size_t size) {
+    lines l = {path, text, text + size, text, 0, 0};
+    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) l.at += 3;      // the mark that some editors begin a file with
+    return l;
+}
+
+static int next_line(lines *l) {
+    char *end = l->at < l->end ? (char *)memchr(l->at, '\n', (size_t)(l->end - l->at)) : NULL;
+    if (l->at >= l->end) return 0;
+    if (!end) end = l->end;
+    l->line = l->at;
+    l->at = end + 1;
+    if (end > l->line && end[-1] == '\r') end--;
+    *end = 0;
+    l->size = (size_t)(end - l->line);
+    l->number++;
+    return 1;
+}
+
+static void line_error(const lines *l, const char *what) { exit(fail("%s:%d: %s", l->path, l->number, what)); }
+
+// "folder/name"; size: of the folder's name
+static char *join_path(program *p, const char *folder, size_t size, const char *name) {
+    char *path = (char *)new_memory(p, size + strlen(name) + 2, 1);
+    memcpy(path, folder, size);
+    strcpy(path + size + (size && path[size - 1] != '/' ? (path[size] = '/', 1) : 0), name);
+    return path;
+}
+
+// Numbers as n little-endian bytes, whatever the machine's order.
+static void put_le(unsigned char *bytes, uint64_t value, int n) {
+    for (; n > 0; n--, value >>= 8) *bytes++ = (unsigned char)value;
+}
+
+static uint64_t get_le(const unsigned char *bytes, int n) {
+    uint64_t value = 0;
+    while (n > 0) value = value << 8 | bytes[--n];
+    return value;
+}
+
+// FNV-1a, 64 bits (Fowler, Noll, Vo): h = (h xor byte) * prime. Start with FNV_START.
+#define FNV_START 14695981039346656037ULL
+static uint64_t fnv1a64(uint64_t h, const void *data, size_t size) {
+    const unsigned char *bytes = (const unsigned char *)data;
+    size_t i;
+    for (i = 0; i < size; i++) h = (h ^ bytes[i]) * 1099511628211ULL;
+    return h;
+}
+
+// Hashes the values' bytes and, with a file, writes them.
+static uint64_t put_values(FILE *f, const float *values, uint64_t n) {
+    uint64_t hash = FNV_START;
+    unsigned char bytes[4];
+    uint32_t bits;
+    for (; n > 0; n--, values++) {
+        memcpy(&bits, values, 4);
+        put_le(bytes, bits, 4);
+        hash = fnv1a64(hash, bytes, 4);
+        if (f) fwrite(bytes, 4, 1, f);
+    }
+    return hash;
+}
+
+static uint64_t count_values(const int64_t *shape, int n_dims) {
+    uint64_t n = 1;
+    while (n_dims > 0) n *= (uint64_t)shape[--n_dims];
+    return n;
+}
+
+// Writes a file of numpy's format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes, the values.
+// Source: numpy.lib.format's documentation (NEP 1). Returns the values' hash.
+static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, const float *values) {
+    char dims[128], text[256];
+    unsigned char start[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, 0, 0};
+    int used = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%s%s), }",
+                        shape_text(dims, shape, n_dims, ", "), n_dims == 1 ? "," : ""), broken;
+    int size = (10 + used + 1 + 63) / 64 * 64 - 10;
+    FILE *f = fopen(path, "wb");
+    uint64_t hash;
+    if (!f) exit(write_error(path));
+    put_le(start + 8, (uint64_t)size, 2);
+    fwrite(start, 1, sizeof start, f);
+    fprintf(f, "%-*s\n", size - 1, text);
+    hash = put_values(f, values, count_values(shape, n_dims));
+    broken = ferror(f);
+    if (fclose(f) != 0 || broken) exit(write_error(path));
+    return hash;
+}
+
+// Seconds since some moment, for measuring.
+static double seconds_now(void) {
+#if defined(_WIN32)
+    return (double)clock() / CLOCKS_PER_SEC;               // there it is the time of day, not the processor's
+#else
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+#endif
+}
+
+// ==== caption, ask ===================================================================================================
 // Prints one answer's end: the JSON object, or the newline and the timings.
 static void finish_answer(program *p, const char *file, const char *label, const char *prompt, const char *answer) {
     if (p->o.json) print_answer_json(p, file, prompt, answer);
@@ -718,10 +807,7 @@ static int answer_image(program *p, const char *path, const char *prompt) {
     char *answer = NULL;
     astrovl_session_reset(p->session);
     if (load_image(path, &image, &err) == ASTROVL_OK) {
-        if (several && !p->o.json) {
-            print_safe(stdout, path, strlen(path));
-            fputs(": ", stdout);
-        }
+        if (several && !p->o.json) print_safe(stdout, path), fputs(": ", stdout);
         answer = say(p, &image, 1, prompt, &err);
         astrovl_image_free(&image);
         if (!answer && several && !p->o.json) putchar('\n');
@@ -738,50 +824,39 @@ static int answer_image(program *p, const char *path, const char *prompt) {
 
 // Goes on after an image that fails, and remembers it.
 static int answer_each(program *p, int n_images, const char *prompt) {
-    int i, status = open_model_and_session(p);
-    if (status != EXIT_OK) return status;
-    g_interrupted = 0;
+    int i, status = EXIT_OK;
+    open_model_and_session(p);
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i++)
         if (answer_image(p, p->o.words.items[i], prompt) != EXIT_OK) status = EXIT_FAILED;
     return status;
 }
 
-static int run_caption(program *p) {
-    if (p->o.words.n < 1) return usage_error(p->cmd, "which image?");
-    return answer_each(p, p->o.words.n, ASTROVL_CAPTION_PROMPT);
-}
+static int run_caption(program *p) { return answer_each(p, p->o.words.n, ASTROVL_CAPTION_PROMPT); }
 
 // One question about all images at once.
 static int ask_together(program *p, int n_images, const char *question) {
-    astrovl_image *images = (astrovl_image *)calloc((size_t)n_images, sizeof *images);
+    astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n_images, sizeof *images);
     astrovl_error err;
-    char *answer = NULL;
-    int i, status = images ? open_model_and_session(p) : out_of_memory();
-    for (i = 0; i < n_images && status == EXIT_OK; i++)
-        if (load_image(p->o.words.items[i], &images[i], &err) != ASTROVL_OK) status = failed(&err);
-    if (status == EXIT_OK) {
-        answer = say(p, images, n_images, question, &err);
-        if (answer) finish_answer(p, NULL, NULL, question, answer);
-        else status = failed(&err);
-    }
+    char *answer;
+    int i;
+    open_model_and_session(p);
+    for (i = 0; i < n_images; i++)
+        if (load_image(p->o.words.items[i], &images[i], &err) != ASTROVL_OK) exit(failed(&err));
+    answer = say(p, images, n_images, question, &err);
+    if (!answer) exit(failed(&err));
+    finish_answer(p, NULL, NULL, question, answer);
     astrovl_free(answer);
-    for (i = 0; images && i < n_images; i++) astrovl_image_free(&images[i]);
-    free(images);
-    return status;
+    for (i = 0; i < n_images; i++) astrovl_image_free(&images[i]);
+    return EXIT_OK;
 }
 
 static int run_ask(program *p) {
     int n_images = p->o.words.n - 1;
-    const char *question;
-    if (n_images < 1) return usage_error(p->cmd, "an image and a question are wanted");
-    question = p->o.words.items[n_images];
+    const char *question = p->o.words.items[n_images];
     return p->o.together ? ask_together(p, n_images, question) : answer_each(p, n_images, question);
 }
 
-// ====================================================================================================================
-// chat
-// ====================================================================================================================
-
+// ==== chat ===========================================================================================================
 typedef struct chat_state {
     astrovl_image image;
     int           has_image, pending;      // pending: the next question carries the image
@@ -800,8 +875,7 @@ static void chat_image(chat_state *c, const char *path) {
     astrovl_error err;
     memset(&image, 0, sizeof image);
     if (*path && load_image(path, &image, &err) != ASTROVL_OK) {
-        c->n_failed++;
-        failed(&err);
+        c->n_failed += failed(&err);
         return;
     }
     astrovl_image_free(&c->image);
@@ -813,16 +887,13 @@ static void chat_image(chat_state *c, const char *path) {
 static void chat_turn(program *p, chat_state *c, const char *text) {
     astrovl_error err;
     char *answer = say(p, &c->image, c->pending ? 1 : 0, text, &err);
-    if (answer) {
-        c->pending = 0;
-        finish_answer(p, NULL, NULL, text, answer);
-        if (g_interrupted && c->interactive) fprintf(stderr, "(stopped)\n");
-    } else if (err.status == ASTROVL_CANCELLED && c->interactive) {
-        fprintf(stderr, "(stopped)\n");
-    } else {
+    int stopped = answer ? g_interrupted : err.status == ASTROVL_CANCELLED && c->interactive;
+    if (answer) c->pending = 0, finish_answer(p, NULL, NULL, text, answer);
+    if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
+    if (!answer && !stopped) {
         c->n_failed++;
         failed(&err);
-        if (err.status == ASTROVL_ERROR_LIMIT) fprintf(stderr, "astrovl: /reset begins a new conversation\n");
+        if (err.status == ASTROVL_ERROR_LIMIT) fail("/reset begins a new conversation");
     }
     astrovl_free(answer);
 }
@@ -833,10 +904,8 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     if (strcmp(line, "/reset") == 0) {
         astrovl_session_reset(p->session);
         c->pending = c->has_image;
-    } else if (strcmp(line, "/image") == 0) {
-        chat_image(c, "");
-    } else if (strncmp(line, "/image ", 7) == 0) {
-        chat_image(c, line + 7 + strspn(line + 7, " "));
+    } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
+        chat_image(c, line + 6 + strspn(line + 6, " "));
     } else {
         int known = strcmp(line, "/help") == 0;
         if (!known) fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
@@ -851,66 +920,30 @@ static void chat_loop(program *p, chat_state *c) {
     if (c->interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
     while (go_on && !p->stop) {
         if (c->interactive) fputs("> ", stderr), fflush(stderr);
-        line = read_line(stdin);
-        if (!line) {
-            if (c->interactive) fputc('\n', stderr);
-            break;
-        }
+        line = read_line(p, stdin);
+        if (!line && c->interactive) fputc('\n', stderr);
+        if (!line) break;
         if (line[0] == '/') go_on = chat_command(p, c, line);
         else if (line[strspn(line, " \t")]) chat_turn(p, c, line);
-        free(line);
     }
 }
 
 static int run_chat(program *p) {
     chat_state c;
-    int status;
     memset(&c, 0, sizeof c);
-    if (p->o.words.n > 1) return usage_error(p->cmd, "one image at most; /image shows others later");
-    status = open_model_and_session(p);
-    if (status != EXIT_OK) return status;
+    open_model_and_session(p);
     if (p->o.words.n == 1) chat_image(&c, p->o.words.items[0]);
+    if (c.n_failed) return EXIT_FAILED;              // the image is none: do not talk about nothing
     c.interactive = !p->o.prompt && is_terminal(0);
-    if (c.n_failed) status = EXIT_FAILED;            // the image is none: do not talk about nothing
-    else if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
+    if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
     else chat_loop(p, &c);
     astrovl_image_free(&c.image);
-    return c.n_failed && !c.interactive ? EXIT_FAILED : status;
+    return c.n_failed && !c.interactive ? EXIT_FAILED : EXIT_OK;
 }
 
-// ====================================================================================================================
-// tokens
-// ====================================================================================================================
-
-// A token's text; NULL when memory is out.
-static char *token_text(const program *p, int32_t token, int *size) {
-    char *text;
-    *size = astrovl_token_text(p->model, token, NULL, 0);
-    if (*size < 0) *size = 0;
-    text = (char *)calloc((size_t)*size + 1, 1);
-    if (text) *size = astrovl_token_text(p->model, token, text, *size);
-    return text;
-}
-
-static void print_token_row(int32_t id, astrovl_string piece, int width, const char *text, int size) {
-    printf("%8ld  ", (long)id);
-    print_safe(stdout, piece.data, piece.size);
-    print_spaces(stdout, width - text_width(piece.data, piece.size) + 2);
-    print_json_string(stdout, text, (size_t)size);
-    putchar('\n');
-}
-
-static void print_token_json(json *j, int32_t id, astrovl_string piece, const char *text, int size) {
-    json_open(j, NULL, '{');
-    json_int(j, "id", id);
-    json_string(j, "piece", piece.data, piece.size);
-    json_string(j, "text", text, (size_t)size);
-    json_close(j, '}');
-}
-
-static int print_tokens(const program *p, const int32_t *tokens, int n) {
+// ==== tokens =========================================================================================================
+static int print_tokens(program *p, const int32_t *tokens, int n) {
     int i, size, width = 0;
-    json j = {0};
     if (p->o.ids) {
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
@@ -921,67 +954,56 @@ static int print_tokens(const program *p, const int32_t *tokens, int n) {
         int w = text_width(piece.data, piece.size);
         if (w > width) width = w < 32 ? w : 32;
     }
-    if (p->o.json) json_open(&j, NULL, '{'), json_open(&j, "tokens", '[');
+    if (p->o.json) put_json("{tokens:[");
     for (i = 0; i < n; i++) {
         astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
-        char *text = token_text(p, tokens[i], &size);
-        if (!text) return out_of_memory();
-        if (p->o.json) print_token_json(&j, tokens[i], piece, text, size);
-        else print_token_row(tokens[i], piece, width, text, size);
-        free(text);
+        char *text = (char *)new_memory(p, (size_t)(size = astrovl_token_text(p->model, tokens[i], NULL, 0)) + 1, 1);
+        astrovl_token_text(p->model, tokens[i], text, size);
+        if (p->o.json) put_json("{id:%d piece:%S text:%S}", (int)tokens[i], piece.data, piece.size, text, (size_t)size);
+        else {
+            printf("%8ld  ", (long)tokens[i]);
+            print_padded(piece.data, piece.size, width + 2);
+            print_string(stdout, text, (size_t)size, 1);
+            putchar('\n');
+        }
     }
-    if (p->o.json) printf("]}\n");
+    if (p->o.json) put_json("]}\n");
     return EXIT_OK;
 }
 
-static int encode_text(const program *p, const char *text, size_t size) {
-    int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, n, status;
-    int32_t *tokens = NULL;
+static int encode_text(program *p, const char *text, size_t size) {
+    int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, n;
+    int32_t *tokens;
     astrovl_error err;
     n = astrovl_tokenize(p->model, text, size, flags, NULL, 0, &err);
     if (n < 0) return failed(&err);
-    tokens = (int32_t *)malloc(((size_t)n + 1) * sizeof *tokens);
-    if (!tokens) return out_of_memory();
+    tokens = (int32_t *)new_memory(p, (size_t)n, sizeof *tokens);
     n = astrovl_tokenize(p->model, text, size, flags, tokens, n, &err);
-    status = n < 0 ? failed(&err) : print_tokens(p, tokens, n);
-    free(tokens);
-    return status;
+    return n < 0 ? failed(&err) : print_tokens(p, tokens, n);
 }
 
-// Reads ids separated by blanks or commas. Returns how many, or -1 at something else (said on standard error).
+// Reads ids separated by blanks or commas. Returns how many.
 static int parse_ids(const program *p, const char *text, int32_t *ids) {
     int n = 0;
     char word[16];
-    for (;;) {
-        size_t length;
-        uint64_t value;
-        text += strspn(text, " ,\t\r\n");
-        if (!*text) return n;
+    uint64_t value;
+    size_t length;
+    for (text += strspn(text, " ,\t\r\n"); *text; text += length + strspn(text + length, " ,\t\r\n")) {
         length = strcspn(text, " ,\t\r\n");
         snprintf(word, sizeof word, "%.*s", (int)(length < 15 ? length : 15), text);
-        if (!parse_unsigned(word, INT32_MAX, &value) || astrovl_token_piece(p->model, (int32_t)value).size == 0) {
-            fprintf(stderr, "astrovl: \"%s\" is no token of this vocabulary\n", word);
-            return -1;
-        }
+        if (!parse_unsigned(word, INT32_MAX, &value) || astrovl_token_piece(p->model, (int32_t)value).size == 0)
+            exit(fail("\"%s\" is no token of this vocabulary", word));
         ids[n++] = (int32_t)value;
-        text += length;
     }
+    return n;
 }
 
-static int decode_ids(const program *p, const char *text, size_t size) {
-    int32_t *ids = (int32_t *)malloc((size / 2 + 1) * sizeof *ids);
+static int decode_ids(program *p, const char *text, size_t size) {
+    int32_t *ids = (int32_t *)new_memory(p, size / 2 + 1, sizeof *ids);
     astrovl_error err;
-    char *decoded;
-    int n = ids ? parse_ids(p, text, ids) : -1;
-    if (n < 0) {
-        if (!ids) out_of_memory();
-        free(ids);
-        return EXIT_FAILED;
-    }
-    decoded = astrovl_detokenize(p->model, ids, n, &err);
-    free(ids);
+    char *decoded = astrovl_detokenize(p->model, ids, parse_ids(p, text, ids), &err);
     if (!decoded) return failed(&err);
-    if (p->safe_output) print_safe(stdout, decoded, strlen(decoded));
+    if (p->safe_output) print_safe(stdout, decoded);
     else fputs(decoded, stdout);
     if (p->safe_output) putchar('\n');       // a terminal's next line; a pipe gets the bytes as they are
     astrovl_free(decoded);
@@ -990,29 +1012,14 @@ static int decode_ids(const program *p, const char *text, size_t size) {
 
 static int run_tokens(program *p) {
     const char *word = p->o.words.n ? p->o.words.items[0] : "-";
-    char *text = NULL;
-    size_t size = 0;
-    int status;
-    if (p->o.words.n > 1) return usage_error(p->cmd, "one text is wanted; put it in quotes");
+    size_t size = strlen(word);
     if (p->o.ids && p->o.json) return usage_error(p->cmd, "--ids or --json, not both");
-    status = open_model(p);
-    if (status != EXIT_OK) return status;
-    if (strcmp(word, "-") == 0) {
-        text = read_all(stdin, &size);
-        if (!text) return out_of_memory();
-        word = text;
-    } else {
-        size = strlen(word);
-    }
-    status = p->o.decode ? decode_ids(p, word, size) : encode_text(p, word, size);
-    free(text);
-    return status;
+    open_model(p);
+    if (strcmp(word, "-") == 0) word = read_all(p, stdin, SIZE_MAX, &size);
+    return p->o.decode ? decode_ids(p, word, size) : encode_text(p, word, size);
 }
 
-// ====================================================================================================================
-// inspect
-// ====================================================================================================================
-
+// ==== inspect ========================================================================================================
 static const char *value_type_name(astrovl_value_type type) {
     static const char *const names[] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
                                         "u64", "i64", "f64"};
@@ -1026,7 +1033,7 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
     switch (astrovl_gguf_kv(file, index)->item_type) {
     case ASTROVL_VALUE_STRING:
         s = astrovl_gguf_string(file, index, i);
-        print_json_string(stdout, s.data, long_strings || s.size <= 100 ? s.size : 96);
+        print_string(stdout, s.data, long_strings || s.size <= 100 ? s.size : 96, 1);
         if (!long_strings && s.size > 100) printf(" ... (%llu bytes)", (unsigned long long)s.size);
         break;
     case ASTROVL_VALUE_F32: print_number(stdout, astrovl_gguf_float(file, index, i), 1); break;
@@ -1037,104 +1044,65 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
     }
 }
 
-#define MAX_ITEMS_TEXT 5u       // of an array, unless --full is given
-#define MAX_ITEMS_JSON 16u
-
-static void print_kv_text(const program *p, const astrovl_gguf *file, int index, int key_width) {
+// One metadata entry; of a long array its first items, unless --full is given. JSON: "key": value, or [values], or
+// {"type": ..., "count": ..., "first": [values]}
+static void print_kv(const program *p, const astrovl_gguf *file, int index, int key_width) {
     const astrovl_kv *kv = astrovl_gguf_kv(file, index);
+    int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
+    uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
     char type[64];
-    uint64_t i, shown = p->o.full || kv->count < MAX_ITEMS_TEXT ? kv->count : MAX_ITEMS_TEXT;
-    int is_array = kv->type == ASTROVL_VALUE_ARRAY;
-    if (is_array)
-        snprintf(type, sizeof type, "%s[%llu]", value_type_name(kv->item_type), (unsigned long long)kv->count);
-    else snprintf(type, sizeof type, "%s", value_type_name(kv->type));
-    printf("  ");
-    print_safe(stdout, kv->key, strlen(kv->key));
-    print_spaces(stdout, key_width - text_width(kv->key, strlen(kv->key)));
-    printf("  %-14s ", type);
-    for (i = 0; i < shown; i++) {
-        if (i) printf(", ");
-        print_value(file, index, i, p->o.full);
+    snprintf(type, sizeof type, is_array ? "%s[%llu]" : "%s", value_type_name(kv->item_type), (unsigned long long)kv->count);
+    if (as_json) {
+        put_json("%k", kv->key);
+        if (shown < kv->count) put_json("{type:%s count:%l first:", value_type_name(kv->item_type), (long long)kv->count);
+        if (is_array) put_json("[");
+    } else {
+        printf("  ");
+        print_padded(kv->key, strlen(kv->key), key_width);
+        printf("  %-14s ", type);
     }
-    printf("%s\n", shown < kv->count ? ", ..." : "");
+    for (i = 0; i < shown; i++) {
+        if (as_json) put_json("%-");
+        else if (i) printf(", ");
+        print_value(file, index, i, as_json || p->o.full);
+    }
+    if (as_json && is_array) put_json(shown < kv->count ? "]}" : "]");
+    else if (!as_json) printf("%s\n", shown < kv->count ? ", ..." : "");
 }
 
-// "key": value, or [values], or for a long array {"type": ..., "count": ..., "first": [values]}
-static void print_kv_json(const program *p, json *j, const astrovl_gguf *file, int index) {
-    const astrovl_kv *kv = astrovl_gguf_kv(file, index);
-    uint64_t i, shown = p->o.full || kv->count <= MAX_ITEMS_JSON ? kv->count : MAX_ITEMS_JSON;
-    if (kv->type != ASTROVL_VALUE_ARRAY) {
-        json_key(j, kv->key);
-        print_value(file, index, 0, 1);
+// Shapes are written with the slowest dimension first, as the header's comments and numpy do.
+static void print_tensor(const astrovl_tensor *t, int as_json, int name_width) {
+    int64_t shape[4];
+    int i, n = t->n_dims;
+    char text[128];
+    for (i = 0; i < n; i++) shape[i] = t->ne[n - 1 - i];
+    if (as_json) {
+        put_json("{name:%s type:%s shape:[", t->name, astrovl_type_name(t->type));
+        for (i = 0; i < n; i++) put_json("%l", (long long)shape[i]);
+        put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
         return;
     }
-    if (shown < kv->count) {
-        json_open(j, kv->key, '{');
-        json_text(j, "type", value_type_name(kv->item_type));
-        json_int(j, "count", (int64_t)kv->count);
-    }
-    json_open(j, shown < kv->count ? "first" : kv->key, '[');
-    for (i = 0; i < shown; i++) {
-        json_key(j, NULL);
-        print_value(file, index, i, 1);
-    }
-    json_close(j, ']');
-    if (shown < kv->count) json_close(j, '}');
-}
-
-// A tensor's shape with the slowest dimension first, as the header's comments and numpy write it.
-static int tensor_shape(const astrovl_tensor *t, int64_t shape[4]) {
-    int i;
-    for (i = 0; i < t->n_dims; i++) shape[i] = t->ne[t->n_dims - 1 - i];
-    return t->n_dims;
-}
-
-static void print_tensor_text(const astrovl_tensor *t, int name_width) {
-    int64_t shape[4];
-    char text[128];
-    int n = tensor_shape(t, shape);
     printf("  ");
-    print_safe(stdout, t->name, strlen(t->name));
-    print_spaces(stdout, name_width - text_width(t->name, strlen(t->name)));
-    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(text, shape, n, " x "),
-           (unsigned long long)t->n_bytes);
+    print_padded(t->name, strlen(t->name), name_width);
+    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(text, shape, n, " x "), (unsigned long long)t->n_bytes);
 }
 
-static void print_tensor_json(json *j, const astrovl_tensor *t) {
-    int64_t shape[4];
-    int i, n = tensor_shape(t, shape);
-    json_open(j, NULL, '{');
-    json_text(j, "name", t->name);
-    json_text(j, "type", astrovl_type_name(t->type));
-    json_open(j, "shape", '[');
-    for (i = 0; i < n; i++) json_int(j, NULL, shape[i]);
-    json_close(j, ']');
-    json_int(j, "offset", (int64_t)t->offset);
-    json_int(j, "bytes", (int64_t)t->n_bytes);
-    json_close(j, '}');
-}
-
-// Tensors and bytes of each type, and of all.
+// Tensors, values and bytes of each type, and of all.
 static void print_totals(const astrovl_gguf *file) {
-    int n = astrovl_gguf_n_tensors(file), type, i, count;
-    uint64_t bytes, values, all_bytes = 0, all_values = 0;
+    enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
+    uint64_t sums[N_TYPES + 1][3] = {{0}};
+    int i, k;
     char text[32];
-    printf("\ntotals\n");
-    for (type = 0; type <= ASTROVL_TYPE_BF16; type++) {
-        count = 0, bytes = 0, values = 0;
-        for (i = 0; i < n; i++) {
-            const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
-            if ((int)t->type != type) continue;
-            count++;
-            bytes += t->n_bytes;
-            values += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]);
-        }
-        all_bytes += bytes, all_values += values;
-        if (count)
-            printf("  %-5s %6d tensors %14llu values  %s\n", astrovl_type_name(type), count, (unsigned long long)values,
-                   human_bytes(text, bytes));
+    for (i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(file, i / 2);
+        uint64_t *sum = sums[i % 2 ? N_TYPES : (int)t->type];
+        sum[0]++, sum[1] += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]), sum[2] += t->n_bytes;
     }
-    printf("  all   %6d tensors %14llu values  %s\n", n, (unsigned long long)all_values, human_bytes(text, all_bytes));
+    if (i) printf("\ntotals\n");
+    for (k = 0; k <= N_TYPES; k++)
+        if (sums[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
+                               (int)sums[k][0], (unsigned long long)sums[k][1], human_bytes(text, sums[k][2]));
+    putchar('\n');
 }
 
 static int at_least(int width, const char *text) {
@@ -1142,106 +1110,88 @@ static int at_least(int width, const char *text) {
     return w > width && w <= 48 ? w : width;
 }
 
-static void print_file_text(const program *p, const astrovl_gguf *file) {
-    int i, key_width = 8, name_width = 8, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
+static void print_file(const program *p, const astrovl_gguf *file) {
+    int i, key_width = 8, name_width = 8, as_json = p->o.json;
+    int n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
+    const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
     char text[32];
-    print_safe(stdout, astrovl_gguf_name(file), strlen(astrovl_gguf_name(file)));
-    printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n", astrovl_gguf_version(file),
-           astrovl_gguf_big_endian(file) ? "big" : "little", human_bytes(text, astrovl_gguf_size(file)), n_kv,
-           n_tensors);
     for (i = 0; i < n_kv; i++) key_width = at_least(key_width, astrovl_gguf_kv(file, i)->key);
     for (i = 0; i < n_tensors; i++) name_width = at_least(name_width, astrovl_gguf_tensor(file, i)->name);
-    if (n_kv) printf("\nmetadata\n");
-    for (i = 0; i < n_kv; i++) print_kv_text(p, file, i, key_width);
-    if (n_tensors) {
-        printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
-        for (i = 0; i < n_tensors; i++) print_tensor_text(astrovl_gguf_tensor(file, i), name_width);
-        print_totals(file);
-    }
-    printf("\n");
-}
-
-static void print_file_json(const program *p, json *j, const astrovl_gguf *file) {
-    int i, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
-    json_open(j, NULL, '{');
-    json_text(j, "file", astrovl_gguf_name(file));
-    json_int(j, "version", astrovl_gguf_version(file));
-    json_text(j, "byte_order", astrovl_gguf_big_endian(file) ? "big" : "little");
-    json_int(j, "bytes", (int64_t)astrovl_gguf_size(file));
-    json_open(j, "metadata", '{');
-    for (i = 0; i < n_kv; i++) print_kv_json(p, j, file, i);
-    json_close(j, '}');
-    json_open(j, "tensors", '[');
-    for (i = 0; i < n_tensors; i++) print_tensor_json(j, astrovl_gguf_tensor(file, i));
-    json_close(j, ']');
-    json_close(j, '}');
-}
-
-// A part of the model with its sizes, or null (text: none) when the files lack it. fields end with a NULL name.
-typedef struct named_int { const char *name; int value; } named_int;
-static void print_part(json *j, int as_json, const char *key, int present, const named_int *fields) {
-    if (!as_json) {
-        printf("  %-15s%s", key, present ? "" : " none");
-        for (; present && fields->name; fields++)
-            printf(" %s %d%s", fields->name, fields->value, fields[1].name ? "," : "");
-        printf("\n");
-    } else if (present) {
-        json_open(j, key, '{');
-        for (; fields->name; fields++) json_int(j, fields->name, fields->value);
-        json_close(j, '}');
+    if (as_json) {
+        put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
+                 order, (long long)astrovl_gguf_size(file));
     } else {
-        json_key(j, key);
-        fputs("null", stdout);
+        print_safe(stdout, astrovl_gguf_name(file));
+        printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file), order,
+               human_bytes(text, astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     }
+    for (i = 0; i < n_kv; i++) print_kv(p, file, i, key_width);
+    if (as_json) put_json("} tensors:[");
+    else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
+    for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json, name_width);
+    if (as_json) put_json("]}");
+    else print_totals(file);
 }
 
-static void print_parts(json *j, int as_json, const astrovl_info *m) {
-    const named_int vocabulary[] = {{"tokens", m->n_vocab}, {"bos", m->bos_token}, {"eos", m->eos_token}, {NULL, 0}};
-    const named_int text[] = {{"layers", m->n_layer}, {"width", m->n_embd}, {"heads", m->n_head},
-        {"kv_heads", m->n_head_kv}, {"head_dim", m->head_dim}, {"feed_forward", m->n_ff}, {"context", m->n_ctx_train},
-        {NULL, 0}};
-    const named_int vision[] = {{"layers", m->vision_n_layer}, {"feature_layer", m->vision_feature_layer},
-        {"width", m->vision_n_embd}, {"heads", m->vision_n_head}, {"feed_forward", m->vision_n_ff},
-        {"image_size", m->image_size}, {"patch_size", m->patch_size}, {"patches", m->n_patches}, {NULL, 0}};
-    const named_int projector[] = {{"image_tokens", m->n_image_tokens}, {NULL, 0}};
-    print_part(j, as_json, "vocabulary", m->has_vocab, vocabulary);
-    print_part(j, as_json, "language_model", m->has_text, text);
-    print_part(j, as_json, "vision_tower", m->has_vision, vision);
-    print_part(j, as_json, "projector", m->has_projector, projector);
+// A part of the model with its sizes, or null (text: none) when the files lack it. keys: "name name~ ..."; ~: a double, not an int
+static void print_part(int as_json, const char *part, int present, const char *keys, ...) {
+    char key[32];
+    va_list args;
+    va_start(args, keys);
+    if (as_json) put_json(present ? "%k {" : "%k %-", part);
+    else printf("  %-15s", part);
+    if (!present) fputs(as_json ? "null" : " none", stdout);
+    for (; present && *keys; keys += strspn(keys, "~ ")) {
+        size_t n = strcspn(keys, "~ ");
+        snprintf(key, sizeof key, "%.*s", (int)n, keys);
+        if (as_json) put_json("%k %-", key);
+        else printf(" %s ", key);
+        keys += n;
+        if (*keys == '~') print_number(stdout, va_arg(args, double), 1);
+        else printf("%d", va_arg(args, int));
+        if (!as_json && *keys == ' ') putchar(',');
+    }
+    va_end(args);
+    if (!as_json) putchar('\n');
+    else if (present) put_json("}");
 }
 
-static void print_model_text(const astrovl_info *m) {
-    char text[32];
-    printf("what this makes up\n  name            ");
-    print_json_string(stdout, m->name, strlen(m->name));
-    printf("\n");
-    print_parts(NULL, 0, m);
-    printf("  template        %s\n", astrovl_template_name(m->chat_template));
-    printf("  weights         %llu parameters in %s\n", (unsigned long long)m->n_params,
-           human_bytes(text, m->n_weight_bytes));
-}
-
-static void print_model_json(json *j, const astrovl_info *m) {
-    json_text(j, "name", m->name);
-    json_int(j, "parameters", (int64_t)m->n_params);
-    json_int(j, "weight_bytes", (int64_t)m->n_weight_bytes);
-    json_text(j, "template", astrovl_template_name(m->chat_template));
-    print_parts(j, 1, m);
+static void print_parts(int as_json, const astrovl_info *m) {
+    print_part(as_json, "vocabulary", m->has_vocab, "tokens bos eos", m->n_vocab, m->bos_token, m->eos_token);
+    print_part(as_json, "language_model", m->has_text, "layers width heads kv_heads head_dim feed_forward context", m->n_layer,
+               m->n_embd, m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
+    print_part(as_json, "vision_tower", m->has_vision, "layers feature_layer width heads feed_forward image_size patch_size "
+               "patches", m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff,
+               m->image_size, m->patch_size, m->n_patches);
+    print_part(as_json, "projector", m->has_projector, "image_tokens", m->n_image_tokens);
+    print_part(as_json, "text_tower", m->clip_text_n_layer > 0, "layers width heads feed_forward context tokens",
+               m->clip_text_n_layer, m->clip_text_n_embd, m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx,
+               m->clip_text_n_vocab);
+    print_part(as_json, "contrastive", m->has_joint_image || m->has_joint_text, "images texts dims logit_scale~",
+               m->has_joint_image, m->has_joint_text, m->n_embd_joint, (double)m->logit_scale);
 }
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
-static void print_model(const program *p, json *j, const list *paths) {
+static void print_model(const program *p, const list *paths) {
     astrovl_error err;
     astrovl_info info;
     astrovl_model *model = astrovl_open_files(paths->items, paths->n, NULL, &err);
+    char text[32];
     if (model) astrovl_get_info(model, &info);
     if (p->o.json) {
-        json_open(j, "model", '{');
-        if (model) print_model_json(j, &info);
-        else json_text(j, "error", err.message);
-        json_close(j, '}');
+        put_json("model:{");
+        if (model) put_json("name:%s parameters:%l weight_bytes:%l template:%s", info.name, (long long)info.n_params,
+                            (long long)info.n_weight_bytes, astrovl_template_name(info.chat_template));
+        else put_json("error:%s", err.message);
+        if (model) print_parts(1, &info);
+        put_json("}");
     } else if (model) {
-        print_model_text(&info);
+        printf("what this makes up\n  name            ");
+        print_string(stdout, info.name, strlen(info.name), 1);
+        putchar('\n');
+        print_parts(0, &info);
+        printf("  template        %s\n  weights         %llu parameters in %s\n", astrovl_template_name(info.chat_template),
+               (unsigned long long)info.n_params, human_bytes(text, info.n_weight_bytes));
     } else {
         printf("no model that astrovl can run: %s\n", err.message);
     }
@@ -1250,318 +1200,1229 @@ static void print_model(const program *p, json *j, const list *paths) {
 
 static int run_inspect(program *p) {
     list *paths = p->o.words.n ? &p->o.words : &p->o.models;
+    astrovl_gguf **files;
     astrovl_error err;
-    json j = {0};
     int i;
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
     if (paths->n == 0) return usage_error(p->cmd, "which file? (the shipped model was not found)");
-    for (i = 0; i < paths->n; i++) {                       // all, before anything is printed: half a JSON text is none
-        astrovl_gguf *file = astrovl_gguf_open(paths->items[i], 0, &err);
-        if (!file) return failed(&err);
-        astrovl_gguf_close(file);
-    }
-    if (p->o.json) json_open(&j, NULL, '{'), json_open(&j, "files", '[');
-    for (i = 0; i < paths->n; i++) {
-        astrovl_gguf *file = astrovl_gguf_open(paths->items[i], 0, &err);
-        if (!file) return failed(&err);
-        if (p->o.json) print_file_json(p, &j, file);
-        else print_file_text(p, file);
-        astrovl_gguf_close(file);
-    }
-    if (p->o.json) json_close(&j, ']');
-    print_model(p, &j, paths);
-    if (p->o.json) printf("}\n");
+    files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
+    for (i = 0; i < paths->n; i++)                         // all, before anything is printed: half a JSON text is none
+        if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &err))) exit(failed(&err));
+    if (p->o.json) put_json("{files:[");
+    for (i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
+    if (p->o.json) put_json("]");
+    print_model(p, paths);
+    if (p->o.json) put_json("}\n");
     return EXIT_OK;
 }
 
-// ====================================================================================================================
-// trace
-// ====================================================================================================================
-
-typedef struct traced_name {
-    char *name;
-    int   calls;
-} traced_name;
+// ==== trace ==========================================================================================================
+enum { MAX_TRACED = 65536 };
 
 typedef struct trace_state {
     program     *p;
     const char  *folder;                   // NULL: hashes only
     FILE        *index;                    // folder/index.tsv: what came when
-    traced_name *names;
-    int          n_names, capacity;
+    list         names;
+    int          calls[MAX_TRACED];        // how often each name has come
     uint64_t     n_tensors, n_bytes, total;
-    int          failed;                   // a file could not be written; said already
 } trace_state;
 
-// FNV-1a, 64 bits (Fowler, Noll, Vo): h = (h xor byte) * prime. Start with FNV_START.
-#define FNV_START 14695981039346656037ULL
-static uint64_t fnv1a64(uint64_t h, const void *data, size_t size) {
-    const unsigned char *bytes = (const unsigned char *)data;
-    size_t i;
-    for (i = 0; i < size; i++) h = (h ^ bytes[i]) * 1099511628211ULL;
-    return h;
-}
-
-// Floats as little-endian bytes, whatever the machine's order.
-static void floats_to_bytes(unsigned char *bytes, const float *values, size_t n) {
-    size_t i;
-    for (i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, &values[i], 4);
-        bytes[4 * i] = (unsigned char)bits;
-        bytes[4 * i + 1] = (unsigned char)(bits >> 8);
-        bytes[4 * i + 2] = (unsigned char)(bits >> 16);
-        bytes[4 * i + 3] = (unsigned char)(bits >> 24);
-    }
-}
-
-// Hashes the values' bytes and, with a file, writes them.
-static uint64_t put_values(FILE *f, const float *values, uint64_t n) {
-    unsigned char bytes[4096];
-    uint64_t hash = FNV_START;
-    while (n) {
-        size_t count = n < sizeof bytes / 4 ? (size_t)n : sizeof bytes / 4;
-        floats_to_bytes(bytes, values, count);
-        hash = fnv1a64(hash, bytes, count * 4);
-        if (f) fwrite(bytes, 4, count, f);
-        values += count;
-        n -= count;
-    }
-    return hash;
-}
-
-// The header of numpy's file format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes.
-// Source: numpy.lib.format's documentation (NEP 1).
-static void put_npy_header(FILE *f, const int64_t *shape, int n_dims) {
-    char dims[128], text[256];
-    unsigned char start[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, 0, 0};
-    int used = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%s%s), }",
-                        shape_text(dims, shape, n_dims, ", "), n_dims == 1 ? "," : "");
-    int size = (10 + used + 1 + 63) / 64 * 64 - 10;
-    start[8] = (unsigned char)size;
-    start[9] = (unsigned char)(size >> 8);
-    fwrite(start, 1, sizeof start, f);
-    fprintf(f, "%s", text);
-    print_spaces(f, size - used - 1);
-    fputc('\n', f);
-}
-
-// How often this name has come, this time included; 0 when memory is out.
+// How often this name has come, this time included.
 static int count_call(trace_state *t, const char *name) {
     int i;
-    for (i = 0; i < t->n_names; i++)
-        if (strcmp(t->names[i].name, name) == 0) return ++t->names[i].calls;
-    if (t->n_names == t->capacity) {
-        int capacity = t->capacity ? t->capacity * 2 : 256;
-        traced_name *grown = (traced_name *)realloc(t->names, (size_t)capacity * sizeof *grown);
-        if (!grown) return 0;
-        t->names = grown;
-        t->capacity = capacity;
-    }
-    t->names[t->n_names].name = (char *)malloc(strlen(name) + 1);
-    if (!t->names[t->n_names].name) return 0;
-    strcpy(t->names[t->n_names].name, name);
-    return t->names[t->n_names++].calls = 1;
-}
-
-static void cannot_write(trace_state *t, const char *path) {
-    if (!t->failed) fprintf(stderr, "astrovl: %s: cannot be written: %s\n", path, strerror(errno));
-    t->failed = 1;
+    for (i = 0; i < t->names.n && strcmp(t->names.items[i], name) != 0; i++) {}
+    if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
+    return ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
 }
 
 // "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
-static void tensor_file_name(char *file, size_t size, const char *name, int call) {
-    char *c;
-    if (call == 1) snprintf(file, size, "%.180s.npy", name);
-    else snprintf(file, size, "%.180s.call%d.npy", name, call);
+static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
+    char file[256], dims[128], path[4096], *c;
+    int call = count_call(t, name);
+    uint64_t hash;
+    snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
     for (c = file; *c; c++)
         if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
-}
-
-static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims, uint64_t n,
-                        const float *data) {
-    char file[256], dims[128], path[4096];
-    int call = count_call(t, name), ok;
-    uint64_t hash;
-    FILE *f;
-    if (!call) {
-        t->failed = 1;
-        out_of_memory();
-        return;
-    }
-    tensor_file_name(file, sizeof file, name, call);
     snprintf(path, sizeof path, "%s/%s", t->folder, file);
-    f = fopen(path, "wb");
-    if (!f) {
-        cannot_write(t, path);
-        return;
-    }
-    put_npy_header(f, shape, n_dims);
-    hash = put_values(f, data, n);
-    ok = !ferror(f);
-    if (fclose(f) != 0 || !ok) cannot_write(t, path);
+    hash = save_npy(path, shape, n_dims, data);
     fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call, shape_text(dims, shape, n_dims, "x"),
             (unsigned long long)hash);
 }
 
-static void hash_tensor(trace_state *t, const char *name, const int64_t *shape, int n_dims, uint64_t n,
-                        const float *data) {
-    char dims[128], line[512];
-    uint64_t hash = put_values(NULL, data, n);
-    int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)hash, name,
-                        shape_text(dims, shape, n_dims, "x"));
-    t->total = fnv1a64(t->total, line, (size_t)size);
-    fputs(line, stdout);
-}
-
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
-    uint64_t n = 1;
-    int i;
-    if (t->failed) return;
-    for (i = 0; i < n_dims; i++) n *= (uint64_t)shape[i];
-    if (t->folder) save_tensor(t, name, layer, shape, n_dims, n, data);
-    else hash_tensor(t, name, shape, n_dims, n, data);
+    uint64_t n = count_values(shape, n_dims);
+    char dims[128], line[512];
+    if (t->folder) {
+        save_tensor(t, name, layer, shape, n_dims, data);
+    } else {
+        int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
+                            shape_text(dims, shape, n_dims, "x"));
+        t->total = fnv1a64(t->total, line, (size_t)size);
+        fputs(line, stdout);
+    }
     flush_output(t->p);
-    if (t->failed) t->p->stop = 1;                         // on_progress and on_text then end the work
     t->n_tensors++;
     t->n_bytes += n * 4;
 }
 
 // Makes the folder and its index before the long work, so that a folder that cannot be written is said at once.
-static int open_trace_folder(trace_state *t) {
+static void open_trace_folder(trace_state *t) {
     char path[4096];
-    if (make_folder(t->folder) != 0 && errno != EEXIST) {
-        cannot_write(t, t->folder);
-        return EXIT_FAILED;
-    }
+    if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
     snprintf(path, sizeof path, "%s/index.tsv", t->folder);
     t->index = fopen(path, "w");
-    if (!t->index) {
-        cannot_write(t, path);
-        return EXIT_FAILED;
-    }
+    if (!t->index) exit(write_error(path));
     fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
-    return EXIT_OK;
 }
 
-static int trace_turn(program *p, trace_state *t) {
+static int run_trace(program *p) {
+    trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
-    astrovl_image image;
+    astrovl_image image = {0, 0, NULL, 0};
     astrovl_error err;
     char *answer, size[32];
-    memset(&image, 0, sizeof image);
+    t->p = p;
+    t->folder = p->o.out;
+    t->total = FNV_START;
+    if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
+    if (p->o.max_tokens == 0) p->o.max_tokens = 1;
+    open_model(p);
+    open_session(p, ASTROVL_EXACT, on_tensor, t);
+    if (t->folder) open_trace_folder(t);
     if (n_images && load_image(p->o.words.items[0], &image, &err) != ASTROVL_OK) return failed(&err);
     answer = say(p, &image, n_images, p->o.words.items[n_images], &err);
     astrovl_image_free(&image);
-    if (p->stop) {
-        astrovl_free(answer);
-        return EXIT_FAILED;
-    }
+    if (p->stop) exit(EXIT_FAILED);
     if (!answer) return failed(&err);
-    if (t->folder) {
-        putchar('\n');
-        if (!p->o.quiet)
-            fprintf(stderr, "%llu tensors, %s, in %s; index.tsv lists them in the order they were computed\n",
-                    (unsigned long long)t->n_tensors, human_bytes(size, t->n_bytes), t->folder);
-    } else {
-        printf("total %016llx of %llu tensors\nanswer ", (unsigned long long)t->total,
-               (unsigned long long)t->n_tensors);
-        print_json_string(stdout, answer, strlen(answer));
-        putchar('\n');
+    if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error("index.tsv");
+    if (!t->folder) {
+        printf("total %016llx of %llu tensors\nanswer ", (unsigned long long)t->total, (unsigned long long)t->n_tensors);
+        print_string(stdout, answer, strlen(answer), 1);
+    } else if (!p->o.quiet) {
+        fprintf(stderr, "%llu tensors, %s, in %s; index.tsv lists them in the order they were computed\n",
+                (unsigned long long)t->n_tensors, human_bytes(size, t->n_bytes), t->folder);
     }
+    putchar('\n');
     astrovl_free(answer);
     return EXIT_OK;
 }
 
-static int run_trace(program *p) {
-    trace_state t;
-    int status;
-    memset(&t, 0, sizeof t);
-    t.p = p;
-    t.folder = p->o.folder;
-    t.total = FNV_START;
-    if (p->o.words.n < 1 || p->o.words.n > 2)
-        return usage_error(p->cmd, "an image and a prompt are wanted (or a prompt alone)");
-    if (p->o.hash == (t.folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
-    if (p->o.max_tokens == 0) p->o.max_tokens = 1;
-    status = open_model(p);
-    if (status == EXIT_OK) status = open_session(p, ASTROVL_EXACT, on_tensor, &t);
-    if (status == EXIT_OK && t.folder) status = open_trace_folder(&t);
-    if (status == EXIT_OK) status = trace_turn(p, &t);
-    if (t.index) {
-        int broken = ferror(t.index);
-        if (fclose(t.index) != 0 || broken) cannot_write(&t, "index.tsv");
-        if (t.failed) status = EXIT_FAILED;
+// ==== score, describe, embed: images and texts in one space ==========================================================
+enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256 };
+
+// Opens the model and a session, and says which of the towers that the command needs is missing.
+static void open_towers(program *p, int towers) {
+    open_model_and_session(p);
+    astrovl_get_info(p->model, &p->info);
+    if (p->o.batch == 0) p->o.batch = 4;
+    p->started = time(NULL);
+    p->counting = 1;
+    if ((towers & IMAGE_TOWER) && !p->info.has_joint_image)
+        exit(fail("%s: cannot embed images: no CLIP vision tower with a projection; name one with -m", p->o.models.items[0]));
+    if ((towers & TEXT_TOWER) && !p->info.has_joint_text)
+        exit(fail("%s: cannot embed texts: no CLIP text tower; name a file that has one with -m", p->o.models.items[0]));
+}
+
+static float *new_rows(program *p, int n) { return (float *)new_memory(p, (size_t)n, (size_t)p->info.n_embd_joint * 4); }
+static float *row_of(const program *p, float *rows, int i) { return rows + (size_t)i * (size_t)p->info.n_embd_joint; }
+
+// Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. Of an image that cannot be read, which is reported, ok
+// and the row are zeros. Returns how many could be.
+static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
+    astrovl_image images[MAX_BATCH];
+    astrovl_error err;
+    size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
+    int i, good = 0, next;
+    for (i = 0; i < n; i++) {
+        ok[i] = load_image(paths[i], &images[good], &err) == ASTROVL_OK;
+        good += ok[i];
+        if (ok[i]) continue;
+        clear_bar(p);
+        failed(&err);
+        if (p->o.json) print_error_json(paths[i], &err);
     }
-    while (t.n_names) free(t.names[--t.n_names].name);
-    free(t.names);
+    if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &err) != ASTROVL_OK) exit(failed(&err));
+    for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
+    for (i = n - 1, next = good; i >= 0; i--)              // from the rows of the good ones to those of all
+        if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), row_size);
+        else memset(row_of(p, rows, i), 0, row_size);
+    return good;
+}
+
+// {"image": path, "embedding": [...]}; every number reads back as the same float32
+static void print_embedding(program *p, const char *key, const char *name, const float *row) {
+    int k;
+    put_json("{%k %s embedding:[", key, name);
+    for (k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
+    put_json("]}\n");
+}
+
+// Embeds any number of images, pass by pass. print: the rows as JSON lines. EXIT_FAILED if one cannot be read.
+static int embed_images(program *p, const char *const *paths, int n, float *rows, int print) {
+    char ok[MAX_BATCH];
+    int i, k, some, status = EXIT_OK;
+    for (i = 0; i < n && !p->stop; i += some) {
+        some = n - i < p->o.batch ? n - i : p->o.batch;
+        draw_bar(p, "images", i, n, 0);
+        if (embed_batch(p, paths + i, some, row_of(p, rows, i), ok) < some) status = EXIT_FAILED;
+        for (k = 0; k < some && print; k++)
+            if (ok[k]) clear_bar(p), print_embedding(p, "image", paths[i + k], row_of(p, rows, i + k));
+        flush_output(p);
+    }
+    clear_bar(p);
     return status;
 }
 
-// ====================================================================================================================
-// version, the list of commands, main
-// ====================================================================================================================
+static void embed_texts(program *p, const char *const *texts, int n, float *rows) {
+    astrovl_error err;
+    int i, some;
+    for (i = 0; i < n; i += some) {
+        some = n - i < 32 ? n - i : 32;
+        draw_bar(p, "texts", i, n, 0);
+        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &err) != ASTROVL_OK) exit(failed(&err));
+    }
+    clear_bar(p);
+}
 
-static int run_version(program *p) {
-    if (p->o.words.n) return usage_error(p->cmd, "no arguments are wanted");
-    printf("astrovl %s\n", ASTROVL_VERSION);
-#if defined(__VERSION__)
-    printf("compiled with %s%s, %d-bit\n",
-#if defined(__clang__)
-           "", __VERSION__,
+static int run_embed(program *p) {
+    list *images = &p->o.words, *texts = &p->o.texts;
+    int i, n = images->n + texts->n, status = EXIT_OK;
+    int64_t shape[2];
+    float *rows;
+    if ((images->n == 0) == (texts->n == 0)) return usage_error(p->cmd, "images are wanted, or --text TEXT (not both)");
+    open_towers(p, images->n ? IMAGE_TOWER : TEXT_TOWER);
+    rows = new_rows(p, n);
+    if (images->n) status = embed_images(p, images->items, n, rows, !p->o.out);
+    else embed_texts(p, texts->items, n, rows);
+    shape[0] = n, shape[1] = p->info.n_embd_joint;
+    if (p->o.out && status != EXIT_OK) return fail("%s: not written, since rows are missing", p->o.out);
+    if (p->o.out) return save_npy(p->o.out, shape, 2, rows), EXIT_OK;
+    for (i = 0; i < texts->n; i++) print_embedding(p, "text", texts->items[i], row_of(p, rows, i));
+    return status;
+}
+
+// How well a text fits an image.
+typedef struct fit { int text; float cosine, probability; } fit;
+
+// Texts that compete with each other for an image.
+typedef struct group {
+    const char *title;                     // NULL: the only one
+    list        texts;
+    float      *rows, *scores;             // [texts.n][n_embd_joint]; [texts.n] for softmax
+    fit        *fits;                      // [texts.n]
+} group;
+
+static int by_cosine(const void *a, const void *b) {
+    const fit *x = (const fit *)a, *y = (const fit *)b;
+    return x->cosine < y->cosine ? 1 : x->cosine > y->cosine ? -1 : x->text - y->text;
+}
+
+// Cosines, and probabilities = softmax(logit_scale * cosine) over the group. best: print so many, best first; 0: all as they stand
+static void print_fits(program *p, const group *g, const float *image, int best) {
+    int i, n = g->texts.n;
+    fit *fits = g->fits;
+    astrovl_linear(g->scores, image, g->rows, NULL, 1, p->info.n_embd_joint, n);
+    for (i = 0; i < n; i++) fits[i].text = i, fits[i].cosine = g->scores[i], g->scores[i] *= p->info.logit_scale;
+    astrovl_softmax(g->scores, n);
+    for (i = 0; i < n; i++) fits[i].probability = g->scores[i];
+    if (best) qsort(fits, (size_t)n, sizeof *fits, by_cosine);
+    if (!p->o.json && g->title) printf("  %s\n", g->title);
+    for (i = 0; i < (best && best < n ? best : n); i++) {
+        const char *text = g->texts.items[fits[i].text];
+        if (p->o.json) {
+            put_json("{text:%s cosine:%f probability:%f", text, fits[i].cosine, fits[i].probability);
+            put_json(g->title ? "group:%s}" : "}", g->title);
+        } else {
+            printf("  %7.4f  %5.1f %%  ", fits[i].cosine, fits[i].probability * 100);
+            print_safe(stdout, text);
+            putchar('\n');
+        }
+    }
+}
+
+static int match_images(program *p, group *groups, int n_groups, int best) {
+    int i, k, status = EXIT_OK;
+    float *row;
+    open_towers(p, IMAGE_TOWER | TEXT_TOWER);
+    row = new_rows(p, 1);
+    for (i = 0; i < n_groups; i++) {
+        group *g = &groups[i];
+        g->rows = new_rows(p, g->texts.n);
+        g->scores = (float *)new_memory(p, (size_t)g->texts.n, sizeof *g->scores);
+        g->fits = (fit *)new_memory(p, (size_t)g->texts.n, sizeof *g->fits);
+        embed_texts(p, g->texts.items, g->texts.n, g->rows);
+    }
+    for (i = 0; i < p->o.words.n && !p->stop; i++) {
+        const char *path = p->o.words.items[i];
+        char ok;
+        if (!embed_batch(p, &path, 1, row, &ok)) {
+            status = EXIT_FAILED;
+            continue;
+        }
+        if (p->o.json) put_json("{file:%s matches:[", path);
+        else print_safe(stdout, path), putchar('\n');
+        for (k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
+        if (p->o.json) put_json("]}\n");
+        flush_output(p);
+    }
+    return status;
+}
+
+static int run_score(program *p) {
+    group g = {NULL, p->o.texts, NULL, NULL, NULL};
+    if (p->o.texts.n < 1) return usage_error(p->cmd, "against which texts? --text TEXT");
+    return match_images(p, &g, 1, 0);
+}
+
+// What `describe` chooses from by itself: our own list.
+static const char *const built_in_titles[3] = {"astrophysical object classes", "phenomena and structures", "science use cases"};
+static const char *const built_in_labels[3] = {
+    "spiral galaxy\ngrand design spiral galaxy\nflocculent spiral galaxy\nbarred spiral galaxy\ntightly wound spiral galaxy\n"
+    "loosely wound spiral galaxy\nface-on spiral galaxy\nedge-on spiral galaxy\nedge-on galaxy with a central bulge\nedge-on "
+    "galaxy without a bulge\nelliptical galaxy\nround smooth galaxy\nsmooth oval galaxy\nsmooth cigar-shaped galaxy\ngiant "
+    "elliptical galaxy at the centre of a cluster\nlenticular galaxy\nirregular galaxy\ndwarf galaxy\ndwarf spheroidal galaxy\n"
+    "ultra-diffuse galaxy\nring galaxy\npolar ring galaxy\ndisturbed galaxy with a distorted shape\npair of merging galaxies\n"
+    "interacting galaxies\nstarburst galaxy\nblue compact dwarf galaxy\nluminous infrared galaxy\nlow surface brightness galaxy\n"
+    "jellyfish galaxy\nhigh-redshift galaxy\nlyman-alpha emitting galaxy\npost-starburst galaxy\nactive galaxy\nseyfert galaxy\n"
+    "radio galaxy\nquasar\nblazar\ncompact group of galaxies\ncluster of galaxies\nproto-cluster of galaxies\ndeep field full of "
+    "galaxies\ngravitational lens\nstrongly lensed quasar\ngalaxy cluster acting as a lens\nglobular cluster\nextragalactic "
+    "globular cluster\nopen star cluster\nyoung massive star cluster\nnuclear star cluster\nstellar association\nstar field\n"
+    "crowded field of stars\nresolved stars in a nearby galaxy\nstars in the galactic bulge\nmagellanic cloud\nemission nebula\n"
+    "region of ionised hydrogen\nreflection nebula\ndark nebula\nmolecular cloud\nplanetary nebula\nbipolar planetary nebula\n"
+    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\nyoung "
+    "stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\nluminous "
+    "blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic variable star\n"
+    "symbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse supernova\nkilonova\n"
+    "gamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\ntransiting hot jupiter\n"
+    "gas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\ncratered moon\nicy moon\n"
+    "asteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\nactive asteroid with a tail\n"
+    "interstellar object\n",
+    "spiral arms\nstellar bar in a galaxy\ngalactic bulge\ngalactic disk seen edge-on\ngalaxy halo\ndust lane across a galaxy\n"
+    "rings of star formation in a galaxy\ntidal tails and bridges between galaxies\nstellar streams and shells around a galaxy\n"
+    "warped galactic disk\ngalactic outflow\njet from an active nucleus\naccretion disk\ndusty torus around a nucleus\nextended "
+    "emission lines around a quasar\ncircumgalactic gas\nintergalactic medium\nintracluster light\ngas stripped from a galaxy\n"
+    "arcs of a gravitational lens\neinstein ring\nmultiple images of one quasar\nmicrolensing\nweak lensing shear\ndark matter "
+    "halo\nstar formation\ntriggered star formation at the rim of a nebula\npillars of gas and dust\nionisation front\nglowing "
+    "filaments of gas\nshock waves in gas\nexpanding shell of gas\nlight echo\nstellar wind\nstellar outflow and jet\nmass loss "
+    "from a dying star\nsupernova explosion\nstellar pulsation\nstellar flare\nstellar rotation\nmass transfer in a binary star\n"
+    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation in "
+    "a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
+    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk\n"
+    "atmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
+    "impact craters\nvolcanic activity on a moon\nwater plumes from an icy moon\ntail of a comet\ncoma and nucleus of a comet\n"
+    "break-up of a comet\nzodiacal light\ncosmic reionisation\nlyman-alpha absorption lines\n",
+    "measuring the expansion rate with type ia supernovae\nmeasuring the hubble constant with cepheids\ncalibrating the cosmic "
+    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping mass "
+    "in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies\n"
+    "tracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring the "
+    "light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of spiral "
+    "arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\ndating a "
+    "stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring proper motions "
+    "in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass black holes\n"
+    "monitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots of radio "
+    "galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\nidentifying the "
+    "progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition of a nebula from "
+    "its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their surroundings\n"
+    "surveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\nimaging disks "
+    "around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an exoplanet\ndirectly "
+    "imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses of binary stars\n"
+    "searching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae in ultraviolet "
+    "light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf planet\n"
+    "searching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an asteroid\n"
+    "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
+    "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
+
+// 1 if this is UTF-8 without control characters (but tabs).
+static int is_plain_text(const char *text, size_t size) {
+    unsigned code;
+    int valid = 1;
+    size_t n;
+    for (; size && valid; text += n, size -= n) {
+        n = utf8_next(text, size, &code, &valid);
+        if (is_control(code) && code != '\t') valid = 0;
+    }
+    return valid;
+}
+
+// One label a line; blank lines and those that begin with '#' are passed over.
+static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
+    lines l = lines_of(path, text, size);
+    while (next_line(&l)) {
+        for (; *l.line == ' ' || *l.line == '\t'; l.size--) l.line++;
+        while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.size--;
+        if (!l.size || *l.line == '#') continue;
+        if (!is_plain_text(l.line, l.size)) line_error(&l, "this is not UTF-8 text, or holds control characters");
+        if (l.size > 1000) line_error(&l, "a label of more than 1000 bytes");
+        if (labels->n == 100000) line_error(&l, "more than 100000 labels");
+        list_add(p, labels, l.line, l.size);
+    }
+    if (!labels->n) exit(fail("%s: there is no label in it; write one a line", path));
+}
+
+static int run_describe(program *p) {
+    const char *path = p->o.labels;
+    group groups[3];
+    int i, n = path ? 1 : 3;
+    memset(groups, 0, sizeof groups);
+    for (i = 0; i < n; i++) {
+        size_t size = strlen(built_in_labels[i]);
+        char *text = path ? read_text(p, path, &size) : (char *)memcpy(new_memory(p, size + 1, 1), built_in_labels[i], size);
+        if (!path) groups[i].title = built_in_titles[i];
+        read_labels(p, path ? path : "labels built in", text, size, &groups[i].texts);
+    }
+    return match_images(p, groups, n, p->o.best ? p->o.best : 5);
+}
+
+// ==== index, search ==================================================================================================
+//
+// An index file, all numbers little-endian:
+//   header   "AVLINDEX" | version u32 (1) | n_dims u32 | model u64 (see model_fingerprint) | FNV-1a u64 of the 24 bytes before
+//   record   n u32, bytes of the name | ~n u32 | row, n_dims float16, L2-normalised | name, n bytes as the system gave it
+//            (UTF-8 as a rule) | FNV-1a u64 of all the record's bytes before
+// Records follow each other without gaps, one an image. They are appended, those of one pass in one write, then synced: a
+// program that is killed leaves at worst an incomplete record at the end. Whoever reads the file passes over that one, and
+// `astrovl index` cuts it off before it goes on. A broken record anywhere else is an error.
+
+enum { INDEX_HEADER = 32, MAX_NAME = 65535 };
+
+typedef struct image_index {
+    const char    *path;
+    FILE          *file;
+    int            n_dims, keep_rows, torn;
+    unsigned char  header[INDEX_HEADER];   // what the model in use would write
+    list           names;
+    unsigned char *rows;                   // [names.n][n_dims] float16, if keep_rows
+    size_t         capacity;               // of rows, in bytes
+    uint64_t       end;                    // where the last whole record ends; behind it lies a torn one, if anything
+} image_index;
+
+// A number that tells models apart whose embeddings differ: the sum of a hash for each tensor but those of the language model and
+// the projector. It covers name, type, shape, and all bytes if there are up to 64 KiB, otherwise 16 pieces of 4 KiB at equal steps.
+static uint64_t model_fingerprint(const astrovl_model *model) {
+    static const char *const others[] = {"blk.", "token_embd", "output", "rope_freqs", "mm.", "model.image_newline"};
+    uint64_t sum = 0, h, k;
+    char text[128];
+    int f, i, o;
+    for (f = 0; f < astrovl_n_files(model); f++) {
+        const astrovl_gguf *file = astrovl_file(model, f);
+        for (i = 0; i < astrovl_gguf_n_tensors(file); i++) {
+            const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+            uint64_t pieces = t->n_bytes <= 65536 ? 1 : 16, piece = pieces == 1 ? t->n_bytes : 4096;
+            for (o = 0; o < 6 && strncmp(t->name, others[o], strlen(others[o])) != 0; o++) {}
+            if (o < 6) continue;
+            h = fnv1a64(FNV_START, t->name, strlen(t->name));
+            h = fnv1a64(h, text, (size_t)snprintf(text, sizeof text, "%d %lld %lld %lld %lld", (int)t->type, (long long)t->ne[0],
+                                                  (long long)t->ne[1], (long long)t->ne[2], (long long)t->ne[3]));
+            for (k = 0; k < pieces; k++)
+                h = fnv1a64(h, (const char *)t->data + (size_t)((t->n_bytes - piece) / 15 * k), (size_t)piece);
+            sum += h;
+        }
+    }
+    return sum;
+}
+
+static image_index *new_index(program *p, const char *path) {
+    image_index *ix = (image_index *)new_memory(p, 1, sizeof *ix);
+    ix->path = path;
+    ix->n_dims = p->info.n_embd_joint;
+    memcpy(ix->header, "AVLINDEX\1\0\0", 12);
+    put_le(ix->header + 12, (uint64_t)ix->n_dims, 4);
+    put_le(ix->header + 16, model_fingerprint(p->model), 8);
+    put_le(ix->header + 24, fnv1a64(FNV_START, ix->header, 24), 8);
+    return ix;
+}
+
+// Reads the header; it has to be the one that the model in use would write. Returns how many of its bytes there are.
+static size_t read_index_header(image_index *ix) {
+    unsigned char h[INDEX_HEADER];
+    size_t size = fread(h, 1, INDEX_HEADER, ix->file);
+    if (ferror(ix->file)) exit(fail("%s: cannot be read: %s", ix->path, strerror(errno)));
+    if (memcmp(h, "AVLINDEX", size < 8 ? size : 8) != 0) exit(fail("%s: is no index made by astrovl", ix->path));
+    ix->end = size;
+    if (size < INDEX_HEADER || memcmp(h, ix->header, INDEX_HEADER) == 0) return size;
+    if (get_le(h + 24, 8) != fnv1a64(FNV_START, h, 24)) exit(fail("%s: its header is damaged; make the index anew", ix->path));
+    if (get_le(h + 8, 4) != 1) exit(fail("%s: is of another version of the format", ix->path));
+    exit(fail("%s: was made with another model (%016llx, %u numbers a row; this one is %016llx, %d): name that model with -m, or "
+                "begin another index", ix->path, (unsigned long long)get_le(h + 16, 8), (unsigned)get_le(h + 12, 4),
+                (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
+}
+
+static void keep_record(program *p, image_index *ix, const unsigned char *record, size_t row_size, size_t n) {
+    size_t used = (size_t)ix->names.n * row_size;
+    if (ix->keep_rows && used + row_size > ix->capacity) {
+        ix->capacity = used * 2 + 64 * row_size;
+        ix->rows = (unsigned char *)realloc(ix->rows, ix->capacity);
+        if (!ix->rows || ix->capacity < used) exit(fail("%s: out of memory after %d rows", ix->path, ix->names.n));
+    }
+    if (ix->keep_rows) memcpy(ix->rows + used, record + 8, row_size);
+    list_add(p, &ix->names, (const char *)record + 8 + row_size, n);
+}
+
+// Reads all records behind the header. A torn one at the end sets ix->torn and is no error.
+static void read_records(program *p, image_index *ix) {
+    size_t row_size = (size_t)ix->n_dims * 2, n, size, got;
+    unsigned char *record = (unsigned char *)new_memory(p, row_size + MAX_NAME + 16, 1);
+    const char *damage = NULL;
+    while (!ix->torn && !damage && (got = fread(record, 1, 8, ix->file)) > 0) {
+        n = (size_t)get_le(record, 4);
+        size = 8 + row_size + n;                           // up to the checksum
+        ix->torn = 1;
+        if (got == 8 && get_le(record, 8) == 0) {          // zeros: a machine that lost power may leave them, up to the end
+            int c;
+            while ((c = getc(ix->file)) == 0) {}
+            if (c != EOF) damage = "zeros";
+        } else if (got == 8 && (get_le(record + 4, 4) != (~n & 0xFFFFFFFFu) || n < 1 || n > MAX_NAME)) {
+            damage = "its size is impossible";
+        } else if (got == 8 && fread(record + 8, 1, size, ix->file) == size) {
+            ix->torn = get_le(record + size, 8) != fnv1a64(FNV_START, record, size);
+            if (ix->torn && getc(ix->file) != EOF) damage = "its checksum is wrong";
+            if (ix->torn) continue;
+            keep_record(p, ix, record, row_size, n);
+            ix->end += size + 8;
+        }
+    }
+    if (ferror(ix->file)) exit(fail("%s: cannot be read: %s", ix->path, strerror(errno)));
+    if (damage) exit(fail("%s: the record at byte %llu is damaged (%s) and is not the last one: make the index anew", ix->path,
+                          (unsigned long long)ix->end, damage));
+}
+
+// Appends bytes and has them on the disk; on failure takes back what was written.
+static void append_to_index(image_index *ix, const unsigned char *bytes, size_t size) {
+    size_t done = 0;
+    long long n = 0;
+    for (; done < size; done += n > 0 ? (size_t)n : 0) {
+        n = (long long)write_file(ix->file, bytes + done, size - done);
+        if (n == 0 || (n < 0 && errno != EINTR)) break;
+    }
+    if (done < size || (sync_file(ix->file) != 0 && errno != EINVAL)) {      // EINVAL: a file that needs no syncing
+        write_error(ix->path);
+        if (cut_file(ix->file, ix->end) != 0) write_error(ix->path);
+        exit(EXIT_FAILED);
+    }
+    ix->end += size;
+}
+
+// Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. One program at a time may.
+static void open_index(program *p, image_index *ix) {
+    size_t size;
+    ix->file = open_to_append(ix->path);
+    if (!ix->file) exit(write_error(ix->path));
+    if (lock_file(ix->file) != 0) exit(fail("%s: another astrovl is writing to this index; wait until it is done", ix->path));
+    rewind(ix->file);
+    size = read_index_header(ix);
+    if (size < INDEX_HEADER) ix->end = 0;                  // a new file, or one whose making was cut short
+    else read_records(p, ix);
+    if (ix->torn) fail("%s: cutting off an incomplete record at the end (a run was stopped)", ix->path);
+    if ((ix->torn || !ix->end) && size && cut_file(ix->file, ix->end) != 0) exit(write_error(ix->path));
+    if (!ix->end) append_to_index(ix, ix->header, INDEX_HEADER);
+}
+
+// The record of one image. Returns its bytes.
+static size_t make_record(const image_index *ix, const char *name, const float *row, unsigned char *record) {
+    size_t n = strlen(name), at = 8;
+    int k;
+    put_le(record, n, 4);
+    put_le(record + 4, ~(uint64_t)n, 4);
+    for (k = 0; k < ix->n_dims; k++, at += 2) put_le(record + at, astrovl_f32_to_f16(row[k]), 2);
+    memcpy(record + at, name, n);
+    put_le(record + at + n, fnv1a64(FNV_START, record, at + n), 8);
+    return at + n + 8;
+}
+
+static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+
+#if defined(_WIN32)
+static int add_images(program *p, const char *path, int is_found, list *names) {        // folders: give their files with -
+    (void)is_found;
+    return list_add(p, names, path, strlen(path)), EXIT_OK;
+}
 #else
-           "gcc ", __VERSION__,
+// An image by its ending: .png .jpg .jpeg .ppm .pgm .pnm, in any case.
+static int has_image_ending(const char *name) {
+    const char *dot = strrchr(name, '.');
+    char ending[8] = "";
+    size_t i;
+    for (i = 0; dot && i < 6 && dot[i]; i++) ending[i] = (char)tolower((unsigned char)dot[i]);
+    return dot && !dot[i] && i > 3 && strstr(".png .jpg .jpeg .ppm .pgm .pnm ", (ending[i] = ' ', ending)) != NULL;
+}
+
+// A file as it is named, or the images in a folder and below it. is_found: it was met in a folder. There, links to folders are
+// not followed: they could lead in circles.
+static int add_images(program *p, const char *path, int is_found, list *names) {
+    struct dirent *entry;
+    struct stat s, target;
+    DIR *folder;
+    int status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
+    if (!found || !S_ISDIR(s.st_mode)) {
+        if (!is_found || (has_image_ending(path) && stat(path, &target) == 0 && S_ISREG(target.st_mode)))
+            list_add(p, names, path, strlen(path));
+        return EXIT_OK;
+    }
+    folder = opendir(path);
+    if (!folder) return cannot_open(path);
+    while ((entry = readdir(folder)) != NULL)
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names);
+    closedir(folder);
+    return status;
+}
 #endif
-           (int)sizeof(void *) * 8);
+
+// What the arguments name ("-": the lines of standard input), sorted, less what the index holds. Says how many that are.
+static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
+    list all = {NULL, 0, 0};
+    int i, status = EXIT_OK;
+    for (i = 0; i < p->o.words.n; i++) {
+        size_t size = 0;
+        char *text = NULL;
+        lines l;
+        if (strcmp(p->o.words.items[i], "-") != 0) {
+            status |= add_images(p, p->o.words.items[i], 0, &all);
+            continue;
+        }
+        text = read_text(p, "-", &size);
+        for (l = lines_of("standard input", text, size); next_line(&l);) {
+            if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
+            if (l.size) status |= add_images(p, l.line, 0, &all);
+        }
+    }
+    if (all.n == 0) exit(fail("there are no images to index (in folders only files .png .jpg .jpeg .ppm .pgm .pnm count)"));
+    qsort((void *)all.items, (size_t)all.n, sizeof *all.items, by_text);
+    if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
+    for (i = 0; i < all.n; i++) {
+        const char *name = all.items[i];
+        int known = (i && strcmp(name, all.items[i - 1]) == 0) ||
+                    (ix->names.n && bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text));
+        *n_known += known;
+        if (!known) list_add(p, todo, name, strlen(name));
+    }
+    if (*n_known && !p->o.quiet) fprintf(stderr, "astrovl: %s: has %d of these %d images already\n", ix->path, *n_known, all.n);
+    return status;
+}
+
+static int index_images(program *p, image_index *ix, const list *todo, int n_known) {
+    char ok[MAX_BATCH];
+    unsigned char *records = NULL;
+    float *rows = new_rows(p, p->o.batch);
+    size_t size, capacity = 0;
+    double start = seconds_now(), rate = 0;
+    int i, k, some, added = 0;
+    for (i = 0; i < todo->n && !p->stop; i += some) {
+        some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
+        draw_bar(p, "images", i, todo->n, rate);
+        added += embed_batch(p, todo->items + i, some, rows, ok);
+        for (k = 0, size = 0; k < some; k++) size += 16 + 2 * (size_t)ix->n_dims + strlen(todo->items[i + k]);
+        if (size > capacity) records = (unsigned char *)new_memory(p, capacity = size, 1);
+        for (k = 0, size = 0; k < some; k++)
+            if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
+        if (size) append_to_index(ix, records, size);
+        rate = added / (seconds_now() - start + 1e-9);
+    }
+    clear_bar(p);
+    if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
+                            todo->n - added, ix->names.n + added, rate);
+    else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate, n_known,
+                todo->n - added, ix->names.n + added);
+    return added < todo->n ? EXIT_FAILED : EXIT_OK;
+}
+
+static int run_index(program *p) {
+    list todo = {NULL, 0, 0};
+    image_index *ix;
+    int status, n_known = 0;
+    if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
+    open_towers(p, IMAGE_TOWER);
+    ix = new_index(p, p->o.out);
+    open_index(p, ix);
+    status = collect_images(p, ix, &todo, &n_known);
+    status |= index_images(p, ix, &todo, n_known);
+    fclose(ix->file);
+    return status;
+}
+
+static int search_index(program *p, image_index *ix, const char *query) {
+    int i, k = p->o.best ? p->o.best : 10, n = 0;
+    float *row = new_rows(p, 1);
+    astrovl_hit *hits;
+    astrovl_error err;
+    char ok;
+    if (k > ix->names.n) k = ix->names.n;
+    hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
+    if (!p->o.image) embed_texts(p, &query, 1, row);
+    else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
+    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &err);
+    if (n < 0) return failed(&err);
+    if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
+    for (i = 0; i < n; i++) {
+        const char *name = ix->names.items[hits[i].row];
+        if (p->o.json) put_json("{score:%f file:%s}", hits[i].score, name);
+        else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
+    }
+    if (p->o.json) put_json("]}\n");
+    return EXIT_OK;
+}
+
+static int run_search(program *p) {
+    int n = p->o.words.n, status;
+    image_index *ix;
+    if ((n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
+    ix = new_index(p, p->o.words.items[0]);
+    ix->keep_rows = 1;
+    ix->file = fopen(ix->path, "rb");
+    if (!ix->file) return cannot_open(ix->path);
+    if (read_index_header(ix) < INDEX_HEADER) return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
+    read_records(p, ix);
+    fclose(ix->file);
+    if (ix->torn && !p->o.quiet) fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", ix->path);
+    status = search_index(p, ix, n == 2 ? p->o.words.items[1] : p->o.image);
+    free(ix->rows);
+    return status;
+}
+
+// ==== evaluate =======================================================================================================
+// One line of a .jsonl file.
+typedef struct sample {
+    const char *path, *image;              // the image as seen from here, and as the file names it
+    const char *label, *reference;         // caption or class; description, or NULL
+    list        features;
+    char       *text;                      // what the model says about it; freed with astrovl_free
+    int         truth, named, n_found;     // classes (named -1: none); feature words found
+    double      semantic;                  // cosine of text and reference; NaN if there is none
+} sample;
+
+// The strings of one member of a line's object; anything but `least` to `most` of them is an error.
+static list read_member(program *p, const lines *l, const char *key, int least, int most) {
+    list strings = {NULL, 0, 0};
+    char what[128];
+    astrovl_error err;
+    int i, n = 0;
+    char **texts = astrovl_json_strings(l->line, l->size, key, &n, &err);
+    if (!texts) line_error(l, err.message);
+    snprintf(what, sizeof what, n ? "\"%s\" is to be one text" : "\"%s\" is missing; a line is {\"image\": FILE, ...}", key);
+    if (n < least || n > most) line_error(l, what);
+    for (i = 0; i < n; i++) list_add(p, &strings, texts[i], strlen(texts[i]));
+    astrovl_free(texts);
+    return strings;
+}
+
+// Reads a whole set before the long work begins, so that a broken line is said at once.
+static sample *read_samples(program *p, const char *path, int vqa, int *n) {
+    const char *slash = strrchr(path, '/');
+    size_t size = 0, capacity = 0, folder = slash ? (size_t)(slash - path) + 1 : 0;
+    char *text = read_text(p, path, &size);
+    lines l = lines_of(path, text, size);
+    sample *samples = NULL, *x;
+    for (*n = 0; next_line(&l);) {
+        list reference;
+        if (strspn(l.line, " \t") == l.size) continue;
+        if ((size_t)*n == capacity) {
+            x = (sample *)new_memory(p, capacity = capacity * 2 + 64, sizeof *x);
+            if (*n) memcpy(x, samples, (size_t)*n * sizeof *x);
+            samples = x;
+        }
+        x = &samples[(*n)++];
+        x->image = read_member(p, &l, "image", 1, 1).items[0];
+        x->label = read_member(p, &l, vqa ? "class" : "caption", 1, 1).items[0];
+        if (!*x->image || !*x->label) line_error(&l, "an empty name or text");
+        x->path = join_path(p, path, *x->image == '/' ? 0 : folder, x->image);
+        if (!vqa) continue;
+        reference = read_member(p, &l, "description", 0, 1);
+        if (reference.n) x->reference = reference.items[0];
+        x->features = read_member(p, &l, "features", 0, 1000000);
+    }
+    if (*n < 2) exit(fail("%s: two lines at least are wanted", path));
+    return samples;
+}
+
+// ---- retrieval (PAPERCLIP, arXiv 2403.08851, sections 3.3 and 4.1)
+
+typedef struct retrieval {
+    int    n;
+    double loss, share[2][101];            // [image -> text, text -> image][k]: partner among the best k percent
+    float *cosines[2];                     // [pairs, wrong pairs][n], ascending
+    double mean[2], median[2];
+} retrieval;
+
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+// The next of a fixed sequence of random numbers below n (Knuth's linear congruential generator).
+static uint64_t random_below(uint64_t *state, uint64_t n) {
+    *state = *state * 6364136223846793005ULL + 1442695040888963407ULL;
+    return (*state >> 33) % n;
+}
+
+static retrieval *measure_retrieval(program *p, float *images, float *texts, int n) {
+    retrieval *r = (retrieval *)new_memory(p, 1, sizeof *r);
+    int32_t *ranks = (int32_t *)new_memory(p, (size_t)n, sizeof *ranks);
+    int i, k, d = p->info.n_embd_joint;
+    uint64_t state = 1;
+    r->n = n;
+    r->loss = astrovl_contrastive_loss(images, texts, n, d, p->info.logit_scale);
+    for (i = 0; i < 2; i++) {
+        astrovl_retrieval_ranks(i ? texts : images, i ? images : texts, n, d, ranks);
+        for (k = 1; k <= 100; k++) r->share[i][k] = astrovl_top_k_accuracy(ranks, n, k);
+    }
+    for (i = 0; i < n; i++) ranks[i] = i;
+    for (i = n - 1; i > 0; i--) {          // wrong pairs: a permutation that is one cycle, so no pair is right (Sattolo 1986)
+        int other = (int)random_below(&state, (uint64_t)i), t = ranks[i];
+        ranks[i] = ranks[other], ranks[other] = t;
+    }
+    for (k = 0; k < 2; k++) {
+        float *c = r->cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *c);
+        for (i = 0; i < n; i++) {
+            astrovl_linear(&c[i], row_of(p, images, i), row_of(p, texts, k ? ranks[i] : i), NULL, 1, d, 1);
+            r->mean[k] += c[i] / (double)n;
+        }
+        qsort(c, (size_t)n, sizeof *c, by_value);
+        r->median[k] = (c[(n - 1) / 2] + c[n / 2]) / 2.0;
+    }
+    return r;
+}
+
+static void print_retrieval(const program *p, const retrieval *r) {
+    static const int shown[] = {1, 5, 10, 20, 50};
+    int i, k, best, n = r->n;
+    char head[64];
+    int width = snprintf(head, sizeof head, "floor(k/100 * %d)", n);
+    printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
+           "how often is the partner among the best k %%?\n    k  %s  image -> text  text -> image  by chance\n", n,
+           p->info.logit_scale, r->loss, n, log(n), head);
+    for (i = 0; i < 5; i++) {
+        k = shown[i], best = (int)((int64_t)k * n / 100);
+        printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, r->share[0][k] * 100, r->share[1][k] * 100,
+               100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
+    }
+    printf("\ncosines          mean   median\npairs         %7.4f  %7.4f\nwrong pairs   %7.4f  %7.4f\n", r->mean[0], r->median[0],
+           r->mean[1], r->median[1]);
+}
+
+static void print_retrieval_json(const program *p, const retrieval *r) {
+    int i, k;
+    put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", r->n, p->info.logit_scale, r->loss);
+    for (k = 1; k <= 100; k++)
+        put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, (int)((int64_t)k * r->n / 100), r->share[0][k],
+                 r->share[1][k]);
+    for (i = 0; i < 2; i++) {
+        put_json(i ? "]} cosines_shuffled:{" : "] cosines_matched:{");
+        put_json("mean:%f median:%f sorted:[", r->mean[i], r->median[i]);
+        for (k = 0; k < r->n; k++) put_json("%f", r->cosines[i][k]);
+    }
+    put_json("]}}\n");
+}
+
+// ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
+
+typedef struct panel {
+    double left, x0, x1, x_step, y1, y_step;               // values at the edges; the bottom is 0
+} panel;
+
+static double plot_x(const panel *a, double x) { return a->left + 360 * (x - a->x0) / (a->x1 - a->x0); }
+static double plot_y(const panel *a, double y) { return 340 - 270 * y / a->y1; }
+
+static void svg_axes(FILE *f, const panel *a, const char *title, const char *x_label, const char *y_label) {
+    double v;
+    int i;
+    fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\" font-weight=\"bold\">%s</text>\n<text x=\"%g\" y=\"384\">%s"
+            "</text>\n<text transform=\"translate(%g 205) rotate(-90)\">%s</text>\n", a->left + 180, title, a->left + 180, x_label,
+            a->left - 46, y_label);
+    for (i = 0; (v = a->x0 + i * a->x_step) < a->x1 + a->x_step / 2; i++)
+        fprintf(f, "<text x=\"%.1f\" y=\"360\">%.4g</text>\n", plot_x(a, v), fabs(v) < 1e-9 ? 0.0 : v);
+    for (i = 0; (v = i * a->y_step) < a->y1 + a->y_step / 2; i++)
+        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%.4g</text>\n<path d=\"M%g %.1fh360\" stroke=\"%s\"/>\n",
+                a->left - 8, plot_y(a, v) + 4, v, a->left, plot_y(a, v), i ? "#ddd" : "#222");
+    fprintf(f, "<path d=\"M%g 70V340\" stroke=\"#222\"/>\n</g>\n", a->left);
+}
+
+static void svg_legend(FILE *f, double x, double y, const char *style, const char *text) {
+    fprintf(f, "<path d=\"M%g %gh26\" %s/>\n<text x=\"%g\" y=\"%g\">%s</text>\n", x, y - 4, style, x + 32, y, text);
+}
+
+// The smallest of 1, 2, 5 times a power of ten that cuts a range into at most seven steps.
+static double tick_step(double range) {
+    double step = 1e-9;
+    int i;
+    for (i = 0; step * 7 < range && i < 60; i++) step *= i % 3 == 1 ? 2.5 : 2;
+    return step;
+}
+
+#define BINS 40
+static int save_plot(const char *path, const retrieval *r) {
+    static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
+        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
+    panel a = {70, 0, 100, 20, 100, 20}, b = {560, 0, 0, 0, 0, 0};
+    double bins[2][BINS] = {{0}}, low = fmin(r->cosines[0][0], r->cosines[1][0]);
+    double high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]);
+    int i, k, broken;
+    char text[64];
+    FILE *f = fopen(path, "wb");
+    if (!f) return write_error(path);
+    b.x_step = tick_step(high - low + 1e-3);
+    b.x0 = floor(low / b.x_step) * b.x_step;
+    b.x1 = ceil((high + 1e-6) / b.x_step) * b.x_step;
+    for (i = 0; i < 2 * r->n; i++) {
+        k = i % 2;
+        bins[k][(int)fmin((r->cosines[k][i / 2] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)] += 100.0 / r->n;
+    }
+    for (i = 0; i < 2 * BINS; i++) b.y1 = fmax(b.y1, bins[i % 2][i / 2]);
+    b.y_step = tick_step(b.y1);
+    b.y1 = ceil(b.y1 * 1.25 / b.y_step) * b.y_step;        // room for the legend
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
+            "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n<text x=\"475\" y=\"24\" "
+            "font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; contrastive loss %.3f</text>\n",
+            r->n, r->loss);
+    svg_axes(f, &a, "Partner found among the best k %", "k (% of the set)", "accuracy (%)");
+    fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
+    svg_legend(f, 270, 325, style[3], "chance");
+    svg_axes(f, &b, "Cosines of image and text", "cosine", "pairs (%)");
+    for (k = 1; k >= 0; k--) {
+        fprintf(f, "<g %s stroke-width=\"2\"><path fill=\"none\" d=\"M", style[2 * k]);
+        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
+        fprintf(f, "\"/></g>\n<path %s fill-opacity=\"0.3\" stroke-width=\"1.5\" d=\"M560 340", style[k]);
+        for (i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
+        fputs("V340\"/>\n", f);
+        svg_legend(f, 270, 285 + 20 * k, style[2 * k], k ? "image for a text" : "text for an image");
+        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->mean[k]);
+        svg_legend(f, 570, 84 + 20 * k, style[k], text);
+    }
+    fputs("</svg>\n", f);
+    broken = ferror(f);
+    return fclose(f) != 0 || broken ? write_error(path) : EXIT_OK;
+}
+
+static int evaluate_retrieval(program *p, sample *samples, int n) {
+    const char **names = (const char **)new_memory(p, (size_t)n, sizeof *names);
+    float *images, *texts;
+    retrieval *r;
+    int i;
+    open_towers(p, IMAGE_TOWER | TEXT_TOWER);
+    images = new_rows(p, n), texts = new_rows(p, n);
+    for (i = 0; i < n; i++) names[i] = samples[i].path;
+    if (embed_images(p, names, n, images, 0) != EXIT_OK) return fail("nothing is measured, since images are missing");
+    for (i = 0; i < n; i++) names[i] = samples[i].label;
+    embed_texts(p, names, n, texts);
+    r = measure_retrieval(p, images, texts, n);
+    (p->o.json ? print_retrieval_json : print_retrieval)(p, r);
+    return p->o.svg ? save_plot(p->o.svg, r) : EXIT_OK;
+}
+
+// ---- questions about images (AstroLLaVA's benchmark on Galaxy10, arXiv 2504.08583): the model describes each image; what it
+// says is held against the image's class, words that should occur, and a reference description
+
+// The bytes of `word` if it stands at text[at] as whole words, whatever the case of its letters; otherwise 0.
+static size_t word_at(const char *text, size_t at, const char *word) {
+    size_t n = strlen(word), i;
+    if (at > 0 && isalnum((unsigned char)text[at - 1]) && isalnum((unsigned char)word[0])) return 0;
+    for (i = 0; i < n; i++)
+        if (tolower((unsigned char)text[at + i]) != tolower((unsigned char)word[i])) return 0;
+    return n && isalnum((unsigned char)text[at + n]) && isalnum((unsigned char)word[n - 1]) ? 0 : n;
+}
+
+// Which of some words a text names: the first, and of several that begin there the longest. -1: none
+static int first_named(const char *text, const char *const *words, int n_words) {
+    size_t i, n, most = 0;
+    int w, best = -1;
+    for (i = 0; text[i] && best < 0; i++)
+        for (w = 0; w < n_words; w++)
+            if ((n = word_at(text, i, words[w])) > most) most = n, best = w;
+    return best;
+}
+
+static void score_sample(program *p, const list *classes, sample *x) {
+    const char *texts[2];
+    float *rows, cosine;
+    int i;
+    x->named = first_named(x->text, classes->items, classes->n);
+    for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
+    x->semantic = strtod("nan", NULL);
+    if (!x->reference || !p->info.has_joint_text) return;
+    rows = new_rows(p, 2);
+    texts[0] = x->text, texts[1] = x->reference;
+    embed_texts(p, texts, 2, rows);
+    astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
+    x->semantic = cosine;
+}
+
+// The sums over a set.
+typedef struct vqa {
+    int    n, right, none, found, features, n_semantic, *confusion;        // [classes][classes + 2]: none named, all
+    double semantic;
+} vqa;
+
+static void print_vqa(const list *classes, const vqa *t) {
+    int c, i, m = classes->n, width = 5;
+    printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100.0 * t->right / t->n,
+           t->right, t->n, t->none);
+    if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100.0 * t->found / t->features, t->found, t->features);
+    if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", t->semantic / t->n_semantic, t->n_semantic);
+    for (c = 0; c < m; c++) width = at_least(width, classes->items[c]);
+    printf("\nrow: what it is; column: what the model named, by number\n%*s   right", width + 5, "");
+    for (c = 0; c < m; c++) printf("%5d", c + 1);
+    puts(" none");
+    for (c = 0; c < m; c++) {
+        const int *named = t->confusion + c * (m + 2);
+        printf("%3d  ", c + 1);
+        print_padded(classes->items[c], strlen(classes->items[c]), width);
+        printf("  %5.1f%%", 100.0 * named[c] / named[m + 1]);
+        for (i = 0; i <= m; i++) printf(named[i] ? "%5d" : "    .", named[i]);
+        putchar('\n');
+    }
+}
+
+static void print_vqa_json(const list *classes, const vqa *t, const sample *samples) {
+    int c, i, m = classes->n;
+    put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, (double)t->right / t->n,
+             t->none, t->found / (double)t->features, t->semantic / t->n_semantic);
+    for (c = 0; c < m; c++) {
+        const int *named = t->confusion + c * (m + 2);
+        put_json("{class:%s images:%d accuracy:%f named:[", classes->items[c], named[m + 1], (double)named[c] / named[m + 1]);
+        for (i = 0; i <= m; i++) put_json("%d", named[i]);
+        put_json("]}");
+    }
+    put_json("] answers:[");
+    for (i = 0; i < t->n; i++, samples++)
+        put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", samples->image, samples->label,
+                 samples->named < 0 ? "none" : classes->items[samples->named], samples->n_found, samples->semantic, samples->text);
+    put_json("]}\n");
+}
+
+static int evaluate_vqa(program *p, sample *samples, int n) {
+    list classes = {NULL, 0, 0};
+    astrovl_image image;
+    astrovl_error err;
+    vqa t = {0, 0, 0, 0, 0, 0, NULL, 0};
+    sample *x;
+    open_towers(p, 0);
+    for (x = samples; x < samples + n; x++) {
+        for (x->truth = 0; x->truth < classes.n && strcmp(classes.items[x->truth], x->label) != 0; x->truth++) {}
+        if (x->truth == classes.n) list_add(p, &classes, x->label, strlen(x->label));
+    }
+    t.confusion = (int *)new_memory(p, (size_t)classes.n, ((size_t)classes.n + 2) * sizeof(int));
+    for (x = samples; x < samples + n; x++) {
+        draw_bar(p, "images", t.n++, n, 0);
+        astrovl_session_reset(p->session);
+        if (load_image(x->path, &image, &err) != ASTROVL_OK) exit(failed(&err));
+        x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT, &err);
+        astrovl_image_free(&image);
+        if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(&err));
+        score_sample(p, &classes, x);
+        t.right += x->truth == x->named;
+        t.none += x->named < 0;
+        t.found += x->n_found;
+        t.features += x->features.n;
+        if (x->semantic >= -2) t.n_semantic++, t.semantic += x->semantic;
+        t.confusion[x->truth * (classes.n + 2) + (x->named < 0 ? classes.n : x->named)]++;
+        t.confusion[x->truth * (classes.n + 2) + classes.n + 1]++;
+    }
+    clear_bar(p);
+    if (p->o.json) print_vqa_json(&classes, &t, samples);
+    else print_vqa(&classes, &t);
+    while (n > 0) astrovl_free(samples[--n].text);
+    return EXIT_OK;
+}
+
+static int run_evaluate(program *p) {
+    int n, is_vqa = strcmp(p->o.words.items[0], "vqa") == 0;
+    sample *samples;
+    if (!is_vqa && strcmp(p->o.words.items[0], "retrieval") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    if (is_vqa && p->o.svg) return usage_error(p->cmd, "--svg belongs to retrieval");
+    samples = read_samples(p, p->o.words.items[1], is_vqa, &n);
+    return (is_vqa ? evaluate_vqa : evaluate_retrieval)(p, samples, n);
+}
+
+// ==== summarize: a language model reads an abstract, and its answer keeps to a form (PAPERCLIP, section 2.3) =========
+#define SOME "{\"type\":\"array\",\"minItems\":1,\"maxItems\":5,\"items\":{\"type\":\"string\",\"minLength\":1,\"maxLength\":80}}"
+static const char summary_schema[] = "{\"type\": \"object\", \"properties\": {\"objects_and_phenomena\": " SOME ", "
+    "\"science_use_cases\": " SOME "}, \"required\": [\"objects_and_phenomena\", \"science_use_cases\"]}";
+
+static const char summary_prompt[] =
+    "What follows is the abstract of a proposal to observe with a telescope. Think of the images that it will give. Answer in "
+    "JSON with two lists of one to five short entries each. \"objects_and_phenomena\": what the images would show, such as "
+    "\"spiral galaxy\" or \"gravitational lens\". \"science_use_cases\": what they would be good for, such as \"measure the "
+    "distance to supernovae\". Take from the abstract what is specific; leave out the telescope, its instruments and the proposal.";
+static const char relevance_prompt[] =
+    "What follows is the abstract of a proposal to observe with a telescope, and a query that names an object or a concept. Would "
+    "the observations show what the query names? What is merely related to it does not count. Answer true or false.";
+static const char plain_prompt[] =
+    "Read this abstract of a proposal to observe with a telescope, and answer in the form that is asked for.";
+
+static int summarize_file(program *p, const char *path) {
+    const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt : p->o.schema || p->o.regex ? plain_prompt :
+                         summary_prompt, *query = p->o.query ? p->o.query : "";
+    size_t size = 0, room;
+    astrovl_error err;
+    char *abstract = read_text(p, path, &size), *request, *answer;
+    if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
+    while (size && isspace((unsigned char)abstract[size - 1])) abstract[--size] = 0;
+    if (!size) return fail("%s: is empty; an abstract is wanted", path);
+    room = strlen(prompt) + size + strlen(query) + 64;
+    request = (char *)new_memory(p, room, 1);
+    snprintf(request, room, "%s\n\nAbstract: %s%s%s", prompt, abstract, *query ? "\n\nQuery: " : "", query);
+    astrovl_session_reset(p->session);
+    answer = say(p, NULL, 0, request, &err);
+    if (!answer) return fail("%s: %s", path, err.message);
+    finish_answer(p, path, p->o.words.n > 1 ? path : NULL, request, answer);
+    astrovl_free(answer);
+    return g_interrupted ? EXIT_FAILED : EXIT_OK;
+}
+
+static int run_summarize(program *p) {
+    const char *path = p->o.schema, *schema = p->o.boolean ? "{\"type\": \"boolean\"}" : summary_schema;
+    size_t size = strlen(schema);
+    int i, status = EXIT_OK;
+    astrovl_error err;
+    astrovl_guide *guide;
+    if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1) return usage_error(p->cmd, "one of --schema, --regex, --bool");
+    if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
+    if (p->o.max_tokens == 0) p->o.max_tokens = 512;
+    if (p->o.repetition_penalty <= 0) p->o.repetition_penalty = 1.1;         // lists tempt small models to say one thing again
+    open_model_and_session(p);
+    if (path) schema = read_text(p, path, &size);
+    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &err) : astrovl_guide_schema(p->model, schema, size, &err);
+    if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", err.message);
+    p->generation.guide = guide;
+    for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
+    astrovl_guide_free(guide);
+    return status;
+}
+
+// ==== bench: a search, and merely reading the same memory; in turns, since machines change their speed ===============
+static int run_bench(program *p) {
+    enum { ROUNDS = 9 };
+    size_t n = (size_t)(p->o.rows ? p->o.rows : 1000000), d = (size_t)(p->o.dims ? p->o.dims : 512), size = 2 * n * d, i;
+    float seconds[2][ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
+    double search, reading, start, gigabytes = (double)n * (double)d * 2e-9;
+    unsigned char *rows;
+    uint64_t state = 1;
+    astrovl_hit hits[10];
+    astrovl_error err;
+    if (strcmp(p->o.words.items[0], "search") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    rows = (unsigned char *)new_memory(p, n, 2 * d);
+    for (i = 0; i < d; i++) query[i] = astrovl_sinf((float)i);
+    for (i = 0; i < size; i += 2) put_le(rows + i, 0x2E00 + random_below(&state, 0xE00) + 0x8000 * random_below(&state, 2), 2);
+    for (i = 0; i < ROUNDS; i++) {
+        start = seconds_now();
+        if (astrovl_search(rows, (int64_t)n, (int)d, query, 10, p->o.threads, hits, &err) < 0) return failed(&err);
+        seconds[0][i] = (float)(seconds_now() - start);
+        seconds[1][i] = (float)astrovl_measure_read(rows, size, p->o.threads);
+    }
+    for (i = 0; i < 2; i++) qsort(seconds[i], ROUNDS, sizeof *seconds[i], by_value);
+    search = seconds[0][ROUNDS / 2], reading = seconds[1][ROUNDS / 2];
+    if (p->o.json) put_json("{rows:%l dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", (long long)n, (int)d, search, reading,
+                            search / reading);
+    else printf("%lld rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them"
+                " once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", (long long)n, (int)d, (int)ROUNDS, search * 1e3,
+                gigabytes / search, reading * 1e3, gigabytes / reading, search / reading);
+    return EXIT_OK;
+}
+
+// ==== version, the list of commands, main ============================================================================
+#if defined(__clang__)
+#define COMPILER __VERSION__
+#elif defined(__VERSION__)
+#define COMPILER "gcc " __VERSION__
+#else
+#define COMPILER "a compiler that does not say which"
 #endif
-    printf("shipped model: %s\n", p->shipped[0] ? p->shipped : "not found");
+static int run_version(program *p) {
+    printf("astrovl %s\ncompiled with %s, %d-bit\nshipped model: %s\n", ASTROVL_VERSION, COMPILER, (int)sizeof(void *) * 8,
+           p->shipped[0] ? p->shipped : "not found");
     return EXIT_OK;
 }
 
 static const command commands[] = {
-    {"caption", CAPTION, run_caption, "caption [OPTIONS] IMAGE...", "describe images",
+    {"caption", CAPTION, run_caption, 1, MANY, "which image?", "caption [OPTIONS] IMAGE...", "describe images",
      "Describes what each image shows, in a sentence or two. Images are PNG, JPEG or PNM files. With several, each line\n"
      "begins with the file's name; one that cannot be read is reported, and the others are still described.",
-     "  astrovl caption galaxy.png\n"
-     "  astrovl caption --json *.jpg > captions.jsonl\n"
+     "  astrovl caption galaxy.png\n  astrovl caption --json *.jpg > captions.jsonl\n"
      "  astrovl caption -m llava-q4_0.gguf -m mmproj.gguf --temperature 0.7 --seed 3 nebula.jpg\n"},
-    {"ask", ASK, run_ask, "ask [OPTIONS] IMAGE... \"QUESTION\"", "ask a question about an image",
+    {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "ask [OPTIONS] IMAGE... \"QUESTION\"",
+     "ask a question about an image",
      "Answers a question about an image. With several images the question is put about each in turn, or about all of\n"
      "them at once with --together.",
-     "  astrovl ask galaxy.png \"Is there a bar?\"\n"
-     "  astrovl ask *.png \"What kind of object is this?\"\n"
+     "  astrovl ask galaxy.png \"Is there a bar?\"\n  astrovl ask *.png \"What kind of object is this?\"\n"
      "  astrovl ask --together before.png after.png \"What has changed?\"\n"},
-    {"chat", CHAT, run_chat, "chat [OPTIONS] [IMAGE]", "talk about an image",
+    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]", "talk about an image",
      "A dialogue: type a question, read the answer, ask on; the model remembers what was said. Lines that begin with a\n"
      "slash are commands: /image FILE, /reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a\n"
      "pipe, one a line; standard output then has the answers alone. It works with a language model alone, too.",
-     "  astrovl chat galaxy.png\n"
-     "  printf 'What is this?\\nWhich colour is it?\\n' | astrovl chat --quiet galaxy.png\n"
+     "  astrovl chat galaxy.png\n  printf 'What is this?\\nWhich colour is it?\\n' | astrovl chat --quiet galaxy.png\n"
      "  astrovl chat -m smollm2.gguf --prompt \"Why is the sky dark at night?\"\n"},
-    {"tokens", TOKENS, run_tokens, "tokens [OPTIONS] [\"TEXT\" | -]", "show how a text is cut into tokens",
-     "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a text\n"
-     "(or with -) it is read from standard input, every byte of it, a last newline included. A file that holds a\n"
-     "vocabulary and no weights is enough.",
-     "  astrovl tokens \"a barred spiral galaxy\"\n"
-     "  printf 'M31' | astrovl tokens --ids -m llama-2.gguf\n"
+    {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "tokens [OPTIONS] [\"TEXT\" | -]",
+     "show how a text is cut into tokens",
+     "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a text (or\n"
+     "with -) it is read from standard input, a last newline included. A file with a vocabulary and no weights is enough.",
+     "  astrovl tokens \"a barred spiral galaxy\"\n  printf 'M31' | astrovl tokens --ids -m llama-2.gguf\n"
      "  astrovl tokens --ids \"M31\" | astrovl tokens --decode\n"},
-    {"inspect", INSPECT, run_inspect, "inspect [OPTIONS] [MODEL...]", "show what is in model files",
+    {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
      "Lists the metadata and the tensors of GGUF files with their types, shapes and sizes, and says what the files make\n"
      "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.",
-     "  astrovl inspect model.gguf mmproj.gguf\n"
-     "  astrovl inspect --json model.gguf | python3 -m json.tool\n"},
-    {"trace", TRACE, run_trace, "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
-     "Runs one question in exact arithmetic and saves every intermediate tensor of the vision tower, the projector and\n"
-     "the language model as a .npy file, named as transformers names the module. A tensor that is computed again (once\n"
-     "a token with --max-tokens 2 and more) is saved as NAME.call2.npy and so on. DIR/index.tsv lists the files in the\n"
-     "order of computation. With --hash nothing is saved: each line has a tensor's FNV-1a hash, name and shape, and the\n"
-     "last two a hash over all those lines and the answer. They are the same on every machine.",
+     "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"},
+    {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
+     "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
+     "Runs one question in exact arithmetic and saves every intermediate tensor of the vision tower, the projector and the\n"
+     "language model as a .npy file, named as transformers names the module; the next time (once a token) as NAME.call2.npy\n"
+     "and so on. DIR/index.tsv lists the files in the order of computation. With --hash nothing is saved: each line has a\n"
+     "tensor's FNV-1a hash, name and shape, the last two a hash over them all and the answer: the same on every machine.",
      "  astrovl trace galaxy.png \"Is there a bar?\" -o /tmp/trace\n"
      "  python3 -c 'import numpy; print(numpy.load(\"/tmp/trace/model.norm.npy\").shape)'\n"
      "  astrovl trace galaxy.png \"Is there a bar?\" --hash --max-tokens 8 | tail -2\n"},
-    {"version", VERSION, run_version, "version", "print the version",
+    {"score", SCORE, run_score, 1, MANY, "which image?", "score [OPTIONS] IMAGE... --text T [--text T...]",
+     "say how well texts fit images",
+     "Embeds images and texts with the model's two towers (CLIP, PAPERCLIP) and prints for each pair the cosine, and for each\n"
+     "image the probability of each text among those given: softmax(logit_scale * cosine).",
+     "  astrovl score galaxy.png --text \"a spiral galaxy\" --text \"a globular cluster\"\n"
+     "  astrovl score --json *.png --text \"a comet\" --text \"no comet\" > scores.jsonl\n"},
+    {"describe", DESCRIBE, run_describe, 1, MANY, "which image?", "describe [OPTIONS] IMAGE...",
+     "find the texts of a list that fit an image best",
+     "Prints the descriptions that come closest to each image, with cosine and probability. The list built in has three groups:\n"
+     "classes of objects, phenomena, and what images are used for in science; each is ranked by itself.",
+     "  astrovl describe galaxy.png\n  astrovl describe --labels classes.txt -k 1 *.png\n"},
+    {"index", INDEX, run_index, 1, MANY, "which images? folders, files, or - for names on standard input",
+     "index [OPTIONS] DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
+     "Embeds images and writes their rows to an index file. Folders are walked to the bottom, sorted by name; an image there is\n"
+     "told by its ending (.png .jpg .jpeg .ppm .pgm .pnm), and links to folders are not followed. With - file names are read\n"
+     "from standard input, one a line. Images that are in the index by name are passed over: a run that was stopped or killed\n"
+     "goes on where it ended (at most the images of the pass in flight are lost), and new images can be added later. Images\n"
+     "that cannot be read are reported and left out; the exit status is then 1. An index belongs to the model that made it.",
+     "  astrovl index previews/ -o previews.avl\n  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
+    {"search", SEARCH, run_search, 1, 2, "an index and a query are wanted: a text in quotes, or --image FILE",
+     "search [OPTIONS] INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
+     "Prints the images of an index that fit a text best, or resemble an image most: cosine and name. All are compared.",
+     "  astrovl search previews.avl \"strong lensing arcs\"\n  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
+    {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...", "print embeddings for other programs",
+     "Prints {\"image\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by their length (see --raw), with digits\n"
+     "enough to read back the same float32. With -o the rows go to a .npy file for numpy, FAISS and others: float32, [n][d], in\n"
+     "the order of the arguments; it is written only if all of them could be embedded.",
+     "  astrovl embed *.png > rows.jsonl\n  astrovl embed *.png -o rows.npy\n"
+     "  astrovl embed --text \"a planetary nebula\" -o query.npy\n"},
+    {"evaluate", EVALUATE, run_evaluate, 2, 2, "wanted: retrieval PAIRS.jsonl, or vqa SET.jsonl",
+     "evaluate [OPTIONS] retrieval PAIRS.jsonl | vqa SET.jsonl", "measure a model on data of yours",
+     "retrieval: each line is {\"image\": FILE, \"caption\": TEXT}. Prints contrastive loss, how often an image's caption (a\n"
+     "caption's image) is among the best k percent, and the cosines of pairs and of wrong pairs, as PAPERCLIP defines them.\n"
+     "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the last two\n"
+     "optional. The model describes each image; counted are the class it names, the feature words it uses, and how close its\n"
+     "text tower sees text and reference (AstroLLaVA's benchmark). Files are named as seen from the .jsonl file's folder.",
+     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
+    {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
+     "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
+     "A language model reads a text and answers in a form that it cannot leave: by default the schema that PAPERCLIP trains on,\n"
+     "{\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes another JSON schema,\n"
+     "--regex a pattern; --bool makes it judge whether the observations would show what --query names. What the model is told\n"
+     "to do can be replaced with --prompt. The shipped model is too small for sensible content; take a larger one with -m.",
+     "  astrovl summarize -m mistral-7b-instruct.gguf abstract.txt\n"
+     "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
+     "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
+    {"bench", BENCH, run_bench, 1, 1, "wanted: bench search", "bench [OPTIONS] search", "measure how fast the kernels are here",
+     "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.",
+     "  astrovl bench search\n  astrovl bench search --rows 200000 --dims 768 --json\n"},
+    {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
 enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
@@ -1593,51 +2454,39 @@ static void occupy_standard_streams(void) {
 
 // Runs a command with room for every argument in each list.
 static int run_command(program *p, const command *c, int argc, char **argv) {
-    list *lists[3];
+    list *lists[4];
     int i, status = EXIT_OK;
     p->cmd = c;
-    lists[0] = &p->o.models, lists[1] = &p->o.stop, lists[2] = &p->o.words;
-    for (i = 0; i < 3; i++) {
-        lists[i]->items = (const char **)calloc((size_t)argc + 1, sizeof(const char *));
-        if (!lists[i]->items) status = out_of_memory();
-    }
+    lists[0] = &p->o.models, lists[1] = &p->o.stop, lists[2] = &p->o.words, lists[3] = &p->o.texts;
+    for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
     if (status == EXIT_OK) status = parse_options(c, &p->o, argc, argv);
     p->show_progress = !p->o.quiet && is_terminal(2);
     if (status == EXIT_OK && p->o.help) print_command_help(c);
+    else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);
     else if (status == EXIT_OK) status = c->run(p);
     astrovl_session_free(p->session);
     astrovl_close(p->model);
-    for (i = 0; i < 3; i++) free(lists[i]->items);
+    free_memory(p->memory);
     return status;
 }
 
 int main(int argc, char **argv) {
     static program p;        // static: it starts as zeros, and is large for a small stack
     const char *name = argc > 1 ? argv[1] : "";
-    const command *c = find_command(name);
-    int status = EXIT_OK;
+    int is_help = strcmp(name, "help") == 0 || strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0, status = EXIT_OK;
+    const command *c = find_command(is_help && argc > 2 ? (name = argv[2]) : name);
     occupy_standard_streams();
 #if defined(SIGPIPE)
     signal(SIGPIPE, SIG_IGN);              // a reader that leaves is a failed write, handled where it happens
 #endif
     p.safe_output = is_terminal(1);
     find_shipped_model(&p, argv[0]);
-    if (strcmp(name, "help") == 0 && argc > 2) {
-        c = find_command(argv[2]);
-        if (c) print_command_help(c);
-        else status = usage_error(NULL, "there is no command \"%s\"", argv[2]);
-    } else if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
-        print_overview(stdout);
-    } else if (strcmp(name, "--version") == 0) {
-        printf("astrovl %s\n", ASTROVL_VERSION);
-    } else if (c) {
-        status = run_command(&p, c, argc - 2, argv + 2);
-    } else if (argc < 2) {
-        print_overview(stderr);
-        status = EXIT_USAGE;
-    } else {
-        status = usage_error(NULL, "there is no command \"%s\"", name);
-    }
+    if (c && is_help) print_command_help(c);
+    else if (c) status = run_command(&p, c, argc - 2, argv + 2);
+    else if (strcmp(name, "--version") == 0) printf("astrovl %s\n", ASTROVL_VERSION);
+    else if (argc == 2 && is_help) print_overview(stdout);
+    else if (argc < 2) print_overview(stderr), status = EXIT_USAGE;
+    else status = usage_error(NULL, "there is no command \"%s\"", name);
     flush_output(&p);
     return p.stop && status == EXIT_OK ? EXIT_FAILED : status;
 }

@@ -1957,6 +1957,7 @@ static void test_images_errors(void) {
               cases[i].words, status, err.message);
     }
     CHECK(astrovl_image_load("test/no such file.png", 0, &image, &err) == ASTROVL_ERROR_FILE, "%s", err.message);
+    CHECK(astrovl_image_load("/dev/zero", 0, &image, &err) == ASTROVL_ERROR_LIMIT && strstr(err.message, "/dev/zero"), "%s", err.message);
     CHECK(astrovl_image_load("test/golden/images_ops.txt", 0, &image, &err) == ASTROVL_ERROR_UNSUPPORTED &&
           strstr(err.message, "images_ops.txt: neither"), "%s", err.message);
     CHECK(astrovl_image_load(NULL, 0, &image, &err) == ASTROVL_ERROR_ARGUMENT, "no path");
@@ -3579,6 +3580,1032 @@ static void tests_models(void) {
 }
 
 
+// ---- [12] guided generation -----------------------------------------------------------------------------------------
+// Patterns are held against a matcher of the test's own, sets of characters against every code point, masks against every token
+// one by one, answers against hand-written readers of what their schemas allow. (test/real_guided.py asks the jsonschema package.)
+
+static const char *const guide_vocabularies[] = {"test/golden/vocab_spm.gguf", "test/golden/vocab_plain.gguf",
+    "test/golden/vocab_gpt2.gguf",
+                                                 "test/golden/vocab_llamabpe.gguf", "test/golden/vocab_smollm.gguf"};
+enum { GUIDE_SPM, GUIDE_PLAIN, GUIDE_GPT2, GUIDE_LLAMABPE, GUIDE_SMOLLM, GUIDE_N };
+
+static astrovl_model *guide_model(int which) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_model *m = astrovl_open(guide_vocabularies[which], NULL, &err);
+    if (!m) { fprintf(stderr, "%s\n", err.message); exit(1); }
+    return m;
+}
+
+static astrovl_guide *guide_schema(const astrovl_model *m, const char *schema, astrovl_error *err) {
+    return astrovl_guide_schema(m, schema, strlen(schema), err);
+}
+
+static int guide_accepts(const astrovl_guide *g, const char *text, size_t size) {
+    int state = avl__guide_walk(g, 0, text, size);
+    return state >= 0 && astrovl_guide_is_final(g, state);
+}
+
+static uint32_t guide_random(uint64_t *state, uint32_t n) { return (uint32_t)(avl__random(state) * n); }
+
+// ---- a matcher for patterns of ASCII characters that interprets their text as it goes: from a set of places in the subject
+// (bit i: before byte i) to the set of places where what it read may end
+
+typedef struct guide_naive { const char *p, *subject; int size; } guide_naive;
+
+static uint64_t guide_naive_alternatives(guide_naive *m, uint64_t from);
+
+static int guide_naive_in(int kind, int c) {   // \d \w \s
+    int in = (kind | 32) == 'd' ? c >= '0' && c <= '9'
+           : (kind | 32) == 'w' ? (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'
+                                : c == ' ' || (c >= 9 && c <= 13);
+    return kind & 32 ? in : !in;
+}
+
+static int guide_naive_escaped(const char **p) {   // a character, with or without a backslash
+    int c = *(*p)++, e;
+    if (c != '\\') return c;
+    e = *(*p)++;
+    if (e == 'x') { unsigned value; sscanf(*p, "%2x", &value); *p += 2; return (int)value; }
+    return e == 'n' ? 10 : e == 't' ? 9 : e == 'r' ? 13 : e;
+}
+
+static int guide_naive_set(const char **p, int c) {   // after [: whether c is in it
+    int negate = **p == '^', in = 0, low, high;
+    *p += negate;
+    while (**p != ']') {
+        if (**p == '\\' && strchr("dwsDWS", (*p)[1])) { in |= guide_naive_in((*p)[1], c); *p += 2; continue; }
+        low = high = guide_naive_escaped(p);
+        if ((*p)[0] == '-' && (*p)[1] != ']') { ++*p; high = guide_naive_escaped(p); }
+        in |= c >= low && c <= high;
+    }
+    ++*p;
+    return in != negate;
+}
+
+static uint64_t guide_naive_atom(guide_naive *m, uint64_t from) {
+    const char *start = m->p;
+    uint64_t to = 0;
+    int i, in;
+    if (*m->p == '(') {
+        m->p += m->p[1] == '?' ? 3 : 1;
+        to = guide_naive_alternatives(m, from);
+        m->p++;
+        return to;
+    }
+    for (i = 0; i <= m->size; i++) {   // at size only to get past the atom
+        int c = i < m->size ? (unsigned char)m->subject[i] : 1;
+        m->p = start;
+        if (*m->p == '.') in = c != '\n', m->p++;
+        else if (*m->p == '[') m->p++, in = guide_naive_set(&m->p, c);
+        else if (*m->p == '\\' && strchr("dwsDWS", m->p[1])) in = guide_naive_in(m->p[1], c), m->p += 2;
+        else in = guide_naive_escaped(&m->p) == c;
+        if (i < m->size && in && from >> i & 1) to |= (uint64_t)2 << i;
+    }
+    return to;
+}
+
+static uint64_t guide_naive_repeated(guide_naive *m, uint64_t from) {
+    const char *atom = m->p, *after;
+    uint64_t once = guide_naive_atom(m, from), to, now = from;
+    int min = 1, max = 1, k, c = *m->p;
+    if (c == '*' || c == '+' || c == '?') {
+        min = c == '+', max = c == '?' ? 1 : 1000;
+        m->p++;
+    } else if (c == '{') {
+        min = max = (int)strtol(m->p + 1, (char **)&m->p, 10);
+        if (*m->p == ',') max = m->p[1] == '}' ? 1000 : (int)strtol(m->p + 1, (char **)&m->p, 10);
+        while (*m->p++ != '}') {}
+    } else return once;
+    if (*m->p == '?') m->p++;
+    after = m->p;
+    for (k = 0; k < min; k++) m->p = atom, now = guide_naive_atom(m, now);
+    for (to = now; k < max && now; k++) {
+        m->p = atom;
+        now = guide_naive_atom(m, now) & ~to;
+        to |= now;
+    }
+    m->p = after;
+    return to;
+}
+
+static uint64_t guide_naive_alternatives(guide_naive *m, uint64_t from) {
+    uint64_t to = 0, now;
+    for (;; m->p++) {
+        for (now = from; *m->p && *m->p != '|' && *m->p != ')';) now = guide_naive_repeated(m, now);
+        to |= now;
+        if (*m->p != '|') return to;
+    }
+}
+
+static int guide_naive_match(const char *pattern, const char *subject, int size) {
+    guide_naive m;
+    m.p = pattern;
+    m.subject = subject;
+    m.size = size;
+    return (int)(guide_naive_alternatives(&m, 1) >> size & 1);
+}
+
+// Every string of up to `longest` letters, against both.
+static int guide_compare(const astrovl_guide *g, const char *pattern, const char *letters, int longest) {
+    int n = (int)strlen(letters), size, i, k, bad = 0;
+    char text[16];
+    for (size = 0; size <= longest; size++) {
+        int count = 1;
+        for (i = 0; i < size; i++) count *= n;
+        for (k = 0; k < count; k++) {
+            int v = k;
+            for (i = 0; i < size; i++, v /= n) text[i] = letters[v % n];
+            if (guide_accepts(g, text, (size_t)size) != guide_naive_match(pattern, text, size) && bad++ == 0)
+                fprintf(stderr, "    pattern %s, text %.*s: %d here\n", pattern, size, text, guide_accepts(g, text, (size_t)size));
+        }
+    }
+    return bad;
+}
+
+static void guide_random_pattern(uint64_t *seed, int depth, char *out) {   // of the letters a, b, c and 0
+    static const char *const atoms[] = {"a", "b", "c", "0", ".", "[ab]", "[^a]", "\\d", "\\w", "[b-c]", "\\D", "[\\d-]", "\\x61",
+                                        "[^\\W0]"};
+    static const char *const quantifiers[] = {"", "", "", "", "*", "+", "?", "{2}", "{1,}", "{0,2}", "{1,3}", "*?", "{0}",
+        "{2,2}?"};
+    uint32_t n = 1 + guide_random(seed, 3);
+    for (; n > 0; n--) {
+        if (depth < 3 && guide_random(seed, 3) == 0) {
+            strcat(out, guide_random(seed, 2) ? "(" : "(?:");
+            guide_random_pattern(seed, depth + 1, out);
+            strcat(out, ")");
+        } else strcat(out, atoms[guide_random(seed, sizeof atoms / sizeof *atoms)]);
+        strcat(out, quantifiers[guide_random(seed, sizeof quantifiers / sizeof *quantifiers)]);
+        if (n > 1 && guide_random(seed, 4) == 0) strcat(out, "|");
+    }
+}
+
+static void test_guide_patterns(void) {
+    static const char *const fixed[] = {
+        "", "a", "abc", "a|b", "a|", "|", "(|a)b", "a*", "a+b?", "(ab)*", "(a|b)*c", "a{3}", "a{2,}", "a{1,3}b", "(a*)*",
+        "(a?){3}", "(a|ab)(c|bc)", "((a)|(b))+", "[abc]{2}", "[^abc]", "[a-c]+0", "\\w+", "\\D*0", ".", ".*a.*", "\\.|\\*|a",
+        "(a{2}){2}", "(a{0,2}b){1,2}", "a{0}", "a{0}b", "()", "(){3}a", "(a|b|c|0){0,4}", "[a\\]]", "[\\-a]", "[a-]", "a*?b+?c??",
+        "0{0,}"};
+    astrovl_model *m = guide_model(GUIDE_GPT2);
+    astrovl_error err = {ASTROVL_OK, ""};
+    uint64_t seed = 5;
+    int i, limits = 0;
+    for (i = 0; i < (int)(sizeof fixed / sizeof *fixed) + 600; i++) {
+        char random[2000] = "";
+        const char *pattern = fixed[i < (int)(sizeof fixed / sizeof *fixed) ? i : 0];
+        astrovl_guide *g;
+        if (i >= (int)(sizeof fixed / sizeof *fixed)) guide_random_pattern(&seed, 0, random), pattern = random;
+        g = astrovl_guide_regex(m, pattern, &err);
+        CHECK(g, "%s: %s", pattern, err.message);
+        limits += !g;
+        if (g) CHECK(guide_compare(g, pattern, "abc0", 5) == 0, "%s", pattern);
+        astrovl_guide_free(g);
+    }
+    CHECK(limits == 0, "%d refused", limits);
+    for (i = 0; i < 4; i++) {   // anchors at the ends mean nothing
+        static const char *const anchored[] = {"^ab", "ab$", "^ab$", "^a|ab$"};
+        astrovl_guide *g = astrovl_guide_regex(m, anchored[i], &err);
+        CHECK(g && guide_accepts(g, "ab", 2) && !guide_accepts(g, "abc", 3) && !guide_accepts(g, "ab$", 3), "%s", anchored[i]);
+        astrovl_guide_free(g);
+    }
+    astrovl_close(m);
+}
+
+// ---- characters
+
+static void test_guide_characters(void) {
+    static const struct { const char *pattern; uint32_t low, high; int inside; } sets[] = {
+        {"[\\u00e4-\\u03a9]", 0xE4, 0x3A9, 1}, {"[^\\u0700-\\uFFF0]", 0x700, 0xFFF0, 0}, {"[\\ud800\\udc00-\\udbff\\udfff]",
+         0x10000, 0x10FFFF, 1},
+        {"[\\u0001-\\ud900\\udc05]", 1, 0x50005, 1}, {"[\xC3\xA4-\xF0\x9F\x98\x80]", 0xE4, 0x1F600, 1}, {"\xE4\xB8\xAD", 0x4E2D,
+         0x4E2D, 1},
+        {"[^\\uFFFF]", 0xFFFF, 0xFFFF, 0}, {".", '\n', '\n', 0}, {"[\\x7f-\\u0080]", 0x7F, 0x80, 1}, {"[\\u07ff-\\u0800]", 0x7FF,
+         0x800, 1}};
+    astrovl_model *m = guide_model(GUIDE_GPT2);
+    astrovl_error err = {ASTROVL_OK, ""};
+    uint64_t seed = 3;
+    int i, bad;
+    for (i = 0; i < (int)(sizeof sets / sizeof *sets) + 20; i++) {
+        char pattern[64], text[4];
+        uint32_t low = guide_random(&seed, 0xD800), high = low + guide_random(&seed, 0xD800 - low), c;
+        int inside = i & 1;
+        astrovl_guide *g;
+        snprintf(pattern, sizeof pattern, "[%s\\u%04x-\\u%04x]", inside ? "" : "^", (unsigned)low, (unsigned)high);
+        if (i < (int)(sizeof sets / sizeof *sets)) {
+            low = sets[i].low, high = sets[i].high, inside = sets[i].inside;
+            strcpy(pattern, sets[i].pattern);
+        }
+        g = astrovl_guide_regex(m, pattern, &err);
+        CHECK(g, "%s: %s", pattern, err.message);
+        for (c = 0, bad = 0; g && c < 0x110000; c++)
+            if (c < 0xD800 || c > 0xDFFF)
+                bad += guide_accepts(g, text, avl__utf8_write(c, text)) != ((c >= low && c <= high) == inside);
+        CHECK(bad == 0, "%s: %d characters are wrong", pattern, bad);
+        astrovl_guide_free(g);
+    }
+    for (i = 0; i < 2; i++) {   // only UTF-8 passes
+        astrovl_guide *g = i ? guide_schema(m, "{\"type\": \"string\"}", &err) : astrovl_guide_regex(m, "\"[^\"\\\\]\"", &err);
+        uint32_t c;
+        bad = 0;
+        for (c = 0; g && c < 4000000; c++) {
+            char text[8] = {'"', 0, 0, 0, 0, 0, 0, 0};
+            uint64_t seed_c = c;
+            size_t n = c < 65536 ? 2 : 3 + c % 2, k, length;
+            int valid = 1, characters = 0;
+            for (k = 0; k < n; k++)
+                text[1 + k] = (char)(c < 65536 ? c >> 8 * k : k == 0 ? 0xE0 + c % 22 : 0x78 + guide_random(&seed_c, 0x50));
+            text[1 + n] = '"';
+            if (strchr(text + 1, '"') != text + 1 + n || strchr(text, '\\') || memchr(text + 1, 0, n)) continue;
+            for (k = 1; k <= n && valid; k += length, characters++) {
+                int32_t character = avl__utf8_read(text + k, n + 1 - k, &length);
+                valid = character >= 0 && !(i && character < 32);
+            }
+            valid &= i || characters == 1;
+            bad += guide_accepts(g, text, n + 2) != valid;
+        }
+        CHECK(g && bad == 0, "%d of the byte sequences are wrong", bad);
+        astrovl_guide_free(g);
+    }
+    astrovl_close(m);
+}
+
+// ---- masks
+
+static const char guide_small_schema[] =
+    "{\"type\": \"object\", \"properties\": {\"kinds\": {\"type\": \"array\", \"items\": {\"type\": \"string\", \"maxLength\": 6}, "
+    "\"maxItems\": 3}, \"n\": {\"type\": [\"integer\", \"null\"]}, \"x\": {\"enum\": [\"a\\\"b\", 1.5, [true]]}}, "
+    "\"required\": [\"n\"]}";
+
+// Every state and every token: the mask says what trying the token says; and somewhere it goes on as n_to_end promises.
+static void guide_check_masks(const astrovl_model *m, astrovl_guide *g, const char *what) {
+    static const int extra[] = {0, 1, 2, 5, 1000};
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info info;
+    float *logits;
+    int state, i, t, bad = 0;
+    astrovl_get_info(m, &info);
+    logits = (float *)malloc((size_t)info.n_vocab * sizeof *logits);
+    for (state = 0; state < g->n_states; state++) {
+        int n = astrovl_guide_n_to_end(g, state), promise = n <= 0;
+        if (n < 0) continue;
+        bad += (n == 0) != astrovl_guide_is_final(g, state);
+        for (i = 0; i < 5; i++) {
+            int n_left = n + extra[i], any = 0;
+            astrovl_status status;
+            for (t = 0; t < info.n_vocab; t++) logits[t] = 1.0f;
+            status = astrovl_guide_mask(g, state, n_left, logits, &err);
+            for (t = 0; t < info.n_vocab; t++) {
+                int next = astrovl_guide_next(g, state, t), to_end = astrovl_guide_n_to_end(g, next);
+                int may = astrovl_token_is_end(m, t) ? n == 0 : next >= 0 && to_end <= n_left - 1;
+                bad += (logits[t] == 1.0f) != may || (!may && logits[t] != -INFINITY);
+                bad += astrovl_token_is_end(m, t) && next >= 0;
+                promise |= next >= 0 && to_end == n - 1;
+                bad += next == 0;
+                any |= may;
+            }
+            bad += status != (any ? ASTROVL_OK : ASTROVL_ERROR_LIMIT);
+        }
+        if (n > 0) bad += astrovl_guide_mask(g, state, n - 1, logits, &err) != ASTROVL_ERROR_LIMIT;
+        bad += !promise;
+    }
+    CHECK(bad == 0, "%s: %d disagreements in %d states", what, bad, g->n_states);
+    free(logits);
+}
+
+static void test_guide_masks(void) {
+    static const char *const patterns[] = {"a(b|c)*d?[0-9]{2,4}", "", "x?", "[^\"]{0,40}", ".*", " ?the (galaxy|star)s?",
+        "the [a-z ]{1,20}\\."};
+    astrovl_error err = {ASTROVL_OK, ""};
+    int which, i;
+    for (which = 0; which < GUIDE_N; which++) {
+        astrovl_model *m = guide_model(which);
+        astrovl_guide *g;
+        for (i = 0; i < (int)(sizeof patterns / sizeof *patterns); i++) {
+            g = astrovl_guide_regex(m, patterns[i], &err);
+            CHECK(g, "%s: %s", patterns[i], err.message);
+            if (g) guide_check_masks(m, g, patterns[i]);
+            astrovl_guide_free(g);
+        }
+        g = guide_schema(m, guide_small_schema, &err);
+        if (which == GUIDE_PLAIN) FAILS(!g, MODEL, "a vocabulary without braces");
+        else CHECK(g, "%s", err.message);
+        if (g) guide_check_masks(m, g, guide_vocabularies[which]);
+        astrovl_guide_free(g);
+        astrovl_close(m);
+    }
+}
+
+// A pattern that repeats itself has few masks, however many states; of one that never does, more are asked for than are kept.
+static void test_guide_many_masks(void) {
+    astrovl_model *m = guide_model(GUIDE_SMOLLM);
+    astrovl_info info;
+    float *logits;
+    char pattern[1601] = "([ab]{3}[01]{2}){500}";
+    uint64_t seed = 1;
+    int which, state, round, t;
+    astrovl_get_info(m, &info);
+    logits = (float *)malloc((size_t)info.n_vocab * sizeof *logits);
+    for (which = 0; which < 2; which++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_guide *g;
+        int bad = 0, n_masks = 0;
+        for (t = 0; which && t < 1600; t++) pattern[t] = "abcde"[guide_random(&seed, 5)];
+        g = astrovl_guide_regex(m, pattern, &err);
+        CHECK(g, "%s", err.message);
+        for (round = 0; g && round < 2; round++)
+            for (state = 0; state < g->n_states - 1; state++) {
+                for (t = 0; t < info.n_vocab; t++) logits[t] = 1.0f;
+                bad += astrovl_guide_mask(g, state, 100000, logits, &err) != ASTROVL_OK;
+                for (t = 0; t < info.n_vocab; t++) bad += (logits[t] == 1.0f) != (astrovl_guide_next(g, state, t) >= 0);
+                if (g->n_masks > n_masks) n_masks = g->n_masks;
+            }
+        CHECK(bad == 0, "%d are wrong", bad);
+        if (g)
+            CHECK(which ? n_masks == AVL__GUIDE_MASKS && g->n_mask_classes > 1500 : n_masks < 50, "%d masks, %d classes", n_masks,
+                  g->n_mask_classes);
+        astrovl_guide_free(g);
+    }
+    free(logits);
+    astrovl_close(m);
+}
+
+// The answer's first token may bring a space along.
+static void test_guide_first_token(void) {
+    astrovl_model *m = guide_model(GUIDE_SPM);
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_guide *plain = astrovl_guide_regex(m, "[a-z]{1,30}", &err), *spaced = astrovl_guide_regex(m, "( ?[a-z]){1,30}", &err);
+    int t, n_dropped = 0, n_kept = 0;
+    for (t = 0; t < m->vocab.n_tokens; t++) {
+        char text[64];
+        int n = avl__vocab_token_bytes(&m->vocab, t, text, 64), i, letters = n > 1 && n < 30 && text[0] == ' ';
+        for (i = 1; i < n && i < 64; i++) letters &= text[i] >= 'a' && text[i] <= 'z';
+        if (n == 1 && text[0] == ' ') CHECK(astrovl_guide_next(plain, 0, t) < 0, "nothing but a space");
+        if (!letters) continue;
+        CHECK(avl__guide_skip(plain, 0, text, (size_t)n) == 1 && avl__guide_skip(spaced, 0, text, (size_t)n) == 0, "token %d", t);
+        CHECK(astrovl_guide_next(plain, 0, t) == avl__guide_walk(plain, 0, text + 1, (size_t)n - 1), "token %d", t);
+        CHECK(astrovl_guide_next(spaced, 0, t) == avl__guide_walk(spaced, 0, text, (size_t)n), "token %d", t);
+        CHECK(astrovl_guide_next(plain, avl__guide_walk(plain, 0, "a", 1), t) < 0, "token %d: a space within", t);
+        n_dropped++;
+        n_kept += astrovl_guide_next(spaced, astrovl_guide_next(spaced, 0, t), t) >= 0;
+    }
+    CHECK(n_dropped > 10 && n_kept > 10, "%d tokens begin with a space", n_dropped);
+    CHECK(astrovl_guide_next(plain, -1, 5) < 0 && astrovl_guide_next(plain, plain->n_states, 5) < 0 &&
+          astrovl_guide_next(plain, 0, -1) < 0 &&
+          astrovl_guide_next(plain, 0, 1 << 30) < 0 && astrovl_guide_n_to_end(plain, -1) == -1 && !astrovl_guide_is_final(plain,
+              -1), "out of range");
+    astrovl_guide_free(plain);
+    astrovl_guide_free(spaced);
+    astrovl_guide_free(NULL);
+    astrovl_close(m);
+}
+
+// ---- whole answers: random logits, every number of tokens from the fewest that suffice on
+
+typedef struct guide_reader { const char *p; int bad; } guide_reader;   // of JSON with at most one space after , and :
+
+static void guide_expect(guide_reader *r, const char *text) {
+    if (strncmp(r->p, text, strlen(text)) != 0) r->bad = 1;
+    else r->p += strlen(text);
+}
+
+static int guide_take(guide_reader *r, char c) {
+    if (*r->p != c) return 0;
+    r->p++;
+    if ((c == ',' || c == ':') && *r->p == ' ') r->p++;
+    return 1;
+}
+
+static void guide_key(guide_reader *r, const char *quoted) {
+    guide_expect(r, quoted);
+    if (!guide_take(r, ':')) r->bad = 1;
+}
+
+static void guide_text(guide_reader *r, int min, int max) {   // a string of min to max characters
+    int n = 0, i;
+    size_t length;
+    guide_expect(r, "\"");
+    while (!r->bad && *r->p != '"') {
+        if ((unsigned char)*r->p < 32) r->bad = 1;
+        else if (*r->p == '\\' && r->p[1] == 'u') {
+            for (i = 2; i < 6; i++) if (!strchr("0123456789abcdefABCDEF", r->p[i]) || !r->p[i]) r->bad = 1;
+            if ((r->p[2] == 'd' || r->p[2] == 'D') && r->p[3] > '7') r->bad = 1;
+            if (!r->bad) r->p += 6;
+        } else if (*r->p == '\\') {
+            if (!r->p[1] || !strchr("\"\\/bfnrt", r->p[1])) r->bad = 1;
+            else r->p += 2;
+        } else {
+            if (avl__utf8_read(r->p, strlen(r->p), &length) < 0) r->bad = 1;
+            r->p += length;
+        }
+        n++;
+    }
+    guide_expect(r, "\"");
+    if (n < min || (max >= 0 && n > max)) r->bad = 1;
+}
+
+static void guide_number(guide_reader *r, int is_integer) {
+    int n = 0;
+    guide_take(r, '-');
+    if (!guide_take(r, '0')) for (; *r->p >= '0' && *r->p <= '9'; n++) r->p++; else n = 1;
+    if (n < 1 || n > 15) r->bad = 1;
+    if (is_integer) return;
+    if (guide_take(r, '.')) {
+        for (n = 0; *r->p >= '0' && *r->p <= '9'; n++) r->p++;
+        if (n < 1 || n > 15) r->bad = 1;
+    }
+    if (*r->p == 'e' || *r->p == 'E') {
+        r->p += 1 + (r->p[1] == '+' || r->p[1] == '-');
+        for (n = 0; *r->p >= '0' && *r->p <= '9'; n++) r->p++;
+        if (n < 1 || n > 2) r->bad = 1;
+    }
+}
+
+static void guide_one_of(guide_reader *r, const char *const *choices) {   // the longest that fits
+    size_t best = 0;
+    for (; *choices; choices++)
+        if (strncmp(r->p, *choices, strlen(*choices)) == 0 && strlen(*choices) > best) best = strlen(*choices);
+    if (!best) r->bad = 1;
+    r->p += best;
+}
+
+static void guide_read_paperclip(guide_reader *r) {
+    int key, n;
+    guide_expect(r, "{");
+    for (key = 0; key < 2 && !r->bad; key++) {
+        if (key && !guide_take(r, ',')) r->bad = 1;
+        guide_key(r, key ? "\"science_use_cases\"" : "\"objects_and_phenomena\"");
+        guide_expect(r, "[");
+        for (n = 1; !r->bad; n++) {
+            guide_text(r, key ? 0 : 2, key ? -1 : 9);
+            if (!guide_take(r, ',')) break;
+        }
+        if (!key && n > 4) r->bad = 1;
+        guide_expect(r, "]");
+    }
+    guide_expect(r, "}");
+}
+
+static void guide_read_optional(guide_reader *r) {
+    int n = 0;
+    guide_expect(r, "{");
+    if (strncmp(r->p, "\"a\"", 3) == 0) guide_key(r, "\"a\""), guide_number(r, 1), n = 1;
+    if (strncmp(r->p + n, " \"b/", 4) == 0 || strncmp(r->p + n, "\"b/", 3) == 0) {
+        if (n && !guide_take(r, ',')) r->bad = 1;
+        guide_key(r, "\"b/\\\"~\"");
+        guide_number(r, 0);
+        n = 1;
+    }
+    if (n && !guide_take(r, ',')) r->bad = 1;
+    guide_key(r, "\"c\"");
+    if (*r->p == 't') guide_expect(r, "true"); else guide_expect(r, "false");
+    if (guide_take(r, ',')) {
+        guide_key(r, "\"d\"");
+        if (*r->p == '"') guide_text(r, 3, 3); else guide_expect(r, "null");
+    }
+    guide_expect(r, "}");
+}
+
+static void guide_read_choices(guide_reader *r) {
+    static const char *const values[] = {"\"spiral\"", "\"a\\\\b\\\"\\u000a\xC3\xA9\"", "null", "{\"x\":[1,2.50,{}],\"y\":\"\"}",
+        "-0", "1", "15e-1", NULL};
+    int n = 0;
+    guide_expect(r, "[");
+    if (*r->p != ']') do guide_one_of(r, values), n++; while (!r->bad && guide_take(r, ','));
+    guide_expect(r, "]");
+    if (n < 2 || n > 5) r->bad = 1;
+}
+
+static void guide_read_any(guide_reader *r) {
+    if (*r->p == '[') {
+        guide_expect(r, "[");
+        do guide_number(r, 1); while (!r->bad && guide_take(r, ','));
+        guide_expect(r, "]");
+    } else if (*r->p == '{') {
+        guide_expect(r, "{");
+        guide_key(r, "\"k\"");
+        guide_expect(r, "[");
+        if (*r->p != ']') do guide_expect(r, "7"); while (!r->bad && guide_take(r, ','));
+        guide_expect(r, "]}");
+    } else guide_text(r, 0, 1);
+}
+
+static void guide_read_numbers(guide_reader *r) {
+    guide_expect(r, "[");
+    guide_number(r, 0);
+    if (!guide_take(r, ',')) r->bad = 1;
+    guide_number(r, 0);
+    guide_expect(r, "]");
+}
+
+static const struct { const char *schema; void (*read)(guide_reader *r); } guide_schemas[] = {
+    {"{\"$schema\": \"https://json-schema.org/draft/2020-12/schema\", \"type\": \"object\", \"properties\": "
+     "{\"objects_and_phenomena\": {\"type\": \"array\", \"items\": {\"type\": \"string\", \"minLength\": 2, \"maxLength\": "
+     "9}, \"minItems\": 1, \"maxItems\": 4}, \"science_use_cases\": {\"type\": \"array\", \"description\": \"x\", \"items\": "
+     "{\"type\": \"string\"}, \"minItems\": 1}}, \"required\": [\"science_use_cases\", \"objects_and_phenomena\"]}",
+     guide_read_paperclip},
+    {"{\"properties\": {\"a\": {\"type\": \"integer\"}, \"b/\\\"~\": {\"type\": \"number\"}, \"c\": {\"type\": \"boolean\"}, "
+     "\"d\": {\"type\": [\"string\", \"null\"], \"minLength\": 3, \"maxLength\": 3}}, \"required\": [\"c\"], "
+     "\"additionalProperties\": false}", guide_read_optional},
+    {"{\"items\": {\"enum\": [\"spiral\", \"a\\\\b\\\"\\n\\u00e9\", null, {\"x\": [1, 2.50, { }], \"y\": \"\"}, -0, 1, "
+     "15e-1]}, \"minItems\": 2, \"maxItems\": 5}", guide_read_choices},
+    {"{\"anyOf\": [{\"type\": \"array\", \"items\": {\"type\": \"integer\"}, \"minItems\": 1}, {\"properties\": {\"k\": "
+     "{\"items\": {\"const\": 7}}}, \"required\": [\"k\"]}, {\"type\": \"string\", \"maxLength\": 1}]}", guide_read_any},
+    {"{\"items\": {\"type\": \"number\"}, \"minItems\": 2, \"maxItems\": 2}", guide_read_numbers}};
+enum { GUIDE_N_SCHEMAS = sizeof guide_schemas / sizeof *guide_schemas };
+
+// One answer of at most n_left tokens, each drawn by random logits. Returns its text (free), or NULL if a promise is broken.
+static char *guide_answer(const astrovl_model *m, astrovl_guide *g, int n_left, float *logits, int n_vocab, uint64_t *seed) {
+    astrovl_generation o;
+    avl__bytes text = {NULL, 0, 0, 0};
+    int state = 0, i, dead = 0;
+    memset(&o, 0, sizeof o);
+    o.temperature = 0.25f;
+    avl__bytes_put(&text, "", 0);
+    for (; n_left > 0 && !avl__guide_is_done(g, state); n_left--) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        int32_t token;
+        char bytes[64];
+        size_t n, skip;
+        for (i = 0; i < n_vocab; i++) logits[i] = (float)avl__random(seed);
+        dead |= astrovl_guide_mask(g, state, n_left, logits, &err) != ASTROVL_OK;
+        token = astrovl_sample(logits, n_vocab, &o, NULL, 0, seed);
+        if (astrovl_token_is_end(m, token)) break;
+        n = (size_t)astrovl_token_text(m, token, bytes, 64);
+        skip = avl__guide_skip(g, state, bytes, n);
+        avl__bytes_put(&text, bytes + skip, n - skip);
+        state = astrovl_guide_next(g, state, token);
+        dead |= state < 0;
+        if (dead) break;
+    }
+    if (!dead && astrovl_guide_is_final(g, state)) return text.data;
+    fprintf(stderr, "    broken off: %s\n", text.data);
+    astrovl_free(text.data);
+    return NULL;
+}
+
+#ifndef GUIDE_ANSWERS
+#define GUIDE_ANSWERS 200
+#endif
+static void test_guide_answers(void) {
+    int which, i, k, n_bad = 0, n_short = 0;
+    uint64_t seed = 11;
+    for (which = 0; which < GUIDE_N; which++) {
+        astrovl_model *m = guide_model(which);
+        astrovl_info info;
+        float *logits;
+        astrovl_get_info(m, &info);
+        logits = (float *)malloc((size_t)info.n_vocab * sizeof *logits);
+        for (i = 0; i < GUIDE_N_SCHEMAS && which != GUIDE_PLAIN; i++) {
+            astrovl_error err = {ASTROVL_OK, ""};
+            astrovl_guide *g = guide_schema(m, guide_schemas[i].schema, &err);
+            CHECK(g, "schema %d: %s", i, err.message);
+            for (k = 0; g && k < GUIDE_ANSWERS; k++) {
+                int n_left = astrovl_guide_n_to_end(g, 0) + (k % 4 == 3 ? 200 : k / 4 % 20);
+                char *text = guide_answer(m, g, n_left, logits, info.n_vocab, &seed);
+                guide_reader r;
+                r.p = text ? text : "";
+                r.bad = 0;
+                guide_schemas[i].read(&r);
+                if (r.bad || *r.p) fprintf(stderr, "    schema %d, %d tokens: %s\n", i, n_left, text ? text : "none");
+                n_bad += r.bad || *r.p;
+                n_short += n_left < 20;
+                astrovl_free(text);
+            }
+            astrovl_guide_free(g);
+        }
+        free(logits);
+        astrovl_close(m);
+    }
+    CHECK(astrovl_expf(-INFINITY) == 0.0f, "what may not follow has a probability");
+    CHECK(n_bad == 0, "%d answers are wrong", n_bad);
+    CHECK(n_short > 100, "%d short ones", n_short);
+}
+
+// ---- what is refused
+
+static void test_guide_bad_patterns(void) {
+#define FORMAT      ASTROVL_ERROR_FORMAT
+#define UNSUPPORTED ASTROVL_ERROR_UNSUPPORTED
+#define LIMIT       ASTROVL_ERROR_LIMIT
+    static const struct { const char *pattern; astrovl_status status; const char *words; } bad[] = {
+        {"a(b", FORMAT, "byte 1"}, {"ab)", FORMAT, "byte 2"}, {"[abc", FORMAT, "byte 0"}, {"a[]b", FORMAT, "byte 1"},
+        {"[^]", FORMAT, "empty set"}, {"[b-a]", FORMAT, "backwards"}, {"[\\d-z]", FORMAT, "range"}, {"[a-\\d]", FORMAT, "range"},
+        {"*a", FORMAT, "byte 0"}, {"a|+", FORMAT, "byte 2"}, {"a**", FORMAT, "byte 2"}, {"a{2}{3}", FORMAT, "byte 4"},
+        {"a*+", FORMAT, "quantifier"}, {"{2}", FORMAT, "byte 0"}, {"a{", FORMAT, "byte 1"}, {"a{2", FORMAT, "byte 1"},
+        {"a{,2}", FORMAT, "byte 1"}, {"a{3,2}", FORMAT, "byte 1"}, {"a{x}", FORMAT, "byte 1"}, {"[\\", UNSUPPORTED, "byte 1"},
+        {"[a-\\", UNSUPPORTED, "byte 3"}, {"a\\", UNSUPPORTED, "byte 1"}, {"\\x1", FORMAT, "hexadecimal"},
+        {"\\u12g4", FORMAT, "byte 4"}, {"\\ud800", FORMAT, "surrogate"}, {"[\\udc00]", FORMAT, "surrogate"},
+        {"\\ud800\\u0041", FORMAT, "surrogate"}, {"\\bword", UNSUPPORTED, "byte 0"}, {"(a)\\1", UNSUPPORTED, "byte 3"},
+        {"\\p{L}", UNSUPPORTED, "byte 0"}, {"(?=a)", UNSUPPORTED, "byte 0"}, {"a(?<!b)", UNSUPPORTED, "byte 1"},
+        {"(?P<x>a)", UNSUPPORTED, "byte 0"}, {"a^b", UNSUPPORTED, "byte 1"}, {"(a$)", UNSUPPORTED, "byte 2"},
+        {"a\\$$b", UNSUPPORTED, "byte 3"}, {"[^\\d\\D]", FORMAT, "no character"}, {"\xFF", FORMAT, "UTF-8"},
+        {"[\xC3]", FORMAT, "byte 1"}, {"a\xE4\xB8", FORMAT, "byte 1"}, {"a{65537}", LIMIT, "byte 2"},
+        {"a{99999999999999999999}", LIMIT, "byte 2"}, {"(a|b)*a(a|b){17}", LIMIT, "states"},
+        {"(((a{1000}){1000}){1000}){1000}", LIMIT, "states"}, {"(((((){65535}){65535}){65535}){65535})", LIMIT, "states"},
+        {"a{40000}b{40000}", LIMIT, "{ }"}, {"(a?){60000}", LIMIT, "states"}, {"((){60000}(a|b))*a(a|b){14}", LIMIT, "states"}};
+#undef FORMAT
+#undef UNSUPPORTED
+#undef LIMIT
+    astrovl_model *m = guide_model(GUIDE_SPM);
+    astrovl_error err = {ASTROVL_OK, ""};
+    char deep[300] = "";
+    astrovl_guide *g;
+    int i;
+    for (i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
+        double start = avl__seconds();
+        g = astrovl_guide_regex(m, bad[i].pattern, &err);
+        CHECK(!g && err.status == bad[i].status && strstr(err.message, bad[i].words), "%s: %s: %s", bad[i].pattern,
+              astrovl_status_name(err.status), err.message);
+        CHECK(avl__seconds() - start < 20, "%s takes %.1f seconds", bad[i].pattern, avl__seconds() - start);
+        astrovl_guide_free(g);
+    }
+    FAILS(!(g = astrovl_guide_regex(m, NULL, &err)), ARGUMENT, "NULL");
+    for (i = 0; i < 64; i++) strcat(deep, "(");
+    strcat(deep, "a");
+    for (i = 0; i < 64; i++) strcat(deep, ")");
+    g = astrovl_guide_regex(m, deep, &err);
+    CHECK(g && guide_accepts(g, "a", 1), "64 groups: %s", err.message);
+    astrovl_guide_free(g);
+    memmove(deep + 1, deep, strlen(deep) + 1);
+    strcat(deep, ")");
+    FAILS(!astrovl_guide_regex(m, deep, &err), LIMIT, "65 groups");
+    astrovl_close(m);
+}
+
+static void test_guide_bad_schemas(void) {
+#define FORMAT      ASTROVL_ERROR_FORMAT
+#define UNSUPPORTED ASTROVL_ERROR_UNSUPPORTED
+#define LIMIT       ASTROVL_ERROR_LIMIT
+#define OBJECT(inside) "{\"type\": \"object\", \"properties\": {" inside "}}"
+    static const struct { const char *schema; astrovl_status status; const char *words; } bad[] = {
+        {"", FORMAT, "byte 0"}, {"{", FORMAT, "byte 1"}, {"[]", UNSUPPORTED, "root"}, {"true", UNSUPPORTED, "object"},
+        {"{}", UNSUPPORTED, "root"}, {"{\"title\": \"x\"}", UNSUPPORTED, "type"}, {"{\"type\": \"real\"}", FORMAT, "at /type"},
+        {"{\"type\": 3}", FORMAT, "at /type"}, {"{\"type\": []}", FORMAT, "at /type"},
+        {"{\"type\": [\"string\", 1]}", FORMAT, "at /type"},
+        {"{\"type\": \"string\", \"pattern\": \"a\"}", UNSUPPORTED, "at /pattern"},
+        {"{\"type\": \"integer\", \"minimum\": 0}", UNSUPPORTED, "at /minimum"}, {"{\"oneOf\": []}", UNSUPPORTED, "at /oneOf"},
+        {"{\"$ref\": \"#\"}", UNSUPPORTED, "at /$ref"},
+        {"{\"type\": \"array\", \"items\": {\"type\": \"null\"}, \"uniqueItems\": true}", UNSUPPORTED, "at /uniqueItems"},
+        {OBJECT("\"a/b~\": {\"type\": \"array\", \"items\": {\"not\": {}}}"), UNSUPPORTED, "at /properties/a~1b~0/items/not"},
+        {OBJECT("\"a\": {\"anyOf\": [{\"type\": \"null\"}, {\"type\": \"x\"}]}"), FORMAT, "at /properties/a/anyOf/1/type"},
+        {OBJECT("\"a\": {}"), UNSUPPORTED, "at /properties/a"}, {OBJECT("\"a\": true"), UNSUPPORTED, "at /properties/a"},
+        {"{\"type\": \"array\"}", UNSUPPORTED, "at /items"},
+        {"{\"type\": \"array\", \"items\": [{\"type\": \"null\"}]}", UNSUPPORTED, "at /items"},
+        {"{\"items\": {\"type\": \"null\"}, \"minItems\": 3, \"maxItems\": 2}", FORMAT, "minItems"},
+        {"{\"type\": \"string\", \"minLength\": 3, \"maxLength\": 2}", FORMAT, "minLength"},
+        {"{\"type\": \"string\", \"maxLength\": -1}", FORMAT, "at /maxLength"},
+        {"{\"type\": \"string\", \"maxLength\": 1.5}", FORMAT, "at /maxLength"},
+        {"{\"type\": \"string\", \"minLength\": \"1\"}", FORMAT, "at /minLength"},
+        {"{\"type\": \"string\", \"maxLength\": 99999999999999999999}", LIMIT, "maxLength"},
+        {"{\"type\": \"string\", \"minLength\": 9999999}", LIMIT, "maxLength"}, {"{\"enum\": []}", FORMAT, "value"},
+        {"{\"enum\": 1}", FORMAT, "array"}, {"{\"enum\": [1, 2.5], \"type\": \"string\"}", FORMAT, "value"},
+        {"{\"const\": 1.5, \"type\": \"integer\"}", FORMAT, "value"}, {"{\"enum\": [1], \"const\": 1}", UNSUPPORTED, "const"},
+        {"{\"enum\": [\"abc\"], \"maxLength\": 2}", UNSUPPORTED, "only type"}, {"{\"anyOf\": []}", FORMAT, "at /anyOf"},
+        {"{\"anyOf\": {}}", FORMAT, "at /anyOf"},
+        {"{\"anyOf\": [{\"type\": \"null\"}], \"type\": \"null\"}", UNSUPPORTED, "beside"},
+        {"{\"type\": \"object\", \"properties\": []}", FORMAT, "properties"},
+        {"{\"type\": \"object\", \"required\": [\"a\"]}", UNSUPPORTED, "at /required/a"},
+        {"{\"type\": \"object\", \"required\": \"a\"}", FORMAT, "required"},
+        {"{\"type\": \"object\", \"required\": [1]}", FORMAT, "required"},
+        {"{\"type\": \"object\", \"additionalProperties\": {\"type\": \"null\"}}", UNSUPPORTED, "additionalProperties"},
+        {"{\"type\": \"null\", \"type\": \"null\"}", FORMAT, "byte 25"},
+        {"{\"items\": {\"items\": {\"type\": \"string\", \"maxLength\": 500}, \"maxItems\": 20}, \"maxItems\": 20}", LIMIT,
+         "maxItems"}};
+#undef OBJECT
+#undef FORMAT
+#undef UNSUPPORTED
+#undef LIMIT
+    static const struct { const char *schema, *yes[4], *no[4]; } good[] = {
+        {"{\"type\": \"object\"}", {"{}"}, {"{\"a\":1}", "{ }"}},
+        {"{\"type\": [\"integer\", \"boolean\"]}", {"-12", "true", "0", "-0"}, {"01", "1.0", "null", "1234567890123456"}},
+        {"{\"enum\": [1, 1.0, 20e-1, 2.5, 0.0e5, \"1\", true], \"type\": \"integer\"}", {"1", "1.0", "20e-1", "0.0e5"},
+         {"2.5", "\"1\"", "true", "2"}},
+        {"{\"type\": \"number\"}", {"1.5e-12", "0", "-0.000000000000001", "123456789012345.123456789012345E+99"},
+         {"1.", ".5", "1e100", "1.1234567890123456"}},
+        {"{\"type\": \"string\", \"maxLength\": 2}", {"\"\"", "\"\\ud7FF\\n\"", "\"\xF0\x9F\x98\x80\xC3\xA4\"", "\"\\u0000/\""},
+         {"\"abc\"", "\"\\ud800\"", "\"\n\"", "\"\\x\""}},
+        {"{\"const\": {\"b\": [1, {}], \"\\u0001\": \"\\/\"}}", {"{\"b\":[1,{}],\"\\u0001\":\"/\"}"},
+         {"{\"b\": [1,{}],\"\\u0001\":\"/\"}", "{}"}},
+        {"{\"items\": {\"type\": \"null\"}, \"maxItems\": 0}", {"[]"}, {"[null]", "[ ]"}},
+        {"{\"items\": {\"type\": \"null\"}, \"minItems\": 2}", {"[null,null]", "[null, null, null,null]"},
+         {"[null]", "[null ,null]", "[null,  null]", "[]"}},
+        {"{\"properties\": {\"a\": {\"type\": \"null\"}, \"b\": {\"type\": \"null\"}, \"c\": {\"type\": \"null\"}}}",
+         {"{}", "{\"a\":null, \"c\": null}", "{\"b\":null}", "{\"a\":null,\"b\":null,\"c\":null}"}, {"{\"b\":null,\"a\":null}",
+          "{,\"c\":null}", "{\"a\":null,}", "{\"a\":null\"b\":null}"}}};
+    astrovl_model *m = guide_model(GUIDE_SPM);
+    astrovl_error err = {ASTROVL_OK, ""};
+    char *deep = (char *)malloc(20000);
+    astrovl_guide *g;
+    int i, k;
+    for (i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
+        g = guide_schema(m, bad[i].schema, &err);
+        CHECK(!g && err.status == bad[i].status && strstr(err.message, bad[i].words), "%s: %s: %s", bad[i].schema,
+              astrovl_status_name(err.status), err.message);
+        astrovl_guide_free(g);
+    }
+    for (i = 0; i < (int)(sizeof good / sizeof *good); i++) {
+        g = guide_schema(m, good[i].schema, &err);
+        CHECK(g, "%s: %s", good[i].schema, err.message);
+        for (k = 0; g && k < 4 && good[i].yes[k]; k++)
+            CHECK(guide_accepts(g, good[i].yes[k], strlen(good[i].yes[k])), "%s refuses %s", good[i].schema, good[i].yes[k]);
+        for (k = 0; g && k < 4 && good[i].no[k]; k++)
+            CHECK(!guide_accepts(g, good[i].no[k], strlen(good[i].no[k])), "%s accepts %s", good[i].schema, good[i].no[k]);
+        astrovl_guide_free(g);
+    }
+    for (k = 60; k <= 66; k += 6) {   // k arrays in arrays: 64 levels of values are read
+        deep[0] = 0;
+        for (i = 0; i < k; i++) strcat(deep, "{\"items\": ");
+        strcat(deep, "{\"type\": \"null\"}");
+        for (i = 0; i < k; i++) strcat(deep, "}");
+        g = guide_schema(m, deep, &err);
+        if (k == 66) FAILS(!g, LIMIT, "%d levels", k);
+        else CHECK(g, "%d levels: %s", k, err.message);
+        astrovl_guide_free(g);
+    }
+    FAILS(!astrovl_guide_schema(m, NULL, 0, &err), ARGUMENT, "NULL");
+    free(deep);
+    astrovl_close(m);
+}
+
+// Bytes changed, cut out and put in: a message or a guide, and never a crash.
+#ifndef GUIDE_MUTANTS
+#define GUIDE_MUTANTS 2000
+#endif
+static void test_guide_mutants(void) {
+    static const char pattern[] = "^([a-c]{1,3}|\\d+(?:x|\\u00e4)?)*[^\\s\\]-]\\x41{2,}.\\W$";
+    static const char glue[] = "{}[]()|*+?\\\",:-^$.0123456789aduxt \xC3\xA4";
+    astrovl_model *m = guide_model(GUIDE_GPT2);
+    uint64_t seed = 9;
+    int i, k, n_made = 0, n_refused = 0;
+    for (i = 0; i < GUIDE_MUTANTS; i++) {
+        const char *from = i % 2 ? pattern : guide_schemas[i / 2 % GUIDE_N_SCHEMAS].schema;
+        size_t n = strlen(from), at;
+        char *text = (char *)malloc(n + 16), *exact;   // exact: in memory of its own size
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_guide *g;
+        memcpy(text, from, n + 1);
+        for (k = (int)guide_random(&seed, 4); k >= 0 && n > 2; k--) {
+            at = guide_random(&seed, (uint32_t)n - 1);
+            switch (guide_random(&seed, 3)) {
+            case 0: text[at] = glue[guide_random(&seed, sizeof glue - 1)]; break;
+            case 1: memmove(text + at, text + at + 1, n - at), n--; break;
+            default: memmove(text + at + 1, text + at, n + 1 - at), n++, text[at] = glue[guide_random(&seed, sizeof glue - 1)];
+            }
+        }
+        exact = (char *)malloc(n + (i % 2));
+        memcpy(exact, text, n + (i % 2));
+        g = i % 2 ? astrovl_guide_regex(m, exact, &err) : astrovl_guide_schema(m, exact, n, &err);
+        CHECK(g || (err.status && err.status != ASTROVL_ERROR_MEMORY && err.message[0]), "%s: no message", text);
+        if (g) n_made++; else n_refused++;
+        astrovl_guide_free(g);
+        free(text);
+        free(exact);
+    }
+    CHECK(n_made > GUIDE_MUTANTS / 20 && n_refused > GUIDE_MUTANTS / 4, "%d made, %d refused", n_made, n_refused);
+    astrovl_close(m);
+}
+
+// ---- allocations that fail
+
+static void test_guide_no_memory(void) {
+    astrovl_model *m = guide_model(GUIDE_SMOLLM);
+    astrovl_info info;
+    float *logits;
+    int kind;
+    astrovl_get_info(m, &info);
+    logits = (float *)calloc((size_t)info.n_vocab, sizeof *logits);
+    for (kind = 0; kind < 4; kind++) {
+        long at, live;
+        int done, n;
+        for (at = 0, done = 0; !done; at++) {
+            astrovl_error err = {ASTROVL_OK, ""};
+            astrovl_guide *g = NULL;
+            char **list = NULL;
+            astrovl_status status = ASTROVL_OK;
+            if (kind == 3) g = guide_schema(m, guide_small_schema, &err);
+            live = g_live;
+            alloc_fail_at(at);
+            if (kind == 0) g = astrovl_guide_regex(m, "[^a-y]{1,3}(b|c.*){2}|x", &err);
+            if (kind == 1) g = guide_schema(m, guide_schemas[at % 2 ? 1 : 2].schema, &err);
+            if (kind == 2) list = astrovl_json_strings("{\"a\": [\"x\", \"y\"], \"b\": [1, {}, \"\"]}", 35, "a", &n, &err);
+            if (kind == 3) status = astrovl_guide_mask(g, 0, 1000, logits, &err);
+            done = !alloc_did_fail();
+            alloc_fail_at(-1);
+            CHECK(kind == 3 ? done == !status : done == (g || list), "kind %d, allocation %ld", kind, at);
+            if (!done)
+                CHECK(err.status == ASTROVL_ERROR_MEMORY && err.message[0], "kind %d, allocation %ld: %s", kind, at, err.message);
+            if (!done) CHECK(g_live == live, "kind %d, allocation %ld: %ld blocks leak", kind, at, g_live - live);
+            if (kind == 1 && at < 200) done = 0;   // two schemas take turns
+            if (kind == 1 && at > 400) done = 1;
+            astrovl_guide_free(g);
+            astrovl_free(list);
+        }
+        CHECK(at > (kind < 2 ? 20 : kind == 2 ? 3 : 1), "kind %d: only %ld allocations", kind, at);
+    }
+    free(logits);
+    astrovl_close(m);
+}
+
+// ---- JSON lines
+
+static void test_json_strings(void) {
+    static const struct { const char *json, *key; int n; const char *texts[4]; } good[] = {
+        {"{\"a\": \"x\"}", "a", 1, {"x"}}, {" \t\r\n{ \"a\" : [ \"x\" , \"\" ] , \"b\":null}\n", "a", 2, {"x", ""}},
+        {"{\"a\": []}", "a", 0, {NULL}}, {"{}", "a", 0, {NULL}}, {"{\"b\": {\"a\": \"no\"}}", "a", 0, {NULL}},
+        {"{\"\": \"empty\"}", "", 1, {"empty"}},
+        {"{\"\\u0061\": \"\\\"\\\\\\/\\b\\f\\n\\r\\t\\u00e4\\ud83d\\ude00\xC3\xA4\"}", "a", 1,
+         {"\"\\/\b\f\n\r\t\xC3\xA4\xF0\x9F\x98\x80\xC3\xA4"}},
+        {"{\"n\": [-0, 0.5, 1e5, 2E-07, -12.5e+3, true, false, null, [[]], {\"x\":{}}], \"a\": [\"1\",\"2\",\"3\"]}", "a", 3,
+         {"1", "2", "3"}},
+        {"{\"a\": \"\x7F\xEF\xBB\xBF\"}", "a", 1, {"\x7F\xEF\xBB\xBF"}}};
+    static const struct { const char *json, *words; } bad[] = {
+        {"", "byte 0"}, {"[]", "object"}, {"\"a\"", "object"}, {"{", "byte 1"}, {"{\"a\"}", "byte 4"}, {"{\"a\":}", "byte 5"},
+        {"{\"a\":1,}", "byte 7"}, {"{a:1}", "byte 1"}, {"{\"a\":1 \"b\":2}", "byte 7"}, {"{} x", "byte 3"},
+        {"{\"a\":[1,]}", "byte 8"}, {"{\"a\":01}", "byte 6"}, {"{\"a\":+1}", "byte 5"}, {"{\"a\":1.}", "byte 7"},
+        {"{\"a\":.5}", "byte 5"}, {"{\"a\":1e}", "byte 7"}, {"{\"a\":-}", "byte 6"}, {"{\"a\":nul}", "byte 5"},
+        {"{\"a\":True}", "byte 5"}, {"{\"a\":'x'}", "byte 5"}, {"{\"a\":\"x}", "ends"}, {"{\"a\":\"\n\"}", "control"},
+        {"{\"a\":\"\\x\"}", "escape"}, {"{\"a\":\"\\u12\"}", "escape"}, {"{\"a\":\"\\ud800\"}", "surrogate"},
+        {"{\"a\":\"\\ude00\\ud83d\"}", "surrogate"}, {"{\"a\":\"\\ud800\\ud800\"}", "surrogate"}, {"{\"a\":\"\xFF\"}", "UTF-8"},
+        {"{\"a\":\"\xC0\x80\"}", "UTF-8"}, {"{\"a\":\"\xED\xA0\x80\"}", "UTF-8"}, {"{\"a\":\"\xE4\xB8\"}", "UTF-8"},
+        {"{\"b\":1,\"a\":2,\"b\":3}", "byte 17"}, {"{\"\\u0061\":1,\"a\":2}", "same name"}, {"{\"a\":1}", "\"a\""},
+        {"{\"a\":null}", "\"a\""}, {"{\"a\":{}}", "\"a\""}, {"{\"a\":[\"x\",1]}", "byte 10"}, {"{\"a\":\"x\\u0000y\"}", "zero"},
+        {"\xEF\xBB\xBF{}", "byte 0"}, {"{\"a\":\"x\"\0}", "byte 8"}, {"{\"a\":1 /* */}", "byte 7"}, {"{\"a\":\"\\", "escape"},
+        {"{\"a\":\"\\ud83d\\u", "surrogate"}};
+    astrovl_error err = {ASTROVL_OK, ""};
+    char deep[200];
+    char **list;
+    int i, k, n;
+    for (i = 0; i < (int)(sizeof good / sizeof *good); i++) {
+        list = astrovl_json_strings(good[i].json, strlen(good[i].json), good[i].key, &n, &err);
+        CHECK(list && n == good[i].n, "%s: %d: %s", good[i].json, n, err.message);
+        for (k = 0; list && k < n && k < 4; k++) CHECK(strcmp(list[k], good[i].texts[k]) == 0, "%s: %s", good[i].json, list[k]);
+        astrovl_free(list);
+        for (k = 0; k < (int)strlen(good[i].json); k++) {   // every beginning, in memory of its own size
+            char *part = (char *)malloc((size_t)k + (k == 0));
+            memcpy(part, good[i].json, (size_t)k);
+            list = astrovl_json_strings(part, (size_t)k, good[i].key, &n, &err);
+            CHECK(n == (list ? good[i].n : 0), "%s, cut at %d", good[i].json, k);
+            astrovl_free(list);
+            free(part);
+        }
+    }
+    for (i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
+        size_t size = strlen(bad[i].json) + 2 * (strcmp(bad[i].words, "byte 8") == 0 &&
+            bad[i].json[7] == '"');   // the one with a zero byte
+        memset(&err, 0, sizeof err);
+        list = astrovl_json_strings(bad[i].json, size, "a", &n, &err);
+        CHECK(!list && n == 0 && err.status == ASTROVL_ERROR_FORMAT && strstr(err.message, bad[i].words), "%s: %s: %s", bad[i].json,
+              astrovl_status_name(err.status), err.message);
+        astrovl_free(list);
+    }
+    for (i = 60; i < 70; i++) {   // i arrays in an object
+        strcpy(deep, "{\"b\":");
+        for (k = 0; k < i; k++) strcat(deep, "[");
+        for (k = 0; k < i; k++) strcat(deep, "]");
+        strcat(deep, "}");
+        list = astrovl_json_strings(deep, strlen(deep), "a", &n, &err);
+        if (i < 64) CHECK(list && n == 0, "%d levels", i);
+        else FAILS(!list, LIMIT, "%d levels", i);
+        astrovl_free(list);
+    }
+    FAILS(!astrovl_json_strings(NULL, 0, "a", &n, &err), ARGUMENT, "no text");
+    FAILS(!astrovl_json_strings("{}", 2, NULL, &n, &err), ARGUMENT, "no key");
+}
+
+// ---- through a conversation
+
+typedef struct guide_stream { avl__bytes text; int stop_after; } guide_stream;
+
+static int guide_collect(void *user, const char *text, size_t size) {
+    guide_stream *s = (guide_stream *)user;
+    avl__bytes_put(&s->text, text, size);
+    return s->stop_after > 0 && (int)s->text.size >= s->stop_after;
+}
+
+static void test_guide_chat(void) {
+    static const char *const models[] = {"test/golden/models_b.gguf", "test/astrovl-tiny.gguf"};
+    astrovl_error err = {ASTROVL_OK, ""};
+    int which, i, extra;
+    for (which = 0; which < 2; which++) {
+        astrovl_model *m = astrovl_open(models[which], NULL, &err), *other = guide_model(GUIDE_SPM);
+        astrovl_session_options so;
+        astrovl_session *s;
+        memset(&so, 0, sizeof so);
+        so.n_threads = 1;
+        s = astrovl_session_new(m, &so, &err);
+        CHECK(m && s, "%s", err.message);
+        for (i = 0; s && i < GUIDE_N_SCHEMAS; i++) {
+            astrovl_guide *g = guide_schema(m, guide_schemas[i].schema, &err);
+            int n = astrovl_guide_n_to_end(g, 0);
+            CHECK(g, "%s", err.message);
+            for (extra = -1; g && extra < 6; extra++) {
+                static const int more[] = {0, 1, 3, 8, 30, 60};
+                astrovl_generation o;
+                guide_stream stream;
+                astrovl_stats stats;
+                guide_reader r;
+                char *answer;
+                int n_tokens;
+                memset(&o, 0, sizeof o);
+                memset(&stream, 0, sizeof stream);
+                o.guide = g;
+                o.max_tokens = n + (extra < 0 ? -1 : more[extra]);
+                o.temperature = extra % 2 ? 0.0f : 1.0f;
+                o.repetition_penalty = extra == 3 ? 1.3f : 0.0f;
+                o.top_k = extra == 4 ? 3 : 0;
+                o.min_p = extra == 2 ? 0.5f : 0.0f;
+                o.seed = (uint64_t)extra;
+                o.on_text = guide_collect;
+                o.user = &stream;
+                astrovl_session_reset(s);
+                answer = astrovl_chat(s, NULL, 0, "What is in the image?", &o, &err);
+                if (extra < 0) {
+                    FAILS(!answer, LIMIT, "%d tokens", o.max_tokens);
+                    continue;
+                }
+                CHECK(answer, "%s", err.message);
+                if (!answer) continue;
+                r.p = answer;
+                r.bad = 0;
+                guide_schemas[i].read(&r);
+                CHECK(!r.bad && !*r.p, "schema %d, %d tokens: %s", i, o.max_tokens, answer);
+                CHECK(stream.text.data && strcmp(stream.text.data, answer) == 0, "streamed: %s", stream.text.data);
+                astrovl_answer_tokens(s, &n_tokens);
+                astrovl_get_stats(s, &stats);
+                CHECK(n_tokens == stats.n_answer_tokens && n_tokens <= o.max_tokens && !stats.stopped_by_limit, "%d tokens",
+                      n_tokens);
+                astrovl_free(answer);
+                astrovl_free(stream.text.data);
+            }
+            astrovl_guide_free(g);
+        }
+        if (s) {   // what cannot be had together; a context that is nearly full; a listener who has heard enough
+            static const char *const stop[] = {"x"};
+            astrovl_guide *g = astrovl_guide_regex(m, "[a-e]{4,40}", &err), *foreign = astrovl_guide_regex(other, "a",
+                &err), *empty = astrovl_guide_regex(m, "", &err);
+            astrovl_generation o;
+            guide_stream stream;
+            char *answer;
+            int n_prompt;
+            memset(&o, 0, sizeof o);
+            memset(&stream, 0, sizeof stream);
+            astrovl_session_reset(s);
+            o.guide = foreign;
+            FAILS(!astrovl_chat(s, NULL, 0, "x", &o, &err), ARGUMENT, "another model's guide");
+            o.guide = g;
+            o.stop = stop;
+            o.n_stop = 1;
+            FAILS(!astrovl_chat(s, NULL, 0, "x", &o, &err), ARGUMENT, "stop texts");
+            o.n_stop = 0;
+            o.guide = empty;
+            answer = astrovl_chat(s, NULL, 0, "x", &o, &err);
+            CHECK(answer && !*answer, "an empty answer: %s", answer ? answer : err.message);
+            astrovl_free(answer);
+            n_prompt = astrovl_session_n_past(s);
+            o.guide = g;
+            for (i = 1; i < 12; i++) {
+                astrovl_session *tight;
+                so.n_ctx = n_prompt + i;
+                tight = astrovl_session_new(m, &so, &err);
+                answer = astrovl_chat(tight, NULL, 0, "x", &o, &err);
+                if (i + 1 < astrovl_guide_n_to_end(g, 0)) FAILS(!answer, LIMIT, "%d positions", i);
+                else CHECK(answer && guide_accepts(g, answer, strlen(answer)), "%d positions: %s", i,
+                           answer ? answer : err.message);
+                astrovl_free(answer);
+                astrovl_session_free(tight);
+            }
+            o.on_text = guide_collect;
+            o.user = &stream;
+            stream.stop_after = 1;
+            astrovl_session_reset(s);
+            answer = astrovl_chat(s, NULL, 0, "x", &o, &err);
+            CHECK(answer && *answer && strspn(answer, "abcde") == strlen(answer), "cancelled: %s", answer ? answer : err.message);
+            astrovl_free(answer);
+            astrovl_free(stream.text.data);
+            astrovl_guide_free(g);
+            astrovl_guide_free(foreign);
+            astrovl_guide_free(empty);
+        }
+        astrovl_session_free(s);
+        astrovl_close(m);
+        astrovl_close(other);
+    }
+}
+
+static void tests_guide(void) {
+    run("guide: patterns, against a naive matcher", test_guide_patterns);
+    run("guide: sets of characters, against every code point", test_guide_characters);
+    run("guide: masks, against every token one by one", test_guide_masks);
+    run("guide: masks are shared and forgotten", test_guide_many_masks);
+    run("guide: the first token's space", test_guide_first_token);
+    run("guide: random answers keep to their schemas, however few tokens they may have", test_guide_answers);
+    run("guide: patterns that are refused", test_guide_bad_patterns);
+    run("guide: schemas that are refused, and their languages", test_guide_bad_schemas);
+    run("guide: mutated patterns and schemas", test_guide_mutants);
+    run("guide: every allocation may fail", test_guide_no_memory);
+    run("guide: strings of JSON lines", test_json_strings);
+    run("guide: conversations", test_guide_chat);
+}
+
 // ---- joint: CLIP's two towers against transformers ------------------------------------------------------------------
 // make_golden.py writes two tiny random models: A as clip.cpp's files are (no merges, no logit_scale), B with PAPERCLIP's dense
 // heads; and what CLIPModel and CLIPTokenizer make of images and texts.
@@ -4066,7 +5093,7 @@ static void joint_metrics(void) {
                 sum += exp(12.0 * dot);
                 if (i == j) own = 12.0 * dot;
             }
-            want += (log(sum) - own) / (2.0 * N);
+            want += (log(sum) - own) / (2.0 * (double)N);
         }
     CHECK(fabs(astrovl_contrastive_loss(images, texts, N, D, 12.0f) - want) < 1e-5 * want, "%.9g, wanted %.9g",
           astrovl_contrastive_loss(images, texts, N, D, 12.0f), want);
@@ -4121,6 +5148,7 @@ int main(int argc, char **argv) {
     tests_text();
     tests_images();
     tests_models();
+    tests_guide();
     tests_joint();
     printf("%d passed, %d failed\n", g_passed, g_failed);
     return g_failed > 0;

@@ -8,18 +8,24 @@ import ast
 import json
 import os
 import random
+import re
+import resource
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
+import xml.dom.minidom
 import zlib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.abspath(os.path.join(ROOT, os.environ.get("ASTROVL", "astrovl")))
 MODEL = os.path.join(ROOT, "test", "astrovl-tiny.gguf")
-COMMANDS = ["caption", "ask", "chat", "tokens", "inspect", "trace", "version"]
+IMAGES = os.path.join(ROOT, "test", "images")
+COMMANDS = ["caption", "ask", "chat", "tokens", "inspect", "trace", "version", "score", "describe", "index", "search",
+            "embed", "evaluate", "summarize", "bench"]
 SHORT = ["--max-tokens", "6", "--threads", "1", "--quiet"]
 
 
@@ -241,6 +247,22 @@ class Usage(Case):
         self.wrong("trace", self.images[0], "What?", "-o", "x", "--hash", says="-o DIR")
         self.wrong("tokens", "a", "b", says="quotes")
         self.wrong("version", "a", says="arguments")
+        self.wrong("score", "--text", "a", says="which image")
+        self.wrong("score", "a.png", says="--text")
+        self.wrong("describe", says="which image")
+        self.wrong("index", "-o", "x", says="which images")
+        self.wrong("index", "a.png", says="-o FILE")
+        for arguments in ([], ["x"], ["x", "q", "r"], ["x", "q", "--image", "a.png"]):
+            self.wrong("search", *arguments, says="an index and a query")
+        self.wrong("embed", says="--text")
+        self.wrong("embed", "a.png", "--text", "a", says="--text")
+        for arguments in ([], ["retrieval"], ["vqa", "a", "b"], ["galaxies", "x"]):
+            self.wrong("evaluate", *arguments, says="vqa SET.jsonl")
+        self.wrong("evaluate", "vqa", "x", "--svg", "y", says="retrieval")
+        self.wrong("summarize", says="abstract")
+        self.wrong("summarize", "x", "--bool", says="--query")
+        self.wrong("summarize", "x", "--bool", "--query", "q", "--regex", "a", says="one of")
+        self.wrong("bench", says="bench search")
 
     def test_missing_value(self):
         self.wrong("caption", "x.png", "--seed", says="--seed wants a value")
@@ -576,11 +598,15 @@ class Inspect(Case):
 
     def test_model(self):
         model = json.loads(self.succeeds("inspect", "--json").out)["model"]
-        for part in ("vocabulary", "language_model", "vision_tower", "projector"):
+        for part in ("vocabulary", "language_model", "vision_tower", "projector", "contrastive", "text_tower"):
             self.assertIsInstance(model[part], dict, part)
+        self.assertEqual((model["contrastive"]["images"], model["contrastive"]["texts"]), (1, 1))
+        self.assertGreater(model["contrastive"]["logit_scale"], 1)
         _, metadata, _ = read_gguf(MODEL)
         self.assertEqual(model["language_model"]["layers"], metadata["llama.block_count"])
         self.assertEqual(model["language_model"]["width"], metadata["llama.embedding_length"])
+        self.assertEqual(model["contrastive"]["dims"], metadata["clip.text.projection_dim"])
+        self.assertEqual(model["text_tower"]["layers"], metadata["clip.text.block_count"])
         self.assertEqual(model["vocabulary"]["tokens"], len(metadata["tokenizer.ggml.tokens"]))
 
     def test_long_arrays_are_abbreviated(self):
@@ -828,6 +854,597 @@ class Output(Case):
             process.communicate()
             self.fail("still running a minute after the interrupt")
         self.assertIn(process.returncode, (1, -2))
+
+
+# ---- images and texts in one space -------------------------------------------------------------------------------------
+
+LABELS = ["spiral galaxy", "globular cluster", "comet", "ringed planet", "merging galaxies"]
+
+
+def examples():
+    return sorted(os.path.join(IMAGES, name) for name in os.listdir(IMAGES) if name.endswith((".png", ".jpg")))
+
+
+def write_micro_model(path, seed=0):
+    """A vision tower of one layer and 8 numbers, so small that indexing costs next to nothing. Random weights."""
+    rng = random.Random(seed)
+
+    def tensor(name, *shape):
+        n = 1
+        for length in shape:
+            n *= length
+        return name, list(shape), [rng.uniform(-0.5, 0.5) for _ in range(n)]
+    tensors = [tensor("v.class_embd", 8), tensor("v.patch_embd.weight", 8, 3, 14, 14), tensor("v.position_embd.weight", 5, 8),
+               tensor("visual_projection.weight", 8, 8), ("logit_scale", [1], [3.0])]
+    for name in ("v.pre_ln", "v.post_ln", "v.blk.0.ln1", "v.blk.0.ln2"):
+        tensors += [tensor(name + ".weight", 8), tensor(name + ".bias", 8)]
+    for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+        tensors += [tensor("v.blk.0.%s.weight" % name, 8, 8), tensor("v.blk.0.%s.bias" % name, 8)]
+    tensors += [tensor("v.blk.0.ffn_up.weight", 16, 8), tensor("v.blk.0.ffn_up.bias", 16),
+                tensor("v.blk.0.ffn_down.weight", 8, 16), tensor("v.blk.0.ffn_down.bias", 8)]
+    write_gguf(path, [("general.architecture", 8, "clip"), ("clip.has_vision_encoder", 7, True),
+                      ("clip.has_text_encoder", 7, False), ("clip.has_llava_projector", 7, False), ("clip.use_gelu", 7, False),
+                      ("clip.vision.image_size", 4, 28), ("clip.vision.patch_size", 4, 14),
+                      ("clip.vision.embedding_length", 4, 8), ("clip.vision.feed_forward_length", 4, 16),
+                      ("clip.vision.projection_dim", 4, 8), ("clip.vision.attention.head_count", 4, 2),
+                      ("clip.vision.block_count", 4, 1), ("clip.vision.attention.layer_norm_epsilon", 6, 1e-5),
+                      ("clip.vision.image_mean", (9, 6), [0.5] * 3), ("clip.vision.image_std", (9, 6), [0.25] * 3)], tensors)
+    return path
+
+
+def read_index(path):
+    """An index as demo.c documents it -> n_dims, [(offset, name, row's bytes)], bytes of a torn record at the end"""
+    with open(path, "rb") as f:
+        data = f.read()
+    magic, version, n_dims, _, check = struct.unpack_from("<8sIIQQ", data)
+    assert (magic, version, check) == (b"AVLINDEX", 1, fnv1a64(data[:24])), data[:32]
+    records, at = [], 32
+    while len(data) - at >= 8:
+        n, negated = struct.unpack_from("<II", data, at)
+        assert n ^ negated == 0xFFFFFFFF, at
+        end = at + 8 + 2 * n_dims + n
+        if end + 8 > len(data):
+            break
+        assert struct.unpack_from("<Q", data, end)[0] == fnv1a64(data[at:end]), at
+        records.append((at, data[end - n:end].decode(), data[at + 8:end - n]))
+        at = end + 8
+    return n_dims, records, len(data) - at
+
+
+class Contrastive(Case):
+    def rows(self, *arguments):
+        return [json.loads(line) for line in self.succeeds("embed", *arguments).out.splitlines()]
+
+    def test_score(self):
+        result = json.loads(self.succeeds("score", "--json", os.path.join(IMAGES, "comet.jpg"), "--text", "a comet", "--text",
+                                          "a ringed planet").out)
+        self.assertEqual([match["text"] for match in result["matches"]], ["a comet", "a ringed planet"])
+        self.assertGreater(result["matches"][0]["cosine"], result["matches"][1]["cosine"])
+        self.assertAlmostEqual(sum(match["probability"] for match in result["matches"]), 1, places=5)
+        text = self.succeeds("score", *examples(), "--text", "a comet").out.splitlines()
+        self.assertEqual(text[0::2], examples())
+        self.assertTrue(all(re.match(r"  [ -]\d\.\d{4}  100\.0 %  a comet$", line) for line in text[1::2]), text)
+
+    def test_score_goes_on_after_a_bad_image(self):
+        result = self.fails(1, "score", self.path("nowhere.png"), self.images[0], "--text", "a")
+        self.assertIn("nowhere.png", result.err)
+        self.assertTrue(result.out.startswith(self.images[0] + "\n"), result)
+        result = self.fails(1, "score", "--json", self.path("nowhere.png"), self.images[0], "--text", "a")
+        self.assertEqual(["error" in json.loads(line) for line in result.out.splitlines()], [True, False])
+
+    def test_score_is_the_cosine_of_the_embeddings(self):
+        texts = ["a comet", "ein Komet, \u2604", "", "galaxy " * 200]
+        matches = json.loads(self.succeeds("score", "--json", examples()[0], *[a for t in texts for a in ("--text", t)]).out)["matches"]
+        image = self.rows(examples()[0])[0]["embedding"]
+        for match, row in zip(matches, self.rows(*[a for t in texts for a in ("--text", t)])):
+            self.assertEqual(match["text"], row["text"])
+            self.assertAlmostEqual(match["cosine"], sum(a * b for a, b in zip(image, row["embedding"])), places=5)
+
+    def test_describe_with_the_list_built_in(self):
+        result = self.succeeds("describe", "-k", "2", os.path.join(IMAGES, "spiral.png")).out.splitlines()
+        self.assertEqual(len(result), 1 + 3 * 3, result)
+        self.assertIn("spiral galaxy", result[2])
+        groups = json.loads(self.succeeds("describe", "--json", "-k1000", os.path.join(IMAGES, "spiral.png")).out)["matches"]
+        self.assertGreaterEqual(len(groups), 190)
+        self.assertEqual(len({match["group"] for match in groups}), 3)
+        self.assertEqual(len({match["text"] for match in groups}), len(groups))
+
+    def test_describe_with_labels_of_one_s_own(self):
+        labels = self.write("labels.txt", "\ufeff# five\r\n\r\n  {}\r\n#x\n\t{} \n{}\n{}\n\n{}".format(*LABELS).encode())
+        for name, best in (("comet.jpg", "comet"), ("globular.jpg", "globular cluster"), ("planet.png", "ringed planet")):
+            result = json.loads(self.succeeds("describe", "--json", "-l", labels, os.path.join(IMAGES, name)).out)["matches"]
+            self.assertEqual(sorted(match["text"] for match in result), sorted(LABELS))
+            self.assertEqual(result[0]["text"], best)
+            self.assertEqual(result, sorted(result, key=lambda match: -match["cosine"]))
+        self.assertEqual(len(self.succeeds("describe", "-k", "1", "-l", labels, self.images[0]).out.splitlines()), 2)
+
+    def test_hostile_labels(self):
+        for data, says in [(b"", "no label"), (b"\n# none\n \t\n", "no label"), (b"a\n\xff\n", ":2: "), (b"a\nb\0c\n", ":2: "),
+                           (b"a\n\n\x1b[31m\n", ":3: "), (b"x" * 1001, ":1: "), (b"a\n" * 100001, ":100001: "),
+                           (b"\xed\xa0\x80", ":1: "), (b"a\nb\xe2\x82", ":2: ")]:
+            result = self.fails(1, "describe", "-l", self.write("bad.txt", data), self.images[0])
+            self.assertIn(says, result.err)
+            self.assertIn("bad.txt", result.err)
+            self.assertEqual(result.out, "")
+        for path in (self.path("nowhere.txt"), self.folder):
+            self.assertIn(path, self.fails(1, "describe", "-l", path, self.images[0]).err)
+
+    def test_embed_numbers(self):
+        rows = self.rows(*self.images)
+        self.assertEqual([row["image"] for row in rows], self.images)
+        for row in rows:
+            self.assertAlmostEqual(sum(v * v for v in row["embedding"]), 1, places=5)
+        raw = self.rows("--raw", self.images[0])[0]["embedding"]
+        length = sum(v * v for v in raw) ** 0.5
+        self.assertGreater(abs(length - 1), 1e-3)
+        for a, b in zip(raw, rows[0]["embedding"]):
+            self.assertAlmostEqual(a / length, b, places=5)
+        for batch in ("1", "2", "256"):
+            self.assertEqual(self.rows("--batch", batch, *self.images), rows)
+
+    def test_embed_npy_holds_the_same_bits(self):
+        for arguments in (self.images, ["--text", "a comet", "--text", "a star"]):
+            rows = self.rows(*arguments)
+            self.assertEqual(self.succeeds("embed", *arguments, "-o", self.path("rows.npy")).out, "")
+            shape, _, data = load_npy(self.path("rows.npy"))
+            self.assertEqual(shape, (2, len(rows[0]["embedding"])))
+            self.assertEqual(data, b"".join(struct.pack("<%df" % shape[1], *row["embedding"]) for row in rows))
+
+    def test_embed_failures(self):
+        result = self.fails(1, "embed", self.images[0], self.path("nowhere.png"))
+        self.assertEqual(len(result.out.splitlines()), 1)
+        self.fails(1, "embed", self.images[0], self.path("nowhere.png"), "-o", self.path("half.npy"))
+        self.assertFalse(os.path.exists(self.path("half.npy")))
+        self.assertIn("cannot be written", self.fails(1, "embed", self.images[0], "-o", self.path("missing/rows.npy")).err)
+
+    def test_models_without_the_towers(self):
+        vocabulary = self.path("vocabulary.gguf")
+        write_vocabulary(vocabulary)
+        micro = write_micro_model(self.path("micro.gguf"))
+        for model, arguments in ((vocabulary, ["embed", self.images[0]]), (micro, ["embed", "--text", "a"]),
+                                 (micro, ["score", self.images[0], "--text", "a"]), (vocabulary, ["index", self.images[0], "-o", "x"])):
+            result = self.fails(1, arguments[0], "-m", model, *arguments[1:])
+            self.assertIn(os.path.basename(model), result.err)
+            self.assertIn("cannot embed", result.err)
+
+    def test_search_by_another_engine(self):
+        """What README.md shows with numpy and FAISS: the rows elsewhere, the nearest found by products, as `astrovl search`."""
+        index = self.path("examples.avl")
+        self.succeeds("index", IMAGES, "-o", index)
+        rows = self.rows(*examples())
+        self.succeeds("embed", "--text", "a ringed planet", "-o", self.path("query.npy"))
+        _, query, _ = load_npy(self.path("query.npy"))
+        scores = {row["image"]: sum(a * b for a, b in zip(row["embedding"], query)) for row in rows}
+        hits = json.loads(self.succeeds("search", index, "a ringed planet", "--json").out)["hits"]
+        self.assertEqual([hit["file"] for hit in hits], sorted(scores, key=lambda name: -scores[name]))
+        self.assertEqual(hits[0]["file"], os.path.join(IMAGES, "planet.png"))
+        for hit in hits:
+            self.assertAlmostEqual(hit["score"], scores[hit["file"]], places=3)           # the index keeps float16
+        text = self.succeeds("search", index, "a ringed planet", "-k", "2").out.splitlines()
+        self.assertEqual([line.split(None, 1)[1] for line in text], [hit["file"] for hit in hits[:2]])
+        nearest = json.loads(self.succeeds("search", index, "--image", examples()[1], "--json", "-k1").out)["hits"]
+        self.assertEqual(nearest[0]["file"], examples()[1])
+        self.assertAlmostEqual(nearest[0]["score"], 1, places=3)
+
+
+class Index(Case):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.micro = write_micro_model(cls.path("micro.gguf"))
+        cls.tree = cls.path("tree")
+        for i in range(300):                                       # different pictures, in folders of several depths
+            folder = os.path.join(cls.tree, *["abc"[i % 3]] * (i % 4))
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "%03d.%s" % (i, ["ppm", "PNM", "Ppm"][i % 3])), "wb") as f:
+                f.write(b"P6 5 4 255\n" + bytes(random.Random(i).randrange(256) for _ in range(60)))
+        cls.three = [os.path.join(cls.tree, "%03d.%s" % (i, e)) for i, e in ((0, "ppm"), (4, "PNM"), (8, "Ppm"))]
+
+    def index(self, name, *words, code=0, **options):
+        return (self.succeeds if code == 0 else lambda *a, **o: self.fails(code, *a, **o))(
+            "index", "-m", self.micro, "-o", self.path(name), *words, **options)
+
+    def search(self, name, code=0):
+        arguments = ["search", "-m", self.micro, self.path(name), "--image", self.three[0], "--json", "-k", "1000"]
+        return (self.succeeds if code == 0 else lambda *a: self.fails(code, *a))(*arguments)
+
+    def found(self, name):
+        return sorted(hit["file"] for hit in json.loads(self.search(name).out)["hits"])
+
+    def names(self, name):
+        return [record[1] for record in read_index(self.path(name))[1]]
+
+    def all_images(self):
+        return sorted(os.path.join(folder, file) for folder, _, files in os.walk(self.tree) for file in files)
+
+    def test_rows(self):
+        result = self.index("rows.avl", *self.three)
+        self.assertIn("3 images added", result.out)
+        n_dims, records, torn = read_index(self.path("rows.avl"))
+        self.assertEqual((n_dims, torn, [record[1] for record in records]), (8, 0, self.three))
+        lines = self.succeeds("embed", "-m", self.micro, *self.three).out.splitlines()
+        for (_, _, row), line in zip(records, lines):
+            self.assertEqual(row, struct.pack("<8e", *json.loads(line)["embedding"]))
+        hits = json.loads(self.search("rows.avl").out)["hits"]
+        query = json.loads(lines[0])["embedding"]
+        for hit in hits:
+            row = struct.unpack("<8e", records[self.three.index(hit["file"])][2])
+            self.assertAlmostEqual(hit["score"], sum(a * b for a, b in zip(row, query)), places=6)
+
+    def test_folders(self):
+        self.index("tree.avl", self.tree)
+        self.assertEqual(self.names("tree.avl"), self.all_images())
+        for batch in ("1", "7", "256"):
+            self.index("batch%s.avl" % batch, self.tree + "/", "--batch", batch)
+            self.assertEqual(read_index(self.path("batch%s.avl" % batch)), read_index(self.path("tree.avl")))
+
+    def test_only_images_and_no_circles(self):
+        folder = self.path("mixed")
+        os.mkdir(folder)
+        for name in ("a.png", "B.PNG", "c.JpG", "d.jpeg", "e.pnm", "f.pgm", "g.txt", "h", "png", "i.pngx", "j.gif", ".k.png", "l.jp"):
+            with open(os.path.join(folder, name), "wb") as f:
+                f.write(star_field(0) if name != "f.pgm" else b"P5 1 1 255\n\x80")
+        os.symlink(folder, os.path.join(folder, "circle"))
+        os.symlink("..", os.path.join(folder, "up.png"))
+        os.symlink(os.path.join(folder, "a.png"), os.path.join(folder, "link.png"))
+        os.mkfifo(os.path.join(folder, "pipe.png"))
+        self.index("mixed.avl", folder)
+        self.assertEqual([os.path.basename(name) for name in self.names("mixed.avl")],
+                         [".k.png", "B.PNG", "a.png", "c.JpG", "d.jpeg", "e.pnm", "f.pgm", "link.png"])
+
+    def test_names_from_standard_input(self):
+        names = ("\r\n".join(self.three) + "\n\n" + self.three[0]).encode()
+        self.index("stdin.avl", "-", stdin=names)
+        self.assertEqual(self.names("stdin.avl"), self.three)
+        result = self.index("zero.avl", "-", stdin=b"a\nb\0c\n", code=1)
+        self.assertIn("standard input:2: ", result.err)
+
+    def test_resumes(self):
+        self.index("resume.avl", self.three[1])
+        result = self.index("resume.avl", self.tree)
+        self.assertIn("has 1 of these 300", result.err)
+        self.assertEqual(sorted(self.names("resume.avl")), self.all_images())
+        counts = json.loads(self.index("resume.avl", self.tree, "--json", "--quiet").out)
+        self.assertEqual((counts["added"], counts["known"], counts["unreadable"], counts["rows"]), (0, 300, 0, 300))
+
+    def test_unreadable_images(self):
+        broken, missing = self.write("broken.png", star_field(0)[:100]), self.path("nowhere.png")
+        result = self.index("bad.avl", self.three[0], broken, missing, self.three[1], code=1)
+        self.assertEqual((result.err.count("broken.png"), result.err.count("nowhere.png")), (1, 1))
+        self.assertIn("2 images added", result.out)
+        self.assertIn("2 unreadable", result.out)
+        self.assertEqual(self.names("bad.avl"), sorted(self.three[:2]))
+        self.assertEqual(self.found("bad.avl"), self.three[:2])
+        self.index("none.avl", missing, code=1)
+        self.assertEqual(json.loads(self.search("none.avl").out)["hits"], [])
+
+    def test_nothing_to_index(self):
+        os.mkdir(self.path("empty"))
+        self.assertIn("no images", self.index("nothing.avl", self.path("empty"), code=1).err)
+        self.assertIn("no images", self.index("nothing.avl", "-", stdin=b"\n", code=1).err)
+
+    def test_places_that_cannot_be_written(self):
+        for place in ("missing/x.avl", "."):
+            self.assertIn("cannot be written", self.index(place, self.three[0], code=1).err)
+        self.assertIn("no index", self.fails(1, "search", "-m", self.micro, MODEL, "--image", self.three[0]).err)
+        self.assertIn("no index", self.index("../" + os.path.basename(self.folder) + "/micro.gguf", self.three[0], code=1).err)
+        self.fails(1, "search", "-m", self.micro, self.path("nowhere.avl"), "--image", self.three[0])
+
+    def test_full_disk(self):
+        """Here: a limit to the size of files. What does not fit is taken back, and the run can go on later."""
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        result = self.index("full.avl", self.tree, "-b", "3", code=1, preexec_fn=limit, restore_signals=False)
+        self.assertIn("full.avl: cannot be written", result.err)
+        _, records, torn = read_index(self.path("full.avl"))
+        self.assertEqual((len(records) % 3, len(records) > 0, torn), (0, True, 0))
+        self.assertIn("%d already there" % len(records), self.index("full.avl", self.tree).out)
+        self.assertEqual(self.names("full.avl"), self.all_images())
+
+    def test_another_model(self):
+        self.index("model.avl", *self.three)
+        before = read_index(self.path("model.avl"))
+        other = write_micro_model(self.path("other.gguf"), seed=1)
+        for arguments in (["search", "-m", other, self.path("model.avl"), "--image", self.three[0]],
+                          ["search", self.path("model.avl"), "a comet"], ["index", *self.three, "-o", self.path("model.avl")],
+                          ["index", "-m", other, *self.three, "-o", self.path("model.avl")]):
+            self.assertIn("another model", self.fails(1, *arguments).err)
+        self.assertEqual(read_index(self.path("model.avl")), before)
+
+    def test_two_at_once(self):
+        os.mkfifo(self.path("wait.png"))
+        first = subprocess.Popen([PROGRAM, "index", "-m", self.micro, "-o", self.path("two.avl"), self.path("wait.png")],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with open(self.path("wait.png"), "wb"):                    # opens once the first has: it then holds the index
+            self.assertIn("another astrovl", self.index("two.avl", self.three[0], code=1).err)
+            self.assertEqual(self.found("two.avl"), [])             # whoever only reads may
+        first.wait(timeout=60)
+        os.unlink(self.path("wait.png"))
+        self.index("two.avl", self.three[0])
+
+    def test_a_kill_loses_only_the_pass_in_flight(self):
+        fifo = os.path.join(self.folder, "tree", "005.png")         # between 004 and 008 in the order of names
+        for batch in (1, 4):
+            names = self.all_images()
+            os.mkfifo(fifo)
+            before = sorted(names + [fifo]).index(fifo)
+            process = subprocess.Popen([PROGRAM, "index", "-m", self.micro, "-o", self.path("flight%d.avl" % batch), "-b", str(batch), "-"],
+                                       stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process.stdin.write("\n".join(names + [fifo]).encode())
+            process.stdin.close()
+            with open(fifo, "wb"):                                  # it has come to this image
+                process.kill()
+                process.wait()
+            os.unlink(fifo)
+            self.assertEqual(self.names("flight%d.avl" % batch), names[:before - before % batch])
+
+    def test_kills(self):
+        self.index("whole.avl", self.tree)
+        whole = read_index(self.path("whole.avl"))
+        start = time.time()
+        self.index("timed.avl", self.tree)
+        seconds = time.time() - start
+        rng = random.Random(7)
+        names, kills, torn_tails = [], 0, 0
+        while kills < 30:
+            process = subprocess.Popen([PROGRAM, "index", "-m", self.micro, "-o", self.path("killed.avl"), self.tree, "-b", "2"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(rng.uniform(0, seconds / 4))
+            process.kill()
+            process.wait()
+            kills += 1
+            if not os.path.exists(self.path("killed.avl")) or os.path.getsize(self.path("killed.avl")) < 32:
+                continue
+            _, records, torn = read_index(self.path("killed.avl"))
+            now = [record[1] for record in records]
+            self.assertEqual(now[:len(names)], names)               # nothing that was there is lost
+            self.assertEqual(now, self.all_images()[:len(now)])
+            self.assertEqual(self.found("killed.avl"), now)
+            if len(now) == 300:
+                os.unlink(self.path("killed.avl"))
+                now = []
+            names, torn_tails = now, torn_tails + (torn > 0)
+        self.index("killed.avl", self.tree)
+        self.assertEqual(read_index(self.path("killed.avl")), whole)
+        with open(self.path("killed.avl"), "rb") as a, open(self.path("whole.avl"), "rb") as b:
+            self.assertEqual(a.read(), b.read())
+
+    def three_rows(self):
+        self.index("three.avl", *self.three)
+        with open(self.path("three.avl"), "rb") as f:
+            data = f.read()
+        return data, [record[0] for record in read_index(self.path("three.avl"))[1]] + [len(data)]
+
+    def test_torn_at_every_byte(self):
+        data, starts = self.three_rows()
+        for size in range(starts[2], len(data)):
+            self.write("torn.avl", data[:size])
+            result = self.search("torn.avl")
+            self.assertEqual(sorted(hit["file"] for hit in json.loads(result.out)["hits"]), self.three[:2])
+            self.assertEqual("incomplete record" in result.err, size > starts[2])
+            if size % 8 == 0 or size == starts[2] + 1:
+                result = self.index("torn.avl", *self.three)
+                self.assertIn("1 images added", result.out)
+                with open(self.path("torn.avl"), "rb") as f:
+                    self.assertEqual(f.read(), data)
+        for zeros in (1, 8, 100, 5000):                             # a machine that lost power
+            self.write("zeros.avl", data[:starts[2]] + bytes(zeros))
+            self.assertEqual(self.found("zeros.avl"), self.three[:2])
+            self.index("zeros.avl", *self.three)
+            self.assertEqual(self.found("zeros.avl"), self.three)
+
+    def test_damage_in_the_middle(self):
+        data, starts = self.three_rows()
+        for at in range(starts[1], starts[2]):
+            bad = data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1:]
+            self.write("damaged.avl", bad)
+            for result in [self.search("damaged.avl", code=1)] + ([self.index("damaged.avl", *self.three, code=1)] if at % 15 == 0 else []):
+                self.assertIn("damaged.avl: the record at byte %d is damaged" % starts[1], result.err)
+            with open(self.path("damaged.avl"), "rb") as f:
+                self.assertEqual(f.read(), bad)                     # an error changes nothing
+        self.write("damaged.avl", data[:starts[1]] + bytes(8) + data[starts[1] + 8:])
+        self.search("damaged.avl", code=1)
+        for at in range(starts[2], len(data), 3):                   # in the last record: an error, or passed over
+            self.write("damaged.avl", data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1:])
+            result = astrovl("search", "-m", self.micro, self.path("damaged.avl"), "--image", self.three[0])
+            self.assertIn((result.code, "damaged.avl" in result.err), [(0, True), (1, True)], result)
+
+    def test_hostile_headers_and_sizes(self):
+        data, starts = self.three_rows()
+        for at in range(32):
+            self.write("hostile.avl", data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1:])
+            self.assertIn("hostile.avl", self.search("hostile.avl", code=1).err)
+            if at % 4 == 0:
+                self.index("hostile.avl", *self.three, code=1)
+        for size in range(32):
+            self.write("hostile.avl", data[:size])
+            self.assertIn("incomplete", self.search("hostile.avl", code=1).err)
+            if size % 6 == 1:
+                self.index("hostile.avl", *self.three)
+                self.assertEqual(self.found("hostile.avl"), self.three)
+        model = data[16:24]
+        for version, n_dims in ((1, 0), (1, 7), (1, 0xFFFFFFFF), (2, 8), (0, 8)):          # with a checksum that is right
+            head = struct.pack("<8sII", b"AVLINDEX", version, n_dims) + model
+            self.write("hostile.avl", head + struct.pack("<Q", fnv1a64(head)) + data[32:])
+            self.search("hostile.avl", code=1)
+        for n in (0, 65536, 0x7FFFFFFF, 0xFFFFFFFE):
+            self.write("hostile.avl", data[:32] + struct.pack("<II", n, n ^ 0xFFFFFFFF) + data[40:])
+            self.assertIn("byte 32", self.search("hostile.avl", code=1).err)
+        rng = random.Random(3)
+        for _ in range(30):
+            bad = bytearray(data)
+            for _ in range(rng.randint(1, 6)):
+                bad[rng.randrange(32, len(bad))] = rng.randrange(256)
+            self.write("hostile.avl", bytes(bad))
+            self.assertIn(astrovl("search", "-m", self.micro, self.path("hostile.avl"), "--image", self.three[0]).code, (0, 1))
+
+
+class Evaluate(Case):
+    PAIRS = os.path.join(ROOT, "test", "pairs.jsonl")
+    SET = os.path.join(ROOT, "test", "vqa.jsonl")
+
+    def test_retrieval(self):
+        svg = self.path("plot.svg")
+        result = json.loads(self.succeeds("evaluate", "retrieval", self.PAIRS, "--json", "--svg", svg).out)
+        n = result["pairs"]
+        with open(self.PAIRS) as f:
+            pairs = [json.loads(line) for line in f]
+        self.assertEqual((n, [row["k_percent"] for row in result["accuracy"]]), (len(pairs), list(range(1, 101))))
+        texts = self.embed(*[a for pair in pairs for a in ("--text", pair["caption"])])
+        images = self.embed(*[os.path.join(ROOT, "test", pair["image"]) for pair in pairs])
+        cosines = [[sum(a * b for a, b in zip(image, text)) for text in texts] for image in images]
+        for row in result["accuracy"]:
+            best = row["k_percent"] * n // 100
+            self.assertEqual(row["best"], best)
+            for key, table in (("image_to_text", cosines), ("text_to_image", [list(column) for column in zip(*cosines)])):
+                right = sum(sum(v > line[i] for v in line) < best for i, line in enumerate(table))
+                self.assertAlmostEqual(row[key], right / n, places=6)
+        matched = sorted(cosines[i][i] for i in range(n))
+        for seen, value in zip(result["cosines_matched"]["sorted"], matched):
+            self.assertAlmostEqual(seen, value, places=5)
+        wrong = sorted(v for i in range(n) for j, v in enumerate(cosines[i]) if i != j)
+        for seen in result["cosines_shuffled"]["sorted"]:           # none is a pair's
+            self.assertTrue(any(abs(seen - v) < 1e-5 for v in wrong), seen)
+        self.assertAlmostEqual(result["cosines_matched"]["mean"], sum(matched) / n, places=5)
+        self.assertAlmostEqual(result["cosines_matched"]["median"], matched[n // 2], places=5)
+        texts = xml.dom.minidom.parse(svg).getElementsByTagName("text")
+        words = " ".join(node.firstChild.data for node in texts)
+        for word in ("5 pairs", "accuracy (%)", "k (% of the set)", "cosine", "chance", "wrong pairs"):
+            self.assertIn(word, words)
+        with open(svg) as f:
+            self.assertNotRegex(f.read(), "nan|inf")
+
+    def embed(self, *arguments):
+        return [json.loads(line)["embedding"] for line in self.succeeds("embed", *arguments).out.splitlines()]
+
+    def test_retrieval_as_text(self):
+        lines = self.succeeds("evaluate", "retrieval", self.PAIRS).out.splitlines()
+        rows = {line.split()[0]: line for line in lines if re.match(r" *\d+ %", line)}
+        self.assertEqual(sorted(rows, key=int), ["1", "5", "10", "20", "50"])
+        for k in ("1", "5", "10"):                                  # floor(k/100 * 5) is 0: said, and not called a success
+            self.assertIn("too few pairs", rows[k])
+            self.assertIn("0.0 %", rows[k])
+        self.assertNotIn("too few", rows["20"])
+
+    def test_vqa(self):
+        result = json.loads(self.succeeds("evaluate", "vqa", self.SET, "--json").out)
+        with open(self.SET) as f:
+            samples = [json.loads(line) for line in f]
+        caption = json.loads(self.succeeds("caption", "--json", os.path.join(ROOT, "test", samples[0]["image"])).out)["text"]
+        self.assertEqual(result["answers"][0]["text"], caption)
+        self.assertEqual([answer["class"] for answer in result["answers"]], [sample["class"] for sample in samples])
+        right = found = 0
+        for sample, answer in zip(samples, result["answers"]):
+            words = [w for w in sample["features"] if re.search(r"\b%s\b" % re.escape(w), answer["text"], re.I)]
+            self.assertEqual(answer["features_found"], len(words))
+            found += len(words)
+            right += answer["named"] == sample["class"]
+            pair = self.embed("--text", answer["text"], "--text", sample["description"])
+            self.assertAlmostEqual(answer["semantic_score"], sum(a * b for a, b in zip(*pair)), places=5)
+        self.assertAlmostEqual(result["accuracy"], right / len(samples), places=6)
+        self.assertAlmostEqual(result["features_found"], found / sum(len(s["features"]) for s in samples), places=6)
+        self.assertEqual([c["class"] for c in result["classes"]], [s["class"] for s in samples])
+        self.assertTrue(all(sum(c["named"]) == 1 and c["accuracy"] == c["named"][i] for i, c in enumerate(result["classes"])))
+        text = self.succeeds("evaluate", "vqa", self.SET).out
+        self.assertIn("(%d of 5" % right, text)
+        self.assertEqual(len(re.findall(r"^ +\d  .*%.*$", text, re.M)), 5, text)
+
+    def test_named_classes(self):
+        """Whole words, any case, the first class named, the longest of those that begin there."""
+        text = json.loads(self.succeeds("caption", "--json", self.images[0]).out)["text"]
+        words = re.findall(r"[A-Za-z]+", text)
+        phrase = " ".join(words[:2])
+        for classes, named in (([words[1], "zebra"], words[1]), ([words[1].upper(), "zebra"], words[1].upper()),
+                               ([words[0], phrase, words[1]], phrase), ([words[1][:-1], words[1][1:]], "none")):
+            lines = [json.dumps({"image": self.images[0], "class": name}) for name in classes]
+            path = self.write("named.jsonl", ("\n".join(lines) + "\n").encode())
+            result = json.loads(self.succeeds("evaluate", "vqa", path, "--json").out)
+            self.assertEqual([answer["named"] for answer in result["answers"]], [named] * len(classes), (text, classes))
+            self.assertEqual((result["semantic_score"], result["features_found"]), (None, None))
+
+    def test_broken_lines(self):
+        good = json.dumps({"image": self.images[0], "caption": "stars", "class": "stars"})
+        for line, says in [("{", ""), ("[]", ""), ("nothing", ""), ('{"image": "a.png"}', "is missing"), ('{"caption": "a", "class": "a"}', "image"),
+                           ('{"image": 1, "caption": "a", "class": "a"}', ""), ('{"image": "", "caption": "a", "class": "a"}', "empty"),
+                           ('{"image": ["a", "b"], "caption": "a", "class": "a"}', "one text"), (good + "x", ""), (good[:-1], ""),
+                           ('{"image": "a.png", "caption": "\\ud800", "class": "\\ud800"', "")]:
+            path = self.write("broken.jsonl", ("%s\n\n%s\n%s" % (good, line, good)).encode())
+            for what in ("retrieval", "vqa"):
+                result = self.fails(1, "evaluate", what, path)
+                self.assertIn("broken.jsonl:3: ", result.err)
+                self.assertIn(says, result.err)
+                self.assertEqual(result.out, "")
+        path = self.write("broken.jsonl", (good + "\n" + good[:-1] + ', "features": 7}\n').encode())
+        self.assertIn(":2: ", self.fails(1, "evaluate", "vqa", path).err)
+
+    def test_missing_files(self):
+        for path in (self.path("nowhere.jsonl"), self.folder, self.write("empty.jsonl", b""), self.write("one.jsonl", b'\n{"image": "a", "caption": "b", "class": "c"}\n')):
+            for what in ("retrieval", "vqa"):
+                self.assertIn(path, self.fails(1, "evaluate", what, path).err)
+        lines = [json.dumps({"image": name, "caption": "x", "class": "x"}) for name in (self.images[0], "nowhere.png")]
+        path = self.write("images.jsonl", "\n".join(lines).encode())
+        for what in ("retrieval", "vqa"):
+            result = self.fails(1, "evaluate", what, path)
+            self.assertIn(self.path("nowhere.png"), result.err)     # as seen from the set's folder
+            self.assertEqual(result.out, "")
+        path = self.write("images.jsonl", (lines[0] + "\n" + lines[0]).encode())
+        self.assertIn("cannot be written", self.fails(1, "evaluate", "retrieval", path, "--svg", self.path("no/x.svg")).err)
+
+
+class Summarize(Case):
+    ABSTRACT = b"We propose to image the gravitational arcs in the cluster Abell 370, to map its dark matter.\n"
+
+    def run_json(self, *arguments, **options):
+        return json.loads(self.succeeds("summarize", *arguments, "-", stdin=self.ABSTRACT, **options).out)
+
+    def test_the_paper_s_schema(self):
+        for arguments in (["60"], ["100", "--temperature", "1", "--seed", "5"], ["150", "--temperature", "2", "--seed", "6"]):
+            answer = self.run_json("--quiet", "--max-tokens", *arguments)
+            self.assertEqual(list(answer), ["objects_and_phenomena", "science_use_cases"])
+            for entries in answer.values():
+                self.assertTrue(1 <= len(entries) <= 5 and all(isinstance(e, str) and 1 <= len(e) <= 80 for e in entries), answer)
+
+    def test_too_few_tokens(self):
+        self.assertIn("tokens to end", self.fails(1, "summarize", "--max-tokens", "20", "-", stdin=self.ABSTRACT).err)
+
+    def test_files_and_json(self):
+        files = [self.write("abstract%d.txt" % i, self.ABSTRACT * (i + 1)) for i in range(2)]
+        lines = self.succeeds("summarize", "--json", "--max-tokens", "80", *files).out.splitlines()
+        self.assertEqual([json.loads(line)["file"] for line in lines], files)
+        for line in lines:
+            self.assertEqual(len(json.loads(json.loads(line)["text"])), 2)
+
+    def test_other_forms(self):
+        self.assertIsInstance(self.run_json("--bool", "--query", "gravitational lensing"), bool)
+        self.assertIn("lensing", self.succeeds("summarize", "--json", "--bool", "--query", "lensing", "-", stdin=self.ABSTRACT).out)
+        result = self.succeeds("summarize", "--regex", "(galaxy|star){2}-[0-9]{4}", "-q", "-", stdin=self.ABSTRACT).out
+        self.assertRegex(result, r"^(galaxy|star){2}-[0-9]{4}\n$")
+        schema = self.write("schema.json", b'{"type": "object", "properties": {"n": {"type": "integer"}, "kind": {"enum": '
+                            b'["galaxy", "star"]}}, "required": ["n", "kind"]}')
+        answer = self.run_json("--schema", schema, "--prompt", "How many are there, and of which kind?")
+        self.assertIsInstance(answer["n"], int)
+        self.assertIn(answer["kind"], ("galaxy", "star"))
+
+    def test_errors(self):
+        for data, says in ((b"", "empty"), (b" \n\n", "empty"), (b"a\0b", "zero bytes")):
+            self.assertIn(says, self.fails(1, "summarize", self.write("bad.txt", data)).err)
+        self.fails(1, "summarize", self.path("nowhere.txt"))
+        self.fails(1, "summarize", "--schema", self.path("nowhere.json"), "-", stdin=self.ABSTRACT)
+        for schema in (b"", b"{", b'{"type": "unicorn"}', b'{"type": "object", "properties": {"a": {"pattern": "x"}}}', b"\xff"):
+            result = self.fails(1, "summarize", "--schema", self.write("bad.json", schema), "-", stdin=self.ABSTRACT)
+            self.assertIn("bad.json", result.err)
+            self.assertEqual(result.out, "")
+        for pattern in ("(", "[", "a{2", "*", "(?=x)"):
+            self.assertIn("--regex", self.fails(1, "summarize", "--regex", pattern, "-", stdin=self.ABSTRACT).err)
+        self.fails(1, "summarize", "-", stdin=self.ABSTRACT * 2000)          # longer than the context
+
+
+class Bench(Case):
+    def test_search(self):
+        result = json.loads(self.succeeds("bench", "search", "--rows", "2000", "--dims", "64", "--json").out)
+        self.assertEqual((result["rows"], result["dims"]), (2000, 64))
+        self.assertAlmostEqual(result["ratio"], result["search_seconds"] / result["read_seconds"], delta=0.01 * result["ratio"])
+        self.assertIn("ratio", self.succeeds("bench", "search", "--rows", "100", "--dims", "3").out)
 
 
 def main():
