@@ -5,6 +5,8 @@
 # make lint         warnings as errors with the compilers found here, and the checkers found here
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
 # make test-real VOCABULARIES=DIR   the tests on real models (test/real_*.py say what they need and where to get it)
+# make bench        how fast the kernels are here, against the machine's own limits
+# make bench-guided MODEL=FILE.gguf   what guided decoding costs, against free decoding
 # make golden       writes test/golden/ anew (needs PyTorch and transformers; see test/make_golden.py)
 
 CC      = cc
@@ -70,6 +72,14 @@ test-sanitize:
 test-real: astrovl
 	$(PYTHON) test/real_models.py
 	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
+	$(PYTHON) test/real_guided.py
+
+bench: astrovl
+	./astrovl bench search
+
+bench-guided:
+	$(CC) $(CFLAGS) -o test/bench_guided test/bench_guided.c $(LDLIBS)
+	./test/bench_guided $(or $(MODEL),test/astrovl-tiny.gguf) $(TOKENS)
 
 golden:
 	$(PYTHON) test/make_golden.py
@@ -95,6 +105,6 @@ install: astrovl
 	cp test/astrovl-tiny.gguf $(DESTDIR)$(DATA)/
 
 clean:
-	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/test.log
+	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench_guided test/test.log
 
-.PHONY: all run test test-sanitize test-real golden lint install clean
+.PHONY: all run test test-sanitize test-real bench bench-guided golden lint install clean

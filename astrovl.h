@@ -6013,7 +6013,7 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, u
     return status;
 }
 
-#define AVL__IMAGE_BYTES ((size_t)1 << 30)   // of an image file that cannot be mapped
+#define AVL__IMAGE_BYTES ((size_t)1 << 28)   // of an image file that cannot be mapped
 
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pixels, astrovl_image *image,
                                               astrovl_error *err) {
