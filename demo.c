@@ -193,7 +193,7 @@ typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, max_tokens, top_k, together, json, quiet, help;
-    int         ids, special, decode, full, hash, best, batch, raw, boolean, rows, dims;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims;
     double      temperature, top_p, min_p, repetition_penalty;
     uint64_t    seed;
     const char *system, *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
@@ -235,6 +235,7 @@ static const option_spec option_table[] = {
     {"prompt", 'p', TEXT, F(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
     {"ids", 0, FLAG, F(ids), 0, 0, TOKENS, NULL, "print the ids alone, on one line"},
     {"special", 0, FLAG, F(special), 0, 0, TOKENS, NULL, "add the tokens that begin (and end) a text; take \"<s>\" as the token"},
+    {"clip", 0, FLAG, F(clip), 0, 0, TOKENS, NULL, "print the ids by the vocabulary of CLIP's text tower (with its --special)"},
     {"decode", 0, FLAG, F(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
     {"full", 0, FLAG, F(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
     {"max-tokens", 'n', INTEGER, F(max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
@@ -944,7 +945,7 @@ static int run_chat(program *p) {
 // ==== tokens =========================================================================================================
 static int print_tokens(program *p, const int32_t *tokens, int n) {
     int i, size, width = 0;
-    if (p->o.ids) {
+    if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
         return EXIT_OK;
@@ -975,10 +976,10 @@ static int encode_text(program *p, const char *text, size_t size) {
     int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, n;
     int32_t *tokens;
     astrovl_error err;
-    n = astrovl_tokenize(p->model, text, size, flags, NULL, 0, &err);
+    n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, NULL, 0, &err) : astrovl_tokenize(p->model, text, size, flags, NULL, 0, &err);
     if (n < 0) return failed(&err);
     tokens = (int32_t *)new_memory(p, (size_t)n, sizeof *tokens);
-    n = astrovl_tokenize(p->model, text, size, flags, tokens, n, &err);
+    n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, n, &err) : astrovl_tokenize(p->model, text, size, flags, tokens, n, &err);
     return n < 0 ? failed(&err) : print_tokens(p, tokens, n);
 }
 
@@ -1013,7 +1014,8 @@ static int decode_ids(program *p, const char *text, size_t size) {
 static int run_tokens(program *p) {
     const char *word = p->o.words.n ? p->o.words.items[0] : "-";
     size_t size = strlen(word);
-    if (p->o.ids && p->o.json) return usage_error(p->cmd, "--ids or --json, not both");
+    if ((p->o.ids || p->o.clip) && (p->o.json || (p->o.clip && p->o.decode)))
+        return usage_error(p->cmd, "--ids or --json, not both; --clip prints ids");
     open_model(p);
     if (strcmp(word, "-") == 0) word = read_all(p, stdin, SIZE_MAX, &size);
     return p->o.decode ? decode_ids(p, word, size) : encode_text(p, word, size);

