@@ -3143,8 +3143,11 @@ static const char *const avl__pair_table[] = {   // in parts: C99 promises no st
     "bBRNeabOTIyabQkabRABvabqabCGQmabOUWyabRBItabRBToabOVEjabaabCiabOVYgabOVJzabCGVtabCHBgabJsabCcabEqabCHFrabRFXsabO"
     "XWtabXgabOoabCISzabCkabCIYuabPAJmabRJHjabRJLqabUkabKcabPARzabCJQvabCJVqabkaboabuaboabCwabPCXua"};
 
-typedef struct avl__lower_run { uint32_t first, count, stride; int32_t shift; } avl__lower_run;
-typedef struct avl__mark_run { uint32_t first, count, rank; } avl__mark_run;
+// Characters first, first + stride, ... with one value: what to add for lower case, or a mark's class.
+typedef struct avl__char_run {
+    uint32_t first, count, stride;
+    int32_t  value;
+} avl__char_run;
 
 typedef struct avl__pair {
     uint32_t whole, first, second;    // second 0: none
@@ -3153,10 +3156,10 @@ typedef struct avl__pair {
 } avl__pair;
 
 typedef struct avl__cleaner {
-    avl__lower_run lower[AVL__LOWER_RUNS];
-    avl__mark_run  marks[AVL__MARK_RUNS];
-    avl__pair      pairs[AVL__PAIRS];            // ascending by whole
-    int            buckets[1024];                // of pairs that compose, by avl__pair_bucket
+    avl__char_run lower[AVL__LOWER_RUNS];
+    avl__char_run marks[AVL__MARK_RUNS];
+    avl__pair     pairs[AVL__PAIRS];             // ascending by whole
+    int           buckets[1024];                 // of pairs that compose, by avl__pair_bucket
 } avl__cleaner;
 
 static uint32_t avl__pair_bucket(uint32_t first, uint32_t second) {
@@ -3172,12 +3175,13 @@ static void avl__fill_cleaner(avl__cleaner *c) {
         code = avl__table_number(&lower);
         c->lower[i].count = code / 2 + 1;
         c->lower[i].stride = code % 2 + 1;
-        c->lower[i].shift = avl__table_signed(&lower);
+        c->lower[i].value = avl__table_signed(&lower);
     }
     for (i = 0, at = 0; i < AVL__MARK_RUNS; i++) {
         c->marks[i].first = at += avl__table_number(&mark);
         c->marks[i].count = avl__table_number(&mark);
-        c->marks[i].rank = avl__table_number(&mark);
+        c->marks[i].stride = 1;
+        c->marks[i].value = (int32_t)avl__table_number(&mark);
     }
     for (i = 0, at = 0; i < AVL__SECONDS; i++) seconds[i] = at += (uint32_t)avl__table_signed(&second);
     memset(c->buckets, 0xFF, sizeof c->buckets);   // every bucket is -1
@@ -3197,30 +3201,17 @@ static void avl__fill_cleaner(avl__cleaner *c) {
     }
 }
 
-static uint32_t avl__lower_case(const avl__cleaner *c, uint32_t point) {
-    int low = 0, high = AVL__LOWER_RUNS;   // lower[low - 1].first <= point < lower[high].first
+// The value of the run that a character is in; 0: it is in none.
+static int32_t avl__run_value(const avl__char_run *runs, int n, uint32_t point) {
+    int low = 0, high = n;   // runs[low - 1].first <= point < runs[high].first
     while (low < high) {
         int middle = (low + high) / 2;
-        if (c->lower[middle].first <= point) low = middle + 1;
+        if (runs[middle].first <= point) low = middle + 1;
         else high = middle;
     }
-    if (low > 0) {
-        const avl__lower_run *run = &c->lower[low - 1];
-        uint32_t from = point - run->first;
-        if (from % run->stride == 0 && from / run->stride < run->count) return point + (uint32_t)run->shift;
-    }
-    return point;
-}
-
-// The canonical combining class: 0 for a character that stands by itself.
-static uint32_t avl__mark_rank(const avl__cleaner *c, uint32_t point) {
-    int low = 0, high = AVL__MARK_RUNS;
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (c->marks[middle].first <= point) low = middle + 1;
-        else high = middle;
-    }
-    return low > 0 && point - c->marks[low - 1].first < c->marks[low - 1].count ? c->marks[low - 1].rank : 0;
+    if (low == 0) return 0;
+    point -= runs[low - 1].first;
+    return point % runs[low - 1].stride == 0 && point / runs[low - 1].stride < runs[low - 1].count ? runs[low - 1].value : 0;
 }
 
 // Hangul syllables are made of a lead, a vowel and perhaps a tail, by arithmetic (the Unicode Standard 3.12).
@@ -3243,7 +3234,7 @@ static uint32_t avl__composed(const avl__cleaner *c, uint32_t first, uint32_t se
 enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
 
 static int avl__points_put(avl__tokens *points, const avl__cleaner *c, uint32_t point) {   // 0: memory is out
-    return avl__tokens_put(points, (int32_t)(point | avl__mark_rank(c, point) << AVL__POINT_BITS));
+    return avl__tokens_put(points, (int32_t)point | avl__run_value(c->marks, AVL__MARK_RUNS, point) << AVL__POINT_BITS);
 }
 
 // Appends a character taken apart as far as it goes; 0: memory is out.
@@ -3318,7 +3309,8 @@ static int avl__clean(const avl__cleaner *c, const char *text, size_t size, avl_
         for (i = 0; i < points.size; i++) {
             char utf8[4];
             uint32_t point = (uint32_t)(points.data[i] & AVL__POINT_MASK);
-            avl__bytes_put(out, utf8, avl__utf8_write(point == 0x130 ? 'i' : avl__lower_case(c, point), utf8));
+            uint32_t lower = point == 0x130 ? 'i' : point + (uint32_t)avl__run_value(c->lower, AVL__LOWER_RUNS, point);
+            avl__bytes_put(out, utf8, avl__utf8_write(lower, utf8));
             if (point == 0x130) avl__bytes_put(out, "\xCC\x87", 2);   // the one capital that two characters stand for: i and a dot
         }
     }
@@ -3913,20 +3905,6 @@ static astrovl_status avl__vocab_load_parts(avl__vocab *v, const avl__vocab_sour
     return avl__vocab_load_scores(v, from);
 }
 
-// prefix: "tokenizer.ggml.", before every key. The file must outlive the vocabulary, which points into it.
-static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, astrovl_error *err) {
-    avl__vocab_source from;
-    astrovl_status status;
-    from.file = file;
-    from.prefix = prefix;
-    from.err = err;
-    memset(v, 0, sizeof *v);
-    status = avl__vocab_load_kind(v, &from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_parts(v, &from);
-    if (status != ASTROVL_OK) avl__vocab_free(v);
-    return status;
-}
-
 // ---- merging -------------------------------------------------------------------------------------------------------
 // The symbols of a text are a linked list; a heap holds every adjacent pair that could be merged, the best on top.
 // Merging a pair lets the left symbol grow over the right one and offers the two new pairs. Pairs that a merge has
@@ -4424,25 +4402,39 @@ static int avl__clip_recover_merges(avl__vocab *v) {
     return ok;
 }
 
-// As avl__vocab_load, for the vocabulary of CLIP's text tower.
-static astrovl_status avl__clip_vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, astrovl_error *err) {
+// CLIP's kind is not told by a key.
+static astrovl_status avl__vocab_load_clip(avl__vocab *v, const avl__vocab_source *from) {
+    astrovl_status status;
+    v->kind = AVL__VOCAB_BPE;
+    v->rule = AVL__WORDS_CLIP;
+    v->add_bos = v->add_eos = 1;
+    v->cleaner = (avl__cleaner *)avl__alloc(1, sizeof *v->cleaner);
+    if (!v->cleaner) return avl__vocab_no_memory(from);
+    avl__fill_cleaner(v->cleaner);
+    status = avl__vocab_load_parts(v, from);
+    if (status != ASTROVL_OK) return status;
+    if (v->bos < 0 || v->eos < 0)
+        return avl__fail(from->err, ASTROVL_ERROR_MODEL, "%s: CLIP's vocabulary lacks %s", astrovl_gguf_name(from->file),
+                         v->bos < 0 ? AVL__CLIP_START : AVL__CLIP_END);
+    return avl__vocab_entry(from, "merges") < 0 && !avl__clip_recover_merges(v) ? avl__vocab_no_memory(from) : ASTROVL_OK;
+}
+
+// ---- a vocabulary as a whole ---------------------------------------------------------------------------------------
+
+// prefix: "tokenizer.ggml.", before every key;  clip: 1 for the vocabulary of CLIP's text tower, 0 for a language model's. The file
+// must outlive the vocabulary, which points into it.
+static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, int clip, astrovl_error *err) {
     avl__vocab_source from;
     astrovl_status status;
     from.file = file;
     from.prefix = prefix;
     from.err = err;
     memset(v, 0, sizeof *v);
-    v->kind = AVL__VOCAB_BPE;
-    v->rule = AVL__WORDS_CLIP;
-    v->add_bos = v->add_eos = 1;
-    v->cleaner = (avl__cleaner *)avl__alloc(1, sizeof *v->cleaner);
-    if (!v->cleaner) return avl__vocab_no_memory(&from);
-    avl__fill_cleaner(v->cleaner);
-    status = avl__vocab_load_parts(v, &from);
-    if (status == ASTROVL_OK && avl__vocab_entry(&from, "merges") < 0 && !avl__clip_recover_merges(v)) status = avl__vocab_no_memory(&from);
-    if (status == ASTROVL_OK && (v->bos < 0 || v->eos < 0))
-        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: CLIP's vocabulary lacks %s", astrovl_gguf_name(file),
-                           v->bos < 0 ? AVL__CLIP_START : AVL__CLIP_END);
+    if (clip) status = avl__vocab_load_clip(v, &from);
+    else {
+        status = avl__vocab_load_kind(v, &from);
+        if (status == ASTROVL_OK) status = avl__vocab_load_parts(v, &from);
+    }
     if (status != ASTROVL_OK) avl__vocab_free(v);
     return status;
 }
@@ -7104,7 +7096,7 @@ static astrovl_status avl__open_vocab(astrovl_model *m, astrovl_error *err) {
     const astrovl_gguf *file = avl__find_key(&m->weights, "tokenizer.ggml.model", &index);
     if (!file) return ASTROVL_OK;
     m->has_vocab = 1;
-    return avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", err);
+    return avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", 0, err);
 }
 
 static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
@@ -7142,7 +7134,7 @@ static astrovl_status avl__open_clip_vocab(astrovl_model *m, astrovl_error *err)
         avl__format(key, sizeof key, "%stokens", prefixes[i]);
         if (i == 0) file = avl__find_key(&m->weights, key, &index);
         else avl__find_tensor(&m->weights, "t.token_embd.weight", &file);
-        if (file && astrovl_gguf_find_kv(file, key) >= 0) return avl__clip_vocab_load(&m->clip_vocab, file, prefixes[i], err);
+        if (file && astrovl_gguf_find_kv(file, key) >= 0) return avl__vocab_load(&m->clip_vocab, file, prefixes[i], 1, err);
     }
     return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again "
                      "with its tokenizer", astrovl_gguf_name(file));

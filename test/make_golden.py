@@ -10,6 +10,7 @@ told, and may give other bytes. In a virtual environment outside the tree:
     apt-get install libjpeg-turbo-progs
 """
 import codecs
+import collections
 import importlib.metadata
 import io
 import json
@@ -757,13 +758,7 @@ class models_recorder:                         # every module's values in one fo
         self.out(find("embeddings"), "vision_model.embeddings")
         self.out(find("pre_layrnorm"), "vision_model.pre_layrnorm")
         for i in range(n_vision - 1):          # the last one runs in transformers, but nothing reads it
-            layer, name = find("encoder.layers.%d" % i), "vision_model.encoder.layers.%d" % i
-            self.out(layer, name)
-            for part in ("layer_norm1", "layer_norm2", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                         "self_attn.out_proj", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"):
-                self.out(layer.get_submodule(part), name + "." + part)
-            self.out(layer.self_attn, name + ".self_attn.attn_weights", lambda y: y, 1)
-            self.into(layer.self_attn.out_proj, name + ".self_attn.context")
+            self.tower_layer(find("encoder.layers.%d" % i), "vision_model.encoder.layers.%d" % i)
         projector = model.model.multi_modal_projector
         self.into(projector, "image_features")
         for part, module in projector.named_children():
@@ -783,6 +778,14 @@ class models_recorder:                         # every module's values in one fo
         self.out(model.lm_head, "lm_head", lambda x: x[:, -1:])
         self.rope = models_llama.apply_rotary_pos_emb
         models_llama.apply_rotary_pos_emb = self.on_rope
+
+    def tower_layer(self, layer, name):        # of CLIP, vision or text
+        self.out(layer, name)
+        for part in ("layer_norm1", "layer_norm2", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                     "self_attn.out_proj", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"):
+            self.out(layer.get_submodule(part), name + "." + part)
+        self.out(layer.self_attn, name + ".self_attn.attn_weights", lambda y: y, 1)
+        self.into(layer.self_attn.out_proj, name + ".self_attn.context")
 
     def put(self, name, x):
         assert name not in self.values, name
@@ -1450,14 +1453,26 @@ def joint_vocabulary():
     """-> tokens in the order of OpenAI's vocabulary (bytes, bytes that end a word, merges, two special tokens), merges"""
     letters = list(dict.fromkeys(byte for _, byte in sorted(joint_bytes().items())))
     clean = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    trained = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer = clean
-    trained.pre_tokenizer = pre_tokenizers.Sequence([
+    cut = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, initial_alphabet=letters, end_of_word_suffix="</w>")
-    trained.train_from_iterator((TOKENS_CORPUS + "\n".join(JOINT_TEXTS)).split("\n"), trainer)
-    merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
+    text = clean.normalize_str(TOKENS_CORPUS + "\n".join(JOINT_TEXTS))
+    words = collections.Counter(word for line in text.split("\n") for word, _ in cut.pre_tokenize_str(line))
+    words = [[list(word[:-1]) + [word[-1] + "</w>"], n] for word, n in sorted(words.items())]
+    merges = []                                # `tokenizers` breaks ties by chance when words have an ending, hence by hand
+    while len(merges) < 188:
+        pairs = collections.Counter()
+        for word, n in words:
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for item in words:
+            word, i = item[0], 0
+            while i + 1 < len(word):
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = ["".join(best)]
+                i += 1
     tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     assert len(set(tokens)) == len(tokens) and len(letters) == 256
     return tokens, merges
@@ -1598,13 +1613,8 @@ class joint_recorder(models_recorder):
             self.out(model.get_submodule(name), name)
         for name, n in (("vision_model", 3), ("text_model", 2)):
             for i in range(n):
-                layer, path = model.get_submodule("%s.encoder.layers.%d" % (name, i)), "%s.encoder.layers.%d" % (name, i)
-                self.out(layer, path)
-                for part in ("layer_norm1", "layer_norm2", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                             "self_attn.out_proj", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"):
-                    self.out(layer.get_submodule(part), path + "." + part)
-                self.out(layer.self_attn, path + ".self_attn.attn_weights", lambda y: y, 1)
-                self.into(layer.self_attn.out_proj, path + ".self_attn.context")
+                path = "%s.encoder.layers.%d" % (name, i)
+                self.tower_layer(model.get_submodule(path), path)
 
     def close(self):
         for h in self.handles:

@@ -1138,7 +1138,7 @@ static void text_free_all(text_case *texts, int n) {
 static astrovl_gguf *text_open_vocab(const char *path, avl__vocab *v) {
     astrovl_error err;
     astrovl_gguf *file = astrovl_gguf_open(path, 0, &err);
-    if (!file || avl__vocab_load(v, file, "tokenizer.ggml.", &err) != ASTROVL_OK) {
+    if (!file || avl__vocab_load(v, file, "tokenizer.ggml.", 0, &err) != ASTROVL_OK) {
         fprintf(stderr, "%s: %s\n", path, err.message);
         exit(1);
     }
@@ -1380,7 +1380,7 @@ static astrovl_status text_load(text_file *f, avl__vocab *v, astrovl_gguf **file
     memset(v, 0, sizeof *v);
     err->message[0] = 0;
     *file = astrovl_gguf_open_memory(f->b.data, f->b.size, "hand-made", err);
-    return *file ? avl__vocab_load(v, *file, "tokenizer.ggml.", err) : err->status;
+    return *file ? avl__vocab_load(v, *file, "tokenizer.ggml.", 0, err) : err->status;
 }
 static void text_end(text_file *f, avl__vocab *v, astrovl_gguf *file) {
     avl__vocab_free(v);
@@ -1519,7 +1519,7 @@ static void text_starve(const char *path, const char *text) {
         avl__tokens_put(&tokens, 7);
         before = tokens.size;
         alloc_fail_at(k);
-        status = avl__vocab_load(&v, file, "tokenizer.ggml.", &err);
+        status = avl__vocab_load(&v, file, "tokenizer.ggml.", 0, &err);
         if (status == ASTROVL_OK) status = avl__vocab_encode(&v, text, strlen(text), ASTROVL_PARSE_SPECIAL | ASTROVL_ADD_SPECIAL, &tokens, &err);
         CHECK(status == (alloc_did_fail() ? ASTROVL_ERROR_MEMORY : ASTROVL_OK), "%s: allocation %ld: %s", path, k, astrovl_status_name(status));
         CHECK(status == ASTROVL_OK || tokens.size == before, "%s: allocation %ld: half an answer", path, k);
@@ -1592,7 +1592,7 @@ static void text_mutate(const char *path, int runs) {
         file = astrovl_gguf_open_memory(copy, n, "mutant", &err);
         CHECK(file || err.message[0], "run %d: no message", run);
         if (!file) continue;
-        if (avl__vocab_load(&v, file, "tokenizer.ggml.", &err) == ASTROVL_OK) {
+        if (avl__vocab_load(&v, file, "tokenizer.ggml.", 0, &err) == ASTROVL_OK) {
             avl__tokens tokens = {NULL, 0, 0};
             loaded++;
             CHECK(avl__vocab_encode(&v, text, sizeof text, run & 3, &tokens, &err) == ASTROVL_OK, "run %d: %s", run, err.message);
