@@ -17,12 +17,12 @@
 //   [4] kernels      the inner loops, one table per instruction set
 //   [5] ops          the audit tap; norms, softmax, activations, RoPE, products, attention
 //   [6] GGUF         the file reader; weights across several files
-//   [7] text         SentencePiece and byte-level BPE tokenizers
+//   [7] text         SentencePiece, byte-level BPE and CLIP tokenizers
 //   [8] images       PNG, JPEG, PNM; resize, pad, crop
 //   [9] CLIP         the vision tower and its preprocessing, the text tower
 //   [10] LLaMA       the language model and its KV cache
 //   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
-//   [12] generation  sampling, stop rules, streaming, turns, captions
+//   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
 //   [13] contrastive embeddings of images and texts, scores, search, metrics
 //
 // ---- How to use it ------------------------------------------------------------------------------------------------
@@ -117,7 +117,8 @@
 // for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
 // compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
 // that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
-// Today both modes run the same portable kernels; the fast ones come with the instruction sets' tables in [4].
+// Today both modes run the same portable kernels, but for the search over float16 rows, whose AVX2 kernel gives the same bits; the
+// fast ones come with the instruction sets' tables in [4].
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
@@ -7833,8 +7834,9 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
 
 // ====================================================================================================================
 // [12] Generation
-// Turning logits into text: penalties and truncation of the distribution, the draw, stop rules, and streaming; then the calls
-// that put it all together, from a turn of a conversation to a caption in one line.
+// Turning logits into text: penalties and truncation of the distribution, the draw, answers kept to a form (and the JSON reader that
+// schemas need), stop rules, and streaming; then the calls that put it all together, from a turn of a conversation to a caption in
+// one line.
 // ====================================================================================================================
 
 // ---- the draw ------------------------------------------------------------------------------------------------------

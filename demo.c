@@ -2418,7 +2418,7 @@ static const command commands[] = {
      "{\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes another JSON schema,\n"
      "--regex a pattern; --bool makes it judge whether the observations would show what --query names. What the model is told\n"
      "to do can be replaced with --prompt. The shipped model is too small for sensible content; take a larger one with -m.",
-     "  astrovl summarize -m mistral-7b-instruct.gguf abstract.txt\n"
+     "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
      "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
     {"bench", BENCH, run_bench, 1, 1, "wanted: bench search", "bench [OPTIONS] search", "measure how fast the kernels are here",
