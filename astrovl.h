@@ -6560,7 +6560,7 @@ static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, 
                               uint64_t n_hidden, uint64_t n_thread) {
     uint64_t n = (uint64_t)pass->n_rows, wide = n * (uint64_t)tower->n_embd;
     uint64_t weights = avl__attention_weights_floats(run, tower->n_head, n_longest, n_longest);
-    uint64_t head = joint && joint->n_dense ? (uint64_t)avl__max_u64((uint64_t)joint->dense[0].n_out, (uint64_t)joint->dense[1].n_out) : 0;
+    uint64_t head = joint && joint->n_dense ? avl__max_u64((uint64_t)joint->dense[0].n_out, (uint64_t)joint->dense[1].n_out) : 0;
     float *block;
     n_hidden = avl__max_u64(avl__max_u64(n_hidden, n * (uint64_t)tower->n_ff), 2 * (uint64_t)pass->n_sequences * head);
     n_thread = avl__max_u64(avl__max_u64(n_thread, (uint64_t)n_longest), avl__max_u64(head, (uint64_t)tower->n_embd));
