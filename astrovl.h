@@ -870,8 +870,10 @@ typedef struct avl__file {
 } avl__file;
 
 #ifndef ASTROVL_NO_FILES
-// Reads a whole stream whose size need not be known (a pipe has none), up to `limit` bytes: a device may never end.
-static astrovl_status avl__read_stream(FILE *stream, const char *path, size_t limit, avl__file *file, astrovl_error *err) {
+// Reads a whole stream whose size need not be known (a pipe has none). A device may never end: what has more than `limit` bytes is
+// refused, and what does not begin with `magic` (four bytes, or NULL) is not read on; its parser will say what it thinks of it.
+static astrovl_status avl__read_stream(FILE *stream, const char *path, size_t limit, const char *magic, avl__file *file,
+                                       astrovl_error *err) {
     uint8_t *data = NULL;
     size_t size = 0, capacity = 0, n;
     for (;;) {
@@ -885,7 +887,7 @@ static astrovl_status avl__read_stream(FILE *stream, const char *path, size_t li
         }
         n = fread(data + size, 1, capacity - size, stream);
         size += n;
-        if (n == 0) break;
+        if (n == 0 || (magic && size >= 4 && memcmp(data, magic, 4) != 0)) break;
     }
     if (ferror(stream)) {
         astrovl_free(data);
@@ -897,11 +899,11 @@ static astrovl_status avl__read_stream(FILE *stream, const char *path, size_t li
     return ASTROVL_OK;
 }
 
-static astrovl_status avl__file_read(const char *path, size_t limit, avl__file *file, astrovl_error *err) {
+static astrovl_status avl__file_read(const char *path, size_t limit, const char *magic, avl__file *file, astrovl_error *err) {
     astrovl_status status;
     FILE *stream = fopen(path, "rb");
     if (!stream) return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
-    status = avl__read_stream(stream, path, limit, file, err);
+    status = avl__read_stream(stream, path, limit, magic, file, err);
     fclose(stream);
     return status;
 }
@@ -928,8 +930,9 @@ static int avl__file_map(const char *path, avl__file *file) {
 }
 #endif
 
-// limit: of what is read; a file that is mapped may have any size
-static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit, avl__file *file, astrovl_error *err) {
+// limit, magic: as above, for what is read; a file that is mapped may have any size
+static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit, const char *magic, avl__file *file,
+                                     astrovl_error *err) {
     memset(file, 0, sizeof *file);
     if (!path) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
 #if AVL__MMAP
@@ -937,8 +940,9 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
 #endif
     (void)no_mmap;
     (void)limit;
+    (void)magic;
 #ifndef ASTROVL_NO_FILES
-    return avl__file_read(path, limit, file, err);
+    return avl__file_read(path, limit, magic, file, err);
 #else
     return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: built without files; give the bytes with the _memory or _decode call", path);
 #endif
@@ -2645,7 +2649,7 @@ static astrovl_gguf *avl__gguf_new(avl__file *file, int owns_file, const char *n
 
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err) {
     avl__file file;
-    if (avl__file_open(path, no_mmap, SIZE_MAX / 4, &file, err) != ASTROVL_OK) return NULL;
+    if (avl__file_open(path, no_mmap, SIZE_MAX / 4, "GGUF", &file, err) != ASTROVL_OK) return NULL;
     return avl__gguf_new(&file, 1, path, err);
 }
 
@@ -6015,7 +6019,7 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pix
     astrovl_status status;
     if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to load into");
     memset(image, 0, sizeof *image);
-    status = avl__file_open(path, 0, AVL__IMAGE_BYTES, &file, err);
+    status = avl__file_open(path, 0, AVL__IMAGE_BYTES, NULL, &file, err);
     if (status) return status;
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
     else status = astrovl_image_decode(file.data, file.size, max_pixels, image, &inner);

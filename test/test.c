@@ -935,6 +935,7 @@ static void test_gguf_other_files(void) {
           && strstr(err.message, "no-such.gguf"), "a missing file: %s", err.message);
     CHECK(!astrovl_gguf_open("test/golden", 0, &err) && err.status == ASTROVL_ERROR_FILE, "a folder: %s", err.message);
     CHECK(!astrovl_gguf_open("test/golden/types.gold", 0, &err) && err.status == ASTROVL_ERROR_FORMAT, "types.gold");
+    CHECK(!astrovl_gguf_open("/dev/zero", 0, &err) && err.status == ASTROVL_ERROR_FORMAT, "an endless device: %s", err.message);
     CHECK(!astrovl_gguf_open(NULL, 0, &err) && err.status == ASTROVL_ERROR_ARGUMENT, "no name");
     CHECK(!astrovl_gguf_open_memory(NULL, 10, NULL, &err) && err.status == ASTROVL_ERROR_ARGUMENT, "no block");
     CHECK(!astrovl_gguf_open("test/golden/types.gold", 0, NULL), "without err");

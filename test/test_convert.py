@@ -955,6 +955,8 @@ class Contrastive(Case):
         self.assertGreaterEqual(len(groups), 190)
         self.assertEqual(len({match["group"] for match in groups}), 3)
         self.assertEqual(len({match["text"] for match in groups}), len(groups))
+        with open(os.path.join(ROOT, "test", "tiny", "labels.txt"), encoding="utf-8") as f:   # the list that the model was trained with
+            self.assertEqual({match["text"] for match in groups}, {line.strip() for line in f if line.strip() and line[0] != "#"})
 
     def test_describe_with_labels_of_one_s_own(self):
         labels = self.write("labels.txt", "\ufeff# five\r\n\r\n  {}\r\n#x\n\t{} \n{}\n{}\n\n{}".format(*LABELS).encode())
