@@ -7173,24 +7173,16 @@ static astrovl_status avl__open_clip_text(astrovl_model *m, astrovl_error *err) 
 // mm.0 and mm.2 of an mmproj file (1 is the GELU between them, which has no weights); mm.0 alone is LLaVA-1.0's linear one.
 static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) {
     const astrovl_gguf *file = NULL;
-    const astrovl_tensor *first = avl__find_tensor(&m->weights, "mm.0.weight", &file);
     astrovl_string type = avl__key_string(&m->weights, "clip.projector_type");
     astrovl_status status;
-    int n_hidden;
-    if (!first || !m->has_vision) return ASTROVL_OK;
+    if (!avl__find_tensor(&m->weights, "mm.0.weight", &file) || !m->has_vision) return ASTROVL_OK;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
         return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%S\"; LLaVA's are \"mlp\" and \"linear\"",
                          astrovl_gguf_name(file), type);
-    if (first->n_dims != 2 || first->ne[1] > 1 << 20)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: mm.0.weight is no matrix", astrovl_gguf_name(file));
-    n_hidden = (int)first->ne[1];
-    status = avl__load_linear(&m->weights, "mm.0", m->clip.tower.n_embd, n_hidden, &m->projector[0], err);
+    status = avl__load_tall_linear(&m->weights, "mm.0", m->clip.tower.n_embd, &m->projector[0], err);
     m->n_projector = 1;
     if (!status && avl__find_tensor(&m->weights, "mm.2.weight", &file)) {
-        const astrovl_tensor *second = avl__find_tensor(&m->weights, "mm.2.weight", NULL);
-        if (second->n_dims != 2 || second->ne[1] > 1 << 20)
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: mm.2.weight is no matrix", astrovl_gguf_name(file));
-        status = avl__load_linear(&m->weights, "mm.2", n_hidden, (int)second->ne[1], &m->projector[1], err);
+        status = avl__load_tall_linear(&m->weights, "mm.2", m->projector[0].n_out, &m->projector[1], err);
         m->n_projector = 2;
     }
     if (!status && m->has_text && m->projector[m->n_projector - 1].n_out != m->llama.n_embd)
