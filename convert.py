@@ -80,12 +80,10 @@ class Tensor:
         return Tensor(self.path, self.dtype, self.offset + start * self.strides[0] * SIZES[self.dtype],
                       (count,) + self.shape[1:], self.strides)
 
-    def reshaped(self, *shape):
-        """Only the first dimension is split or joined, so that strides can say it."""
-        strides = row_major(shape) if self.is_contiguous() else None
-        if strides is None:
-            raise Problem("%s: a tensor with gaps between its rows cannot be permuted" % self.path)
-        return Tensor(self.path, self.dtype, self.offset, shape, strides)
+    def split(self, *parts):
+        """The first dimension as several."""
+        inner = [product(parts[i + 1:]) * self.strides[0] for i in range(len(parts))]
+        return Tensor(self.path, self.dtype, self.offset, parts + self.shape[1:], inner + list(self.strides[1:]))
 
     def chunks(self):
         """The values in row-major order, in pieces of bytes."""
@@ -243,142 +241,106 @@ def read_safetensors(path):
 # ("storage", torch.HalfStorage, key, device, n_values), and NAME/data/KEY, the storage's bytes. Source: torch/serialization.py.
 #
 # A pickle is a program for a stack machine, and a hostile one runs whatever it likes. pickletools (standard library) splits
-# it into instructions without running any; `Pickle` then runs the few that a dictionary of tensors needs.
+# it into instructions without running any; run_pickle then does what the few say that a dictionary of tensors needs.
 
 STORAGES = {"DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
             "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL"}
 
 
 class Storage:
-    def __init__(self, dtype, offset, n_values):
+    """Values of one type in the file; offset None: only the type is known, a pickle's torch.HalfStorage."""
+
+    def __init__(self, dtype, offset=None, n_values=0):
         self.dtype, self.offset, self.n_values = dtype, offset, n_values
 
 
-class Pickle:
-    """Runs a pickle. Globals are only names here, and the four functions below are all that can be called."""
+def rebuild_tensor(path, storage, offset, shape, strides, *rest):
+    """torch._utils._rebuild_tensor_v2"""
+    for numbers in (shape, strides):
+        check_shape(numbers, path + ": data.pkl")
+    if not isinstance(storage, Storage) or storage.offset is None or not is_count(offset) or len(shape) != len(strides):
+        raise TypeError
+    span = sum((n - 1) * step for n, step in zip(shape, strides)) + 1 if product(shape) else 0
+    if offset + span > storage.n_values or product(shape) > storage.n_values:
+        raise Problem("%s: data.pkl: a tensor %s with strides %s from value %d reaches outside its storage of %d values" %
+                      (path, list(shape), list(strides), offset, storage.n_values))
+    return Tensor(path, storage.dtype, storage.offset + offset * SIZES[storage.dtype], shape, strides)
 
-    def __init__(self, path, data, storage):
-        self.path, self.data, self.storage = path, data, storage
-        self.stack, self.marks, self.memo = [], [], {}
-        self.functions = {"collections OrderedDict": lambda *pairs: {}, "torch Size": lambda sizes: tuple(sizes),
-                          "torch._utils _rebuild_tensor_v2": self.rebuild_tensor,
-                          "torch._utils _rebuild_parameter": lambda tensor, *rest: tensor}
 
-    def run(self):
-        at = 0
-        try:
-            for op, arg, at in pickletools.genops(self.data):
-                if op.name == "STOP":
-                    return self.stack.pop()
-                step = getattr(self, "op_" + op.name.lower(), None)
-                if step:
-                    step(arg)
-                elif op.name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"):
-                    self.stack.append(arg)
-                else:
-                    raise Problem("%s: byte %d of data.pkl has the instruction %s, which no dictionary of tensors needs" %
-                                  (self.path, at, op.name))
-        except Problem:
-            raise
-        except Exception as e:                          # a stack that runs empty, an unknown memo, a truncated argument, ...
-            raise Problem("%s: data.pkl is damaged at byte %d (%s)" % (self.path, at, type(e).__name__))
-        raise Problem("%s: data.pkl ends without STOP" % self.path)
+# what an instruction pushes
+ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-    def from_mark(self):
-        mark = self.marks.pop()
-        items = self.stack[mark:]
-        del self.stack[mark:]
+
+def pickle_global(path, name, functions):
+    """What stands for a global: one of the functions that may be called, or a storage's type."""
+    module, _, last = name.rpartition(" ")
+    if name in functions:
+        return functions[name]
+    if module == "torch" and last in STORAGES:
+        return Storage(STORAGES[last])
+    raise Problem("%s: the pickle asks for %.100s, which is no part of a tensor; it may be hostile, and nothing of it was run. Save the "
+                  "weights as safetensors." % (path, name.replace(" ", ".")))
+
+
+def run_pickle(path, data, storage):
+    """The object that a pickle makes of dictionaries, lists, tuples, numbers, texts and tensors."""
+    functions = {"collections OrderedDict": lambda: {}, "torch Size": tuple, "torch._utils _rebuild_parameter": lambda tensor, *rest: tensor,
+                 "torch._utils _rebuild_tensor_v2": lambda *arguments: rebuild_tensor(path, *arguments)}
+    stack, marks, memo = [], [], {}
+
+    def since(start):
+        items = stack[start:]
+        del stack[start:]
         return items
 
-    def op_proto(self, arg): pass
-    def op_frame(self, arg): pass
-    def op_mark(self, arg): self.marks.append(len(self.stack))
-    def op_none(self, arg): self.stack.append(None)
-    def op_newtrue(self, arg): self.stack.append(True)
-    def op_newfalse(self, arg): self.stack.append(False)
-    def op_empty_dict(self, arg): self.stack.append({})
-    def op_empty_list(self, arg): self.stack.append([])
-    def op_empty_tuple(self, arg): self.stack.append(())
-    def op_tuple(self, arg): self.stack.append(tuple(self.from_mark()))
-    def op_tuple1(self, arg): self.stack[-1:] = [tuple(self.stack[-1:])]
-    def op_tuple2(self, arg): self.stack[-2:] = [tuple(self.stack[-2:])]
-    def op_tuple3(self, arg): self.stack[-3:] = [tuple(self.stack[-3:])]
-    def op_binput(self, arg): self.memo[arg] = self.stack[-1]
-    def op_memoize(self, arg): self.memo[len(self.memo)] = self.stack[-1]
-    def op_binget(self, arg): self.stack.append(self.memo[arg])
-    op_long_binput, op_long_binget = op_binput, op_binget
-
-    def op_setitem(self, arg):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items(self.stack[-1], [key, value])
-
-    def op_setitems(self, arg):
-        items = self.from_mark()
-        self.set_items(self.stack[-1], items)
-
-    def set_items(self, target, items):
-        for key, value in zip(items[0::2], items[1::2]):
-            if not isinstance(target, dict) or not isinstance(key, (str, int)):
+    for op, arg, at in pickletools.genops(data):
+        name = op.name
+        if name in ARGUMENTS:
+            stack.append(arg)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name in CONTAINERS:
+            stack.append(CONTAINERS[name]())
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "TUPLE" or name in TUPLES:
+            stack.append(tuple(since(-TUPLES[name] if name in TUPLES else marks.pop())))
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name in ("SETITEM", "SETITEMS"):
+            items = since(-2 if name == "SETITEM" else marks.pop())
+            if not isinstance(stack[-1], dict) or not all(isinstance(key, (str, int)) for key in items[0::2]):
                 raise TypeError
-            target[key] = value
-
-    def op_append(self, arg):
-        item = self.stack.pop()
-        self.extend(self.stack[-1], [item])
-
-    def op_appends(self, arg):
-        items = self.from_mark()
-        self.extend(self.stack[-1], items)
-
-    def extend(self, target, items):
-        if not isinstance(target, list):
-            raise TypeError
-        target.extend(items)
-
-    def op_global(self, arg):
-        module, _, name = arg.partition(" ")
-        self.push_global(module, name)
-
-    def op_stack_global(self, arg):
-        name, module = self.stack.pop(), self.stack.pop()
-        self.push_global(module, name)
-
-    def push_global(self, module, name):
-        known = "%s %s" % (module, name)
-        if known in self.functions:
-            self.stack.append(self.functions[known])
-        elif module == "torch" and name in STORAGES:
-            self.stack.append(Storage(STORAGES[name], None, None))
-        else:
-            raise Problem("%s: the pickle asks for %.60s.%.60s, which is no part of a tensor; it may be hostile, and nothing of it was "
-                          "run. Save the weights as safetensors." % (self.path, module, name))
-
-    def op_reduce(self, arg):
-        arguments, function = self.stack.pop(), self.stack.pop()
-        if not callable(function) or not isinstance(arguments, tuple):
-            raise TypeError
-        self.stack.append(function(*arguments))
-
-    def op_build(self, arg):                            # the state of an OrderedDict: versions of modules
-        self.stack.pop()
-
-    def op_binpersid(self, arg):
-        kind, storage, key, _, n_values = self.stack.pop()
-        if kind != "storage" or not isinstance(storage, Storage) or not isinstance(key, str) or not is_count(n_values):
-            raise TypeError
-        self.stack.append(self.storage(storage.dtype, key, n_values))
-
-    def rebuild_tensor(self, storage, offset, shape, strides, *rest):
-        where = "%s: data.pkl" % self.path
-        check_shape(shape, where)
-        check_shape(strides, where)
-        if not isinstance(storage, Storage) or storage.offset is None or not is_count(offset) or len(shape) != len(strides):
-            raise TypeError
-        span = sum((n - 1) * step for n, step in zip(shape, strides)) + 1 if product(shape) else 0
-        if offset + span > storage.n_values or product(shape) > storage.n_values:
-            raise Problem("%s: a tensor %s with strides %s from value %d reaches outside its storage of %d values" %
-                          (where, list(shape), list(strides), offset, storage.n_values))
-        return Tensor(self.path, storage.dtype, storage.offset + offset * SIZES[storage.dtype], shape, strides)
+            stack[-1].update(zip(items[0::2], items[1::2]))
+        elif name in ("APPEND", "APPENDS"):
+            items = since(-1 if name == "APPEND" else marks.pop())
+            if not isinstance(stack[-1], list):
+                raise TypeError
+            stack[-1].extend(items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            stack.append(pickle_global(path, arg if name == "GLOBAL" else "%s %s" % tuple(since(-2)), functions))
+        elif name == "REDUCE":
+            function, arguments = since(-2)
+            if function not in functions.values() or not isinstance(arguments, tuple):
+                raise TypeError
+            stack.append(function(*arguments))
+        elif name == "BUILD":                           # the state of an OrderedDict: versions of modules
+            stack.pop()
+        elif name == "BINPERSID":
+            kind, kept, key, _, n_values = stack.pop()
+            if kind != "storage" or not isinstance(kept, Storage) or not isinstance(key, str) or not is_count(n_values):
+                raise TypeError
+            stack.append(storage(kept.dtype, key, n_values))
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise Problem("%s: byte %d of data.pkl has the instruction %s, which no dictionary of tensors needs" % (path, at, name))
+    raise Problem("%s: data.pkl ends without STOP" % path)
 
 
 def read_torch(path):
@@ -427,7 +389,10 @@ def read_torch(path):
             raise Problem("%s: storage %.80s has %d bytes; %d values of %s need more" % (path, key, size, n_values, dtype))
         return Storage(dtype, begin, n_values)
 
-    state = Pickle(path, stored(pickles[0], MAX_JSON), storage).run()
+    try:
+        state = run_pickle(path, stored(pickles[0], MAX_JSON), storage)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as e:      # a stack that runs empty, an argument cut short, ...
+        raise Problem("%s: data.pkl is damaged (%s)" % (path, type(e).__name__))
     for key in ("state_dict", "model"):                 # a training loop's checkpoint
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -442,6 +407,11 @@ def read_torch(path):
 # flax/serialization.py. Dense layers multiply from the other side, so "kernel" is PyTorch's "weight" transposed.
 
 NUMPY_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+
+# values that begin with their size: the method that reads them, the size's bytes
+MSGPACK_SIZED = {0xC4: ("bytes", 1), 0xC5: ("bytes", 2), 0xC6: ("bytes", 4), 0xC7: ("extension", 1), 0xC8: ("extension", 2),
+                 0xC9: ("extension", 4), 0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xDC: ("array", 2),
+                 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4)}
 
 
 class Msgpack:
@@ -459,9 +429,6 @@ class Msgpack:
         if n > self.size - self.file.tell():
             self.fail("the file ends before %d more bytes (an incomplete download?)" % n)
 
-    def count(self, n_bytes):
-        return int.from_bytes(self.take(n_bytes), "big")
-
     def read(self):
         with open(self.path, "rb") as self.file:
             return self.value(0)
@@ -472,36 +439,27 @@ class Msgpack:
         head = self.take(1)[0]
         if head <= 0x7F or head >= 0xE0:
             return head if head <= 0x7F else head - 256
-        if head <= 0x8F:
-            return self.map(head & 15, depth)
         if head <= 0x9F:
-            return self.array(head & 15, depth)
+            return (self.map if head <= 0x8F else self.array)(head & 15, depth)
         if head <= 0xBF:
-            return self.text(head & 31)
+            return self.text(head & 31, depth)
         if head in (0xC0, 0xC2, 0xC3):
             return {0xC0: None, 0xC2: False, 0xC3: True}[head]
-        if 0xC4 <= head <= 0xC6:
-            return self.bytes(self.count(1 << (head - 0xC4)))
-        if 0xC7 <= head <= 0xC9:
-            return self.extension(self.count(1 << (head - 0xC7)), depth)
         if head in (0xCA, 0xCB):
             return struct.unpack(">f" if head == 0xCA else ">d", self.take(4 if head == 0xCA else 8))[0]
         if 0xCC <= head <= 0xD3:
-            return int.from_bytes(self.take(1 << ((head - 0xCC) & 3)), "big", signed=head >= 0xD0)
+            return int.from_bytes(self.take(1 << (head & 3)), "big", signed=head >= 0xD0)
         if 0xD4 <= head <= 0xD8:
             return self.extension(1 << (head - 0xD4), depth)
-        if 0xD9 <= head <= 0xDB:
-            return self.text(self.count(1 << (head - 0xD9)))
-        if head in (0xDC, 0xDD):
-            return self.array(self.count(2 if head == 0xDC else 4), depth)
-        if head in (0xDE, 0xDF):
-            return self.map(self.count(2 if head == 0xDE else 4), depth)
+        if head in MSGPACK_SIZED:
+            method, width = MSGPACK_SIZED[head]
+            return getattr(self, method)(int.from_bytes(self.take(width), "big"), depth)
         self.fail("0x%02X begins no msgpack value" % head)
 
-    def text(self, n):
+    def text(self, n, depth):
         return self.take(n).decode("utf-8", "replace")
 
-    def bytes(self, n):                                 # stays in the file: (offset, size)
+    def bytes(self, n, depth):                          # stays in the file: (offset, size)
         self.room(n)
         at = self.file.tell()
         self.file.seek(n, 1)
@@ -906,6 +864,19 @@ def word_rule(steps, where):
     raise Problem("%s: the pre-tokenizer (%s) is none of LLaMA-3's, SmolLM's and GPT-2's" % (where, ", ".join(map(str, kinds)) or "none"))
 
 
+def bpe_pieces(vocabulary, ids, pairs):
+    """ids: {piece: id};   pairs: (where it stands, a merge as two pieces or "left right"), best first"""
+    if not ids or sorted(map(str, ids.values())) != sorted(map(str, range(len(ids)))):
+        raise Problem("%s: the vocabulary's ids are not 0 to n - 1" % vocabulary.where)
+    vocabulary.tokens, vocabulary.types, vocabulary.merges = sorted(ids, key=ids.get), [NORMAL] * len(ids), []
+    for where, pair in pairs:
+        pair = pair.split(" ") if isinstance(pair, str) else pair
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part in ids for part in pair) or \
+                pair[0] + pair[1] not in ids:
+            raise Problem("%s: %.80r is not two tokens that make a third" % (where, pair))
+        vocabulary.merges.append(pair)
+
+
 def read_bpe_json(path):
     """tokenizer.json of the tokenizers library: byte-level BPE, SentencePiece's BPE rewritten, or CLIP's."""
     whole = Config(parse_json(read_small(path), path), path)
@@ -913,21 +884,10 @@ def read_bpe_json(path):
     if model.get("type", "BPE") != "BPE":
         raise Problem("%s: a tokenizer of type %.40r; supported is BPE" % (path, model.get("type")))
     steps = flattened(whole.get("normalizer"), "normalizers"), flattened(whole.get("pre_tokenizer"), "pretokenizers")
-    ids, merges = model.section("vocab").values, model.get("merges", [])
-    if not ids or sorted(map(str, ids.values())) != sorted(map(str, range(len(ids)))):
-        raise Problem("%s: the vocabulary's ids are not 0 to n - 1" % path)
-    spm = bool(model.get("byte_fallback"))
+    spm, merges = bool(model.get("byte_fallback")), model.get("merges", [])
     vocabulary = Vocabulary(path, "llama" if spm else "gpt2")
-    vocabulary.tokens = sorted(ids, key=ids.get)
-    vocabulary.types = [NORMAL] * len(ids)
-    vocabulary.merges = []
-    for pair in merges if isinstance(merges, list) else [None]:
-        pair = pair.split(" ") if isinstance(pair, str) else pair
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise Problem("%s: the merge %.80r is not two pieces" % (path, pair))
-        if pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
-            raise Problem("%s: the merge %.80r names a piece that is no token" % (path, pair))
-        vocabulary.merges.append(pair)
+    bpe_pieces(vocabulary, model.section("vocab").values,
+               (("%s: merge %d" % (path, i), pair) for i, pair in enumerate(merges if isinstance(merges, list) else [None])))
     if model.get("end_of_word_suffix") == "</w>":       # CLIP: its rule is known, and told by no key
         pass
     elif spm:
@@ -974,19 +934,12 @@ def read_template(vocabulary, processor):
 
 def read_bpe_pair(vocab_path, merges_path):
     """vocab.json and merges.txt, as CLIP and GPT-2 have them."""
-    ids = parse_json(read_small(vocab_path), vocab_path)
-    if not ids or sorted(map(str, ids.values())) != sorted(map(str, range(len(ids)))):
-        raise Problem("%s: the ids are not 0 to n - 1" % vocab_path)
     vocabulary = Vocabulary(vocab_path, "gpt2")
-    vocabulary.pre, vocabulary.merges = "gpt-2", []
-    vocabulary.tokens, vocabulary.types = sorted(ids, key=ids.get), [NORMAL] * len(ids)
-    for n, line in enumerate(read_small(merges_path).decode("utf-8", "replace").split("\n")):
-        pair = line.rstrip("\r").split(" ")
-        if n == 0 and line.startswith("#version") or line.strip() == "":
-            continue
-        if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
-            raise Problem("%s: line %d is not two pieces that make a token" % (merges_path, n + 1))
-        vocabulary.merges.append(pair)
+    vocabulary.pre = "gpt-2"
+    lines = enumerate(read_small(merges_path).decode("utf-8", "replace").split("\n"), 1)
+    bpe_pieces(vocabulary, parse_json(read_small(vocab_path), vocab_path),
+               (("%s: line %d" % (merges_path, n), line.rstrip("\r")) for n, line in lines
+                if line.strip() and not (n == 1 and line.startswith("#version"))))
     return vocabulary
 
 
@@ -1099,20 +1052,11 @@ class Gguf:
             self.keys.append(self.string(key) + struct.pack("<I", kind) + data)
             self.n_keys += 1
 
-    def number(self, key, value):
-        self.put(key, 4, struct.pack("<I", value))
-
-    def real(self, key, value):
-        self.put(key, 6, struct.pack("<f", value))
-
-    def flag(self, key, value):
-        self.put(key, 7, b"\1" if value else b"\0")
-
-    def text(self, key, value):
-        self.put(key, 8, self.string(value))
-
-    def texts(self, key, values):
-        self.put(key, 9, struct.pack("<IQ", 8, len(values)) + b"".join(map(self.string, values)))
+    def number(self, key, value): self.put(key, 4, struct.pack("<I", value))
+    def real(self, key, value): self.put(key, 6, struct.pack("<f", value))
+    def flag(self, key, value): self.put(key, 7, b"\1" if value else b"\0")
+    def text(self, key, value): self.put(key, 8, self.string(value))
+    def texts(self, key, values): self.put(key, 9, struct.pack("<IQ", 8, len(values)) + b"".join(map(self.string, values)))
 
     def array(self, key, code, values):                 # code: "i" int32, "f" float32
         self.put(key, 9, struct.pack("<IQ", {"i": 5, "f": 6}[code], len(values)) + struct.pack("<%d%s" % (len(values), code), *values))
@@ -1181,7 +1125,7 @@ class Weights:
         t, shape = self.take(name, shape), tuple(shape)
         if n_head:
             rows = shape[0] // n_head
-            t = t.reshaped(n_head, 2, rows // 2, *shape[1:])
+            t = t.split(n_head, 2, rows // 2)
             t = t.transposed(0, 2, 1, *range(3, len(t.shape)))
         target = target or name
         conv = target == "v.patch_embd.weight" and t.dtype == "BF16"       # llama.cpp convolves in F16 or F32
@@ -1481,9 +1425,8 @@ def gather(options):
 def convert(options):
     source, tensors = gather(options)
     files = Files([source] + ([Folder(options.base)] if options.base else []))
-    for name in ("config.json",):
-        if files.json(name).get("quantization_config"):
-            raise Problem("%s: a quantised checkpoint (bitsandbytes, GPTQ, AWQ, ...); convert the original" % files.find(name))
+    if files.json("config.json").get("quantization_config"):
+        raise Problem("%s: a quantised checkpoint (bitsandbytes, GPTQ, AWQ, ...); convert the original" % files.find("config.json"))
     folder = os.path.basename(os.path.abspath(source.path)) or "model"
     out = options.output or folder + ".gguf"
     weights = Weights(options.source, tensors)
