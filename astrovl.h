@@ -1262,14 +1262,18 @@ static void avl__dequantize_q2_k(const uint8_t *b, float *y, int64_t n_blocks) {
 // The two low bits of value i lie as in Q2_K; bit i / 32 of hmask[i % 32] says that 4 is NOT subtracted.
 // Scale g has 6 bits: low four in nibble g / 8 of scales[g % 8], high two in pair g / 4 of scales[8 + g % 4]; minus 32.
 //   y[i] = (d * (scale[g] - 32)) * (q - (hmask bit ? 0 : 4))
+static int avl__q3_k_scale(const uint8_t *s, int g) {   // s: scales[12]
+    int low = s[g % 8] >> g / 8 * 4 & 15, high = s[8 + g % 4] >> g / 4 * 2 & 3;
+    return (low | high << 4) - 32;
+}
+
 static void avl__dequantize_q3_k(const uint8_t *b, float *y, int64_t n_blocks) {
     int g, j;
     for (; n_blocks > 0; n_blocks--, b += 110, y += 256) {
         float d = avl__load_f16(b + 108);
         for (g = 0; g < 16; g++) {
             const uint8_t *qs = b + 32 + g / 8 * 32 + g % 2 * 16, *hmask = b + g % 2 * 16;
-            int low = b[96 + g % 8] >> g / 8 * 4 & 15, high = b[104 + g % 4] >> g / 4 * 2 & 3;
-            float scale = d * (float)((low | high << 4) - 32);
+            float scale = d * (float)avl__q3_k_scale(b + 96, g);
             int shift = g / 2 % 4 * 2;
             for (j = 0; j < 16; j++)
                 y[16 * g + j] = scale * (float)((qs[j] >> shift & 3) - (hmask[j] >> g / 2 & 1 ? 0 : 4));
