@@ -372,10 +372,10 @@ def read_torch(path):
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise Problem("%s: %.200s is compressed or encrypted; PyTorch stores it plainly" % (path, name))
         with open(path, "rb") as file:
-            file.seek(max(entry.header_offset, 0))      # a hostile directory can make it negative
+            file.seek(max(entry.header_offset, 0))
             head = read_exactly(file, 30)
             begin = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
-            if head[:4] != b"PK\3\4" or begin + entry.file_size > os.path.getsize(path):
+            if entry.header_offset < 0 or head[:4] != b"PK\3\4" or begin + entry.file_size > os.path.getsize(path):
                 raise Problem("%s: the archive's entry %.200s reaches outside the file" % (path, name))
         return begin, entry.file_size
 
