@@ -1258,9 +1258,9 @@ def put_tower(gguf, weights, config, tower, sizes, swapped):
     return n_embd, n_layer
 
 
-def put_vision(gguf, weights, config, files, swapped, aspect):
+def put_vision(gguf, weights, config, files, is_clip, aspect):
     """The vision tower and what it wants images to look like. Defaults: transformers' CLIPVisionConfig."""
-    n_embd, n_layer = put_tower(gguf, weights, config, "v", (768, 3072, 12), swapped)
+    n_embd, n_layer = put_tower(gguf, weights, config, "v", (768, 3072, 12), is_clip)
     size, patch = config.number("image_size", 224, 8192), config.number("patch_size", 32, 8192)
     config.one_of("num_channels", (3,), 3)
     if patch > size:
@@ -1282,8 +1282,10 @@ def put_vision(gguf, weights, config, files, swapped, aspect):
     weights.move(gguf, "v.patch_embd.weight", (n_embd, 3, patch, patch))
     weights.move(gguf, "v.position_embd.weight", (1 + (size // patch) ** 2, n_embd))
     for norm in ("v.pre_ln.weight", "v.pre_ln.bias", "v.post_ln.weight", "v.post_ln.bias"):
-        if norm.startswith("v.pre") or weights.has(norm):
+        if is_clip or norm.startswith("v.pre"):
             weights.move(gguf, norm, (n_embd,))
+        else:
+            weights.used.add(norm)                      # LLaVA's features are taken before it, but llama.cpp would apply it
     return n_embd, n_layer
 
 
