@@ -1372,7 +1372,10 @@ static void avl__dequantize_q6_k(const uint8_t *b, float *y, int64_t n_blocks) {
 #define AVL__FLOAT_ROUNDER 12582912.0f       // 1.5 * 2^23 rounds floats as AVL__ROUNDER does doubles, for |x| < 2^22
 
 static float avl__magnitude(float x) { return x < 0 ? -x : x; }
-static float avl__clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+static float avl__clamp(float x, float low, float high) {   // two steps: compilers make them two instructions
+    float y = x < low ? low : x;
+    return y > high ? high : y;
+}
 
 static float avl__round_between(float x, float low, float high) {   // to the nearest integer of low..high, ties to even
     return (avl__clamp(x, low, high) + AVL__FLOAT_ROUNDER) - AVL__FLOAT_ROUNDER;
@@ -1460,8 +1463,8 @@ static void avl__quantize_q8_0(const float *x, uint8_t *b) {
 // the scale, the best q is x / d rounded. So several guesses of the scale are made, q is rounded by each, the scale fitted to
 // these q, and the fit of the least error taken. A guess puts the end of the group's range between one step inside and one
 // step outside the end of q's range: a clipped extreme may pay when it makes the steps finer for all the others.
-#define AVL__GUESSES        5
-#define AVL__GUESS_STEP     0.2f
+#define AVL__GUESSES    3
+#define AVL__GUESS_STEP 0.3f
 
 // y = d q, low <= q <= high:   E = sum (x - d q)^2 is least for d = sum x q / sum q^2;  then E = sum x^2 - (sum x q)^2 / sum q^2.
 // Returns that d. It is negative where the value of largest magnitude needs the sign of which q has one more.
@@ -1487,15 +1490,15 @@ static float avl__fit_scale(const float *x, int n, int low, int high) {
 // y = d q - m, 0 <= q <= high, m >= 0. With u = x - low, low = min(x, 0), and m = r - low:  E = sum (u - d q + r)^2 is least for
 //   d = (n sum u q - sum u sum q) / (n sum q^2 - (sum q)^2)     r = (d sum q - sum u) / n
 // or, where that would make m negative, for m = 0 and d = sum x q / sum q^2. (u, not x: fewer digits cancel.)
-// Returns d, and m in *minimum. n is 16 or 32.
-static float avl__fit_affine(const float *x, int n, int high, float *minimum) {
-    float low, top, u[32], sum_u = 0, scale = 0;
+// Returns that m; d comes from avl__fit_scale, once the minima have been rounded. n is 16 or 32.
+static float avl__fit_minimum(const float *x, int n, int high) {
+    float low, top, u[32], sum_u = 0, minimum;
     double least = 0;
     int guess, i;
     avl__range(x, n, &low, &top);
     if (low > 0) low = 0;
-    *minimum = -low;
-    if (top - low < AVL__QUANTIZE_MIN) return 0;
+    minimum = -low;
+    if (top - low < AVL__QUANTIZE_MIN) return minimum;
     for (i = 0; i < n; i++) {
         u[i] = x[i] - low;
         sum_u += u[i];
@@ -1514,9 +1517,9 @@ static float avl__fit_affine(const float *x, int n, int high, float *minimum) {
         r = (d * (double)sum_q - (double)sum_u) / n;
         if (r < (double)low) r = (double)low, d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
         error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));   // - sum u^2
-        if (error < least) least = error, scale = (float)d, *minimum = (float)(r - (double)low);
+        if (error < least) least = error, minimum = (float)(r - (double)low);
     }
-    return scale;
+    return minimum;
 }
 
 // The codes q - low of y = step q - minimum, low <= q <= high.
@@ -1548,12 +1551,16 @@ static void avl__encode_symmetric(const float *x, int half, int half_scales, uin
 // Q2_K, Q4_K, Q5_K:   y = (d scale[g]) q - dmin minimum[g]; dmin is stored behind d, the minima behind the scales.
 static void avl__encode_affine(const float *x, int n_groups, int high, int high_scale, uint8_t *d_at, uint8_t *scales,
                                uint8_t *codes) {
-    float s[16], m[16], d, dmin;
+    float m[16], s[16], u[32], d, dmin;
     uint8_t *minima = scales + n_groups;
-    int g, n = 256 / n_groups;
-    for (g = 0; g < n_groups; g++) s[g] = avl__fit_affine(x + n * g, n, high, &m[g]);
-    d = avl__encode_scales(s, n_groups, 0, high_scale, d_at, scales);
+    int n = 256 / n_groups, g, i;
+    for (g = 0; g < n_groups; g++) m[g] = avl__fit_minimum(x + n * g, n, high);
     dmin = avl__encode_scales(m, n_groups, 0, high_scale, d_at + 2, minima);
+    for (g = 0; g < n_groups; g++) {
+        for (i = 0; i < n; i++) u[i] = x[n * g + i] + dmin * (float)minima[g];
+        s[g] = avl__clamp(avl__fit_scale(u, n, 0, high), 0, AVL__QUANTIZE_MAX);   // below 0 only where all u are next to 0
+    }
+    d = avl__encode_scales(s, n_groups, 0, high_scale, d_at, scales);
     for (g = 0; g < n_groups; g++)
         avl__encode(x + n * g, n, d * (float)scales[g], dmin * (float)minima[g], 0, high, codes + n * g);
 }
