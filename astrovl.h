@@ -1371,7 +1371,7 @@ static void avl__dequantize_q6_k(const uint8_t *b, float *y, int64_t n_blocks) {
 #define AVL__F16_LIMIT     65519.99609375f   // the largest float that becomes a finite half (65504)
 #define AVL__FLOAT_ROUNDER 12582912.0f       // 1.5 * 2^23 rounds floats as AVL__ROUNDER does doubles, for |x| < 2^22
 
-static float avl__magnitude(float x) { return x < 0 ? -x : x; }
+static float avl__magnitude(float x) { return avl__float_from_bits(avl__float_bits(x) & 0x7FFFFFFF); }
 static float avl__clamp(float x, float low, float high) {   // two steps: compilers make them two instructions
     float y = x < low ? low : x;
     return y > high ? high : y;
