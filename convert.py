@@ -13,6 +13,7 @@ import json
 import os
 import pickletools
 import re
+import reprlib
 import struct
 import sys
 import zipfile
@@ -47,6 +48,11 @@ FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}      # general.file_type
 
 class Problem(Exception):
     """What is wrong with the input, in one line that names the file."""
+
+
+def shown(value):
+    """A value of a hostile file: its repr could be endless."""
+    return reprlib.repr(value)
 
 
 def note(text):
@@ -165,7 +171,7 @@ def is_count(value, limit=MAX_VALUES):
 
 def check_shape(shape, where):
     if not isinstance(shape, (list, tuple)) or len(shape) > 8 or not all(is_count(n) for n in shape) or product(shape) > MAX_VALUES:
-        raise Problem("%s: the shape %.80r is not one of a tensor" % (where, shape))
+        raise Problem("%s: the shape %s is not one of a tensor" % (where, shown(shape)))
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------------------
@@ -175,15 +181,16 @@ def no_duplicates(pairs):
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError("the name %.80r occurs twice" % next(n for i, n in enumerate(names) if n in names[:i]))
+        raise ValueError("the name %s occurs twice" % shown(max(names, key=names.count)))
     return result
 
 
 def parse_json(data, where):
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as e:           # UnicodeDecodeError is a ValueError
-        raise Problem("%s: no valid JSON: %.200s" % (where, str(e).replace("\n", " ")))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")      # "\ud800" alone is no character
+    except (ValueError, RecursionError) as e:           # UnicodeError is a ValueError
+        raise Problem("%s: no valid JSON: %.200s" % (where, e))
     if not isinstance(value, dict):
         raise Problem("%s: JSON, but no object" % where)
     return value
@@ -218,7 +225,7 @@ def read_safetensors(path):
         check_shape(entry.get("shape"), where)
         offsets = entry["data_offsets"]
         if len(offsets) != 2 or not all(is_count(o, 1 << 60) for o in offsets):
-            raise Problem("%s: data_offsets %.80r are not two byte numbers" % (where, offsets))
+            raise Problem("%s: data_offsets %s are not two byte numbers" % (where, shown(offsets)))
         dtype = entry["dtype"]
         if dtype in SIZES and offsets[1] - offsets[0] != product(entry["shape"]) * SIZES[dtype]:
             raise Problem("%s: %s %s does not take the %d bytes of its data_offsets" %
@@ -347,7 +354,7 @@ def read_torch(path):
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as e:
         raise Problem("%s: no zip archive of PyTorch (%.80s): damaged, incomplete, or saved before PyTorch 1.6 (load it and save it "
                       "anew, best as safetensors)" % (path, e))
     pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
@@ -365,10 +372,10 @@ def read_torch(path):
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise Problem("%s: %.200s is compressed or encrypted; PyTorch stores it plainly" % (path, name))
         with open(path, "rb") as file:
-            file.seek(entry.header_offset)
+            file.seek(max(entry.header_offset, 0))
             head = read_exactly(file, 30)
             begin = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
-            if head[:4] != b"PK\3\4" or begin + entry.file_size > os.path.getsize(path):
+            if entry.header_offset < 0 or head[:4] != b"PK\3\4" or begin + entry.file_size > os.path.getsize(path):
                 raise Problem("%s: the archive's entry %.200s reaches outside the file" % (path, name))
         return begin, entry.file_size
 
@@ -431,7 +438,10 @@ class Msgpack:
 
     def read(self):
         with open(self.path, "rb") as self.file:
-            return self.value(0)
+            value = self.value(0)
+            if self.file.tell() != self.size:
+                self.fail("more bytes than the value that stands before them")
+            return value
 
     def value(self, depth):
         if depth > 64:
@@ -493,7 +503,7 @@ class Msgpack:
         check_shape(shape, "%s: byte %d" % (self.path, offset))
         dtype = NUMPY_TYPES.get(dtype if isinstance(dtype, str) else "")
         if dtype is None or product(shape) * SIZES[dtype] != size:
-            self.fail("an array of %.40r %.80r in %d bytes" % (value[1], shape, size))
+            self.fail("an array of %s %s in %d bytes" % (shown(value[1]), shown(shape), size))
         return Tensor(self.path, dtype, offset, shape)
 
 
@@ -576,7 +586,7 @@ class Folder:
         result, shards = {}, {}
         for tensor, shard in weight_map.items():
             if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
-                raise Problem("%s: tensor %.200s lies in %.80r, which is no file of this folder" % (path, tensor, shard))
+                raise Problem("%s: tensor %.200s lies in %s, which is no file of this folder" % (path, tensor, shown(shard)))
             if shard not in shards:
                 if not self.has(shard):
                     raise Problem("%s: the shard %s is missing (an incomplete download?)" % (path, shard))
@@ -629,19 +639,25 @@ class Config:
     def number(self, key, default=None, most=1 << 24, least=1):
         value = self.get(key, default)
         if not is_count(value, most) or value < least:
-            raise Problem("%s: %s is %.80r; it must be a whole number from %d to %d" % (self.where, key, value, least, most))
+            raise Problem("%s: %s is %s; it must be a whole number from %d to %d" % (self.where, key, shown(value), least, most))
         return value
 
     def real(self, key, default):
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e30:
-            raise Problem("%s: %s is %.80r; it must be a positive number" % (self.where, key, value))
+            raise Problem("%s: %s is %s; it must be a positive number" % (self.where, key, shown(value)))
         return float(value)
 
     def one_of(self, key, choices, default):
         value = self.get(key, default)
         if value not in choices:
-            raise Problem("%s: %s is %.80r; supported: %s" % (self.where, key, value, ", ".join(map(str, choices))))
+            raise Problem("%s: %s is %s; supported: %s" % (self.where, key, shown(value), ", ".join(map(str, choices))))
+        return value
+
+    def items(self, key):
+        value = self.get(key, [])
+        if not isinstance(value, list):
+            raise Problem("%s: %s is no list" % (self.where, key))
         return value
 
     def section(self, key):
@@ -769,6 +785,8 @@ def protobuf(data, where):
 
     while at < len(data):
         tag, at = varint(at)
+        if tag >> 3 == 0:
+            raise Problem("%s: byte %d: a field without a number" % (where, at))
         if tag & 7 == 0:
             value, at = varint(at)
             yield tag >> 3, value
@@ -793,8 +811,8 @@ class Vocabulary:
 
     def put(self, i, token, kind):
         """An added token; the gap before it, if there is one, is filled."""
-        if not is_count(i, 1 << 24) or not isinstance(token, str):
-            raise Problem("%s: an added token with the id %.40r" % (self.where, i))
+        if not is_count(i, 1 << 24) or not isinstance(token, str) or i < len(self.tokens) and self.tokens[i] not in (token, "[PAD%d]" % i):
+            raise Problem("%s: an added token with the id %s" % (self.where, shown(i)))
         self.fill(i + 1)
         self.tokens[i], self.types[i] = token, kind
 
@@ -846,7 +864,8 @@ def flattened(node, inner):
         return []
     if node.get("type") != "Sequence":
         return [node]
-    return [step for child in node.get(inner) or [] for step in flattened(child, inner)]
+    children = node.get(inner) if isinstance(node.get(inner), list) else [{"type": "unreadable"}]
+    return [step for child in children for step in flattened(child, inner)]
 
 
 def word_rule(steps, where):
@@ -866,14 +885,14 @@ def word_rule(steps, where):
 
 def bpe_pieces(vocabulary, ids, pairs):
     """ids: {piece: id};   pairs: (where it stands, a merge as two pieces or "left right"), best first"""
-    if not ids or sorted(map(str, ids.values())) != sorted(map(str, range(len(ids)))):
+    if not ids or not all(is_count(i) for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
         raise Problem("%s: the vocabulary's ids are not 0 to n - 1" % vocabulary.where)
     vocabulary.tokens, vocabulary.types, vocabulary.merges = sorted(ids, key=ids.get), [NORMAL] * len(ids), []
     for where, pair in pairs:
         pair = pair.split(" ") if isinstance(pair, str) else pair
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part in ids for part in pair) or \
                 pair[0] + pair[1] not in ids:
-            raise Problem("%s: %.80r is not two tokens that make a third" % (where, pair))
+            raise Problem("%s: %s is not two tokens that make a third" % (where, shown(pair)))
         vocabulary.merges.append(pair)
 
 
@@ -881,13 +900,15 @@ def read_bpe_json(path):
     """tokenizer.json of the tokenizers library: byte-level BPE, SentencePiece's BPE rewritten, or CLIP's."""
     whole = Config(parse_json(read_small(path), path), path)
     model = whole.section("model")
-    if model.get("type", "BPE") != "BPE":
-        raise Problem("%s: a tokenizer of type %.40r; supported is BPE" % (path, model.get("type")))
+    if model.values.get("type", "BPE") != "BPE" or not model.items("merges"):
+        raise Problem("%s: a tokenizer of type %s with %d merges; supported is BPE" % (path, shown(model.get("type")), len(model.items("merges"))))
     steps = flattened(whole.get("normalizer"), "normalizers"), flattened(whole.get("pre_tokenizer"), "pretokenizers")
-    spm, merges = bool(model.get("byte_fallback")), model.get("merges", [])
+    if model.get("continuing_subword_prefix"):
+        raise Problem("%s: pieces with a prefix inside words (continuing_subword_prefix) are not supported" % path)
+    spm = bool(model.get("byte_fallback"))
     vocabulary = Vocabulary(path, "llama" if spm else "gpt2")
     bpe_pieces(vocabulary, model.section("vocab").values,
-               (("%s: merge %d" % (path, i), pair) for i, pair in enumerate(merges if isinstance(merges, list) else [None])))
+               (("%s: merge %d" % (path, i), pair) for i, pair in enumerate(model.items("merges"))))
     if model.get("end_of_word_suffix") == "</w>":       # CLIP: its rule is known, and told by no key
         pass
     elif spm:
@@ -896,9 +917,9 @@ def read_bpe_json(path):
             step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in steps[1])
     else:
         if steps[0]:
-            raise Problem("%s: the normalizer %.40r; byte-level BPE of LLaMA's kind has none" % (path, steps[0][0].get("type")))
+            raise Problem("%s: the normalizer %s; byte-level BPE of LLaMA's kind has none" % (path, shown(steps[0][0].get("type"))))
         vocabulary.pre = word_rule(steps[1], path)
-    for token in whole.get("added_tokens", []):
+    for token in whole.items("added_tokens"):
         if not isinstance(token, dict):
             raise Problem("%s: added_tokens are no objects" % path)
         i = token.get("id")
@@ -1043,7 +1064,7 @@ class Gguf:
 
     @staticmethod
     def string(text):
-        data = text.encode("utf-8", "replace") if isinstance(text, str) else text
+        data = text.encode("utf-8")
         return struct.pack("<Q", len(data)) + data
 
     def put(self, key, kind, data):
@@ -1151,10 +1172,10 @@ def rope(gguf, config, head_dim):
     kind = scaling.one_of("rope_type", ("default", "linear", "llama3"), scaling.get("type", "default"))
     if kind == "linear":
         gguf.text("llama.rope.scaling.type", "linear")
-        gguf.real("llama.rope.scaling.factor", scaling.real("factor", 1.0))
+        gguf.real("llama.rope.scaling.factor", scaling.real("factor", None))
     if kind == "llama3":     # one divisor per frequency; Source: transformers, modeling_rope_utils.py
-        factor, low, high = scaling.real("factor", 8.0), scaling.real("low_freq_factor", 1.0), scaling.real("high_freq_factor", 4.0)
-        context = scaling.number("original_max_position_embeddings", 8192)
+        factor, low, high = (scaling.real(key, None) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        context = scaling.number("original_max_position_embeddings")
         if not (0 < low < high and factor > 0 and theta > 0):
             raise Problem("%s: low_freq_factor, high_freq_factor or factor make no sense" % scaling.where)
         divisors = []
@@ -1213,7 +1234,8 @@ def put_llama(gguf, weights, config, files, name):
 
 def put_tower(gguf, weights, config, tower, sizes, swapped):
     """The layers of a CLIP tower, "v" or "t". swapped: clip.cpp calls fc1 ffn_down and fc2 ffn_up."""
-    key = "clip.vision." if tower == "v" else "clip.text."
+    key, kind = ("clip.vision.", "clip_vision_model") if tower == "v" else ("clip.text.", "clip_text_model")
+    config.one_of("model_type", (kind, "clip"), kind)
     n_embd, n_ff = config.number("hidden_size", sizes[0], 65536), config.number("intermediate_size", sizes[1], 1 << 20)
     n_layer, n_head = config.number("num_hidden_layers", 12, 1024), config.number("num_attention_heads", sizes[2], 65536)
     if n_embd % n_head:
@@ -1236,9 +1258,9 @@ def put_tower(gguf, weights, config, tower, sizes, swapped):
     return n_embd, n_layer
 
 
-def put_vision(gguf, weights, config, files, swapped, aspect):
+def put_vision(gguf, weights, config, files, is_clip, aspect):
     """The vision tower and what it wants images to look like. Defaults: transformers' CLIPVisionConfig."""
-    n_embd, n_layer = put_tower(gguf, weights, config, "v", (768, 3072, 12), swapped)
+    n_embd, n_layer = put_tower(gguf, weights, config, "v", (768, 3072, 12), is_clip)
     size, patch = config.number("image_size", 224, 8192), config.number("patch_size", 32, 8192)
     config.one_of("num_channels", (3,), 3)
     if patch > size:
@@ -1249,28 +1271,29 @@ def put_vision(gguf, weights, config, files, swapped, aspect):
                       files.find("preprocessor_config.json") or "processor_config.json")
     settings = settings.section("image_processor") if settings.get("image_processor") else settings
     open_clip = Config(files.json("open_clip_config.json"), "open_clip_config.json").section("preprocess_cfg")
-    for name, short, usual in (("mean", "image_mean", (0.48145466, 0.4578275, 0.40821073)),
-                               ("std", "image_std", (0.26862954, 0.26130258, 0.27577711))):
+    for name, short, usual, least in (("mean", "image_mean", (0.48145466, 0.4578275, 0.40821073), 0),
+                                      ("std", "image_std", (0.26862954, 0.26130258, 0.27577711), 1e-6)):
         color = settings.get(short, open_clip.get(name, usual))
-        if not isinstance(color, (list, tuple)) or len(color) != 3 or not all(isinstance(c, (int, float)) and 0 < abs(c) < 1e6 or c == 0
-                                                                           for c in color):
-            raise Problem("%s: %s is not three numbers" % (settings.where, short))
+        if not isinstance(color, (list, tuple)) or len(color) != 3 or not all(isinstance(c, (int, float)) and least <= c < 1e6 for c in color):
+            raise Problem("%s: %s is not three numbers from %g on" % (settings.where, short, least))
         gguf.array("clip.vision." + short, "f", color)
     gguf.text("clip.vision.image_aspect_ratio", aspect or ("pad" if settings.get("do_pad") else "crop"))
     weights.move(gguf, "v.class_embd", (n_embd,))
     weights.move(gguf, "v.patch_embd.weight", (n_embd, 3, patch, patch))
     weights.move(gguf, "v.position_embd.weight", (1 + (size // patch) ** 2, n_embd))
     for norm in ("v.pre_ln.weight", "v.pre_ln.bias", "v.post_ln.weight", "v.post_ln.bias"):
-        if norm.startswith("v.pre") or weights.has(norm):
+        if is_clip or norm.startswith("v.pre"):
             weights.move(gguf, norm, (n_embd,))
+        else:
+            weights.used.add(norm)                      # LLaVA's features are taken before it, but llama.cpp would apply it
     return n_embd, n_layer
 
 
 def put_projector(gguf, weights, config, vision, n_embd, n_layer):
     layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layer - 1 <= layer <= n_layer:
-        raise Problem("%s: the vision tower's layer %.40r is taken for features; one number from %d to %d is supported" %
-                      (config.where, layer, -n_layer - 1, n_layer))
+        raise Problem("%s: the vision tower's layer %s is taken for features; one number from %d to %d is supported" %
+                      (config.where, shown(layer), -n_layer - 1, n_layer))
     config.one_of("vision_feature_select_strategy", ("default",), "default")
     config.one_of("mm_vision_select_feature", ("patch",), "patch")
     config.one_of("projector_hidden_act", ("gelu",), "gelu")
@@ -1428,7 +1451,7 @@ def convert(options):
     if files.json("config.json").get("quantization_config"):
         raise Problem("%s: a quantised checkpoint (bitsandbytes, GPTQ, AWQ, ...); convert the original" % files.find("config.json"))
     folder = os.path.basename(os.path.abspath(source.path)) or "model"
-    out = options.output or folder + ".gguf"
+    out = os.path.realpath(options.output) if options.output else folder + ".gguf"
     weights = Weights(options.source, tensors)
     if weights.has("t.token_embd.weight"):
         kind = convert_clip
@@ -1443,7 +1466,7 @@ def convert(options):
         raise Problem("%s: a vision tower alone; give it as --vision beside a LLaVA checkpoint" % options.source)
     else:
         raise Problem("%s: none of LLaVA, LLaMA and CLIP; its first tensors are %s" % (options.source, ", ".join(list(tensors)[:4])))
-    outputs = kind(out, weights, files, options, options.name or folder)
+    outputs = kind(out, weights, files, options, (options.name or folder).encode("utf-8", "replace").decode("utf-8"))
     weights.leftover()
     write_all(outputs, options.quiet)
 
@@ -1460,6 +1483,9 @@ def write_all(outputs, quiet):
             width = 30 * done // max(total, 1)
             print("\r[%s%s] %d / %d MB " % ("#" * width, "." * (30 - width), done >> 20, total >> 20), end="", file=sys.stderr, flush=True)
 
+    for gguf in outputs:
+        if os.path.exists(gguf.path) and not os.path.isfile(gguf.path):
+            raise Problem("%s: exists and is no file" % gguf.path)
     try:
         for gguf in outputs:
             gguf.write(gguf.path + ".part", report)
@@ -1504,7 +1530,8 @@ def main():
         return 130
     else:
         return 0
-    print("convert.py: error: " + message.replace("\n", " "), file=sys.stderr)
+    message = "".join(c if c.isprintable() else "?" for c in message)
+    print("convert.py: error: " + (message if len(message) <= 800 else message[:500] + " ... " + message[-200:]), file=sys.stderr)
     return 1
 
 
