@@ -1955,6 +1955,59 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
+// ---- fast mode: products of small integers -------------------------------------------------------------------------
+// Every block format says of 32 neighbouring weights
+//     w[i] = d (u[i] - offset) + m,        u[i] a byte, d and m floats of the block (or of each half of it);
+// activations are rounded, row by row, to x[i] = e q[i] with -127 <= q[i] <= 127 and one e for 32 values. Then
+//     sum over a block of w[i] x[i] = d e (sum of u[i] q[i] - offset sum of q[i]) + m e (sum of q[i]),
+// and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
+// (vpdpbusd of AVX-VNNI and AVX-512 VNNI). The other two sums depend on the activations alone and are made once per row.
+//
+// One row of activations (writing an answer) is bound by reading the weights from memory: weight rows are multiplied as they
+// stream by, four at a time, so that a row of activations is loaded once for the four.
+// Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
+// one register holds the same four columns of 16 rows; every row of activations then passes over it, six at a time. 6 x 2
+// registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel of 4096 columns is
+// 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is the only copy
+// of weights there ever is.
+
+typedef struct avl__block_form {
+    int offset;        // w = d (u - offset) + m
+    int n_parts;       // 2: the first and the last 16 values of a block have their own d and m; else 1
+    int has_min;       // 0: m is 0
+} avl__block_form;
+
+static inline avl__block_form avl__block_form_of(int type) {
+    avl__block_form f = {0, 1, 0};
+    switch (type) {
+    case ASTROVL_TYPE_Q4_0: f.offset = 8; break;
+    case ASTROVL_TYPE_Q5_0: f.offset = 16; break;
+    case ASTROVL_TYPE_Q3_K: f.offset = 4; f.n_parts = 2; break;
+    case ASTROVL_TYPE_Q6_K: f.offset = 32; f.n_parts = 2; break;
+    case ASTROVL_TYPE_Q2_K: f.has_min = 1; f.n_parts = 2; break;
+    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K: f.has_min = 1; break;
+    default: f.offset = 128; break;      // Q8_0, and what is rounded to it: F32, F16, BF16
+    }
+    return f;
+}
+
+// Rows of activations as integers.
+typedef struct avl__quants {
+    int8_t  *q;            // [n_rows][n_blocks][32]
+    float   *scale;        // [n_rows][n_blocks]                e
+    int32_t *bias;         // [n_rows][n_blocks][n_parts]       -offset * sum of q
+    float   *sum;          // [n_rows][n_blocks][n_parts]       e * sum of q
+    int      n_blocks;
+} avl__quants;
+
+// 32 weight rows, turned: [2] groups of 16 rows.
+typedef struct avl__panel {
+    uint8_t *u;            // [2][n_blocks][8][16][4]           16 rows of 4 columns to a register
+    float   *d, *m;        // [2][n_blocks][n_parts][16]
+} avl__panel;
+
+enum { AVL__PANEL_ROWS = 32, AVL__QUANT_BYTES = 32 + 4 + 2 * 4 + 2 * 4 };   // of a block of activations
+
 typedef struct avl__kernels {
     const char *name;
     // sum over i of a[i] * b[i]
@@ -1967,6 +2020,17 @@ typedef struct avl__kernels {
     float (*dot_f16)(const void *half, const float *x, int n);
     // reads size bytes once, as fast as this instruction set can, and returns some sum of them: for measuring memory
     uint64_t (*read)(const void *data, size_t size);
+    // the operations of section [5] that the public functions describe
+    void (*rms_norm)(float *y, const float *x, const float *weight, int n_embd, float eps);
+    void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
+    void (*gelu)(float *x, int64_t n);
+    void (*quick_gelu)(float *x, int64_t n);
+    void (*silu_product)(float *x, const float *up, int64_t n);       // x = silu(x) * up
+    // fast mode's products of integers and its attention (described where they stand); NULL in exact mode
+    void (*quantize)(const avl__quants *to, avl__block_form form, const float *x, int first, int n_rows, int n_in);
+    void (*multiply)(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch);
+    void (*attend)(float *out, const float *q, size_t q_stride, const float *k, const float *v, size_t kv_stride, int n, int n_keys, int n_visible,
+                   int head_dim, float *scratch);
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2030,8 +2094,15 @@ static void avl__linear_portable(float *y, const float *x, const avl__linear *w,
     }
 }
 
+static void avl__silu_product(float *x, const float *up, int64_t n) {
+    int64_t i;
+    astrovl_silu(x, n);
+    for (i = 0; i < n; i++) x[i] *= up[i];
+}
+
 static const avl__kernels avl__kernels_portable = {"portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable,
-                                                   avl__dot_f16_portable, avl__read_portable};
+    avl__dot_f16_portable, avl__read_portable, astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product,
+    NULL, NULL, NULL};
 
 #if AVL__X86
 // AVX2 (and F16C, which every processor with AVX2 has): eight float16 become eight floats in one instruction, so a search is
@@ -2071,13 +2142,672 @@ static uint64_t avl__read_avx2(const void *data, size_t size) {
     return sum[0] + sum[1] + sum[2] + sum[3] + avl__read_portable(bytes + at, size - at);
 }
 
+#define AVL__AVX2   __attribute__((target("avx2,fma,f16c")))
+#define AVL__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVL__INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define AVL__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define AVL__UNROLL _Pragma("GCC unroll 16")
+#endif
+
+AVL__AVX2 AVL__INLINE int avl__load_half_avx2(const uint8_t *p) {
+    uint16_t half;
+    memcpy(&half, p, 2);
+    return half;
+}
+AVL__AVX2 AVL__INLINE int avl__load_word_avx2(const uint8_t *p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return word;
+}
+AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+
+// 16 bytes of nibbles: the low ones, then the high ones
+AVL__AVX2 AVL__INLINE __m256i avl__nibbles_avx2(const uint8_t *p) {
+    __m128i q = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(q, 4), q), _mm256_set1_epi8(15));
+}
+
+// bits[i] of a word as bytes of 16 or 0
+AVL__AVX2 AVL__INLINE __m256i avl__fifth_bits_avx2(const uint8_t *p) {
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ULL);
+    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(avl__load_word_avx2(p)), spread);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit), _mm256_set1_epi8(16));
+}
+
+// (bytes >> shift) & mask
+AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(__m256i bytes, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8((char)mask));
+}
+
+// The bytes u of block b of a weight row (layouts: section [3]). `type` is a constant wherever this is inlined.
+AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row, size_t b) {
+    const int j = (int)(b % 8);                               // of a super-block's eight
+    const uint8_t *s;
+    switch (type) {
+    case ASTROVL_TYPE_Q4_0: return avl__nibbles_avx2(row + 18 * b + 2);
+    case ASTROVL_TYPE_Q4_1: return avl__nibbles_avx2(row + 20 * b + 4);
+    case ASTROVL_TYPE_Q5_0: return _mm256_or_si256(avl__nibbles_avx2(row + 22 * b + 6), avl__fifth_bits_avx2(row + 22 * b + 2));
+    case ASTROVL_TYPE_Q5_1: return _mm256_or_si256(avl__nibbles_avx2(row + 24 * b + 8), avl__fifth_bits_avx2(row + 24 * b + 4));
+    case ASTROVL_TYPE_Q2_K:
+        return avl__bits_avx2(avl__load32_avx2(row + b / 8 * 84 + 16 + j / 4 * 32), j % 4 * 2, 3);
+    case ASTROVL_TYPE_Q3_K:
+        s = row + b / 8 * 110;
+        return _mm256_or_si256(avl__bits_avx2(avl__load32_avx2(s + 32 + j / 4 * 32), j % 4 * 2, 3),
+                               _mm256_slli_epi16(avl__bits_avx2(avl__load32_avx2(s), j, 1), 2));
+    case ASTROVL_TYPE_Q4_K:
+        return avl__bits_avx2(avl__load32_avx2(row + b / 8 * 144 + 16 + j / 2 * 32), j % 2 * 4, 15);
+    case ASTROVL_TYPE_Q5_K:
+        s = row + b / 8 * 176;
+        return _mm256_or_si256(avl__bits_avx2(avl__load32_avx2(s + 48 + j / 2 * 32), j % 2 * 4, 15),
+                               _mm256_slli_epi16(avl__bits_avx2(avl__load32_avx2(s + 16), j, 1), 4));
+    case ASTROVL_TYPE_Q6_K:
+        s = row + b / 8 * 210;
+        return _mm256_or_si256(avl__bits_avx2(avl__load32_avx2(s + j / 4 * 64 + j % 2 * 32), j % 4 / 2 * 4, 15),
+                               _mm256_slli_epi16(avl__bits_avx2(avl__load32_avx2(s + 128 + j / 4 * 32), j % 4 * 2, 3), 4));
+    default:                                                  // Q8_0: signed, 128 added by turning the sign
+        return _mm256_xor_si256(avl__load32_avx2(row + 34 * b + 2), _mm256_set1_epi8((char)0x80));
+    }
+}
+
+// n (at most 8) half-precision numbers that lie `stride` bytes apart, the rest zeros
+AVL__AVX2 AVL__INLINE __m256 avl__halves_avx2(const uint8_t *p, int stride, int n) {
+    __m128i h = _mm_setzero_si128();
+    if (n == 8) {
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p), 0);
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p + stride), 1);
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 2 * stride), 2);
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 3 * stride), 3);
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 4 * stride), 4);
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 5 * stride), 5);
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 6 * stride), 6);
+        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 7 * stride), 7);
+    } else {
+        uint16_t some[8] = {0};
+        int i;
+        for (i = 0; i < n; i++) memcpy(some + i, p + (size_t)i * (size_t)stride, 2);
+        h = _mm_loadu_si128((const __m128i *)(const void *)some);
+    }
+    return _mm256_cvtph_ps(h);
+}
+
+AVL__AVX512 AVL__INLINE __m512 avl__bytes_to_floats_avx512(__m128i bytes, int is_signed) {
+    return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+}
+
+// The d and m of n (at most 8) blocks from b on, b a multiple of 8: lane j for block b + j, or lanes 2 j and 2 j + 1 for its halves.
+AVL__AVX512 AVL__INLINE void avl__block_scales_avx512(int type, const uint8_t *row, size_t b, int n, __m512 *d, __m512 *m) {
+    const int is_k = type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K;
+    const int block_bytes = type == ASTROVL_TYPE_Q4_0 ? 18 : type == ASTROVL_TYPE_Q4_1 ? 20 : type == ASTROVL_TYPE_Q5_0 ? 22 :
+                            type == ASTROVL_TYPE_Q5_1 ? 24 : type == ASTROVL_TYPE_Q8_0 ? 34 : type == ASTROVL_TYPE_Q2_K ? 84 :
+                            type == ASTROVL_TYPE_Q3_K ? 110 : type == ASTROVL_TYPE_Q4_K ? 144 : type == ASTROVL_TYPE_Q5_K ? 176 : 210;
+    const uint8_t *s = row + (is_k ? b / 8 : b) * (size_t)block_bytes;
+    __m128i bytes;
+    uint32_t low, middle, high;
+    *m = _mm512_setzero_ps();
+    switch (type) {
+    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: *m = _mm512_zextps256_ps512(avl__halves_avx2(s + 2, block_bytes, n)); /* fall through */
+    case ASTROVL_TYPE_Q4_0: case ASTROVL_TYPE_Q5_0: case ASTROVL_TYPE_Q8_0:
+        *d = _mm512_zextps256_ps512(avl__halves_avx2(s, block_bytes, n));
+        break;
+    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four groups to a word
+        low = (uint32_t)avl__load_word_avx2(s + 4);
+        middle = (uint32_t)avl__load_word_avx2(s + 8);
+        high = (uint32_t)avl__load_word_avx2(s + 12);
+        bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3Fu), (int)((high & 0x0F0F0F0Fu) | (low >> 2 & 0x30303030u)),
+                               (int)(middle & 0x3F3F3F3Fu), (int)((high >> 4 & 0x0F0F0F0Fu) | (middle >> 2 & 0x30303030u)));
+        *d = avl__bytes_to_floats_avx512(bytes, 0);
+        *m = _mm512_zextps256_ps512(_mm256_mul_ps(_mm512_extractf32x8_ps(*d, 1), _mm256_set1_ps(-_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 2)))));
+        *d = _mm512_mul_ps(*d, _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s))));
+        break;
+    case ASTROVL_TYPE_Q2_K:
+        bytes = _mm_loadu_si128((const __m128i *)(const void *)s);
+        *d = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_and_si128(bytes, _mm_set1_epi8(15)), 0),
+                           _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 80))));
+        *m = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15)), 0),
+                           _mm512_set1_ps(-_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 82))));
+        break;
+    case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale, four groups to a word
+        low = (uint32_t)avl__load_word_avx2(s + 96);
+        middle = (uint32_t)avl__load_word_avx2(s + 100);
+        high = (uint32_t)avl__load_word_avx2(s + 104);
+        bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0Fu) | (high << 4 & 0x30303030u)), (int)((middle & 0x0F0F0F0Fu) | (high << 2 & 0x30303030u)),
+                               (int)((low >> 4 & 0x0F0F0F0Fu) | (high & 0x30303030u)), (int)((middle >> 4 & 0x0F0F0F0Fu) | (high >> 2 & 0x30303030u)));
+        *d = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_sub_epi8(bytes, _mm_set1_epi8(32)), 1),
+                           _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 108))));
+        break;
+    case ASTROVL_TYPE_Q6_K:
+        *d = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_loadu_si128((const __m128i *)(const void *)(s + 192)), 1),
+                           _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 208))));
+        break;
+    default: *d = _mm512_setzero_ps(); break;                 // floats are rounded to blocks one by one
+    }
+}
+
+AVL__AVX512 AVL__INLINE __mmask16 avl__first_lanes_avx512(int n) { return (__mmask16)(n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0); }
+
+// 16 weights of a float type, the lanes beyond the row zero
+AVL__AVX512 AVL__INLINE __m512 avl__load_weights_avx512(int type, const uint8_t *row, size_t i, __mmask16 lanes) {
+    if (type == ASTROVL_TYPE_F32) return _mm512_maskz_loadu_ps(lanes, row + 4 * i);
+    if (type == ASTROVL_TYPE_F16) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, row + 2 * i));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + 2 * i)), 16));
+}
+
+// One row of 32 floats to q, e and the two sums: x = e q, e = max |x| / 127.
+AVL__AVX512 static void avl__quantize_rows_avx512(const avl__quants *to, avl__block_form f, const float *x, int first, int n_rows, int n_in) {
+    int r, b, n = to->n_blocks;
+    for (r = first; r < first + n_rows; r++)
+        for (b = 0; b < n; b++) {
+            const float *from = x + (size_t)r * n_in + 32 * (size_t)b;
+            size_t at = (size_t)r * n + b;
+            __m512 low = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - 32 * b), from);
+            __m512 high = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - 32 * b - 16), from + 16);
+            float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+            float e = top / 127.0f, inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+            __m512i ql = _mm512_cvtps_epi32(_mm512_mul_ps(low, _mm512_set1_ps(inverse)));
+            __m512i qh = _mm512_cvtps_epi32(_mm512_mul_ps(high, _mm512_set1_ps(inverse)));
+            int sum_low = _mm512_reduce_add_epi32(ql), sum_high = _mm512_reduce_add_epi32(qh);
+            _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at), _mm512_cvtsepi32_epi8(ql));
+            _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at + 16), _mm512_cvtsepi32_epi8(qh));
+            to->scale[at] = e;
+            if (f.n_parts == 1) sum_low += sum_high;
+            to->bias[at * f.n_parts] = -f.offset * sum_low;
+            to->sum[at * f.n_parts] = e * (float)sum_low;
+            if (f.n_parts == 2) {
+                to->bias[at * 2 + 1] = -f.offset * sum_high;
+                to->sum[at * 2 + 1] = e * (float)sum_high;
+            }
+        }
+}
+
+// 8 rows of 8 words each, turned
+AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
+    __m256i t[8];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 4) {
+        v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+    }
+    for (i = 0; i < 8; i++) v[i] = t[i];
+}
+
+// The bytes of block b of a row of n_in float weights, rounded as activations are: w = d (u - 128).
+AVL__AVX512 AVL__INLINE __m256i avl__round_block_avx512(int type, const uint8_t *row, size_t b, int n_in, float *d) {
+    const __m512 low = avl__load_weights_avx512(type, row, 32 * b, avl__first_lanes_avx512(n_in - 32 * (int)b));
+    const __m512 high = avl__load_weights_avx512(type, row, 32 * b + 16, avl__first_lanes_avx512(n_in - 32 * (int)b - 16));
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+    const __m512 scale = _mm512_set1_ps(top > 1e-30f ? 127.0f / top : 0.0f);
+    const __m128i q_low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, scale)));
+    const __m128i q_high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, scale)));
+    *d = top / 127.0f;
+    return _mm256_xor_si256(_mm256_set_m128i(q_high, q_low), _mm256_set1_epi8((char)0x80));
+}
+
+// Stores the scales of 8 rows, a register each with a lane for each part of 8 blocks, as [parts][16] floats.
+AVL__AVX512 AVL__INLINE void avl__store_scales_avx512(const __m512 *rows, int n_parts, int n_blocks, float *to) {
+    __m256i v[8];
+    int r, half;
+    for (half = 0; half < n_parts; half++) {
+        AVL__UNROLL
+        for (r = 0; r < 8; r++) v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(rows[r], 1) : _mm512_castps512_ps256(rows[r]));
+        avl__turn_words_avx2(v);
+        for (r = 0; r < 8 && 8 * half + r < n_blocks * n_parts; r++)
+            _mm256_storeu_ps(to + 16 * (8 * half + r), _mm256_castsi256_ps(v[r]));
+    }
+}
+
+// Fills one half of a panel from weight rows `rows`, n of them there (the others become zeros).
+AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, uint8_t *u, float *d,
+                                                    float *m) {
+    const int n_blocks = (n_in + 31) / 32;
+    const avl__block_form f = avl__block_form_of(type);
+    const int is_float = type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
+    int b, j, r, g;
+    for (b = 0; b < n_blocks; b += 8) {
+        const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
+        for (g = 0; g < 16; g += 8) {
+            __m512 dr[8], mr[8];
+            for (r = 0; r < 8; r++) {
+                dr[r] = mr[r] = _mm512_setzero_ps();
+                if (!is_float && g + r < n) avl__block_scales_avx512(type, rows + (size_t)(g + r) * row_bytes, (size_t)b, n_now, &dr[r], &mr[r]);
+            }
+            for (j = 0; j < n_now; j++) {
+                __m256i v[8];
+                AVL__UNROLL
+                for (r = 0; r < 8; r++) {
+                    const uint8_t *row = rows + (size_t)(g + r) * row_bytes;
+                    float rounded = 0.0f;
+                    if (g + r >= n) v[r] = _mm256_setzero_si256();
+                    else if (is_float) v[r] = avl__round_block_avx512(type, row, (size_t)b + j, n_in, &rounded);
+                    else v[r] = avl__block_bytes_avx2(type, row, (size_t)b + j);
+                    if (is_float) d[16 * ((size_t)b + j) + g + r] = rounded;
+                }
+                avl__turn_words_avx2(v);
+                AVL__UNROLL
+                for (r = 0; r < 8; r++) _mm256_storeu_si256((__m256i *)(void *)(u + 512 * ((size_t)b + j) + 64 * r + 4 * g), v[r]);
+            }
+            if (!is_float) avl__store_scales_avx512(dr, f.n_parts, n_now, d + 16 * (size_t)b * f.n_parts + g);
+            if (f.has_min) avl__store_scales_avx512(mr, f.n_parts, n_now, m + 16 * (size_t)b * f.n_parts + g);
+        }
+    }
+}
+
+// y[r][0..31] = the panel's 32 rows times n rows of activations; n, n_parts and has_min are constants wherever this is inlined.
+AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n, int n_parts, int has_min, const avl__panel *p, const avl__quants *x, size_t first,
+                                                    __m512 sum[][2]) {
+    const int n_blocks = x->n_blocks;
+    const size_t half_u = 512 * (size_t)n_blocks, half_d = 16 * (size_t)n_blocks * n_parts;
+    int b, g, r, c, part;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (b = 0; b < n_blocks; b++)
+        AVL__UNROLL
+        for (part = 0; part < n_parts; part++) {
+            const size_t at = (size_t)b * n_parts + part;
+            __m512i whole[6][2];
+            __m512 d[2], m[2];
+            AVL__UNROLL
+            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(x->bias[(first + r) * n_blocks * n_parts + at]);
+            AVL__UNROLL
+            for (g = 8 / n_parts * part; g < 8 / n_parts * (part + 1); g++) {
+                __m512i w0 = _mm512_loadu_si512(p->u + 512 * (size_t)b + 64 * g), w1 = _mm512_loadu_si512(p->u + half_u + 512 * (size_t)b + 64 * g);
+                AVL__UNROLL
+                for (r = 0; r < n; r++) {
+                    int32_t four;
+                    memcpy(&four, x->q + ((first + r) * n_blocks + b) * 32 + 4 * g, 4);
+                    whole[r][0] = _mm512_dpbusd_epi32(whole[r][0], w0, _mm512_set1_epi32(four));
+                    whole[r][1] = _mm512_dpbusd_epi32(whole[r][1], w1, _mm512_set1_epi32(four));
+                }
+            }
+            AVL__UNROLL
+            for (c = 0; c < 2; c++) {
+                d[c] = _mm512_loadu_ps(p->d + half_d * c + 16 * at);
+                m[c] = has_min ? _mm512_loadu_ps(p->m + half_d * c + 16 * at) : d[c];
+            }
+            AVL__UNROLL
+            for (r = 0; r < n; r++) {
+                __m512 e = _mm512_set1_ps(x->scale[(first + r) * n_blocks + b]);
+                AVL__UNROLL
+                for (c = 0; c < 2; c++) {
+                    sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r][c]), _mm512_mul_ps(d[c], e), sum[r][c]);
+                    if (has_min) sum[r][c] = _mm512_fmadd_ps(m[c], _mm512_set1_ps(x->sum[(first + r) * n_blocks * n_parts + at]), sum[r][c]);
+                }
+            }
+        }
+}
+
+// Stores n (at most 32) sums of one row, plus bias.
+AVL__AVX512 AVL__INLINE void avl__store_sums_avx512(float *y, const __m512 *sum, const float *bias, int n) {
+    int c;
+    AVL__UNROLL
+    for (c = 0; c < 2; c++) {
+        int left = n - 16 * c;
+        __mmask16 mask = (__mmask16)(left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
+        __m512 b = bias ? _mm512_maskz_loadu_ps(mask, bias + 16 * c) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(y + 16 * c, mask, _mm512_add_ps(sum[c], b));
+    }
+}
+
+// All rows of activations over a filled panel.
+AVL__AVX512 AVL__INLINE void avl__run_panel_avx512(int n_parts, int has_min, const avl__panel *p, const avl__quants *x, int n_rows, float *y,
+                                                   const avl__linear *w, int first, int n) {
+    const float *bias = w->bias ? w->bias + first : NULL;
+    __m512 sum[6][2];
+    int r = 0, i;
+    for (; r + 6 <= n_rows; r += 6) {
+        avl__pass_panel_avx512(6, n_parts, has_min, p, x, (size_t)r, sum);
+        for (i = 0; i < 6; i++) avl__store_sums_avx512(y + (size_t)(r + i) * w->n_out + first, sum[i], bias, n);
+    }
+    for (; r + 2 <= n_rows; r += 2) {
+        avl__pass_panel_avx512(2, n_parts, has_min, p, x, (size_t)r, sum);
+        for (i = 0; i < 2; i++) avl__store_sums_avx512(y + (size_t)(r + i) * w->n_out + first, sum[i], bias, n);
+    }
+    if (r < n_rows) {
+        avl__pass_panel_avx512(1, n_parts, has_min, p, x, (size_t)r, sum);
+        avl__store_sums_avx512(y + (size_t)r * w->n_out + first, sum[0], bias, n);
+    }
+}
+
+// n (4 or 1) weight rows times one row of activations. The scales of eight blocks are worked out together; what the offset and
+// the minima make of the row is added up in vectors of its own. type and n are constants wherever this is inlined.
+AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t *rows, size_t row_bytes, const avl__quants *x, size_t at, float *y) {
+    const avl__block_form f = avl__block_form_of(type);
+    const size_t first = at * (size_t)x->n_blocks;
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m256 sum[4];
+    __m512 rest[4];
+    int b, j, r;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) {
+        sum[r] = _mm256_setzero_ps();
+        rest[r] = _mm512_setzero_ps();
+    }
+    for (b = 0; b < x->n_blocks; b += 8) {
+        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
+        const __mmask16 there = (__mmask16)((1u << n_now * f.n_parts) - 1);
+        const __m512 sums = _mm512_maskz_loadu_ps(there, x->sum + (first + (size_t)b) * f.n_parts);
+        __m512 e = _mm512_maskz_loadu_ps((__mmask16)((1u << n_now) - 1), x->scale + first + b), scales[4];
+        if (f.n_parts == 2) e = _mm512_permutexvar_ps(twice, e);
+        AVL__UNROLL
+        for (r = 0; r < n; r++) {
+            __m512 d, m;
+            avl__block_scales_avx512(type, rows + (size_t)r * row_bytes, (size_t)b, n_now, &d, &m);
+            scales[r] = _mm512_mul_ps(d, e);
+            if (f.offset) rest[r] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps((float)-f.offset)), sums, rest[r]);
+            if (f.has_min) rest[r] = _mm512_fmadd_ps(m, sums, rest[r]);
+        }
+        AVL__UNROLL
+        for (j = 0; j < 8; j++) {
+            const __m512i pick = f.n_parts == 2 ? _mm512_add_epi32(halves, _mm512_set1_epi32(2 * j)) : _mm512_set1_epi32(j);
+            __m256i q;
+            if (j >= n_now) break;
+            q = avl__load32_avx2((const uint8_t *)x->q + 32 * (first + (size_t)b + j));
+            AVL__UNROLL
+            for (r = 0; r < n; r++) {
+                __m256i whole = _mm256_dpbusd_epi32(_mm256_setzero_si256(), avl__block_bytes_avx2(type, rows + (size_t)r * row_bytes, (size_t)b + j), q);
+                __m256 scale = _mm512_castps512_ps256(_mm512_permutexvar_ps(pick, scales[r]));
+                sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, sum[r]);
+            }
+        }
+    }
+    AVL__UNROLL
+    for (r = 0; r < n; r++) y[r] = _mm512_reduce_add_ps(_mm512_add_ps(rest[r], _mm512_zextps256_ps512(sum[r])));
+}
+
+// Columns first..last-1 of y for weights of one type: a few rows of activations meet the weights as they lie, many a panel.
+AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first,
+                                                       int last, float *scratch) {
+    const avl__block_form f = avl__block_form_of(type);
+    const uint8_t *rows = (const uint8_t *)w->weight;
+    int out, r, i, n;
+    if (n_rows <= 2) {
+        for (r = 0; r < n_rows; r++)
+            for (out = first; out < last; out += n) {
+                float four[4];
+                n = last - out >= 4 ? 4 : 1;
+                if (n == 4) avl__dot_rows_avx512(type, 4, rows + (size_t)out * w->row_bytes, w->row_bytes, x, (size_t)r, four);
+                else        avl__dot_rows_avx512(type, 1, rows + (size_t)out * w->row_bytes, w->row_bytes, x, (size_t)r, four);
+                for (i = 0; i < n; i++) y[(size_t)r * w->n_out + out + i] = four[i] + (w->bias ? w->bias[out + i] : 0.0f);
+            }
+        return;
+    }
+    for (out = first; out < last; out += AVL__PANEL_ROWS) {
+        const size_t n_scales = 32 * (size_t)x->n_blocks * f.n_parts;
+        avl__panel p;
+        p.d = scratch;
+        p.m = p.d + n_scales;
+        p.u = (uint8_t *)(p.m + n_scales);
+        n = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        for (i = 0; i < 2; i++)
+            avl__fill_panel_avx512(type, rows + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes, n - 16 * i, w->n_in,
+                                   p.u + 512 * (size_t)x->n_blocks * i, p.d + n_scales / 2 * i, p.m + n_scales / 2 * i);
+        avl__run_panel_avx512(f.n_parts, f.has_min, &p, x, n_rows, y, w, out, n);
+    }
+}
+
+AVL__AVX512 static void avl__multiply_avx512(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch) {
+    switch (w->type) {
+#define AVL__CASE(type) case type: avl__multiply_type_avx512(type, y, x, w, n_rows, first, last, scratch); break
+    AVL__CASE(ASTROVL_TYPE_F32); AVL__CASE(ASTROVL_TYPE_F16); AVL__CASE(ASTROVL_TYPE_BF16);
+    AVL__CASE(ASTROVL_TYPE_Q4_0); AVL__CASE(ASTROVL_TYPE_Q4_1); AVL__CASE(ASTROVL_TYPE_Q5_0); AVL__CASE(ASTROVL_TYPE_Q5_1);
+    AVL__CASE(ASTROVL_TYPE_Q8_0); AVL__CASE(ASTROVL_TYPE_Q2_K); AVL__CASE(ASTROVL_TYPE_Q3_K); AVL__CASE(ASTROVL_TYPE_Q4_K);
+    AVL__CASE(ASTROVL_TYPE_Q5_K); AVL__CASE(ASTROVL_TYPE_Q6_K);
+#undef AVL__CASE
+    default: break;
+    }
+}
+
+// ---- fast mode: float kernels of AVX-512 ---------------------------------------------------------------------------
+
+// Four sums, so that additions need not wait for each other.
+AVL__AVX512 static float avl__dot_avx512(const float *a, const float *b, int n) {
+    __m512 sum[4];
+    int i = 0, j;
+    AVL__UNROLL
+    for (j = 0; j < 4; j++) sum[j] = _mm512_setzero_ps();
+    for (; i + 64 <= n; i += 64)
+        AVL__UNROLL
+        for (j = 0; j < 4; j++) sum[j] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * j), _mm512_loadu_ps(b + i + 16 * j), sum[j]);
+    for (; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i);
+        sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, a + i), _mm512_maskz_loadu_ps(lanes, b + i), sum[0]);
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+AVL__AVX512 static void avl__axpy_avx512(float *y, float a, const float *x, int n) {
+    int i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i);
+        __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(a), _mm512_maskz_loadu_ps(lanes, x + i), _mm512_maskz_loadu_ps(lanes, y + i));
+        _mm512_mask_storeu_ps(y + i, lanes, sum);
+    }
+}
+
+// e^x to about 2e-7: 2^n 2^f with n the nearest integer to x / ln 2, 2^f by its Taylor series (|f| <= 1/2)
+AVL__AVX512 AVL__INLINE __m512 avl__exp_avx512(__m512 x) {
+    __m512 t = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(1.44269504f));
+    __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(t, n);
+    __m512 p = _mm512_set1_ps(1.54035304e-4f);                       // ln(2)^6 / 6!
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33335581e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61812911e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55041087e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40226507e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93147181e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// x / (1 + e^(-a x))
+AVL__AVX512 AVL__INLINE __m512 avl__sigmoid_product_avx512(__m512 x, float a) {
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), avl__exp_avx512(_mm512_mul_ps(x, _mm512_set1_ps(-a)))));
+}
+
+AVL__AVX512 static void avl__quick_gelu_avx512(float *x, int64_t n) {
+    int64_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i < 16 ? (int)(n - i) : 16);
+        _mm512_mask_storeu_ps(x + i, lanes, avl__sigmoid_product_avx512(_mm512_maskz_loadu_ps(lanes, x + i), 1.702f));
+    }
+}
+
+AVL__AVX512 static void avl__silu_product_avx512(float *x, const float *up, int64_t n) {
+    int64_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i < 16 ? (int)(n - i) : 16);
+        __m512 y = avl__sigmoid_product_avx512(_mm512_maskz_loadu_ps(lanes, x + i), 1.0f);
+        _mm512_mask_storeu_ps(x + i, lanes, _mm512_mul_ps(y, _mm512_maskz_loadu_ps(lanes, up + i)));
+    }
+}
+
+// erf as 1 - (a1 t + ... + a5 t^5) e^(-z^2), t = 1 / (1 + p z): within 1.5e-7 (Abramowitz & Stegun 7.1.26)
+AVL__AVX512 static void avl__gelu_avx512(float *x, int64_t n) {
+    const __m512 one = _mm512_set1_ps(1.0f), half = _mm512_set1_ps(0.5f);
+    int64_t i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i < 16 ? (int)(n - i) : 16);
+        __m512 v = _mm512_maskz_loadu_ps(lanes, x + i), z = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(0.70710678f));
+        __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), z, one)), p = _mm512_set1_ps(1.061405429f);
+        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+        p = _mm512_mul_ps(_mm512_mul_ps(p, t), avl__exp_avx512(_mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), z), z)));   // 1 - erf z
+        p = _mm512_mul_ps(p, half);                                                                                    // 1 - Phi |x|
+        p = _mm512_mask_sub_ps(p, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ), one, p);
+        _mm512_mask_storeu_ps(x + i, lanes, _mm512_mul_ps(v, p));
+    }
+}
+
+AVL__AVX512 static void avl__rms_norm_avx512(float *y, const float *x, const float *weight, int n, float eps) {
+    __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)avl__dot_avx512(x, x, n) / n + eps)));
+    int i;
+    for (i = 0; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i);
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + i), scale), _mm512_maskz_loadu_ps(lanes, weight + i)));
+    }
+}
+
+AVL__AVX512 static void avl__layer_norm_avx512(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
+    __m512 sum = _mm512_setzero_ps(), squares = sum, mean, scale;
+    int i;
+    for (i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n - i), x + i));
+    mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
+    for (i = 0; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i);
+        __m512 d = _mm512_maskz_sub_ps(lanes, _mm512_maskz_loadu_ps(lanes, x + i), mean);
+        squares = _mm512_fmadd_ps(d, d, squares);
+    }
+    scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)_mm512_reduce_add_ps(squares) / n + eps)));
+    for (i = 0; i < n; i += 16) {
+        __mmask16 lanes = avl__first_lanes_avx512(n - i);
+        __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), mean), scale);
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(lanes, weight + i), _mm512_maskz_loadu_ps(lanes, bias + i)));
+    }
+}
+
+// Attention of one head for up to 32 queries at once. The queries lie across lanes: scores[key][32] = K q^T needs only the
+// queries turned, a softmax is a column, and nothing is ever summed across a register. Then out = P V with V's columns across
+// lanes. Six keys (queries) by two (four) registers of sums hide the latency of the multiply-add.
+//   q, out: [n][head_dim] with q_stride between rows;  k, v: [n_keys][head_dim] with kv_stride;  query i sees the first
+//   n_visible + i keys (all, if n_visible is n_keys);  scratch: (n_keys + 6 + head_dim) * 32 floats
+AVL__AVX512 AVL__INLINE void avl__score_keys_avx512(int n, float *scores, const float *turned, const float *k, size_t kv_stride, int head_dim,
+                                                    float scale) {
+    __m512 sum[6][2];
+    int j, d;
+    AVL__UNROLL
+    for (j = 0; j < n; j++) sum[j][0] = sum[j][1] = _mm512_setzero_ps();
+    for (d = 0; d < head_dim; d++) {
+        __m512 q0 = _mm512_loadu_ps(turned + 32 * d), q1 = _mm512_loadu_ps(turned + 32 * d + 16);
+        AVL__UNROLL
+        for (j = 0; j < n; j++) {
+            __m512 one = _mm512_set1_ps(k[(size_t)j * kv_stride + (size_t)d]);
+            sum[j][0] = _mm512_fmadd_ps(q0, one, sum[j][0]);
+            sum[j][1] = _mm512_fmadd_ps(q1, one, sum[j][1]);
+        }
+    }
+    AVL__UNROLL
+    for (j = 0; j < n; j++) {
+        _mm512_storeu_ps(scores + 32 * j, _mm512_mul_ps(sum[j][0], _mm512_set1_ps(scale)));
+        _mm512_storeu_ps(scores + 32 * j + 16, _mm512_mul_ps(sum[j][1], _mm512_set1_ps(scale)));
+    }
+}
+
+// out of n queries, 32 columns (2 registers) from `column` on
+AVL__AVX512 AVL__INLINE void avl__mix_values_avx512(int n, float *out, size_t q_stride, const float *scores, const float *v, size_t kv_stride, int n_keys,
+                                                    const float *scales, int n_columns) {
+    const __mmask16 lanes[2] = {avl__first_lanes_avx512(n_columns), avl__first_lanes_avx512(n_columns - 16)};
+    __m512 sum[8][2];
+    int i, j;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (j = 0; j < n_keys; j++) {
+        __m512 v0 = _mm512_maskz_loadu_ps(lanes[0], v + (size_t)j * kv_stride), v1 = _mm512_maskz_loadu_ps(lanes[1], v + (size_t)j * kv_stride + 16);
+        AVL__UNROLL
+        for (i = 0; i < n; i++) {
+            __m512 p = _mm512_set1_ps(scores[32 * (size_t)j + (size_t)i]);
+            sum[i][0] = _mm512_fmadd_ps(p, v0, sum[i][0]);
+            sum[i][1] = _mm512_fmadd_ps(p, v1, sum[i][1]);
+        }
+    }
+    AVL__UNROLL
+    for (i = 0; i < n; i++) {
+        __m512 s = _mm512_set1_ps(scales[i]);
+        _mm512_mask_storeu_ps(out + (size_t)i * q_stride, lanes[0], _mm512_mul_ps(sum[i][0], s));
+        _mm512_mask_storeu_ps(out + (size_t)i * q_stride + 16, lanes[1], _mm512_mul_ps(sum[i][1], s));
+    }
+}
+
+AVL__AVX512 static void avl__attend_avx512(float *out, const float *q, size_t q_stride, const float *k, const float *v, size_t kv_stride, int n, int n_keys,
+                                           int n_visible, int head_dim, float *scratch) {
+    float *turned = scratch, *scores = turned + 32 * (size_t)head_dim, scales[32];
+    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
+    __m512 max[2], sum[2];
+    int i, j, c, d;
+    for (d = 0; d < head_dim; d++)
+        for (i = 0; i < 32; i++) turned[32 * d + i] = i < n ? q[(size_t)i * q_stride + (size_t)d] : 0.0f;
+    for (j = 0; j + 6 <= n_keys; j += 6) avl__score_keys_avx512(6, scores + 32 * (size_t)j, turned, k + (size_t)j * kv_stride, kv_stride, head_dim, scale);
+    for (; j < n_keys; j++) avl__score_keys_avx512(1, scores + 32 * (size_t)j, turned, k + (size_t)j * kv_stride, kv_stride, head_dim, scale);
+    for (j = n_visible; j < n_keys; j++)                            // key n_visible + i is seen from query i + 1 on
+        for (i = 0; i <= j - n_visible && i < 32; i++) scores[32 * (size_t)j + (size_t)i] = -INFINITY;
+    for (c = 0; c < 2; c++) {
+        max[c] = _mm512_set1_ps(-INFINITY);
+        sum[c] = _mm512_setzero_ps();
+        for (j = 0; j < n_keys; j++) max[c] = _mm512_max_ps(max[c], _mm512_loadu_ps(scores + 32 * (size_t)j + 16 * c));
+        for (j = 0; j < n_keys; j++) {
+            float *at = scores + 32 * (size_t)j + 16 * c;
+            __m512 p = avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at), max[c]));
+            _mm512_storeu_ps(at, p);
+            sum[c] = _mm512_add_ps(sum[c], p);
+        }
+        _mm512_storeu_ps(scales + 16 * c, _mm512_div_ps(_mm512_set1_ps(1.0f), sum[c]));
+    }
+    for (d = 0; d < head_dim; d += 32) {
+        for (i = 0; i + 8 <= n; i += 8)
+            avl__mix_values_avx512(8, out + (size_t)i * q_stride + d, q_stride, scores + i, v + d, kv_stride, n_keys, scales + i, head_dim - d);
+        for (; i < n; i++) avl__mix_values_avx512(1, out + (size_t)i * q_stride + d, q_stride, scores + i, v + d, kv_stride, n_keys, scales + i, head_dim - d);
+    }
+}
+
+// A few rows of activations times weights of a float type, as they lie.
+AVL__AVX512 AVL__INLINE void avl__dot_floats_avx512(int type, float *y, const float *x, const avl__linear *w, int n_rows, int first, int last) {
+    const int size = type == ASTROVL_TYPE_F32 ? 4 : 2;
+    int out, r, i;
+    (void)size;
+    for (out = first; out < last; out++) {
+        const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+        for (r = 0; r < n_rows; r++) {
+            const float *from = x + (size_t)r * w->n_in;
+            __m512 a = _mm512_setzero_ps(), b = a;
+            for (i = 0; i + 32 <= w->n_in; i += 32) {
+                a = _mm512_fmadd_ps(avl__load_weights_avx512(type, row, (size_t)i, 0xFFFF), _mm512_loadu_ps(from + i), a);
+                b = _mm512_fmadd_ps(avl__load_weights_avx512(type, row, (size_t)i + 16, 0xFFFF), _mm512_loadu_ps(from + i + 16), b);
+            }
+            for (; i < w->n_in; i += 16) {
+                __mmask16 lanes = avl__first_lanes_avx512(w->n_in - i);
+                a = _mm512_fmadd_ps(avl__load_weights_avx512(type, row, (size_t)i, lanes), _mm512_maskz_loadu_ps(lanes, from + i), a);
+            }
+            y[(size_t)r * w->n_out + out] = _mm512_reduce_add_ps(_mm512_add_ps(a, b)) + (w->bias ? w->bias[out] : 0.0f);
+        }
+    }
+}
+
+AVL__AVX512 static void avl__linear_avx512(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last, float *scratch) {
+    (void)scratch;
+    if (w->type == ASTROVL_TYPE_F32) avl__dot_floats_avx512(ASTROVL_TYPE_F32, y, x, w, n_rows, first, last);
+    else if (w->type == ASTROVL_TYPE_F16) avl__dot_floats_avx512(ASTROVL_TYPE_F16, y, x, w, n_rows, first, last);
+    else avl__dot_floats_avx512(ASTROVL_TYPE_BF16, y, x, w, n_rows, first, last);
+}
+
 static const avl__kernels avl__kernels_avx2 = {"avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2,
-                                               avl__read_avx2};
+    avl__read_avx2, astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL};
+static const avl__kernels avl__kernels_avx512 = {"avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2,
+    avl__read_avx2, avl__rms_norm_avx512, avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512,
+    avl__quantize_rows_avx512, avl__multiply_avx512, avl__attend_avx512};
 #endif
 
 // The table for a mode: exact always runs the portable one, fast the best that this processor has.
 static const avl__kernels *avl__choose_kernels(astrovl_mode mode) {
 #if AVL__X86
+    if (mode == ASTROVL_FAST && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return &avl__kernels_avx512;
     if (mode == ASTROVL_FAST && __builtin_cpu_supports("avx2")) return &avl__kernels_avx2;
 #endif
     (void)mode;
@@ -2103,15 +2833,26 @@ typedef struct avl__run {
     void               *progress_user;
     float              *rows;              // activations of the pass under way
     size_t              rows_capacity;
-    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row, or attention scores
+    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row or panel, or attention scores
     size_t              thread_capacity;
     size_t              thread_floats;
+    uint8_t            *quants;            // activations as integers, of the product under way
+    size_t              quants_capacity;
 } avl__run;
 
+enum { AVL__FEW_ROWS = 2 };   // up to here weights are multiplied as they lie; more rows are worth a panel
+
 // Makes room for a pass, before it starts, so that nothing inside it can fail: n_rows_floats to carve activations from, and
-// n_thread_floats for each thread. 0 when memory is out.
-static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_thread_floats) {
+// n_thread_floats for each thread; no product of the pass has more rows than n_rows or longer ones than n_thread_floats.
+// 0 when memory is out.
+static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_thread_floats, uint64_t n_rows) {
     uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
+    if (run->kernels->multiply) {
+        uint64_t n_blocks = n_thread_floats / 32 + 1;
+        if (n_blocks > SIZE_MAX / 1024 / (n_rows + 1)) return 0;
+        if (!avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_rows * n_blocks * AVL__QUANT_BYTES), 1)) return 0;
+        n_thread_floats = n_thread_floats * 32 + 32 * 512;   // a panel takes 12 floats for each of its columns, attention 32 for each key
+    }
     if (n_rows_floats > SIZE_MAX / 8 || n_thread_floats > SIZE_MAX / 8 / n_threads) return 0;
     if (!avl__grow(&run->rows, &run->rows_capacity, (size_t)n_rows_floats, sizeof(float))) return 0;
     if (!avl__grow(&run->thread_memory, &run->thread_capacity, (size_t)(n_thread_floats * n_threads), sizeof(float))) return 0;
@@ -2186,17 +2927,32 @@ ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight,
     for (i = 0; i < n_embd; i++) y[i] = x[i] * scale * weight[i];
 }
 
-// x, y: [n_rows][n_embd]
-static void avl__layer_norm_rows(float *y, const float *x, const float *weight, const float *bias, int n_rows, int n_embd,
-                                 float eps) {
-    int r;
-    for (r = 0; r < n_rows; r++)
-        astrovl_layer_norm(y + (size_t)r * n_embd, x + (size_t)r * n_embd, weight, bias, n_embd, eps);
+typedef struct avl__norm_job {
+    const avl__run *run;
+    float          *y;
+    const float    *x, *weight, *bias;     // bias NULL: an RMS norm
+    int             n_embd;
+    float           eps;
+} avl__norm_job;
+
+static void avl__norm_item(void *context, int r, int thread) {
+    avl__norm_job *job = (avl__norm_job *)context;
+    float *y = job->y + (size_t)r * job->n_embd;
+    const float *x = job->x + (size_t)r * job->n_embd;
+    (void)thread;
+    if (job->bias) job->run->kernels->layer_norm(y, x, job->weight, job->bias, job->n_embd, job->eps);
+    else           job->run->kernels->rms_norm(y, x, job->weight, job->n_embd, job->eps);
 }
 
-static void avl__rms_norm_rows(float *y, const float *x, const float *weight, int n_rows, int n_embd, float eps) {
-    int r;
-    for (r = 0; r < n_rows; r++) astrovl_rms_norm(y + (size_t)r * n_embd, x + (size_t)r * n_embd, weight, n_embd, eps);
+// x, y: [n_rows][n_embd]
+static void avl__layer_norm_rows(const avl__run *run, float *y, const float *x, const float *weight, const float *bias, int n_rows,
+                                 int n_embd, float eps) {
+    avl__norm_job job = {run, y, x, weight, bias, n_embd, eps};
+    avl__pool_run(run->pool, avl__norm_item, &job, n_rows);
+}
+
+static void avl__rms_norm_rows(const avl__run *run, float *y, const float *x, const float *weight, int n_rows, int n_embd, float eps) {
+    avl__layer_norm_rows(run, y, x, weight, NULL, n_rows, n_embd, eps);
 }
 
 // ---- softmax and activations ---------------------------------------------------------------------------------------
@@ -2240,6 +2996,8 @@ typedef struct avl__activation_job {
     float  *x;
     int64_t n;
     void  (*activation)(float *x, int64_t n);
+    void  (*silu_product)(float *x, const float *up, int64_t n);
+    const float *up;
 } avl__activation_job;
 
 enum { AVL__ACTIVATION_CHUNK = 8192 };
@@ -2248,11 +3006,16 @@ static void avl__activation_item(void *context, int item, int thread) {
     avl__activation_job *job = (avl__activation_job *)context;
     int64_t first = (int64_t)item * AVL__ACTIVATION_CHUNK, n = job->n - first;
     (void)thread;
-    job->activation(job->x + first, n < (int64_t)AVL__ACTIVATION_CHUNK ? n : (int64_t)AVL__ACTIVATION_CHUNK);
+    if (n > (int64_t)AVL__ACTIVATION_CHUNK) n = (int64_t)AVL__ACTIVATION_CHUNK;
+    if (job->up) job->silu_product(job->x + first, job->up + first, n);
+    else         job->activation(job->x + first, n);
 }
 
-static void avl__activate(avl__run *run, float *x, int64_t n, void (*activation)(float *x, int64_t n)) {
+// up: NULL, or what silu(x) is multiplied by
+static void avl__activate(avl__run *run, float *x, int64_t n, void (*activation)(float *x, int64_t n), const float *up) {
     avl__activation_job job;
+    job.silu_product = run->kernels->silu_product;
+    job.up = up;
     job.x = x;
     job.n = n;
     job.activation = activation;
@@ -2324,7 +3087,8 @@ typedef struct avl__linear_job {
     const avl__linear *w;
     float             *y;
     const float       *x;
-    int                n_rows;
+    int                n_rows, in_integers;
+    avl__quants        quants;             // x rounded, if in_integers
 } avl__linear_job;
 
 enum { AVL__LINEAR_CHUNK = 32 };   // columns of y that a thread takes at a time
@@ -2333,17 +3097,42 @@ static void avl__linear_item(void *context, int item, int thread) {
     avl__linear_job *job = (avl__linear_job *)context;
     int first = item * AVL__LINEAR_CHUNK, last = first + AVL__LINEAR_CHUNK;
     if (last > job->w->n_out) last = job->w->n_out;
-    job->run->kernels->linear(job->y, job->x, job->w, job->n_rows, first, last, avl__thread_memory(job->run, thread));
+    if (job->in_integers)
+        job->run->kernels->multiply(job->y, &job->quants, job->w, job->n_rows, first, last, avl__thread_memory(job->run, thread));
+    else
+        job->run->kernels->linear(job->y, job->x, job->w, job->n_rows, first, last, avl__thread_memory(job->run, thread));
 }
+
+enum { AVL__QUANTIZE_CHUNK = 4 };   // rows that a thread takes at a time
+
+static void avl__quantize_item(void *context, int item, int thread) {
+    avl__linear_job *job = (avl__linear_job *)context;
+    int first = item * AVL__QUANTIZE_CHUNK, n = job->n_rows - first;
+    (void)thread;
+    job->run->kernels->quantize(&job->quants, avl__block_form_of(job->w->type), job->x, first, n < AVL__QUANTIZE_CHUNK ? n : AVL__QUANTIZE_CHUNK,
+                                job->w->n_in);
+}
+
+static int avl__is_float_type(int type) { return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16; }
 
 // y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 static void avl__apply(avl__run *run, float *y, const float *x, const avl__linear *w, int n_rows) {
     avl__linear_job job;
+    size_t n_blocks = ((size_t)w->n_in + 31) / 32, n = (size_t)n_rows * n_blocks;
     job.run = run;
     job.w = w;
     job.y = y;
     job.x = x;
     job.n_rows = n_rows;
+    job.in_integers = run->kernels->multiply && (n_rows > AVL__FEW_ROWS || !avl__is_float_type(w->type));
+    if (job.in_integers) {
+        job.quants.n_blocks = (int)n_blocks;
+        job.quants.scale = (float *)(void *)run->quants;
+        job.quants.bias = (int32_t *)(void *)(job.quants.scale + n);
+        job.quants.sum = (float *)(void *)(job.quants.bias + 2 * n);
+        job.quants.q = (int8_t *)(job.quants.sum + 2 * n);
+        avl__pool_run(run->pool, avl__quantize_item, &job, (n_rows + AVL__QUANTIZE_CHUNK - 1) / AVL__QUANTIZE_CHUNK);
+    }
     avl__pool_run(run->pool, avl__linear_item, &job, (w->n_out + AVL__LINEAR_CHUNK - 1) / AVL__LINEAR_CHUNK);
 }
 
@@ -2366,7 +3155,7 @@ typedef struct avl__attention {
     const avl__run *run;
 } avl__attention;
 
-enum { AVL__ATTENTION_ROWS = 16 };   // query rows that a thread takes at a time
+enum { AVL__ATTENTION_ROWS = 32 };   // query rows that a thread takes at a time
 
 // One query row of one head.  scores: [n_past + n_rows]
 static void avl__attend(const avl__attention *a, int head, int row, float *scores) {
@@ -2390,6 +3179,15 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
 static void avl__attention_item(void *context, int item, int thread) {
     const avl__attention *a = (const avl__attention *)context;
     int head = item % a->n_head, first = item / a->n_head * AVL__ATTENTION_ROWS, row;
+    if (a->run->kernels->attend && !a->weights && a->n_rows > 1) {
+        int n = a->n_rows - first < AVL__ATTENTION_ROWS ? a->n_rows - first : AVL__ATTENTION_ROWS;
+        size_t q_stride = (size_t)a->n_head * a->head_dim, kv_stride = (size_t)a->n_head_kv * a->head_dim;
+        size_t kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim, at = (size_t)first * q_stride + (size_t)head * a->head_dim;
+        int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
+        a->run->kernels->attend(a->out + at, a->q + at, q_stride, a->k + kv_head, a->v + kv_head, kv_stride, n, n_keys,
+                                a->causal ? a->n_past + first + 1 : n_keys, a->head_dim, avl__thread_memory(a->run, thread));
+        return;
+    }
     for (row = first; row < first + AVL__ATTENTION_ROWS && row < a->n_rows; row++)
         avl__attend(a, head, row, avl__thread_memory(a->run, thread));
 }
@@ -6873,7 +7671,7 @@ static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, 
     n_hidden = avl__max_u64(avl__max_u64(n_hidden, n * (uint64_t)tower->n_ff), 2 * (uint64_t)pass->n_sequences * head);
     n_thread = avl__max_u64(avl__max_u64(n_thread, (uint64_t)n_longest), avl__max_u64(head, (uint64_t)tower->n_embd));
     n_thread = avl__max_u64(n_thread, (uint64_t)tower->n_ff);
-    if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread)) return 0;
+    if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread, n)) return 0;
     block = run->rows;
     pass->x = avl__carve(&block, wide);
     pass->normed = avl__carve(&block, wide);
@@ -6903,7 +7701,7 @@ static void avl__tower_layer_run(const avl__tower *tower, avl__run *run, avl__to
     const avl__tower_layer *layer = &tower->layers[i];
     const char *prefix = pass->prefix;
     int d = tower->n_embd, n = pass->n_rows;
-    avl__layer_norm_rows(pass->normed, pass->x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
+    avl__layer_norm_rows(run, pass->normed, pass->x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
     avl__tap(run, prefix, i, "layer_norm1", pass->normed, n, d);
     avl__apply(run, pass->q, pass->normed, &layer->q, n);
     avl__apply(run, pass->k, pass->normed, &layer->k, n);
@@ -6917,11 +7715,11 @@ static void avl__tower_layer_run(const avl__tower *tower, avl__run *run, avl__to
     avl__tap(run, prefix, i, "self_attn.out_proj", pass->normed, n, d);
     avl__add(pass->x, pass->normed, (int64_t)n * d);
 
-    avl__layer_norm_rows(pass->normed, pass->x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
+    avl__layer_norm_rows(run, pass->normed, pass->x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
     avl__tap(run, prefix, i, "layer_norm2", pass->normed, n, d);
     avl__apply(run, pass->hidden, pass->normed, &layer->fc1, n);
     avl__tap(run, prefix, i, "mlp.fc1", pass->hidden, n, tower->n_ff);
-    avl__activate(run, pass->hidden, (int64_t)n * tower->n_ff, tower->use_gelu ? astrovl_gelu : astrovl_quick_gelu);
+    avl__activate(run, pass->hidden, (int64_t)n * tower->n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu, NULL);
     avl__tap(run, prefix, i, "mlp.activation_fn", pass->hidden, n, tower->n_ff);
     avl__apply(run, pass->normed, pass->hidden, &layer->fc2, n);
     avl__tap(run, prefix, i, "mlp.fc2", pass->normed, n, d);
@@ -6973,7 +7771,7 @@ static void avl__clip_embed(const avl__clip *clip, avl__run *run, const float *p
     memcpy(x, clip->class_embd, (size_t)d * sizeof(float));
     avl__add(x, clip->position_embd, (int64_t)n * d);
     avl__tap(run, "vision_model.embeddings", -1, "", x, n, d);
-    avl__layer_norm_rows(x, x, clip->pre_norm_weight, clip->pre_norm_bias, n, d, clip->tower.eps);
+    avl__layer_norm_rows(run, x, x, clip->pre_norm_weight, clip->pre_norm_bias, n, d, clip->tower.eps);
     avl__tap(run, "vision_model.pre_layrnorm", -1, "", x, n, d);   // transformers' spelling
 }
 
@@ -7019,7 +7817,7 @@ static astrovl_status avl__clip_embed_images(const avl__clip *clip, avl__run *ru
     astrovl_status status = avl__clip_run(clip, run, pixels, n_images, clip->tower.n_layer, &pass, err);
     if (status) return status;
     for (i = 0; i < n_images; i++) memcpy(pass.mixed + (size_t)i * d, pass.x + (size_t)i * n * d, d * sizeof(float));
-    avl__layer_norm_rows(pass.normed, pass.mixed, clip->joint.norm_weight, clip->joint.norm_bias, n_images, clip->tower.n_embd,
+    avl__layer_norm_rows(run, pass.normed, pass.mixed, clip->joint.norm_weight, clip->joint.norm_bias, n_images, clip->tower.n_embd,
                          clip->tower.eps);
     avl__tap(run, "vision_model.post_layernorm", -1, "", pass.normed, n_images, clip->tower.n_embd);
     avl__joint_run(&clip->joint, run, &pass, "visual_projection", embeddings);
@@ -7057,7 +7855,7 @@ static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run
     for (i = 0; i < n_texts; at += lengths[i++]) avl__add(pass.x + (size_t)at * (size_t)d, text->position_embd, (int64_t)lengths[i] * d);
     avl__tap(run, "text_model.embeddings", -1, "", pass.x, pass.n_rows, d);
     for (i = 0; i < text->tower.n_layer; i++) avl__tower_layer_run(&text->tower, run, &pass, i);
-    avl__layer_norm_rows(pass.x, pass.x, text->joint.norm_weight, text->joint.norm_bias, pass.n_rows, d, text->tower.eps);
+    avl__layer_norm_rows(run, pass.x, pass.x, text->joint.norm_weight, text->joint.norm_bias, pass.n_rows, d, text->tower.eps);
     avl__tap(run, "text_model.final_layer_norm", -1, "", pass.x, pass.n_rows, d);
     for (i = 0, at = 0; i < n_texts; at += lengths[i++]) {
         for (j = 0; j + 1 < lengths[i] && tokens[at + j] != end; j++) {}
@@ -7223,7 +8021,7 @@ static int avl__llama_reserve(const avl__llama *m, avl__run *run, int n_past, in
     if (thread < (uint64_t)m->n_embd) thread = (uint64_t)m->n_embd;
     if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
     if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
-    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * hidden + (uint64_t)m->rope_dim / 2 * 3 + shown + weights, thread)) return 0;
+    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * hidden + (uint64_t)m->rope_dim / 2 * 3 + shown + weights, thread, (uint64_t)n)) return 0;
     block = run->rows;
     rows->x = avl__carve(&block, wide);
     rows->normed = avl__carve(&block, wide);
@@ -7259,7 +8057,7 @@ static void avl__llama_attention(const avl__llama *m, avl__run *run, avl__kv_cac
     float *k_new = k + (size_t)cache->n_past * kv_row, *v_new = v + (size_t)cache->n_past * kv_row;
     avl__attention attention = {rows->q, k, v, rows->mixed, rows->weights, n, cache->n_past, m->n_head, m->n_head_kv, m->head_dim,
                                 1, run};
-    avl__rms_norm_rows(rows->normed, rows->x, layer->attention_norm, n, m->n_embd, m->rms_norm_eps);
+    avl__rms_norm_rows(run, rows->normed, rows->x, layer->attention_norm, n, m->n_embd, m->rms_norm_eps);
     avl__tap(run, "model.layers", i, "input_layernorm", rows->normed, n, m->n_embd);
     avl__apply(run, rows->q, rows->normed, &layer->q, n);
     avl__apply(run, k_new, rows->normed, &layer->k, n);
@@ -7281,15 +8079,14 @@ static void avl__llama_attention(const avl__llama *m, avl__run *run, avl__kv_cac
 
 static void avl__llama_mlp(const avl__llama *m, avl__run *run, int i, avl__llama_rows *rows, int n) {
     const avl__llama_layer *layer = &m->layers[i];
-    int64_t n_hidden = (int64_t)n * m->n_ff, j;
-    avl__rms_norm_rows(rows->normed, rows->x, layer->ffn_norm, n, m->n_embd, m->rms_norm_eps);
+    int64_t n_hidden = (int64_t)n * m->n_ff;
+    avl__rms_norm_rows(run, rows->normed, rows->x, layer->ffn_norm, n, m->n_embd, m->rms_norm_eps);
     avl__tap(run, "model.layers", i, "post_attention_layernorm", rows->normed, n, m->n_embd);
     avl__apply(run, rows->gate, rows->normed, &layer->gate, n);
     avl__apply(run, rows->up, rows->normed, &layer->up, n);
     avl__tap(run, "model.layers", i, "mlp.gate_proj", rows->gate, n, m->n_ff);
     avl__tap(run, "model.layers", i, "mlp.up_proj", rows->up, n, m->n_ff);
-    avl__activate(run, rows->gate, n_hidden, astrovl_silu);
-    for (j = 0; j < n_hidden; j++) rows->gate[j] *= rows->up[j];
+    avl__activate(run, rows->gate, n_hidden, NULL, rows->up);
     avl__tap(run, "model.layers", i, "mlp.act", rows->gate, n, m->n_ff);
     avl__apply(run, rows->normed, rows->gate, &layer->down, n);
     avl__tap(run, "model.layers", i, "mlp.down_proj", rows->normed, n, m->n_embd);
@@ -7317,7 +8114,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     cache->n_past += n;
     if (n_logits == 0) return ASTROVL_OK;
     last = rows.x + (size_t)(n - n_logits) * m->n_embd;
-    avl__rms_norm_rows(rows.normed, last, m->output_norm, n_logits, m->n_embd, m->rms_norm_eps);
+    avl__rms_norm_rows(run, rows.normed, last, m->output_norm, n_logits, m->n_embd, m->rms_norm_eps);
     avl__tap(run, "model.norm", -1, "", rows.normed, n_logits, m->n_embd);
     avl__apply(run, logits, rows.normed, &m->output, n_logits);
     avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
@@ -7772,6 +8569,7 @@ ASTROVL_API void astrovl_session_free(astrovl_session *s) {
     avl__kv_cache_free(&s->cache);
     astrovl_free(s->run.rows);
     astrovl_free(s->run.thread_memory);
+    astrovl_free(s->run.quants);
     astrovl_free(s->answer.data);
     astrovl_free(s);
 }
@@ -7821,7 +8619,7 @@ static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const 
     const avl__linear *first = &m->projector[0], *second = &m->projector[1];
     int n = m->clip.n_patches;
     uint64_t widest = (uint64_t)(first->n_in > first->n_out ? first->n_in : first->n_out);
-    if (!avl__run_reserve(run, (uint64_t)n * first->n_out, widest)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the projector");
+    if (!avl__run_reserve(run, (uint64_t)n * first->n_out, widest, (uint64_t)n)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the projector");
     if (m->n_projector == 1) {
         avl__apply(run, rows, features, first, n);
         avl__tap(run, "multi_modal_projector", -1, "linear", rows, n, first->n_out);
@@ -7829,7 +8627,7 @@ static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const 
     }
     avl__apply(run, run->rows, features, first, n);
     avl__tap(run, "multi_modal_projector", -1, "linear_1", run->rows, n, first->n_out);
-    avl__activate(run, run->rows, (int64_t)n * first->n_out, astrovl_gelu);
+    avl__activate(run, run->rows, (int64_t)n * first->n_out, run->kernels->gelu, NULL);
     avl__tap(run, "multi_modal_projector", -1, "act", run->rows, n, first->n_out);
     avl__apply(run, rows, run->rows, second, n);
     avl__tap(run, "multi_modal_projector", -1, "linear_2", rows, n, second->n_out);
