@@ -2006,7 +2006,7 @@ typedef struct avl__panel {
     float   *d, *m;        // [2][n_blocks][n_parts][16]
 } avl__panel;
 
-enum { AVL__PANEL_ROWS = 32, AVL__QUANT_BYTES = 32 + 4 + 2 * 4 + 2 * 4 };   // of a block of activations
+enum { AVL__PANEL_ROWS = 32, AVL__QUANT_BYTES = 64 };   // of a block of activations: 32 + 4 + 8 + 8, or 32 bfloat16
 
 typedef struct avl__kernels {
     const char *name;
@@ -2027,7 +2027,7 @@ typedef struct avl__kernels {
     void (*quick_gelu)(float *x, int64_t n);
     void (*silu_product)(float *x, const float *up, int64_t n);       // x = silu(x) * up
     // fast mode's products of integers and its attention (described where they stand); NULL in exact mode
-    void (*quantize)(const avl__quants *to, avl__block_form form, const float *x, int first, int n_rows, int n_in);
+    void (*quantize)(const avl__quants *to, int type, const float *x, int first, int n_rows, int n_in);
     void (*multiply)(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch);
     void (*attend)(float *out, const float *q, size_t q_stride, const float *k, const float *v, size_t kv_stride, int n, int n_keys, int n_visible,
                    int head_dim, float *scratch);
@@ -2144,6 +2144,7 @@ static uint64_t avl__read_avx2(const void *data, size_t size) {
 
 #define AVL__AVX2   __attribute__((target("avx2,fma,f16c")))
 #define AVL__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
 #define AVL__INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define AVL__UNROLL _Pragma("clang loop unroll(full)")
@@ -2296,7 +2297,8 @@ AVL__AVX512 AVL__INLINE __m512 avl__load_weights_avx512(int type, const uint8_t 
 }
 
 // One row of 32 floats to q, e and the two sums: x = e q, e = max |x| / 127.
-AVL__AVX512 static void avl__quantize_rows_avx512(const avl__quants *to, avl__block_form f, const float *x, int first, int n_rows, int n_in) {
+AVL__AVX512 static void avl__quantize_rows_avx512(const avl__quants *to, int type, const float *x, int first, int n_rows, int n_in) {
+    const avl__block_form f = avl__block_form_of(type);
     int r, b, n = to->n_blocks;
     for (r = first; r < first + n_rows; r++)
         for (b = 0; b < n; b++) {
@@ -2530,6 +2532,88 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
     for (r = 0; r < n; r++) y[r] = _mm512_reduce_add_ps(_mm512_add_ps(rest[r], _mm512_zextps256_ps512(sum[r])));
 }
 
+// ---- weights that are floats: pairs of bfloat16 --------------------------------------------------------------------
+// F32, F16 and BF16 weights are too fine for integers of 8 bits. vdpbf16ps multiplies pairs of bfloat16 and adds them up in
+// float32, at half the rate of the integers; activations are rounded to bfloat16 as well. The panel is turned the same way: a
+// register holds the same two columns of 16 rows. No scales come in between, so twelve rows of activations fill the registers.
+
+// x to pairs of bfloat16 [n_rows][n_blocks][32], the columns beyond n_in zero
+AVL__AVX512_BF16 static void avl__pair_rows_avx512(const avl__quants *to, const float *x, int first, int n_rows, int n_in) {
+    int r, i;
+    for (r = first; r < first + n_rows; r++)
+        for (i = 0; i < 32 * to->n_blocks; i += 32) {
+            const float *from = x + (size_t)r * n_in + i;
+            __m512 low = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - i), from);
+            __m512 high = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - i - 16), from + 16);
+            _mm512_storeu_si512(to->q + 2 * ((size_t)r * 32 * to->n_blocks + (size_t)i), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+}
+
+// Half a panel of pairs, [n_blocks][16 pairs][16 rows].
+AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, uint8_t *to) {
+    int b, g, r, h;
+    for (b = 0; b < (n_in + 31) / 32; b++)
+        for (g = 0; g < 16; g += 8) {
+            __m512i pairs[8];
+            AVL__UNROLL
+            for (r = 0; r < 8; r++) {
+                const uint8_t *row = rows + (size_t)(g + r) * row_bytes;
+                pairs[r] = _mm512_setzero_si512();
+                if (g + r < n)
+                    pairs[r] = (__m512i)_mm512_cvtne2ps_pbh(
+                        avl__load_weights_avx512(type, row, 32 * (size_t)b + 16, avl__first_lanes_avx512(n_in - 32 * b - 16)),
+                        avl__load_weights_avx512(type, row, 32 * (size_t)b, avl__first_lanes_avx512(n_in - 32 * b)));
+            }
+            for (h = 0; h < 2; h++) {
+                __m256i v[8];
+                AVL__UNROLL
+                for (r = 0; r < 8; r++) v[r] = h ? _mm512_extracti64x4_epi64(pairs[r], 1) : _mm512_castsi512_si256(pairs[r]);
+                avl__turn_words_avx2(v);
+                AVL__UNROLL
+                for (r = 0; r < 8; r++)
+                    _mm256_storeu_si256((__m256i *)(void *)(to + 64 * (16 * (size_t)b + 8 * (size_t)h + (size_t)r) + 4 * g), v[r]);
+            }
+        }
+}
+
+// n rows of activations (a constant wherever this is inlined) over a panel of pairs.
+AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_avx512(int n, const uint8_t *panel, const avl__quants *x, size_t first, float *y, size_t y_stride,
+                                                         const float *bias, int n_columns) {
+    const size_t n_pairs = 16 * (size_t)x->n_blocks, row = 4 * n_pairs;
+    const uint8_t *from = (const uint8_t *)x->q + first * row;
+    __m512 sum[12][2];
+    size_t i;
+    int r;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (i = 0; i < n_pairs; i++) {
+        __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + 64 * i), w1 = (__m512bh)_mm512_loadu_si512(panel + 64 * (n_pairs + i));
+        AVL__UNROLL
+        for (r = 0; r < n; r++) {
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(avl__load_word_avx2(from + (size_t)r * row + 4 * i));
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, pair);
+            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, pair);
+        }
+    }
+    for (r = 0; r < n; r++) avl__store_sums_avx512(y + (size_t)r * y_stride, sum[r], bias, n_columns);
+}
+
+AVL__AVX512_BF16 AVL__INLINE void avl__multiply_pairs_avx512(int type, float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first,
+                                                             int last, float *scratch) {
+    uint8_t *panel = (uint8_t *)scratch;
+    int out, r, i;
+    for (out = first; out < last; out += AVL__PANEL_ROWS) {
+        const int n = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        const float *bias = w->bias ? w->bias + out : NULL;
+        const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+        for (i = 0; i < 2; i++)
+            avl__fill_pairs_avx512(type, rows + 16 * (size_t)i * w->row_bytes, w->row_bytes, n - 16 * i, w->n_in, panel + 1024 * (size_t)x->n_blocks * i);
+        for (r = 0; r + 12 <= n_rows; r += 12) avl__pass_pairs_avx512(12, panel, x, (size_t)r, y + (size_t)r * w->n_out + out, (size_t)w->n_out, bias, n);
+        for (; r + 4 <= n_rows; r += 4) avl__pass_pairs_avx512(4, panel, x, (size_t)r, y + (size_t)r * w->n_out + out, (size_t)w->n_out, bias, n);
+        for (; r < n_rows; r++) avl__pass_pairs_avx512(1, panel, x, (size_t)r, y + (size_t)r * w->n_out + out, (size_t)w->n_out, bias, n);
+    }
+}
+
 // Columns first..last-1 of y for weights of one type: a few rows of activations meet the weights as they lie, many a panel.
 AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first,
                                                        int last, float *scratch) {
@@ -2560,6 +2644,8 @@ AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, float *y, const
         avl__run_panel_avx512(f.n_parts, f.has_min, &p, x, n_rows, y, w, out, n);
     }
 }
+
+static int avl__is_float_type(int type) { return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16; }
 
 AVL__AVX512 static void avl__multiply_avx512(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch) {
     switch (w->type) {
@@ -2795,11 +2881,28 @@ AVL__AVX512 static void avl__linear_avx512(float *y, const float *x, const avl__
     else avl__dot_floats_avx512(ASTROVL_TYPE_BF16, y, x, w, n_rows, first, last);
 }
 
+AVL__AVX512_BF16 static void avl__multiply_any_bf16(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch) {
+    switch (w->type) {
+    case ASTROVL_TYPE_F32:  avl__multiply_pairs_avx512(ASTROVL_TYPE_F32, y, x, w, n_rows, first, last, scratch); break;
+    case ASTROVL_TYPE_F16:  avl__multiply_pairs_avx512(ASTROVL_TYPE_F16, y, x, w, n_rows, first, last, scratch); break;
+    case ASTROVL_TYPE_BF16: avl__multiply_pairs_avx512(ASTROVL_TYPE_BF16, y, x, w, n_rows, first, last, scratch); break;
+    default: avl__multiply_avx512(y, x, w, n_rows, first, last, scratch); break;
+    }
+}
+
+AVL__AVX512_BF16 static void avl__round_rows_bf16(const avl__quants *to, int type, const float *x, int first, int n_rows, int n_in) {
+    if (avl__is_float_type(type)) avl__pair_rows_avx512(to, x, first, n_rows, n_in);
+    else                          avl__quantize_rows_avx512(to, type, x, first, n_rows, n_in);
+}
+
 static const avl__kernels avl__kernels_avx2 = {"avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2,
     avl__read_avx2, astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL};
 static const avl__kernels avl__kernels_avx512 = {"avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2,
     avl__read_avx2, avl__rms_norm_avx512, avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512,
     avl__quantize_rows_avx512, avl__multiply_avx512, avl__attend_avx512};
+static const avl__kernels avl__kernels_avx512_bf16 = {"avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2,
+    avl__read_avx2, avl__rms_norm_avx512, avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512,
+    avl__round_rows_bf16, avl__multiply_any_bf16, avl__attend_avx512};
 #endif
 
 // The table for a mode: exact always runs the portable one, fast the best that this processor has.
@@ -2807,7 +2910,7 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode) {
 #if AVL__X86
     if (mode == ASTROVL_FAST && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        return &avl__kernels_avx512;
+        return __builtin_cpu_supports("avx512bf16") ? &avl__kernels_avx512_bf16 : &avl__kernels_avx512;
     if (mode == ASTROVL_FAST && __builtin_cpu_supports("avx2")) return &avl__kernels_avx2;
 #endif
     (void)mode;
@@ -3109,11 +3212,9 @@ static void avl__quantize_item(void *context, int item, int thread) {
     avl__linear_job *job = (avl__linear_job *)context;
     int first = item * AVL__QUANTIZE_CHUNK, n = job->n_rows - first;
     (void)thread;
-    job->run->kernels->quantize(&job->quants, avl__block_form_of(job->w->type), job->x, first, n < AVL__QUANTIZE_CHUNK ? n : AVL__QUANTIZE_CHUNK,
+    job->run->kernels->quantize(&job->quants, job->w->type, job->x, first, n < AVL__QUANTIZE_CHUNK ? n : AVL__QUANTIZE_CHUNK,
                                 job->w->n_in);
 }
-
-static int avl__is_float_type(int type) { return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16; }
 
 // y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 static void avl__apply(avl__run *run, float *y, const float *x, const avl__linear *w, int n_rows) {
