@@ -1977,7 +1977,7 @@ typedef struct avl__block_form {
     int has_min;       // 0: m is 0
 } avl__block_form;
 
-static inline avl__block_form avl__block_form_of(int type) {
+static inline __attribute__((always_inline)) avl__block_form avl__block_form_of(int type) {
     avl__block_form f = {0, 1, 0};
     switch (type) {
     case ASTROVL_TYPE_Q4_0: f.offset = 8; break;
@@ -2166,8 +2166,8 @@ AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const uint8_t *p) { return _mm256
 
 // 16 bytes of nibbles: the low ones, then the high ones
 AVL__AVX2 AVL__INLINE __m256i avl__nibbles_avx2(const uint8_t *p) {
-    __m128i q = _mm_loadu_si128((const __m128i *)(const void *)p);
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(q, 4), q), _mm256_set1_epi8(15));
+    __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm256_and_si256(_mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15));
 }
 
 // bits[i] of a word as bytes of 16 or 0
@@ -2491,9 +2491,10 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
     const avl__block_form f = avl__block_form_of(type);
     const size_t first = at * (size_t)x->n_blocks;
     const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     __m256 sum[4];
     __m512 rest[4];
+    float scales[4][64];              // d e of eight blocks; for blocks of two parts, of each register's eight lanes
     int b, j, r;
     AVL__UNROLL
     for (r = 0; r < n; r++) {
@@ -2504,26 +2505,30 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
         const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
         const __mmask16 there = (__mmask16)((1u << n_now * f.n_parts) - 1);
         const __m512 sums = _mm512_maskz_loadu_ps(there, x->sum + (first + (size_t)b) * f.n_parts);
-        __m512 e = _mm512_maskz_loadu_ps((__mmask16)((1u << n_now) - 1), x->scale + first + b), scales[4];
+        __m512 e = _mm512_maskz_loadu_ps((__mmask16)((1u << n_now) - 1), x->scale + first + b);
         if (f.n_parts == 2) e = _mm512_permutexvar_ps(twice, e);
         AVL__UNROLL
         for (r = 0; r < n; r++) {
-            __m512 d, m;
+            __m512 d, m, scale;
             avl__block_scales_avx512(type, rows + (size_t)r * row_bytes, (size_t)b, n_now, &d, &m);
-            scales[r] = _mm512_mul_ps(d, e);
+            scale = _mm512_mul_ps(d, e);
+            if (f.n_parts == 1) _mm256_storeu_ps(scales[r], _mm512_castps512_ps256(scale));
+            else
+                AVL__UNROLL
+                for (j = 0; j < 4; j++)
+                    _mm512_storeu_ps(scales[r] + 16 * j, _mm512_permutexvar_ps(_mm512_add_epi32(fourfold, _mm512_set1_epi32(4 * j)), scale));
             if (f.offset) rest[r] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps((float)-f.offset)), sums, rest[r]);
             if (f.has_min) rest[r] = _mm512_fmadd_ps(m, sums, rest[r]);
         }
         AVL__UNROLL
         for (j = 0; j < 8; j++) {
-            const __m512i pick = f.n_parts == 2 ? _mm512_add_epi32(halves, _mm512_set1_epi32(2 * j)) : _mm512_set1_epi32(j);
             __m256i q;
             if (j >= n_now) break;
             q = avl__load32_avx2((const uint8_t *)x->q + 32 * (first + (size_t)b + j));
             AVL__UNROLL
             for (r = 0; r < n; r++) {
                 __m256i whole = _mm256_dpbusd_epi32(_mm256_setzero_si256(), avl__block_bytes_avx2(type, rows + (size_t)r * row_bytes, (size_t)b + j), q);
-                __m256 scale = _mm512_castps512_ps256(_mm512_permutexvar_ps(pick, scales[r]));
+                __m256 scale = f.n_parts == 1 ? _mm256_set1_ps(scales[r][j]) : _mm256_loadu_ps(scales[r] + 8 * j);
                 sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, sum[r]);
             }
         }
