@@ -5,6 +5,7 @@
     ASTROVL=./astrovl-sanitize python3 test/test_convert.py
 """
 import ast
+import importlib.util
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unittest
 import xml.dom.minidom
 import zipfile
@@ -1509,15 +1511,57 @@ def write_safetensors(tensors, *path):
         f.write(with_header(*safetensors_file(tensors)))
 
 
-def run_convert(*arguments, folder, file_size=None):
+def limit_convert(file_size=None):
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTE, GIGABYTE))
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+
+def run_convert(*arguments, folder, **limits):
     """Runs convert.py in this folder, with a gigabyte of memory and ten seconds."""
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (GIGABYTE, GIGABYTE))
-        if file_size:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     done = subprocess.run([sys.executable, CONVERT, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          cwd=folder, timeout=10, preexec_fn=limit)
+                          cwd=folder, timeout=10, preexec_fn=lambda: limit_convert(**limits))
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def fork_convert(*arguments, folder, **limits):
+    """The same without starting Python anew, for hundreds of cases. A status below 0 is a signal: -14 for ten seconds."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if not pid:
+            status = 99
+            try:
+                signal.alarm(10)
+                limit_convert(**limits)
+                os.chdir(folder)
+                for file, fd in ((out, 1), (err, 2)):
+                    os.dup2(file.fileno(), fd)
+                sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), [CONVERT, *arguments]
+                try:
+                    status = load_convert().main()
+                except SystemExit as e:
+                    status = e.code
+                except BaseException:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(status)
+        status = os.waitpid(pid, 0)[1]
+        status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        out.seek(0)
+        err.seek(0)
+        return Result(status, out.read(), err.read())
+
+
+def load_convert():
+    if "astrovl_convert" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("astrovl_convert", CONVERT)
+        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        sys.modules["astrovl_convert"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["astrovl_convert"])
+        sys.dont_write_bytecode = before
+    return sys.modules["astrovl_convert"]
 
 
 class ConvertCase(Case):
@@ -1828,6 +1872,7 @@ class ConvertHostile(ConvertCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
+        load_convert()                         # before the forks
         cls.out = cls.path("out")
         os.mkdir(cls.out)
         cls.tensors = read_safetensors(CHECKPOINTS, "llama3", "model.safetensors")
@@ -1836,12 +1881,8 @@ class ConvertHostile(ConvertCase):
     def refuses(self, source, mentions, *arguments, why=None):
         with open(os.path.join(self.out, "model.gguf"), "w") as f:       # an earlier file stays as it is
             f.write("earlier")
-        began = time.monotonic()
         with self.subTest(why if why is not None else mentions):
-            try:
-                result = run_convert("-o", "model.gguf", source, *arguments, folder=self.out)
-            except subprocess.TimeoutExpired:
-                self.fail("runs for more than ten seconds")
+            result = fork_convert("-o", "model.gguf", source, *arguments, folder=self.out)
             self.assertEqual(result.code, 1, result)
             lines = result.err.splitlines()
             self.assertEqual((len(lines), lines[0][:19]), (1, "convert.py: error: "), result)
@@ -1850,7 +1891,6 @@ class ConvertHostile(ConvertCase):
             self.assertTrue(all(c.isprintable() for c in lines[0]), result)
             self.assertEqual(os.listdir(self.out), ["model.gguf"])
             self.assertEqual(read_bytes(self.out, "model.gguf"), b"earlier")
-            self.assertLess(time.monotonic() - began, 10)
         for name in os.listdir(self.out):
             os.remove(os.path.join(self.out, name))
 
@@ -1887,7 +1927,7 @@ class ConvertHostile(ConvertCase):
 
     def accepted(self, folder, *arguments):
         """-> the file's bytes: what is attacked below is right before it is attacked"""
-        result = run_convert("-o", self.path("good.gguf"), folder, "--name", "x", *arguments, folder=self.folder)
+        result = fork_convert("-o", self.path("good.gguf"), folder, "--name", "x", *arguments, folder=self.folder)
         self.assertEqual((result.code, result.err), (0, ""), result)
         return read_bytes(self.path("good.gguf"))
 
@@ -2190,7 +2230,7 @@ class ConvertHostile(ConvertCase):
         self.accepted(folder)
         state = read_json(folder, name)
         first, merges = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)[0], state["model"]["merges"]
-        cases = [(["model", "type"], kind) for kind in ("Unigram", "WordPiece", "WordLevel", "", 5, None)]
+        cases = [(["model", "type"], kind) for kind in ("Unigram", "WordPiece", "WordLevel", "", 5)]
         cases += [(["model"],), (["model"], []), (["model"], None), (["model", "vocab"], []), (["model", "vocab"], {}), (["model", "vocab"],), (["model", "merges"], {}),
                   (["model", "merges"], "x"), (["model", "merges"],)]
         cases += [(["model", "vocab", first], i) for i in (-1, 1, 10 ** 9, 10 ** 30, 0.5, "0", None, [])]
@@ -2236,7 +2276,7 @@ class ConvertHostile(ConvertCase):
         for out, limit in (("missing/model.gguf", None), (self.path("folder.gguf"), None), (self.path("pipe.gguf"), None), ("/proc/x.gguf", None),
                            ("model.gguf", 10000)):                       # the last: a disk with little room
             with self.subTest(out):
-                result = run_convert("-o", out, good, folder=self.out, file_size=limit)
+                result = fork_convert("-o", out, good, folder=self.out, file_size=limit)
                 self.assertEqual(result.code, 1, result)
                 self.assertRegex(result.err, r"^convert\.py: error: .*\n$")
                 self.assertEqual(os.listdir(self.out), [])
@@ -2247,7 +2287,7 @@ class ConvertHostile(ConvertCase):
         for folder, arguments, says in ((llava, (), "--vision"), (self.checkpoint("part", "projector"), (), "--base"),
                                         (self.checkpoint("tower", "clip_flax"), (), "tokenizer|vocab"), (self.checkpoint("lora", "lora"), (), "[Mm]erge")):
             with self.subTest(says):
-                result = run_convert("-o", "model.gguf", folder, *arguments, folder=self.out)
+                result = fork_convert("-o", "model.gguf", folder, *arguments, folder=self.out)
                 self.assertEqual(result.code, 1, result)
                 self.assertRegex(result.err, r"^convert\.py: error: .*(%s).*\n$" % says)
                 self.assertEqual(os.listdir(self.out), [])
