@@ -1564,17 +1564,20 @@ def load_convert():
     return sys.modules["astrovl_convert"]
 
 
+def lay_together(folder, *parts):
+    """A folder of files from folders of test/golden/convert/; what comes later wins. Made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.mkdir(folder)
+    for part in parts:
+        for file in os.listdir(os.path.join(CHECKPOINTS, part)):
+            shutil.copyfile(os.path.join(CHECKPOINTS, part, file), os.path.join(folder, file))
+    return folder
+
+
 class ConvertCase(Case):
     @classmethod
     def checkpoint(cls, name, *parts):
-        """A folder laid together from folders of test/golden/convert/; what comes later wins. Made anew."""
-        folder = cls.path(name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.mkdir(folder)
-        for part in parts:
-            for file in os.listdir(os.path.join(CHECKPOINTS, part)):
-                shutil.copyfile(os.path.join(CHECKPOINTS, part, file), os.path.join(folder, file))
-        return folder
+        return lay_together(cls.path(name), *parts)
 
 
 def rewrite(path, change):
@@ -1627,6 +1630,27 @@ def configuration_alone(folder):
     os.remove(os.path.join(folder, "model.safetensors"))
 
 
+def tokenizer_alone(folder):                   # of llava_v5, below a language model
+    os.remove(os.path.join(folder, "processor_config.json"))
+
+
+def rope_scaling_of_version_4(folder):
+    tokenizer_alone(folder)
+    rope_scaling(folder)
+
+
+def lay_out(layout, path):
+    """Makes a layout's folders below `path` -> convert.py's arguments"""
+    parts, change, more, source, _, _ = LAYOUTS.get(layout) or CLIP_LAYOUTS[layout]
+    arguments = []
+    for name, option, (folders, change) in [(layout, None, (parts, change))] + [(layout + o, o, f) for o, f in more.items()]:
+        folder = lay_together(os.path.join(path, name), *folders)
+        if change:
+            change(folder)
+        arguments += [option, folder] if option else [os.path.join(folder, source)]
+    return arguments
+
+
 # name: (folders laid together, a change, more folders as {option: (folders, change)}, SOURCE within the folder, model, run)
 LAYOUTS = {
     "llava_v5": (["llava_v5"], None, {}, "", "B", "crop"),
@@ -1638,8 +1662,8 @@ LAYOUTS = {
     "liuhaotian_tower": (["spm", "liuhaotian"], without_tower, {"--vision": (["clip"], tower_alone)}, "", "A", "pad"),
     "projector": (["projector"], None, {"--base": (["spm", "llama2"], None), "--vision": (["clip"], None)}, "mm_projector.bin", "A", "pad"),
     "llama2": (["spm", "llama2"], None, {}, "", "A", "text"),
-    "llama3": (["llava_v5", "llama3"], None, {}, "model.safetensors", "D", "text"),
-    "llama3_v4": (["llava_v5", "llama3"], rope_scaling, {}, "", "D", "text"),
+    "llama3": (["llava_v5", "llama3"], tokenizer_alone, {}, "model.safetensors", "D", "text"),
+    "llama3_v4": (["llava_v5", "llama3"], rope_scaling_of_version_4, {}, "", "D", "text"),
     "smollm": (["smollm"], None, {}, "", "E", "text"),
 }
 CLIP_LAYOUTS = {
@@ -1661,18 +1685,8 @@ class Convert(ConvertCase):
     def converted(self, layout, single=False):
         """Converts a layout, once -> the files made, text first"""
         if (layout, single) not in self.made:
-            parts, change, more, source, model, run = LAYOUTS.get(layout) or CLIP_LAYOUTS[layout]
-            folder = self.checkpoint(layout, *parts)
-            if change:
-                change(folder)
-            if parts == ["llava_v5", "llama3"]:         # only the tokenizer is shared
-                os.remove(os.path.join(folder, "processor_config.json"))
-            arguments = [os.path.join(folder, source)]
-            for option, (others, other_change) in more.items():
-                other = self.checkpoint(layout + option, *others)
-                if other_change:
-                    other_change(other)
-                arguments += [option, other]
+            run = (LAYOUTS.get(layout) or CLIP_LAYOUTS[layout])[-1]
+            arguments = lay_out(layout, self.folder)
             out = self.path("%s%s.gguf" % (layout, "-single" if single else ""))
             before = set(os.listdir(self.folder))
             result = run_convert("-o", out, *["--single"] * single, *arguments, folder=self.folder)
@@ -1758,6 +1772,8 @@ class Convert(ConvertCase):
                 continue
             with self.subTest(layout):
                 _, file = json.loads(self.succeeds("inspect", "--json", "--full", *self.converted(layout)).out)["files"]
+                names = [tensor["name"] for tensor in file["tensors"]]   # llama.cpp would apply the norm that LLaVA leaves out
+                self.assertEqual([name for name in names if "post_ln" in name or not name.startswith(("v.", "mm."))], [])
                 size, patch, gelu = (28, 7, False) if model == "A" else (28, 14, True)
                 for key, value in (("general.architecture", "clip"), ("clip.has_vision_encoder", True), ("clip.has_llava_projector", True),
                                    ("clip.projector_type", "mlp"), ("clip.vision.image_size", size), ("clip.vision.patch_size", patch),
