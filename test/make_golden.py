@@ -8,6 +8,10 @@ told, and may give other bytes. In a virtual environment outside the tree:
 
     pip install PACKAGES      # the list that `python3 test/make_golden.py --versions` prints
     apt-get install libjpeg-turbo-progs
+
+The part `convert` has two more programs save what it makes: FLAX_PYTHON is the Python of another environment (pip install
+transformers==4.49.0 flax==0.12.8), OPEN_CLIP a folder (pip install --no-deps --target FOLDER open_clip_torch==3.3.0 torchvision timm
+ftfy wcwidth protobuf).
 """
 import codecs
 import collections
@@ -1702,7 +1706,7 @@ def make_joint(folder):
 #   projector/       A's projector alone: mm_projector.bin;   lora/  adapters, to be refused
 #   llama2/          A's language model (.bin; tensors are views of a shared storage)
 #   llama3/, smollm/ D and E: tied, grouped queries, LLaMA-3's frequencies; E with merges as texts and a config of version 4
-#   spm/             tokenizer.model and its companions
+#   spm/             tokenizer.model and its companions;   spm_json/  the same vocabulary as transformers 5 saves it
 #   expected.json    {model: {run: {"text", "logits" (of the prompt's last position), "n_prompt"}}}; tokens; embeddings
 # =====================================================================================================================
 
@@ -1931,12 +1935,15 @@ def convert_write_spm(folder, vocab):
     convert_json(os.path.join(folder, "tokenizer_config.json"), convert_spm_config({}))
 
 
+CONVERT_SPM_JSON = "import sys, transformers; transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+
+
 def convert_spm_config(added):                 # tokenizer_config.json as transformers 4 wrote it
     token = lambda text: {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     names = {"0": "<unk>", "1": "<s>", "2": "</s>", **added}
     return {"add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": {i: {**token(t), "special": True} for i, t in names.items()},
             "bos_token": "<s>", "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": True, "model_max_length": 2048,
-            "pad_token": None, "padding_side": "right", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "unk_token": token("<unk>")}
+            "pad_token": None, "padding_side": "right", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "unk_token": {"__type": "AddedToken", **token("<unk>")}}
 
 
 def convert_write_llava_old(folder, model, vocab):
@@ -2023,6 +2030,11 @@ def convert_clip_rows(model, heads, pixels, ids):
     return [[float("%.9g" % x) for x in row] for row in torch.cat([v, t]).tolist()]
 
 
+def convert_run(program, *arguments):          # with packages that the goldens are made without
+    packages = os.environ.get("OPEN_CLIP", "/root/astro/openclip")
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, env={**os.environ, "PYTHONPATH": packages})
+
+
 def convert_write_clips(folder, clip, tokens, merges, image):
     tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
     for name in ("clip", "clip_flax", "clip_transfer", "clip_open"):
@@ -2056,8 +2068,7 @@ def convert_write_clips(folder, clip, tokens, merges, image):
         np.savez(weights, **{name: p.detach().numpy() for name, p in clip.named_parameters()})
         np.savez(inputs, pixels=pixels.numpy(), ids=np.array([i + [0] * (24 - len(i)) for i in ids]))
         subprocess.run([os.environ.get("FLAX_PYTHON", "/root/astro/venv-flax/bin/python"), "-c", CONVERT_FLAX, folder, weights, answer], check=True)
-        path = os.environ.get("OPEN_CLIP", "/root/astro/openclip")    # a folder made by `pip install --no-deps --target`
-        subprocess.run([sys.executable, "-c", CONVERT_OPEN_CLIP, folder, weights, inputs, answer], check=True, env={**os.environ, "PYTHONPATH": path})
+        convert_run(CONVERT_OPEN_CLIP, folder, weights, inputs, answer)
         ids = [torch.tensor([i]) for i in ids]
         rows = convert_clip_rows(clip, False, pixels, ids)
         other = np.load(answer)
@@ -2081,6 +2092,7 @@ def make_convert(folder):
     expected = {"A": a[1], "B": b[1], "D": d[1], "E": e[1]}
     expected["C"], clip_tokenizer = convert_write_clips(out, clip, tokens, merges, image)
     convert_write_spm(os.path.join(out, "spm"), spm)
+    convert_run(CONVERT_SPM_JSON, os.path.join(out, "spm"), os.path.join(out, "spm_json"))
     convert_write_llava_old(os.path.join(out, "llava_old"), a[0], spm)
     convert_write_liuhaotian(out, a[0], spm)
 
@@ -2240,7 +2252,7 @@ def make_types(folder):
 # ======================================================================================================================
 
 VERSIONS = {"torch": "2.15.0", "transformers": "5.23.0", "tokenizers": "0.23.3", "sentencepiece": "0.2.3", "gguf": "0.19.0",
-            "numpy": "2.4.6", "Pillow": "13.0.0"}
+            "safetensors": "0.8.0", "numpy": "2.4.6", "Pillow": "13.0.0"}
 
 
 def main():

@@ -1662,6 +1662,7 @@ LAYOUTS = {
     "liuhaotian_tower": (["spm", "liuhaotian"], without_tower, {"--vision": (["clip"], tower_alone)}, "", "A", "pad"),
     "projector": (["projector"], None, {"--base": (["spm", "llama2"], None), "--vision": (["clip"], None)}, "mm_projector.bin", "A", "pad"),
     "llama2": (["spm", "llama2"], None, {}, "", "A", "text"),
+    "llama2_json": (["llama2", "spm_json"], None, {}, "", "A", "text"),
     "llama3": (["llava_v5", "llama3"], tokenizer_alone, {}, "model.safetensors", "D", "text"),
     "llama3_v4": (["llava_v5", "llama3"], rope_scaling_of_version_4, {}, "", "D", "text"),
     "smollm": (["smollm"], None, {}, "", "E", "text"),
@@ -1741,7 +1742,7 @@ class Convert(ConvertCase):
                     self.assertAlmostEqual(model["contrastive"]["logit_scale"] / wanted["logit_scale"], 1, places=5)
 
     def test_tokens(self):
-        for layout, tokenizer in (("llava_old", "spm"), ("llama2", "spm"), ("llava_v5", "llama3"), ("llama3", "llama3"), ("smollm", "smollm"),
+        for layout, tokenizer in (("llava_old", "spm"), ("llama2", "spm"), ("llama2_json", "spm"), ("llava_v5", "llama3"), ("llama3", "llama3"), ("smollm", "smollm"),
                                   ("clip", "clip"), ("clip_flax", "clip")):
             for kind, cases in self.expected["tokens"][tokenizer].items():
                 options = ["--special"] * (kind == "special") + ["--clip"] * (tokenizer == "clip")
@@ -1804,6 +1805,17 @@ class Convert(ConvertCase):
         self.assertEqual(read_bytes(self.path("named.gguf")), first)     # the same bytes again, the old file replaced
         for arguments in ((), ("--nonsense", folder), (folder, folder), ("-o",)):
             self.assertEqual(run_convert(*arguments, folder=self.folder).code, 2)
+
+    def test_links(self):
+        """As Hugging Face's cache keeps files: names that lead to blobs."""
+        folder, blobs = self.checkpoint("snapshot", "smollm"), self.path("blobs")
+        os.mkdir(blobs)
+        for name in os.listdir(folder):
+            os.rename(os.path.join(folder, name), os.path.join(blobs, "blob-" + name[:4] + str(len(name))))
+            os.symlink(os.path.join("..", "blobs", "blob-" + name[:4] + str(len(name))), os.path.join(folder, name))
+        result = run_convert("-o", "links.gguf", "--name", "smollm", folder, folder=self.folder)
+        self.assertEqual(result.code, 0, result)
+        self.assertEqual(read_bytes(self.path("links.gguf")), read_bytes(self.converted("smollm")[0]))
 
     def test_adapters_are_refused(self):
         result = run_convert(self.checkpoint("lora", "lora"), folder=self.folder)
