@@ -2090,6 +2090,11 @@ def make_convert(folder):
     images = lambda model: {"pad": models_preprocess(image, size(model)), "crop": joint_preprocess(image, size(model))}
     a, b, d, e = (convert_search(which, vocab, clip, images) for which, vocab in (("A", spm), ("B", bpe), ("D", bpe), ("E", smol)))
     expected = {"A": a[1], "B": b[1], "D": d[1], "E": e[1]}
+    e[0].config.rope_parameters = {"rope_type": "linear", "rope_theta": 100000.0, "factor": 4.0}
+    slow = transformers.LlamaForCausalLM(e[0].config).eval()    # E with stretched positions
+    slow.load_state_dict(e[0].state_dict())
+    expected["E"]["linear"] = convert_runs(slow, smol, {})[0]["text"]
+    e[0].config.rope_parameters = {"rope_type": "default", "rope_theta": 100000.0}
     expected["C"], clip_tokenizer = convert_write_clips(out, clip, tokens, merges, image)
     convert_write_spm(os.path.join(out, "spm"), spm)
     convert_run(CONVERT_SPM_JSON, os.path.join(out, "spm"), os.path.join(out, "spm_json"))

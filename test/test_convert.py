@@ -1592,7 +1592,9 @@ def rope_of_version_4(config):
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    config.pop("head_dim", None)
+    config["head_dim"] = config["attention_bias"] = None                 # some versions write null for what is not set
+    if config["rms_norm_eps"] == 1e-6:
+        del config["rms_norm_eps"]                                       # what LlamaConfig takes without it
 
 
 # Checkpoints that are others with another face. Each changes a folder in place.
@@ -1634,6 +1636,10 @@ def tokenizer_alone(folder):                   # of llava_v5, below a language m
     os.remove(os.path.join(folder, "processor_config.json"))
 
 
+def stretched(folder):                         # LLaMA-1's way to longer texts
+    rewrite(os.path.join(folder, "config.json"), lambda config: config.update(rope_scaling={"type": "linear", "factor": 4.0}))
+
+
 def rope_scaling_of_version_4(folder):
     tokenizer_alone(folder)
     rope_scaling(folder)
@@ -1666,7 +1672,9 @@ LAYOUTS = {
     "llama3": (["llava_v5", "llama3"], tokenizer_alone, {}, "model.safetensors", "D", "text"),
     "llama3_v4": (["llava_v5", "llama3"], rope_scaling_of_version_4, {}, "", "D", "text"),
     "smollm": (["smollm"], None, {}, "", "E", "text"),
+    "smollm_linear": (["smollm"], stretched, {}, "", "E", "linear"),
 }
+IMAGE_RUNS = ("pad", "crop")                   # how the image becomes square
 CLIP_LAYOUTS = {
     "clip": (["clip"], None, {}, "", "C", "rows"),
     "clip_flax": (["clip_flax"], None, {"--base": (["clip"], None)}, "flax_model.msgpack", "C", "rows"),
@@ -1693,7 +1701,7 @@ class Convert(ConvertCase):
             result = run_convert("-o", out, *["--single"] * single, *arguments, folder=self.folder)
             self.assertEqual(result.code, 0, result)
             self.assertNotIn("error", result.err)
-            files = [out] + [out.replace(".gguf", "-mmproj.gguf")] * (run in ("pad", "crop") and not single)
+            files = [out] + [out.replace(".gguf", "-mmproj.gguf")] * (run in IMAGE_RUNS and not single)
             self.assertEqual(sorted(set(os.listdir(self.folder)) - before), sorted(map(os.path.basename, files)))
             self.made[layout, single] = files
         return self.made[layout, single]
@@ -1706,7 +1714,7 @@ class Convert(ConvertCase):
         self.assertLess(max(abs(a - b) for a, b in zip(seen, wanted)), 1e-4 * largest)
 
     def trace(self, layout, single=False, *options):
-        image = [IMAGE] if LAYOUTS[layout][-1] != "text" else []
+        image = [IMAGE] if LAYOUTS[layout][-1] in IMAGE_RUNS else []
         return self.succeeds("trace", *self.models(layout, single), *image, self.expected["question"], "--template", "plain",
                              "--system", "", "--max-tokens", "12", *options)
 
@@ -1768,8 +1776,19 @@ class Convert(ConvertCase):
                 file = json.loads(self.succeeds("inspect", "--json", "--full", self.converted(layout)[0]).out)["files"][0]
                 self.assertEqual(file["metadata"]["tokenizer.chat_template"], text)
                 self.assertEqual(file["metadata"]["general.architecture"], "llama")
+        for layout, (_, _, _, _, model, _) in LAYOUTS.items():
+            with self.subTest(layout):
+                keys = read_gguf(self.converted(layout)[0])[1]
+                context, n_embd, n_ff, n_head, n_kv, eps, theta = {
+                    "A": (512, 32, 48, 4, 4, 1e-5, 1e4), "B": (512, 32, 48, 4, 2, 1e-5, 5e5), "D": (512, 32, 48, 4, 1, 1e-6, 5e5),
+                    "E": (512, 36, 40, 3, 1, 1e-5, 1e5)}[model]
+                for key, value in (("context_length", context), ("embedding_length", n_embd), ("feed_forward_length", n_ff), ("block_count", 2),
+                                   ("attention.head_count", n_head), ("attention.head_count_kv", n_kv), ("rope.dimension_count", n_embd // n_head)):
+                    self.assertEqual(keys["llama." + key], value, key)
+                for key, value in (("attention.layer_norm_rms_epsilon", eps), ("rope.freq_base", theta)):
+                    self.assertAlmostEqual(keys["llama." + key] / value, 1, places=6, msg=key)
         for layout, (_, _, _, _, model, run) in LAYOUTS.items():
-            if run == "text":
+            if run not in IMAGE_RUNS:
                 continue
             with self.subTest(layout):
                 _, file = json.loads(self.succeeds("inspect", "--json", "--full", *self.converted(layout)).out)["files"]
@@ -1781,6 +1800,18 @@ class Convert(ConvertCase):
                                    ("clip.use_gelu", gelu), ("clip.vision.image_aspect_ratio", run)):
                     self.assertEqual(file["metadata"][key], value, key)
                 self.assertEqual([round(x, 4) for x in file["metadata"]["clip.vision.image_mean"]], [0.4815, 0.4578, 0.4082])
+                self.assertAlmostEqual(file["metadata"]["clip.vision.attention.layer_norm_epsilon"] * 1e6, 10 if model == "A" else 1, places=4)
+
+    def test_images_are_prepared_as_the_checkpoint_says(self):
+        folder = self.checkpoint("colours", "llava_v5")
+        rewrite(os.path.join(folder, "processor_config.json"),
+                lambda config: config["image_processor"].update(image_mean=[0.5, 0.25, 0.75], image_std=[0.125, 0.5, 0.25]))
+        for option in ("pad", "crop"):
+            result = run_convert("--image-aspect", option, "-o", "colours.gguf", folder, folder=self.folder)
+            self.assertEqual(result.code, 0, result)
+            keys = read_gguf(self.path("colours-mmproj.gguf"))[1]
+            self.assertEqual((keys["clip.vision.image_mean"], keys["clip.vision.image_std"], keys["clip.vision.image_aspect_ratio"]),
+                             ([0.5, 0.25, 0.75], [0.125, 0.5, 0.25], option.encode()))
 
     def test_types_are_kept(self):
         for layout, kind in (("llava_v5", 1), ("llava_old", 30), ("liuhaotian", 1), ("llama3", 30), ("clip_flax", 0)):
