@@ -13,7 +13,7 @@
 //   [0] manual       this text
 //   [1] API          every public declaration, documented where it stands
 //   [2] platform     configuration, errors, memory, byte order, files, time, threads
-//   [3] numbers      f16, bf16 and the block formats to float32; exp, tanh, erf, sin, cos that are the same everywhere
+//   [3] numbers      f16, bf16 and the block formats to float32 and back; exp, tanh, erf, sin, cos that are the same everywhere
 //   [4] kernels      the inner loops, one table per instruction set
 //   [5] ops          the audit tap; norms, softmax, activations, RoPE, products, attention
 //   [6] GGUF         the files: reading, writing, quantising; weights across several files
@@ -261,6 +261,13 @@ ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values);
 // Expands n_values (a multiple of the type's block) to float32, exactly as the format defines them.
 // Source: ggml's ggml-common.h block layouts. Returns ARGUMENT for an unknown type or a broken block count.
 ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, float *values, int64_t n_values);
+// Rounds n_values (a multiple of the type's block) of float32 to blocks: little-endian, on every host the same bytes, at any
+// alignment. F16 and BF16 as the functions below; Q4_0 to Q8_0 to the bits of the `gguf` Python package; Q2_K to Q6_K with
+// scales fitted to a small root-mean-square error, about that of llama.cpp's quantiser without an importance matrix or less.
+// F32, F16 and BF16 hold infinity and NaN. The others do not: NaN counts as 0, and infinity, as every value too large for a
+// block, becomes what comes closest to it when the block's scales are at their largest half, 65504. A block's other values are
+// then as coarse as that scale. Returns ARGUMENT for an unknown type or a broken block count.
+ASTROVL_API astrovl_status astrovl_quantize(int type, const float *values, void *blocks, int64_t n_values);
 // IEEE half precision and bfloat16, as bits; to the nearest value, ties to even, when narrowing.
 ASTROVL_API float astrovl_f16_to_f32(uint16_t half);
 ASTROVL_API float astrovl_bf16_to_f32(uint16_t half);
@@ -899,6 +906,15 @@ static uint32_t avl__load_u32(const void *p) {
 static uint64_t avl__load_u64(const void *p) {
     return (uint64_t)avl__load_u32(p) | (uint64_t)avl__load_u32((const uint8_t *)p + 4) << 32;
 }
+static void avl__store_u16(void *p, uint16_t value) {
+    uint8_t *b = (uint8_t *)p;
+    b[0] = (uint8_t)value;
+    b[1] = (uint8_t)(value >> 8);
+}
+static void avl__store_u32(void *p, uint32_t value) {
+    avl__store_u16(p, (uint16_t)value);
+    avl__store_u16((uint8_t *)p + 2, (uint16_t)(value >> 16));
+}
 static uint16_t avl__load_u16be(const void *p) {
     const uint8_t *b = (const uint8_t *)p;
     return (uint16_t)(b[0] << 8 | b[1]);
@@ -1168,7 +1184,7 @@ static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_it
 // How a model's numbers are written in a file, and what is computed from them with more than + - * /:
 // - half precision (IEEE 754 binary16) and bfloat16, to float32 and back;
 // - the GGUF block formats to float32 (layouts: ggml's ggml-common.h; the results are the `gguf` Python package's, bit
-//   for bit);
+//   for bit), and float32 to them;
 // - exp, tanh, erf, sin, cos, and pow for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
 //   one correct result, so the functions give the same bits on every machine, which no libm promises.
 // ====================================================================================================================
@@ -1402,6 +1418,255 @@ static void avl__dequantize_q6_k(const uint8_t *b, float *y, int64_t n_blocks) {
     }
 }
 
+// ---- to block formats ----------------------------------------------------------------------------------------------
+// The other way: each function below makes one block of float32 values, one after the other as the formats above lay them
+// out. The values are finite and at most AVL__QUANTIZE_MAX: avl__quantize_row sees to that.
+//   Q4_0 to Q8_0: the rules of ggml and of the `gguf` Python package, whose bits these are.
+//   Q2_K to Q6_K: the format leaves the choice of the scales to the writer. Here they make the sum of squared errors small.
+
+#define AVL__QUANTIZE_MAX  1e9f              // beyond what any block can hold (65504 * 128 * 32), and sums of squares stay finite
+#define AVL__QUANTIZE_MIN  1e-12f            // what a K block always makes 0: its least step is the least half, 6e-8
+#define AVL__F16_LIMIT     65519.99609375f   // the largest float that becomes a finite half (65504)
+#define AVL__FLOAT_ROUNDER 12582912.0f       // 1.5 * 2^23 rounds floats as AVL__ROUNDER does doubles, for |x| < 2^22
+
+static float avl__magnitude(float x) { return x < 0 ? -x : x; }
+static float avl__clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+static float avl__round_between(float x, float low, float high) {   // to the nearest integer of low..high, ties to even
+    return (avl__clamp(x, low, high) + AVL__FLOAT_ROUNDER) - AVL__FLOAT_ROUNDER;
+}
+
+static float avl__extreme(const float *x, int n) {   // the first of the values of largest magnitude, with its sign
+    float extreme = x[0];
+    int i;
+    for (i = 1; i < n; i++)
+        if (avl__magnitude(x[i]) > avl__magnitude(extreme)) extreme = x[i];
+    return extreme;
+}
+
+static void avl__range(const float *x, int n, float *least, float *largest) {
+    int i;
+    *least = *largest = x[0];
+    for (i = 1; i < n; i++) {
+        if (x[i] < *least) *least = x[i];
+        if (x[i] > *largest) *largest = x[i];
+    }
+}
+
+static float avl__store_f16(uint8_t *p, float d) {   // returns what was stored, which is finite
+    avl__store_u16(p, astrovl_f32_to_f16(avl__clamp(d, -AVL__F16_LIMIT, AVL__F16_LIMIT)));
+    return avl__load_f16(p);
+}
+
+// Puts a field of `bits` bits, taken from bit `shift` of each code, where every format has it: the first `stride` codes go to
+// the lowest bits of `stride` bytes, the next `stride` codes to the bits above, until the bytes are full; then come the next.
+static void avl__pack(uint8_t *out, const uint8_t *codes, int n, int shift, int bits, int stride) {
+    int mask = (1 << bits) - 1, at, j;
+    memset(out, 0, (size_t)(n * bits / 8));
+    for (; n > 0; n -= stride * 8 / bits, out += stride)
+        for (at = 0; at < 8; at += bits, codes += stride)
+            for (j = 0; j < stride; j++) out[j] = (uint8_t)(out[j] | (codes[j] >> shift & mask) << at);
+}
+
+static void avl__quantize_f32(const float *x, uint8_t *b) { avl__store_u32(b, avl__float_bits(*x)); }
+static void avl__quantize_f16(const float *x, uint8_t *b) { avl__store_u16(b, astrovl_f32_to_f16(*x)); }
+static void avl__quantize_bf16(const float *x, uint8_t *b) { avl__store_u16(b, astrovl_f32_to_bf16(*x)); }
+
+// 1 / d; but 0 where that is no finite float, since so small a d is stored as 0 and leaves nothing to choose
+static float avl__reciprocal(float d) {
+    float r = d == 0 ? 0 : 1 / d;
+    return avl__magnitude(r) <= FLT_MAX ? r : 0;
+}
+
+// Q4_0, Q4_1, Q5_0, Q5_1: d f16 | m f16 (Q4_1, Q5_1) | fifth bits u32 (Q5) | nibbles
+//   Q4_0, Q5_0   d = -x / 2^(bits - 1), x the value of largest magnitude       q = floor(x / d + 2^(bits - 1) + 1/2)
+//   Q4_1, Q5_1   d = (largest - m) / (2^bits - 1), m the least value           q = floor((x - m) / d + 1/2)
+static void avl__quantize_simple(const float *x, uint8_t *b, int bits, int has_minimum) {
+    int top = (1 << bits) - 1, middle = 1 << (bits - 1), j;
+    float least, largest, inverse, d, m = 0, offset = has_minimum ? 0.5f : (float)middle + 0.5f;
+    uint8_t codes[32];
+    avl__range(x, 32, &least, &largest);
+    if (has_minimum) m = avl__clamp(least, -AVL__F16_LIMIT, AVL__F16_LIMIT);
+    d = has_minimum ? (largest - m) / (float)top : avl__extreme(x, 32) / (float)-middle;
+    d = avl__clamp(d, -AVL__F16_LIMIT, AVL__F16_LIMIT);
+    inverse = avl__reciprocal(d);
+    for (j = 0; j < 32; j++) codes[j] = (uint8_t)avl__clamp((x[j] - m) * inverse + offset, 0, (float)top);
+    avl__store_f16(b, d), b += 2;
+    if (has_minimum) avl__store_f16(b, m), b += 2;
+    if (bits == 5) avl__pack(b, codes, 32, 4, 1, 1), b += 4;
+    avl__pack(b, codes, 32, 0, 4, 16);
+}
+static void avl__quantize_q4_0(const float *x, uint8_t *b) { avl__quantize_simple(x, b, 4, 0); }
+static void avl__quantize_q4_1(const float *x, uint8_t *b) { avl__quantize_simple(x, b, 4, 1); }
+static void avl__quantize_q5_0(const float *x, uint8_t *b) { avl__quantize_simple(x, b, 5, 0); }
+static void avl__quantize_q5_1(const float *x, uint8_t *b) { avl__quantize_simple(x, b, 5, 1); }
+
+// Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
+static void avl__quantize_q8_0(const float *x, uint8_t *b) {
+    float d = avl__clamp(avl__magnitude(avl__extreme(x, 32)) / 127, 0, AVL__F16_LIMIT), inverse = avl__reciprocal(d);
+    int j;
+    avl__store_f16(b, d);
+    for (j = 0; j < 32; j++) {
+        float q = avl__clamp(avl__magnitude(x[j] * inverse), 0, 127);
+        int whole = (int)q;
+        whole += q - (float)whole >= 0.5f;
+        b[2 + j] = (uint8_t)(x[j] < 0 ? -whole : whole);
+    }
+}
+
+// The K formats. If only the integers q of a group were known, least squares would give its scale in closed form; and given
+// the scale, the best q is x / d rounded. So several guesses of the scale are made, q is rounded by each, the scale fitted to
+// these q, and the fit of the least error taken. A guess puts the end of the group's range between one step inside and one
+// step outside the end of q's range: a clipped extreme may pay when it makes the steps finer for all the others.
+#define AVL__GUESSES        5
+#define AVL__GUESS_STEP     0.2f
+
+// y = d q, low <= q <= high:   E = sum (x - d q)^2 is least for d = sum x q / sum q^2;  then E = sum x^2 - (sum x q)^2 / sum q^2.
+// Returns that d. It is negative where the value of largest magnitude needs the sign of which q has one more.
+static float avl__fit_scale(const float *x, int n, int low, int high) {
+    float extreme = avl__extreme(x, n), end = (float)(-low > high ? low : high), gain = 0, scale = 0;
+    int guess, i;
+    if (avl__magnitude(extreme) < AVL__QUANTIZE_MIN) return 0;
+    for (guess = -AVL__GUESSES; guess <= AVL__GUESSES; guess++) {
+        float inverse = (end + AVL__GUESS_STEP * (float)guess) / extreme, sum_xq = 0, sum_qq = 0;
+        for (i = 0; i < n; i++) {
+            float q = avl__round_between(x[i] * inverse, (float)low, (float)high);
+            sum_xq += x[i] * q;
+            sum_qq += q * q;
+        }
+        if (sum_xq * sum_xq > gain * sum_qq) {
+            gain = sum_xq * sum_xq / sum_qq;
+            scale = sum_xq / sum_qq;
+        }
+    }
+    return scale;
+}
+
+// y = d q - m, 0 <= q <= high, m >= 0. With u = x - low, low = min(x, 0), and m = r - low:  E = sum (u - d q + r)^2 is least for
+//   d = (n sum u q - sum u sum q) / (n sum q^2 - (sum q)^2)     r = (d sum q - sum u) / n
+// or, where that would make m negative, for m = 0 and d = sum x q / sum q^2. (u, not x: fewer digits cancel.)
+// Returns d, and m in *minimum. n is 16 or 32.
+static float avl__fit_affine(const float *x, int n, int high, float *minimum) {
+    float low, top, u[32], sum_u = 0, scale = 0;
+    double least = 0;
+    int guess, i;
+    avl__range(x, n, &low, &top);
+    if (low > 0) low = 0;
+    *minimum = -low;
+    if (top - low < AVL__QUANTIZE_MIN) return 0;
+    for (i = 0; i < n; i++) {
+        u[i] = x[i] - low;
+        sum_u += u[i];
+    }
+    for (guess = -AVL__GUESSES; guess <= AVL__GUESSES; guess++) {
+        float inverse = ((float)high + AVL__GUESS_STEP * (float)guess) / (top - low), sum_q = 0, sum_qq = 0, sum_uq = 0;
+        double determinant, d, r, error;
+        for (i = 0; i < n; i++) {
+            float q = avl__round_between(u[i] * inverse, 0, (float)high);
+            sum_q += q;
+            sum_qq += q * q;
+            sum_uq += u[i] * q;
+        }
+        determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;   // 0: all q are equal, so all x are, and m is 0
+        d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
+        r = (d * (double)sum_q - (double)sum_u) / n;
+        if (r < (double)low) r = (double)low, d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
+        error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));   // - sum u^2
+        if (error < least) least = error, scale = (float)d, *minimum = (float)(r - (double)low);
+    }
+    return scale;
+}
+
+// The codes q - low of y = step q - minimum, low <= q <= high.
+static void avl__encode(const float *x, int n, float step, float minimum, int low, int high, uint8_t *codes) {
+    int i;
+    for (i = 0; i < n; i++) {
+        float q = step == 0 ? 0 : (x[i] + minimum) / step;
+        codes[i] = (uint8_t)((int)avl__round_between(q, (float)low, (float)high) - low);
+    }
+}
+
+// The groups' scales (or minima) s are rounded the same way, to d times low..high. Stores d at p, and returns it as stored.
+static float avl__encode_scales(const float *s, int n, int low, int high, uint8_t *p, uint8_t *codes) {
+    float d = avl__store_f16(p, avl__fit_scale(s, n, low, high));
+    avl__encode(s, n, d, 0, low, high, codes);
+    return d;
+}
+
+// Q3_K, Q6_K:   y = (d scale[g]) q with 16 groups; scale + half_scales and q + half become scales[16] and codes[256].
+static void avl__encode_symmetric(const float *x, int half, int half_scales, uint8_t *d_at, uint8_t *scales, uint8_t *codes) {
+    float s[16], d;
+    int g;
+    for (g = 0; g < 16; g++) s[g] = avl__fit_scale(x + 16 * g, 16, -half, half - 1);
+    d = avl__encode_scales(s, 16, -half_scales, half_scales - 1, d_at, scales);
+    for (g = 0; g < 16; g++)
+        avl__encode(x + 16 * g, 16, d * (float)(scales[g] - half_scales), 0, -half, half - 1, codes + 16 * g);
+}
+
+// Q2_K, Q4_K, Q5_K:   y = (d scale[g]) q - dmin minimum[g]; dmin is stored behind d, the minima behind the scales.
+static void avl__encode_affine(const float *x, int n_groups, int high, int high_scale, uint8_t *d_at, uint8_t *scales,
+                               uint8_t *codes) {
+    float s[16], m[16], d, dmin;
+    uint8_t *minima = scales + n_groups;
+    int g, n = 256 / n_groups;
+    for (g = 0; g < n_groups; g++) s[g] = avl__fit_affine(x + n * g, n, high, &m[g]);
+    d = avl__encode_scales(s, n_groups, 0, high_scale, d_at, scales);
+    dmin = avl__encode_scales(m, n_groups, 0, high_scale, d_at + 2, minima);
+    for (g = 0; g < n_groups; g++)
+        avl__encode(x + n * g, n, d * (float)scales[g], dmin * (float)minima[g], 0, high, codes + n * g);
+}
+
+static void avl__quantize_q2_k(const float *x, uint8_t *b) {
+    uint8_t scales[32], codes[256];
+    avl__encode_affine(x, 16, 3, 15, b + 80, scales, codes);
+    avl__pack(b, scales, 32, 0, 4, 16);
+    avl__pack(b + 16, codes, 256, 0, 2, 32);
+}
+
+static void avl__quantize_q3_k(const float *x, uint8_t *b) {
+    uint8_t scales[16], codes[256];
+    avl__encode_symmetric(x, 4, 32, b + 108, scales, codes);
+    avl__pack(b, codes, 256, 2, 1, 32);
+    avl__pack(b + 32, codes, 256, 0, 2, 32);
+    avl__pack(b + 96, scales, 16, 0, 4, 8);
+    avl__pack(b + 104, scales, 16, 4, 2, 4);
+}
+
+static void avl__pack_scales(const uint8_t *scale, const uint8_t *minimum, uint8_t *s) {   // avl__unpack_scale's inverse
+    int g;
+    for (g = 0; g < 4; g++) {
+        s[g] = (uint8_t)(scale[g] | scale[g + 4] >> 4 << 6);
+        s[g + 4] = (uint8_t)(minimum[g] | minimum[g + 4] >> 4 << 6);
+        s[g + 8] = (uint8_t)((scale[g + 4] & 15) | (minimum[g + 4] & 15) << 4);
+    }
+}
+
+static void avl__quantize_q4_k(const float *x, uint8_t *b) {
+    uint8_t scales[16], codes[256];
+    avl__encode_affine(x, 8, 15, 63, b, scales, codes);
+    avl__pack_scales(scales, scales + 8, b + 4);
+    avl__pack(b + 16, codes, 256, 0, 4, 32);
+}
+
+static void avl__quantize_q5_k(const float *x, uint8_t *b) {
+    uint8_t scales[16], codes[256];
+    avl__encode_affine(x, 8, 31, 63, b, scales, codes);
+    avl__pack_scales(scales, scales + 8, b + 4);
+    avl__pack(b + 16, codes, 256, 4, 1, 32);
+    avl__pack(b + 48, codes, 256, 0, 4, 32);
+}
+
+static void avl__quantize_q6_k(const float *x, uint8_t *b) {
+    uint8_t scales[16], codes[256];
+    int g;
+    avl__encode_symmetric(x, 32, 128, b + 208, scales, codes);
+    avl__pack(b, codes, 256, 0, 4, 64);
+    avl__pack(b + 128, codes, 256, 4, 2, 32);
+    for (g = 0; g < 16; g++) b[192 + g] = (uint8_t)(scales[g] - 128);
+}
+
+// ---- the table of types --------------------------------------------------------------------------------------------
+
 // What there is to know about a tensor type. A big-endian file has the multi-byte fields of each block in its own
 // order: halves and words say where fields of 2 and 4 bytes lie, {first byte, how many in a row}.
 typedef struct avl__type_info {
@@ -1410,22 +1675,23 @@ typedef struct avl__type_info {
     int         block_values, block_bytes;
     uint8_t     halves[2], words[2];
     void      (*dequantize)(const uint8_t *blocks, float *values, int64_t n_blocks);
+    void      (*quantize)(const float *values, uint8_t *block);   // one block
 } avl__type_info;
 
 static const avl__type_info avl__types[] = {
-    {ASTROVL_TYPE_F32,  "F32",  1,   4,   {0, 0},   {0, 1}, avl__dequantize_f32},
-    {ASTROVL_TYPE_F16,  "F16",  1,   2,   {0, 1},   {0, 0}, avl__dequantize_f16},
-    {ASTROVL_TYPE_Q4_0, "Q4_0", 32,  18,  {0, 1},   {0, 0}, avl__dequantize_q4_0},
-    {ASTROVL_TYPE_Q4_1, "Q4_1", 32,  20,  {0, 2},   {0, 0}, avl__dequantize_q4_1},
-    {ASTROVL_TYPE_Q5_0, "Q5_0", 32,  22,  {0, 1},   {2, 1}, avl__dequantize_q5_0},
-    {ASTROVL_TYPE_Q5_1, "Q5_1", 32,  24,  {0, 2},   {4, 1}, avl__dequantize_q5_1},
-    {ASTROVL_TYPE_Q8_0, "Q8_0", 32,  34,  {0, 1},   {0, 0}, avl__dequantize_q8_0},
-    {ASTROVL_TYPE_Q2_K, "Q2_K", 256, 84,  {80, 2},  {0, 0}, avl__dequantize_q2_k},
-    {ASTROVL_TYPE_Q3_K, "Q3_K", 256, 110, {108, 1}, {0, 0}, avl__dequantize_q3_k},
-    {ASTROVL_TYPE_Q4_K, "Q4_K", 256, 144, {0, 2},   {0, 0}, avl__dequantize_q4_k},
-    {ASTROVL_TYPE_Q5_K, "Q5_K", 256, 176, {0, 2},   {0, 0}, avl__dequantize_q5_k},
-    {ASTROVL_TYPE_Q6_K, "Q6_K", 256, 210, {208, 1}, {0, 0}, avl__dequantize_q6_k},
-    {ASTROVL_TYPE_BF16, "BF16", 1,   2,   {0, 1},   {0, 0}, avl__dequantize_bf16}
+    {ASTROVL_TYPE_F32,  "F32",  1,   4,   {0, 0},   {0, 1}, avl__dequantize_f32, avl__quantize_f32},
+    {ASTROVL_TYPE_F16,  "F16",  1,   2,   {0, 1},   {0, 0}, avl__dequantize_f16, avl__quantize_f16},
+    {ASTROVL_TYPE_Q4_0, "Q4_0", 32,  18,  {0, 1},   {0, 0}, avl__dequantize_q4_0, avl__quantize_q4_0},
+    {ASTROVL_TYPE_Q4_1, "Q4_1", 32,  20,  {0, 2},   {0, 0}, avl__dequantize_q4_1, avl__quantize_q4_1},
+    {ASTROVL_TYPE_Q5_0, "Q5_0", 32,  22,  {0, 1},   {2, 1}, avl__dequantize_q5_0, avl__quantize_q5_0},
+    {ASTROVL_TYPE_Q5_1, "Q5_1", 32,  24,  {0, 2},   {4, 1}, avl__dequantize_q5_1, avl__quantize_q5_1},
+    {ASTROVL_TYPE_Q8_0, "Q8_0", 32,  34,  {0, 1},   {0, 0}, avl__dequantize_q8_0, avl__quantize_q8_0},
+    {ASTROVL_TYPE_Q2_K, "Q2_K", 256, 84,  {80, 2},  {0, 0}, avl__dequantize_q2_k, avl__quantize_q2_k},
+    {ASTROVL_TYPE_Q3_K, "Q3_K", 256, 110, {108, 1}, {0, 0}, avl__dequantize_q3_k, avl__quantize_q3_k},
+    {ASTROVL_TYPE_Q4_K, "Q4_K", 256, 144, {0, 2},   {0, 0}, avl__dequantize_q4_k, avl__quantize_q4_k},
+    {ASTROVL_TYPE_Q5_K, "Q5_K", 256, 176, {0, 2},   {0, 0}, avl__dequantize_q5_k, avl__quantize_q5_k},
+    {ASTROVL_TYPE_Q6_K, "Q6_K", 256, 210, {208, 1}, {0, 0}, avl__dequantize_q6_k, avl__quantize_q6_k},
+    {ASTROVL_TYPE_BF16, "BF16", 1,   2,   {0, 1},   {0, 0}, avl__dequantize_bf16, avl__quantize_bf16}
 };
 
 static const avl__type_info *avl__find_type(int type) {   // NULL: a type this header lacks
@@ -1439,6 +1705,22 @@ static const avl__type_info *avl__find_type(int type) {   // NULL: a type this h
 static void avl__dequantize_row(int type, const void *blocks, float *values, int64_t n_values) {
     const avl__type_info *info = avl__find_type(type);
     info->dequantize((const uint8_t *)blocks, values, n_values / info->block_values);
+}
+
+// NaN as 0, and nothing beyond AVL__QUANTIZE_MAX
+static void avl__finite(const float *values, float *x, int n) {
+    int i;
+    for (i = 0; i < n; i++) x[i] = values[i] == values[i] ? avl__clamp(values[i], -AVL__QUANTIZE_MAX, AVL__QUANTIZE_MAX) : 0;
+}
+
+static void avl__quantize_row(int type, const float *values, void *blocks, int64_t n_values) {   // without checks, too
+    const avl__type_info *info = avl__find_type(type);
+    uint8_t *block = (uint8_t *)blocks;
+    float x[256];
+    for (; n_values > 0; n_values -= info->block_values, values += info->block_values, block += info->block_bytes) {
+        if (info->block_values > 1) avl__finite(values, x, info->block_values);
+        info->quantize(info->block_values > 1 ? x : values, block);
+    }
 }
 
 ASTROVL_API const char *astrovl_type_name(int type) {
@@ -1458,6 +1740,14 @@ ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, floa
     if (!info || n_values < 0 || n_values % info->block_values != 0) return ASTROVL_ERROR_ARGUMENT;
     if (n_values > 0 && (!blocks || !values)) return ASTROVL_ERROR_ARGUMENT;
     avl__dequantize_row(type, blocks, values, n_values);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API astrovl_status astrovl_quantize(int type, const float *values, void *blocks, int64_t n_values) {
+    const avl__type_info *info = avl__find_type(type);
+    if (!info || n_values < 0 || n_values % info->block_values != 0) return ASTROVL_ERROR_ARGUMENT;
+    if (n_values > 0 && (!blocks || !values)) return ASTROVL_ERROR_ARGUMENT;
+    avl__quantize_row(type, values, blocks, n_values);
     return ASTROVL_OK;
 }
 
