@@ -3534,6 +3534,8 @@ typedef struct avl__weights {
     int            n_files;
     float        **vectors;        // [n_vectors], owned
     size_t         n_vectors, vectors_capacity;
+    const astrovl_open_options *options;   // while a model is being opened
+    int            n_problems;     // that options->on_problem was told
 } avl__weights;
 
 static void avl__weights_free(avl__weights *w) {
@@ -3546,6 +3548,20 @@ static void avl__weights_free(avl__weights *w) {
     memset(w, 0, sizeof *w);
 }
 
+// As avl__fail, of a model whose parts do not make one. Where the caller wants to know all problems, he is told this one, and loading
+// goes on as if all were well; what is unknown then stays 0.
+static astrovl_status avl__problem(avl__weights *w, astrovl_error *err, astrovl_status status, const char *format, ...) {
+    astrovl_error problem;
+    va_list args;
+    va_start(args, format);
+    avl__format_v(problem.message, sizeof problem.message, format, args);
+    va_end(args);
+    if (!w->options || !w->options->on_problem) return avl__fail(err, status, "%s", problem.message);
+    w->options->on_problem(w->options->user, problem.message);
+    w->n_problems++;
+    return ASTROVL_OK;
+}
+
 static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char *name, const astrovl_gguf **file) {
     int f;
     for (f = 0; f < w->n_files; f++) {
@@ -3555,6 +3571,15 @@ static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char 
             return t;
         }
     }
+    return NULL;
+}
+
+// The file that has tensors whose names begin so; NULL when none has.
+static const astrovl_gguf *avl__find_part(const avl__weights *w, const char *start) {
+    int f, i;
+    for (f = 0; f < w->n_files; f++)
+        for (i = 0; i < w->files[f]->tensor_names.count; i++)
+            if (strncmp(w->files[f]->tensor_names.name[i], start, strlen(start)) == 0) return w->files[f];
     return NULL;
 }
 
@@ -3580,17 +3605,17 @@ static double avl__key_float(const avl__weights *w, const char *key, double fall
 }
 
 // An integer that must lie in min..max; fallback (if >= 0) stands in for an absent key.
-static astrovl_status avl__key_int(const avl__weights *w, const char *key, int64_t min, int64_t max, int64_t fallback, int *value,
+static astrovl_status avl__key_int(avl__weights *w, const char *key, int64_t min, int64_t max, int64_t fallback, int *value,
                                    astrovl_error *err) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
     int64_t v = file ? astrovl_gguf_int(file, index, 0) : fallback;
     if (!file && fallback < 0)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
-                         astrovl_gguf_name(w->files[0]), key);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
+                            astrovl_gguf_name(w->files[0]), key);
     if (v < min || v > max)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s is %l; it must lie between %l and %l",
-                         astrovl_gguf_name(file ? file : w->files[0]), key, v, min, max);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s is %l; it must lie between %l and %l",
+                            astrovl_gguf_name(file ? file : w->files[0]), key, v, min, max);
     *value = (int)v;
     return ASTROVL_OK;
 }
@@ -3607,12 +3632,12 @@ static void avl__describe_shape(const astrovl_tensor *t, char *text, size_t capa
     }
 }
 
-static astrovl_status avl__missing_tensor(const avl__weights *w, const char *name, astrovl_error *err) {
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the tensor %s is missing; is the file that holds it among those given?",
-                     astrovl_gguf_name(w->files[0]), name);
+static astrovl_status avl__missing_tensor(avl__weights *w, const char *name, astrovl_error *err) {
+    return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the tensor %s is missing; is the file that holds it among those given?",
+                        astrovl_gguf_name(w->files[0]), name);
 }
 
-// Expands a tensor of `count` values to float32.
+// Expands a tensor of `count` values (0: their number is unknown, after problems) to float32.
 static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_t count, const float **out, astrovl_error *err) {
     const astrovl_gguf *file = NULL;
     const astrovl_tensor *t = avl__find_tensor(w, name, &file);
@@ -3620,12 +3645,13 @@ static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_
     float *values;
     int d;
     if (!t) return avl__missing_tensor(w, name, err);
+    if (!count) return ASTROVL_OK;
     for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
     if (total != count) {
         char shape[96];
         avl__describe_shape(t, shape, sizeof shape);
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %l values",
-                         astrovl_gguf_name(file), name, shape, count);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %l values",
+                            astrovl_gguf_name(file), name, shape, count);
     }
     values = avl__alloc_floats((uint64_t)count);
     if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
@@ -3645,7 +3671,8 @@ static astrovl_status avl__load_optional_vector(avl__weights *w, const char *nam
     return avl__find_tensor(w, name, NULL) ? avl__load_vector(w, name, count, out, err) : ASTROVL_OK;
 }
 
-// Points `linear` at PREFIX.weight [n_out][n_in] (further dimensions folded into n_in) and expands PREFIX.bias, if there is one.
+// Points `linear` at PREFIX.weight [n_out][n_in] (further dimensions folded into n_in) and expands PREFIX.bias, if there is one. A size
+// of 0 is unknown, after problems.
 static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int n_in, int n_out, avl__linear *linear,
                                        astrovl_error *err) {
     char name[128], shape[96];
@@ -3657,10 +3684,11 @@ static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int 
     t = avl__find_tensor(w, name, &file);
     if (!t) return avl__missing_tensor(w, name, err);
     for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
+    if (!n_in || !n_out) return ASTROVL_OK;
     if (t->n_dims < 2 || row != n_in || t->ne[t->n_dims - 1] != n_out) {
         avl__describe_shape(t, shape, sizeof shape);
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for [%d, %d]", astrovl_gguf_name(file),
-                         name, shape, n_out, n_in);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for [%d, %d]",
+                            astrovl_gguf_name(file), name, shape, n_out, n_in);
     }
     linear->weight = t->data;
     linear->type = t->type;
@@ -3669,6 +3697,18 @@ static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int 
     linear->row_bytes = (size_t)(t->n_bytes / (uint64_t)n_out);   // whole blocks: every row of ne[0] is
     avl__format(name, sizeof name, "%s.bias", prefix);
     return avl__load_optional_vector(w, name, n_out, &linear->bias, err);
+}
+
+// A matrix whose number of rows only the file knows.
+static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix, int n_in, avl__linear *linear, astrovl_error *err) {
+    char name[128];
+    const astrovl_gguf *file = NULL;
+    const astrovl_tensor *t;
+    avl__format(name, sizeof name, "%s.weight", prefix);
+    t = avl__find_tensor(w, name, &file);
+    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 24))
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
+    return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
 }
 
 // ====================================================================================================================
@@ -7203,10 +7243,10 @@ static astrovl_status avl__tower_load(avl__tower *tower, avl__weights *w, const 
         avl__format(key, sizeof key, "%s%s", key_prefix, sizes[i].name);
         status = avl__key_int(w, key, 1, sizes[i].max, -1, sizes[i].value, err);
     }
+    if (!status && tower->n_head && tower->n_embd % tower->n_head != 0)
+        status = avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values", astrovl_gguf_name(w->files[0]),
+                              key_prefix, tower->n_head, tower->n_embd);
     if (status) return status;
-    if (tower->n_embd % tower->n_head != 0)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values", astrovl_gguf_name(w->files[0]),
-                         key_prefix, tower->n_head, tower->n_embd);
     avl__format(key, sizeof key, "%sattention.layer_norm_epsilon", key_prefix);
     tower->eps = (float)avl__key_float(w, key, 1e-5);
     file = avl__find_key(w, "clip.use_gelu", &index);
@@ -7215,18 +7255,6 @@ static astrovl_status avl__tower_load(avl__tower *tower, avl__weights *w, const 
     if (!tower->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a CLIP tower");
     for (i = 0; i < tower->n_layer && !status; i++) status = avl__tower_load_layer(tower, w, prefix, i, err);
     return status;
-}
-
-// A matrix whose number of rows only the file knows.
-static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix, int n_in, avl__linear *linear, astrovl_error *err) {
-    char name[128];
-    const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t;
-    avl__format(name, sizeof name, "%s.weight", prefix);
-    t = avl__find_tensor(w, name, &file);
-    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 20))
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
-    return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
 }
 
 // prefix: "v" or "t";   projection: "visual_projection" or "text_projection"
@@ -7260,7 +7288,7 @@ static void avl__clip_load_color(const avl__weights *w, const char *key, const f
 
 // How many layers run before LLaVA takes its features (transformers: vision_feature_layer -2, all but the last layer). A file
 // may say so; else one with the final norm holds the whole tower, one without had its unused last layer dropped by the converter.
-static astrovl_status avl__clip_choose_depth(avl__clip *clip, const avl__weights *w, astrovl_error *err) {
+static astrovl_status avl__clip_choose_depth(avl__clip *clip, avl__weights *w, astrovl_error *err) {
     int index, deepest = 0;
     uint64_t i;
     const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
@@ -7271,48 +7299,51 @@ static astrovl_status avl__clip_choose_depth(avl__clip *clip, const avl__weights
     for (i = 0; i < astrovl_gguf_kv(file, index)->count; i++) {
         int64_t layer = astrovl_gguf_int(file, index, i);
         if (layer < 0 || layer > clip->tower.n_layer)
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
-                             astrovl_gguf_name(file), layer, clip->tower.n_layer);
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
+                                astrovl_gguf_name(file), layer, clip->tower.n_layer);
         if (layer > deepest) deepest = (int)layer;
     }
     if (i > 1)
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): LLaVA takes one",
-                         astrovl_gguf_name(file), (int64_t)i);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): LLaVA "
+                            "takes one", astrovl_gguf_name(file), (int64_t)i);
     clip->n_run = deepest;
     return ASTROVL_OK;
 }
 
-static astrovl_status avl__clip_load_sizes(avl__clip *clip, const avl__weights *w, astrovl_error *err) {
+static astrovl_status avl__clip_load_sizes(avl__clip *clip, avl__weights *w, astrovl_error *err) {
     static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f}, clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
     astrovl_string aspect = avl__key_string(w, "clip.vision.image_aspect_ratio");
     int c;
     astrovl_status status = avl__key_int(w, "clip.vision.image_size", 1, 8192, -1, &clip->image_size, err);
-    if (!status) status = avl__key_int(w, "clip.vision.patch_size", 1, clip->image_size, -1, &clip->patch_size, err);
-    if (status) return status;
+    if (!status)
+        status = avl__key_int(w, "clip.vision.patch_size", 1, clip->image_size ? clip->image_size : 8192, -1, &clip->patch_size, err);
+    if (status || !clip->image_size || !clip->patch_size) return status;
     clip->n_patches = (clip->image_size / clip->patch_size) * (clip->image_size / clip->patch_size);
     if (clip->n_patches > 65536)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d patches", astrovl_gguf_name(w->files[0]), clip->n_patches);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d patches", astrovl_gguf_name(w->files[0]),
+                            clip->n_patches);
     avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
     avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
     for (c = 0; c < 3; c++)
         if (!(clip->std[c] > 0.0f))
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive", astrovl_gguf_name(w->files[0]));
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive", astrovl_gguf_name(w->files[0]));
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
     return ASTROVL_OK;
 }
 
 static astrovl_status avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_error *err) {
-    int patch_values, n_embd;
+    int patch_values, n_embd, n_rows;
     astrovl_status status = avl__clip_load_sizes(clip, w, err);
     if (!status) status = avl__tower_load(&clip->tower, w, "v", "clip.vision.", err);
     if (!status) status = avl__clip_choose_depth(clip, w, err);
     if (status) return status;
     patch_values = 3 * clip->patch_size * clip->patch_size;
     n_embd = clip->tower.n_embd;
+    n_rows = clip->n_patches ? 1 + clip->n_patches : 0;
     status = avl__load_vector(w, "v.class_embd", n_embd, &clip->class_embd, err);
     if (!status) status = avl__load_linear(w, "v.patch_embd", patch_values, n_embd, &clip->patch_embd, err);
-    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)(1 + clip->n_patches) * n_embd, &clip->position_embd, err);
+    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)n_rows * n_embd, &clip->position_embd, err);
     if (!status) status = avl__load_vector(w, "v.pre_ln.weight", n_embd, &clip->pre_norm_weight, err);
     if (!status) status = avl__load_vector(w, "v.pre_ln.bias", n_embd, &clip->pre_norm_bias, err);
     clip->has_joint = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
@@ -7615,29 +7646,26 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-static astrovl_status avl__llama_load_sizes(avl__llama *m, const avl__weights *w, astrovl_error *err) {
-    const astrovl_tensor *embd = avl__find_tensor(w, "token_embd.weight", NULL);
+static astrovl_status avl__llama_load_sizes(avl__llama *m, avl__weights *w, astrovl_error *err) {
     astrovl_status status = avl__key_int(w, "llama.embedding_length", 1, 1 << 20, -1, &m->n_embd, err);
     if (!status) status = avl__key_int(w, "llama.block_count", 1, 1024, -1, &m->n_layer, err);
     if (!status) status = avl__key_int(w, "llama.context_length", 1, 1 << 24, -1, &m->n_ctx_train, err);
     if (!status) status = avl__key_int(w, "llama.feed_forward_length", 1, 1 << 22, -1, &m->n_ff, err);
-    if (!status) status = avl__key_int(w, "llama.attention.head_count", 1, m->n_embd, -1, &m->n_head, err);
-    if (!status) status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
+    if (!status)
+        status = avl__key_int(w, "llama.attention.head_count", 1, m->n_embd ? m->n_embd : 1 << 20, -1, &m->n_head, err);
+    if (status || !m->n_embd || !m->n_head) return status;
+    status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
     if (!status) status = avl__key_int(w, "llama.attention.key_length", 2, 65536, m->n_embd / m->n_head, &m->head_dim, err);
     if (!status) status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
-    if (status) return status;
+    if (status || !m->n_head_kv || !m->head_dim) return status;
     if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them rotated)",
-                         astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
-    if (!embd || embd->n_dims != 2 || embd->ne[1] < 1 || embd->ne[1] > 1 << 24)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: token_embd.weight is missing or no [n_vocab, n_embd] matrix",
-                         astrovl_gguf_name(w->files[0]));
-    m->n_vocab = (int)embd->ne[1];
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them rotated)",
+                            astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
     m->rope_theta = (float)avl__key_float(w, "llama.rope.freq_base", 10000.0);
     m->rms_norm_eps = (float)avl__key_float(w, "llama.attention.layer_norm_rms_epsilon", 1e-5);
     if (!(m->rope_theta > 0.0f && m->rope_theta < 1e30f) || !(m->rms_norm_eps >= 0.0f && m->rms_norm_eps < 1.0f))
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out of range",
-                         astrovl_gguf_name(w->files[0]));
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out of "
+                            "range", astrovl_gguf_name(w->files[0]));
     return ASTROVL_OK;
 }
 
@@ -7652,13 +7680,14 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     if (avl__string_is(type, "linear"))
         linear_scale = (float)avl__key_float(w, "llama.rope.scaling.factor", 1.0);
     else if (type.size && !avl__string_is(type, "none") && !factors)
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and rope_freqs.weight)",
-                         astrovl_gguf_name(w->files[0]), type);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and rope_freqs.weight)",
+                            astrovl_gguf_name(w->files[0]), type);
     if (!(linear_scale > 0.0f && linear_scale < 1e6f))
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range", astrovl_gguf_name(w->files[0]));
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range", astrovl_gguf_name(w->files[0]));
     for (i = 0; factors && i < m->rope_dim / 2; i++)
         if (!(factors[i] > 0.0f))
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: rope_freqs.weight holds a factor that is not positive", astrovl_gguf_name(w->files[0]));
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: rope_freqs.weight holds a factor that is not positive",
+                                astrovl_gguf_name(w->files[0]));
     m->inv_freq = avl__alloc_floats((uint64_t)m->rope_dim / 2);
     if (!m->inv_freq) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     avl__rope_frequencies(m->inv_freq, m->rope_dim, m->rope_theta, factors, linear_scale);
@@ -7691,9 +7720,10 @@ static astrovl_status avl__llama_load(avl__llama *m, avl__weights *w, astrovl_er
     astrovl_status status = avl__llama_load_sizes(m, w, err);
     int i;
     if (!status) status = avl__llama_load_rope(m, w, err);
-    if (!status) status = avl__load_linear(w, "token_embd", m->n_embd, m->n_vocab, &m->token_embd, err);
+    if (!status) status = avl__load_tall_linear(w, "token_embd", m->n_embd, &m->token_embd, err);
     if (!status) status = avl__load_vector(w, "output_norm.weight", m->n_embd, &m->output_norm, err);
     if (status) return status;
+    m->n_vocab = m->token_embd.n_out;
     m->output = m->token_embd;
     if (avl__find_tensor(w, "output.weight", NULL)) status = avl__load_linear(w, "output", m->n_embd, m->n_vocab, &m->output, err);
     if (status) return status;
@@ -7932,26 +7962,26 @@ static astrovl_status avl__open_vocab(astrovl_model *m, astrovl_error *err) {
 }
 
 static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
-    const astrovl_gguf *file = NULL;
+    const astrovl_gguf *file = avl__find_part(&m->weights, "blk.");
     astrovl_string architecture = {"", 0};
     astrovl_status status;
     int key;
-    if (!avl__find_tensor(&m->weights, "token_embd.weight", &file)) return ASTROVL_OK;
+    if (!file) return ASTROVL_OK;
     key = astrovl_gguf_find_kv(file, "general.architecture");
     if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
     if (!avl__string_is(architecture, "llama"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\"",
-                         astrovl_gguf_name(file), architecture);
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\": take a "
+                         "model of that family", astrovl_gguf_name(file), architecture);
     m->has_text = 1;
     status = avl__llama_load(&m->llama, &m->weights, err);
-    if (!status && m->has_vocab && m->vocab.n_tokens > m->llama.n_vocab)
+    if (!status && m->has_vocab && m->llama.n_vocab && m->vocab.n_tokens > m->llama.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
                            astrovl_gguf_name(file), m->vocab.n_tokens, m->llama.n_vocab);
     return status;
 }
 
 static astrovl_status avl__open_vision(astrovl_model *m, astrovl_error *err) {
-    if (!avl__find_tensor(&m->weights, "v.patch_embd.weight", NULL)) return ASTROVL_OK;
+    if (!avl__find_part(&m->weights, "v.")) return ASTROVL_OK;
     m->has_vision = 1;
     return avl__clip_load(&m->clip, &m->weights, err);
 }
@@ -7964,33 +7994,30 @@ static astrovl_status avl__open_clip_vocab(astrovl_model *m, astrovl_error *err)
     int i, index;
     for (i = 0; i < 2; i++) {
         avl__format(key, sizeof key, "%stokens", prefixes[i]);
-        if (i == 0) file = avl__find_key(&m->weights, key, &index);
-        else avl__find_tensor(&m->weights, "t.token_embd.weight", &file);
+        file = i == 0 ? avl__find_key(&m->weights, key, &index) : avl__find_part(&m->weights, "t.");
         if (file && astrovl_gguf_find_kv(file, key) >= 0) return avl__vocab_load(&m->clip_vocab, file, prefixes[i], 1, err);
     }
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again "
-                     "with its tokenizer", astrovl_gguf_name(file));
+    return avl__problem(&m->weights, err, ASTROVL_ERROR_MODEL, "%s: the text tower has no vocabulary (tokenizer.ggml.tokens); convert "
+                        "the model again with its tokenizer", astrovl_gguf_name(file));
 }
 
 static astrovl_status avl__open_clip_text(astrovl_model *m, astrovl_error *err) {
     const astrovl_gguf *file = NULL;
-    const float *scale;
-    astrovl_status status;
-    m->logit_scale = 100.0f;   // where CLIP's training ends; clip.cpp's files leave it out
-    if (avl__find_tensor(&m->weights, "logit_scale", &file)) {
-        status = avl__load_vector(&m->weights, "logit_scale", 1, &scale, err);
-        if (status) return status;
-        m->logit_scale = astrovl_expf(scale[0]);
-        if (!(m->logit_scale > 0.0f && m->logit_scale <= FLT_MAX))
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: logit_scale is out of range", astrovl_gguf_name(file));
-    }
-    if (!avl__find_tensor(&m->weights, "t.token_embd.weight", &file)) return ASTROVL_OK;
+    const float *scale = NULL;
+    astrovl_status status = avl__load_optional_vector(&m->weights, "logit_scale", 1, &scale, err);
+    if (status) return status;
+    m->logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // where CLIP's training ends; clip.cpp's files leave it out
+    if (!(m->logit_scale > 0.0f && m->logit_scale <= FLT_MAX))
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: logit_scale is out of range", astrovl_gguf_name(m->weights.files[0]));
+    file = avl__find_part(&m->weights, "t.");
+    if (!file) return ASTROVL_OK;
     status = avl__clip_text_load(&m->clip_text, &m->weights, err);
     if (!status) status = avl__open_clip_vocab(m, err);
-    if (!status && m->clip_vocab.n_tokens > m->clip_text.n_vocab)
+    if (!status && m->clip_text.n_vocab && m->clip_vocab.n_tokens > m->clip_text.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower's vocabulary has %d tokens, t.token_embd.weight only %d rows",
                            astrovl_gguf_name(file), m->clip_vocab.n_tokens, m->clip_text.n_vocab);
-    if (!status && m->clip.has_joint && m->clip.joint.projection.n_out != m->clip_text.joint.projection.n_out)
+    if (!status && m->clip.joint.projection.n_out && m->clip_text.joint.projection.n_out &&
+        m->clip.joint.projection.n_out != m->clip_text.joint.projection.n_out)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: images are embedded in %d numbers, texts in %d; these towers belong to different "
                            "models", astrovl_gguf_name(file), m->clip.joint.projection.n_out, m->clip_text.joint.projection.n_out);
     m->has_clip_text = 1;
@@ -8012,7 +8039,7 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
         status = avl__load_tall_linear(&m->weights, "mm.2", m->projector[0].n_out, &m->projector[1], err);
         m->n_projector = 2;
     }
-    if (!status && m->has_text && m->projector[m->n_projector - 1].n_out != m->llama.n_embd)
+    if (!status && m->llama.n_embd && m->projector[m->n_projector - 1].n_out && m->projector[m->n_projector - 1].n_out != m->llama.n_embd)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the projector gives rows of %d values, the language model reads %d; "
                            "these files belong to different models", astrovl_gguf_name(file), m->projector[m->n_projector - 1].n_out,
                            m->llama.n_embd);
@@ -8020,16 +8047,25 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
 }
 
 static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_options *options, astrovl_error *err) {
+    static astrovl_status (*const parts[])(astrovl_model *, astrovl_error *) = {
+        avl__open_vocab, avl__open_text, avl__open_vision, avl__open_projector, avl__open_clip_text};
     astrovl_string name = avl__key_string(&m->weights, "general.name");
-    astrovl_status status = avl__open_vocab(m, err);
-    if (!status) status = avl__open_text(m, err);
-    if (!status) status = avl__open_vision(m, err);
-    if (!status) status = avl__open_projector(m, err);
-    if (!status) status = avl__open_clip_text(m, err);
+    astrovl_status status = ASTROVL_OK;
+    astrovl_error problem;
+    size_t i;
+    for (i = 0; i < sizeof parts / sizeof *parts && !status; i++) {
+        status = parts[i](m, &problem);
+        if (status == ASTROVL_ERROR_MEMORY) return avl__fail(err, status, "%s", problem.message);
+        if (status) status = avl__problem(&m->weights, err, status, "%s", problem.message);
+    }
+    if (!status && !m->weights.n_problems && !m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text)
+        status = avl__problem(&m->weights, err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no "
+                              "vocabulary, no LLaMA, no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
+    if (!status && m->weights.n_problems)
+        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the model has %d problems, which were told one by one",
+                           astrovl_gguf_name(m->weights.files[0]), m->weights.n_problems);
+    m->weights.options = NULL;
     if (status) return status;
-    if (!m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no vocabulary, no LLaMA, "
-                         "no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
     m->chat_template = options ? options->chat_template : ASTROVL_TEMPLATE_AUTO;
     if (m->chat_template == ASTROVL_TEMPLATE_AUTO) m->chat_template = avl__recognize_template(&m->weights, m->n_projector);
     m->name = avl__copy_text(name.data, name.size);
@@ -8037,7 +8073,7 @@ static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_optio
 }
 
 // A model with room for n files, still empty; NULL and err.
-static astrovl_model *avl__model_new(int n_files, astrovl_error *err) {
+static astrovl_model *avl__model_new(int n_files, const astrovl_open_options *options, astrovl_error *err) {
     astrovl_model *m;
     if (n_files < 1) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model file was given");
@@ -8050,28 +8086,36 @@ static astrovl_model *avl__model_new(int n_files, astrovl_error *err) {
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a model");
         return NULL;
     }
+    m->weights.options = options;
     return m;
+}
+
+// Takes a file that was opened, or what was wrong with it. Returns 0 when opening the model ends with it.
+static int avl__model_add(astrovl_model *m, astrovl_gguf *file, const astrovl_error *failure, astrovl_error *err) {
+    if (file) return m->weights.files[m->weights.n_files++] = file, 1;
+    if (failure->status != ASTROVL_ERROR_MEMORY)
+        return avl__problem(&m->weights, err, failure->status, "%s", failure->message) == ASTROVL_OK;
+    avl__fail(err, failure->status, "%s", failure->message);
+    return 0;
 }
 
 // Finishes opening once the files are there, or closes everything.
 static astrovl_model *avl__model_finish(astrovl_model *m, int n_files, const astrovl_open_options *options, astrovl_error *err) {
-    if (m->weights.n_files < n_files || avl__open_parts(m, options, err) != ASTROVL_OK) {
-        astrovl_close(m);
-        return NULL;
-    }
-    return m;
+    if (m->weights.n_files == n_files && avl__open_parts(m, options, err) == ASTROVL_OK) return m;
+    if (m->weights.n_files < n_files && m->weights.n_problems)   // of what these files lack, nothing can be said
+        avl__fail(err, ASTROVL_ERROR_MODEL, "%d of %d files cannot be used", n_files - m->weights.n_files, n_files);
+    astrovl_close(m);
+    return NULL;
 }
 
 ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths, const astrovl_open_options *options,
                                               astrovl_error *err) {
-    astrovl_model *m = avl__model_new(paths ? n_paths : 0, err);
+    astrovl_model *m = avl__model_new(paths ? n_paths : 0, options, err);
+    astrovl_error failure;
     int i;
     if (!m) return NULL;
-    for (i = 0; i < n_paths; i++) {
-        m->weights.files[i] = astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, err);
-        if (!m->weights.files[i]) break;
-        m->weights.n_files++;
-    }
+    for (i = 0; i < n_paths; i++)
+        if (!avl__model_add(m, astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, &failure), &failure, err)) break;
     return avl__model_finish(m, n_paths, options, err);
 }
 
@@ -8081,14 +8125,12 @@ ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_opt
 
 ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks, const astrovl_open_options *options,
                                                astrovl_error *err) {
-    astrovl_model *m = avl__model_new(blocks ? n_blocks : 0, err);
+    astrovl_model *m = avl__model_new(blocks ? n_blocks : 0, options, err);
+    astrovl_error failure;
     int i;
     if (!m) return NULL;
-    for (i = 0; i < n_blocks; i++) {
-        m->weights.files[i] = astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name ? blocks[i].name : "(memory)", err);
-        if (!m->weights.files[i]) break;
-        m->weights.n_files++;
-    }
+    for (i = 0; i < n_blocks; i++)
+        if (!avl__model_add(m, astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, &failure), &failure, err)) break;
     return avl__model_finish(m, n_blocks, options, err);
 }
 
