@@ -346,8 +346,9 @@ typedef enum astrovl_template {
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
     astrovl_template chat_template;  // AUTO: from the file
-    // NULL: opening ends at the first problem. Else it is told each broken file, each missing or misshapen tensor, key and part of
-    // a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL).
+    // NULL: opening ends at the first problem. Else this is told each broken file, each missing or misshapen tensor, key and part of
+    // a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL). Problems are
+    // then also parts that are of no use alone: a language model without tokenizer, an mmproj file without language model ...
     void           (*on_problem)(void *user, const char *message);
     void            *user;
 } astrovl_open_options;
@@ -8046,6 +8047,26 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
     return status;
 }
 
+// Parts that are whole, but of no use without others. Opening allows that; who asks for all problems is told.
+static void avl__tell_gaps(astrovl_model *m) {
+    int joint_image = m->clip.has_joint, i;
+    const struct { int is_so; const char *what; } gaps[] = {
+        {m->has_text && !m->has_vocab, "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or "
+         "tokenizer.json next to its weights"},
+        {m->n_projector && !m->has_text, "there is no language model, which answers are made with: give its file as well (-m FILE)"},
+        {m->has_vision && !m->n_projector && !joint_image, "the vision tower has neither a projector (mm.0.weight) nor a projection "
+         "(visual_projection.weight): convert it again, with that part"},
+        {joint_image && !m->has_clip_text && !m->has_text, "there is no text tower (t.*), which images are compared with: give its file as "
+         "well (-m FILE), or convert the model again with both towers"},
+        {m->has_clip_text && !joint_image, "there is no vision tower with a projection (v.*, visual_projection.weight), which texts are "
+         "compared with: give its file as well (-m FILE), or convert the model again with both towers"},
+        {m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text, "there is a vocabulary and nothing else: give the file with "
+         "the weights as well (-m FILE)"}};
+    for (i = 0; i < (int)(sizeof gaps / sizeof *gaps); i++)
+        if (gaps[i].is_so)
+            avl__problem(&m->weights, NULL, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(m->weights.files[0]), gaps[i].what);
+}
+
 static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_options *options, astrovl_error *err) {
     static astrovl_status (*const parts[])(astrovl_model *, astrovl_error *) = {
         avl__open_vocab, avl__open_text, avl__open_vision, avl__open_projector, avl__open_clip_text};
@@ -8061,6 +8082,7 @@ static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_optio
     if (!status && !m->weights.n_problems && !m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text)
         status = avl__problem(&m->weights, err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no "
                               "vocabulary, no LLaMA, no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
+    if (!status && options && options->on_problem) avl__tell_gaps(m);
     if (!status && m->weights.n_problems)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the model has %d problems, which were told one by one",
                            astrovl_gguf_name(m->weights.files[0]), m->weights.n_problems);

@@ -30,6 +30,7 @@
 #include <direct.h>
 #include <io.h>
 #include <share.h>
+#define SLASHES               "/\\"
 #define make_folder(path)     _mkdir(path)
 #define is_terminal(fd)       _isatty(fd)
 #define open_to_append(path)  _fsopen(path, "ab+", _SH_DENYWR)
@@ -44,6 +45,7 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
+#define SLASHES               "/"
 #define make_folder(path)     mkdir(path, 0777)
 #define is_terminal(fd)       isatty(fd)
 #define open_to_append(path)  fopen(path, "ab+")
@@ -186,17 +188,16 @@ static void put_json(const char *f, ...) {
 // A table describes every option once: the parser, the checks and the help pages are made from it.
 
 enum { CAPTION = 1, ASK = 2, CHAT = 4, TOKENS = 8, INSPECT = 16, TRACE = 32, VERSION = 64, SCORE = 128, DESCRIBE = 256,
-       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384,
-       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 32767,
+       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384, QUANTIZE = 32768,
+       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 65535,
        FAST = ALL & ~(TOKENS | INSPECT | VERSION) };          // those that compute
 typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
-    int         threads, exact, ctx, max_tokens, top_k, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims;
-    double      temperature, top_p, min_p, repetition_penalty;
-    uint64_t    seed;
-    const char *system, *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
+    int         threads, exact, ctx, together, json, quiet, help;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check;
+    astrovl_generation how;                              // the answers'
+    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
     int         chat_template;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
@@ -212,7 +213,7 @@ typedef struct option_spec {
 
 #define F(name) offsetof(options, name)
 static const option_spec option_table[] = {
-    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | BENCH), "FILE", "a GGUF file; again for more parts (else: shipped)"},
+    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | BENCH | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
     {"out", 'o', TEXT, F(out), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
     {"out", 'o', TEXT, F(out), 0, 0, INDEX, "FILE", "the index; one that exists is continued"},
     {"out", 'o', TEXT, F(out), 0, 0, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"},
@@ -238,19 +239,20 @@ static const option_spec option_table[] = {
     {"clip", 0, FLAG, F(clip), 0, 0, TOKENS, NULL, "print the ids by the vocabulary of CLIP's text tower (with its --special)"},
     {"decode", 0, FLAG, F(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
     {"full", 0, FLAG, F(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
-    {"max-tokens", 'n', INTEGER, F(max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
-    {"temperature", 't', NUMBER, F(temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
-    {"top-k", 0, INTEGER, F(top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
-    {"top-p", 0, NUMBER, F(top_p), 0, 1, GENERATE, "X", "draw from the likeliest with probability X together (default 1: all)"},
-    {"min-p", 0, NUMBER, F(min_p), 0, 1, GENERATE, "X", "drop tokens less likely than X times the likeliest (default 0)"},
-    {"repetition-penalty", 0, NUMBER, F(repetition_penalty), 0, 100, GENERATE, "X", "above 1: avoid recent tokens (else 1 or 1.1)"},
-    {"seed", 's', SEED, F(seed), 0, 0, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"},
+    {"check", 0, FLAG, F(check), 0, 0, INSPECT, NULL, "say whether the files together can be run, and all that they lack"},
+    {"max-tokens", 'n', INTEGER, F(how.max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
+    {"temperature", 't', NUMBER, F(how.temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
+    {"top-k", 0, INTEGER, F(how.top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
+    {"top-p", 0, NUMBER, F(how.top_p), 0, 1, GENERATE, "X", "draw from the likeliest with probability X together (default 1: all)"},
+    {"min-p", 0, NUMBER, F(how.min_p), 0, 1, GENERATE, "X", "drop tokens less likely than X times the likeliest (default 0)"},
+    {"repetition-penalty", 0, NUMBER, F(how.repetition_penalty), 0, 100, GENERATE, "X", "above 1: avoid recent tokens (else 1 or 1.1)"},
+    {"seed", 's', SEED, F(how.seed), 0, 0, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"},
     {"stop", 0, TEXTS, F(stop), 0, 0, GENERATE, "TEXT", "end the answer before this text; may be given several times"},
-    {"system", 0, TEXT, F(system), 0, 0, GENERATE, "TEXT", "the system prompt (default: the template's own; \"\": none)"},
+    {"system", 0, TEXT, F(how.system), 0, 0, GENERATE, "TEXT", "the system prompt (default: the template's own; \"\": none)"},
     {"template", 0, TEMPLATE, F(chat_template), 0, 0, GENERATE, "NAME", "the prompt's form (default: as the file says)"},
     {"ctx", 'c', INTEGER, F(ctx), 1, 16777216, GENERATE, "N", "tokens a conversation may hold (default: the model's, to 4096)"},
     {"threads", 'j', INTEGER, F(threads), 1, ASTROVL_MAX_THREADS, FAST, "N", "processors to use (default: all)"},
-    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | BENCH), NULL, "arithmetic with the same bits on every machine; slower"},
+    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | BENCH | QUANTIZE), NULL, "arithmetic with the same bits on every machine; slower"},
     {"json", 0, FLAG, F(json), 0, 0, ALL & ~(TRACE | VERSION | EMBED), NULL, "print JSON, an object a line for each answer"},
     {"quiet", 'q', FLAG, F(quiet), 0, 0, FAST & ~BENCH, NULL, "no timings and no progress on standard error"},
     {"help", 'h', FLAG, F(help), 0, 0, ALL, NULL, "this page"},
@@ -291,12 +293,11 @@ static int parse_unsigned(const char *text, uint64_t high, uint64_t *value) {
 
 // Digits with at most one point; no signs, exponents, names or blanks. The program never calls setlocale, so strtod
 // takes a point whatever the user's language.
-static int parse_decimal(const char *text, double low, double high, double *value) {
-    size_t digits = strspn(text, "0123456789"), length = strlen(text);
-    if (text[digits] == '.') digits += 1 + strspn(text + digits + 1, "0123456789");
-    if (digits != length || length == 0 || length > 40 || strcmp(text, ".") == 0) return 0;
-    *value = strtod(text, NULL);
-    return *value >= low && *value <= high;
+static int parse_decimal(const char *text, double low, double high, float *value) {
+    char *end;
+    double x = strtod(text, &end);
+    *value = (float)x;
+    return *text && !text[strspn(text, "0123456789.")] && !*end && end - text <= 40 && x >= low && x <= high;
 }
 
 static void print_templates(FILE *out) {
@@ -309,24 +310,17 @@ static void print_templates(FILE *out) {
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
     char *field = (char *)o + spec->field;
     uint64_t integer;
+    int good = 1;
     switch (spec->kind) {
     case FLAG: *(int *)(void *)field = 1; break;
     case TEXT: *(const char **)(void *)field = text; break;
     case TEXTS: ((list *)(void *)field)->items[((list *)(void *)field)->n++] = text; break;
-    case SEED:
-        if (!parse_unsigned(text, UINT64_MAX, (uint64_t *)(void *)field))
-            return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
-        break;
+    case SEED: good = parse_unsigned(text, UINT64_MAX, (uint64_t *)(void *)field); break;
     case INTEGER:
-        if (!parse_unsigned(text, (uint64_t)spec->high, &integer) || integer < (uint64_t)spec->low)
-            return usage_error(c, "--%s wants a whole number from %.0f to %.0f, not \"%s\"", spec->name, spec->low,
-                               spec->high, text);
-        *(int *)(void *)field = (int)integer;
+        good = parse_unsigned(text, (uint64_t)spec->high, &integer) && integer >= (uint64_t)spec->low;
+        if (good) *(int *)(void *)field = (int)integer;
         break;
-    case NUMBER:
-        if (!parse_decimal(text, spec->low, spec->high, (double *)(void *)field))
-            return usage_error(c, "--%s wants a number from %g to %g, not \"%s\"", spec->name, spec->low, spec->high, text);
-        break;
+    case NUMBER: good = parse_decimal(text, spec->low, spec->high, (float *)(void *)field); break;
     case TEMPLATE:
         *(int *)(void *)field = astrovl_template_from_name(text);
         if (*(int *)(void *)field >= 0) break;
@@ -334,7 +328,10 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
         fputs("Templates: ", stderr), print_templates(stderr), fputc('\n', stderr);
         return EXIT_USAGE;
     }
-    return EXIT_OK;
+    if (good) return EXIT_OK;
+    if (spec->kind == SEED) return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
+    return usage_error(c, "--%s wants a %snumber from %.10g to %.10g, not \"%s\"", spec->name, spec->kind == INTEGER ? "whole " : "",
+                       spec->low, spec->high, text);
 }
 
 // The option that an argument ("--seed", "--seed=7", "-s", "-s7") names for this command, or NULL. *value: "7" or NULL
@@ -404,7 +401,6 @@ struct program {
     options            o;
     astrovl_model     *model;
     astrovl_session   *session;
-    astrovl_generation generation;
     astrovl_info       info;               // of the model, once open_towers has opened it
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
@@ -414,6 +410,7 @@ struct program {
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
     union block       *memory;             // what new_memory gave
+    list               problems;           // of the files that inspect --check looks at
 };
 
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
@@ -449,7 +446,7 @@ typedef union block {                      // what stands before each piece of m
     uint64_t     integer;
 } block;
 
-// Memory of zeros, released when the program ends. There is always some: the program ends if there is none.
+// Memory of zeros that stays until the program ends. There is always some: the program ends if there is none.
 static void *new_memory(program *p, size_t n, size_t size) {
     block *b = n < SIZE_MAX / 2 / (size + 1) ? (block *)calloc(1, sizeof *b + n * size) : NULL;
     if (!b) exit(fail("out of memory"));
@@ -458,45 +455,26 @@ static void *new_memory(program *p, size_t n, size_t size) {
     return b + 1;
 }
 
-static void free_memory(block *b) {
-    while (b) {
-        block *next = b->next;
-        free(b);
-        b = next;
-    }
-}
-
-// The folder that the running program lies in, with a slash at its end; "" when it cannot be told.
-static void program_folder(const char *argv0, char *folder, size_t size) {
-    char *slash;
-    long n = -1;
-#if defined(__linux__)
-    n = (long)readlink("/proc/self/exe", folder, size - 1);     // follows links and $PATH
-    if (n >= 0) folder[n] = 0;
-#endif
-    if (n < 0) snprintf(folder, size, "%s", argv0 ? argv0 : "");
-    slash = strrchr(folder, '/');
-#if defined(_WIN32)
-    if (strrchr(folder, '\\') > slash) slash = strrchr(folder, '\\');
-#endif
-    if (slash) slash[1] = 0;
-    else folder[0] = 0;
-}
-
 // The shipped model lies beside the program in the source tree, or in the data folder once installed.
 static void find_shipped_model(program *p, const char *argv0) {
+    static const char *const places[] = {"test", "../share/astrovl", ASTROVL_DATA_DIR};
     char folder[2048];
+    size_t n = 0;
     int i;
-    program_folder(argv0, folder, sizeof folder);
-    for (i = 0; i < 3; i++) {
-        FILE *f;
-        snprintf(p->shipped, sizeof p->shipped, "%s%s/%s", i < 2 ? folder : "", i == 0 ? "test" : i == 1 ? "../share/astrovl" :
-                 ASTROVL_DATA_DIR, SHIPPED_MODEL);
-        f = fopen(p->shipped, "rb");
-        if (f) fclose(f);
-        if (f && (i != 1 || folder[0])) return;
+    FILE *f = NULL;
+#if defined(__linux__)
+    long size = (long)readlink("/proc/self/exe", folder, sizeof folder - 1);     // follows links and $PATH
+    n = size < 0 ? 0 : (size_t)size;
+#endif
+    if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
+    while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
+    folder[n] = 0;
+    for (i = 0; i < 3 && !f; i++) {
+        snprintf(p->shipped, sizeof p->shipped, "%s%s/%s", i < 2 ? folder : "", places[i], SHIPPED_MODEL);
+        f = i == 1 && !n ? NULL : fopen(p->shipped, "rb");
     }
-    p->shipped[0] = 0;
+    if (f) fclose(f);
+    else p->shipped[0] = 0;
 }
 
 // Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
@@ -555,21 +533,12 @@ static int on_text(void *user, const char *text, size_t size) {
 static void open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
     astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p};
     astrovl_error err;
-    astrovl_generation *g = &p->generation;
     p->session = astrovl_session_new(p->model, &session_options, &err);
     if (!p->session) exit(failed(&err));
-    g->max_tokens = p->o.max_tokens;
-    g->temperature = (float)p->o.temperature;
-    g->top_k = p->o.top_k;
-    g->top_p = (float)p->o.top_p;
-    g->min_p = (float)p->o.min_p;
-    g->repetition_penalty = (float)p->o.repetition_penalty;
-    g->seed = p->o.seed;
-    g->stop = p->o.stop.items;
-    g->n_stop = p->o.stop.n;
-    g->system = p->o.system;
-    g->on_text = on_text;
-    g->user = p;
+    p->o.how.stop = p->o.stop.items;
+    p->o.how.n_stop = p->o.stop.n;
+    p->o.how.on_text = on_text;
+    p->o.how.user = p;
 }
 
 static void open_model_and_session(program *p) {
@@ -597,7 +566,7 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
     if (before == SIG_IGN) signal(SIGINT, SIG_IGN);   // started so (in the background of a script): leave it
     g_interrupted = 0;
     if (!p->counting) p->started = time(NULL);
-    answer = astrovl_chat(p->session, images, n_images, text, &p->generation, err);
+    answer = astrovl_chat(p->session, images, n_images, text, &p->o.how, err);
     if (!p->counting) clear_bar(p);
     signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
     return answer;
@@ -800,62 +769,43 @@ static void finish_answer(program *p, const char *file, const char *label, const
     print_timings(p, label);
 }
 
-// Asks about one image in a fresh conversation.
-static int answer_image(program *p, const char *path, const char *prompt) {
-    int several = p->o.words.n > (p->cmd->bit == ASK ? 2 : 1);
-    astrovl_image image;
+// Asks about one image, or about several at once, in a fresh conversation. label: said before and after the answer, or NULL
+static int answer_images(program *p, const char *const *paths, int n, const char *label, const char *prompt) {
+    astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n, sizeof *images);
     astrovl_error err;
     char *answer = NULL;
+    int i, good = 0;
     astrovl_session_reset(p->session);
-    if (load_image(path, &image, &err) == ASTROVL_OK) {
-        if (several && !p->o.json) print_safe(stdout, path), fputs(": ", stdout);
-        answer = say(p, &image, 1, prompt, &err);
-        astrovl_image_free(&image);
-        if (!answer && several && !p->o.json) putchar('\n');
+    while (good < n && load_image(paths[good], &images[good], &err) == ASTROVL_OK) good++;
+    if (good == n) {
+        if (label && !p->o.json) print_safe(stdout, label), fputs(": ", stdout);
+        answer = say(p, images, n, prompt, &err);
+        if (!answer && label && !p->o.json) putchar('\n');
     }
+    for (i = 0; i < n; i++) astrovl_image_free(&images[i]);
     if (!answer) {
-        if (p->o.json) print_error_json(path, &err);
+        if (p->o.json) print_error_json(paths[good < n ? good : 0], &err);
         flush_output(p);
         return failed(&err);
     }
-    finish_answer(p, path, several ? path : NULL, prompt, answer);
+    finish_answer(p, p->o.together ? NULL : paths[0], label, prompt, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
 }
 
 // Goes on after an image that fails, and remembers it.
 static int answer_each(program *p, int n_images, const char *prompt) {
+    const char **paths = p->o.words.items;
     int i, status = EXIT_OK;
     open_model_and_session(p);
+    if (p->o.together) return answer_images(p, paths, n_images, NULL, prompt);
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i++)
-        if (answer_image(p, p->o.words.items[i], prompt) != EXIT_OK) status = EXIT_FAILED;
+        if (answer_images(p, paths + i, 1, n_images > 1 ? paths[i] : NULL, prompt) != EXIT_OK) status = EXIT_FAILED;
     return status;
 }
 
 static int run_caption(program *p) { return answer_each(p, p->o.words.n, ASTROVL_CAPTION_PROMPT); }
-
-// One question about all images at once.
-static int ask_together(program *p, int n_images, const char *question) {
-    astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n_images, sizeof *images);
-    astrovl_error err;
-    char *answer;
-    int i;
-    open_model_and_session(p);
-    for (i = 0; i < n_images; i++)
-        if (load_image(p->o.words.items[i], &images[i], &err) != ASTROVL_OK) exit(failed(&err));
-    answer = say(p, images, n_images, question, &err);
-    if (!answer) exit(failed(&err));
-    finish_answer(p, NULL, NULL, question, answer);
-    astrovl_free(answer);
-    for (i = 0; i < n_images; i++) astrovl_image_free(&images[i]);
-    return EXIT_OK;
-}
-
-static int run_ask(program *p) {
-    int n_images = p->o.words.n - 1;
-    const char *question = p->o.words.items[n_images];
-    return p->o.together ? ask_together(p, n_images, question) : answer_each(p, n_images, question);
-}
+static int run_ask(program *p) { return answer_each(p, p->o.words.n - 1, p->o.words.items[p->o.words.n - 1]); }
 
 // ==== chat ===========================================================================================================
 typedef struct chat_state {
@@ -1089,22 +1039,27 @@ static void print_tensor(const astrovl_tensor *t, int as_json, int name_width) {
     printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(text, shape, n, " x "), (unsigned long long)t->n_bytes);
 }
 
-// Tensors, values and bytes of each type, and of all.
-static void print_totals(const astrovl_gguf *file) {
-    enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
-    uint64_t sums[N_TYPES + 1][3] = {{0}};
-    int i, k;
-    char text[32];
+enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
+// Tensors, values and bytes of each type, and at the end of all.
+typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
+
+static totals add_up(const astrovl_gguf *file) {
+    totals sums = {{{0}}};
+    int i;
     for (i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i / 2);
-        uint64_t *sum = sums[i % 2 ? N_TYPES : (int)t->type];
+        uint64_t *sum = sums.of[i % 2 ? N_TYPES : (int)t->type];
         sum[0]++, sum[1] += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]), sum[2] += t->n_bytes;
     }
-    if (i) printf("\ntotals\n");
+    return sums;
+}
+
+static void print_totals(const totals *sums) {
+    char text[32];
+    int k;
     for (k = 0; k <= N_TYPES; k++)
-        if (sums[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                               (int)sums[k][0], (unsigned long long)sums[k][1], human_bytes(text, sums[k][2]));
-    putchar('\n');
+        if (sums->of[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
+                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(text, sums->of[k][2]));
 }
 
 static int at_least(int width, const char *text) {
@@ -1116,6 +1071,7 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     int i, key_width = 8, name_width = 8, as_json = p->o.json;
     int n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
     const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
+    totals sums = add_up(file);
     char text[32];
     for (i = 0; i < n_kv; i++) key_width = at_least(key_width, astrovl_gguf_kv(file, i)->key);
     for (i = 0; i < n_tensors; i++) name_width = at_least(name_width, astrovl_gguf_tensor(file, i)->name);
@@ -1132,7 +1088,7 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
     for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json, name_width);
     if (as_json) put_json("]}");
-    else print_totals(file);
+    else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
 }
 
 // A part of the model with its sizes, or null (text: none) when the files lack it. keys: "name name~ ..."; ~: a double, not an int
@@ -1200,6 +1156,40 @@ static void print_model(const program *p, const list *paths) {
     astrovl_close(model);
 }
 
+static void on_problem(void *user, const char *message) {
+    program *p = (program *)user;
+    list_add(p, &p->problems, message, strlen(message));
+}
+
+// --check: which commands the files can be used with, or all that they lack.
+static int check_model(program *p, const list *paths) {
+    static const struct { const char *command; int use; } commands_of[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
+        {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
+    astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
+    astrovl_info m;
+    astrovl_error err;
+    int i, uses[5] = {0, 0, 0, 0, 0};
+    p->model = astrovl_open_files(paths->items, paths->n, &how, &err);
+    if (!p->model && !p->problems.n) on_problem(p, err.message);
+    if (p->model) {
+        astrovl_get_info(p->model, &m);
+        uses[4] = m.has_vocab, uses[3] = m.has_joint_image, uses[2] = m.has_joint_image && m.has_joint_text;
+        uses[1] = m.has_text && m.has_vocab, uses[0] = uses[1] && m.has_vision && m.has_projector;
+    }
+    if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
+    else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
+    for (i = 0; i < (int)(sizeof commands_of / sizeof *commands_of); i++)
+        if (uses[commands_of[i].use] && p->o.json) put_json("%s", commands_of[i].command);
+        else if (uses[commands_of[i].use]) printf(" %s", commands_of[i].command);
+    if (p->o.json) put_json("] problems:[");
+    else if (p->model) puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
+    for (i = 0; i < p->problems.n; i++)
+        if (p->o.json) put_json("%s", p->problems.items[i]);
+        else printf("- "), print_safe(stdout, p->problems.items[i]), putchar('\n');
+    if (p->o.json) put_json("]}\n");
+    return p->model ? EXIT_OK : EXIT_FAILED;
+}
+
 static int run_inspect(program *p) {
     list *paths = p->o.words.n ? &p->o.words : &p->o.models;
     astrovl_gguf **files;
@@ -1208,6 +1198,7 @@ static int run_inspect(program *p) {
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
     if (paths->n == 0) return usage_error(p->cmd, "which file? (the shipped model was not found)");
+    if (p->o.check) return check_model(p, paths);
     files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (i = 0; i < paths->n; i++)                         // all, before anything is printed: half a JSON text is none
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &err))) exit(failed(&err));
@@ -1217,6 +1208,51 @@ static int run_inspect(program *p) {
     print_model(p, paths);
     if (p->o.json) put_json("}\n");
     return EXIT_OK;
+}
+
+// ==== quantize =======================================================================================================
+static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const astrovl_quantize_report *report,
+                            double seconds) {
+    totals before = add_up(in), after = add_up(out);
+    double bits[2] = {before.of[N_TYPES][2] * 8.0 / before.of[N_TYPES][1], after.of[N_TYPES][2] * 8.0 / after.of[N_TYPES][1]};
+    char text[2][32];
+    int k;
+    if (p->o.json) {
+        put_json("{file:%s bytes_before:%l bytes:%l bits_before:%f bits:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
+                 "requantized:%d types:{", astrovl_gguf_name(out), (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out),
+                 bits[0], bits[1], seconds, report->n_tensors, report->n_changed, report->n_fallbacks, report->n_requantized);
+        for (k = 0; k < N_TYPES; k++) if (after.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)after.of[k][0]);
+        put_json("}}\n");
+    } else if (!p->o.quiet) {
+        printf("%s before, %s now: %.2f bits a weight, then %.2f; %d of %d tensors changed in %.1f s\n", human_bytes(text[0],
+               astrovl_gguf_size(in)), human_bytes(text[1], astrovl_gguf_size(out)), bits[0], bits[1], report->n_changed,
+               report->n_tensors, seconds);
+        print_totals(&after);
+    }
+    if (report->n_fallbacks && !p->o.quiet)
+        fail("note: %d tensors got another type than asked for, since their rows are no multiple of its blocks", report->n_fallbacks);
+    if (report->n_requantized && !p->o.quiet)
+        fail("warning: %d tensors were quantised before and have lost more now; an F16 or F32 file gives a better result",
+             report->n_requantized);
+}
+
+static int run_quantize(program *p) {
+    const char *const *words = p->o.words.items;
+    astrovl_quantize_report report;
+    astrovl_error err;
+    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &err), *out = NULL;
+    double start = seconds_now();
+    astrovl_status status = in ? ASTROVL_OK : err.status;
+    p->started = time(NULL);
+    if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
+    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &err);
+    clear_bar(p);
+    if (!status) out = astrovl_gguf_open(words[1], 0, &err);
+    if (out) print_quantized(p, in, out, &report, seconds_now() - start);
+    astrovl_gguf_close(in);
+    astrovl_gguf_close(out);
+    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", err.message);
+    return out ? EXIT_OK : failed(&err);
 }
 
 // ==== trace ==========================================================================================================
@@ -1290,7 +1326,7 @@ static int run_trace(program *p) {
     t->folder = p->o.out;
     t->total = FNV_START;
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
-    if (p->o.max_tokens == 0) p->o.max_tokens = 1;
+    if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
     open_session(p, ASTROVL_EXACT, on_tensor, t);
     if (t->folder) open_trace_folder(t);
@@ -1406,39 +1442,35 @@ static int run_embed(program *p) {
     return status;
 }
 
-// How well a text fits an image.
-typedef struct fit { int text; float cosine, probability; } fit;
-
 // Texts that compete with each other for an image.
 typedef struct group {
     const char *title;                     // NULL: the only one
     list        texts;
-    float      *rows, *scores;             // [texts.n][n_embd_joint]; [texts.n] for softmax
-    fit        *fits;                      // [texts.n]
+    float      *rows, *odds;               // [texts.n][n_embd_joint]; [texts.n], cosines, then probabilities
+    astrovl_hit *fits;                     // [texts.n], the texts with their cosines
 } group;
 
-static int by_cosine(const void *a, const void *b) {
-    const fit *x = (const fit *)a, *y = (const fit *)b;
-    return x->cosine < y->cosine ? 1 : x->cosine > y->cosine ? -1 : x->text - y->text;
+static int by_score(const void *a, const void *b) {
+    const astrovl_hit *x = (const astrovl_hit *)a, *y = (const astrovl_hit *)b;
+    return x->score < y->score ? 1 : x->score > y->score ? -1 : (int)(x->row - y->row);
 }
 
 // Cosines, and probabilities = softmax(logit_scale * cosine) over the group. best: print so many, best first; 0: all as they stand
 static void print_fits(program *p, const group *g, const float *image, int best) {
     int i, n = g->texts.n;
-    fit *fits = g->fits;
-    astrovl_linear(g->scores, image, g->rows, NULL, 1, p->info.n_embd_joint, n);
-    for (i = 0; i < n; i++) fits[i].text = i, fits[i].cosine = g->scores[i], g->scores[i] *= p->info.logit_scale;
-    astrovl_softmax(g->scores, n);
-    for (i = 0; i < n; i++) fits[i].probability = g->scores[i];
-    if (best) qsort(fits, (size_t)n, sizeof *fits, by_cosine);
+    astrovl_linear(g->odds, image, g->rows, NULL, 1, p->info.n_embd_joint, n);
+    for (i = 0; i < n; i++) g->fits[i].row = i, g->fits[i].score = g->odds[i], g->odds[i] *= p->info.logit_scale;
+    astrovl_softmax(g->odds, n);
+    if (best) qsort(g->fits, (size_t)n, sizeof *g->fits, by_score);
     if (!p->o.json && g->title) printf("  %s\n", g->title);
     for (i = 0; i < (best && best < n ? best : n); i++) {
-        const char *text = g->texts.items[fits[i].text];
+        const char *text = g->texts.items[g->fits[i].row];
+        float cosine = g->fits[i].score, probability = g->odds[g->fits[i].row];
         if (p->o.json) {
-            put_json("{text:%s cosine:%f probability:%f", text, fits[i].cosine, fits[i].probability);
+            put_json("{text:%s cosine:%f probability:%f", text, cosine, probability);
             put_json(g->title ? "group:%s}" : "}", g->title);
         } else {
-            printf("  %7.4f  %5.1f %%  ", fits[i].cosine, fits[i].probability * 100);
+            printf("  %7.4f  %5.1f %%  ", cosine, probability * 100);
             print_safe(stdout, text);
             putchar('\n');
         }
@@ -1453,8 +1485,8 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
     for (i = 0; i < n_groups; i++) {
         group *g = &groups[i];
         g->rows = new_rows(p, g->texts.n);
-        g->scores = (float *)new_memory(p, (size_t)g->texts.n, sizeof *g->scores);
-        g->fits = (fit *)new_memory(p, (size_t)g->texts.n, sizeof *g->fits);
+        g->odds = (float *)new_memory(p, (size_t)g->texts.n, sizeof *g->odds);
+        g->fits = (astrovl_hit *)new_memory(p, (size_t)g->texts.n, sizeof *g->fits);
         embed_texts(p, g->texts.items, g->texts.n, g->rows);
     }
     for (i = 0; i < p->o.words.n && !p->stop; i++) {
@@ -1807,17 +1839,15 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
 
 static int index_images(program *p, image_index *ix, const list *todo, int n_known) {
     char ok[MAX_BATCH];
-    unsigned char *records = NULL;
+    unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, p->o.batch);
-    size_t size, capacity = 0;
+    size_t size;
     double start = seconds_now(), rate = 0;
     int i, k, some, added = 0;
     for (i = 0; i < todo->n && !p->stop; i += some) {
         some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
         draw_bar(p, "images", i, todo->n, rate);
         added += embed_batch(p, todo->items + i, some, rows, ok);
-        for (k = 0, size = 0; k < some; k++) size += 16 + 2 * (size_t)ix->n_dims + strlen(todo->items[i + k]);
-        if (size > capacity) records = (unsigned char *)new_memory(p, capacity = size, 1);
         for (k = 0, size = 0; k < some; k++)
             if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
         if (size) append_to_index(ix, records, size);
@@ -1914,18 +1944,15 @@ static list read_member(program *p, const lines *l, const char *key, int least, 
 // Reads a whole set before the long work begins, so that a broken line is said at once.
 static sample *read_samples(program *p, const char *path, int vqa, int *n) {
     const char *slash = strrchr(path, '/');
-    size_t size = 0, capacity = 0, folder = slash ? (size_t)(slash - path) + 1 : 0;
+    size_t size = 0, i, n_lines = 1, folder = slash ? (size_t)(slash - path) + 1 : 0;
     char *text = read_text(p, path, &size);
     lines l = lines_of(path, text, size);
-    sample *samples = NULL, *x;
+    sample *samples, *x;
+    for (i = 0; i < size; i++) n_lines += text[i] == '\n';
+    samples = (sample *)new_memory(p, n_lines, sizeof *samples);
     for (*n = 0; next_line(&l);) {
         list reference;
         if (strspn(l.line, " \t") == l.size) continue;
-        if ((size_t)*n == capacity) {
-            x = (sample *)new_memory(p, capacity = capacity * 2 + 64, sizeof *x);
-            if (*n) memcpy(x, samples, (size_t)*n * sizeof *x);
-            samples = x;
-        }
         x = &samples[(*n)++];
         x->image = read_member(p, &l, "image", 1, 1).items[0];
         x->label = read_member(p, &l, vqa ? "class" : "caption", 1, 1).items[0];
@@ -2282,13 +2309,13 @@ static int run_summarize(program *p) {
     astrovl_guide *guide;
     if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1) return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
-    if (p->o.max_tokens == 0) p->o.max_tokens = 512;
-    if (p->o.repetition_penalty <= 0) p->o.repetition_penalty = 1.1;         // lists tempt small models to say one thing again
+    if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 512;
+    if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;        // lists tempt small models to say one thing again
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
     guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &err) : astrovl_guide_schema(p->model, schema, size, &err);
     if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", err.message);
-    p->generation.guide = guide;
+    p->o.how.guide = guide;
     for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
     astrovl_guide_free(guide);
     return status;
@@ -2364,8 +2391,21 @@ static const command commands[] = {
      "  astrovl tokens --ids \"M31\" | astrovl tokens --decode\n"},
     {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
      "Lists the metadata and the tensors of GGUF files with their types, shapes and sizes, and says what the files make\n"
-     "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.",
-     "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"},
+     "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.\n"
+     "--check says instead which commands can be used with the files together, or else all that they lack (exit status 1).",
+     "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"
+     "  astrovl inspect --check model.gguf mmproj.gguf\n"},
+    {"quantize", QUANTIZE, run_quantize, 3, 3, "wanted: a GGUF file, the one to be written, and a type such as q4_k_m",
+     "quantize [OPTIONS] IN OUT TYPE", "make a model file smaller",
+     "Writes a copy of a GGUF file with its weight matrices in another type, which is one of\n"
+     "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k   all matrices alike, in 32 to 2.6 bits a weight\n"
+     "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                 llama.cpp's mixes: more bits where they count\n"
+     "Mixes keep the output matrix in Q6_K, and give attn_v, ffn_down (q3_k: attn_output) in some or all blocks a larger type.\n"
+     "Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256 (32) take a type with\n"
+     "smaller blocks, or F16. Start from F16 or F32: what is quantised already loses again. OUT may be IN; it is replaced when all\n"
+     "is written. Language models, mmproj files and CLIP can be quantised; q8_0 is hardly told from the original, q4_k_m is a\n"
+     "good choice for a language model.",
+     "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
     {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
      "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
      "Runs one question in exact arithmetic and saves every intermediate tensor of the vision tower, the projector and the\n"
@@ -2468,7 +2508,6 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     else if (status == EXIT_OK) status = c->run(p);
     astrovl_session_free(p->session);
     astrovl_close(p->model);
-    free_memory(p->memory);
     return status;
 }
 
