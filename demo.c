@@ -1,7 +1,6 @@
 // demo.c: the `astrovl` program. It captions images, answers questions about them, talks about them, and shows what
-// happens inside the model while it does: tokens, tensors, every intermediate result. It scores images against texts,
-// searches folders of them, and turns abstracts into JSON. It is also the longest usage example of astrovl.h: it uses
-// the public API only.
+// happens inside the model while it does: tokens, tensors, every intermediate result. It scores images against texts, searches
+// folders of them, turns abstracts into JSON and quantises models. It uses the public API of astrovl.h only.
 //
 //     cc -O2 -o astrovl demo.c -lm -pthread
 //     ./astrovl --help
@@ -41,6 +40,7 @@
 #else
 #include <dirent.h>
 #include <fcntl.h>
+#include <strings.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -77,7 +77,6 @@ static size_t utf8_next(const char *text, size_t size, unsigned *code, int *vali
     return *valid ? n : 1;
 }
 
-static const char replacement[] = "\xEF\xBF\xBD";   // U+FFFD, stands for bytes that are no UTF-8
 static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && code < 0xA0); }
 
 // Text with nothing in it that drives a terminal. quoted: as a JSON string, control codes escaped; otherwise they are dropped,
@@ -89,7 +88,7 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     if (quoted) fputc('"', out);
     for (; size; text += n, size -= n) {
         n = utf8_next(text, size, &code, &valid);
-        if (!valid) fputs(replacement, out);
+        if (!valid) fputs("\xEF\xBF\xBD", out);         // U+FFFD, for bytes that are no UTF-8
         else if (quoted && (code == '"' || code == '\\')) fprintf(out, "\\%c", (char)code);
         else if (quoted && (code == '\n' || code == '\t')) fputs(code == '\n' ? "\\n" : "\\t", out);
         else if (quoted && is_control(code)) fprintf(out, "\\u%04x", code);
@@ -128,10 +127,7 @@ static const char *human_bytes(char text[32], uint64_t bytes) {
 static void print_number(FILE *out, double value, int is_float32) {
     char text[40];
     int digits;
-    if (!(value - value == 0)) {
-        fputs("null", out);
-        return;
-    }
+    if (!(value - value == 0)) { fputs("null", out); return; }
     for (digits = 6; digits <= 17; digits++) {
         double back;
         snprintf(text, sizeof text, "%.*g", digits, value);
@@ -268,16 +264,12 @@ typedef struct command {
     const char *usage, *summary, *about, *examples;
 } command;
 
-// Says what is wrong with the command line and where to read on. Returns EXIT_USAGE.
-static int usage_error(const command *c, const char *format, ...) {
-    va_list args;
-    fprintf(stderr, "astrovl%s%s: ", c ? " " : "", c ? c->name : "");
-    va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fprintf(stderr, "\nTry: astrovl%s%s --help\n", c ? " " : "", c ? c->name : "");
-    return EXIT_USAGE;
+static int print_around(const char *before, const command *c, const char *after) {
+    return fprintf(stderr, "%s%s%s%s", before, c ? " " : "", c ? c->name : "", after), EXIT_USAGE;
 }
+// Says what is wrong with the command line and where to read on. Its value is EXIT_USAGE. (Compilers check what printf gets.)
+#define usage_error(c, ...) \
+    (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
 // Decimal digits only, and nothing that overflows. Returns 0 when the text is something else.
 static int parse_unsigned(const char *text, uint64_t high, uint64_t *value) {
@@ -330,8 +322,8 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     }
     if (good) return EXIT_OK;
     if (spec->kind == SEED) return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
-    return usage_error(c, "--%s wants a %snumber from %.10g to %.10g, not \"%s\"", spec->name, spec->kind == INTEGER ? "whole " : "",
-                       spec->low, spec->high, text);
+    return usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
+                       spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
 }
 
 // The option that an argument ("--seed", "--seed=7", "-s", "-s7") names for this command, or NULL. *value: "7" or NULL
@@ -357,18 +349,12 @@ static const option_spec *find_option(const command *c, const char *argument, co
 
 // Sorts the arguments behind the command's name into options and words. "--" ends the options, "-" is a word.
 static int parse_options(const command *c, options *o, int argc, char **argv) {
-    int i, status = EXIT_OK;
+    int i, only_words = 0, status = EXIT_OK;
     for (i = 0; i < argc && status == EXIT_OK; i++) {
         const option_spec *spec;
         const char *value;
-        if (argv[i][0] != '-' || !argv[i][1]) {
-            o->words.items[o->words.n++] = argv[i];
-            continue;
-        }
-        if (strcmp(argv[i], "--") == 0) {
-            while (++i < argc) o->words.items[o->words.n++] = argv[i];
-            break;
-        }
+        if (only_words || argv[i][0] != '-' || !argv[i][1]) { o->words.items[o->words.n++] = argv[i]; continue; }
+        if (strcmp(argv[i], "--") == 0) { only_words = 1; continue; }
         spec = find_option(c, argv[i], &value);
         if (!spec) return usage_error(c, "there is no option %s", argv[i]);
         if (spec->kind == FLAG && value) return usage_error(c, "--%s takes no value", spec->name);
@@ -387,8 +373,8 @@ static void print_command_help(const command *c) {
         const option_spec *spec = &option_table[i];
         char left[64];
         if (!(spec->commands & c->bit)) continue;
-        snprintf(left, sizeof left, "%c%c%c --%s %s", spec->letter ? '-' : ' ', spec->letter ? spec->letter : ' ',
-                 spec->letter ? ',' : ' ', spec->name, spec->value ? spec->value : "");
+        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ', spec->name,
+                 spec->value ? spec->value : "");
         printf("  %-27s %s\n", left, spec->help);
         if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
@@ -416,21 +402,11 @@ struct program {
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
 static volatile sig_atomic_t g_interrupted;
 
-static void on_interrupt(int signal_number) {
-    (void)signal_number;
-    g_interrupted = 1;
-}
+static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
-// Says what went wrong. Returns EXIT_FAILED.
-static int fail(const char *format, ...) {
-    va_list args;
-    fputs("astrovl: ", stderr);
-    va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fputc('\n', stderr);
-    return EXIT_FAILED;
-}
+static int end_failure(void) { return fputc('\n', stderr), EXIT_FAILED; }
+// Says what went wrong, as printf. Its value is EXIT_FAILED.
+#define fail(...) (fputs("astrovl: ", stderr), fprintf(stderr, __VA_ARGS__), end_failure())
 static int failed(const astrovl_error *err) { return fail("%s", err->message); }
 
 // Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
@@ -513,9 +489,8 @@ static void draw_bar(program *p, const char *stage, int done, int total, double 
 
 static int on_progress(void *user, const char *stage, int done, int total) {
     program *p = (program *)user;
-    if (g_interrupted || p->stop) return 1;
     if (!p->counting) draw_bar(p, stage, done, total, 0);
-    return 0;
+    return g_interrupted || p->stop;
 }
 
 // Gets the answer piece by piece.
@@ -552,10 +527,7 @@ static astrovl_status load_image(const char *path, astrovl_image *image, astrovl
     memset(image, 0, sizeof *image);
     status = astrovl_image_load(path, 0, image, err);
     if (status == ASTROVL_OK) status = astrovl_image_upright(image, err);
-    if (status != ASTROVL_OK) {
-        astrovl_image_free(image);
-        memset(image, 0, sizeof *image);
-    }
+    if (status != ASTROVL_OK) astrovl_image_free(image);   // which leaves zeros
     return status;
 }
 
@@ -617,10 +589,8 @@ static char *read_line(program *p, FILE *in) {
     size_t size = 0, capacity = 256;
     char *line = (char *)new_memory(p, capacity + 1, 1);
     int c;
-    while ((c = fgetc(in)) != EOF && c != '\n') {
-        line[size++] = (char)c;
+    for (; (c = fgetc(in)) != EOF && c != '\n'; line[size++] = (char)c)
         if (size == capacity) line = (char *)memcpy(new_memory(p, (capacity *= 2) + 1, 1), line, size);
-    }
     if (size && line[size - 1] == '\r') line[size - 1] = 0;
     return size || c != EOF ? line : NULL;
 }
@@ -810,7 +780,7 @@ static int run_ask(program *p) { return answer_each(p, p->o.words.n - 1, p->o.wo
 // ==== chat ===========================================================================================================
 typedef struct chat_state {
     astrovl_image image;
-    int           has_image, pending;      // pending: the next question carries the image
+    int           pending;                 // the next question carries the image
     int           interactive;             // a person types: show a prompt
     int           n_failed;
 } chat_state;
@@ -825,13 +795,10 @@ static void chat_image(chat_state *c, const char *path) {
     astrovl_image image;
     astrovl_error err;
     memset(&image, 0, sizeof image);
-    if (*path && load_image(path, &image, &err) != ASTROVL_OK) {
-        c->n_failed += failed(&err);
-        return;
-    }
+    if (*path && load_image(path, &image, &err) != ASTROVL_OK) { c->n_failed += failed(&err); return; }
     astrovl_image_free(&c->image);
     c->image = image;
-    c->has_image = c->pending = *path != 0;
+    c->pending = *path != 0;
     if (c->interactive && *path) fprintf(stderr, "(%d x %d pixels)\n", image.width, image.height);
 }
 
@@ -854,7 +821,7 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) return 0;
     if (strcmp(line, "/reset") == 0) {
         astrovl_session_reset(p->session);
-        c->pending = c->has_image;
+        c->pending = c->image.rgb != NULL;
     } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
         chat_image(c, line + 6 + strspn(line + 6, " "));
     } else {
@@ -935,15 +902,14 @@ static int encode_text(program *p, const char *text, size_t size) {
 
 // Reads ids separated by blanks or commas. Returns how many.
 static int parse_ids(const program *p, const char *text, int32_t *ids) {
+    static const char separators[] = " ,\t\r\n";
     int n = 0;
-    char word[16];
-    uint64_t value;
-    size_t length;
-    for (text += strspn(text, " ,\t\r\n"); *text; text += length + strspn(text + length, " ,\t\r\n")) {
-        length = strcspn(text, " ,\t\r\n");
-        snprintf(word, sizeof word, "%.*s", (int)(length < 15 ? length : 15), text);
-        if (!parse_unsigned(word, INT32_MAX, &value) || astrovl_token_piece(p->model, (int32_t)value).size == 0)
-            exit(fail("\"%s\" is no token of this vocabulary", word));
+    char *end;
+    for (text += strspn(text, separators); *text; text = end + strspn(end, separators)) {
+        unsigned long long value = strtoull(text, &end, 10);
+        if (!isdigit((unsigned char)*text) || !strchr(separators, *end) || value > INT32_MAX ||
+            astrovl_token_piece(p->model, (int32_t)value).size == 0)
+            exit(fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text));
         ids[n++] = (int32_t)value;
     }
     return n;
@@ -1150,9 +1116,7 @@ static void print_model(const program *p, const list *paths) {
         print_parts(0, &info);
         printf("  template        %s\n  weights         %llu parameters in %s\n", astrovl_template_name(info.chat_template),
                (unsigned long long)info.n_params, human_bytes(text, info.n_weight_bytes));
-    } else {
-        printf("no model that astrovl can run: %s\n", err.message);
-    }
+    } else printf("no model that astrovl can run: %s\n", err.message);
     astrovl_close(model);
 }
 
@@ -1163,7 +1127,7 @@ static void on_problem(void *user, const char *message) {
 
 // --check: which commands the files can be used with, or all that they lack.
 static int check_model(program *p, const list *paths) {
-    static const struct { const char *command; int use; } commands_of[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
+    static const struct { const char *command; int use; } rows[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
         {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
     astrovl_info m;
@@ -1178,9 +1142,8 @@ static int check_model(program *p, const list *paths) {
     }
     if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
     else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
-    for (i = 0; i < (int)(sizeof commands_of / sizeof *commands_of); i++)
-        if (uses[commands_of[i].use] && p->o.json) put_json("%s", commands_of[i].command);
-        else if (uses[commands_of[i].use]) printf(" %s", commands_of[i].command);
+    for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
+        if (uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
     if (p->o.json) put_json("] problems:[");
     else if (p->model) puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
     for (i = 0; i < p->problems.n; i++)
@@ -1211,29 +1174,27 @@ static int run_inspect(program *p) {
 }
 
 // ==== quantize =======================================================================================================
-static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const astrovl_quantize_report *report,
+static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const astrovl_quantize_report *r,
                             double seconds) {
-    totals before = add_up(in), after = add_up(out);
-    double bits[2] = {before.of[N_TYPES][2] * 8.0 / before.of[N_TYPES][1], after.of[N_TYPES][2] * 8.0 / after.of[N_TYPES][1]};
+    totals sums = add_up(out);
+    long long sizes[2] = {(long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out)};
+    double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
     char text[2][32];
     int k;
     if (p->o.json) {
-        put_json("{file:%s bytes_before:%l bytes:%l bits_before:%f bits:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
-                 "requantized:%d types:{", astrovl_gguf_name(out), (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out),
-                 bits[0], bits[1], seconds, report->n_tensors, report->n_changed, report->n_fallbacks, report->n_requantized);
-        for (k = 0; k < N_TYPES; k++) if (after.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)after.of[k][0]);
+        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
+                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed, r->n_fallbacks,
+                 r->n_requantized);
+        for (k = 0; k < N_TYPES; k++) if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
         put_json("}}\n");
     } else if (!p->o.quiet) {
-        printf("%s before, %s now: %.2f bits a weight, then %.2f; %d of %d tensors changed in %.1f s\n", human_bytes(text[0],
-               astrovl_gguf_size(in)), human_bytes(text[1], astrovl_gguf_size(out)), bits[0], bits[1], report->n_changed,
-               report->n_tensors, seconds);
-        print_totals(&after);
+        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes(text[0], (uint64_t)sizes[0]),
+               human_bytes(text[1], (uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
+        print_totals(&sums);
     }
-    if (report->n_fallbacks && !p->o.quiet)
-        fail("note: %d tensors got another type than asked for, since their rows are no multiple of its blocks", report->n_fallbacks);
-    if (report->n_requantized && !p->o.quiet)
-        fail("warning: %d tensors were quantised before and have lost more now; an F16 or F32 file gives a better result",
-             report->n_requantized);
+    if (p->o.quiet) return;
+    if (r->n_fallbacks) fail("note: %d tensors got another type, since their rows do not fit its blocks", r->n_fallbacks);
+    if (r->n_requantized) fail("warning: %d tensors were quantised before and lose again; F16 is better", r->n_requantized);
 }
 
 static int run_quantize(program *p) {
@@ -1307,10 +1268,9 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
 }
 
 // Makes the folder and its index before the long work, so that a folder that cannot be written is said at once.
-static void open_trace_folder(trace_state *t) {
-    char path[4096];
+static void open_trace_folder(program *p, trace_state *t) {
+    char *path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
     if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
-    snprintf(path, sizeof path, "%s/index.tsv", t->folder);
     t->index = fopen(path, "w");
     if (!t->index) exit(write_error(path));
     fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
@@ -1329,7 +1289,7 @@ static int run_trace(program *p) {
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
     open_session(p, ASTROVL_EXACT, on_tensor, t);
-    if (t->folder) open_trace_folder(t);
+    if (t->folder) open_trace_folder(p, t);
     if (n_images && load_image(p->o.words.items[0], &image, &err) != ASTROVL_OK) return failed(&err);
     answer = say(p, &image, n_images, p->o.words.items[n_images], &err);
     astrovl_image_free(&image);
@@ -1492,10 +1452,7 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
     for (i = 0; i < p->o.words.n && !p->stop; i++) {
         const char *path = p->o.words.items[i];
         char ok;
-        if (!embed_batch(p, &path, 1, row, &ok)) {
-            status = EXIT_FAILED;
-            continue;
-        }
+        if (!embed_batch(p, &path, 1, row, &ok)) { status = EXIT_FAILED; continue; }
         if (p->o.json) put_json("{file:%s matches:[", path);
         else print_safe(stdout, path), putchar('\n');
         for (k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
@@ -1569,26 +1526,20 @@ static const char *const built_in_labels[3] = {
     "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
     "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
 
-// 1 if this is UTF-8 without control characters (but tabs).
-static int is_plain_text(const char *text, size_t size) {
-    unsigned code;
-    int valid = 1;
-    size_t n;
-    for (; size && valid; text += n, size -= n) {
-        n = utf8_next(text, size, &code, &valid);
-        if (is_control(code) && code != '\t') valid = 0;
-    }
-    return valid;
-}
-
 // One label a line; blank lines and those that begin with '#' are passed over.
 static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
     lines l = lines_of(path, text, size);
+    unsigned code;
+    int valid;
+    size_t at;
     while (next_line(&l)) {
         for (; *l.line == ' ' || *l.line == '\t'; l.size--) l.line++;
         while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.size--;
         if (!l.size || *l.line == '#') continue;
-        if (!is_plain_text(l.line, l.size)) line_error(&l, "this is not UTF-8 text, or holds control characters");
+        for (at = 0; at < l.size;) {
+            at += utf8_next(l.line + at, l.size - at, &code, &valid);
+            if (!valid || (is_control(code) && code != '\t')) line_error(&l, "this is not UTF-8 text, or holds control characters");
+        }
         if (l.size > 1000) line_error(&l, "a label of more than 1000 bytes");
         if (labels->n == 100000) line_error(&l, "more than 100000 labels");
         list_add(p, labels, l.line, l.size);
@@ -1768,42 +1719,41 @@ static size_t make_record(const image_index *ix, const char *name, const float *
 
 static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
-#if defined(_WIN32)
-static int add_images(program *p, const char *path, int is_found, list *names) {        // folders: give their files with -
-    (void)is_found;
-    return list_add(p, names, path, strlen(path)), EXIT_OK;
-}
-#else
-// An image by its ending: .png .jpg .jpeg .ppm .pgm .pnm, in any case.
+#if !defined(_WIN32)
+// An image by its ending, in any case.
 static int has_image_ending(const char *name) {
+    static const char *const endings[] = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm"};
     const char *dot = strrchr(name, '.');
-    char ending[8] = "";
-    size_t i;
-    for (i = 0; dot && i < 6 && dot[i]; i++) ending[i] = (char)tolower((unsigned char)dot[i]);
-    return dot && !dot[i] && i > 3 && strstr(".png .jpg .jpeg .ppm .pgm .pnm ", (ending[i] = ' ', ending)) != NULL;
+    int i = 0;
+    while (dot && i < 6 && strcasecmp(dot, endings[i]) != 0) i++;
+    return dot && i < 6;
 }
+#endif
 
 // A file as it is named, or the images in a folder and below it. is_found: it was met in a folder. There, links to folders are
-// not followed: they could lead in circles.
+// not followed: they could lead in circles. (On Windows folders are not walked; give their files with -.)
 static int add_images(program *p, const char *path, int is_found, list *names) {
+#if !defined(_WIN32)
     struct dirent *entry;
     struct stat s, target;
     DIR *folder;
     int status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
-    if (!found || !S_ISDIR(s.st_mode)) {
-        if (!is_found || (has_image_ending(path) && stat(path, &target) == 0 && S_ISREG(target.st_mode)))
-            list_add(p, names, path, strlen(path));
-        return EXIT_OK;
+    if (found && S_ISDIR(s.st_mode)) {
+        folder = opendir(path);
+        if (!folder) return cannot_open(path);
+        while ((entry = readdir(folder)) != NULL)
+            if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+                status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names);
+        closedir(folder);
+        return status;
     }
-    folder = opendir(path);
-    if (!folder) return cannot_open(path);
-    while ((entry = readdir(folder)) != NULL)
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
-            status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names);
-    closedir(folder);
-    return status;
-}
+    if (is_found && (!has_image_ending(path) || stat(path, &target) != 0 || !S_ISREG(target.st_mode))) return EXIT_OK;
+#else
+    (void)is_found;
 #endif
+    list_add(p, names, path, strlen(path));
+    return EXIT_OK;
+}
 
 // What the arguments name ("-": the lines of standard input), sorted, less what the index holds. Says how many that are.
 static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
@@ -1813,10 +1763,7 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
         size_t size = 0;
         char *text = NULL;
         lines l;
-        if (strcmp(p->o.words.items[i], "-") != 0) {
-            status |= add_images(p, p->o.words.items[i], 0, &all);
-            continue;
-        }
+        if (strcmp(p->o.words.items[i], "-") != 0) { status |= add_images(p, p->o.words.items[i], 0, &all); continue; }
         text = read_text(p, "-", &size);
         for (l = lines_of("standard input", text, size); next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
@@ -1875,17 +1822,37 @@ static int run_index(program *p) {
     return status;
 }
 
-static int search_index(program *p, image_index *ix, const char *query) {
+// The index to be searched, read whole.
+static image_index *read_index(program *p, const char *path) {
+    image_index *ix = new_index(p, path);
+    ix->keep_rows = 1;
+    ix->file = fopen(path, "rb");
+    if (!ix->file) exit(cannot_open(path));
+    if (read_index_header(ix) < INDEX_HEADER) exit(fail("%s: its header is incomplete; `astrovl index` makes it anew", path));
+    read_records(p, ix);
+    fclose(ix->file);
+    if (ix->torn && !p->o.quiet) fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", path);
+    return ix;
+}
+
+static int run_search(program *p) {
     int i, k = p->o.best ? p->o.best : 10, n = 0;
-    float *row = new_rows(p, 1);
+    const char *query = p->o.image ? p->o.image : p->o.words.items[1];
+    image_index *ix;
+    float *row;
     astrovl_hit *hits;
     astrovl_error err;
     char ok;
+    if ((p->o.words.n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
+    ix = read_index(p, p->o.words.items[0]);
     if (k > ix->names.n) k = ix->names.n;
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
+    row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
     if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &err);
+    free(ix->rows);
     if (n < 0) return failed(&err);
     if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
@@ -1895,24 +1862,6 @@ static int search_index(program *p, image_index *ix, const char *query) {
     }
     if (p->o.json) put_json("]}\n");
     return EXIT_OK;
-}
-
-static int run_search(program *p) {
-    int n = p->o.words.n, status;
-    image_index *ix;
-    if ((n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
-    ix = new_index(p, p->o.words.items[0]);
-    ix->keep_rows = 1;
-    ix->file = fopen(ix->path, "rb");
-    if (!ix->file) return cannot_open(ix->path);
-    if (read_index_header(ix) < INDEX_HEADER) return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
-    read_records(p, ix);
-    fclose(ix->file);
-    if (ix->torn && !p->o.quiet) fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", ix->path);
-    status = search_index(p, ix, n == 2 ? p->o.words.items[1] : p->o.image);
-    free(ix->rows);
-    return status;
 }
 
 // ==== evaluate =======================================================================================================
@@ -2401,10 +2350,9 @@ static const command commands[] = {
      "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k   all matrices alike, in 32 to 2.6 bits a weight\n"
      "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                 llama.cpp's mixes: more bits where they count\n"
      "Mixes keep the output matrix in Q6_K, and give attn_v, ffn_down (q3_k: attn_output) in some or all blocks a larger type.\n"
-     "Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256 (32) take a type with\n"
-     "smaller blocks, or F16. Start from F16 or F32: what is quantised already loses again. OUT may be IN; it is replaced when all\n"
-     "is written. Language models, mmproj files and CLIP can be quantised; q8_0 is hardly told from the original, q4_k_m is a\n"
-     "good choice for a language model.",
+     "Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256 (32) take a type of\n"
+     "smaller blocks, or F16. Start from F16 or F32: what is quantised already loses again. OUT may be IN. CLIP and mmproj\n"
+     "files can be quantised as well. q8_0 is hardly told from the original; q4_k_m suits large language models.",
      "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
     {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
      "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
@@ -2451,7 +2399,8 @@ static const command commands[] = {
      "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the last two\n"
      "optional. The model describes each image; counted are the class it names, the feature words it uses, and how close its\n"
      "text tower sees text and reference (AstroLLaVA's benchmark). Files are named as seen from the .jsonl file's folder.",
-     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
+     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
+     "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
      "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
      "A language model reads a text and answers in a form that it cannot leave: by default the schema that PAPERCLIP trains on,\n"
@@ -2496,12 +2445,11 @@ static void occupy_standard_streams(void) {
 
 // Runs a command with room for every argument in each list.
 static int run_command(program *p, const command *c, int argc, char **argv) {
-    list *lists[4];
-    int i, status = EXIT_OK;
+    list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
+    int i, status;
     p->cmd = c;
-    lists[0] = &p->o.models, lists[1] = &p->o.stop, lists[2] = &p->o.words, lists[3] = &p->o.texts;
     for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
-    if (status == EXIT_OK) status = parse_options(c, &p->o, argc, argv);
+    status = parse_options(c, &p->o, argc, argv);
     p->show_progress = !p->o.quiet && is_terminal(2);
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);
