@@ -1420,18 +1420,21 @@ static void avl__dequantize_q6_k(const uint8_t *b, float *y, int64_t n_blocks) {
 }
 
 // ---- to block formats ----------------------------------------------------------------------------------------------
-// The other way: each function below makes one block of float32 values, one after the other as the formats above lay them
-// out. The values are finite and at most AVL__QUANTIZE_MAX: avl__quantize_row sees to that.
+// The other way: each function below makes one block, laid out as above, of float32 values that are finite and at most
+// AVL__QUANTIZE_MAX: avl__quantize_row sees to that.
 //   Q4_0 to Q8_0: the rules of ggml and of the `gguf` Python package, whose bits these are.
 //   Q2_K to Q6_K: the format leaves the choice of the scales to the writer. Here they make the sum of squared errors small.
 
-#define AVL__QUANTIZE_MAX  1e9f              // beyond what any block can hold (65504 * 128 * 32), and sums of squares stay finite
-#define AVL__QUANTIZE_MIN  1e-12f            // what a K block always makes 0: its least step is the least half, 6e-8
+#define AVL__QUANTIZE_MAX  1e9f              // more than any block can hold (65504 * 128 * 32); its square is no overflow
+#define AVL__QUANTIZE_MIN  1e-12f            // so little that a K block makes it 0: its least step is the least half, 6e-8
 #define AVL__F16_LIMIT     65519.99609375f   // the largest float that becomes a finite half (65504)
 #define AVL__FLOAT_ROUNDER 12582912.0f       // 1.5 * 2^23 rounds floats as AVL__ROUNDER does doubles, for |x| < 2^22
 
-static float avl__magnitude(float x) { return x < 0 ? -x : x; }
-static float avl__clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+static float avl__magnitude(float x) { return avl__float_from_bits(avl__float_bits(x) & 0x7FFFFFFF); }
+static float avl__clamp(float x, float low, float high) {   // two steps: compilers make them two instructions
+    float y = x < low ? low : x;
+    return y > high ? high : y;
+}
 
 static float avl__round_between(float x, float low, float high) {   // to the nearest integer of low..high, ties to even
     return (avl__clamp(x, low, high) + AVL__FLOAT_ROUNDER) - AVL__FLOAT_ROUNDER;
@@ -1515,15 +1518,16 @@ static void avl__quantize_q8_0(const float *x, uint8_t *b) {
     }
 }
 
-// The K formats. If only the integers q of a group were known, least squares would give its scale in closed form; and given
-// the scale, the best q is x / d rounded. So several guesses of the scale are made, q is rounded by each, the scale fitted to
-// these q, and the fit of the least error taken. A guess puts the end of the group's range between one step inside and one
-// step outside the end of q's range: a clipped extreme may pay when it makes the steps finer for all the others.
-#define AVL__GUESSES        5
-#define AVL__GUESS_STEP     0.2f
+// The K formats. Were the integers q of a group known, least squares would give its scale in closed form; given the scale, the
+// best q is x / scale, rounded. So several scales are guessed, q rounded by each and a scale fitted to these q; the fit with
+// the least error wins. A guess puts the end of the group's range up to 0.9 steps inside or outside the end of q's range: to clip
+// the extreme value may pay, since the steps are finer then for all others.
+#define AVL__GUESSES    3
+#define AVL__GUESS_STEP 0.3f
 
-// y = d q, low <= q <= high:   E = sum (x - d q)^2 is least for d = sum x q / sum q^2;  then E = sum x^2 - (sum x q)^2 / sum q^2.
-// Returns that d. It is negative where the value of largest magnitude needs the sign of which q has one more.
+// y = d q, low <= q <= high.   E = sum (x - d q)^2 is least for
+//   d = sum x q / sum q^2       and then E = sum x^2 - (sum x q)^2 / sum q^2
+// Returns that d. It is negative where the value of largest magnitude has the sign that q has one integer less of.
 static float avl__fit_scale(const float *x, int n, int low, int high) {
     float extreme = avl__extreme(x, n), end = (float)(-low > high ? low : high), gain = 0, scale = 0;
     int guess, i;
@@ -1543,25 +1547,26 @@ static float avl__fit_scale(const float *x, int n, int low, int high) {
     return scale;
 }
 
-// y = d q - m, 0 <= q <= high, m >= 0. With u = x - low, low = min(x, 0), and m = r - low:  E = sum (u - d q + r)^2 is least for
+// y = d q - m, 0 <= q <= high, m >= 0.   With low the least of x and 0, u = x - low and r = m + low, which keeps digits from
+// cancelling, E = sum (x - d q + m)^2 = sum (u - d q + r)^2 is least for
 //   d = (n sum u q - sum u sum q) / (n sum q^2 - (sum q)^2)     r = (d sum q - sum u) / n
-// or, where that would make m negative, for m = 0 and d = sum x q / sum q^2. (u, not x: fewer digits cancel.)
-// Returns d, and m in *minimum. n is 16 or 32.
-static float avl__fit_affine(const float *x, int n, int high, float *minimum) {
-    float low, top, u[32], sum_u = 0, scale = 0;
+// or, where that would make m negative, for r = low and d = sum (u + low) q / sum q^2.
+// Returns that m; d comes from avl__fit_scale, once the minima have been rounded. n is 16 or 32.
+static float avl__fit_minimum(const float *x, int n, int high) {
+    float low, top, u[32], sum_u = 0, minimum;
     double least = 0;
     int guess, i;
     avl__range(x, n, &low, &top);
     if (low > 0) low = 0;
-    *minimum = -low;
-    if (top - low < AVL__QUANTIZE_MIN) return 0;
+    minimum = -low;
+    if (top - low < AVL__QUANTIZE_MIN) return minimum;
     for (i = 0; i < n; i++) {
         u[i] = x[i] - low;
         sum_u += u[i];
     }
     for (guess = -AVL__GUESSES; guess <= AVL__GUESSES; guess++) {
         float inverse = ((float)high + AVL__GUESS_STEP * (float)guess) / (top - low), sum_q = 0, sum_qq = 0, sum_uq = 0;
-        double determinant, d, r, error;
+        double determinant, d, r, error;   // error: E less sum u^2, which all guesses share
         for (i = 0; i < n; i++) {
             float q = avl__round_between(u[i] * inverse, 0, (float)high);
             sum_q += q;
@@ -1572,10 +1577,10 @@ static float avl__fit_affine(const float *x, int n, int high, float *minimum) {
         d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
         r = (d * (double)sum_q - (double)sum_u) / n;
         if (r < (double)low) r = (double)low, d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
-        error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));   // - sum u^2
-        if (error < least) least = error, scale = (float)d, *minimum = (float)(r - (double)low);
+        error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));
+        if (error < least) least = error, minimum = (float)(r - (double)low);
     }
-    return scale;
+    return minimum;
 }
 
 // The codes q - low of y = step q - minimum, low <= q <= high.
@@ -1587,7 +1592,7 @@ static void avl__encode(const float *x, int n, float step, float minimum, int lo
     }
 }
 
-// The groups' scales (or minima) s are rounded the same way, to d times low..high. Stores d at p, and returns it as stored.
+// The groups' scales (or minima) s become integers the same way: s = d code. Stores d at p, and returns what was stored.
 static float avl__encode_scales(const float *s, int n, int low, int high, uint8_t *p, uint8_t *codes) {
     float d = avl__store_f16(p, avl__fit_scale(s, n, low, high));
     avl__encode(s, n, d, 0, low, high, codes);
@@ -1607,12 +1612,16 @@ static void avl__encode_symmetric(const float *x, int half, int half_scales, uin
 // Q2_K, Q4_K, Q5_K:   y = (d scale[g]) q - dmin minimum[g]; dmin is stored behind d, the minima behind the scales.
 static void avl__encode_affine(const float *x, int n_groups, int high, int high_scale, uint8_t *d_at, uint8_t *scales,
                                uint8_t *codes) {
-    float s[16], m[16], d, dmin;
+    float m[16] = {0}, s[16] = {0}, u[32] = {0}, d, dmin;
     uint8_t *minima = scales + n_groups;
-    int g, n = 256 / n_groups;
-    for (g = 0; g < n_groups; g++) s[g] = avl__fit_affine(x + n * g, n, high, &m[g]);
-    d = avl__encode_scales(s, n_groups, 0, high_scale, d_at, scales);
+    int n = 256 / n_groups, g, i;
+    for (g = 0; g < n_groups; g++) m[g] = avl__fit_minimum(x + n * g, n, high);
     dmin = avl__encode_scales(m, n_groups, 0, high_scale, d_at + 2, minima);
+    for (g = 0; g < n_groups; g++) {
+        for (i = 0; i < n; i++) u[i] = x[n * g + i] + dmin * (float)minima[g];
+        s[g] = avl__clamp(avl__fit_scale(u, n, 0, high), 0, AVL__QUANTIZE_MAX);   // below 0 only where all u are next to 0
+    }
+    d = avl__encode_scales(s, n_groups, 0, high_scale, d_at, scales);
     for (g = 0; g < n_groups; g++)
         avl__encode(x + n * g, n, d * (float)scales[g], dmin * (float)minima[g], 0, high, codes + n * g);
 }

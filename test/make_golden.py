@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes test/golden/, what test.c compares with: by the reference implementations, never by astrovl.
 
-    python3 test/make_golden.py [images] [joint] [models] [tokens] [types]     # all of them without arguments
+    python3 test/make_golden.py [images] [joint] [models] [quants] [tokens] [types]     # all of them without arguments
 
 Not run by CI: it needs PyTorch (6 GB). The versions below are those the committed files were made with; another version is
 told, and may give other bytes. In a virtual environment outside the tree:
@@ -1794,6 +1794,83 @@ def make_types(folder):
     types_write_gguf(f"{folder}/types_le.gguf", all_blocks, False)
     types_write_gguf(f"{folder}/types_be.gguf", all_blocks, True)
 
+
+
+# =====================================================================================================================
+# Quants
+# What the tensor types make of float32 values, by the gguf package; for the K types, which it does not write, how far from the
+# values llama.cpp's blocks are. Read by test.c's "numbers" tests.
+#   quants.gold      u32 n_values, float32 [n_values]; for each type: u32 type, u32 n_bytes, the blocks (little-endian); for the K
+#                    types n_bytes is 4, and what follows is a float32: the root mean square of the errors llama.cpp's
+#                    quantiser makes (without an importance matrix) on quants_gaussian()
+# With GGML_LIBRARY=libggml-base.so in the environment the latter are measured; otherwise they are those of the table below.
+# =====================================================================================================================
+
+QUANTS_ORDER = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+QUANTS_RMSE = {"Q2_K": 0.2956053, "Q3_K": 0.1497510, "Q4_K": 0.0712007, "Q5_K": 0.0361400, "Q6_K": 0.0177731}   # ggml 0.25.3's
+QUANTS_N_GAUSSIAN = 64 * 256
+
+
+def quants_gaussian():
+    """Sums of 12 uniform numbers, less 6: nearly normal, of variance 1. test.c computes the same."""
+    state, values = 1, np.empty(QUANTS_N_GAUSSIAN, np.float32)
+    for i in range(QUANTS_N_GAUSSIAN):
+        total = 0
+        for _ in range(12):
+            state = (state * 1664525 + 1013904223) % 2 ** 32
+            total += state >> 8
+        values[i] = total / 2 ** 24 - 6
+    return values
+
+
+def quants_inputs(random):
+    """float32 values in blocks of 32, none so large that a half cannot hold the scale, or so small that 1 / scale is infinite."""
+    normal = lambda n: random.standard_normal((n, 32))
+    parts = [normal(32), normal(8) * 1e-3, normal(4) * 1e4, random.uniform(-1, 1, (8, 32)), random.uniform(2, 3, (4, 32)),
+             -random.uniform(2, 3, (4, 32)), random.standard_t(2, (8, 32)),
+             normal(4) * 1e-6, normal(4) * 1e-8, normal(2) * 1e-36,         # scales that are subnormal halves, and 0
+             normal(8) * (random.random((8, 32)) < 0.1) + 0.0]              # mostly zero; not -0: numpy's least of 0 and -0 is either
+    ties = []                                                               # x / d is a half or near it, for each type's d
+    for levels, last in ((127, 127), (8, -8), (16, -16), (15, 15), (31, 31)):
+        x = random.integers(0 if levels % 2 and levels < 127 else -levels, levels, (3, 32)) + 0.5
+        x[:, 7], x[:, 20] = last, 0
+        ties.append(x * np.array([[1.0], [0.1], [3.0]]))
+    constant = np.array([0.0, -0.0, 1.0, -1.0, 0.37, -5e-5, 65504.0, 1e-36])[:, None] * np.ones((1, 32))
+    extremes = normal(4)
+    extremes[:, 3], extremes[:, 30] = [4.0, -4.0, 4.0, -4.0], [-4.0, 4.0, 4.0, -4.0]   # which of two equals comes first
+    tiny = normal(2) * 1e-40
+    tiny[:, 5] = [1e-36, -1e-36]                                            # subnormal floats in a block that has a scale
+    return np.concatenate(parts + ties + [constant, extremes, tiny]).astype(np.float32)
+
+
+def quants_rmse(name, values):
+    """Of llama.cpp's blocks, by its own quantiser and the gguf package's dequantiser."""
+    import ctypes
+    library, kind = ctypes.CDLL(os.environ["GGML_LIBRARY"]), gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.zeros(values.size // block * size, np.uint8)
+    pointer = lambda array: array.ctypes.data_as(ctypes.c_void_p)
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
+    library.ggml_quantize_chunk(int(kind), pointer(values), pointer(blocks), 0, 1, values.size, None)
+    return float(np.sqrt(np.mean((gguf.quants.dequantize(blocks, kind).astype(np.float64) - values) ** 2)))
+
+
+def make_quants(folder):
+    values = quants_inputs(np.random.default_rng(20261123))
+    with open(f"{folder}/quants.gold", "wb") as f:
+        f.write(struct.pack("<I", values.size) + values.astype("<f4").tobytes())
+        for name in QUANTS_ORDER:
+            kind = gguf.GGMLQuantizationType[name]
+            with np.errstate(all="ignore"):
+                blocks = gguf.quants.quantize(values, kind).tobytes()
+            f.write(struct.pack("<II", kind, len(blocks)) + blocks)
+        for name, rmse in QUANTS_RMSE.items():
+            if "GGML_LIBRARY" in os.environ:
+                rmse = round(quants_rmse(name, quants_gaussian()), 7)
+                print("quants: %s %.7f (recorded: %.7f)" % (name, rmse, QUANTS_RMSE[name]))
+            f.write(struct.pack("<IIf", gguf.GGMLQuantizationType[name], 4, rmse))
+
+
 # ======================================================================================================================
 
 VERSIONS = {"torch": "2.15.0", "transformers": "5.23.0", "tokenizers": "0.23.3", "sentencepiece": "0.2.3", "gguf": "0.19.0",
@@ -1802,7 +1879,8 @@ VERSIONS = {"torch": "2.15.0", "transformers": "5.23.0", "tokenizers": "0.23.3",
 
 def main():
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
-    parts = {"images": make_images, "joint": make_joint, "models": make_models, "tokens": make_tokens, "types": make_types}
+    parts = {"images": make_images, "joint": make_joint, "models": make_models, "quants": make_quants,
+             "tokens": make_tokens, "types": make_types}
     if sys.argv[1:] == ["--versions"]:
         print(" ".join("%s==%s" % item for item in VERSIONS.items()))
         return

@@ -169,13 +169,211 @@ static void test_dequantize(void) {
     free(gold);
 }
 
+// ---- to block formats -----------------------------------------------------------------------------------------------
+
+static const int numbers_types[] = {ASTROVL_TYPE_F32, ASTROVL_TYPE_F16, ASTROVL_TYPE_BF16, ASTROVL_TYPE_Q2_K, ASTROVL_TYPE_Q3_K,
+    ASTROVL_TYPE_Q4_0, ASTROVL_TYPE_Q4_1, ASTROVL_TYPE_Q4_K, ASTROVL_TYPE_Q5_0, ASTROVL_TYPE_Q5_1, ASTROVL_TYPE_Q5_K,
+    ASTROVL_TYPE_Q6_K, ASTROVL_TYPE_Q8_0};
+#define N_TYPES    13
+#define N_GAUSSIAN (64 * 256)
+
+// Sums of 12 uniform numbers, less 6: nearly normal, of variance 1. make_golden.py computes the same. To be freed.
+static float *numbers_gaussian(void) {
+    float *x = (float *)malloc(N_GAUSSIAN * sizeof *x);
+    uint32_t state = 1, sum;
+    int i, j;
+    for (i = 0; i < N_GAUSSIAN; i++) {
+        for (sum = 0, j = 0; j < 12; j++) {
+            state = state * 1664525u + 1013904223u;
+            sum += state >> 8;
+        }
+        x[i] = (float)(sum / 16777216.0 - 6);
+    }
+    return x;
+}
+
+// The root mean square of what is lost on the way to blocks and back.
+static double numbers_rmse(int type, const float *x, int n) {
+    uint8_t *blocks = (uint8_t *)malloc((size_t)n * 4);
+    float *y = (float *)malloc((size_t)n * sizeof *y);
+    double sum = 0;
+    int i;
+    CHECK(astrovl_quantize(type, x, blocks, n) == ASTROVL_OK, "%s", astrovl_type_name(type));
+    CHECK(astrovl_dequantize(type, blocks, y, n) == ASTROVL_OK, "%s", astrovl_type_name(type));
+    for (i = 0; i < n; i++) sum += ((double)y[i] - (double)x[i]) * ((double)y[i] - (double)x[i]);
+    free(blocks);
+    free(y);
+    return sqrt(sum / n);
+}
+
+// The gguf package's bits at an odd address, and nothing written beyond them; for the K types, llama.cpp's error at most.
+static void test_quantize(void) {
+    size_t size, at, i;
+    int n_types = 0, n;
+    unsigned char *gold = read_file("test/golden/quants.gold", &size), *blocks;
+    float *x, *gaussian = numbers_gaussian();
+    n = (int)avl__load_u32(gold);
+    x = (float *)malloc((size_t)n * sizeof *x);
+    blocks = (unsigned char *)malloc((size_t)n * 4 + 2);
+    for (i = 0; i < (size_t)n; i++) x[i] = avl__float_from_bits(avl__load_u32(gold + 4 + 4 * i));
+    for (at = 4 + 4 * (size_t)n; at + 8 <= size; n_types++) {
+        int type = (int)avl__load_u32(gold + at);
+        size_t bytes = avl__load_u32(gold + at + 4);
+        const unsigned char *expected = gold + at + 8;
+        at += 8 + bytes;
+        if (bytes == 4) {
+            double reference = (double)avl__float_from_bits(avl__load_u32(expected)), rmse = numbers_rmse(type, gaussian, N_GAUSSIAN);
+            CHECK(rmse <= reference, "%s: %.6f, llama.cpp's is %.6f", astrovl_type_name(type), rmse, reference);
+            continue;
+        }
+        CHECK(bytes == astrovl_type_row_bytes(type, n), "type %d", type);
+        memset(blocks, 0x55, (size_t)n * 4 + 2);
+        CHECK(astrovl_quantize(type, x, blocks + 1, n) == ASTROVL_OK, "%s", astrovl_type_name(type));
+        for (i = 0; i < bytes && blocks[1 + i] == expected[i]; i++) {}
+        CHECK(i == bytes, "%s: byte %d of %d is not as gguf's", astrovl_type_name(type), (int)i, (int)bytes);
+        CHECK(blocks[0] == 0x55 && blocks[1 + bytes] == 0x55, "%s wrote too much", astrovl_type_name(type));
+    }
+    CHECK(n_types == N_TYPES && at == size, "%d types, %d of %d bytes", n_types, (int)at, (int)size);
+    free(gold);
+    free(x);
+    free(blocks);
+    free(gaussian);
+}
+
+// The K types' blocks have the same bits with every compiler and on every machine: those of the day this was written.
+static void test_quantize_bits(void) {
+    static const struct { int type; uint32_t hash; } expected[] = {
+        {ASTROVL_TYPE_Q2_K, 0x29683392}, {ASTROVL_TYPE_Q3_K, 0xAAB5870E}, {ASTROVL_TYPE_Q4_K, 0x6BCF3D8E},
+        {ASTROVL_TYPE_Q5_K, 0xBC0FD003}, {ASTROVL_TYPE_Q6_K, 0x6D4A6EE5}};
+    float *x = numbers_gaussian();
+    char *blocks = (char *)malloc(N_GAUSSIAN);
+    size_t i;
+    for (i = 0; i < 5; i++) {
+        int type = expected[i].type;
+        uint32_t hash;
+        astrovl_quantize(type, x, blocks, N_GAUSSIAN);
+        hash = avl__hash(AVL__HASH_START, blocks, astrovl_type_row_bytes(type, N_GAUSSIAN));
+        CHECK(hash == expected[i].hash, "%s: %08x", astrovl_type_name(type), (unsigned)hash);
+    }
+    free(x);
+    free(blocks);
+}
+
+// More bits, less error, at any scale; and no group pays for another that is 16 times as large.
+static void test_quantize_error(void) {
+    static const int order[] = {ASTROVL_TYPE_Q2_K, ASTROVL_TYPE_Q3_K, ASTROVL_TYPE_Q4_K, ASTROVL_TYPE_Q5_K, ASTROVL_TYPE_Q6_K,
+        ASTROVL_TYPE_Q8_0, ASTROVL_TYPE_F16, ASTROVL_TYPE_F32};
+    static const double largest[] = {0.3, 0.15, 0.08, 0.04, 0.02, 0.01, 0.001, 0};   // for a variance of 1
+    float *x = numbers_gaussian(), scale;
+    int i;
+    for (scale = 1e-2f; scale < 1e4f; scale *= 100) {
+        double before = 1e30;
+        for (i = 0; i < N_GAUSSIAN; i++) x[i] *= scale;
+        for (i = 0; i < 8; i++) {
+            double rmse = numbers_rmse(order[i], x, N_GAUSSIAN);
+            CHECK(rmse < before && rmse <= largest[i] * (double)scale, "%s: %g", astrovl_type_name(order[i]), rmse);
+            before = rmse;
+        }
+        for (i = 0; i < N_GAUSSIAN; i++) x[i] /= scale;
+    }
+    for (i = 0; i < N_GAUSSIAN; i++) x[i] *= (float)(1 + i / 16 % 16);
+    for (i = 0; i < 5; i++) {
+        double rmse = numbers_rmse(order[i], x, N_GAUSSIAN);
+        CHECK(rmse <= 10 * largest[i], "%s: %g with groups of 1 to 16", astrovl_type_name(order[i]), rmse);   // sqrt(mean g^2) is 9.7
+    }
+    free(x);
+}
+
+// What was read from a block and is written again is read as the same, where the rule finds the block's own scale.
+static void test_quantize_again(void) {
+    float *x = numbers_gaussian(), *y = (float *)malloc(N_GAUSSIAN * sizeof *y), *z = (float *)malloc(N_GAUSSIAN * sizeof *z);
+    uint8_t *blocks = (uint8_t *)malloc(N_GAUSSIAN * 4);
+    int i;
+    for (i = 0; i < N_TYPES; i++) {
+        int type = numbers_types[i];
+        const char *name = astrovl_type_name(type);
+        if (strstr(name, "_K")) continue;
+        astrovl_quantize(type, x, blocks, N_GAUSSIAN);
+        astrovl_dequantize(type, blocks, y, N_GAUSSIAN);
+        astrovl_quantize(type, y, blocks, N_GAUSSIAN);
+        astrovl_dequantize(type, blocks, z, N_GAUSSIAN);
+        CHECK(memcmp(y, z, N_GAUSSIAN * sizeof *y) == 0, "%s changes what it wrote", name);
+    }
+    free(x);
+    free(y);
+    free(z);
+    free(blocks);
+}
+
+// 256 values of every awkward kind; returns 0 after the last kind.
+static int numbers_awkward(int kind, float *x) {
+    static const float constants[] = {0, -0.0f, 1e-45f, 1e-40f, -1e-38f, 1e-36f, 1e-13f, -3e-8f, 65504, -1e6f, 1e9f, -1e38f, FLT_MAX};
+    int n_constants = (int)(sizeof constants / sizeof *constants), i;
+    uint32_t state = (uint32_t)kind;
+    for (i = 0; i < 256; i++) {
+        float c = constants[kind % n_constants];
+        state = state * 1664525u + 1013904223u;
+        if (kind < n_constants) x[i] = c;                                              // all equal
+        else if (kind < 2 * n_constants) x[i] = i == 77 ? c : 0;                       // one
+        else if (kind < 3 * n_constants) x[i] = state >> 31 ? c : -c;                  // both signs
+        else if (kind < 4 * n_constants) x[i] = c * (float)((double)state / 4294967296.0 - 0.5);
+        else if (kind < 4 * n_constants + 20) x[i] = avl__float_from_bits(state ^ state >> 16);   // any bits: NaN and infinity too
+        else return 0;
+    }
+    return 1;
+}
+
+static void test_quantize_awkward(void) {
+    float x[256], y[256], largest;
+    uint8_t blocks[1024];
+    int kind, t, i;
+    for (kind = 0; numbers_awkward(kind, x); kind++)
+        for (t = 0; t < N_TYPES; t++) {
+            int type = numbers_types[t], bad = 0;
+            const char *name = astrovl_type_name(type);
+            CHECK(astrovl_quantize(type, x, blocks, 256) == ASTROVL_OK, "%s", name);
+            CHECK(astrovl_dequantize(type, blocks, y, 256) == ASTROVL_OK, "%s", name);
+            if (strchr(name, 'F')) continue;                        // F32, F16, BF16 may hold infinity and NaN
+            for (largest = 0, i = 0; i < 256; i++) if (fabsf(x[i]) > largest) largest = fabsf(x[i]);   // NaN is not larger
+            for (i = 0; i < 256; i++) bad += !(fabsf(y[i]) <= 1.2f * largest + 6e-8f * 31);   // the least half, 31 steps at most
+            CHECK(bad == 0, "%s: %d values of kind %d come back too large", name, bad, kind);
+        }
+}
+
+// NaN counts as 0, infinity as the largest float; F32, F16 and BF16 keep both.
+static void test_quantize_special(void) {
+    float x[256], y[256], *gaussian = numbers_gaussian();
+    uint8_t a[1024], b[1024];
+    int t, i, sign;
+    for (t = 0; t < N_TYPES; t++) {
+        int type = numbers_types[t];
+        const char *name = astrovl_type_name(type);
+        size_t bytes = astrovl_type_row_bytes(type, 256);
+        memcpy(x, gaussian, sizeof x);
+        memcpy(y, x, sizeof y);
+        for (i = 0; i < 256; i += 37) x[i] = NAN, y[i] = 0;
+        astrovl_quantize(type, x, a, 256);
+        astrovl_quantize(type, y, b, 256);
+        CHECK((memcmp(a, b, bytes) == 0) == !strchr(name, 'F'), "%s: NaN", name);
+        for (sign = -1; sign <= 1; sign += 2) {
+            memcpy(x, y, sizeof x);
+            x[100] = (float)sign * INFINITY;
+            astrovl_quantize(type, x, a, 256);
+            astrovl_dequantize(type, a, x, 256);
+            if (strchr(name, 'F')) CHECK(isinf(x[100]) && x[101] != 0, "%s: infinity", name);
+            else CHECK((float)sign * x[100] >= 65504.0f && fabsf(x[100]) < 1e9f, "%s: infinity became %g", name, (double)x[100]);
+        }
+    }
+    free(gaussian);
+}
+
 static void test_types(void) {
     static const struct { int type; const char *name; int values, bytes; } expected[] = {
         {0, "F32", 1, 4}, {1, "F16", 1, 2}, {2, "Q4_0", 32, 18}, {3, "Q4_1", 32, 20}, {6, "Q5_0", 32, 22},
         {7, "Q5_1", 32, 24}, {8, "Q8_0", 32, 34}, {10, "Q2_K", 256, 84}, {11, "Q3_K", 256, 110}, {12, "Q4_K", 256, 144},
         {13, "Q5_K", 256, 176}, {14, "Q6_K", 256, 210}, {30, "BF16", 1, 2}
     };
-    uint8_t block[256] = {0};
+    uint8_t block[256] = {0}, other[256];
     float values[256];
     int i, type, n = 0;
     for (i = 0; i < 13; i++) {
@@ -190,13 +388,20 @@ static void test_types(void) {
         CHECK(astrovl_dequantize(type, block, values, -count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
         CHECK(astrovl_dequantize(type, NULL, values, count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
         CHECK(astrovl_dequantize(type, block, NULL, count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+        CHECK(astrovl_quantize(type, values, other, count) == ASTROVL_OK, "type %d", type);
+        CHECK(astrovl_quantize(type, values, other, 0) == ASTROVL_OK, "type %d", type);
+        CHECK(astrovl_quantize(type, values, other, -count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+        CHECK(astrovl_quantize(type, NULL, other, count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+        CHECK(astrovl_quantize(type, values, NULL, count) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
         if (count == 1) continue;
         CHECK(astrovl_dequantize(type, block, values, count / 2) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
+        CHECK(astrovl_quantize(type, values, other, count / 2) == ASTROVL_ERROR_ARGUMENT, "type %d", type);
     }
     for (type = -1; type < 100; type++) n += astrovl_type_name(type) != NULL;
     CHECK(n == 13, "%d types", n);
     CHECK(astrovl_type_row_bytes(4, 256) == 0, "type 4 is none");
     CHECK(astrovl_dequantize(4, block, values, 256) == ASTROVL_ERROR_ARGUMENT, "type 4 is none");
+    CHECK(astrovl_quantize(4, values, other, 256) == ASTROVL_ERROR_ARGUMENT, "type 4 is none");
     CHECK(astrovl_type_row_bytes(0, INT64_MAX) == 0, "an overflow");
 }
 
@@ -353,6 +558,12 @@ static void tests_numbers(void) {
     run("numbers: f16 exhaustively", test_f16);
     run("numbers: bf16 exhaustively", test_bf16);
     run("numbers: dequantisation equals the gguf package", test_dequantize);
+    run("numbers: quantisation equals the gguf package, or llama.cpp's error", test_quantize);
+    run("numbers: quantisation gives the same bits everywhere", test_quantize_bits);
+    run("numbers: quantisation errs less with more bits", test_quantize_error);
+    run("numbers: quantisation of what was dequantised", test_quantize_again);
+    run("numbers: quantisation of zeros, tiny and huge values", test_quantize_awkward);
+    run("numbers: quantisation of NaN and infinity", test_quantize_special);
     run("numbers: tensor types", test_types);
     run("numbers: exp, tanh, erf, sin, cos to 0.5 ulp", test_functions);
     run("numbers: special values", test_function_values);

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""astrovl_quantize against llama.cpp and gguf-py: on random numbers and on a real model's weights.
+
+    python3 test/real_quants.py LIBGGML_BASE [MODEL.gguf] [--values N]
+
+For the K types: the root-mean-square error as a ratio to that of ggml_quantize_chunk without an importance matrix, tensor by
+tensor, and the values per second of both, one thread each. For the others: the same bits as gguf-py's. LIBGGML_BASE is llama.cpp's
+libggml-base.so (the figures recorded in make_golden.py are of ggml 0.25.3). MODEL is by default what real_models.py fetches,
+SmolLM2-135M-Instruct as Q4_1. Its expanded rows lie on Q4_1's grid, which Q4_K and Q5_K nearly contain; its columns do not, and
+are the fairer test. At most N values (2^18) of each matrix are taken, as one row. Exits 1 if a type's error over all tensors of
+a kind is more than 1.02 times llama.cpp's, or a bit differs. Needs: pip install numpy gguf; a C compiler as `cc`.
+"""
+import argparse
+import collections
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import gguf
+import numpy as np
+
+LIMIT = 1.02
+K_TYPES = [gguf.GGMLQuantizationType[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+BIT_TYPES = [gguf.GGMLQuantizationType[name] for name in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def pointer(array):
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
+class Quantizers:
+    def __init__(self, ggml):
+        self.seconds = collections.Counter()
+        self.values = collections.Counter()
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "astrovl.so")
+            subprocess.run(["cc", "-x", "c", "-O2", "-shared", "-fPIC", "-DASTROVL_IMPLEMENTATION", "-o", path,
+                            os.path.join(ROOT, "astrovl.h"), "-lm", "-pthread"], check=True)
+            self.astrovl = ctypes.CDLL(path).astrovl_quantize
+        self.astrovl.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        self.ggml = ctypes.CDLL(ggml).ggml_quantize_chunk
+        self.ggml.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
+        self.ggml.restype = ctypes.c_size_t
+
+    def run(self, who, kind, x):
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        out = np.zeros(x.size // block * size, np.uint8)
+        start = time.thread_time()
+        if who == "astrovl":
+            assert self.astrovl(int(kind), pointer(x), pointer(out), x.size) == 0
+        else:
+            assert self.ggml(int(kind), pointer(x), pointer(out), 0, 1, x.size, None) == out.size
+        self.seconds[who, kind] += time.thread_time() - start
+        self.values[who, kind] += x.size
+        return out
+
+    def error(self, who, kind, x):         # the sum of squares
+        return float(np.sum((gguf.dequantize(self.run(who, kind, x), kind).astype(np.float64) - x) ** 2))
+
+    def rate(self, who, kind):             # millions of values per second
+        return self.values[who, kind] / max(self.seconds[who, kind], 1e-9) / 1e6
+
+
+def random_tensors():
+    random, n = np.random.default_rng(1), 1 << 20
+    yield "random", "Gaussian", random.standard_normal(n)
+    yield "random", "Laplace", random.laplace(size=n)
+    yield "random", "Student's t of 4", random.standard_t(4, size=n)
+    yield "random", "Student's t of 3", random.standard_t(3, size=n)
+
+
+def model_tensors(path, limit):
+    for t in gguf.GGUFReader(path).tensors:
+        if len(t.shape) < 2: continue
+        w = gguf.dequantize(t.data, t.tensor_type)
+        n = min(limit, w.size) // 256 * 256
+        n_rows = -(-n // w.shape[1])
+        yield "rows", t.name, w[:n_rows].ravel()[:n]
+        yield "columns", t.name, w[:4096].T.ravel()[:n]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("ggml")
+    parser.add_argument("model", nargs="?", default=os.path.expanduser("~/.cache/astrovl/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    parser.add_argument("--values", type=int, default=1 << 18)
+    args = parser.parse_args()
+    q, failed = Quantizers(args.ggml), 0
+    sums = collections.defaultdict(lambda: collections.Counter())
+    print("%-40s%s" % ("error / llama.cpp's error", "".join("%9s" % k.name for k in K_TYPES)))
+    for part in (random_tensors(), model_tensors(args.model, args.values)):
+        for group, name, x in part:
+            x = np.ascontiguousarray(x, np.float32)
+            x = x[:x.size // 256 * 256]
+            line = "%-8s%-32s" % (group, name)
+            for kind in K_TYPES:
+                ours, theirs = q.error("astrovl", kind, x), q.error("ggml", kind, x)
+                group_name = name if group == "random" else group
+                sums[group_name][kind, "astrovl"] += ours
+                sums[group_name][kind, "ggml"] += theirs
+                line += "%9.4f" % np.sqrt(ours / theirs)
+            for kind in BIT_TYPES:
+                if not np.array_equal(q.run("astrovl", kind, x), gguf.quantize(x, kind).view(np.uint8)):
+                    line += "   %s: other bits" % kind.name
+                    failed = 1
+            print(line, flush=True)
+    print()
+    for group, counter in sums.items():
+        ratios = [np.sqrt(counter[kind, "astrovl"] / counter[kind, "ggml"]) for kind in K_TYPES]
+        failed |= max(ratios) > LIMIT
+        print("all of %-33s%s" % (group, "".join("%9.4f" % r for r in ratios)))
+    for who in ("astrovl", "ggml"):
+        print("%-40s%s" % ("million values/s, " + who, "".join("%9.1f" % q.rate(who, kind) for kind in K_TYPES)))
+    print("astrovl: " + ", ".join("%s %.0f" % (kind.name, q.rate("astrovl", kind)) for kind in BIT_TYPES))
+    print("FAILED" if failed else "ok: no error above %.2f, and gguf's bits" % LIMIT)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
