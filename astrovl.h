@@ -277,9 +277,9 @@ ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
 // ---- writing GGUF files -----------------------------------------------------------------------------------------
 #ifndef ASTROVL_NO_FILES
 // Version 3, little-endian on every host, alignment 32. What is written is called PATH.part until it is finished, and takes the
-// name PATH then: a file of that name stays whole until the end, even one that is being read (a file may be quantised onto itself).
-// Names and values are copied. The functions that return nothing keep the first mistake, or that memory ran out, for the next
-// _write or _finish to report.
+// name PATH then: a file of that name stays whole until the end, even one that is being read (so a file may be quantised onto
+// itself). Names and values are copied. The functions that return nothing keep the first mistake, or that memory ran out, for the
+// next _write or _finish to report.
 typedef struct astrovl_gguf_writer astrovl_gguf_writer;
 
 // NULL and err: FILE (PATH is a folder or a device, or PATH.part cannot be created or exists), MEMORY.
@@ -292,7 +292,8 @@ ASTROVL_API void astrovl_gguf_put_array(astrovl_gguf_writer *w, const char *key,
 // An entry of another file, as it is there. (general.alignment is passed over: it is another for this file.)
 ASTROVL_API void astrovl_gguf_copy(astrovl_gguf_writer *w, const astrovl_gguf *from, int index);
 // Declares a tensor: 1 to 4 dimensions, ne[0] the length of a row, which must be whole blocks.
-ASTROVL_API void astrovl_gguf_put_tensor(astrovl_gguf_writer *w, const char *name, astrovl_type type, int n_dims, const int64_t *ne);
+ASTROVL_API void astrovl_gguf_put_tensor(astrovl_gguf_writer *w, const char *name, astrovl_type type, int n_dims,
+                                         const int64_t *ne);
 // Once all is declared: the tensors' data, little-endian blocks, one tensor after the other as declared, each in one or more
 // pieces. FILE (is the disk full?), ARGUMENT (more than the tensor holds, the same name twice ...), MEMORY.
 ASTROVL_API astrovl_status astrovl_gguf_write(astrovl_gguf_writer *w, const void *data, size_t size, astrovl_error *err);
@@ -3109,7 +3110,8 @@ static int avl__writer_name(astrovl_gguf_writer *w, avl__bytes *list, avl__names
     if (w->started) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, name ? name : "", "is declared after data were written");
     else if (size < 1 || size > limit) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, "a name", "is empty or too long");
     else if (!avl__grow(&names->name, capacity, (size_t)names->count + 1, sizeof *names->name) ||
-             !(names->name[names->count] = avl__copy_text(name, size))) avl__writer_fail(w, ASTROVL_ERROR_MEMORY, name, "out of memory");
+             !(names->name[names->count] = avl__copy_text(name, size)))
+        avl__writer_fail(w, ASTROVL_ERROR_MEMORY, name, "out of memory");
     if (w->problem.status) return 0;
     names->count++;
     avl__put_string(list, name, size);
@@ -3156,7 +3158,8 @@ ASTROVL_API void astrovl_gguf_put_array(astrovl_gguf_writer *w, const char *key,
 ASTROVL_API void astrovl_gguf_copy(astrovl_gguf_writer *w, const astrovl_gguf *from, int index) {
     const astrovl_kv *kv = astrovl_gguf_kv(from, index);
     uint64_t i;
-    if (!kv || strcmp(kv->key, "general.alignment") == 0 || !avl__writer_entry(w, kv->key, kv->type, kv->item_type, kv->count)) return;
+    if (!kv || strcmp(kv->key, "general.alignment") == 0) return;
+    if (!avl__writer_entry(w, kv->key, kv->type, kv->item_type, kv->count)) return;
     for (i = 0; i < kv->count; i++) {
         astrovl_value_type type = kv->item_type;
         const uint8_t *p = avl__gguf_element(from, index, i, &type);
@@ -3166,7 +3169,8 @@ ASTROVL_API void astrovl_gguf_copy(astrovl_gguf_writer *w, const astrovl_gguf *f
     }
 }
 
-ASTROVL_API void astrovl_gguf_put_tensor(astrovl_gguf_writer *w, const char *name, astrovl_type type, int n_dims, const int64_t *ne) {
+ASTROVL_API void astrovl_gguf_put_tensor(astrovl_gguf_writer *w, const char *name, astrovl_type type, int n_dims,
+                                         const int64_t *ne) {
     const avl__type_info *info = avl__find_type(type);
     int i, good = info && n_dims >= 1 && n_dims <= 4 && ne[0] % info->block_values == 0;
     uint64_t bytes = good ? (uint64_t)info->block_bytes : 1, n;
@@ -3306,8 +3310,8 @@ ASTROVL_API astrovl_gguf_writer *astrovl_gguf_create(const char *path, astrovl_e
     if (!size) avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
     else if (avl__is_no_plain_file(path)) avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a folder or a device; name a file", path);
     else if ((w->file = fopen(w->part, "wbx")) == NULL)   // x: two programs do not write the same one
-        avl__fail(err, ASTROVL_ERROR_FILE, errno == EEXIST ? "%s: exists: another program is writing it, or was killed (then delete it)" :
-                  "%s: cannot be created (no such folder, or no permission)", w->part);
+        avl__fail(err, ASTROVL_ERROR_FILE, "%s: %s", w->part, errno == EEXIST ? "exists: another program is writing it, or was killed "
+                  "(then delete it)" : "cannot be created (no such folder, or no permission)");
     w->part_exists = w->file != NULL;
     if (w->file) return w;
     astrovl_gguf_discard(w);
@@ -3365,7 +3369,7 @@ static const avl__recipe *avl__find_recipe(const char *name, astrovl_error *err)
     size_t i, k, at = 0;
     for (i = 0; i < sizeof avl__recipes / sizeof *avl__recipes; i++) {
         const char *other = avl__recipes[i].name;
-        for (k = 0; name && other[k] && (name[k] == other[k] || (name[k] >= 'A' && name[k] <= 'Z' && (name[k] | 32) == other[k])); k++) {}
+        for (k = 0; name && other[k] && (name[k] >= 'A' && name[k] <= 'Z' ? name[k] + 32 : name[k]) == other[k]; k++) {}
         if (name && !other[k] && !name[k]) return &avl__recipes[i];
         avl__message_put(known, sizeof known, &at, " ", i > 0);
         avl__message_put(known, sizeof known, &at, other, strlen(other));
@@ -3374,8 +3378,8 @@ static const avl__recipe *avl__find_recipe(const char *name, astrovl_error *err)
     return NULL;
 }
 
-// "v.blk.12.attn_v.weight": block 12 of tower 1, and what follows in *rest; -1 for a tensor outside the blocks. Towers: 0 language
-// model, 1 vision, 2 text.
+// "v.blk.12.attn_v.weight": block 12 of tower 1, and what follows in *rest; -1 for a tensor outside the blocks. Towers: 0
+// language model, 1 vision, 2 text.
 static int avl__block_of(const char *name, int *tower, const char **rest) {
     static const char *const prefixes[] = {"blk.", "v.blk.", "t.blk."};
     int block = 0;
@@ -3400,7 +3404,8 @@ static int avl__is_quantizable(const astrovl_tensor *t) {
 
 // 70B models: 80 blocks, whose heads share keys and values.
 static int avl__is_70b(const astrovl_gguf *in, int n_blocks) {
-    int heads = astrovl_gguf_find_kv(in, "llama.attention.head_count"), shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
+    int heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");
+    int shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
     return n_blocks == 80 && shared >= 0 && astrovl_gguf_int(in, shared, 0) != astrovl_gguf_int(in, heads, 0);
 }
 
@@ -3457,8 +3462,8 @@ static void avl__quantize_declare(astrovl_gguf_writer *w, const astrovl_gguf *in
     report->n_tensors = n;
 }
 
-// A tensor goes through in chunks, each chunk in pieces that the threads share. Both are multiples of every type's block, and blocks
-// do not depend on each other.
+// A tensor goes through in chunks, each chunk in pieces that the threads share. Both are multiples of every type's block, and
+// blocks do not depend on each other.
 #define AVL__PIECE_VALUES (1 << 14)
 #define AVL__CHUNK_VALUES (1 << 20)
 
@@ -3474,7 +3479,8 @@ static void avl__quantize_piece(void *context, int item, int thread) {
     const avl__quantize_job *job = (const avl__quantize_job *)context;
     int64_t at = (int64_t)item * AVL__PIECE_VALUES, n = job->n - at < AVL__PIECE_VALUES ? job->n - at : AVL__PIECE_VALUES;
     float *values = job->values + (size_t)thread * AVL__PIECE_VALUES;
-    avl__dequantize_row(job->t->type, (const uint8_t *)job->t->data + astrovl_type_row_bytes(job->t->type, job->first + at), values, n);
+    const uint8_t *data = (const uint8_t *)job->t->data + astrovl_type_row_bytes(job->t->type, job->first + at);
+    avl__dequantize_row(job->t->type, data, values, n);
     avl__quantize_row(job->type, values, job->blocks + astrovl_type_row_bytes(job->type, at), n);
 }
 
@@ -3558,8 +3564,8 @@ static void avl__weights_free(avl__weights *w) {
     memset(w, 0, sizeof *w);
 }
 
-// As avl__fail, of a model whose parts do not make one. Where the caller wants to know all problems, he is told this one, and loading
-// goes on as if all were well; what is unknown then stays 0.
+// As avl__fail, of a model whose parts do not make one. Where the caller wants to know all problems, he is told this one, and
+// loading goes on as if all were well; what is unknown then stays 0.
 static astrovl_status avl__problem(avl__weights *w, astrovl_error *err, astrovl_status status, const char *format, ...) {
     astrovl_error problem;
     va_list args;
@@ -3681,8 +3687,8 @@ static astrovl_status avl__load_optional_vector(avl__weights *w, const char *nam
     return avl__find_tensor(w, name, NULL) ? avl__load_vector(w, name, count, out, err) : ASTROVL_OK;
 }
 
-// Points `linear` at PREFIX.weight [n_out][n_in] (further dimensions folded into n_in) and expands PREFIX.bias, if there is one. A size
-// of 0 is unknown, after problems.
+// Points `linear` at PREFIX.weight [n_out][n_in] (further dimensions folded into n_in) and expands PREFIX.bias, if there is one.
+// A size of 0 is unknown, after problems.
 static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int n_in, int n_out, avl__linear *linear,
                                        astrovl_error *err) {
     char name[128], shape[96];
@@ -8039,6 +8045,7 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
     const astrovl_gguf *file = NULL;
     astrovl_string type = avl__key_string(&m->weights, "clip.projector_type");
     astrovl_status status;
+    int n_out;
     if (!avl__find_tensor(&m->weights, "mm.0.weight", &file) || !m->has_vision) return ASTROVL_OK;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
         return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%S\"; LLaVA's are \"mlp\" and \"linear\"",
@@ -8049,10 +8056,10 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
         status = avl__load_tall_linear(&m->weights, "mm.2", m->projector[0].n_out, &m->projector[1], err);
         m->n_projector = 2;
     }
-    if (!status && m->llama.n_embd && m->projector[m->n_projector - 1].n_out && m->projector[m->n_projector - 1].n_out != m->llama.n_embd)
+    n_out = m->projector[m->n_projector - 1].n_out;
+    if (!status && m->llama.n_embd && n_out && n_out != m->llama.n_embd)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the projector gives rows of %d values, the language model reads %d; "
-                           "these files belong to different models", astrovl_gguf_name(file), m->projector[m->n_projector - 1].n_out,
-                           m->llama.n_embd);
+                           "these files belong to different models", astrovl_gguf_name(file), n_out, m->llama.n_embd);
     return status;
 }
 
@@ -8060,17 +8067,17 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
 static void avl__tell_gaps(astrovl_model *m) {
     int joint_image = m->clip.has_joint, i;
     const struct { int is_so; const char *what; } gaps[] = {
-        {m->has_text && !m->has_vocab, "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or "
-         "tokenizer.json next to its weights"},
+        {m->has_text && !m->has_vocab, "the language model has no tokenizer (tokenizer.ggml.*): convert it again with "
+         "tokenizer.model or tokenizer.json next to its weights"},
         {m->n_projector && !m->has_text, "there is no language model, which answers are made with: give its file as well (-m FILE)"},
         {m->has_vision && !m->n_projector && !joint_image, "the vision tower has neither a projector (mm.0.weight) nor a projection "
          "(visual_projection.weight): convert it again, with that part"},
-        {joint_image && !m->has_clip_text && !m->has_text, "there is no text tower (t.*), which images are compared with: give its file as "
-         "well (-m FILE), or convert the model again with both towers"},
-        {m->has_clip_text && !joint_image, "there is no vision tower with a projection (v.*, visual_projection.weight), which texts are "
-         "compared with: give its file as well (-m FILE), or convert the model again with both towers"},
-        {m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text, "there is a vocabulary and nothing else: give the file with "
-         "the weights as well (-m FILE)"}};
+        {joint_image && !m->has_clip_text && !m->has_text, "there is no text tower (t.*), which images are compared with: give its "
+         "file as well (-m FILE), or convert the model again with both towers"},
+        {m->has_clip_text && !joint_image, "there is no vision tower with a projection (v.*, visual_projection.weight), which texts "
+         "are compared with: give its file as well (-m FILE), or convert the model again with both towers"},
+        {m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text, "there is a vocabulary and nothing else: give the "
+         "file with the weights as well (-m FILE)"}};
     for (i = 0; i < (int)(sizeof gaps / sizeof *gaps); i++)
         if (gaps[i].is_so)
             avl__problem(&m->weights, NULL, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(m->weights.files[0]), gaps[i].what);
@@ -8145,7 +8152,7 @@ ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_pa
     astrovl_error failure;
     int i;
     if (!m) return NULL;
-    for (i = 0; i < n_paths; i++)
+    for (i = 0; paths && i < n_paths; i++)
         if (!avl__model_add(m, astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, &failure), &failure, err)) break;
     return avl__model_finish(m, n_paths, options, err);
 }
@@ -8160,7 +8167,7 @@ ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int
     astrovl_error failure;
     int i;
     if (!m) return NULL;
-    for (i = 0; i < n_blocks; i++)
+    for (i = 0; blocks && i < n_blocks; i++)
         if (!avl__model_add(m, astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, &failure), &failure, err)) break;
     return avl__model_finish(m, n_blocks, options, err);
 }

@@ -404,9 +404,9 @@ static volatile sig_atomic_t g_interrupted;
 
 static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
-static int end_failure(void) { return fputc('\n', stderr), EXIT_FAILED; }
-// Says what went wrong, as printf. Its value is EXIT_FAILED.
-#define fail(...) (fputs("astrovl: ", stderr), fprintf(stderr, __VA_ARGS__), end_failure())
+static int end_failure(int printed) { return (void)printed, fputc('\n', stderr), EXIT_FAILED; }
+// Says what went wrong, as printf, with a literal for its format. Its value is EXIT_FAILED.
+#define fail(...) end_failure(fprintf(stderr, "astrovl: " __VA_ARGS__))
 static int failed(const astrovl_error *err) { return fail("%s", err->message); }
 
 // Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
@@ -1132,14 +1132,13 @@ static int check_model(program *p, const list *paths) {
     astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
     astrovl_info m;
     astrovl_error err;
-    int i, uses[5] = {0, 0, 0, 0, 0};
+    int i, uses[5];
     p->model = astrovl_open_files(paths->items, paths->n, &how, &err);
-    if (!p->model && !p->problems.n) on_problem(p, err.message);
-    if (p->model) {
-        astrovl_get_info(p->model, &m);
-        uses[4] = m.has_vocab, uses[3] = m.has_joint_image, uses[2] = m.has_joint_image && m.has_joint_text;
-        uses[1] = m.has_text && m.has_vocab, uses[0] = uses[1] && m.has_vision && m.has_projector;
-    }
+    memset(&m, 0, sizeof m);
+    if (p->model) astrovl_get_info(p->model, &m);
+    else if (!p->problems.n) on_problem(p, err.message);
+    uses[4] = m.has_vocab, uses[3] = m.has_joint_image, uses[2] = m.has_joint_image && m.has_joint_text;
+    uses[1] = m.has_text && m.has_vocab, uses[0] = uses[1] && m.has_vision && m.has_projector;
     if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
     else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
