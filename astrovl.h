@@ -3107,6 +3107,7 @@ static void avl__put_string(avl__bytes *b, const char *data, size_t size) {
 static int avl__writer_name(astrovl_gguf_writer *w, avl__bytes *list, avl__names *names, size_t *capacity, const char *name,
                             size_t limit) {
     size_t size = name ? strlen(name) : 0;
+    if (w->problem.status) return 0;
     if (w->started) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, name ? name : "", "is declared after data were written");
     else if (size < 1 || size > limit) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, "a name", "is empty or too long");
     else if (!avl__grow(&names->name, capacity, (size_t)names->count + 1, sizeof *names->name) ||
