@@ -3544,6 +3544,143 @@ static void models_missing_tensors(void) {
     CHECK(n_refused > 80, "%d tensors are missed", n_refused);
 }
 
+// ---- all problems at once
+
+typedef struct models_problems { int n; char first[480]; char *all; size_t size; } models_problems;   // all: one a line
+
+static void models_on_problem(void *user, const char *message) {
+    models_problems *p = (models_problems *)user;
+    size_t n = strlen(message);
+    if (p->n++ == 0) strcpy(p->first, message);
+    p->all = (char *)realloc(p->all, p->size + n + 2);
+    if (!p->all) exit(1);
+    memcpy(p->all + p->size, message, n);
+    strcpy(p->all + p->size + n, "\n");
+    p->size += n + 1;
+}
+
+// Opens a block both ways: what opening alone ends with has to be the first of all problems. Returns their number.
+static int models_check_problems(const unsigned char *data, size_t size, models_problems *p, const char *what) {
+    astrovl_open_options options;
+    astrovl_error err = {ASTROVL_OK, ""}, all = {ASTROVL_OK, ""};
+    astrovl_memory block;
+    astrovl_model *m = models_open_bytes(data, size, &err), *n;
+    memset(p, 0, sizeof *p);
+    memset(&options, 0, sizeof options);
+    options.on_problem = models_on_problem;
+    options.user = p;
+    block.data = data, block.size = size, block.name = "block";
+    n = astrovl_open_memory(&block, 1, &options, &all);
+    CHECK((n != NULL) == (p->n == 0), "%s: %d problems, %s", what, p->n, all.message);
+    CHECK(n || all.status == ASTROVL_ERROR_MODEL, "%s: %s", what, all.message);
+    if (!m) CHECK(p->n > 0 && strcmp(p->first, err.message) == 0, "%s: first '%s', alone '%s'", what, p->first, err.message);
+    if (m && !n) CHECK(strstr(p->all, "there is ") || strstr(p->all, "has no") || strstr(p->all, "has neither"), "%s: %s", what, p->all);
+    astrovl_close(m);
+    astrovl_close(n);
+    return p->n;
+}
+
+static int models_is_optional(const char *name) {
+    static const char *const names[] = {"output.weight", "rope_freqs.weight", "visual_projection.weight", "logit_scale", "mm.", ".head."};
+    size_t i, n = strlen(name);
+    for (i = 0; i < sizeof names / sizeof *names; i++) if (strstr(name, names[i])) return 1;
+    return n > 5 && strcmp(name + n - 5, ".bias") == 0 && !strstr(name, "ln");
+}
+
+// Tensors and keys damaged alone, in pairs and all together: each one is named.
+static void models_all_problems(void) {
+    static const char *const paths[] = {"test/golden/models_a_text.gguf", "test/golden/models_b.gguf", "test/golden/joint_a.gguf",
+                                        "test/golden/joint_b.gguf"};
+    models_problems p;
+    char line[200];
+    int f, i, n_all;
+    for (f = 0; f < 4; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file(paths[f], &size);
+        astrovl_gguf *file = astrovl_gguf_open(paths[f], 0, &err);
+        int n = file ? astrovl_gguf_n_tensors(file) : 0;
+        CHECK(models_check_problems(bytes, size, &p, paths[f]) == 0, "%s", p.all);
+        free(p.all);
+        for (i = 0; i < n; i++) {
+            const char *a = astrovl_gguf_tensor(file, i)->name, *b = astrovl_gguf_tensor(file, (i + n / 2) % n)->name;
+            unsigned char *after = models_after(bytes, size, a, 0), *other = models_after(bytes, size, b, 0);
+            after[-1] ^= 1;
+            if (other != after) other[-1] ^= 1;
+            models_check_problems(bytes, size, &p, a);
+            sprintf(line, " %.180s ", a);
+            CHECK(models_is_optional(a) || strstr(a, "post_ln") || (p.all && strstr(p.all, line)), "without %s: %s", a, p.all ? p.all : "");
+            sprintf(line, " %.180s ", b);
+            CHECK(models_is_optional(b) || strstr(b, "post_ln") || (p.all && strstr(p.all, line)), "without %s: %s", b, p.all ? p.all : "");
+            free(p.all);
+            after[-1] ^= 1;
+            if (other != after) other[-1] ^= 1;
+            after[4] ^= 3;   // and a row of another length
+            models_check_problems(bytes, size, &p, a);
+            free(p.all);
+            after[4] ^= 3;
+        }
+        for (i = 0; i < n; i++) models_after(bytes, size, astrovl_gguf_tensor(file, i)->name, 0)[-1] ^= 1;
+        n_all = models_check_problems(bytes, size, &p, "without all");
+        for (i = 0; i < n; i++) {
+            const char *name = astrovl_gguf_tensor(file, i)->name;
+            sprintf(line, " %.180s ", name);
+            CHECK(models_is_optional(name) || strstr(name, "post_ln") || (p.all && strstr(p.all, line)), "%s is not missed", name);
+        }
+        CHECK(n_all > 20, "%d problems", n_all);
+        free(p.all);
+        for (i = 0; i < n; i++) {
+            const char *name = astrovl_gguf_tensor(file, i)->name;
+            unsigned char *after = models_after(bytes, size, name, 0);
+            if (!after) {   // its name is still the damaged one
+                char *copy = avl__copy_text(name, strlen(name));
+                copy[strlen(copy) - 1] ^= 1;
+                after = models_after(bytes, size, copy, 0);
+                astrovl_free(copy);
+            }
+            after[-1] ^= 1;
+        }
+        for (i = 0; i < astrovl_gguf_n_kv(file); i++) {
+            const char *key = astrovl_gguf_kv(file, i)->key;
+            unsigned char *after = models_after(bytes, size, key, 0);
+            after[-1] ^= 1;
+            models_check_problems(bytes, size, &p, key);
+            after[-1] ^= 1;
+            free(p.all);
+        }
+        astrovl_gguf_close(file);
+        free(bytes);
+    }
+}
+
+static void models_mutated_problems(void) {   // random bytes in all that stands before the data
+    static const char *const paths[] = {"test/golden/models_b.gguf", "test/golden/joint_b.gguf"};
+    uint64_t seed = 11;
+    int f, round, k;
+    for (f = 0; f < 2; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file(paths[f], &size);
+        astrovl_gguf *file = astrovl_gguf_open(paths[f], 0, &err);
+        size_t start = file ? (size_t)astrovl_gguf_tensor(file, 0)->offset : 1;
+        astrovl_gguf_close(file);
+        for (round = 0; round < 1500; round++) {
+            models_problems p;
+            size_t at[3];
+            unsigned char old[3];
+            for (k = 0; k < 3; k++) {
+                at[k] = (size_t)(avl__random(&seed) * (double)start);
+                old[k] = bytes[at[k]];
+                bytes[at[k]] ^= (unsigned char)(1 + avl__random(&seed) * 255);
+            }
+            models_check_problems(bytes, size, &p, "mutant");
+            free(p.all);
+            for (k = 2; k >= 0; k--) bytes[at[k]] = old[k];
+        }
+        free(bytes);
+    }
+}
+
 // ---- parts of a model
 
 static void models_parts(void) {
@@ -4218,6 +4355,8 @@ static void tests_models(void) {
     run("models: F16 and BF16 of one value", models_f16_and_bf16);
     run("models: keys that contradict the tensors", models_wrong_keys);
     run("models: every tensor missing once", models_missing_tensors);
+    run("models: all problems told at once", models_all_problems);
+    run("models: all problems of mutants", models_mutated_problems);
     run("models: parts of a model", models_parts);
     run("models: wrong arguments", models_arguments);
     run("models: a full context", models_full_context);
