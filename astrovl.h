@@ -7984,12 +7984,12 @@ static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
     astrovl_status status;
     int key;
     if (!file) return ASTROVL_OK;
+    m->has_text = 1;
     key = astrovl_gguf_find_kv(file, "general.architecture");
     if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
     if (!avl__string_is(architecture, "llama"))
         return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\": take a "
                          "model of that family", astrovl_gguf_name(file), architecture);
-    m->has_text = 1;
     status = avl__llama_load(&m->llama, &m->weights, err);
     if (!status && m->has_vocab && m->llama.n_vocab && m->vocab.n_tokens > m->llama.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
