@@ -4,7 +4,8 @@
 # make install      to PREFIX (default /usr/local), under DESTDIR if given
 # make lint         warnings as errors with the compilers found here, and the checkers found here
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
-# make test-real VOCABULARIES=DIR   the tests on real models (test/real_*.py say what they need and where to get it)
+# make test-real VOCABULARIES=DIR [GGML_LIBRARY=FILE.so]   the tests on real models (test/real_*.py say what they need, and where
+#                   to get it)
 # make bench        how fast the kernels are here, against the machine's own limits
 # make bench-guided MODEL=FILE.gguf   what guided decoding costs, against free decoding
 # make golden       writes test/golden/ anew (needs PyTorch and transformers; see test/make_golden.py)
@@ -73,6 +74,7 @@ test-real: astrovl
 	$(PYTHON) test/real_models.py
 	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
 	$(PYTHON) test/real_guided.py
+	$(if $(GGML_LIBRARY),$(PYTHON) test/real_quants.py $(GGML_LIBRARY))
 
 bench: astrovl
 	./astrovl bench search

@@ -1424,7 +1424,8 @@ static void avl__dequantize_q6_k(const uint8_t *b, float *y, int64_t n_blocks) {
 // The other way: each function below makes one block, laid out as above, of float32 values that are finite and at most
 // AVL__QUANTIZE_MAX: avl__quantize_row sees to that.
 //   Q4_0 to Q8_0: the rules of ggml and of the `gguf` Python package, whose bits these are.
-//   Q2_K to Q6_K: the format leaves the choice of the scales to the writer. Here they make the sum of squared errors small.
+//   Q2_K to Q6_K: the format leaves the choice of the scales to the writer. Here they make the sum of squared errors small,
+//   every value counting the same; test/real_quants.py compares with llama.cpp, which gives larger values more weight.
 
 #define AVL__QUANTIZE_MAX  1e9f              // more than any block can hold (65504 * 128 * 32); its square is no overflow
 #define AVL__QUANTIZE_MIN  1e-12f            // so little that a K block makes it 0: its least step is the least half, 6e-8
