@@ -700,6 +700,10 @@ ASTROVL_API float astrovl_cosf(float x);
 #ifndef ASTROVL_NO_FILES
 #include <errno.h>
 #include <stdio.h>
+#if AVL__POSIX
+#include <fcntl.h>
+#include <sys/stat.h>
+#endif
 #endif
 #if AVL__POSIX && !defined(ASTROVL_NO_THREADS)
 #define AVL__THREADS 1
@@ -714,8 +718,6 @@ ASTROVL_API float astrovl_cosf(float x);
 #define AVL__MMAP 0
 #endif
 #if AVL__POSIX
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <sys/time.h>
 #include <unistd.h>
 #else
@@ -3089,7 +3091,9 @@ struct astrovl_gguf_writer {
 };
 
 static void avl__writer_fail(astrovl_gguf_writer *w, astrovl_status status, const char *name, const char *what) {
-    if (!w->problem.status) avl__fail(&w->problem, status, "%s: %s%s%s", w->path, name, *name ? ": " : "", what);
+    if (!w->problem.status)
+        avl__fail(&w->problem, status, "%S: %S%s%s", avl__excerpt(w->path, strlen(w->path), -128), avl__excerpt(name, strlen(name), 96),
+                  *name ? ": " : "", what);
 }
 
 static void avl__put_number(avl__bytes *b, uint64_t value, int n) {
@@ -3239,19 +3243,20 @@ ASTROVL_API astrovl_status astrovl_gguf_write(astrovl_gguf_writer *w, const void
     return avl__writer_status(w, err);
 }
 
-// Has what was written reached the disk? (Any descriptor of a file will do; standard C has none.)
-static int avl__sync_file(const char *path) {
 #if AVL__POSIX
-    int fd = open(path, O_RDONLY), good;
-    if (fd < 0) return 1;
-    good = fsync(fd) == 0 || errno == EINVAL;   // EINVAL: a file system that needs no syncing
-    close(fd);
+static int avl__sync_file(const char *path) {   // has what was written reached the disk? (any descriptor of the file will do)
+    int fd = open(path, O_RDONLY), good = fd < 0 || fsync(fd) == 0 || errno == EINVAL;   // EINVAL: this file system needs no syncing
+    if (fd >= 0) close(fd);
     return good;
-#else
-    (void)path;
-    return 1;
-#endif
 }
+static int avl__is_no_plain_file(const char *path) {   // a folder or a device, which renaming would replace
+    struct stat st;
+    return stat(path, &st) == 0 && !S_ISREG(st.st_mode);
+}
+#else   // standard C knows of none of this
+static int avl__sync_file(const char *path) { (void)path; return 1; }
+static int avl__is_no_plain_file(const char *path) { (void)path; return 0; }
+#endif
 
 ASTROVL_API astrovl_status astrovl_gguf_finish(astrovl_gguf_writer *w, astrovl_error *err) {
     astrovl_status status;
@@ -3288,16 +3293,6 @@ ASTROVL_API void astrovl_gguf_discard(astrovl_gguf_writer *w) {
     astrovl_free(w);
 }
 
-static int avl__is_no_plain_file(const char *path) {   // a folder or a device, which renaming would replace
-#if AVL__POSIX
-    struct stat st;
-    return stat(path, &st) == 0 && !S_ISREG(st.st_mode);
-#else
-    (void)path;
-    return 0;
-#endif
-}
-
 ASTROVL_API astrovl_gguf_writer *astrovl_gguf_create(const char *path, astrovl_error *err) {
     astrovl_gguf_writer *w = (astrovl_gguf_writer *)avl__alloc(1, sizeof *w);
     size_t size = path ? strlen(path) : 0;
@@ -3311,7 +3306,7 @@ ASTROVL_API astrovl_gguf_writer *astrovl_gguf_create(const char *path, astrovl_e
     memcpy(w->part + size, ".part", 6);
     if (!size) avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
     else if (avl__is_no_plain_file(path)) avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a folder or a device; name a file", path);
-    else if ((w->file = fopen(w->part, "wbx")) == NULL)   // x: two programs do not write the same one
+    else if ((w->file = fopen(w->part, AVL__POSIX ? "wbx" : "wb")) == NULL)   // x: two programs do not write the same
         avl__fail(err, ASTROVL_ERROR_FILE, "%s: %s", w->part, errno == EEXIST ? "exists: another program is writing it, or was killed "
                   "(then delete it)" : "cannot be created (no such folder, or no permission)");
     w->part_exists = w->file != NULL;
@@ -3470,11 +3465,16 @@ static void avl__quantize_declare(astrovl_gguf_writer *w, const astrovl_gguf *in
 #define AVL__CHUNK_VALUES (1 << 20)
 
 typedef struct avl__quantize_job {
-    const astrovl_tensor *t;
-    int      type;
-    int64_t  first, n;               // the chunk: n values from `first` on
-    float   *values;                 // [n_threads][PIECE_VALUES]
-    uint8_t *blocks;                 // the chunk's, as they will be
+    astrovl_gguf_writer  *w;
+    avl__pool            *pool;
+    astrovl_progress      progress;
+    void                 *user;
+    int                   done, total;    // tensors
+    const astrovl_tensor *t;              // the tensor in work, and what it becomes
+    int                   type;
+    int64_t               first, n;       // the chunk: n values from `first` on
+    float                *values;         // [n_threads][PIECE_VALUES]
+    uint8_t              *blocks;         // the chunk's, as they will be
 } avl__quantize_job;
 
 static void avl__quantize_piece(void *context, int item, int thread) {
@@ -3486,20 +3486,17 @@ static void avl__quantize_piece(void *context, int item, int thread) {
     avl__quantize_row(job->type, values, job->blocks + astrovl_type_row_bytes(job->type, at), n);
 }
 
-typedef struct avl__reporter { astrovl_progress progress; void *user; int done, total; } avl__reporter;
-
-static astrovl_status avl__quantize_tensor(astrovl_gguf_writer *w, avl__quantize_job *job, avl__pool *pool, const avl__reporter *to,
-                                           astrovl_error *err) {
+static astrovl_status avl__quantize_tensor(avl__quantize_job *job, astrovl_error *err) {
     int64_t total = job->t->ne[0] * job->t->ne[1] * job->t->ne[2] * job->t->ne[3];
     astrovl_status status = ASTROVL_OK;
     for (job->first = 0; job->first < total && !status; job->first += job->n) {
         const uint8_t *blocks = job->blocks;
         job->n = total - job->first < AVL__CHUNK_VALUES ? total - job->first : AVL__CHUNK_VALUES;
-        if (to->progress && to->progress(to->user, "tensors", to->done, to->total))
-            return avl__fail(err, ASTROVL_CANCELLED, "%s: quantising was cancelled", w->path);
+        if (job->progress && job->progress(job->user, "tensors", job->done, job->total))
+            return avl__fail(err, ASTROVL_CANCELLED, "%s: quantising was cancelled", job->w->path);
         if (job->type == (int)job->t->type) blocks = (const uint8_t *)job->t->data + astrovl_type_row_bytes(job->type, job->first);
-        else avl__pool_run(pool, avl__quantize_piece, job, (int)((job->n + AVL__PIECE_VALUES - 1) / AVL__PIECE_VALUES));
-        status = astrovl_gguf_write(w, blocks, astrovl_type_row_bytes(job->type, job->n), err);
+        else avl__pool_run(job->pool, avl__quantize_piece, job, (int)((job->n + AVL__PIECE_VALUES - 1) / AVL__PIECE_VALUES));
+        status = astrovl_gguf_write(job->w, blocks, astrovl_type_row_bytes(job->type, job->n), err);
     }
     return status;
 }
@@ -3508,38 +3505,38 @@ ASTROVL_API astrovl_status astrovl_quantize_file(const astrovl_gguf *in, const c
                                                  astrovl_progress progress, void *user, astrovl_quantize_report *report,
                                                  astrovl_error *err) {
     const avl__recipe *r = avl__find_recipe(recipe, err);
-    avl__reporter to = {progress, user, 0, astrovl_gguf_n_tensors(in)};
     astrovl_quantize_report counts = {0, 0, 0, 0};
-    avl__quantize_job job = {NULL, 0, 0, 0, NULL, NULL};
     astrovl_status status = ASTROVL_OK;
     astrovl_error failure;
-    astrovl_gguf_writer *w;
-    avl__pool *pool;
+    avl__quantize_job job;
     int *types;
     if (!r) return ASTROVL_ERROR_ARGUMENT;
-    w = astrovl_gguf_create(out_path, &failure);
-    if (!w) return avl__fail(err, failure.status, "%s", failure.message);
-    pool = avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors());
-    types = (int *)avl__alloc_raw((uint64_t)to.total, sizeof *types);
-    job.values = pool ? avl__alloc_floats((uint64_t)avl__pool_n_threads(pool) * AVL__PIECE_VALUES) : NULL;
+    memset(&job, 0, sizeof job);
+    job.progress = progress;
+    job.user = user;
+    job.total = astrovl_gguf_n_tensors(in);
+    job.w = astrovl_gguf_create(out_path, &failure);
+    if (!job.w) return avl__fail(err, failure.status, "%s", failure.message);
+    job.pool = avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors());
+    types = (int *)avl__alloc_raw((uint64_t)job.total, sizeof *types);
+    job.values = job.pool ? avl__alloc_floats((uint64_t)avl__pool_n_threads(job.pool) * AVL__PIECE_VALUES) : NULL;
     job.blocks = (uint8_t *)avl__alloc_raw(AVL__CHUNK_VALUES, sizeof(float));   // no type takes more
     if (!types || !job.values || !job.blocks) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for quantising");
-    else avl__quantize_declare(w, in, r, types, &counts);
-    for (; to.done < to.total && !status; to.done++) {
-        job.t = &in->tensors[to.done];
-        job.type = types[to.done];
-        status = avl__quantize_tensor(w, &job, pool, &to, err);
+    else avl__quantize_declare(job.w, in, r, types, &counts);
+    for (; job.done < job.total && !status; job.done++) {
+        job.t = &in->tensors[job.done];
+        job.type = types[job.done];
+        status = avl__quantize_tensor(&job, err);
     }
-    avl__pool_free(pool);
+    avl__pool_free(job.pool);
     astrovl_free(types);
     astrovl_free(job.values);
     astrovl_free(job.blocks);
-    if (status) astrovl_gguf_discard(w);
-    else status = astrovl_gguf_finish(w, err);
-    if (status) return status;
-    if (progress) progress(user, "tensors", to.total, to.total);
-    if (report) *report = counts;
-    return ASTROVL_OK;
+    if (status) astrovl_gguf_discard(job.w);
+    else status = astrovl_gguf_finish(job.w, err);
+    if (!status && progress) progress(user, "tensors", job.total, job.total);
+    if (!status && report) *report = counts;
+    return status;
 }
 #endif
 
