@@ -29,7 +29,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.abspath(os.path.join(ROOT, os.environ.get("ASTROVL", "astrovl")))
 MODEL = os.path.join(ROOT, "test", "astrovl-tiny.gguf")
 IMAGES = os.path.join(ROOT, "test", "images")
-COMMANDS = ["caption", "ask", "chat", "tokens", "inspect", "trace", "version", "score", "describe", "index", "search",
+COMMANDS = ["caption", "ask", "chat", "tokens", "inspect", "quantize", "trace", "version", "score", "describe", "index", "search",
             "embed", "evaluate", "summarize", "bench"]
 SHORT = ["--max-tokens", "6", "--threads", "1", "--quiet"]
 
@@ -662,6 +662,193 @@ class Inspect(Case):
         self.assertEqual(file["tensors"][0]["shape"], [2, 3])
         self.assertEqual(file["tensors"][0]["bytes"], 24)
         self.assertNotIn("\x1b", self.succeeds("inspect", path).out)
+
+
+def golden(name):
+    return os.path.join(ROOT, "test", "golden", name)
+
+
+class Check(Case):
+    """inspect --check: which commands run, or all that is missing."""
+
+    TEXT, MMPROJ, B, CLIP = (golden(name) for name in ("models_a_text.gguf", "models_a_mmproj.gguf", "models_b.gguf", "joint_a.gguf"))
+
+    def runs(self, commands, *files):
+        result = self.succeeds("inspect", "--check", *files)
+        self.assertTrue(result.out.startswith("these files can be used with " + commands), result)
+        seen = json.loads(self.succeeds("inspect", "--check", "--json", *files).out)
+        self.assertEqual((seen["runnable"], seen["commands"], seen["problems"]), (True, commands.split(";")[0].split(), []))
+        return result.out
+
+    def lacks(self, n, says, *files):
+        """n problems, and each of these texts stands in one of them."""
+        result = astrovl("inspect", "--check", *files)
+        self.assertEqual((result.code, result.err), (1, ""), result)
+        lines = result.out.splitlines()
+        self.assertTrue(lines[0].startswith("these files make up no model"), result)
+        self.assertEqual(len(lines) - 1, n, result)
+        for text in says:
+            self.assertTrue(any(text in line for line in lines[1:] if line.startswith("- ")), (text, result))
+        seen = astrovl("inspect", "--check", "--json", *files)
+        self.assertEqual(seen.code, 1)
+        self.assertEqual((json.loads(seen.out)["runnable"], json.loads(seen.out)["problems"]), (False, [line[2:] for line in lines[1:]]))
+
+    def changed(self, path, *changes, name="changed.gguf"):
+        """A copy with bytes replaced, each by as many others."""
+        with open(path, "rb") as f:
+            data = f.read()
+        for old, new in changes:
+            self.assertTrue(data.count(old) == 1 and len(old) == len(new), old)
+            data = data.replace(old, new)
+        return self.write(name, data)
+
+    def test_what_runs(self):
+        both = "score describe search index embed "
+        self.runs("caption ask chat trace summarize " + both + "tokens")
+        self.runs("caption ask chat trace summarize tokens", self.TEXT, self.MMPROJ)
+        self.runs("caption ask chat trace summarize tokens", "-m", self.MMPROJ, "--model", self.TEXT)
+        self.runs(both.strip(), self.CLIP)
+        self.assertIn("give the mmproj file as well: -m FILE", self.runs("chat trace summarize tokens", self.TEXT))
+
+    def test_lone_parts(self):
+        self.lacks(1, ["no language model, which answers are made with: give its file as well (-m FILE)"], self.MMPROJ)
+        self.lacks(1, ["a vocabulary and nothing else: give the file with the weights as well"], golden("vocab_spm.gguf"))
+        self.lacks(1, ["no text tower (t.*)"], write_micro_model(self.path("micro.gguf")))
+        self.lacks(1, ["convert it again with tokenizer.model or tokenizer.json next to its weights"],
+                   self.changed(self.TEXT, (b"tokenizer.ggml.model", b"tokenizer.ggml.mXdel")))
+        self.lacks(1, ["text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again with its tokenizer"],
+                   self.changed(self.CLIP, (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tXkens")))
+        self.lacks(1, ["24 values, the language model reads 32; these files belong to different models"], self.MMPROJ, self.B)
+
+    def test_every_missing_tensor_and_key(self):
+        names = [b"blk.1.ffn_up.weight", b"blk.0.attn_norm.weight", b"output_norm.weight", b"token_embd.weight", b"llama.context_length"]
+        path = self.changed(self.TEXT, *((name, name[:-1] + b"X") for name in names))
+        self.lacks(5, [name.decode() + " is missing" for name in names], path)
+        names += [b"v.blk.0.ln1.bias", b"v.patch_embd.weight", b"clip.vision.patch_size"]
+        other = self.changed(self.MMPROJ, *((name, name[:-1] + b"X") for name in names[5:]), name="other.gguf")
+        self.lacks(8, [name.decode() + " is missing" for name in names], path, other)
+
+    def test_shapes_and_kinds(self):
+        def tensor(name, rows, columns, kind=0):
+            return name + struct.pack("<IQQI", 2, columns, rows, kind)
+        gate, up = b"blk.0.ffn_gate.weight", b"blk.1.ffn_up.weight"
+        path = self.changed(self.TEXT, (tensor(gate, 56, 24), tensor(gate, 24, 56)), (tensor(up, 56, 24), tensor(up, 28, 24)))
+        self.lacks(2, ["blk.0.ffn_gate.weight is [24, 56]; the model's keys ask for [56, 24]", "blk.1.ffn_up.weight is [28, 24]"], path)
+        architecture = b"general.architecture" + struct.pack("<IQ", 8, 5)
+        self.lacks(1, ['architecture "qwen2"; this runs "llama": take a model of that family'],
+                   self.changed(self.TEXT, (architecture + b"llama", architecture + b"qwen2")))
+        self.lacks(1, ["its type is number 99, which is not supported: convert it"],
+                   self.changed(self.TEXT, (tensor(up, 56, 24), tensor(up, 56, 24, 99))))
+
+    def test_broken_files(self):
+        with open(self.TEXT, "rb") as f:
+            cut = self.write("cut.gguf", f.read()[:-1000])
+        self.lacks(1, ["cut.gguf: tensor", "(an incomplete download?)"], cut)
+        self.lacks(3, ["not a GGUF file", "cut.gguf", "nowhere.gguf: cannot be opened"], cut, self.MMPROJ, os.path.join(ROOT, "README.md"),
+                   self.path("nowhere.gguf"))
+        self.lacks(1, ["holds no part of a model"], self.write_empty())
+
+    def write_empty(self):
+        write_gguf(self.path("empty.gguf"), [("general.architecture", 8, "nothing")])
+        return self.path("empty.gguf")
+
+
+class Quantize(Case):
+    def out(self):
+        return self.path("out.gguf")
+
+    def check_nothing_left(self):
+        self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("out.gguf")], [])
+
+    def captions(self, path):
+        images = sorted(os.path.join(IMAGES, name) for name in os.listdir(IMAGES))
+        return self.succeeds("caption", "--quiet", "-m", path, *images).out.splitlines()
+
+    def test_captions_survive(self):
+        wanted, wide = self.captions(MODEL), self.path("wide.gguf")
+        self.succeeds("quantize", MODEL, wide, "f32")
+        self.assertEqual(self.captions(wide), wanted)
+        self.succeeds("quantize", wide, self.out(), "q8_0")
+        self.assertEqual(self.captions(self.out()), wanted)
+        self.succeeds("quantize", wide, self.out(), "Q4_K_M", "--threads", "2")
+        for seen, line in zip(self.captions(self.out()), wanted):
+            self.assertEqual(seen.split()[:2], line.split()[:2])
+        self.assertLess(os.path.getsize(self.out()), 0.75 * os.path.getsize(MODEL))
+        self.succeeds("score", "-m", self.out(), os.path.join(IMAGES, "spiral.png"), "--text", "a galaxy")
+        os.remove(self.out())
+
+    def test_what_is_written(self):
+        result = json.loads(self.succeeds("quantize", "--json", MODEL, self.out(), "q4_k_m").out)
+        _, metadata, tensors = read_gguf(MODEL)
+        _, metadata2, tensors2 = read_gguf(self.out())
+        self.assertEqual([t[:2] for t in tensors], [t[:2] for t in tensors2])
+        self.assertEqual((metadata2.pop("general.file_type"), metadata2.pop("general.quantization_version")), (15, 2))
+        for key in ("general.file_type", "general.quantization_version"):
+            metadata.pop(key, None)
+        self.assertEqual(repr(metadata), repr(metadata2))
+        self.assertEqual((result["bytes_before"], result["bytes"]), (os.path.getsize(MODEL), os.path.getsize(self.out())))
+        self.assertEqual(result["changed"], sum(a[2] != b[2] for a, b in zip(tensors, tensors2)))
+        self.assertEqual(sum(result["types"].values()), len(tensors))
+        self.assertEqual(result["requantized"], sum(a[2] != b[2] and a[2] >= 2 for a, b in zip(tensors, tensors2)))
+        self.assertGreater(result["fallbacks"], 0)
+        self.assertAlmostEqual(result["bits_per_weight"], 6.05, delta=0.3)
+        os.remove(self.out())
+
+    def test_what_is_said(self):
+        result = self.succeeds("quantize", MODEL, self.out(), "q6_k")
+        self.assertRegex(result.out, r"^6\.8 MB, now \d\.\d MB, \d\.\d\d bits a weight; \d+ of 217 tensors changed in \d")
+        self.assertRegex(result.out, r"Q6_K +\d+ tensors")
+        self.assertRegex(result.err, "note: \\d+ tensors got another type")
+        self.assertRegex(result.err, "warning: \\d+ tensors were quantised before")
+        result = self.succeeds("quantize", "--quiet", MODEL, self.out(), "q6_k")
+        self.assertEqual((result.out, result.err), ("", ""))
+        self.assertEqual(self.succeeds("quantize", "-q", golden("models_b.gguf"), self.out(), "bf16").err, "")
+        os.remove(self.out())
+
+    def test_onto_itself(self):
+        with open(MODEL, "rb") as f:
+            path = self.write("itself.gguf", f.read())
+        self.succeeds("quantize", "-q", MODEL, self.path("reference.gguf"), "q5_0")
+        self.succeeds("quantize", "-q", path, path, "q5_0")
+        with open(path, "rb") as f, open(self.path("reference.gguf"), "rb") as g:
+            self.assertEqual(f.read(), g.read())
+
+    def test_errors(self):
+        self.fails(2, "quantize", MODEL, self.out())
+        self.fails(2, "quantize", MODEL, self.out(), "q8_0", "more")
+        result = self.fails(2, "quantize", MODEL, self.out(), "q4_k_xl")
+        for name in ('"q4_k_xl"', "q8_0", "q4_k_m", "bf16", "Try: astrovl quantize --help"):
+            self.assertIn(name, result.err)
+        self.assertIn("is a folder", self.fails(1, "quantize", MODEL, self.folder, "q8_0").err)
+        self.assertIn("cannot be created", self.fails(1, "quantize", MODEL, self.path("no/such/out.gguf"), "q8_0").err)
+        self.assertIn("not a GGUF file", self.fails(1, "quantize", self.images[0], self.out(), "q8_0").err)
+        self.assertIn("cannot be opened", self.fails(1, "quantize", self.path("nowhere.gguf"), self.out(), "q8_0").err)
+        self.write("out.gguf.part", b"")
+        self.assertIn("exists", self.fails(1, "quantize", MODEL, self.out(), "q8_0").err)
+        os.remove(self.out() + ".part")
+        self.check_nothing_left()
+
+    def test_full_disk(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        result = self.fails(1, "quantize", MODEL, self.out(), "q4_0", preexec_fn=limit, restore_signals=False)
+        self.assertIn("is the disk full?", result.err)
+        self.check_nothing_left()
+
+    def test_interrupted(self):
+        wide = self.path("wide.gguf")
+        self.succeeds("quantize", "-q", MODEL, wide, "f32")
+        process = subprocess.Popen([PROGRAM, "quantize", "-q", "-j", "1", wide, self.out(), "q3_k_m"], stderr=subprocess.PIPE)
+        while process.poll() is None and not os.path.exists(self.out() + ".part"):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        message = process.communicate()[1].decode()
+        if process.returncode:                            # it may have been faster
+            self.assertEqual((process.returncode, "cancelled" in message), (1, True), message)
+            self.check_nothing_left()
+        else:
+            os.remove(self.out())
 
 
 def load_npy(path):
