@@ -1821,37 +1821,17 @@ static int run_index(program *p) {
     return status;
 }
 
-// The index to be searched, read whole.
-static image_index *read_index(program *p, const char *path) {
-    image_index *ix = new_index(p, path);
-    ix->keep_rows = 1;
-    ix->file = fopen(path, "rb");
-    if (!ix->file) exit(cannot_open(path));
-    if (read_index_header(ix) < INDEX_HEADER) exit(fail("%s: its header is incomplete; `astrovl index` makes it anew", path));
-    read_records(p, ix);
-    fclose(ix->file);
-    if (ix->torn && !p->o.quiet) fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", path);
-    return ix;
-}
-
-static int run_search(program *p) {
+static int search_index(program *p, image_index *ix, const char *query) {
     int i, k = p->o.best ? p->o.best : 10, n = 0;
-    const char *query = p->o.image ? p->o.image : p->o.words.items[1];
-    image_index *ix;
-    float *row;
+    float *row = new_rows(p, 1);
     astrovl_hit *hits;
     astrovl_error err;
     char ok;
-    if ((p->o.words.n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
-    ix = read_index(p, p->o.words.items[0]);
     if (k > ix->names.n) k = ix->names.n;
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
-    row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
     if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &err);
-    free(ix->rows);
     if (n < 0) return failed(&err);
     if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
@@ -1861,6 +1841,24 @@ static int run_search(program *p) {
     }
     if (p->o.json) put_json("]}\n");
     return EXIT_OK;
+}
+
+static int run_search(program *p) {
+    int n = p->o.words.n, status;
+    image_index *ix;
+    if ((n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
+    ix = new_index(p, p->o.words.items[0]);
+    ix->keep_rows = 1;
+    ix->file = fopen(ix->path, "rb");
+    if (!ix->file) return cannot_open(ix->path);
+    if (read_index_header(ix) < INDEX_HEADER) return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
+    read_records(p, ix);
+    fclose(ix->file);
+    if (ix->torn && !p->o.quiet) fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", ix->path);
+    status = search_index(p, ix, n == 2 ? p->o.words.items[1] : p->o.image);
+    free(ix->rows);
+    return status;
 }
 
 // ==== evaluate =======================================================================================================
