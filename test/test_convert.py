@@ -2208,6 +2208,10 @@ class ConvertHostile(ConvertCase):
         odd = [{**entry, **change} for change in odd] + [[], None, 5, {}] + [{k: v for k, v in entry.items() if k != gone} for gone in entry]
         for i, change in enumerate(odd):
             cases["entry %d: %.100s" % (i, change)] = with_header({**header, NORM: change}, data)
+        between = "model.layers.0.input_layernorm.weight"                # with others before and behind it
+        begin, end = header[between]["data_offsets"]
+        for offsets in ([0, 64], [begin - 64, end - 64], [begin - 2, end - 2], [begin + 2, end + 2], [begin + 64, end + 64]):
+            cases["%s at %s instead of %s" % (between, offsets, [begin, end])] = with_header({**header, between: {**header[between], "data_offsets": offsets}}, data)
         for why, tensor in (("I64", ["I64", [32], bytes(256)]), ("F64", ["F64", [32], bytes(256)]), ("U8", ["U8", [32], bytes(32)]),
                             ("none", ["BF16", [0], b""]), ("turned", ["BF16", [32, 1], bytes(64)]), ("none at all", None), ("short", ["BF16", [16], bytes(32)]),
                             ("C64", ["C64", [32], bytes(256)])):
@@ -2226,11 +2230,13 @@ class ConvertHostile(ConvertCase):
         folder = self.llama((), ("spm", "llava_old"))
         index = "model.safetensors.index.json"
         name = sorted(read_json(folder, index)["weight_map"])[0]
+        other = self.checkpoint("other", "llava_old")                    # whole shards, but outside the folder
+        file = read_json(folder, index)["weight_map"][name]
+        self.refuse_changes(folder, index, [(["weight_map", name], os.path.join(place, file)) for place in ("../other", other, "./", "../checkpoint")])
         self.refuse_some(folder, index, [(["weight_map", name], file) for file in (
             "model-00003-of-00002.safetensors", "../model-00001-of-00002.safetensors", "../../../../../../etc/passwd", "/etc/passwd", "", ".", "..",
             "sub/x.safetensors", "model-00001-of-00002.safetensors\0", "added_tokens.json", 5, None, ["model-00001-of-00002.safetensors"], "x" * 5000)])
         other = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
-        file = read_json(folder, index)["weight_map"][name]
         self.refuse_changes(folder, index, [(["weight_map", name], other.get(file, "model-00001-of-00002.safetensors")),
                                             (["weight_map", "model.nowhere.weight"], file), (["weight_map"],), (["weight_map"], {}), (["weight_map"], []),
                                             (["weight_map"], None), (["weight_map"], "x")])
