@@ -311,17 +311,17 @@ typedef struct astrovl_quantize_report {
 // Writes a copy of a model file with its weight matrices in another type. Metadata and the order of the tensors stay, but
 // general.file_type and general.quantization_version. Recipes, in any case:
 //   f32 f16 bf16 q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k      every matrix gets this type
-//   q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m                    llama.cpp's mixes: this type, but more bits where it pays:
-//     output.weight (token_embd.weight if there is none) Q6_K;   of n blocks, attn_v and ffn_down in
+//   q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m      llama.cpp's mixes: this type, but more bits where it pays:
+//     all     output.weight (token_embd.weight if there is none) Q6_K; and of n blocks, in
 //     q3_k_m  attn_v Q4_K, of blocks 0 and 1 Q5_K; ffn_down Q4_K, of the first n/16 Q5_K; attn_output Q4_K
 //     q3_k_l  attn_v, ffn_down, attn_output Q5_K
 //     q4_k_s  attn_v of the first 4 blocks, ffn_down of the first n/8 Q5_K
 //     q4_k_m, q5_k_m  attn_v and ffn_down Q6_K in the first and the last eighth of the blocks and every third between
 //     (70B models, 80 blocks whose heads share keys: attn_v at least Q5_K)
 // Left as they are: vectors, norms, position and patch embeddings, and what is not called *.weight. Rows that are no multiple of
-// 256: Q2_K and Q3_K become Q4_0, Q4_K Q5_0, Q5_K Q5_1, Q6_K Q8_0; of 32: F16. The bytes are the same on every machine and for every
-// n_threads (0: one per processor). Memory taken: some MB. progress may be NULL, report too (out).
-// Source: llama.cpp's llama-quant.cpp for the rules.   ARGUMENT (no such recipe), FILE, MEMORY, CANCELLED: nothing is left behind.
+// 256: Q2_K and Q3_K become Q4_0, Q4_K Q5_0, Q5_K Q5_1, Q6_K Q8_0; of 32: F16. The bytes are the same on every machine and for
+// every n_threads (0: one per processor). Memory taken: some MB. progress may be NULL, report (out) too.
+// Source: llama.cpp's llama-quant.cpp for the rules.  ARGUMENT (no such recipe), FILE, MEMORY, CANCELLED: nothing is left behind.
 ASTROVL_API astrovl_status astrovl_quantize_file(const astrovl_gguf *in, const char *out_path, const char *recipe, int n_threads,
                                                  astrovl_progress progress, void *user, astrovl_quantize_report *report,
                                                  astrovl_error *err);
@@ -347,9 +347,9 @@ typedef enum astrovl_template {
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
     astrovl_template chat_template;  // AUTO: from the file
-    // NULL: opening ends at the first problem. Else this is told each broken file, each missing or misshapen tensor, key and part of
-    // a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL). Problems are
-    // then also parts that are of no use alone: a language model without tokenizer, an mmproj file without language model ...
+    // NULL: opening ends at the first problem. Else this is told each broken file, each missing or misshapen tensor, key and part
+    // of a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL). Problems
+    // are then also parts of no use alone: a language model without tokenizer, an mmproj file without language model ...
     void           (*on_problem)(void *user, const char *message);
     void            *user;
 } astrovl_open_options;
@@ -3721,7 +3721,7 @@ static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix,
     const astrovl_tensor *t;
     avl__format(name, sizeof name, "%s.weight", prefix);
     t = avl__find_tensor(w, name, &file);
-    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 24))
+    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 20))
         return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
     return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
 }
@@ -7671,8 +7671,9 @@ static astrovl_status avl__llama_load_sizes(avl__llama *m, avl__weights *w, astr
     if (status || !m->n_embd || !m->n_head) return status;
     status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
     if (!status) status = avl__key_int(w, "llama.attention.key_length", 2, 65536, m->n_embd / m->n_head, &m->head_dim, err);
-    if (!status) status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
     if (status || !m->n_head_kv || !m->head_dim) return status;
+    status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
+    if (status || !m->rope_dim) return status;
     if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
         return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them rotated)",
                             astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
