@@ -311,17 +311,17 @@ typedef struct astrovl_quantize_report {
 // Writes a copy of a model file with its weight matrices in another type. Metadata and the order of the tensors stay, but
 // general.file_type and general.quantization_version. Recipes, in any case:
 //   f32 f16 bf16 q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k      every matrix gets this type
-//   q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m                    llama.cpp's mixes: this type, but more bits where it pays:
-//     output.weight (token_embd.weight if there is none) Q6_K;   of n blocks, attn_v and ffn_down in
+//   q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m      llama.cpp's mixes: this type, but more bits where it pays:
+//     all     output.weight (token_embd.weight if there is none) Q6_K; and of n blocks, in
 //     q3_k_m  attn_v Q4_K, of blocks 0 and 1 Q5_K; ffn_down Q4_K, of the first n/16 Q5_K; attn_output Q4_K
 //     q3_k_l  attn_v, ffn_down, attn_output Q5_K
 //     q4_k_s  attn_v of the first 4 blocks, ffn_down of the first n/8 Q5_K
 //     q4_k_m, q5_k_m  attn_v and ffn_down Q6_K in the first and the last eighth of the blocks and every third between
 //     (70B models, 80 blocks whose heads share keys: attn_v at least Q5_K)
 // Left as they are: vectors, norms, position and patch embeddings, and what is not called *.weight. Rows that are no multiple of
-// 256: Q2_K and Q3_K become Q4_0, Q4_K Q5_0, Q5_K Q5_1, Q6_K Q8_0; of 32: F16. The bytes are the same on every machine and for every
-// n_threads (0: one per processor). Memory taken: some MB. progress may be NULL, report too (out).
-// Source: llama.cpp's llama-quant.cpp for the rules.   ARGUMENT (no such recipe), FILE, MEMORY, CANCELLED: nothing is left behind.
+// 256: Q2_K and Q3_K become Q4_0, Q4_K Q5_0, Q5_K Q5_1, Q6_K Q8_0; of 32: F16. The bytes are the same on every machine and for
+// every n_threads (0: one per processor). Memory taken: some MB. progress may be NULL, report (out) too.
+// Source: llama.cpp's llama-quant.cpp for the rules.  ARGUMENT (no such recipe), FILE, MEMORY, CANCELLED: nothing is left behind.
 ASTROVL_API astrovl_status astrovl_quantize_file(const astrovl_gguf *in, const char *out_path, const char *recipe, int n_threads,
                                                  astrovl_progress progress, void *user, astrovl_quantize_report *report,
                                                  astrovl_error *err);
@@ -347,9 +347,9 @@ typedef enum astrovl_template {
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
     astrovl_template chat_template;  // AUTO: from the file
-    // NULL: opening ends at the first problem. Else this is told each broken file, each missing or misshapen tensor, key and part of
-    // a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL). Problems are
-    // then also parts that are of no use alone: a language model without tokenizer, an mmproj file without language model ...
+    // NULL: opening ends at the first problem. Else this is told each broken file, each missing or misshapen tensor, key and part
+    // of a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL). Problems
+    // are then also parts of no use alone: a language model without tokenizer, an mmproj file without language model ...
     void           (*on_problem)(void *user, const char *message);
     void            *user;
 } astrovl_open_options;
@@ -3092,8 +3092,8 @@ struct astrovl_gguf_writer {
 
 static void avl__writer_fail(astrovl_gguf_writer *w, astrovl_status status, const char *name, const char *what) {
     if (!w->problem.status)
-        avl__fail(&w->problem, status, "%S: %S%s%s", avl__excerpt(w->path, strlen(w->path), -128), avl__excerpt(name, strlen(name), 96),
-                  *name ? ": " : "", what);
+        avl__fail(&w->problem, status, "%S: %S%s%s", avl__excerpt(w->path, strlen(w->path), -128),
+                  avl__excerpt(name, strlen(name), 96), *name ? ": " : "", what);
 }
 
 static void avl__put_number(avl__bytes *b, uint64_t value, int n) {
@@ -3307,8 +3307,8 @@ ASTROVL_API astrovl_gguf_writer *astrovl_gguf_create(const char *path, astrovl_e
     if (!size) avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
     else if (avl__is_no_plain_file(path)) avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a folder or a device; name a file", path);
     else if ((w->file = fopen(w->part, AVL__POSIX ? "wbx" : "wb")) == NULL)   // x: two programs do not write the same
-        avl__fail(err, ASTROVL_ERROR_FILE, "%s: %s", w->part, errno == EEXIST ? "exists: another program is writing it, or was killed "
-                  "(then delete it)" : "cannot be created (no such folder, or no permission)");
+        avl__fail(err, ASTROVL_ERROR_FILE, "%s: %s", w->part, errno == EEXIST ? "exists: another program is writing it, or was "
+                  "killed (then delete it)" : "cannot be created (no such folder, or no permission)");
     w->part_exists = w->file != NULL;
     if (w->file) return w;
     astrovl_gguf_discard(w);
@@ -3721,7 +3721,7 @@ static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix,
     const astrovl_tensor *t;
     avl__format(name, sizeof name, "%s.weight", prefix);
     t = avl__find_tensor(w, name, &file);
-    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 24))
+    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 20))
         return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
     return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
 }
@@ -7259,8 +7259,8 @@ static astrovl_status avl__tower_load(avl__tower *tower, avl__weights *w, const 
         status = avl__key_int(w, key, 1, sizes[i].max, -1, sizes[i].value, err);
     }
     if (!status && tower->n_head && tower->n_embd % tower->n_head != 0)
-        status = avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values", astrovl_gguf_name(w->files[0]),
-                              key_prefix, tower->n_head, tower->n_embd);
+        status = avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values",
+                              astrovl_gguf_name(w->files[0]), key_prefix, tower->n_head, tower->n_embd);
     if (status) return status;
     avl__format(key, sizeof key, "%sattention.layer_norm_epsilon", key_prefix);
     tower->eps = (float)avl__key_float(w, key, 1e-5);
@@ -7319,8 +7319,8 @@ static astrovl_status avl__clip_choose_depth(avl__clip *clip, avl__weights *w, a
         if (layer > deepest) deepest = (int)layer;
     }
     if (i > 1)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): LLaVA "
-                            "takes one", astrovl_gguf_name(file), (int64_t)i);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): "
+                            "LLaVA takes one", astrovl_gguf_name(file), (int64_t)i);
     clip->n_run = deepest;
     return ASTROVL_OK;
 }
@@ -7341,7 +7341,8 @@ static astrovl_status avl__clip_load_sizes(avl__clip *clip, avl__weights *w, ast
     avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
     for (c = 0; c < 3; c++)
         if (!(clip->std[c] > 0.0f))
-            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive", astrovl_gguf_name(w->files[0]));
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive",
+                                astrovl_gguf_name(w->files[0]));
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
     return ASTROVL_OK;
@@ -7671,16 +7672,17 @@ static astrovl_status avl__llama_load_sizes(avl__llama *m, avl__weights *w, astr
     if (status || !m->n_embd || !m->n_head) return status;
     status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
     if (!status) status = avl__key_int(w, "llama.attention.key_length", 2, 65536, m->n_embd / m->n_head, &m->head_dim, err);
-    if (!status) status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
     if (status || !m->n_head_kv || !m->head_dim) return status;
+    status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
+    if (status || !m->rope_dim) return status;
     if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them rotated)",
-                            astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them "
+                            "rotated)", astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
     m->rope_theta = (float)avl__key_float(w, "llama.rope.freq_base", 10000.0);
     m->rms_norm_eps = (float)avl__key_float(w, "llama.attention.layer_norm_rms_epsilon", 1e-5);
     if (!(m->rope_theta > 0.0f && m->rope_theta < 1e30f) || !(m->rms_norm_eps >= 0.0f && m->rms_norm_eps < 1.0f))
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out of "
-                            "range", astrovl_gguf_name(w->files[0]));
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out "
+                            "of range", astrovl_gguf_name(w->files[0]));
     return ASTROVL_OK;
 }
 
@@ -7695,10 +7697,11 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     if (avl__string_is(type, "linear"))
         linear_scale = (float)avl__key_float(w, "llama.rope.scaling.factor", 1.0);
     else if (type.size && !avl__string_is(type, "none") && !factors)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and rope_freqs.weight)",
-                            astrovl_gguf_name(w->files[0]), type);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and "
+                            "rope_freqs.weight)", astrovl_gguf_name(w->files[0]), type);
     if (!(linear_scale > 0.0f && linear_scale < 1e6f))
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range", astrovl_gguf_name(w->files[0]));
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range",
+                            astrovl_gguf_name(w->files[0]));
     for (i = 0; factors && i < m->rope_dim / 2; i++)
         if (!(factors[i] > 0.0f))
             return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: rope_freqs.weight holds a factor that is not positive",
@@ -7986,8 +7989,8 @@ static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
     key = astrovl_gguf_find_kv(file, "general.architecture");
     if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
     if (!avl__string_is(architecture, "llama"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\": take a "
-                         "model of that family", astrovl_gguf_name(file), architecture);
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\": "
+                         "take a model of that family", astrovl_gguf_name(file), architecture);
     status = avl__llama_load(&m->llama, &m->weights, err);
     if (!status && m->has_vocab && m->llama.n_vocab && m->vocab.n_tokens > m->llama.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
@@ -8167,7 +8170,8 @@ ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int
     int i;
     if (!m) return NULL;
     for (i = 0; blocks && i < n_blocks; i++)
-        if (!avl__model_add(m, astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, &failure), &failure, err)) break;
+        if (!avl__model_add(m, astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, &failure), &failure, err))
+            break;
     return avl__model_finish(m, n_blocks, options, err);
 }
 
