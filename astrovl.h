@@ -16,7 +16,7 @@
 //   [3] numbers      f16, bf16 and the block formats to float32 and back; exp, tanh, erf, sin, cos that are the same everywhere
 //   [4] kernels      the inner loops, one table per instruction set
 //   [5] ops          the audit tap; norms, softmax, activations, RoPE, products, attention
-//   [6] GGUF         the file reader; weights across several files
+//   [6] GGUF         the files: reading, writing, quantising; weights across several files
 //   [7] text         SentencePiece, byte-level BPE and CLIP tokenizers
 //   [8] images       PNG, JPEG, PNM; resize, pad, crop
 //   [9] CLIP         the vision tower and its preprocessing, the text tower
@@ -181,6 +181,10 @@ typedef struct astrovl_error {
 
 ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...: static memory
 
+// Long work reports: stage "image" or "prompt", layers done of all, or "tensors". A non-zero return cancels (but not once done is
+// total).
+typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
+
 // Releases memory that a function below returned (text, arrays). NULL is allowed.
 ASTROVL_API void astrovl_free(void *memory);
 
@@ -270,6 +274,59 @@ ASTROVL_API float astrovl_bf16_to_f32(uint16_t half);
 ASTROVL_API uint16_t astrovl_f32_to_f16(float value);
 ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
 
+// ---- writing GGUF files -----------------------------------------------------------------------------------------
+#ifndef ASTROVL_NO_FILES
+// Version 3, little-endian on every host, alignment 32. What is written is called PATH.part until it is finished, and takes the
+// name PATH then: a file of that name stays whole until the end, even one that is being read (so a file may be quantised onto
+// itself). Names and values are copied. The functions that return nothing keep the first mistake, or that memory ran out, for the
+// next _write or _finish to report.
+typedef struct astrovl_gguf_writer astrovl_gguf_writer;
+
+// NULL and err: FILE (PATH is a folder or a device, or PATH.part cannot be created or exists), MEMORY.
+ASTROVL_API astrovl_gguf_writer *astrovl_gguf_create(const char *path, astrovl_error *err);
+// One metadata entry. value: the address of a variable of that type in C (uint8_t ... double, astrovl_string; BOOL: uint8_t).
+ASTROVL_API void astrovl_gguf_put(astrovl_gguf_writer *w, const char *key, astrovl_value_type type, const void *value);
+// The same for an array. values: [count] of such variables.
+ASTROVL_API void astrovl_gguf_put_array(astrovl_gguf_writer *w, const char *key, astrovl_value_type item_type, const void *values,
+                                        uint64_t count);
+// An entry of another file, as it is there. (general.alignment is passed over: it is another for this file.)
+ASTROVL_API void astrovl_gguf_copy(astrovl_gguf_writer *w, const astrovl_gguf *from, int index);
+// Declares a tensor: 1 to 4 dimensions, ne[0] the length of a row, which must be whole blocks.
+ASTROVL_API void astrovl_gguf_put_tensor(astrovl_gguf_writer *w, const char *name, astrovl_type type, int n_dims,
+                                         const int64_t *ne);
+// Once all is declared: the tensors' data, little-endian blocks, one tensor after the other as declared, each in one or more
+// pieces. FILE (is the disk full?), ARGUMENT (more than the tensor holds, the same name twice ...), MEMORY.
+ASTROVL_API astrovl_status astrovl_gguf_write(astrovl_gguf_writer *w, const void *data, size_t size, astrovl_error *err);
+// Brings the file to the disk under its name. Releases w in any case; on failure nothing is left of the file. As _write.
+ASTROVL_API astrovl_status astrovl_gguf_finish(astrovl_gguf_writer *w, astrovl_error *err);
+ASTROVL_API void astrovl_gguf_discard(astrovl_gguf_writer *w);          // releases w, removes the file; NULL is allowed
+
+// What became of a file's tensors.
+typedef struct astrovl_quantize_report {
+    int n_tensors, n_changed;      // of all: those whose type is another now
+    int n_fallbacks;               // rows that are no multiple of the wanted type's block: got another type
+    int n_requantized;             // quantised before already: what was lost then is not regained, and more is lost now
+} astrovl_quantize_report;
+
+// Writes a copy of a model file with its weight matrices in another type. Metadata and the order of the tensors stay, but
+// general.file_type and general.quantization_version. Recipes, in any case:
+//   f32 f16 bf16 q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k      every matrix gets this type
+//   q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m      llama.cpp's mixes: this type, but more bits where it pays:
+//     all     output.weight (token_embd.weight if there is none) Q6_K; and of n blocks, in
+//     q3_k_m  attn_v Q4_K, of blocks 0 and 1 Q5_K; ffn_down Q4_K, of the first n/16 Q5_K; attn_output Q4_K
+//     q3_k_l  attn_v, ffn_down, attn_output Q5_K
+//     q4_k_s  attn_v of the first 4 blocks, ffn_down of the first n/8 Q5_K
+//     q4_k_m, q5_k_m  attn_v and ffn_down Q6_K in the first and the last eighth of the blocks and every third between
+//     (70B models, 80 blocks whose heads share keys: attn_v at least Q5_K)
+// Left as they are: vectors, norms, position and patch embeddings, and what is not called *.weight. Rows that are no multiple of
+// 256: Q2_K and Q3_K become Q4_0, Q4_K Q5_0, Q5_K Q5_1, Q6_K Q8_0; of 32: F16. The bytes are the same on every machine and for
+// every n_threads (0: one per processor). Memory taken: some MB. progress may be NULL, report (out) too.
+// Source: llama.cpp's llama-quant.cpp for the rules.  ARGUMENT (no such recipe), FILE, MEMORY, CANCELLED: nothing is left behind.
+ASTROVL_API astrovl_status astrovl_quantize_file(const astrovl_gguf *in, const char *out_path, const char *recipe, int n_threads,
+                                                 astrovl_progress progress, void *user, astrovl_quantize_report *report,
+                                                 astrovl_error *err);
+#endif
+
 // ---- models -----------------------------------------------------------------------------------------------------
 
 typedef struct astrovl_model   astrovl_model;     // weights, vocabulary, settings: immutable, shared by threads
@@ -290,6 +347,11 @@ typedef enum astrovl_template {
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
     astrovl_template chat_template;  // AUTO: from the file
+    // NULL: opening ends at the first problem. Else this is told each broken file, each missing or misshapen tensor, key and part
+    // of a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL). Problems
+    // are then also parts of no use alone: a language model without tokenizer, an mmproj file without language model ...
+    void           (*on_problem)(void *user, const char *message);
+    void            *user;
 } astrovl_open_options;
 
 // A model file that lies in memory.
@@ -389,9 +451,6 @@ typedef enum astrovl_mode {
 // layer   the layer's number, or -1 outside the layers
 // shape   [n_dims], slowest first;   data   float32, valid during the call
 typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data);
-
-// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels (but not once done is total).
-typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
 
 typedef struct astrovl_session_options {
     astrovl_mode     mode;
@@ -639,7 +698,12 @@ ASTROVL_API float astrovl_cosf(float x);
 #include <stdarg.h>
 #include <string.h>
 #ifndef ASTROVL_NO_FILES
+#include <errno.h>
 #include <stdio.h>
+#if AVL__POSIX
+#include <fcntl.h>
+#include <sys/stat.h>
+#endif
 #endif
 #if AVL__POSIX && !defined(ASTROVL_NO_THREADS)
 #define AVL__THREADS 1
@@ -649,9 +713,7 @@ ASTROVL_API float astrovl_cosf(float x);
 #endif
 #if AVL__POSIX && !defined(ASTROVL_NO_FILES) && !defined(ASTROVL_NO_MMAP)
 #define AVL__MMAP 1
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #else
 #define AVL__MMAP 0
 #endif
@@ -3440,13 +3502,15 @@ static int avl__gguf_need(const avl__gguf_reader *r, uint64_t n) {
                           (int64_t)r->f->file.size);
 }
 
-// An unsigned number of n bytes (1, 2, 4, 8) in the file's byte order.
-static uint64_t avl__gguf_load(const astrovl_gguf *f, const uint8_t *p, int n) {
+// An unsigned number of n bytes (1, 2, 4, 8).
+static uint64_t avl__load_number(const uint8_t *p, int n, int big_endian) {
     uint64_t value = 0;
     int i;
-    for (i = 0; i < n; i++) value = value << 8 | p[f->big_endian ? i : n - 1 - i];
+    for (i = 0; i < n; i++) value = value << 8 | p[big_endian ? i : n - 1 - i];
     return value;
 }
+
+static uint64_t avl__gguf_load(const astrovl_gguf *f, const uint8_t *p, int n) { return avl__load_number(p, n, f->big_endian); }
 
 static int avl__gguf_read(avl__gguf_reader *r, int n, uint64_t *value) {
     r->field = r->at;
@@ -3745,13 +3809,17 @@ static int avl__gguf_read_count(avl__gguf_reader *r, const char *things, uint64_
     return 1;
 }
 
-static int avl__names_alloc(const avl__gguf_reader *r, avl__names *names) {
+// Room for the order of all names, which is as yet that in which they came.
+static int avl__names_order_alloc(avl__names *names) {
     int i;
-    names->name = (char **)avl__alloc((uint64_t)names->count, sizeof *names->name);
     names->order = (int *)avl__alloc((uint64_t)names->count, sizeof *names->order);
-    if (!names->name || !names->order) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-    for (i = 0; i < names->count; i++) names->order[i] = i;
-    return 1;
+    for (i = 0; names->order && i < names->count; i++) names->order[i] = i;
+    return names->order != NULL;
+}
+
+static int avl__names_alloc(const avl__gguf_reader *r, avl__names *names) {
+    names->name = (char **)avl__alloc((uint64_t)names->count, sizeof *names->name);
+    return (names->name && avl__names_order_alloc(names)) || avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
 }
 
 static void avl__names_free(avl__names *names) {
@@ -3761,18 +3829,21 @@ static void avl__names_free(avl__names *names) {
     astrovl_free(names->order);
 }
 
-// Sorts the names; the same one twice is an error.
-static int avl__names_sort(avl__gguf_reader *r, avl__names *names) {
+// Sorts the names. Returns one that is there twice, or NULL.
+static const char *avl__names_sort(avl__names *names) {
     int i;
     avl__sort(names->order, names->count, avl__names_order, names);
-    for (i = 1; i < names->count; i++) {
-        const char *name = names->name[names->order[i]];
-        if (strcmp(name, names->name[names->order[i - 1]]) != 0) continue;
-        r->name.data = name;
-        r->name.size = strlen(name);
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the same name appears twice in the list that ends here");
-    }
-    return 1;
+    for (i = 1; i < names->count; i++)
+        if (avl__names_order(names, names->order[i - 1], names->order[i]) == 0) return names->name[names->order[i]];
+    return NULL;
+}
+
+static int avl__gguf_sort_names(avl__gguf_reader *r, avl__names *names) {
+    const char *twice = avl__names_sort(names);
+    if (!twice) return 1;
+    r->name.data = twice;
+    r->name.size = strlen(twice);
+    return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the same name appears twice in the list that ends here");
 }
 
 static int avl__gguf_read_metadata(avl__gguf_reader *r) {
@@ -3784,7 +3855,7 @@ static int avl__gguf_read_metadata(avl__gguf_reader *r) {
     for (i = 0; i < f->keys.count; i++)
         if (!avl__gguf_read_entry(r, &f->entries[i], &f->keys.name[i])) return 0;
     r->field = r->at;
-    return avl__names_sort(r, &f->keys);
+    return avl__gguf_sort_names(r, &f->keys);
 }
 
 static int avl__gguf_read_alignment(avl__gguf_reader *r, uint64_t *alignment) {
@@ -3811,7 +3882,7 @@ static int avl__gguf_read_tensors(avl__gguf_reader *r, uint64_t alignment) {
     for (i = 0; i < f->tensor_names.count; i++)
         if (!avl__gguf_read_tensor(r, &f->tensors[i], &f->tensor_names.name[i])) return 0;
     r->field = r->at;
-    if (!avl__names_sort(r, &f->tensor_names)) return 0;
+    if (!avl__gguf_sort_names(r, &f->tensor_names)) return 0;
     start = (r->at + alignment - 1) / alignment * alignment;
     for (i = 0; i < f->tensor_names.count; i++)
         if (!avl__gguf_place_tensor(r, &f->tensors[i], start, alignment)) return 0;
@@ -3905,6 +3976,477 @@ ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key) 
     return avl__names_find(&file->keys, key);
 }
 
+#ifndef ASTROVL_NO_FILES
+// ---- writing -------------------------------------------------------------------------------------------------------
+// Metadata and the tensors' descriptions are gathered in memory, as they will stand in the file, since their number comes first
+// in it; the tensors' data, which may be larger than memory, goes straight to the disk.
+
+enum { AVL__GGUF_ALIGNMENT = 32 };
+
+struct astrovl_gguf_writer {
+    char         *path, *part;         // the file's name, and the one it has until it is finished
+    FILE         *file;
+    int           part_exists;
+    avl__bytes    metadata, descriptions;
+    avl__names    keys, tensor_names;
+    uint64_t     *n_bytes;             // [tensor_names.count], of each tensor's data
+    size_t        keys_capacity, names_capacity, n_bytes_capacity;
+    uint64_t      offset;              // of the next tensor's data
+    int           started;             // all is declared, and what stands before the data written
+    int           n_whole;             // tensors whose data are written,
+    uint64_t      n_written;           // and how many bytes of the next one's
+    astrovl_error problem;             // the first one
+};
+
+static void avl__writer_fail(astrovl_gguf_writer *w, astrovl_status status, const char *name, const char *what) {
+    if (!w->problem.status)
+        avl__fail(&w->problem, status, "%S: %S%s%s", avl__excerpt(w->path, strlen(w->path), -128),
+                  avl__excerpt(name, strlen(name), 96), *name ? ": " : "", what);
+}
+
+static void avl__put_number(avl__bytes *b, uint64_t value, int n) {
+    char bytes[8];
+    int i;
+    for (i = 0; i < n; i++) bytes[i] = (char)(value >> 8 * i & 0xFF);
+    avl__bytes_put(b, bytes, (size_t)n);
+}
+
+static void avl__put_string(avl__bytes *b, const char *data, size_t size) {
+    avl__put_number(b, size, 8);
+    avl__bytes_put(b, data, size);
+}
+
+// Writes a name's place in `list` and puts it into `names`. Returns 0 if it cannot be one.
+static int avl__writer_name(astrovl_gguf_writer *w, avl__bytes *list, avl__names *names, size_t *capacity, const char *name,
+                            size_t limit) {
+    size_t size = name ? strlen(name) : 0;
+    if (w->problem.status) return 0;
+    if (w->started) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, name ? name : "", "is declared after data were written");
+    else if (size < 1 || size > limit) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, "a name", "is empty or too long");
+    else if (!avl__grow(&names->name, capacity, (size_t)names->count + 1, sizeof *names->name) ||
+             !(names->name[names->count] = avl__copy_text(name, size)))
+        avl__writer_fail(w, ASTROVL_ERROR_MEMORY, name, "out of memory");
+    if (w->problem.status) return 0;
+    names->count++;
+    avl__put_string(list, name, size);
+    return 1;
+}
+
+// What stands before an entry's values.
+static int avl__writer_entry(astrovl_gguf_writer *w, const char *key, astrovl_value_type type, astrovl_value_type item_type,
+                             uint64_t count) {
+    if (avl__value_bytes(item_type) < 0 || item_type == ASTROVL_VALUE_ARRAY)
+        avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, key ? key : "", "there is no such type of value");
+    if (!avl__writer_name(w, &w->metadata, &w->keys, &w->keys_capacity, key, AVL__GGUF_MAX_KEY)) return 0;
+    avl__put_number(&w->metadata, (uint64_t)type, 4);
+    if (type == ASTROVL_VALUE_ARRAY) avl__put_number(&w->metadata, (uint64_t)item_type, 4), avl__put_number(&w->metadata, count, 8);
+    return 1;
+}
+
+static void avl__writer_values(astrovl_gguf_writer *w, const char *key, astrovl_value_type type, astrovl_value_type item_type,
+                               const void *values, uint64_t count) {
+    const uint16_t probe = 1;
+    int n = avl__value_bytes(item_type), big_endian = *(const uint8_t *)&probe == 0;   // of the host
+    uint64_t i;
+    if (!avl__writer_entry(w, key, type, item_type, count)) return;
+    for (i = 0; i < count; i++) {
+        if (item_type == ASTROVL_VALUE_STRING) {
+            const astrovl_string *s = (const astrovl_string *)values + i;
+            avl__put_string(&w->metadata, s->data, s->size);
+        } else {
+            uint64_t value = avl__load_number((const uint8_t *)values + i * (uint64_t)n, n, big_endian);
+            avl__put_number(&w->metadata, item_type == ASTROVL_VALUE_BOOL ? value != 0 : value, n);
+        }
+    }
+}
+
+ASTROVL_API void astrovl_gguf_put(astrovl_gguf_writer *w, const char *key, astrovl_value_type type, const void *value) {
+    avl__writer_values(w, key, type, type, value, 1);
+}
+
+ASTROVL_API void astrovl_gguf_put_array(astrovl_gguf_writer *w, const char *key, astrovl_value_type item_type, const void *values,
+                                        uint64_t count) {
+    avl__writer_values(w, key, ASTROVL_VALUE_ARRAY, item_type, values, count);
+}
+
+ASTROVL_API void astrovl_gguf_copy(astrovl_gguf_writer *w, const astrovl_gguf *from, int index) {
+    const astrovl_kv *kv = astrovl_gguf_kv(from, index);
+    uint64_t i;
+    if (!kv || strcmp(kv->key, "general.alignment") == 0) return;
+    if (!avl__writer_entry(w, kv->key, kv->type, kv->item_type, kv->count)) return;
+    for (i = 0; i < kv->count; i++) {
+        astrovl_value_type type = kv->item_type;
+        const uint8_t *p = avl__gguf_element(from, index, i, &type);
+        astrovl_string s = astrovl_gguf_string(from, index, i);
+        if (type == ASTROVL_VALUE_STRING) avl__put_string(&w->metadata, s.data, s.size);
+        else avl__put_number(&w->metadata, avl__gguf_load(from, p, avl__value_bytes(type)), avl__value_bytes(type));
+    }
+}
+
+ASTROVL_API void astrovl_gguf_put_tensor(astrovl_gguf_writer *w, const char *name, astrovl_type type, int n_dims,
+                                         const int64_t *ne) {
+    const avl__type_info *info = avl__find_type(type);
+    int i, good = info && n_dims >= 1 && n_dims <= 4 && ne[0] % info->block_values == 0;
+    uint64_t bytes = good ? (uint64_t)info->block_bytes : 1, n;
+    for (i = 0; good && i < n_dims; i++, bytes *= n) {
+        n = (uint64_t)(i ? ne[i] : ne[0] / info->block_values);
+        good = ne[i] > 0 && n <= (uint64_t)INT64_MAX / 2 / bytes;
+    }
+    if (!good) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, name ? name : "", "no tensor has this type and shape");
+    if (!avl__writer_name(w, &w->descriptions, &w->tensor_names, &w->names_capacity, name, AVL__GGUF_MAX_NAME)) return;
+    if (!avl__grow(&w->n_bytes, &w->n_bytes_capacity, (size_t)w->tensor_names.count, sizeof *w->n_bytes)) {
+        avl__writer_fail(w, ASTROVL_ERROR_MEMORY, name, "out of memory");
+        return;
+    }
+    w->n_bytes[w->tensor_names.count - 1] = bytes;
+    avl__put_number(&w->descriptions, (uint64_t)n_dims, 4);
+    for (i = 0; i < n_dims; i++) avl__put_number(&w->descriptions, (uint64_t)ne[i], 8);
+    avl__put_number(&w->descriptions, (uint64_t)type, 4);
+    avl__put_number(&w->descriptions, w->offset, 8);
+    w->offset += (bytes + AVL__GGUF_ALIGNMENT - 1) / AVL__GGUF_ALIGNMENT * AVL__GGUF_ALIGNMENT;
+}
+
+// Writes bytes, then zeros up to the alignment after `size` bytes in all (0: none).
+static void avl__writer_out(astrovl_gguf_writer *w, const void *data, size_t n, uint64_t size) {
+    static const char zeros[AVL__GGUF_ALIGNMENT] = {0};
+    size_t pad = (size_t)((AVL__GGUF_ALIGNMENT - size % AVL__GGUF_ALIGNMENT) % AVL__GGUF_ALIGNMENT);
+    if (w->problem.status) return;
+    if ((n && fwrite(data, 1, n, w->file) != n) || (pad && fwrite(zeros, 1, pad, w->file) != pad))
+        avl__writer_fail(w, ASTROVL_ERROR_FILE, "", "cannot be written (is the disk full?)");
+}
+
+// Checks what was declared, and writes it.
+static void avl__writer_start(astrovl_gguf_writer *w) {
+    avl__bytes head = {NULL, 0, 0, 0};
+    const char *twice = NULL;
+    if (w->started++) return;
+    avl__bytes_put(&head, "GGUF\3\0\0", 8);
+    avl__put_number(&head, (uint64_t)w->tensor_names.count, 8);
+    avl__put_number(&head, (uint64_t)w->keys.count, 8);
+    if (!avl__names_order_alloc(&w->keys) || !avl__names_order_alloc(&w->tensor_names) || head.failed || w->metadata.failed ||
+        w->descriptions.failed) avl__writer_fail(w, ASTROVL_ERROR_MEMORY, "", "out of memory");
+    else if ((twice = avl__names_sort(&w->keys)) != NULL || (twice = avl__names_sort(&w->tensor_names)) != NULL)
+        avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, twice, "is declared twice");
+    avl__writer_out(w, head.data, head.size, 0);
+    avl__writer_out(w, w->metadata.data, w->metadata.size, 0);
+    avl__writer_out(w, w->descriptions.data, w->descriptions.size, head.size + w->metadata.size + w->descriptions.size);
+    astrovl_free(head.data);
+}
+
+static astrovl_status avl__writer_status(const astrovl_gguf_writer *w, astrovl_error *err) {
+    if (err && w->problem.status) *err = w->problem;
+    return w->problem.status;
+}
+
+ASTROVL_API astrovl_status astrovl_gguf_write(astrovl_gguf_writer *w, const void *data, size_t size, astrovl_error *err) {
+    avl__writer_start(w);
+    if (size == 0 || w->problem.status) return avl__writer_status(w, err);
+    if (w->n_whole == w->tensor_names.count) avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, "", "all tensors have their data already");
+    else if (size > w->n_bytes[w->n_whole] - w->n_written)
+        avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, w->tensor_names.name[w->n_whole], "these are more data than it holds");
+    if (w->problem.status) return avl__writer_status(w, err);
+    w->n_written += size;
+    avl__writer_out(w, data, size, w->n_written == w->n_bytes[w->n_whole] ? w->n_written : 0);
+    if (w->n_written == w->n_bytes[w->n_whole]) w->n_whole++, w->n_written = 0;
+    return avl__writer_status(w, err);
+}
+
+#if AVL__POSIX
+static int avl__sync_file(const char *path) {   // has what was written reached the disk? (any descriptor of the file will do)
+    int fd = open(path, O_RDONLY), good = fd < 0 || fsync(fd) == 0 || errno == EINVAL;   // EINVAL: this file system needs no syncing
+    if (fd >= 0) close(fd);
+    return good;
+}
+static int avl__is_no_plain_file(const char *path) {   // a folder or a device, which renaming would replace
+    struct stat st;
+    return stat(path, &st) == 0 && !S_ISREG(st.st_mode);
+}
+#else   // standard C knows of none of this
+static int avl__sync_file(const char *path) { (void)path; return 1; }
+static int avl__is_no_plain_file(const char *path) { (void)path; return 0; }
+#endif
+
+ASTROVL_API astrovl_status astrovl_gguf_finish(astrovl_gguf_writer *w, astrovl_error *err) {
+    astrovl_status status;
+    int closed;
+    avl__writer_start(w);
+    if (!w->problem.status && w->n_whole < w->tensor_names.count)
+        avl__writer_fail(w, ASTROVL_ERROR_ARGUMENT, w->tensor_names.name[w->n_whole], "its data are not complete");
+    closed = fclose(w->file) == 0;
+    w->file = NULL;
+    if (!w->problem.status && (!closed || !avl__sync_file(w->part)))
+        avl__writer_fail(w, ASTROVL_ERROR_FILE, "", "cannot be written (is the disk full?)");
+#if !AVL__POSIX
+    if (!w->problem.status) remove(w->path);    // only POSIX's rename replaces
+#endif
+    if (!w->problem.status && rename(w->part, w->path) != 0)
+        avl__writer_fail(w, ASTROVL_ERROR_FILE, "", "cannot be given this name (is it a folder, or in use?)");
+    w->part_exists = w->problem.status != ASTROVL_OK;
+    status = avl__writer_status(w, err);
+    astrovl_gguf_discard(w);
+    return status;
+}
+
+ASTROVL_API void astrovl_gguf_discard(astrovl_gguf_writer *w) {
+    if (!w) return;
+    if (w->file) fclose(w->file);
+    if (w->part_exists) remove(w->part);
+    avl__names_free(&w->keys);
+    avl__names_free(&w->tensor_names);
+    astrovl_free(w->metadata.data);
+    astrovl_free(w->descriptions.data);
+    astrovl_free(w->n_bytes);
+    astrovl_free(w->path);
+    astrovl_free(w->part);
+    astrovl_free(w);
+}
+
+ASTROVL_API astrovl_gguf_writer *astrovl_gguf_create(const char *path, astrovl_error *err) {
+    astrovl_gguf_writer *w = (astrovl_gguf_writer *)avl__alloc(1, sizeof *w);
+    size_t size = path ? strlen(path) : 0;
+    if (w) w->path = avl__copy_text(path ? path : "", size), w->part = (char *)avl__alloc_raw((uint64_t)size + 6, 1);
+    if (!w || !w->path || !w->part) {
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for writing a file");
+        astrovl_gguf_discard(w);
+        return NULL;
+    }
+    memcpy(w->part, w->path, size);
+    memcpy(w->part + size, ".part", 6);
+    if (!size) avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
+    else if (avl__is_no_plain_file(path)) avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a folder or a device; name a file", path);
+    else if ((w->file = fopen(w->part, AVL__POSIX ? "wbx" : "wb")) == NULL)   // x: two programs do not write the same
+        avl__fail(err, ASTROVL_ERROR_FILE, "%s: %s", w->part, errno == EEXIST ? "exists: another program is writing it, or was "
+                  "killed (then delete it)" : "cannot be created (no such folder, or no permission)");
+    w->part_exists = w->file != NULL;
+    if (w->file) return w;
+    astrovl_gguf_discard(w);
+    return NULL;
+}
+
+// ---- quantising a file ---------------------------------------------------------------------------------------------
+// Which type a matrix gets: facts of llama.cpp's llama-quant.cpp, where they were found by measuring perplexities. Losses in
+// attn_v and ffn_down cost most, and in the first and last blocks.
+
+// Some of n blocks, by their number
+enum { AVL__NO_BLOCK, AVL__FIRST_2, AVL__FIRST_4, AVL__FIRST_16TH, AVL__FIRST_8TH, AVL__ENDS_AND_THIRDS };
+
+typedef struct avl__recipe {
+    const char *name;
+    int         file_type;                        // general.file_type, llama.cpp's number
+    int         type;                             // of every matrix but these:
+    struct { int blocks, type, rest; } v, down;   // attn_v, ffn_down: the type in some of the blocks, and in the rest
+    int         attention_output, output;         // attn_output; output.weight, or token_embd.weight where it serves as both
+} avl__recipe;
+
+#define AVL__PLAIN(name, number, T) {name, number, ASTROVL_TYPE_##T, {0, 0, ASTROVL_TYPE_##T}, {0, 0, ASTROVL_TYPE_##T}, \
+                                     ASTROVL_TYPE_##T, ASTROVL_TYPE_##T}
+#define AVL__MIX(name, number, T, v_blocks, V, V_rest, down_blocks, DOWN, DOWN_rest, OUT) \
+    {name, number, ASTROVL_TYPE_##T, {AVL__##v_blocks, ASTROVL_TYPE_##V, ASTROVL_TYPE_##V_rest}, \
+     {AVL__##down_blocks, ASTROVL_TYPE_##DOWN, ASTROVL_TYPE_##DOWN_rest}, ASTROVL_TYPE_##OUT, ASTROVL_TYPE_Q6_K}
+static const avl__recipe avl__recipes[] = {
+    AVL__PLAIN("f32", 0, F32),   AVL__PLAIN("f16", 1, F16),   AVL__PLAIN("bf16", 32, BF16),
+    AVL__PLAIN("q4_0", 2, Q4_0), AVL__PLAIN("q4_1", 3, Q4_1), AVL__PLAIN("q5_0", 8, Q5_0),  AVL__PLAIN("q5_1", 9, Q5_1),
+    AVL__PLAIN("q8_0", 7, Q8_0), AVL__PLAIN("q2_k", 10, Q2_K), AVL__PLAIN("q3_k", 11, Q3_K), AVL__PLAIN("q4_k", 14, Q4_K),
+    AVL__PLAIN("q5_k", 16, Q5_K), AVL__PLAIN("q6_k", 18, Q6_K),
+    //                      base  attn_v: these blocks, the rest  ffn_down                       attn_output
+    AVL__MIX("q3_k_s", 11, Q3_K, NO_BLOCK, Q3_K, Q3_K,            NO_BLOCK, Q3_K, Q3_K,          Q3_K),
+    AVL__MIX("q3_k_m", 12, Q3_K, FIRST_2, Q5_K, Q4_K,             FIRST_16TH, Q5_K, Q4_K,        Q4_K),
+    AVL__MIX("q3_k_l", 13, Q3_K, NO_BLOCK, Q5_K, Q5_K,            NO_BLOCK, Q5_K, Q5_K,          Q5_K),
+    AVL__MIX("q4_k_s", 14, Q4_K, FIRST_4, Q5_K, Q4_K,             FIRST_8TH, Q5_K, Q4_K,         Q4_K),
+    AVL__MIX("q4_k_m", 15, Q4_K, ENDS_AND_THIRDS, Q6_K, Q4_K,     ENDS_AND_THIRDS, Q6_K, Q4_K,   Q4_K),
+    AVL__MIX("q5_k_s", 16, Q5_K, NO_BLOCK, Q5_K, Q5_K,            NO_BLOCK, Q5_K, Q5_K,          Q5_K),
+    AVL__MIX("q5_k_m", 17, Q5_K, ENDS_AND_THIRDS, Q6_K, Q5_K,     ENDS_AND_THIRDS, Q6_K, Q5_K,   Q5_K),
+};
+
+static int avl__block_is_among(int blocks, int i, int n) {
+    switch (blocks) {
+    case AVL__FIRST_2:    return i < 2;
+    case AVL__FIRST_4:    return i < 4;
+    case AVL__FIRST_16TH: return i < n / 16;
+    case AVL__FIRST_8TH:  return i < n / 8;
+    case AVL__ENDS_AND_THIRDS: return i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
+    default: return 0;
+    }
+}
+
+static const avl__recipe *avl__find_recipe(const char *name, astrovl_error *err) {
+    char known[160] = "";
+    size_t i, k, at = 0;
+    for (i = 0; i < sizeof avl__recipes / sizeof *avl__recipes; i++) {
+        const char *other = avl__recipes[i].name;
+        for (k = 0; name && other[k] && (name[k] >= 'A' && name[k] <= 'Z' ? name[k] + 32 : name[k]) == other[k]; k++) {}
+        if (name && !other[k] && !name[k]) return &avl__recipes[i];
+        avl__message_put(known, sizeof known, &at, " ", i > 0);
+        avl__message_put(known, sizeof known, &at, other, strlen(other));
+    }
+    avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no quantisation is called \"%s\"; there are: %s", name ? name : "", known);
+    return NULL;
+}
+
+// "v.blk.12.attn_v.weight": block 12 of tower 1, and what follows in *rest; -1 for a tensor outside the blocks. Towers: 0
+// language model, 1 vision, 2 text.
+static int avl__block_of(const char *name, int *tower, const char **rest) {
+    static const char *const prefixes[] = {"blk.", "v.blk.", "t.blk."};
+    int block = 0;
+    for (*tower = 0; *tower < 3; ++*tower) {
+        size_t n = strlen(prefixes[*tower]);
+        if (strncmp(name, prefixes[*tower], n) != 0) continue;
+        for (name += n; *name >= '0' && *name <= '9' && block < 100000; name++) block = block * 10 + (*name - '0');
+        *rest = name + 1;
+        return *name == '.' ? block : -1;
+    }
+    return -1;
+}
+
+static int avl__begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
+
+// Is it a weight matrix, which may be stored with fewer bits?
+static int avl__is_quantizable(const astrovl_tensor *t) {
+    size_t n = strlen(t->name);
+    return t->ne[1] * t->ne[2] * t->ne[3] > 1 && n > 7 && strcmp(t->name + n - 7, ".weight") == 0 && !strstr(t->name, "_norm.") &&
+           !strstr(t->name, "position_embd") && !strstr(t->name, "patch_embd") && !strstr(t->name, "ffn_gate_inp");
+}
+
+// 70B models: 80 blocks, whose heads share keys and values.
+static int avl__is_70b(const astrovl_gguf *in, int n_blocks) {
+    int heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");
+    int shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
+    return n_blocks == 80 && shared >= 0 && astrovl_gguf_int(in, shared, 0) != astrovl_gguf_int(in, heads, 0);
+}
+
+// What a recipe asks for. n_blocks: [3], of each tower
+static int avl__recipe_type(const avl__recipe *r, const astrovl_gguf *in, const int *n_blocks, const astrovl_tensor *t) {
+    const char *part = "";
+    int tower, type, block = avl__block_of(t->name, &tower, &part), n = block < 0 ? 0 : n_blocks[tower];
+    if (strcmp(t->name, "output.weight") == 0) return r->output;
+    if (strcmp(t->name, "token_embd.weight") == 0) return astrovl_gguf_find_tensor(in, "output.weight") ? r->type : r->output;
+    if (block < 0) return r->type;
+    if (avl__begins(part, "ffn_down")) return avl__block_is_among(r->down.blocks, block, n) ? r->down.type : r->down.rest;
+    if (avl__begins(part, "attn_out")) return r->attention_output;
+    if (!avl__begins(part, "attn_v.")) return r->type;
+    type = avl__block_is_among(r->v.blocks, block, n) ? r->v.type : r->v.rest;
+    if (r->output == r->type || type == ASTROVL_TYPE_Q6_K || tower != 0 || !avl__is_70b(in, n)) return type;
+    return ASTROVL_TYPE_Q5_K;   // attn_v is small there, and worth it
+}
+
+// The type itself, or one as good whose blocks fit into rows of n values.
+static int avl__type_for_rows(int type, int64_t n) {
+    if (n % avl__find_type(type)->block_values == 0) return type;
+    if (n % 32 != 0) return ASTROVL_TYPE_F16;
+    return type == ASTROVL_TYPE_Q4_K ? ASTROVL_TYPE_Q5_0 : type == ASTROVL_TYPE_Q5_K ? ASTROVL_TYPE_Q5_1 :
+           type == ASTROVL_TYPE_Q6_K ? ASTROVL_TYPE_Q8_0 : ASTROVL_TYPE_Q4_0;
+}
+
+// Chooses all types, and declares what the new file holds. types: out, [n_tensors]
+static void avl__quantize_declare(astrovl_gguf_writer *w, const astrovl_gguf *in, const avl__recipe *recipe, int *types,
+                                  astrovl_quantize_report *report) {
+    int n_blocks[3] = {0, 0, 0};
+    uint32_t file_type = (uint32_t)recipe->file_type, version = 2;
+    const char *rest;
+    int i, tower, n = astrovl_gguf_n_tensors(in);
+    for (i = 0; i < n; i++) {
+        int block = avl__block_of(in->tensors[i].name, &tower, &rest);
+        if (block >= 0 && n_blocks[tower] <= block) n_blocks[tower] = block + 1;
+    }
+    for (i = 0; i < astrovl_gguf_n_kv(in); i++) {
+        const char *key = astrovl_gguf_kv(in, i)->key;
+        if (strcmp(key, "general.file_type") != 0 && strcmp(key, "general.quantization_version") != 0) astrovl_gguf_copy(w, in, i);
+    }
+    astrovl_gguf_put(w, "general.file_type", ASTROVL_VALUE_U32, &file_type);
+    astrovl_gguf_put(w, "general.quantization_version", ASTROVL_VALUE_U32, &version);
+    for (i = 0; i < n; i++) {
+        const astrovl_tensor *t = &in->tensors[i];
+        int wanted = avl__is_quantizable(t) ? avl__recipe_type(recipe, in, n_blocks, t) : (int)t->type;
+        types[i] = avl__type_for_rows(wanted, t->ne[0]);
+        report->n_fallbacks += types[i] != wanted;
+        report->n_changed += types[i] != (int)t->type;
+        report->n_requantized += types[i] != (int)t->type && avl__find_type(t->type)->block_values > 1 &&
+                                 avl__find_type(types[i])->block_values > 1;
+        astrovl_gguf_put_tensor(w, t->name, (astrovl_type)types[i], t->n_dims, t->ne);
+    }
+    report->n_tensors = n;
+}
+
+// A tensor goes through in chunks, each chunk in pieces that the threads share. Both are multiples of every type's block, and
+// blocks do not depend on each other.
+#define AVL__PIECE_VALUES (1 << 14)
+#define AVL__CHUNK_VALUES (1 << 20)
+
+typedef struct avl__quantize_job {
+    astrovl_gguf_writer  *w;
+    avl__pool            *pool;
+    astrovl_progress      progress;
+    void                 *user;
+    int                   done, total;    // tensors
+    const astrovl_tensor *t;              // the tensor in work, and what it becomes
+    int                   type;
+    int64_t               first, n;       // the chunk: n values from `first` on
+    float                *values;         // [n_threads][PIECE_VALUES]
+    uint8_t              *blocks;         // the chunk's, as they will be
+} avl__quantize_job;
+
+static void avl__quantize_piece(void *context, int item, int thread) {
+    const avl__quantize_job *job = (const avl__quantize_job *)context;
+    int64_t at = (int64_t)item * AVL__PIECE_VALUES, n = job->n - at < AVL__PIECE_VALUES ? job->n - at : AVL__PIECE_VALUES;
+    float *values = job->values + (size_t)thread * AVL__PIECE_VALUES;
+    const uint8_t *data = (const uint8_t *)job->t->data + astrovl_type_row_bytes(job->t->type, job->first + at);
+    avl__dequantize_row(job->t->type, data, values, n);
+    avl__quantize_row(job->type, values, job->blocks + astrovl_type_row_bytes(job->type, at), n);
+}
+
+static astrovl_status avl__quantize_tensor(avl__quantize_job *job, astrovl_error *err) {
+    int64_t total = job->t->ne[0] * job->t->ne[1] * job->t->ne[2] * job->t->ne[3];
+    astrovl_status status = ASTROVL_OK;
+    for (job->first = 0; job->first < total && !status; job->first += job->n) {
+        const uint8_t *blocks = job->blocks;
+        job->n = total - job->first < AVL__CHUNK_VALUES ? total - job->first : AVL__CHUNK_VALUES;
+        if (job->progress && job->progress(job->user, "tensors", job->done, job->total))
+            return avl__fail(err, ASTROVL_CANCELLED, "%s: quantising was cancelled", job->w->path);
+        if (job->type == (int)job->t->type) blocks = (const uint8_t *)job->t->data + astrovl_type_row_bytes(job->type, job->first);
+        else avl__pool_run(job->pool, avl__quantize_piece, job, (int)((job->n + AVL__PIECE_VALUES - 1) / AVL__PIECE_VALUES));
+        status = astrovl_gguf_write(job->w, blocks, astrovl_type_row_bytes(job->type, job->n), err);
+    }
+    return status;
+}
+
+ASTROVL_API astrovl_status astrovl_quantize_file(const astrovl_gguf *in, const char *out_path, const char *recipe, int n_threads,
+                                                 astrovl_progress progress, void *user, astrovl_quantize_report *report,
+                                                 astrovl_error *err) {
+    const avl__recipe *r = avl__find_recipe(recipe, err);
+    astrovl_quantize_report counts = {0, 0, 0, 0};
+    astrovl_status status = ASTROVL_OK;
+    astrovl_error failure;
+    avl__quantize_job job;
+    int *types;
+    if (!r) return ASTROVL_ERROR_ARGUMENT;
+    memset(&job, 0, sizeof job);
+    job.progress = progress;
+    job.user = user;
+    job.total = astrovl_gguf_n_tensors(in);
+    job.w = astrovl_gguf_create(out_path, &failure);
+    if (!job.w) return avl__fail(err, failure.status, "%s", failure.message);
+    job.pool = avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors());
+    types = (int *)avl__alloc_raw((uint64_t)job.total, sizeof *types);
+    job.values = job.pool ? avl__alloc_floats((uint64_t)avl__pool_n_threads(job.pool) * AVL__PIECE_VALUES) : NULL;
+    job.blocks = (uint8_t *)avl__alloc_raw(AVL__CHUNK_VALUES, sizeof(float));   // no type takes more
+    if (!types || !job.values || !job.blocks) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for quantising");
+    else avl__quantize_declare(job.w, in, r, types, &counts);
+    for (; job.done < job.total && !status; job.done++) {
+        job.t = &in->tensors[job.done];
+        job.type = types[job.done];
+        status = avl__quantize_tensor(&job, err);
+    }
+    avl__pool_free(job.pool);
+    astrovl_free(types);
+    astrovl_free(job.values);
+    astrovl_free(job.blocks);
+    if (status) astrovl_gguf_discard(job.w);
+    else status = astrovl_gguf_finish(job.w, err);
+    if (!status && progress) progress(user, "tensors", job.total, job.total);
+    if (!status && report) *report = counts;
+    return status;
+}
+#endif
 
 // ---- weights across files ------------------------------------------------------------------------------------------
 // A model may lie in one file or in several; a tensor or key is looked for in each, in the order they were given. Matrices
@@ -3915,6 +4457,8 @@ typedef struct avl__weights {
     int            n_files;
     float        **vectors;        // [n_vectors], owned
     size_t         n_vectors, vectors_capacity;
+    const astrovl_open_options *options;   // while a model is being opened
+    int            n_problems;     // that options->on_problem was told
 } avl__weights;
 
 static void avl__weights_free(avl__weights *w) {
@@ -3927,6 +4471,20 @@ static void avl__weights_free(avl__weights *w) {
     memset(w, 0, sizeof *w);
 }
 
+// As avl__fail, of a model whose parts do not make one. Where the caller wants to know all problems, he is told this one, and
+// loading goes on as if all were well; what is unknown then stays 0.
+static astrovl_status avl__problem(avl__weights *w, astrovl_error *err, astrovl_status status, const char *format, ...) {
+    astrovl_error problem;
+    va_list args;
+    va_start(args, format);
+    avl__format_v(problem.message, sizeof problem.message, format, args);
+    va_end(args);
+    if (!w->options || !w->options->on_problem) return avl__fail(err, status, "%s", problem.message);
+    w->options->on_problem(w->options->user, problem.message);
+    w->n_problems++;
+    return ASTROVL_OK;
+}
+
 static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char *name, const astrovl_gguf **file) {
     int f;
     for (f = 0; f < w->n_files; f++) {
@@ -3936,6 +4494,15 @@ static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char 
             return t;
         }
     }
+    return NULL;
+}
+
+// The file that has tensors whose names begin so; NULL when none has.
+static const astrovl_gguf *avl__find_part(const avl__weights *w, const char *start) {
+    int f, i;
+    for (f = 0; f < w->n_files; f++)
+        for (i = 0; i < w->files[f]->tensor_names.count; i++)
+            if (strncmp(w->files[f]->tensor_names.name[i], start, strlen(start)) == 0) return w->files[f];
     return NULL;
 }
 
@@ -3961,17 +4528,17 @@ static double avl__key_float(const avl__weights *w, const char *key, double fall
 }
 
 // An integer that must lie in min..max; fallback (if >= 0) stands in for an absent key.
-static astrovl_status avl__key_int(const avl__weights *w, const char *key, int64_t min, int64_t max, int64_t fallback, int *value,
+static astrovl_status avl__key_int(avl__weights *w, const char *key, int64_t min, int64_t max, int64_t fallback, int *value,
                                    astrovl_error *err) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
     int64_t v = file ? astrovl_gguf_int(file, index, 0) : fallback;
     if (!file && fallback < 0)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
-                         astrovl_gguf_name(w->files[0]), key);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
+                            astrovl_gguf_name(w->files[0]), key);
     if (v < min || v > max)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s is %l; it must lie between %l and %l",
-                         astrovl_gguf_name(file ? file : w->files[0]), key, v, min, max);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s is %l; it must lie between %l and %l",
+                            astrovl_gguf_name(file ? file : w->files[0]), key, v, min, max);
     *value = (int)v;
     return ASTROVL_OK;
 }
@@ -3988,12 +4555,12 @@ static void avl__describe_shape(const astrovl_tensor *t, char *text, size_t capa
     }
 }
 
-static astrovl_status avl__missing_tensor(const avl__weights *w, const char *name, astrovl_error *err) {
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the tensor %s is missing; is the file that holds it among those given?",
-                     astrovl_gguf_name(w->files[0]), name);
+static astrovl_status avl__missing_tensor(avl__weights *w, const char *name, astrovl_error *err) {
+    return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the tensor %s is missing; is the file that holds it among those given?",
+                        astrovl_gguf_name(w->files[0]), name);
 }
 
-// Expands a tensor of `count` values to float32.
+// Expands a tensor of `count` values (0: their number is unknown, after problems) to float32.
 static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_t count, const float **out, astrovl_error *err) {
     const astrovl_gguf *file = NULL;
     const astrovl_tensor *t = avl__find_tensor(w, name, &file);
@@ -4001,12 +4568,13 @@ static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_
     float *values;
     int d;
     if (!t) return avl__missing_tensor(w, name, err);
+    if (!count) return ASTROVL_OK;
     for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
     if (total != count) {
         char shape[96];
         avl__describe_shape(t, shape, sizeof shape);
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %l values",
-                         astrovl_gguf_name(file), name, shape, count);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %l values",
+                            astrovl_gguf_name(file), name, shape, count);
     }
     values = avl__alloc_floats((uint64_t)count);
     if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
@@ -4027,6 +4595,7 @@ static astrovl_status avl__load_optional_vector(avl__weights *w, const char *nam
 }
 
 // Points `linear` at PREFIX.weight [n_out][n_in] (further dimensions folded into n_in) and expands PREFIX.bias, if there is one.
+// A size of 0 is unknown, after problems.
 static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int n_in, int n_out, avl__linear *linear,
                                        astrovl_error *err) {
     char name[128], shape[96];
@@ -4038,10 +4607,11 @@ static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int 
     t = avl__find_tensor(w, name, &file);
     if (!t) return avl__missing_tensor(w, name, err);
     for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
+    if (!n_in || !n_out) return ASTROVL_OK;
     if (t->n_dims < 2 || row != n_in || t->ne[t->n_dims - 1] != n_out) {
         avl__describe_shape(t, shape, sizeof shape);
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for [%d, %d]", astrovl_gguf_name(file),
-                         name, shape, n_out, n_in);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for [%d, %d]",
+                            astrovl_gguf_name(file), name, shape, n_out, n_in);
     }
     linear->weight = t->data;
     linear->type = t->type;
@@ -4050,6 +4620,18 @@ static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int 
     linear->row_bytes = (size_t)(t->n_bytes / (uint64_t)n_out);   // whole blocks: every row of ne[0] is
     avl__format(name, sizeof name, "%s.bias", prefix);
     return avl__load_optional_vector(w, name, n_out, &linear->bias, err);
+}
+
+// A matrix whose number of rows only the file knows.
+static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix, int n_in, avl__linear *linear, astrovl_error *err) {
+    char name[128];
+    const astrovl_gguf *file = NULL;
+    const astrovl_tensor *t;
+    avl__format(name, sizeof name, "%s.weight", prefix);
+    t = avl__find_tensor(w, name, &file);
+    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 20))
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
+    return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
 }
 
 // ====================================================================================================================
@@ -7584,10 +8166,10 @@ static astrovl_status avl__tower_load(avl__tower *tower, avl__weights *w, const 
         avl__format(key, sizeof key, "%s%s", key_prefix, sizes[i].name);
         status = avl__key_int(w, key, 1, sizes[i].max, -1, sizes[i].value, err);
     }
+    if (!status && tower->n_head && tower->n_embd % tower->n_head != 0)
+        status = avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values",
+                              astrovl_gguf_name(w->files[0]), key_prefix, tower->n_head, tower->n_embd);
     if (status) return status;
-    if (tower->n_embd % tower->n_head != 0)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values", astrovl_gguf_name(w->files[0]),
-                         key_prefix, tower->n_head, tower->n_embd);
     avl__format(key, sizeof key, "%sattention.layer_norm_epsilon", key_prefix);
     tower->eps = (float)avl__key_float(w, key, 1e-5);
     file = avl__find_key(w, "clip.use_gelu", &index);
@@ -7596,18 +8178,6 @@ static astrovl_status avl__tower_load(avl__tower *tower, avl__weights *w, const 
     if (!tower->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a CLIP tower");
     for (i = 0; i < tower->n_layer && !status; i++) status = avl__tower_load_layer(tower, w, prefix, i, err);
     return status;
-}
-
-// A matrix whose number of rows only the file knows.
-static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix, int n_in, avl__linear *linear, astrovl_error *err) {
-    char name[128];
-    const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t;
-    avl__format(name, sizeof name, "%s.weight", prefix);
-    t = avl__find_tensor(w, name, &file);
-    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 20))
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
-    return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
 }
 
 // prefix: "v" or "t";   projection: "visual_projection" or "text_projection"
@@ -7641,7 +8211,7 @@ static void avl__clip_load_color(const avl__weights *w, const char *key, const f
 
 // How many layers run before LLaVA takes its features (transformers: vision_feature_layer -2, all but the last layer). A file
 // may say so; else one with the final norm holds the whole tower, one without had its unused last layer dropped by the converter.
-static astrovl_status avl__clip_choose_depth(avl__clip *clip, const avl__weights *w, astrovl_error *err) {
+static astrovl_status avl__clip_choose_depth(avl__clip *clip, avl__weights *w, astrovl_error *err) {
     int index, deepest = 0;
     uint64_t i;
     const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
@@ -7652,48 +8222,52 @@ static astrovl_status avl__clip_choose_depth(avl__clip *clip, const avl__weights
     for (i = 0; i < astrovl_gguf_kv(file, index)->count; i++) {
         int64_t layer = astrovl_gguf_int(file, index, i);
         if (layer < 0 || layer > clip->tower.n_layer)
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
-                             astrovl_gguf_name(file), layer, clip->tower.n_layer);
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
+                                astrovl_gguf_name(file), layer, clip->tower.n_layer);
         if (layer > deepest) deepest = (int)layer;
     }
     if (i > 1)
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): LLaVA takes one",
-                         astrovl_gguf_name(file), (int64_t)i);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): "
+                            "LLaVA takes one", astrovl_gguf_name(file), (int64_t)i);
     clip->n_run = deepest;
     return ASTROVL_OK;
 }
 
-static astrovl_status avl__clip_load_sizes(avl__clip *clip, const avl__weights *w, astrovl_error *err) {
+static astrovl_status avl__clip_load_sizes(avl__clip *clip, avl__weights *w, astrovl_error *err) {
     static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f}, clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
     astrovl_string aspect = avl__key_string(w, "clip.vision.image_aspect_ratio");
     int c;
     astrovl_status status = avl__key_int(w, "clip.vision.image_size", 1, 8192, -1, &clip->image_size, err);
-    if (!status) status = avl__key_int(w, "clip.vision.patch_size", 1, clip->image_size, -1, &clip->patch_size, err);
-    if (status) return status;
+    if (!status)
+        status = avl__key_int(w, "clip.vision.patch_size", 1, clip->image_size ? clip->image_size : 8192, -1, &clip->patch_size, err);
+    if (status || !clip->image_size || !clip->patch_size) return status;
     clip->n_patches = (clip->image_size / clip->patch_size) * (clip->image_size / clip->patch_size);
     if (clip->n_patches > 65536)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d patches", astrovl_gguf_name(w->files[0]), clip->n_patches);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d patches", astrovl_gguf_name(w->files[0]),
+                            clip->n_patches);
     avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
     avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
     for (c = 0; c < 3; c++)
         if (!(clip->std[c] > 0.0f))
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive", astrovl_gguf_name(w->files[0]));
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive",
+                                astrovl_gguf_name(w->files[0]));
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
     return ASTROVL_OK;
 }
 
 static astrovl_status avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_error *err) {
-    int patch_values, n_embd;
+    int patch_values, n_embd, n_rows;
     astrovl_status status = avl__clip_load_sizes(clip, w, err);
     if (!status) status = avl__tower_load(&clip->tower, w, "v", "clip.vision.", err);
     if (!status) status = avl__clip_choose_depth(clip, w, err);
     if (status) return status;
     patch_values = 3 * clip->patch_size * clip->patch_size;
     n_embd = clip->tower.n_embd;
+    n_rows = clip->n_patches ? 1 + clip->n_patches : 0;
     status = avl__load_vector(w, "v.class_embd", n_embd, &clip->class_embd, err);
     if (!status) status = avl__load_linear(w, "v.patch_embd", patch_values, n_embd, &clip->patch_embd, err);
-    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)(1 + clip->n_patches) * n_embd, &clip->position_embd, err);
+    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)n_rows * n_embd, &clip->position_embd, err);
     if (!status) status = avl__load_vector(w, "v.pre_ln.weight", n_embd, &clip->pre_norm_weight, err);
     if (!status) status = avl__load_vector(w, "v.pre_ln.bias", n_embd, &clip->pre_norm_bias, err);
     clip->has_joint = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
@@ -7996,29 +8570,27 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-static astrovl_status avl__llama_load_sizes(avl__llama *m, const avl__weights *w, astrovl_error *err) {
-    const astrovl_tensor *embd = avl__find_tensor(w, "token_embd.weight", NULL);
+static astrovl_status avl__llama_load_sizes(avl__llama *m, avl__weights *w, astrovl_error *err) {
     astrovl_status status = avl__key_int(w, "llama.embedding_length", 1, 1 << 20, -1, &m->n_embd, err);
     if (!status) status = avl__key_int(w, "llama.block_count", 1, 1024, -1, &m->n_layer, err);
     if (!status) status = avl__key_int(w, "llama.context_length", 1, 1 << 24, -1, &m->n_ctx_train, err);
     if (!status) status = avl__key_int(w, "llama.feed_forward_length", 1, 1 << 22, -1, &m->n_ff, err);
-    if (!status) status = avl__key_int(w, "llama.attention.head_count", 1, m->n_embd, -1, &m->n_head, err);
-    if (!status) status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
+    if (!status)
+        status = avl__key_int(w, "llama.attention.head_count", 1, m->n_embd ? m->n_embd : 1 << 20, -1, &m->n_head, err);
+    if (status || !m->n_embd || !m->n_head) return status;
+    status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
     if (!status) status = avl__key_int(w, "llama.attention.key_length", 2, 65536, m->n_embd / m->n_head, &m->head_dim, err);
-    if (!status) status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
-    if (status) return status;
+    if (status || !m->n_head_kv || !m->head_dim) return status;
+    status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
+    if (status || !m->rope_dim) return status;
     if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them rotated)",
-                         astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
-    if (!embd || embd->n_dims != 2 || embd->ne[1] < 1 || embd->ne[1] > 1 << 24)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: token_embd.weight is missing or no [n_vocab, n_embd] matrix",
-                         astrovl_gguf_name(w->files[0]));
-    m->n_vocab = (int)embd->ne[1];
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them "
+                            "rotated)", astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
     m->rope_theta = (float)avl__key_float(w, "llama.rope.freq_base", 10000.0);
     m->rms_norm_eps = (float)avl__key_float(w, "llama.attention.layer_norm_rms_epsilon", 1e-5);
     if (!(m->rope_theta > 0.0f && m->rope_theta < 1e30f) || !(m->rms_norm_eps >= 0.0f && m->rms_norm_eps < 1.0f))
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out of range",
-                         astrovl_gguf_name(w->files[0]));
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out "
+                            "of range", astrovl_gguf_name(w->files[0]));
     return ASTROVL_OK;
 }
 
@@ -8033,13 +8605,15 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     if (avl__string_is(type, "linear"))
         linear_scale = (float)avl__key_float(w, "llama.rope.scaling.factor", 1.0);
     else if (type.size && !avl__string_is(type, "none") && !factors)
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and rope_freqs.weight)",
-                         astrovl_gguf_name(w->files[0]), type);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and "
+                            "rope_freqs.weight)", astrovl_gguf_name(w->files[0]), type);
     if (!(linear_scale > 0.0f && linear_scale < 1e6f))
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range", astrovl_gguf_name(w->files[0]));
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range",
+                            astrovl_gguf_name(w->files[0]));
     for (i = 0; factors && i < m->rope_dim / 2; i++)
         if (!(factors[i] > 0.0f))
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: rope_freqs.weight holds a factor that is not positive", astrovl_gguf_name(w->files[0]));
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: rope_freqs.weight holds a factor that is not positive",
+                                astrovl_gguf_name(w->files[0]));
     m->inv_freq = avl__alloc_floats((uint64_t)m->rope_dim / 2);
     if (!m->inv_freq) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     avl__rope_frequencies(m->inv_freq, m->rope_dim, m->rope_theta, factors, linear_scale);
@@ -8072,9 +8646,10 @@ static astrovl_status avl__llama_load(avl__llama *m, avl__weights *w, astrovl_er
     astrovl_status status = avl__llama_load_sizes(m, w, err);
     int i;
     if (!status) status = avl__llama_load_rope(m, w, err);
-    if (!status) status = avl__load_linear(w, "token_embd", m->n_embd, m->n_vocab, &m->token_embd, err);
+    if (!status) status = avl__load_tall_linear(w, "token_embd", m->n_embd, &m->token_embd, err);
     if (!status) status = avl__load_vector(w, "output_norm.weight", m->n_embd, &m->output_norm, err);
     if (status) return status;
+    m->n_vocab = m->token_embd.n_out;
     m->output = m->token_embd;
     if (avl__find_tensor(w, "output.weight", NULL)) status = avl__load_linear(w, "output", m->n_embd, m->n_vocab, &m->output, err);
     if (status) return status;
@@ -8312,26 +8887,26 @@ static astrovl_status avl__open_vocab(astrovl_model *m, astrovl_error *err) {
 }
 
 static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
-    const astrovl_gguf *file = NULL;
+    const astrovl_gguf *file = avl__find_part(&m->weights, "blk.");
     astrovl_string architecture = {"", 0};
     astrovl_status status;
     int key;
-    if (!avl__find_tensor(&m->weights, "token_embd.weight", &file)) return ASTROVL_OK;
+    if (!file) return ASTROVL_OK;
+    m->has_text = 1;
     key = astrovl_gguf_find_kv(file, "general.architecture");
     if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
     if (!avl__string_is(architecture, "llama"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\"",
-                         astrovl_gguf_name(file), architecture);
-    m->has_text = 1;
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\": "
+                         "take a model of that family", astrovl_gguf_name(file), architecture);
     status = avl__llama_load(&m->llama, &m->weights, err);
-    if (!status && m->has_vocab && m->vocab.n_tokens > m->llama.n_vocab)
+    if (!status && m->has_vocab && m->llama.n_vocab && m->vocab.n_tokens > m->llama.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
                            astrovl_gguf_name(file), m->vocab.n_tokens, m->llama.n_vocab);
     return status;
 }
 
 static astrovl_status avl__open_vision(astrovl_model *m, astrovl_error *err) {
-    if (!avl__find_tensor(&m->weights, "v.patch_embd.weight", NULL)) return ASTROVL_OK;
+    if (!avl__find_part(&m->weights, "v.")) return ASTROVL_OK;
     m->has_vision = 1;
     return avl__clip_load(&m->clip, &m->weights, err);
 }
@@ -8344,33 +8919,30 @@ static astrovl_status avl__open_clip_vocab(astrovl_model *m, astrovl_error *err)
     int i, index;
     for (i = 0; i < 2; i++) {
         avl__format(key, sizeof key, "%stokens", prefixes[i]);
-        if (i == 0) file = avl__find_key(&m->weights, key, &index);
-        else avl__find_tensor(&m->weights, "t.token_embd.weight", &file);
+        file = i == 0 ? avl__find_key(&m->weights, key, &index) : avl__find_part(&m->weights, "t.");
         if (file && astrovl_gguf_find_kv(file, key) >= 0) return avl__vocab_load(&m->clip_vocab, file, prefixes[i], 1, err);
     }
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again "
-                     "with its tokenizer", astrovl_gguf_name(file));
+    return avl__problem(&m->weights, err, ASTROVL_ERROR_MODEL, "%s: the text tower has no vocabulary (tokenizer.ggml.tokens); convert "
+                        "the model again with its tokenizer", astrovl_gguf_name(file));
 }
 
 static astrovl_status avl__open_clip_text(astrovl_model *m, astrovl_error *err) {
     const astrovl_gguf *file = NULL;
-    const float *scale;
-    astrovl_status status;
-    m->logit_scale = 100.0f;   // where CLIP's training ends; clip.cpp's files leave it out
-    if (avl__find_tensor(&m->weights, "logit_scale", &file)) {
-        status = avl__load_vector(&m->weights, "logit_scale", 1, &scale, err);
-        if (status) return status;
-        m->logit_scale = astrovl_expf(scale[0]);
-        if (!(m->logit_scale > 0.0f && m->logit_scale <= FLT_MAX))
-            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: logit_scale is out of range", astrovl_gguf_name(file));
-    }
-    if (!avl__find_tensor(&m->weights, "t.token_embd.weight", &file)) return ASTROVL_OK;
+    const float *scale = NULL;
+    astrovl_status status = avl__load_optional_vector(&m->weights, "logit_scale", 1, &scale, err);
+    if (status) return status;
+    m->logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // where CLIP's training ends; clip.cpp's files leave it out
+    if (!(m->logit_scale > 0.0f && m->logit_scale <= FLT_MAX))
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: logit_scale is out of range", astrovl_gguf_name(m->weights.files[0]));
+    file = avl__find_part(&m->weights, "t.");
+    if (!file) return ASTROVL_OK;
     status = avl__clip_text_load(&m->clip_text, &m->weights, err);
     if (!status) status = avl__open_clip_vocab(m, err);
-    if (!status && m->clip_vocab.n_tokens > m->clip_text.n_vocab)
+    if (!status && m->clip_text.n_vocab && m->clip_vocab.n_tokens > m->clip_text.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower's vocabulary has %d tokens, t.token_embd.weight only %d rows",
                            astrovl_gguf_name(file), m->clip_vocab.n_tokens, m->clip_text.n_vocab);
-    if (!status && m->clip.has_joint && m->clip.joint.projection.n_out != m->clip_text.joint.projection.n_out)
+    if (!status && m->clip.joint.projection.n_out && m->clip_text.joint.projection.n_out &&
+        m->clip.joint.projection.n_out != m->clip_text.joint.projection.n_out)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: images are embedded in %d numbers, texts in %d; these towers belong to different "
                            "models", astrovl_gguf_name(file), m->clip.joint.projection.n_out, m->clip_text.joint.projection.n_out);
     m->has_clip_text = 1;
@@ -8382,6 +8954,7 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
     const astrovl_gguf *file = NULL;
     astrovl_string type = avl__key_string(&m->weights, "clip.projector_type");
     astrovl_status status;
+    int n_out;
     if (!avl__find_tensor(&m->weights, "mm.0.weight", &file) || !m->has_vision) return ASTROVL_OK;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
         return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%S\"; LLaVA's are \"mlp\" and \"linear\"",
@@ -8392,24 +8965,54 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
         status = avl__load_tall_linear(&m->weights, "mm.2", m->projector[0].n_out, &m->projector[1], err);
         m->n_projector = 2;
     }
-    if (!status && m->has_text && m->projector[m->n_projector - 1].n_out != m->llama.n_embd)
+    n_out = m->projector[m->n_projector - 1].n_out;
+    if (!status && m->llama.n_embd && n_out && n_out != m->llama.n_embd)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the projector gives rows of %d values, the language model reads %d; "
-                           "these files belong to different models", astrovl_gguf_name(file), m->projector[m->n_projector - 1].n_out,
-                           m->llama.n_embd);
+                           "these files belong to different models", astrovl_gguf_name(file), n_out, m->llama.n_embd);
     return status;
 }
 
+// Parts that are whole, but of no use without others. Opening allows that; who asks for all problems is told.
+static void avl__tell_gaps(astrovl_model *m) {
+    int joint_image = m->clip.has_joint, i;
+    const struct { int is_so; const char *what; } gaps[] = {
+        {m->has_text && !m->has_vocab, "the language model has no tokenizer (tokenizer.ggml.*): convert it again with "
+         "tokenizer.model or tokenizer.json next to its weights"},
+        {m->n_projector && !m->has_text, "there is no language model, which answers are made with: give its file as well (-m FILE)"},
+        {m->has_vision && !m->n_projector && !joint_image, "the vision tower has neither a projector (mm.0.weight) nor a projection "
+         "(visual_projection.weight): convert it again, with that part"},
+        {joint_image && !m->has_clip_text && !m->has_text, "there is no text tower (t.*), which images are compared with: give its "
+         "file as well (-m FILE), or convert the model again with both towers"},
+        {m->has_clip_text && !joint_image, "there is no vision tower with a projection (v.*, visual_projection.weight), which texts "
+         "are compared with: give its file as well (-m FILE), or convert the model again with both towers"},
+        {m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text, "there is a vocabulary and nothing else: give the "
+         "file with the weights as well (-m FILE)"}};
+    for (i = 0; i < (int)(sizeof gaps / sizeof *gaps); i++)
+        if (gaps[i].is_so)
+            avl__problem(&m->weights, NULL, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(m->weights.files[0]), gaps[i].what);
+}
+
 static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_options *options, astrovl_error *err) {
+    static astrovl_status (*const parts[])(astrovl_model *, astrovl_error *) = {
+        avl__open_vocab, avl__open_text, avl__open_vision, avl__open_projector, avl__open_clip_text};
     astrovl_string name = avl__key_string(&m->weights, "general.name");
-    astrovl_status status = avl__open_vocab(m, err);
-    if (!status) status = avl__open_text(m, err);
-    if (!status) status = avl__open_vision(m, err);
-    if (!status) status = avl__open_projector(m, err);
-    if (!status) status = avl__open_clip_text(m, err);
+    astrovl_status status = ASTROVL_OK;
+    astrovl_error problem;
+    size_t i;
+    for (i = 0; i < sizeof parts / sizeof *parts && !status; i++) {
+        status = parts[i](m, &problem);
+        if (status == ASTROVL_ERROR_MEMORY) return avl__fail(err, status, "%s", problem.message);
+        if (status) status = avl__problem(&m->weights, err, status, "%s", problem.message);
+    }
+    if (!status && !m->weights.n_problems && !m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text)
+        status = avl__problem(&m->weights, err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no "
+                              "vocabulary, no LLaMA, no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
+    if (!status && options && options->on_problem) avl__tell_gaps(m);
+    if (!status && m->weights.n_problems)
+        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the model has %d problems, which were told one by one",
+                           astrovl_gguf_name(m->weights.files[0]), m->weights.n_problems);
+    m->weights.options = NULL;
     if (status) return status;
-    if (!m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no vocabulary, no LLaMA, "
-                         "no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
     m->chat_template = options ? options->chat_template : ASTROVL_TEMPLATE_AUTO;
     if (m->chat_template == ASTROVL_TEMPLATE_AUTO) m->chat_template = avl__recognize_template(&m->weights, m->n_projector);
     m->name = avl__copy_text(name.data, name.size);
@@ -8417,7 +9020,7 @@ static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_optio
 }
 
 // A model with room for n files, still empty; NULL and err.
-static astrovl_model *avl__model_new(int n_files, astrovl_error *err) {
+static astrovl_model *avl__model_new(int n_files, const astrovl_open_options *options, astrovl_error *err) {
     astrovl_model *m;
     if (n_files < 1) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model file was given");
@@ -8430,28 +9033,36 @@ static astrovl_model *avl__model_new(int n_files, astrovl_error *err) {
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a model");
         return NULL;
     }
+    m->weights.options = options;
     return m;
+}
+
+// Takes a file that was opened, or what was wrong with it. Returns 0 when opening the model ends with it.
+static int avl__model_add(astrovl_model *m, astrovl_gguf *file, const astrovl_error *failure, astrovl_error *err) {
+    if (file) return m->weights.files[m->weights.n_files++] = file, 1;
+    if (failure->status != ASTROVL_ERROR_MEMORY)
+        return avl__problem(&m->weights, err, failure->status, "%s", failure->message) == ASTROVL_OK;
+    avl__fail(err, failure->status, "%s", failure->message);
+    return 0;
 }
 
 // Finishes opening once the files are there, or closes everything.
 static astrovl_model *avl__model_finish(astrovl_model *m, int n_files, const astrovl_open_options *options, astrovl_error *err) {
-    if (m->weights.n_files < n_files || avl__open_parts(m, options, err) != ASTROVL_OK) {
-        astrovl_close(m);
-        return NULL;
-    }
-    return m;
+    if (m->weights.n_files == n_files && avl__open_parts(m, options, err) == ASTROVL_OK) return m;
+    if (m->weights.n_files < n_files && m->weights.n_problems)   // of what these files lack, nothing can be said
+        avl__fail(err, ASTROVL_ERROR_MODEL, "%d of %d files cannot be used", n_files - m->weights.n_files, n_files);
+    astrovl_close(m);
+    return NULL;
 }
 
 ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths, const astrovl_open_options *options,
                                               astrovl_error *err) {
-    astrovl_model *m = avl__model_new(paths ? n_paths : 0, err);
+    astrovl_model *m = avl__model_new(paths ? n_paths : 0, options, err);
+    astrovl_error failure;
     int i;
     if (!m) return NULL;
-    for (i = 0; i < n_paths; i++) {
-        m->weights.files[i] = astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, err);
-        if (!m->weights.files[i]) break;
-        m->weights.n_files++;
-    }
+    for (i = 0; paths && i < n_paths; i++)
+        if (!avl__model_add(m, astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, &failure), &failure, err)) break;
     return avl__model_finish(m, n_paths, options, err);
 }
 
@@ -8461,14 +9072,13 @@ ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_opt
 
 ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks, const astrovl_open_options *options,
                                                astrovl_error *err) {
-    astrovl_model *m = avl__model_new(blocks ? n_blocks : 0, err);
+    astrovl_model *m = avl__model_new(blocks ? n_blocks : 0, options, err);
+    astrovl_error failure;
     int i;
     if (!m) return NULL;
-    for (i = 0; i < n_blocks; i++) {
-        m->weights.files[i] = astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name ? blocks[i].name : "(memory)", err);
-        if (!m->weights.files[i]) break;
-        m->weights.n_files++;
-    }
+    for (i = 0; blocks && i < n_blocks; i++)
+        if (!avl__model_add(m, astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, &failure), &failure, err))
+            break;
     return avl__model_finish(m, n_blocks, options, err);
 }
 

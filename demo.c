@@ -1,7 +1,6 @@
 // demo.c: the `astrovl` program. It captions images, answers questions about them, talks about them, and shows what
-// happens inside the model while it does: tokens, tensors, every intermediate result. It scores images against texts,
-// searches folders of them, and turns abstracts into JSON. It is also the longest usage example of astrovl.h: it uses
-// the public API only.
+// happens inside the model while it does: tokens, tensors, every intermediate result. It scores images against texts, searches
+// folders of them, turns abstracts into JSON and quantises models. It uses the public API of astrovl.h only.
 //
 //     cc -O2 -o astrovl demo.c -lm -pthread
 //     ./astrovl --help
@@ -30,6 +29,7 @@
 #include <direct.h>
 #include <io.h>
 #include <share.h>
+#define SLASHES               "/\\"
 #define make_folder(path)     _mkdir(path)
 #define is_terminal(fd)       _isatty(fd)
 #define open_to_append(path)  _fsopen(path, "ab+", _SH_DENYWR)
@@ -40,10 +40,12 @@
 #else
 #include <dirent.h>
 #include <fcntl.h>
+#include <strings.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
+#define SLASHES               "/"
 #define make_folder(path)     mkdir(path, 0777)
 #define is_terminal(fd)       isatty(fd)
 #define open_to_append(path)  fopen(path, "ab+")
@@ -75,7 +77,6 @@ static size_t utf8_next(const char *text, size_t size, unsigned *code, int *vali
     return *valid ? n : 1;
 }
 
-static const char replacement[] = "\xEF\xBF\xBD";   // U+FFFD, stands for bytes that are no UTF-8
 static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && code < 0xA0); }
 
 // Text with nothing in it that drives a terminal. quoted: as a JSON string, control codes escaped; otherwise they are dropped,
@@ -87,7 +88,7 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     if (quoted) fputc('"', out);
     for (; size; text += n, size -= n) {
         n = utf8_next(text, size, &code, &valid);
-        if (!valid) fputs(replacement, out);
+        if (!valid) fputs("\xEF\xBF\xBD", out);         // U+FFFD, for bytes that are no UTF-8
         else if (quoted && (code == '"' || code == '\\')) fprintf(out, "\\%c", (char)code);
         else if (quoted && (code == '\n' || code == '\t')) fputs(code == '\n' ? "\\n" : "\\t", out);
         else if (quoted && is_control(code)) fprintf(out, "\\u%04x", code);
@@ -126,10 +127,7 @@ static const char *human_bytes(char text[32], uint64_t bytes) {
 static void print_number(FILE *out, double value, int is_float32) {
     char text[40];
     int digits;
-    if (!(value - value == 0)) {
-        fputs("null", out);
-        return;
-    }
+    if (!(value - value == 0)) { fputs("null", out); return; }
     for (digits = 6; digits <= 17; digits++) {
         double back;
         snprintf(text, sizeof text, "%.*g", digits, value);
@@ -186,17 +184,16 @@ static void put_json(const char *f, ...) {
 // A table describes every option once: the parser, the checks and the help pages are made from it.
 
 enum { CAPTION = 1, ASK = 2, CHAT = 4, TOKENS = 8, INSPECT = 16, TRACE = 32, VERSION = 64, SCORE = 128, DESCRIBE = 256,
-       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384,
-       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 32767,
+       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384, QUANTIZE = 32768,
+       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 65535,
        FAST = ALL & ~(TOKENS | INSPECT | VERSION) };          // those that compute
 typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
-    int         threads, exact, ctx, max_tokens, top_k, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims;
-    double      temperature, top_p, min_p, repetition_penalty;
-    uint64_t    seed;
-    const char *system, *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
+    int         threads, exact, ctx, together, json, quiet, help;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check;
+    astrovl_generation how;                              // the answers'
+    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
     int         chat_template;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
@@ -212,7 +209,7 @@ typedef struct option_spec {
 
 #define F(name) offsetof(options, name)
 static const option_spec option_table[] = {
-    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | BENCH), "FILE", "a GGUF file; again for more parts (else: shipped)"},
+    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | BENCH | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
     {"out", 'o', TEXT, F(out), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
     {"out", 'o', TEXT, F(out), 0, 0, INDEX, "FILE", "the index; one that exists is continued"},
     {"out", 'o', TEXT, F(out), 0, 0, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"},
@@ -238,19 +235,20 @@ static const option_spec option_table[] = {
     {"clip", 0, FLAG, F(clip), 0, 0, TOKENS, NULL, "print the ids by the vocabulary of CLIP's text tower (with its --special)"},
     {"decode", 0, FLAG, F(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
     {"full", 0, FLAG, F(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
-    {"max-tokens", 'n', INTEGER, F(max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
-    {"temperature", 't', NUMBER, F(temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
-    {"top-k", 0, INTEGER, F(top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
-    {"top-p", 0, NUMBER, F(top_p), 0, 1, GENERATE, "X", "draw from the likeliest with probability X together (default 1: all)"},
-    {"min-p", 0, NUMBER, F(min_p), 0, 1, GENERATE, "X", "drop tokens less likely than X times the likeliest (default 0)"},
-    {"repetition-penalty", 0, NUMBER, F(repetition_penalty), 0, 100, GENERATE, "X", "above 1: avoid recent tokens (else 1 or 1.1)"},
-    {"seed", 's', SEED, F(seed), 0, 0, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"},
+    {"check", 0, FLAG, F(check), 0, 0, INSPECT, NULL, "say whether the files together can be run, and all that they lack"},
+    {"max-tokens", 'n', INTEGER, F(how.max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
+    {"temperature", 't', NUMBER, F(how.temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
+    {"top-k", 0, INTEGER, F(how.top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
+    {"top-p", 0, NUMBER, F(how.top_p), 0, 1, GENERATE, "X", "draw from the likeliest with probability X together (default 1: all)"},
+    {"min-p", 0, NUMBER, F(how.min_p), 0, 1, GENERATE, "X", "drop tokens less likely than X times the likeliest (default 0)"},
+    {"repetition-penalty", 0, NUMBER, F(how.repetition_penalty), 0, 100, GENERATE, "X", "above 1: avoid recent tokens (else 1 or 1.1)"},
+    {"seed", 's', SEED, F(how.seed), 0, 0, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"},
     {"stop", 0, TEXTS, F(stop), 0, 0, GENERATE, "TEXT", "end the answer before this text; may be given several times"},
-    {"system", 0, TEXT, F(system), 0, 0, GENERATE, "TEXT", "the system prompt (default: the template's own; \"\": none)"},
+    {"system", 0, TEXT, F(how.system), 0, 0, GENERATE, "TEXT", "the system prompt (default: the template's own; \"\": none)"},
     {"template", 0, TEMPLATE, F(chat_template), 0, 0, GENERATE, "NAME", "the prompt's form (default: as the file says)"},
     {"ctx", 'c', INTEGER, F(ctx), 1, 16777216, GENERATE, "N", "tokens a conversation may hold (default: the model's, to 4096)"},
     {"threads", 'j', INTEGER, F(threads), 1, ASTROVL_MAX_THREADS, FAST, "N", "processors to use (default: all)"},
-    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | BENCH), NULL, "arithmetic with the same bits on every machine; slower"},
+    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | BENCH | QUANTIZE), NULL, "arithmetic with the same bits on every machine; slower"},
     {"json", 0, FLAG, F(json), 0, 0, ALL & ~(TRACE | VERSION | EMBED), NULL, "print JSON, an object a line for each answer"},
     {"quiet", 'q', FLAG, F(quiet), 0, 0, FAST & ~BENCH, NULL, "no timings and no progress on standard error"},
     {"help", 'h', FLAG, F(help), 0, 0, ALL, NULL, "this page"},
@@ -266,16 +264,12 @@ typedef struct command {
     const char *usage, *summary, *about, *examples;
 } command;
 
-// Says what is wrong with the command line and where to read on. Returns EXIT_USAGE.
-static int usage_error(const command *c, const char *format, ...) {
-    va_list args;
-    fprintf(stderr, "astrovl%s%s: ", c ? " " : "", c ? c->name : "");
-    va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fprintf(stderr, "\nTry: astrovl%s%s --help\n", c ? " " : "", c ? c->name : "");
-    return EXIT_USAGE;
+static int print_around(const char *before, const command *c, const char *after) {
+    return fprintf(stderr, "%s%s%s%s", before, c ? " " : "", c ? c->name : "", after), EXIT_USAGE;
 }
+// Says what is wrong with the command line and where to read on. Its value is EXIT_USAGE. (Compilers check what printf gets.)
+#define usage_error(c, ...) \
+    (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
 // Decimal digits only, and nothing that overflows. Returns 0 when the text is something else.
 static int parse_unsigned(const char *text, uint64_t high, uint64_t *value) {
@@ -291,12 +285,11 @@ static int parse_unsigned(const char *text, uint64_t high, uint64_t *value) {
 
 // Digits with at most one point; no signs, exponents, names or blanks. The program never calls setlocale, so strtod
 // takes a point whatever the user's language.
-static int parse_decimal(const char *text, double low, double high, double *value) {
-    size_t digits = strspn(text, "0123456789"), length = strlen(text);
-    if (text[digits] == '.') digits += 1 + strspn(text + digits + 1, "0123456789");
-    if (digits != length || length == 0 || length > 40 || strcmp(text, ".") == 0) return 0;
-    *value = strtod(text, NULL);
-    return *value >= low && *value <= high;
+static int parse_decimal(const char *text, double low, double high, float *value) {
+    char *end;
+    double x = strtod(text, &end);
+    *value = (float)x;
+    return *text && !text[strspn(text, "0123456789.")] && !*end && end - text <= 40 && x >= low && x <= high;
 }
 
 static void print_templates(FILE *out) {
@@ -309,24 +302,17 @@ static void print_templates(FILE *out) {
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
     char *field = (char *)o + spec->field;
     uint64_t integer;
+    int good = 1;
     switch (spec->kind) {
     case FLAG: *(int *)(void *)field = 1; break;
     case TEXT: *(const char **)(void *)field = text; break;
     case TEXTS: ((list *)(void *)field)->items[((list *)(void *)field)->n++] = text; break;
-    case SEED:
-        if (!parse_unsigned(text, UINT64_MAX, (uint64_t *)(void *)field))
-            return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
-        break;
+    case SEED: good = parse_unsigned(text, UINT64_MAX, (uint64_t *)(void *)field); break;
     case INTEGER:
-        if (!parse_unsigned(text, (uint64_t)spec->high, &integer) || integer < (uint64_t)spec->low)
-            return usage_error(c, "--%s wants a whole number from %.0f to %.0f, not \"%s\"", spec->name, spec->low,
-                               spec->high, text);
-        *(int *)(void *)field = (int)integer;
+        good = parse_unsigned(text, (uint64_t)spec->high, &integer) && integer >= (uint64_t)spec->low;
+        if (good) *(int *)(void *)field = (int)integer;
         break;
-    case NUMBER:
-        if (!parse_decimal(text, spec->low, spec->high, (double *)(void *)field))
-            return usage_error(c, "--%s wants a number from %g to %g, not \"%s\"", spec->name, spec->low, spec->high, text);
-        break;
+    case NUMBER: good = parse_decimal(text, spec->low, spec->high, (float *)(void *)field); break;
     case TEMPLATE:
         *(int *)(void *)field = astrovl_template_from_name(text);
         if (*(int *)(void *)field >= 0) break;
@@ -334,7 +320,10 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
         fputs("Templates: ", stderr), print_templates(stderr), fputc('\n', stderr);
         return EXIT_USAGE;
     }
-    return EXIT_OK;
+    if (good) return EXIT_OK;
+    if (spec->kind == SEED) return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
+    return usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
+                       spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
 }
 
 // The option that an argument ("--seed", "--seed=7", "-s", "-s7") names for this command, or NULL. *value: "7" or NULL
@@ -360,18 +349,12 @@ static const option_spec *find_option(const command *c, const char *argument, co
 
 // Sorts the arguments behind the command's name into options and words. "--" ends the options, "-" is a word.
 static int parse_options(const command *c, options *o, int argc, char **argv) {
-    int i, status = EXIT_OK;
+    int i, only_words = 0, status = EXIT_OK;
     for (i = 0; i < argc && status == EXIT_OK; i++) {
         const option_spec *spec;
         const char *value;
-        if (argv[i][0] != '-' || !argv[i][1]) {
-            o->words.items[o->words.n++] = argv[i];
-            continue;
-        }
-        if (strcmp(argv[i], "--") == 0) {
-            while (++i < argc) o->words.items[o->words.n++] = argv[i];
-            break;
-        }
+        if (only_words || argv[i][0] != '-' || !argv[i][1]) { o->words.items[o->words.n++] = argv[i]; continue; }
+        if (strcmp(argv[i], "--") == 0) { only_words = 1; continue; }
         spec = find_option(c, argv[i], &value);
         if (!spec) return usage_error(c, "there is no option %s", argv[i]);
         if (spec->kind == FLAG && value) return usage_error(c, "--%s takes no value", spec->name);
@@ -390,8 +373,8 @@ static void print_command_help(const command *c) {
         const option_spec *spec = &option_table[i];
         char left[64];
         if (!(spec->commands & c->bit)) continue;
-        snprintf(left, sizeof left, "%c%c%c --%s %s", spec->letter ? '-' : ' ', spec->letter ? spec->letter : ' ',
-                 spec->letter ? ',' : ' ', spec->name, spec->value ? spec->value : "");
+        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ', spec->name,
+                 spec->value ? spec->value : "");
         printf("  %-27s %s\n", left, spec->help);
         if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
@@ -404,7 +387,6 @@ struct program {
     options            o;
     astrovl_model     *model;
     astrovl_session   *session;
-    astrovl_generation generation;
     astrovl_info       info;               // of the model, once open_towers has opened it
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
@@ -414,26 +396,17 @@ struct program {
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
     union block       *memory;             // what new_memory gave
+    list               problems;           // of the files that inspect --check looks at
 };
 
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
 static volatile sig_atomic_t g_interrupted;
 
-static void on_interrupt(int signal_number) {
-    (void)signal_number;
-    g_interrupted = 1;
-}
+static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
-// Says what went wrong. Returns EXIT_FAILED.
-static int fail(const char *format, ...) {
-    va_list args;
-    fputs("astrovl: ", stderr);
-    va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fputc('\n', stderr);
-    return EXIT_FAILED;
-}
+static int end_failure(int printed) { return (void)printed, fputc('\n', stderr), EXIT_FAILED; }
+// Says what went wrong, as printf, with a literal for its format. Its value is EXIT_FAILED.
+#define fail(...) end_failure(fprintf(stderr, "astrovl: " __VA_ARGS__))
 static int failed(const astrovl_error *err) { return fail("%s", err->message); }
 
 // Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
@@ -449,7 +422,7 @@ typedef union block {                      // what stands before each piece of m
     uint64_t     integer;
 } block;
 
-// Memory of zeros, released when the program ends. There is always some: the program ends if there is none.
+// Memory of zeros that stays until the program ends. There is always some: the program ends if there is none.
 static void *new_memory(program *p, size_t n, size_t size) {
     block *b = n < SIZE_MAX / 2 / (size + 1) ? (block *)calloc(1, sizeof *b + n * size) : NULL;
     if (!b) exit(fail("out of memory"));
@@ -458,45 +431,26 @@ static void *new_memory(program *p, size_t n, size_t size) {
     return b + 1;
 }
 
-static void free_memory(block *b) {
-    while (b) {
-        block *next = b->next;
-        free(b);
-        b = next;
-    }
-}
-
-// The folder that the running program lies in, with a slash at its end; "" when it cannot be told.
-static void program_folder(const char *argv0, char *folder, size_t size) {
-    char *slash;
-    long n = -1;
-#if defined(__linux__)
-    n = (long)readlink("/proc/self/exe", folder, size - 1);     // follows links and $PATH
-    if (n >= 0) folder[n] = 0;
-#endif
-    if (n < 0) snprintf(folder, size, "%s", argv0 ? argv0 : "");
-    slash = strrchr(folder, '/');
-#if defined(_WIN32)
-    if (strrchr(folder, '\\') > slash) slash = strrchr(folder, '\\');
-#endif
-    if (slash) slash[1] = 0;
-    else folder[0] = 0;
-}
-
 // The shipped model lies beside the program in the source tree, or in the data folder once installed.
 static void find_shipped_model(program *p, const char *argv0) {
+    static const char *const places[] = {"test", "../share/astrovl", ASTROVL_DATA_DIR};
     char folder[2048];
+    size_t n = 0;
     int i;
-    program_folder(argv0, folder, sizeof folder);
-    for (i = 0; i < 3; i++) {
-        FILE *f;
-        snprintf(p->shipped, sizeof p->shipped, "%s%s/%s", i < 2 ? folder : "", i == 0 ? "test" : i == 1 ? "../share/astrovl" :
-                 ASTROVL_DATA_DIR, SHIPPED_MODEL);
-        f = fopen(p->shipped, "rb");
-        if (f) fclose(f);
-        if (f && (i != 1 || folder[0])) return;
+    FILE *f = NULL;
+#if defined(__linux__)
+    long size = (long)readlink("/proc/self/exe", folder, sizeof folder - 1);     // follows links and $PATH
+    n = size < 0 ? 0 : (size_t)size;
+#endif
+    if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
+    while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
+    folder[n] = 0;
+    for (i = 0; i < 3 && !f; i++) {
+        snprintf(p->shipped, sizeof p->shipped, "%s%s/%s", i < 2 ? folder : "", places[i], SHIPPED_MODEL);
+        f = i == 1 && !n ? NULL : fopen(p->shipped, "rb");
     }
-    p->shipped[0] = 0;
+    if (f) fclose(f);
+    else p->shipped[0] = 0;
 }
 
 // Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
@@ -535,9 +489,8 @@ static void draw_bar(program *p, const char *stage, int done, int total, double 
 
 static int on_progress(void *user, const char *stage, int done, int total) {
     program *p = (program *)user;
-    if (g_interrupted || p->stop) return 1;
     if (!p->counting) draw_bar(p, stage, done, total, 0);
-    return 0;
+    return g_interrupted || p->stop;
 }
 
 // Gets the answer piece by piece.
@@ -555,21 +508,12 @@ static int on_text(void *user, const char *text, size_t size) {
 static void open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
     astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p};
     astrovl_error err;
-    astrovl_generation *g = &p->generation;
     p->session = astrovl_session_new(p->model, &session_options, &err);
     if (!p->session) exit(failed(&err));
-    g->max_tokens = p->o.max_tokens;
-    g->temperature = (float)p->o.temperature;
-    g->top_k = p->o.top_k;
-    g->top_p = (float)p->o.top_p;
-    g->min_p = (float)p->o.min_p;
-    g->repetition_penalty = (float)p->o.repetition_penalty;
-    g->seed = p->o.seed;
-    g->stop = p->o.stop.items;
-    g->n_stop = p->o.stop.n;
-    g->system = p->o.system;
-    g->on_text = on_text;
-    g->user = p;
+    p->o.how.stop = p->o.stop.items;
+    p->o.how.n_stop = p->o.stop.n;
+    p->o.how.on_text = on_text;
+    p->o.how.user = p;
 }
 
 static void open_model_and_session(program *p) {
@@ -583,10 +527,7 @@ static astrovl_status load_image(const char *path, astrovl_image *image, astrovl
     memset(image, 0, sizeof *image);
     status = astrovl_image_load(path, 0, image, err);
     if (status == ASTROVL_OK) status = astrovl_image_upright(image, err);
-    if (status != ASTROVL_OK) {
-        astrovl_image_free(image);
-        memset(image, 0, sizeof *image);
-    }
+    if (status != ASTROVL_OK) astrovl_image_free(image);   // which leaves zeros
     return status;
 }
 
@@ -597,7 +538,7 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
     if (before == SIG_IGN) signal(SIGINT, SIG_IGN);   // started so (in the background of a script): leave it
     g_interrupted = 0;
     if (!p->counting) p->started = time(NULL);
-    answer = astrovl_chat(p->session, images, n_images, text, &p->generation, err);
+    answer = astrovl_chat(p->session, images, n_images, text, &p->o.how, err);
     if (!p->counting) clear_bar(p);
     signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
     return answer;
@@ -648,10 +589,8 @@ static char *read_line(program *p, FILE *in) {
     size_t size = 0, capacity = 256;
     char *line = (char *)new_memory(p, capacity + 1, 1);
     int c;
-    while ((c = fgetc(in)) != EOF && c != '\n') {
-        line[size++] = (char)c;
+    for (; (c = fgetc(in)) != EOF && c != '\n'; line[size++] = (char)c)
         if (size == capacity) line = (char *)memcpy(new_memory(p, (capacity *= 2) + 1, 1), line, size);
-    }
     if (size && line[size - 1] == '\r') line[size - 1] = 0;
     return size || c != EOF ? line : NULL;
 }
@@ -800,67 +739,48 @@ static void finish_answer(program *p, const char *file, const char *label, const
     print_timings(p, label);
 }
 
-// Asks about one image in a fresh conversation.
-static int answer_image(program *p, const char *path, const char *prompt) {
-    int several = p->o.words.n > (p->cmd->bit == ASK ? 2 : 1);
-    astrovl_image image;
+// Asks about one image, or about several at once, in a fresh conversation. label: said before and after the answer, or NULL
+static int answer_images(program *p, const char *const *paths, int n, const char *label, const char *prompt) {
+    astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n, sizeof *images);
     astrovl_error err;
     char *answer = NULL;
+    int i, good = 0;
     astrovl_session_reset(p->session);
-    if (load_image(path, &image, &err) == ASTROVL_OK) {
-        if (several && !p->o.json) print_safe(stdout, path), fputs(": ", stdout);
-        answer = say(p, &image, 1, prompt, &err);
-        astrovl_image_free(&image);
-        if (!answer && several && !p->o.json) putchar('\n');
+    while (good < n && load_image(paths[good], &images[good], &err) == ASTROVL_OK) good++;
+    if (good == n) {
+        if (label && !p->o.json) print_safe(stdout, label), fputs(": ", stdout);
+        answer = say(p, images, n, prompt, &err);
+        if (!answer && label && !p->o.json) putchar('\n');
     }
+    for (i = 0; i < n; i++) astrovl_image_free(&images[i]);
     if (!answer) {
-        if (p->o.json) print_error_json(path, &err);
+        if (p->o.json) print_error_json(paths[good < n ? good : 0], &err);
         flush_output(p);
         return failed(&err);
     }
-    finish_answer(p, path, several ? path : NULL, prompt, answer);
+    finish_answer(p, p->o.together ? NULL : paths[0], label, prompt, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
 }
 
 // Goes on after an image that fails, and remembers it.
 static int answer_each(program *p, int n_images, const char *prompt) {
+    const char **paths = p->o.words.items;
     int i, status = EXIT_OK;
     open_model_and_session(p);
+    if (p->o.together) return answer_images(p, paths, n_images, NULL, prompt);
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i++)
-        if (answer_image(p, p->o.words.items[i], prompt) != EXIT_OK) status = EXIT_FAILED;
+        if (answer_images(p, paths + i, 1, n_images > 1 ? paths[i] : NULL, prompt) != EXIT_OK) status = EXIT_FAILED;
     return status;
 }
 
 static int run_caption(program *p) { return answer_each(p, p->o.words.n, ASTROVL_CAPTION_PROMPT); }
-
-// One question about all images at once.
-static int ask_together(program *p, int n_images, const char *question) {
-    astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n_images, sizeof *images);
-    astrovl_error err;
-    char *answer;
-    int i;
-    open_model_and_session(p);
-    for (i = 0; i < n_images; i++)
-        if (load_image(p->o.words.items[i], &images[i], &err) != ASTROVL_OK) exit(failed(&err));
-    answer = say(p, images, n_images, question, &err);
-    if (!answer) exit(failed(&err));
-    finish_answer(p, NULL, NULL, question, answer);
-    astrovl_free(answer);
-    for (i = 0; i < n_images; i++) astrovl_image_free(&images[i]);
-    return EXIT_OK;
-}
-
-static int run_ask(program *p) {
-    int n_images = p->o.words.n - 1;
-    const char *question = p->o.words.items[n_images];
-    return p->o.together ? ask_together(p, n_images, question) : answer_each(p, n_images, question);
-}
+static int run_ask(program *p) { return answer_each(p, p->o.words.n - 1, p->o.words.items[p->o.words.n - 1]); }
 
 // ==== chat ===========================================================================================================
 typedef struct chat_state {
     astrovl_image image;
-    int           has_image, pending;      // pending: the next question carries the image
+    int           pending;                 // the next question carries the image
     int           interactive;             // a person types: show a prompt
     int           n_failed;
 } chat_state;
@@ -875,13 +795,10 @@ static void chat_image(chat_state *c, const char *path) {
     astrovl_image image;
     astrovl_error err;
     memset(&image, 0, sizeof image);
-    if (*path && load_image(path, &image, &err) != ASTROVL_OK) {
-        c->n_failed += failed(&err);
-        return;
-    }
+    if (*path && load_image(path, &image, &err) != ASTROVL_OK) { c->n_failed += failed(&err); return; }
     astrovl_image_free(&c->image);
     c->image = image;
-    c->has_image = c->pending = *path != 0;
+    c->pending = *path != 0;
     if (c->interactive && *path) fprintf(stderr, "(%d x %d pixels)\n", image.width, image.height);
 }
 
@@ -904,7 +821,7 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) return 0;
     if (strcmp(line, "/reset") == 0) {
         astrovl_session_reset(p->session);
-        c->pending = c->has_image;
+        c->pending = c->image.rgb != NULL;
     } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
         chat_image(c, line + 6 + strspn(line + 6, " "));
     } else {
@@ -985,15 +902,14 @@ static int encode_text(program *p, const char *text, size_t size) {
 
 // Reads ids separated by blanks or commas. Returns how many.
 static int parse_ids(const program *p, const char *text, int32_t *ids) {
+    static const char separators[] = " ,\t\r\n";
     int n = 0;
-    char word[16];
-    uint64_t value;
-    size_t length;
-    for (text += strspn(text, " ,\t\r\n"); *text; text += length + strspn(text + length, " ,\t\r\n")) {
-        length = strcspn(text, " ,\t\r\n");
-        snprintf(word, sizeof word, "%.*s", (int)(length < 15 ? length : 15), text);
-        if (!parse_unsigned(word, INT32_MAX, &value) || astrovl_token_piece(p->model, (int32_t)value).size == 0)
-            exit(fail("\"%s\" is no token of this vocabulary", word));
+    char *end;
+    for (text += strspn(text, separators); *text; text = end + strspn(end, separators)) {
+        unsigned long long value = strtoull(text, &end, 10);
+        if (!isdigit((unsigned char)*text) || !strchr(separators, *end) || value > INT32_MAX ||
+            astrovl_token_piece(p->model, (int32_t)value).size == 0)
+            exit(fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text));
         ids[n++] = (int32_t)value;
     }
     return n;
@@ -1089,22 +1005,27 @@ static void print_tensor(const astrovl_tensor *t, int as_json, int name_width) {
     printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(text, shape, n, " x "), (unsigned long long)t->n_bytes);
 }
 
-// Tensors, values and bytes of each type, and of all.
-static void print_totals(const astrovl_gguf *file) {
-    enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
-    uint64_t sums[N_TYPES + 1][3] = {{0}};
-    int i, k;
-    char text[32];
+enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
+// Tensors, values and bytes of each type, and at the end of all.
+typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
+
+static totals add_up(const astrovl_gguf *file) {
+    totals sums = {{{0}}};
+    int i;
     for (i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i / 2);
-        uint64_t *sum = sums[i % 2 ? N_TYPES : (int)t->type];
+        uint64_t *sum = sums.of[i % 2 ? N_TYPES : (int)t->type];
         sum[0]++, sum[1] += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]), sum[2] += t->n_bytes;
     }
-    if (i) printf("\ntotals\n");
+    return sums;
+}
+
+static void print_totals(const totals *sums) {
+    char text[32];
+    int k;
     for (k = 0; k <= N_TYPES; k++)
-        if (sums[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                               (int)sums[k][0], (unsigned long long)sums[k][1], human_bytes(text, sums[k][2]));
-    putchar('\n');
+        if (sums->of[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
+                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(text, sums->of[k][2]));
 }
 
 static int at_least(int width, const char *text) {
@@ -1116,6 +1037,7 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     int i, key_width = 8, name_width = 8, as_json = p->o.json;
     int n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
     const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
+    totals sums = add_up(file);
     char text[32];
     for (i = 0; i < n_kv; i++) key_width = at_least(key_width, astrovl_gguf_kv(file, i)->key);
     for (i = 0; i < n_tensors; i++) name_width = at_least(name_width, astrovl_gguf_tensor(file, i)->name);
@@ -1132,7 +1054,7 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
     for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json, name_width);
     if (as_json) put_json("]}");
-    else print_totals(file);
+    else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
 }
 
 // A part of the model with its sizes, or null (text: none) when the files lack it. keys: "name name~ ..."; ~: a double, not an int
@@ -1194,10 +1116,40 @@ static void print_model(const program *p, const list *paths) {
         print_parts(0, &info);
         printf("  template        %s\n  weights         %llu parameters in %s\n", astrovl_template_name(info.chat_template),
                (unsigned long long)info.n_params, human_bytes(text, info.n_weight_bytes));
-    } else {
-        printf("no model that astrovl can run: %s\n", err.message);
-    }
+    } else printf("no model that astrovl can run: %s\n", err.message);
     astrovl_close(model);
+}
+
+static void on_problem(void *user, const char *message) {
+    program *p = (program *)user;
+    list_add(p, &p->problems, message, strlen(message));
+}
+
+// --check: which commands the files can be used with, or all that they lack.
+static int check_model(program *p, const list *paths) {
+    static const struct { const char *command; int use; } rows[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
+        {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
+    astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
+    astrovl_info m;
+    astrovl_error err;
+    int i, uses[5];
+    p->model = astrovl_open_files(paths->items, paths->n, &how, &err);
+    memset(&m, 0, sizeof m);
+    if (p->model) astrovl_get_info(p->model, &m);
+    else if (!p->problems.n) on_problem(p, err.message);
+    uses[4] = m.has_vocab, uses[3] = m.has_joint_image, uses[2] = m.has_joint_image && m.has_joint_text;
+    uses[1] = m.has_text && m.has_vocab, uses[0] = uses[1] && m.has_vision && m.has_projector;
+    if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
+    else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
+    for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
+        if (uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
+    if (p->o.json) put_json("] problems:[");
+    else if (p->model) puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
+    for (i = 0; i < p->problems.n; i++)
+        if (p->o.json) put_json("%s", p->problems.items[i]);
+        else printf("- "), print_safe(stdout, p->problems.items[i]), putchar('\n');
+    if (p->o.json) put_json("]}\n");
+    return p->model ? EXIT_OK : EXIT_FAILED;
 }
 
 static int run_inspect(program *p) {
@@ -1208,6 +1160,7 @@ static int run_inspect(program *p) {
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
     if (paths->n == 0) return usage_error(p->cmd, "which file? (the shipped model was not found)");
+    if (p->o.check) return check_model(p, paths);
     files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (i = 0; i < paths->n; i++)                         // all, before anything is printed: half a JSON text is none
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &err))) exit(failed(&err));
@@ -1217,6 +1170,49 @@ static int run_inspect(program *p) {
     print_model(p, paths);
     if (p->o.json) put_json("}\n");
     return EXIT_OK;
+}
+
+// ==== quantize =======================================================================================================
+static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const astrovl_quantize_report *r,
+                            double seconds) {
+    totals sums = add_up(out);
+    long long sizes[2] = {(long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out)};
+    double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
+    char text[2][32];
+    int k;
+    if (p->o.json) {
+        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
+                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed, r->n_fallbacks,
+                 r->n_requantized);
+        for (k = 0; k < N_TYPES; k++) if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
+        put_json("}}\n");
+    } else if (!p->o.quiet) {
+        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes(text[0], (uint64_t)sizes[0]),
+               human_bytes(text[1], (uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
+        print_totals(&sums);
+    }
+    if (p->o.quiet) return;
+    if (r->n_fallbacks) fail("note: %d tensors got another type, since their rows do not fit its blocks", r->n_fallbacks);
+    if (r->n_requantized) fail("warning: %d tensors were quantised before and lose again; F16 is better", r->n_requantized);
+}
+
+static int run_quantize(program *p) {
+    const char *const *words = p->o.words.items;
+    astrovl_quantize_report report;
+    astrovl_error err;
+    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &err), *out = NULL;
+    double start = seconds_now();
+    astrovl_status status = in ? ASTROVL_OK : err.status;
+    p->started = time(NULL);
+    if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
+    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &err);
+    clear_bar(p);
+    if (!status) out = astrovl_gguf_open(words[1], 0, &err);
+    if (out) print_quantized(p, in, out, &report, seconds_now() - start);
+    astrovl_gguf_close(in);
+    astrovl_gguf_close(out);
+    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", err.message);
+    return out ? EXIT_OK : failed(&err);
 }
 
 // ==== trace ==========================================================================================================
@@ -1271,10 +1267,9 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
 }
 
 // Makes the folder and its index before the long work, so that a folder that cannot be written is said at once.
-static void open_trace_folder(trace_state *t) {
-    char path[4096];
+static void open_trace_folder(program *p, trace_state *t) {
+    char *path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
     if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
-    snprintf(path, sizeof path, "%s/index.tsv", t->folder);
     t->index = fopen(path, "w");
     if (!t->index) exit(write_error(path));
     fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
@@ -1290,10 +1285,10 @@ static int run_trace(program *p) {
     t->folder = p->o.out;
     t->total = FNV_START;
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
-    if (p->o.max_tokens == 0) p->o.max_tokens = 1;
+    if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
     open_session(p, ASTROVL_EXACT, on_tensor, t);
-    if (t->folder) open_trace_folder(t);
+    if (t->folder) open_trace_folder(p, t);
     if (n_images && load_image(p->o.words.items[0], &image, &err) != ASTROVL_OK) return failed(&err);
     answer = say(p, &image, n_images, p->o.words.items[n_images], &err);
     astrovl_image_free(&image);
@@ -1406,39 +1401,35 @@ static int run_embed(program *p) {
     return status;
 }
 
-// How well a text fits an image.
-typedef struct fit { int text; float cosine, probability; } fit;
-
 // Texts that compete with each other for an image.
 typedef struct group {
     const char *title;                     // NULL: the only one
     list        texts;
-    float      *rows, *scores;             // [texts.n][n_embd_joint]; [texts.n] for softmax
-    fit        *fits;                      // [texts.n]
+    float      *rows, *odds;               // [texts.n][n_embd_joint]; [texts.n], cosines, then probabilities
+    astrovl_hit *fits;                     // [texts.n], the texts with their cosines
 } group;
 
-static int by_cosine(const void *a, const void *b) {
-    const fit *x = (const fit *)a, *y = (const fit *)b;
-    return x->cosine < y->cosine ? 1 : x->cosine > y->cosine ? -1 : x->text - y->text;
+static int by_score(const void *a, const void *b) {
+    const astrovl_hit *x = (const astrovl_hit *)a, *y = (const astrovl_hit *)b;
+    return x->score < y->score ? 1 : x->score > y->score ? -1 : (int)(x->row - y->row);
 }
 
 // Cosines, and probabilities = softmax(logit_scale * cosine) over the group. best: print so many, best first; 0: all as they stand
 static void print_fits(program *p, const group *g, const float *image, int best) {
     int i, n = g->texts.n;
-    fit *fits = g->fits;
-    astrovl_linear(g->scores, image, g->rows, NULL, 1, p->info.n_embd_joint, n);
-    for (i = 0; i < n; i++) fits[i].text = i, fits[i].cosine = g->scores[i], g->scores[i] *= p->info.logit_scale;
-    astrovl_softmax(g->scores, n);
-    for (i = 0; i < n; i++) fits[i].probability = g->scores[i];
-    if (best) qsort(fits, (size_t)n, sizeof *fits, by_cosine);
+    astrovl_linear(g->odds, image, g->rows, NULL, 1, p->info.n_embd_joint, n);
+    for (i = 0; i < n; i++) g->fits[i].row = i, g->fits[i].score = g->odds[i], g->odds[i] *= p->info.logit_scale;
+    astrovl_softmax(g->odds, n);
+    if (best) qsort(g->fits, (size_t)n, sizeof *g->fits, by_score);
     if (!p->o.json && g->title) printf("  %s\n", g->title);
     for (i = 0; i < (best && best < n ? best : n); i++) {
-        const char *text = g->texts.items[fits[i].text];
+        const char *text = g->texts.items[g->fits[i].row];
+        float cosine = g->fits[i].score, probability = g->odds[g->fits[i].row];
         if (p->o.json) {
-            put_json("{text:%s cosine:%f probability:%f", text, fits[i].cosine, fits[i].probability);
+            put_json("{text:%s cosine:%f probability:%f", text, cosine, probability);
             put_json(g->title ? "group:%s}" : "}", g->title);
         } else {
-            printf("  %7.4f  %5.1f %%  ", fits[i].cosine, fits[i].probability * 100);
+            printf("  %7.4f  %5.1f %%  ", cosine, probability * 100);
             print_safe(stdout, text);
             putchar('\n');
         }
@@ -1453,17 +1444,14 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
     for (i = 0; i < n_groups; i++) {
         group *g = &groups[i];
         g->rows = new_rows(p, g->texts.n);
-        g->scores = (float *)new_memory(p, (size_t)g->texts.n, sizeof *g->scores);
-        g->fits = (fit *)new_memory(p, (size_t)g->texts.n, sizeof *g->fits);
+        g->odds = (float *)new_memory(p, (size_t)g->texts.n, sizeof *g->odds);
+        g->fits = (astrovl_hit *)new_memory(p, (size_t)g->texts.n, sizeof *g->fits);
         embed_texts(p, g->texts.items, g->texts.n, g->rows);
     }
     for (i = 0; i < p->o.words.n && !p->stop; i++) {
         const char *path = p->o.words.items[i];
         char ok;
-        if (!embed_batch(p, &path, 1, row, &ok)) {
-            status = EXIT_FAILED;
-            continue;
-        }
+        if (!embed_batch(p, &path, 1, row, &ok)) { status = EXIT_FAILED; continue; }
         if (p->o.json) put_json("{file:%s matches:[", path);
         else print_safe(stdout, path), putchar('\n');
         for (k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
@@ -1537,26 +1525,20 @@ static const char *const built_in_labels[3] = {
     "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
     "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
 
-// 1 if this is UTF-8 without control characters (but tabs).
-static int is_plain_text(const char *text, size_t size) {
-    unsigned code;
-    int valid = 1;
-    size_t n;
-    for (; size && valid; text += n, size -= n) {
-        n = utf8_next(text, size, &code, &valid);
-        if (is_control(code) && code != '\t') valid = 0;
-    }
-    return valid;
-}
-
 // One label a line; blank lines and those that begin with '#' are passed over.
 static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
     lines l = lines_of(path, text, size);
+    unsigned code;
+    int valid;
+    size_t at;
     while (next_line(&l)) {
         for (; *l.line == ' ' || *l.line == '\t'; l.size--) l.line++;
         while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.size--;
         if (!l.size || *l.line == '#') continue;
-        if (!is_plain_text(l.line, l.size)) line_error(&l, "this is not UTF-8 text, or holds control characters");
+        for (at = 0; at < l.size;) {
+            at += utf8_next(l.line + at, l.size - at, &code, &valid);
+            if (!valid || (is_control(code) && code != '\t')) line_error(&l, "this is not UTF-8 text, or holds control characters");
+        }
         if (l.size > 1000) line_error(&l, "a label of more than 1000 bytes");
         if (labels->n == 100000) line_error(&l, "more than 100000 labels");
         list_add(p, labels, l.line, l.size);
@@ -1736,42 +1718,41 @@ static size_t make_record(const image_index *ix, const char *name, const float *
 
 static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
-#if defined(_WIN32)
-static int add_images(program *p, const char *path, int is_found, list *names) {        // folders: give their files with -
-    (void)is_found;
-    return list_add(p, names, path, strlen(path)), EXIT_OK;
-}
-#else
-// An image by its ending: .png .jpg .jpeg .ppm .pgm .pnm, in any case.
+#if !defined(_WIN32)
+// An image by its ending, in any case.
 static int has_image_ending(const char *name) {
+    static const char *const endings[] = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm"};
     const char *dot = strrchr(name, '.');
-    char ending[8] = "";
-    size_t i;
-    for (i = 0; dot && i < 6 && dot[i]; i++) ending[i] = (char)tolower((unsigned char)dot[i]);
-    return dot && !dot[i] && i > 3 && strstr(".png .jpg .jpeg .ppm .pgm .pnm ", (ending[i] = ' ', ending)) != NULL;
+    int i = 0;
+    while (dot && i < 6 && strcasecmp(dot, endings[i]) != 0) i++;
+    return dot && i < 6;
 }
+#endif
 
 // A file as it is named, or the images in a folder and below it. is_found: it was met in a folder. There, links to folders are
-// not followed: they could lead in circles.
+// not followed: they could lead in circles. (On Windows folders are not walked; give their files with -.)
 static int add_images(program *p, const char *path, int is_found, list *names) {
+#if !defined(_WIN32)
     struct dirent *entry;
     struct stat s, target;
     DIR *folder;
     int status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
-    if (!found || !S_ISDIR(s.st_mode)) {
-        if (!is_found || (has_image_ending(path) && stat(path, &target) == 0 && S_ISREG(target.st_mode)))
-            list_add(p, names, path, strlen(path));
-        return EXIT_OK;
+    if (found && S_ISDIR(s.st_mode)) {
+        folder = opendir(path);
+        if (!folder) return cannot_open(path);
+        while ((entry = readdir(folder)) != NULL)
+            if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+                status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names);
+        closedir(folder);
+        return status;
     }
-    folder = opendir(path);
-    if (!folder) return cannot_open(path);
-    while ((entry = readdir(folder)) != NULL)
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
-            status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names);
-    closedir(folder);
-    return status;
-}
+    if (is_found && (!has_image_ending(path) || stat(path, &target) != 0 || !S_ISREG(target.st_mode))) return EXIT_OK;
+#else
+    (void)is_found;
 #endif
+    list_add(p, names, path, strlen(path));
+    return EXIT_OK;
+}
 
 // What the arguments name ("-": the lines of standard input), sorted, less what the index holds. Says how many that are.
 static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
@@ -1781,10 +1762,7 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
         size_t size = 0;
         char *text = NULL;
         lines l;
-        if (strcmp(p->o.words.items[i], "-") != 0) {
-            status |= add_images(p, p->o.words.items[i], 0, &all);
-            continue;
-        }
+        if (strcmp(p->o.words.items[i], "-") != 0) { status |= add_images(p, p->o.words.items[i], 0, &all); continue; }
         text = read_text(p, "-", &size);
         for (l = lines_of("standard input", text, size); next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
@@ -1807,17 +1785,15 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
 
 static int index_images(program *p, image_index *ix, const list *todo, int n_known) {
     char ok[MAX_BATCH];
-    unsigned char *records = NULL;
+    unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, p->o.batch);
-    size_t size, capacity = 0;
+    size_t size;
     double start = seconds_now(), rate = 0;
     int i, k, some, added = 0;
     for (i = 0; i < todo->n && !p->stop; i += some) {
         some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
         draw_bar(p, "images", i, todo->n, rate);
         added += embed_batch(p, todo->items + i, some, rows, ok);
-        for (k = 0, size = 0; k < some; k++) size += 16 + 2 * (size_t)ix->n_dims + strlen(todo->items[i + k]);
-        if (size > capacity) records = (unsigned char *)new_memory(p, capacity = size, 1);
         for (k = 0, size = 0; k < some; k++)
             if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
         if (size) append_to_index(ix, records, size);
@@ -1914,18 +1890,15 @@ static list read_member(program *p, const lines *l, const char *key, int least, 
 // Reads a whole set before the long work begins, so that a broken line is said at once.
 static sample *read_samples(program *p, const char *path, int vqa, int *n) {
     const char *slash = strrchr(path, '/');
-    size_t size = 0, capacity = 0, folder = slash ? (size_t)(slash - path) + 1 : 0;
+    size_t size = 0, i, n_lines = 1, folder = slash ? (size_t)(slash - path) + 1 : 0;
     char *text = read_text(p, path, &size);
     lines l = lines_of(path, text, size);
-    sample *samples = NULL, *x;
+    sample *samples, *x;
+    for (i = 0; i < size; i++) n_lines += text[i] == '\n';
+    samples = (sample *)new_memory(p, n_lines, sizeof *samples);
     for (*n = 0; next_line(&l);) {
         list reference;
         if (strspn(l.line, " \t") == l.size) continue;
-        if ((size_t)*n == capacity) {
-            x = (sample *)new_memory(p, capacity = capacity * 2 + 64, sizeof *x);
-            if (*n) memcpy(x, samples, (size_t)*n * sizeof *x);
-            samples = x;
-        }
         x = &samples[(*n)++];
         x->image = read_member(p, &l, "image", 1, 1).items[0];
         x->label = read_member(p, &l, vqa ? "class" : "caption", 1, 1).items[0];
@@ -2282,13 +2255,13 @@ static int run_summarize(program *p) {
     astrovl_guide *guide;
     if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1) return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
-    if (p->o.max_tokens == 0) p->o.max_tokens = 512;
-    if (p->o.repetition_penalty <= 0) p->o.repetition_penalty = 1.1;         // lists tempt small models to say one thing again
+    if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 512;
+    if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;        // lists tempt small models to say one thing again
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
     guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &err) : astrovl_guide_schema(p->model, schema, size, &err);
     if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", err.message);
-    p->generation.guide = guide;
+    p->o.how.guide = guide;
     for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
     astrovl_guide_free(guide);
     return status;
@@ -2364,8 +2337,20 @@ static const command commands[] = {
      "  astrovl tokens --ids \"M31\" | astrovl tokens --decode\n"},
     {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
      "Lists the metadata and the tensors of GGUF files with their types, shapes and sizes, and says what the files make\n"
-     "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.",
-     "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"},
+     "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.\n"
+     "--check says instead which commands can be used with the files together, or else all that they lack (exit status 1).",
+     "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"
+     "  astrovl inspect --check model.gguf mmproj.gguf\n"},
+    {"quantize", QUANTIZE, run_quantize, 3, 3, "wanted: a GGUF file, the one to be written, and a type such as q4_k_m",
+     "quantize [OPTIONS] IN OUT TYPE", "make a model file smaller",
+     "Writes a copy of a GGUF file with its weight matrices in another type, which is one of\n"
+     "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k   all matrices alike, in 32 to 2.6 bits a weight\n"
+     "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                 llama.cpp's mixes: more bits where they count\n"
+     "Mixes keep the output matrix in Q6_K, and give attn_v, ffn_down (q3_k: attn_output) in some or all blocks a larger type.\n"
+     "Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256 (32) take a type of\n"
+     "smaller blocks, or F16. Start from F16 or F32: what is quantised already loses again. OUT may be IN. CLIP and mmproj\n"
+     "files can be quantised as well. q8_0 is hardly told from the original; q4_k_m suits large language models.",
+     "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
     {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
      "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
      "Runs one question in exact arithmetic and saves every intermediate tensor of the vision tower, the projector and the\n"
@@ -2411,7 +2396,8 @@ static const command commands[] = {
      "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the last two\n"
      "optional. The model describes each image; counted are the class it names, the feature words it uses, and how close its\n"
      "text tower sees text and reference (AstroLLaVA's benchmark). Files are named as seen from the .jsonl file's folder.",
-     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
+     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
+     "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
      "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
      "A language model reads a text and answers in a form that it cannot leave: by default the schema that PAPERCLIP trains on,\n"
@@ -2456,19 +2442,17 @@ static void occupy_standard_streams(void) {
 
 // Runs a command with room for every argument in each list.
 static int run_command(program *p, const command *c, int argc, char **argv) {
-    list *lists[4];
-    int i, status = EXIT_OK;
+    list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
+    int i, status;
     p->cmd = c;
-    lists[0] = &p->o.models, lists[1] = &p->o.stop, lists[2] = &p->o.words, lists[3] = &p->o.texts;
     for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
-    if (status == EXIT_OK) status = parse_options(c, &p->o, argc, argv);
+    status = parse_options(c, &p->o, argc, argv);
     p->show_progress = !p->o.quiet && is_terminal(2);
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);
     else if (status == EXIT_OK) status = c->run(p);
     astrovl_session_free(p->session);
     astrovl_close(p->model);
-    free_memory(p->memory);
     return status;
 }
 

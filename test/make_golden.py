@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Writes test/golden/, what test.c compares with: by the reference implementations, never by astrovl.
 
-    python3 test/make_golden.py [images] [joint] [models] [quants] [tokens] [types]     # all of them without arguments
+    python3 test/make_golden.py [PART ...]     # convert, images, joint, models, quants, tokens, types; all of them without arguments
 
 Not run by CI: it needs PyTorch (6 GB). The versions below are those the committed files were made with; another version is
 told, and may give other bytes. In a virtual environment outside the tree:
 
     pip install PACKAGES      # the list that `python3 test/make_golden.py --versions` prints
     apt-get install libjpeg-turbo-progs
+
+The part `convert` has two more programs save what it makes: FLAX_PYTHON is the Python of another environment (pip install
+transformers==4.49.0 flax==0.12.8), OPEN_CLIP a folder (pip install --no-deps --target FOLDER open_clip_torch==3.3.0 torchvision timm
+ftfy wcwidth protobuf).
 """
 import codecs
 import collections
@@ -17,16 +21,19 @@ import json
 import math
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import types
 import unicodedata
 import zlib
 
 import PIL.features
 import gguf
 import numpy as np
+import safetensors.torch
 import sentencepiece
 import tokenizers
 import torch
@@ -555,6 +562,19 @@ def models_type(which, name, shape):
     return gguf.GGMLQuantizationType.F32 if which == "a" else gguf.GGMLQuantizationType.BF16
 
 
+def models_scaled(name, x, vocab):             # random values of a size that keeps a model's activations alive
+    if "norm" in name:
+        return (1 if name.endswith("weight") else 0) + 0.2 * x
+    if x.dim() == 1:
+        return 0.2 * x if name.endswith("bias") else 0.7 * x
+    if "position_embedding" in name:
+        return 0.5 * x
+    if "embed_tokens" in name or "lm_head" in name:
+        x[vocab.quiet] *= 0.05
+        return x * (3.5 / math.sqrt(x.shape[1]) if "lm_head" in name else 1.0)
+    return x * ((2.2 if "q_proj" in name or "k_proj" in name else 1.2) / math.sqrt(x[0].numel()))
+
+
 def models_build(which, vocab, seed):
     config = models_config(which, vocab)
     config._attn_implementation = "eager"
@@ -571,17 +591,8 @@ def models_build(which, vocab, seed):
             x = torch.randn(p.shape, generator=rng)
             if which == "b" and name == "model.language_model.norm.weight":
                 pass                           # any sign: all positive, tied embeddings repeat their last token
-            elif "norm" in name:
-                x = (1 if name.endswith("weight") else 0) + 0.2 * x
-            elif p.dim() == 1:
-                x = 0.2 * x if name.endswith("bias") else 0.7 * x
-            elif "position_embedding" in name:
-                x = 0.5 * x
-            elif "embed_tokens" in name or "lm_head" in name:
-                x[vocab.quiet] *= 0.05
-                x *= 3.5 / math.sqrt(p.shape[1]) if "lm_head" in name else 1.0
             else:
-                x *= (2.2 if "q_proj" in name or "k_proj" in name else 1.2) / math.sqrt(p[0].numel())
+                x = models_scaled(name, x, vocab)
             x[x.abs() < 2.0 ** -10] = 0        # so that every bfloat16 here is a float16 too: the test converts them
             kind = models_type(which, name, p.shape)
             p.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(x.numpy(), kind), kind).reshape(p.shape).copy()))
@@ -1449,7 +1460,7 @@ def joint_strings():
     return strings
 
 
-def joint_vocabulary():
+def joint_vocabulary(n_merges=188):
     """-> tokens in the order of OpenAI's vocabulary (bytes, bytes that end a word, merges, two special tokens), merges"""
     letters = list(dict.fromkeys(byte for _, byte in sorted(joint_bytes().items())))
     clean = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -1460,7 +1471,7 @@ def joint_vocabulary():
     words = collections.Counter(word for line in text.split("\n") for word, _ in cut.pre_tokenize_str(line))
     words = [[list(word[:-1]) + [word[-1] + "</w>"], n] for word, n in sorted(words.items())]
     merges = []                                # `tokenizers` breaks ties by chance when words have an ending, hence by hand
-    while len(merges) < 188:
+    while len(merges) < n_merges:
         pairs = collections.Counter()
         for word, n in words:
             for pair in zip(word, word[1:]):
@@ -1502,6 +1513,16 @@ class joint_head(torch.nn.Module):             # PAPERCLIP's frozen-backbone var
         return self.b(torch.nn.functional.gelu(self.a(x), approximate="tanh"))
 
 
+def joint_scaled(name, x, logit_scale):
+    if name == "logit_scale":
+        return torch.tensor(logit_scale)
+    if "norm" in name:
+        return (1 if name.endswith("weight") else 0) + 0.2 * x
+    if x.dim() == 1 or "position" in name:
+        return 0.3 * x
+    return x if "token_embedding" in name else x / math.sqrt(x[0].numel()) * 1.3
+
+
 def joint_build(which, tokens, seed):
     act = {"a": "quick_gelu", "b": "gelu"}[which]
     config = CLIPConfig(
@@ -1517,14 +1538,7 @@ def joint_build(which, tokens, seed):
     with torch.no_grad():
         for name, p in model.named_parameters():
             x = torch.randn(p.shape, generator=rng)
-            if name == "logit_scale":
-                x = torch.tensor(math.log(100.0) if which == "a" else 3.3)
-            elif "norm" in name:
-                x = (1 if name.endswith("weight") else 0) + 0.2 * x
-            elif p.dim() == 1 or "position" in name:
-                x = 0.3 * x
-            elif "token_embedding" not in name:
-                x = x / math.sqrt(p[0].numel()) * 1.3
+            x = joint_scaled(name, x, math.log(100.0) if which == "a" else 3.3)
             kind = joint_type(which, name, p)
             p.copy_(x.half().float() if kind == 1 else x.bfloat16().float() if kind == 30 else x)
     return model
@@ -1676,6 +1690,452 @@ def make_joint(folder):
     tokenizer = joint_make_one("a", folder, tokens, merges, images, 5)
     joint_make_one("b", folder, tokens, merges, images, 6)
     print("joint: %d tokens, %d texts" % (len(tokens), joint_write_tokens(folder, tokenizer)))
+
+
+# =====================================================================================================================
+# Convert
+# Tiny random checkpoints in the layouts that convert.py reads, under convert/: as transformers, LLaVA, open_clip and
+# PAPERCLIP save them, with what the reference computes from them. Read by test_convert.py, which lays the folders together
+# (tokenizers and the CLIP are shared). Every weight is a bfloat16 and a float16 at once: all formats hold the same model.
+#   clip/            C, as transformers saves a CLIPModel (F16, vocab.json, merges.txt, the integer buffers of old versions)
+#   clip_flax/       C by FlaxCLIPModel (float32), clip_transfer/  C with PAPERCLIP's heads (bfloat16): flax_model.msgpack
+#   clip_open/       C by open_clip
+#   llava_v5/        B, as transformers 5 saves it (F16): LLaMA-3-like, tokenizer.json, chat template, processor
+#   llava_old/       A, as llava-1.5-7b-hf is (BF16, two shards): LLaMA-2-like, <image> and <pad> added; the tower is C's
+#   liuhaotian/      A, as llava-v1.5-7b is (F16, three .bin; the third holds the tower)
+#   projector/       A's projector alone: mm_projector.bin;   lora/  adapters, to be refused
+#   llama2/          A's language model (.bin; tensors are views of a shared storage)
+#   llama3/, smollm/ D and E: tied, grouped queries, LLaMA-3's frequencies; E with merges as texts and a config of version 4
+#   spm/             tokenizer.model and its companions;   spm_json/  the same vocabulary as transformers 5 saves it
+#   expected.json    {model: {run: {"text", "logits" (of the prompt's last position), "n_prompt"}}}; tokens; embeddings
+# =====================================================================================================================
+
+CONVERT_QUESTION = "What is in this image?"
+CONVERT_GREEDY = 12
+CONVERT_TEXTS = ["a photo of a spiral galaxy", "Globular CLUSTER, seen through thin dust", "12 \u00e9toiles & 3 com\u00e8tes"]
+CONVERT_STRINGS = ["", " ", "Hello, world!", "It's 12345 stars; they'RE faint  and\tfar\n\n  away \n", "a\r\n\r\n  b", "caf\u00e9 \u4f60\u597d \U0001f600",
+                   "NGC1300 M31 3.14159", "\u2581x \u0120y", "  lead", "trail  ", "THE GALAXY the galaxy", "\x00\x01", "'s 'S don't CAN'T",
+                   "<s> <image> <|eot_id|> <|im_end|>", "a" * 40, "\u00bd\u00b2 \u0661\u0662", "e\u0301 \u00c5\u212b", "x\u00a0y\u3000z"]
+# The program that saves by flax, run by FLAX_PYTHON: transformers 4.49 and flax 0.12. The tree with heads is that of
+# PAPERCLIP's FlaxCLIPModelTransfer (models/clip_transfer.py in github.com/smsharma/PAPERCLIP-Hubble).
+CONVERT_FLAX = r"""
+import json, sys, jax, jax.numpy as jnp, flax.linen as nn, numpy as np
+from flax.serialization import to_bytes
+from transformers import CLIPConfig, FlaxCLIPModel
+folder, weights, answer = sys.argv[1:]
+data, tree = dict(np.load(weights)), {}
+heads = {name: data.pop(name) for name in list(data) if "_head." in name}
+for name, x in data.items():
+    path = name.split(".")
+    if path[-1] == "weight":
+        kind = "embedding" if "embedding" in path[-2] and x.ndim == 2 else "scale" if x.ndim == 1 else "kernel"
+        x = x.T if kind == "kernel" and x.ndim == 2 else x.transpose(2, 3, 1, 0) if x.ndim == 4 else x
+        path[-1] = kind
+    node = tree
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+    node[path[-1]] = jnp.asarray(x)
+config = CLIPConfig.from_pretrained(folder + "/clip")
+model = FlaxCLIPModel(config)
+shapes = lambda t: jax.tree_util.tree_map(lambda x: x.shape, dict(t))
+assert shapes(model.params) == shapes(tree)
+model.save_pretrained(folder + "/clip_flax", params=tree)
+dense = lambda name: {"kernel": jnp.asarray(heads[name + ".weight"].T), "bias": jnp.asarray(heads[name + ".bias"])}
+moved = dict(tree)
+for tower in ("text", "vision"):
+    moved[tower + "_model"] = {tower + "_backbone": tree[tower + "_model"], "Dense_0": dense(tower + "_head.a"), "Dense_1": dense(tower + "_head.b")}
+config.architectures = ["CLIPModelTransfer"]
+config.save_pretrained(folder + "/clip_transfer")
+with open(folder + "/clip_transfer/flax_model.msgpack", "wb") as f:
+    f.write(to_bytes(model.to_bf16(moved)))
+"""
+CONVERT_OPEN_CLIP = r"""
+import json, sys, numpy as np, open_clip, torch
+folder, weights, inputs, answer = sys.argv[1:]
+with open(folder + "/clip_open/open_clip_config.json") as f:
+    config = json.load(f)["model_cfg"]
+model = open_clip.CLIP(**config).eval()
+state, done = model.state_dict(), {}
+data = {name: torch.from_numpy(x) for name, x in np.load(weights).items()}
+for name in state:                             # what open_clip calls it -> what transformers calls it
+    tower = "vision_model." if name.startswith("visual.") else "text_model."
+    rest = name.replace("visual.", "")
+    if rest.startswith("transformer.resblocks."):
+        at = tower + "encoder.layers.%s." % rest.split(".")[2]
+        rest = rest.split(".", 3)[3]
+        if "in_proj" in rest:
+            done[name] = torch.cat([data[at + "self_attn.%s_proj.%s" % (p, rest.split("_")[-1])] for p in "qkv"])
+            continue
+        for a, b in (("attn.", "self_attn."), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("c_fc", "fc1"), ("c_proj", "fc2")):
+            rest = rest.replace(a, b)
+        done[name] = data[at + rest]
+    else:
+        other = {"positional_embedding": "text_model.embeddings.position_embedding.weight", "text_projection": "text_projection.weight",
+                 "logit_scale": "logit_scale", "visual.class_embedding": "vision_model.embeddings.class_embedding",
+                 "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight", "visual.proj": "visual_projection.weight",
+                 "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+                 "token_embedding.weight": "text_model.embeddings.token_embedding.weight"}.get(name)
+        if not other:
+            base, kind = name.rsplit(".", 1)
+            other = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm",
+                     "ln_final": "text_model.final_layer_norm"}[base] + "." + kind
+        done[name] = data[other].T.contiguous() if name in ("text_projection", "visual.proj") else data[other]
+model.load_state_dict(done)
+torch.save({name: x.half() for name, x in model.state_dict().items()}, folder + "/clip_open/open_clip_pytorch_model.bin")
+given = np.load(inputs)
+with torch.no_grad():
+    np.savez(answer, image=model.encode_image(torch.from_numpy(given["pixels"])), texts=torch.cat(
+        [model.encode_text(torch.from_numpy(given["ids"][i:i + 1])) for i in range(len(given["ids"]))]))
+"""
+
+
+def convert_randomize(model, seed, scaled):    # values that are bfloat16 and float16 at once
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            x = scaled(name, torch.randn(p.shape, generator=rng))
+            x[x.abs() < 2.0 ** -10] = 0
+            p.copy_(x.bfloat16().float())
+            assert torch.equal(p.half().float(), p)
+
+
+def convert_clip(tokens):
+    config = CLIPConfig(
+        text_config=dict(vocab_size=len(tokens), hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                         max_position_embeddings=24, hidden_act="quick_gelu", bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1),
+        vision_config=dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=7,
+                           hidden_act="quick_gelu"), projection_dim=20)
+    model = CLIPModel(config).float().eval()
+    convert_randomize(model, 31, lambda name, x: joint_scaled(name, x, 3.25))
+    model.vision_head, model.text_head = joint_head(24, 40), joint_head(24, 40)
+    for head, seed in ((model.vision_head, 32), (model.text_head, 33)):
+        convert_randomize(head, seed, lambda name, x: joint_scaled(name, x, 0))
+    return model
+
+
+def convert_text_config(which, vocab):
+    base = dict(vocab_size=vocab.n_vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                intermediate_size=48, max_position_embeddings=512, rms_norm_eps=1e-5, bos_token_id=vocab.bos, eos_token_id=vocab.end,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False)
+    llama3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 256}
+    base.update({"A": dict(vocab_size=vocab.n_vocab + 8), "B": dict(num_key_value_heads=2, rope_parameters=llama3),
+                 "D": dict(num_key_value_heads=1, rope_parameters=llama3, tie_word_embeddings=True, rms_norm_eps=1e-6),
+                 "E": dict(hidden_size=36, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, intermediate_size=40,
+                           rope_parameters={"rope_type": "default", "rope_theta": 100000.0})}[which])
+    return LlamaConfig(**base)
+
+
+def convert_build(which, vocab, seed, clip):
+    text = convert_text_config(which, vocab)
+    if which in "AB":
+        vision = clip.config.vision_config if which == "A" else CLIPVisionConfig(
+            hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=14, hidden_act="gelu",
+            layer_norm_eps=1e-6, projection_dim=20)
+        model = LlavaForConditionalGeneration(LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=vocab.n_vocab if which == "A" else vocab.image_token,
+            image_seq_length=(vision.image_size // vision.patch_size) ** 2, projector_hidden_act="gelu", vision_feature_layer=-2,
+            vision_feature_select_strategy="default", tie_word_embeddings=False))
+    else:
+        model = transformers.LlamaForCausalLM(text)
+    model = model.float().eval()
+    wild = text.tie_word_embeddings            # norms of any sign: all positive, tied embeddings repeat their last token
+    convert_randomize(model, seed, lambda name, x: x if wild and name == "model.norm.weight" else models_scaled(name, x, vocab))
+    if which == "A":
+        model.model.vision_tower.load_state_dict({n.replace("vision_model.", ""): p for n, p in clip.state_dict().items()
+                                                  if n.startswith("vision_model.")})
+        with torch.no_grad():                  # the rows of <image>, <pad> and the padding never win
+            model.lm_head.weight[vocab.n_vocab:] *= 0.01
+            model.lm_head.weight.copy_(model.lm_head.weight.bfloat16().float() * (model.lm_head.weight.abs() >= 2.0 ** -10))
+    return model
+
+
+class convert_smollm(models_bpe):              # special tokens first, no BOS before a text, digits one by one
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    template = models_chatml.template
+
+    def __init__(self, n_vocab):
+        self.plain = tokenizers.Tokenizer(models.BPE())
+        self.plain.pre_tokenizer, self.plain.decoder = tokens_pre_tokenizer("smollm"), decoders.ByteLevel()
+        self.plain.train_from_iterator(MODELS_LINES, trainers.BpeTrainer(
+            vocab_size=n_vocab, special_tokens=self.specials, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+        self.t, self.n_vocab = self.plain, n_vocab
+        self.bos, self.end, self.ends, self.image_token = 1, 2, [0, 2], None
+        vocab = self.t.get_vocab()
+        self.quiet = [0, 1, 2] + [vocab[c] for c in pre_tokenizers.ByteLevel.alphabet() if ord(c) > 0x7E]
+
+
+def convert_runs(model, vocab, images):        # -> {run: {...}}, smallest margin, texts
+    with_image = isinstance(model, LlavaForConditionalGeneration)
+    encode = vocab.sp.encode if isinstance(vocab, models_spm) else vocab.encode
+    bos = [] if isinstance(vocab, convert_smollm) else [vocab.bos]
+    runs = {"text": (bos + encode(CONVERT_QUESTION), [])}
+    for name, pixels in images.items() if with_image else ():
+        runs[name] = (bos + [MODELS_IMAGE] + encode("\n" + CONVERT_QUESTION), [pixels])
+    out, least = {}, 1e9
+    for name, (ids, pixels) in runs.items():
+        tokens, logits, margin = models_greedy(model, ids, pixels, CONVERT_GREEDY)
+        text, least = vocab.text(tokens) if max(tokens) < vocab.n_vocab else "\ufffd", min(least, margin)
+        if any(t in vocab.ends for t in tokens) or len(set(tokens)) < 5 or "\ufffd" in text or text != text.strip():
+            least = -1
+        out[name] = {"text": text, "tokens": tokens, "logits": [float("%.9g" % x) for x in logits]}
+    return out, least
+
+
+def convert_search(which, vocab, clip, images):
+    for seed in range(1, 2000):
+        model = convert_build(which, vocab, seed, clip)
+        runs, margin = convert_runs(model, vocab, images(model))
+        if margin > MODELS_MARGIN:
+            print("convert %s: seed %d, margin %.4f, %r" % (which, seed, margin, [run["text"] for run in runs.values()]))
+            return model, runs
+    raise SystemExit("no seed gives usable text")
+
+
+def convert_json(path, value):
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def convert_index(folder, form, shards):       # {file number: {name: tensor}} as sharded files with their index
+    save = safetensors.torch.save_file if form == "safetensors" else lambda tensors, path, metadata: torch.save(tensors, path)
+    stem, end = ("model", "safetensors") if form == "safetensors" else ("pytorch_model", "bin")
+    names = {}
+    for i, tensors in enumerate(shards):
+        file = "%s-%05d-of-%05d.%s" % (stem, i + 1, len(shards), end)
+        save(tensors, os.path.join(folder, file), metadata={"format": "pt"})
+        names.update({name: file for name in sorted(tensors)})
+    total = sum(x.numel() * x.element_size() for tensors in shards for x in tensors.values())
+    convert_json(os.path.join(folder, "%s.%s.index.json" % (stem, end)), {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def convert_old_names(name):                   # of today's modules -> of checkpoints before transformers 4.52
+    if name.startswith("lm_head"): return "language_model." + name
+    name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
+    return name.replace("language_model.", "language_model.model.")
+
+
+def convert_liuhaotian_names(name):
+    name = name.replace("model.language_model.", "model.").replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+    name = name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
+    return name.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")
+
+
+def convert_preprocessor(size):                # preprocessor_config.json as transformers 4 wrote it
+    return {"crop_size": {"height": size, "width": size}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True,
+            "do_resize": True, "image_mean": MODELS_MEAN, "image_processor_type": "CLIPImageProcessor", "image_std": MODELS_STD, "resample": 3,
+            "rescale_factor": 1 / 255, "size": {"shortest_edge": size}}
+
+
+def convert_write_spm(folder, vocab):
+    with open(os.path.join(folder, "tokenizer.model"), "wb") as f:
+        f.write(vocab.sp.serialized_model_proto())
+    convert_json(os.path.join(folder, "special_tokens_map.json"), {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"})
+    convert_json(os.path.join(folder, "tokenizer_config.json"), convert_spm_config({}))
+
+
+CONVERT_SPM_JSON = "import sys, transformers; transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+
+
+def convert_spm_config(added):                 # tokenizer_config.json as transformers 4 wrote it
+    token = lambda text: {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    names = {"0": "<unk>", "1": "<s>", "2": "</s>", **added}
+    return {"add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": {i: {**token(t), "special": True} for i, t in names.items()},
+            "bos_token": "<s>", "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": True, "model_max_length": 2048,
+            "pad_token": None, "padding_side": "right", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "unk_token": {"__type": "AddedToken", **token("<unk>")}}
+
+
+def convert_write_llava_old(folder, model, vocab):
+    os.makedirs(folder)
+    n, t, v = vocab.n_vocab, model.config.text_config, model.config.vision_config
+    state = {convert_old_names(name): p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
+    text = {name: x for name, x in state.items() if name.startswith("language_model.")}
+    first = {name: x for name, x in text.items() if "model.layers.1." not in name and "lm_head" not in name}
+    convert_index(folder, "safetensors", [first, {name: x for name, x in state.items() if name not in first}])
+    names = ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "vocab_size"]
+    vision = ["hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size", "projection_dim"]
+    convert_json(os.path.join(folder, "config.json"), {
+        "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": n, "model_type": "llava", "pad_token_id": n + 1,
+        "projector_hidden_act": "gelu", "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+                                                        "model_type": "llama", **{k: getattr(t, k) for k in names}, "torch_dtype": "float16"},
+        "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.36.0.dev0",
+        "vision_config": {"model_type": "clip_vision_model", **{k: getattr(v, k) for k in vision}, "vocab_size": 32000},
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": t.vocab_size})
+    convert_json(os.path.join(folder, "preprocessor_config.json"), convert_preprocessor(v.image_size))
+    convert_json(os.path.join(folder, "added_tokens.json"), {"<image>": n, "<pad>": n + 1})
+    convert_json(os.path.join(folder, "tokenizer_config.json"), convert_spm_config({str(n): "<image>", str(n + 1): "<pad>"}))
+    convert_json(os.path.join(folder, "chat_template.json"), {"chat_template": vocab.template})
+
+
+def convert_write_liuhaotian(folder, model, vocab):
+    t, v = model.config.text_config, model.config.vision_config
+    config = {"_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+              "freeze_mm_mlp_adapter": False, "hidden_act": "silu", "hidden_size": t.hidden_size, "image_aspect_ratio": "pad",
+              "intermediate_size": t.intermediate_size, "max_length": 4096, "max_position_embeddings": t.max_position_embeddings,
+              "mm_hidden_size": v.hidden_size, "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None, "mm_use_im_patch_token": False,
+              "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+              "mm_vision_tower": "openai/clip-vit-large-patch14-336", "model_type": "llava", "num_attention_heads": t.num_attention_heads,
+              "num_hidden_layers": t.num_hidden_layers, "num_key_value_heads": t.num_key_value_heads, "pad_token_id": 0, "pretraining_tp": 1,
+              "rms_norm_eps": t.rms_norm_eps, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+              "transformers_version": "4.31.0", "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True, "use_cache": True, "use_mm_proj": True,
+              "vocab_size": vocab.n_vocab}
+    state = {convert_liuhaotian_names(name): p.detach().half() for name, p in model.named_parameters()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = state[name][:vocab.n_vocab].clone()
+    for i in range(t.num_hidden_layers):       # a buffer that versions of the time saved
+        state["model.layers.%d.self_attn.rotary_emb.inv_freq" % i] = 1.0 / (10000.0 ** (torch.arange(0, 8, 2).float() / 8))
+    tower = {name: x for name, x in state.items() if "vision_tower" in name}
+    projector = {name: x for name, x in state.items() if "mm_projector" in name}
+    last = {name: x for name, x in state.items() if name.startswith(("model.layers.1.", "lm_head"))}
+    first = {name: x for name, x in state.items() if name not in {**tower, **last}}
+    for name in ("liuhaotian", "projector", "llama2", "lora"):
+        os.makedirs(os.path.join(folder, name))
+    convert_index(os.path.join(folder, "liuhaotian"), "bin", [first, last, tower])
+    convert_json(os.path.join(folder, "liuhaotian", "config.json"), config)
+    torch.save(projector, os.path.join(folder, "projector", "mm_projector.bin"))
+    convert_json(os.path.join(folder, "projector", "config.json"), {**config, "tune_mm_mlp_adapter": True, "unfreeze_mm_vision_tower": False})
+
+    plain = {name: x for name, x in {**first, **last}.items() if "mm_projector" not in name}
+    for i in range(t.num_hidden_layers):       # views: of one storage, and of one that lies transposed
+        names = ["model.layers.%d.self_attn.%s_proj.weight" % (i, p) for p in "qkv"]
+        joined = torch.cat([plain[name] for name in names])
+        plain.update(zip(names, joined.split(t.hidden_size)))
+        name = "model.layers.%d.mlp.down_proj.weight" % i
+        plain[name] = plain[name].T.contiguous().T
+    torch.save(plain, os.path.join(folder, "llama2", "pytorch_model.bin"))
+    convert_json(os.path.join(folder, "llama2", "config.json"), {
+        **{k: x for k, x in config.items() if not k.startswith(("mm_", "image", "tune", "use_mm", "freeze", "unfreeze"))},
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+
+    base = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    safetensors.torch.save_file({base + "A.weight": torch.ones(2, 32), base + "B.weight": torch.ones(32, 2)},
+                                os.path.join(folder, "lora", "adapter_model.safetensors"), metadata={"format": "pt"})
+    convert_json(os.path.join(folder, "lora", "adapter_config.json"), {"base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "peft_type": "LORA", "r": 2,
+                                                                      "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"})
+
+
+def convert_write_fast(folder, vocab, **settings):
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=vocab.t, chat_template=vocab.template, **settings)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def convert_clip_rows(model, heads, pixels, ids):
+    if not heads:
+        model = types.SimpleNamespace(**{n: getattr(model, n) for n in ("vision_model", "text_model", "visual_projection", "text_projection")})
+    with torch.no_grad():
+        v = joint_rows(model, pixels, ids[0], None)[0]
+        t = torch.cat([joint_rows(model, pixels, i, None)[1] for i in ids])
+    return [[float("%.9g" % x) for x in row] for row in torch.cat([v, t]).tolist()]
+
+
+def convert_run(program, *arguments):          # with packages that the goldens are made without
+    packages = os.environ.get("OPEN_CLIP", "/root/astro/openclip")
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, env={**os.environ, "PYTHONPATH": packages})
+
+
+def convert_write_clips(folder, clip, tokens, merges, image):
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+    for name in ("clip", "clip_flax", "clip_transfer", "clip_open"):
+        os.makedirs(os.path.join(folder, name))
+    at = os.path.join(folder, "clip")
+    bare = CLIPModel(clip.config)
+    bare.load_state_dict({name: x for name, x in clip.state_dict().items() if "_head." not in name})
+    bare.half().save_pretrained(at)
+    with safetensors.safe_open(os.path.join(at, "model.safetensors"), "pt") as f:
+        state = {name: f.get_tensor(name) for name in f.keys()}
+    state["text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    safetensors.torch.save_file(state, os.path.join(at, "model.safetensors"), metadata={"format": "pt"})
+    convert_json(os.path.join(at, "vocab.json"), {t: i for i, t in enumerate(tokens)})
+    with open(os.path.join(at, "merges.txt"), "w", encoding="utf-8") as f:
+        f.write("#version: 0.2\n" + "".join("%s %s\n" % m for m in merges))
+    convert_json(os.path.join(at, "tokenizer_config.json"), {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "model_max_length": 24,
+                                                             "pad_token": "<|endoftext|>", "tokenizer_class": "CLIPTokenizer", "unk_token": "<|endoftext|>"})
+    convert_json(os.path.join(at, "preprocessor_config.json"), convert_preprocessor(28))
+    v, t = clip.config.vision_config, clip.config.text_config
+    convert_json(os.path.join(folder, "clip_open", "open_clip_config.json"), {
+        "model_cfg": {"embed_dim": 20, "quick_gelu": True,
+                      "vision_cfg": {"image_size": v.image_size, "layers": v.num_hidden_layers, "width": v.hidden_size, "patch_size": v.patch_size,
+                                     "head_width": v.hidden_size // v.num_attention_heads, "mlp_ratio": v.intermediate_size / v.hidden_size},
+                      "text_cfg": {"context_length": 24, "vocab_size": len(tokens), "width": t.hidden_size, "heads": t.num_attention_heads,
+                                   "layers": t.num_hidden_layers, "mlp_ratio": t.intermediate_size / t.hidden_size}},
+        "preprocess_cfg": {"mean": MODELS_MEAN, "std": MODELS_STD}})
+    pixels, ids = joint_preprocess(image, v.image_size), [tokenizer(text, truncation=True, max_length=24)["input_ids"] for text in CONVERT_TEXTS]
+    with tempfile.TemporaryDirectory() as work:
+        weights, inputs, answer = (os.path.join(work, name) for name in ("weights.npz", "inputs.npz", "answer.npz"))
+        np.savez(weights, **{name: p.detach().numpy() for name, p in clip.named_parameters()})
+        np.savez(inputs, pixels=pixels.numpy(), ids=np.array([i + [0] * (24 - len(i)) for i in ids]))
+        subprocess.run([os.environ.get("FLAX_PYTHON", "/root/astro/venv-flax/bin/python"), "-c", CONVERT_FLAX, folder, weights, answer], check=True)
+        convert_run(CONVERT_OPEN_CLIP, folder, weights, inputs, answer)
+        ids = [torch.tensor([i]) for i in ids]
+        rows = convert_clip_rows(clip, False, pixels, ids)
+        other = np.load(answer)
+        assert np.abs(np.concatenate([other["image"], other["texts"]]) - np.array(rows)).max() < 1e-4
+    return {"rows": rows, "rows_with_heads": convert_clip_rows(clip, True, pixels, ids), "texts": CONVERT_TEXTS,
+            "logit_scale": float(clip.logit_scale.detach().exp())}, tokenizer
+
+
+def make_convert(folder):
+    torch.set_num_threads(1)
+    out = os.path.join(folder, "convert")
+    shutil.rmtree(out, ignore_errors=True)
+    os.makedirs(os.path.join(out, "spm"))
+    image = Image.open(os.path.join(folder, "models_1.png"))
+    tokens, merges = joint_vocabulary(24)
+    clip = convert_clip(tokens)
+    spm, bpe, smol = models_spm(330), models_bpe(320), convert_smollm(320)
+    size = lambda model: getattr(model.config, "vision_config", clip.config.vision_config).image_size
+    images = lambda model: {"pad": models_preprocess(image, size(model)), "crop": joint_preprocess(image, size(model))}
+    a, b, d, e = (convert_search(which, vocab, clip, images) for which, vocab in (("A", spm), ("B", bpe), ("D", bpe), ("E", smol)))
+    expected = {"A": a[1], "B": b[1], "D": d[1], "E": e[1]}
+    e[0].config.rope_parameters = {"rope_type": "linear", "rope_theta": 100000.0, "factor": 4.0}
+    slow = transformers.LlamaForCausalLM(e[0].config).eval()    # E with stretched positions
+    slow.load_state_dict(e[0].state_dict())
+    expected["E"]["linear"] = convert_runs(slow, smol, {})[0]["text"]
+    e[0].config.rope_parameters = {"rope_type": "default", "rope_theta": 100000.0}
+    expected["C"], clip_tokenizer = convert_write_clips(out, clip, tokens, merges, image)
+    convert_write_spm(os.path.join(out, "spm"), spm)
+    convert_run(CONVERT_SPM_JSON, os.path.join(out, "spm"), os.path.join(out, "spm_json"))
+    convert_write_llava_old(os.path.join(out, "llava_old"), a[0], spm)
+    convert_write_liuhaotian(out, a[0], spm)
+
+    bpe.t.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1", special_tokens=[("<|begin_of_text|>", bpe.bos)])
+    llama3 = dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", clean_up_tokenization_spaces=False)
+    fast = convert_write_fast(os.path.join(out, "llava_v5"), bpe, **llama3)
+    crop = {"height": 28, "width": 28}
+    transformers.LlavaProcessor(transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=crop), fast, patch_size=14,
+                                vision_feature_select_strategy="default", chat_template=bpe.template,
+                                num_additional_image_tokens=1).save_pretrained(os.path.join(out, "llava_v5"))
+    b[0].half().save_pretrained(os.path.join(out, "llava_v5"))
+    d[0].bfloat16().save_pretrained(os.path.join(out, "llama3"))
+    smoll = os.path.join(out, "smollm")
+    smol_fast = convert_write_fast(smoll, smol, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>", pad_token="<|im_end|>")
+    e[0].bfloat16().save_pretrained(smoll)
+    with open(os.path.join(smoll, "tokenizer.json"), encoding="utf-8") as f:
+        state = json.load(f)
+    state["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
+    convert_json(os.path.join(smoll, "tokenizer.json"), state)
+    with open(os.path.join(smoll, "config.json"), encoding="utf-8") as f:
+        config = json.load(f)
+    config.update(rope_theta=config.pop("rope_parameters")["rope_theta"], rope_scaling=None, torch_dtype=config.pop("dtype"), transformers_version="4.42.3")
+    convert_json(os.path.join(smoll, "config.json"), config)
+
+    plain = [s for s in CONVERT_STRINGS if "<s>" not in s]     # what a user typed; with special tokens found and added: all
+    expected["tokens"] = {
+        "spm": {"plain": [[s, spm.sp.encode(s)] for s in CONVERT_STRINGS],
+                "special": [[s, tokens_encode_spm(spm.sp, s.encode(), TOKENS_ADD | TOKENS_PARSE)] for s in CONVERT_STRINGS]},
+        "llama3": {"plain": [[s, bpe.plain.encode(s).ids] for s in CONVERT_STRINGS], "special": [[s, fast(s)["input_ids"]] for s in CONVERT_STRINGS]},
+        "smollm": {"plain": [[s, smol.t.encode(s).ids] for s in plain], "special": [[s, smol_fast(s)["input_ids"]] for s in CONVERT_STRINGS]},
+        "clip": {"special": [[s, clip_tokenizer(s)["input_ids"]] for s in CONVERT_STRINGS]}}
+    expected["question"] = CONVERT_QUESTION
+    with open(os.path.join(out, "expected.json"), "w", encoding="utf-8") as f:
+        json.dump(expected, f, ensure_ascii=False)
+    sizes = {name: sum(os.path.getsize(os.path.join(out, name, f)) for f in os.listdir(os.path.join(out, name)))
+             for name in sorted(os.listdir(out)) if os.path.isdir(os.path.join(out, name))}
+    print("convert:", sizes, "sum", sum(sizes.values()) + os.path.getsize(os.path.join(out, "expected.json")))
 
 
 # =====================================================================================================================
@@ -1874,12 +2334,12 @@ def make_quants(folder):
 # ======================================================================================================================
 
 VERSIONS = {"torch": "2.15.0", "transformers": "5.23.0", "tokenizers": "0.23.3", "sentencepiece": "0.2.3", "gguf": "0.19.0",
-            "numpy": "2.4.6", "Pillow": "13.0.0"}
+            "safetensors": "0.8.0", "numpy": "2.4.6", "Pillow": "13.0.0"}
 
 
 def main():
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
-    parts = {"images": make_images, "joint": make_joint, "models": make_models, "quants": make_quants,
+    parts = {"convert": make_convert, "images": make_images, "joint": make_joint, "models": make_models, "quants": make_quants,
              "tokens": make_tokens, "types": make_types}
     if sys.argv[1:] == ["--versions"]:
         print(" ".join("%s==%s" % item for item in VERSIONS.items()))

@@ -1294,6 +1294,441 @@ static void test_gguf_no_memory(void) {
         }
 }
 
+// ---- files that are written -----------------------------------------------------------------------------------------
+
+#define GGUF_OUT "test/written.gguf"
+
+static int gguf_exists(const char *path) {
+    FILE *f = fopen(path, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+static void gguf_check_nothing_left(const char *what) {
+    CHECK(!gguf_exists(GGUF_OUT) && !gguf_exists(GGUF_OUT ".part"), "%s: a file was left behind", what);
+    remove(GGUF_OUT);
+    remove(GGUF_OUT ".part");
+}
+
+static uint64_t gguf_hash_file(const char *path) {   // FNV-1a
+    size_t size, i;
+    unsigned char *data = read_file(path, &size);
+    uint64_t hash = 14695981039346656037ull;
+    for (i = 0; i < size; i++) hash = (hash ^ data[i]) * 1099511628211ull;
+    free(data);
+    return hash;
+}
+
+// Copies a file through the writer, in pieces of up to `piece` bytes.
+static astrovl_status gguf_write_copy(const astrovl_gguf *in, size_t piece, astrovl_error *err) {
+    astrovl_gguf_writer *w = astrovl_gguf_create(GGUF_OUT, err);
+    astrovl_status status = ASTROVL_OK;
+    int i;
+    if (!w) return err->status;
+    for (i = 0; i < astrovl_gguf_n_kv(in); i++) astrovl_gguf_copy(w, in, i);
+    for (i = 0; i < astrovl_gguf_n_tensors(in); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        astrovl_gguf_put_tensor(w, t->name, t->type, t->n_dims, t->ne);
+    }
+    for (i = 0; i < astrovl_gguf_n_tensors(in); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        size_t at, n;
+        for (at = 0; at < t->n_bytes && !status; at += n) {
+            n = t->n_bytes - at < piece ? (size_t)t->n_bytes - at : piece;
+            status = astrovl_gguf_write(w, (const char *)t->data + at, n, err);
+        }
+    }
+    if (!status) return astrovl_gguf_finish(w, err);
+    astrovl_gguf_discard(w);
+    return status;
+}
+
+static void gguf_check_same(const astrovl_gguf *a, const astrovl_gguf *b, const char *what) {
+    uint64_t k;
+    int i, j, aligned = astrovl_gguf_find_kv(a, "general.alignment") >= 0;   // that is not copied
+    CHECK(astrovl_gguf_n_kv(a) - aligned == astrovl_gguf_n_kv(b), "%s", what);
+    CHECK(astrovl_gguf_n_tensors(a) == astrovl_gguf_n_tensors(b), "%s", what);
+    for (i = 0; i < astrovl_gguf_n_kv(a); i++) {
+        const astrovl_kv *x = astrovl_gguf_kv(a, i), *y;
+        if (strcmp(x->key, "general.alignment") == 0) continue;
+        j = astrovl_gguf_find_kv(b, x->key);
+        y = astrovl_gguf_kv(b, j);
+        CHECK(y, "%s", x->key);
+        if (!y) continue;
+        CHECK(x->type == y->type && x->item_type == y->item_type && x->count == y->count, "%s", x->key);
+        for (k = 0; k < x->count; k++) {
+            astrovl_string s = astrovl_gguf_string(a, i, k), t = astrovl_gguf_string(b, j, k);
+            CHECK(astrovl_gguf_int(a, i, k) == astrovl_gguf_int(b, j, k), "%s: %s", what, x->key);
+            CHECK(avl__double_bits(astrovl_gguf_float(a, i, k)) == avl__double_bits(astrovl_gguf_float(b, j, k)), "%s: %s", what,
+                  x->key);
+            CHECK(s.size == t.size && memcmp(s.data, t.data, s.size) == 0, "%s: %s", what, x->key);
+        }
+    }
+    for (i = 0; i < astrovl_gguf_n_tensors(a); i++) {
+        const astrovl_tensor *x = astrovl_gguf_tensor(a, i), *y = astrovl_gguf_tensor(b, i);
+        CHECK(strcmp(x->name, y->name) == 0 && x->type == y->type && x->n_dims == y->n_dims &&
+              memcmp(x->ne, y->ne, sizeof x->ne) == 0, "%s: %s", what, x->name);
+        CHECK(x->n_bytes == y->n_bytes && memcmp(x->data, y->data, (size_t)x->n_bytes) == 0 && y->offset % 32 == 0, "%s", x->name);
+    }
+}
+
+static void test_gguf_write_copies(void) {
+    static const char *const paths[] = {"test/golden/types_le.gguf", "test/golden/types_be.gguf", "test/golden/models_b.gguf",
+                                        "test/golden/vocab_spm.gguf"};
+    static const size_t pieces[] = {1, 7, 4096, (size_t)1 << 30};
+    uint64_t hash[2] = {0, 0};
+    int i;
+    for (i = 0; i < 4; i++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_gguf *in = astrovl_gguf_open(paths[i], 0, &err), *out;
+        CHECK(in && gguf_write_copy(in, pieces[i], &err) == ASTROVL_OK, "%s", err.message);
+        out = astrovl_gguf_open(GGUF_OUT, i % 2, &err);
+        CHECK(out && astrovl_gguf_version(out) == 3 && !astrovl_gguf_big_endian(out), "%s", err.message);
+        if (out) gguf_check_same(in, out, paths[i]);
+        if (i < 2) hash[i] = gguf_hash_file(GGUF_OUT);
+        astrovl_gguf_close(in);
+        // and onto itself: the source stays readable until it is closed
+        if (out) CHECK(gguf_write_copy(out, 100, &err) == ASTROVL_OK, "%s", err.message);
+        if (out) gguf_walk(out);
+        in = astrovl_gguf_open(GGUF_OUT, 0, &err);
+        if (in && out) gguf_check_same(in, out, "itself");
+        astrovl_gguf_close(in);
+        astrovl_gguf_close(out);
+        remove(GGUF_OUT);
+        gguf_check_nothing_left(paths[i]);
+    }
+    CHECK(hash[0] == hash[1], "the byte order of the source shows");
+}
+
+static void test_gguf_write_values(void) {
+    static const struct { astrovl_value_type type; int64_t first; double number; } expected[] = {
+        {ASTROVL_VALUE_U8, 200, 200}, {ASTROVL_VALUE_I8, -100, -100}, {ASTROVL_VALUE_U16, 60000, 60000},
+        {ASTROVL_VALUE_I16, -30000, -30000}, {ASTROVL_VALUE_U32, 4000000000ll, 4e9}, {ASTROVL_VALUE_I32, -2000000000, -2e9},
+        {ASTROVL_VALUE_F32, -1, -1.5}, {ASTROVL_VALUE_BOOL, 1, 1}, {ASTROVL_VALUE_U64, 1ll << 40, 1099511627776.0},
+        {ASTROVL_VALUE_I64, -(1ll << 40), -1099511627776.0}, {ASTROVL_VALUE_F64, 0, 0.25}};
+    uint8_t u8[2] = {200, 1}, yes[2] = {7, 0};
+    int8_t i8[2] = {-100, 1};
+    uint16_t u16[2] = {60000, 1};
+    int16_t i16[2] = {-30000, 1};
+    uint32_t u32[2] = {4000000000u, 1};
+    int32_t i32[2] = {-2000000000, 1};
+    float f32[2] = {-1.5f, 1};
+    uint64_t u64[2] = {(uint64_t)1 << 40, 1};
+    int64_t i64[2] = {-((int64_t)1 << 40), 1};
+    double f64[2] = {0.25, 1};
+    const void *values[11];
+    astrovl_string strings[3] = {{"a", 1}, {"", 0}, {"b\0c", 3}};
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_gguf_writer *w = astrovl_gguf_create(GGUF_OUT, &err);
+    astrovl_gguf *f;
+    int64_t ne[4] = {3, 2, 1, 1};
+    float x[6] = {1, 2, 3, 4, 5, 6};
+    unsigned char bytes[24];
+    char key[32];
+    int i;
+    values[0] = u8, values[1] = i8, values[2] = u16, values[3] = i16, values[4] = u32, values[5] = i32, values[6] = f32;
+    values[7] = yes, values[8] = u64, values[9] = i64, values[10] = f64;
+    CHECK(w, "%s", err.message);
+    if (!w) return;
+    for (i = 0; i < 11; i++) {
+        sprintf(key, "one.%d", i);
+        astrovl_gguf_put(w, key, expected[i].type, values[i]);
+        sprintf(key, "two.%d", i);
+        astrovl_gguf_put_array(w, key, expected[i].type, values[i], 2);
+    }
+    astrovl_gguf_put(w, "text", ASTROVL_VALUE_STRING, &strings[2]);
+    astrovl_gguf_put_array(w, "texts", ASTROVL_VALUE_STRING, strings, 3);
+    astrovl_gguf_put_array(w, "none", ASTROVL_VALUE_F32, NULL, 0);
+    astrovl_gguf_put_tensor(w, "x", ASTROVL_TYPE_F32, 2, ne);
+    astrovl_quantize(ASTROVL_TYPE_F32, x, bytes, 6);
+    CHECK(astrovl_gguf_write(w, bytes, 24, &err) == ASTROVL_OK && astrovl_gguf_finish(w, &err) == ASTROVL_OK, "%s", err.message);
+    f = astrovl_gguf_open(GGUF_OUT, 1, &err);
+    remove(GGUF_OUT);
+    CHECK(f, "%s", err.message);
+    for (i = 0; f && i < 22; i++) {
+        int index, e = i / 2;
+        sprintf(key, i % 2 ? "two.%d" : "one.%d", e);
+        index = astrovl_gguf_find_kv(f, key);
+        CHECK(index == i && astrovl_gguf_kv(f, i)->item_type == expected[e].type && astrovl_gguf_kv(f, i)->count == 1 + (uint64_t)i % 2 &&
+              (astrovl_gguf_kv(f, i)->type == ASTROVL_VALUE_ARRAY) == i % 2, "%s", key);
+        CHECK(astrovl_gguf_int(f, i, 0) == expected[e].first && astrovl_gguf_float(f, i, 0) == expected[e].number, "%s", key);
+        CHECK(astrovl_gguf_int(f, i, 1) == (i % 2 && expected[e].type != ASTROVL_VALUE_BOOL), "%s", key);
+    }
+    if (f) {
+        int texts = astrovl_gguf_find_kv(f, "texts");
+        CHECK(memcmp(astrovl_gguf_string(f, astrovl_gguf_find_kv(f, "text"), 0).data, "b\0c", 3) == 0, "text");
+        CHECK(astrovl_gguf_kv(f, texts)->count == 3 && astrovl_gguf_string(f, texts, 1).size == 0, "texts");
+        CHECK(astrovl_gguf_kv(f, astrovl_gguf_find_kv(f, "none"))->count == 0, "none");
+        CHECK(memcmp(astrovl_gguf_tensor(f, 0)->data, bytes, 24) == 0, "x");
+    }
+    astrovl_gguf_close(f);
+    gguf_check_nothing_left("values");
+}
+
+// One mistake a time; the file is never there afterwards.
+static void test_gguf_write_mistakes(void) {
+    static const char *const says[] = {"k: is declared twice", "t: is declared twice", "t: these are more data", "t: its data are not complete",
+        "all tensors have their data", "late: is declared after", "t: no tensor has this type and shape", "no tensor has this",
+        "no tensor has this", "no tensor has this", "a name: is empty", "a name: is empty or too long", "no such type", "no tensor has this",
+        "k: is declared twice"};
+    static const char zeros[64] = {0};
+    int which;
+    for (which = 0; which < 15; which++) {
+        static char long_name[1100];
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_gguf_writer *w = astrovl_gguf_create(GGUF_OUT, &err);
+        astrovl_status status = ASTROVL_OK;
+        int64_t ne[4] = {32, 1, 1, 1};
+        uint32_t v = 1;
+        CHECK(w, "%s", err.message);
+        if (!w) return;
+        memset(long_name, 'x', sizeof long_name - 1);
+        astrovl_gguf_put(w, "k", ASTROVL_VALUE_U32, &v);
+        if (which == 0 || which == 14) astrovl_gguf_put(w, "k", ASTROVL_VALUE_U32, &v);
+        if (which == 7) ne[0] = 33;
+        if (which == 8) ne[0] = 0;
+        if (which == 9) ne[0] = ne[1] = ne[2] = (int64_t)1 << 40;
+        if (which == 10) astrovl_gguf_put(w, "", ASTROVL_VALUE_U32, &v);
+        if (which == 12) astrovl_gguf_put(w, "x", ASTROVL_VALUE_ARRAY, &v);
+        if (which < 14) astrovl_gguf_put_tensor(w, which == 11 ? long_name : "t", which == 13 ? (astrovl_type)4 : ASTROVL_TYPE_Q8_0,
+                                                which == 6 ? 5 : which == 9 ? 3 : 1, ne);
+        if (which == 1) astrovl_gguf_put_tensor(w, "t", ASTROVL_TYPE_Q8_0, 1, ne);
+        if (which < 14) status = astrovl_gguf_write(w, zeros, which == 2 ? 35 : which == 3 ? 33 : 34, &err);
+        if (which == 4) status = astrovl_gguf_write(w, zeros, 1, &err);
+        if (which == 5) astrovl_gguf_put(w, "late", ASTROVL_VALUE_U32, &v);
+        if (!status || which % 2) status = astrovl_gguf_finish(w, &err);   // after a failure too
+        else astrovl_gguf_discard(w);
+        CHECK(status == ASTROVL_ERROR_ARGUMENT && err.status == status && strstr(err.message, says[which]) &&
+              strstr(err.message, GGUF_OUT), "mistake %d: %s", which, err.message);
+        gguf_check_nothing_left("a mistake");
+    }
+}
+
+static void test_gguf_write_places(void) {
+    static const struct { const char *path; astrovl_status status; const char *says; } places[] = {
+        {"test", ASTROVL_ERROR_FILE, "test: is a folder or a device"}, {"/dev/null", ASTROVL_ERROR_FILE, "/dev/null: is a folder"},
+        {"test/no/such/folder.gguf", ASTROVL_ERROR_FILE, "folder.gguf.part: cannot be created"},
+        {"", ASTROVL_ERROR_ARGUMENT, "no file name"}, {NULL, ASTROVL_ERROR_ARGUMENT, "no file name"}};
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_gguf_writer *w, *other;
+    int i;
+    for (i = 0; i < 5; i++) {
+        w = astrovl_gguf_create(places[i].path, &err);
+        CHECK(!w && err.status == places[i].status && strstr(err.message, places[i].says), "%d: %s", i, err.message);
+    }
+    w = astrovl_gguf_create(GGUF_OUT, &err);
+    CHECK(w, "%s", err.message);
+    other = astrovl_gguf_create(GGUF_OUT, &err);   // two writers do not meet
+    CHECK(!other && strstr(err.message, GGUF_OUT ".part: exists"), "%s", err.message);
+    CHECK(gguf_exists(GGUF_OUT ".part") && !gguf_exists(GGUF_OUT), "the first one's file is there");
+    astrovl_gguf_discard(w);
+    astrovl_gguf_discard(NULL);
+    gguf_check_nothing_left("discarded");
+}
+
+#if AVL__POSIX
+#include <signal.h>
+#include <sys/resource.h>
+static void test_gguf_write_full(void) {   // a limit on the size of files stands for a full disk
+    struct rlimit before, small;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_gguf *in = astrovl_gguf_open("test/golden/models_b.gguf", 0, &err);
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    rlim_t size;
+    getrlimit(RLIMIT_FSIZE, &before);
+    small = before;
+    for (size = 0; size < 140000; size += size < 8192 ? 1000 : 40000) {
+        astrovl_status status;
+        small.rlim_cur = size;
+        if (setrlimit(RLIMIT_FSIZE, &small) != 0) break;
+        status = gguf_write_copy(in, 5000, &err);
+        setrlimit(RLIMIT_FSIZE, &before);
+        CHECK(status == ASTROVL_ERROR_FILE && strstr(err.message, "is the disk full?"), "at %d: %s", (int)size, err.message);
+        gguf_check_nothing_left("a full disk");
+    }
+    signal(SIGXFSZ, handler);
+    astrovl_gguf_close(in);
+}
+#endif
+
+// ---- quantising files
+
+static const char *const gguf_recipes[] = {"f32", "F16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "Q8_0", "q2_k", "q3_k", "q4_k", "q5_k",
+    "q6_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "Q4_K_M", "q5_k_s", "q5_k_m"};
+enum { GGUF_N_RECIPES = 20 };
+
+static int gguf_count_progress(void *user, const char *stage, int done, int total) {   // user: calls until the one that cancels
+    CHECK(strcmp(stage, "tensors") == 0 && done >= 0 && done <= total, "%s %d %d", stage, done, total);
+    return --*(int *)user == 0;
+}
+
+// A random model of n blocks whose rows are multiples of 256.
+static void gguf_write_blocks(int n_blocks, int with_output) {
+    static const struct { const char *name; int rows, columns; } parts[] = {{"attn_q", 4, 256}, {"attn_k", 4, 256}, {"attn_v", 4, 256},
+        {"attn_output", 2, 256}, {"ffn_gate", 3, 256}, {"ffn_up", 3, 256}, {"ffn_down", 2, 512}, {"attn_norm", 1, 256}};
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_gguf_writer *w = astrovl_gguf_create(GGUF_OUT, &err);
+    uint8_t block[2 * 4 * 512];
+    char name[64];
+    int i, k, pass, n_parts = (int)(sizeof parts / sizeof *parts);
+    for (i = 0; i < (int)sizeof block; i++) block[i] = (uint8_t)(i % 2 ? 0x2C : i * 37);   // float16 from 0.06 to 0.13
+    for (pass = 0; w && pass < 2; pass++)
+        for (i = -1; i < n_blocks; i++)
+            for (k = 0; k < (i < 0 ? 1 + with_output : n_parts); k++) {
+                int64_t ne[2];
+                ne[0] = i < 0 ? 256 : parts[k].columns, ne[1] = i < 0 ? 5 : parts[k].rows;
+                if (i < 0) sprintf(name, "%s", k ? "output.weight" : "token_embd.weight");
+                else sprintf(name, "blk.%d.%s.weight", i, parts[k].name);
+                if (pass == 0) astrovl_gguf_put_tensor(w, name, ASTROVL_TYPE_F16, 2, ne);
+                else CHECK(astrovl_gguf_write(w, block, (size_t)(2 * ne[0] * ne[1]), &err) == ASTROVL_OK, "%s", err.message);
+            }
+    CHECK(w && astrovl_gguf_finish(w, &err) == ASTROVL_OK, "%s", err.message);
+}
+
+// The types of all tensors of a kind, block by block, by their first digit: "664464".
+static void gguf_types_of(const astrovl_gguf *f, int n_blocks, const char *part, char *digits) {
+    int i;
+    for (i = 0; i < n_blocks; i++) {
+        char name[64];
+        const astrovl_tensor *t;
+        sprintf(name, "blk.%d.%s.weight", i, part);
+        t = astrovl_gguf_find_tensor(f, name);
+        digits[i] = t ? astrovl_type_name(t->type)[1] : '?';
+    }
+    digits[i] = 0;
+}
+
+static void test_quantize_mixes(void) {   // what llama.cpp's llama-quantize makes of a model of 18 blocks
+    static const struct { const char *name, *v, *down, *output; char rest, head; } mixes[] = {
+        {"q3_k_s", "333333333333333333", "333333333333333333", "333333333333333333", '3', '6'},
+        {"q3_k_m", "554444444444444444", "544444444444444444", "444444444444444444", '3', '6'},
+        {"q3_k_l", "555555555555555555", "555555555555555555", "555555555555555555", '3', '6'},
+        {"q4_k_s", "555544444444444444", "554444444444444444", "444444444444444444", '4', '6'},
+        {"q4_k_m", "664464464464464666", "664464464464464666", "444444444444444444", '4', '6'},
+        {"q5_k_s", "555555555555555555", "555555555555555555", "555555555555555555", '5', '6'},
+        {"q5_k_m", "665565565565565666", "665565565565565666", "555555555555555555", '5', '6'}};
+    char digits[32], rest[32];
+    int i, k, with_output;
+    for (with_output = 0; with_output < 2; with_output++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_gguf *in;
+        gguf_write_blocks(18, with_output);
+        in = astrovl_gguf_open(GGUF_OUT, 0, &err);
+        for (i = 0; i < 7; i++) {
+            astrovl_gguf *out;
+            CHECK(in && astrovl_quantize_file(in, GGUF_OUT, mixes[i].name, 2, NULL, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
+            out = astrovl_gguf_open(GGUF_OUT, 0, &err);
+            if (!out) continue;
+            gguf_types_of(out, 18, "attn_v", digits);
+            CHECK(strcmp(digits, mixes[i].v) == 0, "%s attn_v %s", mixes[i].name, digits);
+            gguf_types_of(out, 18, "ffn_down", digits);
+            CHECK(strcmp(digits, mixes[i].down) == 0, "%s ffn_down %s", mixes[i].name, digits);
+            gguf_types_of(out, 18, "attn_output", digits);
+            CHECK(strcmp(digits, mixes[i].output) == 0, "%s attn_output %s", mixes[i].name, digits);
+            for (k = 0; k < 4; k++) {
+                static const char *const parts[] = {"attn_q", "attn_k", "ffn_gate", "ffn_up"};
+                gguf_types_of(out, 18, parts[k], digits);
+                memset(rest, mixes[i].rest, 18), rest[18] = 0;
+                CHECK(strcmp(digits, rest) == 0, "%s %s %s", mixes[i].name, parts[k], digits);
+            }
+            CHECK(astrovl_type_name(astrovl_gguf_find_tensor(out, "token_embd.weight")->type)[1] ==
+                  (with_output ? mixes[i].rest : mixes[i].head), "%s token_embd", mixes[i].name);
+            if (with_output) CHECK(astrovl_gguf_find_tensor(out, "output.weight")->type == ASTROVL_TYPE_Q6_K, "%s", mixes[i].name);
+            CHECK(astrovl_gguf_find_tensor(out, "blk.3.attn_norm.weight")->type == ASTROVL_TYPE_F16, "%s: a norm", mixes[i].name);
+            astrovl_gguf_close(out);
+        }
+        astrovl_gguf_close(in);
+        remove(GGUF_OUT);
+    }
+    gguf_check_nothing_left("mixes");
+}
+
+// Every recipe on files of all kinds: what stays, what becomes of short rows, the same bytes for any number of threads and on any
+// machine (the hash was taken on x86-64).
+static void test_quantize_files(void) {
+    static const struct { const char *path; uint64_t hash; } files[] = {
+        {"test/golden/models_b.gguf", 0x6d4f9c31ef882520ull}, {"test/golden/joint_a.gguf", 0x87dc7f3d77c4787full},
+        {"test/golden/types_be.gguf", 0xd753319a3736dfc1ull}, {"test/golden/vocab_spm.gguf", 0xb2274ab659be1e9ull}};
+    int f, r, i;
+    for (f = 0; f < 4; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_gguf *in = astrovl_gguf_open(files[f].path, 0, &err);
+        uint64_t all = 0;
+        for (r = 0; in && r < GGUF_N_RECIPES; r++) {
+            astrovl_quantize_report report;
+            astrovl_gguf *out;
+            uint64_t hash = 0;
+            int threads, changed = 0;
+            for (threads = 1; threads <= 3; threads += 2) {
+                astrovl_status status = astrovl_quantize_file(in, GGUF_OUT, gguf_recipes[r], threads, NULL, NULL, &report, &err);
+                CHECK(status == ASTROVL_OK, "%s %s: %s", files[f].path, gguf_recipes[r], err.message);
+                CHECK(threads == 1 || hash == gguf_hash_file(GGUF_OUT), "%s: threads show", gguf_recipes[r]);
+                hash = gguf_hash_file(GGUF_OUT);
+            }
+            all = all * 31 + hash;
+            out = astrovl_gguf_open(GGUF_OUT, 0, &err);
+            CHECK(out && report.n_tensors == astrovl_gguf_n_tensors(in), "%s", err.message);
+            for (i = 0; out && i < astrovl_gguf_n_tensors(in); i++) {
+                const astrovl_tensor *a = astrovl_gguf_tensor(in, i), *b = astrovl_gguf_tensor(out, i);
+                int matrix = a->ne[1] > 1 && strlen(a->name) > 7 && strcmp(a->name + strlen(a->name) - 7, ".weight") == 0 &&
+                             !strstr(a->name, "position_embd") && !strstr(a->name, "patch_embd");
+                changed += a->type != b->type;
+                CHECK(strcmp(a->name, b->name) == 0 && memcmp(a->ne, b->ne, sizeof a->ne) == 0, "%s", a->name);
+                if (!matrix || a->type == b->type)
+                    CHECK(a->type == b->type && memcmp(a->data, b->data, (size_t)a->n_bytes) == 0, "%s is another", a->name);
+                if (matrix && a->ne[0] % 32 != 0 && r > 2) CHECK(b->type == ASTROVL_TYPE_F16, "%s: %d", a->name, (int)b->type);
+                if (matrix && a->ne[0] % 32 == 0 && r > 2 && r < 8) CHECK(strcmp(astrovl_type_name(b->type) + 1, gguf_recipes[r] + 1) == 0,
+                                                                       "%s: %d", a->name, (int)b->type);
+            }
+            CHECK(report.n_changed == changed, "%d changed", report.n_changed);
+            if (out) CHECK(astrovl_gguf_int(out, astrovl_gguf_find_kv(out, "general.quantization_version"), 0) == 2, "version");
+            if (out) CHECK(astrovl_gguf_find_kv(out, "general.file_type") >= 0, "file type");
+            astrovl_gguf_close(out);
+            if (f == 0 && r > 2) {
+                astrovl_model *m = astrovl_open(GGUF_OUT, NULL, &err);
+                CHECK(m, "%s", err.message);
+                astrovl_close(m);
+            }
+            remove(GGUF_OUT);
+        }
+        CHECK(all == files[f].hash, "%s: 0x%llx", files[f].path, (unsigned long long)all);
+        astrovl_gguf_close(in);
+    }
+    gguf_check_nothing_left("recipes");
+}
+
+static void test_quantize_stops(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_gguf *in = astrovl_gguf_open("test/golden/models_b.gguf", 0, &err);
+    astrovl_status status;
+    int stop, calls, failed = 1;
+    long call;
+    CHECK(astrovl_quantize_file(in, GGUF_OUT, "q4_k_xl", 1, NULL, NULL, NULL, &err) == ASTROVL_ERROR_ARGUMENT &&
+          strstr(err.message, "\"q4_k_xl\"") && strstr(err.message, " q3_k_s q3_k_m"), "%s", err.message);
+    CHECK(astrovl_quantize_file(in, GGUF_OUT, NULL, 1, NULL, NULL, NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "no recipe");
+    CHECK(astrovl_quantize_file(in, "test", "q8_0", 1, NULL, NULL, NULL, NULL) == ASTROVL_ERROR_FILE, "a folder");
+    for (stop = 1;; stop++) {
+        calls = stop;
+        status = astrovl_quantize_file(in, GGUF_OUT, "q4_0", 2, gguf_count_progress, &calls, NULL, &err);
+        if (status == ASTROVL_OK) break;
+        CHECK(status == ASTROVL_CANCELLED && err.status == status && calls == 0, "%s", err.message);
+        gguf_check_nothing_left("cancelled");
+    }
+    CHECK(stop >= astrovl_gguf_n_tensors(in), "cancelled %d times", stop);   // the last call's answer does not count
+    remove(GGUF_OUT);
+    for (call = 0; failed && call < 2000; call++) {
+        alloc_fail_at(call);
+        status = astrovl_quantize_file(in, GGUF_OUT, "q8_0", 2, NULL, NULL, NULL, &err);
+        failed = alloc_did_fail();
+        alloc_fail_at(-1);
+        CHECK(failed == (status == ASTROVL_ERROR_MEMORY) && failed == (status != ASTROVL_OK), "call %ld: %s", call, err.message);
+        if (!failed) remove(GGUF_OUT);
+        gguf_check_nothing_left("no memory");
+    }
+    CHECK(!failed && call > 100, "%ld allocations", call);
+    astrovl_gguf_close(in);
+}
+
 static void tests_gguf(void) {
     run("gguf: golden files, both byte orders", test_gguf_golden);
     run("gguf: unusual but good files", test_gguf_good);
@@ -1304,6 +1739,16 @@ static void tests_gguf(void) {
     run("gguf: cut anywhere", test_gguf_truncation);
     run("gguf: random damage", test_gguf_fuzz);
     run("gguf: allocation failures", test_gguf_no_memory);
+    run("gguf: copies through the writer", test_gguf_write_copies);
+    run("gguf: every type of value written", test_gguf_write_values);
+    run("gguf: mistakes in writing", test_gguf_write_mistakes);
+    run("gguf: where files cannot be written", test_gguf_write_places);
+#if AVL__POSIX
+    run("gguf: a full disk", test_gguf_write_full);
+#endif
+    run("gguf: quantising, llama.cpp's mixes", test_quantize_mixes);
+    run("gguf: quantising, every recipe", test_quantize_files);
+    run("gguf: quantising, cancelled and out of memory", test_quantize_stops);
 }
 
 // ---- text -----------------------------------------------------------------------------------------------------------
@@ -3099,6 +3544,143 @@ static void models_missing_tensors(void) {
     CHECK(n_refused > 80, "%d tensors are missed", n_refused);
 }
 
+// ---- all problems at once
+
+typedef struct models_problems { int n; char first[480]; char *all; size_t size; } models_problems;   // all: one a line
+
+static void models_on_problem(void *user, const char *message) {
+    models_problems *p = (models_problems *)user;
+    size_t n = strlen(message);
+    if (p->n++ == 0) strcpy(p->first, message);
+    p->all = (char *)realloc(p->all, p->size + n + 2);
+    if (!p->all) exit(1);
+    memcpy(p->all + p->size, message, n);
+    strcpy(p->all + p->size + n, "\n");
+    p->size += n + 1;
+}
+
+// Opens a block both ways: what opening alone ends with has to be the first of all problems. Returns their number.
+static int models_check_problems(const unsigned char *data, size_t size, models_problems *p, const char *what) {
+    astrovl_open_options options;
+    astrovl_error err = {ASTROVL_OK, ""}, all = {ASTROVL_OK, ""};
+    astrovl_memory block;
+    astrovl_model *m = models_open_bytes(data, size, &err), *n;
+    memset(p, 0, sizeof *p);
+    memset(&options, 0, sizeof options);
+    options.on_problem = models_on_problem;
+    options.user = p;
+    block.data = data, block.size = size, block.name = "block";
+    n = astrovl_open_memory(&block, 1, &options, &all);
+    CHECK((n != NULL) == (p->n == 0), "%s: %d problems, %s", what, p->n, all.message);
+    CHECK(n || all.status == ASTROVL_ERROR_MODEL, "%s: %s", what, all.message);
+    if (!m) CHECK(p->n > 0 && strcmp(p->first, err.message) == 0, "%s: first '%s', alone '%s'", what, p->first, err.message);
+    if (m && !n) CHECK(strstr(p->all, "there is ") || strstr(p->all, "has no") || strstr(p->all, "has neither"), "%s: %s", what, p->all);
+    astrovl_close(m);
+    astrovl_close(n);
+    return p->n;
+}
+
+static int models_is_optional(const char *name) {
+    static const char *const names[] = {"output.weight", "rope_freqs.weight", "visual_projection.weight", "logit_scale", "mm.", ".head."};
+    size_t i, n = strlen(name);
+    for (i = 0; i < sizeof names / sizeof *names; i++) if (strstr(name, names[i])) return 1;
+    return n > 5 && strcmp(name + n - 5, ".bias") == 0 && !strstr(name, "ln");
+}
+
+// Tensors and keys damaged alone, in pairs and all together: each one is named.
+static void models_all_problems(void) {
+    static const char *const paths[] = {"test/golden/models_a_text.gguf", "test/golden/models_b.gguf", "test/golden/joint_a.gguf",
+                                        "test/golden/joint_b.gguf"};
+    models_problems p;
+    char line[200];
+    int f, i, n_all;
+    for (f = 0; f < 4; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file(paths[f], &size);
+        astrovl_gguf *file = astrovl_gguf_open(paths[f], 0, &err);
+        int n = file ? astrovl_gguf_n_tensors(file) : 0;
+        CHECK(models_check_problems(bytes, size, &p, paths[f]) == 0, "%s", p.all);
+        free(p.all);
+        for (i = 0; i < n; i++) {
+            const char *a = astrovl_gguf_tensor(file, i)->name, *b = astrovl_gguf_tensor(file, (i + n / 2) % n)->name;
+            unsigned char *after = models_after(bytes, size, a, 0), *other = models_after(bytes, size, b, 0);
+            after[-1] ^= 1;
+            if (other != after) other[-1] ^= 1;
+            models_check_problems(bytes, size, &p, a);
+            sprintf(line, " %.180s ", a);
+            CHECK(models_is_optional(a) || strstr(a, "post_ln") || (p.all && strstr(p.all, line)), "without %s: %s", a, p.all ? p.all : "");
+            sprintf(line, " %.180s ", b);
+            CHECK(models_is_optional(b) || strstr(b, "post_ln") || (p.all && strstr(p.all, line)), "without %s: %s", b, p.all ? p.all : "");
+            free(p.all);
+            after[-1] ^= 1;
+            if (other != after) other[-1] ^= 1;
+            after[4] ^= 3;   // and a row of another length
+            models_check_problems(bytes, size, &p, a);
+            free(p.all);
+            after[4] ^= 3;
+        }
+        for (i = 0; i < n; i++) models_after(bytes, size, astrovl_gguf_tensor(file, i)->name, 0)[-1] ^= 1;
+        n_all = models_check_problems(bytes, size, &p, "without all");
+        for (i = 0; i < n; i++) {
+            const char *name = astrovl_gguf_tensor(file, i)->name;
+            sprintf(line, " %.180s ", name);
+            CHECK(models_is_optional(name) || strstr(name, "post_ln") || (p.all && strstr(p.all, line)), "%s is not missed", name);
+        }
+        CHECK(n_all > 20, "%d problems", n_all);
+        free(p.all);
+        for (i = 0; i < n; i++) {
+            const char *name = astrovl_gguf_tensor(file, i)->name;
+            unsigned char *after = models_after(bytes, size, name, 0);
+            if (!after) {   // its name is still the damaged one
+                char *copy = avl__copy_text(name, strlen(name));
+                copy[strlen(copy) - 1] ^= 1;
+                after = models_after(bytes, size, copy, 0);
+                astrovl_free(copy);
+            }
+            after[-1] ^= 1;
+        }
+        for (i = 0; i < astrovl_gguf_n_kv(file); i++) {
+            const char *key = astrovl_gguf_kv(file, i)->key;
+            unsigned char *after = models_after(bytes, size, key, 0);
+            after[-1] ^= 1;
+            models_check_problems(bytes, size, &p, key);
+            after[-1] ^= 1;
+            free(p.all);
+        }
+        astrovl_gguf_close(file);
+        free(bytes);
+    }
+}
+
+static void models_mutated_problems(void) {   // random bytes in all that stands before the data
+    static const char *const paths[] = {"test/golden/models_b.gguf", "test/golden/joint_b.gguf"};
+    uint64_t seed = 11;
+    int f, round, k;
+    for (f = 0; f < 2; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file(paths[f], &size);
+        astrovl_gguf *file = astrovl_gguf_open(paths[f], 0, &err);
+        size_t start = file ? (size_t)astrovl_gguf_tensor(file, 0)->offset : 1;
+        astrovl_gguf_close(file);
+        for (round = 0; round < 1500; round++) {
+            models_problems p;
+            size_t at[3];
+            unsigned char old[3];
+            for (k = 0; k < 3; k++) {
+                at[k] = (size_t)(avl__random(&seed) * (double)start);
+                old[k] = bytes[at[k]];
+                bytes[at[k]] ^= (unsigned char)(1 + avl__random(&seed) * 255);
+            }
+            models_check_problems(bytes, size, &p, "mutant");
+            free(p.all);
+            for (k = 2; k >= 0; k--) bytes[at[k]] = old[k];
+        }
+        free(bytes);
+    }
+}
+
 // ---- parts of a model
 
 static void models_parts(void) {
@@ -3773,6 +4355,8 @@ static void tests_models(void) {
     run("models: F16 and BF16 of one value", models_f16_and_bf16);
     run("models: keys that contradict the tensors", models_wrong_keys);
     run("models: every tensor missing once", models_missing_tensors);
+    run("models: all problems told at once", models_all_problems);
+    run("models: all problems of mutants", models_mutated_problems);
     run("models: parts of a model", models_parts);
     run("models: wrong arguments", models_arguments);
     run("models: a full context", models_full_context);

@@ -5,26 +5,31 @@
     ASTROVL=./astrovl-sanitize python3 test/test_convert.py
 """
 import ast
+import importlib.util
+import io
 import json
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unittest
 import xml.dom.minidom
+import zipfile
 import zlib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.abspath(os.path.join(ROOT, os.environ.get("ASTROVL", "astrovl")))
 MODEL = os.path.join(ROOT, "test", "astrovl-tiny.gguf")
 IMAGES = os.path.join(ROOT, "test", "images")
-COMMANDS = ["caption", "ask", "chat", "tokens", "inspect", "trace", "version", "score", "describe", "index", "search",
+COMMANDS = ["caption", "ask", "chat", "tokens", "inspect", "quantize", "trace", "version", "score", "describe", "index", "search",
             "embed", "evaluate", "summarize", "bench"]
 SHORT = ["--max-tokens", "6", "--threads", "1", "--quiet"]
 
@@ -657,6 +662,193 @@ class Inspect(Case):
         self.assertEqual(file["tensors"][0]["shape"], [2, 3])
         self.assertEqual(file["tensors"][0]["bytes"], 24)
         self.assertNotIn("\x1b", self.succeeds("inspect", path).out)
+
+
+def golden(name):
+    return os.path.join(ROOT, "test", "golden", name)
+
+
+class Check(Case):
+    """inspect --check: which commands run, or all that is missing."""
+
+    TEXT, MMPROJ, B, CLIP = (golden(name) for name in ("models_a_text.gguf", "models_a_mmproj.gguf", "models_b.gguf", "joint_a.gguf"))
+
+    def runs(self, commands, *files):
+        result = self.succeeds("inspect", "--check", *files)
+        self.assertTrue(result.out.startswith("these files can be used with " + commands), result)
+        seen = json.loads(self.succeeds("inspect", "--check", "--json", *files).out)
+        self.assertEqual((seen["runnable"], seen["commands"], seen["problems"]), (True, commands.split(";")[0].split(), []))
+        return result.out
+
+    def lacks(self, n, says, *files):
+        """n problems, and each of these texts stands in one of them."""
+        result = astrovl("inspect", "--check", *files)
+        self.assertEqual((result.code, result.err), (1, ""), result)
+        lines = result.out.splitlines()
+        self.assertTrue(lines[0].startswith("these files make up no model"), result)
+        self.assertEqual(len(lines) - 1, n, result)
+        for text in says:
+            self.assertTrue(any(text in line for line in lines[1:] if line.startswith("- ")), (text, result))
+        seen = astrovl("inspect", "--check", "--json", *files)
+        self.assertEqual(seen.code, 1)
+        self.assertEqual((json.loads(seen.out)["runnable"], json.loads(seen.out)["problems"]), (False, [line[2:] for line in lines[1:]]))
+
+    def changed(self, path, *changes, name="changed.gguf"):
+        """A copy with bytes replaced, each by as many others."""
+        with open(path, "rb") as f:
+            data = f.read()
+        for old, new in changes:
+            self.assertTrue(data.count(old) == 1 and len(old) == len(new), old)
+            data = data.replace(old, new)
+        return self.write(name, data)
+
+    def test_what_runs(self):
+        both = "score describe search index embed "
+        self.runs("caption ask chat trace summarize " + both + "tokens")
+        self.runs("caption ask chat trace summarize tokens", self.TEXT, self.MMPROJ)
+        self.runs("caption ask chat trace summarize tokens", "-m", self.MMPROJ, "--model", self.TEXT)
+        self.runs(both.strip(), self.CLIP)
+        self.assertIn("give the mmproj file as well: -m FILE", self.runs("chat trace summarize tokens", self.TEXT))
+
+    def test_lone_parts(self):
+        self.lacks(1, ["no language model, which answers are made with: give its file as well (-m FILE)"], self.MMPROJ)
+        self.lacks(1, ["a vocabulary and nothing else: give the file with the weights as well"], golden("vocab_spm.gguf"))
+        self.lacks(1, ["no text tower (t.*)"], write_micro_model(self.path("micro.gguf")))
+        self.lacks(1, ["convert it again with tokenizer.model or tokenizer.json next to its weights"],
+                   self.changed(self.TEXT, (b"tokenizer.ggml.model", b"tokenizer.ggml.mXdel")))
+        self.lacks(1, ["text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again with its tokenizer"],
+                   self.changed(self.CLIP, (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tXkens")))
+        self.lacks(1, ["24 values, the language model reads 32; these files belong to different models"], self.MMPROJ, self.B)
+
+    def test_every_missing_tensor_and_key(self):
+        names = [b"blk.1.ffn_up.weight", b"blk.0.attn_norm.weight", b"output_norm.weight", b"token_embd.weight", b"llama.context_length"]
+        path = self.changed(self.TEXT, *((name, name[:-1] + b"X") for name in names))
+        self.lacks(5, [name.decode() + " is missing" for name in names], path)
+        names += [b"v.blk.0.ln1.bias", b"v.patch_embd.weight", b"clip.vision.patch_size"]
+        other = self.changed(self.MMPROJ, *((name, name[:-1] + b"X") for name in names[5:]), name="other.gguf")
+        self.lacks(8, [name.decode() + " is missing" for name in names], path, other)
+
+    def test_shapes_and_kinds(self):
+        def tensor(name, rows, columns, kind=0):
+            return name + struct.pack("<IQQI", 2, columns, rows, kind)
+        gate, up = b"blk.0.ffn_gate.weight", b"blk.1.ffn_up.weight"
+        path = self.changed(self.TEXT, (tensor(gate, 56, 24), tensor(gate, 24, 56)), (tensor(up, 56, 24), tensor(up, 28, 24)))
+        self.lacks(2, ["blk.0.ffn_gate.weight is [24, 56]; the model's keys ask for [56, 24]", "blk.1.ffn_up.weight is [28, 24]"], path)
+        architecture = b"general.architecture" + struct.pack("<IQ", 8, 5)
+        self.lacks(1, ['architecture "qwen2"; this runs "llama": take a model of that family'],
+                   self.changed(self.TEXT, (architecture + b"llama", architecture + b"qwen2")))
+        self.lacks(1, ["its type is number 99, which is not supported: convert it"],
+                   self.changed(self.TEXT, (tensor(up, 56, 24), tensor(up, 56, 24, 99))))
+
+    def test_broken_files(self):
+        with open(self.TEXT, "rb") as f:
+            cut = self.write("cut.gguf", f.read()[:-1000])
+        self.lacks(1, ["cut.gguf: tensor", "(an incomplete download?)"], cut)
+        self.lacks(3, ["not a GGUF file", "cut.gguf", "nowhere.gguf: cannot be opened"], cut, self.MMPROJ, os.path.join(ROOT, "README.md"),
+                   self.path("nowhere.gguf"))
+        self.lacks(1, ["holds no part of a model"], self.write_empty())
+
+    def write_empty(self):
+        write_gguf(self.path("empty.gguf"), [("general.architecture", 8, "nothing")])
+        return self.path("empty.gguf")
+
+
+class Quantize(Case):
+    def out(self):
+        return self.path("out.gguf")
+
+    def check_nothing_left(self):
+        self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("out.gguf")], [])
+
+    def captions(self, path):
+        images = sorted(os.path.join(IMAGES, name) for name in os.listdir(IMAGES))
+        return self.succeeds("caption", "--quiet", "-m", path, *images).out.splitlines()
+
+    def test_captions_survive(self):
+        wanted, wide = self.captions(MODEL), self.path("wide.gguf")
+        self.succeeds("quantize", MODEL, wide, "f32")
+        self.assertEqual(self.captions(wide), wanted)
+        self.succeeds("quantize", wide, self.out(), "q8_0")
+        self.assertEqual(self.captions(self.out()), wanted)
+        self.succeeds("quantize", wide, self.out(), "Q4_K_M", "--threads", "2")
+        for seen, line in zip(self.captions(self.out()), wanted):
+            self.assertEqual(seen.split()[:2], line.split()[:2])
+        self.assertLess(os.path.getsize(self.out()), 0.75 * os.path.getsize(MODEL))
+        self.succeeds("score", "-m", self.out(), os.path.join(IMAGES, "spiral.png"), "--text", "a galaxy")
+        os.remove(self.out())
+
+    def test_what_is_written(self):
+        result = json.loads(self.succeeds("quantize", "--json", MODEL, self.out(), "q4_k_m").out)
+        _, metadata, tensors = read_gguf(MODEL)
+        _, metadata2, tensors2 = read_gguf(self.out())
+        self.assertEqual([t[:2] for t in tensors], [t[:2] for t in tensors2])
+        self.assertEqual((metadata2.pop("general.file_type"), metadata2.pop("general.quantization_version")), (15, 2))
+        for key in ("general.file_type", "general.quantization_version"):
+            metadata.pop(key, None)
+        self.assertEqual(repr(metadata), repr(metadata2))
+        self.assertEqual((result["bytes_before"], result["bytes"]), (os.path.getsize(MODEL), os.path.getsize(self.out())))
+        self.assertEqual(result["changed"], sum(a[2] != b[2] for a, b in zip(tensors, tensors2)))
+        self.assertEqual(sum(result["types"].values()), len(tensors))
+        self.assertEqual(result["requantized"], sum(a[2] != b[2] and a[2] >= 2 for a, b in zip(tensors, tensors2)))
+        self.assertGreater(result["fallbacks"], 0)
+        self.assertAlmostEqual(result["bits_per_weight"], 6.05, delta=0.3)
+        os.remove(self.out())
+
+    def test_what_is_said(self):
+        result = self.succeeds("quantize", MODEL, self.out(), "q6_k")
+        self.assertRegex(result.out, r"^6\.8 MB, now \d\.\d MB, \d\.\d\d bits a weight; \d+ of 217 tensors changed in \d")
+        self.assertRegex(result.out, r"Q6_K +\d+ tensors")
+        self.assertRegex(result.err, "note: \\d+ tensors got another type")
+        self.assertRegex(result.err, "warning: \\d+ tensors were quantised before")
+        result = self.succeeds("quantize", "--quiet", MODEL, self.out(), "q6_k")
+        self.assertEqual((result.out, result.err), ("", ""))
+        self.assertEqual(self.succeeds("quantize", "-q", golden("models_b.gguf"), self.out(), "bf16").err, "")
+        os.remove(self.out())
+
+    def test_onto_itself(self):
+        with open(MODEL, "rb") as f:
+            path = self.write("itself.gguf", f.read())
+        self.succeeds("quantize", "-q", MODEL, self.path("reference.gguf"), "q5_0")
+        self.succeeds("quantize", "-q", path, path, "q5_0")
+        with open(path, "rb") as f, open(self.path("reference.gguf"), "rb") as g:
+            self.assertEqual(f.read(), g.read())
+
+    def test_errors(self):
+        self.fails(2, "quantize", MODEL, self.out())
+        self.fails(2, "quantize", MODEL, self.out(), "q8_0", "more")
+        result = self.fails(2, "quantize", MODEL, self.out(), "q4_k_xl")
+        for name in ('"q4_k_xl"', "q8_0", "q4_k_m", "bf16", "Try: astrovl quantize --help"):
+            self.assertIn(name, result.err)
+        self.assertIn("is a folder", self.fails(1, "quantize", MODEL, self.folder, "q8_0").err)
+        self.assertIn("cannot be created", self.fails(1, "quantize", MODEL, self.path("no/such/out.gguf"), "q8_0").err)
+        self.assertIn("not a GGUF file", self.fails(1, "quantize", self.images[0], self.out(), "q8_0").err)
+        self.assertIn("cannot be opened", self.fails(1, "quantize", self.path("nowhere.gguf"), self.out(), "q8_0").err)
+        self.write("out.gguf.part", b"")
+        self.assertIn("exists", self.fails(1, "quantize", MODEL, self.out(), "q8_0").err)
+        os.remove(self.out() + ".part")
+        self.check_nothing_left()
+
+    def test_full_disk(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        result = self.fails(1, "quantize", MODEL, self.out(), "q4_0", preexec_fn=limit, restore_signals=False)
+        self.assertIn("is the disk full?", result.err)
+        self.check_nothing_left()
+
+    def test_interrupted(self):
+        wide = self.path("wide.gguf")
+        self.succeeds("quantize", "-q", MODEL, wide, "f32")
+        process = subprocess.Popen([PROGRAM, "quantize", "-q", "-j", "1", wide, self.out(), "q3_k_m"], stderr=subprocess.PIPE)
+        while process.poll() is None and not os.path.exists(self.out() + ".part"):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        message = process.communicate()[1].decode()
+        if process.returncode:                            # it may have been faster
+            self.assertEqual((process.returncode, "cancelled" in message), (1, True), message)
+            self.check_nothing_left()
+        else:
+            os.remove(self.out())
 
 
 def load_npy(path):
@@ -1454,6 +1646,903 @@ class Bench(Case):
         self.assertEqual((result["rows"], result["dims"]), (2000, 64))
         self.assertAlmostEqual(result["ratio"], result["search_seconds"] / result["read_seconds"], delta=0.01 * result["ratio"])
         self.assertIn("ratio", self.succeeds("bench", "search", "--rows", "100", "--dims", "3").out)
+
+
+# ---- convert.py --------------------------------------------------------------------------------------------------------
+
+CONVERT = os.path.join(ROOT, "convert.py")
+CHECKPOINTS = os.path.join(ROOT, "test", "golden", "convert")     # test/make_golden.py tells what lies there
+IMAGE = os.path.join(ROOT, "test", "golden", "models_1.png")
+GIGABYTE = 1 << 30
+
+
+def read_bytes(*path):
+    with open(os.path.join(*path), "rb") as f:
+        return f.read()
+
+
+def read_json(*path):
+    return json.loads(read_bytes(*path).decode())
+
+
+def write_json(value, *path):
+    with open(os.path.join(*path), "w") as f:
+        json.dump(value, f)
+
+
+def read_safetensors(*path):
+    """-> {name: [dtype, shape, bytes]}"""
+    data = read_bytes(*path)
+    size, = struct.unpack_from("<Q", data)
+    header = json.loads(data[8:8 + size].decode())
+    header.pop("__metadata__", None)
+    return {name: [t["dtype"], t["shape"], data[8 + size + t["data_offsets"][0]:8 + size + t["data_offsets"][1]]] for name, t in header.items()}
+
+
+def safetensors_file(tensors):
+    """{name: [dtype, shape, bytes]} -> the file's header, as an object, and its data"""
+    header, data = {}, b""
+    for name, (dtype, shape, values) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    return header, data
+
+
+def with_header(header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def write_safetensors(tensors, *path):
+    with open(os.path.join(*path), "wb") as f:
+        f.write(with_header(*safetensors_file(tensors)))
+
+
+def limit_convert(file_size=None):
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTE, GIGABYTE))
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+
+def run_convert(*arguments, folder, **limits):
+    """Runs convert.py in this folder, with a gigabyte of memory and ten seconds."""
+    done = subprocess.run([sys.executable, CONVERT, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=folder, timeout=10, preexec_fn=lambda: limit_convert(**limits))
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def fork_convert(*arguments, folder, **limits):
+    """The same without starting Python anew, for hundreds of cases. A status below 0 is a signal: -14 for ten seconds."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if not pid:
+            status = 99
+            try:
+                signal.alarm(10)
+                limit_convert(**limits)
+                os.chdir(folder)
+                for file, fd in ((out, 1), (err, 2)):
+                    os.dup2(file.fileno(), fd)
+                sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), [CONVERT, *arguments]
+                try:
+                    status = load_convert().main()
+                except SystemExit as e:
+                    status = e.code
+                except BaseException:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(status)
+        status = os.waitpid(pid, 0)[1]
+        status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        out.seek(0)
+        err.seek(0)
+        return Result(status, out.read(), err.read())
+
+
+def load_convert():
+    if "astrovl_convert" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("astrovl_convert", CONVERT)
+        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        sys.modules["astrovl_convert"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["astrovl_convert"])
+        sys.dont_write_bytecode = before
+    return sys.modules["astrovl_convert"]
+
+
+def lay_together(folder, *parts):
+    """A folder of files from folders of test/golden/convert/; what comes later wins. Made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.mkdir(folder)
+    for part in parts:
+        for file in os.listdir(os.path.join(CHECKPOINTS, part)):
+            shutil.copyfile(os.path.join(CHECKPOINTS, part, file), os.path.join(folder, file))
+    return folder
+
+
+class ConvertCase(Case):
+    @classmethod
+    def checkpoint(cls, name, *parts):
+        return lay_together(cls.path(name), *parts)
+
+
+def rewrite(path, change):
+    """Changes a JSON file's object in place."""
+    value = read_json(path)
+    change(value)
+    write_json(value, path)
+
+
+def rope_of_version_4(config):
+    """Where transformers 4 kept what `rope_parameters` holds."""
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    config["head_dim"] = config["attention_bias"] = None                 # some versions write null for what is not set
+    if config["rms_norm_eps"] == 1e-6:
+        del config["rms_norm_eps"]                                       # what LlamaConfig takes without it
+
+
+# Checkpoints that are others with another face. Each changes a folder in place.
+
+def new_names(folder):                         # transformers 4.52's modules, written with a configuration of version 4
+    rename = [("language_model.lm_head", "lm_head"), ("language_model.model.", "model.language_model."),
+              ("vision_tower.", "model.vision_tower.vision_model."), ("multi_modal_projector.", "model.multi_modal_projector.")]
+    tensors = {}
+    for name, tensor in read_safetensors(folder, "model.safetensors").items():
+        old, new = next(pair for pair in rename if name.startswith(pair[0]))
+        tensors[new + name[len(old):]] = tensor
+    write_safetensors(tensors, folder, "model.safetensors")
+    rewrite(os.path.join(folder, "config.json"), lambda config: rope_of_version_4(config["text_config"]))
+
+
+def rope_scaling(folder):
+    rewrite(os.path.join(folder, "config.json"), rope_of_version_4)
+
+
+def without_tower(folder):                     # liuhaotian's own: the third shard holds the tower and nothing else
+    os.remove(os.path.join(folder, "pytorch_model-00003-of-00003.bin"))
+
+    def change(index):
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if "00003-of" not in file}
+    rewrite(os.path.join(folder, "pytorch_model.bin.index.json"), change)
+
+
+def tower_alone(folder):                       # as CLIPVisionModel is saved
+    tensors = read_safetensors(folder, "model.safetensors")
+    write_safetensors({name: t for name, t in tensors.items() if name.startswith("vision_model.")}, folder, "model.safetensors")
+    rewrite(os.path.join(folder, "config.json"), lambda config: config.update(config.pop("vision_config")))
+
+
+def configuration_alone(folder):
+    os.remove(os.path.join(folder, "model.safetensors"))
+
+
+def tokenizer_alone(folder):                   # of llava_v5, below a language model
+    os.remove(os.path.join(folder, "processor_config.json"))
+
+
+def stretched(folder):                         # LLaMA-1's way to longer texts
+    rewrite(os.path.join(folder, "config.json"), lambda config: config.update(rope_scaling={"type": "linear", "factor": 4.0}))
+
+
+def rope_scaling_of_version_4(folder):
+    tokenizer_alone(folder)
+    rope_scaling(folder)
+
+
+def lay_out(layout, path):
+    """Makes a layout's folders below `path` -> convert.py's arguments"""
+    parts, change, more, source, _, _ = LAYOUTS.get(layout) or CLIP_LAYOUTS[layout]
+    arguments = []
+    for name, option, (folders, change) in [(layout, None, (parts, change))] + [(layout + o, o, f) for o, f in more.items()]:
+        folder = lay_together(os.path.join(path, name), *folders)
+        if change:
+            change(folder)
+        arguments += [option, folder] if option else [os.path.join(folder, source)]
+    return arguments
+
+
+# name: (folders laid together, a change, more folders as {option: (folders, change)}, SOURCE within the folder, model, run)
+LAYOUTS = {
+    "llava_v5": (["llava_v5"], None, {}, "", "B", "crop"),
+    "llava_new": (["llava_v5"], new_names, {}, "", "B", "crop"),
+    "llava_old": (["spm", "llava_old"], None, {}, "", "A", "crop"),
+    "llava_index": (["spm", "llava_old"], None, {}, "model.safetensors.index.json", "A", "crop"),
+    "liuhaotian": (["spm", "liuhaotian"], None, {"--vision": (["clip"], configuration_alone)}, "", "A", "pad"),
+    "liuhaotian_apart": (["spm", "liuhaotian"], without_tower, {"--vision": (["clip"], None)}, "", "A", "pad"),
+    "liuhaotian_tower": (["spm", "liuhaotian"], without_tower, {"--vision": (["clip"], tower_alone)}, "", "A", "pad"),
+    "projector": (["projector"], None, {"--base": (["spm", "llama2"], None), "--vision": (["clip"], None)}, "mm_projector.bin", "A", "pad"),
+    "llama2": (["spm", "llama2"], None, {}, "", "A", "text"),
+    "llama2_json": (["llama2", "spm_json"], None, {}, "", "A", "text"),
+    "llama3": (["llava_v5", "llama3"], tokenizer_alone, {}, "model.safetensors", "D", "text"),
+    "llama3_v4": (["llava_v5", "llama3"], rope_scaling_of_version_4, {}, "", "D", "text"),
+    "smollm": (["smollm"], None, {}, "", "E", "text"),
+    "smollm_linear": (["smollm"], stretched, {}, "", "E", "linear"),
+}
+IMAGE_RUNS = ("pad", "crop")                   # how the image becomes square
+CLIP_LAYOUTS = {
+    "clip": (["clip"], None, {}, "", "C", "rows"),
+    "clip_flax": (["clip_flax"], None, {"--base": (["clip"], None)}, "flax_model.msgpack", "C", "rows"),
+    "clip_transfer": (["clip_transfer"], None, {"--base": (["clip"], None)}, "", "C", "rows_with_heads"),
+    "clip_open": (["clip_open"], None, {"--base": (["clip"], configuration_alone)}, "", "C", "rows"),
+}
+
+
+@unittest.skipUnless(os.path.exists(CONVERT), "no convert.py here")
+class Convert(ConvertCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.expected = read_json(CHECKPOINTS, "expected.json")
+        cls.made = {}
+
+    def converted(self, layout, single=False):
+        """Converts a layout, once -> the files made, text first"""
+        if (layout, single) not in self.made:
+            run = (LAYOUTS.get(layout) or CLIP_LAYOUTS[layout])[-1]
+            arguments = lay_out(layout, self.folder)
+            out = self.path("%s%s.gguf" % (layout, "-single" if single else ""))
+            before = set(os.listdir(self.folder))
+            result = run_convert("-o", out, *["--single"] * single, *arguments, folder=self.folder)
+            self.assertEqual(result.code, 0, result)
+            self.assertNotIn("error", result.err)
+            files = [out] + [out.replace(".gguf", "-mmproj.gguf")] * (run in IMAGE_RUNS and not single)
+            self.assertEqual(sorted(set(os.listdir(self.folder)) - before), sorted(map(os.path.basename, files)))
+            self.made[layout, single] = files
+        return self.made[layout, single]
+
+    def models(self, layout, single=False):
+        return [a for file in self.converted(layout, single) for a in ("-m", file)]
+
+    def assertClose(self, seen, wanted):
+        largest = max(map(abs, wanted))
+        self.assertLess(max(abs(a - b) for a, b in zip(seen, wanted)), 1e-4 * largest)
+
+    def trace(self, layout, single=False, *options):
+        image = [IMAGE] if LAYOUTS[layout][-1] in IMAGE_RUNS else []
+        return self.succeeds("trace", *self.models(layout, single), *image, self.expected["question"], "--template", "plain",
+                             "--system", "", "--max-tokens", "12", *options)
+
+    def test_the_reference_s_numbers(self):
+        for layout, (_, _, _, _, model, run) in LAYOUTS.items():
+            with self.subTest(layout):
+                wanted = self.expected[model][run]
+                out = self.path("trace-" + layout)
+                result = self.trace(layout, False, "-o", out)
+                self.assertEqual(result.out.rstrip("\n"), wanted["text"])
+                shape, values, _ = load_npy(os.path.join(out, "lm_head.npy"))
+                self.assertIn(len(wanted["logits"]) - shape[-1], (0, 8) if model == "A" else (0,))     # <image>, <pad> and padding
+                self.assertClose(values[-shape[-1]:], wanted["logits"])
+
+    def test_one_file_says_what_two_say(self):
+        for layout in LAYOUTS:
+            with self.subTest(layout):
+                self.assertEqual(self.trace(layout, True, "--hash").out, self.trace(layout, False, "--hash").out)
+
+    def test_clips(self):
+        wanted = self.expected["C"]
+        texts = [a for text in wanted["texts"] for a in ("--text", text)]
+        for layout, (_, _, _, _, _, rows) in CLIP_LAYOUTS.items():
+            for single in (False, True):
+                with self.subTest(layout, single=single):
+                    models = self.models(layout, single)
+                    seen = [json.loads(line)["embedding"] for arguments in ([IMAGE], texts) for line in
+                            self.succeeds("embed", "--exact", "--raw", *models, *arguments).out.splitlines()]
+                    self.assertEqual(len(seen), len(wanted[rows]))
+                    for a, b in zip(seen, wanted[rows]):
+                        self.assertClose(a, b)
+                    model = json.loads(self.succeeds("inspect", "--json", *models[1::2]).out)["model"]
+                    self.assertAlmostEqual(model["contrastive"]["logit_scale"] / wanted["logit_scale"], 1, places=5)
+
+    def test_tokens(self):
+        for layout, tokenizer in (("llava_old", "spm"), ("llama2", "spm"), ("llama2_json", "spm"), ("llava_v5", "llama3"), ("llama3", "llama3"), ("smollm", "smollm"),
+                                  ("clip", "clip"), ("clip_flax", "clip")):
+            for kind, cases in self.expected["tokens"][tokenizer].items():
+                options = ["--special"] * (kind == "special") + ["--clip"] * (tokenizer == "clip")
+                for text, ids in cases:
+                    if layout == "llava_old" and "<image>" in text and kind == "special":
+                        continue                       # an added token: below
+                    with self.subTest(layout, kind=kind, text=text):
+                        result = self.succeeds("tokens", "--ids", *options, *self.models(layout), stdin=text.encode())
+                        self.assertEqual([int(i) for i in result.out.split()], ids)
+
+    def test_added_tokens(self):
+        vocabulary = len(self.expected["A"]["text"]["logits"])
+        for text, token in (("<image>", vocabulary - 8), ("<pad>", vocabulary - 7)):
+            result = self.succeeds("tokens", "--ids", "--special", *self.models("llava_old"), stdin=text.encode())
+            self.assertEqual(int(result.out.split()[-1]), token)
+
+    def test_metadata(self):
+        for layout, template in (("llava_v5", ["llava_v5", "chat_template.jinja"]), ("llava_new", ["llava_v5", "chat_template.jinja"]),
+                                 ("llava_old", ["llava_old", "chat_template.json"]), ("smollm", ["smollm", "chat_template.jinja"])):
+            with self.subTest(layout):
+                text = read_bytes(CHECKPOINTS, *template).decode()
+                text = json.loads(text)["chat_template"] if template[1].endswith(".json") else text
+                file = json.loads(self.succeeds("inspect", "--json", "--full", self.converted(layout)[0]).out)["files"][0]
+                self.assertEqual(file["metadata"]["tokenizer.chat_template"], text)
+                self.assertEqual(file["metadata"]["general.architecture"], "llama")
+        for layout, (_, _, _, _, model, _) in LAYOUTS.items():
+            with self.subTest(layout):
+                keys = read_gguf(self.converted(layout)[0])[1]
+                context, n_embd, n_ff, n_head, n_kv, eps, theta = {
+                    "A": (512, 32, 48, 4, 4, 1e-5, 1e4), "B": (512, 32, 48, 4, 2, 1e-5, 5e5), "D": (512, 32, 48, 4, 1, 1e-6, 5e5),
+                    "E": (512, 36, 40, 3, 1, 1e-5, 1e5)}[model]
+                for key, value in (("context_length", context), ("embedding_length", n_embd), ("feed_forward_length", n_ff), ("block_count", 2),
+                                   ("attention.head_count", n_head), ("attention.head_count_kv", n_kv), ("rope.dimension_count", n_embd // n_head)):
+                    self.assertEqual(keys["llama." + key], value, key)
+                for key, value in (("attention.layer_norm_rms_epsilon", eps), ("rope.freq_base", theta)):
+                    self.assertAlmostEqual(keys["llama." + key] / value, 1, places=6, msg=key)
+        for layout, (_, _, _, _, model, run) in LAYOUTS.items():
+            if run not in IMAGE_RUNS:
+                continue
+            with self.subTest(layout):
+                _, file = json.loads(self.succeeds("inspect", "--json", "--full", *self.converted(layout)).out)["files"]
+                names = [tensor["name"] for tensor in file["tensors"]]   # llama.cpp would apply the norm that LLaVA leaves out
+                self.assertEqual([name for name in names if "post_ln" in name or not name.startswith(("v.", "mm."))], [])
+                size, patch, gelu = (28, 7, False) if model == "A" else (28, 14, True)
+                for key, value in (("general.architecture", "clip"), ("clip.has_vision_encoder", True), ("clip.has_llava_projector", True),
+                                   ("clip.projector_type", "mlp"), ("clip.vision.image_size", size), ("clip.vision.patch_size", patch),
+                                   ("clip.use_gelu", gelu), ("clip.vision.image_aspect_ratio", run)):
+                    self.assertEqual(file["metadata"][key], value, key)
+                self.assertEqual([round(x, 4) for x in file["metadata"]["clip.vision.image_mean"]], [0.4815, 0.4578, 0.4082])
+                self.assertAlmostEqual(file["metadata"]["clip.vision.attention.layer_norm_epsilon"] * 1e6, 10 if model == "A" else 1, places=4)
+
+    def test_images_are_prepared_as_the_checkpoint_says(self):
+        folder = self.checkpoint("colours", "llava_v5")
+        rewrite(os.path.join(folder, "processor_config.json"),
+                lambda config: config["image_processor"].update(image_mean=[0.5, 0.25, 0.75], image_std=[0.125, 0.5, 0.25]))
+        for option in ("pad", "crop"):
+            result = run_convert("--image-aspect", option, "-o", "colours.gguf", folder, folder=self.folder)
+            self.assertEqual(result.code, 0, result)
+            keys = read_gguf(self.path("colours-mmproj.gguf"))[1]
+            self.assertEqual((keys["clip.vision.image_mean"], keys["clip.vision.image_std"], keys["clip.vision.image_aspect_ratio"]),
+                             ([0.5, 0.25, 0.75], [0.125, 0.5, 0.25], option.encode()))
+
+    def test_types_are_kept(self):
+        for layout, kind in (("llava_v5", 1), ("llava_old", 30), ("liuhaotian", 1), ("llama3", 30), ("clip_flax", 0)):
+            with self.subTest(layout):
+                for file in self.converted(layout):
+                    for name, shape, stored in read_gguf(file)[2]:
+                        small = len([n for n in shape if n > 1]) < 2 or "position" in name
+                        patches = name == "v.patch_embd.weight"
+                        self.assertIn(stored, (0,) if small else (kind, 0, 1) if patches else (kind,), name)
+
+    def test_options(self):
+        folder = self.checkpoint("named", "smollm")
+        result = run_convert("--name", "A name", folder, folder=self.folder)
+        self.assertEqual(result.code, 0, result)
+        metadata = read_gguf(self.path("named.gguf"))[1]                 # by default the folder's name, here
+        self.assertEqual(metadata["general.name"], b"A name")
+        self.assertNotEqual(result.out + result.err, "")
+        result = run_convert("--quiet", folder, folder=self.folder)
+        self.assertEqual((result.code, result.out, result.err), (0, "", ""))
+        first = read_bytes(self.path("named.gguf"))
+        run_convert(folder, "--quiet", folder=self.folder)
+        self.assertEqual(read_bytes(self.path("named.gguf")), first)     # the same bytes again, the old file replaced
+        for arguments in ((), ("--nonsense", folder), (folder, folder), ("-o",)):
+            self.assertEqual(run_convert(*arguments, folder=self.folder).code, 2)
+
+    def test_links(self):
+        """As Hugging Face's cache keeps files: names that lead to blobs."""
+        folder, blobs = self.checkpoint("snapshot", "smollm"), self.path("blobs")
+        os.mkdir(blobs)
+        for name in os.listdir(folder):
+            os.rename(os.path.join(folder, name), os.path.join(blobs, "blob-" + name[:4] + str(len(name))))
+            os.symlink(os.path.join("..", "blobs", "blob-" + name[:4] + str(len(name))), os.path.join(folder, name))
+        result = run_convert("-o", "links.gguf", "--name", "smollm", folder, folder=self.folder)
+        self.assertEqual(result.code, 0, result)
+        self.assertEqual(read_bytes(self.path("links.gguf")), read_bytes(self.converted("smollm")[0]))
+
+    def test_adapters_are_refused(self):
+        result = run_convert(self.checkpoint("lora", "lora"), folder=self.folder)
+        self.assertEqual(result.code, 1, result)
+        self.assertRegex(result.err, r"^convert\.py: error: .*lora.*[Mm]erge")
+
+
+# Little writers of the formats that checkpoints come in, so that each field can lie.
+
+def op_text(text):
+    return b"X" + struct.pack("<I", len(text)) + text
+
+
+def op_int(n):
+    data = n.to_bytes((n.bit_length() + 8) // 8, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data if len(data) < 256 else b"\x8b" + struct.pack("<I", len(data)) + data
+
+
+def op_tuple(*items):
+    return b"(" + b"".join(items) + b"t"
+
+
+def op_global(module, name):
+    return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+
+
+def op_ints(*numbers):
+    return op_tuple(*map(op_int, numbers))
+
+
+def op_call(module, name, *arguments):
+    return op_global(module, name) + op_tuple(*arguments) + b"R"
+
+
+def op_storage(key=b"0", n=32, kind="BFloat16Storage"):
+    return op_tuple(op_text(b"storage"), op_global("torch", kind), op_text(key), op_text(b"cpu"), op_int(n)) + b"Q"
+
+
+def op_tensor(storage=None, offset=0, shape=None, strides=None):
+    return op_call("torch._utils", "_rebuild_tensor_v2", op_storage() if storage is None else storage, op_int(offset),
+                   op_ints(32) if shape is None else shape, op_ints(1) if strides is None else strides, b"\x89", op_call("collections", "OrderedDict"))
+
+
+def op_dictionary(items):
+    return b"\x80\x02}(" + b"".join(op_text(name.encode()) + value for name, value in items.items()) + b"u."
+
+
+def torch_file(pickle, storages, more=(), compress=zipfile.ZIP_STORED):
+    """As torch.save writes it. storages: {key: bytes}; more: [(name, bytes)]"""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compress) as archive:
+        for name, data in [("archive/data.pkl", pickle), ("archive/version", b"3\n"), *more] + [("archive/data/" + k, v) for k, v in storages.items()]:
+            archive.writestr(zipfile.ZipInfo(name), data, compress)
+    return out.getvalue()
+
+
+def packed_array(shape, dtype, data):
+    """What flax writes for an array: msgpack's extension 1"""
+    def number(n):
+        return bytes([n]) if 0 <= n < 128 else struct.pack(">Bq", 0xD3, n)
+    shape = shape if isinstance(shape, bytes) else bytes([0x90 + len(shape)]) + b"".join(map(number, shape))
+    dtype = dtype if isinstance(dtype, bytes) else bytes([0xA0 + len(dtype)]) + dtype.encode()
+    body = b"\x93" + shape + dtype + b"\xc4" + bytes([len(data)]) + data
+    return b"\xc7" + bytes([len(body), 1]) + body
+
+
+def bomb(empty, begin, end, get=b"h"):
+    """A tuple of 27 values, each with two of the one before: a few hundred bytes, 2^27 things to whoever walks through it"""
+    ops = b"(" + empty + b"q\0"
+    for i in range(26):
+        ops += begin + (get + bytes([i])) * 2 + end + b"q" + bytes([i + 1])
+    return ops + b"t"
+
+
+NORM = "model.norm.weight"                     # of 32 bfloat16 values, here in the place of what is attacked
+
+
+@unittest.skipUnless(os.path.exists(CONVERT), "no convert.py here")
+class ConvertHostile(ConvertCase):
+    """What anyone may put on a server. Each is refused with one line that names the file; nothing is written, nothing run."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        load_convert()                         # before the forks
+        cls.out = cls.path("out")
+        os.mkdir(cls.out)
+        cls.tensors = read_safetensors(CHECKPOINTS, "llama3", "model.safetensors")
+        cls.good = read_bytes(CHECKPOINTS, "llama3", "model.safetensors")
+
+    def refuses(self, source, mentions, *arguments, why=None):
+        with open(os.path.join(self.out, "model.gguf"), "w") as f:       # an earlier file stays as it is
+            f.write("earlier")
+        with self.subTest(why if why is not None else mentions):
+            result = fork_convert("-o", "model.gguf", source, *arguments, folder=self.out)
+            self.assertEqual(result.code, 1, result)
+            lines = result.err.splitlines()
+            self.assertEqual((len(lines), lines[0][:19]), (1, "convert.py: error: "), result)
+            self.assertIn(mentions, lines[0])
+            self.assertLess(len(lines[0]), 2000)
+            self.assertTrue(all(c.isprintable() for c in lines[0]), result)
+            self.assertEqual(os.listdir(self.out), ["model.gguf"])
+            self.assertEqual(read_bytes(self.out, "model.gguf"), b"earlier")
+        for name in os.listdir(self.out):
+            os.remove(os.path.join(self.out, name))
+
+    def refuse_all(self, folder, name, cases):
+        """cases: {why: the file's bytes}"""
+        path = os.path.join(folder, name)
+        for why, data in cases.items():
+            with open(path, "wb") as f:
+                f.write(data)
+            self.refuses(folder, name, why=why)
+
+    def refuse_changes(self, folder, name, cases):
+        """cases: [(path of keys in a JSON file, value)]; no value takes the key away"""
+        path = os.path.join(folder, name)
+        original = read_json(path)
+        for keys, *value in cases:
+            changed = json.loads(json.dumps(original))
+            node = changed
+            for key in keys[:-1]:
+                node = node[key]
+            if value:
+                node[keys[-1]] = value[0]
+            else:
+                del node[keys[-1]]
+            write_json(changed, path)
+            self.refuses(folder, name, why="%s: %.60r" % (keys, value))
+        write_json(original, path)
+
+    def llama(self, without=("processor_config.json",), parts=("llava_v5", "llama3")):
+        folder = self.checkpoint("checkpoint", *parts)
+        for name in without:
+            os.remove(os.path.join(folder, name))
+        return folder
+
+    def accepted(self, folder, *arguments):
+        """-> the file's bytes: what is attacked below is right before it is attacked"""
+        result = fork_convert("-o", self.path("good.gguf"), folder, "--name", "x", *arguments, folder=self.folder)
+        self.assertEqual((result.code, result.err), (0, ""), result)
+        return read_bytes(self.path("good.gguf"))
+
+    # ---- containers ----------------------------------------------------------------------------------------------------
+
+    def test_safetensors(self):
+        folder, (header, data) = self.llama(), safetensors_file(self.tensors)
+        whole, cases = self.accepted(folder), {}
+        shuffled = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"], reverse=True))
+        for same in (with_header(shuffled, data), with_header({"__metadata__": {"format": "pt"}, **header}, data)):
+            with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+                f.write(same)
+            self.assertEqual(self.accepted(folder), whole)               # the header's order is free
+        n = 8 + struct.unpack_from("<Q", self.good)[0]
+        for size in (0, 1, 7, 8, 9, n - 1, n, n + 1, len(self.good) // 2, len(self.good) - 1):
+            cases["cut to %d" % size] = self.good[:size]
+        for length in (0, 1, n - 9, n - 7, len(self.good), 1 << 31, 1 << 32, 1 << 60, 1 << 63, (1 << 64) - 1):
+            cases["header of %d" % length] = struct.pack("<Q", length) + self.good[8:]
+        cases["bytes after the data"] = self.good + b"\0"
+        text = json.dumps(header).encode()
+        for why, other in (("not JSON", b"{"), ("no object", b"[]"), ("a text", b'"x"'), ("no UTF-8", text[:-1] + b',"\xff":1}'), ("nothing", b""),
+                           ("no tensors", b"{}"), ("nested", b'{"a":' * 60000 + b"1" + b"}" * 60000), ("nested lists", b"[" * 100000),
+                           ("a name twice", text[:-1] + b"," + text[1:]), ("digits", b'{"a":' + b"9" * 1000000 + b"}")):
+            cases[why] = with_header(other, data)
+        entry, size = header[NORM], header[NORM]["data_offsets"]
+        odd = [{"shape": s} for s in ([-32], [-32, -1], [1 << 40, 1 << 40], [1 << 62, 4], [32.0], "32", [[32]], [], [31], [33], [32, 2], None, [True] * 5,
+                                      {"0": 32}, [1] * 100000, [0], [0, 1 << 62], ["32"])]
+        odd += [{"dtype": d} for d in ("F8_E4M3", "F8_E5M2", "I4", "", "bf16", 7, None, ["BF16"], "F32", "I64", "I16", "BOOL")]
+        odd += [{"data_offsets": o} for o in ([], size[:1], size[::-1], [-64, 0], [size[0] + 2, size[1] + 2], [size[0], size[1] + 2], [0, 64],
+                                              [len(data), len(data) + 64], [1 << 63, (1 << 63) + 64], [float(size[0]), float(size[1])], None,
+                                              "%d %d" % tuple(size), [size[0], None], [10 ** 30, 10 ** 30 + 64], size + [0])]
+        odd = [{**entry, **change} for change in odd] + [[], None, 5, {}] + [{k: v for k, v in entry.items() if k != gone} for gone in entry]
+        for i, change in enumerate(odd):
+            cases["entry %d: %.100s" % (i, change)] = with_header({**header, NORM: change}, data)
+        between = "model.layers.0.input_layernorm.weight"                # with others before and behind it
+        begin, end = header[between]["data_offsets"]
+        for offsets in ([0, 64], [begin - 64, end - 64], [begin - 2, end - 2], [begin + 2, end + 2], [begin + 64, end + 64]):
+            cases["%s at %s instead of %s" % (between, offsets, [begin, end])] = with_header({**header, between: {**header[between], "data_offsets": offsets}}, data)
+        for why, tensor in (("I64", ["I64", [32], bytes(256)]), ("F64", ["F64", [32], bytes(256)]), ("U8", ["U8", [32], bytes(32)]),
+                            ("none", ["BF16", [0], b""]), ("turned", ["BF16", [32, 1], bytes(64)]), ("none at all", None), ("short", ["BF16", [16], bytes(32)]),
+                            ("C64", ["C64", [32], bytes(256)])):
+            changed = {**self.tensors, NORM: tensor}
+            if tensor is None:
+                del changed[NORM]
+            cases["as " + why] = with_header(*safetensors_file(changed))
+        folder = self.llama()
+        for why, bytes_ in cases.items():
+            with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+                f.write(bytes_)
+            # a weight that is missing or has another shape is one of the model, not of the file
+            self.refuses(folder, "norm.weight" if why in ("as none at all",) else "model.safetensors", why=why)
+
+    def test_index(self):
+        folder = self.llama((), ("spm", "llava_old"))
+        index = "model.safetensors.index.json"
+        name = sorted(read_json(folder, index)["weight_map"])[0]
+        other = self.checkpoint("other", "llava_old")                    # whole shards, but outside the folder
+        file = read_json(folder, index)["weight_map"][name]
+        self.refuse_changes(folder, index, [(["weight_map", name], os.path.join(place, file)) for place in ("../other", other, "./", "../checkpoint")])
+        self.refuse_some(folder, index, [(["weight_map", name], file) for file in (
+            "model-00003-of-00002.safetensors", "../model-00001-of-00002.safetensors", "../../../../../../etc/passwd", "/etc/passwd", "", ".", "..",
+            "sub/x.safetensors", "model-00001-of-00002.safetensors\0", "added_tokens.json", 5, None, ["model-00001-of-00002.safetensors"], "x" * 5000)])
+        other = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
+        self.refuse_changes(folder, index, [(["weight_map", name], other.get(file, "model-00001-of-00002.safetensors")),
+                                            (["weight_map", "model.nowhere.weight"], file), (["weight_map"],), (["weight_map"], {}), (["weight_map"], []),
+                                            (["weight_map"], None), (["weight_map"], "x")])
+        self.refuse_all(folder, index, {"not JSON": b"{", "empty": b"", "a list": b"[]", "nested": b'{"weight_map":' * 60000, "no UTF-8": b'{"\xff":1}'})
+
+    def in_torch(self):
+        """llama3's weights as PyTorch stores them -> the pickle's items, the storages"""
+        items, storages = {}, {"0": self.tensors[NORM][2]}
+        for name, (_, shape, data) in self.tensors.items():
+            key = "0" if name == NORM else str(len(storages))
+            storages[key] = data
+            strides = [len(data) // 2 // shape[0], 1][:len(shape)] if len(shape) == 2 else [1]
+            items[name] = op_tensor(op_storage(key.encode(), len(data) // 2), 0, op_ints(*shape), op_ints(*strides))
+        return items, storages
+
+    def torch_folder(self):
+        return self.llama(("processor_config.json", "model.safetensors"))
+
+    def test_pickles(self):
+        items, storages = self.in_torch()
+        good = self.accepted(self.llama())
+        folder, name = self.torch_folder(), "pytorch_model.bin"
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(torch_file(op_dictionary(items), storages))
+        self.assertEqual(self.accepted(folder), good)
+
+        touch, evil = op_text(b"touch PWNED"), op_text(b"open('PWNED', 'w')")
+        values = {
+            "os.system": op_call("os", "system", touch), "posix.system": op_call("posix", "system", touch), "nt.system": op_call("nt", "system", touch),
+            "subprocess": op_call("subprocess", "getoutput", touch), "eval": op_call("builtins", "eval", evil), "exec": op_call("builtins", "exec", evil),
+            "__builtin__.eval": op_call("__builtin__", "eval", evil), "open": op_call("builtins", "open", op_text(b"PWNED"), op_text(b"w")),
+            "getattr": op_call("builtins", "getattr", op_global("os", "path"), op_text(b"os")), "runpy": op_call("runpy", "_run_code", evil, b"}"),
+            "torch.load": op_call("torch", "load", op_text(b"x")), "torch.hub": op_call("torch.hub", "load", op_text(b"x")),
+            "dotted": op_call("torch._utils", "_rebuild_tensor_v2.__globals__", touch), "importlib": op_call("importlib", "import_module", op_text(b"antigravity")),
+            "apply": op_call("torch", "_utils._rebuild_tensor_v2", touch), "codecs": op_call("_codecs", "encode", evil, op_text(b"latin1")),
+            "numpy": op_call("numpy.core.multiarray", "_reconstruct", op_tuple()), "instance": b"(" + touch + b"iposix\nsystem\n",
+            "object": b"(" + op_global("posix", "system") + touch + b"o", "new object": op_global("posix", "system") + op_tuple(touch) + b"\x81",
+            "new object with names": op_global("posix", "system") + op_tuple(touch) + b"}\x92", "stack global": op_text(b"posix") + op_text(b"system") + b"\x93" +
+            op_tuple(touch) + b"R", "memoized parts": op_text(b"os") + b"q\x01" + op_text(b"system") + b"q\x02000h\x01h\x02\x93" + op_tuple(touch) + b"R",
+            "extension registry": b"\x82\x01", "extension registry 4": b"\x84\1\0\0\0", "state": op_call("collections", "OrderedDict") + b"}(" +
+            op_text(b"__setstate__") + op_global("posix", "system") + b"ub", "no function": op_text(b"x") + op_tuple() + b"R", "called text": touch + touch + b"R",
+            "a storage as function": op_global("torch", "FloatStorage") + op_tuple(op_text(b"/etc/passwd")) + b"R", "a function as value": op_global(
+                "torch._utils", "_rebuild_tensor_v2"), "parameter of nothing": op_call("torch._utils", "_rebuild_parameter"), "tensor of nothing": op_call(
+                "torch._utils", "_rebuild_tensor_v2"), "lists": bomb(b"]", b"](", b"e"), "tuples": bomb(b")", b"(", b"t"), "a number": op_int(5), "a text": touch,
+            "nothing": b"N", "nested": b"]" * 100000 + b"a" * 99999, "nested tuples": b")" + b"\x85" * 100000, "digits": b"I" + b"9" * 100000 + b"\n",
+            "long digits": b"L" + b"9" * 1000000 + b"L\n", "a long number": op_int(1 << 4000000), "persistent text": b"P0\n", "float": b"G" + bytes(8)}
+        for i, (shape, strides) in enumerate([
+                (op_ints(-32), None), (op_ints(1 << 40, 1 << 40), op_ints(0, 0)), (op_ints(1 << 62, 4), op_ints(0, 0)), (op_ints(31), None), (op_ints(33), None),
+                (op_ints(32, 1), op_ints(1, 1)), (op_ints(), op_ints()), (None, op_ints(2)), (None, op_ints(-1)), (None, op_ints(1 << 62)), (None, op_ints()),
+                (None, op_ints(1, 1)), (op_int(32), None), (op_text(b"32"), None), (b"N", None), (op_tuple(op_text(b"32")), None), (op_tuple(b"G" + bytes(8)), None),
+                (op_tuple(b"\x88"), None), (op_ints(*[1] * 100000), op_ints(*[1] * 100000)), (bomb(b"]", b"](", b"e"), None), (bomb(b")", b"(", b"t"), None),
+                (op_tuple(op_int(1 << 4000000)), None), (None, bomb(b"]", b"](", b"e")), (op_ints(1 << 30), op_ints(0)), (op_ints(0), op_ints(1))]):
+            values["shape %d" % i] = op_tensor(None, 0, shape, strides)
+        for offset in (-1, 1, 32, 1 << 62, -(1 << 70)):
+            values["from value %d" % offset] = op_tensor(None, offset)
+        for i, storage in enumerate([
+                op_storage(b"missing"), op_storage(b"../version"), op_storage(b"../../../../etc/passwd"), op_storage(b""), op_storage(n=-32), op_storage(n=33),
+                op_storage(n=1 << 62), op_storage(n=1 << 100), op_storage(n=31), op_storage(kind="QInt8Storage"), op_storage(kind="FloatStorage"),
+                op_storage(kind="UntypedStorage"), op_storage(kind="LongStorage"), op_text(b"storage") + b"Q", op_int(0) + b"Q", op_tuple() + b"Q", b"]Q",
+                op_tuple(op_text(b"storage"), op_text(b"FloatStorage"), op_text(b"0"), op_text(b"cpu"), op_int(32)) + b"Q",
+                op_tuple(op_text(b"module"), op_global("torch", "FloatStorage"), op_text(b"0"), op_text(b"cpu"), op_int(32)) + b"Q",
+                op_tuple(op_text(b"storage"), op_global("torch", "FloatStorage"), op_int(0), op_text(b"cpu"), op_int(32)) + b"Q",
+                op_tuple(op_text(b"storage"), op_global("torch", "FloatStorage"), op_text(b"0"), op_text(b"cpu"), b"N") + b"Q",
+                op_tuple(op_text(b"storage"), op_global("torch", "FloatStorage"), bomb(b"]", b"](", b"e"), op_text(b"cpu"), op_int(32)) + b"Q",
+                op_global("torch", "BFloat16Storage"), op_text(b"0"), b"N"]):
+            values["storage %d" % i] = op_tensor(storage)
+        cases = {why: op_dictionary({**items, NORM: value}) for why, value in values.items()}
+        whole = op_dictionary(items)
+        cases.update({"cut to %d" % n: whole[:n] for n in (0, 1, 2, 3, 20, len(whole) // 2, len(whole) - 2, len(whole) - 1)})
+        cases.update({"alone: %r" % ops[:12]: b"\x80\x02" + ops for ops in (
+            b".", b"R.", b"u.", b"t.", b"0.", b"}s.", b"h\x05.", b"N.", b"].", b"}.", op_int(1) + b".", touch + b".", b"\xff.", b"}(" + b"]Nu.", b"}(" + b"}Nu.",
+            b"}(" + op_text(b"\xff\xfe") + b"Nu.", b"X\xff\xff\xff\xff.", b"\x8d" + b"\xff" * 8 + b".", b"\x8b\xff\xff\xff\x7f.", b"\x8e" + b"\xff" * 7 + b"\x0f.",
+            b"r\xff\xff\xff\xff.", b"(" * 1000000 + b".", b"2" * 100000 + b".", b"\x95" + b"\xff" * 8 + b".", b"c\xff\n\xfe\n.")})
+        cases["names that are numbers"] = op_dictionary({}).replace(b"(u", b"(" + op_int(1) + items[NORM] + b"u")
+        cases["bomb as name"] = b"\x80\x02}(" + bomb(b")", b"(", b"t") + b"Nu."
+        for why, pickle in cases.items():
+            with open(os.path.join(folder, name), "wb") as f:
+                f.write(torch_file(pickle, storages))
+            # a value that is no tensor is passed over; then the weight is missing
+            self.refuses(folder, "norm.weight" if why in self.PASSED_OVER else name, why=why)
+
+    PASSED_OVER = {"lists", "tuples", "a number", "a text", "nothing", "nested", "nested tuples", "a function as value", "float"}
+
+    def test_archives(self):
+        items, storages = self.in_torch()
+        whole, folder = torch_file(op_dictionary(items), storages), self.torch_folder()
+        end = whole.rindex(b"PK\5\6")
+        directory, = struct.unpack_from("<I", whole, end + 16)
+
+        def patched(name, at, form, *values, local=False):
+            """An entry's header, in the directory or before its data, with other numbers"""
+            mark = b"PK\3\4" if local else b"PK\1\2"
+            where = -1
+            while True:
+                where = whole.index(mark, where + 1)
+                if whole[where + (30 if local else 46):].startswith(name):
+                    break
+            data = bytearray(whole)
+            struct.pack_into(form, data, where + at, *values)
+            return bytes(data)
+        pickle, storage = b"archive/data.pkl", b"archive/data/0"
+        cases = {"cut to %d" % n: whole[:n] for n in (0, 3, 100, len(whole) // 2, directory, directory + 20, end, end + 10, len(whole) - 1)}
+        cases.update({"pickle of 4 GB": patched(pickle, 20, "<II", 0xFFFFFFF0, 0xFFFFFFF0), "storage of 4 GB": patched(storage, 20, "<II", 0xFFFFFFF0, 0xFFFFFFF0),
+                      "deflated, 4 GB": patched(pickle, 10, "<H10xII", 8, 20, 0xFFFFFFF0), "a short storage": patched(storage, 20, "<II", 62, 62),
+                      "elsewhere": patched(storage, 42, "<I", len(whole) - 20), "far away": patched(storage, 42, "<I", 0xFFFFFFF0),
+                      "no header there": patched(storage, 42, "<I", directory + 1), "encrypted": patched(pickle, 8, "<H", 1),
+                      "method 99": patched(storage, 10, "<H", 99), "a long name": patched(storage, 26, "<H", 65535, local=True),
+                      "another name": patched(pickle, 46, "<16s", b"archive/data.pk_"), "absolute": patched(pickle, 46, "<16s", b"/etc/etc/passwd_")})
+        cases["a directory beyond the end"] = whole[:end + 16] + struct.pack("<I", 0xFFFFFF00) + whole[end + 20:]
+        cases["a directory of 4 GB"] = whole[:end + 12] + struct.pack("<I", 0xFFFFFF00) + whole[end + 16:]
+        cases["deflated"] = torch_file(op_dictionary(items), storages, compress=zipfile.ZIP_DEFLATED)
+        cases["a bomb"] = torch_file(op_dictionary(items) + bytes(200000000), {}, compress=zipfile.ZIP_DEFLATED)
+        cases["no storages"] = torch_file(op_dictionary(items), {})
+        cases["big-endian"] = torch_file(op_dictionary(items), storages, [("archive/byteorder", b"big")])
+        cases["no pickle"] = whole.replace(b"data.pkl", b"data.bin")
+        cases["text"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        cases["TorchScript"] = torch_file(op_dictionary(items), storages, [("archive/constants.pkl", b"\x80\x02)."), ("archive/code/x.py", b"")])
+        cases["before PyTorch 1.6"] = b"\x80\x02" + op_int(0x1950A86A20F9469CFC6C) + b"." + b"\x80\x02" + op_int(1001) + b"." + op_dictionary(items)
+        cases["a plain pickle"] = b"\x80\x02" + op_call("posix", "system", op_text(b"touch PWNED")) + b"."
+        self.refuse_all(folder, "pytorch_model.bin", cases)
+        for why, says in (("TorchScript", "TorchScript"), ("before PyTorch 1.6", "1.6"), ("deflated", "compress")):
+            with open(os.path.join(folder, "pytorch_model.bin"), "wb") as f:
+                f.write(cases[why])
+            self.refuses(folder, says)
+
+    def test_msgpack(self):
+        folder, name = self.checkpoint("flax", "clip_flax"), "flax_model.msgpack"
+        for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+            shutil.copyfile(os.path.join(CHECKPOINTS, "clip", file), os.path.join(folder, file))
+        whole, good = read_bytes(folder, name), self.accepted(folder)
+        at = whole.index(b"final_layer_norm\x82\xa5scale") + 23
+        shape, number = [24], whole[at + 3:at + 3 + whole[at + 1]][-96:]
+        end = at + 3 + whole[at + 1]
+        self.assertEqual(whole[at:end], packed_array(shape, "float32", number))
+        cases = {"cut to %d" % n: whole[:n] for n in (0, 1, 2, at, at + 1, at + 3, end - 1, len(whole) // 2, len(whole) - 1)}
+        cases["bytes after the end"] = whole + b"\xc0"
+        values = {"nothing": b"\xc0", "a number": b"\x05", "a text": b"\xa1x", "a list": b"\x91\x05", "a map": b"\x80", "0xC1": b"\xc1", "bytes": b"\xc4\x01x",
+                  "deep lists": b"\x91" * 1000000, "deep maps": b"\x81\xa1a" * 300000, "deep arrays": b"\xc9\x00\x0f\xff\xff\x01" * 10000,
+                  "a long text": b"\xdb" + b"\xff" * 4, "long bytes": b"\xc6" + b"\xff" * 4, "a long list": b"\xdd" + b"\xff" * 4,
+                  "a long map": b"\xdf" + b"\xff" * 4, "a long extension": b"\xc9" + b"\xff" * 4 + b"\1", "a map with a number": b"\x81\x05\x05"}
+        values.update({"extension %d" % kind: b"\xd4" + bytes([kind]) + b"x" for kind in (0, 2, 3, 42, 255)})
+        values.update({"in extension %d" % kind: b"\xc7" + bytes([end - at - 3, kind]) + whole[at + 3:end] for kind in (2, 3, 42)})
+        values.update({"dtype %r" % (d,): packed_array(shape, d, number) for d in ("O", "object", "|O", "float128", "<U1", "complex64", "V4", "bool", "", b"\x05",
+                                                                                b"\xc0", "bfloat16", "float64", "float8_e4m3fn", "int32")})
+        values.update({"shape %r" % (s,): packed_array(s, "float32", number) for s in (
+            [], [23], [25], [12, 2], [0], [-24], [-1, -24], [1 << 40, 1 << 40], [1 << 62, 4], b"\x05", b"\xc0", b"\xa1x", b"\x91\xa1x", b"\x91\xcb" + bytes(8), b"\x91\xc3",
+            b"\x91" * 60 + b"\x01", [1] * 15, b"\xdd\xff\xff\xff\xff")})
+        values["too much"], values["too little"] = packed_array(shape, "float32", number * 2), packed_array(shape, "float32", number[:95])
+        values["no array"] = b"\xc7\x03\x01\x92\x05\x05"
+        for why, value in values.items():
+            cases[why] = whole[:at] + value + whole[end:]
+        names = {"in extension 2", "in extension 3", "in extension 42", "extension 0", "extension 2", "extension 3", "extension 42", "extension 255",
+                 "nothing", "a number", "a text", "a list", "a map", "bytes"}      # no arrays: then the weight is missing
+        for why, data in cases.items():
+            with open(os.path.join(folder, name), "wb") as f:
+                f.write(data)
+            self.refuses(folder, "t.post_ln.weight" if why in names else name, why=why)
+        self.refuse_all(folder, name, {"a list": b"\x91\x05", "a number": b"\x05", "an empty map": b"\x80", "arrays without names": b"\x91" + whole[at:end]})
+
+    # ---- configurations and tokenizers ---------------------------------------------------------------------------------
+
+    def test_configurations(self):
+        folder, name = self.llama(), "config.json"
+        self.accepted(folder)
+        odd = [-1, 0, 10 ** 9, 10 ** 30, 2.5, "2", None, True, [2], {}]
+        cases = [([key], value) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size",
+                                            "max_position_embeddings") for value in odd if value is not None]
+        cases += [(["num_key_value_heads"], v) for v in (-1, 0, 3, 5, 8, 10 ** 9, 10 ** 30, 1.5, "1", [1])] + [(["head_dim"], v) for v in (-8, 0, 7, 10 ** 9, "8")]
+        cases += [(["rms_norm_eps"], v) for v in ("x", -1, [], float("nan"), float("inf"), 10 ** 400)]
+        cases += [(["rope_parameters", "rope_theta"], v) for v in ("x", 0, -1, [], float("nan"), float("inf"))]
+        cases += [(["rope_parameters", "rope_type"], v) for v in ("yarn", "dynamic", "longrope", "x", 5, [])]
+        cases += [(["rope_parameters", "factor"], v) for v in ("x", 0, -1, float("nan"), [])] + [(["rope_parameters"], v) for v in (5, "x", [1])]
+        cases += [(["rope_parameters", "factor"],), (["rope_parameters", "original_max_position_embeddings"], -5)]
+        cases += [(["hidden_act"], "gelu"), (["quantization_config"], {"load_in_4bit": True})]
+        cases += [(["num_hidden_layers"], 3), (["hidden_size"], 64), (["intermediate_size"], 47), (["vocab_size"], 319), (["num_attention_heads"], 3)]
+        # (a configuration that disagrees with the weights may blame the tensor, a foreign family its name)
+        self.refuse_some(folder, name, cases)
+        for family, architecture in (("qwen2", "Qwen2ForCausalLM"), ("gemma", "GemmaForCausalLM"), ("phi3", "Phi3ForCausalLM"), ("mamba", "MambaForCausalLM"),
+                                     ("gpt2", "GPT2LMHeadModel"), ("", ""), (5, "x"), ([], "LlamaForCausalLM")):
+            rewrite(os.path.join(folder, name), lambda config: config.update(model_type=family, architectures=[architecture]))
+            self.refuses(folder, name, why="%s" % family)
+        self.refuse_all(folder, name, {"not JSON": b"{", "empty": b"", "a list": b"[]", "null": b"null", "nested": b'{"a":' * 60000 + b"1" + b"}" * 60000,
+                                       "no UTF-8": b'{"a": "\xff"}', "digits": b'{"num_hidden_layers": ' + b"9" * 100000 + b"}"})
+        os.remove(os.path.join(folder, name))
+        self.refuses(folder, name)
+
+    def refuse_some(self, folder, name, cases):
+        """As refuse_changes, but the line may name what the numbers then miss, instead of the configuration."""
+        path = os.path.join(folder, name)
+        original = read_json(path)
+        for case in cases:
+            keys, value = case[0], case[1:]
+            changed = json.loads(json.dumps(original))
+            node = changed
+            for key in keys[:-1]:
+                node = node[key]
+            if value:
+                node[keys[-1]] = value[0]
+            else:
+                del node[keys[-1]]
+            write_json(changed, path)
+            self.refuses(folder, "", why="%s: %.60r" % (keys, value))
+        write_json(original, path)
+
+    def test_llava_configurations(self):
+        folder = self.llama((), ("llava_v5",))
+        cases = [(["vision_config", key], value) for key in ("image_size", "patch_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+                 for value in (0, -1, 10 ** 9, 10 ** 30, "x", 2.5)]
+        cases += [(["vision_config", key], value) for key, value in (("patch_size", 29), ("hidden_act", "silu"), ("num_channels", 1), ("model_type", "siglip_vision_model"),
+                                                                     ("layer_norm_eps", "x"), ("num_attention_heads", 5), ("image_size", 42))]
+        cases += [([key], value) for key, value in (("vision_feature_layer", 99), ("vision_feature_layer", [-2, -3]), ("vision_feature_layer", "x"),
+                                                    ("vision_feature_layer", -9), ("vision_feature_select_strategy", "full"), ("projector_hidden_act", "relu"),
+                                                    ("vision_config", []), ("text_config", 5), ("model_type", "llava_next"))]
+        self.refuse_some(folder, "config.json", cases)
+        self.refuse_changes(folder, "processor_config.json", [(["image_processor", key], value) for key, value in (
+            ("image_mean", [0.5]), ("image_mean", "x"), ("image_mean", ["a", "b", "c"]), ("image_std", [0, 0, 0]), ("image_std", [1, 1, None]),
+            ("image_mean", [1e999, 0, 0]))])
+        folder = self.llama((), ("spm", "liuhaotian"))
+        vision = self.checkpoint("vision", "clip")
+        for keys, value in ((["mm_projector_type"], "mlp3x_gelu"), (["mm_projector_type"], "ldpnet"), (["mm_vision_select_layer"], 7), (["mm_vision_select_feature"], "cls_patch")):
+            rewrite(os.path.join(folder, "config.json"), lambda config: config.update({keys[0]: value}))
+            self.refuses(folder, "", "--vision", vision, why="%s" % value)
+            shutil.copyfile(os.path.join(CHECKPOINTS, "liuhaotian", "config.json"), os.path.join(folder, "config.json"))
+
+    def test_sentencepiece(self):
+        folder, name = self.llama((), ("spm", "llama2")), "tokenizer.model"
+        whole = read_bytes(folder, name)
+        self.accepted(folder)
+        long = b"\x0a" + b"\xff" * 5
+        cases = {"cut to %d" % n: whole[:n] for n in (0, 1, 2, 3, 10, len(whole) // 2, len(whole) - 1)}
+        cases.update({"endless number": whole + b"\x80" * 100, "only numbers": b"\x80" * 1000, "a long field": whole + b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+                      "a piece outside its field": b"\x0a\x05" + b"\x0a\x7f" + b"abc" + whole, "group": whole + b"\x0b\x0c", "wire type 7": whole + b"\x0f",
+                      "field 0": whole + b"\x02\x00", "no text": b"\x0a\x04\x0a\x02\xff\xfe" + whole, "surrogate": b"\x0a\x05\x0a\x03\xed\xa0\x80" + whole,
+                      "type 99": whole + b"\x0a\x05\x0a\x01q\x18\x63", "type text": whole + b"\x0a\x06\x0a\x01q\x1a\x01x", "unigram": whole + b"\x12\x02\x18\x01",
+                      "word": whole + b"\x12\x02\x18\x03", "cut number": whole + b"\x0a\x05\x0a\x01q\x15\x00", "too many pieces": whole + b"\x0a\x03\x0a\x01q" * 1000,
+                      "not a number": whole + b"\x0a\x08\x0a\x01q\x15\x00\x00\xc0\x7f", "JSON": b'{"a": 1}', "no pieces": b"\x12\x00", "long": long + whole})
+        self.refuse_all(folder, name, cases)
+        os.remove(os.path.join(folder, name))
+        self.refuses(folder, "tokenizer")
+
+    def test_tokenizer_json(self):
+        folder, name = self.llama(), "tokenizer.json"
+        self.accepted(folder)
+        state = read_json(folder, name)
+        first, merges = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)[0], state["model"]["merges"]
+        cases = [(["model", "type"], kind) for kind in ("Unigram", "WordPiece", "WordLevel", "", 5)]
+        cases += [(["model"],), (["model"], []), (["model"], None), (["model", "vocab"], []), (["model", "vocab"], {}), (["model", "vocab"],), (["model", "merges"], {}),
+                  (["model", "merges"], "x"), (["model", "merges"],)]
+        cases += [(["model", "vocab", first], i) for i in (-1, 1, 10 ** 9, 10 ** 30, 0.5, "0", None, [])]
+        cases += [(["model", "merges", 0], m) for m in ("a", "a b c", ["a"], ["a", "b", "c"], 5, None, [1, 2], "", [])]
+        cases += [(["added_tokens"], 5), (["added_tokens"], [5]), (["added_tokens", 0, "id"], -1), (["added_tokens", 0, "id"], 10 ** 9), (["added_tokens", 0, "id"], "x"),
+                  (["added_tokens", 0, "id"], 0), (["added_tokens", 0, "content"], 5), (["added_tokens", 0, "content"],), (["added_tokens", 0, "id"],)]
+        cases += [(["pre_tokenizer"], v) for v in ({"type": "Whitespace"}, {"type": "Metaspace"}, {"type": "Sequence", "pretokenizers": 5}, 5, {}, [],
+                                                   {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "x"}}]})]
+        cases += [(["normalizer"], {"type": "Lowercase"}), (["normalizer"], {"type": "NFKC"}), (["model", "continuing_subword_prefix"], "##")]
+        self.refuse_changes(folder, name, cases)
+        self.assertTrue(merges)
+        self.refuse_all(folder, name, {"not JSON": b"{", "empty": b"", "a list": b"[]", "nested": b'{"model":' * 60000 + b"1" + b"}" * 60000, "no UTF-8": b'{"\xff": 1}',
+                                       "a lone surrogate": read_bytes(CHECKPOINTS, "llava_v5", name).replace(b'"!"', b'"\\ud800"', 1)})
+        os.remove(os.path.join(folder, name))
+        self.refuses(folder, "tokenizer")
+
+    def test_clip_vocabularies(self):
+        folder, name = self.checkpoint("clip", "clip"), "vocab.json"
+        self.accepted(folder)
+        first = next(iter(read_json(folder, name)))
+        self.refuse_changes(folder, name, [([first], i) for i in (-1, 1, 10 ** 9, 10 ** 30, 0.5, "0", None, [])] + [([first],), (["extra"], 10 ** 6)])
+        self.refuse_all(folder, name, {"not JSON": b"{", "empty": b"", "a list": b"[]", "an empty object": b"{}", "no UTF-8": b'{"\xff": 0}'})
+        shutil.copyfile(os.path.join(CHECKPOINTS, "clip", name), os.path.join(folder, name))
+        merges = read_bytes(folder, "merges.txt")
+        self.refuse_all(folder, "merges.txt", {"one word": merges + b"a\n", "three words": merges + b"a b c\n", "no UTF-8": merges + b"\xff\xfe x\n",
+                                               "zero bytes": merges + b"\0\0\n"})
+        self.refuse_some(folder, "config.json", [(["projection_dim"], 21), (["projection_dim"], 0), (["text_config", "max_position_embeddings"], 23),
+                                                 (["text_config", "vocab_size"], 1), (["text_config", "num_attention_heads"], 0), (["vision_config", "patch_size"], 0),
+                                                 (["text_config", "num_hidden_layers"], 10 ** 9), (["text_config", "hidden_act"], "relu")])
+
+    # ---- places --------------------------------------------------------------------------------------------------------
+
+    def test_places(self):
+        os.mkdir(self.path("empty"))
+        os.mkdir(self.path("folder.gguf"))
+        good = self.llama()
+        for source, says in ((self.path("nowhere"), "nowhere"), (self.path("empty"), "empty"), (self.images[0], "stars0.png"), ("/dev/null", "/dev/null"),
+                             (os.path.join(good, "config.json"), "config.json"), ("", "")):
+            self.refuses(source, says)
+        for option in ("--base", "--vision"):
+            self.refuses(self.checkpoint("part", "projector"), "nowhere", option, self.path("nowhere"))
+        os.mkfifo(self.path("pipe.gguf"))
+        for out, limit in (("missing/model.gguf", None), (self.path("folder.gguf"), None), (self.path("pipe.gguf"), None), ("/proc/x.gguf", None),
+                           ("model.gguf", 10000)):                       # the last: a disk with little room
+            with self.subTest(out):
+                result = fork_convert("-o", out, good, folder=self.out, file_size=limit)
+                self.assertEqual(result.code, 1, result)
+                self.assertRegex(result.err, r"^convert\.py: error: .*\n$")
+                self.assertEqual(os.listdir(self.out), [])
+
+    def test_missing_parts(self):
+        llava = self.checkpoint("liuhaotian", "spm", "liuhaotian")
+        without_tower(llava)
+        for folder, arguments, says in ((llava, (), "--vision"), (self.checkpoint("part", "projector"), (), "--base"),
+                                        (self.checkpoint("tower", "clip_flax"), (), "tokenizer|vocab"), (self.checkpoint("lora", "lora"), (), "[Mm]erge")):
+            with self.subTest(says):
+                result = fork_convert("-o", "model.gguf", folder, *arguments, folder=self.out)
+                self.assertEqual(result.code, 1, result)
+                self.assertRegex(result.err, r"^convert\.py: error: .*(%s).*\n$" % says)
+                self.assertEqual(os.listdir(self.out), [])
 
 
 def main():
