@@ -460,6 +460,8 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
+    const char      *isa;          // fast mode uses no better kernels than these: "portable", "avx2", "avx512", "avx512_bf16"; NULL: the
+                                   // best this processor has
 } astrovl_session_options;
 
 // The model must outlive the session. Returns NULL and err (ARGUMENT, MEMORY).
@@ -723,9 +725,17 @@ ASTROVL_API float astrovl_cosf(float x);
 #else
 #include <time.h>
 #endif
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
 #define AVL__X86 1           // instruction sets beyond the build's are compiled per function and chosen at run time
+#if !defined(__clang__)
+#pragma GCC diagnostic push       // gcc 12's own header trips over its idiom for "any value" (gcc bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #else
 #define AVL__X86 0
 #endif
@@ -2068,7 +2078,7 @@ typedef struct avl__panel {
     float   *d, *m;        // [2][n_blocks][n_parts][16]
 } avl__panel;
 
-enum { AVL__PANEL_ROWS = 32, AVL__QUANT_BYTES = 64 };   // of a block of activations: 32 + 4 + 8 + 8, or 32 bfloat16
+enum { AVL__PANEL_ROWS = 32, AVL__QUANT_BYTES = 4 + 8 + 8 + 64 };   // of a block of activations: scale, bias, sum, and integers or bfloat16
 
 typedef struct avl__kernels {
     const char *name;
@@ -2488,12 +2498,14 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n, int n_parts, int has_
             AVL__UNROLL
             for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(x->bias[(first + r) * n_blocks * n_parts + at]);
             AVL__UNROLL
-            for (g = 8 / n_parts * part; g < 8 / n_parts * (part + 1); g++) {
-                __m512i w0 = _mm512_loadu_si512(p->u + 512 * (size_t)b + 64 * g), w1 = _mm512_loadu_si512(p->u + half_u + 512 * (size_t)b + 64 * g);
+            for (g = 0; g < 8 / n_parts; g++) {
+                const size_t column = 4 * ((size_t)g + 8 / (size_t)n_parts * (size_t)part);      // of the block's 32
+                const __m512i w0 = _mm512_loadu_si512(p->u + 512 * (size_t)b + 16 * column);
+                const __m512i w1 = _mm512_loadu_si512(p->u + half_u + 512 * (size_t)b + 16 * column);
                 AVL__UNROLL
                 for (r = 0; r < n; r++) {
                     int32_t four;
-                    memcpy(&four, x->q + ((first + r) * n_blocks + b) * 32 + 4 * g, 4);
+                    memcpy(&four, x->q + ((first + (size_t)r) * (size_t)n_blocks + (size_t)b) * 32 + column, 4);
                     whole[r][0] = _mm512_dpbusd_epi32(whole[r][0], w0, _mm512_set1_epi32(four));
                     whole[r][1] = _mm512_dpbusd_epi32(whole[r][1], w1, _mm512_set1_epi32(four));
                 }
@@ -2972,16 +2984,44 @@ static const avl__kernels avl__kernels_avx512_bf16 = {"avx512_bf16", avl__dot_av
     avl__round_rows_bf16, avl__multiply_any_bf16, avl__attend_avx512};
 #endif
 
-// The table for a mode: exact always runs the portable one, fast the best that this processor has.
-static const avl__kernels *avl__choose_kernels(astrovl_mode mode) {
+// All tables of this build, the simplest first.
+static const avl__kernels *const avl__all_kernels[] = {
+    &avl__kernels_portable,
 #if AVL__X86
-    if (mode == ASTROVL_FAST && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? &avl__kernels_avx512_bf16 : &avl__kernels_avx512;
-    if (mode == ASTROVL_FAST && __builtin_cpu_supports("avx2")) return &avl__kernels_avx2;
+    &avl__kernels_avx2, &avl__kernels_avx512, &avl__kernels_avx512_bf16,
 #endif
-    (void)mode;
-    return &avl__kernels_portable;
+};
+
+#if AVL__X86
+#define AVL__KERNEL_NAMES "portable, avx2, avx512, avx512_bf16"
+#else
+#define AVL__KERNEL_NAMES "portable"
+#endif
+enum { AVL__N_KERNELS = sizeof avl__all_kernels / sizeof *avl__all_kernels };
+
+// Has this processor (and its system) what table i needs?
+static int avl__kernels_run(int i) {
+#if AVL__X86
+    if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (i == 2)
+        return avl__kernels_run(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (i == 3) return avl__kernels_run(2) && __builtin_cpu_supports("avx512bf16");
+#endif
+    return i == 0;
+}
+
+// The table for a mode: exact always runs the portable one, fast the best that this processor has, but none better than `isa`
+// (NULL: no limit). NULL: there is no table of that name.
+static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa) {
+    const avl__kernels *best = &avl__kernels_portable;
+    int i;
+    for (i = 0; i < AVL__N_KERNELS; i++) {
+        if (avl__kernels_run(i)) best = avl__all_kernels[i];
+        if (isa && strcmp(isa, avl__all_kernels[i]->name) == 0) break;
+    }
+    if (isa && i == AVL__N_KERNELS) return NULL;
+    return mode == ASTROVL_EXACT ? &avl__kernels_portable : best;
 }
 
 
@@ -9252,7 +9292,9 @@ static astrovl_status avl__session_init(astrovl_session *s, const astrovl_sessio
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options: n_threads %d, n_ctx %d, mode %d", o->n_threads, o->n_ctx, (int)o->mode);
     if (s->model->has_text && n_ctx > llama->n_ctx_train)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a context of %d tokens; the model was made for %d", n_ctx, llama->n_ctx_train);
-    s->run.kernels = avl__choose_kernels(o->mode);
+    s->run.kernels = avl__choose_kernels(o->mode, o->isa);
+    if (!s->run.kernels)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o->isa, AVL__KERNEL_NAMES);
     s->run.tap = o->tap;
     s->run.tap_user = o->tap_user;
     s->run.progress = o->progress;
@@ -11861,7 +11903,7 @@ ASTROVL_API int astrovl_search(const void *rows, int64_t n_rows, int n_dims, con
         return -1;
     }
     memset(&search, 0, sizeof search);
-    search.kernels = avl__choose_kernels(ASTROVL_FAST);
+    search.kernels = avl__choose_kernels(ASTROVL_FAST, NULL);
     search.rows = (const uint8_t *)rows;
     search.query = query;
     search.n_rows = n_rows;
@@ -11905,7 +11947,7 @@ ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_thr
     avl__pool *pool = avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors());
     if (!pool) return 0.0;
     memset(&read, 0, sizeof read);
-    read.kernels = avl__choose_kernels(ASTROVL_FAST);
+    read.kernels = avl__choose_kernels(ASTROVL_FAST, NULL);
     read.data = (const uint8_t *)data;
     read.size = size;
     start = avl__seconds();

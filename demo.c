@@ -506,7 +506,7 @@ static int on_text(void *user, const char *text, size_t size) {
 }
 
 static void open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
-    astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p};
+    astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA")};
     astrovl_error err;
     p->session = astrovl_session_new(p->model, &session_options, &err);
     if (!p->session) exit(failed(&err));

@@ -726,22 +726,23 @@ static void test_products(void) {
         w.weight = blocks, w.bias = bias, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row;
         for (threads = 1; threads <= 8; threads++) {
             memset(&run, 0, sizeof run);
-            run.kernels = avl__choose_kernels(ASTROVL_EXACT);
+            run.kernels = avl__choose_kernels(ASTROVL_EXACT, NULL);
             run.pool = avl__pool_new(threads);
-            CHECK(run.pool && avl__run_reserve(&run, 1, N_IN), "reserve");
+            CHECK(run.pool && avl__run_reserve(&run, 1, N_IN, N_ROWS), "reserve");
             memset(y, 0xFF, sizeof y);   // NaN: every value must be written
             avl__apply(&run, y, x, &w, N_ROWS);
             avl__apply(&run, y1, x + 2 * N_IN, &w, 1);
             CHECK(memcmp(y, direct, sizeof y) == 0, "%s with %d threads", astrovl_type_name(types[t]), threads);
             CHECK(memcmp(y1, direct + 2 * N_OUT, N_OUT * sizeof *y1) == 0, "%s: one row differs from many", astrovl_type_name(types[t]));
-            avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory);
+            avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
         }
         free(blocks);
     }
 }
 
-// softmax(q k^T / sqrt(d)) v in double, causal with a past and grouped heads, and not causal.
-static void test_attention_case(int n_rows, int n_past, int n_head, int n_head_kv, int d, int causal) {
+// softmax(q k^T / sqrt(d)) v in double, causal with a past and grouped heads, and not causal; by each table of kernels. Where a table
+// has an attention of its own, it does not show weights.
+static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_past, int n_head, int n_head_kv, int d, int causal) {
     int n_keys = n_past + n_rows, h, r, j, i;
     float *q = (float *)malloc((size_t)(n_rows * n_head * d) * 4), *k = (float *)malloc((size_t)(n_keys * n_head_kv * d) * 4);
     float *v = (float *)malloc((size_t)(n_keys * n_head_kv * d) * 4), *out = (float *)malloc((size_t)(n_rows * n_head * d) * 4);
@@ -751,16 +752,16 @@ static void test_attention_case(int n_rows, int n_past, int n_head, int n_head_k
     avl__attention a;
     memset(&run, 0, sizeof run), memset(&a, 0, sizeof a);
     test_fill(q, n_rows * n_head * d, 11), test_fill(k, n_keys * n_head_kv * d, 12), test_fill(v, n_keys * n_head_kv * d, 13);
-    run.kernels = avl__choose_kernels(ASTROVL_EXACT);
+    run.kernels = kernels;
     run.pool = avl__pool_new(3);
-    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_keys), "reserve");
-    a.q = q, a.k = k, a.v = v, a.out = out, a.weights = weights, a.n_rows = n_rows, a.n_past = n_past, a.n_head = n_head;
+    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_keys, 1), "reserve");
+    a.q = q, a.k = k, a.v = v, a.out = out, a.weights = kernels->attend ? NULL : weights, a.n_rows = n_rows, a.n_past = n_past, a.n_head = n_head;
     a.n_head_kv = n_head_kv, a.head_dim = d, a.causal = causal, a.run = &run;
     avl__attention_run(&a);
     for (h = 0; h < n_head; h++)
         for (r = 0; r < n_rows; r++) {
             int last = causal ? n_past + r + 1 : n_keys, kv = h / (n_head / n_head_kv);
-            double p[64], sum = 0.0, shown = 0.0;
+            double p[256], sum = 0.0, shown = 0.0;
             for (j = 0; j < last; j++) {
                 double s = 0.0;
                 for (i = 0; i < d; i++) s += (double)q[(r * n_head + h) * d + i] * k[(j * n_head_kv + kv) * d + i];
@@ -771,14 +772,21 @@ static void test_attention_case(int n_rows, int n_past, int n_head, int n_head_k
                 for (j = 0; j < last; j++) e += p[j] / sum * v[(j * n_head_kv + kv) * d + i];
                 if (fabs(e - out[(r * n_head + h) * d + i]) > worst) worst = fabs(e - out[(r * n_head + h) * d + i]);
             }
+            if (!a.weights) continue;
             for (j = 0; j < n_keys; j++) shown += weights[(h * n_rows + r) * n_keys + j];
             for (j = last; j < n_keys; j++) CHECK(weights[(h * n_rows + r) * n_keys + j] == 0.0f, "a row sees its future");
             if (fabs(shown - 1.0) > worst_sum) worst_sum = fabs(shown - 1.0);
         }
-    CHECK(worst < 1e-6, "%d rows after %d: off by %g", n_rows, n_past, worst);
+    CHECK(worst < 1e-6, "%s: %d rows after %d: off by %g", kernels->name, n_rows, n_past, worst);
     CHECK(worst_sum < 1e-5, "shown weights do not add up to 1: %g", worst_sum);
-    avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory);
+    avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
     free(q), free(k), free(v), free(out), free(weights);
+}
+
+static void test_attention_case(int n_rows, int n_past, int n_head, int n_head_kv, int d, int causal) {
+    int i;
+    for (i = 0; i < AVL__N_KERNELS; i++)
+        if (avl__kernels_run(i)) test_attention_by(avl__all_kernels[i], n_rows, n_past, n_head, n_head_kv, d, causal);
 }
 
 static void test_attention(void) {
@@ -787,6 +795,180 @@ static void test_attention(void) {
     test_attention_case(1, 40, 6, 2, 32, 1);
     test_attention_case(20, 7, 4, 1, 24, 1);
     test_attention_case(37, 0, 3, 3, 16, 0);
+    test_attention_case(70, 0, 2, 2, 64, 0);
+    test_attention_case(67, 13, 4, 2, 20, 1);
+    test_attention_case(2, 150, 2, 1, 128, 1);
+}
+
+// ---- fast mode: every table of kernels that this processor has, against double -------------------------------------
+
+enum { FAST_IN = 1536, FAST_OUT = 70, FAST_ROWS = 67 };
+
+// Blocks of random bytes whose scales are ordinary (0), zero or denormal (1), as large as they can be (2).
+static void test_fast_blocks(int type, uint8_t *blocks, size_t n_bytes, int scales, uint32_t seed) {
+    const avl__type_info *info = avl__find_type(type);
+    size_t i;
+    int h;
+    for (i = 0; i < n_bytes; i++) seed = seed * 1664525u + 1013904223u, blocks[i] = (uint8_t)(seed >> 24);
+    for (i = 0; i < n_bytes; i += (size_t)info->block_bytes)
+        for (h = 0; h < info->halves[1] || (h == 0 && info->block_values == 1); h++) {
+            uint8_t *at = blocks + i + info->halves[0] + 2 * h;
+            uint16_t half;
+            seed = seed * 1664525u + 1013904223u;
+            half = astrovl_f32_to_f16(scales == 2 ? 65504.0f : scales == 1 ? (float)(seed >> 30) * 6e-8f : (float)(int32_t)seed * 1e-11f);
+            if (type == ASTROVL_TYPE_F32) avl__store_u32(blocks + i, avl__float_bits(astrovl_f16_to_f32(half)));
+            else if (type == ASTROVL_TYPE_BF16) avl__store_u16(blocks + i, astrovl_f32_to_bf16(astrovl_f16_to_f32(half)));
+            else avl__store_u16(at, half);
+        }
+}
+
+// What rounding may change in one product: activations move by half a step of their block of 32, 1 / 254 of its largest value; weights
+// of the float types by as much where they are rounded like that; bfloat16 changes each by 2^-9 of itself. Beside that float32's own.
+static double test_fast_bound(int is_float, const float *w, const float *x, int n) {
+    double bound = 0.0, all_w = 0.0, all_x = 0.0;
+    int b, i;
+    for (b = 0; b < n; b += 32) {
+        double top_x = 0.0, top_w = 0.0, sum_x = 0.0, sum_w = 0.0;
+        for (i = b; i < n && i < b + 32; i++) {
+            sum_x += fabs(x[i]), sum_w += fabs(w[i]);
+            if (fabs(x[i]) > top_x) top_x = fabs(x[i]);
+            if (fabs(w[i]) > top_w) top_w = fabs(w[i]);
+        }
+        bound += sum_w * top_x / 250 + (is_float ? sum_x * top_w / 250 + 32 * top_x * top_w / 60000 : 0);
+        all_w = top_w > all_w ? top_w : all_w, all_x += sum_x;
+    }
+    return bound + all_w * all_x * 3e-5 + 1e-35;
+}
+
+static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int n_out, int n_rows, int scales) {
+    static float x[FAST_ROWS * FAST_IN], y[FAST_ROWS * FAST_OUT], again[FAST_ROWS * FAST_OUT], expanded[FAST_OUT * FAST_IN], bias[FAST_OUT];
+    size_t row = astrovl_type_row_bytes(type, n_in);
+    uint8_t *blocks = (uint8_t *)malloc(row * (size_t)n_out);
+    avl__linear w;
+    avl__run run;
+    int r, o, i, threads;
+    test_fill(x, n_rows * n_in, (uint32_t)(n_in + n_rows)), test_fill(bias, n_out, 9);
+    for (i = 0; i < n_rows * n_in; i += 37) x[i] *= i % 2 ? 50.0f : 0.0f;      // activations have outliers
+    if (scales == 1) memset(x, 0, (size_t)n_in * sizeof *x);
+    test_fast_blocks(type, blocks, row * (size_t)n_out, scales, (uint32_t)(100 * type + n_in));
+    CHECK(astrovl_dequantize(type, blocks, expanded, (int64_t)n_in * n_out) == ASTROVL_OK, "type %d", type);
+    w.weight = blocks, w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = n_out, w.row_bytes = row;
+    for (threads = 1; threads <= 3; threads += 2) {
+        memset(&run, 0, sizeof run);
+        run.kernels = kernels;
+        run.pool = avl__pool_new(threads);
+        CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_in, (uint64_t)n_rows), "reserve");
+        memset(y, 0xFF, sizeof y);
+        avl__apply(&run, y, x, &w, n_rows);
+        if (threads == 1) memcpy(again, y, sizeof y);
+        CHECK(memcmp(again, y, sizeof y) == 0, "%s, %s: %d threads give other bits", kernels->name, astrovl_type_name(type), threads);
+        avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
+    }
+    for (r = 0; r < n_rows; r++)
+        for (o = 0; o < n_out; o++) {
+            const float *xr = x + (size_t)r * (size_t)n_in, *wo = expanded + (size_t)o * (size_t)n_in;
+            double sum = bias[o], bound = test_fast_bound(avl__is_float_type(type), wo, xr, n_in), error;
+            for (i = 0; i < n_in; i++) sum += (double)xr[i] * wo[i];
+            error = fabs(sum - y[r * n_out + o]);
+            CHECK(error <= bound + 1e-6 * fabs(sum), "%s, %s [%d, %d], %d rows, scales %d: y[%d][%d] is %g, not %g (bound %g)", kernels->name,
+                  astrovl_type_name(type), n_out, n_in, n_rows, scales, r, o, y[r * n_out + o], sum, bound);
+            if (error > bound + 1e-6 * fabs(sum)) return;
+        }
+    free(blocks);
+}
+
+static void test_fast_products(void) {
+    static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
+    static const int rows[] = {1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 31, 67}, outs[] = {1, 4, 31, 32, 33, 70}, odd[] = {1, 17, 33, 47, 588};
+    size_t t, i;
+    int k;
+    for (k = 0; k < AVL__N_KERNELS; k++)
+        for (t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
+            const avl__kernels *kernels = avl__all_kernels[k];
+            int values = avl__find_type(types[t])->block_values, scales;
+            for (i = 0; i < sizeof rows / sizeof *rows; i++)
+                test_fast_case(kernels, types[t], values == 256 ? 512 : 160, outs[i % (sizeof outs / sizeof *outs)], rows[i], 0);
+            for (scales = 1; scales < 3; scales++) {
+                test_fast_case(kernels, types[t], 256, 34, 1, scales);
+                test_fast_case(kernels, types[t], 256, 34, 9, scales);
+            }
+            test_fast_case(kernels, types[t], FAST_IN, 33, 7, 0);
+            for (i = 0; values == 1 && i < sizeof odd / sizeof *odd; i++) {
+                test_fast_case(kernels, types[t], odd[i], 34, 1, 0);
+                test_fast_case(kernels, types[t], odd[i], 34, 7, 0);
+            }
+        }
+}
+
+static void test_fast_ops(void) {
+    enum { N = 1003 };
+    static float x[N], up[N], weight[N], bias[N], y[N], z[N];
+    int k, i, n, op;
+    for (k = 1; k < AVL__N_KERNELS; k++)
+        for (n = 1; avl__kernels_run(k) && n <= N; n = n < 40 ? n + 1 : n + 481)
+            for (op = 0; op < 5; op++) {
+                const avl__kernels *table[2];
+                double worst = 0.0, top = 1e-3;
+                table[0] = avl__all_kernels[0], table[1] = avl__all_kernels[k];
+                test_fill(x, n, 3), test_fill(up, n, 4), test_fill(weight, n, 5), test_fill(bias, n, 6);
+                for (i = 0; i < n; i++) x[i] *= i % 5 ? 3.0f : 40.0f;
+                for (i = 0; i < 2; i++) {
+                    float *to = i ? y : z;
+                    memcpy(to, x, sizeof x);
+                    if (op == 0) table[i]->rms_norm(to, x, weight, n, 1e-5f);
+                    if (op == 1) table[i]->layer_norm(to, x, weight, bias, n, 1e-5f);
+                    if (op == 2) table[i]->gelu(to, n);
+                    if (op == 3) table[i]->quick_gelu(to, n);
+                    if (op == 4) table[i]->silu_product(to, up, n);
+                }
+                for (i = 0; i < n; i++) {
+                    if (fabs((double)y[i] - z[i]) > worst) worst = fabs((double)y[i] - z[i]);
+                    if (fabs((double)z[i]) > top) top = fabs((double)z[i]);
+                }
+                CHECK(worst <= 2e-6 * top + (op == 1 && n < 3 ? 1 : 0), "%s: operation %d of %d values is off by %g of %g", table[1]->name, op, n, worst, top);
+            }
+}
+
+// The whole model: fast mode's logits lie close to exact mode's, whatever the table, and do not depend on the number of threads.
+static void test_fast_model(void) {
+    astrovl_error err;
+    astrovl_model *model = astrovl_open("test/astrovl-tiny.gguf", NULL, &err);
+    static const char text[] = "A white spiral galaxy in the centre of the frame. It is inclined and it has two spiral arms. There is one bright star.";
+    int32_t tokens[64];
+    int n = model ? astrovl_tokenize(model, text, strlen(text), ASTROVL_ADD_SPECIAL, tokens, 64, &err) : -1, k, i;
+    astrovl_info info;
+    float *logits[2];
+    CHECK(n > 8 && n <= 64, "tokens: %d", n);
+    if (n <= 8 || n > 64) return;
+    astrovl_get_info(model, &info);
+    for (i = 0; i < 2; i++) logits[i] = (float *)malloc(sizeof(float) * (size_t)n * (size_t)info.n_vocab);
+    for (k = -1; k < AVL__N_KERNELS; k++) {
+        int threads;
+        for (threads = 1; threads <= 3; threads += 2) {
+            astrovl_session_options o;
+            astrovl_session *s;
+            double aa = 0.0, bb = 0.0, ab = 0.0;
+            memset(&o, 0, sizeof o);
+            o.mode = k < 0 ? ASTROVL_EXACT : ASTROVL_FAST, o.n_threads = threads;
+            if (k >= 0) o.isa = avl__all_kernels[k]->name;
+            s = astrovl_session_new(model, &o, &err);
+            CHECK(s && astrovl_eval_tokens(s, tokens, n, logits[k >= 0], n, &err) == ASTROVL_OK, "eval: %s", err.message);
+            astrovl_session_free(s);
+            for (i = 0; i < n * info.n_vocab; i++) {
+                double a = logits[0][i], b = logits[k >= 0][i];
+                aa += a * a, bb += b * b, ab += a * b;
+            }
+            CHECK(ab >= 0.999 * sqrt(aa * bb), "%s: cosine %.6f", k < 0 ? "exact" : avl__all_kernels[k]->name, ab / sqrt(aa * bb));
+        }
+    }
+    {
+        astrovl_session_options o;
+        memset(&o, 0, sizeof o);
+        o.isa = "abacus";
+        CHECK(!astrovl_session_new(model, &o, &err) && strstr(err.message, "portable"), "%s", err.message);
+    }
+    free(logits[0]), free(logits[1]);
+    astrovl_close(model);
 }
 
 static void tests_ops(void) {
@@ -798,6 +980,9 @@ static void tests_ops(void) {
     run("kernels: order of a sum", test_dot_order);
     run("kernels: products with every type", test_products);
     run("ops: attention", test_attention);
+    run("fast: products of every type and shape", test_fast_products);
+    run("fast: norms and activations", test_fast_ops);
+    run("fast: a model", test_fast_model);
 }
 
 // ---- [6] GGUF -------------------------------------------------------------------------------------------------------
