@@ -73,6 +73,7 @@ test-real: astrovl
 	$(PYTHON) test/real_models.py
 	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
 	$(PYTHON) test/real_guided.py
+	$(PYTHON) test/real_convert.py
 
 bench: astrovl
 	./astrovl bench search

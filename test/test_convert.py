@@ -2076,6 +2076,14 @@ class ConvertHostile(ConvertCase):
             f.write(torch_file(op_dictionary(items), storages))
         self.assertEqual(self.accepted(folder), good)
 
+        trained = {"module." + name: op_call("torch._utils", "_rebuild_parameter", value, b"\x88", op_call("collections", "OrderedDict"))
+                   for name, value in items.items()}
+        inside = op_call("collections", "OrderedDict") + op_dictionary(trained)[3:-1]
+        state = b"}(" + op_text(b"state") + b"}(" + op_int(0) + b"}(" + op_text(b"step") + items[NORM] + b"uu" + op_text(b"groups") + b"](G" + bytes(8) + b"Neu"
+        with open(os.path.join(folder, name), "wb") as f:                # a training loop's: parameters of a wrapped module, an optimiser
+            f.write(torch_file(op_dictionary({"epoch": op_int(3), "name": op_text(b"x"), "state_dict": inside, "optimizer": state}), storages))
+        self.assertEqual(self.accepted(folder), good)
+
         touch, evil = op_text(b"touch PWNED"), op_text(b"open('PWNED', 'w')")
         values = {
             "os.system": op_call("os", "system", touch), "posix.system": op_call("posix", "system", touch), "nt.system": op_call("nt", "system", touch),
