@@ -1662,7 +1662,7 @@ LAYOUTS = {
     "llava_v5": (["llava_v5"], None, {}, "", "B", "crop"),
     "llava_new": (["llava_v5"], new_names, {}, "", "B", "crop"),
     "llava_old": (["spm", "llava_old"], None, {}, "", "A", "crop"),
-    "llava_index": (["spm", "llava_old"], None, {}, "model.safetensors.index.json", "A", "crop"),
+    "llava_index": (["spm_json", "spm", "llava_old"], None, {}, "model.safetensors.index.json", "A", "crop"),
     "liuhaotian": (["spm", "liuhaotian"], None, {"--vision": (["clip"], configuration_alone)}, "", "A", "pad"),
     "liuhaotian_apart": (["spm", "liuhaotian"], without_tower, {"--vision": (["clip"], None)}, "", "A", "pad"),
     "liuhaotian_tower": (["spm", "liuhaotian"], without_tower, {"--vision": (["clip"], tower_alone)}, "", "A", "pad"),
