@@ -1961,8 +1961,8 @@ class ConvertHostile(ConvertCase):
                 f.write(data)
             self.refuses(folder, name, why=why)
 
-    def refuse_changes(self, folder, name, cases):
-        """cases: [(path of keys in a JSON file, value)]; no value takes the key away"""
+    def refuse_changes(self, folder, name, cases, mentions=None):
+        """cases: [(path of keys in a JSON file, value)]; no value takes the key away. mentions: other than the file's name"""
         path = os.path.join(folder, name)
         original = read_json(path)
         for keys, *value in cases:
@@ -1975,7 +1975,7 @@ class ConvertHostile(ConvertCase):
             else:
                 del node[keys[-1]]
             write_json(changed, path)
-            self.refuses(folder, name, why="%s: %.60r" % (keys, value))
+            self.refuses(folder, name if mentions is None else mentions, why="%s: %.60r" % (keys, value))
         write_json(original, path)
 
     def llama(self, without=("processor_config.json",), parts=("llava_v5", "llama3")):
@@ -2046,9 +2046,9 @@ class ConvertHostile(ConvertCase):
         other = self.checkpoint("other", "llava_old")                    # whole shards, but outside the folder
         file = read_json(folder, index)["weight_map"][name]
         self.refuse_changes(folder, index, [(["weight_map", name], os.path.join(place, file)) for place in ("../other", other, "./", "../checkpoint")])
-        self.refuse_some(folder, index, [(["weight_map", name], file) for file in (
+        self.refuse_changes(folder, index, [(["weight_map", name], file) for file in (
             "model-00003-of-00002.safetensors", "../model-00001-of-00002.safetensors", "../../../../../../etc/passwd", "/etc/passwd", "", ".", "..",
-            "sub/x.safetensors", "model-00001-of-00002.safetensors\0", "added_tokens.json", 5, None, ["model-00001-of-00002.safetensors"], "x" * 5000)])
+            "sub/x.safetensors", "model-00001-of-00002.safetensors\0", "added_tokens.json", 5, None, ["model-00001-of-00002.safetensors"], "x" * 5000)], "json")
         other = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
         self.refuse_changes(folder, index, [(["weight_map", name], other.get(file, "model-00001-of-00002.safetensors")),
                                             (["weight_map", "model.nowhere.weight"], file), (["weight_map"],), (["weight_map"], {}), (["weight_map"], []),
@@ -2133,13 +2133,12 @@ class ConvertHostile(ConvertCase):
             b"r\xff\xff\xff\xff.", b"(" * 1000000 + b".", b"2" * 100000 + b".", b"\x95" + b"\xff" * 8 + b".", b"c\xff\n\xfe\n.")})
         cases["names that are numbers"] = op_dictionary({}).replace(b"(u", b"(" + op_int(1) + items[NORM] + b"u")
         cases["bomb as name"] = b"\x80\x02}(" + bomb(b")", b"(", b"t") + b"Nu."
+        # a value that is no tensor is passed over; then the weight is missing
+        passed_over = {"lists", "tuples", "a number", "a text", "nothing", "nested", "nested tuples", "a function as value", "float"}
         for why, pickle in cases.items():
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(torch_file(pickle, storages))
-            # a value that is no tensor is passed over; then the weight is missing
-            self.refuses(folder, "norm.weight" if why in self.PASSED_OVER else name, why=why)
-
-    PASSED_OVER = {"lists", "tuples", "a number", "a text", "nothing", "nested", "nested tuples", "a function as value", "float"}
+            self.refuses(folder, "norm.weight" if why in passed_over else name, why=why)
 
     def test_archives(self):
         items, storages = self.in_torch()
@@ -2233,8 +2232,7 @@ class ConvertHostile(ConvertCase):
         cases += [(["rope_parameters", "factor"],), (["rope_parameters", "original_max_position_embeddings"], -5)]
         cases += [(["hidden_act"], "gelu"), (["quantization_config"], {"load_in_4bit": True})]
         cases += [(["num_hidden_layers"], 3), (["hidden_size"], 64), (["intermediate_size"], 47), (["vocab_size"], 319), (["num_attention_heads"], 3)]
-        # (a configuration that disagrees with the weights may blame the tensor, a foreign family its name)
-        self.refuse_some(folder, name, cases)
+        self.refuse_changes(folder, name, cases, "")     # what disagrees with the weights may blame a tensor
         for family, architecture in (("qwen2", "Qwen2ForCausalLM"), ("gemma", "GemmaForCausalLM"), ("phi3", "Phi3ForCausalLM"), ("mamba", "MambaForCausalLM"),
                                      ("gpt2", "GPT2LMHeadModel"), ("", ""), (5, "x"), ([], "LlamaForCausalLM")):
             rewrite(os.path.join(folder, name), lambda config: config.update(model_type=family, architectures=[architecture]))
@@ -2243,24 +2241,6 @@ class ConvertHostile(ConvertCase):
                                        "no UTF-8": b'{"a": "\xff"}', "digits": b'{"num_hidden_layers": ' + b"9" * 100000 + b"}"})
         os.remove(os.path.join(folder, name))
         self.refuses(folder, name)
-
-    def refuse_some(self, folder, name, cases):
-        """As refuse_changes, but the line may name what the numbers then miss, instead of the configuration."""
-        path = os.path.join(folder, name)
-        original = read_json(path)
-        for case in cases:
-            keys, value = case[0], case[1:]
-            changed = json.loads(json.dumps(original))
-            node = changed
-            for key in keys[:-1]:
-                node = node[key]
-            if value:
-                node[keys[-1]] = value[0]
-            else:
-                del node[keys[-1]]
-            write_json(changed, path)
-            self.refuses(folder, "", why="%s: %.60r" % (keys, value))
-        write_json(original, path)
 
     def test_llava_configurations(self):
         folder = self.llama((), ("llava_v5",))
@@ -2271,7 +2251,7 @@ class ConvertHostile(ConvertCase):
         cases += [([key], value) for key, value in (("vision_feature_layer", 99), ("vision_feature_layer", [-2, -3]), ("vision_feature_layer", "x"),
                                                     ("vision_feature_layer", -9), ("vision_feature_select_strategy", "full"), ("projector_hidden_act", "relu"),
                                                     ("vision_config", []), ("text_config", 5), ("model_type", "llava_next"))]
-        self.refuse_some(folder, "config.json", cases)
+        self.refuse_changes(folder, "config.json", cases, "")
         self.refuse_changes(folder, "processor_config.json", [(["image_processor", key], value) for key, value in (
             ("image_mean", [0.5]), ("image_mean", "x"), ("image_mean", ["a", "b", "c"]), ("image_std", [0, 0, 0]), ("image_std", [1, 1, None]),
             ("image_mean", [1e999, 0, 0]))])
@@ -2330,9 +2310,10 @@ class ConvertHostile(ConvertCase):
         merges = read_bytes(folder, "merges.txt")
         self.refuse_all(folder, "merges.txt", {"one word": merges + b"a\n", "three words": merges + b"a b c\n", "no UTF-8": merges + b"\xff\xfe x\n",
                                                "zero bytes": merges + b"\0\0\n"})
-        self.refuse_some(folder, "config.json", [(["projection_dim"], 21), (["projection_dim"], 0), (["text_config", "max_position_embeddings"], 23),
-                                                 (["text_config", "vocab_size"], 1), (["text_config", "num_attention_heads"], 0), (["vision_config", "patch_size"], 0),
-                                                 (["text_config", "num_hidden_layers"], 10 ** 9), (["text_config", "hidden_act"], "relu")])
+        self.refuse_changes(folder, "config.json", [(keys.split("."), value) for keys, value in (
+            ("projection_dim", 21), ("projection_dim", 0), ("text_config.max_position_embeddings", 23), ("text_config.vocab_size", 1),
+            ("text_config.num_attention_heads", 0), ("vision_config.patch_size", 0), ("text_config.num_hidden_layers", 10 ** 9),
+            ("text_config.hidden_act", "relu"))], "")
 
     # ---- places --------------------------------------------------------------------------------------------------------
 
