@@ -1711,7 +1711,7 @@ class Convert(ConvertCase):
 
     def assertClose(self, seen, wanted):
         largest = max(map(abs, wanted))
-        self.assertLess(max(abs(a - b) for a, b in zip(seen, wanted)), 1e-4 * largest)
+        self.assertLess(max(abs(a - b) for a, b in zip(seen, wanted)), 1e-5 * largest)
 
     def trace(self, layout, single=False, *options):
         image = [IMAGE] if LAYOUTS[layout][-1] in IMAGE_RUNS else []
@@ -2238,7 +2238,8 @@ class ConvertHostile(ConvertCase):
             rewrite(os.path.join(folder, name), lambda config: config.update(model_type=family, architectures=[architecture]))
             self.refuses(folder, name, why="%s" % family)
         self.refuse_all(folder, name, {"not JSON": b"{", "empty": b"", "a list": b"[]", "null": b"null", "nested": b'{"a":' * 60000 + b"1" + b"}" * 60000,
-                                       "no UTF-8": b'{"a": "\xff"}', "digits": b'{"num_hidden_layers": ' + b"9" * 100000 + b"}"})
+                                       "no UTF-8": b'{"a": "\xff"}', "digits": b'{"num_hidden_layers": ' + b"9" * 100000 + b"}",
+                                       "a name twice among many": b"{%s, \"7\": 1}" % b",".join(b'"%d": 1' % i for i in range(100000))})
         os.remove(os.path.join(folder, name))
         self.refuses(folder, name)
 
@@ -2275,6 +2276,20 @@ class ConvertHostile(ConvertCase):
                       "word": whole + b"\x12\x02\x18\x03", "cut number": whole + b"\x0a\x05\x0a\x01q\x15\x00", "too many pieces": whole + b"\x0a\x03\x0a\x01q" * 1000,
                       "not a number": whole + b"\x0a\x08\x0a\x01q\x15\x00\x00\xc0\x7f", "JSON": b'{"a": 1}', "no pieces": b"\x12\x00", "long": long + whole})
         self.refuse_all(folder, name, cases)
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(whole)
+        for key in ("\u00b2", "9" * 5000, "-1", "1e3", "400"):           # no ids, or one beyond the embedding
+            for file, value in (("tokenizer_config.json", {"added_tokens_decoder": {key: {"content": "x"}}}), ("added_tokens.json", {"x": key})):
+                with self.subTest(file, key=key[:9]):
+                    original = read_json(folder, "tokenizer_config.json")
+                    write_json({**original, **value} if "config" in file else value, folder, file)
+                    result = fork_convert("-o", "model.gguf", folder, folder=self.out)
+                    self.assertIn(result.code, (0, 1), result)           # passed over or refused, both are right
+                    self.assertNotIn("Traceback", result.err)
+                    write_json(original, folder, "tokenizer_config.json")
+        os.remove(os.path.join(folder, "added_tokens.json"))
+        for made in os.listdir(self.out):
+            os.remove(os.path.join(self.out, made))
         os.remove(os.path.join(folder, name))
         self.refuses(folder, "tokenizer")
 
