@@ -14,10 +14,11 @@ import json
 import os
 import pickletools
 import re
-import reprlib
 import struct
 import sys
 import zipfile
+from math import pi, prod
+from reprlib import repr as shown         # values of a hostile file: an ordinary repr could be endless
 
 EPILOG = """\
 what SOURCE may be
@@ -59,11 +60,6 @@ def check(right, where, why, *values):
         raise Problem(where, why, *values)
 
 
-def shown(value):
-    """A value of a hostile file: its repr could be endless."""
-    return reprlib.repr(value)
-
-
 def note(text):
     print("convert.py: note: " + text, file=sys.stderr)
 
@@ -95,7 +91,7 @@ class Tensor:
 
     def chunks(self):
         """The values in row-major order, in pieces of bytes."""
-        size, n_values = SIZES[self.dtype], product(self.shape)
+        size, n_values = SIZES[self.dtype], prod(self.shape)
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             if self.strides == row_major(self.shape) or n_values <= 1:
@@ -106,9 +102,9 @@ class Tensor:
             values = memoryview(read_exactly(file, span * size)).cast({1: "B", 2: "H", 4: "I", 8: "Q"}[size])
         # the values of dimensions run.. lie `step` apart throughout: each such row is one slice
         run, step = (len(self.shape) - 1, self.strides[-1]) if self.strides[-1] else (len(self.shape), 1)
-        while run > 0 and self.strides[run - 1] == product(self.shape[run:]) * step:
+        while run > 0 and self.strides[run - 1] == prod(self.shape[run:]) * step:
             run -= 1
-        length, pieces = product(self.shape[run:]), []
+        length, pieces = prod(self.shape[run:]), []
         for starts in itertools.product(*(range(0, n * s, s) if s else [0] * n for n, s in zip(self.shape[:run], self.strides))):
             at = sum(starts)
             pieces.append(values[at:at + (length - 1) * step + 1:step].tobytes())
@@ -128,15 +124,8 @@ class Made:
         yield struct.pack("<%df" % len(self.values), *self.values)
 
 
-def product(numbers):
-    total = 1
-    for n in numbers:
-        total *= n
-    return total
-
-
 def row_major(shape):
-    return tuple(product(shape[i + 1:]) for i in range(len(shape)))
+    return tuple(prod(shape[i + 1:]) for i in range(len(shape)))
 
 
 def read_exactly(file, n):
@@ -162,7 +151,7 @@ def is_count(value, limit=MAX_VALUES):
 
 
 def check_shape(shape, where):
-    right = isinstance(shape, (list, tuple)) and len(shape) <= 8 and all(is_count(n) for n in shape) and product(shape) <= MAX_VALUES
+    right = isinstance(shape, (list, tuple)) and len(shape) <= 8 and all(is_count(n) for n in shape) and prod(shape) <= MAX_VALUES
     check(right, where, "the shape %s is not one of a tensor", shown(shape))
 
 
@@ -212,7 +201,7 @@ def read_safetensors(path):
         check(len(offsets) == 2 and all(is_count(o, 1 << 60) for o in offsets), where,
               "data_offsets %s are not two byte numbers", shown(offsets))
         begin, end = offsets
-        check(dtype not in SIZES or end - begin == product(shape) * SIZES[dtype], where,
+        check(dtype not in SIZES or end - begin == prod(shape) * SIZES[dtype], where,
               "%s %s does not take the %d bytes of its data_offsets", dtype, shape, end - begin)
         places.append((begin, end, name))
         tensors[name] = Tensor(path, dtype, 8 + n + begin, shape)
@@ -244,8 +233,8 @@ def rebuild_tensor(path, storage, offset, shape, strides, *rest):
         check_shape(numbers, path + ": data.pkl")
     if not isinstance(storage, Storage) or storage.offset is None or not is_count(offset) or len(shape) != len(strides):
         raise TypeError
-    span = sum((n - 1) * step for n, step in zip(shape, strides)) + 1 if product(shape) else 0
-    check(max(offset + span, product(shape)) <= storage.n_values, path, "data.pkl: a tensor %s with strides %s from value %d reaches "
+    span = sum((n - 1) * step for n, step in zip(shape, strides)) + 1 if prod(shape) else 0
+    check(max(offset + span, prod(shape)) <= storage.n_values, path, "data.pkl: a tensor %s with strides %s from value %d reaches "
           "outside its storage of %d values", list(shape), list(strides), offset, storage.n_values)
     return Tensor(path, storage.dtype, storage.offset + offset * SIZES[storage.dtype], shape, strides)
 
@@ -259,18 +248,9 @@ TAKES = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "SE
          "STACK_GLOBAL": 2, "REDUCE": 2, "BUILD": 1, "BINPERSID": 1, "STOP": 1}
 
 
-def pickle_global(path, name, functions):
-    """What stands for a global: one of the functions that may be called, or a storage's type."""
-    module, _, last = name.rpartition(" ")
-    if name in functions:
-        return functions[name]
-    check(module == "torch" and last in STORAGES, path, "the pickle asks for %.100s, which is no part of a tensor; it may be hostile, "
-          "and nothing of it was run. Save the weights as safetensors.", name.replace(" ", "."))
-    return Storage(STORAGES[last], None, 0)
-
-
 def run_pickle(path, data, storage):
     """The object that a pickle makes of dictionaries, lists, tuples, numbers, texts and tensors."""
+    types = {"torch " + name: Storage(dtype, None, 0) for name, dtype in STORAGES.items()}
     functions = {"collections OrderedDict": lambda: {}, "torch Size": tuple,
                  "torch._utils _rebuild_parameter": lambda tensor, *rest: tensor,
                  "torch._utils _rebuild_tensor_v2": lambda *arguments: rebuild_tensor(path, *arguments)}
@@ -302,7 +282,10 @@ def run_pickle(path, data, storage):
                 raise TypeError
             stack[-1].extend(items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            stack.append(pickle_global(path, arg if name == "GLOBAL" else "%s %s" % tuple(items), functions))
+            wanted = arg if name == "GLOBAL" else "%s %s" % tuple(items)
+            check(wanted in functions or wanted in types, path, "the pickle asks for %.100s, which is no part of a tensor; it may be "
+                  "hostile, and nothing of it was run. Save the weights as safetensors.", wanted.replace(" ", "."))
+            stack.append(functions[wanted] if wanted in functions else types[wanted])
         elif name == "REDUCE":
             function, arguments = items
             if function not in functions.values() or not isinstance(arguments, tuple):
@@ -333,7 +316,7 @@ def read_torch(path):
     prefix = pickles[0][:-len("data.pkl")]
     check(prefix + "constants.pkl" not in entries, path, "a TorchScript program, not a checkpoint; save its state_dict() with torch.save")
 
-    def place(name):
+    def place(name, most=1 << 62):
         """Where a stored entry's bytes lie; its local header stands before them."""
         entry = entries.get(name)
         check(entry is not None, path, "the archive lacks %.200s", name)
@@ -342,17 +325,15 @@ def read_torch(path):
         with open(path, "rb") as file:
             file.seek(max(entry.header_offset, 0))
             head = read_exactly(file, 30)
-        begin = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
-        check(entry.header_offset >= 0 and head[:4] == b"PK\3\4" and begin + entry.file_size <= os.path.getsize(path), path,
+        begin, size = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30])), entry.file_size
+        check(entry.header_offset >= 0 and head[:4] == b"PK\3\4" and begin + size <= os.path.getsize(path), path,
               "the archive's entry %.200s reaches outside the file", name)
-        return begin, entry.file_size
+        check(size <= most, path, "%.200s has %d bytes; %d are the most that make sense", name, size, most)
+        return begin, size
 
-    def stored(name, limit):
-        begin, size = place(name)
-        check(size <= limit, path, "%.200s has %d bytes; %d are the most that make sense", name, size, limit)
-        with open(path, "rb") as file:
-            file.seek(begin)
-            return read_exactly(file, size)
+    def stored(name, most):
+        begin, size = place(name, most)
+        return b"".join(Tensor(path, "U8", begin, [size]).chunks())
 
     def storage(dtype, key, n_values):
         begin, size = place(prefix + "data/" + key)
@@ -463,35 +444,32 @@ class Msgpack:
         shape, name, (offset, size) = value
         check_shape(shape, "%s: byte %d" % (self.path, offset))
         dtype = NUMPY_TYPES.get(name if isinstance(name, str) else "")
-        self.check(dtype and product(shape) * SIZES[dtype] == size, "an array of %s %s in %d bytes", shown(name), shown(shape), size)
+        self.check(dtype and prod(shape) * SIZES[dtype] == size, "an array of %s %s in %d bytes", shown(name), shown(shape), size)
         return Tensor(self.path, dtype, offset, shape)
 
 
 def read_flax(path):
-    tensors = {}
+    def leaves(node, *names):
+        if isinstance(node, Tensor):
+            yield from_flax(".".join(names[:-1]), names[-1], node)
+        elif isinstance(node, dict):
+            check("__msgpack_chunked_array__" not in node, path, "%s is larger than 1 GB, which flax writes in pieces: not supported",
+                  ".".join(names))
+            for name, child in node.items():
+                yield from leaves(child, *names, name)
 
-    def walk(node, name):
-        if isinstance(node, dict):
-            check("__msgpack_chunked_array__" not in node, path, "%s is larger than 1 GB, which flax writes in pieces: not supported", name)
-            for key, child in node.items():
-                walk(child, name + "." + key if name else key)
-        elif isinstance(node, Tensor):
-            tensors.update([from_flax(name, node)])
-
-    walk(opened(Msgpack(path).read(), "params", "params"), "")      # a train state, or the variables around it
+    tensors = dict(leaves(opened(Msgpack(path).read(), "params", "params")))      # a train state, or the variables around it
     check(tensors, path, "holds no arrays")
     return tensors
 
 
-def from_flax(name, t):
+def from_flax(stem, leaf, t):
     """A flax tensor as PyTorch would name and keep it."""
-    stem, _, leaf = name.rpartition(".")
     if leaf == "kernel" and len(t.shape) == 2:
         t = t.transposed(1, 0)                          # [in, out]
     elif leaf == "kernel" and len(t.shape) == 4:
         t = t.transposed(3, 2, 0, 1)                    # [height, width, in, out]
-    if leaf in ("kernel", "scale", "embedding"):
-        leaf = "weight"
+    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
     # PAPERCLIP (smsharma/PAPERCLIP-Hubble, models/clip_transfer.py): a frozen CLIP inside, two dense layers behind it
     stem = re.sub(r"^(text|vision)_model\.(text|vision)_backbone\b", r"\1_model", stem)
     stem = re.sub(r"^(text|vision)_model\.Dense_([01])$", r"\1_head.\2", stem)
@@ -644,9 +622,8 @@ IGNORED = re.compile(r"position_ids$|rotary_emb\.inv_freq$|masked_bias$|attn_mas
 def gguf_name(name):
     """None for a name that no table knows."""
     for prefix, table, before in FAMILIES:
-        found = re.match(prefix, name)
-        for pattern, replacement in table if found else []:
-            match = re.fullmatch(pattern, name[found.end():])
+        for pattern, replacement in table:
+            match = re.fullmatch("(?:%s)%s" % (prefix, pattern), name)
             if match:
                 return before + match.expand(replacement)
     return None
@@ -899,7 +876,7 @@ def add_tokens(vocabulary, files):
 
 
 def special_ids(vocabulary, files, config):
-    """{GGUF's word: id}: by the tokenizer's spelling, else by the model's configuration."""
+    """{GGUF's key: id}: by the tokenizer's spelling, else by the model's configuration."""
     spelled = {**files.config("special_tokens_map.json").values, **files.config("tokenizer_config.json").values}
     result = {}
     for name, word in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -909,7 +886,7 @@ def special_ids(vocabulary, files, config):
             i = vocabulary.tokens.index(token)
         i = i[0] if isinstance(i, list) and i else i
         if is_count(i, len(vocabulary.tokens) - 1):
-            result[word] = i
+            result[word + "_token_id"] = i
     return result
 
 
@@ -932,23 +909,15 @@ def put_vocabulary(gguf, files, config, n_vocab):
     n_tokens = len(vocabulary.tokens)
     check(n_tokens <= n_vocab, vocabulary.where, "%d tokens, but the model's embedding has only %d rows", n_tokens, n_vocab)
     vocabulary.fill(n_vocab)                            # llama.cpp wants a token for every row
-    is_spm, template = vocabulary.model == "llama", chat_template(files)
-    gguf.put("tokenizer.ggml.model", vocabulary.model)
-    gguf.put("tokenizer.ggml.pre", vocabulary.pre or "default")
-    gguf.put("tokenizer.ggml.tokens", vocabulary.tokens)
-    if vocabulary.scores is not None:
-        gguf.put("tokenizer.ggml.scores", vocabulary.scores)
-    gguf.put("tokenizer.ggml.token_type", vocabulary.types)
-    if not is_spm:
-        gguf.put("tokenizer.ggml.merges", [" ".join(pair) for pair in vocabulary.merges])
-    for word, i in special_ids(vocabulary, files, config).items():
-        gguf.put("tokenizer.ggml.%s_token_id" % word, i)
-    gguf.put("tokenizer.ggml.add_bos_token", is_spm if vocabulary.add_bos is None else vocabulary.add_bos)
-    gguf.put("tokenizer.ggml.add_eos_token", bool(vocabulary.add_eos))
-    if vocabulary.space_prefix is not None:
-        gguf.put("tokenizer.ggml.add_space_prefix", vocabulary.space_prefix)
-    if template:
-        gguf.put("tokenizer.chat_template", template)
+    is_spm = vocabulary.model == "llama"
+    merges = None if is_spm else [" ".join(pair) for pair in vocabulary.merges]
+    ids = special_ids(vocabulary, files, config)
+    for key, value in (("model", vocabulary.model), ("pre", vocabulary.pre or "default"), ("tokens", vocabulary.tokens),
+                       ("scores", vocabulary.scores), ("token_type", vocabulary.types), ("merges", merges), *ids.items(),
+                       ("add_bos_token", is_spm if vocabulary.add_bos is None else vocabulary.add_bos),
+                       ("add_eos_token", bool(vocabulary.add_eos)), ("add_space_prefix", vocabulary.space_prefix)):
+        gguf.put("tokenizer.ggml." + key, value)
+    gguf.put("tokenizer.chat_template", chat_template(files) or None)
 
 
 # ---- GGUF --------------------------------------------------------------------------------------------------------------
@@ -975,8 +944,8 @@ class Gguf:
         self.path, self.keys, self.tensors = path, {}, []
 
     def put(self, key, value):
-        """Metadata; returns the value."""
-        if key not in self.keys:                        # in one file for all, the language model's name stands
+        """Metadata, if there is a value; returns it. In one file for all, the language model's name stands."""
+        if value is not None and key not in self.keys:
             kind, data = gguf_value(value)
             self.keys[key] = gguf_string(key) + struct.pack("<I", kind) + data
         return value
@@ -986,10 +955,10 @@ class Gguf:
         self.tensors.append((name, shape, source, "F32" if wide else source.dtype))
 
     def n_bytes(self):
-        return sum(product(shape) * SIZES[dtype] for _, shape, _, dtype in self.tensors)
+        return sum(prod(shape) * SIZES[dtype] for _, shape, _, dtype in self.tensors)
 
     def write(self, path, report):
-        n_values = {dtype: sum(product(shape) for _, shape, _, d in self.tensors if d == dtype) for dtype in GGUF_TYPES}
+        n_values = {dtype: sum(prod(shape) for _, shape, _, d in self.tensors if d == dtype) for dtype in GGUF_TYPES}
         self.put("general.file_type", FILE_TYPES[max(n_values, key=n_values.get)])
         self.put("general.alignment", 32)
         with open(path, "wb") as file:
@@ -998,13 +967,13 @@ class Gguf:
             for name, shape, _, dtype in self.tensors:
                 sizes = struct.pack("<I%dQ" % len(shape), len(shape), *reversed(shape))
                 file.write(gguf_string(name) + sizes + struct.pack("<IQ", GGUF_TYPES[dtype], offset))
-                offset += -(-product(shape) * SIZES[dtype] // 32) * 32
+                offset += -(-prod(shape) * SIZES[dtype] // 32) * 32
             for name, shape, source, dtype in self.tensors:
                 file.write(bytes(-file.tell() % 32))
                 start = file.tell()
                 for chunk in source.chunks():
                     report(file.write(chunk if dtype == source.dtype else widened(chunk, source.dtype)))
-                if file.tell() - start != product(shape) * SIZES[dtype]:
+                if file.tell() - start != prod(shape) * SIZES[dtype]:
                     raise Problem(source.path, "%s has not the values of its shape", name)
             file.write(bytes(-file.tell() % 32))
 
@@ -1071,7 +1040,7 @@ def put_rope(gguf, config, head_dim):
         check(0 < low < high and factor > 0 and theta > 0, scaling.where, "low_freq_factor, high_freq_factor or factor make no sense")
         divisors = []
         for i in range(0, head_dim, 2):
-            turns = context / (2 * 3.141592653589793 * theta ** (i / head_dim))      # in the context it was trained for
+            turns = context / (2 * pi * theta ** (i / head_dim))      # in the context it was trained for
             smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
             divisors.append(1 / ((1 - smooth) / factor + smooth))
         gguf.tensor("rope_freqs.weight", (len(divisors),), Made(divisors), False)
@@ -1381,6 +1350,7 @@ def main():
     options = parser.parse_args()
     try:
         convert(options)
+        return 0
     except Problem as e:
         message = str(e)
     except MemoryError:
@@ -1392,8 +1362,6 @@ def main():
     except KeyboardInterrupt:
         print("convert.py: interrupted; nothing was written", file=sys.stderr)
         return 130
-    else:
-        return 0
     message = "".join(c if c.isprintable() else "?" for c in message)
     print("convert.py: error: " + (message if len(message) <= 800 else message[:500] + " ... " + message[-200:]), file=sys.stderr)
     return 1
