@@ -194,7 +194,8 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors, places = {}, []
     for name, entry in header.items():
-        where, entry = "%s: tensor %.200s" % (path, name), entry if isinstance(entry, dict) else {}
+        where = "%s: tensor %.200s" % (path, name)
+        entry = entry if isinstance(entry, dict) else {}
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         check(isinstance(dtype, str) and isinstance(offsets, list), where, "the header's entry is incomplete")
         check_shape(shape, where)
@@ -207,10 +208,11 @@ def read_safetensors(path):
         tensors[name] = Tensor(path, dtype, 8 + n + begin, shape)
     expected = 0
     for begin, end, name in sorted(places):
-        check(expected == begin <= end, path, "tensor %.200s begins at byte %d of the data, where %d was to follow: overlapping or "
-              "missing data", name, begin, expected)
+        check(expected == begin <= end, path, "tensor %.200s begins at byte %d of the data, where %d was to follow: overlapping "
+              "or missing data", name, begin, expected)
         expected = end
-    check(8 + n + expected == size, path, "the tensors end at byte %d, the file at %d (an incomplete download?)", 8 + n + expected, size)
+    end = 8 + n + expected
+    check(end == size, path, "the tensors end at byte %d, the file at %d (an incomplete download?)", end, size)
     return tensors
 
 
@@ -283,8 +285,8 @@ def run_pickle(path, data, storage):
             stack[-1].extend(items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             wanted = arg if name == "GLOBAL" else "%s %s" % tuple(items)
-            check(wanted in functions or wanted in types, path, "the pickle asks for %.100s, which is no part of a tensor; it may be "
-                  "hostile, and nothing of it was run. Save the weights as safetensors.", wanted.replace(" ", "."))
+            check(wanted in functions or wanted in types, path, "the pickle asks for %.100s, which is no part of a tensor; it may "
+                  "be hostile, and nothing of it was run. Save the weights as safetensors.", wanted.replace(" ", "."))
             stack.append(functions[wanted] if wanted in functions else types[wanted])
         elif name == "REDUCE":
             function, arguments = items
@@ -309,12 +311,13 @@ def read_torch(path):
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as e:
-        raise Problem(path, "no zip archive of PyTorch (%.80s): damaged, incomplete, or saved before PyTorch 1.6 (load it and save it "
-                      "anew, best as safetensors)", e)
+        raise Problem(path, "no zip archive of PyTorch (%.80s): damaged, incomplete, or saved before PyTorch 1.6 (load it and "
+                      "save it anew, best as safetensors)", e)
     pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
     check(len(pickles) == 1, path, "a zip archive without data.pkl: not saved by torch.save")
     prefix = pickles[0][:-len("data.pkl")]
-    check(prefix + "constants.pkl" not in entries, path, "a TorchScript program, not a checkpoint; save its state_dict() with torch.save")
+    check(prefix + "constants.pkl" not in entries, path,
+          "a TorchScript program, not a checkpoint; save its state_dict() with torch.save")
 
     def place(name, most=1 << 62):
         """Where a stored entry's bytes lie; its local header stands before them."""
@@ -337,7 +340,8 @@ def read_torch(path):
 
     def storage(dtype, key, n_values):
         begin, size = place(prefix + "data/" + key)
-        check(n_values * SIZES[dtype] <= size, path, "storage %.80s has %d bytes; %d values of %s need more", key, size, n_values, dtype)
+        check(n_values * SIZES[dtype] <= size, path,
+              "storage %.80s has %d bytes; %d values of %s need more", key, size, n_values, dtype)
         return Storage(dtype, begin, n_values)
 
     check(prefix + "byteorder" not in entries or stored(prefix + "byteorder", 64) == b"little", path,
@@ -453,8 +457,8 @@ def read_flax(path):
         if isinstance(node, Tensor):
             yield from_flax(".".join(names[:-1]), names[-1], node)
         elif isinstance(node, dict):
-            check("__msgpack_chunked_array__" not in node, path, "%s is larger than 1 GB, which flax writes in pieces: not supported",
-                  ".".join(names))
+            check("__msgpack_chunked_array__" not in node, path,
+                  "%s is larger than 1 GB, which flax writes in pieces: not supported", ".".join(names))
             for name, child in node.items():
                 yield from leaves(child, *names, name)
 
@@ -486,16 +490,17 @@ WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors", "pytorch_mo
 def weight_file(folder):
     """The name of the file that has a folder's weights, or says in which files they are."""
     names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
-    check(not {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}.intersection(names), folder, "a LoRA adapter, "
-          "only the difference to a model. Merge it first (peft: merge_and_unload(), then save_pretrained()) and convert the result.")
+    check(not {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}.intersection(names), folder, "a LoRA "
+          "adapter, only the difference to a model. Merge it first (peft: merge_and_unload(), then save_pretrained()) and convert "
+          "the result.")
     others = [name for name in names if os.path.splitext(name)[1] in READERS and name != "training_args.bin"]
     for name in WEIGHT_FILES + others[:len(others) == 1]:
         if name in names:
             return name
     check("manifest.ocdbt" not in names and "_METADATA" not in names, folder,
           "an orbax checkpoint; restore it in Python and save it with model.save_pretrained()")
-    raise Problem(folder, "holds no weights that are recognised%s", ": which of %s? Name the file." % ", ".join(others[:8]) if others
-                  else " (model.safetensors, pytorch_model.bin, flax_model.msgpack, ...)")
+    raise Problem(folder, "holds no weights that are recognised%s", ": which of %s? Name the file." % ", ".join(others[:8])
+                  if others else " (model.safetensors, pytorch_model.bin, flax_model.msgpack, ...)")
 
 
 def read_weights(path):
@@ -590,32 +595,28 @@ LLAMA = [(r"embed_tokens\.weight", "token_embd.weight"), (r"norm\.weight", "outp
          (r"layers\.(\d+)\.self_attn\.([qkv])_proj\.(.*)", r"blk.\1.attn_\2.\3"),
          (r"layers\.(\d+)\.self_attn\.o_proj\.(.*)", r"blk.\1.attn_output.\2"),
          (r"layers\.(\d+)\.mlp\.(gate|up|down)_proj\.(.*)", r"blk.\1.ffn_\2.\3")]
-TOWER = [(r"embeddings\.class_embedding", "class_embd"), (r"embeddings\.patch_embedding\.(weight|bias)", r"patch_embd.\1"),
-         (r"embeddings\.(position|token)_embedding\.weight", r"\1_embd.weight"), (r"pre_laye?rnorm\.(.*)", r"pre_ln.\1"),
-         (r"(?:post_layernorm|final_layer_norm)\.(.*)", r"post_ln.\1"),
-         (r"encoder\.layers\.(\d+)\.layer_norm([12])\.(.*)", r"blk.\1.ln\2.\3"),
-         (r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(.*)", r"blk.\1.attn_\2.\3"),
-         (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(.*)", r"blk.\1.attn_out.\2"),
-         (r"encoder\.layers\.(\d+)\.mlp\.(fc[12])\.(.*)", r"blk.\1.\2.\3")]
-OPEN_CLIP = [(r"class_embedding", "class_embd"), (r"conv1\.weight", "patch_embd.weight"), (r"token_embedding\.weight", "token_embd.weight"),
-             (r"positional_embedding", "position_embd.weight"), (r"ln_pre\.(.*)", r"pre_ln.\1"), (r"ln_(?:post|final)\.(.*)", r"post_ln.\1"),
-             (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(.*)", r"blk.\1.ln\2.\3"),
-             (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(.*)", r"blk.\1.attn_{qkv}.\2"),
-             (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(.*)", r"blk.\1.attn_out.\2"),
-             (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.*)", r"blk.\1.fc1.\2"),
-             (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.*)", r"blk.\1.fc2.\2")]
+# both of CLIP's towers, as transformers names them, or as OpenAI and open_clip do
+LAYER = r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\."
+TOWER = [(r"(?:embeddings\.)?class_embedding", "class_embd"),
+         (r"(?:embeddings\.patch_embedding|conv1)\.(weight|bias)", r"patch_embd.\1"),
+         (r"embeddings\.position_embedding\.weight|positional_embedding", "position_embd.weight"),
+         (r"(?:embeddings\.)?token_embedding\.weight", "token_embd.weight"), (r"(?:pre_laye?rnorm|ln_pre)\.(.*)", r"pre_ln.\1"),
+         (r"(?:post_layernorm|final_layer_norm|ln_post|ln_final)\.(.*)", r"post_ln.\1"),
+         (LAYER + r"(?:layer_norm|ln_)([12])\.(.*)", r"blk.\1.ln\2.\3"), (LAYER + r"attn\.in_proj_(.*)", r"blk.\1.attn_{qkv}.\2"),
+         (LAYER + r"self_attn\.([qkv])_proj\.(.*)", r"blk.\1.attn_\2.\3"),
+         (LAYER + r"(?:self_)?attn\.out_proj\.(.*)", r"blk.\1.attn_out.\2"),
+         (LAYER + r"mlp\.(?:fc1|c_fc)\.(.*)", r"blk.\1.fc1.\2"), (LAYER + r"mlp\.(?:fc2|c_proj)\.(.*)", r"blk.\1.fc2.\2")]
 PROJECTOR = [(r"(?:linear_1|0)\.(.*)", r"mm.0.\1"), (r"(?:linear_2|2)\.(.*)", r"mm.2.\1"), (r"(weight|bias)", r"mm.0.\1")]
 HEAD = [(r"0\.(.*)", r"head.0.\1"), (r"1\.(.*)", r"head.2.\1")]
 # prefix of a tensor's name, the table for what follows, what goes before the result; the first that fits counts
-FAMILIES = [(r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?", TOWER, "v."), (r"vision_model\.", TOWER, "v."),
+FAMILIES = [(r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?|vision_model\.|visual\.", TOWER, "v."),
             (r"text_model\.", TOWER, "t."), (r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.", PROJECTOR, ""),
             (r"model\.language_model\.|language_model\.model\.|language_model\.|model\.|(?=lm_head)", LLAMA, ""),
-            (r"(?=(?:text|visual)_projection\.weight$|logit_scale$)", [(r"(.*)", r"\1")], ""),
+            (r"(?:text\.)?(?=(?:text|visual)_projection\.weight$|logit_scale$)", [(r"(.*)", r"\1")], ""),
+            (r"visual\.|(?:text\.)?(?=text_)", [(r"proj", "visual_projection.T"), (r"text_projection", "text_projection.T")], ""),
             (r"text_head\.", HEAD, "t."), (r"vision_head\.", HEAD, "v."),
             (r"(?=embeddings\.|encoder\.|pre_laye?rnorm\.|post_layernorm\.)", TOWER, "v."),      # a vision tower by itself
-            # open_clip and OpenAI; text. is CustomTextCLIP's
-            (r"(?:text\.)?(?=text_projection$)|(?=visual\.proj$)", [(r"(text|visual)[._]proj(?:ection)?", r"\1_projection.transposed")], ""),
-            (r"visual\.", OPEN_CLIP, "v."), (r"text\.|(?=transformer\.|ln_final\.|positional_embedding|token_embedding\.)", OPEN_CLIP, "t.")]
+            (r"text\.|(?=transformer\.|ln_final\.|positional_embedding|token_embedding\.)", TOWER, "t.")]      # open_clip's texts
 IGNORED = re.compile(r"position_ids$|rotary_emb\.inv_freq$|masked_bias$|attn_mask$|image_newline$")
 
 
@@ -623,7 +624,7 @@ def gguf_name(name):
     """None for a name that no table knows."""
     for prefix, table, before in FAMILIES:
         for pattern, replacement in table:
-            match = re.fullmatch("(?:%s)%s" % (prefix, pattern), name)
+            match = re.fullmatch("(?:%s)(?:%s)" % (prefix, pattern), name)
             if match:
                 return before + match.expand(replacement)
     return None
@@ -634,8 +635,8 @@ def pieces(target, t):
     if "{qkv}" in target and t.shape and t.shape[0] % 3 == 0:
         n = t.shape[0] // 3
         return {target.replace("{qkv}", letter): t.part(i * n, n) for i, letter in enumerate("qkv")}
-    if target.endswith(".transposed") and len(t.shape) == 2:
-        return {target.replace("transposed", "weight"): t.transposed(1, 0)}
+    if target.endswith("_projection.T") and len(t.shape) == 2:
+        return {target[:-1] + "weight": t.transposed(1, 0)}
     return {target: t}
 
 
@@ -699,7 +700,7 @@ class Vocabulary:
 
     def put(self, i, token, kind):
         """An added token; the gap before it, if there is one, is filled."""
-        check(is_count(i, 1 << 24) and isinstance(token, str) and (i >= len(self.tokens) or self.tokens[i] in (token, "[PAD%d]" % i)),
+        check(is_count(i, 1 << 24) and isinstance(token, str) and self.tokens[i:i + 1] in ([], [token], ["[PAD%d]" % i]),
               self.where, "an added token with the id %s", shown(i))
         self.fill(i + 1)
         self.tokens[i], self.types[i] = token, kind
@@ -845,16 +846,14 @@ def read_bpe_pair(vocab_path, merges_path):
 
 
 def read_vocabulary(files, clip=False):
-    model, fast, pair = files.find("tokenizer.model"), files.find("tokenizer.json"), [files.find("vocab.json"), files.find("merges.txt")]
+    model, fast, vocab, merges = map(files.find, ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"))
     if model and not clip:
-        vocabulary = read_sentencepiece(model)
-    elif all(pair) and (clip or not fast):
-        vocabulary = read_bpe_pair(*pair)
-    else:
-        check(fast, files.folders[0], "no tokenizer (tokenizer.model, tokenizer.json, or vocab.json with merges.txt) beside the weights; "
-              "copy it there, or let --base name a folder that has it")
-        vocabulary = read_bpe_json(fast)
-    return vocabulary
+        return read_sentencepiece(model)
+    if vocab and merges and (clip or not fast):
+        return read_bpe_pair(vocab, merges)
+    check(fast, files.folders[0], "no tokenizer (tokenizer.model, tokenizer.json, or vocab.json with merges.txt) beside the "
+          "weights; copy it there, or let --base name a folder that has it")
+    return read_bpe_json(fast)
 
 
 def add_tokens(vocabulary, files):
@@ -992,23 +991,19 @@ class Weights:
     def shape(self, name):
         return self.tensors[name][0].shape if name in self.tensors else ()
 
-    def take(self, name, shape):
-        check(self.has(name), self.source, "lacks the tensor that becomes %s %s", name, list(shape))
-        t, original = self.tensors[name]
-        self.used.add(name)
-        check(shape == t.shape, t.path, "tensor %s is %s; the configuration asks for %s", original, list(t.shape), list(shape))
-        check(t.dtype in GGUF_TYPES, t.path, "tensor %s is of type %s; supported: F32, F16, BF16 (of a quantised checkpoint take the "
-              "original)", original, t.dtype)
-        return t
-
     def move(self, gguf, name, shape, target=None, n_head=0):
         """n_head: RoPE's halves of each head's rows become neighbours, as GGUF keeps them."""
-        t, target = self.take(name, shape), target or name
+        check(self.has(name), self.source, "lacks the tensor that becomes %s %s", name, list(shape))
+        (t, original), target = self.tensors[name], target or name
+        self.used.add(name)
+        check(shape == t.shape, t.path, "tensor %s is %s; the configuration asks for %s", original, list(t.shape), list(shape))
+        check(t.dtype in GGUF_TYPES, t.path, "tensor %s is of type %s; supported: F32, F16, BF16 (of a quantised checkpoint take "
+              "the original)", original, t.dtype)
         if n_head:
             t = t.split(n_head, 2, shape[0] // n_head // 2)
             t = t.transposed(0, 2, 1, *range(3, len(t.shape)))
         conv = target == "v.patch_embd.weight" and t.dtype == "BF16"       # llama.cpp convolves in F16 or F32
-        gguf.tensor(target, shape, t, len(shape) < 2 or target.endswith("position_embd.weight") or conv)
+        gguf.tensor(target, shape or (1,), t, len(shape) < 2 or target.endswith("position_embd.weight") or conv)
 
     def linear(self, gguf, name, n_out, n_in, bias=None, target=None, n_head=0):
         """bias None: moved if there is one"""
@@ -1067,7 +1062,8 @@ def put_llama(gguf, weights, config, files, name):
     n_head_kv = put("attention.head_count_kv", "num_key_value_heads", n_head, n_head)
     gguf.put("llama.attention.layer_norm_rms_epsilon", config.real("rms_norm_eps", 1e-6))
     head_dim = put("rope.dimension_count", "head_dim", n_embd // n_head, 65536)
-    check(head_dim % 2 == 0 and n_head % n_head_kv == 0, config.where, "%d heads over %d key heads of %d values", n_head, n_head_kv, head_dim)
+    check(head_dim % 2 == 0 and n_head % n_head_kv == 0, config.where,
+          "%d heads over %d key heads of %d values", n_head, n_head_kv, head_dim)
     if head_dim != n_embd // n_head:
         gguf.put("llama.attention.key_length", head_dim)
         gguf.put("llama.attention.value_length", head_dim)
@@ -1085,7 +1081,8 @@ def put_llama(gguf, weights, config, files, name):
         weights.move(gguf, block + "ffn_norm.weight", (n_embd,))
         for part, n_out, n_in, turned in (
                 ("attn_q", n_q, n_embd, n_head), ("attn_k", n_kv, n_embd, n_head_kv), ("attn_v", n_kv, n_embd, 0),
-                ("attn_output", n_embd, n_q, 0), ("ffn_gate", n_ff, n_embd, 0), ("ffn_up", n_ff, n_embd, 0), ("ffn_down", n_embd, n_ff, 0)):
+                ("attn_output", n_embd, n_q, 0), ("ffn_gate", n_ff, n_embd, 0), ("ffn_up", n_ff, n_embd, 0),
+                ("ffn_down", n_embd, n_ff, 0)):
             weights.linear(gguf, block + part, n_out, n_in, n_head=turned)
 
 
@@ -1181,15 +1178,17 @@ def open_clip_config(config):
     check(not vision.get("timm_model_name") and not text.get("hf_model_name"), config.where,
           "towers of timm or Hugging Face inside open_clip are not supported, only CLIP's own")
 
-    def tower(section, width, **more):
-        n_embd = section.number("width", width, 65536)
+    n_vision, n_text = vision.number("width", 768, 65536), text.number("width", 512, 65536)
+
+    def tower(section, n_embd, n_head, **more):
         return {"hidden_size": n_embd, "intermediate_size": int(n_embd * section.real("mlp_ratio", 4.0)),
-                "num_hidden_layers": section.get("layers", 12), "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-                "num_attention_heads": section.get("heads", n_embd // section.number("head_width", 64)), **more}
+                "num_hidden_layers": section.get("layers", 12), "num_attention_heads": n_head,
+                "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu", **more}
 
     return Config({"projection_dim": model.get("embed_dim"), "model_type": "clip",
-                   "vision_config": tower(vision, 768, image_size=vision.get("image_size", 224), patch_size=vision.get("patch_size", 16)),
-                   "text_config": tower(text, 512, vocab_size=text.get("vocab_size", 49408),
+                   "vision_config": tower(vision, n_vision, n_vision // vision.number("head_width", 64),
+                                          image_size=vision.get("image_size", 224), patch_size=vision.get("patch_size", 16)),
+                   "text_config": tower(text, n_text, text.get("heads", 8), vocab_size=text.get("vocab_size", 49408),
                                         max_position_embeddings=text.get("context_length", 77))}, config.where)
 
 
@@ -1215,7 +1214,7 @@ def convert_clip(out, weights, files, options, name):
     weights.norm(gguf, "t.post_ln", n_embd)
     weights.linear(gguf, "text_projection", n_joint, put_head(gguf, weights, "t", n_embd), False)
     if weights.has("logit_scale"):
-        gguf.tensor("logit_scale", (1,), weights.take("logit_scale", weights.shape("logit_scale")), True)
+        weights.move(gguf, "logit_scale", weights.shape("logit_scale") and (1,))      # PyTorch knows numbers without a dimension
     vocabulary = read_vocabulary(files, clip=True)
     n_tokens = len(vocabulary.tokens)
     check(n_tokens <= n_vocab, vocabulary.where, "%d tokens, but the text tower has %d rows", n_tokens, n_vocab)
@@ -1231,7 +1230,8 @@ def vision_config(config, weights, options, files):
         return found.section("vision_config") if found.get("vision_config") else found
     shape, positions = weights.shape("v.patch_embd.weight"), weights.shape("v.position_embd.weight")
     tower = str(config.get("mm_vision_tower", config.get("mm_vision_tower_name", "")))
-    check(re.search(r"clip-vit-(base|large)-patch\d+(-336)?$", tower) and len(shape) == 4 and shape[0] % 64 == 0 and positions, config.where,
+    check(re.search(r"clip-vit-(base|large)-patch\d+(-336)?$", tower) and len(shape) == 4 and shape[0] % 64 == 0 and positions,
+          config.where,
           "says nothing about the vision tower; name its folder (such as openai/clip-vit-large-patch14-336) with --vision")
     n_layer = sum(1 for name in weights.tensors if re.fullmatch(r"v\.blk\.\d+\.ln1\.weight", name))
     return Config({"hidden_size": shape[0], "intermediate_size": 4 * shape[0], "num_hidden_layers": n_layer,
@@ -1260,8 +1260,8 @@ def convert_llava(out, weights, files, options, name):
     n_vision, n_layer = put_vision(mmproj, weights, vision, vision_files, False, aspect)
     put_projector(mmproj, weights, config, n_vision, weights.shape("token_embd.weight")[1], n_layer)
     if not aspect and not vision_files.config("preprocessor_config.json").get("do_pad"):
-        note("images are resized and cropped, as the checkpoint's image processor does. LLaVA-1.5 itself, and AstroLLaVA's training, "
-             "pad them to a square: --image-aspect pad")
+        note("images are resized and cropped, as the checkpoint's image processor does. LLaVA-1.5 itself, and AstroLLaVA's "
+             "training, pad them to a square: --image-aspect pad")
     return [model] if options.single else [model, mmproj]
 
 
@@ -1295,11 +1295,14 @@ def convert(options):
         kind = convert_clip
     elif weights.has("mm.0.weight"):
         kind = convert_llava
-        for part, name, hint in (("token_embd", "language model", "--base"), ("v.patch_embd", "vision tower", "--vision")):
-            check(weights.has(part + ".weight"), options.source, "holds a projector, but no %s: name its folder with %s", name, hint)
+        for part, what, hint in (("token_embd", "language model", "--base"), ("v.patch_embd", "vision tower", "--vision")):
+            check(weights.has(part + ".weight"), options.source,
+                  "holds a projector, but no %s: name its folder with %s", what, hint)
     else:
-        check(not weights.has("v.patch_embd.weight"), options.source, "a vision tower alone; give it as --vision beside a LLaVA checkpoint")
-        check(weights.has("token_embd.weight"), options.source, "none of LLaVA, LLaMA and CLIP; its first tensors are %s",
+        text = weights.has("token_embd.weight")
+        check(text or not weights.has("v.patch_embd.weight"), options.source,
+              "a vision tower alone; give it as --vision beside a LLaVA checkpoint")
+        check(text, options.source, "none of LLaVA, LLaMA and CLIP; its first tensors are %s",
               ", ".join((weights.unknown + list(weights.tensors))[:4]))
         kind = convert_llama
     outputs = kind(out, weights, files, options, (options.name or folder).encode("utf-8", "replace").decode("utf-8"))
