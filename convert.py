@@ -160,8 +160,8 @@ def check_shape(shape, where):
 def no_duplicates(pairs):
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError("the name %s occurs twice" % shown(max(names, key=names.count)))
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError("the name %s occurs twice" % shown(counts.most_common(1)[0][0]))
     return result
 
 
@@ -697,13 +697,22 @@ class Vocabulary:
         self.where, self.model, self.pre = where, model, pre
         self.tokens, self.types, self.scores, self.merges = [], [], None, None
         self.add_bos = self.add_eos = self.space_prefix = None
+        self.added = set()                              # ids of tokens that came later
 
     def put(self, i, token, kind):
         """An added token; the gap before it, if there is one, is filled."""
-        check(is_count(i, 1 << 24) and isinstance(token, str) and self.tokens[i:i + 1] in ([], [token], ["[PAD%d]" % i]),
+        check(is_count(i, 1 << 20) and isinstance(token, str) and self.tokens[i:i + 1] in ([], [token], ["[PAD%d]" % i]),
               self.where, "an added token with the id %s", shown(i))
         self.fill(i + 1)
         self.tokens[i], self.types[i] = token, kind
+        self.added.add(i)
+
+    def leave_out(self, n):
+        """Added tokens from id n on, for which the model has no embedding."""
+        if len(self.tokens) > n and self.added.issuperset(range(n, len(self.tokens))):
+            note("%s: added tokens without a row in the model's embedding are left out: %s" % (self.where, ", ".join(self.tokens[n:][:4])))
+            for values in (self.tokens, self.types, self.scores or []):
+                del values[n:]
 
     def fill(self, n):
         for i in range(len(self.tokens), n):
@@ -864,7 +873,7 @@ def add_tokens(vocabulary, files):
             vocabulary.put(i, token, USER_DEFINED)
     decoder = settings.get("added_tokens_decoder")
     for i, token in decoder.items() if isinstance(decoder, dict) else ():
-        if i.isdigit() and int(i) >= known and isinstance(token, dict):
+        if re.fullmatch("[0-9]{1,9}", i) and int(i) >= known and isinstance(token, dict):
             vocabulary.put(int(i), token.get("content"), CONTROL if token.get("special") else USER_DEFINED)
     for flag in ("add_bos", "add_eos"):
         value = settings.get(flag + "_token")
@@ -905,6 +914,7 @@ def chat_template(files):
 def put_vocabulary(gguf, files, config, n_vocab):
     vocabulary = read_vocabulary(files)
     add_tokens(vocabulary, files)
+    vocabulary.leave_out(n_vocab)
     n_tokens = len(vocabulary.tokens)
     check(n_tokens <= n_vocab, vocabulary.where, "%d tokens, but the model's embedding has only %d rows", n_tokens, n_vocab)
     vocabulary.fill(n_vocab)                            # llama.cpp wants a token for every row
@@ -1067,9 +1077,9 @@ def put_llama(gguf, weights, config, files, name):
     if head_dim != n_embd // n_head:
         gguf.put("llama.attention.key_length", head_dim)
         gguf.put("llama.attention.value_length", head_dim)
+    weights.move(gguf, "token_embd.weight", (n_vocab, n_embd))      # first: it tells an absurd n_vocab
     put_vocabulary(gguf, files, config, n_vocab)
     put_rope(gguf, config, head_dim)
-    weights.move(gguf, "token_embd.weight", (n_vocab, n_embd))
     weights.move(gguf, "output_norm.weight", (n_embd,))
     if config.get("tie_word_embeddings"):
         weights.used.add("output.weight")               # a copy of token_embd.weight, if it is there at all
@@ -1230,8 +1240,8 @@ def vision_config(config, weights, options, files):
         return found.section("vision_config") if found.get("vision_config") else found
     shape, positions = weights.shape("v.patch_embd.weight"), weights.shape("v.position_embd.weight")
     tower = str(config.get("mm_vision_tower", config.get("mm_vision_tower_name", "")))
-    check(re.search(r"clip-vit-(base|large)-patch\d+(-336)?$", tower) and len(shape) == 4 and shape[0] % 64 == 0 and positions,
-          config.where,
+    check(re.search(r"clip-vit-(base|large)-patch\d+(-336)?$", tower) and len(shape) == 4 and shape[0] % 64 == 0 and
+          positions and positions[0] > 0, config.where,
           "says nothing about the vision tower; name its folder (such as openai/clip-vit-large-patch14-336) with --vision")
     n_layer = sum(1 for name in weights.tensors if re.fullmatch(r"v\.blk\.\d+\.ln1\.weight", name))
     return Config({"hidden_size": shape[0], "intermediate_size": 4 * shape[0], "num_hidden_layers": n_layer,
@@ -1323,6 +1333,9 @@ def write_all(outputs, quiet):
 
     for gguf in outputs:
         check(os.path.isfile(gguf.path) or not os.path.exists(gguf.path), gguf.path, "exists and is no file")
+        inputs = {source.path for _, _, source, _ in gguf.tensors if isinstance(source, Tensor)}
+        check(not any(os.path.exists(gguf.path) and os.path.samefile(gguf.path, path) for path in inputs), gguf.path,
+              "is one of the files that are read; name another with -o")
     try:
         for gguf in outputs:
             gguf.write(gguf.path + ".part", report)

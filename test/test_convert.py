@@ -1954,6 +1954,24 @@ class Convert(ConvertCase):
             result = self.succeeds("tokens", "--ids", "--special", *self.models("llava_old"), stdin=text.encode())
             self.assertEqual(int(result.out.split()[-1]), token)
 
+    def test_added_tokens_without_a_row_are_left_out(self):
+        folder = self.checkpoint("beyond", "smollm")
+        tokens = read_json(folder, "config.json")["vocab_size"]
+        write_json({"[PAD]": tokens}, folder, "added_tokens.json")
+        result = run_convert("-o", "beyond.gguf", "--name", "smollm", folder, folder=self.folder)
+        self.assertEqual(result.code, 0, result)
+        self.assertRegex(result.err, r"note: .*\[PAD\]")
+        self.assertEqual(read_bytes(self.path("beyond.gguf")), read_bytes(self.converted("smollm")[0]))
+
+    def test_the_checkpoint_itself_is_not_overwritten(self):
+        folder = self.checkpoint("own", "smollm")
+        weights = os.path.join(folder, "model.safetensors")
+        before = read_bytes(weights)
+        result = run_convert("-o", weights, folder, folder=self.folder)
+        self.assertEqual(result.code, 1, result)
+        self.assertRegex(result.err, r"^convert\.py: error: .*model\.safetensors.*\n$")
+        self.assertEqual(read_bytes(weights), before)
+
     def test_metadata(self):
         for layout, template in (("llava_v5", ["llava_v5", "chat_template.jinja"]), ("llava_new", ["llava_v5", "chat_template.jinja"]),
                                  ("llava_old", ["llava_old", "chat_template.json"]), ("smollm", ["smollm", "chat_template.jinja"])):
