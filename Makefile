@@ -75,6 +75,7 @@ test-real: astrovl
 	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
 	$(PYTHON) test/real_guided.py
 	$(if $(GGML_LIBRARY),$(PYTHON) test/real_quants.py $(GGML_LIBRARY))
+	$(PYTHON) test/real_convert.py
 
 bench: astrovl
 	./astrovl bench search

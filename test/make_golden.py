@@ -1781,7 +1781,9 @@ for name in state:                             # what open_clip calls it -> what
                      "ln_final": "text_model.final_layer_norm"}[base] + "." + kind
         done[name] = data[other].T.contiguous() if name in ("text_projection", "visual.proj") else data[other]
 model.load_state_dict(done)
-torch.save({name: x.half() for name, x in model.state_dict().items()}, folder + "/clip_open/open_clip_pytorch_model.bin")
+model.half()
+torch.save(model.state_dict(), folder + "/clip_open/open_clip_pytorch_model.bin")
+model.float()
 given = np.load(inputs)
 with torch.no_grad():
     np.savez(answer, image=model.encode_image(torch.from_numpy(given["pixels"])), texts=torch.cat(
@@ -2003,6 +2005,8 @@ def convert_write_liuhaotian(folder, model, vocab):
         plain.update(zip(names, joined.split(t.hidden_size)))
         name = "model.layers.%d.mlp.down_proj.weight" % i
         plain[name] = plain[name].T.contiguous().T
+    plain = collections.OrderedDict(plain)     # as state_dict() gives it
+    plain._metadata = collections.OrderedDict({"": {"version": 1}, "model": {"version": 1}})
     torch.save(plain, os.path.join(folder, "llama2", "pytorch_model.bin"))
     convert_json(os.path.join(folder, "llama2", "config.json"), {
         **{k: x for k, x in config.items() if not k.startswith(("mm_", "image", "tune", "use_mm", "freeze", "unfreeze"))},
