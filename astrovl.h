@@ -117,8 +117,9 @@
 // for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
 // compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
 // that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
-// Today both modes run the same portable kernels, but for the search over float16 rows, whose AVX2 kernel gives the same bits; the
-// fast ones come with the instruction sets' tables in [4].
+// Fast mode rounds activations to 8 bits in blocks of 32 and multiplies integers (weights of a float type: pairs of bfloat16), with
+// AVX-512 VNNI. Its kernels for AVX2 and for other processors are still to come: there both modes compute alike, but for the search
+// over float16 rows. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA, forces simpler kernels.
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
@@ -460,8 +461,8 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode uses no better kernels than these: "portable", "avx2", "avx512", "avx512_bf16"; NULL: the
-                                   // best this processor has
+    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx512" or "avx512_bf16"; NULL:
+                                   // the best for this processor
 } astrovl_session_options;
 
 // The model must outlive the session. Returns NULL and err (ARGUMENT, MEMORY).
@@ -2009,13 +2010,28 @@ ASTROVL_API float astrovl_cosf(float x) {   // cos x = sin(x + pi/2)
 // ====================================================================================================================
 // [4] Kernels
 // The few loops in which all the time goes, behind one table of function pointers: products of activations with a weight
-// matrix in any stored format, and the two vector loops of attention. A kernel for a new instruction set is one more table
-// with a few short functions; the model code above knows only the table.
+// matrix in any stored format, attention, norms and activations. A kernel for a new instruction set is one more table with a
+// few short functions; the model code above knows only the table.
 //
 // Exact mode fixes the order of every sum. A dot product of n values keeps 16 partial sums; value i goes to sum i % 16, in
 // order of i, as a rounded product then a rounded addition; then the 16 are folded 8 + 8, 4 + 4, 2 + 2, 1 + 1. Sixteen
 // because that is one AVX-512 register, two of AVX, four of SSE or NEON, or sixteen plain variables: each computes the same
 // bits.
+//
+// Fast mode multiplies small integers. Every block format says of 32 neighbouring weights
+//     w[i] = d (u[i] - offset) + m,        u[i] a byte, d and m floats of the block (or of each half of it);
+// activations are rounded, row by row, to x[i] = e q[i] with -127 <= q[i] <= 127 and one e for 32 values. Then
+//     sum over a block of w[i] x[i] = d e (sum of u[i] q[i] - offset sum of q[i]) + m e (sum of q[i]),
+// and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
+// (vpdpbusd of AVX-512 VNNI). The other two sums depend on the activations alone and are made once per row.
+//
+// One row of activations (writing an answer) is bound by reading the weights from memory: weight rows are multiplied as they
+// stream by, four at a time, so that a row of activations is loaded once for the four.
+// Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
+// one register holds the same four columns of 16 rows; every row of activations then passes over it, six at a time. 6 x 2
+// registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel of 4096 columns is
+// 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is the only copy
+// of weights there ever is.
 // ====================================================================================================================
 
 // A weight matrix in place, in its stored format:  y = x W^T + bias
@@ -2027,58 +2043,38 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
-// ---- fast mode: products of small integers -------------------------------------------------------------------------
-// Every block format says of 32 neighbouring weights
-//     w[i] = d (u[i] - offset) + m,        u[i] a byte, d and m floats of the block (or of each half of it);
-// activations are rounded, row by row, to x[i] = e q[i] with -127 <= q[i] <= 127 and one e for 32 values. Then
-//     sum over a block of w[i] x[i] = d e (sum of u[i] q[i] - offset sum of q[i]) + m e (sum of q[i]),
-// and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
-// (vpdpbusd of AVX-VNNI and AVX-512 VNNI). The other two sums depend on the activations alone and are made once per row.
-//
-// One row of activations (writing an answer) is bound by reading the weights from memory: weight rows are multiplied as they
-// stream by, four at a time, so that a row of activations is loaded once for the four.
-// Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
-// one register holds the same four columns of 16 rows; every row of activations then passes over it, six at a time. 6 x 2
-// registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel of 4096 columns is
-// 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is the only copy
-// of weights there ever is.
-
-typedef struct avl__block_form {
-    int offset;        // w = d (u - offset) + m
-    int n_parts;       // 2: the first and the last 16 values of a block have their own d and m; else 1
-    int has_min;       // 0: m is 0
-} avl__block_form;
-
-static inline __attribute__((always_inline)) avl__block_form avl__block_form_of(int type) {
-    avl__block_form f = {0, 1, 0};
-    switch (type) {
-    case ASTROVL_TYPE_Q4_0: f.offset = 8; break;
-    case ASTROVL_TYPE_Q5_0: f.offset = 16; break;
-    case ASTROVL_TYPE_Q3_K: f.offset = 4; f.n_parts = 2; break;
-    case ASTROVL_TYPE_Q6_K: f.offset = 32; f.n_parts = 2; break;
-    case ASTROVL_TYPE_Q2_K: f.has_min = 1; f.n_parts = 2; break;
-    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K: f.has_min = 1; break;
-    default: f.offset = 128; break;      // Q8_0, and what is rounded to it: F32, F16, BF16
-    }
-    return f;
-}
-
-// Rows of activations as integers.
+// Rows of activations as integers; or, for weights of a float type, as bfloat16 in q.
 typedef struct avl__quants {
-    int8_t  *q;            // [n_rows][n_blocks][32]
-    float   *scale;        // [n_rows][n_blocks]                e
-    int32_t *bias;         // [n_rows][n_blocks][n_parts]       -offset * sum of q
-    float   *sum;          // [n_rows][n_blocks][n_parts]       e * sum of q
+    int8_t  *q;                // [n_rows][n_blocks][32]
+    float   *scale;            // [n_rows][n_blocks]                e
+    int32_t *bias;             // [n_rows][n_blocks][n_parts]       -offset * sum of q
+    float   *sum;              // [n_rows][n_blocks][n_parts]       e * sum of q
     int      n_blocks;
 } avl__quants;
 
-// 32 weight rows, turned: [2] groups of 16 rows.
-typedef struct avl__panel {
-    uint8_t *u;            // [2][n_blocks][8][16][4]           16 rows of 4 columns to a register
-    float   *d, *m;        // [2][n_blocks][n_parts][16]
-} avl__panel;
+enum { AVL__QUANT_BYTES = 4 + 8 + 8 + 64 };   // of a block: scale, bias, sum, and integers or bfloat16
 
-enum { AVL__PANEL_ROWS = 32, AVL__QUANT_BYTES = 4 + 8 + 8 + 64 };   // of a block of activations: scale, bias, sum, and integers or bfloat16
+// One product:  y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
+typedef struct avl__product {
+    float             *y;
+    const float       *x;
+    const avl__linear *w;
+    int                n_rows;
+    int                few;    // 1: too few rows to be worth panels
+    avl__quants        quants; // x rounded, where `multiply` is used
+} avl__product;
+
+// Attention of one head for some neighbouring queries; rows of q and out lie q_stride floats apart, of k and v kv_stride.
+typedef struct avl__tile {
+    float       *out;          // [n][head_dim]
+    const float *q, *k, *v;    // [n][head_dim], [n_keys][head_dim] twice
+    size_t       q_stride, kv_stride;
+    int          n;            // at most AVL__TILE_QUERIES
+    int          n_keys, n_visible;   // query i sees the first n_visible + i keys, at most all
+    int          head_dim;
+} avl__tile;
+
+enum { AVL__TILE_QUERIES = 32 };
 
 typedef struct avl__kernels {
     const char *name;
@@ -2086,8 +2082,8 @@ typedef struct avl__kernels {
     float (*dot)(const float *a, const float *b, int n);
     // y[i] += a * x[i]
     void (*axpy)(float *y, float a, const float *x, int n);
-    // Columns first..last-1 of y[n_rows][n_out] = x[n_rows][n_in] W^T + bias.  scratch: [n_in] floats of this thread's own
-    void (*linear)(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last, float *scratch);
+    // Columns first..last-1 of a product.  scratch: memory of this thread's own, at least [n_in] floats
+    void (*linear)(const avl__product *p, int first, int last, float *scratch);
     // sum over i of half[i] * x[i], half: little-endian float16 at any address.  The same bits in every table
     float (*dot_f16)(const void *half, const float *x, int n);
     // reads size bytes once, as fast as this instruction set can, and returns some sum of them: for measuring memory
@@ -2097,12 +2093,11 @@ typedef struct avl__kernels {
     void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
     void (*gelu)(float *x, int64_t n);
     void (*quick_gelu)(float *x, int64_t n);
-    void (*silu_product)(float *x, const float *up, int64_t n);       // x = silu(x) * up
-    // fast mode's products of integers and its attention (described where they stand); NULL in exact mode
-    void (*quantize)(const avl__quants *to, int type, const float *x, int first, int n_rows, int n_in);
-    void (*multiply)(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch);
-    void (*attend)(float *out, const float *q, size_t q_stride, const float *k, const float *v, size_t kv_stride, int n, int n_keys, int n_visible,
-                   int head_dim, float *scratch);
+    void (*silu_product)(float *x, const float *up, int64_t n);              // x = silu(x) * up
+    // NULL in exact mode: rounds rows first..first+n_rows-1 of x; columns first..last-1 of the product with x rounded; attention
+    void (*quantize)(const avl__product *p, int first, int n_rows);
+    void (*multiply)(const avl__product *p, int first, int last, float *scratch);
+    void (*attend)(const avl__tile *t, float *scratch);
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2154,15 +2149,14 @@ static void avl__axpy_portable(float *y, float a, const float *x, int n) {
 }
 
 // Each weight row is expanded once and then meets every row of x while it is in the cache.
-static void avl__linear_portable(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last,
-                                 float *scratch) {
-    const uint8_t *rows = (const uint8_t *)w->weight;
+static void avl__linear_portable(const avl__product *p, int first, int last, float *scratch) {
+    const avl__linear *w = p->w;
     int out, r;
     for (out = first; out < last; out++) {
         float bias = w->bias ? w->bias[out] : 0.0f;
-        avl__dequantize_row(w->type, rows + (size_t)out * w->row_bytes, scratch, w->n_in);
-        for (r = 0; r < n_rows; r++)
-            y[(size_t)r * w->n_out + out] = avl__dot_portable(x + (size_t)r * w->n_in, scratch, w->n_in) + bias;
+        avl__dequantize_row(w->type, (const uint8_t *)w->weight + (size_t)out * w->row_bytes, scratch, w->n_in);
+        for (r = 0; r < p->n_rows; r++)
+            p->y[(size_t)r * w->n_out + out] = avl__dot_portable(p->x + (size_t)r * w->n_in, scratch, w->n_in) + bias;
     }
 }
 
@@ -2172,13 +2166,32 @@ static void avl__silu_product(float *x, const float *up, int64_t n) {
     for (i = 0; i < n; i++) x[i] *= up[i];
 }
 
-static const avl__kernels avl__kernels_portable = {"portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable,
-    avl__dot_f16_portable, avl__read_portable, astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product,
-    NULL, NULL, NULL};
+static const avl__kernels avl__kernels_portable = {
+    "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
+    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL};
+
+static int avl__is_float_type(int type) {
+    return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
+}
 
 #if AVL__X86
-// AVX2 (and F16C, which every processor with AVX2 has): eight float16 become eight floats in one instruction, so a search is
-// bound by reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
+// How the kernels below are written: instruction sets are named function by function, so that one ordinary build holds them all.
+// `type` and the numbers of rows are constants wherever an AVL__INLINE function is called, so every format and shape is code of
+// its own, without the source being written again; AVL__UNROLL lets arrays of registers stay registers.
+#define AVL__AVX2        __attribute__((target("avx2,fma,f16c")))
+#define AVL__AVX512      __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
+#define AVL__INLINE      static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define AVL__UNROLL      _Pragma("clang loop unroll(full)")
+#else
+#define AVL__UNROLL      _Pragma("GCC unroll 16")
+#endif
+
+// ---- AVX2 ----------------------------------------------------------------------------------------------------------
+
+// F16C, which every processor with AVX2 has, makes eight floats of eight float16 in one instruction, so a search is bound by
+// reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
 __attribute__((target("avx2,f16c")))
 static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
     const uint8_t *h = (const uint8_t *)half;
@@ -2214,48 +2227,67 @@ static uint64_t avl__read_avx2(const void *data, size_t size) {
     return sum[0] + sum[1] + sum[2] + sum[3] + avl__read_portable(bytes + at, size - at);
 }
 
-#define AVL__AVX2   __attribute__((target("avx2,fma,f16c")))
-#define AVL__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
-#define AVL__INLINE static inline __attribute__((always_inline))
-#if defined(__clang__)
-#define AVL__UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define AVL__UNROLL _Pragma("GCC unroll 16")
-#endif
+static const avl__kernels avl__kernels_avx2 = {
+    "avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2, avl__read_avx2, astrovl_rms_norm,
+    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL};
 
-AVL__AVX2 AVL__INLINE int avl__load_half_avx2(const uint8_t *p) {
+// ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
+
+// w = d (u - offset) + m
+typedef struct avl__block_form {
+    int offset;
+    int n_parts;       // 2: the first and the last 16 values of a block have their own d and m; else 1
+    int has_min;       // 0: m is 0
+} avl__block_form;
+
+AVL__INLINE avl__block_form avl__block_form_of(int type) {
+    avl__block_form f = {0, 1, 0};
+    switch (type) {
+    case ASTROVL_TYPE_Q4_0: f.offset = 8; break;
+    case ASTROVL_TYPE_Q5_0: f.offset = 16; break;
+    case ASTROVL_TYPE_Q8_0: f.offset = 128; break;
+    case ASTROVL_TYPE_Q3_K: f.offset = 4; f.n_parts = 2; break;
+    case ASTROVL_TYPE_Q6_K: f.offset = 32; f.n_parts = 2; break;
+    case ASTROVL_TYPE_Q2_K: f.has_min = 1; f.n_parts = 2; break;
+    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K: f.has_min = 1; break;
+    default: f.offset = 128; break;      // F32, F16 and BF16, where they are rounded to blocks like Q8_0's
+    }
+    return f;
+}
+
+AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // x86 is little-endian
     uint16_t half;
     memcpy(&half, p, 2);
     return half;
 }
-AVL__AVX2 AVL__INLINE int avl__load_word_avx2(const uint8_t *p) {
-    int32_t word;
+AVL__INLINE uint32_t avl__word_at(const void *p) {
+    uint32_t word;
     memcpy(&word, p, 4);
     return word;
 }
-AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+AVL__AVX2 AVL__INLINE __m128i avl__load16_avx2(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 
 // 16 bytes of nibbles: the low ones, then the high ones
 AVL__AVX2 AVL__INLINE __m256i avl__nibbles_avx2(const uint8_t *p) {
-    __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
-    return _mm256_and_si256(_mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15));
+    const __m256i shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_broadcastsi128_si256(avl__load16_avx2(p)), shifts), _mm256_set1_epi8(15));
 }
 
-// bits[i] of a word as bytes of 16 or 0
+// the 32 bits of a word as bytes of 16 or 0
 AVL__AVX2 AVL__INLINE __m256i avl__fifth_bits_avx2(const uint8_t *p) {
-    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101LL, 0x0202020202020202LL, 0x0303030303030303LL);
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ULL);
-    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(avl__load_word_avx2(p)), spread);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32((int)avl__word_at(p)), byte_of);
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit), _mm256_set1_epi8(16));
 }
 
 // (bytes >> shift) & mask
-AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(__m256i bytes, int shift, int mask) {
-    return _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8((char)mask));
+AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(const uint8_t *bytes, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srli_epi16(avl__load32_avx2(bytes), shift), _mm256_set1_epi8((char)mask));
 }
 
-// The bytes u of block b of a weight row (layouts: section [3]). `type` is a constant wherever this is inlined.
+// The bytes u of block b of a weight row (layouts: section [3]).
 AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row, size_t b) {
     const int j = (int)(b % 8);                               // of a super-block's eight
     const uint8_t *s;
@@ -2264,137 +2296,217 @@ AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row
     case ASTROVL_TYPE_Q4_1: return avl__nibbles_avx2(row + 20 * b + 4);
     case ASTROVL_TYPE_Q5_0: return _mm256_or_si256(avl__nibbles_avx2(row + 22 * b + 6), avl__fifth_bits_avx2(row + 22 * b + 2));
     case ASTROVL_TYPE_Q5_1: return _mm256_or_si256(avl__nibbles_avx2(row + 24 * b + 8), avl__fifth_bits_avx2(row + 24 * b + 4));
-    case ASTROVL_TYPE_Q2_K:
-        return avl__bits_avx2(avl__load32_avx2(row + b / 8 * 84 + 16 + j / 4 * 32), j % 4 * 2, 3);
+    case ASTROVL_TYPE_Q2_K: return avl__bits_avx2(row + b / 8 * 84 + 16 + j / 4 * 32, j % 4 * 2, 3);
     case ASTROVL_TYPE_Q3_K:
         s = row + b / 8 * 110;
-        return _mm256_or_si256(avl__bits_avx2(avl__load32_avx2(s + 32 + j / 4 * 32), j % 4 * 2, 3),
-                               _mm256_slli_epi16(avl__bits_avx2(avl__load32_avx2(s), j, 1), 2));
-    case ASTROVL_TYPE_Q4_K:
-        return avl__bits_avx2(avl__load32_avx2(row + b / 8 * 144 + 16 + j / 2 * 32), j % 2 * 4, 15);
+        return _mm256_or_si256(avl__bits_avx2(s + 32 + j / 4 * 32, j % 4 * 2, 3), _mm256_slli_epi16(avl__bits_avx2(s, j, 1), 2));
+    case ASTROVL_TYPE_Q4_K: return avl__bits_avx2(row + b / 8 * 144 + 16 + j / 2 * 32, j % 2 * 4, 15);
     case ASTROVL_TYPE_Q5_K:
         s = row + b / 8 * 176;
-        return _mm256_or_si256(avl__bits_avx2(avl__load32_avx2(s + 48 + j / 2 * 32), j % 2 * 4, 15),
-                               _mm256_slli_epi16(avl__bits_avx2(avl__load32_avx2(s + 16), j, 1), 4));
+        return _mm256_or_si256(avl__bits_avx2(s + 48 + j / 2 * 32, j % 2 * 4, 15), _mm256_slli_epi16(avl__bits_avx2(s + 16, j, 1), 4));
     case ASTROVL_TYPE_Q6_K:
         s = row + b / 8 * 210;
-        return _mm256_or_si256(avl__bits_avx2(avl__load32_avx2(s + j / 4 * 64 + j % 2 * 32), j % 4 / 2 * 4, 15),
-                               _mm256_slli_epi16(avl__bits_avx2(avl__load32_avx2(s + 128 + j / 4 * 32), j % 4 * 2, 3), 4));
-    default:                                                  // Q8_0: signed, 128 added by turning the sign
-        return _mm256_xor_si256(avl__load32_avx2(row + 34 * b + 2), _mm256_set1_epi8((char)0x80));
+        return _mm256_or_si256(avl__bits_avx2(s + j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15),
+                               _mm256_slli_epi16(avl__bits_avx2(s + 128 + j / 4 * 32, j % 4 * 2, 3), 4));
+    default: return _mm256_xor_si256(avl__load32_avx2(row + 34 * b + 2), _mm256_set1_epi8((char)0x80));   // Q8_0: q + 128
     }
 }
 
 // n (at most 8) half-precision numbers that lie `stride` bytes apart, the rest zeros
 AVL__AVX2 AVL__INLINE __m256 avl__halves_avx2(const uint8_t *p, int stride, int n) {
-    __m128i h = _mm_setzero_si128();
-    if (n == 8) {
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p), 0);
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p + stride), 1);
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 2 * stride), 2);
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 3 * stride), 3);
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 4 * stride), 4);
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 5 * stride), 5);
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 6 * stride), 6);
-        h = _mm_insert_epi16(h, avl__load_half_avx2(p + 7 * stride), 7);
-    } else {
-        uint16_t some[8] = {0};
-        int i;
-        for (i = 0; i < n; i++) memcpy(some + i, p + (size_t)i * (size_t)stride, 2);
-        h = _mm_loadu_si128((const __m128i *)(const void *)some);
-    }
-    return _mm256_cvtph_ps(h);
+    uint16_t some[8] = {0};
+    int i;
+    if (n == 8)
+        return _mm256_cvtph_ps(_mm_setr_epi16(
+            (short)avl__half_at(p), (short)avl__half_at(p + stride), (short)avl__half_at(p + 2 * stride),
+            (short)avl__half_at(p + 3 * stride), (short)avl__half_at(p + 4 * stride), (short)avl__half_at(p + 5 * stride),
+            (short)avl__half_at(p + 6 * stride), (short)avl__half_at(p + 7 * stride)));
+    for (i = 0; i < n; i++) some[i] = avl__half_at(p + i * stride);
+    return _mm256_cvtph_ps(avl__load16_avx2(some));
 }
 
-AVL__AVX512 AVL__INLINE __m512 avl__bytes_to_floats_avx512(__m128i bytes, int is_signed) {
-    return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+// ---- AVX-512 -------------------------------------------------------------------------------------------------------
+
+AVL__AVX512 AVL__INLINE __mmask16 avl__lanes_avx512(int n) {   // the first n lanes; all, if n > 16
+    return (__mmask16)(n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0);
 }
 
-// The d and m of n (at most 8) blocks from b on, b a multiple of 8: lane j for block b + j, or lanes 2 j and 2 j + 1 for its halves.
-AVL__AVX512 AVL__INLINE void avl__block_scales_avx512(int type, const uint8_t *row, size_t b, int n, __m512 *d, __m512 *m) {
-    const int is_k = type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K;
-    const int block_bytes = type == ASTROVL_TYPE_Q4_0 ? 18 : type == ASTROVL_TYPE_Q4_1 ? 20 : type == ASTROVL_TYPE_Q5_0 ? 22 :
-                            type == ASTROVL_TYPE_Q5_1 ? 24 : type == ASTROVL_TYPE_Q8_0 ? 34 : type == ASTROVL_TYPE_Q2_K ? 84 :
-                            type == ASTROVL_TYPE_Q3_K ? 110 : type == ASTROVL_TYPE_Q4_K ? 144 : type == ASTROVL_TYPE_Q5_K ? 176 : 210;
-    const uint8_t *s = row + (is_k ? b / 8 : b) * (size_t)block_bytes;
-    __m128i bytes;
+// 16 bytes, times a half-precision number
+AVL__AVX512 AVL__INLINE __m512 avl__scaled_bytes_avx512(__m128i bytes, int is_signed, const uint8_t *half) {
+    const __m512i wide = is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(_cvtsh_ss(avl__half_at(half))));
+}
+
+// The d and -m of n (at most 8) blocks from b on, b a multiple of 8: lane j for block b + j, or lanes 2 j and 2 j + 1 for its
+// halves.
+AVL__AVX512 AVL__INLINE void avl__block_scales_avx512(int type, const uint8_t *row, size_t b, int n, __m512 *d, __m512 *minus_m) {
+    const __m128i low_nibbles = _mm_set1_epi8(15);
+    const uint8_t *s;
     uint32_t low, middle, high;
-    *m = _mm512_setzero_ps();
+    __m128i bytes;
+    *minus_m = _mm512_setzero_ps();
     switch (type) {
-    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: *m = _mm512_zextps256_ps512(avl__halves_avx2(s + 2, block_bytes, n)); /* fall through */
-    case ASTROVL_TYPE_Q4_0: case ASTROVL_TYPE_Q5_0: case ASTROVL_TYPE_Q8_0:
-        *d = _mm512_zextps256_ps512(avl__halves_avx2(s, block_bytes, n));
+    case ASTROVL_TYPE_Q4_0: *d = _mm512_zextps256_ps512(avl__halves_avx2(row + 18 * b, 18, n)); break;
+    case ASTROVL_TYPE_Q5_0: *d = _mm512_zextps256_ps512(avl__halves_avx2(row + 22 * b, 22, n)); break;
+    case ASTROVL_TYPE_Q8_0: *d = _mm512_zextps256_ps512(avl__halves_avx2(row + 34 * b, 34, n)); break;
+    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: {
+        const int size = type == ASTROVL_TYPE_Q4_1 ? 20 : 24;
+        *d = _mm512_zextps256_ps512(avl__halves_avx2(row + (size_t)size * b, size, n));
+        *minus_m = _mm512_sub_ps(*minus_m, _mm512_zextps256_ps512(avl__halves_avx2(row + (size_t)size * b + 2, size, n)));
         break;
+    }
     case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four groups to a word
-        low = (uint32_t)avl__load_word_avx2(s + 4);
-        middle = (uint32_t)avl__load_word_avx2(s + 8);
-        high = (uint32_t)avl__load_word_avx2(s + 12);
-        bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3Fu), (int)((high & 0x0F0F0F0Fu) | (low >> 2 & 0x30303030u)),
-                               (int)(middle & 0x3F3F3F3Fu), (int)((high >> 4 & 0x0F0F0F0Fu) | (middle >> 2 & 0x30303030u)));
-        *d = avl__bytes_to_floats_avx512(bytes, 0);
-        *m = _mm512_zextps256_ps512(_mm256_mul_ps(_mm512_extractf32x8_ps(*d, 1), _mm256_set1_ps(-_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 2)))));
-        *d = _mm512_mul_ps(*d, _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s))));
+        s = row + b / 8 * (type == ASTROVL_TYPE_Q4_K ? 144 : 176);
+        low = avl__word_at(s + 4), middle = avl__word_at(s + 8), high = avl__word_at(s + 12);
+        bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3F), (int)((high & 0x0F0F0F0F) | (low >> 2 & 0x30303030)), 0, 0);
+        *d = avl__scaled_bytes_avx512(bytes, 0, s);
+        bytes = _mm_setr_epi32((int)(middle & 0x3F3F3F3F), (int)((high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030)), 0, 0);
+        *minus_m = avl__scaled_bytes_avx512(bytes, 0, s + 2);
         break;
     case ASTROVL_TYPE_Q2_K:
-        bytes = _mm_loadu_si128((const __m128i *)(const void *)s);
-        *d = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_and_si128(bytes, _mm_set1_epi8(15)), 0),
-                           _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 80))));
-        *m = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15)), 0),
-                           _mm512_set1_ps(-_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 82))));
+        s = row + b / 8 * 84;
+        bytes = avl__load16_avx2(s);
+        *d = avl__scaled_bytes_avx512(_mm_and_si128(bytes, low_nibbles), 0, s + 80);
+        *minus_m = avl__scaled_bytes_avx512(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_nibbles), 0, s + 82);
         break;
     case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale, four groups to a word
-        low = (uint32_t)avl__load_word_avx2(s + 96);
-        middle = (uint32_t)avl__load_word_avx2(s + 100);
-        high = (uint32_t)avl__load_word_avx2(s + 104);
-        bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0Fu) | (high << 4 & 0x30303030u)), (int)((middle & 0x0F0F0F0Fu) | (high << 2 & 0x30303030u)),
-                               (int)((low >> 4 & 0x0F0F0F0Fu) | (high & 0x30303030u)), (int)((middle >> 4 & 0x0F0F0F0Fu) | (high >> 2 & 0x30303030u)));
-        *d = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_sub_epi8(bytes, _mm_set1_epi8(32)), 1),
-                           _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 108))));
+        s = row + b / 8 * 110;
+        low = avl__word_at(s + 96), middle = avl__word_at(s + 100), high = avl__word_at(s + 104);
+        bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0F) | (high << 4 & 0x30303030)),
+                               (int)((middle & 0x0F0F0F0F) | (high << 2 & 0x30303030)),
+                               (int)((low >> 4 & 0x0F0F0F0F) | (high & 0x30303030)),
+                               (int)((middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030)));
+        *d = avl__scaled_bytes_avx512(_mm_sub_epi8(bytes, _mm_set1_epi8(32)), 1, s + 108);
         break;
     case ASTROVL_TYPE_Q6_K:
-        *d = _mm512_mul_ps(avl__bytes_to_floats_avx512(_mm_loadu_si128((const __m128i *)(const void *)(s + 192)), 1),
-                           _mm512_set1_ps(_cvtsh_ss((uint16_t)avl__load_half_avx2(s + 208))));
+        s = row + b / 8 * 210;
+        *d = avl__scaled_bytes_avx512(avl__load16_avx2(s + 192), 1, s + 208);
         break;
     default: *d = _mm512_setzero_ps(); break;                 // floats are rounded to blocks one by one
     }
 }
 
-AVL__AVX512 AVL__INLINE __mmask16 avl__first_lanes_avx512(int n) { return (__mmask16)(n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0); }
-
-// 16 weights of a float type, the lanes beyond the row zero
-AVL__AVX512 AVL__INLINE __m512 avl__load_weights_avx512(int type, const uint8_t *row, size_t i, __mmask16 lanes) {
+// 16 weights of a float type, those beyond the row zero
+AVL__AVX512 AVL__INLINE __m512 avl__weights_avx512(int type, const uint8_t *row, size_t i, __mmask16 lanes) {
     if (type == ASTROVL_TYPE_F32) return _mm512_maskz_loadu_ps(lanes, row + 4 * i);
     if (type == ASTROVL_TYPE_F16) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, row + 2 * i));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + 2 * i)), 16));
 }
 
-// One row of 32 floats to q, e and the two sums: x = e q, e = max |x| / 127.
-AVL__AVX512 static void avl__quantize_rows_avx512(const avl__quants *to, int type, const float *x, int first, int n_rows, int n_in) {
-    const avl__block_form f = avl__block_form_of(type);
-    int r, b, n = to->n_blocks;
+// 32 floats to 32 integers q, x = e q, e = max |x| / 127
+AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __m512i *q_low, __m512i *q_high, float *e) {
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+    const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? 127.0f / top : 0.0f);
+    *e = top / 127.0f;
+    *q_low = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+    *q_high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+}
+
+AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, int n_rows) {
+    const avl__block_form f = avl__block_form_of(p->w->type);
+    const avl__quants *to = &p->quants;
+    int r, b, part;
     for (r = first; r < first + n_rows; r++)
-        for (b = 0; b < n; b++) {
-            const float *from = x + (size_t)r * n_in + 32 * (size_t)b;
-            size_t at = (size_t)r * n + b;
-            __m512 low = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - 32 * b), from);
-            __m512 high = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - 32 * b - 16), from + 16);
-            float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-            float e = top / 127.0f, inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-            __m512i ql = _mm512_cvtps_epi32(_mm512_mul_ps(low, _mm512_set1_ps(inverse)));
-            __m512i qh = _mm512_cvtps_epi32(_mm512_mul_ps(high, _mm512_set1_ps(inverse)));
-            int sum_low = _mm512_reduce_add_epi32(ql), sum_high = _mm512_reduce_add_epi32(qh);
-            _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at), _mm512_cvtsepi32_epi8(ql));
-            _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at + 16), _mm512_cvtsepi32_epi8(qh));
-            to->scale[at] = e;
-            if (f.n_parts == 1) sum_low += sum_high;
-            to->bias[at * f.n_parts] = -f.offset * sum_low;
-            to->sum[at * f.n_parts] = e * (float)sum_low;
-            if (f.n_parts == 2) {
-                to->bias[at * 2 + 1] = -f.offset * sum_high;
-                to->sum[at * 2 + 1] = e * (float)sum_high;
+        for (b = 0; b < to->n_blocks; b++) {
+            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
+            const int left = p->w->n_in - 32 * b;
+            const size_t at = (size_t)r * to->n_blocks + (size_t)b;
+            __m512i low, high;
+            int sums[2];
+            avl__round_block_avx512(_mm512_maskz_loadu_ps(avl__lanes_avx512(left), x),
+                                    _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16), &low, &high, &to->scale[at]);
+            _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at), _mm512_cvtsepi32_epi8(low));
+            _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at + 16), _mm512_cvtsepi32_epi8(high));
+            sums[0] = _mm512_reduce_add_epi32(low);
+            sums[1] = _mm512_reduce_add_epi32(high);
+            if (f.n_parts == 1) sums[0] += sums[1];
+            for (part = 0; part < f.n_parts; part++) {
+                to->bias[at * f.n_parts + part] = -f.offset * sums[part];
+                to->sum[at * f.n_parts + part] = to->scale[at] * (float)sums[part];
             }
         }
 }
+
+// n (4 or 1) weight rows times row r of the activations. The scales of eight blocks are worked out together, and go through
+// memory to where a product with one of them costs nothing extra; what the offset and the minima make of the row is added up in
+// vectors of its own.
+AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t *rows, size_t row_bytes, const avl__quants *x,
+                                                  int row, float *y) {
+    const avl__block_form f = avl__block_form_of(type);
+    const __m512i twofold = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const size_t first = (size_t)row * (size_t)x->n_blocks;
+    __m256 sum[4];
+    __m512 rest[4];
+    float scales[4][64];              // d e of eight blocks; for blocks of two parts, of each register's eight lanes
+    int b, j, r;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) {
+        sum[r] = _mm256_setzero_ps();
+        rest[r] = _mm512_setzero_ps();
+    }
+    for (b = 0; b < x->n_blocks; b += 8) {
+        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
+        const size_t at = first + (size_t)b;
+        const __m512 sums = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now * f.n_parts), x->sum + at * f.n_parts);
+        __m512 e = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now), x->scale + at);
+        if (f.n_parts == 2) e = _mm512_permutexvar_ps(twofold, e);
+        AVL__UNROLL
+        for (r = 0; r < n; r++) {
+            __m512 d, minus_m, de;
+            avl__block_scales_avx512(type, rows + (size_t)r * row_bytes, (size_t)b, n_now, &d, &minus_m);
+            de = _mm512_mul_ps(d, e);
+            if (f.n_parts == 1) _mm256_storeu_ps(scales[r], _mm512_castps512_ps256(de));
+            else
+                AVL__UNROLL
+                for (j = 0; j < 4; j++) {
+                    const __m512i pick = _mm512_add_epi32(fourfold, _mm512_set1_epi32(4 * j));
+                    _mm512_storeu_ps(scales[r] + 16 * j, _mm512_permutexvar_ps(pick, de));
+                }
+            if (f.offset) rest[r] = _mm512_fnmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps((float)f.offset)), sums, rest[r]);
+            if (f.has_min) rest[r] = _mm512_fnmadd_ps(minus_m, sums, rest[r]);
+        }
+        AVL__UNROLL
+        for (j = 0; j < 8; j++) {
+            __m256i q;
+            if (j >= n_now) break;
+            q = avl__load32_avx2(x->q + 32 * (at + (size_t)j));
+            AVL__UNROLL
+            for (r = 0; r < n; r++) {
+                const __m256i u = avl__block_bytes_avx2(type, rows + (size_t)r * row_bytes, (size_t)(b + j));
+                const __m256 whole = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), u, q));
+                const __m256 de = f.n_parts == 1 ? _mm256_set1_ps(scales[r][j]) : _mm256_loadu_ps(scales[r] + 8 * j);
+                sum[r] = _mm256_fmadd_ps(whole, de, sum[r]);
+            }
+        }
+    }
+    AVL__UNROLL
+    for (r = 0; r < n; r++) y[r] = _mm512_reduce_add_ps(_mm512_add_ps(rest[r], _mm512_zextps256_ps512(sum[r])));
+}
+
+AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__product *p, int first, int last) {
+    const avl__linear *w = p->w;
+    int out, r, i, n;
+    for (r = 0; r < p->n_rows; r++)
+        for (out = first; out < last; out += n) {
+            const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+            float four[4];
+            n = last - out >= 4 ? 4 : 1;
+            if (n == 4) avl__dot_rows_avx512(type, 4, rows, w->row_bytes, &p->quants, r, four);
+            else        avl__dot_rows_avx512(type, 1, rows, w->row_bytes, &p->quants, r, four);
+            for (i = 0; i < n; i++) p->y[(size_t)r * w->n_out + out + i] = four[i] + (w->bias ? w->bias[out + i] : 0.0f);
+        }
+}
+
+// ---- panels --------------------------------------------------------------------------------------------------------
+
+enum { AVL__PANEL_ROWS = 32 };
+
+// 32 weight rows as two groups of 16, turned.
+typedef struct avl__panel {
+    uint8_t *u;                // [2][n_blocks][8][16][4]: 16 rows of 4 columns to a register
+    float   *d, *minus_m;      // [2][n_blocks][n_parts][16]
+} avl__panel;
 
 // 8 rows of 8 words each, turned
 AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
@@ -2417,48 +2529,53 @@ AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
         t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
         t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
     }
+    AVL__UNROLL
     for (i = 0; i < 8; i++) v[i] = t[i];
 }
 
-// The bytes of block b of a row of n_in float weights, rounded as activations are: w = d (u - 128).
-AVL__AVX512 AVL__INLINE __m256i avl__round_block_avx512(int type, const uint8_t *row, size_t b, int n_in, float *d) {
-    const __m512 low = avl__load_weights_avx512(type, row, 32 * b, avl__first_lanes_avx512(n_in - 32 * (int)b));
-    const __m512 high = avl__load_weights_avx512(type, row, 32 * b + 16, avl__first_lanes_avx512(n_in - 32 * (int)b - 16));
-    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    const __m512 scale = _mm512_set1_ps(top > 1e-30f ? 127.0f / top : 0.0f);
-    const __m128i q_low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, scale)));
-    const __m128i q_high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, scale)));
-    *d = top / 127.0f;
-    return _mm256_xor_si256(_mm256_set_m128i(q_high, q_low), _mm256_set1_epi8((char)0x80));
+// Turns 8 words of 8 rows and stores them 64 bytes apart.
+AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, int n, void *to) {
+    int i;
+    avl__turn_words_avx2(v);
+    for (i = 0; i < 8 && i < n; i++) _mm256_storeu_si256((__m256i *)(void *)((uint8_t *)to + 64 * i), v[i]);
 }
 
-// Stores the scales of 8 rows, a register each with a lane for each part of 8 blocks, as [parts][16] floats.
+// The scales of 8 rows, a register each with a lane for each part of n_blocks (at most 8) blocks, as [parts][16] floats
 AVL__AVX512 AVL__INLINE void avl__store_scales_avx512(const __m512 *rows, int n_parts, int n_blocks, float *to) {
     __m256i v[8];
     int r, half;
     for (half = 0; half < n_parts; half++) {
         AVL__UNROLL
-        for (r = 0; r < 8; r++) v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(rows[r], 1) : _mm512_castps512_ps256(rows[r]));
-        avl__turn_words_avx2(v);
-        for (r = 0; r < 8 && 8 * half + r < n_blocks * n_parts; r++)
-            _mm256_storeu_ps(to + 16 * (8 * half + r), _mm256_castsi256_ps(v[r]));
+        for (r = 0; r < 8; r++)
+            v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(rows[r], 1) : _mm512_castps512_ps256(rows[r]));
+        avl__store_turned_avx2(v, n_blocks * n_parts - 8 * half, to + 128 * half);
     }
 }
 
-// Fills one half of a panel from weight rows `rows`, n of them there (the others become zeros).
-AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, uint8_t *u, float *d,
-                                                    float *m) {
-    const int n_blocks = (n_in + 31) / 32;
+// The bytes of block b of a row of n_in float weights, rounded as activations are
+AVL__AVX512 AVL__INLINE __m256i avl__rounded_bytes_avx512(int type, const uint8_t *row, int b, int n_in, float *d) {
+    const size_t i = 32 * (size_t)b;
+    __m512i low, high;
+    avl__round_block_avx512(avl__weights_avx512(type, row, i, avl__lanes_avx512(n_in - 32 * b)),
+                            avl__weights_avx512(type, row, i + 16, avl__lanes_avx512(n_in - 32 * b - 16)), &low, &high, d);
+    return _mm256_xor_si256(_mm256_set_m128i(_mm512_cvtsepi32_epi8(high), _mm512_cvtsepi32_epi8(low)), _mm256_set1_epi8((char)0x80));
+}
+
+// Fills half a panel from n weight rows, at most 16; what is not there becomes zeros.
+AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in,
+                                                    const avl__panel *to) {
     const avl__block_form f = avl__block_form_of(type);
-    const int is_float = type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
+    const int is_float = avl__is_float_type(type), n_blocks = (n_in + 31) / 32;
     int b, j, r, g;
     for (b = 0; b < n_blocks; b += 8) {
         const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
         for (g = 0; g < 16; g += 8) {
-            __m512 dr[8], mr[8];
+            const size_t scales_at = 16 * (size_t)b * f.n_parts + (size_t)g;
+            __m512 d[8], minus_m[8];
             for (r = 0; r < 8; r++) {
-                dr[r] = mr[r] = _mm512_setzero_ps();
-                if (!is_float && g + r < n) avl__block_scales_avx512(type, rows + (size_t)(g + r) * row_bytes, (size_t)b, n_now, &dr[r], &mr[r]);
+                d[r] = minus_m[r] = _mm512_setzero_ps();
+                if (!is_float && g + r < n)
+                    avl__block_scales_avx512(type, rows + (size_t)(g + r) * row_bytes, (size_t)b, n_now, &d[r], &minus_m[r]);
             }
             for (j = 0; j < n_now; j++) {
                 __m256i v[8];
@@ -2467,64 +2584,16 @@ AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *row
                     const uint8_t *row = rows + (size_t)(g + r) * row_bytes;
                     float rounded = 0.0f;
                     if (g + r >= n) v[r] = _mm256_setzero_si256();
-                    else if (is_float) v[r] = avl__round_block_avx512(type, row, (size_t)b + j, n_in, &rounded);
-                    else v[r] = avl__block_bytes_avx2(type, row, (size_t)b + j);
-                    if (is_float) d[16 * ((size_t)b + j) + g + r] = rounded;
+                    else if (is_float) v[r] = avl__rounded_bytes_avx512(type, row, b + j, n_in, &rounded);
+                    else v[r] = avl__block_bytes_avx2(type, row, (size_t)(b + j));
+                    if (is_float) to->d[scales_at + 16 * (size_t)j + (size_t)r] = rounded;
                 }
-                avl__turn_words_avx2(v);
-                AVL__UNROLL
-                for (r = 0; r < 8; r++) _mm256_storeu_si256((__m256i *)(void *)(u + 512 * ((size_t)b + j) + 64 * r + 4 * g), v[r]);
+                avl__store_turned_avx2(v, 8, to->u + 512 * (size_t)(b + j) + 4 * g);
             }
-            if (!is_float) avl__store_scales_avx512(dr, f.n_parts, n_now, d + 16 * (size_t)b * f.n_parts + g);
-            if (f.has_min) avl__store_scales_avx512(mr, f.n_parts, n_now, m + 16 * (size_t)b * f.n_parts + g);
+            if (!is_float) avl__store_scales_avx512(d, f.n_parts, n_now, to->d + scales_at);
+            if (f.has_min) avl__store_scales_avx512(minus_m, f.n_parts, n_now, to->minus_m + scales_at);
         }
     }
-}
-
-// y[r][0..31] = the panel's 32 rows times n rows of activations; n, n_parts and has_min are constants wherever this is inlined.
-AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n, int n_parts, int has_min, const avl__panel *p, const avl__quants *x, size_t first,
-                                                    __m512 sum[][2]) {
-    const int n_blocks = x->n_blocks;
-    const size_t half_u = 512 * (size_t)n_blocks, half_d = 16 * (size_t)n_blocks * n_parts;
-    int b, g, r, c, part;
-    AVL__UNROLL
-    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (b = 0; b < n_blocks; b++)
-        AVL__UNROLL
-        for (part = 0; part < n_parts; part++) {
-            const size_t at = (size_t)b * n_parts + part;
-            __m512i whole[6][2];
-            __m512 d[2], m[2];
-            AVL__UNROLL
-            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(x->bias[(first + r) * n_blocks * n_parts + at]);
-            AVL__UNROLL
-            for (g = 0; g < 8 / n_parts; g++) {
-                const size_t column = 4 * ((size_t)g + 8 / (size_t)n_parts * (size_t)part);      // of the block's 32
-                const __m512i w0 = _mm512_loadu_si512(p->u + 512 * (size_t)b + 16 * column);
-                const __m512i w1 = _mm512_loadu_si512(p->u + half_u + 512 * (size_t)b + 16 * column);
-                AVL__UNROLL
-                for (r = 0; r < n; r++) {
-                    int32_t four;
-                    memcpy(&four, x->q + ((first + (size_t)r) * (size_t)n_blocks + (size_t)b) * 32 + column, 4);
-                    whole[r][0] = _mm512_dpbusd_epi32(whole[r][0], w0, _mm512_set1_epi32(four));
-                    whole[r][1] = _mm512_dpbusd_epi32(whole[r][1], w1, _mm512_set1_epi32(four));
-                }
-            }
-            AVL__UNROLL
-            for (c = 0; c < 2; c++) {
-                d[c] = _mm512_loadu_ps(p->d + half_d * c + 16 * at);
-                m[c] = has_min ? _mm512_loadu_ps(p->m + half_d * c + 16 * at) : d[c];
-            }
-            AVL__UNROLL
-            for (r = 0; r < n; r++) {
-                __m512 e = _mm512_set1_ps(x->scale[(first + r) * n_blocks + b]);
-                AVL__UNROLL
-                for (c = 0; c < 2; c++) {
-                    sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r][c]), _mm512_mul_ps(d[c], e), sum[r][c]);
-                    if (has_min) sum[r][c] = _mm512_fmadd_ps(m[c], _mm512_set1_ps(x->sum[(first + r) * n_blocks * n_parts + at]), sum[r][c]);
-                }
-            }
-        }
 }
 
 // Stores n (at most 32) sums of one row, plus bias.
@@ -2532,104 +2601,138 @@ AVL__AVX512 AVL__INLINE void avl__store_sums_avx512(float *y, const __m512 *sum,
     int c;
     AVL__UNROLL
     for (c = 0; c < 2; c++) {
-        int left = n - 16 * c;
-        __mmask16 mask = (__mmask16)(left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
-        __m512 b = bias ? _mm512_maskz_loadu_ps(mask, bias + 16 * c) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(y + 16 * c, mask, _mm512_add_ps(sum[c], b));
+        const __mmask16 lanes = avl__lanes_avx512(n - 16 * c);
+        const __m512 b = bias ? _mm512_maskz_loadu_ps(lanes, bias + 16 * c) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(y + 16 * c, lanes, _mm512_add_ps(sum[c], b));
     }
 }
 
-// All rows of activations over a filled panel.
-AVL__AVX512 AVL__INLINE void avl__run_panel_avx512(int n_parts, int has_min, const avl__panel *p, const avl__quants *x, int n_rows, float *y,
-                                                   const avl__linear *w, int first, int n) {
-    const float *bias = w->bias ? w->bias + first : NULL;
-    __m512 sum[6][2];
-    int r = 0, i;
-    for (; r + 6 <= n_rows; r += 6) {
-        avl__pass_panel_avx512(6, n_parts, has_min, p, x, (size_t)r, sum);
-        for (i = 0; i < 6; i++) avl__store_sums_avx512(y + (size_t)(r + i) * w->n_out + first, sum[i], bias, n);
-    }
-    for (; r + 2 <= n_rows; r += 2) {
-        avl__pass_panel_avx512(2, n_parts, has_min, p, x, (size_t)r, sum);
-        for (i = 0; i < 2; i++) avl__store_sums_avx512(y + (size_t)(r + i) * w->n_out + first, sum[i], bias, n);
-    }
-    if (r < n_rows) {
-        avl__pass_panel_avx512(1, n_parts, has_min, p, x, (size_t)r, sum);
-        avl__store_sums_avx512(y + (size_t)r * w->n_out + first, sum[0], bias, n);
-    }
-}
-
-// n (4 or 1) weight rows times one row of activations. The scales of eight blocks are worked out together; what the offset and
-// the minima make of the row is added up in vectors of its own. type and n are constants wherever this is inlined.
-AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t *rows, size_t row_bytes, const avl__quants *x, size_t at, float *y) {
+// n (at most 6) rows of activations, from row `first` on, over a panel.
+AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int type, int n, const avl__panel *p, const avl__quants *x, int first,
+                                                    __m512 sum[][2]) {
     const avl__block_form f = avl__block_form_of(type);
-    const size_t first = at * (size_t)x->n_blocks;
-    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    __m256 sum[4];
-    __m512 rest[4];
-    float scales[4][64];              // d e of eight blocks; for blocks of two parts, of each register's eight lanes
-    int b, j, r;
+    const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * f.n_parts, half_u = 512 * n_blocks, half_d = 16 * row;
+    const int8_t *q = x->q + 32 * n_blocks * (size_t)first;
+    const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
+    const int32_t *bias = x->bias + row * (size_t)first;
+    size_t b;
+    int g, r, c, part;
     AVL__UNROLL
-    for (r = 0; r < n; r++) {
-        sum[r] = _mm256_setzero_ps();
-        rest[r] = _mm512_setzero_ps();
-    }
-    for (b = 0; b < x->n_blocks; b += 8) {
-        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        const __mmask16 there = (__mmask16)((1u << n_now * f.n_parts) - 1);
-        const __m512 sums = _mm512_maskz_loadu_ps(there, x->sum + (first + (size_t)b) * f.n_parts);
-        __m512 e = _mm512_maskz_loadu_ps((__mmask16)((1u << n_now) - 1), x->scale + first + b);
-        if (f.n_parts == 2) e = _mm512_permutexvar_ps(twice, e);
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (b = 0; b < n_blocks; b++)
         AVL__UNROLL
-        for (r = 0; r < n; r++) {
-            __m512 d, m, scale;
-            avl__block_scales_avx512(type, rows + (size_t)r * row_bytes, (size_t)b, n_now, &d, &m);
-            scale = _mm512_mul_ps(d, e);
-            if (f.n_parts == 1) _mm256_storeu_ps(scales[r], _mm512_castps512_ps256(scale));
-            else
-                AVL__UNROLL
-                for (j = 0; j < 4; j++)
-                    _mm512_storeu_ps(scales[r] + 16 * j, _mm512_permutexvar_ps(_mm512_add_epi32(fourfold, _mm512_set1_epi32(4 * j)), scale));
-            if (f.offset) rest[r] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps((float)-f.offset)), sums, rest[r]);
-            if (f.has_min) rest[r] = _mm512_fmadd_ps(m, sums, rest[r]);
-        }
-        AVL__UNROLL
-        for (j = 0; j < 8; j++) {
-            __m256i q;
-            if (j >= n_now) break;
-            q = avl__load32_avx2((const uint8_t *)x->q + 32 * (first + (size_t)b + j));
+        for (part = 0; part < f.n_parts; part++) {
+            const size_t at = b * f.n_parts + (size_t)part;
+            __m512i whole[6][2];
             AVL__UNROLL
-            for (r = 0; r < n; r++) {
-                __m256i whole = _mm256_dpbusd_epi32(_mm256_setzero_si256(), avl__block_bytes_avx2(type, rows + (size_t)r * row_bytes, (size_t)b + j), q);
-                __m256 scale = f.n_parts == 1 ? _mm256_set1_ps(scales[r][j]) : _mm256_loadu_ps(scales[r] + 8 * j);
-                sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, sum[r]);
+            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(bias[(size_t)r * row + at]);
+            AVL__UNROLL
+            for (g = 0; g < 8 / f.n_parts; g++) {
+                const size_t column = 4 * (size_t)(g + 8 / f.n_parts * part);                // of the block's 32
+                const __m512i w0 = _mm512_loadu_si512(p->u + 512 * b + 16 * column);
+                const __m512i w1 = _mm512_loadu_si512(p->u + half_u + 512 * b + 16 * column);
+                AVL__UNROLL
+                for (r = 0; r < n; r++) {
+                    const __m512i four = _mm512_set1_epi32((int)avl__word_at(q + 32 * (n_blocks * (size_t)r + b) + column));
+                    whole[r][0] = _mm512_dpbusd_epi32(whole[r][0], w0, four);
+                    whole[r][1] = _mm512_dpbusd_epi32(whole[r][1], w1, four);
+                }
+            }
+            AVL__UNROLL
+            for (c = 0; c < 2; c++) {
+                const __m512 d = _mm512_loadu_ps(p->d + half_d * c + 16 * at);
+                AVL__UNROLL
+                for (r = 0; r < n; r++) {
+                    const __m512 de = _mm512_mul_ps(d, _mm512_set1_ps(scale[n_blocks * (size_t)r + b]));
+                    sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r][c]), de, sum[r][c]);
+                    if (f.has_min)
+                        sum[r][c] = _mm512_fnmadd_ps(_mm512_loadu_ps(p->minus_m + half_d * c + 16 * at),
+                                                     _mm512_set1_ps(sums[(size_t)r * row + at]), sum[r][c]);
+                }
             }
         }
-    }
-    AVL__UNROLL
-    for (r = 0; r < n; r++) y[r] = _mm512_reduce_add_ps(_mm512_add_ps(rest[r], _mm512_zextps256_ps512(sum[r])));
 }
 
-// ---- weights that are floats: pairs of bfloat16 --------------------------------------------------------------------
-// F32, F16 and BF16 weights are too fine for integers of 8 bits. vdpbf16ps multiplies pairs of bfloat16 and adds them up in
-// float32, at half the rate of the integers; activations are rounded to bfloat16 as well. The panel is turned the same way: a
-// register holds the same two columns of 16 rows. No scales come in between, so twelve rows of activations fill the registers.
+AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
+    const avl__block_form f = avl__block_form_of(type);
+    const avl__linear *w = p->w;
+    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 16 * n_blocks * f.n_parts;   // of half a panel
+    avl__panel panel;
+    __m512 sum[6][2];
+    int out, r, i, n;
+    panel.d = scratch;
+    panel.minus_m = panel.d + 2 * n_scales;
+    panel.u = (uint8_t *)(panel.minus_m + 2 * n_scales);
+    for (out = first; out < last; out += AVL__PANEL_ROWS) {
+        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        for (i = 0; i < 2; i++) {
+            const avl__panel half = {panel.u + 512 * n_blocks * (size_t)i, panel.d + n_scales * (size_t)i,
+                                     panel.minus_m + n_scales * (size_t)i};
+            avl__fill_panel_avx512(type, (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes,
+                                   n_columns - 16 * i, w->n_in, &half);
+        }
+        for (r = 0; r < p->n_rows; r += n) {
+            const int left = p->n_rows - r;
+            if (left >= 6) n = 6, avl__pass_panel_avx512(type, 6, &panel, &p->quants, r, sum);
+            else if (left >= 2) n = 2, avl__pass_panel_avx512(type, 2, &panel, &p->quants, r, sum);
+            else n = 1, avl__pass_panel_avx512(type, 1, &panel, &p->quants, r, sum);
+            for (i = 0; i < n; i++)
+                avl__store_sums_avx512(p->y + (size_t)(r + i) * w->n_out + out, sum[i], w->bias ? w->bias + out : NULL, n_columns);
+        }
+    }
+}
 
-// x to pairs of bfloat16 [n_rows][n_blocks][32], the columns beyond n_in zero
-AVL__AVX512_BF16 static void avl__pair_rows_avx512(const avl__quants *to, const float *x, int first, int n_rows, int n_in) {
-    int r, i;
+AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
+    if (p->few) avl__multiply_rows_avx512(type, p, first, last);
+    else        avl__multiply_panels_avx512(type, p, first, last, scratch);
+}
+
+AVL__AVX512 static void avl__multiply_avx512(const avl__product *p, int first, int last, float *scratch) {
+    switch (p->w->type) {
+    case ASTROVL_TYPE_F32:  avl__multiply_panels_avx512(ASTROVL_TYPE_F32, p, first, last, scratch); break;
+    case ASTROVL_TYPE_F16:  avl__multiply_panels_avx512(ASTROVL_TYPE_F16, p, first, last, scratch); break;
+    case ASTROVL_TYPE_BF16: avl__multiply_panels_avx512(ASTROVL_TYPE_BF16, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q4_0: avl__multiply_type_avx512(ASTROVL_TYPE_Q4_0, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q4_1: avl__multiply_type_avx512(ASTROVL_TYPE_Q4_1, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q5_0: avl__multiply_type_avx512(ASTROVL_TYPE_Q5_0, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q5_1: avl__multiply_type_avx512(ASTROVL_TYPE_Q5_1, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q8_0: avl__multiply_type_avx512(ASTROVL_TYPE_Q8_0, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q2_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q2_K, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q3_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q3_K, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q4_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q4_K, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q5_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q5_K, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q6_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q6_K, p, first, last, scratch); break;
+    default: break;
+    }
+}
+
+// ---- weights that are floats ---------------------------------------------------------------------------------------
+// Integers of 8 bits are too coarse for them. vdpbf16ps multiplies pairs of bfloat16 and adds them up in float32, at half the
+// rate of the integers; activations are rounded to bfloat16 as well (2^-9 of themselves at most). The panel is turned the same
+// way: a register holds the same two columns of 16 rows. No scales come in between, so twelve rows of activations fill the
+// registers. A processor without it rounds such weights to bytes as if they were Q8_0.
+
+AVL__AVX512_BF16 AVL__INLINE __m512i avl__pairs_avx512(__m512 low, __m512 high) {
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// x to pairs of bfloat16 [n_rows][n_blocks][32], those beyond n_in zero
+AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int first, int n_rows) {
+    const size_t n_blocks = (size_t)p->quants.n_blocks;
+    size_t b;
+    int r;
     for (r = first; r < first + n_rows; r++)
-        for (i = 0; i < 32 * to->n_blocks; i += 32) {
-            const float *from = x + (size_t)r * n_in + i;
-            __m512 low = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - i), from);
-            __m512 high = _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n_in - i - 16), from + 16);
-            _mm512_storeu_si512(to->q + 2 * ((size_t)r * 32 * to->n_blocks + (size_t)i), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        for (b = 0; b < n_blocks; b++) {
+            const float *x = p->x + (size_t)r * p->w->n_in + 32 * b;
+            const int left = p->w->n_in - 32 * (int)b;
+            _mm512_storeu_si512(p->quants.q + 64 * ((size_t)r * n_blocks + b),
+                                avl__pairs_avx512(_mm512_maskz_loadu_ps(avl__lanes_avx512(left), x),
+                                                  _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16)));
         }
 }
 
 // Half a panel of pairs, [n_blocks][16 pairs][16 rows].
-AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, uint8_t *to) {
+AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_bf16(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, uint8_t *to) {
     int b, g, r, h;
     for (b = 0; b < (n_in + 31) / 32; b++)
         for (g = 0; g < 16; g += 8) {
@@ -2637,108 +2740,108 @@ AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_avx512(int type, const uint8_t
             AVL__UNROLL
             for (r = 0; r < 8; r++) {
                 const uint8_t *row = rows + (size_t)(g + r) * row_bytes;
+                const size_t i = 32 * (size_t)b;
                 pairs[r] = _mm512_setzero_si512();
                 if (g + r < n)
-                    pairs[r] = (__m512i)_mm512_cvtne2ps_pbh(
-                        avl__load_weights_avx512(type, row, 32 * (size_t)b + 16, avl__first_lanes_avx512(n_in - 32 * b - 16)),
-                        avl__load_weights_avx512(type, row, 32 * (size_t)b, avl__first_lanes_avx512(n_in - 32 * b)));
+                    pairs[r] = avl__pairs_avx512(avl__weights_avx512(type, row, i, avl__lanes_avx512(n_in - 32 * b)),
+                                                 avl__weights_avx512(type, row, i + 16, avl__lanes_avx512(n_in - 32 * b - 16)));
             }
             for (h = 0; h < 2; h++) {
                 __m256i v[8];
                 AVL__UNROLL
                 for (r = 0; r < 8; r++) v[r] = h ? _mm512_extracti64x4_epi64(pairs[r], 1) : _mm512_castsi512_si256(pairs[r]);
-                avl__turn_words_avx2(v);
-                AVL__UNROLL
-                for (r = 0; r < 8; r++)
-                    _mm256_storeu_si256((__m256i *)(void *)(to + 64 * (16 * (size_t)b + 8 * (size_t)h + (size_t)r) + 4 * g), v[r]);
+                avl__store_turned_avx2(v, 8, to + 64 * (16 * (size_t)b + 8 * (size_t)h) + 4 * g);
             }
         }
 }
 
-// n rows of activations (a constant wherever this is inlined) over a panel of pairs.
-AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_avx512(int n, const uint8_t *panel, const avl__quants *x, size_t first, float *y, size_t y_stride,
-                                                         const float *bias, int n_columns) {
-    const size_t n_pairs = 16 * (size_t)x->n_blocks, row = 4 * n_pairs;
-    const uint8_t *from = (const uint8_t *)x->q + first * row;
+// n rows of activations, from row `first` on, over a panel of pairs.
+AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *panel, const avl__product *p, int first, int out,
+                                                       int n_columns) {
+    const size_t n_pairs = 16 * (size_t)p->quants.n_blocks, row = 4 * n_pairs;
+    const uint8_t *x = (const uint8_t *)p->quants.q + (size_t)first * row;
     __m512 sum[12][2];
     size_t i;
     int r;
     AVL__UNROLL
     for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (i = 0; i < n_pairs; i++) {
-        __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + 64 * i), w1 = (__m512bh)_mm512_loadu_si512(panel + 64 * (n_pairs + i));
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + 64 * i);
+        const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + 64 * (n_pairs + i));
         AVL__UNROLL
         for (r = 0; r < n; r++) {
-            __m512bh pair = (__m512bh)_mm512_set1_epi32(avl__load_word_avx2(from + (size_t)r * row + 4 * i));
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)avl__word_at(x + (size_t)r * row + 4 * i));
             sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, pair);
             sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, pair);
         }
     }
-    for (r = 0; r < n; r++) avl__store_sums_avx512(y + (size_t)r * y_stride, sum[r], bias, n_columns);
+    for (r = 0; r < n; r++)
+        avl__store_sums_avx512(p->y + (size_t)(first + r) * p->w->n_out + out, sum[r], p->w->bias ? p->w->bias + out : NULL, n_columns);
 }
 
-AVL__AVX512_BF16 AVL__INLINE void avl__multiply_pairs_avx512(int type, float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first,
-                                                             int last, float *scratch) {
+AVL__AVX512_BF16 AVL__INLINE void avl__multiply_pairs_bf16(int type, const avl__product *p, int first, int last, float *scratch) {
+    const avl__linear *w = p->w;
     uint8_t *panel = (uint8_t *)scratch;
     int out, r, i;
     for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const int n = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        const float *bias = w->bias ? w->bias + out : NULL;
-        const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
         for (i = 0; i < 2; i++)
-            avl__fill_pairs_avx512(type, rows + 16 * (size_t)i * w->row_bytes, w->row_bytes, n - 16 * i, w->n_in, panel + 1024 * (size_t)x->n_blocks * i);
-        for (r = 0; r + 12 <= n_rows; r += 12) avl__pass_pairs_avx512(12, panel, x, (size_t)r, y + (size_t)r * w->n_out + out, (size_t)w->n_out, bias, n);
-        for (; r + 4 <= n_rows; r += 4) avl__pass_pairs_avx512(4, panel, x, (size_t)r, y + (size_t)r * w->n_out + out, (size_t)w->n_out, bias, n);
-        for (; r < n_rows; r++) avl__pass_pairs_avx512(1, panel, x, (size_t)r, y + (size_t)r * w->n_out + out, (size_t)w->n_out, bias, n);
+            avl__fill_pairs_bf16(type, (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes,
+                                 n_columns - 16 * i, w->n_in, panel + 1024 * (size_t)p->quants.n_blocks * (size_t)i);
+        for (r = 0; r + 12 <= p->n_rows; r += 12) avl__pass_pairs_bf16(12, panel, p, r, out, n_columns);
+        for (; r + 4 <= p->n_rows; r += 4) avl__pass_pairs_bf16(4, panel, p, r, out, n_columns);
+        for (; r < p->n_rows; r++) avl__pass_pairs_bf16(1, panel, p, r, out, n_columns);
     }
 }
 
-// Columns first..last-1 of y for weights of one type: a few rows of activations meet the weights as they lie, many a panel.
-AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first,
-                                                       int last, float *scratch) {
-    const avl__block_form f = avl__block_form_of(type);
-    const uint8_t *rows = (const uint8_t *)w->weight;
-    int out, r, i, n;
-    if (n_rows <= 2) {
-        for (r = 0; r < n_rows; r++)
-            for (out = first; out < last; out += n) {
-                float four[4];
-                n = last - out >= 4 ? 4 : 1;
-                if (n == 4) avl__dot_rows_avx512(type, 4, rows + (size_t)out * w->row_bytes, w->row_bytes, x, (size_t)r, four);
-                else        avl__dot_rows_avx512(type, 1, rows + (size_t)out * w->row_bytes, w->row_bytes, x, (size_t)r, four);
-                for (i = 0; i < n; i++) y[(size_t)r * w->n_out + out + i] = four[i] + (w->bias ? w->bias[out + i] : 0.0f);
+AVL__AVX512_BF16 static void avl__multiply_bf16(const avl__product *p, int first, int last, float *scratch) {
+    switch (p->w->type) {
+    case ASTROVL_TYPE_F32:  avl__multiply_pairs_bf16(ASTROVL_TYPE_F32, p, first, last, scratch); break;
+    case ASTROVL_TYPE_F16:  avl__multiply_pairs_bf16(ASTROVL_TYPE_F16, p, first, last, scratch); break;
+    case ASTROVL_TYPE_BF16: avl__multiply_pairs_bf16(ASTROVL_TYPE_BF16, p, first, last, scratch); break;
+    default: avl__multiply_avx512(p, first, last, scratch); break;
+    }
+}
+
+AVL__AVX512_BF16 static void avl__round_rows_bf16(const avl__product *p, int first, int n_rows) {
+    if (avl__is_float_type(p->w->type)) avl__pair_rows_bf16(p, first, n_rows);
+    else                                avl__quantize_avx512(p, first, n_rows);
+}
+
+// A few rows of activations times weights of a float type as they lie, in float32.
+AVL__AVX512 AVL__INLINE void avl__linear_type_avx512(int type, const avl__product *p, int first, int last) {
+    const avl__linear *w = p->w;
+    int out, r, i;
+    for (out = first; out < last; out++) {
+        const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+        for (r = 0; r < p->n_rows; r++) {
+            const float *x = p->x + (size_t)r * w->n_in;
+            __m512 sum[2];
+            sum[0] = sum[1] = _mm512_setzero_ps();
+            for (i = 0; i + 32 <= w->n_in; i += 32) {
+                sum[0] = _mm512_fmadd_ps(avl__weights_avx512(type, row, (size_t)i, 0xFFFF), _mm512_loadu_ps(x + i), sum[0]);
+                sum[1] = _mm512_fmadd_ps(avl__weights_avx512(type, row, (size_t)i + 16, 0xFFFF), _mm512_loadu_ps(x + i + 16), sum[1]);
             }
-        return;
-    }
-    for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const size_t n_scales = 32 * (size_t)x->n_blocks * f.n_parts;
-        avl__panel p;
-        p.d = scratch;
-        p.m = p.d + n_scales;
-        p.u = (uint8_t *)(p.m + n_scales);
-        n = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        for (i = 0; i < 2; i++)
-            avl__fill_panel_avx512(type, rows + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes, n - 16 * i, w->n_in,
-                                   p.u + 512 * (size_t)x->n_blocks * i, p.d + n_scales / 2 * i, p.m + n_scales / 2 * i);
-        avl__run_panel_avx512(f.n_parts, f.has_min, &p, x, n_rows, y, w, out, n);
+            for (; i < w->n_in; i += 16) {
+                const __mmask16 lanes = avl__lanes_avx512(w->n_in - i);
+                const __m512 last_x = _mm512_maskz_loadu_ps(lanes, x + i);
+                sum[0] = _mm512_fmadd_ps(avl__weights_avx512(type, row, (size_t)i, lanes), last_x, sum[0]);
+            }
+            p->y[(size_t)r * w->n_out + out] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) + (w->bias ? w->bias[out] : 0.0f);
+        }
     }
 }
 
-static int avl__is_float_type(int type) { return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16; }
-
-AVL__AVX512 static void avl__multiply_avx512(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch) {
-    switch (w->type) {
-#define AVL__CASE(type) case type: avl__multiply_type_avx512(type, y, x, w, n_rows, first, last, scratch); break
-    AVL__CASE(ASTROVL_TYPE_F32); AVL__CASE(ASTROVL_TYPE_F16); AVL__CASE(ASTROVL_TYPE_BF16);
-    AVL__CASE(ASTROVL_TYPE_Q4_0); AVL__CASE(ASTROVL_TYPE_Q4_1); AVL__CASE(ASTROVL_TYPE_Q5_0); AVL__CASE(ASTROVL_TYPE_Q5_1);
-    AVL__CASE(ASTROVL_TYPE_Q8_0); AVL__CASE(ASTROVL_TYPE_Q2_K); AVL__CASE(ASTROVL_TYPE_Q3_K); AVL__CASE(ASTROVL_TYPE_Q4_K);
-    AVL__CASE(ASTROVL_TYPE_Q5_K); AVL__CASE(ASTROVL_TYPE_Q6_K);
-#undef AVL__CASE
-    default: break;
-    }
+AVL__AVX512 static void avl__linear_avx512(const avl__product *p, int first, int last, float *scratch) {
+    (void)scratch;
+    if (p->w->type == ASTROVL_TYPE_F32)      avl__linear_type_avx512(ASTROVL_TYPE_F32, p, first, last);
+    else if (p->w->type == ASTROVL_TYPE_F16) avl__linear_type_avx512(ASTROVL_TYPE_F16, p, first, last);
+    else                                     avl__linear_type_avx512(ASTROVL_TYPE_BF16, p, first, last);
 }
 
-// ---- fast mode: float kernels of AVX-512 ---------------------------------------------------------------------------
+// ---- vectors of float32 --------------------------------------------------------------------------------------------
+
+AVL__AVX512 AVL__INLINE __m512 avl__load_avx512(const float *x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
 
 // Four sums, so that additions need not wait for each other.
 AVL__AVX512 static float avl__dot_avx512(const float *a, const float *b, int n) {
@@ -2750,8 +2853,8 @@ AVL__AVX512 static float avl__dot_avx512(const float *a, const float *b, int n) 
         AVL__UNROLL
         for (j = 0; j < 4; j++) sum[j] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * j), _mm512_loadu_ps(b + i + 16 * j), sum[j]);
     for (; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i);
-        sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, a + i), _mm512_maskz_loadu_ps(lanes, b + i), sum[0]);
+        const __mmask16 lanes = avl__lanes_avx512(n - i);
+        sum[0] = _mm512_fmadd_ps(avl__load_avx512(a + i, lanes), avl__load_avx512(b + i, lanes), sum[0]);
     }
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
@@ -2759,16 +2862,16 @@ AVL__AVX512 static float avl__dot_avx512(const float *a, const float *b, int n) 
 AVL__AVX512 static void avl__axpy_avx512(float *y, float a, const float *x, int n) {
     int i;
     for (i = 0; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i);
-        __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(a), _mm512_maskz_loadu_ps(lanes, x + i), _mm512_maskz_loadu_ps(lanes, y + i));
+        const __mmask16 lanes = avl__lanes_avx512(n - i);
+        const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(a), avl__load_avx512(x + i, lanes), avl__load_avx512(y + i, lanes));
         _mm512_mask_storeu_ps(y + i, lanes, sum);
     }
 }
 
 // e^x to about 2e-7: 2^n 2^f with n the nearest integer to x / ln 2, 2^f by its Taylor series (|f| <= 1/2)
 AVL__AVX512 AVL__INLINE __m512 avl__exp_avx512(__m512 x) {
-    __m512 t = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(1.44269504f));
-    __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(t, n);
+    const __m512 t = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(1.44269504f));
+    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(t, n);
     __m512 p = _mm512_set1_ps(1.54035304e-4f);                       // ln(2)^6 / 6!
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33335581e-3f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61812911e-3f));
@@ -2781,222 +2884,184 @@ AVL__AVX512 AVL__INLINE __m512 avl__exp_avx512(__m512 x) {
 
 // x / (1 + e^(-a x))
 AVL__AVX512 AVL__INLINE __m512 avl__sigmoid_product_avx512(__m512 x, float a) {
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), avl__exp_avx512(_mm512_mul_ps(x, _mm512_set1_ps(-a)))));
+    const __m512 e = avl__exp_avx512(_mm512_mul_ps(x, _mm512_set1_ps(-a)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
 AVL__AVX512 static void avl__quick_gelu_avx512(float *x, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i < 16 ? (int)(n - i) : 16);
-        _mm512_mask_storeu_ps(x + i, lanes, avl__sigmoid_product_avx512(_mm512_maskz_loadu_ps(lanes, x + i), 1.702f));
+    for (; n > 0; n -= 16, x += 16) {
+        const __mmask16 lanes = avl__lanes_avx512(n < 16 ? (int)n : 16);
+        _mm512_mask_storeu_ps(x, lanes, avl__sigmoid_product_avx512(avl__load_avx512(x, lanes), 1.702f));
     }
 }
 
 AVL__AVX512 static void avl__silu_product_avx512(float *x, const float *up, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i < 16 ? (int)(n - i) : 16);
-        __m512 y = avl__sigmoid_product_avx512(_mm512_maskz_loadu_ps(lanes, x + i), 1.0f);
-        _mm512_mask_storeu_ps(x + i, lanes, _mm512_mul_ps(y, _mm512_maskz_loadu_ps(lanes, up + i)));
+    for (; n > 0; n -= 16, x += 16, up += 16) {
+        const __mmask16 lanes = avl__lanes_avx512(n < 16 ? (int)n : 16);
+        const __m512 y = avl__sigmoid_product_avx512(avl__load_avx512(x, lanes), 1.0f);
+        _mm512_mask_storeu_ps(x, lanes, _mm512_mul_ps(y, avl__load_avx512(up, lanes)));
     }
 }
 
-// erf as 1 - (a1 t + ... + a5 t^5) e^(-z^2), t = 1 / (1 + p z): within 1.5e-7 (Abramowitz & Stegun 7.1.26)
+// x Phi(x), with 1 - Phi(|x|) = (a1 t + ... + a5 t^5) e^(-z^2) / 2, z = |x| / sqrt 2, t = 1 / (1 + p z), to 1e-7 (Abramowitz & Stegun
+// 7.1.26)
 AVL__AVX512 static void avl__gelu_avx512(float *x, int64_t n) {
-    const __m512 one = _mm512_set1_ps(1.0f), half = _mm512_set1_ps(0.5f);
-    int64_t i;
-    for (i = 0; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i < 16 ? (int)(n - i) : 16);
-        __m512 v = _mm512_maskz_loadu_ps(lanes, x + i), z = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(0.70710678f));
-        __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), z, one)), p = _mm512_set1_ps(1.061405429f);
+    const __m512 one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
+    for (; n > 0; n -= 16, x += 16) {
+        const __mmask16 lanes = avl__lanes_avx512(n < 16 ? (int)n : 16);
+        const __m512 v = avl__load_avx512(x, lanes), z = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(0.70710678f));
+        const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), z, one));
+        __m512 p = _mm512_set1_ps(1.061405429f);
         p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
         p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
         p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
         p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-        p = _mm512_mul_ps(_mm512_mul_ps(p, t), avl__exp_avx512(_mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), z), z)));   // 1 - erf z
-        p = _mm512_mul_ps(p, half);                                                                                    // 1 - Phi |x|
-        p = _mm512_mask_sub_ps(p, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ), one, p);
-        _mm512_mask_storeu_ps(x + i, lanes, _mm512_mul_ps(v, p));
+        p = _mm512_mul_ps(_mm512_mul_ps(p, t), avl__exp_avx512(_mm512_fnmadd_ps(z, z, zero)));
+        p = _mm512_mul_ps(p, _mm512_set1_ps(0.5f));
+        p = _mm512_mask_sub_ps(p, _mm512_cmp_ps_mask(v, zero, _CMP_GE_OQ), one, p);
+        _mm512_mask_storeu_ps(x, lanes, _mm512_mul_ps(v, p));
     }
 }
 
 AVL__AVX512 static void avl__rms_norm_avx512(float *y, const float *x, const float *weight, int n, float eps) {
-    __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)avl__dot_avx512(x, x, n) / n + eps)));
+    const __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)avl__dot_avx512(x, x, n) / n + eps)));
     int i;
     for (i = 0; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i);
-        _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + i), scale), _mm512_maskz_loadu_ps(lanes, weight + i)));
+        const __mmask16 lanes = avl__lanes_avx512(n - i);
+        const __m512 scaled = _mm512_mul_ps(avl__load_avx512(x + i, lanes), scale);
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(scaled, avl__load_avx512(weight + i, lanes)));
     }
 }
 
 AVL__AVX512 static void avl__layer_norm_avx512(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
     __m512 sum = _mm512_setzero_ps(), squares = sum, mean, scale;
     int i;
-    for (i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(avl__first_lanes_avx512(n - i), x + i));
+    for (i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, avl__load_avx512(x + i, avl__lanes_avx512(n - i)));
     mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
     for (i = 0; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i);
-        __m512 d = _mm512_maskz_sub_ps(lanes, _mm512_maskz_loadu_ps(lanes, x + i), mean);
+        const __mmask16 lanes = avl__lanes_avx512(n - i);
+        const __m512 d = _mm512_maskz_sub_ps(lanes, avl__load_avx512(x + i, lanes), mean);
         squares = _mm512_fmadd_ps(d, d, squares);
     }
     scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)_mm512_reduce_add_ps(squares) / n + eps)));
     for (i = 0; i < n; i += 16) {
-        __mmask16 lanes = avl__first_lanes_avx512(n - i);
-        __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), mean), scale);
-        _mm512_mask_storeu_ps(y + i, lanes, _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(lanes, weight + i), _mm512_maskz_loadu_ps(lanes, bias + i)));
+        const __mmask16 lanes = avl__lanes_avx512(n - i);
+        const __m512 d = _mm512_mul_ps(_mm512_sub_ps(avl__load_avx512(x + i, lanes), mean), scale);
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_fmadd_ps(d, avl__load_avx512(weight + i, lanes), avl__load_avx512(bias + i, lanes)));
     }
 }
 
-// Attention of one head for up to 32 queries at once. The queries lie across lanes: scores[key][32] = K q^T needs only the
-// queries turned, a softmax is a column, and nothing is ever summed across a register. Then out = P V with V's columns across
-// lanes. Six keys (queries) by two (four) registers of sums hide the latency of the multiply-add.
-//   q, out: [n][head_dim] with q_stride between rows;  k, v: [n_keys][head_dim] with kv_stride;  query i sees the first
-//   n_visible + i keys (all, if n_visible is n_keys);  scratch: (n_keys + 6 + head_dim) * 32 floats
-AVL__AVX512 AVL__INLINE void avl__score_keys_avx512(int n, float *scores, const float *turned, const float *k, size_t kv_stride, int head_dim,
-                                                    float scale) {
+// ---- attention -----------------------------------------------------------------------------------------------------
+// 32 queries at a time lie across the lanes of two registers: scores[key][32] = K q^T needs only the queries turned, a softmax
+// runs down a column, and nothing is ever summed across a register. Then out = P V, with V's columns across the lanes. Six keys
+// (eight queries) by two registers of sums hide the latency of the multiply-add; the scores of one head and 32 queries, 128
+// bytes for each key, are all that is ever stored.
+
+// scores of n keys, from key `first` on.  turned: [head_dim][32]
+AVL__AVX512 AVL__INLINE void avl__score_keys_avx512(int n, const avl__tile *t, int first, const float *turned, __m512 scale,
+                                                    float *scores) {
+    const float *k = t->k + (size_t)first * t->kv_stride;
     __m512 sum[6][2];
-    int j, d;
+    int j, d, c;
     AVL__UNROLL
     for (j = 0; j < n; j++) sum[j][0] = sum[j][1] = _mm512_setzero_ps();
-    for (d = 0; d < head_dim; d++) {
-        __m512 q0 = _mm512_loadu_ps(turned + 32 * d), q1 = _mm512_loadu_ps(turned + 32 * d + 16);
+    for (d = 0; d < t->head_dim; d++) {
+        const __m512 q0 = _mm512_loadu_ps(turned + 32 * (size_t)d), q1 = _mm512_loadu_ps(turned + 32 * (size_t)d + 16);
         AVL__UNROLL
         for (j = 0; j < n; j++) {
-            __m512 one = _mm512_set1_ps(k[(size_t)j * kv_stride + (size_t)d]);
-            sum[j][0] = _mm512_fmadd_ps(q0, one, sum[j][0]);
-            sum[j][1] = _mm512_fmadd_ps(q1, one, sum[j][1]);
+            const __m512 key = _mm512_set1_ps(k[(size_t)j * t->kv_stride + (size_t)d]);
+            sum[j][0] = _mm512_fmadd_ps(q0, key, sum[j][0]);
+            sum[j][1] = _mm512_fmadd_ps(q1, key, sum[j][1]);
         }
     }
     AVL__UNROLL
-    for (j = 0; j < n; j++) {
-        _mm512_storeu_ps(scores + 32 * j, _mm512_mul_ps(sum[j][0], _mm512_set1_ps(scale)));
-        _mm512_storeu_ps(scores + 32 * j + 16, _mm512_mul_ps(sum[j][1], _mm512_set1_ps(scale)));
+    for (j = 0; j < n; j++)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++) _mm512_storeu_ps(scores + 32 * (size_t)(first + j) + 16 * c, _mm512_mul_ps(sum[j][c], scale));
+}
+
+// scores[n_keys][32] to e^(score - largest); inverse: out, [32], 1 over the sum of each column
+AVL__AVX512 AVL__INLINE void avl__softmax_columns_avx512(float *scores, int n_keys, float *inverse) {
+    int j, c;
+    for (c = 0; c < 2; c++) {
+        __m512 max = _mm512_set1_ps(-FLT_MAX), sum = _mm512_setzero_ps();
+        for (j = 0; j < n_keys; j++) max = _mm512_max_ps(max, _mm512_loadu_ps(scores + 32 * (size_t)j + 16 * c));
+        for (j = 0; j < n_keys; j++) {
+            float *at = scores + 32 * (size_t)j + 16 * c;
+            const __m512 p = avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at), max));
+            _mm512_storeu_ps(at, p);
+            sum = _mm512_add_ps(sum, p);
+        }
+        _mm512_storeu_ps(inverse + 16 * c, _mm512_div_ps(_mm512_set1_ps(1.0f), sum));
     }
 }
 
-// out of n queries, 32 columns (2 registers) from `column` on
-AVL__AVX512 AVL__INLINE void avl__mix_values_avx512(int n, float *out, size_t q_stride, const float *scores, const float *v, size_t kv_stride, int n_keys,
-                                                    const float *scales, int n_columns) {
-    const __mmask16 lanes[2] = {avl__first_lanes_avx512(n_columns), avl__first_lanes_avx512(n_columns - 16)};
+// 32 columns from `column` on of the outputs of n queries, from query `first` on
+AVL__AVX512 AVL__INLINE void avl__mix_values_avx512(int n, const avl__tile *t, int first, int column, const float *scores,
+                                                    const float *inverse) {
+    const __mmask16 lanes[2] = {avl__lanes_avx512(t->head_dim - column), avl__lanes_avx512(t->head_dim - column - 16)};
+    const float *v = t->v + column;
     __m512 sum[8][2];
-    int i, j;
+    int i, j, c;
     AVL__UNROLL
     for (i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (j = 0; j < n_keys; j++) {
-        __m512 v0 = _mm512_maskz_loadu_ps(lanes[0], v + (size_t)j * kv_stride), v1 = _mm512_maskz_loadu_ps(lanes[1], v + (size_t)j * kv_stride + 16);
+    for (j = 0; j < t->n_keys; j++, v += t->kv_stride) {
+        const __m512 v0 = avl__load_avx512(v, lanes[0]), v1 = avl__load_avx512(v + 16, lanes[1]);
         AVL__UNROLL
         for (i = 0; i < n; i++) {
-            __m512 p = _mm512_set1_ps(scores[32 * (size_t)j + (size_t)i]);
+            const __m512 p = _mm512_set1_ps(scores[32 * (size_t)j + (size_t)(first + i)]);
             sum[i][0] = _mm512_fmadd_ps(p, v0, sum[i][0]);
             sum[i][1] = _mm512_fmadd_ps(p, v1, sum[i][1]);
         }
     }
     AVL__UNROLL
-    for (i = 0; i < n; i++) {
-        __m512 s = _mm512_set1_ps(scales[i]);
-        _mm512_mask_storeu_ps(out + (size_t)i * q_stride, lanes[0], _mm512_mul_ps(sum[i][0], s));
-        _mm512_mask_storeu_ps(out + (size_t)i * q_stride + 16, lanes[1], _mm512_mul_ps(sum[i][1], s));
+    for (i = 0; i < n; i++)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++)
+            _mm512_mask_storeu_ps(t->out + (size_t)(first + i) * t->q_stride + column + 16 * c, lanes[c],
+                                  _mm512_mul_ps(sum[i][c], _mm512_set1_ps(inverse[first + i])));
+}
+
+// scratch: [n_keys + head_dim][32] floats
+AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
+    const __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
+    float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
+    int i, j, d;
+    for (d = 0; d < t->head_dim; d++)
+        for (i = 0; i < 32; i++) turned[32 * (size_t)d + (size_t)i] = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
+    for (j = 0; j + 6 <= t->n_keys; j += 6) avl__score_keys_avx512(6, t, j, turned, scale, scores);
+    for (; j < t->n_keys; j++) avl__score_keys_avx512(1, t, j, turned, scale, scores);
+    for (j = t->n_visible; j < t->n_keys; j++)                       // key n_visible + i is seen from query i + 1 on
+        for (i = 0; i < 32 && i <= j - t->n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+    avl__softmax_columns_avx512(scores, t->n_keys, inverse);
+    for (d = 0; d < t->head_dim; d += 32) {
+        for (i = 0; i + 8 <= t->n; i += 8) avl__mix_values_avx512(8, t, i, d, scores, inverse);
+        for (; i < t->n; i++) avl__mix_values_avx512(1, t, i, d, scores, inverse);
     }
 }
 
-AVL__AVX512 static void avl__attend_avx512(float *out, const float *q, size_t q_stride, const float *k, const float *v, size_t kv_stride, int n, int n_keys,
-                                           int n_visible, int head_dim, float *scratch) {
-    float *turned = scratch, *scores = turned + 32 * (size_t)head_dim, scales[32];
-    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
-    __m512 max[2], sum[2];
-    int i, j, c, d;
-    for (d = 0; d < head_dim; d++)
-        for (i = 0; i < 32; i++) turned[32 * d + i] = i < n ? q[(size_t)i * q_stride + (size_t)d] : 0.0f;
-    for (j = 0; j + 6 <= n_keys; j += 6) avl__score_keys_avx512(6, scores + 32 * (size_t)j, turned, k + (size_t)j * kv_stride, kv_stride, head_dim, scale);
-    for (; j < n_keys; j++) avl__score_keys_avx512(1, scores + 32 * (size_t)j, turned, k + (size_t)j * kv_stride, kv_stride, head_dim, scale);
-    for (j = n_visible; j < n_keys; j++)                            // key n_visible + i is seen from query i + 1 on
-        for (i = 0; i <= j - n_visible && i < 32; i++) scores[32 * (size_t)j + (size_t)i] = -INFINITY;
-    for (c = 0; c < 2; c++) {
-        max[c] = _mm512_set1_ps(-INFINITY);
-        sum[c] = _mm512_setzero_ps();
-        for (j = 0; j < n_keys; j++) max[c] = _mm512_max_ps(max[c], _mm512_loadu_ps(scores + 32 * (size_t)j + 16 * c));
-        for (j = 0; j < n_keys; j++) {
-            float *at = scores + 32 * (size_t)j + 16 * c;
-            __m512 p = avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at), max[c]));
-            _mm512_storeu_ps(at, p);
-            sum[c] = _mm512_add_ps(sum[c], p);
-        }
-        _mm512_storeu_ps(scales + 16 * c, _mm512_div_ps(_mm512_set1_ps(1.0f), sum[c]));
-    }
-    for (d = 0; d < head_dim; d += 32) {
-        for (i = 0; i + 8 <= n; i += 8)
-            avl__mix_values_avx512(8, out + (size_t)i * q_stride + d, q_stride, scores + i, v + d, kv_stride, n_keys, scales + i, head_dim - d);
-        for (; i < n; i++) avl__mix_values_avx512(1, out + (size_t)i * q_stride + d, q_stride, scores + i, v + d, kv_stride, n_keys, scales + i, head_dim - d);
-    }
-}
-
-// A few rows of activations times weights of a float type, as they lie.
-AVL__AVX512 AVL__INLINE void avl__dot_floats_avx512(int type, float *y, const float *x, const avl__linear *w, int n_rows, int first, int last) {
-    const int size = type == ASTROVL_TYPE_F32 ? 4 : 2;
-    int out, r, i;
-    (void)size;
-    for (out = first; out < last; out++) {
-        const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
-        for (r = 0; r < n_rows; r++) {
-            const float *from = x + (size_t)r * w->n_in;
-            __m512 a = _mm512_setzero_ps(), b = a;
-            for (i = 0; i + 32 <= w->n_in; i += 32) {
-                a = _mm512_fmadd_ps(avl__load_weights_avx512(type, row, (size_t)i, 0xFFFF), _mm512_loadu_ps(from + i), a);
-                b = _mm512_fmadd_ps(avl__load_weights_avx512(type, row, (size_t)i + 16, 0xFFFF), _mm512_loadu_ps(from + i + 16), b);
-            }
-            for (; i < w->n_in; i += 16) {
-                __mmask16 lanes = avl__first_lanes_avx512(w->n_in - i);
-                a = _mm512_fmadd_ps(avl__load_weights_avx512(type, row, (size_t)i, lanes), _mm512_maskz_loadu_ps(lanes, from + i), a);
-            }
-            y[(size_t)r * w->n_out + out] = _mm512_reduce_add_ps(_mm512_add_ps(a, b)) + (w->bias ? w->bias[out] : 0.0f);
-        }
-    }
-}
-
-AVL__AVX512 static void avl__linear_avx512(float *y, const float *x, const avl__linear *w, int n_rows, int first, int last, float *scratch) {
-    (void)scratch;
-    if (w->type == ASTROVL_TYPE_F32) avl__dot_floats_avx512(ASTROVL_TYPE_F32, y, x, w, n_rows, first, last);
-    else if (w->type == ASTROVL_TYPE_F16) avl__dot_floats_avx512(ASTROVL_TYPE_F16, y, x, w, n_rows, first, last);
-    else avl__dot_floats_avx512(ASTROVL_TYPE_BF16, y, x, w, n_rows, first, last);
-}
-
-AVL__AVX512_BF16 static void avl__multiply_any_bf16(float *y, const avl__quants *x, const avl__linear *w, int n_rows, int first, int last, float *scratch) {
-    switch (w->type) {
-    case ASTROVL_TYPE_F32:  avl__multiply_pairs_avx512(ASTROVL_TYPE_F32, y, x, w, n_rows, first, last, scratch); break;
-    case ASTROVL_TYPE_F16:  avl__multiply_pairs_avx512(ASTROVL_TYPE_F16, y, x, w, n_rows, first, last, scratch); break;
-    case ASTROVL_TYPE_BF16: avl__multiply_pairs_avx512(ASTROVL_TYPE_BF16, y, x, w, n_rows, first, last, scratch); break;
-    default: avl__multiply_avx512(y, x, w, n_rows, first, last, scratch); break;
-    }
-}
-
-AVL__AVX512_BF16 static void avl__round_rows_bf16(const avl__quants *to, int type, const float *x, int first, int n_rows, int n_in) {
-    if (avl__is_float_type(type)) avl__pair_rows_avx512(to, x, first, n_rows, n_in);
-    else                          avl__quantize_rows_avx512(to, type, x, first, n_rows, n_in);
-}
-
-static const avl__kernels avl__kernels_avx2 = {"avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2,
-    avl__read_avx2, astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL};
-static const avl__kernels avl__kernels_avx512 = {"avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2,
-    avl__read_avx2, avl__rms_norm_avx512, avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512,
-    avl__quantize_rows_avx512, avl__multiply_avx512, avl__attend_avx512};
-static const avl__kernels avl__kernels_avx512_bf16 = {"avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2,
-    avl__read_avx2, avl__rms_norm_avx512, avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512,
-    avl__round_rows_bf16, avl__multiply_any_bf16, avl__attend_avx512};
+static const avl__kernels avl__kernels_avx512 = {
+    "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
+    avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
+    avl__multiply_avx512, avl__attend_avx512};
+static const avl__kernels avl__kernels_avx512_bf16 = {
+    "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
+    avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
+    avl__multiply_bf16, avl__attend_avx512};
 #endif
+
+// ---- the choice ----------------------------------------------------------------------------------------------------
 
 // All tables of this build, the simplest first.
-static const avl__kernels *const avl__all_kernels[] = {
-    &avl__kernels_portable,
-#if AVL__X86
-    &avl__kernels_avx2, &avl__kernels_avx512, &avl__kernels_avx512_bf16,
-#endif
-};
-
 #if AVL__X86
 #define AVL__KERNEL_NAMES "portable, avx2, avx512, avx512_bf16"
+static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_avx2, &avl__kernels_avx512,
+                                                       &avl__kernels_avx512_bf16};
 #else
 #define AVL__KERNEL_NAMES "portable"
+static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable};
 #endif
+
 enum { AVL__N_KERNELS = sizeof avl__all_kernels / sizeof *avl__all_kernels };
 
 // Has this processor (and its system) what table i needs?
@@ -3048,9 +3113,8 @@ typedef struct avl__run {
     size_t              thread_floats;
     uint8_t            *quants;            // activations as integers, of the product under way
     size_t              quants_capacity;
+    int                 always_panels;     // 1: a row's bits must not depend on how many there are
 } avl__run;
-
-enum { AVL__FEW_ROWS = 2 };   // up to here weights are multiplied as they lie; more rows are worth a panel
 
 // Makes room for a pass, before it starts, so that nothing inside it can fail: n_rows_floats to carve activations from, and
 // n_thread_floats for each thread; no product of the pass has more rows than n_rows or longer ones than n_thread_floats.
@@ -3061,7 +3125,7 @@ static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_th
         uint64_t n_blocks = n_thread_floats / 32 + 1;
         if (n_blocks > SIZE_MAX / 1024 / (n_rows + 1)) return 0;
         if (!avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_rows * n_blocks * AVL__QUANT_BYTES), 1)) return 0;
-        n_thread_floats = n_thread_floats * 32 + 32 * 512;   // a panel takes 12 floats for each of its columns, attention 32 for each key
+        n_thread_floats = n_thread_floats * 32 + 32 * 512;   // attention takes 32 for each key, a panel 16 for each column
     }
     if (n_rows_floats > SIZE_MAX / 8 || n_thread_floats > SIZE_MAX / 8 / n_threads) return 0;
     if (!avl__grow(&run->rows, &run->rows_capacity, (size_t)n_rows_floats, sizeof(float))) return 0;
@@ -3161,7 +3225,8 @@ static void avl__layer_norm_rows(const avl__run *run, float *y, const float *x, 
     avl__pool_run(run->pool, avl__norm_item, &job, n_rows);
 }
 
-static void avl__rms_norm_rows(const avl__run *run, float *y, const float *x, const float *weight, int n_rows, int n_embd, float eps) {
+static void avl__rms_norm_rows(const avl__run *run, float *y, const float *x, const float *weight, int n_rows, int n_embd,
+                               float eps) {
     avl__layer_norm_rows(run, y, x, weight, NULL, n_rows, n_embd, eps);
 }
 
@@ -3293,52 +3358,47 @@ static void avl__rope_rows(float *x, int n_rows, int n_head, int head_dim, int r
 // ---- products ------------------------------------------------------------------------------------------------------
 
 typedef struct avl__linear_job {
-    const avl__run    *run;
-    const avl__linear *w;
-    float             *y;
-    const float       *x;
-    int                n_rows, in_integers;
-    avl__quants        quants;             // x rounded, if in_integers
+    const avl__run *run;
+    avl__product    product;
+    void          (*columns)(const avl__product *p, int first, int last, float *scratch);
 } avl__linear_job;
 
-enum { AVL__LINEAR_CHUNK = 32 };   // columns of y that a thread takes at a time
+enum { AVL__LINEAR_CHUNK = 32, AVL__QUANTIZE_CHUNK = 4 };   // columns of y, rows of x that a thread takes at a time
+enum { AVL__FEW_ROWS = 2 };   // up to here fast mode multiplies weights as they lie; more rows are worth a panel
 
 static void avl__linear_item(void *context, int item, int thread) {
-    avl__linear_job *job = (avl__linear_job *)context;
-    int first = item * AVL__LINEAR_CHUNK, last = first + AVL__LINEAR_CHUNK;
-    if (last > job->w->n_out) last = job->w->n_out;
-    if (job->in_integers)
-        job->run->kernels->multiply(job->y, &job->quants, job->w, job->n_rows, first, last, avl__thread_memory(job->run, thread));
-    else
-        job->run->kernels->linear(job->y, job->x, job->w, job->n_rows, first, last, avl__thread_memory(job->run, thread));
+    const avl__linear_job *job = (const avl__linear_job *)context;
+    int first = item * AVL__LINEAR_CHUNK, last = first + AVL__LINEAR_CHUNK, n_out = job->product.w->n_out;
+    job->columns(&job->product, first, last < n_out ? last : n_out, avl__thread_memory(job->run, thread));
 }
 
-enum { AVL__QUANTIZE_CHUNK = 4 };   // rows that a thread takes at a time
-
 static void avl__quantize_item(void *context, int item, int thread) {
-    avl__linear_job *job = (avl__linear_job *)context;
-    int first = item * AVL__QUANTIZE_CHUNK, n = job->n_rows - first;
+    const avl__linear_job *job = (const avl__linear_job *)context;
+    int first = item * AVL__QUANTIZE_CHUNK, n = job->product.n_rows - first;
     (void)thread;
-    job->run->kernels->quantize(&job->quants, job->w->type, job->x, first, n < AVL__QUANTIZE_CHUNK ? n : AVL__QUANTIZE_CHUNK,
-                                job->w->n_in);
+    job->run->kernels->quantize(&job->product, first, n < AVL__QUANTIZE_CHUNK ? n : AVL__QUANTIZE_CHUNK);
 }
 
 // y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 static void avl__apply(avl__run *run, float *y, const float *x, const avl__linear *w, int n_rows) {
+    const size_t n_blocks = ((size_t)w->n_in + 31) / 32, n = (size_t)n_rows * n_blocks;
     avl__linear_job job;
-    size_t n_blocks = ((size_t)w->n_in + 31) / 32, n = (size_t)n_rows * n_blocks;
+    avl__product *p = &job.product;
     job.run = run;
-    job.w = w;
-    job.y = y;
-    job.x = x;
-    job.n_rows = n_rows;
-    job.in_integers = run->kernels->multiply && (n_rows > AVL__FEW_ROWS || !avl__is_float_type(w->type));
-    if (job.in_integers) {
-        job.quants.n_blocks = (int)n_blocks;
-        job.quants.scale = (float *)(void *)run->quants;
-        job.quants.bias = (int32_t *)(void *)(job.quants.scale + n);
-        job.quants.sum = (float *)(void *)(job.quants.bias + 2 * n);
-        job.quants.q = (int8_t *)(job.quants.sum + 2 * n);
+    job.columns = run->kernels->linear;
+    memset(p, 0, sizeof *p);
+    p->y = y;
+    p->x = x;
+    p->w = w;
+    p->n_rows = n_rows;
+    p->few = n_rows <= AVL__FEW_ROWS && !run->always_panels;
+    if (run->kernels->multiply && !(p->few && avl__is_float_type(w->type))) {
+        job.columns = run->kernels->multiply;
+        p->quants.n_blocks = (int)n_blocks;
+        p->quants.scale = (float *)(void *)run->quants;
+        p->quants.bias = (int32_t *)(void *)(p->quants.scale + n);
+        p->quants.sum = (float *)(void *)(p->quants.bias + 2 * n);
+        p->quants.q = (int8_t *)(p->quants.sum + 2 * n);
         avl__pool_run(run->pool, avl__quantize_item, &job, (n_rows + AVL__QUANTIZE_CHUNK - 1) / AVL__QUANTIZE_CHUNK);
     }
     avl__pool_run(run->pool, avl__linear_item, &job, (w->n_out + AVL__LINEAR_CHUNK - 1) / AVL__LINEAR_CHUNK);
@@ -3363,8 +3423,6 @@ typedef struct avl__attention {
     const avl__run *run;
 } avl__attention;
 
-enum { AVL__ATTENTION_ROWS = 32 };   // query rows that a thread takes at a time
-
 // One query row of one head.  scores: [n_past + n_rows]
 static void avl__attend(const avl__attention *a, int head, int row, float *scores) {
     const avl__kernels *kernels = a->run->kernels;
@@ -3386,22 +3444,24 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
 
 static void avl__attention_item(void *context, int item, int thread) {
     const avl__attention *a = (const avl__attention *)context;
-    int head = item % a->n_head, first = item / a->n_head * AVL__ATTENTION_ROWS, row;
+    int head = item % a->n_head, first = item / a->n_head * AVL__TILE_QUERIES, n = a->n_rows - first, row;
+    if (n > AVL__TILE_QUERIES) n = AVL__TILE_QUERIES;
     if (a->run->kernels->attend && !a->weights && a->n_rows > 1) {
-        int n = a->n_rows - first < AVL__ATTENTION_ROWS ? a->n_rows - first : AVL__ATTENTION_ROWS;
-        size_t q_stride = (size_t)a->n_head * a->head_dim, kv_stride = (size_t)a->n_head_kv * a->head_dim;
-        size_t kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim, at = (size_t)first * q_stride + (size_t)head * a->head_dim;
-        int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
-        a->run->kernels->attend(a->out + at, a->q + at, q_stride, a->k + kv_head, a->v + kv_head, kv_stride, n, n_keys,
-                                a->causal ? a->n_past + first + 1 : n_keys, a->head_dim, avl__thread_memory(a->run, thread));
+        const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_stride = (size_t)a->n_head_kv * a->head_dim;
+        const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim;
+        const size_t kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim;
+        const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
+        const avl__tile tile = {a->out + at, a->q + at, a->k + kv_head, a->v + kv_head, q_stride, kv_stride, n, n_keys,
+                                a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
+        a->run->kernels->attend(&tile, avl__thread_memory(a->run, thread));
         return;
     }
-    for (row = first; row < first + AVL__ATTENTION_ROWS && row < a->n_rows; row++)
+    for (row = first; row < first + n; row++)
         avl__attend(a, head, row, avl__thread_memory(a->run, thread));
 }
 
 static void avl__attention_run(avl__attention *a) {
-    int n_blocks = (a->n_rows + AVL__ATTENTION_ROWS - 1) / AVL__ATTENTION_ROWS;
+    int n_blocks = (a->n_rows + AVL__TILE_QUERIES - 1) / AVL__TILE_QUERIES;
     avl__pool_run(a->run->pool, avl__attention_item, a, n_blocks * a->n_head);
 }
 
@@ -8392,6 +8452,7 @@ static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, 
     n_thread = avl__max_u64(avl__max_u64(n_thread, (uint64_t)n_longest), avl__max_u64(head, (uint64_t)tower->n_embd));
     n_thread = avl__max_u64(n_thread, (uint64_t)tower->n_ff);
     if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread, n)) return 0;
+    run->always_panels = 1;                // an embedding is the same alone and among others
     block = run->rows;
     pass->x = avl__carve(&block, wide);
     pass->normed = avl__carve(&block, wide);
@@ -8743,6 +8804,7 @@ static int avl__llama_reserve(const avl__llama *m, avl__run *run, int n_past, in
     if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
     if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
     if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * hidden + (uint64_t)m->rope_dim / 2 * 3 + shown + weights, thread, (uint64_t)n)) return 0;
+    run->always_panels = 0;
     block = run->rows;
     rows->x = avl__carve(&block, wide);
     rows->normed = avl__carve(&block, wide);
