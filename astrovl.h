@@ -84,6 +84,12 @@
 //     astrovl_embed_texts(s, words, 1, 1, query, &err);
 //     n_hits = astrovl_search(rows_f16, n, n_embd_joint, query, 10, 0, hits, &err);
 //
+// A model made smaller:
+//
+//     astrovl_gguf *file = astrovl_gguf_open("llava-f16.gguf", 0, &err);
+//     if (file) astrovl_quantize_file(file, "llava-q4_k_m.gguf", "q4_k_m", 0, NULL, NULL, NULL, &err);
+//     astrovl_gguf_close(file);
+//
 // Looking inside: every intermediate tensor of both transformers passes by, under the name that transformers gives it.
 //
 //     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
