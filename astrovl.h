@@ -714,7 +714,7 @@ ASTROVL_API float astrovl_cosf(float x);
 #include <sys/stat.h>
 #endif
 #endif
-#if AVL__POSIX && !defined(ASTROVL_NO_THREADS)
+#if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && defined(__GNUC__)   // clang says so too; for its atomic operations
 #define AVL__THREADS 1
 #include <pthread.h>
 #else
@@ -1082,24 +1082,41 @@ typedef void (*avl__job)(void *context, int item, int thread);
 typedef struct avl__pool avl__pool;
 
 #if AVL__THREADS
+// A job is handed over by counting `generation` up. Within a pass the next job follows in microseconds, less than the system needs
+// to wake a thread, so whoever waits looks again and again for some ten microseconds before it sleeps. Either side that goes to
+// sleep first says so (n_sleeping, caller_sleeps) and then looks once more, so that no call to wake it is missed.
 struct avl__pool {
     pthread_t       threads[ASTROVL_MAX_THREADS];
     int             n_started;      // workers; the caller is one more
-    pthread_mutex_t lock;
+    pthread_mutex_t lock;           // for sleeping alone
     pthread_cond_t  wake, done;
-    avl__job        job;
+    avl__job        job;            // these three belong to the caller until it counts generation up, and again once n_busy is 0
     void           *context;
-    int             n_items, next_item, n_busy, generation, quit;
+    int             n_items;
+    int             next_item, n_busy, generation, n_sleeping, caller_sleeps, quit;   // atomic
 };
 
-// Takes items until none is left. Called and returns with the lock held.
-static void avl__pool_work(avl__pool *pool, int thread) {
-    while (pool->next_item < pool->n_items) {
-        int item = pool->next_item++;
-        pthread_mutex_unlock(&pool->lock);
-        pool->job(pool->context, item, thread);
-        pthread_mutex_lock(&pool->lock);
+enum { AVL__SPINS = 2000 };
+
+static int avl__atomic_load(const int *value) { return __atomic_load_n(value, __ATOMIC_SEQ_CST); }
+static void avl__atomic_store(int *value, int to) { __atomic_store_n(value, to, __ATOMIC_SEQ_CST); }
+static int avl__atomic_add(int *value, int more) { return __atomic_add_fetch(value, more, __ATOMIC_SEQ_CST); }   // the new value
+
+// Waits a little for *value to become other than `than`. Returns whether it has.
+static int avl__spin_while(const int *value, int is) {
+    int i;
+    for (i = 0; i < AVL__SPINS; i++) {
+        if (avl__atomic_load(value) != is) return 1;
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#endif
     }
+    return 0;
+}
+
+static void avl__pool_work(avl__pool *pool, int thread) {   // takes items until none is left
+    int item;
+    while ((item = avl__atomic_add(&pool->next_item, 1) - 1) < pool->n_items) pool->job(pool->context, item, thread);
 }
 
 typedef struct avl__pool_start { avl__pool *pool; int thread; } avl__pool_start;
@@ -1109,25 +1126,39 @@ static void *avl__pool_main(void *argument) {
     avl__pool *pool = start.pool;
     int seen = 0;
     ASTROVL_FREE(argument);
-    pthread_mutex_lock(&pool->lock);
     for (;;) {
-        while (pool->generation == seen && !pool->quit) pthread_cond_wait(&pool->wake, &pool->lock);
-        if (pool->quit) break;
-        seen = pool->generation;
+        if (!avl__spin_while(&pool->generation, seen)) {
+            pthread_mutex_lock(&pool->lock);
+            avl__atomic_add(&pool->n_sleeping, 1);
+            while (avl__atomic_load(&pool->generation) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+            avl__atomic_add(&pool->n_sleeping, -1);
+            pthread_mutex_unlock(&pool->lock);
+        }
+        if (avl__atomic_load(&pool->quit)) return NULL;
+        seen = avl__atomic_load(&pool->generation);
         avl__pool_work(pool, start.thread);
-        if (--pool->n_busy == 0) pthread_cond_signal(&pool->done);
+        if (avl__atomic_add(&pool->n_busy, -1) == 0 && avl__atomic_load(&pool->caller_sleeps)) {
+            pthread_mutex_lock(&pool->lock);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->lock);
+        }
     }
+}
+
+// Tells the workers that something is new.
+static void avl__pool_call(avl__pool *pool) {
+    avl__atomic_add(&pool->generation, 1);
+    if (avl__atomic_load(&pool->n_sleeping) == 0) return;
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
-    return NULL;
 }
 
 static void avl__pool_free(avl__pool *pool) {
     int i;
     if (!pool) return;
-    pthread_mutex_lock(&pool->lock);
-    pool->quit = 1;
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
+    avl__atomic_store(&pool->quit, 1);
+    avl__pool_call(pool);
     for (i = 0; i < pool->n_started; i++) pthread_join(pool->threads[i], NULL);
     pthread_cond_destroy(&pool->done);
     pthread_cond_destroy(&pool->wake);
@@ -1166,22 +1197,27 @@ static avl__pool *avl__pool_new(int n_threads) {
 }
 
 static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
+    int busy;
     if (n_items <= 1 || pool->n_started == 0) {
         int i;
         for (i = 0; i < n_items; i++) job(context, i, 0);
         return;
     }
-    pthread_mutex_lock(&pool->lock);
     pool->job = job;
     pool->context = context;
     pool->n_items = n_items;
-    pool->next_item = 0;
-    pool->n_busy = pool->n_started;
-    pool->generation++;
-    pthread_cond_broadcast(&pool->wake);
+    avl__atomic_store(&pool->next_item, 0);
+    avl__atomic_store(&pool->n_busy, pool->n_started);
+    avl__pool_call(pool);
     avl__pool_work(pool, 0);
-    while (pool->n_busy > 0) pthread_cond_wait(&pool->done, &pool->lock);
-    pthread_mutex_unlock(&pool->lock);
+    for (busy = avl__atomic_load(&pool->n_busy); busy > 0; busy = avl__atomic_load(&pool->n_busy)) {
+        if (avl__spin_while(&pool->n_busy, busy)) continue;
+        pthread_mutex_lock(&pool->lock);
+        avl__atomic_store(&pool->caller_sleeps, 1);
+        while (avl__atomic_load(&pool->n_busy) > 0) pthread_cond_wait(&pool->done, &pool->lock);
+        avl__atomic_store(&pool->caller_sleeps, 0);
+        pthread_mutex_unlock(&pool->lock);
+    }
 }
 
 static int avl__pool_n_threads(const avl__pool *pool) { return pool->n_started + 1; }
@@ -2442,6 +2478,7 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
     const __m512i twofold = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const size_t first = (size_t)row * (size_t)x->n_blocks;
+    const int block_bytes = (int)(row_bytes / (size_t)x->n_blocks);       // of 32 values
     __m256 sum[4];
     __m512 rest[4];
     float scales[4][64];              // d e of eight blocks; for blocks of two parts, of each register's eight lanes
@@ -2457,6 +2494,9 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
         const __m512 sums = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now * f.n_parts), x->sum + at * f.n_parts);
         __m512 e = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now), x->scale + at);
         if (f.n_parts == 2) e = _mm512_permutexvar_ps(twofold, e);
+        for (r = 0; r < n; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
+            for (j = 0; j < 8 * block_bytes; j += 64)
+                _mm_prefetch((const char *)rows + (size_t)(n + r) * row_bytes + (size_t)(b * block_bytes + j), _MM_HINT_T0);
         AVL__UNROLL
         for (r = 0; r < n; r++) {
             __m512 d, minus_m, de;
@@ -2618,6 +2658,7 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int type, int n, const avl__
                                                     __m512 sum[][2]) {
     const avl__block_form f = avl__block_form_of(type);
     const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * f.n_parts, half_u = 512 * n_blocks, half_d = 16 * row;
+    const int n_words = 8 / f.n_parts;     // of four columns, in a part
     const int8_t *q = x->q + 32 * n_blocks * (size_t)first;
     const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
     const int32_t *bias = x->bias + row * (size_t)first;
@@ -2633,8 +2674,8 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int type, int n, const avl__
             AVL__UNROLL
             for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(bias[(size_t)r * row + at]);
             AVL__UNROLL
-            for (g = 0; g < 8 / f.n_parts; g++) {
-                const size_t column = 4 * (size_t)(g + 8 / f.n_parts * part);                // of the block's 32
+            for (g = 0; g < n_words; g++) {
+                const size_t column = 4 * (size_t)(g + n_words * part);                      // of the block's 32
                 const __m512i w0 = _mm512_loadu_si512(p->u + 512 * b + 16 * column);
                 const __m512i w1 = _mm512_loadu_si512(p->u + half_u + 512 * b + 16 * column);
                 AVL__UNROLL
