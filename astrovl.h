@@ -3164,15 +3164,16 @@ typedef struct avl__run {
 } avl__run;
 
 // Makes room for a pass, before it starts, so that nothing inside it can fail: n_rows_floats to carve activations from, and
-// n_thread_floats for each thread; no product of the pass has more rows than n_rows or longer ones than n_thread_floats.
-// 0 when memory is out.
+// n_thread_floats for each thread. No product of the pass has more rows than n_rows or longer ones than n_thread_floats, nor are
+// there more keys or longer heads than that. 0 when memory is out.
 static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_thread_floats, uint64_t n_rows) {
     uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
     if (run->kernels->multiply) {
         uint64_t n_blocks = n_thread_floats / 32 + 1;
         if (n_blocks > SIZE_MAX / 1024 / (n_rows + 1)) return 0;
         if (!avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_rows * n_blocks * AVL__QUANT_BYTES), 1)) return 0;
-        n_thread_floats = n_thread_floats * 32 + 32 * 512;   // attention takes 32 for each key, a panel 16 for each column
+        n_thread_floats = n_thread_floats * 64 + 64 * 32;    // attention takes 32 for each key and value of a head, a panel 16 for
+                                                             // each column of whole blocks
     }
     if (n_rows_floats > SIZE_MAX / 8 || n_thread_floats > SIZE_MAX / 8 / n_threads) return 0;
     if (!avl__grow(&run->rows, &run->rows_capacity, (size_t)n_rows_floats, sizeof(float))) return 0;

@@ -754,14 +754,14 @@ static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_pas
     test_fill(q, n_rows * n_head * d, 11), test_fill(k, n_keys * n_head_kv * d, 12), test_fill(v, n_keys * n_head_kv * d, 13);
     run.kernels = kernels;
     run.pool = avl__pool_new(3);
-    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_keys, 1), "reserve");
+    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)(n_keys > d ? n_keys : d), 1), "reserve");
     a.q = q, a.k = k, a.v = v, a.out = out, a.weights = kernels->attend ? NULL : weights, a.n_rows = n_rows, a.n_past = n_past, a.n_head = n_head;
     a.n_head_kv = n_head_kv, a.head_dim = d, a.causal = causal, a.run = &run;
     avl__attention_run(&a);
     for (h = 0; h < n_head; h++)
         for (r = 0; r < n_rows; r++) {
             int last = causal ? n_past + r + 1 : n_keys, kv = h / (n_head / n_head_kv);
-            double p[256], sum = 0.0, shown = 0.0;
+            double p[640], sum = 0.0, shown = 0.0;
             for (j = 0; j < last; j++) {
                 double s = 0.0;
                 for (i = 0; i < d; i++) s += (double)q[(r * n_head + h) * d + i] * k[(j * n_head_kv + kv) * d + i];
@@ -798,6 +798,7 @@ static void test_attention(void) {
     test_attention_case(70, 0, 2, 2, 64, 0);
     test_attention_case(67, 13, 4, 2, 20, 1);
     test_attention_case(2, 150, 2, 1, 128, 1);
+    test_attention_case(2, 600, 1, 1, 600, 1);
 }
 
 // ---- fast mode: every table of kernels that this processor has, against double -------------------------------------
