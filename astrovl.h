@@ -2469,22 +2469,22 @@ AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, i
         }
 }
 
-// n (4 or 1) weight rows times row r of the activations. The scales of eight blocks are worked out together, and go through
+// Four weight rows, row_bytes apart, times a row of the activations. The scales of eight blocks are worked out together, and go through
 // memory to where a product with one of them costs nothing extra; what the offset and the minima make of the row is added up in
 // vectors of its own.
-AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t *rows, size_t row_bytes, const avl__quants *x,
+AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, const uint8_t *rows, size_t row_bytes, const avl__quants *x,
                                                   int row, float *y) {
     const avl__block_form f = avl__block_form_of(type);
     const __m512i twofold = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const size_t first = (size_t)row * (size_t)x->n_blocks;
-    const int block_bytes = (int)(row_bytes / (size_t)x->n_blocks);       // of 32 values
+    const int ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);         // bytes of 8 blocks
     __m256 sum[4];
     __m512 rest[4];
     float scales[4][64];              // d e of eight blocks; for blocks of two parts, of each register's eight lanes
     int b, j, r;
     AVL__UNROLL
-    for (r = 0; r < n; r++) {
+    for (r = 0; r < 4; r++) {
         sum[r] = _mm256_setzero_ps();
         rest[r] = _mm512_setzero_ps();
     }
@@ -2494,11 +2494,11 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
         const __m512 sums = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now * f.n_parts), x->sum + at * f.n_parts);
         __m512 e = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now), x->scale + at);
         if (f.n_parts == 2) e = _mm512_permutexvar_ps(twofold, e);
-        for (r = 0; r < n; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
-            for (j = 0; j < 8 * block_bytes; j += 64)
-                _mm_prefetch((const char *)rows + (size_t)(n + r) * row_bytes + (size_t)(b * block_bytes + j), _MM_HINT_T0);
+        for (r = 0; r < 4; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
+            for (j = 0; j < ahead; j += 64)
+                _mm_prefetch((const char *)rows + (size_t)(4 + r) * row_bytes + (size_t)(b / 8 * ahead + j), _MM_HINT_T0);
         AVL__UNROLL
-        for (r = 0; r < n; r++) {
+        for (r = 0; r < 4; r++) {
             __m512 d, minus_m, de;
             avl__block_scales_avx512(type, rows + (size_t)r * row_bytes, (size_t)b, n_now, &d, &minus_m);
             de = _mm512_mul_ps(d, e);
@@ -2518,7 +2518,7 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
             if (j >= n_now) break;
             q = avl__load32_avx2(x->q + 32 * (at + (size_t)j));
             AVL__UNROLL
-            for (r = 0; r < n; r++) {
+            for (r = 0; r < 4; r++) {
                 const __m256i u = avl__block_bytes_avx2(type, rows + (size_t)r * row_bytes, (size_t)(b + j));
                 const __m256 whole = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), u, q));
                 const __m256 de = f.n_parts == 1 ? _mm256_set1_ps(scales[r][j]) : _mm256_loadu_ps(scales[r] + 8 * j);
@@ -2527,7 +2527,7 @@ AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, int n, const uint8_t
         }
     }
     AVL__UNROLL
-    for (r = 0; r < n; r++) y[r] = _mm512_reduce_add_ps(_mm512_add_ps(rest[r], _mm512_zextps256_ps512(sum[r])));
+    for (r = 0; r < 4; r++) y[r] = _mm512_reduce_add_ps(_mm512_add_ps(rest[r], _mm512_zextps256_ps512(sum[r])));
 }
 
 AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__product *p, int first, int last) {
@@ -2537,9 +2537,8 @@ AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__prod
         for (out = first; out < last; out += n) {
             const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
             float four[4];
-            n = last - out >= 4 ? 4 : 1;
-            if (n == 4) avl__dot_rows_avx512(type, 4, rows, w->row_bytes, &p->quants, r, four);
-            else        avl__dot_rows_avx512(type, 1, rows, w->row_bytes, &p->quants, r, four);
+            n = last - out >= 4 ? 4 : 1;                         // at the end one row, four times
+            avl__dot_rows_avx512(type, rows, n == 4 ? w->row_bytes : 0, &p->quants, r, four);
             for (i = 0; i < n; i++) p->y[(size_t)r * w->n_out + out + i] = four[i] + (w->bias ? w->bias[out + i] : 0.0f);
         }
 }
@@ -2654,11 +2653,10 @@ AVL__AVX512 AVL__INLINE void avl__store_sums_avx512(float *y, const __m512 *sum,
 }
 
 // n (at most 6) rows of activations, from row `first` on, over a panel.
-AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int type, int n, const avl__panel *p, const avl__quants *x, int first,
-                                                    __m512 sum[][2]) {
-    const avl__block_form f = avl__block_form_of(type);
-    const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * f.n_parts, half_u = 512 * n_blocks, half_d = 16 * row;
-    const int n_words = 8 / f.n_parts;     // of four columns, in a part
+AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, int n, const avl__panel *p, const avl__quants *x,
+                                                    int first, __m512 sum[][2]) {
+    const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * n_parts, half_u = 512 * n_blocks, half_d = 16 * row;
+    const int n_words = 8 / n_parts;       // of four columns, in a part
     const int8_t *q = x->q + 32 * n_blocks * (size_t)first;
     const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
     const int32_t *bias = x->bias + row * (size_t)first;
@@ -2668,8 +2666,8 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int type, int n, const avl__
     for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (b = 0; b < n_blocks; b++)
         AVL__UNROLL
-        for (part = 0; part < f.n_parts; part++) {
-            const size_t at = b * f.n_parts + (size_t)part;
+        for (part = 0; part < n_parts; part++) {
+            const size_t at = b * n_parts + (size_t)part;
             __m512i whole[6][2];
             AVL__UNROLL
             for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(bias[(size_t)r * row + at]);
@@ -2692,7 +2690,7 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int type, int n, const avl__
                 for (r = 0; r < n; r++) {
                     const __m512 de = _mm512_mul_ps(d, _mm512_set1_ps(scale[n_blocks * (size_t)r + b]));
                     sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r][c]), de, sum[r][c]);
-                    if (f.has_min)
+                    if (has_min)
                         sum[r][c] = _mm512_fnmadd_ps(_mm512_loadu_ps(p->minus_m + half_d * c + 16 * at),
                                                      _mm512_set1_ps(sums[(size_t)r * row + at]), sum[r][c]);
                 }
@@ -2700,13 +2698,36 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int type, int n, const avl__
         }
 }
 
+// All rows of activations over a panel.
+AVL__AVX512 AVL__INLINE void avl__run_panel_form_avx512(int n_parts, int has_min, const avl__panel *panel, const avl__product *p, int out,
+                                                        int n_columns) {
+    const avl__linear *w = p->w;
+    __m512 sum[6][2];
+    int r, i, n;
+    for (r = 0; r < p->n_rows; r += n) {
+        const int left = p->n_rows - r;
+        if (left >= 6) n = 6, avl__pass_panel_avx512(n_parts, has_min, 6, panel, &p->quants, r, sum);
+        else if (left >= 2) n = 2, avl__pass_panel_avx512(n_parts, has_min, 2, panel, &p->quants, r, sum);
+        else n = 1, avl__pass_panel_avx512(n_parts, has_min, 1, panel, &p->quants, r, sum);
+        for (i = 0; i < n; i++)
+            avl__store_sums_avx512(p->y + (size_t)(r + i) * w->n_out + out, sum[i], w->bias ? w->bias + out : NULL, n_columns);
+    }
+}
+
+// Once a panel is filled only the form of its blocks matters: four loops serve all types.
+AVL__AVX512 static void avl__run_panel_avx512(avl__block_form f, const avl__panel *panel, const avl__product *p, int out, int n_columns) {
+    if (f.n_parts == 1 && !f.has_min) avl__run_panel_form_avx512(1, 0, panel, p, out, n_columns);
+    else if (f.n_parts == 1)          avl__run_panel_form_avx512(1, 1, panel, p, out, n_columns);
+    else if (!f.has_min)              avl__run_panel_form_avx512(2, 0, panel, p, out, n_columns);
+    else                              avl__run_panel_form_avx512(2, 1, panel, p, out, n_columns);
+}
+
 AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
     const avl__block_form f = avl__block_form_of(type);
     const avl__linear *w = p->w;
     const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 16 * n_blocks * f.n_parts;   // of half a panel
     avl__panel panel;
-    __m512 sum[6][2];
-    int out, r, i, n;
+    int out, i;
     panel.d = scratch;
     panel.minus_m = panel.d + 2 * n_scales;
     panel.u = (uint8_t *)(panel.minus_m + 2 * n_scales);
@@ -2718,14 +2739,7 @@ AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__pr
             avl__fill_panel_avx512(type, (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes,
                                    n_columns - 16 * i, w->n_in, &half);
         }
-        for (r = 0; r < p->n_rows; r += n) {
-            const int left = p->n_rows - r;
-            if (left >= 6) n = 6, avl__pass_panel_avx512(type, 6, &panel, &p->quants, r, sum);
-            else if (left >= 2) n = 2, avl__pass_panel_avx512(type, 2, &panel, &p->quants, r, sum);
-            else n = 1, avl__pass_panel_avx512(type, 1, &panel, &p->quants, r, sum);
-            for (i = 0; i < n; i++)
-                avl__store_sums_avx512(p->y + (size_t)(r + i) * w->n_out + out, sum[i], w->bias ? w->bias + out : NULL, n_columns);
-        }
+        avl__run_panel_avx512(f, &panel, p, out, n_columns);
     }
 }
 
@@ -2826,18 +2840,23 @@ AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *pan
         avl__store_sums_avx512(p->y + (size_t)(first + r) * p->w->n_out + out, sum[r], p->w->bias ? p->w->bias + out : NULL, n_columns);
 }
 
+AVL__AVX512_BF16 static void avl__run_pairs_bf16(const uint8_t *panel, const avl__product *p, int out, int n_columns) {
+    int r = 0;
+    for (; r + 12 <= p->n_rows; r += 12) avl__pass_pairs_bf16(12, panel, p, r, out, n_columns);
+    for (; r + 4 <= p->n_rows; r += 4) avl__pass_pairs_bf16(4, panel, p, r, out, n_columns);
+    for (; r < p->n_rows; r++) avl__pass_pairs_bf16(1, panel, p, r, out, n_columns);
+}
+
 AVL__AVX512_BF16 AVL__INLINE void avl__multiply_pairs_bf16(int type, const avl__product *p, int first, int last, float *scratch) {
     const avl__linear *w = p->w;
     uint8_t *panel = (uint8_t *)scratch;
-    int out, r, i;
+    int out, i;
     for (out = first; out < last; out += AVL__PANEL_ROWS) {
         const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
         for (i = 0; i < 2; i++)
             avl__fill_pairs_bf16(type, (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes,
                                  n_columns - 16 * i, w->n_in, panel + 1024 * (size_t)p->quants.n_blocks * (size_t)i);
-        for (r = 0; r + 12 <= p->n_rows; r += 12) avl__pass_pairs_bf16(12, panel, p, r, out, n_columns);
-        for (; r + 4 <= p->n_rows; r += 4) avl__pass_pairs_bf16(4, panel, p, r, out, n_columns);
-        for (; r < p->n_rows; r++) avl__pass_pairs_bf16(1, panel, p, r, out, n_columns);
+        avl__run_pairs_bf16(panel, p, out, n_columns);
     }
 }
 
