@@ -355,7 +355,8 @@ def main():
     if sys.argv[1:] == ["--worker"]:
         return worker()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checks", nargs="*", default=["to", "from", "smollm2", "memory"], help="to, from, smollm2, memory (default: all)")
+    parser.add_argument("checks", nargs="*", default=["memory", "to", "from", "smollm2"],       # memory first: a child's peak counts
+                        help="memory, to, from, smollm2 (default: all)")                        # what its parent held when it began
     parser.add_argument("--program", default=os.path.join(ROOT, "astrovl"))
     parser.add_argument("--cache", default=os.path.expanduser("~/.cache/astrovl"))
     args = parser.parse_args()
