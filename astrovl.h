@@ -1102,7 +1102,7 @@ static int avl__atomic_load(const int *value) { return __atomic_load_n(value, __
 static void avl__atomic_store(int *value, int to) { __atomic_store_n(value, to, __ATOMIC_SEQ_CST); }
 static int avl__atomic_add(int *value, int more) { return __atomic_add_fetch(value, more, __ATOMIC_SEQ_CST); }   // the new value
 
-// Waits a little for *value to become other than `than`. Returns whether it has.
+// Waits a little for *value to become other than `is`. Returns whether it has.
 static int avl__spin_while(const int *value, int is) {
     int i;
     for (i = 0; i < AVL__SPINS; i++) {
@@ -3609,6 +3609,8 @@ static int avl__names_order(const void *context, int a, int b) {
     return strcmp(names->name[a], names->name[b]);
 }
 
+static int avl__begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
+
 static int avl__names_find(const avl__names *names, const char *name) {   // -1: absent
     int low = 0, high = names->count;
     if (!name) return -1;
@@ -4465,8 +4467,6 @@ static int avl__block_of(const char *name, int *tower, const char **rest) {
     return -1;
 }
 
-static int avl__begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
-
 // Is it a weight matrix, which may be stored with fewer bits?
 static int avl__is_quantizable(const astrovl_tensor *t) {
     size_t n = strlen(t->name);
@@ -4669,7 +4669,7 @@ static const astrovl_gguf *avl__find_part(const avl__weights *w, const char *sta
     int f, i;
     for (f = 0; f < w->n_files; f++)
         for (i = 0; i < w->files[f]->tensor_names.count; i++)
-            if (strncmp(w->files[f]->tensor_names.name[i], start, strlen(start)) == 0) return w->files[f];
+            if (avl__begins(w->files[f]->tensor_names.name[i], start)) return w->files[f];
     return NULL;
 }
 
