@@ -2297,6 +2297,24 @@ AVL__INLINE avl__block_form avl__block_form_of(int type) {
     return f;
 }
 
+AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K; }
+
+// Bytes of eight blocks: for the K-quants, a super-block
+AVL__INLINE size_t avl__group_bytes(int type) {
+    switch (type) {
+    case ASTROVL_TYPE_Q4_0: return 8 * 18;
+    case ASTROVL_TYPE_Q4_1: return 8 * 20;
+    case ASTROVL_TYPE_Q5_0: return 8 * 22;
+    case ASTROVL_TYPE_Q5_1: return 8 * 24;
+    case ASTROVL_TYPE_Q8_0: return 8 * 34;
+    case ASTROVL_TYPE_Q2_K: return 84;
+    case ASTROVL_TYPE_Q3_K: return 110;
+    case ASTROVL_TYPE_Q4_K: return 144;
+    case ASTROVL_TYPE_Q5_K: return 176;
+    default:                return 210;
+    }
+}
+
 AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // x86 is little-endian
     uint16_t half;
     memcpy(&half, p, 2);
@@ -2354,19 +2372,6 @@ AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row
     }
 }
 
-// n (at most 8) half-precision numbers that lie `stride` bytes apart, the rest zeros
-AVL__AVX2 AVL__INLINE __m256 avl__halves_avx2(const uint8_t *p, int stride, int n) {
-    uint16_t some[8] = {0};
-    int i;
-    if (n == 8)
-        return _mm256_cvtph_ps(_mm_setr_epi16(
-            (short)avl__half_at(p), (short)avl__half_at(p + stride), (short)avl__half_at(p + 2 * stride),
-            (short)avl__half_at(p + 3 * stride), (short)avl__half_at(p + 4 * stride), (short)avl__half_at(p + 5 * stride),
-            (short)avl__half_at(p + 6 * stride), (short)avl__half_at(p + 7 * stride)));
-    for (i = 0; i < n; i++) some[i] = avl__half_at(p + i * stride);
-    return _mm256_cvtph_ps(avl__load16_avx2(some));
-}
-
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
 AVL__AVX512 AVL__INLINE __mmask16 avl__lanes_avx512(int n) {   // the first n lanes; all, if n > 16
@@ -2379,26 +2384,76 @@ AVL__AVX512 AVL__INLINE __m512 avl__scaled_bytes_avx512(__m128i bytes, int is_si
     return _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(_cvtsh_ss(avl__half_at(half))));
 }
 
-// The d and -m of n (at most 8) blocks from b on, b a multiple of 8: lane j for block b + j, or lanes 2 j and 2 j + 1 for its
-// halves.
-AVL__AVX512 AVL__INLINE void avl__block_scales_avx512(int type, const uint8_t *row, size_t b, int n, __m512 *d, __m512 *minus_m) {
+// n (at most 8) 16-bit words that lie `stride` bytes apart, the rest zeros. All eight come out of two to four whole registers, which
+// lie within the 8 * stride bytes.
+AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, int n) {
+    const short w = (short)(stride / 2);
+    __m128i some = _mm_setzero_si128();
+    __m512i at, first, second;
+    if (n == 8 && stride <= 20) {            // four in 64 bytes
+        at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, (short)(2 * w), (short)(3 * w), 32, (short)(32 + w), (short)(32 + 2 * w),
+                                                   (short)(32 + 3 * w)));
+        return _mm512_castsi512_si128(_mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 4 * stride)));
+    }
+    if (n == 8 && stride <= 24) {            // three, three, and two at the end
+        at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, (short)(2 * w), 32, (short)(32 + w), (short)(32 + 2 * w), 0, 0));
+        first = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 3 * stride));
+        at = _mm512_castsi128_si512(_mm_setr_epi16(0, 0, 0, 0, 0, 0, (short)(32 - 2 * w), (short)(32 - w)));
+        return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi16(first, 0xC0, at, _mm512_loadu_si512(p + 8 * stride - 64)));
+    }
+    if (n == 8) {                            // two in 64 bytes
+        at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, 32, (short)(32 + w), 0, 0, 0, 0));
+        first = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 2 * stride));
+        second = _mm512_permutex2var_epi16(_mm512_loadu_si512(p + 4 * stride), at, _mm512_loadu_si512(p + 6 * stride));
+        return _mm_unpacklo_epi64(_mm512_castsi512_si128(first), _mm512_castsi512_si128(second));
+    }
+    some = _mm_insert_epi16(some, avl__half_at(p), 0);
+    if (n > 1) some = _mm_insert_epi16(some, avl__half_at(p + stride), 1);
+    if (n > 2) some = _mm_insert_epi16(some, avl__half_at(p + 2 * stride), 2);
+    if (n > 3) some = _mm_insert_epi16(some, avl__half_at(p + 3 * stride), 3);
+    if (n > 4) some = _mm_insert_epi16(some, avl__half_at(p + 4 * stride), 4);
+    if (n > 5) some = _mm_insert_epi16(some, avl__half_at(p + 5 * stride), 5);
+    if (n > 6) some = _mm_insert_epi16(some, avl__half_at(p + 6 * stride), 6);
+    return some;
+}
+
+AVL__AVX512 AVL__INLINE __m512i avl__join_avx512(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// Half-precision numbers of n (at most 8) blocks of n_rows (at most 8) rows, `stride` bytes from block to block: out as floats,
+// to[block][row], blocks `to_stride` floats apart.  sign: 0, or 0x8000 for their negatives
+AVL__AVX512 AVL__INLINE void avl__turn_halves_avx512(const uint8_t *rows, size_t row_bytes, int n_rows, int stride, int n, float *to,
+                                                     int to_stride, int sign) {
+    static const int16_t turn[32] = {0, 8, 16, 24, 32, 40, 48, 56, 1, 9, 17, 25, 33, 41, 49, 57,
+                                     2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59};
+    const __m512i first = _mm512_loadu_si512(turn), second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
+    __m128i w[8];
+    __m512i low, high, half;
+    int r, j;
+    AVL__UNROLL
+    for (r = 0; r < 8; r++)
+        w[r] = r < n_rows ? avl__words_avx512(rows + (size_t)r * row_bytes, stride, n) : _mm_setzero_si128();
+    low = avl__join_avx512(_mm256_set_m128i(w[1], w[0]), _mm256_set_m128i(w[3], w[2]));
+    high = avl__join_avx512(_mm256_set_m128i(w[5], w[4]), _mm256_set_m128i(w[7], w[6]));
+    for (j = 0; j < 8; j += 4) {
+        half = _mm512_xor_si512(_mm512_permutex2var_epi16(low, j ? second : first, high), _mm512_set1_epi16((short)sign));
+        _mm256_storeu_ps(to + (j + 0) * to_stride, _mm256_cvtph_ps(_mm512_castsi512_si128(half)));
+        if (j + 1 < n) _mm256_storeu_ps(to + (j + 1) * to_stride, _mm256_cvtph_ps(_mm512_extracti32x4_epi32(half, 1)));
+        if (j + 2 < n) _mm256_storeu_ps(to + (j + 2) * to_stride, _mm256_cvtph_ps(_mm512_extracti32x4_epi32(half, 2)));
+        if (j + 3 < n) _mm256_storeu_ps(to + (j + 3) * to_stride, _mm256_cvtph_ps(_mm512_extracti32x4_epi32(half, 3)));
+        if (n <= 4) break;
+    }
+}
+
+// The d and -m of a super-block s: lane j for block j, or lanes 2 j and 2 j + 1 for its halves.
+AVL__AVX512 AVL__INLINE void avl__super_block_scales_avx512(int type, const uint8_t *s, __m512 *d, __m512 *minus_m) {
     const __m128i low_nibbles = _mm_set1_epi8(15);
-    const uint8_t *s;
     uint32_t low, middle, high;
     __m128i bytes;
     *minus_m = _mm512_setzero_ps();
     switch (type) {
-    case ASTROVL_TYPE_Q4_0: *d = _mm512_zextps256_ps512(avl__halves_avx2(row + 18 * b, 18, n)); break;
-    case ASTROVL_TYPE_Q5_0: *d = _mm512_zextps256_ps512(avl__halves_avx2(row + 22 * b, 22, n)); break;
-    case ASTROVL_TYPE_Q8_0: *d = _mm512_zextps256_ps512(avl__halves_avx2(row + 34 * b, 34, n)); break;
-    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: {
-        const int size = type == ASTROVL_TYPE_Q4_1 ? 20 : 24;
-        *d = _mm512_zextps256_ps512(avl__halves_avx2(row + (size_t)size * b, size, n));
-        *minus_m = _mm512_sub_ps(*minus_m, _mm512_zextps256_ps512(avl__halves_avx2(row + (size_t)size * b + 2, size, n)));
-        break;
-    }
     case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four groups to a word
-        s = row + b / 8 * (type == ASTROVL_TYPE_Q4_K ? 144 : 176);
         low = avl__word_at(s + 4), middle = avl__word_at(s + 8), high = avl__word_at(s + 12);
         bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3F), (int)((high & 0x0F0F0F0F) | (low >> 2 & 0x30303030)), 0, 0);
         *d = avl__scaled_bytes_avx512(bytes, 0, s);
@@ -2406,13 +2461,11 @@ AVL__AVX512 AVL__INLINE void avl__block_scales_avx512(int type, const uint8_t *r
         *minus_m = avl__scaled_bytes_avx512(bytes, 0, s + 2);
         break;
     case ASTROVL_TYPE_Q2_K:
-        s = row + b / 8 * 84;
         bytes = avl__load16_avx2(s);
         *d = avl__scaled_bytes_avx512(_mm_and_si128(bytes, low_nibbles), 0, s + 80);
         *minus_m = avl__scaled_bytes_avx512(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_nibbles), 0, s + 82);
         break;
     case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale, four groups to a word
-        s = row + b / 8 * 110;
         low = avl__word_at(s + 96), middle = avl__word_at(s + 100), high = avl__word_at(s + 104);
         bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0F) | (high << 4 & 0x30303030)),
                                (int)((middle & 0x0F0F0F0F) | (high << 2 & 0x30303030)),
@@ -2421,10 +2474,73 @@ AVL__AVX512 AVL__INLINE void avl__block_scales_avx512(int type, const uint8_t *r
         *d = avl__scaled_bytes_avx512(_mm_sub_epi8(bytes, _mm_set1_epi8(32)), 1, s + 108);
         break;
     case ASTROVL_TYPE_Q6_K:
-        s = row + b / 8 * 210;
         *d = avl__scaled_bytes_avx512(avl__load16_avx2(s + 192), 1, s + 208);
         break;
-    default: *d = _mm512_setzero_ps(); break;                 // floats are rounded to blocks one by one
+    default: *d = _mm512_setzero_ps(); break;
+    }
+}
+
+// 8 rows of 8 words each, turned
+AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
+    __m256i t[8];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 4) {
+        v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) v[i] = t[i];
+}
+
+// Turns 8 words of 8 rows and stores n (at most 8) of the turned rows, `stride` bytes apart.
+AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, int n, void *to, int stride) {
+    int i;
+    avl__turn_words_avx2(v);
+    for (i = 0; i < 8 && i < n; i++) _mm256_storeu_si256((__m256i *)(void *)((uint8_t *)to + stride * i), v[i]);
+}
+
+// The d and -m of n (at most 8) blocks of n_rows (at most 8) rows, which lie row_bytes apart: d[n n_parts][rows], these `stride`
+// floats apart. Of rows that are not there: zeros.
+AVL__AVX512 AVL__INLINE void avl__group_scales_avx512(int type, const uint8_t *group, size_t row_bytes, int n_rows, int n, float *d,
+                                                      float *minus_m, int stride) {
+    const avl__block_form f = avl__block_form_of(type);
+    const int block = (int)avl__group_bytes(type) / 8;
+    __m512 d_row[8], m_row[8];
+    int r, half;
+    if (!avl__is_k_quant(type)) {
+        avl__turn_halves_avx512(group, row_bytes, n_rows, block, n, d, stride, 0);
+        if (f.has_min) avl__turn_halves_avx512(group + 2, row_bytes, n_rows, block, n, minus_m, stride, 0x8000);
+        return;
+    }
+    AVL__UNROLL
+    for (r = 0; r < 8; r++) {
+        d_row[r] = m_row[r] = _mm512_setzero_ps();
+        if (r < n_rows) avl__super_block_scales_avx512(type, group + (size_t)r * row_bytes, &d_row[r], &m_row[r]);
+    }
+    for (half = 0; half < f.n_parts; half++) {
+        __m256i v[8];
+        AVL__UNROLL
+        for (r = 0; r < 8; r++)
+            v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(d_row[r], 1) : _mm512_castps512_ps256(d_row[r]));
+        avl__store_turned_avx2(v, 8, d + 8 * half * stride, 4 * stride);
+        if (!f.has_min) continue;
+        AVL__UNROLL
+        for (r = 0; r < 8; r++)
+            v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(m_row[r], 1) : _mm512_castps512_ps256(m_row[r]));
+        avl__store_turned_avx2(v, 8, minus_m + 8 * half * stride, 4 * stride);
     }
 }
 
@@ -2469,80 +2585,6 @@ AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, i
         }
 }
 
-// Four weight rows, row_bytes apart, times a row of the activations. The scales of eight blocks are worked out together, and go through
-// memory to where a product with one of them costs nothing extra; what the offset and the minima make of the row is added up in
-// vectors of its own.
-AVL__AVX512 AVL__INLINE void avl__dot_rows_avx512(int type, const uint8_t *rows, size_t row_bytes, const avl__quants *x,
-                                                  int row, float *y) {
-    const avl__block_form f = avl__block_form_of(type);
-    const __m512i twofold = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const size_t first = (size_t)row * (size_t)x->n_blocks;
-    const int ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);         // bytes of 8 blocks
-    __m256 sum[4];
-    __m512 rest[4];
-    float scales[4][64];              // d e of eight blocks; for blocks of two parts, of each register's eight lanes
-    int b, j, r;
-    AVL__UNROLL
-    for (r = 0; r < 4; r++) {
-        sum[r] = _mm256_setzero_ps();
-        rest[r] = _mm512_setzero_ps();
-    }
-    for (b = 0; b < x->n_blocks; b += 8) {
-        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        const size_t at = first + (size_t)b;
-        const __m512 sums = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now * f.n_parts), x->sum + at * f.n_parts);
-        __m512 e = _mm512_maskz_loadu_ps(avl__lanes_avx512(n_now), x->scale + at);
-        if (f.n_parts == 2) e = _mm512_permutexvar_ps(twofold, e);
-        for (r = 0; r < 4; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
-            for (j = 0; j < ahead; j += 64)
-                _mm_prefetch((const char *)rows + (size_t)(4 + r) * row_bytes + (size_t)(b / 8 * ahead + j), _MM_HINT_T0);
-        AVL__UNROLL
-        for (r = 0; r < 4; r++) {
-            __m512 d, minus_m, de;
-            avl__block_scales_avx512(type, rows + (size_t)r * row_bytes, (size_t)b, n_now, &d, &minus_m);
-            de = _mm512_mul_ps(d, e);
-            if (f.n_parts == 1) _mm256_storeu_ps(scales[r], _mm512_castps512_ps256(de));
-            else
-                AVL__UNROLL
-                for (j = 0; j < 4; j++) {
-                    const __m512i pick = _mm512_add_epi32(fourfold, _mm512_set1_epi32(4 * j));
-                    _mm512_storeu_ps(scales[r] + 16 * j, _mm512_permutexvar_ps(pick, de));
-                }
-            if (f.offset) rest[r] = _mm512_fnmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps((float)f.offset)), sums, rest[r]);
-            if (f.has_min) rest[r] = _mm512_fnmadd_ps(minus_m, sums, rest[r]);
-        }
-        AVL__UNROLL
-        for (j = 0; j < 8; j++) {
-            __m256i q;
-            if (j >= n_now) break;
-            q = avl__load32_avx2(x->q + 32 * (at + (size_t)j));
-            AVL__UNROLL
-            for (r = 0; r < 4; r++) {
-                const __m256i u = avl__block_bytes_avx2(type, rows + (size_t)r * row_bytes, (size_t)(b + j));
-                const __m256 whole = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), u, q));
-                const __m256 de = f.n_parts == 1 ? _mm256_set1_ps(scales[r][j]) : _mm256_loadu_ps(scales[r] + 8 * j);
-                sum[r] = _mm256_fmadd_ps(whole, de, sum[r]);
-            }
-        }
-    }
-    AVL__UNROLL
-    for (r = 0; r < 4; r++) y[r] = _mm512_reduce_add_ps(_mm512_add_ps(rest[r], _mm512_zextps256_ps512(sum[r])));
-}
-
-AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__product *p, int first, int last) {
-    const avl__linear *w = p->w;
-    int out, r, i, n;
-    for (r = 0; r < p->n_rows; r++)
-        for (out = first; out < last; out += n) {
-            const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
-            float four[4];
-            n = last - out >= 4 ? 4 : 1;                         // at the end one row, four times
-            avl__dot_rows_avx512(type, rows, n == 4 ? w->row_bytes : 0, &p->quants, r, four);
-            for (i = 0; i < n; i++) p->y[(size_t)r * w->n_out + out + i] = four[i] + (w->bias ? w->bias[out + i] : 0.0f);
-        }
-}
-
 // ---- panels --------------------------------------------------------------------------------------------------------
 
 enum { AVL__PANEL_ROWS = 32 };
@@ -2552,50 +2594,6 @@ typedef struct avl__panel {
     uint8_t *u;                // [2][n_blocks][8][16][4]: 16 rows of 4 columns to a register
     float   *d, *minus_m;      // [2][n_blocks][n_parts][16]
 } avl__panel;
-
-// 8 rows of 8 words each, turned
-AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
-    __m256i t[8];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 8; i += 4) {
-        v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
-        t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) v[i] = t[i];
-}
-
-// Turns 8 words of 8 rows and stores them 64 bytes apart.
-AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, int n, void *to) {
-    int i;
-    avl__turn_words_avx2(v);
-    for (i = 0; i < 8 && i < n; i++) _mm256_storeu_si256((__m256i *)(void *)((uint8_t *)to + 64 * i), v[i]);
-}
-
-// The scales of 8 rows, a register each with a lane for each part of n_blocks (at most 8) blocks, as [parts][16] floats
-AVL__AVX512 AVL__INLINE void avl__store_scales_avx512(const __m512 *rows, int n_parts, int n_blocks, float *to) {
-    __m256i v[8];
-    int r, half;
-    for (half = 0; half < n_parts; half++) {
-        AVL__UNROLL
-        for (r = 0; r < 8; r++)
-            v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(rows[r], 1) : _mm512_castps512_ps256(rows[r]));
-        avl__store_turned_avx2(v, n_blocks * n_parts - 8 * half, to + 128 * half);
-    }
-}
 
 // The bytes of block b of a row of n_in float weights, rounded as activations are
 AVL__AVX512 AVL__INLINE __m256i avl__rounded_bytes_avx512(int type, const uint8_t *row, int b, int n_in, float *d) {
@@ -2616,12 +2614,9 @@ AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *row
         const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
         for (g = 0; g < 16; g += 8) {
             const size_t scales_at = 16 * (size_t)b * f.n_parts + (size_t)g;
-            __m512 d[8], minus_m[8];
-            for (r = 0; r < 8; r++) {
-                d[r] = minus_m[r] = _mm512_setzero_ps();
-                if (!is_float && g + r < n)
-                    avl__block_scales_avx512(type, rows + (size_t)(g + r) * row_bytes, (size_t)b, n_now, &d[r], &minus_m[r]);
-            }
+            if (!is_float)
+                avl__group_scales_avx512(type, rows + (size_t)g * row_bytes + (size_t)(b / 8) * avl__group_bytes(type), row_bytes, n - g,
+                                         n_now, to->d + scales_at, to->minus_m + scales_at, 16);
             for (j = 0; j < n_now; j++) {
                 __m256i v[8];
                 AVL__UNROLL
@@ -2633,10 +2628,8 @@ AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *row
                     else v[r] = avl__block_bytes_avx2(type, row, (size_t)(b + j));
                     if (is_float) to->d[scales_at + 16 * (size_t)j + (size_t)r] = rounded;
                 }
-                avl__store_turned_avx2(v, 8, to->u + 512 * (size_t)(b + j) + 4 * g);
+                avl__store_turned_avx2(v, 8, to->u + 512 * (size_t)(b + j) + 4 * g, 64);
             }
-            if (!is_float) avl__store_scales_avx512(d, f.n_parts, n_now, to->d + scales_at);
-            if (f.has_min) avl__store_scales_avx512(minus_m, f.n_parts, n_now, to->minus_m + scales_at);
         }
     }
 }
@@ -2743,6 +2736,116 @@ AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__pr
     }
 }
 
+// ---- weights as they lie: a row or two ------------------------------------------------------------------------------
+
+// The bytes of block j of two groups of eight blocks, side by side
+AVL__AVX512 AVL__INLINE __m512i avl__two_blocks_avx512(int type, const uint8_t *group0, const uint8_t *group1, int j) {
+    const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4);
+    int at;
+    __m512i bytes;
+    switch (type) {
+    case ASTROVL_TYPE_Q4_0: case ASTROVL_TYPE_Q4_1:
+        at = type == ASTROVL_TYPE_Q4_0 ? 18 * j + 2 : 20 * j + 4;
+        bytes = avl__join_avx512(_mm256_broadcastsi128_si256(avl__load16_avx2(group0 + at)),
+                                 _mm256_broadcastsi128_si256(avl__load16_avx2(group1 + at)));
+        return _mm512_and_si512(_mm512_srlv_epi32(bytes, shifts), _mm512_set1_epi8(15));
+    case ASTROVL_TYPE_Q4_K:
+        at = 16 + j / 2 * 32;
+        bytes = avl__join_avx512(avl__load32_avx2(group0 + at), avl__load32_avx2(group1 + at));
+        return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+    default:
+        return avl__join_avx512(avl__block_bytes_avx2(type, group0, (size_t)j), avl__block_bytes_avx2(type, group1, (size_t)j));
+    }
+}
+
+// w[i] holds four partial sums for each of four half-blocks: both halves of row i, then of row i + 4. Returns their sums, the first
+// halves of rows 0 to 7, then the second.
+AVL__AVX512 AVL__INLINE __m512i avl__add_up_avx512(const __m512i *w) {
+    const __m512i w01 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[0], w[1]));
+    const __m512i w23 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[2], w[3]), _mm512_unpackhi_epi32(w[2], w[3]));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(w01, w23), _mm512_unpackhi_epi64(w01, w23));
+    return _mm512_shuffle_i32x4(all, all, _MM_SHUFFLE(3, 1, 2, 0));
+}
+
+// n (at most 8) blocks of eight weight rows, which lie row_bytes apart, times those of a row of the activations: returns sum and
+// that. Every block's sum is made whole while it is an integer; from there on these are a panel's operations in a panel's order.
+AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, const uint8_t *group, size_t row_bytes, int n, const avl__quants *x,
+                                                     size_t at, __m256 sum) {
+    const avl__block_form f = avl__block_form_of(type);
+    const int8_t *q = x->q + 32 * at;
+    const float *scale = x->scale + at, *sums = x->sum + at * f.n_parts;
+    const int32_t *bias = x->bias + at * f.n_parts;
+    float d[16][8], minus_m[16][8];            // [8 n_parts][rows]
+    int j, r, part;
+    avl__group_scales_avx512(type, group, row_bytes, 8, n, d[0], minus_m[0], 8);
+    AVL__UNROLL
+    for (j = 0; j < 8; j++) {
+        __m512i w[4], four, start = _mm512_setzero_si512();
+        if (j >= n) break;
+        four = _mm512_broadcast_i64x4(avl__load32_avx2(q + 32 * j));
+        // every half-block's first sum starts from its offset; the offset of a whole block goes to the first half
+        if (f.offset && f.n_parts == 1) start = _mm512_maskz_set1_epi32(0x0101, bias[j]);
+        if (f.offset && f.n_parts == 2)
+            start = _mm512_maskz_broadcast_i32x2(0x2121, _mm_loadl_epi64((const __m128i *)(const void *)(bias + 2 * j)));
+        AVL__UNROLL
+        for (r = 0; r < 4; r++) {
+            const uint8_t *low = group + (size_t)r * row_bytes;
+            w[r] = _mm512_dpbusd_epi32(start, avl__two_blocks_avx512(type, low, low + 4 * row_bytes, j), four);
+        }
+        four = avl__add_up_avx512(w);
+        AVL__UNROLL
+        for (part = 0; part < f.n_parts; part++) {
+            __m256i whole = part ? _mm512_extracti64x4_epi64(four, 1) : _mm512_castsi512_si256(four);
+            const __m256 de = _mm256_mul_ps(_mm256_loadu_ps(d[f.n_parts * j + part]), _mm256_set1_ps(scale[j]));
+            if (f.n_parts == 1) whole = _mm256_add_epi32(whole, _mm512_extracti64x4_epi64(four, 1));
+            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), de, sum);
+            if (f.has_min)
+                sum = _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m[f.n_parts * j + part]), _mm256_set1_ps(sums[f.n_parts * j + part]), sum);
+        }
+    }
+    return sum;
+}
+
+// The processor's own reading ahead ends with each page of 4 KB, and begins anew some lines into the next one. These lines are
+// fetched while the page before is still being read: without it a stream of weights loses a fifth of the memory's speed.
+AVL__INLINE void avl__prefetch_page(const char *p) {
+    const char *next = (const char *)(((uintptr_t)p | 4095) + 1);
+    int i;
+    for (i = 0; i < 4; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
+}
+
+// Eight weight rows times a row of the activations. The next eight rows are fetched meanwhile, as much of them as is used of these.
+AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *rows, size_t row_bytes, const avl__quants *x, int row) {
+    const size_t group_bytes = avl__group_bytes(type);
+    const char *next = (const char *)rows + 8 * row_bytes;
+    __m256 sum = _mm256_setzero_ps();
+    int b;
+    size_t i;
+    for (b = 0; b < x->n_blocks; b += 8, rows += group_bytes, next += 8 * group_bytes) {
+        AVL__UNROLL
+        for (i = 0; i < 8 * group_bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+        if (((uintptr_t)next & 4095) < 8 * group_bytes) avl__prefetch_page(next);
+        sum = avl__dot_group_avx512(type, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, x,
+                                    (size_t)row * (size_t)x->n_blocks + (size_t)b, sum);
+    }
+    return sum;
+}
+
+AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__product *p, int first, int last) {
+    const avl__linear *w = p->w;
+    int out, r, n;
+    for (r = 0; r < p->n_rows; r++)
+        for (out = first; out < last; out += n) {
+            const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+            const int whole = last - out >= 8;                    // at the end one row, eight times
+            const __mmask8 lanes = whole ? 0xFF : 1;
+            __m256 sum = avl__dot_rows_avx512(type, rows, whole ? w->row_bytes : 0, &p->quants, r);
+            n = whole ? 8 : 1;
+            if (w->bias) sum = _mm256_add_ps(sum, _mm256_maskz_loadu_ps(lanes, w->bias + out));
+            _mm256_mask_storeu_ps(p->y + (size_t)r * w->n_out + out, lanes, sum);
+        }
+}
+
 AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
     if (p->few) avl__multiply_rows_avx512(type, p, first, last);
     else        avl__multiply_panels_avx512(type, p, first, last, scratch);
@@ -2811,7 +2914,7 @@ AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_bf16(int type, const uint8_t *
                 __m256i v[8];
                 AVL__UNROLL
                 for (r = 0; r < 8; r++) v[r] = h ? _mm512_extracti64x4_epi64(pairs[r], 1) : _mm512_castsi512_si256(pairs[r]);
-                avl__store_turned_avx2(v, 8, to + 64 * (16 * (size_t)b + 8 * (size_t)h) + 4 * g);
+                avl__store_turned_avx2(v, 8, to + 64 * (16 * (size_t)b + 8 * (size_t)h) + 4 * g, 64);
             }
         }
 }
