@@ -2372,6 +2372,14 @@ AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row
     }
 }
 
+// The processor's own reading ahead ends with each page of 4 KB, and begins anew some lines into the next one. These lines are
+// fetched while the page before is still being read: without it a stream of weights loses a fifth of the memory's speed.
+AVL__INLINE void avl__prefetch_page(const char *p) {
+    const char *next = (const char *)(((uintptr_t)p | 4095) + 1);
+    int i;
+    for (i = 0; i < 4; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
+}
+
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
 AVL__AVX512 AVL__INLINE __mmask16 avl__lanes_avx512(int n) {   // the first n lanes; all, if n > 16
@@ -2806,14 +2814,6 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, const uint8_t *gr
     return sum;
 }
 
-// The processor's own reading ahead ends with each page of 4 KB, and begins anew some lines into the next one. These lines are
-// fetched while the page before is still being read: without it a stream of weights loses a fifth of the memory's speed.
-AVL__INLINE void avl__prefetch_page(const char *p) {
-    const char *next = (const char *)(((uintptr_t)p | 4095) + 1);
-    int i;
-    for (i = 0; i < 4; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
-}
-
 // Eight weight rows times a row of the activations. The next eight rows are fetched meanwhile, as much of them as is used of these.
 AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *rows, size_t row_bytes, const avl__quants *x, int row) {
     const size_t group_bytes = avl__group_bytes(type);
@@ -2977,26 +2977,64 @@ AVL__AVX512_BF16 static void avl__round_rows_bf16(const avl__product *p, int fir
     else                                avl__quantize_avx512(p, first, n_rows);
 }
 
-// A few rows of activations times weights of a float type as they lie, in float32.
+// Adds columns i to i + 15, those of `lanes`, to n_weights x n_rows sums.
+AVL__AVX512 AVL__INLINE void avl__add_floats_avx512(int type, const uint8_t *weights, size_t row_bytes, int n_weights, const float *x,
+                                                    int n_rows, int n_in, int i, __mmask16 lanes, __m512 sum[4][2]) {
+    __m512 w[2];
+    int r, o;
+    AVL__UNROLL
+    for (o = 0; o < n_weights; o++) w[o] = avl__weights_avx512(type, weights + (size_t)o * row_bytes, (size_t)i, lanes);
+    AVL__UNROLL
+    for (r = 0; r < n_rows; r++) {
+        const __m512 v = _mm512_maskz_loadu_ps(lanes, x + (size_t)r * n_in + i);
+        AVL__UNROLL
+        for (o = 0; o < n_weights; o++) sum[r][o] = _mm512_fmadd_ps(w[o], v, sum[r][o]);
+    }
+}
+
+// n_weights weight rows, row_bytes apart, times n_rows rows of activations: y[row][weight row]. Two sums for each, whatever is
+// computed beside it.
+AVL__AVX512 AVL__INLINE void avl__dot_floats_avx512(int type, const uint8_t *weights, size_t row_bytes, int n_weights, const float *x,
+                                                    int n_rows, int n_in, float y[4][2]) {
+    const size_t step = (type == ASTROVL_TYPE_F32 ? 4 : 2) * 32;          // bytes of 32 weights
+    const char *at = (const char *)weights;
+    __m512 even[4][2], odd[4][2];
+    int i, r, o;
+    AVL__UNROLL
+    for (r = 0; r < n_rows; r++)
+        AVL__UNROLL
+        for (o = 0; o < n_weights; o++) even[r][o] = odd[r][o] = _mm512_setzero_ps();
+    for (i = 0; i + 32 <= n_in; i += 32, at += step) {
+        if (((uintptr_t)at & 4095) < step) avl__prefetch_page(at);
+        avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i, 0xFFFF, even);
+        avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i + 16, 0xFFFF, odd);
+    }
+    for (; i < n_in; i += 16)
+        avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i, avl__lanes_avx512(n_in - i), even);
+    AVL__UNROLL
+    for (r = 0; r < n_rows; r++)
+        AVL__UNROLL
+        for (o = 0; o < n_weights; o++) y[r][o] = _mm512_reduce_add_ps(_mm512_add_ps(even[r][o], odd[r][o]));
+}
+
+// A few rows of activations times weights of a float type as they lie, in float32: one row streams them as fast as memory gives
+// them; of several, four at a time meet two weight rows, so that the activations need not come out of the cache for each.
 AVL__AVX512 AVL__INLINE void avl__linear_type_avx512(int type, const avl__product *p, int first, int last) {
     const avl__linear *w = p->w;
-    int out, r, i;
-    for (out = first; out < last; out++) {
-        const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
-        for (r = 0; r < p->n_rows; r++) {
+    int out, r, i, o, n, n_weights;
+    for (out = first; out < last; out += n_weights) {
+        const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+        n_weights = p->n_rows >= 4 && last - out >= 2 ? 2 : 1;
+        for (r = 0; r < p->n_rows; r += n) {
             const float *x = p->x + (size_t)r * w->n_in;
-            __m512 sum[2];
-            sum[0] = sum[1] = _mm512_setzero_ps();
-            for (i = 0; i + 32 <= w->n_in; i += 32) {
-                sum[0] = _mm512_fmadd_ps(avl__weights_avx512(type, row, (size_t)i, 0xFFFF), _mm512_loadu_ps(x + i), sum[0]);
-                sum[1] = _mm512_fmadd_ps(avl__weights_avx512(type, row, (size_t)i + 16, 0xFFFF), _mm512_loadu_ps(x + i + 16), sum[1]);
-            }
-            for (; i < w->n_in; i += 16) {
-                const __mmask16 lanes = avl__lanes_avx512(w->n_in - i);
-                const __m512 last_x = _mm512_maskz_loadu_ps(lanes, x + i);
-                sum[0] = _mm512_fmadd_ps(avl__weights_avx512(type, row, (size_t)i, lanes), last_x, sum[0]);
-            }
-            p->y[(size_t)r * w->n_out + out] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) + (w->bias ? w->bias[out] : 0.0f);
+            float y[4][2];
+            n = n_weights == 2 && p->n_rows - r >= 4 ? 4 : 1;
+            if (n == 4)              avl__dot_floats_avx512(type, rows, w->row_bytes, 2, x, 4, w->n_in, y);
+            else if (n_weights == 2) avl__dot_floats_avx512(type, rows, w->row_bytes, 2, x, 1, w->n_in, y);
+            else                     avl__dot_floats_avx512(type, rows, w->row_bytes, 1, x, 1, w->n_in, y);
+            for (i = 0; i < n; i++)
+                for (o = 0; o < n_weights; o++)
+                    p->y[(size_t)(r + i) * w->n_out + out + o] = y[i][o] + (w->bias ? w->bias[out + o] : 0.0f);
         }
     }
 }
