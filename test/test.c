@@ -757,7 +757,7 @@ static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_pas
     CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)(n_keys > d ? n_keys : d), 1), "reserve");
     a.q = q, a.k = k, a.v = v, a.out = out, a.weights = kernels->attend ? NULL : weights, a.n_rows = n_rows, a.n_past = n_past, a.n_head = n_head;
     a.n_head_kv = n_head_kv, a.head_dim = d, a.causal = causal, a.run = &run;
-    avl__attention_run(&a);
+    avl__attention_run(&a, 1);
     for (h = 0; h < n_head; h++)
         for (r = 0; r < n_rows; r++) {
             int last = causal ? n_past + r + 1 : n_keys, kv = h / (n_head / n_head_kv);
