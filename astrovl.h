@@ -504,8 +504,8 @@ typedef struct astrovl_turn {
 // memory; a step of several fetches them as often, once (for every 16 conversations once), and so costs little more.
 // The sessions are distinct, and all share one of them (see astrovl_session_options.share). Options may differ; a turn that ends
 // early leaves the others to go on, and so does one that fails, whose conversation is then as it was before.
-// Returns ASTROVL_OK if every turn has its answer, else what the first one without says. ARGUMENT, with nothing done and no turn
-// touched, if these sessions cannot go together.
+// Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if these sessions
+// cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
 
 // What the last turn took. In a batch, a step's time is shared out evenly among the turns that it served: those of all turns add up
@@ -11793,28 +11793,6 @@ static void avl__read_tokens(avl__turn *turns, int n, float *logits) {
     for (i = 0; i < n; i++) turns[i].asked->err = failure;
 }
 
-// Writes all answers to their ends.  turns: reordered;  logits: scratch, [n][n_vocab], which hold the turns' own
-static void avl__write_answers(avl__turn *turns, int n, float *logits) {
-    const int group = n > 0 && turns->s->run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
-    double start = avl__seconds();
-    while (n > 0) {
-        int n_going = 0, i;
-        double now;
-        for (i = 0; i < n; i++)
-            if (!turns[i].asked->err.status && avl__write_token(&turns[i])) {
-                avl__turn t = turns[i];
-                turns[i] = turns[n_going];
-                turns[n_going++] = t;
-            }
-        for (i = 0; i < n_going; i += group)
-            avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + (size_t)i * turns->s->model->llama.n_vocab);
-        now = avl__seconds();
-        for (i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
-        start = now;
-        n = n_going;
-    }
-}
-
 // Reads the turn's prompt, images spliced in.  logits: out, [n_vocab]
 static astrovl_status avl__read_prompt(astrovl_session *s, const avl__tokens *tokens, const astrovl_image *images, float *logits,
                                        astrovl_error *err) {
@@ -11882,18 +11860,17 @@ static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const 
 }
 
 // Reads what a turn asks, up to the logits that its answer begins with.
-static astrovl_status avl__begin_turn(avl__turn *t) {
+static void avl__begin_turn(avl__turn *t) {
     const astrovl_turn *asked = t->asked;
-    avl__tokens tokens = {NULL, 0, 0};
     astrovl_error *err = &t->asked->err;
-    astrovl_status status = avl__check_turn(t->s, asked->images, asked->n_images, asked->text, t->answer.options, err);
-    if (!status) status = avl__lay_out_turn(t->s, asked->n_images, asked->text, t->answer.options, &tokens, err);
+    avl__tokens tokens = {NULL, 0, 0};
+    if (avl__check_turn(t->s, asked->images, asked->n_images, asked->text, t->answer.options, err)) return;
     memset(&t->s->stats, 0, sizeof t->s->stats);
     avl__bytes_put(&t->answer.text, "", 0);
-    if (!status && t->answer.text.failed) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-    if (!status) status = avl__read_prompt(t->s, &tokens, asked->images, t->logits, err);
+    if (t->answer.text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+    else if (!avl__lay_out_turn(t->s, asked->n_images, asked->text, t->answer.options, &tokens, err))
+        avl__read_prompt(t->s, &tokens, asked->images, t->logits, err);
     astrovl_free(tokens.data);
-    return status;
 }
 
 // Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has failed.
@@ -11914,6 +11891,28 @@ static void avl__end_turn(avl__turn *t) {
     s->n_turns++;
     s->stats.n_answer_tokens = (int)a->tokens.size;
     t->asked->answer = a->text.data;
+}
+
+static void avl__swap_turns(avl__turn *a, avl__turn *b) {
+    avl__turn t = *a;
+    *a = *b;
+    *b = t;
+}
+
+// Writes the answers, each to its end.  turns: get another order;  logits: scratch, [n][n_vocab], where the turns' own lie
+static void avl__write_answers(avl__turn *turns, int n, float *logits) {
+    const int group = turns->s->run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
+    double start = avl__seconds(), now;
+    int n_going, i;
+    for (; n > 0; n = n_going, start = now) {
+        for (i = 0, n_going = 0; i < n; i++)
+            if (!turns[i].asked->err.status && avl__write_token(&turns[i])) avl__swap_turns(&turns[i], &turns[n_going++]);
+            else                                                            avl__end_turn(&turns[i]);
+        for (i = 0; i < n_going; i += group)
+            avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + (size_t)i * turns->s->model->llama.n_vocab);
+        now = avl__seconds();
+        for (i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
+    }
 }
 
 static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl_error *err) {
@@ -11949,20 +11948,18 @@ static void avl__run_turns(astrovl_turn *asked, int n, avl__turn *turns, float *
         avl__begin_turn(t);
     }
     avl__write_answers(turns, n, logits);
-    for (i = 0; i < n; i++) avl__end_turn(&turns[i]);
 }
 
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err) {
-    astrovl_status status = avl__check_batch(turns, n_turns, err);
+    astrovl_error failure;
+    astrovl_status status;
     avl__turn *room;
     float *logits;
     int i;
-    if (status) return status;
-    for (i = 0; i < n_turns; i++) {
-        turns[i].answer = NULL;
-        turns[i].err.status = ASTROVL_OK;
-        turns[i].err.message[0] = 0;
-    }
+    memset(&failure, 0, sizeof failure);
+    status = avl__check_batch(turns, n_turns, &failure);
+    for (i = 0; turns && i < n_turns; i++) turns[i].answer = NULL, turns[i].err = failure;
+    if (status) return avl__fail(err, status, "%s", failure.message);
     room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
     logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
     if (room && logits) avl__run_turns(turns, n_turns, room, logits);
