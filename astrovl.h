@@ -65,6 +65,18 @@
 //         astrovl_image_free(&image);
 //     }
 //
+// Several conversations, here captions, together: one token of each per step, for which the weights are read from memory once and
+// not once for each. The answers are those that astrovl_chat gives.
+//
+//     astrovl_turn turns[4] = {{0}};
+//     astrovl_session_options more = {0};
+//     for (i = 0; i < 4; i++) {
+//         turns[i].session = more.share = astrovl_session_new(model, &more, &err);     // the others share what the first one has
+//         turns[i].images = &images[i], turns[i].n_images = 1, turns[i].text = ASTROVL_CAPTION_PROMPT;
+//     }
+//     astrovl_chat_batch(turns, 4, &err);                     // gives turns[i].answer, or NULL and turns[i].err
+//     for (i = 3; i >= 0; i--) astrovl_free(turns[i].answer), astrovl_session_free(turns[i].session);
+//
 // An answer that a program can read: JSON that keeps to a schema, whatever the model would rather say.
 //
 //     const char *schema = "{\"type\": \"object\", \"required\": [\"class\", \"arms\"], \"properties\": {"
@@ -113,7 +125,7 @@
 // ---- Threads and memory ---------------------------------------------------------------------------------------------
 // A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one thread at a
 // time; it runs its own worker threads (n_threads, by default one per processor), which sleep between calls. There is no global
-// state. Results do not depend on the number of threads.
+// state. Results do not depend on the number of threads. Sessions that `share` another's threads and scratch memory count as one.
 // Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are only
 // vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv * head_dim * 8 bytes,
 // of which the system gives only what has been written, and the activations of at most 512 rows.
