@@ -8982,7 +8982,8 @@ static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
     avl__tap(p->run, "model.layers", i, "self_attn.v_proj", v, p->n, (int64_t)kv_row);
     for (c = 0; c < p->n_caches; c++) {
         int position = p->caches[c]->n_past;
-        avl__rope_rows(p->q + c * q_row, n_each - skipped, m->n_head, m->head_dim, m->rope_dim, position + skipped, m->inv_freq, p->turns);
+        avl__rope_rows(p->q + c * q_row, n_each - skipped, m->n_head, m->head_dim, m->rope_dim, position + skipped, m->inv_freq,
+                       p->turns);
         avl__rope_rows(k + c * kv_row, n_each, m->n_head_kv, m->head_dim, m->rope_dim, position, m->inv_freq, p->turns);
     }
     avl__llama_tap_heads(p, i, "self_attn.q_rope", p->q, m->n_head);
@@ -9056,7 +9057,8 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     else            avl__embed_tokens(&m->token_embd, tokens, n, p.x);
     avl__tap(run, "model.embed_tokens", -1, "", p.x, n, m->n_embd);
     for (i = 0; i < m->n_layer; i++) {
-        if (is_prompt && avl__report(run, "prompt", i, m->n_layer)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
+        if (is_prompt && avl__report(run, "prompt", i, m->n_layer))
+            return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
         avl__llama_attention(&p, i, i + 1 < m->n_layer || run->tap ? n : n_logits);   // of the last layer nobody reads more
         if (p.n) avl__llama_mlp(&p, i);
     }
@@ -9539,7 +9541,8 @@ static astrovl_status avl__session_init(astrovl_session *s, const astrovl_sessio
     s->run = o->share ? o->share->run : &s->own;
     status = o->share ? ASTROVL_OK : avl__run_init(&s->own, o, err);
     if (!status && s->model->has_text && !avl__kv_cache_init(&s->cache, llama, n_ctx))
-        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller one", n_ctx);
+        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller one",
+                           n_ctx);
     return status;
 }
 
@@ -11758,9 +11761,10 @@ static astrovl_status avl__draw(avl__turn *t, int32_t *token) {
     const astrovl_session *s = t->s;
     const avl__answer *a = &t->answer;
     const astrovl_generation *o = a->options;
-    int n_left = t->max_tokens - (int)a->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1;   // + 1: the last is left unread
-    astrovl_status status = o->guide ? astrovl_guide_mask(o->guide, a->state, n_left < n_room ? n_left : n_room, t->logits, &t->asked->err)
-                                     : ASTROVL_OK;
+    int n_left = t->max_tokens - (int)a->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1;   // the last is left unread
+    astrovl_status status = ASTROVL_OK;
+    if (n_left > n_room) n_left = n_room;
+    if (o->guide) status = astrovl_guide_mask(o->guide, a->state, n_left, t->logits, &t->asked->err);
     if (status) return status;
     *token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, a->tokens.data, (int)a->tokens.size, &t->random_state);
     if (!o->guide || astrovl_guide_next(o->guide, a->state, *token) >= 0) return ASTROVL_OK;
@@ -11876,8 +11880,8 @@ static void avl__begin_turn(avl__turn *t) {
     const astrovl_turn *asked = t->asked;
     astrovl_error *err = &t->asked->err;
     avl__tokens tokens = {NULL, 0, 0};
-    if (avl__check_turn(t->s, asked->images, asked->n_images, asked->text, t->answer.options, err)) return;
     memset(&t->s->stats, 0, sizeof t->s->stats);
+    if (avl__check_turn(t->s, asked->images, asked->n_images, asked->text, t->answer.options, err)) return;
     avl__bytes_put(&t->answer.text, "", 0);
     if (t->answer.text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
     else if (!avl__lay_out_turn(t->s, asked->n_images, asked->text, t->answer.options, &tokens, err))
@@ -11914,6 +11918,7 @@ static void avl__swap_turns(avl__turn *a, avl__turn *b) {
 // Writes the answers, each to its end.  turns: get another order;  logits: scratch, [n][n_vocab], where the turns' own lie
 static void avl__write_answers(avl__turn *turns, int n, float *logits) {
     const int group = turns->s->run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
+    const size_t n_vocab = (size_t)turns->s->model->llama.n_vocab;
     double start = avl__seconds(), now;
     int n_going, i;
     for (; n > 0; n = n_going, start = now) {
@@ -11921,7 +11926,7 @@ static void avl__write_answers(avl__turn *turns, int n, float *logits) {
             if (!turns[i].asked->err.status && avl__write_token(&turns[i])) avl__swap_turns(&turns[i], &turns[n_going++]);
             else                                                            avl__end_turn(&turns[i]);
         for (i = 0; i < n_going; i += group)
-            avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + (size_t)i * turns->s->model->llama.n_vocab);
+            avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + i * n_vocab);
         now = avl__seconds();
         for (i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
     }
@@ -11942,7 +11947,7 @@ static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl
     return ASTROVL_OK;
 }
 
-// As astrovl_chat_batch, with room for its turns, which may be missing.  logits: scratch, [n][n_vocab]
+// Takes the turns that were asked for.  turns: [n], zeros;  logits: scratch, [n][n_vocab]
 static void avl__run_turns(astrovl_turn *asked, int n, avl__turn *turns, float *logits) {
     astrovl_generation defaults;
     int i;
@@ -11975,7 +11980,7 @@ ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, 
     room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
     logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
     if (room && logits) avl__run_turns(turns, n_turns, room, logits);
-    else for (i = 0; i < n_turns; i++) avl__fail(&turns[i].err, ASTROVL_ERROR_MEMORY, "out of memory for a batch of %d turns", n_turns);
+    else for (i = 0; i < n_turns; i++) avl__fail(&turns[i].err, ASTROVL_ERROR_MEMORY, "out of memory for %d turns", n_turns);
     astrovl_free(room);
     astrovl_free(logits);
     for (i = 0; i < n_turns && !status; i++)
