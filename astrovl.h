@@ -65,6 +65,18 @@
 //         astrovl_image_free(&image);
 //     }
 //
+// Several conversations, here captions, together: one token of each per step, for which the weights are read from memory once and
+// not once for each. The answers are those that astrovl_chat gives.
+//
+//     astrovl_turn turns[4] = {{0}};
+//     astrovl_session_options more = {0};
+//     for (i = 0; i < 4; i++) {
+//         turns[i].session = more.share = astrovl_session_new(model, &more, &err);     // the others share what the first one has
+//         turns[i].images = &images[i], turns[i].n_images = 1, turns[i].text = ASTROVL_CAPTION_PROMPT;
+//     }
+//     astrovl_chat_batch(turns, 4, &err);                     // gives turns[i].answer, or NULL and turns[i].err
+//     for (i = 3; i >= 0; i--) astrovl_free(turns[i].answer), astrovl_session_free(turns[i].session);
+//
 // An answer that a program can read: JSON that keeps to a schema, whatever the model would rather say.
 //
 //     const char *schema = "{\"type\": \"object\", \"required\": [\"class\", \"arms\"], \"properties\": {"
@@ -113,7 +125,7 @@
 // ---- Threads and memory ---------------------------------------------------------------------------------------------
 // A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one thread at a
 // time; it runs its own worker threads (n_threads, by default one per processor), which sleep between calls. There is no global
-// state. Results do not depend on the number of threads.
+// state. Results do not depend on the number of threads. Sessions that `share` another's threads and scratch memory count as one.
 // Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are only
 // vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv * head_dim * 8 bytes,
 // of which the system gives only what has been written, and the activations of at most 512 rows.
@@ -469,6 +481,8 @@ typedef struct astrovl_session_options {
     void            *progress_user;
     const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx512" or "avx512_bf16"; NULL:
                                    // the best for this processor
+    astrovl_session *share;        // another session of the model, freed after this one: its mode, threads, scratch memory, tap and
+                                   // progress serve both, never at the same time, and this one costs its KV cache alone. NULL: none
 } astrovl_session_options;
 
 // The model must outlive the session. Returns NULL and err (ARGUMENT, MEMORY).
@@ -486,7 +500,28 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
 
-// What the last turn took.
+// A turn of one of several conversations: what astrovl_chat takes and gives.
+typedef struct astrovl_turn {
+    astrovl_session          *session;
+    const astrovl_image      *images;
+    int                       n_images;
+    const char               *text;
+    const astrovl_generation *options;
+    char                     *answer;      // out: to be freed with astrovl_free; NULL if this turn failed
+    astrovl_error             err;         // out: why; its status is ASTROVL_OK if there is an answer
+} astrovl_turn;
+
+// Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after another; then all
+// answers are written together, a token of each per step. A step of one conversation spends its time on fetching the weights from
+// memory; a step of several fetches them as often, once (for every 16 conversations once), and so costs little more.
+// The sessions are distinct, and all share one of them (see astrovl_session_options.share). Options may differ; a turn that ends
+// early leaves the others to go on, and so does one that fails, whose conversation is then as it was before.
+// Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if these sessions
+// cannot go together.
+ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
+
+// What the last turn took. In a batch, a step's time is shared out evenly among the turns that it served: those of all turns add up
+// to what the batch took.
 typedef struct astrovl_stats {
     double encode_seconds;         // images through the vision tower and projector
     double prompt_seconds;         // reading the prompt
@@ -3650,9 +3685,14 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
     }
 }
 
+static int avl__attention_items(const avl__attention *a) {
+    return (a->n_rows + AVL__TILE_QUERIES - 1) / AVL__TILE_QUERIES * a->n_head;
+}
+
 static void avl__attention_item(void *context, int item, int thread) {
-    const avl__attention *a = (const avl__attention *)context;
-    int head = item % a->n_head, first = item / a->n_head * AVL__TILE_QUERIES, n = a->n_rows - first, row;
+    const avl__attention *first_one = (const avl__attention *)context, *a = first_one + item / avl__attention_items(first_one);
+    int rest = item % avl__attention_items(a), head = rest % a->n_head, first = rest / a->n_head * AVL__TILE_QUERIES;
+    int n = a->n_rows - first, row;
     if (n > AVL__TILE_QUERIES) n = AVL__TILE_QUERIES;
     if (a->run->kernels->attend && !a->weights && a->n_rows > 1) {
         const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_stride = (size_t)a->n_head_kv * a->head_dim;
@@ -3668,9 +3708,9 @@ static void avl__attention_item(void *context, int item, int thread) {
         avl__attend(a, head, row, avl__thread_memory(a->run, thread));
 }
 
-static void avl__attention_run(avl__attention *a) {
-    int n_blocks = (a->n_rows + AVL__TILE_QUERIES - 1) / AVL__TILE_QUERIES;
-    avl__pool_run(a->run->pool, avl__attention_item, a, n_blocks * a->n_head);
+// a: [n], of as many rows and heads each
+static void avl__attention_run(avl__attention *a, int n) {
+    avl__pool_run(a->run->pool, avl__attention_item, a, n * avl__attention_items(a));
 }
 
 // Floats that the tap's copy of the attention weights takes: none when nobody watches.
@@ -8681,7 +8721,7 @@ static void avl__tower_attend(const avl__tower *tower, avl__run *run, avl__tower
                                     tower->n_head, d / tower->n_head, pass->causal, run};
         n = pass->lengths ? pass->lengths[i] : pass->n_rows / pass->n_sequences;
         attention.n_rows = n;
-        avl__attention_run(&attention);
+        avl__attention_run(&attention, 1);
         avl__tap3(run, pass->prefix, layer, "self_attn.attn_weights", pass->weights, tower->n_head, n, n);
     }
 }
@@ -8991,123 +9031,185 @@ static void avl__kv_cache_free(avl__kv_cache *cache) {
     astrovl_free(cache->v);
 }
 
-// ---- the forward pass ----------------------------------------------------------------------------------------------
+// Where the next position of layer i belongs in the cache's k or v, whose rows are of `row` values.
+static float *avl__kv_at(const avl__kv_cache *cache, float *k_or_v, int i, size_t row) {
+    return k_or_v + ((size_t)i * cache->n_ctx + cache->n_past) * row;
+}
 
-typedef struct avl__llama_rows {
+// ---- the forward pass ----------------------------------------------------------------------------------------------
+// The rows of a pass follow one another in one cache, or they belong to several conversations, a row each. Only attention can tell:
+// all else is done row by row, so that a step of many conversations reads every weight once, and not once for each.
+
+enum { AVL__STEP_ROWS = 16 };   // conversations in a step, at most: up to so many rows the kernels compute every row as if it were
+                                // alone, so an answer does not depend on what is written beside it
+
+typedef struct avl__llama_pass {
+    const avl__llama *m;
+    avl__run         *run;
+    avl__kv_cache *const *caches;   // [n_caches]: one for all rows, or one for each (then at most AVL__STEP_ROWS)
+    int    n_caches, n;
     float *x;                // [n][n_embd]   the residual stream
     float *normed;           // [n][n_embd]
     float *q, *mixed;        // [n][n_head][head_dim]
+    float *k, *v;            // [n][n_head_kv][head_dim], on their way into several caches
     float *gate, *up;        // [n][n_ff]
     float *turns;            // [rope_dim / 2][3]   cosine, sine, -sine of one position's angles
     float *shown;            // [n][n_head][head_dim], only for the tap
-    float *weights;          // [n_head][n][n_past + n], only for the tap
-} avl__llama_rows;
+    float *weights;          // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
+} avl__llama_pass;
 
-static int avl__llama_reserve(const avl__llama *m, avl__run *run, int n_past, int n, avl__llama_rows *rows) {
+static int avl__llama_reserve(avl__llama_pass *p) {
+    const avl__llama *m = p->m;
+    avl__run *run = p->run;
+    const int n = p->n;
     uint64_t wide = (uint64_t)n * m->n_embd, heads = (uint64_t)n * m->n_head * m->head_dim, hidden = (uint64_t)n * m->n_ff;
-    uint64_t weights = avl__attention_weights_floats(run, m->n_head, n, n_past + n), shown = run->tap ? heads : 0;
-    uint64_t thread = (uint64_t)n_past + n;
+    uint64_t kv = p->n_caches > 1 ? (uint64_t)n * m->n_head_kv * m->head_dim : 0, turns = (uint64_t)m->rope_dim / 2 * 3;
+    uint64_t weights = avl__attention_weights_floats(run, m->n_head, n, p->caches[0]->n_past + n), shown = run->tap ? heads : 0;
+    uint64_t thread = (uint64_t)m->n_embd;
     float *block;
-    if (thread < (uint64_t)m->n_embd) thread = (uint64_t)m->n_embd;
+    int c;
+    for (c = 0; c < p->n_caches; c++)
+        if (thread < (uint64_t)p->caches[c]->n_past + n) thread = (uint64_t)p->caches[c]->n_past + n;
     if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
     if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
-    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * hidden + (uint64_t)m->rope_dim / 2 * 3 + shown + weights, thread, (uint64_t)n)) return 0;
+    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * kv + 2 * hidden + turns + shown + weights, thread, (uint64_t)n)) return 0;
     run->always_panels = 0;
     block = run->rows;
-    rows->x = avl__carve(&block, wide);
-    rows->normed = avl__carve(&block, wide);
-    rows->q = avl__carve(&block, heads);
-    rows->mixed = avl__carve(&block, heads);
-    rows->gate = avl__carve(&block, hidden);
-    rows->up = avl__carve(&block, hidden);
-    rows->turns = avl__carve(&block, (uint64_t)m->rope_dim / 2 * 3);
-    rows->shown = shown ? avl__carve(&block, shown) : NULL;
-    rows->weights = weights ? avl__carve(&block, weights) : NULL;
+    p->x = avl__carve(&block, wide);
+    p->normed = avl__carve(&block, wide);
+    p->q = avl__carve(&block, heads);
+    p->mixed = avl__carve(&block, heads);
+    p->k = avl__carve(&block, kv);
+    p->v = avl__carve(&block, kv);
+    p->gate = avl__carve(&block, hidden);
+    p->up = avl__carve(&block, hidden);
+    p->turns = avl__carve(&block, turns);
+    p->shown = shown ? avl__carve(&block, shown) : NULL;
+    p->weights = weights ? avl__carve(&block, weights) : NULL;
     return 1;
 }
 
 // Shows heads [n][n_head][head_dim] with each head's rotated values in transformers' order: GGUF keeps the pair (i, i + half)
 // as neighbours, so that value 2i here is i there and 2i + 1 is i + half.
-static void avl__llama_tap_heads(const avl__llama *m, const avl__run *run, int layer, const char *name, const float *heads, int n,
-                                 int n_head, float *shown) {
+static void avl__llama_tap_heads(const avl__llama_pass *p, int layer, const char *name, const float *heads, int n_head) {
+    const avl__llama *m = p->m;
     int row, i, half = m->rope_dim / 2;
-    if (!run->tap) return;
-    memcpy(shown, heads, (size_t)n * n_head * m->head_dim * sizeof(float));
-    for (row = 0; row < n * n_head; row++)
+    if (!p->run->tap) return;
+    memcpy(p->shown, heads, (size_t)p->n * n_head * m->head_dim * sizeof(float));
+    for (row = 0; row < p->n * n_head; row++)
         for (i = 0; i < half; i++) {
-            shown[(size_t)row * m->head_dim + i]        = heads[(size_t)row * m->head_dim + 2 * i];
-            shown[(size_t)row * m->head_dim + i + half] = heads[(size_t)row * m->head_dim + 2 * i + 1];
+            p->shown[(size_t)row * m->head_dim + i]        = heads[(size_t)row * m->head_dim + 2 * i];
+            p->shown[(size_t)row * m->head_dim + i + half] = heads[(size_t)row * m->head_dim + 2 * i + 1];
         }
-    avl__tap(run, "model.layers", layer, name, shown, n, (int64_t)n_head * m->head_dim);
+    avl__tap(p->run, "model.layers", layer, name, p->shown, p->n, (int64_t)n_head * m->head_dim);
 }
 
-static void avl__llama_attention(const avl__llama *m, avl__run *run, avl__kv_cache *cache, int i, avl__llama_rows *rows, int n) {
+// Queries of the last n_wanted rows; keys and values of all, into the caches.
+static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
+    const avl__llama *m = p->m;
     const avl__llama_layer *layer = &m->layers[i];
-    size_t kv_row = (size_t)m->n_head_kv * m->head_dim, kv_layer = (size_t)i * cache->n_ctx * kv_row;
-    float *k = cache->k + kv_layer, *v = cache->v + kv_layer;
-    float *k_new = k + (size_t)cache->n_past * kv_row, *v_new = v + (size_t)cache->n_past * kv_row;
-    avl__attention attention = {rows->q, k, v, rows->mixed, rows->weights, n, cache->n_past, m->n_head, m->n_head_kv, m->head_dim,
-                                1, run};
-    avl__rms_norm_rows(run, rows->normed, rows->x, layer->attention_norm, n, m->n_embd, m->rms_norm_eps);
-    avl__tap(run, "model.layers", i, "input_layernorm", rows->normed, n, m->n_embd);
-    avl__apply(run, rows->q, rows->normed, &layer->q, n);
-    avl__apply(run, k_new, rows->normed, &layer->k, n);
-    avl__apply(run, v_new, rows->normed, &layer->v, n);
-    avl__llama_tap_heads(m, run, i, "self_attn.q_proj", rows->q, n, m->n_head, rows->shown);
-    avl__llama_tap_heads(m, run, i, "self_attn.k_proj", k_new, n, m->n_head_kv, rows->shown);
-    avl__tap(run, "model.layers", i, "self_attn.v_proj", v_new, n, (int64_t)kv_row);
-    avl__rope_rows(rows->q, n, m->n_head, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->turns);
-    avl__rope_rows(k_new, n, m->n_head_kv, m->head_dim, m->rope_dim, cache->n_past, m->inv_freq, rows->turns);
-    avl__llama_tap_heads(m, run, i, "self_attn.q_rope", rows->q, n, m->n_head, rows->shown);
-    avl__llama_tap_heads(m, run, i, "self_attn.k_rope", k_new, n, m->n_head_kv, rows->shown);
-    avl__attention_run(&attention);
-    avl__tap3(run, "model.layers", i, "self_attn.attn_weights", rows->weights, m->n_head, n, cache->n_past + n);
-    avl__tap(run, "model.layers", i, "self_attn.context", rows->mixed, n, (int64_t)m->n_head * m->head_dim);
-    avl__apply(run, rows->normed, rows->mixed, &layer->o, n);
-    avl__tap(run, "model.layers", i, "self_attn.o_proj", rows->normed, n, m->n_embd);
-    avl__add(rows->x, rows->normed, (int64_t)n * m->n_embd);
-}
-
-static void avl__llama_mlp(const avl__llama *m, avl__run *run, int i, avl__llama_rows *rows, int n) {
-    const avl__llama_layer *layer = &m->layers[i];
-    int64_t n_hidden = (int64_t)n * m->n_ff;
-    avl__rms_norm_rows(run, rows->normed, rows->x, layer->ffn_norm, n, m->n_embd, m->rms_norm_eps);
-    avl__tap(run, "model.layers", i, "post_attention_layernorm", rows->normed, n, m->n_embd);
-    avl__apply(run, rows->gate, rows->normed, &layer->gate, n);
-    avl__apply(run, rows->up, rows->normed, &layer->up, n);
-    avl__tap(run, "model.layers", i, "mlp.gate_proj", rows->gate, n, m->n_ff);
-    avl__tap(run, "model.layers", i, "mlp.up_proj", rows->up, n, m->n_ff);
-    avl__activate(run, rows->gate, n_hidden, NULL, rows->up);
-    avl__tap(run, "model.layers", i, "mlp.act", rows->gate, n, m->n_ff);
-    avl__apply(run, rows->normed, rows->gate, &layer->down, n);
-    avl__tap(run, "model.layers", i, "mlp.down_proj", rows->normed, n, m->n_embd);
-    avl__add(rows->x, rows->normed, (int64_t)n * m->n_embd);
-    avl__tap(run, "model.layers", i, "", rows->x, n, m->n_embd);
-}
-
-// Appends n positions, at most what the cache has left (the caller has checked): embeddings [n][n_embd], or NULL and tokens [n].
-//   logits  out, [n_logits][n_vocab], of the last n_logits positions
-static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__kv_cache *cache, const int32_t *tokens,
-                                      const float *embeddings, int n, float *logits, int n_logits, astrovl_error *err) {
-    avl__llama_rows rows;
-    const float *last;
-    int i;
-    if (!avl__llama_reserve(m, run, cache->n_past, n, &rows)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for reading %d tokens", n);
-    if (embeddings) memcpy(rows.x, embeddings, (size_t)n * m->n_embd * sizeof(float));
-    else            avl__embed_tokens(&m->token_embd, tokens, n, rows.x);
-    avl__tap(run, "model.embed_tokens", -1, "", rows.x, n, m->n_embd);
-    for (i = 0; i < m->n_layer; i++) {
-        if (n > 1 && avl__report(run, "prompt", i, m->n_layer)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
-        avl__llama_attention(m, run, cache, i, &rows, n);
-        avl__llama_mlp(m, run, i, &rows, n);
+    const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
+    const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
+    float *k = p->n_caches > 1 ? p->k : avl__kv_at(p->caches[0], p->caches[0]->k, i, kv_row);
+    float *v = p->n_caches > 1 ? p->v : avl__kv_at(p->caches[0], p->caches[0]->v, i, kv_row);
+    int c;
+    avl__rms_norm_rows(p->run, p->normed, p->x, layer->attention_norm, p->n, m->n_embd, m->rms_norm_eps);
+    avl__tap(p->run, "model.layers", i, "input_layernorm", p->normed, p->n, m->n_embd);
+    if (n_wanted) avl__apply(p->run, p->q, p->normed + (size_t)skipped * m->n_embd, &layer->q, n_wanted);
+    avl__apply(p->run, k, p->normed, &layer->k, p->n);
+    avl__apply(p->run, v, p->normed, &layer->v, p->n);
+    avl__llama_tap_heads(p, i, "self_attn.q_proj", p->q, m->n_head);
+    avl__llama_tap_heads(p, i, "self_attn.k_proj", k, m->n_head_kv);
+    avl__tap(p->run, "model.layers", i, "self_attn.v_proj", v, p->n, (int64_t)kv_row);
+    for (c = 0; c < p->n_caches; c++) {
+        int position = p->caches[c]->n_past;
+        avl__rope_rows(p->q + c * q_row, n_each - skipped, m->n_head, m->head_dim, m->rope_dim, position + skipped, m->inv_freq,
+                       p->turns);
+        avl__rope_rows(k + c * kv_row, n_each, m->n_head_kv, m->head_dim, m->rope_dim, position, m->inv_freq, p->turns);
     }
-    if (n > 1) avl__report(run, "prompt", m->n_layer, m->n_layer);
-    cache->n_past += n;
+    avl__llama_tap_heads(p, i, "self_attn.q_rope", p->q, m->n_head);
+    avl__llama_tap_heads(p, i, "self_attn.k_rope", k, m->n_head_kv);
+    for (c = 0; p->n_caches > 1 && c < p->n_caches; c++) {
+        memcpy(avl__kv_at(p->caches[c], p->caches[c]->k, i, kv_row), k + c * kv_row, kv_row * sizeof(float));
+        memcpy(avl__kv_at(p->caches[c], p->caches[c]->v, i, kv_row), v + c * kv_row, kv_row * sizeof(float));
+    }
+}
+
+// Leaves the pass with its last n_wanted rows alone: fewer than all (of one cache) where nobody needs the others' output.
+static void avl__llama_attention(avl__llama_pass *p, int i, int n_wanted) {
+    const avl__llama *m = p->m;
+    const size_t q_row = (size_t)m->n_head * m->head_dim, layer = (size_t)i * m->n_head_kv * m->head_dim;
+    const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
+    avl__attention attentions[AVL__STEP_ROWS];
+    int c;
+    avl__llama_qkv(p, i, n_wanted);
+    p->x += (size_t)skipped * m->n_embd;
+    p->n = n_wanted;
+    if (n_wanted == 0) return;
+    for (c = 0; c < p->n_caches; c++) {
+        const avl__kv_cache *cache = p->caches[c];
+        const avl__attention attention = {p->q + c * q_row, cache->k + layer * cache->n_ctx, cache->v + layer * cache->n_ctx,
+                                          p->mixed + c * q_row, p->weights, n_each - skipped, cache->n_past + skipped, m->n_head,
+                                          m->n_head_kv, m->head_dim, 1, p->run};
+        attentions[c] = attention;
+    }
+    avl__attention_run(attentions, p->n_caches);
+    avl__tap3(p->run, "model.layers", i, "self_attn.attn_weights", p->weights, m->n_head, p->n, p->caches[0]->n_past + p->n);
+    avl__tap(p->run, "model.layers", i, "self_attn.context", p->mixed, p->n, (int64_t)q_row);
+    avl__apply(p->run, p->normed, p->mixed, &m->layers[i].o, p->n);
+    avl__tap(p->run, "model.layers", i, "self_attn.o_proj", p->normed, p->n, m->n_embd);
+    avl__add(p->x, p->normed, (int64_t)p->n * m->n_embd);
+}
+
+static void avl__llama_mlp(const avl__llama_pass *p, int i) {
+    const avl__llama *m = p->m;
+    const avl__llama_layer *layer = &m->layers[i];
+    avl__rms_norm_rows(p->run, p->normed, p->x, layer->ffn_norm, p->n, m->n_embd, m->rms_norm_eps);
+    avl__tap(p->run, "model.layers", i, "post_attention_layernorm", p->normed, p->n, m->n_embd);
+    avl__apply(p->run, p->gate, p->normed, &layer->gate, p->n);
+    avl__apply(p->run, p->up, p->normed, &layer->up, p->n);
+    avl__tap(p->run, "model.layers", i, "mlp.gate_proj", p->gate, p->n, m->n_ff);
+    avl__tap(p->run, "model.layers", i, "mlp.up_proj", p->up, p->n, m->n_ff);
+    avl__activate(p->run, p->gate, (int64_t)p->n * m->n_ff, NULL, p->up);
+    avl__tap(p->run, "model.layers", i, "mlp.act", p->gate, p->n, m->n_ff);
+    avl__apply(p->run, p->normed, p->gate, &layer->down, p->n);
+    avl__tap(p->run, "model.layers", i, "mlp.down_proj", p->normed, p->n, m->n_embd);
+    avl__add(p->x, p->normed, (int64_t)p->n * m->n_embd);
+    avl__tap(p->run, "model.layers", i, "", p->x, p->n, m->n_embd);
+}
+
+// Appends n positions to one cache, or one to each of n caches (at most AVL__STEP_ROWS); the caller has checked that there is room.
+//   tokens [n], or NULL and embeddings [n][n_embd]
+//   logits  out, [n_logits][n_vocab], of the last n_logits positions; of all if there are several caches
+static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__kv_cache *const *caches, int n_caches,
+                                      const int32_t *tokens, const float *embeddings, int n, float *logits, int n_logits,
+                                      astrovl_error *err) {
+    avl__llama_pass p;
+    const float *last;
+    int is_prompt = n > n_caches, i;
+    memset(&p, 0, sizeof p);
+    p.m = m;
+    p.run = run;
+    p.caches = caches;
+    p.n_caches = n_caches;
+    p.n = n;
+    if (!avl__llama_reserve(&p)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for reading %d tokens", n);
+    if (embeddings) memcpy(p.x, embeddings, (size_t)n * m->n_embd * sizeof(float));
+    else            avl__embed_tokens(&m->token_embd, tokens, n, p.x);
+    avl__tap(run, "model.embed_tokens", -1, "", p.x, n, m->n_embd);
+    for (i = 0; i < m->n_layer; i++) {
+        if (is_prompt && avl__report(run, "prompt", i, m->n_layer))
+            return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
+        avl__llama_attention(&p, i, i + 1 < m->n_layer || run->tap ? n : n_logits);   // of the last layer nobody reads more
+        if (p.n) avl__llama_mlp(&p, i);
+    }
+    if (is_prompt) avl__report(run, "prompt", m->n_layer, m->n_layer);
+    for (i = 0; i < n_caches; i++) caches[i]->n_past += n / n_caches;
     if (n_logits == 0) return ASTROVL_OK;
-    last = rows.x + (size_t)(n - n_logits) * m->n_embd;
-    avl__rms_norm_rows(run, rows.normed, last, m->output_norm, n_logits, m->n_embd, m->rms_norm_eps);
-    avl__tap(run, "model.norm", -1, "", rows.normed, n_logits, m->n_embd);
-    avl__apply(run, logits, rows.normed, &m->output, n_logits);
+    last = p.x + (size_t)(p.n - n_logits) * m->n_embd;
+    avl__rms_norm_rows(run, p.normed, last, m->output_norm, n_logits, m->n_embd, m->rms_norm_eps);
+    avl__tap(run, "model.norm", -1, "", p.normed, n_logits, m->n_embd);
+    avl__apply(run, logits, p.normed, &m->output, n_logits);
     avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
     return ASTROVL_OK;
 }
@@ -9137,7 +9239,8 @@ struct astrovl_model {
 
 struct astrovl_session {
     const astrovl_model *model;
-    avl__run             run;
+    avl__run             own;
+    avl__run            *run;           // its own, or that of the session it shares
     avl__kv_cache        cache;         // n_ctx 0: the model has no language model
     avl__tokens          answer;        // the last answer's tokens
     int                  n_unread;      // tokens at the answer's end that the cache does not hold yet
@@ -9554,25 +9657,34 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
 
 // ---- sessions ------------------------------------------------------------------------------------------------------
 
+static astrovl_status avl__run_init(avl__run *run, const astrovl_session_options *o, astrovl_error *err) {
+    run->kernels = avl__choose_kernels(o->mode, o->isa);
+    if (!run->kernels)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o->isa, AVL__KERNEL_NAMES);
+    run->tap = o->tap;
+    run->tap_user = o->tap_user;
+    run->progress = o->progress;
+    run->progress_user = o->progress_user;
+    run->pool = avl__pool_new(o->n_threads > 0 ? o->n_threads : avl__n_processors());
+    return run->pool ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
+}
+
 static astrovl_status avl__session_init(astrovl_session *s, const astrovl_session_options *o, astrovl_error *err) {
     const avl__llama *llama = &s->model->llama;
-    int n_threads = o->n_threads > 0 ? o->n_threads : avl__n_processors();
     int n_ctx = o->n_ctx ? o->n_ctx : llama->n_ctx_train < ASTROVL_DEFAULT_CONTEXT ? llama->n_ctx_train : ASTROVL_DEFAULT_CONTEXT;
+    astrovl_status status;
     if (o->n_threads < 0 || o->n_ctx < 0 || (o->mode != ASTROVL_FAST && o->mode != ASTROVL_EXACT))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options: n_threads %d, n_ctx %d, mode %d", o->n_threads, o->n_ctx, (int)o->mode);
     if (s->model->has_text && n_ctx > llama->n_ctx_train)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a context of %d tokens; the model was made for %d", n_ctx, llama->n_ctx_train);
-    s->run.kernels = avl__choose_kernels(o->mode, o->isa);
-    if (!s->run.kernels)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o->isa, AVL__KERNEL_NAMES);
-    s->run.tap = o->tap;
-    s->run.tap_user = o->tap_user;
-    s->run.progress = o->progress;
-    s->run.progress_user = o->progress_user;
-    s->run.pool = avl__pool_new(n_threads);
-    if (!s->run.pool || (s->model->has_text && !avl__kv_cache_init(&s->cache, llama, n_ctx)))
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller one", n_ctx);
-    return ASTROVL_OK;
+    if (o->share && o->share->model != s->model)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a session can share only with one of the same model");
+    s->run = o->share ? o->share->run : &s->own;
+    status = o->share ? ASTROVL_OK : avl__run_init(&s->own, o, err);
+    if (!status && s->model->has_text && !avl__kv_cache_init(&s->cache, llama, n_ctx))
+        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller one",
+                           n_ctx);
+    return status;
 }
 
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options, astrovl_error *err) {
@@ -9593,11 +9705,11 @@ ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, con
 
 ASTROVL_API void astrovl_session_free(astrovl_session *s) {
     if (!s) return;
-    if (s->run.pool) avl__pool_free(s->run.pool);
+    if (s->own.pool) avl__pool_free(s->own.pool);   // of a session that shares another's, all these are empty
+    astrovl_free(s->own.rows);
+    astrovl_free(s->own.thread_memory);
+    astrovl_free(s->own.quants);
     avl__kv_cache_free(&s->cache);
-    astrovl_free(s->run.rows);
-    astrovl_free(s->run.thread_memory);
-    astrovl_free(s->run.quants);
     astrovl_free(s->answer.data);
     astrovl_free(s);
 }
@@ -9675,9 +9787,9 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
         status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
     } else {
         status = avl__clip_preprocess(&m->clip, image, pixels, err);
-        if (!status) avl__tap3(&s->run, "pixel_values", -1, "", pixels, 3, m->clip.image_size, m->clip.image_size);
-        if (!status) status = avl__clip_encode(&m->clip, &s->run, pixels, rows, err);
-        if (!status) status = avl__project(m, &s->run, rows, features, err);
+        if (!status) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, m->clip.image_size, m->clip.image_size);
+        if (!status) status = avl__clip_encode(&m->clip, s->run, pixels, rows, err);
+        if (!status) status = avl__project(m, s->run, rows, features, err);
     }
     astrovl_free(pixels);
     astrovl_free(rows);
@@ -9692,7 +9804,8 @@ enum { AVL__PROMPT_BLOCK = 512 };
 static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const float *rows, int n, float *logits, int n_logits,
                                 astrovl_error *err) {
     const avl__llama *llama = &s->model->llama;
-    int n_before = s->cache.n_past, done, i;
+    avl__kv_cache *cache = &s->cache;
+    int n_before = cache->n_past, done, i;
     astrovl_status status = avl__need_text(s->model, err);
     if (status) return status;
     if (n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
@@ -9707,7 +9820,7 @@ static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const
         int block = n - done < AVL__PROMPT_BLOCK ? n - done : AVL__PROMPT_BLOCK;
         int skipped = n - n_logits - done;                       // of this block, rows before the first wanted one
         int wanted = skipped >= block ? 0 : skipped < 0 ? block : block - skipped;
-        status = avl__llama_eval(llama, &s->run, &s->cache, tokens ? tokens + done : NULL, rows ? rows + (size_t)done * llama->n_embd : NULL,
+        status = avl__llama_eval(llama, s->run, &cache, 1, tokens ? tokens + done : NULL, rows ? rows + (size_t)done * llama->n_embd : NULL,
                                  block, wanted ? logits + (size_t)(done + block - wanted - (n - n_logits)) * llama->n_vocab : NULL, wanted, err);
         done += block;
     }
@@ -11687,6 +11800,7 @@ typedef struct avl__answer {
     size_t         n_shown;     // bytes given to on_text
     avl__utf8_gate gate;
     int            state;       // of the guide, if there is one
+    int            is_cut;      // a stop text was met, or on_text wants no more: what is held back is not shown any more
     const astrovl_generation *options;
 } avl__answer;
 
@@ -11726,8 +11840,8 @@ static void avl__answer_put(avl__answer *a, const char *text, size_t size) {
     avl__bytes_put(&a->text, text, size);
 }
 
-// Takes one more token.  Returns ASTROVL_OK, ASTROVL_CANCELLED or ASTROVL_ERROR_MEMORY; *stopped: a stop text was met
-static astrovl_status avl__answer_token(avl__answer *a, const avl__vocab *vocab, int32_t token, int *stopped) {
+// Takes the text of one more token. Returns 0 when memory is out.
+static int avl__answer_token(avl__answer *a, const avl__vocab *vocab, int32_t token) {
     avl__bytes piece = {NULL, 0, 0, 0};
     size_t before = a->text.size, end, longest = 0, skip = 0;
     int i;
@@ -11744,68 +11858,96 @@ static astrovl_status avl__answer_token(avl__answer *a, const avl__vocab *vocab,
         astrovl_free(whole.data);
     }
     astrovl_free(piece.data);
-    if (piece.failed || a->text.failed) return ASTROVL_ERROR_MEMORY;
+    if (piece.failed || a->text.failed) return 0;
     for (i = 0; i < a->options->n_stop; i++)
         if (strlen(a->options->stop[i]) > longest) longest = strlen(a->options->stop[i]);
     end = avl__find_stop(a, before > longest ? before - longest : 0);
-    *stopped = end < a->text.size;
-    if (*stopped) {
+    a->is_cut = end < a->text.size;
+    if (a->is_cut) {
         a->text.size = end;
         a->text.data[end] = 0;
     }
-    return avl__show(a, *stopped ? end : a->text.size - avl__held_back(a)) ? ASTROVL_CANCELLED : ASTROVL_OK;
+    if (avl__show(a, a->is_cut ? end : a->text.size - avl__held_back(a))) a->is_cut = 1;
+    return 1;
 }
 
-// ---- a turn --------------------------------------------------------------------------------------------------------
+// What was held back is shown at the answer's end, an unfinished character as U+FFFD. Returns 0 when memory is out.
+static int avl__answer_end(avl__answer *a) {
+    avl__bytes rest = {NULL, 0, 0, 0};
+    int good;
+    if (a->is_cut) return 1;
+    avl__utf8_gate_flush(&a->gate, &rest);
+    if (!rest.failed && rest.size) avl__answer_put(a, rest.data, rest.size);
+    good = !rest.failed && !a->text.failed;
+    astrovl_free(rest.data);
+    if (good) avl__show(a, a->text.size);
+    return good;
+}
+
+// ---- turns ---------------------------------------------------------------------------------------------------------
+// One conversation's turn, or turns of several that are written together: one token of each per step, so that the weights, whose
+// way from memory is what a step takes, are read once for all.
+
+typedef struct avl__turn {
+    astrovl_turn    *asked;
+    astrovl_session *s;
+    avl__answer      answer;
+    float           *logits;         // [n_vocab], of the position before the next token
+    uint64_t         random_state;
+    int              max_tokens, n_before;   // n_before: positions in the cache before this turn
+} avl__turn;
 
 // Draws the next token, inside the guide if there is one; then there is room for the answer to end as it asks.
-static astrovl_status avl__draw(const astrovl_session *s, const avl__answer *a, int max_tokens, float *logits, uint64_t *random_state,
-                                int32_t *token, astrovl_error *err) {
+static astrovl_status avl__draw(avl__turn *t, int32_t *token) {
+    const astrovl_session *s = t->s;
+    const avl__answer *a = &t->answer;
     const astrovl_generation *o = a->options;
-    int n_left = max_tokens - (int)a->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1;   // + 1: the last is left unread
-    astrovl_status status = o->guide ? astrovl_guide_mask(o->guide, a->state, n_left < n_room ? n_left : n_room, logits, err) : ASTROVL_OK;
+    int n_left = t->max_tokens - (int)a->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1;   // the last is left unread
+    astrovl_status status = ASTROVL_OK;
+    if (n_left > n_room) n_left = n_room;
+    if (o->guide) status = astrovl_guide_mask(o->guide, a->state, n_left, t->logits, &t->asked->err);
     if (status) return status;
-    *token = astrovl_sample(logits, s->model->llama.n_vocab, o, a->tokens.data, (int)a->tokens.size, random_state);
+    *token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, a->tokens.data, (int)a->tokens.size, &t->random_state);
     if (!o->guide || astrovl_guide_next(o->guide, a->state, *token) >= 0) return ASTROVL_OK;
     if (avl__vocab_is_end(&s->model->vocab, *token) && astrovl_guide_is_final(o->guide, a->state)) return ASTROVL_OK;
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
+    return avl__fail(&t->asked->err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
 }
 
 static int avl__answer_is_done(const avl__answer *a) { return a->options->guide && avl__guide_is_done(a->options->guide, a->state); }
 
-// Writes tokens after the logits [n_vocab] of the prompt's last position until the model, the guide, a stop text or a limit ends the
-// answer. The last token is left unread: the next turn reads it, or nobody needs it.
-static astrovl_status avl__generate(astrovl_session *s, float *logits, avl__answer *a, astrovl_error *err) {
-    const astrovl_generation *o = a->options;
-    const avl__vocab *vocab = &s->model->vocab;
-    int max_tokens = o->max_tokens > 0 ? o->max_tokens : 256, stopped = 0;
-    uint64_t random_state = o->seed;
-    astrovl_status status = ASTROVL_OK;
-    while (!avl__answer_is_done(a)) {
-        int32_t token;
-        status = avl__draw(s, a, max_tokens, logits, &random_state, &token, err);
-        if (status) return status;
-        if (avl__vocab_is_end(vocab, token)) break;
-        if (!avl__tokens_put(&a->tokens, token)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-        a->n_unread = 1;
-        status = avl__answer_token(a, vocab, token, &stopped);
-        if (status == ASTROVL_ERROR_MEMORY) return avl__fail(err, status, "out of memory for the answer");
-        if (status || stopped || avl__answer_is_done(a)) break;
-        s->stats.stopped_by_limit = (int)a->tokens.size >= max_tokens || s->cache.n_past >= s->cache.n_ctx;
-        if (s->stats.stopped_by_limit) break;
-        status = avl__eval(s, &token, NULL, 1, logits, 1, err);
-        if (status) return status;
-        a->n_unread = 0;
+// Writes the token after t->logits. Returns 1 if the answer goes on once this token is read; 0 when the model, the guide, a stop text
+// or a limit ends it, or on a failure (asked->err). The last token is left unread: the next turn reads it, or nobody needs it.
+static int avl__write_token(avl__turn *t) {
+    astrovl_session *s = t->s;
+    avl__answer *a = &t->answer;
+    int32_t token;
+    if (avl__answer_is_done(a) || avl__draw(t, &token) || avl__vocab_is_end(&s->model->vocab, token)) return 0;
+    if (!avl__tokens_put(&a->tokens, token) || !avl__answer_token(a, &s->model->vocab, token)) {
+        avl__fail(&t->asked->err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+        return 0;
     }
-    if (!stopped && !status) {   // what was held back is shown now, an unfinished character as U+FFFD
-        avl__bytes rest = {NULL, 0, 0, 0};
-        avl__utf8_gate_flush(&a->gate, &rest);
-        if (!rest.failed && rest.size) avl__answer_put(a, rest.data, rest.size);
-        if (rest.failed || a->text.failed) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-        astrovl_free(rest.data);
-        if (!status) avl__show(a, a->text.size);
+    a->n_unread = 1;
+    if (a->is_cut || avl__answer_is_done(a)) return 0;
+    s->stats.stopped_by_limit = (int)a->tokens.size >= t->max_tokens || s->cache.n_past >= s->cache.n_ctx;
+    return !s->stats.stopped_by_limit;
+}
+
+// Reads the token that each of n turns has just written, n at most AVL__STEP_ROWS.  logits: out, [n][n_vocab]
+static void avl__read_tokens(avl__turn *turns, int n, float *logits) {
+    const avl__llama *llama = &turns->s->model->llama;
+    avl__kv_cache *caches[AVL__STEP_ROWS];
+    int32_t tokens[AVL__STEP_ROWS];
+    astrovl_error failure;
+    int i;
+    for (i = 0; i < n; i++) {
+        const avl__tokens *written = &turns[i].answer.tokens;
+        caches[i] = &turns[i].s->cache;
+        tokens[i] = written->data[written->size - 1];
+        turns[i].logits = logits + (size_t)i * llama->n_vocab;
+        turns[i].answer.n_unread = 0;
     }
-    return status == ASTROVL_CANCELLED ? ASTROVL_OK : status;   // a cancelled answer is kept as far as it went
+    if (avl__llama_eval(llama, turns->s->run, caches, n, tokens, NULL, n, logits, n, &failure) == ASTROVL_OK) return;
+    for (i = 0; i < n; i++) turns[i].asked->err = failure;
 }
 
 // Reads the turn's prompt, images spliced in.  logits: out, [n_vocab]
@@ -11874,48 +12016,130 @@ static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const 
     return status;
 }
 
-// Everything of a turn that can fail; only the cache's n_past is left to the caller to put back.
-static astrovl_status avl__run_turn(astrovl_session *s, const astrovl_image *images, int n_images, const char *text, avl__answer *a,
-                                    astrovl_error *err) {
+// Reads what a turn asks, up to the logits that its answer begins with.
+static void avl__begin_turn(avl__turn *t) {
+    const astrovl_turn *asked = t->asked;
+    astrovl_error *err = &t->asked->err;
     avl__tokens tokens = {NULL, 0, 0};
-    float *logits = avl__alloc_floats((uint64_t)s->model->llama.n_vocab);
-    astrovl_status status = logits ? avl__lay_out_turn(s, n_images, text, a->options, &tokens, err)
-                                   : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for logits");
-    memset(&s->stats, 0, sizeof s->stats);
-    avl__bytes_put(&a->text, "", 0);
-    if (!status && a->text.failed) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-    if (!status) status = avl__read_prompt(s, &tokens, images, logits, err);
-    if (!status) {
-        double start = avl__seconds();
-        status = avl__generate(s, logits, a, err);
-        s->stats.decode_seconds = avl__seconds() - start;
-        s->stats.n_answer_tokens = (int)a->tokens.size;
-    }
-    astrovl_free(logits);
+    memset(&t->s->stats, 0, sizeof t->s->stats);
+    if (avl__check_turn(t->s, asked->images, asked->n_images, asked->text, t->answer.options, err)) return;
+    avl__bytes_put(&t->answer.text, "", 0);
+    if (t->answer.text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+    else if (!avl__lay_out_turn(t->s, asked->n_images, asked->text, t->answer.options, &tokens, err))
+        avl__read_prompt(t->s, &tokens, asked->images, t->logits, err);
     astrovl_free(tokens.data);
+}
+
+// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has failed.
+static void avl__end_turn(avl__turn *t) {
+    astrovl_session *s = t->s;
+    avl__answer *a = &t->answer;
+    astrovl_error *err = &t->asked->err;
+    if (!err->status && !avl__answer_end(a)) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+    if (err->status) {
+        astrovl_free(a->text.data);
+        astrovl_free(a->tokens.data);
+        s->cache.n_past = t->n_before;
+        return;
+    }
+    astrovl_free(s->answer.data);
+    s->answer = a->tokens;
+    s->n_unread = a->n_unread;
+    s->n_turns++;
+    s->stats.n_answer_tokens = (int)a->tokens.size;
+    t->asked->answer = a->text.data;
+}
+
+static void avl__swap_turns(avl__turn *a, avl__turn *b) {
+    avl__turn t = *a;
+    *a = *b;
+    *b = t;
+}
+
+// Writes the answers, each to its end.  turns: get another order;  logits: scratch, [n][n_vocab], where the turns' own lie
+static void avl__write_answers(avl__turn *turns, int n, float *logits) {
+    const int group = turns->s->run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
+    const size_t n_vocab = (size_t)turns->s->model->llama.n_vocab;
+    double start = avl__seconds(), now;
+    int n_going, i;
+    for (; n > 0; n = n_going, start = now) {
+        for (i = 0, n_going = 0; i < n; i++)
+            if (!turns[i].asked->err.status && avl__write_token(&turns[i])) avl__swap_turns(&turns[i], &turns[n_going++]);
+            else                                                            avl__end_turn(&turns[i]);
+        for (i = 0; i < n_going; i += group)
+            avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + i * n_vocab);
+        now = avl__seconds();
+        for (i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
+    }
+}
+
+static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl_error *err) {
+    int i, j;
+    if (!turns || n < 1) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a batch of %d turns", turns ? n : 0);
+    for (i = 0; i < n; i++) {
+        if (!turns[i].session) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch has no session", i);
+        if (turns[i].session->run != turns->session->run)
+            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch: its session does not share turn 0's "
+                             "(astrovl_session_options.share)", i);
+        for (j = 0; j < i; j++)
+            if (turns[i].session == turns[j].session)
+                return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turns %d and %d of a batch are of one session", j, i);
+    }
+    return ASTROVL_OK;
+}
+
+// Takes the turns that were asked for.  turns: [n], zeros;  logits: scratch, [n][n_vocab]
+static void avl__run_turns(astrovl_turn *asked, int n, avl__turn *turns, float *logits) {
+    astrovl_generation defaults;
+    int i;
+    memset(&defaults, 0, sizeof defaults);
+    for (i = 0; i < n; i++) {
+        avl__turn *t = &turns[i];
+        const astrovl_generation *o = asked[i].options ? asked[i].options : &defaults;
+        t->asked = &asked[i];
+        t->s = asked[i].session;
+        t->answer.options = o;
+        t->logits = logits + (size_t)i * t->s->model->llama.n_vocab;
+        t->random_state = o->seed;
+        t->max_tokens = o->max_tokens > 0 ? o->max_tokens : 256;
+        t->n_before = t->s->cache.n_past;
+        avl__begin_turn(t);
+    }
+    avl__write_answers(turns, n, logits);
+}
+
+ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err) {
+    astrovl_error failure;
+    astrovl_status status;
+    avl__turn *room;
+    float *logits;
+    int i;
+    memset(&failure, 0, sizeof failure);
+    status = avl__check_batch(turns, n_turns, &failure);
+    for (i = 0; turns && i < n_turns; i++) turns[i].answer = NULL, turns[i].err = failure;
+    if (status) return avl__fail(err, status, "%s", failure.message);
+    room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
+    logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
+    if (room && logits) avl__run_turns(turns, n_turns, room, logits);
+    else for (i = 0; i < n_turns; i++) avl__fail(&turns[i].err, ASTROVL_ERROR_MEMORY, "out of memory for %d turns", n_turns);
+    astrovl_free(room);
+    astrovl_free(logits);
+    for (i = 0; i < n_turns && !status; i++)
+        if (turns[i].err.status) status = avl__fail(err, turns[i].err.status, "%s", turns[i].err.message);
     return status;
 }
 
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err) {
-    astrovl_generation defaults;
-    avl__answer answer;
-    int n_before = s->cache.n_past;
-    memset(&defaults, 0, sizeof defaults);
-    memset(&answer, 0, sizeof answer);
-    answer.options = options ? options : &defaults;
-    if (avl__check_turn(s, images, n_images, text, answer.options, err) != ASTROVL_OK) return NULL;
-    if (avl__run_turn(s, images, n_images, text, &answer, err) != ASTROVL_OK) {
-        astrovl_free(answer.text.data);
-        astrovl_free(answer.tokens.data);
-        s->cache.n_past = n_before;
-        return NULL;
-    }
-    astrovl_free(s->answer.data);
-    s->answer = answer.tokens;
-    s->n_unread = answer.n_unread;
-    s->n_turns++;
-    return answer.text.data;
+    astrovl_turn turn;
+    memset(&turn, 0, sizeof turn);
+    turn.session = s;
+    turn.images = images;
+    turn.n_images = n_images;
+    turn.text = text;
+    turn.options = options;
+    astrovl_chat_batch(&turn, 1, err);
+    return turn.answer;
 }
 
 // ---- one call ------------------------------------------------------------------------------------------------------
@@ -11990,8 +12214,8 @@ static astrovl_status avl__embed_image_pass(astrovl_session *s, const astrovl_im
         astrovl_status status = avl__clip_preprocess(clip, &images[i], pixels + 3 * size * size * (size_t)i, err);
         if (status) return status;
     }
-    if (n == 1) avl__tap3(&s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
-    return avl__clip_embed_images(clip, &s->run, pixels, n, embeddings, err);
+    if (n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
+    return avl__clip_embed_images(clip, s->run, pixels, n, embeddings, err);
 }
 
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images, int normalize,
@@ -12003,7 +12227,7 @@ ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrov
     if (status) return status;
     if (n_images < 0 || (n_images > 0 && (!images || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_embed_images needs images and room for their embeddings");
-    n_pass = s->run.tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);   // the tap sees images one by one
+    n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);   // the tap sees images one by one
     if (n_pass > n_images) n_pass = n_images;
     pixels = avl__alloc_floats((uint64_t)n_pass * 3 * (uint64_t)clip->image_size * (uint64_t)clip->image_size);
     if (!pixels) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d images", n_pass);
@@ -12036,10 +12260,10 @@ static astrovl_status avl__embed_text_pass(astrovl_session *s, const char *const
     avl__tokens tokens = {NULL, 0, 0};
     astrovl_status status = ASTROVL_OK;
     int n;
-    for (n = 0; n < n_texts && tokens.size < AVL__JOINT_ROWS && !(n > 0 && s->run.tap) && !status; n++)
+    for (n = 0; n < n_texts && tokens.size < AVL__JOINT_ROWS && !(n > 0 && s->run->tap) && !status; n++)
         status = texts[n] ? avl__clip_tokens(m, texts[n], &tokens, &lengths[n], err)
                           : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", n);
-    if (!status) status = avl__clip_embed_texts(&m->clip_text, &s->run, tokens.data, lengths, n, m->clip_vocab.eos, embeddings, err);
+    if (!status) status = avl__clip_embed_texts(&m->clip_text, s->run, tokens.data, lengths, n, m->clip_vocab.eos, embeddings, err);
     astrovl_free(tokens.data);
     *n_done = n;
     return status;

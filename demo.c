@@ -186,7 +186,8 @@ static void put_json(const char *f, ...) {
 enum { CAPTION = 1, ASK = 2, CHAT = 4, TOKENS = 8, INSPECT = 16, TRACE = 32, VERSION = 64, SCORE = 128, DESCRIBE = 256,
        INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384, QUANTIZE = 32768,
        SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 65535,
-       FAST = ALL & ~(TOKENS | INSPECT | VERSION) };          // those that compute
+       FAST = ALL & ~(TOKENS | INSPECT | VERSION),           // those that compute
+       MAX_TURNS = 64 };                                     // of caption --batch
 typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
@@ -218,6 +219,7 @@ static const option_spec option_table[] = {
     {"image", 'i', TEXT, F(image), 0, 0, SEARCH, "FILE", "search for what resembles this image instead of a text"},
     {"best", 'k', INTEGER, F(best), 1, 1000000000, DESCRIBE | SEARCH, "N", "print the N best (default: 5 of each group, 10 hits)"},
     {"batch", 'b', INTEGER, F(batch), 1, 256, INDEX | EMBED | EVALUATE, "N", "images in one pass (default 4)"},
+    {"batch", 'b', INTEGER, F(batch), 1, MAX_TURNS, CAPTION, "N", "describe N images together: faster, printed N at a time (default 1)"},
     {"raw", 0, FLAG, F(raw), 0, 0, EMBED, NULL, "rows as the towers give them, not divided by their length"},
     {"svg", 0, TEXT, F(svg), 0, 0, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"},
     {"schema", 0, TEXT, F(schema), 0, 0, SUMMARIZE, "FILE", "the answer is JSON of this schema, not the paper's"},
@@ -386,7 +388,7 @@ struct program {
     const command     *cmd;                // the command that runs
     options            o;
     astrovl_model     *model;
-    astrovl_session   *session;
+    astrovl_session   *session, *more[MAX_TURNS];   // more[1] on: of caption --batch, they share what the first one has
     astrovl_info       info;               // of the model, once open_towers has opened it
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
@@ -493,20 +495,25 @@ static int on_progress(void *user, const char *stage, int done, int total) {
     return g_interrupted || p->stop;
 }
 
+static void print_text(const program *p, const char *text, size_t size) {
+    if (p->safe_output) print_string(stdout, text, size, 0);
+    else fwrite(text, 1, size, stdout);
+}
+
 // Gets the answer piece by piece.
 static int on_text(void *user, const char *text, size_t size) {
     program *p = (program *)user;
     if (p->counting) return g_interrupted != 0;
     clear_bar(p);
     if (p->o.json || p->o.hash) return g_interrupted != 0;
-    if (p->safe_output) print_string(stdout, text, size, 0);
-    else fwrite(text, 1, size, stdout);
+    print_text(p, text, size);
     flush_output(p);
     return g_interrupted || p->stop;
 }
 
 static void open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
-    astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA")};
+    astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"),
+                                               NULL};
     astrovl_error err;
     p->session = astrovl_session_new(p->model, &session_options, &err);
     if (!p->session) exit(failed(&err));
@@ -531,24 +538,31 @@ static astrovl_status load_image(const char *path, astrovl_image *image, astrovl
     return status;
 }
 
-// One turn. Ctrl-C ends it and not the program.
-static char *say(program *p, const astrovl_image *images, int n_images, const char *text, astrovl_error *err) {
-    char *answer;
+// Turns of several conversations. Ctrl-C ends them and not the program.
+static void say_together(program *p, astrovl_turn *turns, int n) {
     void (*before)(int) = signal(SIGINT, on_interrupt);
     if (before == SIG_IGN) signal(SIGINT, SIG_IGN);   // started so (in the background of a script): leave it
     g_interrupted = 0;
     if (!p->counting) p->started = time(NULL);
-    answer = astrovl_chat(p->session, images, n_images, text, &p->o.how, err);
+    astrovl_chat_batch(turns, n, NULL);               // each turn has its own error
     if (!p->counting) clear_bar(p);
     signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
-    return answer;
 }
 
-static void print_timings(program *p, const char *label) {
+static char *say(program *p, const astrovl_image *images, int n_images, const char *text, astrovl_error *err) {
+    astrovl_turn turn = {p->session, images, n_images, text, &p->o.how, NULL, {ASTROVL_OK, ""}};
+    say_together(p, &turn, 1);
+    *err = turn.err;
+    return turn.answer;
+}
+
+static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
+
+static void print_timings(const program *p, const astrovl_session *s, const char *label) {
     astrovl_stats t;
     if (p->o.quiet || p->o.json) return;
-    astrovl_get_stats(p->session, &t);
-    if (label) print_safe(stderr, label), fputs(": ", stderr);
+    astrovl_get_stats(s, &t);
+    print_label(stderr, label);
     if (t.encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t.encode_seconds);
     fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t.n_prompt_tokens, t.prompt_seconds,
             t.n_answer_tokens, t.decode_seconds);
@@ -557,11 +571,11 @@ static void print_timings(program *p, const char *label) {
 }
 
 // file may be NULL.
-static void print_answer_json(program *p, const char *file, const char *prompt, const char *answer) {
+static void print_answer_json(const astrovl_session *s, const char *file, const char *prompt, const char *answer) {
     astrovl_stats t;
     int i, n = 0;
-    const int32_t *ids = astrovl_answer_tokens(p->session, &n);
-    astrovl_get_stats(p->session, &t);
+    const int32_t *ids = astrovl_answer_tokens(s, &n);
+    astrovl_get_stats(s, &t);
     put_json("{");
     if (file) put_json("file:%s", file);
     put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
@@ -732,45 +746,69 @@ static double seconds_now(void) {
 
 // ==== caption, ask ===================================================================================================
 // Prints one answer's end: the JSON object, or the newline and the timings.
-static void finish_answer(program *p, const char *file, const char *label, const char *prompt, const char *answer) {
-    if (p->o.json) print_answer_json(p, file, prompt, answer);
+static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
+                          const char *answer) {
+    if (p->o.json) print_answer_json(s, file, prompt, answer);
     else putchar('\n');
     flush_output(p);
-    print_timings(p, label);
+    print_timings(p, s, label);
 }
 
-// Asks about one image, or about several at once, in a fresh conversation. label: said before and after the answer, or NULL
-static int answer_images(program *p, const char *const *paths, int n, const char *label, const char *prompt) {
-    astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n, sizeof *images);
-    astrovl_error err;
-    char *answer = NULL;
-    int i, good = 0;
-    astrovl_session_reset(p->session);
-    while (good < n && load_image(paths[good], &images[good], &err) == ASTROVL_OK) good++;
-    if (good == n) {
-        if (label && !p->o.json) print_safe(stdout, label), fputs(": ", stdout);
-        answer = say(p, images, n, prompt, &err);
-        if (!answer && label && !p->o.json) putchar('\n');
+// Prints what a turn about `each` images has given, or why there is nothing. label: what it is about, or NULL
+static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, int each, const char *label) {
+    int loaded = t->n_images == each;
+    if (loaded && p->counting) print_label(stdout, label);
+    if (t->answer) {
+        if (p->counting && !p->o.json) print_text(p, t->answer, strlen(t->answer));
+        finish_answer(p, t->session, p->o.together ? NULL : paths[0], label, t->text, t->answer);
+        astrovl_free(t->answer);
+        return g_interrupted ? EXIT_FAILED : EXIT_OK;
     }
-    for (i = 0; i < n; i++) astrovl_image_free(&images[i]);
-    if (!answer) {
-        if (p->o.json) print_error_json(paths[good < n ? good : 0], &err);
-        flush_output(p);
-        return failed(&err);
+    if (loaded && label) putchar('\n');
+    if (p->o.json) print_error_json(paths[loaded ? 0 : t->n_images], &t->err);
+    flush_output(p);
+    return failed(&t->err);
+}
+
+// Asks about images in n fresh conversations, about `each` of them in a turn; the turns are taken together.
+static int answer_images(program *p, const char *const *paths, int n, int each, int with_labels, const char *prompt) {
+    astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n * (size_t)each, sizeof *images);
+    astrovl_turn turns[MAX_TURNS], *of[MAX_TURNS];         // of[i] is about paths[i * each]; turns that lack an image stand last
+    int i, k, good = 0, status = EXIT_OK;
+    for (i = 0; i < n; i++) {
+        astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
+        astrovl_session_reset(t.session);
+        for (k = i * each; t.n_images < each && load_image(paths[k], &images[k], &t.err) == ASTROVL_OK; k++) t.n_images++;
+        of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
+        *of[i] = t;
     }
-    finish_answer(p, p->o.together ? NULL : paths[0], label, prompt, answer);
-    astrovl_free(answer);
-    return g_interrupted ? EXIT_FAILED : EXIT_OK;
+    if (good && !p->counting) print_label(stdout, with_labels ? paths[0] : NULL);
+    if (good) say_together(p, turns, good);
+    clear_bar(p);
+    for (i = 0; i < n; i++)
+        if (finish_turn(p, of[i], paths + i * each, each, with_labels ? paths[i] : NULL) != EXIT_OK) status = EXIT_FAILED;
+    for (i = 0; i < n * each; i++) astrovl_image_free(&images[i]);
+    return status;
 }
 
 // Goes on after an image that fails, and remembers it.
 static int answer_each(program *p, int n_images, const char *prompt) {
     const char **paths = p->o.words.items;
-    int i, status = EXIT_OK;
+    int i, batch = p->o.batch ? p->o.batch : 1, status = EXIT_OK;
+    astrovl_session_options shared = {ASTROVL_FAST, 0, p->o.ctx, NULL, NULL, NULL, NULL, NULL, NULL};
+    astrovl_error err;
     open_model_and_session(p);
-    if (p->o.together) return answer_images(p, paths, n_images, NULL, prompt);
-    for (i = 0; i < n_images && !p->stop && !g_interrupted; i++)
-        if (answer_images(p, paths + i, 1, n_images > 1 ? paths[i] : NULL, prompt) != EXIT_OK) status = EXIT_FAILED;
+    if (p->o.together) return answer_images(p, paths, 1, n_images, 0, prompt);
+    p->counting = batch > 1;               // answers are printed when all of their batch are there
+    p->started = time(NULL);
+    shared.share = p->session;
+    for (i = 1; i < batch && i < n_images; i++)
+        if (!(p->more[i] = astrovl_session_new(p->model, &shared, &err))) exit(failed(&err));
+    for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
+        if (p->counting) draw_bar(p, "images", i, n_images, 0);
+        if (answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt) != EXIT_OK)
+            status = EXIT_FAILED;
+    }
     return status;
 }
 
@@ -806,7 +844,7 @@ static void chat_turn(program *p, chat_state *c, const char *text) {
     astrovl_error err;
     char *answer = say(p, &c->image, c->pending ? 1 : 0, text, &err);
     int stopped = answer ? g_interrupted : err.status == ASTROVL_CANCELLED && c->interactive;
-    if (answer) c->pending = 0, finish_answer(p, NULL, NULL, text, answer);
+    if (answer) c->pending = 0, finish_answer(p, p->session, NULL, NULL, text, answer);
     if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
     if (!answer && !stopped) {
         c->n_failed++;
@@ -2242,7 +2280,7 @@ static int summarize_file(program *p, const char *path) {
     astrovl_session_reset(p->session);
     answer = say(p, NULL, 0, request, &err);
     if (!answer) return fail("%s: %s", path, err.message);
-    finish_answer(p, path, p->o.words.n > 1 ? path : NULL, request, answer);
+    finish_answer(p, p->session, path, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
 }
@@ -2314,7 +2352,8 @@ static int run_version(program *p) {
 static const command commands[] = {
     {"caption", CAPTION, run_caption, 1, MANY, "which image?", "caption [OPTIONS] IMAGE...", "describe images",
      "Describes what each image shows, in a sentence or two. Images are PNG, JPEG or PNM files. With several, each line\n"
-     "begins with the file's name; one that cannot be read is reported, and the others are still described.",
+     "begins with the file's name; one that cannot be read is reported, and the others are still described. --batch N\n"
+     "reads the model's weights once for N images instead of N times: the same answers, sooner where a model is large.",
      "  astrovl caption galaxy.png\n  astrovl caption --json *.jpg > captions.jsonl\n"
      "  astrovl caption -m llava-q4_0.gguf -m mmproj.gguf --temperature 0.7 --seed 3 nebula.jpg\n"},
     {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "ask [OPTIONS] IMAGE... \"QUESTION\"",
@@ -2451,6 +2490,7 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);
     else if (status == EXIT_OK) status = c->run(p);
+    for (i = 1; i < MAX_TURNS; i++) astrovl_session_free(p->more[i]);
     astrovl_session_free(p->session);
     astrovl_close(p->model);
     return status;

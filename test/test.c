@@ -757,7 +757,7 @@ static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_pas
     CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)(n_keys > d ? n_keys : d), 1), "reserve");
     a.q = q, a.k = k, a.v = v, a.out = out, a.weights = kernels->attend ? NULL : weights, a.n_rows = n_rows, a.n_past = n_past, a.n_head = n_head;
     a.n_head_kv = n_head_kv, a.head_dim = d, a.causal = causal, a.run = &run;
-    avl__attention_run(&a);
+    avl__attention_run(&a, 1);
     for (h = 0; h < n_head; h++)
         for (r = 0; r < n_rows; r++) {
             int last = causal ? n_past + r + 1 : n_keys, kv = h / (n_head / n_head_kv);
@@ -4526,6 +4526,414 @@ static void models_sampling_text(void) {
     models_kit_close(&kit);
 }
 
+// ---- turns of several conversations together: everything must be as one by one
+
+enum { BATCH_MOST = 17 };
+
+typedef struct batch_talk {       // one conversation, and what is asked in its turn
+    astrovl_session   *s;
+    astrovl_generation o;
+    models_listener    heard;
+    char               text[256];
+    int                n_images;
+} batch_talk;
+
+typedef struct batch_kit {
+    const astrovl_model *model;
+    const astrovl_image *images;  // 2
+    astrovl_guide       *guide;
+    astrovl_mode         mode;
+    const char          *isa, *system;
+} batch_kit;
+
+static astrovl_session *batch_session(const batch_kit *kit, int n_ctx, astrovl_session *share) {
+    astrovl_session_options o;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_session *s;
+    memset(&o, 0, sizeof o);
+    o.mode = kit->mode;
+    o.isa = kit->isa;
+    o.n_threads = 2;
+    o.n_ctx = n_ctx;
+    o.share = share;
+    s = astrovl_session_new(kit->model, &o, &err);
+    CHECK(s, "%s", err.message);
+    if (!s) exit(1);
+    return s;
+}
+
+// Conversation i's turn (0 or 1): prompts of many lengths, every way to choose tokens, and every way to end.
+static void batch_ask(const batch_kit *kit, batch_talk *talk, int i, int turn) {
+    static const char *const stops[] = {"no such text", "e"};
+    int word;
+    memset(&talk->o, 0, sizeof talk->o);
+    memset(&talk->heard, 0, sizeof talk->heard);
+    snprintf(talk->text, sizeof talk->text, "Number %d:", i);
+    for (word = 0; word < i % 7; word++) snprintf(talk->text + strlen(talk->text), 32, " what is this?");
+    talk->n_images = turn == 0 ? i % 3 : i % 4 == 3;
+    talk->heard.cancel_at = i % 8 == 7 ? 1 : -1;
+    talk->o.system = kit->system;
+    talk->o.max_tokens = 3 + (i * 5 + turn * 3) % 13;
+    talk->o.on_text = models_listen;
+    talk->o.user = &talk->heard;
+    if (i % 6 == 1) talk->o.temperature = 1.0f, talk->o.seed = (uint64_t)i;
+    if (i % 6 == 2) talk->o.stop = stops, talk->o.n_stop = 2;
+    if (i % 6 == 3) talk->o.guide = kit->guide, talk->o.max_tokens = 12;
+    if (i % 6 == 4) talk->o.repetition_penalty = 1.5f, talk->o.top_k = 5, talk->o.temperature = 0.7f;
+    if (i % 6 == 5) talk->o.max_tokens = 1;
+}
+
+static astrovl_turn batch_turn(const batch_kit *kit, batch_talk *talk) {
+    astrovl_turn t;
+    memset(&t, 0, sizeof t);
+    t.session = talk->s;
+    t.images = kit->images;
+    t.n_images = talk->n_images;
+    t.text = talk->text;
+    t.options = &talk->o;
+    return t;
+}
+
+// The turn that was taken together with others against the same one taken alone.
+static void batch_check(const astrovl_turn *t, const batch_talk *together, const batch_talk *alone, const char *answer, int i, int turn) {
+    astrovl_stats a, b;
+    int n, m;
+    const int32_t *some = astrovl_answer_tokens(together->s, &n), *others = astrovl_answer_tokens(alone->s, &m);
+    CHECK(t->answer && answer && strcmp(t->answer, answer) == 0, "turn %d of conversation %d: \"%s\", alone \"%s\"", turn, i,
+          t->answer ? t->answer : t->err.message, answer ? answer : "");
+    CHECK(n == m && (n == 0 || memcmp(some, others, (size_t)n * sizeof *some) == 0), "turn %d of conversation %d: %d tokens, alone %d", turn, i, n, m);
+    CHECK(strcmp(together->heard.text, alone->heard.text) == 0 && together->heard.calls == alone->heard.calls, "shown \"%s\", alone \"%s\"",
+          together->heard.text, alone->heard.text);
+    CHECK(astrovl_session_n_past(together->s) == astrovl_session_n_past(alone->s), "conversation %d: %d positions, alone %d", i,
+          astrovl_session_n_past(together->s), astrovl_session_n_past(alone->s));
+    astrovl_get_stats(together->s, &a);
+    astrovl_get_stats(alone->s, &b);
+    CHECK(a.n_prompt_tokens == b.n_prompt_tokens && a.n_answer_tokens == b.n_answer_tokens && a.stopped_by_limit == b.stopped_by_limit,
+          "conversation %d: other stats than alone", i);
+}
+
+// Two turns of n conversations; in the end a token read by each must give the same logits.
+static void batch_compare(const batch_kit *kit, int n) {
+    batch_talk together[BATCH_MOST], alone[BATCH_MOST];
+    astrovl_turn turns[BATCH_MOST];
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info info;
+    float *a, *b;
+    int i, turn, lengths[40] = {0}, n_lengths = 0;
+    astrovl_get_info(kit->model, &info);
+    a = (float *)malloc((size_t)info.n_vocab * sizeof *a);
+    b = (float *)malloc((size_t)info.n_vocab * sizeof *b);
+    for (i = 0; i < n; i++) {
+        together[i].s = batch_session(kit, 0, i ? together[i / 2].s : NULL);
+        alone[i].s = batch_session(kit, 0, NULL);
+    }
+    for (turn = 0; turn < 2; turn++) {
+        for (i = 0; i < n; i++) {
+            batch_ask(kit, &together[i], i, turn);
+            turns[i] = batch_turn(kit, &together[i]);
+        }
+        CHECK(astrovl_chat_batch(turns, n, &err) == ASTROVL_OK, "%s", err.message);
+        for (i = 0; i < n; i++) {
+            char *answer;
+            int n_answer;
+            batch_ask(kit, &alone[i], i, turn);
+            answer = astrovl_chat(alone[i].s, kit->images, alone[i].n_images, alone[i].text, &alone[i].o, &err);
+            batch_check(&turns[i], &together[i], &alone[i], answer, i, turn);
+            astrovl_answer_tokens(alone[i].s, &n_answer);
+            if (n_answer < 40) n_lengths += lengths[n_answer]++ == 0;
+            astrovl_free(answer);
+            astrovl_free(turns[i].answer);
+        }
+    }
+    CHECK(n < 5 || n_lengths > 3, "answers of %d different lengths", n_lengths);
+    for (i = 0; i < n; i++) {
+        int32_t token = i + 5;
+        CHECK(astrovl_eval_tokens(together[i].s, &token, 1, a, 1, &err) == ASTROVL_OK, "%s", err.message);
+        CHECK(astrovl_eval_tokens(alone[i].s, &token, 1, b, 1, &err) == ASTROVL_OK, "%s", err.message);
+        CHECK(memcmp(a, b, (size_t)info.n_vocab * sizeof *a) == 0, "conversation %d of %d remembers other bits", i, n);
+    }
+    for (i = n - 1; i >= 0; i--) {
+        astrovl_session_free(together[i].s);
+        astrovl_session_free(alone[i].s);
+    }
+    free(a);
+    free(b);
+}
+
+static void batch_kit_open(batch_kit *kit, const models_kit *models) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    memset(kit, 0, sizeof *kit);
+    kit->model = models->model;
+    kit->images = models->images;
+    kit->mode = ASTROVL_EXACT;
+    kit->system = models->system[0] ? models->system : NULL;
+    kit->guide = astrovl_guide_regex(models->model, "[a-e]{2,6}", &err);
+    CHECK(kit->guide, "%s", err.message);
+}
+
+static void models_batch(int which) {
+    static const int sizes[] = {1, 2, 5, BATCH_MOST};
+    models_kit models;
+    batch_kit kit;
+    size_t i;
+    models_kit_open(&models, which);
+    batch_kit_open(&kit, &models);
+    for (i = 0; i < sizeof sizes / sizeof *sizes; i++) batch_compare(&kit, sizes[i]);
+    astrovl_guide_free(kit.guide);
+    models_kit_close(&models);
+}
+
+static void models_batch_a(void) { models_batch('a'); }
+static void models_batch_b(void) { models_batch('b'); }
+
+// The shipped model, with the best kernels of this machine and with all that multiply integers.
+static void models_batch_fast(void) {
+    models_kit models;
+    batch_kit kit;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_model *tiny = astrovl_open("test/astrovl-tiny.gguf", NULL, &err), *before;
+    int k;
+    CHECK(tiny, "%s", err.message);
+    if (!tiny) return;
+    models_kit_open(&models, 'a');
+    before = models.model;
+    models.model = tiny;
+    models.system[0] = 0;
+    batch_kit_open(&kit, &models);
+    kit.mode = ASTROVL_FAST;
+    for (k = -1; k < AVL__N_KERNELS; k++) {
+        if (k >= 0 && !avl__all_kernels[k]->multiply) continue;   // computes as exact mode does
+        kit.isa = k < 0 ? NULL : avl__all_kernels[k]->name;
+        batch_compare(&kit, 2);
+        batch_compare(&kit, 4 + k);
+        batch_compare(&kit, BATCH_MOST);
+    }
+    astrovl_guide_free(kit.guide);
+    astrovl_close(tiny);
+    models.model = before;
+    models_kit_close(&models);
+}
+
+// Five turns, of which three fail, each in its own way; the other two, and what is said later, must not notice.
+static void models_batch_failures(void) {
+    enum { N = 5 };
+    static const astrovl_status expected[N] = {ASTROVL_OK, ASTROVL_ERROR_LIMIT, ASTROVL_ERROR_ARGUMENT, ASTROVL_OK, ASTROVL_ERROR_ARGUMENT};
+    models_kit models;
+    batch_kit kit;
+    batch_talk together[N], alone[N];
+    astrovl_turn turns[N];
+    astrovl_error err = {ASTROVL_OK, ""};
+    int i;
+    models_kit_open(&models, 'b');
+    batch_kit_open(&kit, &models);
+    for (i = 0; i < N; i++) {
+        static const char first[] = "Remember this.";
+        together[i].s = batch_session(&kit, i == 1 ? 200 : 0, i ? together[0].s : NULL);
+        alone[i].s = batch_session(&kit, i == 1 ? 200 : 0, NULL);
+        batch_ask(&kit, &together[i], i, 1);
+        astrovl_free(astrovl_chat(together[i].s, NULL, 0, first, &together[i].o, NULL));
+        astrovl_free(astrovl_chat(alone[i].s, NULL, 0, first, &together[i].o, NULL));
+        batch_ask(&kit, &together[i], i, 0);
+        batch_ask(&kit, &alone[i], i, 0);
+        if (i == 1) memset(together[i].text, 'x', sizeof together[i].text - 1), together[i].text[sizeof together[i].text - 1] = 0;
+        if (i == 2) together[i].o.temperature = -1.0f;
+        turns[i] = batch_turn(&kit, &together[i]);
+        if (i == 4) turns[i].images = NULL, turns[i].n_images = 1;
+    }
+    CHECK(astrovl_chat_batch(turns, N, &err) == ASTROVL_ERROR_LIMIT && strcmp(err.message, turns[1].err.message) == 0, "%s", err.message);
+    for (i = 0; i < N; i++) {
+        CHECK(turns[i].err.status == expected[i] && (turns[i].err.message[0] != 0) == (expected[i] != ASTROVL_OK) &&
+              (turns[i].answer == NULL) == (expected[i] != ASTROVL_OK), "turn %d: %s", i, turns[i].err.message);
+        if (turns[i].answer) {
+            char *answer = astrovl_chat(alone[i].s, kit.images, alone[i].n_images, alone[i].text, &alone[i].o, &err);
+            batch_check(&turns[i], &together[i], &alone[i], answer, i, 0);
+            astrovl_free(answer);
+            astrovl_free(turns[i].answer);
+        }
+    }
+    for (i = 0; i < N; i++) {     // those that failed go on as if nothing had been asked
+        char *answer, *other;
+        batch_ask(&kit, &together[i], i, 1);
+        batch_ask(&kit, &alone[i], i, 1);
+        answer = astrovl_chat(together[i].s, NULL, 0, "And now?", &together[i].o, &err);
+        other = astrovl_chat(alone[i].s, NULL, 0, "And now?", &alone[i].o, &err);
+        CHECK(answer && other && strcmp(answer, other) == 0, "after the batch: \"%s\", alone \"%s\"", answer ? answer : err.message, other);
+        astrovl_free(answer);
+        astrovl_free(other);
+    }
+    for (i = N - 1; i >= 0; i--) {
+        astrovl_session_free(together[i].s);
+        astrovl_session_free(alone[i].s);
+    }
+    astrovl_guide_free(kit.guide);
+    models_kit_close(&models);
+}
+
+// The batches that there cannot be: each turn is told, and nothing is done.
+static void models_batch_arguments(void) {
+    models_kit models, other;
+    batch_kit kit, foreign;
+    batch_talk talks[4];
+    astrovl_turn turns[4];
+    astrovl_session_options o;
+    astrovl_error err = {ASTROVL_OK, ""};
+    int i, wrong;
+    models_kit_open(&models, 'b');
+    models_kit_open(&other, 'a');
+    batch_kit_open(&kit, &models);
+    batch_kit_open(&foreign, &other);
+    talks[0].s = batch_session(&kit, 64, NULL);
+    talks[1].s = batch_session(&kit, 64, talks[0].s);
+    talks[2].s = batch_session(&kit, 64, NULL);          // shares nothing
+    talks[3].s = batch_session(&foreign, 64, NULL);      // another model
+    for (wrong = 0; wrong < 4; wrong++) {
+        for (i = 0; i < 2; i++) {
+            batch_ask(&kit, &talks[i], i, 1);
+            turns[i] = batch_turn(&kit, &talks[i]);
+            turns[i].answer = talks[i].text;             // whatever stood there
+        }
+        turns[1].session = wrong == 0 ? talks[0].s : wrong == 1 ? NULL : talks[wrong].s;
+        FAILS(astrovl_chat_batch(turns, 2, &err), ARGUMENT, "wrong session %d", wrong);
+        for (i = 0; i < 2; i++) CHECK(!turns[i].answer && turns[i].err.status == ASTROVL_ERROR_ARGUMENT, "turn %d: %s", i, turns[i].err.message);
+        CHECK(astrovl_session_n_past(talks[0].s) == 0, "a turn was begun");
+    }
+    FAILS(astrovl_chat_batch(turns, 0, &err), ARGUMENT, "no turns");
+    FAILS(astrovl_chat_batch(NULL, 1, &err), ARGUMENT, "turns NULL");
+    FAILS(!astrovl_chat(NULL, NULL, 0, "What?", NULL, &err), ARGUMENT, "no session");
+    memset(&o, 0, sizeof o);
+    o.share = talks[3].s;
+    FAILS(!astrovl_session_new(models.model, &o, &err), ARGUMENT, "a share in another model's session");
+    o.share = talks[0].s;
+    o.n_ctx = 1 << 20;
+    FAILS(!astrovl_session_new(models.model, &o, &err), ARGUMENT, "a share, and a context beyond the model's");
+    for (i = 3; i >= 0; i--) astrovl_session_free(talks[i].s);
+    astrovl_guide_free(kit.guide);
+    astrovl_guide_free(foreign.guide);
+    models_kit_close(&models);
+    models_kit_close(&other);
+}
+
+// Every allocation of a batch fails in turn: a turn has the answer that it always has, or it says MEMORY and leaves no trace.
+static void models_batch_out_of_memory(void) {
+    enum { N = 3 };
+    models_kit models;
+    batch_kit kit;
+    batch_talk talks[N];
+    astrovl_turn turns[N];
+    astrovl_error err = {ASTROVL_OK, ""};
+    char answers[N][512];
+    long at, live;
+    int i, done, n_partly = 0;
+    models_kit_open(&models, 'a');
+    batch_kit_open(&kit, &models);
+    for (at = -1, done = 0; !done; at++) {               // -1: as it should be; each in new sessions, which have no scratch memory yet
+        int n_answers = 0;
+        live = g_live;
+        for (i = 0; i < N; i++) {
+            talks[i].s = batch_session(&kit, 0, i ? talks[0].s : NULL);
+            batch_ask(&kit, &talks[i], i, 0);
+            turns[i] = batch_turn(&kit, &talks[i]);
+        }
+        alloc_fail_at(at);
+        astrovl_chat_batch(turns, N, &err);
+        done = at >= 0 && !alloc_did_fail();
+        alloc_fail_at(-1);
+        for (i = 0; i < N; i++) {
+            n_answers += turns[i].answer != NULL;
+            if (turns[i].answer) {
+                if (at < 0) snprintf(answers[i], sizeof answers[i], "%s", turns[i].answer);
+                CHECK(strcmp(turns[i].answer, answers[i]) == 0, "allocation %ld: \"%s\"", at, turns[i].answer);
+            } else {
+                CHECK(models_failed(&turns[i].err, 1, ASTROVL_ERROR_MEMORY), "turn %d, allocation %ld", i, at);
+                CHECK(err.status == ASTROVL_ERROR_MEMORY, "%s", err.message);
+                CHECK(astrovl_session_n_past(talks[i].s) == 0, "allocation %ld: %d positions", at, astrovl_session_n_past(talks[i].s));
+            }
+            astrovl_free(turns[i].answer);
+        }
+        CHECK(n_answers == N || (at >= 0 && !done), "%d answers with nothing amiss", n_answers);
+        n_partly += n_answers > 0 && n_answers < N;
+        for (i = N - 1; i >= 0; i--) astrovl_session_free(talks[i].s);
+        CHECK(g_live == live, "allocation %ld: %ld blocks leak", at, g_live - live);
+    }
+    CHECK(at > 40 && n_partly > 0, "%ld allocations; %d times some turns had their answers", at, n_partly);
+    astrovl_guide_free(kit.guide);
+    models_kit_close(&models);
+}
+
+typedef struct batch_watch { int n_rows, n_logits; } batch_watch;
+
+static void batch_on_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
+    batch_watch *w = (batch_watch *)user;
+    (void)layer, (void)n_dims, (void)data;
+    if (strcmp(name, "model.embed_tokens") == 0) w->n_rows += (int)shape[0];
+    if (strcmp(name, "lm_head") != 0) return;
+    w->n_logits += (int)shape[0];
+    CHECK(shape[0] == 1, "the tap sees %d conversations", (int)shape[0]);
+}
+
+// Who watches sees the conversations one at a time, all rows of all layers; the prompt's logits are the same whether its other rows'
+// are asked for, watched, or left out.
+static void models_batch_watched(void) {
+    enum { N = 30 };
+    models_kit kit;
+    batch_kit batch;
+    batch_watch w = {0, 0};
+    batch_talk talks[2];
+    astrovl_turn turns[2];
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_session *s;
+    astrovl_stats stats;
+    int32_t tokens[N];
+    float *all, *some;
+    size_t row;
+    int i, which, wanted, tapped, n_expected = 0, n_answers = 0;
+    for (which = 'a'; which <= 'b'; which++) {
+        models_kit_open(&kit, which);
+        row = models_row_bytes(&kit);
+        all = models_logits(&kit, N);
+        some = models_logits(&kit, N);
+        models_some_tokens(tokens, N, (int)(row / sizeof(float)));
+        s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+        CHECK(astrovl_eval_tokens(s, tokens, N, all, N, &err) == ASTROVL_OK, "%s", err.message);
+        CHECK(astrovl_eval_tokens(s, tokens, 1, all, 1, &err) == ASTROVL_OK, "%s", err.message);   // row 0: what it remembers
+        astrovl_session_free(s);
+        for (tapped = 0; tapped < 2; tapped++)
+            for (wanted = 0; wanted < N; wanted += wanted < 3 ? 1 : 8) {
+                batch_watch other = {0, -N};
+                s = models_session(&kit, ASTROVL_EXACT, 2, tapped && wanted < 2 ? batch_on_tap : NULL, &other);
+                CHECK(astrovl_eval_tokens(s, tokens, N, some, wanted, &err) == ASTROVL_OK, "%s", err.message);
+                CHECK(memcmp(some, (char *)all + row * (size_t)(N - wanted), row * (size_t)wanted) == 0, "%d rows wanted, tap %d: other logits",
+                      wanted, tapped);
+                CHECK(astrovl_eval_tokens(s, tokens, 1, some, 1, &err) == ASTROVL_OK, "%s", err.message);
+                CHECK(memcmp(some, all, row) == 0, "%d rows wanted, tap %d: it remembers other bits", wanted, tapped);
+                astrovl_session_free(s);
+            }
+        free(all);
+        free(some);
+        if (which == 'a') models_kit_close(&kit);
+    }
+    batch_kit_open(&batch, &kit);
+    talks[0].s = models_session(&kit, ASTROVL_EXACT, 2, batch_on_tap, &w);
+    talks[1].s = batch_session(&batch, 0, talks[0].s);
+    for (i = 0; i < 2; i++) {
+        batch_ask(&batch, &talks[i], i, 0);
+        turns[i] = batch_turn(&batch, &talks[i]);
+    }
+    CHECK(astrovl_chat_batch(turns, 2, &err) == ASTROVL_OK, "%s", err.message);
+    for (i = 0; i < 2; i++) {
+        astrovl_get_stats(talks[i].s, &stats);
+        n_expected += stats.n_prompt_tokens + stats.n_answer_tokens - stats.stopped_by_limit;
+        n_answers += 1 + stats.n_answer_tokens - stats.stopped_by_limit;
+        astrovl_free(turns[i].answer);
+    }
+    CHECK(w.n_rows == n_expected && w.n_logits == n_answers, "%d rows watched of %d, %d logits of %d", w.n_rows, n_expected, w.n_logits,
+          n_answers);
+    astrovl_session_free(talks[1].s);
+    astrovl_session_free(talks[0].s);
+    astrovl_guide_free(batch.guide);
+    models_kit_close(&kit);
+}
+
 static void tests_models(void) {
     run("models: what the files say", models_info);
     run("models: A layer by layer as transformers", models_layers_a);
@@ -4561,6 +4969,13 @@ static void tests_models(void) {
     run("models: sampling, frequencies", models_sampling_frequencies);
     run("models: sampling, edges", models_sampling_edges);
     run("models: sampling, seeds", models_sampling_text);
+    run("models: A's turns together as one by one", models_batch_a);
+    run("models: B's turns together as one by one", models_batch_b);
+    run("models: turns together as one by one, fast mode", models_batch_fast);
+    run("models: turns that fail among others", models_batch_failures);
+    run("models: turns that cannot go together", models_batch_arguments);
+    run("models: turns together, out of memory at every allocation", models_batch_out_of_memory);
+    run("models: turns together and prompts' last layers, watched", models_batch_watched);
 }
 
 

@@ -386,6 +386,30 @@ class Answers(Case):
         self.assertEqual(result.out.count("\n"), len(names), result)
         self.assertEqual(result.err, "")
 
+    def test_batches(self):
+        """Images described together: the same output as one by one, whatever the batch, with an image that is broken between."""
+        folder = os.path.join(ROOT, "test", "images")
+        paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+        paths[2:2] = [self.write("broken.png", b"no image"), self.path("missing.png")]
+
+        def output(batch, *options):
+            result = self.fails(1, "caption", *paths, "--exact", "--quiet", "--max-tokens", "9", "--batch", batch, *options)
+            return re.sub(r'"seconds": \{[^}]*\}', "", result.out), result.err
+        for options in ([], ["--json"], ["--temperature", "1", "--seed", "5", "--stop", "the"], ["--ctx", "100"]):
+            alone = output("1", *options)
+            self.assertIn("broken.png", alone[1])
+            for batch in ("2", "3", "64"):
+                self.assertEqual(output(batch, *options), alone, options)
+        quick = self.succeeds("caption", "--batch", "3", *self.images)
+        self.assertEqual(quick.out.splitlines(), self.succeeds("caption", *self.images).out.splitlines())
+        self.assertEqual(quick.err.count("tokens/s"), 2, quick)
+        one = self.succeeds("caption", "--batch", "8", self.images[0], *SHORT).out
+        self.assertEqual(one, self.succeeds("caption", self.images[0], *SHORT).out)
+        seconds = [json.loads(line)["seconds"] for line in self.succeeds("caption", "--json", "-b2", *self.images).out.splitlines()]
+        self.assertTrue(all(set(s) == {"image", "prompt", "answer"} and min(s.values()) >= 0 for s in seconds), seconds)
+        for batch in ("0", "65", "x"):
+            self.fails(2, "caption", "--batch", batch, *self.images)
+
     def test_quiet(self):
         self.assertEqual(self.succeeds("caption", self.images[0], *SHORT).err, "")
 
