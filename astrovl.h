@@ -3607,7 +3607,9 @@ typedef struct avl__linear_job {
 } avl__linear_job;
 
 enum { AVL__LINEAR_CHUNK = 32, AVL__QUANTIZE_CHUNK = 4 };   // columns of y, rows of x that a thread takes at a time
-enum { AVL__FEW_ROWS = 2 };   // up to here fast mode multiplies weights as they lie; more rows are worth a panel
+// Up to so many rows fast mode multiplies weights as they lie; more are worth a panel. For quantised weights both ways give the same
+// bits. For floats they do not, so all rows that are decoded together (AVL__STEP_ROWS) must go the same way as one alone.
+enum { AVL__FEW_ROWS = 2, AVL__FEW_FLOAT_ROWS = 16 };
 
 static void avl__linear_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
@@ -3634,7 +3636,7 @@ static void avl__apply(avl__run *run, float *y, const float *x, const avl__linea
     p->x = x;
     p->w = w;
     p->n_rows = n_rows;
-    p->few = n_rows <= AVL__FEW_ROWS && !run->always_panels;
+    p->few = n_rows <= (avl__is_float_type(w->type) ? AVL__FEW_FLOAT_ROWS : AVL__FEW_ROWS) && !run->always_panels;
     if (run->kernels->multiply && !(p->few && avl__is_float_type(w->type))) {
         job.columns = run->kernels->multiply;
         p->quants.n_blocks = (int)n_blocks;
