@@ -402,6 +402,17 @@ typedef struct astrovl_info {
 ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
+#ifndef ASTROVL_NO_FILES
+// Writes a model file of random weights: to measure speed and memory, or to test a program, where no real model is at hand. What
+// it says is noise. llama.cpp runs it, too.
+// sizes   has_text: a language model of n_vocab (at least 260) made-up tokens, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;
+//         has_vision: a tower of image_size, patch_size and vision_*, and LLaVA-1.5's projector to n_embd; or both; and name
+// type    of the matrices; where a row is not whole blocks of it, as astrovl_quantize_file chooses
+// tied    1: there is no output matrix, the embeddings serve as one
+// progress may be NULL.  ARGUMENT (sizes that make no model), FILE, MEMORY, CANCELLED: nothing is left behind.
+ASTROVL_API astrovl_status astrovl_write_random(const char *path, const astrovl_info *sizes, astrovl_type type, int tied,
+                                                astrovl_progress progress, void *user, astrovl_error *err);
+#endif
 ASTROVL_API const char *astrovl_template_name(astrovl_template t);                      // "vicuna_v1", ...
 ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
 
@@ -606,6 +617,10 @@ ASTROVL_API void astrovl_retrieval_ranks(const float *queries, const float *item
 ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double percent);
 // Seconds that n_threads (0: one per processor) take to read a block of memory once: the ceiling to hold astrovl_search against.
 ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_threads);
+// Operations a second (a product and a sum are two) that n_threads reach in registers alone, with the instruction that fast mode
+// multiplies many rows by weights of this type with: the ceiling to hold encoding an image or reading a prompt against. isa: as of
+// a session's options. Takes a fifth of a second. 0 if there is no such isa or type, or memory is out.
+ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads);
 
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
@@ -2048,6 +2063,17 @@ ASTROVL_API float astrovl_cosf(float x) {   // cos x = sin(x + pi/2)
     return avl__sin_quadrant(r, (n + 1) & 3);
 }
 
+// ---- random numbers ------------------------------------------------------------------------------------------------
+
+// 53 random bits as a number in [0, 1).  SplitMix64 (Steele, Lea & Flood 2014): 64 bits of state, no bad seeds
+static double avl__random(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
+}
+
 
 // ====================================================================================================================
 // [4] Kernels
@@ -2140,6 +2166,9 @@ typedef struct avl__kernels {
     void (*quantize)(const avl__product *p, int first, int n_rows);
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
+    // n rounds of the instruction that many rows meet weights of this type with, in registers alone; the operations made: for
+    // measuring arithmetic
+    double (*peak)(int type, int64_t n);
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2208,9 +2237,27 @@ static void avl__silu_product(float *x, const float *up, int64_t n) {
     for (i = 0; i < n; i++) x[i] *= up[i];
 }
 
+// Eight columns' sums at once, as the compiler can keep them in registers. Their starts differ: it must not take them for one.
+static double avl__peak_portable(int type, int64_t n) {
+    float lane[4][AVL__LANES], factor;
+    volatile float keep = 0.999f;   // nothing about it is known while compiling, and what is added to it must be computed
+    int64_t r;
+    int i, j;
+    (void)type;
+    factor = keep;
+    for (i = 0; i < 4; i++)
+        for (j = 0; j < AVL__LANES; j++) lane[i][j] = (float)(i + j);
+    for (r = 0; r < n; r++)
+        for (i = 0; i < 4; i++)
+            for (j = 0; j < AVL__LANES; j++) lane[i][j] = lane[i][j] * factor + factor;
+    for (i = 0; i < 4; i++) keep = keep + avl__fold_lanes(lane[i]);
+    return (double)n * (4 * AVL__LANES * 2);
+}
+
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
-    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL};
+    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
+    avl__peak_portable};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -2271,7 +2318,8 @@ static uint64_t avl__read_avx2(const void *data, size_t size) {
 
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2, avl__read_avx2, astrovl_rms_norm,
-    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL};
+    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
+    avl__peak_portable};
 
 // ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
 
@@ -3106,14 +3154,56 @@ AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
     }
 }
 
+// ---- arithmetic alone ----------------------------------------------------------------------------------------------
+// Sixteen sums wait for nothing but the instruction's throughput. They start differently, or the compiler would make them one.
+
+// 64 products of bytes a time
+AVL__AVX512 static double avl__peak_avx512(int type, int64_t n) {
+    volatile int keep = 0x01010101;   // not known while compiling
+    const __m512i bytes = _mm512_set1_epi32(keep);
+    __m512i sum[16];
+    int64_t r;
+    int i;
+    (void)type;
+    AVL__UNROLL
+    for (i = 0; i < 16; i++) sum[i] = _mm512_set1_epi32(i);
+    for (r = 0; r < n; r++) {
+        AVL__UNROLL
+        for (i = 0; i < 16; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], bytes, bytes);
+    }
+    for (i = 1; i < 16; i++) sum[0] = _mm512_xor_si512(sum[0], sum[i]);
+    keep = _mm512_reduce_add_epi32(sum[0]);
+    return (double)n * (16 * 64 * 2);
+}
+
+// 32 products of bfloat16
+AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
+    volatile float keep = 0.5f;
+    __m512bh halves;
+    __m512 sum[16];
+    int64_t r;
+    int i;
+    if (!avl__is_float_type(type)) return avl__peak_avx512(type, n);
+    halves = _mm512_cvtne2ps_pbh(_mm512_set1_ps(keep), _mm512_set1_ps(keep));
+    AVL__UNROLL
+    for (i = 0; i < 16; i++) sum[i] = _mm512_set1_ps((float)i);
+    for (r = 0; r < n; r++) {
+        AVL__UNROLL
+        for (i = 0; i < 16; i++) sum[i] = _mm512_dpbf16_ps(sum[i], halves, halves);
+    }
+    for (i = 1; i < 16; i++) sum[0] = _mm512_add_ps(sum[0], sum[i]);
+    keep = _mm512_reduce_add_ps(sum[0]);
+    return (double)n * (16 * 32 * 2);
+}
+
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512};
+    avl__multiply_avx512, avl__attend_avx512, avl__peak_avx512};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512};
+    avl__multiply_bf16, avl__attend_avx512, avl__peak_bf16};
 #endif
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -9330,6 +9420,267 @@ ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info
     avl__count_weights(&model->weights, info);
 }
 
+#ifndef ASTROVL_NO_FILES
+// ---- models of random weights --------------------------------------------------------------------------------------
+// Speed and memory depend on shapes alone. One pool of numbers is made and rounded once to each type in use; every matrix is a
+// stretch of it, over and over, that begins at a place of its own. Norms are ones, biases zeros.
+
+// A prime number of the largest blocks: neighbouring rows of a matrix, whatever their length, are different stretches.
+enum { AVL__NOISE = 1031 * 256, AVL__NOISE_TYPES = ASTROVL_TYPE_BF16 + 1 };
+
+typedef struct avl__noise {
+    astrovl_gguf_writer *w;
+    const astrovl_info  *sizes;
+    int                  type;                       // of matrices
+    int                  writing;                    // the tensors are gone through twice: to declare them, and to write them
+    int                  n_tensors, n_written;
+    float               *values;                     // [AVL__NOISE], nearly normal, standard deviation 0.02
+    uint8_t             *blocks[AVL__NOISE_TYPES];   // the same as each type, made when it is first wanted
+    astrovl_progress     progress;
+    void                *user;
+    astrovl_error        failure;                    // the first
+} avl__noise;
+
+// The values as blocks of a type; NULL: out of memory.
+static const uint8_t *avl__noise_blocks(avl__noise *n, int type) {
+    uint64_t state = 1;
+    int i;
+    if (!n->values) {
+        n->values = avl__alloc_floats(AVL__NOISE);
+        for (i = 0; n->values && i < AVL__NOISE; i++)   // the sum of four uniform numbers has the variance 1/3
+            n->values[i] = 0.03464f * (float)(avl__random(&state) + avl__random(&state) + avl__random(&state) + avl__random(&state) - 2.0);
+    }
+    if (!n->blocks[type]) {
+        n->blocks[type] = (uint8_t *)avl__alloc_raw(1, astrovl_type_row_bytes(type, AVL__NOISE));
+        if (n->blocks[type] && n->values) avl__quantize_row(type, n->values, n->blocks[type], AVL__NOISE);
+    }
+    return n->values ? n->blocks[type] : NULL;
+}
+
+// The tensor's n_bytes, out of a circle of `size` bytes.
+static void avl__noise_write(avl__noise *n, const uint8_t *circle, size_t size, size_t at, uint64_t n_bytes) {
+    if (!circle) avl__fail(&n->failure, ASTROVL_ERROR_MEMORY, "out of memory for random weights");
+    else if (n->progress && n->progress(n->user, "tensors", n->n_written, n->n_tensors))
+        avl__fail(&n->failure, ASTROVL_CANCELLED, "%s: writing it was cancelled", n->w->path);
+    for (; n_bytes > 0 && !n->failure.status; at = 0) {
+        size_t piece = n_bytes < size - at ? (size_t)n_bytes : size - at;
+        astrovl_gguf_write(n->w, circle + at, piece, &n->failure);
+        n_bytes -= piece;
+    }
+    n->n_written++;
+}
+
+// name: with %d for the layer
+static void avl__noise_tensor(avl__noise *n, const char *name, int layer, int type, int n_dims, const int64_t *ne) {
+    uint64_t n_values = 1;
+    char whole[64];
+    int i;
+    if (!n->writing) {
+        avl__format(whole, sizeof whole, name, layer);
+        astrovl_gguf_put_tensor(n->w, whole, (astrovl_type)type, n_dims, ne);
+        n->n_tensors++;
+    } else if (!n->failure.status) {
+        for (i = 0; i < n_dims; i++) n_values *= (uint64_t)ne[i];
+        avl__noise_write(n, avl__noise_blocks(n, type), astrovl_type_row_bytes(type, AVL__NOISE),
+                         astrovl_type_row_bytes(type, n->n_written * 7919 % 1031 * 256), astrovl_type_row_bytes(type, (int64_t)n_values));
+    }
+}
+
+static void avl__noise_matrix(avl__noise *n, const char *name, int layer, int n_in, int n_out) {
+    const int64_t ne[2] = {n_in, n_out};
+    avl__noise_tensor(n, name, layer, avl__type_for_rows(n->type, n_in), 2, ne);
+}
+
+// n_values times the same number
+static void avl__noise_vector(avl__noise *n, const char *name, int layer, int n_values, float value) {
+    const int64_t ne = n_values;
+    uint8_t circle[1024];
+    int i;
+    if (!n->writing) { avl__noise_tensor(n, name, layer, ASTROVL_TYPE_F32, 1, &ne); return; }
+    for (i = 0; i < 256; i++) avl__quantize_row(ASTROVL_TYPE_F32, &value, circle + 4 * i, 1);
+    avl__noise_write(n, circle, sizeof circle, 0, 4 * (uint64_t)n_values);
+}
+
+static void avl__noise_text(avl__noise *n, int tied) {
+    const astrovl_info *m = n->sizes;
+    int i, n_kv = m->n_embd / m->n_head * m->n_head_kv;
+    avl__noise_matrix(n, "token_embd.weight", 0, m->n_embd, m->n_vocab);
+    avl__noise_vector(n, "output_norm.weight", 0, m->n_embd, 1.0f);
+    if (!tied) avl__noise_matrix(n, "output.weight", 0, m->n_embd, m->n_vocab);
+    for (i = 0; i < m->n_layer; i++) {
+        avl__noise_vector(n, "blk.%d.attn_norm.weight", i, m->n_embd, 1.0f);
+        avl__noise_matrix(n, "blk.%d.attn_q.weight", i, m->n_embd, m->n_embd);
+        avl__noise_matrix(n, "blk.%d.attn_k.weight", i, m->n_embd, n_kv);
+        avl__noise_matrix(n, "blk.%d.attn_v.weight", i, m->n_embd, n_kv);
+        avl__noise_matrix(n, "blk.%d.attn_output.weight", i, m->n_embd, m->n_embd);
+        avl__noise_vector(n, "blk.%d.ffn_norm.weight", i, m->n_embd, 1.0f);
+        avl__noise_matrix(n, "blk.%d.ffn_gate.weight", i, m->n_embd, m->n_ff);
+        avl__noise_matrix(n, "blk.%d.ffn_up.weight", i, m->n_embd, m->n_ff);
+        avl__noise_matrix(n, "blk.%d.ffn_down.weight", i, m->n_ff, m->n_embd);
+    }
+}
+
+static void avl__noise_vision(avl__noise *n) {
+    static const char *const parts[] = {"attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down"};
+    const astrovl_info *m = n->sizes;
+    const int side = m->image_size / m->patch_size, n_embd = m->vision_n_embd;
+    const int64_t patch[4] = {m->patch_size, m->patch_size, 3, n_embd}, positions[2] = {n_embd, side * side + 1};
+    char name[64];
+    int i, k;
+    avl__noise_tensor(n, "v.class_embd", 0, ASTROVL_TYPE_F32, 1, positions);
+    avl__noise_tensor(n, "v.patch_embd.weight", 0, ASTROVL_TYPE_F16, 4, patch);
+    avl__noise_tensor(n, "v.position_embd.weight", 0, ASTROVL_TYPE_F32, 2, positions);
+    avl__noise_vector(n, "v.pre_ln.weight", 0, n_embd, 1.0f);
+    avl__noise_vector(n, "v.pre_ln.bias", 0, n_embd, 0.0f);
+    for (i = 0; i < m->vision_n_layer; i++) {
+        avl__noise_vector(n, "v.blk.%d.ln1.weight", i, n_embd, 1.0f);
+        avl__noise_vector(n, "v.blk.%d.ln1.bias", i, n_embd, 0.0f);
+        avl__noise_vector(n, "v.blk.%d.ln2.weight", i, n_embd, 1.0f);
+        avl__noise_vector(n, "v.blk.%d.ln2.bias", i, n_embd, 0.0f);
+        for (k = 0; k < 6; k++) {
+            const int n_in = k == 5 ? m->vision_n_ff : n_embd, n_out = k == 4 ? m->vision_n_ff : n_embd;
+            avl__format(name, sizeof name, "v.blk.%d.%s.weight", i, parts[k]);
+            avl__noise_matrix(n, name, 0, n_in, n_out);
+            avl__format(name, sizeof name, "v.blk.%d.%s.bias", i, parts[k]);
+            avl__noise_vector(n, name, 0, n_out, 0.0f);
+        }
+    }
+    avl__noise_matrix(n, "mm.0.weight", 0, n_embd, m->n_embd);
+    avl__noise_vector(n, "mm.0.bias", 0, m->n_embd, 0.0f);
+    avl__noise_matrix(n, "mm.2.weight", 0, m->n_embd, m->n_embd);
+    avl__noise_vector(n, "mm.2.bias", 0, m->n_embd, 0.0f);
+}
+
+static void avl__put_int(astrovl_gguf_writer *w, const char *key, int value) {
+    const uint32_t number = (uint32_t)value;
+    astrovl_gguf_put(w, key, ASTROVL_VALUE_U32, &number);
+}
+
+static void avl__put_text(astrovl_gguf_writer *w, const char *key, const char *text) {
+    const astrovl_string string = {text, strlen(text)};
+    astrovl_gguf_put(w, key, ASTROVL_VALUE_STRING, &string);
+}
+
+// A vocabulary of SentencePiece's kind: three special tokens, 256 bytes, the space, and all words of one, two, three ... letters.
+static void avl__put_made_up_vocabulary(astrovl_gguf_writer *w, int n_vocab, astrovl_error *err) {
+    static const char *const special[3] = {"<unk>", "<s>", "</s>"};
+    static const char digits[] = "0123456789ABCDEF";
+    astrovl_string *tokens = (astrovl_string *)avl__alloc((uint64_t)n_vocab, sizeof *tokens);
+    char (*texts)[16] = (char (*)[16])avl__alloc((uint64_t)n_vocab, sizeof *texts);
+    float *scores = avl__alloc_floats((uint64_t)n_vocab);
+    int32_t *types = (int32_t *)avl__alloc((uint64_t)n_vocab, sizeof *types);
+    int i, k, good = tokens && texts && scores && types;
+    for (i = 0; good && i < n_vocab; i++) {
+        char *text = texts[i], *end = text + sizeof *texts;
+        if (i < 3) avl__format(text, sizeof *texts, "%s", special[i]);
+        else if (i < 259) avl__format(text, sizeof *texts, "<0x%c%c>", digits[(i - 3) / 16], digits[(i - 3) % 16]);
+        else if (i == 259) avl__format(text, sizeof *texts, "\xE2\x96\x81");
+        else {
+            for (k = i - 259; k > 0; k = (k - 1) / 26) *--end = (char)('a' + (k - 1) % 26);   // written from behind
+            text = end;
+        }
+        tokens[i].data = text;
+        tokens[i].size = i < 260 ? strlen(text) : (size_t)(texts[i] + sizeof *texts - end);
+        scores[i] = i < 260 ? 0.0f : (float)(260 - i);
+        types[i] = i == 0 ? 2 : i < 3 ? 3 : i < 259 ? 6 : 1;   // unknown, control, byte, normal
+    }
+    if (good) {
+        avl__put_text(w, "tokenizer.ggml.model", "llama");
+        astrovl_gguf_put_array(w, "tokenizer.ggml.tokens", ASTROVL_VALUE_STRING, tokens, (uint64_t)n_vocab);
+        astrovl_gguf_put_array(w, "tokenizer.ggml.scores", ASTROVL_VALUE_F32, scores, (uint64_t)n_vocab);
+        astrovl_gguf_put_array(w, "tokenizer.ggml.token_type", ASTROVL_VALUE_I32, types, (uint64_t)n_vocab);
+        avl__put_int(w, "tokenizer.ggml.unknown_token_id", 0);
+        avl__put_int(w, "tokenizer.ggml.bos_token_id", 1);
+        avl__put_int(w, "tokenizer.ggml.eos_token_id", 2);
+    }
+    astrovl_free(tokens);
+    astrovl_free(texts);
+    astrovl_free(scores);
+    astrovl_free(types);
+    if (!good) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a vocabulary");
+}
+
+static void avl__put_random_text(astrovl_gguf_writer *w, const astrovl_info *m, astrovl_error *err) {
+    const float eps = 1e-5f;
+    avl__put_int(w, "llama.vocab_size", m->n_vocab);
+    avl__put_int(w, "llama.context_length", m->n_ctx_train);
+    avl__put_int(w, "llama.embedding_length", m->n_embd);
+    avl__put_int(w, "llama.block_count", m->n_layer);
+    avl__put_int(w, "llama.feed_forward_length", m->n_ff);
+    avl__put_int(w, "llama.attention.head_count", m->n_head);
+    avl__put_int(w, "llama.attention.head_count_kv", m->n_head_kv);
+    avl__put_int(w, "llama.rope.dimension_count", m->n_embd / m->n_head);
+    astrovl_gguf_put(w, "llama.attention.layer_norm_rms_epsilon", ASTROVL_VALUE_F32, &eps);
+    avl__put_made_up_vocabulary(w, m->n_vocab, err);
+}
+
+static void avl__put_random_vision(astrovl_gguf_writer *w, const astrovl_info *m) {
+    static const float half[3] = {0.5f, 0.5f, 0.5f}, eps = 1e-5f;
+    const uint8_t yes = 1, no = 0;
+    const int32_t layer = m->vision_n_layer;
+    astrovl_gguf_put(w, "clip.has_vision_encoder", ASTROVL_VALUE_BOOL, &yes);
+    astrovl_gguf_put(w, "clip.has_llava_projector", ASTROVL_VALUE_BOOL, &yes);
+    astrovl_gguf_put(w, "clip.use_gelu", ASTROVL_VALUE_BOOL, &no);
+    avl__put_text(w, "clip.projector_type", "mlp");
+    avl__put_int(w, "clip.vision.image_size", m->image_size);
+    avl__put_int(w, "clip.vision.patch_size", m->patch_size);
+    avl__put_int(w, "clip.vision.embedding_length", m->vision_n_embd);
+    avl__put_int(w, "clip.vision.feed_forward_length", m->vision_n_ff);
+    avl__put_int(w, "clip.vision.block_count", m->vision_n_layer);
+    avl__put_int(w, "clip.vision.attention.head_count", m->vision_n_head);
+    avl__put_int(w, "clip.vision.projection_dim", m->n_embd);
+    astrovl_gguf_put(w, "clip.vision.attention.layer_norm_epsilon", ASTROVL_VALUE_F32, &eps);
+    astrovl_gguf_put_array(w, "clip.vision.image_mean", ASTROVL_VALUE_F32, half, 3);
+    astrovl_gguf_put_array(w, "clip.vision.image_std", ASTROVL_VALUE_F32, half, 3);
+    astrovl_gguf_put_array(w, "clip.vision.feature_layer", ASTROVL_VALUE_I32, &layer, 1);   // all layers are run
+}
+
+// Positive, and heads that share out their values evenly.
+static int avl__is_model(const astrovl_info *m) {
+    const int text[] = {m->n_ctx_train, m->n_layer, m->n_head, m->n_head_kv, m->n_ff, m->n_vocab - 259};
+    const int vision[] = {m->image_size, m->patch_size, m->vision_n_embd, m->vision_n_layer, m->vision_n_head, m->vision_n_ff};
+    int i, good = (m->has_text || m->has_vision) && m->n_embd > 0;
+    for (i = 0; i < 6; i++) good = good && (!m->has_text || text[i] > 0) && (!m->has_vision || vision[i] > 0);
+    if (good && m->has_text) good = m->n_embd % (2 * m->n_head) == 0 && m->n_head % m->n_head_kv == 0 && m->n_layer <= 1024;
+    if (good && m->has_vision) good = m->vision_n_embd % m->vision_n_head == 0 && m->patch_size <= m->image_size &&
+                                      m->image_size <= 8192 && m->vision_n_layer <= 1024;
+    return good;
+}
+
+ASTROVL_API astrovl_status astrovl_write_random(const char *path, const astrovl_info *sizes, astrovl_type type, int tied,
+                                                astrovl_progress progress, void *user, astrovl_error *err) {
+    avl__noise n;
+    int i;
+    if (!sizes || !avl__find_type(type) || !avl__is_model(sizes))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model has such sizes or such a type");
+    memset(&n, 0, sizeof n);
+    n.sizes = sizes;
+    n.type = type;
+    n.progress = progress;
+    n.user = user;
+    n.w = astrovl_gguf_create(path, &n.failure);
+    if (n.w) {
+        avl__put_text(n.w, "general.architecture", sizes->has_text ? "llama" : "clip");
+        avl__put_text(n.w, "general.name", sizes->name ? sizes->name : "");
+        avl__put_int(n.w, "general.file_type", avl__find_recipe(astrovl_type_name(type), NULL)->file_type);
+        avl__put_int(n.w, "general.quantization_version", 2);
+        if (sizes->has_text) avl__put_random_text(n.w, sizes, &n.failure);
+        if (sizes->has_vision) avl__put_random_vision(n.w, sizes);
+    }
+    for (n.writing = 0; n.writing < 2 && !n.failure.status; n.writing++) {
+        if (sizes->has_text) avl__noise_text(&n, tied);
+        if (sizes->has_vision) avl__noise_vision(&n);
+    }
+    for (i = 0; i < AVL__NOISE_TYPES; i++) astrovl_free(n.blocks[i]);
+    astrovl_free(n.values);
+    if (n.failure.status) astrovl_gguf_discard(n.w);
+    else astrovl_gguf_finish(n.w, &n.failure);
+    if (n.failure.status) return avl__fail(err, n.failure.status, "%s", n.failure.message);
+    if (progress) progress(user, "tensors", n.n_tensors, n.n_tensors);
+    return ASTROVL_OK;
+}
+#endif
+
 // ---- text, by the model's vocabulary -------------------------------------------------------------------------------
 
 static astrovl_status avl__need_vocab(const astrovl_model *m, astrovl_error *err) {
@@ -9825,15 +10176,6 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
 // ====================================================================================================================
 
 // ---- the draw ------------------------------------------------------------------------------------------------------
-
-// 53 random bits as a number in [0, 1).  SplitMix64 (Steele, Lea & Flood 2014): 64 bits of state, no bad seeds
-static double avl__random(uint64_t *state) {
-    uint64_t z = *state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
-}
 
 // logits of tokens seen lately: divided by the penalty if positive, multiplied if negative (Keskar et al. 2019, CTRL)
 static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history, int n_history) {
@@ -12085,6 +12427,46 @@ ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_thr
     for (i = 0; i < AVL__READ_SLICES; i++) keep = keep + read.sums[i];
     avl__pool_free(pool);
     return seconds;
+}
+
+enum { AVL__PEAK_ITEMS = 8 };   // for each thread: one that is late has less to do
+
+typedef struct avl__peak {
+    const avl__kernels *kernels;
+    int                 type;
+    int64_t             n;                                            // rounds of an item
+    double              made[AVL__PEAK_ITEMS * ASTROVL_MAX_THREADS];  // operations, by item
+} avl__peak;
+
+static void avl__peak_item(void *context, int item, int thread) {
+    avl__peak *peak = (avl__peak *)context;
+    (void)thread;
+    peak->made[item] = peak->kernels->peak(peak->type, peak->n);
+}
+
+// Rounds are doubled until they take 20 ms, so that threads are awake and clocks up; then the best of five counts.
+ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads) {
+    avl__peak peak;
+    double best = 0.0, operations, seconds;
+    int i, n_items, left = 5;
+    avl__pool *pool;
+    memset(&peak, 0, sizeof peak);
+    peak.kernels = avl__choose_kernels(ASTROVL_FAST, isa);
+    pool = peak.kernels && avl__find_type(type) ? avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors()) : NULL;
+    if (!pool) return 0.0;
+    peak.type = type;
+    n_items = AVL__PEAK_ITEMS * avl__pool_n_threads(pool);
+    for (peak.n = 256; left > 0 && peak.n < (int64_t)1 << 40;) {
+        double start = avl__seconds();
+        avl__pool_run(pool, avl__peak_item, &peak, n_items);
+        seconds = avl__seconds() - start;
+        if (seconds < 0.02) { peak.n *= 2; continue; }
+        for (operations = 0.0, i = 0; i < n_items; i++) operations += peak.made[i];
+        if (operations / seconds > best) best = operations / seconds;
+        left--;
+    }
+    avl__pool_free(pool);
+    return best;
 }
 
 // ---- metrics -------------------------------------------------------------------------------------------------------
