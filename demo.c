@@ -42,6 +42,7 @@
 #include <fcntl.h>
 #include <strings.h>
 #include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -191,9 +192,9 @@ typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens;
     astrovl_generation how;                              // the answers'
-    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
+    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query, *synthetic, *dir;
     int         chat_template;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
@@ -209,7 +210,7 @@ typedef struct option_spec {
 
 #define F(name) offsetof(options, name)
 static const option_spec option_table[] = {
-    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | BENCH | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
+    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
     {"out", 'o', TEXT, F(out), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
     {"out", 'o', TEXT, F(out), 0, 0, INDEX, "FILE", "the index; one that exists is continued"},
     {"out", 'o', TEXT, F(out), 0, 0, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"},
@@ -225,8 +226,13 @@ static const option_spec option_table[] = {
     {"bool", 0, FLAG, F(boolean), 0, 0, SUMMARIZE, NULL, "judge: the answer is true or false; see --query"},
     {"query", 0, TEXT, F(query), 0, 0, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"},
     {"prompt", 'p', TEXT, F(prompt), 0, 0, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"},
-    {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "rows to search (default 1000000)"},
-    {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "numbers in a row (default 512)"},
+    {"synthetic", 0, TEXT, F(synthetic), 0, 0, BENCH, "NAME[:TYPE]", "random weights: llava-1.5-7b, smollm2-135m, nano (TYPE: q4_0)"},
+    {"dir", 0, TEXT, F(dir), 0, 0, BENCH, "DIR", "where --synthetic keeps its files (default: $TMPDIR, or /tmp)"},
+    {"prompt", 'p', INTEGER, F(n_prompt), 1, 1000000, BENCH, "N", "positions of the prompt (default 620)"},
+    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32)"},
+    {"rounds", 0, INTEGER, F(rounds), 1, 99, BENCH, "N", "medians are of N rounds (default 3; search 9)"},
+    {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "search: rows (default 1000000)"},
+    {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "search: numbers in a row (default 512)"},
     {"hash", 0, FLAG, F(hash), 0, 0, TRACE, NULL, "write no files; print a hash of each tensor and one of all"},
     {"together", 0, FLAG, F(together), 0, 0, ASK, NULL, "ask once about all the images instead of once about each"},
     {"prompt", 'p', TEXT, F(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
@@ -2267,34 +2273,302 @@ static int run_summarize(program *p) {
     return status;
 }
 
-// ==== bench: a search, and merely reading the same memory; in turns, since machines change their speed ===============
-static int run_bench(program *p) {
-    enum { ROUNDS = 9 };
+// ==== bench: what is measured, and the machine's own limit for it, in turns, since machines change their speed ========
+static float median(float *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, by_value);
+    return (values[(n - 1) / 2] + values[n / 2]) / 2;
+}
+
+// A search, and merely reading the same memory.
+static int bench_search(program *p) {
+    enum { MOST_ROUNDS = 99 };
     size_t n = (size_t)(p->o.rows ? p->o.rows : 1000000), d = (size_t)(p->o.dims ? p->o.dims : 512), size = 2 * n * d, i;
-    float seconds[2][ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
+    float seconds[2][MOST_ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
     double search, reading, start, gigabytes = (double)n * (double)d * 2e-9;
-    unsigned char *rows;
+    unsigned char *rows = (unsigned char *)new_memory(p, n, 2 * d);
     uint64_t state = 1;
+    int round, rounds = p->o.rounds ? p->o.rounds : 9;
     astrovl_hit hits[10];
     astrovl_error err;
-    if (strcmp(p->o.words.items[0], "search") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    rows = (unsigned char *)new_memory(p, n, 2 * d);
     for (i = 0; i < d; i++) query[i] = astrovl_sinf((float)i);
     for (i = 0; i < size; i += 2) put_le(rows + i, 0x2E00 + random_below(&state, 0xE00) + 0x8000 * random_below(&state, 2), 2);
-    for (i = 0; i < ROUNDS; i++) {
+    for (round = 0; round < rounds; round++) {
         start = seconds_now();
         if (astrovl_search(rows, (int64_t)n, (int)d, query, 10, p->o.threads, hits, &err) < 0) return failed(&err);
-        seconds[0][i] = (float)(seconds_now() - start);
-        seconds[1][i] = (float)astrovl_measure_read(rows, size, p->o.threads);
+        seconds[0][round] = (float)(seconds_now() - start);
+        seconds[1][round] = (float)astrovl_measure_read(rows, size, p->o.threads);
     }
-    for (i = 0; i < 2; i++) qsort(seconds[i], ROUNDS, sizeof *seconds[i], by_value);
-    search = seconds[0][ROUNDS / 2], reading = seconds[1][ROUNDS / 2];
+    search = median(seconds[0], rounds), reading = median(seconds[1], rounds);
     if (p->o.json) put_json("{rows:%l dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", (long long)n, (int)d, search, reading,
                             search / reading);
     else printf("%lld rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them"
-                " once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", (long long)n, (int)d, (int)ROUNDS, search * 1e3,
+                " once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", (long long)n, (int)d, rounds, search * 1e3,
                 gigabytes / search, reading * 1e3, gigabytes / reading, search / reading);
     return EXIT_OK;
+}
+
+// A whole model. How much there is to compute is known from the shapes of its tensors.
+enum { IMAGE, PROMPT, ANSWER, N_MEASURED, QUESTION = 35 };   // QUESTION: tokens beside an image's, of a short question
+typedef struct measured {
+    int     n;                             // images, positions or tokens; 0: the model cannot do it
+    int     type;                          // of most weights
+    double  work;                          // image, prompt: operations, two for each product in matrices and attention; answer: bytes
+    float  *seconds, *limits;              // [rounds]; limits: work a second that this machine could do
+} measured;
+typedef struct bench {
+    measured      of[N_MEASURED];
+    int           rounds, n_first, tied;   // n_first: positions of an image and a question; tied: there is no output matrix
+    float        *first, *rows, *logits;   // [rounds] seconds to the first token; embeddings; [n_vocab]
+    int32_t      *tokens;                  // read and "written": always the same
+    astrovl_image image;
+    uint64_t      file_bytes, cache_bytes;
+} bench;
+
+// How many rows a matrix is multiplied with in reading a prompt, or (*is_image) an image; 0: it is no part of that.
+static int rows_met(const program *p, const bench *b, const astrovl_tensor *t, int *is_image) {
+    const astrovl_info *m = &p->info;
+    *is_image = t->name[0] == 'v' || strncmp(t->name, "mm.", 3) == 0;
+    if (t->n_dims < 2 || !b->of[*is_image ? IMAGE : PROMPT].n) return 0;
+    if (strncmp(t->name, "blk.", 4) == 0) return b->of[PROMPT].n;
+    if (strncmp(t->name, "v.blk.", 6) == 0)
+        return atoi(t->name + 6) < (m->has_projector ? m->vision_feature_layer : m->vision_n_layer) ? m->n_patches + 1 : 0;
+    if (*is_image) return t->name[0] == 'm' || strcmp(t->name, "v.patch_embd.weight") == 0 ? m->n_patches : 0;
+    return strcmp(t->name, b->tied ? "token_embd.weight" : "output.weight") == 0;      // for the last position alone
+}
+
+static void count_work(const program *p, bench *b) {
+    const astrovl_info *m = &p->info;
+    double n = b->of[PROMPT].n, patches = m->n_patches + 1, of_type[2][N_TYPES] = {{0}};
+    int i, k, is_image, rows;
+    for (i = 0, b->tied = 1; i < astrovl_n_files(p->model); i++)
+        if (astrovl_gguf_find_tensor(astrovl_file(p->model, i), "output.weight")) b->tied = 0;
+    for (i = 0; i < astrovl_n_files(p->model); i++) {
+        const astrovl_gguf *file = astrovl_file(p->model, i);
+        b->file_bytes += astrovl_gguf_size(file);
+        for (k = 0; k < astrovl_gguf_n_tensors(file); k++) {
+            const astrovl_tensor *t = astrovl_gguf_tensor(file, k);
+            double values = (double)count_values(t->ne, 4);
+            measured *x = (rows = rows_met(p, b, t, &is_image)) == 0 ? NULL : &b->of[is_image ? IMAGE : PROMPT];
+            if (!x) continue;
+            x->work += 2 * rows * values;
+            if ((of_type[is_image][t->type] += values) > of_type[is_image][x->type]) x->type = (int)t->type;
+        }
+    }
+    b->of[PROMPT].work += 4.0 * m->n_layer * m->n_head * m->head_dim * n * (n + 1) / 2;
+    if (b->of[IMAGE].n) b->of[IMAGE].work += 4.0 * m->vision_feature_layer * m->vision_n_embd * patches * patches;
+    b->of[ANSWER].type = b->of[PROMPT].type;
+}
+
+// Bytes a second at which the weights that every token needs are read where they lie, and (*work) how many these are.
+static double read_weights(const program *p, const bench *b, double *work) {
+    double seconds = 0;
+    int i, k, is_image;
+    for (i = 0, *work = 0; i < astrovl_n_files(p->model); i++) {
+        const char *start = NULL, *end = NULL;
+        for (k = 0; k <= astrovl_gguf_n_tensors(astrovl_file(p->model, i)); k++) {
+            const astrovl_tensor *t = astrovl_gguf_tensor(astrovl_file(p->model, i), k);     // NULL at the end
+            const char *data = t ? (const char *)t->data : NULL;
+            if (t && (!rows_met(p, b, t, &is_image) || is_image)) continue;
+            if (!start || !t || data < end || data - end > 65536) {      // in one go what lies together, norms between matrices
+                if (start) seconds += astrovl_measure_read(start, (size_t)(end - start), p->o.threads), *work += (double)(end - start);
+                start = data;
+            }
+            if (t) end = data + t->n_bytes;
+        }
+    }
+    return *work / seconds;
+}
+
+// What the model can do, and room for it.
+static void prepare_bench(program *p, bench *b) {
+    const astrovl_info *m = &p->info;
+    int i, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32, n_prompt = p->o.n_prompt ? p->o.n_prompt : 620;
+    b->rounds = p->o.rounds ? p->o.rounds : 3;
+    b->of[IMAGE].n = (m->has_text && m->has_projector) || m->has_joint_image;
+    if (m->has_text) b->of[ANSWER].n = n_tokens < m->n_ctx_train ? n_tokens : m->n_ctx_train - 1;
+    if (m->has_text) b->of[PROMPT].n = n_prompt < m->n_ctx_train - b->of[ANSWER].n ? n_prompt : m->n_ctx_train - b->of[ANSWER].n;
+    if (m->has_text && m->has_projector && m->n_image_tokens + QUESTION <= m->n_ctx_train) b->n_first = m->n_image_tokens + QUESTION;
+    if (!m->has_text && !b->of[IMAGE].n) exit(fail("neither a language model nor a whole vision tower: nothing to measure"));
+    p->o.ctx = b->of[PROMPT].n + b->of[ANSWER].n;
+    b->tokens = (int32_t *)new_memory(p, (size_t)p->o.ctx, sizeof *b->tokens);
+    for (i = 0; i < p->o.ctx; i++) b->tokens[i] = (int32_t)((int64_t)i * 7919 % m->n_vocab);
+    if (p->o.ctx < b->n_first) p->o.ctx = b->n_first;
+    b->cache_bytes = (uint64_t)p->o.ctx * (uint64_t)m->n_layer * (uint64_t)m->n_head_kv * (uint64_t)m->head_dim * 8;
+    b->rows = (float *)new_memory(p, (size_t)(m->n_image_tokens + QUESTION) * (size_t)m->n_embd + (size_t)m->n_embd_joint, 4);
+    b->logits = (float *)new_memory(p, (size_t)m->n_vocab, sizeof *b->logits);
+    b->first = (float *)new_memory(p, 7 * (size_t)b->rounds, sizeof *b->first);
+    for (i = 0; i < N_MEASURED; i++) b->of[i].seconds = b->first + (1 + i) * b->rounds, b->of[i].limits = b->first + (4 + i) * b->rounds;
+    b->image.width = 640, b->image.height = 480, b->image.orientation = 1;
+    b->image.rgb = (unsigned char *)new_memory(p, 640 * 480, 3);
+    for (i = 0; i < 640 * 480 * 3; i++) b->image.rgb[i] = (unsigned char)(i >> 8 ^ i);
+    count_work(p, b);
+}
+
+static void bench_round(program *p, bench *b, int round) {
+    const char *isa = getenv("ASTROVL_ISA");
+    measured *image = &b->of[IMAGE], *prompt = &b->of[PROMPT], *answer = &b->of[ANSWER];
+    astrovl_status bad = ASTROVL_OK;
+    astrovl_error err;
+    double start = seconds_now();
+    int i;
+    if (image->n && p->info.has_projector) bad = astrovl_encode_image(p->session, &b->image, b->rows, &err);
+    else if (image->n) bad = astrovl_embed_images(p->session, &b->image, 1, 0, b->rows, &err);
+    image->seconds[round] = (float)(seconds_now() - start);
+    if (b->n_first && !bad) bad = astrovl_eval_embeddings(p->session, b->rows, b->n_first, b->logits, 1, &err);
+    b->first[round] = (float)(seconds_now() - start);
+    astrovl_session_reset(p->session);
+    start = seconds_now();
+    if (prompt->n && !bad) bad = astrovl_eval_tokens(p->session, b->tokens, prompt->n, b->logits, 1, &err);
+    prompt->seconds[round] = (float)(seconds_now() - start);
+    start = seconds_now();
+    for (i = 0; i < answer->n && !bad; i++) bad = astrovl_eval_tokens(p->session, b->tokens + i, 1, b->logits, 1, &err);
+    answer->seconds[round] = (float)(seconds_now() - start);
+    astrovl_session_reset(p->session);
+    if (bad) exit(failed(&err));
+    if (image->n) image->limits[round] = (float)astrovl_measure_peak(image->type, isa, p->o.threads);
+    if (prompt->n) prompt->limits[round] = (float)astrovl_measure_peak(prompt->type, isa, p->o.threads);
+    if (answer->n) answer->limits[round] = (float)read_weights(p, b, &answer->work);
+    answer->work *= answer->n;
+}
+
+// The most memory that the program has held, files as far as they were read included; 0: this system does not say.
+static uint64_t peak_memory(void) {
+#if defined(_WIN32)
+    return 0;
+#else
+    struct rusage usage;
+    memset(&usage, 0, sizeof usage);
+    getrusage(RUSAGE_SELF, &usage);
+#if defined(__APPLE__)
+    return (uint64_t)usage.ru_maxrss;      // bytes there, kB elsewhere
+#else
+    return (uint64_t)usage.ru_maxrss * 1024;
+#endif
+#endif
+}
+
+static void print_measured(program *p, const bench *b, int k) {
+    static const char *const keys[] = {"image", "prompt", "answer"}, *const names[] = {"one image", "a prompt's positions", "tokens written"};
+    const measured *x = &b->of[k];
+    float *ratios = (float *)new_memory(p, (size_t)b->rounds, sizeof *ratios);
+    double seconds, limit, reached;
+    int i;
+    for (i = 0; i < b->rounds; i++) ratios[i] = (float)(x->work / x->seconds[i] / x->limits[i]);   // before medians sort them
+    seconds = median(x->seconds, b->rounds), limit = median(x->limits, b->rounds), reached = median(ratios, b->rounds);
+    if (p->o.json)
+        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", keys[k], x->n, seconds, x->n / seconds,
+                 k == ANSWER ? "bytes" : "operations", x->work, limit, reached, astrovl_type_name(x->type));
+    else
+        printf("  %6d %-20s %9.4f s %9.1f /s %8.1f of %6.1f %s %4.0f %%  %s\n", x->n, names[k], seconds, x->n / seconds,
+               x->work / seconds * 1e-9, limit * 1e-9, k == ANSWER ? "GB/s " : "GOP/s", 100 * reached, astrovl_type_name(x->type));
+}
+
+static void print_bench(program *p, const bench *b) {
+    uint64_t peak = peak_memory();
+    char text[3][32];
+    int i;
+    if (p->o.json) put_json("{name:%s rounds:%d", p->info.name, b->rounds);
+    else printf("%s, medians of %d rounds%21sreached, of what this machine can do\n", p->info.name, b->rounds, "");
+    for (i = 0; i < N_MEASURED; i++) if (b->of[i].n) print_measured(p, b, i);
+    if (p->o.json) {
+        if (b->n_first) put_json("first_token_seconds:%f", median(b->first, b->rounds));
+        put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)peak, (long long)b->file_bytes, (long long)b->cache_bytes);
+        return;
+    }
+    if (b->n_first) printf("  first token after an image and %d more: %.3f s\n", QUESTION, median(b->first, b->rounds));
+    printf("  memory %s at most; files %s, KV cache %s\n", peak ? human_bytes(text[0], peak) : "?", human_bytes(text[1], b->file_bytes),
+           human_bytes(text[2], b->cache_bytes));
+}
+
+// Models of random weights, by name.
+static const struct synthetic { const char *name; int tied, text[7], vision[6]; } synthetics[] = {
+    // n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;  image_size, patch_size, n_embd, n_layer, n_head, n_ff
+    {"llava-1.5-7b", 0, {32000, 4096, 4096, 32, 32, 32, 11008}, {336, 14, 1024, 23, 16, 4096}},    // the layers that LLaVA runs
+    {"smollm2-135m", 1, {49152, 8192, 576, 30, 9, 3, 1536}, {0, 0, 0, 0, 0, 0}},
+    {"nano", 0, {512, 1024, 256, 2, 4, 2, 256}, {28, 7, 64, 2, 4, 128}}};
+
+// One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
+static void need_synthetic(program *p, const char *folder, const char *type_name, int type, int tied, const astrovl_info *sizes) {
+    char name[96], size[32], *path;
+    astrovl_info there;
+    astrovl_model *model;
+    astrovl_error err;
+    int written;
+    snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", type_name);
+    path = join_path(p, folder, strlen(folder), name);
+    for (written = 0;; written = 1, astrovl_close(model)) {
+        if ((model = astrovl_open(path, NULL, &err)) != NULL) astrovl_get_info(model, &there);
+        if (model && strcmp(there.name, sizes->name) == 0) break;
+        if (written) exit(failed(&err));
+        p->started = time(NULL);
+        if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
+        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err)) clear_bar(p), exit(failed(&err));
+        clear_bar(p);
+    }
+    fprintf(stderr, "%s: %s of random weights, kept for the next time\n", path,
+            human_bytes(size, astrovl_gguf_size(astrovl_file(model, 0))));
+    astrovl_close(model);
+    list_add(p, &p->o.models, path, strlen(path));
+}
+
+// --synthetic NAME[:TYPE]: its files become the model. EXIT_USAGE when there is no such name or type.
+static int use_synthetic(program *p) {
+    const char *name = p->o.synthetic, *wanted = strchr(name, ':'), *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
+    char type_name[16] = "Q4_0";
+    const struct synthetic *s = synthetics, *end = synthetics + sizeof synthetics / sizeof *synthetics;
+    astrovl_info text, vision;
+    int type = 0, i;
+    size_t n = wanted ? (size_t)(wanted - name) : strlen(name);
+    if (wanted) snprintf(type_name, sizeof type_name, "%s", wanted + 1);
+    for (i = 0; type_name[i]; i++) type_name[i] = (char)toupper((unsigned char)type_name[i]);
+    while (type < N_TYPES && (!astrovl_type_name(type) || strcmp(astrovl_type_name(type), type_name) != 0)) type++;
+    while (s < end && (strlen(s->name) != n || memcmp(s->name, name, n) != 0)) s++;
+    if (s == end || type == N_TYPES)
+        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"", name);
+    memset(&text, 0, sizeof text);
+    text.name = s->name;
+    vision = text;
+    text.has_text = 1, text.n_vocab = s->text[0], text.n_ctx_train = s->text[1], text.n_embd = vision.n_embd = s->text[2];
+    text.n_layer = s->text[3], text.n_head = s->text[4], text.n_head_kv = s->text[5], text.n_ff = s->text[6];
+    vision.has_vision = s->vision[0] > 0, vision.image_size = s->vision[0], vision.patch_size = s->vision[1];
+    vision.vision_n_embd = s->vision[2], vision.vision_n_layer = s->vision[3], vision.vision_n_head = s->vision[4];
+    vision.vision_n_ff = s->vision[5];
+    folder = folder && *folder ? folder : "/tmp";
+    need_synthetic(p, folder, type_name, type, s->tied, &text);
+    if (vision.has_vision) need_synthetic(p, folder, "F16", ASTROVL_TYPE_F16, 0, &vision);
+    return EXIT_OK;
+}
+
+static int bench_model(program *p) {
+    bench b;
+    double ignored;
+    int round;
+    if (p->o.synthetic && p->o.models.n) return usage_error(p->cmd, "one of --model and --synthetic");
+    if (p->o.synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
+    memset(&b, 0, sizeof b);
+    open_model(p);
+    astrovl_get_info(p->model, &p->info);
+    prepare_bench(p, &b);
+    open_session(p, ASTROVL_FAST, NULL, NULL);
+    p->started = time(NULL);
+    p->counting = 1;                       // rounds
+    read_weights(p, &b, &ignored);         // from the disk: not measured
+    for (round = 0; round < b.rounds; round++) {
+        draw_bar(p, "round", round, b.rounds, 0);
+        bench_round(p, &b, round);
+    }
+    clear_bar(p);
+    print_bench(p, &b);
+    return EXIT_OK;
+}
+
+static int run_bench(program *p) {
+    const options *o = &p->o;
+    if (o->words.n == 0) return o->rows || o->dims ? usage_error(p->cmd, "--rows and --dims are for: bench search") : bench_model(p);
+    if (strcmp(o->words.items[0], "search") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    if (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens)
+        return usage_error(p->cmd, "bench search takes --rows, --dims and --rounds, no model");
+    return bench_search(p);
 }
 
 // ==== version, the list of commands, main ============================================================================
@@ -2407,9 +2681,16 @@ static const command commands[] = {
      "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
      "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"bench", BENCH, run_bench, 1, 1, "wanted: bench search", "bench [OPTIONS] search", "measure how fast the kernels are here",
+    {"bench", BENCH, run_bench, 0, 1, "wanted: bench, or bench search", "bench [OPTIONS] [search]", "measure how fast a model is here",
+     "Measures a model, and what this machine could do at most, in turns: encoding one image, reading a prompt, writing after it.\n"
+     "The first two are bound by arithmetic. Their operations (two for each product in matrices and attention) a second are held\n"
+     "against what the processor does in registers alone with the instruction in use. Writing is bound by memory: the weights that\n"
+     "each token needs (the KV cache is not counted) are held against merely reading them. Tokens are fixed, so answers do not\n"
+     "matter: --synthetic makes files of random weights in the shapes of known models. The KV cache is part of the peak memory,\n"
+     "files as far as they were read. ASTROVL_ISA=avx2 (or portable, avx512) in the environment measures simpler kernels.\n"
      "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.",
-     "  astrovl bench search\n  astrovl bench search --rows 200000 --dims 768 --json\n"},
+     "  astrovl bench\n  astrovl bench -m llava-q4_k_m.gguf -m mmproj.gguf --rounds 5\n"
+     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"},
     {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
