@@ -24,6 +24,7 @@
 //   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
 //   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
 //   [13] contrastive embeddings of images and texts, scores, search, metrics
+//   [14] measuring   how fast a model is, and what the machine allows
 //
 // ---- How to use it ------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -617,10 +618,34 @@ ASTROVL_API void astrovl_retrieval_ranks(const float *queries, const float *item
 ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double percent);
 // Seconds that n_threads (0: one per processor) take to read a block of memory once: the ceiling to hold astrovl_search against.
 ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_threads);
-// Operations a second (a product and a sum are two) that n_threads reach in registers alone, with the instruction that fast mode
-// multiplies many rows by weights of this type with: the ceiling to hold encoding an image or reading a prompt against. isa: as of
-// a session's options. Takes a fifth of a second. 0 if there is no such isa or type, or memory is out.
+
+// ---- measuring --------------------------------------------------------------------------------------------------
+
+// Operations a second (a product and a sum are two) that n_threads (0: one per processor) reach in registers alone, with the
+// instruction that fast mode multiplies many rows by weights of this type with. isa: as of a session's options. Takes a fifth of a
+// second. 0 if there is no such isa or type, or memory is out.
 ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads);
+
+// One kind of work: what it took, and what this machine could do at most.
+typedef struct astrovl_pace {
+    int    n;                      // images, positions or tokens; 0: the model cannot do it
+    double seconds;                // for all n
+    double work;                   // reading: operations, two for each product in matrices and attention; writing: bytes of weights
+    double limit;                  // work a second: astrovl_measure_peak's; in writing, reading these weights from memory alone
+    int    type;                   // of most weights
+} astrovl_pace;
+typedef struct astrovl_speed {
+    astrovl_pace image, prompt, answer;    // encoding one image; reading n_prompt positions; writing n_answer tokens after them
+    double   first_token_seconds;  // of an image (encoding included) and ASTROVL_QUESTION more positions; 0: no such model, or no room
+    uint64_t file_bytes, cache_bytes;      // the model's files; the KV cache as far as it was used
+    uint64_t peak_bytes;           // the most memory this process has held, files as far as they were read; 0: the system does not say
+} astrovl_speed;
+#define ASTROVL_QUESTION 35
+// Measures one round, after the conversation is forgotten. Tokens are the same whatever the model says; what does not fit the
+// context is cut. CLIP alone embeds its image. The first round also pays for fetching the files from the disk. ARGUMENT (counts
+// below 1), MODEL (neither a language model nor a whole vision tower), MEMORY.
+ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed,
+                                                 astrovl_error *err);
 
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
@@ -742,6 +767,7 @@ ASTROVL_API float astrovl_cosf(float x);
 #define AVL__MMAP 0
 #endif
 #if AVL__POSIX
+#include <sys/resource.h>
 #include <sys/time.h>
 #include <unistd.h>
 #else
@@ -1085,6 +1111,22 @@ static double avl__seconds(void) {   // wall clock, for measuring spans
     return (double)now.tv_sec + (double)now.tv_usec * 1e-6;
 #else
     return (double)clock() / CLOCKS_PER_SEC;
+#endif
+}
+
+// The most memory that the process has held, mapped files as far as they were read included; 0: not known here.
+static uint64_t avl__peak_memory(void) {
+#if AVL__POSIX
+    struct rusage usage;
+    memset(&usage, 0, sizeof usage);
+    getrusage(RUSAGE_SELF, &usage);
+#if defined(__APPLE__)
+    return (uint64_t)usage.ru_maxrss;          // bytes there, kB elsewhere
+#else
+    return (uint64_t)usage.ru_maxrss * 1024;
+#endif
+#else
+    return 0;
 #endif
 }
 
@@ -12430,46 +12472,6 @@ ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_thr
     return seconds;
 }
 
-enum { AVL__PEAK_ITEMS = 8 };   // for each thread: one that is late has less to do
-
-typedef struct avl__peak {
-    const avl__kernels *kernels;
-    int                 type;
-    int64_t             n;                                            // rounds of an item
-    double              made[AVL__PEAK_ITEMS * ASTROVL_MAX_THREADS];  // operations, by item
-} avl__peak;
-
-static void avl__peak_item(void *context, int item, int thread) {
-    avl__peak *peak = (avl__peak *)context;
-    (void)thread;
-    peak->made[item] = peak->kernels->peak(peak->type, peak->n);
-}
-
-// Rounds are doubled until they take 20 ms, so that threads are awake and clocks up; then the best of five counts.
-ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads) {
-    avl__peak peak;
-    double best = 0.0, operations, seconds;
-    int i, n_items, left = 5;
-    avl__pool *pool;
-    memset(&peak, 0, sizeof peak);
-    peak.kernels = avl__choose_kernels(ASTROVL_FAST, isa);
-    pool = peak.kernels && avl__find_type(type) ? avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors()) : NULL;
-    if (!pool) return 0.0;
-    peak.type = type;
-    n_items = AVL__PEAK_ITEMS * avl__pool_n_threads(pool);
-    for (peak.n = 256; left > 0 && peak.n < (int64_t)1 << 40;) {
-        double start = avl__seconds();
-        avl__pool_run(pool, avl__peak_item, &peak, n_items);
-        seconds = avl__seconds() - start;
-        if (seconds < 0.02) { peak.n *= 2; continue; }
-        for (operations = 0.0, i = 0; i < n_items; i++) operations += peak.made[i];
-        if (operations / seconds > best) best = operations / seconds;
-        left--;
-    }
-    avl__pool_free(pool);
-    return best;
-}
-
 // ---- metrics -------------------------------------------------------------------------------------------------------
 
 // -log softmax(scale * x . items)[i], summed over the n pairs (x, items[i])
@@ -12511,6 +12513,232 @@ ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double pe
     int found = 0, i;
     for (i = 0; i < n; i++) found += (double)ranks[i] + 1.0 <= limit;   // ranks[i] < floor(limit)
     return n > 0 ? (double)found / n : 0.0;
+}
+
+
+// ====================================================================================================================
+// [14] Measuring
+// A speed says little by itself: machines differ, and change with the hour. So each is held against what the same machine could do
+// at most, measured beside it. Reading an image or a prompt is bound by arithmetic, so its limit is the processor's, in registers
+// alone; writing needs every weight for each token, so its limit is reading them from memory.
+// ====================================================================================================================
+
+enum { AVL__PEAK_ITEMS = 8 };   // for each thread: one that is late has less to do
+
+typedef struct avl__peak {
+    const avl__kernels *kernels;
+    int                 type;
+    int64_t             n;                                            // rounds of an item
+    double              made[AVL__PEAK_ITEMS * ASTROVL_MAX_THREADS];  // operations, by item
+} avl__peak;
+
+static void avl__peak_item(void *context, int item, int thread) {
+    avl__peak *peak = (avl__peak *)context;
+    (void)thread;
+    peak->made[item] = peak->kernels->peak(peak->type, peak->n);
+}
+
+// Rounds are doubled until they take 20 ms, so that threads are awake and clocks up; then the best of five counts.
+static double avl__measure_peak(const avl__kernels *kernels, avl__pool *pool, int type) {
+    const int n_items = AVL__PEAK_ITEMS * avl__pool_n_threads(pool);
+    double best = 0.0, operations, start, seconds;
+    avl__peak peak;
+    int i, left = 5;
+    memset(&peak, 0, sizeof peak);
+    peak.kernels = kernels;
+    peak.type = type;
+    for (peak.n = 256; left > 0 && peak.n < (int64_t)1 << 40;) {
+        start = avl__seconds();
+        avl__pool_run(pool, avl__peak_item, &peak, n_items);
+        seconds = avl__seconds() - start;
+        if (seconds < 0.02) { peak.n *= 2; continue; }
+        for (operations = 0.0, i = 0; i < n_items; i++) operations += peak.made[i];
+        if (operations / seconds > best) best = operations / seconds;
+        left--;
+    }
+    return best;
+}
+
+ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads) {
+    const avl__kernels *kernels = avl__choose_kernels(ASTROVL_FAST, isa);
+    avl__pool *pool = kernels && avl__find_type(type) ? avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors()) : NULL;
+    double best = pool ? avl__measure_peak(kernels, pool, type) : 0.0;
+    avl__pool_free(pool);
+    return best;
+}
+
+// The language model's matrices, by number: seven of each layer, and last the output matrix.
+static const avl__linear *avl__llama_matrix(const avl__llama *m, int i) {
+    const avl__llama_layer *layer = &m->layers[i / 7];
+    if (i == 7 * m->n_layer) return &m->output;
+    switch (i % 7) {
+    case 0: return &layer->q;
+    case 1: return &layer->k;
+    case 2: return &layer->v;
+    case 3: return &layer->o;
+    case 4: return &layer->gate;
+    case 5: return &layer->up;
+    default: return &layer->down;
+    }
+}
+
+enum { AVL__MATRIX_SLICES = 8 };
+
+typedef struct avl__read_weights {
+    const avl__kernels *kernels;
+    const avl__llama   *model;
+    uint64_t            sums[ASTROVL_MAX_THREADS];   // the readers' results, which nobody wants
+} avl__read_weights;
+
+static void avl__read_weights_item(void *context, int item, int thread) {
+    avl__read_weights *read = (avl__read_weights *)context;
+    const avl__linear *w = avl__llama_matrix(read->model, item / AVL__MATRIX_SLICES);
+    size_t size = (size_t)w->n_out * w->row_bytes, step = size / AVL__MATRIX_SLICES, slice = (size_t)item % AVL__MATRIX_SLICES;
+    read->sums[thread] += read->kernels->read((const uint8_t *)w->weight + slice * step,
+                                              slice == AVL__MATRIX_SLICES - 1 ? size - slice * step : step);
+}
+
+// Seconds that reading all weights which a token needs takes, where they lie.
+static double avl__measure_weights(const avl__kernels *kernels, avl__pool *pool, const avl__llama *model) {
+    avl__read_weights read;
+    double start = avl__seconds();
+    memset(&read, 0, sizeof read);
+    read.kernels = kernels;
+    read.model = model;
+    avl__pool_run(pool, avl__read_weights_item, &read, (7 * model->n_layer + 1) * AVL__MATRIX_SLICES);
+    return avl__seconds() - start;
+}
+
+// One product for each weight and row; for attention, head_dim to score a pair of positions and head_dim to mix it in.
+static double avl__n_weights(const avl__linear *w) { return (double)w->n_in * w->n_out; }
+
+static double avl__prompt_work(const avl__llama *m, int n_prompt) {
+    double products = avl__n_weights(&m->output), n = n_prompt;   // logits of the last position alone
+    int i;
+    for (i = 0; i < 7 * m->n_layer; i++) products += n * avl__n_weights(avl__llama_matrix(m, i));
+    return 2.0 * (products + 2.0 * m->n_layer * m->n_head * m->head_dim * n * (n + 1.0) / 2.0);
+}
+
+static double avl__answer_work(const avl__llama *m, int n_answer) {
+    double n_bytes = 0.0;
+    int i;
+    for (i = 0; i <= 7 * m->n_layer; i++) n_bytes += (double)avl__llama_matrix(m, i)->n_out * (double)avl__llama_matrix(m, i)->row_bytes;
+    return n_bytes * n_answer;
+}
+
+static double avl__image_work(const astrovl_model *m) {
+    const avl__tower *t = &m->clip.tower;
+    double n = m->clip.n_patches, rows = n + 1.0, products = n * avl__n_weights(&m->clip.patch_embd);
+    int i;
+    for (i = 0; i < (m->n_projector ? m->clip.n_run : t->n_layer); i++) {
+        const avl__tower_layer *layer = &t->layers[i];
+        products += rows * (avl__n_weights(&layer->q) + avl__n_weights(&layer->k) + avl__n_weights(&layer->v) +
+                            avl__n_weights(&layer->out) + avl__n_weights(&layer->fc1) + avl__n_weights(&layer->fc2));
+        products += 2.0 * rows * rows * t->n_embd;
+    }
+    for (i = 0; i < m->n_projector; i++) products += n * avl__n_weights(&m->projector[i]);
+    return 2.0 * products;
+}
+
+// Any picture.
+static void avl__paint(astrovl_image *image) {
+    int64_t i;
+    for (i = 0; image->rgb && i < (int64_t)image->width * image->height * 3; i++) image->rgb[i] = (unsigned char)(i >> 8 ^ i);
+}
+
+// rows: room for the image's rows (or its one embedding) and ASTROVL_QUESTION more;  logits: [n_vocab]
+static astrovl_status avl__measure_image(astrovl_session *s, float *rows, float *logits, astrovl_speed *speed, astrovl_error *err) {
+    const int n = s->model->clip.n_patches + ASTROVL_QUESTION;
+    astrovl_image image = {640, 480, NULL, 1};
+    astrovl_status status = ASTROVL_OK;
+    double start;
+    image.rgb = (unsigned char *)avl__alloc_raw(640 * 480, 3);
+    if (!image.rgb) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for an image");
+    avl__paint(&image);
+    astrovl_session_reset(s);
+    start = avl__seconds();
+    if (s->model->n_projector) status = astrovl_encode_image(s, &image, rows, err);
+    else status = astrovl_embed_images(s, &image, 1, 0, rows, err);
+    speed->image.seconds = avl__seconds() - start;
+    if (!status && s->model->n_projector && n <= s->cache.n_ctx) {
+        status = astrovl_eval_embeddings(s, rows, n, logits, 1, err);
+        speed->first_token_seconds = avl__seconds() - start;
+    }
+    astrovl_session_reset(s);
+    astrovl_image_free(&image);
+    return status;
+}
+
+// tokens: [speed->prompt.n]
+static astrovl_status avl__measure_text(astrovl_session *s, const int32_t *tokens, float *logits, astrovl_speed *speed,
+                                        astrovl_error *err) {
+    astrovl_status status;
+    double start = avl__seconds();
+    int i;
+    status = astrovl_eval_tokens(s, tokens, speed->prompt.n, logits, 1, err);
+    speed->prompt.seconds = avl__seconds() - start;
+    start = avl__seconds();
+    for (i = 0; i < speed->answer.n && !status; i++) status = astrovl_eval_tokens(s, tokens + i % speed->prompt.n, 1, logits, 1, err);
+    speed->answer.seconds = avl__seconds() - start;
+    astrovl_session_reset(s);
+    return status;
+}
+
+// What is to be measured of the language model, and how much work it is.
+static void avl__measure_prepare(const astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed) {
+    const avl__llama *m = &s->model->llama;
+    int n_ctx = s->cache.n_ctx, n = s->model->n_projector ? s->model->clip.n_patches + ASTROVL_QUESTION : 0;
+    speed->answer.n = n_answer < n_ctx ? n_answer : n_ctx - 1;
+    speed->prompt.n = n_prompt < n_ctx - speed->answer.n ? n_prompt : n_ctx - speed->answer.n;
+    speed->prompt.work = avl__prompt_work(m, speed->prompt.n);
+    speed->answer.work = avl__answer_work(m, speed->answer.n);
+    speed->prompt.type = speed->answer.type = m->layers[0].up.type;
+    if (n > n_ctx || n < speed->prompt.n + speed->answer.n) n = speed->prompt.n + speed->answer.n;
+    speed->cache_bytes = (uint64_t)n * (uint64_t)m->n_layer * (uint64_t)m->n_head_kv * (uint64_t)m->head_dim * 8;
+}
+
+static void avl__measure_limits(const astrovl_session *s, astrovl_speed *speed) {
+    const avl__kernels *kernels = s->run.kernels;
+    if (speed->answer.n)
+        speed->answer.limit = speed->answer.work / speed->answer.n / avl__measure_weights(kernels, s->run.pool, &s->model->llama);
+    if (speed->prompt.n) speed->prompt.limit = avl__measure_peak(kernels, s->run.pool, speed->prompt.type);
+    if (speed->image.n) speed->image.limit = avl__measure_peak(kernels, s->run.pool, speed->image.type);
+}
+
+ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed,
+                                                 astrovl_error *err) {
+    const astrovl_model *m = s->model;
+    astrovl_status status = ASTROVL_OK;
+    int32_t *tokens;
+    float *rows, *logits;
+    int i;
+    memset(speed, 0, sizeof *speed);
+    if (n_prompt < 1 || n_answer < 1 || (m->has_text && s->cache.n_ctx < 2))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring needs a position to read and one to write");
+    if (m->has_text) avl__measure_prepare(s, n_prompt, n_answer, speed);
+    if ((m->has_text && m->n_projector) || (m->has_vision && !m->n_projector && m->clip.has_joint)) {
+        speed->image.n = 1;
+        speed->image.work = avl__image_work(m);
+        speed->image.type = m->clip.tower.layers[0].fc1.type;
+    }
+    if (!m->has_text && !speed->image.n)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: neither a language model nor a whole vision tower to measure",
+                         astrovl_gguf_name(m->weights.files[0]));
+    rows = avl__alloc_floats((uint64_t)(m->clip.n_patches + ASTROVL_QUESTION) * (uint64_t)m->llama.n_embd +
+                             (uint64_t)avl__n_embd_joint(m));
+    logits = avl__alloc_floats((uint64_t)m->llama.n_vocab);
+    tokens = (int32_t *)avl__alloc((uint64_t)speed->prompt.n, sizeof *tokens);
+    if (!rows || !logits || !tokens) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for measuring");
+    for (i = 0; !status && i < speed->prompt.n; i++) tokens[i] = (int32_t)((int64_t)i * 7919 % m->llama.n_vocab);
+    if (!status && speed->image.n) status = avl__measure_image(s, rows, logits, speed, err);
+    if (!status && m->has_text) status = avl__measure_text(s, tokens, logits, speed, err);
+    if (!status) avl__measure_limits(s, speed);
+    for (i = 0; i < astrovl_n_files(m); i++) speed->file_bytes += astrovl_gguf_size(astrovl_file(m, i));
+    speed->peak_bytes = avl__peak_memory();
+    astrovl_free(rows);
+    astrovl_free(logits);
+    astrovl_free(tokens);
+    return status;
 }
 
 #ifdef __cplusplus

@@ -42,7 +42,6 @@
 #include <fcntl.h>
 #include <strings.h>
 #include <sys/file.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -2279,9 +2278,10 @@ static float median(float *values, int n) {
     return (values[(n - 1) / 2] + values[n / 2]) / 2;
 }
 
+enum { MOST_ROUNDS = 99 };
+
 // A search, and merely reading the same memory.
 static int bench_search(program *p) {
-    enum { MOST_ROUNDS = 99 };
     size_t n = (size_t)(p->o.rows ? p->o.rows : 1000000), d = (size_t)(p->o.dims ? p->o.dims : 512), size = 2 * n * d, i;
     float seconds[2][MOST_ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
     double search, reading, start, gigabytes = (double)n * (double)d * 2e-9;
@@ -2307,177 +2307,41 @@ static int bench_search(program *p) {
     return EXIT_OK;
 }
 
-// A whole model. How much there is to compute is known from the shapes of its tensors.
-enum { IMAGE, PROMPT, ANSWER, N_MEASURED, QUESTION = 35 };   // QUESTION: tokens beside an image's, of a short question
-typedef struct measured {
-    int     n;                             // images, positions or tokens; 0: the model cannot do it
-    int     type;                          // of most weights
-    double  work;                          // image, prompt: operations, two for each product in matrices and attention; answer: bytes
-    float  *seconds, *limits;              // [rounds]; limits: work a second that this machine could do
-} measured;
+enum { IMAGE, PROMPT, ANSWER, N_PACES };
 typedef struct bench {
-    measured      of[N_MEASURED];
-    int           rounds, n_first, tied;   // n_first: positions of an image and a question; tied: there is no output matrix
-    float        *first, *rows, *logits;   // [rounds] seconds to the first token; embeddings; [n_vocab]
-    int32_t      *tokens;                  // read and "written": always the same
-    astrovl_image image;
-    uint64_t      file_bytes, cache_bytes;
+    int           n;                                   // rounds
+    astrovl_speed last;                                // the counts are the same in all
+    float         seconds[N_PACES][MOST_ROUNDS], limits[N_PACES][MOST_ROUNDS], reached[N_PACES][MOST_ROUNDS], first[MOST_ROUNDS];
 } bench;
 
-// How many rows a matrix is multiplied with in reading a prompt, or (*is_image) an image; 0: it is no part of that.
-static int rows_met(const program *p, const bench *b, const astrovl_tensor *t, int *is_image) {
-    const astrovl_info *m = &p->info;
-    *is_image = t->name[0] == 'v' || strncmp(t->name, "mm.", 3) == 0;
-    if (t->n_dims < 2 || !b->of[*is_image ? IMAGE : PROMPT].n) return 0;
-    if (strncmp(t->name, "blk.", 4) == 0) return b->of[PROMPT].n;
-    if (strncmp(t->name, "v.blk.", 6) == 0)
-        return atoi(t->name + 6) < (m->has_projector ? m->vision_feature_layer : m->vision_n_layer) ? m->n_patches + 1 : 0;
-    if (*is_image) return t->name[0] == 'm' || strcmp(t->name, "v.patch_embd.weight") == 0 ? m->n_patches : 0;
-    return strcmp(t->name, b->tied ? "token_embd.weight" : "output.weight") == 0;      // for the last position alone
-}
-
-static void count_work(const program *p, bench *b) {
-    const astrovl_info *m = &p->info;
-    double n = b->of[PROMPT].n, patches = m->n_patches + 1, of_type[2][N_TYPES] = {{0}};
-    int i, k, is_image, rows;
-    for (i = 0, b->tied = 1; i < astrovl_n_files(p->model); i++)
-        if (astrovl_gguf_find_tensor(astrovl_file(p->model, i), "output.weight")) b->tied = 0;
-    for (i = 0; i < astrovl_n_files(p->model); i++) {
-        const astrovl_gguf *file = astrovl_file(p->model, i);
-        b->file_bytes += astrovl_gguf_size(file);
-        for (k = 0; k < astrovl_gguf_n_tensors(file); k++) {
-            const astrovl_tensor *t = astrovl_gguf_tensor(file, k);
-            double values = (double)count_values(t->ne, 4);
-            measured *x = (rows = rows_met(p, b, t, &is_image)) == 0 ? NULL : &b->of[is_image ? IMAGE : PROMPT];
-            if (!x) continue;
-            x->work += 2 * rows * values;
-            if ((of_type[is_image][t->type] += values) > of_type[is_image][x->type]) x->type = (int)t->type;
-        }
-    }
-    b->of[PROMPT].work += 4.0 * m->n_layer * m->n_head * m->head_dim * n * (n + 1) / 2;
-    if (b->of[IMAGE].n) b->of[IMAGE].work += 4.0 * m->vision_feature_layer * m->vision_n_embd * patches * patches;
-    b->of[ANSWER].type = b->of[PROMPT].type;
-}
-
-// Bytes a second at which the weights that every token needs are read where they lie, and (*work) how many these are.
-static double read_weights(const program *p, const bench *b, double *work) {
-    double seconds = 0;
-    int i, k, is_image;
-    for (i = 0, *work = 0; i < astrovl_n_files(p->model); i++) {
-        const char *start = NULL, *end = NULL;
-        for (k = 0; k <= astrovl_gguf_n_tensors(astrovl_file(p->model, i)); k++) {
-            const astrovl_tensor *t = astrovl_gguf_tensor(astrovl_file(p->model, i), k);     // NULL at the end
-            const char *data = t ? (const char *)t->data : NULL;
-            if (t && (!rows_met(p, b, t, &is_image) || is_image)) continue;
-            if (!start || !t || data < end || data - end > 65536) {      // in one go what lies together, norms between matrices
-                if (start) seconds += astrovl_measure_read(start, (size_t)(end - start), p->o.threads), *work += (double)(end - start);
-                start = data;
-            }
-            if (t) end = data + t->n_bytes;
-        }
-    }
-    return *work / seconds;
-}
-
-// What the model can do, and room for it.
-static void prepare_bench(program *p, bench *b) {
-    const astrovl_info *m = &p->info;
-    int i, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32, n_prompt = p->o.n_prompt ? p->o.n_prompt : 620;
-    b->rounds = p->o.rounds ? p->o.rounds : 3;
-    b->of[IMAGE].n = (m->has_text && m->has_projector) || m->has_joint_image;
-    if (m->has_text) b->of[ANSWER].n = n_tokens < m->n_ctx_train ? n_tokens : m->n_ctx_train - 1;
-    if (m->has_text) b->of[PROMPT].n = n_prompt < m->n_ctx_train - b->of[ANSWER].n ? n_prompt : m->n_ctx_train - b->of[ANSWER].n;
-    if (m->has_text && m->has_projector && m->n_image_tokens + QUESTION <= m->n_ctx_train) b->n_first = m->n_image_tokens + QUESTION;
-    if (!m->has_text && !b->of[IMAGE].n) exit(fail("neither a language model nor a whole vision tower: nothing to measure"));
-    p->o.ctx = b->of[PROMPT].n + b->of[ANSWER].n;
-    b->tokens = (int32_t *)new_memory(p, (size_t)p->o.ctx, sizeof *b->tokens);
-    for (i = 0; i < p->o.ctx; i++) b->tokens[i] = (int32_t)((int64_t)i * 7919 % m->n_vocab);
-    if (p->o.ctx < b->n_first) p->o.ctx = b->n_first;
-    b->cache_bytes = (uint64_t)p->o.ctx * (uint64_t)m->n_layer * (uint64_t)m->n_head_kv * (uint64_t)m->head_dim * 8;
-    b->rows = (float *)new_memory(p, (size_t)(m->n_image_tokens + QUESTION) * (size_t)m->n_embd + (size_t)m->n_embd_joint, 4);
-    b->logits = (float *)new_memory(p, (size_t)m->n_vocab, sizeof *b->logits);
-    b->first = (float *)new_memory(p, 7 * (size_t)b->rounds, sizeof *b->first);
-    for (i = 0; i < N_MEASURED; i++) b->of[i].seconds = b->first + (1 + i) * b->rounds, b->of[i].limits = b->first + (4 + i) * b->rounds;
-    b->image.width = 640, b->image.height = 480, b->image.orientation = 1;
-    b->image.rgb = (unsigned char *)new_memory(p, 640 * 480, 3);
-    for (i = 0; i < 640 * 480 * 3; i++) b->image.rgb[i] = (unsigned char)(i >> 8 ^ i);
-    count_work(p, b);
-}
-
-static void bench_round(program *p, bench *b, int round) {
-    const char *isa = getenv("ASTROVL_ISA");
-    measured *image = &b->of[IMAGE], *prompt = &b->of[PROMPT], *answer = &b->of[ANSWER];
-    astrovl_status bad = ASTROVL_OK;
-    astrovl_error err;
-    double start = seconds_now();
-    int i;
-    if (image->n && p->info.has_projector) bad = astrovl_encode_image(p->session, &b->image, b->rows, &err);
-    else if (image->n) bad = astrovl_embed_images(p->session, &b->image, 1, 0, b->rows, &err);
-    image->seconds[round] = (float)(seconds_now() - start);
-    if (b->n_first && !bad) bad = astrovl_eval_embeddings(p->session, b->rows, b->n_first, b->logits, 1, &err);
-    b->first[round] = (float)(seconds_now() - start);
-    astrovl_session_reset(p->session);
-    start = seconds_now();
-    if (prompt->n && !bad) bad = astrovl_eval_tokens(p->session, b->tokens, prompt->n, b->logits, 1, &err);
-    prompt->seconds[round] = (float)(seconds_now() - start);
-    start = seconds_now();
-    for (i = 0; i < answer->n && !bad; i++) bad = astrovl_eval_tokens(p->session, b->tokens + i, 1, b->logits, 1, &err);
-    answer->seconds[round] = (float)(seconds_now() - start);
-    astrovl_session_reset(p->session);
-    if (bad) exit(failed(&err));
-    if (image->n) image->limits[round] = (float)astrovl_measure_peak(image->type, isa, p->o.threads);
-    if (prompt->n) prompt->limits[round] = (float)astrovl_measure_peak(prompt->type, isa, p->o.threads);
-    if (answer->n) answer->limits[round] = (float)read_weights(p, b, &answer->work);
-    answer->work *= answer->n;
-}
-
-// The most memory that the program has held, files as far as they were read included; 0: this system does not say.
-static uint64_t peak_memory(void) {
-#if defined(_WIN32)
-    return 0;
-#else
-    struct rusage usage;
-    memset(&usage, 0, sizeof usage);
-    getrusage(RUSAGE_SELF, &usage);
-#if defined(__APPLE__)
-    return (uint64_t)usage.ru_maxrss;      // bytes there, kB elsewhere
-#else
-    return (uint64_t)usage.ru_maxrss * 1024;
-#endif
-#endif
-}
-
-static void print_measured(program *p, const bench *b, int k) {
-    static const char *const keys[] = {"image", "prompt", "answer"}, *const names[] = {"one image", "a prompt's positions", "tokens written"};
-    const measured *x = &b->of[k];
-    float *ratios = (float *)new_memory(p, (size_t)b->rounds, sizeof *ratios);
-    double seconds, limit, reached;
-    int i;
-    for (i = 0; i < b->rounds; i++) ratios[i] = (float)(x->work / x->seconds[i] / x->limits[i]);   // before medians sort them
-    seconds = median(x->seconds, b->rounds), limit = median(x->limits, b->rounds), reached = median(ratios, b->rounds);
+static void print_pace(const program *p, bench *b, int k) {
+    static const char *const keys[] = {"image", "prompt", "answer"}, *const names[] = {"one image", "prompt, positions", "answer, tokens"};
+    const astrovl_pace *x = k == IMAGE ? &b->last.image : k == PROMPT ? &b->last.prompt : &b->last.answer;
+    double seconds = median(b->seconds[k], b->n), limit = median(b->limits[k], b->n), reached = median(b->reached[k], b->n);
+    if (!x->n) return;
     if (p->o.json)
-        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", keys[k], x->n, seconds, x->n / seconds,
-                 k == ANSWER ? "bytes" : "operations", x->work, limit, reached, astrovl_type_name(x->type));
+        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", keys[k], x->n, seconds,
+                 x->n / seconds, k == ANSWER ? "bytes" : "operations", x->work, limit, reached, astrovl_type_name(x->type));
     else
-        printf("  %6d %-20s %9.4f s %9.1f /s %8.1f of %6.1f %s %4.0f %%  %s\n", x->n, names[k], seconds, x->n / seconds,
+        printf("  %-18s %5d %9.3f s %9.1f /s  %8.1f of %6.1f %s %4.0f %%  %s\n", names[k], x->n, seconds, x->n / seconds,
                x->work / seconds * 1e-9, limit * 1e-9, k == ANSWER ? "GB/s " : "GOP/s", 100 * reached, astrovl_type_name(x->type));
 }
 
-static void print_bench(program *p, const bench *b) {
-    uint64_t peak = peak_memory();
+static void print_bench(const program *p, bench *b) {
+    const astrovl_speed *x = &b->last;
     char text[3][32];
-    int i;
-    if (p->o.json) put_json("{name:%s rounds:%d", p->info.name, b->rounds);
-    else printf("%s, medians of %d rounds%21sreached, of what this machine can do\n", p->info.name, b->rounds, "");
-    for (i = 0; i < N_MEASURED; i++) if (b->of[i].n) print_measured(p, b, i);
+    int k;
+    if (p->o.json) put_json("{name:%s rounds:%d", p->info.name, b->n);
+    else printf("%s, medians of %-3d %*s\n", p->info.name, b->n, 63 - (int)strlen(p->info.name), "reached of what the machine allows");
+    for (k = 0; k < N_PACES; k++) print_pace(p, b, k);
     if (p->o.json) {
-        if (b->n_first) put_json("first_token_seconds:%f", median(b->first, b->rounds));
-        put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)peak, (long long)b->file_bytes, (long long)b->cache_bytes);
+        if (x->first_token_seconds > 0) put_json("first_token_seconds:%f", median(b->first, b->n));
+        put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes, (long long)x->cache_bytes);
         return;
     }
-    if (b->n_first) printf("  first token after an image and %d more: %.3f s\n", QUESTION, median(b->first, b->rounds));
-    printf("  memory %s at most; files %s, KV cache %s\n", peak ? human_bytes(text[0], peak) : "?", human_bytes(text[1], b->file_bytes),
-           human_bytes(text[2], b->cache_bytes));
+    if (x->first_token_seconds > 0) printf("  image and question %15.3f s to the first token\n", median(b->first, b->n));
+    printf("  memory: at most %s; files %s, KV cache %s\n", x->peak_bytes ? human_bytes(text[0], x->peak_bytes) : "?",
+           human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
 }
 
 // Models of random weights, by name.
@@ -2540,22 +2404,26 @@ static int use_synthetic(program *p) {
 }
 
 static int bench_model(program *p) {
-    bench b;
-    double ignored;
-    int round;
+    static bench b;
+    const astrovl_pace *paces[N_PACES] = {&b.last.image, &b.last.prompt, &b.last.answer};
+    astrovl_error err;
+    int i, k, n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
     if (p->o.synthetic && p->o.models.n) return usage_error(p->cmd, "one of --model and --synthetic");
     if (p->o.synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
-    memset(&b, 0, sizeof b);
     open_model(p);
     astrovl_get_info(p->model, &p->info);
-    prepare_bench(p, &b);
     open_session(p, ASTROVL_FAST, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds
-    read_weights(p, &b, &ignored);         // from the disk: not measured
-    for (round = 0; round < b.rounds; round++) {
-        draw_bar(p, "round", round, b.rounds, 0);
-        bench_round(p, &b, round);
+    b.n = p->o.rounds ? p->o.rounds : 3;
+    for (i = 0; i < b.n; i++) {
+        draw_bar(p, "round", i, b.n, 0);
+        if (astrovl_measure_model(p->session, n_prompt, n_tokens, &b.last, &err)) return clear_bar(p), failed(&err);
+        b.first[i] = (float)b.last.first_token_seconds;
+        for (k = 0; k < N_PACES; k++) {
+            b.seconds[k][i] = (float)paces[k]->seconds, b.limits[k][i] = (float)paces[k]->limit;
+            b.reached[k][i] = (float)(paces[k]->work / paces[k]->seconds / paces[k]->limit);
+        }
     }
     clear_bar(p);
     print_bench(p, &b);
