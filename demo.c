@@ -2412,6 +2412,8 @@ static int bench_model(program *p) {
     if (p->o.synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
     open_model(p);
     astrovl_get_info(p->model, &p->info);
+    if (n_prompt + n_tokens > ASTROVL_DEFAULT_CONTEXT)
+        p->o.ctx = n_prompt + n_tokens < p->info.n_ctx_train ? n_prompt + n_tokens : p->info.n_ctx_train;
     open_session(p, ASTROVL_FAST, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds
