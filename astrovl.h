@@ -9502,6 +9502,7 @@ static const uint8_t *avl__noise_blocks(avl__noise *n, int type) {
 
 // The tensor's n_bytes, out of a circle of `size` bytes.
 static void avl__noise_write(avl__noise *n, const uint8_t *circle, size_t size, size_t at, uint64_t n_bytes) {
+    if (n->failure.status) return;
     if (!circle) avl__fail(&n->failure, ASTROVL_ERROR_MEMORY, "out of memory for random weights");
     else if (n->progress && n->progress(n->user, "tensors", n->n_written, n->n_tensors))
         avl__fail(&n->failure, ASTROVL_CANCELLED, "%s: writing it was cancelled", n->w->path);
