@@ -413,6 +413,8 @@ ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int ind
 // progress may be NULL.  ARGUMENT (sizes that make no model), FILE, MEMORY, CANCELLED: nothing is left behind.
 ASTROVL_API astrovl_status astrovl_write_random(const char *path, const astrovl_info *sizes, astrovl_type type, int tied,
                                                 astrovl_progress progress, void *user, astrovl_error *err);
+// The sizes of "llava-1.5-7b", "smollm2-135m" (a language model alone) or "nano" (a LLaVA of a megabyte). 0: no such name.
+ASTROVL_API int astrovl_known_sizes(const char *name, astrovl_info *sizes, int *tied);
 #endif
 ASTROVL_API const char *astrovl_template_name(astrovl_template t);                      // "vicuna_v1", ...
 ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
@@ -9722,6 +9724,31 @@ ASTROVL_API astrovl_status astrovl_write_random(const char *path, const astrovl_
     if (n.failure.status) return avl__fail(err, n.failure.status, "%s", n.failure.message);
     if (progress) progress(user, "tensors", n.n_tensors, n.n_tensors);
     return ASTROVL_OK;
+}
+
+ASTROVL_API int astrovl_known_sizes(const char *name, astrovl_info *sizes, int *tied) {
+    static const struct { const char *name; int tied, text[7], vision[6]; } known[] = {
+        // n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;  image_size, patch_size, n_embd, n_layer, n_head, n_ff
+        {"llava-1.5-7b", 0, {32000, 4096, 4096, 32, 32, 32, 11008}, {336, 14, 1024, 23, 16, 4096}},   // the layers that are run
+        {"smollm2-135m", 1, {49152, 8192, 576, 30, 9, 3, 1536}, {0, 0, 0, 0, 0, 0}},
+        {"nano", 0, {512, 1024, 256, 2, 4, 2, 256}, {28, 7, 64, 2, 4, 128}}};
+    size_t i, k;
+    for (i = 0; i < sizeof known / sizeof *known && strcmp(name, known[i].name) != 0; i++) {}
+    if (i == sizeof known / sizeof *known) return 0;
+    memset(sizes, 0, sizeof *sizes);
+    sizes->name = known[i].name;
+    *tied = known[i].tied;
+    sizes->has_text = 1;
+    sizes->has_vision = known[i].vision[0] > 0;
+    {
+        int *const text[7] = {&sizes->n_vocab, &sizes->n_ctx_train, &sizes->n_embd, &sizes->n_layer, &sizes->n_head, &sizes->n_head_kv,
+                              &sizes->n_ff};
+        int *const vision[6] = {&sizes->image_size, &sizes->patch_size, &sizes->vision_n_embd, &sizes->vision_n_layer,
+                                &sizes->vision_n_head, &sizes->vision_n_ff};
+        for (k = 0; k < 7; k++) *text[k] = known[i].text[k];
+        for (k = 0; k < 6; k++) *vision[k] = known[i].vision[k];
+    }
+    return 1;
 }
 #endif
 

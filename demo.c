@@ -1487,14 +1487,14 @@ static const char *const built_in_labels[3] = {
     "globular cluster\nopen star cluster\nyoung massive star cluster\nnuclear star cluster\nstellar association\nstar field\n"
     "crowded field of stars\nresolved stars in a nearby galaxy\nstars in the galactic bulge\nmagellanic cloud\nemission nebula\n"
     "region of ionised hydrogen\nreflection nebula\ndark nebula\nmolecular cloud\nplanetary nebula\nbipolar planetary nebula\n"
-    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\nyoung "
-    "stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\nluminous "
-    "blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic variable star\n"
-    "symbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse supernova\nkilonova\n"
-    "gamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\ntransiting hot jupiter\n"
-    "gas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\ncratered moon\nicy moon\n"
-    "asteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\nactive asteroid with a tail\n"
-    "interstellar object\n",
+    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\n"
+    "young stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\n"
+    "luminous blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic "
+    "variable star\nsymbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse "
+    "supernova\nkilonova\ngamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\n"
+    "transiting hot jupiter\ngas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\n"
+    "cratered moon\nicy moon\nasteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\n"
+    "active asteroid with a tail\ninterstellar object\n",
     "spiral arms\nstellar bar in a galaxy\ngalactic bulge\ngalactic disk seen edge-on\ngalaxy halo\ndust lane across a galaxy\n"
     "rings of star formation in a galaxy\ntidal tails and bridges between galaxies\nstellar streams and shells around a galaxy\n"
     "warped galactic disk\ngalactic outflow\njet from an active nucleus\naccretion disk\ndusty torus around a nucleus\nextended "
@@ -1503,32 +1503,32 @@ static const char *const built_in_labels[3] = {
     "halo\nstar formation\ntriggered star formation at the rim of a nebula\npillars of gas and dust\nionisation front\nglowing "
     "filaments of gas\nshock waves in gas\nexpanding shell of gas\nlight echo\nstellar wind\nstellar outflow and jet\nmass loss "
     "from a dying star\nsupernova explosion\nstellar pulsation\nstellar flare\nstellar rotation\nmass transfer in a binary star\n"
-    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation in "
-    "a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
-    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk\n"
-    "atmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
+    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation "
+    "in a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
+    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk"
+    "\natmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
     "impact craters\nvolcanic activity on a moon\nwater plumes from an icy moon\ntail of a comet\ncoma and nucleus of a comet\n"
     "break-up of a comet\nzodiacal light\ncosmic reionisation\nlyman-alpha absorption lines\n",
     "measuring the expansion rate with type ia supernovae\nmeasuring the hubble constant with cepheids\ncalibrating the cosmic "
-    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping mass "
-    "in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies\n"
-    "tracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring the "
-    "light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of spiral "
-    "arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\ndating a "
-    "stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring proper motions "
-    "in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass black holes\n"
-    "monitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots of radio "
-    "galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\nidentifying the "
-    "progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition of a nebula from "
-    "its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their surroundings\n"
-    "surveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\nimaging disks "
-    "around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an exoplanet\ndirectly "
-    "imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses of binary stars\n"
-    "searching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae in ultraviolet "
-    "light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf planet\n"
-    "searching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an asteroid\n"
-    "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
-    "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
+    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping "
+    "mass in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies"
+    "\ntracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring "
+    "the light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of "
+    "spiral arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\n"
+    "dating a stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring "
+    "proper motions in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass "
+    "black holes\nmonitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots "
+    "of radio galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\n"
+    "identifying the progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition "
+    "of a nebula from its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their "
+    "surroundings\nsurveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\n"
+    "imaging disks around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an "
+    "exoplanet\ndirectly imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses "
+    "of binary stars\nsearching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae "
+    "in ultraviolet light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf "
+    "planet\nsearching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an "
+    "asteroid\nwatching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the "
+    "cosmic background light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
 
 // One label a line; blank lines and those that begin with '#' are passed over.
 static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
@@ -1932,6 +1932,11 @@ static int by_value(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
+static double median(float *values, int n) {     // sorts them
+    qsort(values, (size_t)n, sizeof *values, by_value);
+    return (values[(n - 1) / 2] + values[n / 2]) / 2.0;
+}
+
 // The next of a fixed sequence of random numbers below n (Knuth's linear congruential generator).
 static uint64_t random_below(uint64_t *state, uint64_t n) {
     *state = *state * 6364136223846793005ULL + 1442695040888963407ULL;
@@ -1960,8 +1965,7 @@ static retrieval *measure_retrieval(program *p, float *images, float *texts, int
             astrovl_linear(&c[i], row_of(p, images, i), row_of(p, texts, k ? ranks[i] : i), NULL, 1, d, 1);
             r->mean[k] += c[i] / (double)n;
         }
-        qsort(c, (size_t)n, sizeof *c, by_value);
-        r->median[k] = (c[(n - 1) / 2] + c[n / 2]) / 2.0;
+        r->median[k] = median(c, n);       // sorted now
     }
     return r;
 }
@@ -2273,11 +2277,6 @@ static int run_summarize(program *p) {
 }
 
 // ==== bench: what is measured, and the machine's own limit for it, in turns, since machines change their speed ========
-static float median(float *values, int n) {
-    qsort(values, (size_t)n, sizeof *values, by_value);
-    return (values[(n - 1) / 2] + values[n / 2]) / 2;
-}
-
 enum { MOST_ROUNDS = 99 };
 
 // A search, and merely reading the same memory.
@@ -2344,13 +2343,6 @@ static void print_bench(const program *p, bench *b) {
            human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
 }
 
-// Models of random weights, by name.
-static const struct synthetic { const char *name; int tied, text[7], vision[6]; } synthetics[] = {
-    // n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;  image_size, patch_size, n_embd, n_layer, n_head, n_ff
-    {"llava-1.5-7b", 0, {32000, 4096, 4096, 32, 32, 32, 11008}, {336, 14, 1024, 23, 16, 4096}},    // the layers that LLaVA runs
-    {"smollm2-135m", 1, {49152, 8192, 576, 30, 9, 3, 1536}, {0, 0, 0, 0, 0, 0}},
-    {"nano", 0, {512, 1024, 256, 2, 4, 2, 256}, {28, 7, 64, 2, 4, 128}}};
-
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
 static void need_synthetic(program *p, const char *folder, const char *type_name, int type, int tied, const astrovl_info *sizes) {
     char name[96], size[32], *path;
@@ -2377,29 +2369,21 @@ static void need_synthetic(program *p, const char *folder, const char *type_name
 
 // --synthetic NAME[:TYPE]: its files become the model. EXIT_USAGE when there is no such name or type.
 static int use_synthetic(program *p) {
-    const char *name = p->o.synthetic, *wanted = strchr(name, ':'), *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
-    char type_name[16] = "Q4_0";
-    const struct synthetic *s = synthetics, *end = synthetics + sizeof synthetics / sizeof *synthetics;
-    astrovl_info text, vision;
-    int type = 0, i;
-    size_t n = wanted ? (size_t)(wanted - name) : strlen(name);
-    if (wanted) snprintf(type_name, sizeof type_name, "%s", wanted + 1);
+    const char *colon = strchr(p->o.synthetic, ':'), *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
+    char name[32], type_name[16];
+    astrovl_info sizes;
+    int type = 0, has_vision, tied, i;
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
+    snprintf(type_name, sizeof type_name, "%s", colon ? colon + 1 : "q4_0");
     for (i = 0; type_name[i]; i++) type_name[i] = (char)toupper((unsigned char)type_name[i]);
     while (type < N_TYPES && (!astrovl_type_name(type) || strcmp(astrovl_type_name(type), type_name) != 0)) type++;
-    while (s < end && (strlen(s->name) != n || memcmp(s->name, name, n) != 0)) s++;
-    if (s == end || type == N_TYPES)
-        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"", name);
-    memset(&text, 0, sizeof text);
-    text.name = s->name;
-    vision = text;
-    text.has_text = 1, text.n_vocab = s->text[0], text.n_ctx_train = s->text[1], text.n_embd = vision.n_embd = s->text[2];
-    text.n_layer = s->text[3], text.n_head = s->text[4], text.n_head_kv = s->text[5], text.n_ff = s->text[6];
-    vision.has_vision = s->vision[0] > 0, vision.image_size = s->vision[0], vision.patch_size = s->vision[1];
-    vision.vision_n_embd = s->vision[2], vision.vision_n_layer = s->vision[3], vision.vision_n_head = s->vision[4];
-    vision.vision_n_ff = s->vision[5];
+    if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
+        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"", p->o.synthetic);
     folder = folder && *folder ? folder : "/tmp";
-    need_synthetic(p, folder, type_name, type, s->tied, &text);
-    if (vision.has_vision) need_synthetic(p, folder, "F16", ASTROVL_TYPE_F16, 0, &vision);
+    has_vision = sizes.has_vision, sizes.has_vision = 0;
+    need_synthetic(p, folder, type_name, type, tied, &sizes);
+    sizes.has_vision = has_vision, sizes.has_text = 0;
+    if (has_vision) need_synthetic(p, folder, "F16", ASTROVL_TYPE_F16, 0, &sizes);
     return EXIT_OK;
 }
 
