@@ -634,6 +634,7 @@ typedef struct astrovl_pace {
     double seconds;                // for all n
     double work;                   // reading: operations, two for each product in matrices and attention; writing: bytes of weights
     double limit;                  // work a second: astrovl_measure_peak's; in writing, reading these weights from memory alone
+    double reached;                // work / seconds / limit
     int    type;                   // of most weights
 } astrovl_pace;
 typedef struct astrovl_speed {
@@ -643,11 +644,12 @@ typedef struct astrovl_speed {
     uint64_t peak_bytes;           // the most memory this process has held, files as far as they were read; 0: the system does not say
 } astrovl_speed;
 #define ASTROVL_QUESTION 35
-// Measures one round, after the conversation is forgotten. Tokens are the same whatever the model says; what does not fit the
-// context is cut. CLIP alone embeds its image. The first round also pays for fetching the files from the disk. ARGUMENT (counts
-// below 1), MODEL (neither a language model nor a whole vision tower), MEMORY.
-ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed,
-                                                 astrovl_error *err);
+// Medians of n_rounds, each of which measures all, since machines change their speed. Ends the conversation. Tokens are the same
+// whatever the model says; what does not fit the context is cut. CLIP alone embeds its image. The first round also pays for
+// fetching the files from the disk. progress (may be NULL): stage "rounds".  ARGUMENT (counts below 1), MODEL (neither a language
+// model nor a whole vision tower), MEMORY, CANCELLED.
+ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_speed *speed, astrovl_error *err);
 
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
@@ -12733,8 +12735,7 @@ static void avl__measure_limits(const astrovl_session *s, astrovl_speed *speed) 
     if (speed->image.n) speed->image.limit = avl__measure_peak(kernels, s->run.pool, speed->image.type);
 }
 
-ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed,
-                                                 astrovl_error *err) {
+static astrovl_status avl__measure_round(astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed, astrovl_error *err) {
     const astrovl_model *m = s->model;
     astrovl_status status = ASTROVL_OK;
     int32_t *tokens;
@@ -12766,6 +12767,48 @@ ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_promp
     astrovl_free(rows);
     astrovl_free(logits);
     astrovl_free(tokens);
+    return status;
+}
+
+// Sorts the values.
+static double avl__median(double *values, int n) {
+    int i, k;
+    for (i = 1; i < n; i++) {
+        double value = values[i];
+        for (k = i; k > 0 && values[k - 1] > value; k--) values[k] = values[k - 1];
+        values[k] = value;
+    }
+    return (values[(n - 1) / 2] + values[n / 2]) / 2.0;
+}
+
+ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_speed *speed, astrovl_error *err) {
+    astrovl_pace *const paces[3] = {&speed->image, &speed->prompt, &speed->answer};
+    astrovl_status status = ASTROVL_OK;
+    double *all;                                   // [3][seconds, limit, reached][n_rounds], and [n_rounds] for the first token
+    int i, k;
+    if (n_rounds < 1) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring needs a round at least");
+    all = (double *)avl__alloc((uint64_t)n_rounds, 10 * sizeof *all);
+    if (!all) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d rounds", n_rounds);
+    for (i = 0; i < n_rounds && !status; i++) {
+        if (progress && progress(user, "rounds", i, n_rounds)) status = avl__fail(err, ASTROVL_CANCELLED, "measuring was cancelled");
+        if (!status) status = avl__measure_round(s, n_prompt, n_answer, speed, err);
+        for (k = 0; k < 3 && !status; k++) {
+            if (paces[k]->n == 0) continue;
+            all[(3 * k + 0) * n_rounds + i] = paces[k]->seconds;
+            all[(3 * k + 1) * n_rounds + i] = paces[k]->limit;
+            all[(3 * k + 2) * n_rounds + i] = paces[k]->work / paces[k]->seconds / paces[k]->limit;
+        }
+        all[9 * n_rounds + i] = speed->first_token_seconds;
+    }
+    for (k = 0; k < 3 && !status; k++) {
+        paces[k]->seconds = avl__median(all + (3 * k + 0) * n_rounds, n_rounds);
+        paces[k]->limit = avl__median(all + (3 * k + 1) * n_rounds, n_rounds);
+        paces[k]->reached = avl__median(all + (3 * k + 2) * n_rounds, n_rounds);
+    }
+    if (!status) speed->first_token_seconds = avl__median(all + 9 * n_rounds, n_rounds);
+    astrovl_free(all);
+    if (!status && progress) progress(user, "rounds", n_rounds, n_rounds);
     return status;
 }
 

@@ -2306,41 +2306,31 @@ static int bench_search(program *p) {
     return EXIT_OK;
 }
 
-enum { IMAGE, PROMPT, ANSWER, N_PACES };
-typedef struct bench {
-    int           n;                                   // rounds
-    astrovl_speed last;                                // the counts are the same in all
-    float         seconds[N_PACES][MOST_ROUNDS], limits[N_PACES][MOST_ROUNDS], reached[N_PACES][MOST_ROUNDS], first[MOST_ROUNDS];
-} bench;
-
-static void print_pace(const program *p, bench *b, int k) {
-    static const char *const keys[] = {"image", "prompt", "answer"}, *const names[] = {"one image", "prompt, positions", "answer, tokens"};
-    const astrovl_pace *x = k == IMAGE ? &b->last.image : k == PROMPT ? &b->last.prompt : &b->last.answer;
-    double seconds = median(b->seconds[k], b->n), limit = median(b->limits[k], b->n), reached = median(b->reached[k], b->n);
-    if (!x->n) return;
-    if (p->o.json)
-        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", keys[k], x->n, seconds,
-                 x->n / seconds, k == ANSWER ? "bytes" : "operations", x->work, limit, reached, astrovl_type_name(x->type));
-    else
-        printf("  %-18s %5d %9.3f s %9.1f /s  %8.1f of %6.1f %s %4.0f %%  %s\n", names[k], x->n, seconds, x->n / seconds,
-               x->work / seconds * 1e-9, limit * 1e-9, k == ANSWER ? "GB/s " : "GOP/s", 100 * reached, astrovl_type_name(x->type));
+static void print_pace(int as_json, const char *key, const char *what, int is_bytes, const astrovl_pace *x) {
+    const char *type = astrovl_type_name(x->type);
+    if (x->n && as_json)
+        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", key, x->n, x->seconds,
+                 x->n / x->seconds, is_bytes ? "bytes" : "operations", x->work, x->limit, x->reached, type);
+    else if (x->n)
+        printf("  %-18s %5d %9.3f s %9.1f /s  %8.1f of %6.1f %s %4.0f %%  %s\n", what, x->n, x->seconds, x->n / x->seconds,
+               x->work / x->seconds * 1e-9, x->limit * 1e-9, is_bytes ? "GB/s " : "GOP/s", 100 * x->reached, type);
 }
 
-static void print_bench(const program *p, bench *b) {
-    const astrovl_speed *x = &b->last;
+static void print_speed(const program *p, const astrovl_speed *x, int rounds) {
+    const char *name = p->info.name;
+    double first = x->first_token_seconds;
     char text[3][32];
-    int k;
-    if (p->o.json) put_json("{name:%s rounds:%d", p->info.name, b->n);
-    else printf("%s, medians of %-3d %*s\n", p->info.name, b->n, 63 - (int)strlen(p->info.name), "reached of what the machine allows");
-    for (k = 0; k < N_PACES; k++) print_pace(p, b, k);
-    if (p->o.json) {
-        if (x->first_token_seconds > 0) put_json("first_token_seconds:%f", median(b->first, b->n));
-        put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes, (long long)x->cache_bytes);
-        return;
-    }
-    if (x->first_token_seconds > 0) printf("  image and question %15.3f s to the first token\n", median(b->first, b->n));
-    printf("  memory: at most %s; files %s, KV cache %s\n", x->peak_bytes ? human_bytes(text[0], x->peak_bytes) : "?",
-           human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
+    if (p->o.json) put_json("{name:%s rounds:%d", name, rounds);
+    else printf("%s, medians of %-3d %*s\n", name, rounds, 63 - (int)strlen(name), "reached of what the machine allows");
+    print_pace(p->o.json, "image", "one image", 0, &x->image);
+    print_pace(p->o.json, "prompt", "prompt, positions", 0, &x->prompt);
+    print_pace(p->o.json, "answer", "answer, tokens", 1, &x->answer);
+    if (first > 0) p->o.json ? put_json("first_token_seconds:%f", first) :
+                   (void)printf("  image and question %15.3f s to the first token\n", first);
+    if (p->o.json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
+                            (long long)x->cache_bytes);
+    else printf("  memory: at most %s; files %s, KV cache %s\n", x->peak_bytes ? human_bytes(text[0], x->peak_bytes) : "?",
+                human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
 }
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
@@ -2378,7 +2368,8 @@ static int use_synthetic(program *p) {
     for (i = 0; type_name[i]; i++) type_name[i] = (char)toupper((unsigned char)type_name[i]);
     while (type < N_TYPES && (!astrovl_type_name(type) || strcmp(astrovl_type_name(type), type_name) != 0)) type++;
     if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
-        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"", p->o.synthetic);
+        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
+                           p->o.synthetic);
     folder = folder && *folder ? folder : "/tmp";
     has_vision = sizes.has_vision, sizes.has_vision = 0;
     need_synthetic(p, folder, type_name, type, tied, &sizes);
@@ -2387,11 +2378,16 @@ static int use_synthetic(program *p) {
     return EXIT_OK;
 }
 
+static int on_round(void *user, const char *stage, int done, int total) {
+    draw_bar((program *)user, stage, done, total, 0);
+    return 0;
+}
+
 static int bench_model(program *p) {
-    static bench b;
-    const astrovl_pace *paces[N_PACES] = {&b.last.image, &b.last.prompt, &b.last.answer};
+    int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
+    int rounds = p->o.rounds ? p->o.rounds : 3;
+    astrovl_speed speed;
     astrovl_error err;
-    int i, k, n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
     if (p->o.synthetic && p->o.models.n) return usage_error(p->cmd, "one of --model and --synthetic");
     if (p->o.synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
     open_model(p);
@@ -2400,19 +2396,10 @@ static int bench_model(program *p) {
         p->o.ctx = n_prompt + n_tokens < p->info.n_ctx_train ? n_prompt + n_tokens : p->info.n_ctx_train;
     open_session(p, ASTROVL_FAST, NULL, NULL);
     p->started = time(NULL);
-    p->counting = 1;                       // rounds
-    b.n = p->o.rounds ? p->o.rounds : 3;
-    for (i = 0; i < b.n; i++) {
-        draw_bar(p, "round", i, b.n, 0);
-        if (astrovl_measure_model(p->session, n_prompt, n_tokens, &b.last, &err)) return clear_bar(p), failed(&err);
-        b.first[i] = (float)b.last.first_token_seconds;
-        for (k = 0; k < N_PACES; k++) {
-            b.seconds[k][i] = (float)paces[k]->seconds, b.limits[k][i] = (float)paces[k]->limit;
-            b.reached[k][i] = (float)(paces[k]->work / paces[k]->seconds / paces[k]->limit);
-        }
-    }
+    p->counting = 1;                       // rounds: drawing a bar for each layer would take time
+    if (astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_round, p, &speed, &err)) return clear_bar(p), failed(&err);
     clear_bar(p);
-    print_bench(p, &b);
+    print_speed(p, &speed, rounds);
     return EXIT_OK;
 }
 

@@ -6192,6 +6192,17 @@ static void measure_random_files(void) {
     remove(GGUF_OUT);
 }
 
+static void measure_known_sizes(void) {
+    static const char *const names[] = {"llava-1.5-7b", "smollm2-135m", "nano"};
+    astrovl_info m;
+    int i, tied;
+    for (i = 0; i < 3; i++) {
+        CHECK(astrovl_known_sizes(names[i], &m, &tied) == 1 && strcmp(m.name, names[i]) == 0 && avl__is_model(&m), "%s", names[i]);
+        CHECK(tied == (i == 1) && m.has_text && m.has_vision == (i != 1), "%s: parts", names[i]);
+    }
+    CHECK(astrovl_known_sizes("nanometre", &m, &tied) == 0 && astrovl_known_sizes("", &m, &tied) == 0, "no such models");
+}
+
 static void measure_random_errors(void) {
     static const size_t sizes[] = {offsetof(astrovl_info, n_ctx_train), offsetof(astrovl_info, n_embd), offsetof(astrovl_info, n_layer),
         offsetof(astrovl_info, n_head), offsetof(astrovl_info, n_head_kv), offsetof(astrovl_info, n_ff), offsetof(astrovl_info, n_vocab),
@@ -6256,6 +6267,11 @@ static void measure_peaks(void) {
     }
 }
 
+static int measure_count(void *user, const char *stage, int done, int total) {   // user: calls until the one that cancels
+    CHECK(strcmp(stage, "rounds") == 0 && done >= 0 && done <= total, "%s %d %d", stage, done, total);
+    return --*(int *)user == 0;
+}
+
 // The work counted, against sums by hand; the same sequence of measurements twice; contexts too short for all.
 static void measure_models(void) {
     astrovl_error err = {ASTROVL_OK, ""};
@@ -6265,8 +6281,10 @@ static void measure_models(void) {
     astrovl_model *model;
     astrovl_session *s;
     long at;
-    int done = 0;
+    int done = 0, calls;
+    double three[3] = {3, 1, 2}, four[4] = {4, 1, 3, 2};
     const double layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 256, tower = 4 * 32 * 32 + 2 * 32 * 48, output = 64 * 300;
+    CHECK(avl__median(three, 1) == 3 && avl__median(three, 3) == 2 && avl__median(four, 4) == 2.5, "medians");
     CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
     model = astrovl_open(GGUF_OUT, NULL, &err);
     CHECK(model, "%s", err.message);
@@ -6274,7 +6292,7 @@ static void measure_models(void) {
     memset(&options, 0, sizeof options);
     options.n_threads = 2;
     s = astrovl_session_new(model, &options, &err);
-    CHECK(astrovl_measure_model(s, 20, 5, &speed, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(astrovl_measure_model(s, 20, 5, 1, NULL, NULL, &speed, &err) == ASTROVL_OK, "%s", err.message);
     CHECK(speed.prompt.n == 20 && speed.answer.n == 5 && speed.image.n == 1, "%d %d %d", speed.prompt.n, speed.answer.n, speed.image.n);
     CHECK(speed.prompt.work == 2 * (20 * 2 * layer + output + 2 * 2 * 64 * 20 * 21 / 2), "prompt: %g operations", speed.prompt.work);
     CHECK(speed.answer.work == 5 * (2 * layer + output) * 34 / 32, "answer: %g bytes", speed.answer.work);
@@ -6288,16 +6306,22 @@ static void measure_models(void) {
           (int)speed.cache_bytes);
     CHECK(!AVL__POSIX || speed.peak_bytes > speed.file_bytes, "peak memory");
     CHECK(astrovl_session_n_past(s) == 0, "a conversation is left");
-    CHECK(astrovl_measure_model(s, 1000, 10, &speed, &err) == ASTROVL_OK && speed.prompt.n == 54 && speed.answer.n == 10, "cut: %d %d",
+    CHECK(astrovl_measure_model(s, 1000, 10, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.prompt.n == 54 && speed.answer.n == 10, "cut: %d %d",
           speed.prompt.n, speed.answer.n);
-    CHECK(astrovl_measure_model(s, 10, 1000, &speed, &err) == ASTROVL_OK && speed.prompt.n == 1 && speed.answer.n == 63, "cut: %d %d",
+    CHECK(astrovl_measure_model(s, 10, 1000, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.prompt.n == 1 && speed.answer.n == 63, "cut: %d %d",
           speed.prompt.n, speed.answer.n);
-    FAILS(astrovl_measure_model(s, 0, 1, &speed, &err), ARGUMENT, "no prompt");
-    FAILS(astrovl_measure_model(s, 1, 0, &speed, &err), ARGUMENT, "no answer");
+    FAILS(astrovl_measure_model(s, 0, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "no prompt");
+    FAILS(astrovl_measure_model(s, 1, 0, 1, NULL, NULL, &speed, &err), ARGUMENT, "no answer");
+    FAILS(astrovl_measure_model(s, 1, 1, 0, NULL, NULL, &speed, &err), ARGUMENT, "no round");
+    calls = 2;
+    CHECK(astrovl_measure_model(s, 2, 1, 3, measure_count, &calls, &speed, &err) == ASTROVL_CANCELLED && calls == 0, "cancelled");
+    calls = 0;
+    CHECK(astrovl_measure_model(s, 2, 1, 2, measure_count, &calls, &speed, &err) == ASTROVL_OK && calls == -3 &&
+          speed.prompt.reached > 0 && speed.answer.reached > 0 && speed.image.reached > 0, "two rounds: %d calls", calls);
     for (at = 0; !done; at++) {
         astrovl_status status;
         alloc_fail_at(at);
-        status = astrovl_measure_model(s, 5, 2, &speed, &err);
+        status = astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err);
         done = !alloc_did_fail();
         alloc_fail_at(-1);
         if (!done) FAILS(status, MEMORY, "allocation %ld", at);
@@ -6306,30 +6330,31 @@ static void measure_models(void) {
     astrovl_session_free(s);
     options.n_ctx = 40;                                   // too short for an image and a question
     s = astrovl_session_new(model, &options, &err);
-    CHECK(astrovl_measure_model(s, 5, 2, &speed, &err) == ASTROVL_OK && speed.first_token_seconds == 0.0 && speed.image.n == 1 &&
+    CHECK(astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.first_token_seconds == 0.0 && speed.image.n == 1 &&
           speed.cache_bytes == 7 * 2 * 2 * 16 * 8, "a short context");
     astrovl_session_free(s);
     options.n_ctx = 1;
     s = astrovl_session_new(model, &options, &err);
-    FAILS(astrovl_measure_model(s, 1, 1, &speed, &err), ARGUMENT, "a context of one");
+    FAILS(astrovl_measure_model(s, 1, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "a context of one");
     astrovl_session_free(s);
     astrovl_close(model);
     remove(GGUF_OUT);
     model = astrovl_open("test/golden/joint_a.gguf", NULL, &err);      // CLIP alone: an image, no text
     s = model ? astrovl_session_new(model, NULL, &err) : NULL;
-    CHECK(s && astrovl_measure_model(s, 5, 2, &speed, &err) == ASTROVL_OK && speed.image.n == 1 && speed.prompt.n == 0 &&
+    CHECK(s && astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.image.n == 1 && speed.prompt.n == 0 &&
           speed.answer.n == 0 && speed.image.limit > 1e7, "CLIP: %s", err.message);
     astrovl_session_free(s);
     astrovl_close(model);
     model = astrovl_open("test/golden/vocab_spm.gguf", NULL, &err);
     s = model ? astrovl_session_new(model, NULL, &err) : NULL;
-    FAILS(s ? astrovl_measure_model(s, 5, 2, &speed, &err) : ASTROVL_OK, MODEL, "a vocabulary alone");
+    FAILS(s ? astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err) : ASTROVL_OK, MODEL, "a vocabulary alone");
     astrovl_session_free(s);
     astrovl_close(model);
 }
 
 static void tests_measure(void) {
     run("measure: models of random weights", measure_random_files);
+    run("measure: known sizes", measure_known_sizes);
     run("measure: random weights, wrong sizes, cancelled, out of memory", measure_random_errors);
     run("measure: arithmetic alone", measure_peaks);
     run("measure: whole models", measure_models);
