@@ -623,6 +623,7 @@ ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_thr
 
 // ---- measuring --------------------------------------------------------------------------------------------------
 
+ASTROVL_API double astrovl_seconds(void);   // since some moment, to measure spans
 // Operations a second (a product and a sum are two) that n_threads (0: one per processor) reach in registers alone, with the
 // instruction that fast mode multiplies many rows by weights of this type with. isa: as of a session's options. Takes a fifth of a
 // second. 0 if there is no such isa or type, or memory is out.
@@ -12552,6 +12553,8 @@ ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double pe
 // at most, measured beside it. Reading an image or a prompt is bound by arithmetic, so its limit is the processor's, in registers
 // alone; writing needs every weight for each token, so its limit is reading them from memory.
 // ====================================================================================================================
+
+ASTROVL_API double astrovl_seconds(void) { return avl__seconds(); }
 
 enum { AVL__PEAK_ITEMS = 8 };   // for each thread: one that is late has less to do
 

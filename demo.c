@@ -494,7 +494,7 @@ static void draw_bar(program *p, const char *stage, int done, int total, double 
 
 static int on_progress(void *user, const char *stage, int done, int total) {
     program *p = (program *)user;
-    if (!p->counting) draw_bar(p, stage, done, total, 0);
+    if (!p->counting || strcmp(stage, "rounds") == 0) draw_bar(p, stage, done, total, 0);
     return g_interrupted || p->stop;
 }
 
@@ -724,17 +724,6 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
     return hash;
 }
 
-// Seconds since some moment, for measuring.
-static double seconds_now(void) {
-#if defined(_WIN32)
-    return (double)clock() / CLOCKS_PER_SEC;               // there it is the time of day, not the processor's
-#else
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-#endif
-}
-
 // ==== caption, ask ===================================================================================================
 // Prints one answer's end: the JSON object, or the newline and the timings.
 static void finish_answer(program *p, const char *file, const char *label, const char *prompt, const char *answer) {
@@ -790,8 +779,7 @@ typedef struct chat_state {
     int           n_failed;
 } chat_state;
 
-static const char chat_help[] =
-    "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
+static const char chat_help[] = "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
     "  /reset       forget the conversation; the image is shown again with the next question\n"
     "  /help        this list\n"
     "  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
@@ -1206,14 +1194,14 @@ static int run_quantize(program *p) {
     astrovl_quantize_report report;
     astrovl_error err;
     astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &err), *out = NULL;
-    double start = seconds_now();
+    double start = astrovl_seconds();
     astrovl_status status = in ? ASTROVL_OK : err.status;
     p->started = time(NULL);
     if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
     if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &err);
     clear_bar(p);
     if (!status) out = astrovl_gguf_open(words[1], 0, &err);
-    if (out) print_quantized(p, in, out, &report, seconds_now() - start);
+    if (out) print_quantized(p, in, out, &report, astrovl_seconds() - start);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
     if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", err.message);
@@ -1793,7 +1781,7 @@ static int index_images(program *p, image_index *ix, const list *todo, int n_kno
     unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, p->o.batch);
     size_t size;
-    double start = seconds_now(), rate = 0;
+    double start = astrovl_seconds(), rate = 0;
     int i, k, some, added = 0;
     for (i = 0; i < todo->n && !p->stop; i += some) {
         some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
@@ -1802,7 +1790,7 @@ static int index_images(program *p, image_index *ix, const list *todo, int n_kno
         for (k = 0, size = 0; k < some; k++)
             if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
         if (size) append_to_index(ix, records, size);
-        rate = added / (seconds_now() - start + 1e-9);
+        rate = added / (astrovl_seconds() - start + 1e-9);
     }
     clear_bar(p);
     if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
@@ -2003,9 +1991,7 @@ static void print_retrieval_json(const program *p, const retrieval *r) {
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
 
-typedef struct panel {
-    double left, x0, x1, x_step, y1, y_step;               // values at the edges; the bottom is 0
-} panel;
+typedef struct panel { double left, x0, x1, x_step, y1, y_step; } panel;   // values at the edges; the bottom is 0
 
 static double plot_x(const panel *a, double x) { return a->left + 360 * (x - a->x0) / (a->x1 - a->x0); }
 static double plot_y(const panel *a, double y) { return 340 - 270 * y / a->y1; }
@@ -2292,9 +2278,9 @@ static int bench_search(program *p) {
     for (i = 0; i < d; i++) query[i] = astrovl_sinf((float)i);
     for (i = 0; i < size; i += 2) put_le(rows + i, 0x2E00 + random_below(&state, 0xE00) + 0x8000 * random_below(&state, 2), 2);
     for (round = 0; round < rounds; round++) {
-        start = seconds_now();
+        start = astrovl_seconds();
         if (astrovl_search(rows, (int64_t)n, (int)d, query, 10, p->o.threads, hits, &err) < 0) return failed(&err);
-        seconds[0][round] = (float)(seconds_now() - start);
+        seconds[0][round] = (float)(astrovl_seconds() - start);
         seconds[1][round] = (float)astrovl_measure_read(rows, size, p->o.threads);
     }
     search = median(seconds[0], rounds), reading = median(seconds[1], rounds);
@@ -2334,21 +2320,24 @@ static void print_speed(const program *p, const astrovl_speed *x, int rounds) {
 }
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
-static void need_synthetic(program *p, const char *folder, const char *type_name, int type, int tied, const astrovl_info *sizes) {
+static void need_synthetic(program *p, const char *folder, int type, int tied, const astrovl_info *sizes) {
     char name[96], size[32], *path;
     astrovl_info there;
     astrovl_model *model;
     astrovl_error err;
+    void (*before)(int);
     int written;
-    snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", type_name);
+    snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
     path = join_path(p, folder, strlen(folder), name);
     for (written = 0;; written = 1, astrovl_close(model)) {
         if ((model = astrovl_open(path, NULL, &err)) != NULL) astrovl_get_info(model, &there);
         if (model && strcmp(there.name, sizes->name) == 0) break;
         if (written) exit(failed(&err));
         p->started = time(NULL);
-        if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
+        before = signal(SIGINT, on_interrupt);      // it leaves nothing behind
+        if (before == SIG_IGN) signal(SIGINT, SIG_IGN);
         if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err)) clear_bar(p), exit(failed(&err));
+        signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
         clear_bar(p);
     }
     fprintf(stderr, "%s: %s of random weights, kept for the next time\n", path,
@@ -2359,28 +2348,22 @@ static void need_synthetic(program *p, const char *folder, const char *type_name
 
 // --synthetic NAME[:TYPE]: its files become the model. EXIT_USAGE when there is no such name or type.
 static int use_synthetic(program *p) {
-    const char *colon = strchr(p->o.synthetic, ':'), *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
-    char name[32], type_name[16];
+    const char *colon = strchr(p->o.synthetic, ':'), *wanted = colon ? colon + 1 : "q4_0", *known;
+    const char *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
+    char name[32];
     astrovl_info sizes;
-    int type = 0, has_vision, tied, i;
+    int type = 0, has_vision, tied;
     snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
-    snprintf(type_name, sizeof type_name, "%s", colon ? colon + 1 : "q4_0");
-    for (i = 0; type_name[i]; i++) type_name[i] = (char)toupper((unsigned char)type_name[i]);
-    while (type < N_TYPES && (!astrovl_type_name(type) || strcmp(astrovl_type_name(type), type_name) != 0)) type++;
+    while (type < N_TYPES && (!(known = astrovl_type_name(type)) || word_at(wanted, 0, known) < strlen(wanted) || !*wanted)) type++;
     if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
         return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
                            p->o.synthetic);
     folder = folder && *folder ? folder : "/tmp";
     has_vision = sizes.has_vision, sizes.has_vision = 0;
-    need_synthetic(p, folder, type_name, type, tied, &sizes);
+    need_synthetic(p, folder, type, tied, &sizes);
     sizes.has_vision = has_vision, sizes.has_text = 0;
-    if (has_vision) need_synthetic(p, folder, "F16", ASTROVL_TYPE_F16, 0, &sizes);
+    if (has_vision) need_synthetic(p, folder, ASTROVL_TYPE_F16, 0, &sizes);
     return EXIT_OK;
-}
-
-static int on_round(void *user, const char *stage, int done, int total) {
-    draw_bar((program *)user, stage, done, total, 0);
-    return 0;
 }
 
 static int bench_model(program *p) {
@@ -2397,7 +2380,7 @@ static int bench_model(program *p) {
     open_session(p, ASTROVL_FAST, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds: drawing a bar for each layer would take time
-    if (astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_round, p, &speed, &err)) return clear_bar(p), failed(&err);
+    if (astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &err)) return clear_bar(p), failed(&err);
     clear_bar(p);
     print_speed(p, &speed, rounds);
     return EXIT_OK;
