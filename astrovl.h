@@ -24,6 +24,7 @@
 //   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
 //   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
 //   [13] contrastive embeddings of images and texts, scores, search, metrics
+//   [14] measuring   how fast a model is, and what the machine allows
 //
 // ---- How to use it ------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -414,6 +415,19 @@ typedef struct astrovl_info {
 ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
+#ifndef ASTROVL_NO_FILES
+// Writes a model file of random weights: to measure speed and memory, or to test a program, where no real model is at hand. What
+// it says is noise. llama.cpp runs it, too.
+// sizes   has_text: a language model of n_vocab (at least 260) made-up tokens, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;
+//         has_vision: a tower of image_size, patch_size and vision_*, and LLaVA-1.5's projector to n_embd; or both; and name
+// type    of the matrices; where a row is not whole blocks of it, as astrovl_quantize_file chooses
+// tied    1: there is no output matrix, the embeddings serve as one
+// progress may be NULL.  ARGUMENT (sizes that make no model), FILE, MEMORY, CANCELLED: nothing is left behind.
+ASTROVL_API astrovl_status astrovl_write_random(const char *path, const astrovl_info *sizes, astrovl_type type, int tied,
+                                                astrovl_progress progress, void *user, astrovl_error *err);
+// The sizes of "llava-1.5-7b", "smollm2-135m" (a language model alone) or "nano" (a LLaVA of a megabyte). 0: no such name.
+ASTROVL_API int astrovl_known_sizes(const char *name, astrovl_info *sizes, int *tied);
+#endif
 ASTROVL_API const char *astrovl_template_name(astrovl_template t);                      // "vicuna_v1", ...
 ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
 
@@ -642,6 +656,37 @@ ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double pe
 // Seconds that n_threads (0: one per processor) take to read a block of memory once: the ceiling to hold astrovl_search against.
 ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_threads);
 
+// ---- measuring --------------------------------------------------------------------------------------------------
+
+ASTROVL_API double astrovl_seconds(void);   // since some moment, to measure spans
+// Operations a second (a product and a sum are two) that n_threads (0: one per processor) reach in registers alone, with the
+// instruction that fast mode multiplies many rows by weights of this type with. isa: as of a session's options. Takes a fifth of a
+// second. 0 if there is no such isa or type, or memory is out.
+ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads);
+
+// One kind of work: what it took, and what this machine could do at most.
+typedef struct astrovl_pace {
+    int    n;                      // images, positions or tokens; 0: the model cannot do it
+    double seconds;                // for all n
+    double work;                   // reading: operations, two for each product in matrices and attention; writing: bytes of weights
+    double limit;                  // work a second: astrovl_measure_peak's; in writing, reading these weights from memory alone
+    double reached;                // work / seconds / limit
+    int    type;                   // of most weights
+} astrovl_pace;
+typedef struct astrovl_speed {
+    astrovl_pace image, prompt, answer;    // encoding one image; reading n_prompt positions; writing n_answer tokens after them
+    double   first_token_seconds;  // of an image (encoding included) and ASTROVL_QUESTION more positions; 0: no such model, or no room
+    uint64_t file_bytes, cache_bytes;      // the model's files; the KV cache as far as it was used
+    uint64_t peak_bytes;           // the most memory this process has held, files as far as they were read; 0: the system does not say
+} astrovl_speed;
+#define ASTROVL_QUESTION 35
+// Medians of n_rounds, each of which measures all, since machines change their speed. Ends the conversation. Tokens are the same
+// whatever the model says; what does not fit the context is cut. CLIP alone embeds its image. The first round also pays for
+// fetching the files from the disk. progress (may be NULL): stage "rounds".  ARGUMENT (counts below 1), MODEL (neither a language
+// model nor a whole vision tower), MEMORY, CANCELLED.
+ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_speed *speed, astrovl_error *err);
+
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
 // The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of strings.
@@ -762,6 +807,7 @@ ASTROVL_API float astrovl_cosf(float x);
 #define AVL__MMAP 0
 #endif
 #if AVL__POSIX
+#include <sys/resource.h>
 #include <sys/time.h>
 #include <unistd.h>
 #else
@@ -1105,6 +1151,22 @@ static double avl__seconds(void) {   // wall clock, for measuring spans
     return (double)now.tv_sec + (double)now.tv_usec * 1e-6;
 #else
     return (double)clock() / CLOCKS_PER_SEC;
+#endif
+}
+
+// The most memory that the process has held, mapped files as far as they were read included; 0: not known here.
+static uint64_t avl__peak_memory(void) {
+#if AVL__POSIX
+    struct rusage usage;
+    memset(&usage, 0, sizeof usage);
+    getrusage(RUSAGE_SELF, &usage);
+#if defined(__APPLE__)
+    return (uint64_t)usage.ru_maxrss;          // bytes there, kB elsewhere
+#else
+    return (uint64_t)usage.ru_maxrss * 1024;
+#endif
+#else
+    return 0;
 #endif
 }
 
@@ -2083,6 +2145,17 @@ ASTROVL_API float astrovl_cosf(float x) {   // cos x = sin(x + pi/2)
     return avl__sin_quadrant(r, (n + 1) & 3);
 }
 
+// ---- random numbers ------------------------------------------------------------------------------------------------
+
+// 53 random bits as a number in [0, 1).  SplitMix64 (Steele, Lea & Flood 2014): 64 bits of state, no bad seeds
+static double avl__random(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
+}
+
 
 // ====================================================================================================================
 // [4] Kernels
@@ -2177,6 +2250,9 @@ typedef struct avl__kernels {
     void (*quantize)(const avl__product *p, int first, int n_rows);
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
+    // n rounds of the instruction that many rows meet weights of this type with, in registers alone; the operations made: for
+    // measuring arithmetic
+    double (*peak)(int type, int64_t n);
     int has_pieces;        // 1: quantize gives bytes, of fine products two for each activation
 } avl__kernels;
 
@@ -2246,9 +2322,28 @@ static void avl__silu_product(float *x, const float *up, int64_t n) {
     for (i = 0; i < n; i++) x[i] *= up[i];
 }
 
+// Three times the sums of a dot product, each a product and a sum after the other. Their starts differ: a compiler must not take
+// them for one.
+static double avl__peak_portable(int type, int64_t n) {
+    float lane[3][AVL__LANES], factor;
+    volatile float keep = 0.999f;   // nothing is known about it while compiling, and what it is given must be computed
+    int64_t r;
+    int i, j;
+    (void)type;
+    factor = keep;
+    for (i = 0; i < 3; i++)
+        for (j = 0; j < AVL__LANES; j++) lane[i][j] = (float)(i + j);
+    for (r = 0; r < n; r++)
+        for (i = 0; i < 3; i++)
+            for (j = 0; j < AVL__LANES; j++) lane[i][j] = lane[i][j] * factor + factor;
+    for (i = 0; i < 3; i++) keep = keep + avl__fold_lanes(lane[i]);
+    return (double)n * (3 * AVL__LANES * 2);
+}
+
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
-    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, 0};
+    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
+    avl__peak_portable, 0};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -2309,7 +2404,8 @@ static uint64_t avl__read_avx2(const void *data, size_t size) {
 
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2, avl__read_avx2, astrovl_rms_norm,
-    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, 0};
+    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
+    avl__peak_portable, 0};
 
 // ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
 
@@ -3308,14 +3404,56 @@ AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
     }
 }
 
+// ---- arithmetic alone ----------------------------------------------------------------------------------------------
+// Sixteen sums wait for nothing but the instruction's throughput. They start differently, or the compiler would make them one.
+
+// 64 products of bytes a time
+AVL__AVX512 static double avl__peak_avx512(int type, int64_t n) {
+    volatile int keep = 0x01010101;   // not known while compiling
+    const __m512i bytes = _mm512_set1_epi32(keep);
+    __m512i sum[16];
+    int64_t r;
+    int i;
+    (void)type;
+    AVL__UNROLL
+    for (i = 0; i < 16; i++) sum[i] = _mm512_set1_epi32(i);
+    for (r = 0; r < n; r++) {
+        AVL__UNROLL
+        for (i = 0; i < 16; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], bytes, bytes);
+    }
+    for (i = 1; i < 16; i++) sum[0] = _mm512_xor_si512(sum[0], sum[i]);
+    keep = _mm512_reduce_add_epi32(sum[0]);
+    return (double)n * (16 * 64 * 2);
+}
+
+// 32 products of bfloat16
+AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
+    volatile float keep = 0.5f;
+    __m512bh halves;
+    __m512 sum[16];
+    int64_t r;
+    int i;
+    if (!avl__is_float_type(type)) return avl__peak_avx512(type, n);
+    halves = _mm512_cvtne2ps_pbh(_mm512_set1_ps(keep), _mm512_set1_ps(keep));
+    AVL__UNROLL
+    for (i = 0; i < 16; i++) sum[i] = _mm512_set1_ps((float)i);
+    for (r = 0; r < n; r++) {
+        AVL__UNROLL
+        for (i = 0; i < 16; i++) sum[i] = _mm512_dpbf16_ps(sum[i], halves, halves);
+    }
+    for (i = 1; i < 16; i++) sum[0] = _mm512_add_ps(sum[0], sum[i]);
+    keep = _mm512_reduce_add_ps(sum[0]);
+    return (double)n * (16 * 32 * 2);
+}
+
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512, 1};
+    avl__multiply_avx512, avl__attend_avx512, avl__peak_avx512, 1};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512, 1};
+    avl__multiply_bf16, avl__attend_avx512, avl__peak_bf16, 1};
 #endif
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -9611,6 +9749,293 @@ ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info
     avl__count_weights(&model->weights, info);
 }
 
+#ifndef ASTROVL_NO_FILES
+// ---- models of random weights --------------------------------------------------------------------------------------
+// Speed and memory depend on shapes alone. One pool of numbers is made and rounded once to each type in use; every matrix is a
+// stretch of it, over and over, that begins at a place of its own. Norms are ones, biases zeros.
+
+// A prime number of the largest blocks: neighbouring rows of a matrix, whatever their length, are different stretches.
+enum { AVL__NOISE = 1031 * 256, AVL__NOISE_TYPES = ASTROVL_TYPE_BF16 + 1 };
+
+typedef struct avl__noise {
+    astrovl_gguf_writer *w;
+    const astrovl_info  *sizes;
+    int                  type;                       // of matrices
+    int                  writing;                    // the tensors are gone through twice: to declare them, and to write them
+    int                  n_tensors, n_written;
+    float               *values;                     // [AVL__NOISE], nearly normal, standard deviation 0.02
+    uint8_t             *blocks[AVL__NOISE_TYPES];   // the same as each type, made when it is first wanted
+    astrovl_progress     progress;
+    void                *user;
+    astrovl_error        failure;                    // the first
+} avl__noise;
+
+// The values as blocks of a type; NULL: out of memory.
+static const uint8_t *avl__noise_blocks(avl__noise *n, int type) {
+    uint64_t state = 1;
+    int i;
+    if (!n->values) {
+        n->values = avl__alloc_floats(AVL__NOISE);
+        for (i = 0; n->values && i < AVL__NOISE; i++)   // the sum of four uniform numbers has the variance 1/3
+            n->values[i] = 0.03464f * (float)(avl__random(&state) + avl__random(&state) + avl__random(&state) + avl__random(&state) - 2.0);
+    }
+    if (!n->blocks[type]) {
+        n->blocks[type] = (uint8_t *)avl__alloc_raw(1, astrovl_type_row_bytes(type, AVL__NOISE));
+        if (n->blocks[type] && n->values) avl__quantize_row(type, n->values, n->blocks[type], AVL__NOISE);
+    }
+    return n->values ? n->blocks[type] : NULL;
+}
+
+// The tensor's n_bytes, out of a circle of `size` bytes.
+static void avl__noise_write(avl__noise *n, const uint8_t *circle, size_t size, size_t at, uint64_t n_bytes) {
+    if (n->failure.status) return;
+    if (!circle) avl__fail(&n->failure, ASTROVL_ERROR_MEMORY, "out of memory for random weights");
+    else if (n->progress && n->progress(n->user, "tensors", n->n_written, n->n_tensors))
+        avl__fail(&n->failure, ASTROVL_CANCELLED, "%s: writing it was cancelled", n->w->path);
+    for (; n_bytes > 0 && !n->failure.status; at = 0) {
+        size_t piece = n_bytes < size - at ? (size_t)n_bytes : size - at;
+        astrovl_gguf_write(n->w, circle + at, piece, &n->failure);
+        n_bytes -= piece;
+    }
+    n->n_written++;
+}
+
+// name: with %d for the layer
+static void avl__noise_tensor(avl__noise *n, const char *name, int layer, int type, int n_dims, const int64_t *ne) {
+    uint64_t n_values = 1;
+    char whole[64];
+    int i;
+    if (!n->writing) {
+        avl__format(whole, sizeof whole, name, layer);
+        astrovl_gguf_put_tensor(n->w, whole, (astrovl_type)type, n_dims, ne);
+        n->n_tensors++;
+    } else if (!n->failure.status) {
+        for (i = 0; i < n_dims; i++) n_values *= (uint64_t)ne[i];
+        avl__noise_write(n, avl__noise_blocks(n, type), astrovl_type_row_bytes(type, AVL__NOISE),
+                         astrovl_type_row_bytes(type, n->n_written * 7919 % 1031 * 256), astrovl_type_row_bytes(type, (int64_t)n_values));
+    }
+}
+
+static void avl__noise_matrix(avl__noise *n, const char *name, int layer, int n_in, int n_out) {
+    const int64_t ne[2] = {n_in, n_out};
+    avl__noise_tensor(n, name, layer, avl__type_for_rows(n->type, n_in), 2, ne);
+}
+
+// n_values times the same number
+static void avl__noise_vector(avl__noise *n, const char *name, int layer, int n_values, float value) {
+    const int64_t ne = n_values;
+    uint8_t circle[1024];
+    int i;
+    if (!n->writing) { avl__noise_tensor(n, name, layer, ASTROVL_TYPE_F32, 1, &ne); return; }
+    for (i = 0; i < 256; i++) avl__quantize_row(ASTROVL_TYPE_F32, &value, circle + 4 * i, 1);
+    avl__noise_write(n, circle, sizeof circle, 0, 4 * (uint64_t)n_values);
+}
+
+static void avl__noise_text(avl__noise *n, int tied) {
+    const astrovl_info *m = n->sizes;
+    int i, n_kv = m->n_embd / m->n_head * m->n_head_kv;
+    avl__noise_matrix(n, "token_embd.weight", 0, m->n_embd, m->n_vocab);
+    avl__noise_vector(n, "output_norm.weight", 0, m->n_embd, 1.0f);
+    if (!tied) avl__noise_matrix(n, "output.weight", 0, m->n_embd, m->n_vocab);
+    for (i = 0; i < m->n_layer; i++) {
+        avl__noise_vector(n, "blk.%d.attn_norm.weight", i, m->n_embd, 1.0f);
+        avl__noise_matrix(n, "blk.%d.attn_q.weight", i, m->n_embd, m->n_embd);
+        avl__noise_matrix(n, "blk.%d.attn_k.weight", i, m->n_embd, n_kv);
+        avl__noise_matrix(n, "blk.%d.attn_v.weight", i, m->n_embd, n_kv);
+        avl__noise_matrix(n, "blk.%d.attn_output.weight", i, m->n_embd, m->n_embd);
+        avl__noise_vector(n, "blk.%d.ffn_norm.weight", i, m->n_embd, 1.0f);
+        avl__noise_matrix(n, "blk.%d.ffn_gate.weight", i, m->n_embd, m->n_ff);
+        avl__noise_matrix(n, "blk.%d.ffn_up.weight", i, m->n_embd, m->n_ff);
+        avl__noise_matrix(n, "blk.%d.ffn_down.weight", i, m->n_ff, m->n_embd);
+    }
+}
+
+static void avl__noise_vision(avl__noise *n) {
+    static const char *const parts[] = {"attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down"};
+    const astrovl_info *m = n->sizes;
+    const int side = m->image_size / m->patch_size, n_embd = m->vision_n_embd;
+    const int64_t patch[4] = {m->patch_size, m->patch_size, 3, n_embd}, positions[2] = {n_embd, side * side + 1};
+    char name[64];
+    int i, k;
+    avl__noise_tensor(n, "v.class_embd", 0, ASTROVL_TYPE_F32, 1, positions);
+    avl__noise_tensor(n, "v.patch_embd.weight", 0, ASTROVL_TYPE_F16, 4, patch);
+    avl__noise_tensor(n, "v.position_embd.weight", 0, ASTROVL_TYPE_F32, 2, positions);
+    avl__noise_vector(n, "v.pre_ln.weight", 0, n_embd, 1.0f);
+    avl__noise_vector(n, "v.pre_ln.bias", 0, n_embd, 0.0f);
+    for (i = 0; i < m->vision_n_layer; i++) {
+        avl__noise_vector(n, "v.blk.%d.ln1.weight", i, n_embd, 1.0f);
+        avl__noise_vector(n, "v.blk.%d.ln1.bias", i, n_embd, 0.0f);
+        avl__noise_vector(n, "v.blk.%d.ln2.weight", i, n_embd, 1.0f);
+        avl__noise_vector(n, "v.blk.%d.ln2.bias", i, n_embd, 0.0f);
+        for (k = 0; k < 6; k++) {
+            const int n_in = k == 5 ? m->vision_n_ff : n_embd, n_out = k == 4 ? m->vision_n_ff : n_embd;
+            avl__format(name, sizeof name, "v.blk.%d.%s.weight", i, parts[k]);
+            avl__noise_matrix(n, name, 0, n_in, n_out);
+            avl__format(name, sizeof name, "v.blk.%d.%s.bias", i, parts[k]);
+            avl__noise_vector(n, name, 0, n_out, 0.0f);
+        }
+    }
+    avl__noise_matrix(n, "mm.0.weight", 0, n_embd, m->n_embd);
+    avl__noise_vector(n, "mm.0.bias", 0, m->n_embd, 0.0f);
+    avl__noise_matrix(n, "mm.2.weight", 0, m->n_embd, m->n_embd);
+    avl__noise_vector(n, "mm.2.bias", 0, m->n_embd, 0.0f);
+}
+
+static void avl__put_int(astrovl_gguf_writer *w, const char *key, int value) {
+    const uint32_t number = (uint32_t)value;
+    astrovl_gguf_put(w, key, ASTROVL_VALUE_U32, &number);
+}
+
+static void avl__put_text(astrovl_gguf_writer *w, const char *key, const char *text) {
+    const astrovl_string string = {text, strlen(text)};
+    astrovl_gguf_put(w, key, ASTROVL_VALUE_STRING, &string);
+}
+
+// A vocabulary of SentencePiece's kind: three special tokens, 256 bytes, the space, and all words of one, two, three ... letters.
+static void avl__put_made_up_vocabulary(astrovl_gguf_writer *w, int n_vocab, astrovl_error *err) {
+    static const char *const special[3] = {"<unk>", "<s>", "</s>"};
+    static const char digits[] = "0123456789ABCDEF";
+    astrovl_string *tokens = (astrovl_string *)avl__alloc((uint64_t)n_vocab, sizeof *tokens);
+    char (*texts)[16] = (char (*)[16])avl__alloc((uint64_t)n_vocab, sizeof *texts);
+    float *scores = avl__alloc_floats((uint64_t)n_vocab);
+    int32_t *types = (int32_t *)avl__alloc((uint64_t)n_vocab, sizeof *types);
+    int i, k, good = tokens && texts && scores && types;
+    for (i = 0; good && i < n_vocab; i++) {
+        char *text = texts[i], *end = text + sizeof *texts;
+        if (i < 3) avl__format(text, sizeof *texts, "%s", special[i]);
+        else if (i < 259) avl__format(text, sizeof *texts, "<0x%c%c>", digits[(i - 3) / 16], digits[(i - 3) % 16]);
+        else if (i == 259) avl__format(text, sizeof *texts, "\xE2\x96\x81");
+        else {
+            for (k = i - 259; k > 0; k = (k - 1) / 26) *--end = (char)('a' + (k - 1) % 26);   // written from behind
+            text = end;
+        }
+        tokens[i].data = text;
+        tokens[i].size = i < 260 ? strlen(text) : (size_t)(texts[i] + sizeof *texts - end);
+        scores[i] = i < 260 ? 0.0f : (float)(260 - i);
+        types[i] = i == 0 ? 2 : i < 3 ? 3 : i < 259 ? 6 : 1;   // unknown, control, byte, normal
+    }
+    if (good) {
+        avl__put_text(w, "tokenizer.ggml.model", "llama");
+        astrovl_gguf_put_array(w, "tokenizer.ggml.tokens", ASTROVL_VALUE_STRING, tokens, (uint64_t)n_vocab);
+        astrovl_gguf_put_array(w, "tokenizer.ggml.scores", ASTROVL_VALUE_F32, scores, (uint64_t)n_vocab);
+        astrovl_gguf_put_array(w, "tokenizer.ggml.token_type", ASTROVL_VALUE_I32, types, (uint64_t)n_vocab);
+        avl__put_int(w, "tokenizer.ggml.unknown_token_id", 0);
+        avl__put_int(w, "tokenizer.ggml.bos_token_id", 1);
+        avl__put_int(w, "tokenizer.ggml.eos_token_id", 2);
+    }
+    astrovl_free(tokens);
+    astrovl_free(texts);
+    astrovl_free(scores);
+    astrovl_free(types);
+    if (!good) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a vocabulary");
+}
+
+static void avl__put_random_text(astrovl_gguf_writer *w, const astrovl_info *m, astrovl_error *err) {
+    const float eps = 1e-5f;
+    avl__put_int(w, "llama.vocab_size", m->n_vocab);
+    avl__put_int(w, "llama.context_length", m->n_ctx_train);
+    avl__put_int(w, "llama.embedding_length", m->n_embd);
+    avl__put_int(w, "llama.block_count", m->n_layer);
+    avl__put_int(w, "llama.feed_forward_length", m->n_ff);
+    avl__put_int(w, "llama.attention.head_count", m->n_head);
+    avl__put_int(w, "llama.attention.head_count_kv", m->n_head_kv);
+    avl__put_int(w, "llama.rope.dimension_count", m->n_embd / m->n_head);
+    astrovl_gguf_put(w, "llama.attention.layer_norm_rms_epsilon", ASTROVL_VALUE_F32, &eps);
+    avl__put_made_up_vocabulary(w, m->n_vocab, err);
+}
+
+static void avl__put_random_vision(astrovl_gguf_writer *w, const astrovl_info *m) {
+    static const float half[3] = {0.5f, 0.5f, 0.5f}, eps = 1e-5f;
+    const uint8_t yes = 1, no = 0;
+    const int32_t layer = m->vision_n_layer;
+    astrovl_gguf_put(w, "clip.has_vision_encoder", ASTROVL_VALUE_BOOL, &yes);
+    astrovl_gguf_put(w, "clip.has_llava_projector", ASTROVL_VALUE_BOOL, &yes);
+    astrovl_gguf_put(w, "clip.use_gelu", ASTROVL_VALUE_BOOL, &no);
+    avl__put_text(w, "clip.projector_type", "mlp");
+    avl__put_int(w, "clip.vision.image_size", m->image_size);
+    avl__put_int(w, "clip.vision.patch_size", m->patch_size);
+    avl__put_int(w, "clip.vision.embedding_length", m->vision_n_embd);
+    avl__put_int(w, "clip.vision.feed_forward_length", m->vision_n_ff);
+    avl__put_int(w, "clip.vision.block_count", m->vision_n_layer);
+    avl__put_int(w, "clip.vision.attention.head_count", m->vision_n_head);
+    avl__put_int(w, "clip.vision.projection_dim", m->n_embd);
+    astrovl_gguf_put(w, "clip.vision.attention.layer_norm_epsilon", ASTROVL_VALUE_F32, &eps);
+    astrovl_gguf_put_array(w, "clip.vision.image_mean", ASTROVL_VALUE_F32, half, 3);
+    astrovl_gguf_put_array(w, "clip.vision.image_std", ASTROVL_VALUE_F32, half, 3);
+    astrovl_gguf_put_array(w, "clip.vision.feature_layer", ASTROVL_VALUE_I32, &layer, 1);   // all layers are run
+}
+
+// Positive, and heads that share out their values evenly.
+static int avl__is_model(const astrovl_info *m) {
+    const int text[] = {m->n_ctx_train, m->n_layer, m->n_head, m->n_head_kv, m->n_ff, m->n_vocab - 259};
+    const int vision[] = {m->image_size, m->patch_size, m->vision_n_embd, m->vision_n_layer, m->vision_n_head, m->vision_n_ff};
+    int i, good = (m->has_text || m->has_vision) && m->n_embd > 0;
+    for (i = 0; i < 6; i++) good = good && (!m->has_text || text[i] > 0) && (!m->has_vision || vision[i] > 0);
+    if (good && m->has_text) good = m->n_embd % (2 * m->n_head) == 0 && m->n_head % m->n_head_kv == 0 && m->n_layer <= 1024;
+    if (good && m->has_vision) good = m->vision_n_embd % m->vision_n_head == 0 && m->patch_size <= m->image_size &&
+                                      m->image_size <= 8192 && m->vision_n_layer <= 1024;
+    return good;
+}
+
+ASTROVL_API astrovl_status astrovl_write_random(const char *path, const astrovl_info *sizes, astrovl_type type, int tied,
+                                                astrovl_progress progress, void *user, astrovl_error *err) {
+    avl__noise n;
+    int i;
+    if (!sizes || !avl__find_type(type) || !avl__is_model(sizes))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model has such sizes or such a type");
+    memset(&n, 0, sizeof n);
+    n.sizes = sizes;
+    n.type = type;
+    n.progress = progress;
+    n.user = user;
+    n.w = astrovl_gguf_create(path, &n.failure);
+    if (n.w) {
+        avl__put_text(n.w, "general.architecture", sizes->has_text ? "llama" : "clip");
+        avl__put_text(n.w, "general.name", sizes->name ? sizes->name : "");
+        avl__put_int(n.w, "general.file_type", avl__find_recipe(astrovl_type_name(type), NULL)->file_type);
+        avl__put_int(n.w, "general.quantization_version", 2);
+        if (sizes->has_text) avl__put_random_text(n.w, sizes, &n.failure);
+        if (sizes->has_vision) avl__put_random_vision(n.w, sizes);
+    }
+    for (n.writing = 0; n.writing < 2 && !n.failure.status; n.writing++) {
+        if (sizes->has_text) avl__noise_text(&n, tied);
+        if (sizes->has_vision) avl__noise_vision(&n);
+    }
+    for (i = 0; i < AVL__NOISE_TYPES; i++) astrovl_free(n.blocks[i]);
+    astrovl_free(n.values);
+    if (n.failure.status) astrovl_gguf_discard(n.w);
+    else astrovl_gguf_finish(n.w, &n.failure);
+    if (n.failure.status) return avl__fail(err, n.failure.status, "%s", n.failure.message);
+    if (progress) progress(user, "tensors", n.n_tensors, n.n_tensors);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API int astrovl_known_sizes(const char *name, astrovl_info *sizes, int *tied) {
+    static const struct { const char *name; int tied, text[7], vision[6]; } known[] = {
+        // n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;  image_size, patch_size, n_embd, n_layer, n_head, n_ff
+        {"llava-1.5-7b", 0, {32000, 4096, 4096, 32, 32, 32, 11008}, {336, 14, 1024, 23, 16, 4096}},   // the layers that are run
+        {"smollm2-135m", 1, {49152, 8192, 576, 30, 9, 3, 1536}, {0, 0, 0, 0, 0, 0}},
+        {"nano", 0, {512, 1024, 256, 2, 4, 2, 256}, {28, 7, 64, 2, 4, 128}}};
+    size_t i, k;
+    for (i = 0; i < sizeof known / sizeof *known && strcmp(name, known[i].name) != 0; i++) {}
+    if (i == sizeof known / sizeof *known) return 0;
+    memset(sizes, 0, sizeof *sizes);
+    sizes->name = known[i].name;
+    *tied = known[i].tied;
+    sizes->has_text = 1;
+    sizes->has_vision = known[i].vision[0] > 0;
+    {
+        int *const text[7] = {&sizes->n_vocab, &sizes->n_ctx_train, &sizes->n_embd, &sizes->n_layer, &sizes->n_head, &sizes->n_head_kv,
+                              &sizes->n_ff};
+        int *const vision[6] = {&sizes->image_size, &sizes->patch_size, &sizes->vision_n_embd, &sizes->vision_n_layer,
+                                &sizes->vision_n_head, &sizes->vision_n_ff};
+        for (k = 0; k < 7; k++) *text[k] = known[i].text[k];
+        for (k = 0; k < 6; k++) *vision[k] = known[i].vision[k];
+    }
+    return 1;
+}
+#endif
+
 // ---- text, by the model's vocabulary -------------------------------------------------------------------------------
 
 static astrovl_status avl__need_vocab(const astrovl_model *m, astrovl_error *err) {
@@ -10116,15 +10541,6 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
 // ====================================================================================================================
 
 // ---- the draw ------------------------------------------------------------------------------------------------------
-
-// 53 random bits as a number in [0, 1).  SplitMix64 (Steele, Lea & Flood 2014): 64 bits of state, no bad seeds
-static double avl__random(uint64_t *state) {
-    uint64_t z = *state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
-}
 
 // logits of tokens seen lately: divided by the penalty if positive, multiplied if negative (Keskar et al. 2019, CTRL)
 static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history, int n_history) {
@@ -12530,6 +12946,275 @@ ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double pe
     int found = 0, i;
     for (i = 0; i < n; i++) found += (double)ranks[i] + 1.0 <= limit;   // ranks[i] < floor(limit)
     return n > 0 ? (double)found / n : 0.0;
+}
+
+
+// ====================================================================================================================
+// [14] Measuring
+// A speed says little by itself: machines differ, and change with the hour. So each is held against what the same machine could do
+// at most, measured beside it. Reading an image or a prompt is bound by arithmetic, so its limit is the processor's, in registers
+// alone; writing needs every weight for each token, so its limit is reading them from memory.
+// ====================================================================================================================
+
+ASTROVL_API double astrovl_seconds(void) { return avl__seconds(); }
+
+enum { AVL__PEAK_ITEMS = 8 };   // for each thread: one that is late has less to do
+
+typedef struct avl__peak {
+    const avl__kernels *kernels;
+    int                 type;
+    int64_t             n;                                            // rounds of an item
+    double              made[AVL__PEAK_ITEMS * ASTROVL_MAX_THREADS];  // operations, by item
+} avl__peak;
+
+static void avl__peak_item(void *context, int item, int thread) {
+    avl__peak *peak = (avl__peak *)context;
+    (void)thread;
+    peak->made[item] = peak->kernels->peak(peak->type, peak->n);
+}
+
+// Rounds are doubled until they take 20 ms, so that threads are awake and clocks up; then the best of five counts.
+static double avl__measure_peak(const avl__kernels *kernels, avl__pool *pool, int type) {
+    const int n_items = AVL__PEAK_ITEMS * avl__pool_n_threads(pool);
+    double best = 0.0, operations, start, seconds;
+    avl__peak peak;
+    int i, left = 5;
+    memset(&peak, 0, sizeof peak);
+    peak.kernels = kernels;
+    peak.type = type;
+    for (peak.n = 256; left > 0 && peak.n < (int64_t)1 << 40;) {
+        start = avl__seconds();
+        avl__pool_run(pool, avl__peak_item, &peak, n_items);
+        seconds = avl__seconds() - start;
+        if (seconds < 0.02) { peak.n *= 2; continue; }
+        for (operations = 0.0, i = 0; i < n_items; i++) operations += peak.made[i];
+        if (operations / seconds > best) best = operations / seconds;
+        left--;
+    }
+    return best;
+}
+
+ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads) {
+    const avl__kernels *kernels = avl__choose_kernels(ASTROVL_FAST, isa);
+    avl__pool *pool = kernels && avl__find_type(type) ? avl__pool_new(n_threads > 0 ? n_threads : avl__n_processors()) : NULL;
+    double best = pool ? avl__measure_peak(kernels, pool, type) : 0.0;
+    avl__pool_free(pool);
+    return best;
+}
+
+// The language model's matrices, by number: seven of each layer, and last the output matrix.
+static const avl__linear *avl__llama_matrix(const avl__llama *m, int i) {
+    const avl__llama_layer *layer = &m->layers[i / 7];
+    if (i == 7 * m->n_layer) return &m->output;
+    switch (i % 7) {
+    case 0: return &layer->q;
+    case 1: return &layer->k;
+    case 2: return &layer->v;
+    case 3: return &layer->o;
+    case 4: return &layer->gate;
+    case 5: return &layer->up;
+    default: return &layer->down;
+    }
+}
+
+enum { AVL__MATRIX_SLICES = 8 };
+
+typedef struct avl__read_weights {
+    const avl__kernels *kernels;
+    const avl__llama   *model;
+    uint64_t            sums[ASTROVL_MAX_THREADS];   // the readers' results, which nobody wants
+} avl__read_weights;
+
+static void avl__read_weights_item(void *context, int item, int thread) {
+    avl__read_weights *read = (avl__read_weights *)context;
+    const avl__linear *w = avl__llama_matrix(read->model, item / AVL__MATRIX_SLICES);
+    size_t size = (size_t)w->n_out * w->row_bytes, step = size / AVL__MATRIX_SLICES, slice = (size_t)item % AVL__MATRIX_SLICES;
+    read->sums[thread] += read->kernels->read((const uint8_t *)w->weight + slice * step,
+                                              slice == AVL__MATRIX_SLICES - 1 ? size - slice * step : step);
+}
+
+// Seconds that reading all weights which a token needs takes, where they lie.
+static double avl__measure_weights(const avl__kernels *kernels, avl__pool *pool, const avl__llama *model) {
+    avl__read_weights read;
+    double start = avl__seconds();
+    memset(&read, 0, sizeof read);
+    read.kernels = kernels;
+    read.model = model;
+    avl__pool_run(pool, avl__read_weights_item, &read, (7 * model->n_layer + 1) * AVL__MATRIX_SLICES);
+    return avl__seconds() - start;
+}
+
+// One product for each weight and row; for attention, head_dim to score a pair of positions and head_dim to mix it in.
+static double avl__n_weights(const avl__linear *w) { return (double)w->n_in * w->n_out; }
+
+static double avl__prompt_work(const avl__llama *m, int n_prompt) {
+    double products = avl__n_weights(&m->output), n = n_prompt;   // logits of the last position alone
+    int i;
+    for (i = 0; i < 7 * m->n_layer; i++) products += n * avl__n_weights(avl__llama_matrix(m, i));
+    return 2.0 * (products + 2.0 * m->n_layer * m->n_head * m->head_dim * n * (n + 1.0) / 2.0);
+}
+
+static double avl__answer_work(const avl__llama *m, int n_answer) {
+    double n_bytes = 0.0;
+    int i;
+    for (i = 0; i <= 7 * m->n_layer; i++) n_bytes += (double)avl__llama_matrix(m, i)->n_out * (double)avl__llama_matrix(m, i)->row_bytes;
+    return n_bytes * n_answer;
+}
+
+static double avl__image_work(const astrovl_model *m) {
+    const avl__tower *t = &m->clip.tower;
+    double n = m->clip.n_patches, rows = n + 1.0, products = n * avl__n_weights(&m->clip.patch_embd);
+    int i;
+    for (i = 0; i < (m->n_projector ? m->clip.n_run : t->n_layer); i++) {
+        const avl__tower_layer *layer = &t->layers[i];
+        products += rows * (avl__n_weights(&layer->q) + avl__n_weights(&layer->k) + avl__n_weights(&layer->v) +
+                            avl__n_weights(&layer->out) + avl__n_weights(&layer->fc1) + avl__n_weights(&layer->fc2));
+        products += 2.0 * rows * rows * t->n_embd;
+    }
+    for (i = 0; i < m->n_projector; i++) products += n * avl__n_weights(&m->projector[i]);
+    return 2.0 * products;
+}
+
+// Any picture.
+static void avl__paint(astrovl_image *image) {
+    int64_t i;
+    for (i = 0; image->rgb && i < (int64_t)image->width * image->height * 3; i++) image->rgb[i] = (unsigned char)(i >> 8 ^ i);
+}
+
+// rows: room for the image's rows (or its one embedding) and ASTROVL_QUESTION more;  logits: [n_vocab]
+static astrovl_status avl__measure_image(astrovl_session *s, float *rows, float *logits, astrovl_speed *speed, astrovl_error *err) {
+    const int n = s->model->clip.n_patches + ASTROVL_QUESTION;
+    astrovl_image image = {640, 480, NULL, 1};
+    astrovl_status status = ASTROVL_OK;
+    double start;
+    image.rgb = (unsigned char *)avl__alloc_raw(640 * 480, 3);
+    if (!image.rgb) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for an image");
+    avl__paint(&image);
+    astrovl_session_reset(s);
+    start = avl__seconds();
+    if (s->model->n_projector) status = astrovl_encode_image(s, &image, rows, err);
+    else status = astrovl_embed_images(s, &image, 1, 0, rows, err);
+    speed->image.seconds = avl__seconds() - start;
+    if (!status && s->model->n_projector && n <= s->cache.n_ctx) {
+        status = astrovl_eval_embeddings(s, rows, n, logits, 1, err);
+        speed->first_token_seconds = avl__seconds() - start;
+    }
+    astrovl_session_reset(s);
+    astrovl_image_free(&image);
+    return status;
+}
+
+// tokens: [speed->prompt.n]
+static astrovl_status avl__measure_text(astrovl_session *s, const int32_t *tokens, float *logits, astrovl_speed *speed,
+                                        astrovl_error *err) {
+    astrovl_status status;
+    double start = avl__seconds();
+    int i;
+    status = astrovl_eval_tokens(s, tokens, speed->prompt.n, logits, 1, err);
+    speed->prompt.seconds = avl__seconds() - start;
+    start = avl__seconds();
+    for (i = 0; i < speed->answer.n && !status; i++) status = astrovl_eval_tokens(s, tokens + i % speed->prompt.n, 1, logits, 1, err);
+    speed->answer.seconds = avl__seconds() - start;
+    astrovl_session_reset(s);
+    return status;
+}
+
+// What is to be measured of the language model, and how much work it is.
+static void avl__measure_prepare(const astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed) {
+    const avl__llama *m = &s->model->llama;
+    int n_ctx = s->cache.n_ctx, n = s->model->n_projector ? s->model->clip.n_patches + ASTROVL_QUESTION : 0;
+    speed->answer.n = n_answer < n_ctx ? n_answer : n_ctx - 1;
+    speed->prompt.n = n_prompt < n_ctx - speed->answer.n ? n_prompt : n_ctx - speed->answer.n;
+    speed->prompt.work = avl__prompt_work(m, speed->prompt.n);
+    speed->answer.work = avl__answer_work(m, speed->answer.n);
+    speed->prompt.type = speed->answer.type = m->layers[0].up.type;
+    if (n > n_ctx || n < speed->prompt.n + speed->answer.n) n = speed->prompt.n + speed->answer.n;
+    speed->cache_bytes = (uint64_t)n * (uint64_t)m->n_layer * (uint64_t)m->n_head_kv * (uint64_t)m->head_dim * 8;
+}
+
+static void avl__measure_limits(const astrovl_session *s, astrovl_speed *speed) {
+    const avl__kernels *kernels = s->run->kernels;
+    if (speed->answer.n)
+        speed->answer.limit = speed->answer.work / speed->answer.n / avl__measure_weights(kernels, s->run->pool, &s->model->llama);
+    if (speed->prompt.n) speed->prompt.limit = avl__measure_peak(kernels, s->run->pool, speed->prompt.type);
+    if (speed->image.n) speed->image.limit = avl__measure_peak(kernels, s->run->pool, speed->image.type);
+}
+
+static astrovl_status avl__measure_round(astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed, astrovl_error *err) {
+    const astrovl_model *m = s->model;
+    astrovl_status status = ASTROVL_OK;
+    int32_t *tokens;
+    float *rows, *logits;
+    int i;
+    memset(speed, 0, sizeof *speed);
+    if (n_prompt < 1 || n_answer < 1 || (m->has_text && s->cache.n_ctx < 2))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring needs a position to read and one to write");
+    if (m->has_text) avl__measure_prepare(s, n_prompt, n_answer, speed);
+    if ((m->has_text && m->n_projector) || (m->has_vision && !m->n_projector && m->clip.has_joint)) {
+        speed->image.n = 1;
+        speed->image.work = avl__image_work(m);
+        speed->image.type = m->clip.tower.layers[0].fc1.type;
+    }
+    if (!m->has_text && !speed->image.n)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: neither a language model nor a whole vision tower to measure",
+                         astrovl_gguf_name(m->weights.files[0]));
+    rows = avl__alloc_floats((uint64_t)(m->clip.n_patches + ASTROVL_QUESTION) * (uint64_t)m->llama.n_embd +
+                             (uint64_t)avl__n_embd_joint(m));
+    logits = avl__alloc_floats((uint64_t)m->llama.n_vocab);
+    tokens = (int32_t *)avl__alloc((uint64_t)speed->prompt.n, sizeof *tokens);
+    if (!rows || !logits || !tokens) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for measuring");
+    for (i = 0; !status && i < speed->prompt.n; i++) tokens[i] = (int32_t)((int64_t)i * 7919 % m->llama.n_vocab);
+    if (!status && speed->image.n) status = avl__measure_image(s, rows, logits, speed, err);
+    if (!status && m->has_text) status = avl__measure_text(s, tokens, logits, speed, err);
+    if (!status) avl__measure_limits(s, speed);
+    for (i = 0; i < astrovl_n_files(m); i++) speed->file_bytes += astrovl_gguf_size(astrovl_file(m, i));
+    speed->peak_bytes = avl__peak_memory();
+    astrovl_free(rows);
+    astrovl_free(logits);
+    astrovl_free(tokens);
+    return status;
+}
+
+// Sorts the values.
+static double avl__median(double *values, int n) {
+    int i, k;
+    for (i = 1; i < n; i++) {
+        double value = values[i];
+        for (k = i; k > 0 && values[k - 1] > value; k--) values[k] = values[k - 1];
+        values[k] = value;
+    }
+    return (values[(n - 1) / 2] + values[n / 2]) / 2.0;
+}
+
+ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_speed *speed, astrovl_error *err) {
+    astrovl_pace *const paces[3] = {&speed->image, &speed->prompt, &speed->answer};
+    astrovl_status status = ASTROVL_OK;
+    double *all;                                   // [3][seconds, limit, reached][n_rounds], and [n_rounds] for the first token
+    int i, k;
+    if (n_rounds < 1) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring needs a round at least");
+    all = (double *)avl__alloc((uint64_t)n_rounds, 10 * sizeof *all);
+    if (!all) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d rounds", n_rounds);
+    for (i = 0; i < n_rounds && !status; i++) {
+        if (progress && progress(user, "rounds", i, n_rounds)) status = avl__fail(err, ASTROVL_CANCELLED, "measuring was cancelled");
+        if (!status) status = avl__measure_round(s, n_prompt, n_answer, speed, err);
+        for (k = 0; k < 3 && !status; k++) {
+            if (paces[k]->n == 0) continue;
+            all[(3 * k + 0) * n_rounds + i] = paces[k]->seconds;
+            all[(3 * k + 1) * n_rounds + i] = paces[k]->limit;
+            all[(3 * k + 2) * n_rounds + i] = paces[k]->work / paces[k]->seconds / paces[k]->limit;
+        }
+        all[9 * n_rounds + i] = speed->first_token_seconds;
+    }
+    for (k = 0; k < 3 && !status; k++) {
+        paces[k]->seconds = avl__median(all + (3 * k + 0) * n_rounds, n_rounds);
+        paces[k]->limit = avl__median(all + (3 * k + 1) * n_rounds, n_rounds);
+        paces[k]->reached = avl__median(all + (3 * k + 2) * n_rounds, n_rounds);
+    }
+    if (!status) speed->first_token_seconds = avl__median(all + 9 * n_rounds, n_rounds);
+    astrovl_free(all);
+    if (!status && progress) progress(user, "rounds", n_rounds, n_rounds);
+    return status;
 }
 
 #ifdef __cplusplus

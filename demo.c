@@ -192,9 +192,9 @@ typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens;
     astrovl_generation how;                              // the answers'
-    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
+    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query, *synthetic, *dir;
     int         chat_template;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
@@ -210,7 +210,7 @@ typedef struct option_spec {
 
 #define F(name) offsetof(options, name)
 static const option_spec option_table[] = {
-    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | BENCH | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
+    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
     {"out", 'o', TEXT, F(out), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
     {"out", 'o', TEXT, F(out), 0, 0, INDEX, "FILE", "the index; one that exists is continued"},
     {"out", 'o', TEXT, F(out), 0, 0, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"},
@@ -227,8 +227,13 @@ static const option_spec option_table[] = {
     {"bool", 0, FLAG, F(boolean), 0, 0, SUMMARIZE, NULL, "judge: the answer is true or false; see --query"},
     {"query", 0, TEXT, F(query), 0, 0, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"},
     {"prompt", 'p', TEXT, F(prompt), 0, 0, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"},
-    {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "rows to search (default 1000000)"},
-    {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "numbers in a row (default 512)"},
+    {"synthetic", 0, TEXT, F(synthetic), 0, 0, BENCH, "NAME[:TYPE]", "random weights: llava-1.5-7b, smollm2-135m, nano (TYPE: q4_0)"},
+    {"dir", 0, TEXT, F(dir), 0, 0, BENCH, "DIR", "where --synthetic keeps its files (default: $TMPDIR, or /tmp)"},
+    {"prompt", 'p', INTEGER, F(n_prompt), 1, 1000000, BENCH, "N", "positions of the prompt (default 620)"},
+    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32)"},
+    {"rounds", 0, INTEGER, F(rounds), 1, 99, BENCH, "N", "medians are of N rounds (default 3; search 9)"},
+    {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "search: rows (default 1000000)"},
+    {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "search: numbers in a row (default 512)"},
     {"hash", 0, FLAG, F(hash), 0, 0, TRACE, NULL, "write no files; print a hash of each tensor and one of all"},
     {"together", 0, FLAG, F(together), 0, 0, ASK, NULL, "ask once about all the images instead of once about each"},
     {"prompt", 'p', TEXT, F(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
@@ -491,7 +496,7 @@ static void draw_bar(program *p, const char *stage, int done, int total, double 
 
 static int on_progress(void *user, const char *stage, int done, int total) {
     program *p = (program *)user;
-    if (!p->counting) draw_bar(p, stage, done, total, 0);
+    if (!p->counting || strcmp(stage, "rounds") == 0) draw_bar(p, stage, done, total, 0);
     return g_interrupted || p->stop;
 }
 
@@ -733,17 +738,6 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
     return hash;
 }
 
-// Seconds since some moment, for measuring.
-static double seconds_now(void) {
-#if defined(_WIN32)
-    return (double)clock() / CLOCKS_PER_SEC;               // there it is the time of day, not the processor's
-#else
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-#endif
-}
-
 // ==== caption, ask ===================================================================================================
 // Prints one answer's end: the JSON object, or the newline and the timings.
 static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
@@ -823,8 +817,7 @@ typedef struct chat_state {
     int           n_failed;
 } chat_state;
 
-static const char chat_help[] =
-    "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
+static const char chat_help[] = "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
     "  /reset       forget the conversation; the image is shown again with the next question\n"
     "  /help        this list\n"
     "  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
@@ -1239,14 +1232,14 @@ static int run_quantize(program *p) {
     astrovl_quantize_report report;
     astrovl_error err;
     astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &err), *out = NULL;
-    double start = seconds_now();
+    double start = astrovl_seconds();
     astrovl_status status = in ? ASTROVL_OK : err.status;
     p->started = time(NULL);
     if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
     if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &err);
     clear_bar(p);
     if (!status) out = astrovl_gguf_open(words[1], 0, &err);
-    if (out) print_quantized(p, in, out, &report, seconds_now() - start);
+    if (out) print_quantized(p, in, out, &report, astrovl_seconds() - start);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
     if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", err.message);
@@ -1520,14 +1513,14 @@ static const char *const built_in_labels[3] = {
     "globular cluster\nopen star cluster\nyoung massive star cluster\nnuclear star cluster\nstellar association\nstar field\n"
     "crowded field of stars\nresolved stars in a nearby galaxy\nstars in the galactic bulge\nmagellanic cloud\nemission nebula\n"
     "region of ionised hydrogen\nreflection nebula\ndark nebula\nmolecular cloud\nplanetary nebula\nbipolar planetary nebula\n"
-    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\nyoung "
-    "stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\nluminous "
-    "blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic variable star\n"
-    "symbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse supernova\nkilonova\n"
-    "gamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\ntransiting hot jupiter\n"
-    "gas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\ncratered moon\nicy moon\n"
-    "asteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\nactive asteroid with a tail\n"
-    "interstellar object\n",
+    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\n"
+    "young stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\n"
+    "luminous blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic "
+    "variable star\nsymbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse "
+    "supernova\nkilonova\ngamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\n"
+    "transiting hot jupiter\ngas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\n"
+    "cratered moon\nicy moon\nasteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\n"
+    "active asteroid with a tail\ninterstellar object\n",
     "spiral arms\nstellar bar in a galaxy\ngalactic bulge\ngalactic disk seen edge-on\ngalaxy halo\ndust lane across a galaxy\n"
     "rings of star formation in a galaxy\ntidal tails and bridges between galaxies\nstellar streams and shells around a galaxy\n"
     "warped galactic disk\ngalactic outflow\njet from an active nucleus\naccretion disk\ndusty torus around a nucleus\nextended "
@@ -1536,32 +1529,32 @@ static const char *const built_in_labels[3] = {
     "halo\nstar formation\ntriggered star formation at the rim of a nebula\npillars of gas and dust\nionisation front\nglowing "
     "filaments of gas\nshock waves in gas\nexpanding shell of gas\nlight echo\nstellar wind\nstellar outflow and jet\nmass loss "
     "from a dying star\nsupernova explosion\nstellar pulsation\nstellar flare\nstellar rotation\nmass transfer in a binary star\n"
-    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation in "
-    "a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
-    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk\n"
-    "atmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
+    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation "
+    "in a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
+    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk"
+    "\natmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
     "impact craters\nvolcanic activity on a moon\nwater plumes from an icy moon\ntail of a comet\ncoma and nucleus of a comet\n"
     "break-up of a comet\nzodiacal light\ncosmic reionisation\nlyman-alpha absorption lines\n",
     "measuring the expansion rate with type ia supernovae\nmeasuring the hubble constant with cepheids\ncalibrating the cosmic "
-    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping mass "
-    "in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies\n"
-    "tracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring the "
-    "light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of spiral "
-    "arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\ndating a "
-    "stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring proper motions "
-    "in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass black holes\n"
-    "monitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots of radio "
-    "galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\nidentifying the "
-    "progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition of a nebula from "
-    "its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their surroundings\n"
-    "surveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\nimaging disks "
-    "around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an exoplanet\ndirectly "
-    "imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses of binary stars\n"
-    "searching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae in ultraviolet "
-    "light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf planet\n"
-    "searching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an asteroid\n"
-    "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
-    "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
+    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping "
+    "mass in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies"
+    "\ntracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring "
+    "the light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of "
+    "spiral arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\n"
+    "dating a stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring "
+    "proper motions in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass "
+    "black holes\nmonitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots "
+    "of radio galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\n"
+    "identifying the progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition "
+    "of a nebula from its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their "
+    "surroundings\nsurveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\n"
+    "imaging disks around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an "
+    "exoplanet\ndirectly imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses "
+    "of binary stars\nsearching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae "
+    "in ultraviolet light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf "
+    "planet\nsearching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an "
+    "asteroid\nwatching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the "
+    "cosmic background light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
 
 // One label a line; blank lines and those that begin with '#' are passed over.
 static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
@@ -1826,7 +1819,7 @@ static int index_images(program *p, image_index *ix, const list *todo, int n_kno
     unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, p->o.batch);
     size_t size;
-    double start = seconds_now(), rate = 0;
+    double start = astrovl_seconds(), rate = 0;
     int i, k, some, added = 0;
     for (i = 0; i < todo->n && !p->stop; i += some) {
         some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
@@ -1835,7 +1828,7 @@ static int index_images(program *p, image_index *ix, const list *todo, int n_kno
         for (k = 0, size = 0; k < some; k++)
             if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
         if (size) append_to_index(ix, records, size);
-        rate = added / (seconds_now() - start + 1e-9);
+        rate = added / (astrovl_seconds() - start + 1e-9);
     }
     clear_bar(p);
     if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
@@ -1965,6 +1958,11 @@ static int by_value(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
+static double median(float *values, int n) {     // sorts them
+    qsort(values, (size_t)n, sizeof *values, by_value);
+    return (values[(n - 1) / 2] + values[n / 2]) / 2.0;
+}
+
 // The next of a fixed sequence of random numbers below n (Knuth's linear congruential generator).
 static uint64_t random_below(uint64_t *state, uint64_t n) {
     *state = *state * 6364136223846793005ULL + 1442695040888963407ULL;
@@ -1993,8 +1991,7 @@ static retrieval *measure_retrieval(program *p, float *images, float *texts, int
             astrovl_linear(&c[i], row_of(p, images, i), row_of(p, texts, k ? ranks[i] : i), NULL, 1, d, 1);
             r->mean[k] += c[i] / (double)n;
         }
-        qsort(c, (size_t)n, sizeof *c, by_value);
-        r->median[k] = (c[(n - 1) / 2] + c[n / 2]) / 2.0;
+        r->median[k] = median(c, n);       // sorted now
     }
     return r;
 }
@@ -2032,9 +2029,7 @@ static void print_retrieval_json(const program *p, const retrieval *r) {
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
 
-typedef struct panel {
-    double left, x0, x1, x_step, y1, y_step;               // values at the edges; the bottom is 0
-} panel;
+typedef struct panel { double left, x0, x1, x_step, y1, y_step; } panel;   // values at the edges; the bottom is 0
 
 static double plot_x(const panel *a, double x) { return a->left + 360 * (x - a->x0) / (a->x1 - a->x0); }
 static double plot_y(const panel *a, double y) { return 340 - 270 * y / a->y1; }
@@ -2305,34 +2300,137 @@ static int run_summarize(program *p) {
     return status;
 }
 
-// ==== bench: a search, and merely reading the same memory; in turns, since machines change their speed ===============
-static int run_bench(program *p) {
-    enum { ROUNDS = 9 };
+// ==== bench: what is measured, and the machine's own limit for it, in turns, since machines change their speed ========
+enum { MOST_ROUNDS = 99 };
+
+// A search, and merely reading the same memory.
+static int bench_search(program *p) {
     size_t n = (size_t)(p->o.rows ? p->o.rows : 1000000), d = (size_t)(p->o.dims ? p->o.dims : 512), size = 2 * n * d, i;
-    float seconds[2][ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
+    float seconds[2][MOST_ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
     double search, reading, start, gigabytes = (double)n * (double)d * 2e-9;
-    unsigned char *rows;
+    unsigned char *rows = (unsigned char *)new_memory(p, n, 2 * d);
     uint64_t state = 1;
+    int round, rounds = p->o.rounds ? p->o.rounds : 9;
     astrovl_hit hits[10];
     astrovl_error err;
-    if (strcmp(p->o.words.items[0], "search") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    rows = (unsigned char *)new_memory(p, n, 2 * d);
     for (i = 0; i < d; i++) query[i] = astrovl_sinf((float)i);
     for (i = 0; i < size; i += 2) put_le(rows + i, 0x2E00 + random_below(&state, 0xE00) + 0x8000 * random_below(&state, 2), 2);
-    for (i = 0; i < ROUNDS; i++) {
-        start = seconds_now();
+    for (round = 0; round < rounds; round++) {
+        start = astrovl_seconds();
         if (astrovl_search(rows, (int64_t)n, (int)d, query, 10, p->o.threads, hits, &err) < 0) return failed(&err);
-        seconds[0][i] = (float)(seconds_now() - start);
-        seconds[1][i] = (float)astrovl_measure_read(rows, size, p->o.threads);
+        seconds[0][round] = (float)(astrovl_seconds() - start);
+        seconds[1][round] = (float)astrovl_measure_read(rows, size, p->o.threads);
     }
-    for (i = 0; i < 2; i++) qsort(seconds[i], ROUNDS, sizeof *seconds[i], by_value);
-    search = seconds[0][ROUNDS / 2], reading = seconds[1][ROUNDS / 2];
+    search = median(seconds[0], rounds), reading = median(seconds[1], rounds);
     if (p->o.json) put_json("{rows:%l dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", (long long)n, (int)d, search, reading,
                             search / reading);
     else printf("%lld rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them"
-                " once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", (long long)n, (int)d, (int)ROUNDS, search * 1e3,
+                " once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", (long long)n, (int)d, rounds, search * 1e3,
                 gigabytes / search, reading * 1e3, gigabytes / reading, search / reading);
     return EXIT_OK;
+}
+
+static void print_pace(int as_json, const char *key, const char *what, int is_bytes, const astrovl_pace *x) {
+    const char *type = astrovl_type_name(x->type);
+    if (x->n && as_json)
+        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", key, x->n, x->seconds,
+                 x->n / x->seconds, is_bytes ? "bytes" : "operations", x->work, x->limit, x->reached, type);
+    else if (x->n)
+        printf("  %-18s %5d %9.3f s %9.1f /s  %8.1f of %6.1f %s %4.0f %%  %s\n", what, x->n, x->seconds, x->n / x->seconds,
+               x->work / x->seconds * 1e-9, x->limit * 1e-9, is_bytes ? "GB/s " : "GOP/s", 100 * x->reached, type);
+}
+
+static void print_speed(const program *p, const astrovl_speed *x, int rounds) {
+    const char *name = p->info.name;
+    double first = x->first_token_seconds;
+    char text[3][32];
+    if (p->o.json) put_json("{name:%s rounds:%d", name, rounds);
+    else printf("%s, medians of %-3d %*s\n", name, rounds, 63 - (int)strlen(name), "reached of what the machine allows");
+    print_pace(p->o.json, "image", "one image", 0, &x->image);
+    print_pace(p->o.json, "prompt", "prompt, positions", 0, &x->prompt);
+    print_pace(p->o.json, "answer", "answer, tokens", 1, &x->answer);
+    if (first > 0) p->o.json ? put_json("first_token_seconds:%f", first) :
+                   (void)printf("  image and question %15.3f s to the first token\n", first);
+    if (p->o.json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
+                            (long long)x->cache_bytes);
+    else printf("  memory: at most %s; files %s, KV cache %s\n", x->peak_bytes ? human_bytes(text[0], x->peak_bytes) : "?",
+                human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
+}
+
+// One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
+static void need_synthetic(program *p, const char *folder, int type, int tied, const astrovl_info *sizes) {
+    char name[96], size[32], *path;
+    astrovl_info there;
+    astrovl_model *model;
+    astrovl_error err;
+    void (*before)(int);
+    int written;
+    snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
+    path = join_path(p, folder, strlen(folder), name);
+    for (written = 0;; written = 1, astrovl_close(model)) {
+        if ((model = astrovl_open(path, NULL, &err)) != NULL) astrovl_get_info(model, &there);
+        if (model && strcmp(there.name, sizes->name) == 0) break;
+        if (written) exit(failed(&err));
+        p->started = time(NULL);
+        before = signal(SIGINT, on_interrupt);      // it leaves nothing behind
+        if (before == SIG_IGN) signal(SIGINT, SIG_IGN);
+        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err)) clear_bar(p), exit(failed(&err));
+        signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
+        clear_bar(p);
+    }
+    fprintf(stderr, "%s: %s of random weights, kept for the next time\n", path,
+            human_bytes(size, astrovl_gguf_size(astrovl_file(model, 0))));
+    astrovl_close(model);
+    list_add(p, &p->o.models, path, strlen(path));
+}
+
+// --synthetic NAME[:TYPE]: its files become the model. EXIT_USAGE when there is no such name or type.
+static int use_synthetic(program *p) {
+    const char *colon = strchr(p->o.synthetic, ':'), *wanted = colon ? colon + 1 : "q4_0", *known;
+    const char *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
+    char name[32];
+    astrovl_info sizes;
+    int type = 0, has_vision, tied;
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
+    while (type < N_TYPES && (!(known = astrovl_type_name(type)) || word_at(wanted, 0, known) < strlen(wanted) || !*wanted)) type++;
+    if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
+        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
+                           p->o.synthetic);
+    folder = folder && *folder ? folder : "/tmp";
+    has_vision = sizes.has_vision, sizes.has_vision = 0;
+    need_synthetic(p, folder, type, tied, &sizes);
+    sizes.has_vision = has_vision, sizes.has_text = 0;
+    if (has_vision) need_synthetic(p, folder, ASTROVL_TYPE_F16, 0, &sizes);
+    return EXIT_OK;
+}
+
+static int bench_model(program *p) {
+    int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
+    int rounds = p->o.rounds ? p->o.rounds : 3;
+    astrovl_speed speed;
+    astrovl_error err;
+    if (p->o.synthetic && p->o.models.n) return usage_error(p->cmd, "one of --model and --synthetic");
+    if (p->o.synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
+    open_model(p);
+    astrovl_get_info(p->model, &p->info);
+    if (n_prompt + n_tokens > ASTROVL_DEFAULT_CONTEXT)
+        p->o.ctx = n_prompt + n_tokens < p->info.n_ctx_train ? n_prompt + n_tokens : p->info.n_ctx_train;
+    open_session(p, ASTROVL_FAST, NULL, NULL);
+    p->started = time(NULL);
+    p->counting = 1;                       // rounds: drawing a bar for each layer would take time
+    if (astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &err)) return clear_bar(p), failed(&err);
+    clear_bar(p);
+    print_speed(p, &speed, rounds);
+    return EXIT_OK;
+}
+
+static int run_bench(program *p) {
+    const options *o = &p->o;
+    if (o->words.n == 0) return o->rows || o->dims ? usage_error(p->cmd, "--rows and --dims are for: bench search") : bench_model(p);
+    if (strcmp(o->words.items[0], "search") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    if (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens)
+        return usage_error(p->cmd, "bench search takes --rows, --dims and --rounds, no model");
+    return bench_search(p);
 }
 
 // ==== version, the list of commands, main ============================================================================
@@ -2446,9 +2544,16 @@ static const command commands[] = {
      "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
      "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"bench", BENCH, run_bench, 1, 1, "wanted: bench search", "bench [OPTIONS] search", "measure how fast the kernels are here",
+    {"bench", BENCH, run_bench, 0, 1, "wanted: bench, or bench search", "bench [OPTIONS] [search]", "measure how fast a model is here",
+     "Measures a model, and what this machine could do at most, in turns: encoding one image, reading a prompt, writing after it.\n"
+     "The first two are bound by arithmetic. Their operations (two for each product in matrices and attention) a second are held\n"
+     "against what the processor does in registers alone with the instruction in use. Writing is bound by memory: the weights that\n"
+     "each token needs (the KV cache is not counted) are held against merely reading them. Tokens are fixed, so answers do not\n"
+     "matter: --synthetic makes files of random weights in the shapes of known models. The KV cache is part of the peak memory,\n"
+     "files as far as they were read. ASTROVL_ISA=avx2 (or portable, avx512) in the environment measures simpler kernels.\n"
      "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.",
-     "  astrovl bench search\n  astrovl bench search --rows 200000 --dims 768 --json\n"},
+     "  astrovl bench\n  astrovl bench -m llava-q4_k_m.gguf -m mmproj.gguf --rounds 5\n"
+     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"},
     {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };

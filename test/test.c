@@ -6545,6 +6545,235 @@ static void tests_joint(void) {
     run("joint: metrics", joint_metrics);
 }
 
+// ---- measuring, and models of random weights ------------------------------------------------------------------------
+
+static astrovl_info measure_sizes(void) {
+    astrovl_info m;
+    memset(&m, 0, sizeof m);
+    m.has_text = m.has_vision = 1, m.name = "noise";
+    m.n_vocab = 300, m.n_ctx_train = 64, m.n_embd = 64, m.n_layer = 2, m.n_head = 4, m.n_head_kv = 2, m.n_ff = 256;
+    m.image_size = 15, m.patch_size = 5, m.vision_n_embd = 32, m.vision_n_layer = 2, m.vision_n_head = 2, m.vision_n_ff = 48;
+    return m;
+}
+
+// A matrix's mean is nearly 0, and its standard deviation 0.02.
+static void measure_spread(const astrovl_gguf *file, const char *name, int type) {
+    const astrovl_tensor *t = astrovl_gguf_find_tensor(file, name);
+    static float values[64 * 300];
+    double sum = 0.0, squares = 0.0;
+    int64_t i, n = t ? t->ne[0] * t->ne[1] : 0;
+    CHECK(t && (int)t->type == type && n <= 64 * 300, "%s: type %d", name, t ? (int)t->type : -1);
+    if (!t || astrovl_dequantize(t->type, t->data, values, n)) return;
+    for (i = 0; i < n; i++) sum += values[i], squares += (double)values[i] * values[i];
+    CHECK(fabs(sum / (double)n) < 0.001 && fabs(sqrt(squares / (double)n) - 0.02) < 0.002, "%s: mean %g, deviation %g", name,
+          sum / (double)n, sqrt(squares / (double)n));
+}
+
+static void measure_random_files(void) {
+    static const int types[] = {ASTROVL_TYPE_F32, ASTROVL_TYPE_F16, ASTROVL_TYPE_BF16, ASTROVL_TYPE_Q4_0, ASTROVL_TYPE_Q8_0, ASTROVL_TYPE_Q4_K,
+                                ASTROVL_TYPE_Q6_K};
+    static const int rows_of_64[] = {ASTROVL_TYPE_F32, ASTROVL_TYPE_F16, ASTROVL_TYPE_BF16, ASTROVL_TYPE_Q4_0, ASTROVL_TYPE_Q8_0,
+                                     ASTROVL_TYPE_Q5_0, ASTROVL_TYPE_Q8_0};
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info want = measure_sizes(), got;
+    astrovl_model *model;
+    int32_t tokens[8];
+    char *text;
+    int i, n;
+    for (i = 0; i < 7; i++) {
+        const int tied = i % 2;
+        CHECK(astrovl_write_random(GGUF_OUT, &want, (astrovl_type)types[i], tied, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
+        model = astrovl_open(GGUF_OUT, NULL, &err);
+        CHECK(model, "%s", err.message);
+        if (!model) continue;
+        astrovl_get_info(model, &got);
+        CHECK(got.has_text && got.has_vision && got.has_vocab && got.has_projector && strcmp(got.name, "noise") == 0, "parts");
+        CHECK(got.n_vocab == 300 && got.n_ctx_train == 64 && got.n_embd == 64 && got.n_layer == 2 && got.n_head == 4 &&
+              got.n_head_kv == 2 && got.head_dim == 16 && got.n_ff == 256 && got.bos_token == 1 && got.eos_token == 2, "language model");
+        CHECK(got.image_size == 15 && got.n_patches == 9 && got.n_image_tokens == 9 && got.vision_n_embd == 32 && got.vision_n_head == 2 &&
+              got.vision_n_layer == 2 && got.vision_feature_layer == 2 && got.vision_n_ff == 48, "vision");
+        CHECK((astrovl_gguf_find_tensor(astrovl_file(model, 0), "output.weight") == NULL) == tied, "tied %d", tied);
+        measure_spread(astrovl_file(model, 0), "blk.1.ffn_up.weight", rows_of_64[i]);
+        measure_spread(astrovl_file(model, 0), "blk.0.ffn_down.weight", types[i]);
+        measure_spread(astrovl_file(model, 0), "token_embd.weight", rows_of_64[i]);
+        CHECK(model->llama.layers[1].ffn_norm[63] == 1.0f && model->clip.tower.layers[1].fc1.bias[47] == 0.0f, "norms and biases");
+        CHECK(memcmp(model->llama.layers[0].up.weight, model->llama.layers[1].up.weight, 256) != 0, "layers are alike");
+        n = astrovl_tokenize(model, "ab, z", 5, 0, tokens, 8, &err);
+        text = astrovl_detokenize(model, tokens, n, &err);
+        CHECK(n > 0 && text && strcmp(text, "ab, z") == 0, "%d tokens: %s", n, text ? text : err.message);
+        astrovl_free(text);
+        astrovl_close(model);
+    }
+    remove(GGUF_OUT);
+}
+
+static void measure_known_sizes(void) {
+    static const char *const names[] = {"llava-1.5-7b", "smollm2-135m", "nano"};
+    astrovl_info m;
+    int i, tied;
+    for (i = 0; i < 3; i++) {
+        CHECK(astrovl_known_sizes(names[i], &m, &tied) == 1 && strcmp(m.name, names[i]) == 0 && avl__is_model(&m), "%s", names[i]);
+        CHECK(tied == (i == 1) && m.has_text && m.has_vision == (i != 1), "%s: parts", names[i]);
+    }
+    CHECK(astrovl_known_sizes("nanometre", &m, &tied) == 0 && astrovl_known_sizes("", &m, &tied) == 0, "no such models");
+}
+
+static void measure_random_errors(void) {
+    static const size_t sizes[] = {offsetof(astrovl_info, n_ctx_train), offsetof(astrovl_info, n_embd), offsetof(astrovl_info, n_layer),
+        offsetof(astrovl_info, n_head), offsetof(astrovl_info, n_head_kv), offsetof(astrovl_info, n_ff), offsetof(astrovl_info, n_vocab),
+        offsetof(astrovl_info, image_size), offsetof(astrovl_info, patch_size), offsetof(astrovl_info, vision_n_embd),
+        offsetof(astrovl_info, vision_n_layer), offsetof(astrovl_info, vision_n_head), offsetof(astrovl_info, vision_n_ff)};
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info m = measure_sizes();
+    astrovl_status status;
+    int i, stop, calls, failed = 1;
+    long call;
+    for (i = 0; i < 13; i++) {
+        m = measure_sizes();
+        *(int *)(void *)((char *)&m + sizes[i]) = i % 2 ? -1 : 0;
+        FAILS(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q4_0, 0, NULL, NULL, &err), ARGUMENT, "size %d", i);
+    }
+    m = measure_sizes();
+    FAILS(astrovl_write_random(GGUF_OUT, &m, (astrovl_type)5, 0, NULL, NULL, &err), ARGUMENT, "type 5");
+    FAILS(astrovl_write_random("test", &m, ASTROVL_TYPE_Q4_0, 0, NULL, NULL, &err), FILE, "a folder");
+    m.n_head_kv = 3;
+    FAILS(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q4_0, 0, NULL, NULL, &err), ARGUMENT, "4 heads share 3");
+    m = measure_sizes();
+    for (stop = 1;; stop += 9) {
+        calls = stop;
+        status = astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q4_0, 0, gguf_count_progress, &calls, &err);
+        if (status == ASTROVL_OK) break;
+        CHECK(status == ASTROVL_CANCELLED && err.status == status && calls == 0, "%s", err.message);
+        gguf_check_nothing_left("cancelled");
+    }
+    CHECK(stop > 60, "cancelled at %d", stop);
+    remove(GGUF_OUT);
+    for (call = 0; failed && call < 2000; call++) {
+        alloc_fail_at(call);
+        status = astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q4_K, 0, NULL, NULL, &err);
+        failed = alloc_did_fail();
+        alloc_fail_at(-1);
+        CHECK(failed == (status == ASTROVL_ERROR_MEMORY) && failed == (status != ASTROVL_OK), "call %ld: %s", call, err.message);
+        if (!failed) remove(GGUF_OUT);
+        gguf_check_nothing_left("no memory");
+    }
+    CHECK(!failed && call > 50, "%ld allocations", call);
+}
+
+// Every table's peak is of a sensible size, and counts its operations.
+static void measure_peaks(void) {
+    static const int types[] = {ASTROVL_TYPE_F32, ASTROVL_TYPE_Q4_0};
+    long at;
+    int i, k;
+    for (k = 0; k < AVL__N_KERNELS; k++)
+        for (i = 0; i < 2; i++) {
+            double peak = astrovl_measure_peak(types[i], avl__all_kernels[k]->name, 1 + i);
+            CHECK(peak > 1e7 && peak < 1e14, "%s, type %d: %g", avl__all_kernels[k]->name, types[i], peak);
+            if (avl__kernels_run(k)) CHECK(avl__all_kernels[k]->peak(types[i], 20) == 2 * avl__all_kernels[k]->peak(types[i], 10) &&
+                                           avl__all_kernels[k]->peak(types[i], 10) >= 10 * 2 * AVL__LANES, "rounds add up");
+        }
+    CHECK(astrovl_measure_peak(ASTROVL_TYPE_Q8_0, NULL, 0) > 1e7, "the best kernels, all processors");
+    CHECK(astrovl_measure_peak(ASTROVL_TYPE_Q8_0, "avx1024", 1) == 0.0, "unknown kernels");
+    CHECK(astrovl_measure_peak(5, NULL, 1) == 0.0, "unknown type");
+    for (at = 0; at < 2; at++) {
+        alloc_fail_at(at);
+        CHECK(astrovl_measure_peak(ASTROVL_TYPE_Q8_0, NULL, 2) == 0.0, "allocation %ld", at);
+        alloc_fail_at(-1);
+    }
+}
+
+static int measure_count(void *user, const char *stage, int done, int total) {   // user: calls until the one that cancels
+    CHECK(strcmp(stage, "rounds") == 0 && done >= 0 && done <= total, "%s %d %d", stage, done, total);
+    return --*(int *)user == 0;
+}
+
+// The work counted, against sums by hand; the same sequence of measurements twice; contexts too short for all.
+static void measure_models(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info m = measure_sizes();
+    astrovl_session_options options;
+    astrovl_speed speed;
+    astrovl_model *model;
+    astrovl_session *s;
+    long at;
+    int done = 0, calls;
+    double three[3] = {3, 1, 2}, four[4] = {4, 1, 3, 2};
+    const double layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 256, tower = 4 * 32 * 32 + 2 * 32 * 48, output = 64 * 300;
+    CHECK(avl__median(three, 1) == 3 && avl__median(three, 3) == 2 && avl__median(four, 4) == 2.5, "medians");
+    CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
+    model = astrovl_open(GGUF_OUT, NULL, &err);
+    CHECK(model, "%s", err.message);
+    if (!model) return;
+    memset(&options, 0, sizeof options);
+    options.n_threads = 2;
+    s = astrovl_session_new(model, &options, &err);
+    CHECK(astrovl_measure_model(s, 20, 5, 1, NULL, NULL, &speed, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(speed.prompt.n == 20 && speed.answer.n == 5 && speed.image.n == 1, "%d %d %d", speed.prompt.n, speed.answer.n, speed.image.n);
+    CHECK(speed.prompt.work == 2 * (20 * 2 * layer + output + 2 * 2 * 64 * 20 * 21 / 2), "prompt: %g operations", speed.prompt.work);
+    CHECK(speed.answer.work == 5 * (2 * layer + output) * 34 / 32, "answer: %g bytes", speed.answer.work);
+    CHECK(speed.image.work == 2 * (9 * 75 * 32 + 2 * (10 * tower + 2 * 100 * 32) + 9 * (32 * 64 + 64 * 64)), "image: %g operations",
+          speed.image.work);
+    CHECK(speed.prompt.seconds > 0 && speed.answer.seconds > 0 && speed.image.seconds > 0 &&
+          speed.first_token_seconds > speed.image.seconds, "seconds");
+    CHECK(speed.prompt.limit > 1e7 && speed.answer.limit > 1e5 && speed.image.limit == speed.image.limit, "limits");
+    CHECK(speed.prompt.type == ASTROVL_TYPE_Q8_0 && speed.answer.type == ASTROVL_TYPE_Q8_0 && speed.image.type == ASTROVL_TYPE_Q8_0, "types");
+    CHECK(speed.file_bytes == astrovl_gguf_size(astrovl_file(model, 0)) && speed.cache_bytes == 44 * 2 * 2 * 16 * 8, "%d bytes of cache",
+          (int)speed.cache_bytes);
+    CHECK(!AVL__POSIX || speed.peak_bytes > speed.file_bytes, "peak memory");
+    CHECK(astrovl_session_n_past(s) == 0, "a conversation is left");
+    CHECK(astrovl_measure_model(s, 1000, 10, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.prompt.n == 54 && speed.answer.n == 10, "cut: %d %d",
+          speed.prompt.n, speed.answer.n);
+    CHECK(astrovl_measure_model(s, 10, 1000, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.prompt.n == 1 && speed.answer.n == 63, "cut: %d %d",
+          speed.prompt.n, speed.answer.n);
+    FAILS(astrovl_measure_model(s, 0, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "no prompt");
+    FAILS(astrovl_measure_model(s, 1, 0, 1, NULL, NULL, &speed, &err), ARGUMENT, "no answer");
+    FAILS(astrovl_measure_model(s, 1, 1, 0, NULL, NULL, &speed, &err), ARGUMENT, "no round");
+    calls = 2;
+    CHECK(astrovl_measure_model(s, 2, 1, 3, measure_count, &calls, &speed, &err) == ASTROVL_CANCELLED && calls == 0, "cancelled");
+    calls = 0;
+    CHECK(astrovl_measure_model(s, 2, 1, 2, measure_count, &calls, &speed, &err) == ASTROVL_OK && calls == -3 &&
+          speed.prompt.reached > 0 && speed.answer.reached > 0 && speed.image.reached > 0, "two rounds: %d calls", calls);
+    for (at = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(status, MEMORY, "allocation %ld", at);
+    }
+    CHECK(at > 5, "%ld allocations", at);
+    astrovl_session_free(s);
+    options.n_ctx = 40;                                   // too short for an image and a question
+    s = astrovl_session_new(model, &options, &err);
+    CHECK(astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.first_token_seconds == 0.0 && speed.image.n == 1 &&
+          speed.cache_bytes == 7 * 2 * 2 * 16 * 8, "a short context");
+    astrovl_session_free(s);
+    options.n_ctx = 1;
+    s = astrovl_session_new(model, &options, &err);
+    FAILS(astrovl_measure_model(s, 1, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "a context of one");
+    astrovl_session_free(s);
+    astrovl_close(model);
+    remove(GGUF_OUT);
+    model = astrovl_open("test/golden/joint_a.gguf", NULL, &err);      // CLIP alone: an image, no text
+    s = model ? astrovl_session_new(model, NULL, &err) : NULL;
+    CHECK(s && astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.image.n == 1 && speed.prompt.n == 0 &&
+          speed.answer.n == 0 && speed.image.limit > 1e7, "CLIP: %s", err.message);
+    astrovl_session_free(s);
+    astrovl_close(model);
+    model = astrovl_open("test/golden/vocab_spm.gguf", NULL, &err);
+    s = model ? astrovl_session_new(model, NULL, &err) : NULL;
+    FAILS(s ? astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err) : ASTROVL_OK, MODEL, "a vocabulary alone");
+    astrovl_session_free(s);
+    astrovl_close(model);
+}
+
+static void tests_measure(void) {
+    run("measure: models of random weights", measure_random_files);
+    run("measure: known sizes", measure_known_sizes);
+    run("measure: random weights, wrong sizes, cancelled, out of memory", measure_random_errors);
+    run("measure: arithmetic alone", measure_peaks);
+    run("measure: whole models", measure_models);
+}
 
 int main(int argc, char **argv) {
     g_words = argv + 1;
@@ -6557,6 +6786,7 @@ int main(int argc, char **argv) {
     tests_models();
     tests_guide();
     tests_joint();
+    tests_measure();
     printf("%d passed, %d failed\n", g_passed, g_failed);
     return g_failed > 0;
 }

@@ -267,7 +267,14 @@ class Usage(Case):
         self.wrong("summarize", says="abstract")
         self.wrong("summarize", "x", "--bool", says="--query")
         self.wrong("summarize", "x", "--bool", "--query", "q", "--regex", "a", says="one of")
-        self.wrong("bench", says="bench search")
+        self.wrong("bench", "find", says="bench search")
+        self.wrong("bench", "search", "again", says="bench search")
+        self.wrong("bench", "search", "--prompt", "8", says="no model")
+        self.wrong("bench", "--rows", "8", says="bench search")
+        self.wrong("bench", "--rounds", "100", says="--rounds")
+        self.wrong("bench", "--synthetic", "nano", "-m", MODEL, says="one of")
+        for name in ("", "nano:", ":q4_0", "nano:q4_k_m", "nano:q9_0", "nan", "nanox", "llava"):
+            self.wrong("bench", "--synthetic", name, says="llava-1.5-7b, smollm2-135m or nano")
 
     def test_missing_value(self):
         self.wrong("caption", "x.png", "--seed", says="--seed wants a value")
@@ -1669,7 +1676,80 @@ class Bench(Case):
         result = json.loads(self.succeeds("bench", "search", "--rows", "2000", "--dims", "64", "--json").out)
         self.assertEqual((result["rows"], result["dims"]), (2000, 64))
         self.assertAlmostEqual(result["ratio"], result["search_seconds"] / result["read_seconds"], delta=0.01 * result["ratio"])
-        self.assertIn("ratio", self.succeeds("bench", "search", "--rows", "100", "--dims", "3").out)
+        self.assertIn("ratio", self.succeeds("bench", "search", "--rows", "100", "--dims", "3", "--rounds", "2").out)
+
+    def bench(self, *arguments):
+        return json.loads(self.succeeds("bench", "--json", "--rounds", "1", "--prompt", "8", "--tokens", "3", *arguments).out)
+
+    def check_pace(self, pace, n, work, kind):
+        self.assertEqual((pace["n"], pace["type"]), (n, kind))
+        self.assertAlmostEqual(pace["per_second"] * pace["seconds"], n, delta=0.01 * n)
+        self.assertAlmostEqual(pace["reached"], pace[work] / pace["seconds"] / pace["limit_per_second"], delta=0.01 * pace["reached"])
+        self.assertGreater(pace["limit_per_second"], 1e5)
+
+    def test_shipped_model(self):
+        result = self.bench()
+        self.assertEqual((result["name"], result["rounds"]), ("astrovl-tiny", 1))
+        self.check_pace(result["image"], 1, "operations", "Q8_0")
+        self.check_pace(result["prompt"], 8, "operations", "Q8_0")
+        self.check_pace(result["answer"], 3, "bytes", "Q8_0")
+        matrices = [t for t in read_gguf(MODEL)[2] if t[2] == 8 and (t[0].startswith("blk.") or t[0] == "output.weight")]
+        values = sum(shape[0] * shape[1] for _, shape, _ in matrices)
+        self.assertEqual(result["answer"]["bytes"], 3 * values * 34 // 32)
+        self.assertGreater(result["first_token_seconds"], result["image"]["seconds"])
+        self.assertEqual(result["memory"]["files"], os.path.getsize(MODEL))
+        self.assertGreater(result["memory"]["peak"], 1 << 20)
+        self.assertEqual(result["memory"]["kv_cache"], (64 + 35) * 4 * 2 * 32 * 8)          # of the image and a question
+        self.assertEqual(self.bench("--prompt", "5000", "--tokens", "24")["prompt"]["n"], 1000)   # cut to the context
+        result = self.succeeds("bench", "--rounds", "2", "--prompt", "4", "--tokens", "1", "-j", "1",
+                               env=dict(os.environ, ASTROVL_ISA="portable"))
+        self.assertRegex(result.out, "(?s)astrovl-tiny, medians of 2.*one image .* s .* GOP/s .*%.*prompt.*answer.*GB/s.*memory")
+        self.assertEqual(result.err, "")
+        self.assertIn('"avx1024"', self.fails(1, "bench", env=dict(os.environ, ASTROVL_ISA="avx1024")).err)
+
+    def test_parts_of_models(self):
+        result = self.bench("-m", golden("models_a_text.gguf"))
+        self.assertFalse("image" in result or "first_token_seconds" in result, result)
+        result = self.bench("-m", golden("joint_a.gguf"))
+        self.assertFalse("prompt" in result or "answer" in result or "first_token_seconds" in result, result)
+        self.assertGreater(result["image"]["reached"], 0)
+        self.assertIn("neither", self.fails(1, "bench", "-m", golden("vocab_spm.gguf")).err)
+
+    def test_synthetic(self):
+        folder = self.path("synthetic")
+        os.mkdir(folder)
+        for kind, name in (("", "Q4_0"), (":q8_0", "Q8_0"), (":Q4_K", "Q4_K"), (":f16", "F16")):
+            arguments = ["bench", "--json", "--rounds", "1", "--prompt", "8", "--tokens", "2", "--dir", folder, "--synthetic", "nano" + kind]
+            first = self.succeeds(*arguments)
+            paths = [line.split(".gguf: ")[0] + ".gguf" for line in first.err.splitlines()]
+            self.assertEqual([os.path.basename(p) for p in paths], ["astrovl-nano-%s.gguf" % name, "astrovl-nano-mmproj-F16.gguf"])
+            result = json.loads(first.out)
+            self.assertEqual((result["name"], result["prompt"]["type"], result["image"]["type"]), ("nano", name, "F16"))
+            self.assertEqual(result["memory"]["files"], sum(map(os.path.getsize, paths)))
+            before = [os.stat(p).st_mtime_ns for p in paths]
+            self.assertEqual(self.succeeds(*arguments).err, first.err)
+            self.assertEqual([os.stat(p).st_mtime_ns for p in paths], before)
+        good = read_bytes(paths[0])
+        self.write("synthetic/astrovl-nano-F16.gguf", good[:-100])                        # cut short: made anew
+        self.succeeds(*arguments)
+        self.assertEqual(read_bytes(paths[0]), good)
+        self.succeeds("inspect", "--check", *paths)
+        environment = dict(os.environ, TMPDIR=folder)
+        self.assertIn(folder, self.succeeds("bench", "--synthetic", "nano", "--rounds", "1", env=environment).err)
+
+    def test_synthetic_cannot_be_written(self):
+        result = self.fails(1, "bench", "--synthetic", "nano", "--dir", self.path("no/such"))
+        self.assertIn("cannot be created", result.err)
+        self.assertEqual((result.err.count("\n"), result.out), (1, ""))
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, 1 << 17))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        full = self.path("full")
+        os.mkdir(full)
+        result = self.fails(1, "bench", "--synthetic", "nano", "--dir", full, preexec_fn=limit, restore_signals=False)
+        self.assertIn("is the disk full?", result.err)
+        self.assertEqual(os.listdir(full), [])
 
 
 # ---- convert.py --------------------------------------------------------------------------------------------------------
