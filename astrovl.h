@@ -2614,6 +2614,12 @@ AVL__AVX2 AVL__INLINE __m256i avl__add_words_avx2(int in_16_bits, __m256i a, __m
     return in_16_bits ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
 }
 
+// Keeps the compiler from making all products of a block before it adds them up, for which there are not registers enough.
+AVL__AVX2 AVL__INLINE __m256i avl__in_order_avx2(__m256i v) {
+    __asm__("" : "+x"(v));
+    return v;
+}
+
 // 8 registers of sums, turned and added: lane r of whole is the sum of register r; of two parts, whole[1] for the upper half
 AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, __m256i *whole) {
     const int narrow = f.run == 8;
@@ -2756,7 +2762,7 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
                         AVL__UNROLL
                         for (c = 0; c < 2; c++) {
                             const __m256i product = f.run ? _mm256_maddubs_epi16(w[c], a) : _mm256_madd_epi16(w[c], a);
-                            some[r][c] = i == g ? product : avl__add_words_avx2(f.run, some[r][c], product);
+                            some[r][c] = avl__in_order_avx2(i == g ? product : avl__add_words_avx2(f.run, some[r][c], product));
                         }
                     }
                 }
