@@ -2614,11 +2614,8 @@ AVL__AVX2 AVL__INLINE __m256i avl__add_words_avx2(int in_16_bits, __m256i a, __m
     return in_16_bits ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
 }
 
-// Keeps the compiler from making all products of a block before it adds them up, for which there are not registers enough.
-AVL__AVX2 AVL__INLINE __m256i avl__in_order_avx2(__m256i v) {
-    __asm__("" : "+x"(v));
-    return v;
-}
+// Has the compiler finish v here: it would rather make all products of a block before it adds them up, and has not the registers.
+AVL__AVX2 AVL__INLINE void avl__finish_avx2(__m256i v) { __asm__ volatile("" : : "x"(v)); }
 
 // 8 registers of sums, turned and added: lane r of whole is the sum of register r; of two parts, whole[1] for the upper half
 AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, __m256i *whole) {
@@ -2636,14 +2633,13 @@ AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, _
     if (narrow) whole[0] = _mm256_madd_epi16(whole[0], _mm256_set1_epi16(1));
 }
 
-// sum + whole (d e) - minus_m (e sum of q) for one part of a block of a row of activations, `at` it lies in the row's scales
+// sum + (whole + bias) (d e) - minus_m (e sum of q) for one part of a block.  bias, e, e_sum: one value each, of the activations
 AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole, const float *d, const float *minus_m,
-                                                const avl__quants *x, size_t block, int part, __m256 sum) {
-    const size_t at = block * f.n_parts + (size_t)part;
-    const __m256 de = _mm256_mul_ps(_mm256_loadu_ps(d), _mm256_set1_ps(x->scale[block]));
-    if (f.run && !f.has_min) whole = _mm256_add_epi32(whole, _mm256_set1_epi32(x->bias[at]));
+                                                const int32_t *bias, const float *e, const float *e_sum, __m256 sum) {
+    const __m256 de = _mm256_mul_ps(_mm256_loadu_ps(d), _mm256_set1_ps(*e));
+    if (f.run && !f.has_min) whole = _mm256_add_epi32(whole, _mm256_set1_epi32(*bias));
     sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), de, sum);
-    return f.has_min ? _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m), _mm256_set1_ps(x->sum[at]), sum) : sum;
+    return f.has_min ? _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m), _mm256_set1_ps(*e_sum), sum) : sum;
 }
 
 // 8 weight rows as they lie times a row of the activations.
@@ -2672,7 +2668,8 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *
             AVL__UNROLL
             for (part = 0; part < f.n_parts; part++) {
                 const int at = 8 * (f.n_parts * j + part);
-                sum = avl__add_part_avx2(f, whole[part], d + at, minus_m + at, x, block, part, sum);
+                const size_t x_at = block * f.n_parts + (size_t)part;
+                sum = avl__add_part_avx2(f, whole[part], d + at, minus_m + at, x->bias + x_at, x->scale + block, x->sum + x_at, sum);
             }
         }
     }
@@ -2683,7 +2680,6 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *
 typedef struct avl__words {
     uint8_t *u;                // [4][n_blocks][8 or 16][8][4]: 8 rows of a word of four or two columns to a register
     float   *d, *minus_m;      // [4][n_blocks][n_parts][8]
-    float   *sum;              // [4][2][8], of the rows of activations under way
 } avl__words;
 
 // Turns 8 rows of 8 words and stores them.
@@ -2738,13 +2734,18 @@ AVL__AVX2 AVL__INLINE void avl__fill_words_avx2(int type, const uint8_t *const *
 }
 
 // n (at most 4) rows of activations, from row `first` on, over two groups of a panel.
-AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const avl__words *p, const avl__quants *x, int first) {
+AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const avl__words *p, const avl__quants *x, int first,
+                                                __m256 sum[][2]) {
     const size_t n_blocks = (size_t)x->n_blocks, u_bytes = f.run ? 256 : 512, q_bytes = u_bytes / 8;   // of a block
+    const size_t row = n_blocks * f.n_parts;
     const int n_words = (f.run ? 8 : 16) / f.n_parts, run = f.run && f.run < n_words ? f.run : n_words;
     const int8_t *q = x->q + q_bytes * n_blocks * (size_t)first;
+    const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
+    const int32_t *bias = x->bias + row * (size_t)first;
     size_t b;
     int g, i, r, c, part;
-    for (r = 0; r < 2 * n; r++) _mm256_storeu_ps(p->sum + 8 * r, _mm256_setzero_ps());
+    AVL__UNROLL
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
     for (b = 0; b < n_blocks; b++)
         AVL__UNROLL
         for (part = 0; part < f.n_parts; part++) {
@@ -2762,7 +2763,8 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
                         AVL__UNROLL
                         for (c = 0; c < 2; c++) {
                             const __m256i product = f.run ? _mm256_maddubs_epi16(w[c], a) : _mm256_madd_epi16(w[c], a);
-                            some[r][c] = avl__in_order_avx2(i == g ? product : avl__add_words_avx2(f.run, some[r][c], product));
+                            some[r][c] = i == g ? product : avl__add_words_avx2(f.run, some[r][c], product);
+                            avl__finish_avx2(some[r][c]);
                         }
                     }
                 }
@@ -2778,10 +2780,9 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
             for (c = 0; c < 2; c++)
                 AVL__UNROLL
                 for (r = 0; r < n; r++) {
-                    const size_t at = 8 * ((n_blocks * (size_t)c + b) * f.n_parts + (size_t)part);
-                    float *sum = p->sum + 8 * (2 * r + c);
-                    _mm256_storeu_ps(sum, avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, x,
-                                                             n_blocks * (size_t)(first + r) + b, part, _mm256_loadu_ps(sum)));
+                    const size_t at = 8 * (row * (size_t)c + b * f.n_parts + (size_t)part), x_at = row * (size_t)r + b * f.n_parts + (size_t)part;
+                    sum[r][c] = avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, bias + x_at, scale + n_blocks * (size_t)r + b,
+                                                   sums + x_at, sum[r][c]);
                 }
         }
 }
@@ -2797,16 +2798,17 @@ AVL__AVX2 AVL__INLINE void avl__store_sum_avx2(const avl__product *p, int row, i
 AVL__AVX2 AVL__INLINE void avl__run_words_form_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out,
                                                     int n_columns) {
     const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 8 * n_blocks * f.n_parts;            // of a group
+    __m256 sum[4][2];
     int r, g, i, n;
     for (r = 0; r < p->n_rows; r += n) {
         n = p->n_rows - r >= 4 ? 4 : 1;
         for (g = 0; 8 * g < n_columns; g += 2) {
             const avl__words two = {panel->u + (f.run ? 256 : 512) * n_blocks * (size_t)g, panel->d + n_scales * (size_t)g,
-                                    panel->minus_m + n_scales * (size_t)g, panel->sum};
-            if (n == 4) avl__pass_words_avx2(f, 4, &two, &p->quants, r);
-            else        avl__pass_words_avx2(f, 1, &two, &p->quants, r);
+                                    panel->minus_m + n_scales * (size_t)g};
+            if (n == 4) avl__pass_words_avx2(f, 4, &two, &p->quants, r, sum);
+            else        avl__pass_words_avx2(f, 1, &two, &p->quants, r, sum);
             for (i = 0; i < 2 * n; i++)
-                avl__store_sum_avx2(p, r + i / 2, out + 8 * (g + i % 2), n_columns - 8 * (g + i % 2), _mm256_loadu_ps(panel->sum + 8 * i));
+                avl__store_sum_avx2(p, r + i / 2, out + 8 * (g + i % 2), n_columns - 8 * (g + i % 2), sum[i / 2][i % 2]);
         }
     }
 }
@@ -2830,15 +2832,14 @@ AVL__AVX2 AVL__INLINE void avl__multiply_panels_avx2(int type, const avl__produc
     const uint8_t *row[8];
     avl__words panel;
     int out, g;
-    panel.sum = scratch;
-    panel.d = panel.sum + 64;
+    panel.d = scratch + (64 - (uintptr_t)scratch % 64) / 4 % 16;         // a register of u never crosses a line of the cache
     panel.minus_m = panel.d + 4 * n_scales;
     panel.u = (uint8_t *)(panel.minus_m + 4 * n_scales);
     for (out = first; out < last; out += AVL__PANEL_ROWS) {
         const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
         for (g = 0; 16 * (g / 2) < n_columns; g++) {                         // in pairs
             const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
-                                      panel.minus_m + n_scales * (size_t)g, NULL};
+                                      panel.minus_m + n_scales * (size_t)g};
             avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
             avl__fill_words_avx2(type, row, p->w->n_in, &group);
         }
