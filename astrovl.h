@@ -2654,7 +2654,7 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *
         const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
         for (r = 0; r < 8; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
             for (j = 0; j < ahead; j += 64)
-                _mm_prefetch((const char *)row[r] + 8 * row_bytes + (size_t)(b / 8 * ahead + j), _MM_HINT_T0);
+                _mm_prefetch((const char *)row[r] + 8 * row_bytes + (size_t)(b / 8 * ahead + j), _MM_HINT_T1);
         avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, minus_m);
         for (j = 0; j < n_now; j++) {
             const size_t block = first + (size_t)(b + j);
