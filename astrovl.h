@@ -2514,11 +2514,9 @@ AVL__AVX2 AVL__INLINE __m256 avl__scaled_bytes_avx2(__m128i bytes, int is_signed
     return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(_cvtsh_ss(avl__half_at(half))));
 }
 
-// The d and -m of n (at most 8) blocks from b on, b a multiple of 8: lane j for block b + j; of blocks in two parts, lanes 2 j and
-// 2 j + 1 of 16 in two registers.
-AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, size_t b, int n, __m256 *d, __m256 *minus_m) {
-    const int size = type == ASTROVL_TYPE_Q4_0 ? 18 : type == ASTROVL_TYPE_Q4_1 ? 20 : type == ASTROVL_TYPE_Q5_0 ? 22 :
-                     type == ASTROVL_TYPE_Q5_1 ? 24 : 34;
+// The d and -m of the 8 blocks of a super-block from block b on: lane j for block b + j; of blocks in two parts, lanes 2 j and 2 j + 1
+// of 16 in two registers.
+AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, size_t b, __m256 *d, __m256 *minus_m) {
     const __m128i low_nibbles = _mm_set1_epi8(15);
     const uint8_t *s;
     uint32_t low, middle, high;
@@ -2552,42 +2550,54 @@ AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, 
         d[0] = avl__scaled_bytes_avx2(bytes, 1, s + 108);
         d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 1, s + 108);
         break;
-    case ASTROVL_TYPE_Q6_K:
+    default:                                                  // Q6_K
         s = row + b / 8 * 210;
         bytes = avl__load16_avx2(s + 192);
         d[0] = avl__scaled_bytes_avx2(bytes, 1, s + 208);
         d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 1, s + 208);
         break;
-    default:
-        d[0] = avl__halves_avx2(row + (size_t)size * b, size, n);
-        if (avl__block_form_of(type).has_min)
-            minus_m[0] = _mm256_sub_ps(_mm256_setzero_ps(), avl__halves_avx2(row + (size_t)size * b + 2, size, n));
-        break;
     }
 }
 
-// The same of 8 weight rows, turned: [n][n_parts][8].  v: a lane for each part, two registers of them for each row
-AVL__AVX2 AVL__INLINE void avl__store_scales_avx2(__m256 (*v)[2], int n_parts, int n, float *to) {
+// The half-precision numbers at byte `at` of 8 rows
+AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row, size_t at) {
+    return _mm256_cvtph_ps(_mm_setr_epi16(
+        (short)avl__half_at(row[0] + at), (short)avl__half_at(row[1] + at), (short)avl__half_at(row[2] + at),
+        (short)avl__half_at(row[3] + at), (short)avl__half_at(row[4] + at), (short)avl__half_at(row[5] + at),
+        (short)avl__half_at(row[6] + at), (short)avl__half_at(row[7] + at)));
+}
+
+// Turns a lane for each part of 8 rows, n_parts registers a row, and stores them as [8 / n_parts blocks][n_parts][8 rows].
+AVL__AVX2 AVL__INLINE void avl__store_scales_avx2(__m256 (*v)[2], int n_parts, float *to) {
     __m256i t[8];
     int r, half;
-    AVL__UNROLL
     for (half = 0; half < n_parts; half++) {
         AVL__UNROLL
         for (r = 0; r < 8; r++) t[r] = _mm256_castps_si256(v[r][half]);
         avl__turn_words_avx2(t);
         AVL__UNROLL
-        for (r = 0; r < 8; r++) if (8 * half + r < n * n_parts) avl__store_words_avx2(to + 64 * half + 8 * r, t[r]);
+        for (r = 0; r < 8; r++) avl__store_words_avx2(to + 64 * half + 8 * r, t[r]);
     }
 }
 
+// The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]
 AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d, float *minus_m) {
+    const size_t size = type == ASTROVL_TYPE_Q4_0 ? 18 : type == ASTROVL_TYPE_Q4_1 ? 20 : type == ASTROVL_TYPE_Q5_0 ? 22 :
+                        type == ASTROVL_TYPE_Q5_1 ? 24 : type == ASTROVL_TYPE_Q8_0 ? 34 : 0;        // 0: in super-blocks
     const avl__words_form f = avl__words_form_of(type);
     __m256 some_d[8][2], some_m[8][2];
-    int r;
-    AVL__UNROLL
-    for (r = 0; r < 8; r++) avl__block_scales_avx2(type, row[r], b, n, some_d[r], some_m[r]);
-    avl__store_scales_avx2(some_d, f.n_parts, n, d);
-    if (f.has_min) avl__store_scales_avx2(some_m, f.n_parts, n, minus_m);
+    int r, j;
+    if (size) {
+        for (j = 0; j < n; j++) {
+            const size_t at = size * (b + (size_t)j);
+            _mm256_storeu_ps(d + 8 * j, avl__halves_of_rows_avx2(row, at));
+            if (f.has_min) _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(_mm256_setzero_ps(), avl__halves_of_rows_avx2(row, at + 2)));
+        }
+        return;
+    }
+    for (r = 0; r < 8; r++) avl__block_scales_avx2(type, row[r], b, some_d[r], some_m[r]);
+    avl__store_scales_avx2(some_d, f.n_parts, d);
+    if (f.has_min) avl__store_scales_avx2(some_m, f.n_parts, minus_m);
 }
 
 // 8 weight rows' pointers, the last of n rows again where there are fewer
@@ -2691,7 +2701,7 @@ AVL__AVX2 AVL__INLINE void avl__store_panel_avx2(__m256i *v, uint8_t *to) {
 }
 
 // Block b of 8 rows of weights as pairs of 16-bit integers; those of a float type are rounded.  d: [8]
-AVL__AVX2 AVL__INLINE void avl__fill_pairs_avx2(int type, const uint8_t *const *row, int b, int n_in, uint8_t *to, float *d) {
+AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, int b, int n_in, uint8_t *to, float *d) {
     __m256i v[2][8], q[2];
     __m256 x[4];
     int r, i;
@@ -2711,8 +2721,9 @@ AVL__AVX2 AVL__INLINE void avl__fill_pairs_avx2(int type, const uint8_t *const *
     avl__store_panel_avx2(v[1], to + 256);
 }
 
-// Fills a group of a panel from 8 weight rows.
-AVL__AVX2 AVL__INLINE void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const avl__words *to) {
+// Fills a group of a panel from 8 weight rows. One loop for all types: what it takes to look at the type of each block is little beside
+// the products with a panel.
+AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const avl__words *to) {
     const avl__words_form f = avl__words_form_of(type);
     const int n_blocks = (n_in + 31) / 32;
     int b, j, r;
@@ -2726,7 +2737,6 @@ AVL__AVX2 AVL__INLINE void avl__fill_words_avx2(int type, const uint8_t *const *
                 avl__fill_pairs_avx2(type, row, b + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
                 continue;
             }
-            AVL__UNROLL
             for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(b + j));
             avl__store_panel_avx2(v, to->u + 256 * (size_t)(b + j));
         }
@@ -2826,8 +2836,8 @@ AVL__AVX2 static void avl__run_words_avx2(avl__words_form f, const avl__words *p
     else                               avl__run_words_form_avx2(bits_5_min, panel, p, out, n_columns);
 }
 
-AVL__AVX2 AVL__INLINE void avl__multiply_panels_avx2(int type, const avl__product *p, int first, int last, float *scratch) {
-    const avl__words_form f = avl__words_form_of(type);
+AVL__AVX2 static void avl__multiply_panels_avx2(const avl__product *p, int first, int last, float *scratch) {
+    const avl__words_form f = avl__words_form_of(p->w->type);
     const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 8 * n_blocks * f.n_parts, u_bytes = (f.run ? 256 : 512) * n_blocks;
     const uint8_t *row[8];
     avl__words panel;
@@ -2841,19 +2851,16 @@ AVL__AVX2 AVL__INLINE void avl__multiply_panels_avx2(int type, const avl__produc
             const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
                                       panel.minus_m + n_scales * (size_t)g};
             avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
-            avl__fill_words_avx2(type, row, p->w->n_in, &group);
+            avl__fill_words_avx2(p->w->type, row, p->w->n_in, &group);
         }
         avl__run_words_avx2(f, &panel, p, out, n_columns);
     }
 }
 
-AVL__AVX2 AVL__INLINE void avl__multiply_type_avx2(int type, const avl__product *p, int first, int last, float *scratch) {
+// A few rows of activations times weights as they lie.
+AVL__AVX2 AVL__INLINE void avl__multiply_rows_avx2(int type, const avl__product *p, int first, int last) {
     const uint8_t *row[8];
     int out, r;
-    if (!p->few) {
-        avl__multiply_panels_avx2(type, p, first, last, scratch);
-        return;
-    }
     for (out = first; out < last; out += 8) {
         avl__eight_rows(p->w, out, last - out, row);
         for (r = 0; r < p->n_rows; r++)
@@ -2862,21 +2869,18 @@ AVL__AVX2 AVL__INLINE void avl__multiply_type_avx2(int type, const avl__product 
 }
 
 AVL__AVX2 static void avl__multiply_avx2(const avl__product *p, int first, int last, float *scratch) {
-    switch (p->w->type) {
-    case ASTROVL_TYPE_F32:  avl__multiply_panels_avx2(ASTROVL_TYPE_F32, p, first, last, scratch); break;
-    case ASTROVL_TYPE_F16:  avl__multiply_panels_avx2(ASTROVL_TYPE_F16, p, first, last, scratch); break;
-    case ASTROVL_TYPE_BF16: avl__multiply_panels_avx2(ASTROVL_TYPE_BF16, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_0: avl__multiply_type_avx2(ASTROVL_TYPE_Q4_0, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_1: avl__multiply_type_avx2(ASTROVL_TYPE_Q4_1, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_0: avl__multiply_type_avx2(ASTROVL_TYPE_Q5_0, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_1: avl__multiply_type_avx2(ASTROVL_TYPE_Q5_1, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q8_0: avl__multiply_type_avx2(ASTROVL_TYPE_Q8_0, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q2_K: avl__multiply_type_avx2(ASTROVL_TYPE_Q2_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q3_K: avl__multiply_type_avx2(ASTROVL_TYPE_Q3_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_K: avl__multiply_type_avx2(ASTROVL_TYPE_Q4_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_K: avl__multiply_type_avx2(ASTROVL_TYPE_Q5_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q6_K: avl__multiply_type_avx2(ASTROVL_TYPE_Q6_K, p, first, last, scratch); break;
-    default: break;
+    switch (p->few ? p->w->type : -1) {
+    case ASTROVL_TYPE_Q4_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_0, p, first, last); break;
+    case ASTROVL_TYPE_Q4_1: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_1, p, first, last); break;
+    case ASTROVL_TYPE_Q5_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_0, p, first, last); break;
+    case ASTROVL_TYPE_Q5_1: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_1, p, first, last); break;
+    case ASTROVL_TYPE_Q8_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q8_0, p, first, last); break;
+    case ASTROVL_TYPE_Q2_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q2_K, p, first, last); break;
+    case ASTROVL_TYPE_Q3_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q3_K, p, first, last); break;
+    case ASTROVL_TYPE_Q4_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_K, p, first, last); break;
+    case ASTROVL_TYPE_Q5_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_K, p, first, last); break;
+    case ASTROVL_TYPE_Q6_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q6_K, p, first, last); break;
+    default: avl__multiply_panels_avx2(p, first, last, scratch); break;
     }
 }
 
