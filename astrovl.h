@@ -2085,7 +2085,7 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
-// Rows of activations as integers; or, for weights of a float type, as bfloat16 in q.
+// Rows of activations as integers of 8 bits; for some weights, in q, as integers of 16 bits or bfloat16.
 typedef struct avl__quants {
     int8_t  *q;                // [n_rows][n_blocks][32]
     float   *scale;            // [n_rows][n_blocks]                e
@@ -2094,7 +2094,7 @@ typedef struct avl__quants {
     int      n_blocks;
 } avl__quants;
 
-enum { AVL__QUANT_BYTES = 4 + 8 + 8 + 64 };   // of a block: scale, bias, sum, and integers or bfloat16
+enum { AVL__QUANT_BYTES = 4 + 8 + 8 + 64 };   // of a block: scale, bias, sum, and q of at most 16 bits
 
 // One product:  y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 typedef struct avl__product {
@@ -2417,20 +2417,20 @@ AVL__INLINE avl__words_form avl__words_form_of(int type) {
     w.n_parts = f.n_parts;
     w.has_min = f.has_min;
     if (type == ASTROVL_TYPE_Q8_0 || avl__is_float_type(type)) w.run = 0;
-    else if (type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1 || type == ASTROVL_TYPE_Q5_K || type == ASTROVL_TYPE_Q2_K) w.run = 4;
-    else if (w.n_parts == 2) w.run = 2;                       // as Q6_K needs; Q3_K could do with 4 but shares its loop
+    else if (w.n_parts == 2) w.run = w.has_min ? 4 : 2;       // all words of a part of Q2_K; Q6_K's 6 bits, and Q3_K shares its loop
+    else if (type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1 || type == ASTROVL_TYPE_Q5_K) w.run = 4;
     return w;
 }
 
-// n floats, at most 8, then zeros; all 8, if n > 8
-AVL__AVX2 AVL__INLINE __m256 avl__load_avx2(const float *x, int n) {
-    if (n >= 8) return _mm256_loadu_ps(x);
-    return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+AVL__AVX2 AVL__INLINE __m256i avl__lanes_avx2(int n) {      // all bits of the first n lanes; of all, if n > 8
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-
+AVL__AVX2 AVL__INLINE __m256 avl__load_avx2(const float *x, int n) {
+    return n >= 8 ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, avl__lanes_avx2(n));
+}
 AVL__AVX2 AVL__INLINE void avl__store_avx2(float *y, int n, __m256 v) {
     if (n >= 8) _mm256_storeu_ps(y, v);
-    else        _mm256_maskstore_ps(y, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), v);
+    else        _mm256_maskstore_ps(y, avl__lanes_avx2(n), v);
 }
 
 AVL__AVX2 AVL__INLINE void avl__store_words_avx2(void *to, __m256i v) { _mm256_storeu_si256((__m256i *)to, v); }
@@ -2514,8 +2514,8 @@ AVL__AVX2 AVL__INLINE __m256 avl__scaled_bytes_avx2(__m128i bytes, int is_signed
     return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(_cvtsh_ss(avl__half_at(half))));
 }
 
-// The d and -m of the 8 blocks of a super-block from block b on: lane j for block b + j; of blocks in two parts, lanes 2 j and 2 j + 1
-// of 16 in two registers.
+// The d and -m of the 8 blocks of a super-block from block b on: lane j for block b + j; of blocks in two parts, lanes 2 j and
+// 2 j + 1 of 16 in two registers.
 AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, size_t b, __m256 *d, __m256 *minus_m) {
     const __m128i low_nibbles = _mm_set1_epi8(15);
     const uint8_t *s;
@@ -2581,7 +2581,8 @@ AVL__AVX2 AVL__INLINE void avl__store_scales_avx2(__m256 (*v)[2], int n_parts, f
 }
 
 // The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]
-AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d, float *minus_m) {
+AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d,
+                                                    float *minus_m) {
     const size_t size = type == ASTROVL_TYPE_Q4_0 ? 18 : type == ASTROVL_TYPE_Q4_1 ? 20 : type == ASTROVL_TYPE_Q5_0 ? 22 :
                         type == ASTROVL_TYPE_Q5_1 ? 24 : type == ASTROVL_TYPE_Q8_0 ? 34 : 0;        // 0: in super-blocks
     const avl__words_form f = avl__words_form_of(type);
@@ -2590,8 +2591,9 @@ AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *con
     if (size) {
         for (j = 0; j < n; j++) {
             const size_t at = size * (b + (size_t)j);
+            const __m256 zero = _mm256_setzero_ps();
             _mm256_storeu_ps(d + 8 * j, avl__halves_of_rows_avx2(row, at));
-            if (f.has_min) _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(_mm256_setzero_ps(), avl__halves_of_rows_avx2(row, at + 2)));
+            if (f.has_min) _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(zero, avl__halves_of_rows_avx2(row, at + 2)));
         }
         return;
     }
@@ -2653,7 +2655,8 @@ AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole
 }
 
 // 8 weight rows as they lie times a row of the activations.
-AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *row, size_t row_bytes, const avl__quants *x, int x_row) {
+AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
+                                                int x_row) {
     const avl__words_form f = avl__words_form_of(type);
     const size_t first = (size_t)x_row * (size_t)x->n_blocks;
     const int q_bytes = f.run ? 32 : 64, ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);         // bytes of 8 blocks
@@ -2679,7 +2682,8 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *
             for (part = 0; part < f.n_parts; part++) {
                 const int at = 8 * (f.n_parts * j + part);
                 const size_t x_at = block * f.n_parts + (size_t)part;
-                sum = avl__add_part_avx2(f, whole[part], d + at, minus_m + at, x->bias + x_at, x->scale + block, x->sum + x_at, sum);
+                sum = avl__add_part_avx2(f, whole[part], d + at, minus_m + at, x->bias + x_at, x->scale + block, x->sum + x_at,
+                                         sum);
             }
         }
     }
@@ -2730,7 +2734,8 @@ AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, 
     for (b = 0; b < n_blocks; b += 8) {
         const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
         float *d = to->d + 8 * (size_t)b * f.n_parts;
-        if (!avl__is_float_type(type)) avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
+        if (!avl__is_float_type(type))
+            avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
         for (j = 0; j < n_now; j++) {
             __m256i v[8];
             if (f.run == 0) {
@@ -2790,9 +2795,10 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
             for (c = 0; c < 2; c++)
                 AVL__UNROLL
                 for (r = 0; r < n; r++) {
-                    const size_t at = 8 * (row * (size_t)c + b * f.n_parts + (size_t)part), x_at = row * (size_t)r + b * f.n_parts + (size_t)part;
-                    sum[r][c] = avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, bias + x_at, scale + n_blocks * (size_t)r + b,
-                                                   sums + x_at, sum[r][c]);
+                    const size_t in_row = b * f.n_parts + (size_t)part;
+                    const size_t at = 8 * (row * (size_t)c + in_row), x_at = row * (size_t)r + in_row;
+                    sum[r][c] = avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, bias + x_at,
+                                                   scale + n_blocks * (size_t)r + b, sums + x_at, sum[r][c]);
                 }
         }
 }
@@ -2825,8 +2831,8 @@ AVL__AVX2 AVL__INLINE void avl__run_words_form_avx2(avl__words_form f, const avl
 
 // Once a panel is filled only the form of its blocks matters.
 AVL__AVX2 static void avl__run_words_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out, int n_columns) {
-    static const avl__words_form pairs = {1, 0, 0}, bits_4 = {1, 0, 8}, bits_4_min = {1, 1, 8}, bits_5 = {1, 0, 4}, bits_5_min = {1, 1, 4};
-    static const avl__words_form parts = {2, 0, 2}, parts_min = {2, 1, 4};
+    static const avl__words_form pairs = {1, 0, 0}, bits_4 = {1, 0, 8}, bits_4_min = {1, 1, 8}, bits_5 = {1, 0, 4};
+    static const avl__words_form bits_5_min = {1, 1, 4}, parts = {2, 0, 2}, parts_min = {2, 1, 4};
     if (f.run == 0)                    avl__run_words_form_avx2(pairs, panel, p, out, n_columns);
     else if (f.run == 8 && !f.has_min) avl__run_words_form_avx2(bits_4, panel, p, out, n_columns);
     else if (f.run == 8)               avl__run_words_form_avx2(bits_4_min, panel, p, out, n_columns);
@@ -2907,8 +2913,10 @@ AVL__AVX2 AVL__INLINE void avl__dot_floats_avx2(int type, int n, const avl__prod
         for (r = 0; r < n; r++)
             sum[r][0] = _mm256_fmadd_ps(weights, avl__load_avx2(x + (size_t)r * w->n_in + i, w->n_in - i), sum[r][0]);
     }
-    for (r = 0; r < n; r++)
-        p->y[(size_t)(first + r) * w->n_out + out] = avl__add_lanes_avx2(_mm256_add_ps(sum[r][0], sum[r][1])) + (w->bias ? w->bias[out] : 0.0f);
+    for (r = 0; r < n; r++) {
+        const float whole = avl__add_lanes_avx2(_mm256_add_ps(sum[r][0], sum[r][1]));
+        p->y[(size_t)(first + r) * w->n_out + out] = whole + (w->bias ? w->bias[out] : 0.0f);
+    }
 }
 
 AVL__AVX2 AVL__INLINE void avl__linear_type_avx2(int type, const avl__product *p, int first, int last) {
@@ -3010,8 +3018,10 @@ AVL__AVX2 static void avl__gelu_avx2(float *x, int64_t n) {
 AVL__AVX2 static void avl__rms_norm_avx2(float *y, const float *x, const float *weight, int n, float eps) {
     const __m256 scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)avl__dot_avx2(x, x, n) / n + eps)));
     int i;
-    for (i = 0; i < n; i += 8)
-        avl__store_avx2(y + i, n - i, _mm256_mul_ps(_mm256_mul_ps(avl__load_avx2(x + i, n - i), scale), avl__load_avx2(weight + i, n - i)));
+    for (i = 0; i < n; i += 8) {
+        const __m256 scaled = _mm256_mul_ps(avl__load_avx2(x + i, n - i), scale);
+        avl__store_avx2(y + i, n - i, _mm256_mul_ps(scaled, avl__load_avx2(weight + i, n - i)));
+    }
 }
 
 AVL__AVX2 static void avl__layer_norm_avx2(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
@@ -3020,8 +3030,8 @@ AVL__AVX2 static void avl__layer_norm_avx2(float *y, const float *x, const float
     for (i = 0; i < n; i += 8) sum = _mm256_add_ps(sum, avl__load_avx2(x + i, n - i));
     mean = _mm256_set1_ps(avl__add_lanes_avx2(sum) / (float)n);
     for (i = 0; i < n; i += 8) {
-        const int left = n - i;
-        const __m256 d = _mm256_sub_ps(avl__load_avx2(x + i, left), avl__load_avx2((const float *)&mean, left));
+        const __m256 all = _mm256_sub_ps(avl__load_avx2(x + i, n - i), mean);
+        const __m256 d = _mm256_and_ps(all, _mm256_castsi256_ps(avl__lanes_avx2(n - i)));
         squares = _mm256_fmadd_ps(d, d, squares);
     }
     scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)avl__add_lanes_avx2(squares) / n + eps)));
@@ -3032,7 +3042,8 @@ AVL__AVX2 static void avl__layer_norm_avx2(float *y, const float *x, const float
 }
 
 // scores of n keys, from key `first` on, with 16 of the 32 queries.  turned: [head_dim][32]
-AVL__AVX2 AVL__INLINE void avl__score_keys_avx2(int n, const avl__tile *t, int first, const float *turned, __m256 scale, float *scores) {
+AVL__AVX2 AVL__INLINE void avl__score_keys_avx2(int n, const avl__tile *t, int first, const float *turned, __m256 scale,
+                                                float *scores) {
     const float *k = t->k + (size_t)first * t->kv_stride;
     __m256 sum[6][2];
     int j, d, c;
@@ -3067,7 +3078,8 @@ AVL__AVX2 AVL__INLINE void avl__softmax_columns_avx2(float *scores, int n_keys, 
 }
 
 // 16 columns from `column` on of the outputs of n queries, from query `first` on
-AVL__AVX2 AVL__INLINE void avl__mix_values_avx2(int n, const avl__tile *t, int first, int column, const float *scores, const float *inverse) {
+AVL__AVX2 AVL__INLINE void avl__mix_values_avx2(int n, const avl__tile *t, int first, int column, const float *scores,
+                                                const float *inverse) {
     const int left = t->head_dim - column;
     const float *v = t->v + column;
     __m256 sum[4][2];

@@ -928,8 +928,8 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
             p.y = to, p.x = x + r * n_in, p.w = &w, p.n_rows = rows[i], p.few = 1;
             if (is_float) kernels->linear(&p, 0, N_OUT, run.thread_memory);
             else          avl__apply(&run, to, p.x, &w, rows[i]);
-            CHECK(memcmp(to, all + r * N_OUT, sizeof(float) * (size_t)(rows[i] * N_OUT)) == 0, "%s, %s: %d rows from row %d on differ from single ones",
-                  kernels->name, astrovl_type_name(type), rows[i], r);
+            CHECK(memcmp(to, all + r * N_OUT, sizeof(float) * (size_t)(rows[i] * N_OUT)) == 0,
+                  "%s, %s: %d rows from row %d on differ from single ones", kernels->name, astrovl_type_name(type), rows[i], r);
         }
     avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
     free(blocks);
