@@ -2194,8 +2194,8 @@ typedef struct avl__linear {
     int          is_fine;      // 1: activations deserve 16 bits rather than 8 (avl__llama_load_layer)
 } avl__linear;
 
-// Rows of activations as integers; or, for weights of a float type, as bfloat16 in q. Where 8 bits are too few there are two pieces:
-// x[i] = e (q[i] + q'[i] / 254), where the rows of q' follow those of q, each with an e of its own.
+// Rows of activations as integers of 8 bits; for some weights, in q, as integers of 16 bits or bfloat16. Where 8 bits are too few
+// there are two pieces: x[i] = e (q[i] + q'[i] / 254), where the rows of q' follow those of q, each with an e of its own.
 typedef struct avl__quants {
     int8_t  *q;                // [n_pieces][n_rows][n_blocks][32]
     float   *scale;            // [n_pieces][n_rows][n_blocks]                e
@@ -2204,7 +2204,7 @@ typedef struct avl__quants {
     int      n_blocks, n_pieces;
 } avl__quants;
 
-enum { AVL__QUANT_BYTES = 2 * (4 + 8 + 8) + 64 };   // of a block: two pieces' scale, bias and sum; their bytes, or bfloat16
+enum { AVL__QUANT_BYTES = 2 * (4 + 8 + 8) + 64 };   // of a block: two pieces' scale, bias and sum; and 64 bytes in q
 
 // One product:  y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 typedef struct avl__product {
@@ -2402,11 +2402,6 @@ static uint64_t avl__read_avx2(const void *data, size_t size) {
     return sum[0] + sum[1] + sum[2] + sum[3] + avl__read_portable(bytes + at, size - at);
 }
 
-static const avl__kernels avl__kernels_avx2 = {
-    "avx2", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_avx2, avl__read_avx2, astrovl_rms_norm,
-    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
-    avl__peak_portable, 0};
-
 // ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
 
 // w = d (u - offset) + m
@@ -2513,6 +2508,793 @@ AVL__INLINE void avl__prefetch_page(const char *p) {
     int i;
     for (i = 0; i < 4; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
 }
+
+// 8 rows of 8 words each, turned
+AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
+    __m256i t[8];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 4) {
+        v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) v[i] = t[i];
+}
+
+enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
+
+// ---- AVX2: products ------------------------------------------------------------------------------------------------
+// Without vpdpbusd the product of four bytes by four takes more steps, and the first of them, vpmaddubsw, adds two products in
+// 16 bits. While the weights' bytes are small that leaves room: of a 4-bit type 8 such sums, a whole block of a row, fit into 16
+// bits, of a 5-bit type 4, of a 6-bit type 2. Then one vpmaddwd widens them to 32 bits. Where weights have 8 bits or are floats
+// nothing fits; those become 16-bit integers, and so do the activations: +-8191, one scale for 32 (Q8_0's bytes stay as they
+// are), so that 32 products add up in 32 bits. vpmaddwd does that at half the rate of bytes, yet twice that of float32.
+//
+// A register of a panel holds one word of 8 rows: four columns as bytes, or two as 16-bit integers; 4 rows of activations by 2
+// such registers make 8 of integer sums, and float sums wait in memory, where they are needed once a block. A few rows of
+// activations take 8 weight rows as they lie; each block becomes 8 registers of sums, which are turned and added to one. Both
+// ways do the same float operations in the same order, so the bits of a row do not depend on how many rows there are:
+//     sum += (integer sum of the block) (d e);  sum -= (-m) (e sum of q),     each in one rounding, block after block.
+
+// What matters of a type once its blocks are integers.
+typedef struct avl__words_form {
+    int n_parts, has_min;
+    int run;           // as many words of four columns add up in 16 bits; 0: words of two 16-bit integers
+} avl__words_form;
+
+enum { AVL__ROUND_BYTES = 127, AVL__ROUND_PAIRS = 8191 };    // the largest integers that activations are rounded to
+
+AVL__INLINE avl__words_form avl__words_form_of(int type) {
+    const avl__block_form f = avl__block_form_of(type);
+    avl__words_form w = {1, 0, 8};
+    w.n_parts = f.n_parts;
+    w.has_min = f.has_min;
+    if (type == ASTROVL_TYPE_Q8_0 || avl__is_float_type(type)) w.run = 0;
+    else if (w.n_parts == 2) w.run = w.has_min ? 4 : 2;       // all words of a part of Q2_K; Q6_K's 6 bits, and Q3_K shares its loop
+    else if (type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1 || type == ASTROVL_TYPE_Q5_K) w.run = 4;
+    return w;
+}
+
+AVL__AVX2 AVL__INLINE __m256i avl__lanes_avx2(int n) {      // all bits of the first n lanes; of all, if n > 8
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+AVL__AVX2 AVL__INLINE __m256 avl__load_avx2(const float *x, int n) {
+    return n >= 8 ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, avl__lanes_avx2(n));
+}
+AVL__AVX2 AVL__INLINE void avl__store_avx2(float *y, int n, __m256 v) {
+    if (n >= 8) _mm256_storeu_ps(y, v);
+    else        _mm256_maskstore_ps(y, avl__lanes_avx2(n), v);
+}
+
+AVL__AVX2 AVL__INLINE void avl__store_words_avx2(void *to, __m256i v) { _mm256_storeu_si256((__m256i *)to, v); }
+
+// 8 weights of a float type from i on, those beyond the n that are left zero
+AVL__AVX2 AVL__INLINE __m256 avl__weights_avx2(int type, const uint8_t *row, size_t i, int n) {
+    uint16_t some[8] = {0};
+    __m128i halves;
+    if (type == ASTROVL_TYPE_F32) return avl__load_avx2((const float *)(const void *)row + i, n);
+    if (n < 8 && n > 0) memcpy(some, row + 2 * i, 2 * (size_t)n);
+    halves = avl__load16_avx2(n >= 8 ? row + 2 * i : (const uint8_t *)some);
+    if (type == ASTROVL_TYPE_F16) return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+AVL__AVX2 AVL__INLINE float avl__add_lanes_avx2(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// 32 floats to 32 integers of 16 bits, x = e q, e = max |x| / most
+AVL__AVX2 AVL__INLINE void avl__round_block_avx2(const __m256 *x, float most, __m256i *q, float *e) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 max = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, x[0]), _mm256_andnot_ps(sign, x[1])),
+                               _mm256_max_ps(_mm256_andnot_ps(sign, x[2]), _mm256_andnot_ps(sign, x[3])));
+    __m128 top = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
+    int i;
+    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    top = _mm_max_ss(top, _mm_movehdup_ps(top));
+    *e = _mm_cvtss_f32(top) / most;
+    max = _mm256_set1_ps(_mm_cvtss_f32(top) > 1e-30f ? most / _mm_cvtss_f32(top) : 0.0f);
+    AVL__UNROLL
+    for (i = 0; i < 2; i++)
+        q[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(x[2 * i], max)),
+                                                           _mm256_cvtps_epi32(_mm256_mul_ps(x[2 * i + 1], max))), 0xD8);
+}
+
+AVL__AVX2 AVL__INLINE int avl__add_pairs_avx2(__m256i q) {   // the sum of 16 integers of 16 bits
+    const __m256i s = _mm256_madd_epi16(q, _mm256_set1_epi16(1));
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xB1)));
+}
+
+AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n_rows) {
+    const avl__block_form f = avl__block_form_of(p->w->type);
+    const int pairs = avl__words_form_of(p->w->type).run == 0;
+    const avl__quants *to = &p->quants;
+    int r, b, i, part;
+    for (r = first; r < first + n_rows; r++)
+        for (b = 0; b < to->n_blocks; b++) {
+            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
+            const int left = p->w->n_in - 32 * b;
+            const size_t at = (size_t)r * to->n_blocks + (size_t)b;
+            __m256 v[4];
+            __m256i q[2];
+            int sums[2];
+            AVL__UNROLL
+            for (i = 0; i < 4; i++) v[i] = avl__load_avx2(x + 8 * i, left - 8 * i);
+            avl__round_block_avx2(v, pairs ? (float)AVL__ROUND_PAIRS : (float)AVL__ROUND_BYTES, q, &to->scale[at]);
+            if (pairs) {                                      // neither offsets nor minima
+                avl__store_words_avx2(to->q + 64 * at, q[0]);
+                avl__store_words_avx2(to->q + 64 * at + 32, q[1]);
+                continue;
+            }
+            avl__store_words_avx2(to->q + 32 * at, _mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xD8));
+            sums[0] = avl__add_pairs_avx2(q[0]);
+            sums[1] = avl__add_pairs_avx2(q[1]);
+            if (f.n_parts == 1) sums[0] += sums[1];
+            for (part = 0; part < f.n_parts; part++) {
+                to->bias[at * f.n_parts + part] = -f.offset * sums[part];
+                to->sum[at * f.n_parts + part] = to->scale[at] * (float)sums[part];
+            }
+        }
+}
+
+// 8 bytes, times a half-precision number
+AVL__AVX2 AVL__INLINE __m256 avl__scaled_bytes_avx2(__m128i bytes, int is_signed, const uint8_t *half) {
+    const __m256i wide = is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(_cvtsh_ss(avl__half_at(half))));
+}
+
+// The d and -m of the 8 blocks of a super-block from block b on: lane j for block b + j; of blocks in two parts, lanes 2 j and
+// 2 j + 1 of 16 in two registers.
+AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, size_t b, __m256 *d, __m256 *minus_m) {
+    const __m128i low_nibbles = _mm_set1_epi8(15);
+    const uint8_t *s;
+    uint32_t low, middle, high;
+    __m128i bytes, least;
+    switch (type) {
+    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four groups to a word
+        s = row + b / 8 * (type == ASTROVL_TYPE_Q4_K ? 144 : 176);
+        low = avl__word_at(s + 4), middle = avl__word_at(s + 8), high = avl__word_at(s + 12);
+        bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3F), (int)((high & 0x0F0F0F0F) | (low >> 2 & 0x30303030)), 0, 0);
+        least = _mm_setr_epi32((int)(middle & 0x3F3F3F3F), (int)((high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030)), 0, 0);
+        d[0] = avl__scaled_bytes_avx2(bytes, 0, s);
+        minus_m[0] = avl__scaled_bytes_avx2(least, 0, s + 2);
+        break;
+    case ASTROVL_TYPE_Q2_K:
+        s = row + b / 8 * 84;
+        bytes = _mm_and_si128(avl__load16_avx2(s), low_nibbles);
+        least = _mm_and_si128(_mm_srli_epi16(avl__load16_avx2(s), 4), low_nibbles);
+        d[0] = avl__scaled_bytes_avx2(bytes, 0, s + 80);
+        d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 0, s + 80);
+        minus_m[0] = avl__scaled_bytes_avx2(least, 0, s + 82);
+        minus_m[1] = avl__scaled_bytes_avx2(_mm_srli_si128(least, 8), 0, s + 82);
+        break;
+    case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale, four groups to a word
+        s = row + b / 8 * 110;
+        low = avl__word_at(s + 96), middle = avl__word_at(s + 100), high = avl__word_at(s + 104);
+        bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0F) | (high << 4 & 0x30303030)),
+                               (int)((middle & 0x0F0F0F0F) | (high << 2 & 0x30303030)),
+                               (int)((low >> 4 & 0x0F0F0F0F) | (high & 0x30303030)),
+                               (int)((middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030)));
+        bytes = _mm_sub_epi8(bytes, _mm_set1_epi8(32));
+        d[0] = avl__scaled_bytes_avx2(bytes, 1, s + 108);
+        d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 1, s + 108);
+        break;
+    default:                                                  // Q6_K
+        s = row + b / 8 * 210;
+        bytes = avl__load16_avx2(s + 192);
+        d[0] = avl__scaled_bytes_avx2(bytes, 1, s + 208);
+        d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 1, s + 208);
+        break;
+    }
+}
+
+// The half-precision numbers at byte `at` of 8 rows
+AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row, size_t at) {
+    return _mm256_cvtph_ps(_mm_setr_epi16(
+        (short)avl__half_at(row[0] + at), (short)avl__half_at(row[1] + at), (short)avl__half_at(row[2] + at),
+        (short)avl__half_at(row[3] + at), (short)avl__half_at(row[4] + at), (short)avl__half_at(row[5] + at),
+        (short)avl__half_at(row[6] + at), (short)avl__half_at(row[7] + at)));
+}
+
+// Turns a lane for each part of 8 rows, n_parts registers a row, and stores them as [8 / n_parts blocks][n_parts][8 rows].
+AVL__AVX2 AVL__INLINE void avl__store_scales_avx2(__m256 (*v)[2], int n_parts, float *to) {
+    __m256i t[8];
+    int r, half;
+    for (half = 0; half < n_parts; half++) {
+        AVL__UNROLL
+        for (r = 0; r < 8; r++) t[r] = _mm256_castps_si256(v[r][half]);
+        avl__turn_words_avx2(t);
+        AVL__UNROLL
+        for (r = 0; r < 8; r++) avl__store_words_avx2(to + 64 * half + 8 * r, t[r]);
+    }
+}
+
+// The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]
+AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d,
+                                                    float *minus_m) {
+    const size_t size = type == ASTROVL_TYPE_Q4_0 ? 18 : type == ASTROVL_TYPE_Q4_1 ? 20 : type == ASTROVL_TYPE_Q5_0 ? 22 :
+                        type == ASTROVL_TYPE_Q5_1 ? 24 : type == ASTROVL_TYPE_Q8_0 ? 34 : 0;        // 0: in super-blocks
+    const avl__words_form f = avl__words_form_of(type);
+    __m256 some_d[8][2], some_m[8][2];
+    int r, j;
+    if (size) {
+        for (j = 0; j < n; j++) {
+            const size_t at = size * (b + (size_t)j);
+            const __m256 zero = _mm256_setzero_ps();
+            _mm256_storeu_ps(d + 8 * j, avl__halves_of_rows_avx2(row, at));
+            if (f.has_min) _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(zero, avl__halves_of_rows_avx2(row, at + 2)));
+        }
+        return;
+    }
+    for (r = 0; r < 8; r++) avl__block_scales_avx2(type, row[r], b, some_d[r], some_m[r]);
+    avl__store_scales_avx2(some_d, f.n_parts, d);
+    if (f.has_min) avl__store_scales_avx2(some_m, f.n_parts, minus_m);
+}
+
+// 8 weight rows' pointers, the last of n rows again where there are fewer
+AVL__INLINE void avl__eight_rows(const avl__linear *w, int first, int n, const uint8_t **row) {
+    int r;
+    for (r = 0; r < 8; r++) row[r] = (const uint8_t *)w->weight + (size_t)(first + (r < n ? r : n - 1)) * w->row_bytes;
+}
+
+// The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where
+// a whole block of them fits into that
+AVL__AVX2 AVL__INLINE __m256i avl__block_products_avx2(int type, const uint8_t *row, size_t b, const __m256i *q) {
+    const int run = avl__words_form_of(type).run;
+    __m256i pairs;
+    if (run == 0) {
+        const uint8_t *s = row + 34 * b + 2;
+        return _mm256_add_epi32(_mm256_madd_epi16(_mm256_cvtepi8_epi16(avl__load16_avx2(s)), q[0]),
+                                _mm256_madd_epi16(_mm256_cvtepi8_epi16(avl__load16_avx2(s + 16)), q[1]));
+    }
+    pairs = _mm256_maddubs_epi16(avl__block_bytes_avx2(type, row, b), q[0]);
+    return run == 8 ? pairs : _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+AVL__AVX2 AVL__INLINE __m256i avl__add_words_avx2(int in_16_bits, __m256i a, __m256i b) {
+    return in_16_bits ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+}
+
+// Has the compiler finish v here: it would rather make all products of a block before it adds them up, and has not the registers.
+AVL__AVX2 AVL__INLINE void avl__finish_avx2(__m256i v) { __asm__ volatile("" : : "x"(v)); }
+
+// 8 registers of sums, turned and added: lane r of whole is the sum of register r; of two parts, whole[1] for the upper half
+AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, __m256i *whole) {
+    const int narrow = f.run == 8;
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 2)
+        v[i] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi32(v[i], v[i + 1]), _mm256_unpackhi_epi32(v[i], v[i + 1]));
+    AVL__UNROLL
+    for (i = 0; i < 8; i += 4)
+        v[i] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi64(v[i], v[i + 2]), _mm256_unpackhi_epi64(v[i], v[i + 2]));
+    whole[0] = _mm256_permute2x128_si256(v[0], v[4], 0x20);
+    whole[1] = _mm256_permute2x128_si256(v[0], v[4], 0x31);
+    if (f.n_parts == 1) whole[0] = avl__add_words_avx2(narrow, whole[0], whole[1]);
+    if (narrow) whole[0] = _mm256_madd_epi16(whole[0], _mm256_set1_epi16(1));
+}
+
+// sum + (whole + bias) (d e) - minus_m (e sum of q) for one part of a block.  bias, e, e_sum: one value each, of the activations
+AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole, const float *d, const float *minus_m,
+                                                const int32_t *bias, const float *e, const float *e_sum, __m256 sum) {
+    const __m256 de = _mm256_mul_ps(_mm256_loadu_ps(d), _mm256_set1_ps(*e));
+    if (f.run && !f.has_min) whole = _mm256_add_epi32(whole, _mm256_set1_epi32(*bias));
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), de, sum);
+    return f.has_min ? _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m), _mm256_set1_ps(*e_sum), sum) : sum;
+}
+
+// 8 weight rows as they lie times a row of the activations.
+AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
+                                                int x_row) {
+    const avl__words_form f = avl__words_form_of(type);
+    const size_t first = (size_t)x_row * (size_t)x->n_blocks;
+    const int q_bytes = f.run ? 32 : 64, ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);         // bytes of 8 blocks
+    __m256 sum = _mm256_setzero_ps();
+    float d[128], minus_m[128];
+    int b, j, r, part;
+    for (b = 0; b < x->n_blocks; b += 8) {
+        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
+        for (r = 0; r < 8; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
+            for (j = 0; j < ahead; j += 64)
+                _mm_prefetch((const char *)row[r] + 8 * row_bytes + (size_t)(b / 8 * ahead + j), _MM_HINT_T1);
+        avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, minus_m);
+        for (j = 0; j < n_now; j++) {
+            const size_t block = first + (size_t)(b + j);
+            const int8_t *q_at = x->q + (size_t)q_bytes * block;
+            __m256i q[2], v[8], whole[2];
+            q[0] = avl__load32_avx2(q_at);
+            q[1] = f.run ? q[0] : avl__load32_avx2(q_at + 32);
+            AVL__UNROLL
+            for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(type, row[r], (size_t)(b + j), q);
+            avl__add_turned_avx2(f, v, whole);
+            AVL__UNROLL
+            for (part = 0; part < f.n_parts; part++) {
+                const int at = 8 * (f.n_parts * j + part);
+                const size_t x_at = block * f.n_parts + (size_t)part;
+                sum = avl__add_part_avx2(f, whole[part], d + at, minus_m + at, x->bias + x_at, x->scale + block, x->sum + x_at,
+                                         sum);
+            }
+        }
+    }
+    return sum;
+}
+
+// 32 weight rows as four groups of 8, turned.
+typedef struct avl__words {
+    uint8_t *u;                // [4][n_blocks][8 or 16][8][4]: 8 rows of a word of four or two columns to a register
+    float   *d, *minus_m;      // [4][n_blocks][n_parts][8]
+} avl__words;
+
+// Turns 8 rows of 8 words and stores them.
+AVL__AVX2 AVL__INLINE void avl__store_panel_avx2(__m256i *v, uint8_t *to) {
+    int i;
+    avl__turn_words_avx2(v);
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) avl__store_words_avx2(to + 32 * i, v[i]);
+}
+
+// Block b of 8 rows of weights as pairs of 16-bit integers; those of a float type are rounded.  d: [8]
+AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, int b, int n_in, uint8_t *to, float *d) {
+    __m256i v[2][8], q[2];
+    __m256 x[4];
+    int r, i;
+    for (r = 0; r < 8; r++) {
+        if (type == ASTROVL_TYPE_Q8_0) {
+            AVL__UNROLL
+            for (i = 0; i < 2; i++) q[i] = _mm256_cvtepi8_epi16(avl__load16_avx2(row[r] + 34 * (size_t)b + 2 + 16 * i));
+        } else {
+            AVL__UNROLL
+            for (i = 0; i < 4; i++) x[i] = avl__weights_avx2(type, row[r], 32 * (size_t)b + 8 * (size_t)i, n_in - 32 * b - 8 * i);
+            avl__round_block_avx2(x, (float)AVL__ROUND_PAIRS, q, &d[r]);
+        }
+        v[0][r] = q[0];
+        v[1][r] = q[1];
+    }
+    avl__store_panel_avx2(v[0], to);
+    avl__store_panel_avx2(v[1], to + 256);
+}
+
+// Fills a group of a panel from 8 weight rows. One loop for all types: what it takes to look at the type of each block is little beside
+// the products with a panel.
+AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const avl__words *to) {
+    const avl__words_form f = avl__words_form_of(type);
+    const int n_blocks = (n_in + 31) / 32;
+    int b, j, r;
+    for (b = 0; b < n_blocks; b += 8) {
+        const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
+        float *d = to->d + 8 * (size_t)b * f.n_parts;
+        if (!avl__is_float_type(type))
+            avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
+        for (j = 0; j < n_now; j++) {
+            __m256i v[8];
+            if (f.run == 0) {
+                avl__fill_pairs_avx2(type, row, b + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
+                continue;
+            }
+            for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(b + j));
+            avl__store_panel_avx2(v, to->u + 256 * (size_t)(b + j));
+        }
+    }
+}
+
+// n (at most 4) rows of activations, from row `first` on, over two groups of a panel.
+AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const avl__words *p, const avl__quants *x, int first,
+                                                __m256 sum[][2]) {
+    const size_t n_blocks = (size_t)x->n_blocks, u_bytes = f.run ? 256 : 512, q_bytes = u_bytes / 8;   // of a block
+    const size_t row = n_blocks * f.n_parts;
+    const int n_words = (f.run ? 8 : 16) / f.n_parts, run = f.run && f.run < n_words ? f.run : n_words;
+    const int8_t *q = x->q + q_bytes * n_blocks * (size_t)first;
+    const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
+    const int32_t *bias = x->bias + row * (size_t)first;
+    size_t b;
+    int g, i, r, c, part;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    for (b = 0; b < n_blocks; b++)
+        AVL__UNROLL
+        for (part = 0; part < f.n_parts; part++) {
+            __m256i whole[4][2], some[4][2];
+            AVL__UNROLL
+            for (g = 0; g < n_words; g += run) {
+                AVL__UNROLL
+                for (i = g; i < g + run; i++) {
+                    const size_t word = (size_t)(i + n_words * part);
+                    const uint8_t *u = p->u + u_bytes * b + 32 * word;
+                    const __m256i w[2] = {avl__load32_avx2(u), avl__load32_avx2(u + u_bytes * n_blocks)};
+                    AVL__UNROLL
+                    for (r = 0; r < n; r++) {
+                        const __m256i a = _mm256_set1_epi32((int)avl__word_at(q + q_bytes * (n_blocks * (size_t)r + b) + 4 * word));
+                        AVL__UNROLL
+                        for (c = 0; c < 2; c++) {
+                            const __m256i product = f.run ? _mm256_maddubs_epi16(w[c], a) : _mm256_madd_epi16(w[c], a);
+                            some[r][c] = i == g ? product : avl__add_words_avx2(f.run, some[r][c], product);
+                            avl__finish_avx2(some[r][c]);
+                        }
+                    }
+                }
+                AVL__UNROLL
+                for (r = 0; r < n; r++)
+                    AVL__UNROLL
+                    for (c = 0; c < 2; c++) {
+                        const __m256i wide = f.run ? _mm256_madd_epi16(some[r][c], _mm256_set1_epi16(1)) : some[r][c];
+                        whole[r][c] = g == 0 ? wide : _mm256_add_epi32(whole[r][c], wide);
+                    }
+            }
+            AVL__UNROLL
+            for (c = 0; c < 2; c++)
+                AVL__UNROLL
+                for (r = 0; r < n; r++) {
+                    const size_t in_row = b * f.n_parts + (size_t)part;
+                    const size_t at = 8 * (row * (size_t)c + in_row), x_at = row * (size_t)r + in_row;
+                    sum[r][c] = avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, bias + x_at,
+                                                   scale + n_blocks * (size_t)r + b, sums + x_at, sum[r][c]);
+                }
+        }
+}
+
+// n (at most 8) columns of a row, plus bias
+AVL__AVX2 AVL__INLINE void avl__store_sum_avx2(const avl__product *p, int row, int out, int n, __m256 sum) {
+    if (n <= 0) return;
+    if (p->w->bias) sum = _mm256_add_ps(sum, avl__load_avx2(p->w->bias + out, n));
+    avl__store_avx2(p->y + (size_t)row * p->w->n_out + out, n, sum);
+}
+
+// All rows of activations over a panel.
+AVL__AVX2 AVL__INLINE void avl__run_words_form_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out,
+                                                    int n_columns) {
+    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 8 * n_blocks * f.n_parts;            // of a group
+    __m256 sum[4][2];
+    int r, g, i, n;
+    for (r = 0; r < p->n_rows; r += n) {
+        n = p->n_rows - r >= 4 ? 4 : 1;
+        for (g = 0; 8 * g < n_columns; g += 2) {
+            const avl__words two = {panel->u + (f.run ? 256 : 512) * n_blocks * (size_t)g, panel->d + n_scales * (size_t)g,
+                                    panel->minus_m + n_scales * (size_t)g};
+            if (n == 4) avl__pass_words_avx2(f, 4, &two, &p->quants, r, sum);
+            else        avl__pass_words_avx2(f, 1, &two, &p->quants, r, sum);
+            for (i = 0; i < 2 * n; i++)
+                avl__store_sum_avx2(p, r + i / 2, out + 8 * (g + i % 2), n_columns - 8 * (g + i % 2), sum[i / 2][i % 2]);
+        }
+    }
+}
+
+// Once a panel is filled only the form of its blocks matters.
+AVL__AVX2 static void avl__run_words_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out, int n_columns) {
+    static const avl__words_form pairs = {1, 0, 0}, bits_4 = {1, 0, 8}, bits_4_min = {1, 1, 8}, bits_5 = {1, 0, 4};
+    static const avl__words_form bits_5_min = {1, 1, 4}, parts = {2, 0, 2}, parts_min = {2, 1, 4};
+    if (f.run == 0)                    avl__run_words_form_avx2(pairs, panel, p, out, n_columns);
+    else if (f.run == 8 && !f.has_min) avl__run_words_form_avx2(bits_4, panel, p, out, n_columns);
+    else if (f.run == 8)               avl__run_words_form_avx2(bits_4_min, panel, p, out, n_columns);
+    else if (f.run == 2)               avl__run_words_form_avx2(parts, panel, p, out, n_columns);
+    else if (f.n_parts == 2)           avl__run_words_form_avx2(parts_min, panel, p, out, n_columns);
+    else if (!f.has_min)               avl__run_words_form_avx2(bits_5, panel, p, out, n_columns);
+    else                               avl__run_words_form_avx2(bits_5_min, panel, p, out, n_columns);
+}
+
+AVL__AVX2 static void avl__multiply_panels_avx2(const avl__product *p, int first, int last, float *scratch) {
+    const avl__words_form f = avl__words_form_of(p->w->type);
+    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 8 * n_blocks * f.n_parts, u_bytes = (f.run ? 256 : 512) * n_blocks;
+    const uint8_t *row[8];
+    avl__words panel;
+    int out, g;
+    panel.d = scratch + (64 - (uintptr_t)scratch % 64) / 4 % 16;         // a register of u never crosses a line of the cache
+    panel.minus_m = panel.d + 4 * n_scales;
+    panel.u = (uint8_t *)(panel.minus_m + 4 * n_scales);
+    for (out = first; out < last; out += AVL__PANEL_ROWS) {
+        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        for (g = 0; 16 * (g / 2) < n_columns; g++) {                         // in pairs
+            const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
+                                      panel.minus_m + n_scales * (size_t)g};
+            avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
+            avl__fill_words_avx2(p->w->type, row, p->w->n_in, &group);
+        }
+        avl__run_words_avx2(f, &panel, p, out, n_columns);
+    }
+}
+
+// A few rows of activations times weights as they lie.
+AVL__AVX2 AVL__INLINE void avl__multiply_rows_avx2(int type, const avl__product *p, int first, int last) {
+    const uint8_t *row[8];
+    int out, r;
+    for (out = first; out < last; out += 8) {
+        avl__eight_rows(p->w, out, last - out, row);
+        for (r = 0; r < p->n_rows; r++)
+            avl__store_sum_avx2(p, r, out, last - out, avl__dot_rows_avx2(type, row, p->w->row_bytes, &p->quants, r));
+    }
+}
+
+AVL__AVX2 static void avl__multiply_avx2(const avl__product *p, int first, int last, float *scratch) {
+    switch (p->few ? p->w->type : -1) {
+    case ASTROVL_TYPE_Q4_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_0, p, first, last); break;
+    case ASTROVL_TYPE_Q4_1: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_1, p, first, last); break;
+    case ASTROVL_TYPE_Q5_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_0, p, first, last); break;
+    case ASTROVL_TYPE_Q5_1: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_1, p, first, last); break;
+    case ASTROVL_TYPE_Q8_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q8_0, p, first, last); break;
+    case ASTROVL_TYPE_Q2_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q2_K, p, first, last); break;
+    case ASTROVL_TYPE_Q3_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q3_K, p, first, last); break;
+    case ASTROVL_TYPE_Q4_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_K, p, first, last); break;
+    case ASTROVL_TYPE_Q5_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_K, p, first, last); break;
+    case ASTROVL_TYPE_Q6_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q6_K, p, first, last); break;
+    default: avl__multiply_panels_avx2(p, first, last, scratch); break;
+    }
+}
+
+// n rows of activations, from row `first` on, times a row of weights of a float type as it lies, in float32.
+AVL__AVX2 AVL__INLINE void avl__dot_floats_avx2(int type, int n, const avl__product *p, int first, int out) {
+    const avl__linear *w = p->w;
+    const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+    const float *x = p->x + (size_t)first * w->n_in;
+    __m256 sum[4][2];
+    int r, i, c;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    for (i = 0; i + 16 <= w->n_in; i += 16)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++) {
+            const __m256 weights = avl__weights_avx2(type, row, (size_t)(i + 8 * c), 8);
+            AVL__UNROLL
+            for (r = 0; r < n; r++)
+                sum[r][c] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + (size_t)r * w->n_in + i + 8 * c), sum[r][c]);
+        }
+    for (; i < w->n_in; i += 8) {
+        const __m256 weights = avl__weights_avx2(type, row, (size_t)i, w->n_in - i);
+        AVL__UNROLL
+        for (r = 0; r < n; r++)
+            sum[r][0] = _mm256_fmadd_ps(weights, avl__load_avx2(x + (size_t)r * w->n_in + i, w->n_in - i), sum[r][0]);
+    }
+    for (r = 0; r < n; r++) {
+        const float whole = avl__add_lanes_avx2(_mm256_add_ps(sum[r][0], sum[r][1]));
+        p->y[(size_t)(first + r) * w->n_out + out] = whole + (w->bias ? w->bias[out] : 0.0f);
+    }
+}
+
+AVL__AVX2 AVL__INLINE void avl__linear_type_avx2(int type, const avl__product *p, int first, int last) {
+    int out, r;
+    for (out = first; out < last; out++) {
+        for (r = 0; r + 4 <= p->n_rows; r += 4) avl__dot_floats_avx2(type, 4, p, r, out);
+        for (; r < p->n_rows; r++) avl__dot_floats_avx2(type, 1, p, r, out);
+    }
+}
+
+AVL__AVX2 static void avl__linear_avx2(const avl__product *p, int first, int last, float *scratch) {
+    (void)scratch;
+    if (p->w->type == ASTROVL_TYPE_F32)      avl__linear_type_avx2(ASTROVL_TYPE_F32, p, first, last);
+    else if (p->w->type == ASTROVL_TYPE_F16) avl__linear_type_avx2(ASTROVL_TYPE_F16, p, first, last);
+    else                                     avl__linear_type_avx2(ASTROVL_TYPE_BF16, p, first, last);
+}
+
+// ---- AVX2: vectors of float32 and attention ------------------------------------------------------------------------
+// As further down with AVX-512, which says more.
+
+AVL__AVX2 static float avl__dot_avx2(const float *a, const float *b, int n) {
+    __m256 sum[4];
+    int i = 0, j;
+    AVL__UNROLL
+    for (j = 0; j < 4; j++) sum[j] = _mm256_setzero_ps();
+    for (; i + 32 <= n; i += 32)
+        AVL__UNROLL
+        for (j = 0; j < 4; j++) sum[j] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * j), _mm256_loadu_ps(b + i + 8 * j), sum[j]);
+    for (; i < n; i += 8) sum[0] = _mm256_fmadd_ps(avl__load_avx2(a + i, n - i), avl__load_avx2(b + i, n - i), sum[0]);
+    return avl__add_lanes_avx2(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+}
+
+AVL__AVX2 static void avl__axpy_avx2(float *y, float a, const float *x, int n) {
+    int i;
+    for (i = 0; i < n; i += 8)
+        avl__store_avx2(y + i, n - i, _mm256_fmadd_ps(_mm256_set1_ps(a), avl__load_avx2(x + i, n - i), avl__load_avx2(y + i, n - i)));
+}
+
+AVL__AVX2 AVL__INLINE __m256 avl__power_of_2_avx2(__m256i n) {   // -126 <= n <= 127
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+
+// e^x to about 2e-7. 2^n is made of two halves, so that it may be denormal, zero or infinite.
+AVL__AVX2 AVL__INLINE __m256 avl__exp_avx2(__m256 x) {
+    const __m256 most = _mm256_set1_ps(104.0f), least = _mm256_set1_ps(-104.0f);
+    const __m256 t = _mm256_mul_ps(_mm256_min_ps(_mm256_max_ps(x, least), most), _mm256_set1_ps(1.44269504f));
+    const __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(t, n);
+    const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1);
+    __m256 p = _mm256_set1_ps(1.54035304e-4f);                       // ln(2)^6 / 6!
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.33335581e-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.61812911e-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.55041087e-2f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.40226507e-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.93147181e-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+    return _mm256_mul_ps(_mm256_mul_ps(p, avl__power_of_2_avx2(half)), avl__power_of_2_avx2(_mm256_sub_epi32(power, half)));
+}
+
+// x / (1 + e^(-a x))
+AVL__AVX2 AVL__INLINE __m256 avl__sigmoid_product_avx2(__m256 x, float a) {
+    const __m256 e = avl__exp_avx2(_mm256_mul_ps(x, _mm256_set1_ps(-a)));
+    return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+}
+
+AVL__INLINE int avl__up_to_8(int64_t n) { return n < 8 ? (int)n : 8; }
+
+AVL__AVX2 static void avl__quick_gelu_avx2(float *x, int64_t n) {
+    for (; n > 0; n -= 8, x += 8)
+        avl__store_avx2(x, avl__up_to_8(n), avl__sigmoid_product_avx2(avl__load_avx2(x, avl__up_to_8(n)), 1.702f));
+}
+
+AVL__AVX2 static void avl__silu_product_avx2(float *x, const float *up, int64_t n) {
+    for (; n > 0; n -= 8, x += 8, up += 8) {
+        const __m256 y = avl__sigmoid_product_avx2(avl__load_avx2(x, avl__up_to_8(n)), 1.0f);
+        avl__store_avx2(x, avl__up_to_8(n), _mm256_mul_ps(y, avl__load_avx2(up, avl__up_to_8(n))));
+    }
+}
+
+// x Phi(x) by the same series as avl__gelu_avx512
+AVL__AVX2 AVL__INLINE __m256 avl__gelu_of_avx2(__m256 v) {
+    const __m256 one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
+    const __m256 z = _mm256_mul_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), _mm256_set1_ps(0.70710678f));
+    const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(_mm256_set1_ps(0.3275911f), z, one));
+    __m256 p = _mm256_set1_ps(1.061405429f);
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-1.453152027f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(1.421413741f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-0.284496736f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(0.254829592f));
+    p = _mm256_mul_ps(_mm256_mul_ps(p, t), avl__exp_avx2(_mm256_fnmadd_ps(z, z, zero)));
+    p = _mm256_mul_ps(p, _mm256_set1_ps(0.5f));
+    p = _mm256_blendv_ps(_mm256_sub_ps(one, p), p, v);               // p itself where v has a sign
+    return _mm256_mul_ps(v, p);
+}
+
+AVL__AVX2 static void avl__gelu_avx2(float *x, int64_t n) {
+    for (; n > 0; n -= 8, x += 8) avl__store_avx2(x, avl__up_to_8(n), avl__gelu_of_avx2(avl__load_avx2(x, avl__up_to_8(n))));
+}
+
+AVL__AVX2 static void avl__rms_norm_avx2(float *y, const float *x, const float *weight, int n, float eps) {
+    const __m256 scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)avl__dot_avx2(x, x, n) / n + eps)));
+    int i;
+    for (i = 0; i < n; i += 8) {
+        const __m256 scaled = _mm256_mul_ps(avl__load_avx2(x + i, n - i), scale);
+        avl__store_avx2(y + i, n - i, _mm256_mul_ps(scaled, avl__load_avx2(weight + i, n - i)));
+    }
+}
+
+AVL__AVX2 static void avl__layer_norm_avx2(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
+    __m256 sum = _mm256_setzero_ps(), squares = sum, mean, scale;
+    int i;
+    for (i = 0; i < n; i += 8) sum = _mm256_add_ps(sum, avl__load_avx2(x + i, n - i));
+    mean = _mm256_set1_ps(avl__add_lanes_avx2(sum) / (float)n);
+    for (i = 0; i < n; i += 8) {
+        const __m256 all = _mm256_sub_ps(avl__load_avx2(x + i, n - i), mean);
+        const __m256 d = _mm256_and_ps(all, _mm256_castsi256_ps(avl__lanes_avx2(n - i)));
+        squares = _mm256_fmadd_ps(d, d, squares);
+    }
+    scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)avl__add_lanes_avx2(squares) / n + eps)));
+    for (i = 0; i < n; i += 8) {
+        const __m256 d = _mm256_mul_ps(_mm256_sub_ps(avl__load_avx2(x + i, n - i), mean), scale);
+        avl__store_avx2(y + i, n - i, _mm256_fmadd_ps(d, avl__load_avx2(weight + i, n - i), avl__load_avx2(bias + i, n - i)));
+    }
+}
+
+// scores of n keys, from key `first` on, with 16 of the 32 queries.  turned: [head_dim][32]
+AVL__AVX2 AVL__INLINE void avl__score_keys_avx2(int n, const avl__tile *t, int first, const float *turned, __m256 scale,
+                                                float *scores) {
+    const float *k = t->k + (size_t)first * t->kv_stride;
+    __m256 sum[6][2];
+    int j, d, c;
+    AVL__UNROLL
+    for (j = 0; j < n; j++) sum[j][0] = sum[j][1] = _mm256_setzero_ps();
+    for (d = 0; d < t->head_dim; d++) {
+        const __m256 q0 = _mm256_loadu_ps(turned + 32 * (size_t)d), q1 = _mm256_loadu_ps(turned + 32 * (size_t)d + 8);
+        AVL__UNROLL
+        for (j = 0; j < n; j++) {
+            const __m256 key = _mm256_set1_ps(k[(size_t)j * t->kv_stride + (size_t)d]);
+            sum[j][0] = _mm256_fmadd_ps(q0, key, sum[j][0]);
+            sum[j][1] = _mm256_fmadd_ps(q1, key, sum[j][1]);
+        }
+    }
+    AVL__UNROLL
+    for (j = 0; j < n; j++)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++) _mm256_storeu_ps(scores + 32 * (size_t)(first + j) + 8 * c, _mm256_mul_ps(sum[j][c], scale));
+}
+
+// 8 columns of scores[n_keys][32] to e^(score - largest); inverse: out, [8], 1 over the sum of each
+AVL__AVX2 AVL__INLINE void avl__softmax_columns_avx2(float *scores, int n_keys, float *inverse) {
+    __m256 max = _mm256_set1_ps(-FLT_MAX), sum = _mm256_setzero_ps();
+    int j;
+    for (j = 0; j < n_keys; j++) max = _mm256_max_ps(max, _mm256_loadu_ps(scores + 32 * (size_t)j));
+    for (j = 0; j < n_keys; j++) {
+        const __m256 p = avl__exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(scores + 32 * (size_t)j), max));
+        _mm256_storeu_ps(scores + 32 * (size_t)j, p);
+        sum = _mm256_add_ps(sum, p);
+    }
+    _mm256_storeu_ps(inverse, _mm256_div_ps(_mm256_set1_ps(1.0f), sum));
+}
+
+// 16 columns from `column` on of the outputs of n queries, from query `first` on
+AVL__AVX2 AVL__INLINE void avl__mix_values_avx2(int n, const avl__tile *t, int first, int column, const float *scores,
+                                                const float *inverse) {
+    const int left = t->head_dim - column;
+    const float *v = t->v + column;
+    __m256 sum[4][2];
+    int i, j, c;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    for (j = 0; j < t->n_keys; j++, v += t->kv_stride) {
+        const __m256 v0 = avl__load_avx2(v, left), v1 = avl__load_avx2(v + 8, left - 8);
+        AVL__UNROLL
+        for (i = 0; i < n; i++) {
+            const __m256 p = _mm256_set1_ps(scores[32 * (size_t)j + (size_t)(first + i)]);
+            sum[i][0] = _mm256_fmadd_ps(p, v0, sum[i][0]);
+            sum[i][1] = _mm256_fmadd_ps(p, v1, sum[i][1]);
+        }
+    }
+    AVL__UNROLL
+    for (i = 0; i < n; i++)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++)
+            avl__store_avx2(t->out + (size_t)(first + i) * t->q_stride + column + 8 * c, left - 8 * c,
+                            _mm256_mul_ps(sum[i][c], _mm256_set1_ps(inverse[first + i])));
+}
+
+// scratch: [n_keys + head_dim][32] floats
+AVL__AVX2 static void avl__attend_avx2(const avl__tile *t, float *scratch) {
+    const __m256 scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
+    float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
+    int i, j, d;
+    for (d = 0; d < t->head_dim; d++)
+        for (i = 0; i < 32; i++) turned[32 * (size_t)d + (size_t)i] = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
+    for (j = 0; j < t->n_keys; j += t->n_keys - j >= 6 ? 6 : 1)
+        for (i = 0; i < 32; i += 16)
+            if (t->n_keys - j >= 6) avl__score_keys_avx2(6, t, j, turned + i, scale, scores + i);
+            else                    avl__score_keys_avx2(1, t, j, turned + i, scale, scores + i);
+    for (j = t->n_visible; j < t->n_keys; j++)                       // key n_visible + i is seen from query i + 1 on
+        for (i = 0; i < 32 && i <= j - t->n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+    for (i = 0; i < 32; i += 8) avl__softmax_columns_avx2(scores + i, t->n_keys, inverse + i);
+    for (d = 0; d < t->head_dim; d += 16) {
+        for (i = 0; i + 4 <= t->n; i += 4) avl__mix_values_avx2(4, t, i, d, scores, inverse);
+        for (; i < t->n; i++) avl__mix_values_avx2(1, t, i, d, scores, inverse);
+    }
+}
+
+// Products of 16 or 8 bits and the addition that must follow each. Every product is made of the sum before it, or a compiler would
+// make it once.
+AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) {
+    const int is_wide = avl__words_form_of(type).run == 0;
+    volatile int keep = 0x01010101;   // not known while compiling
+    const __m256i x = _mm256_set1_epi32(keep);
+    __m256i sum[12];
+    int64_t r;
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 12; i++) sum[i] = _mm256_set1_epi32(i);
+    for (r = 0; r < n; r++) {
+        AVL__UNROLL
+        for (i = 0; i < 12; i++)
+            sum[i] = is_wide ? _mm256_add_epi32(sum[i], _mm256_madd_epi16(sum[i], x))
+                             : _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(sum[i], x));
+    }
+    for (i = 1; i < 12; i++) sum[0] = _mm256_xor_si256(sum[0], sum[i]);
+    keep = _mm256_extract_epi32(sum[0], 0);
+    return (double)n * 12 * (is_wide ? 32 : 64);
+}
+
+static const avl__kernels avl__kernels_avx2 = {
+    "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
+    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
+    avl__attend_avx2, avl__peak_avx2, 0};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -2622,31 +3404,6 @@ AVL__AVX512 AVL__INLINE void avl__super_block_scales_avx512(int type, const uint
     }
 }
 
-// 8 rows of 8 words each, turned
-AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
-    __m256i t[8];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 8; i += 4) {
-        v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
-        t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) v[i] = t[i];
-}
-
 // Turns 8 words of 8 rows and stores n (at most 8) of the turned rows, `stride` bytes apart.
 AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, int n, void *to, int stride) {
     int i;
@@ -2745,8 +3502,6 @@ AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, i
 }
 
 // ---- panels --------------------------------------------------------------------------------------------------------
-
-enum { AVL__PANEL_ROWS = 32 };
 
 // 32 weight rows as two groups of 16, turned.
 typedef struct avl__panel {

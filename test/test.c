@@ -901,6 +901,52 @@ static void test_fast_products(void) {
         }
 }
 
+// A row of a product has the same bits whatever rows are computed with it: with weights in blocks, however many rows there are; with
+// weights of a float type, as long as a few rows take the weights as they lie.
+static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
+    enum { N_OUT = 34, N_ROWS = 16, MOST_IN = 1568 };
+    static const int rows[] = {1, 2, 3, 4, 5, 6, 7, 12, 16};
+    static float x[N_ROWS * MOST_IN], all[N_ROWS * N_OUT], y[N_ROWS * N_OUT];
+    const int is_float = avl__is_float_type(type);
+    size_t row = astrovl_type_row_bytes(type, n_in), i;
+    uint8_t *blocks = (uint8_t *)malloc(row * N_OUT);
+    int r;
+    avl__linear w;
+    avl__run run;
+    test_fill(x, N_ROWS * n_in, 31);
+    test_fast_blocks(type, blocks, row * N_OUT, 0, (uint32_t)type);
+    memset(&w, 0, sizeof w), memset(&run, 0, sizeof run);
+    w.weight = blocks, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row;
+    run.kernels = kernels;
+    run.pool = avl__pool_new(1);
+    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_in, N_ROWS), "reserve");
+    for (i = 0; i < sizeof rows / sizeof *rows; i++)
+        for (r = 0; r + rows[i] <= N_ROWS; r += rows[i]) {
+            float *to = i ? y : all + r * N_OUT;             // first each row alone
+            avl__product p;
+            memset(&p, 0, sizeof p);
+            p.y = to, p.x = x + r * n_in, p.w = &w, p.n_rows = rows[i], p.few = 1;
+            if (is_float) kernels->linear(&p, 0, N_OUT, run.thread_memory);
+            else          avl__apply(&run, to, p.x, &w, rows[i]);
+            CHECK(memcmp(to, all + r * N_OUT, sizeof(float) * (size_t)(rows[i] * N_OUT)) == 0,
+                  "%s, %s: %d rows from row %d on differ from single ones", kernels->name, astrovl_type_name(type), rows[i], r);
+        }
+    avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
+    free(blocks);
+}
+
+static void test_fast_rows(void) {
+    static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
+    size_t t;
+    int k;
+    for (k = 0; k < AVL__N_KERNELS; k++)
+        for (t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
+            int values = avl__find_type(types[t])->block_values;
+            test_fast_rows_by(avl__all_kernels[k], types[t], values == 256 ? 1536 : 1568);
+            if (values == 1) test_fast_rows_by(avl__all_kernels[k], types[t], 47);
+        }
+}
+
 static void test_fast_ops(void) {
     enum { N = 1003 };
     static float x[N], up[N], weight[N], bias[N], y[N], z[N];
@@ -984,6 +1030,7 @@ static void tests_ops(void) {
     run("kernels: products with every type", test_products);
     run("ops: attention", test_attention);
     run("fast: products of every type and shape", test_fast_products);
+    run("fast: rows do not depend on each other", test_fast_rows);
     run("fast: norms and activations", test_fast_ops);
     run("fast: a model", test_fast_model);
 }
