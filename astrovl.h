@@ -2196,12 +2196,14 @@ typedef struct avl__linear {
 
 // Rows of activations as integers of 8 bits; for some weights, in q, as integers of 16 bits or bfloat16. Where 8 bits are too few
 // there are two pieces: x[i] = e (q[i] + q'[i] / 254), where the rows of q' follow those of q, each with an e of its own.
+// A panel meets `group` rows at a time. What it reads of them together lies together, word by word (four bytes): rows that lay a
+// power of two apart would push each other out of the first-level cache. For a row or two, group is 1.
 typedef struct avl__quants {
-    int8_t  *q;                // [n_pieces][n_rows][n_blocks][32]
-    float   *scale;            // [n_pieces][n_rows][n_blocks]                e
-    int32_t *bias;             // [n_pieces][n_rows][n_blocks][n_parts]       -offset * sum of q
-    float   *sum;              // [n_pieces][n_rows][n_blocks][n_parts]       e * sum of q
-    int      n_blocks, n_pieces;
+    int8_t  *q;                // [n_pieces][n_groups][n_blocks][8 words, or 16][group][4]
+    float   *scale;            // [n_pieces][n_groups][n_blocks][group]                e
+    int32_t *bias;             // [n_pieces][n_groups][n_blocks][n_parts][group]       -offset * sum of q
+    float   *sum;              // [n_pieces][n_groups][n_blocks][n_parts][group]       e * sum of q
+    int      n_blocks, n_pieces, n_groups, group;
 } avl__quants;
 
 enum { AVL__QUANT_BYTES = 2 * (4 + 8 + 8) + 64 };   // of a block: two pieces' scale, bias and sum; and 64 bytes in q
@@ -2254,6 +2256,7 @@ typedef struct avl__kernels {
     // measuring arithmetic
     double (*peak)(int type, int64_t n);
     int has_pieces;        // 1: quantize gives bytes, of fine products two for each activation
+    int group, float_group;   // rows of activations that a panel meets together (avl__quants), for weights in blocks and for floats
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2343,7 +2346,7 @@ static double avl__peak_portable(int type, int64_t n) {
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
     astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
-    avl__peak_portable, 0};
+    avl__peak_portable, 0, 1, 1};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -3298,7 +3301,7 @@ AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
-    avl__attend_avx2, avl__peak_avx2, 0};
+    avl__attend_avx2, avl__peak_avx2, 0, 1, 1};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -3454,6 +3457,8 @@ AVL__AVX512 AVL__INLINE __m512 avl__weights_avx512(int type, const uint8_t *row,
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + 2 * i)), 16));
 }
 
+enum { AVL__GROUP_BYTES = 6, AVL__GROUP_PAIRS = 12 };   // as many rows as the registers hold sums for
+
 // 32 floats to 32 integers q, x = e q, e = max |x| / 127
 AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __m512i *q_low, __m512i *q_high, float *e) {
     const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
@@ -3463,18 +3468,30 @@ AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __
     *q_high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
 }
 
-// Stores block `at` of the activations, e q.
-AVL__AVX512 AVL__INLINE void avl__put_block_avx512(const avl__quants *to, avl__block_form f, size_t at, __m512i low, __m512i high, float e) {
+// Stores n words of block b of row r, which are `words`.
+AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n) {
+    const size_t group = (size_t)to->group;
+    int8_t *q = to->q + 4 * (((size_t)(r / to->group) * to->n_blocks + (size_t)b) * (size_t)n * group + (size_t)(r % to->group));
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) memcpy(q + 4 * group * (size_t)i, (const char *)words + 4 * i, 4);
+}
+
+// Stores block b of row r of the activations, e q.
+AVL__AVX512 AVL__INLINE void avl__put_block_avx512(const avl__quants *to, avl__block_form f, int r, int b, __m512i low, __m512i high, float e) {
+    const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
+    int8_t q[32];
     int sums[2], part;
-    _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at), _mm512_cvtsepi32_epi8(low));
-    _mm_storeu_si128((__m128i *)(void *)(to->q + 32 * at + 16), _mm512_cvtsepi32_epi8(high));
-    to->scale[at] = e;
+    _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtsepi32_epi8(low));
+    _mm_storeu_si128((__m128i *)(void *)(q + 16), _mm512_cvtsepi32_epi8(high));
+    avl__put_words(to, r, b, q, 8);
+    to->scale[at * to->group + place] = e;
     sums[0] = _mm512_reduce_add_epi32(low);
     sums[1] = _mm512_reduce_add_epi32(high);
     if (f.n_parts == 1) sums[0] += sums[1];
     for (part = 0; part < f.n_parts; part++) {
-        to->bias[at * f.n_parts + part] = -f.offset * sums[part];
-        to->sum[at * f.n_parts + part] = e * (float)sums[part];
+        to->bias[(at * f.n_parts + (size_t)part) * to->group + place] = -f.offset * sums[part];
+        to->sum[(at * f.n_parts + (size_t)part) * to->group + place] = e * (float)sums[part];
     }
 }
 
@@ -3494,13 +3511,12 @@ AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, i
             const int left = p->w->n_in - 32 * b;
             const __m512 x_low = _mm512_maskz_loadu_ps(avl__lanes_avx512(left), x);
             const __m512 x_high = _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16);
-            const size_t at = (size_t)r * to->n_blocks + (size_t)b;
             __m512i low, high;
             float e;
             avl__round_block_avx512(x_low, x_high, &low, &high, &e);
-            avl__put_block_avx512(to, f, at, low, high, e);
+            avl__put_block_avx512(to, f, r, b, low, high, e);
             if (to->n_pieces == 2)
-                avl__put_block_avx512(to, f, at + (size_t)p->n_rows * to->n_blocks, avl__round_rest_avx512(x_low, low, e),
+                avl__put_block_avx512(to, f, r + to->n_groups * to->group, b, avl__round_rest_avx512(x_low, low, e),
                                       avl__round_rest_avx512(x_high, high, e), e / 254.0f);
         }
 }
@@ -3563,14 +3579,16 @@ AVL__AVX512 AVL__INLINE void avl__store_sums_avx512(float *y, const __m512 *sum,
     }
 }
 
-// n (at most 6) rows of activations, from row `first` on, over a panel.
+// n (at most 6) rows of activations, from row `first` on, all of one group, over a panel.
 AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, int n, const avl__panel *p, const avl__quants *x,
                                                     int first, __m512 sum[][2]) {
+    enum { G = AVL__GROUP_BYTES };
     const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * n_parts, half_u = 512 * n_blocks, half_d = 16 * row;
+    const size_t group = (size_t)(first / G), place = (size_t)(first % G);
     const int n_words = 8 / n_parts;       // of four columns, in a part
-    const int8_t *q = x->q + 32 * n_blocks * (size_t)first;
-    const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
-    const int32_t *bias = x->bias + row * (size_t)first;
+    const int8_t *q = x->q + 4 * (group * n_blocks * 8 * G + place);
+    const float *scale = x->scale + group * n_blocks * G + place, *sums = x->sum + group * row * G + place;
+    const int32_t *bias = x->bias + group * row * G + place;
     size_t b;
     int g, r, c, part;
     AVL__UNROLL
@@ -3581,15 +3599,15 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, in
             const size_t at = b * n_parts + (size_t)part;
             __m512i whole[6][2];
             AVL__UNROLL
-            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(bias[(size_t)r * row + at]);
+            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(bias[at * G + (size_t)r]);
             AVL__UNROLL
             for (g = 0; g < n_words; g++) {
-                const size_t column = 4 * (size_t)(g + n_words * part);                      // of the block's 32
-                const __m512i w0 = _mm512_loadu_si512(p->u + 512 * b + 16 * column);
-                const __m512i w1 = _mm512_loadu_si512(p->u + half_u + 512 * b + 16 * column);
+                const size_t word = 8 * b + (size_t)(g + n_words * part);
+                const __m512i w0 = _mm512_loadu_si512(p->u + 64 * word);
+                const __m512i w1 = _mm512_loadu_si512(p->u + half_u + 64 * word);
                 AVL__UNROLL
                 for (r = 0; r < n; r++) {
-                    const __m512i four = _mm512_set1_epi32((int)avl__word_at(q + 32 * (n_blocks * (size_t)r + b) + column));
+                    const __m512i four = _mm512_set1_epi32((int)avl__word_at(q + 4 * (word * G + (size_t)r)));
                     whole[r][0] = _mm512_dpbusd_epi32(whole[r][0], w0, four);
                     whole[r][1] = _mm512_dpbusd_epi32(whole[r][1], w1, four);
                 }
@@ -3599,11 +3617,11 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, in
                 const __m512 d = _mm512_loadu_ps(p->d + half_d * c + 16 * at);
                 AVL__UNROLL
                 for (r = 0; r < n; r++) {
-                    const __m512 de = _mm512_mul_ps(d, _mm512_set1_ps(scale[n_blocks * (size_t)r + b]));
+                    const __m512 de = _mm512_mul_ps(d, _mm512_set1_ps(scale[b * G + (size_t)r]));
                     sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r][c]), de, sum[r][c]);
                     if (has_min)
                         sum[r][c] = _mm512_fnmadd_ps(_mm512_loadu_ps(p->minus_m + half_d * c + 16 * at),
-                                                     _mm512_set1_ps(sums[(size_t)r * row + at]), sum[r][c]);
+                                                     _mm512_set1_ps(sums[at * G + (size_t)r]), sum[r][c]);
                 }
             }
         }
@@ -3617,7 +3635,7 @@ AVL__AVX512 AVL__INLINE void avl__run_panel_form_avx512(int n_parts, int has_min
     int r, i, n, piece;
     for (piece = 0; piece < p->quants.n_pieces; piece++)
         for (r = 0; r < p->n_rows; r += n) {
-            const int left = p->n_rows - r, row = piece * p->n_rows + r;
+            const int left = p->n_rows - r, row = piece * p->quants.n_groups * AVL__GROUP_BYTES + r;
             if (left >= 6) n = 6, avl__pass_panel_avx512(n_parts, has_min, 6, panel, &p->quants, row, sum);
             else if (left >= 2) n = 2, avl__pass_panel_avx512(n_parts, has_min, 2, panel, &p->quants, row, sum);
             else n = 1, avl__pass_panel_avx512(n_parts, has_min, 1, panel, &p->quants, row, sum);
@@ -3800,18 +3818,17 @@ AVL__AVX512_BF16 AVL__INLINE __m512i avl__pairs_avx512(__m512 low, __m512 high) 
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// x to pairs of bfloat16 [n_rows][n_blocks][32], those beyond n_in zero
+// x to pairs of bfloat16, those beyond n_in zero
 AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int first, int n_rows) {
-    const size_t n_blocks = (size_t)p->quants.n_blocks;
-    size_t b;
-    int r;
+    int r, b;
     for (r = first; r < first + n_rows; r++)
-        for (b = 0; b < n_blocks; b++) {
-            const float *x = p->x + (size_t)r * p->w->n_in + 32 * b;
-            const int left = p->w->n_in - 32 * (int)b;
-            _mm512_storeu_si512(p->quants.q + 64 * ((size_t)r * n_blocks + b),
-                                avl__pairs_avx512(_mm512_maskz_loadu_ps(avl__lanes_avx512(left), x),
-                                                  _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16)));
+        for (b = 0; b < p->quants.n_blocks; b++) {
+            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
+            const int left = p->w->n_in - 32 * b;
+            uint8_t pairs[64];
+            _mm512_storeu_si512(pairs, avl__pairs_avx512(_mm512_maskz_loadu_ps(avl__lanes_avx512(left), x),
+                                                         _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16)));
+            avl__put_words(&p->quants, r, b, pairs, 16);
         }
 }
 
@@ -3839,11 +3856,12 @@ AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_bf16(int type, const uint8_t *
         }
 }
 
-// n rows of activations, from row `first` on, over a panel of pairs.
+// n rows of activations, from row `first` on, all of one group, over a panel of pairs.
 AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *panel, const avl__product *p, int first, int out,
                                                        int n_columns) {
-    const size_t n_pairs = 16 * (size_t)p->quants.n_blocks, row = 4 * n_pairs;
-    const uint8_t *x = (const uint8_t *)p->quants.q + (size_t)first * row;
+    enum { G = AVL__GROUP_PAIRS };
+    const size_t n_pairs = 16 * (size_t)p->quants.n_blocks;
+    const uint8_t *x = (const uint8_t *)p->quants.q + 4 * ((size_t)(first / G) * n_pairs * G + (size_t)(first % G));
     __m512 sum[12][2];
     size_t i;
     int r;
@@ -3854,7 +3872,7 @@ AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *pan
         const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + 64 * (n_pairs + i));
         AVL__UNROLL
         for (r = 0; r < n; r++) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)avl__word_at(x + (size_t)r * row + 4 * i));
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)avl__word_at(x + 4 * (i * G + (size_t)r)));
             sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, pair);
             sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, pair);
         }
@@ -4213,11 +4231,11 @@ AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512, avl__peak_avx512, 1};
+    avl__multiply_avx512, avl__attend_avx512, avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512, avl__peak_bf16, 1};
+    avl__multiply_bf16, avl__attend_avx512, avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS};
 #endif
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -4293,7 +4311,8 @@ static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_th
     uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
     if (run->kernels->multiply) {
         uint64_t n_blocks = n_thread_floats / 32 + 1;
-        if (n_blocks > SIZE_MAX / 1024 / (n_rows + 1)) return 0;
+        n_rows += 16;                                        // the last group need not be full
+        if (n_blocks > SIZE_MAX / 1024 / n_rows) return 0;
         if (!avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_rows * n_blocks * AVL__QUANT_BYTES), 1)) return 0;
         n_thread_floats = n_thread_floats * 64 + 64 * 32;    // attention takes 32 for each key and value of a head, a panel 16 for
                                                              // each column of whole blocks
@@ -4535,7 +4554,7 @@ typedef struct avl__linear_job {
     void          (*columns)(const avl__product *p, int first, int last, float *scratch);
 } avl__linear_job;
 
-enum { AVL__LINEAR_CHUNK = 32, AVL__QUANTIZE_CHUNK = 4 };   // columns of y (a multiple), rows of x that a thread takes at a time
+enum { AVL__LINEAR_CHUNK = 32 };    // columns of y that a thread takes at a time, or a multiple of it
 enum { AVL__LINEAR_CHUNKS = 16 };   // for each thread, where few rows make a product a matter of streaming weights without a break
 // Up to so many rows fast mode multiplies weights as they lie; more are worth a panel. For quantised weights both ways give the same
 // bits. For floats they do not, so all rows that are decoded together (AVL__STEP_ROWS) must go the same way as one alone.
@@ -4549,15 +4568,15 @@ static void avl__linear_item(void *context, int item, int thread) {
 
 static void avl__quantize_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
-    int first = item * AVL__QUANTIZE_CHUNK, n = job->product.n_rows - first;
+    int group = job->product.quants.group, first = item * group, n = job->product.n_rows - first;
     (void)thread;
-    job->run->kernels->quantize(&job->product, first, n < AVL__QUANTIZE_CHUNK ? n : AVL__QUANTIZE_CHUNK);
+    job->run->kernels->quantize(&job->product, first, n < group ? n : group);
 }
 
 // y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 static void avl__apply(avl__run *run, float *y, const float *x, const avl__linear *w, int n_rows) {
     const size_t n_blocks = ((size_t)w->n_in + 31) / 32;
-    size_t n = (size_t)n_rows * n_blocks;
+    size_t n;
     avl__linear_job job;
     avl__product *p = &job.product;
     job.run = run;
@@ -4572,12 +4591,14 @@ static void avl__apply(avl__run *run, float *y, const float *x, const avl__linea
         job.columns = run->kernels->multiply;
         p->quants.n_blocks = (int)n_blocks;
         p->quants.n_pieces = w->is_fine && run->kernels->has_pieces ? 2 : 1;
-        n *= (size_t)p->quants.n_pieces;
+        p->quants.group = p->few ? 1 : avl__is_float_type(w->type) ? run->kernels->float_group : run->kernels->group;
+        p->quants.n_groups = (n_rows + p->quants.group - 1) / p->quants.group;
+        n = n_blocks * (size_t)p->quants.n_pieces * (size_t)p->quants.n_groups * (size_t)p->quants.group;
         p->quants.scale = (float *)(void *)run->quants;
         p->quants.bias = (int32_t *)(void *)(p->quants.scale + n);
         p->quants.sum = (float *)(void *)(p->quants.bias + 2 * n);
         p->quants.q = (int8_t *)(p->quants.sum + 2 * n);
-        avl__pool_run(run->pool, avl__quantize_item, &job, (n_rows + AVL__QUANTIZE_CHUNK - 1) / AVL__QUANTIZE_CHUNK);
+        avl__pool_run(run->pool, avl__quantize_item, &job, p->quants.n_groups);
     }
     job.chunk = AVL__LINEAR_CHUNK;
     if (p->few) job.chunk *= 1 + w->n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
