@@ -3538,32 +3538,126 @@ AVL__AVX512 AVL__INLINE __m256i avl__rounded_bytes_avx512(int type, const uint8_
     return _mm256_xor_si256(_mm256_set_m128i(_mm512_cvtsepi32_epi8(high), _mm512_cvtsepi32_epi8(low)), _mm256_set1_epi8((char)0x80));
 }
 
-// Fills half a panel from n weight rows, at most 16; what is not there becomes zeros.
-AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in,
+// Half a panel of n (at most 16) rows of float weights; what is not there becomes zeros.
+AVL__AVX512 AVL__INLINE void avl__fill_rounded_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, const avl__panel *to) {
+    int b, r, g;
+    for (b = 0; b < (n_in + 31) / 32; b++)
+        for (g = 0; g < 16; g += 8) {
+            __m256i v[8];
+            AVL__UNROLL
+            for (r = 0; r < 8; r++) {
+                float *d = to->d + 16 * (size_t)b + (size_t)(g + r);
+                v[r] = _mm256_setzero_si256();
+                *d = 0.0f;
+                if (g + r < n) v[r] = avl__rounded_bytes_avx512(type, rows + (size_t)(g + r) * row_bytes, b, n_in, d);
+            }
+            avl__store_turned_avx2(v, 8, to->u + 512 * (size_t)b + 4 * g, 64);
+        }
+}
+
+// Four words of 16 rows, `at` bytes from where the rows begin, turned: out[i] has word i of every row.
+AVL__AVX512 AVL__INLINE void avl__turn_words_avx512(const uint8_t *const *row, size_t at, __m512i *out) {
+    __m512i v[4], low[2], high[2];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++)
+        v[i] = avl__join_avx512(_mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at)),
+                                _mm256_set_m128i(avl__load16_avx2(row[i + 12] + at), avl__load16_avx2(row[i + 8] + at)));
+    AVL__UNROLL
+    for (i = 0; i < 2; i++) {
+        low[i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        high[i] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    out[0] = _mm512_unpacklo_epi64(low[0], low[1]);
+    out[1] = _mm512_unpackhi_epi64(low[0], low[1]);
+    out[2] = _mm512_unpacklo_epi64(high[0], high[1]);
+    out[3] = _mm512_unpackhi_epi64(high[0], high[1]);
+}
+
+// Eight turned words, out of each byte the bits of mask << shift, moved to bit `to`; added to out
+AVL__AVX512 AVL__INLINE void avl__turn_bits_avx512(const uint8_t *const *row, size_t at, int shift, int mask, int to, __m512i *out) {
+    __m512i v[8];
+    int i;
+    avl__turn_words_avx512(row, at, v);
+    avl__turn_words_avx512(row, at + 16, v + 4);
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) {
+        v[i] = _mm512_and_si512(_mm512_srl_epi16(v[i], _mm_cvtsi32_si128(shift)), _mm512_set1_epi8((char)mask));
+        out[i] = _mm512_or_si512(out[i], _mm512_slli_epi16(v[i], to));
+    }
+}
+
+// avl__block_bytes_avx2 of block b of 16 rows, turned: out[i] has word i of every row. What it does to bytes can be done to turned ones,
+// and 16 bytes of nibbles are turned at once.
+AVL__AVX512 AVL__INLINE void avl__turned_block_avx512(int type, const uint8_t *const *row, size_t b, __m512i *out) {
+    const size_t s = b / 8 * avl__group_bytes(type), at = b * (avl__group_bytes(type) / 8);
+    const int j = (int)(b % 8), has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
+    const size_t begin = type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_1 ? 4 : 2;    // after the scales
+    __m512i v[4], fifth[4];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) out[i] = _mm512_setzero_si512();
+    switch (type) {
+    case ASTROVL_TYPE_Q2_K: avl__turn_bits_avx512(row, s + 16 + (size_t)(j / 4 * 32), j % 4 * 2, 3, 0, out); return;
+    case ASTROVL_TYPE_Q4_K: avl__turn_bits_avx512(row, s + 16 + (size_t)(j / 2 * 32), j % 2 * 4, 15, 0, out); return;
+    case ASTROVL_TYPE_Q3_K:
+        avl__turn_bits_avx512(row, s + 32 + (size_t)(j / 4 * 32), j % 4 * 2, 3, 0, out);
+        avl__turn_bits_avx512(row, s, j, 1, 2, out);
+        return;
+    case ASTROVL_TYPE_Q5_K:
+        avl__turn_bits_avx512(row, s + 48 + (size_t)(j / 2 * 32), j % 2 * 4, 15, 0, out);
+        avl__turn_bits_avx512(row, s + 16, j, 1, 4, out);
+        return;
+    case ASTROVL_TYPE_Q6_K:
+        avl__turn_bits_avx512(row, s + (size_t)(j / 4 * 64 + j % 2 * 32), j % 4 / 2 * 4, 15, 0, out);
+        avl__turn_bits_avx512(row, s + 128 + (size_t)(j / 4 * 32), j % 4 * 2, 3, 4, out);
+        return;
+    case ASTROVL_TYPE_Q8_0:
+        avl__turn_words_avx512(row, at + 2, out);
+        avl__turn_words_avx512(row, at + 18, out + 4);
+        AVL__UNROLL
+        for (i = 0; i < 8; i++) out[i] = _mm512_xor_si512(out[i], _mm512_set1_epi8((char)0x80));
+        return;
+    default: break;
+    }
+    avl__turn_words_avx512(row, at + begin + (has_fifth ? 4 : 0), v);
+    if (has_fifth) avl__turn_words_avx512(row, at + begin, fifth);            // only the first of these words
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) {
+        out[i] = _mm512_and_si512(i < 4 ? v[i] : _mm512_srli_epi16(v[i - 4], 4), _mm512_set1_epi8(15));
+        if (has_fifth) {      // the product puts each of four bits into a byte of its own
+            const __m512i four = _mm512_and_si512(_mm512_srli_epi32(fifth[0], 4 * (unsigned)i), _mm512_set1_epi32(15));
+            const __m512i bytes = _mm512_mullo_epi32(four, _mm512_set1_epi32((1 + (1 << 7) + (1 << 14) + (1 << 21)) * 16));
+            out[i] = _mm512_or_si512(out[i], _mm512_and_si512(bytes, _mm512_set1_epi8(16)));
+        }
+    }
+}
+
+// Fills half a panel from n (at most 16) weight rows, while as much is fetched from `next` on. In place of what is not there the last
+// row stands, with scales of zero.
+AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_blocks, const char *next,
                                                     const avl__panel *to) {
+    const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
     const avl__block_form f = avl__block_form_of(type);
-    const int is_float = avl__is_float_type(type), n_blocks = (n_in + 31) / 32;
-    int b, j, r, g;
+    const uint8_t *row[16];
+    int b, j, i;
+    for (i = 0; i < 16; i++) row[i] = rows + (size_t)(i < n ? i : n > 0 ? n - 1 : 0) * row_bytes;
     for (b = 0; b < n_blocks; b += 8) {
         const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
-        for (g = 0; g < 16; g += 8) {
-            const size_t scales_at = 16 * (size_t)b * f.n_parts + (size_t)g;
-            if (!is_float)
-                avl__group_scales_avx512(type, rows + (size_t)g * row_bytes + (size_t)(b / 8) * avl__group_bytes(type), row_bytes, n - g,
-                                         n_now, to->d + scales_at, to->minus_m + scales_at, 16);
-            for (j = 0; j < n_now; j++) {
-                __m256i v[8];
-                AVL__UNROLL
-                for (r = 0; r < 8; r++) {
-                    const uint8_t *row = rows + (size_t)(g + r) * row_bytes;
-                    float rounded = 0.0f;
-                    if (g + r >= n) v[r] = _mm256_setzero_si256();
-                    else if (is_float) v[r] = avl__rounded_bytes_avx512(type, row, b + j, n_in, &rounded);
-                    else v[r] = avl__block_bytes_avx2(type, row, (size_t)(b + j));
-                    if (is_float) to->d[scales_at + 16 * (size_t)j + (size_t)r] = rounded;
-                }
-                avl__store_turned_avx2(v, 8, to->u + 512 * (size_t)(b + j) + 4 * g, 64);
-            }
+        for (i = 0; i < 16; i += 8) {
+            const size_t at = 16 * (size_t)b * f.n_parts + (size_t)i;
+            avl__group_scales_avx512(type, rows + (size_t)i * row_bytes + (size_t)(b / 8) * avl__group_bytes(type), row_bytes, n - i, n_now,
+                                     to->d + at, to->minus_m + at, 16);
+        }
+        for (j = 0; j < n_now; j++) {
+            __m512i v[8];
+            size_t line;
+            for (line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
+            if (((uintptr_t)next & 4095) < step) avl__prefetch_page(next);
+            next += step;
+            avl__turned_block_avx512(type, row, (size_t)(b + j), v);
+            AVL__UNROLL
+            for (i = 0; i < 8; i++) _mm512_storeu_si512(to->u + 512 * (size_t)(b + j) + 64 * i, v[i]);
         }
     }
 }
@@ -3668,8 +3762,12 @@ AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__pr
         for (i = 0; i < 2; i++) {
             const avl__panel half = {panel.u + 512 * n_blocks * (size_t)i, panel.d + n_scales * (size_t)i,
                                      panel.minus_m + n_scales * (size_t)i};
-            avl__fill_panel_avx512(type, (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes,
-                                   n_columns - 16 * i, w->n_in, &half);
+            const uint8_t *rows = (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes;
+            if (avl__is_float_type(type)) avl__fill_rounded_avx512(type, rows, w->row_bytes, n_columns - 16 * i, w->n_in, &half);
+            else if (n_columns > 16 * i) {
+                const char *next = (const char *)rows + (last - out >= 16 * i + 32 ? 16 * w->row_bytes : 0);   // at the end these again
+                avl__fill_panel_avx512(type, rows, w->row_bytes, n_columns - 16 * i, (int)n_blocks, next, &half);
+            }
         }
         avl__run_panel_avx512(f, &panel, p, out, n_columns);
     }
@@ -4555,7 +4653,7 @@ typedef struct avl__linear_job {
 } avl__linear_job;
 
 enum { AVL__LINEAR_CHUNK = 32 };    // columns of y that a thread takes at a time, or a multiple of it
-enum { AVL__LINEAR_CHUNKS = 16 };   // for each thread, where few rows make a product a matter of streaming weights without a break
+enum { AVL__STREAM_ROWS = 32, AVL__LINEAR_CHUNKS = 16 };   // up to so many rows weights are streamed: so many parts for each thread
 // Up to so many rows fast mode multiplies weights as they lie; more are worth a panel. For quantised weights both ways give the same
 // bits. For floats they do not, so all rows that are decoded together (AVL__STEP_ROWS) must go the same way as one alone.
 enum { AVL__FEW_ROWS = 2, AVL__FEW_FLOAT_ROWS = 16 };
@@ -4601,7 +4699,7 @@ static void avl__apply(avl__run *run, float *y, const float *x, const avl__linea
         avl__pool_run(run->pool, avl__quantize_item, &job, p->quants.n_groups);
     }
     job.chunk = AVL__LINEAR_CHUNK;
-    if (p->few) job.chunk *= 1 + w->n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
+    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + w->n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
     avl__pool_run(run->pool, avl__linear_item, &job, (w->n_out + job.chunk - 1) / job.chunk);
 }
 
