@@ -2175,13 +2175,16 @@ static double avl__random(uint64_t *state) {
 // and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
 // (vpdpbusd of AVX-512 VNNI). The other two sums depend on the activations alone and are made once per row.
 //
-// One row of activations (writing an answer) is bound by reading the weights from memory: weight rows are multiplied as they
-// stream by, four at a time, so that a row of activations is loaded once for the four.
+// One row of activations (writing an answer) is bound by reading the weights from memory, if the arithmetic keeps up: eight weight
+// rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD). Every block's sum is made whole
+// while it is an integer, for which any order is right; so eight rows' sums come to lie side by side, as in a panel.
 // Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
-// one register holds the same four columns of 16 rows; every row of activations then passes over it, six at a time. 6 x 2
-// registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel of 4096 columns is
-// 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is the only copy
-// of weights there ever is.
+// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones); every row of activations then passes over
+// it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel
+// of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is
+// the only copy of weights there ever is.
+// Both ways do the same float operations in the same order, so a row's bits do not depend on what is computed beside it: a caption
+// is the same alone and among others.
 // ====================================================================================================================
 
 // A weight matrix in place, in its stored format:  y = x W^T + bias

@@ -723,6 +723,7 @@ static void test_products(void) {
         }
         CHECK(astrovl_dequantize(types[t], blocks, expanded, (int64_t)N_IN * N_OUT) == ASTROVL_OK, "type %d", types[t]);
         astrovl_linear(direct, x, expanded, bias, N_ROWS, N_IN, N_OUT);
+        memset(&w, 0, sizeof w);
         w.weight = blocks, w.bias = bias, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row;
         for (threads = 1; threads <= 8; threads++) {
             memset(&run, 0, sizeof run);
@@ -825,7 +826,7 @@ static void test_fast_blocks(int type, uint8_t *blocks, size_t n_bytes, int scal
 
 // What rounding may change in one product: activations move by half a step of their block of 32, 1 / 254 of its largest value; weights
 // of the float types by as much where they are rounded like that; bfloat16 changes each by 2^-9 of itself. Beside that float32's own.
-static double test_fast_bound(int is_float, const float *w, const float *x, int n) {
+static double test_fast_bound(int is_float, int is_fine, const float *w, const float *x, int n) {
     double bound = 0.0, all_w = 0.0, all_x = 0.0;
     int b, i;
     for (b = 0; b < n; b += 32) {
@@ -835,13 +836,13 @@ static double test_fast_bound(int is_float, const float *w, const float *x, int 
             if (fabs(x[i]) > top_x) top_x = fabs(x[i]);
             if (fabs(w[i]) > top_w) top_w = fabs(w[i]);
         }
-        bound += sum_w * top_x / 250 + (is_float ? sum_x * top_w / 250 + 32 * top_x * top_w / 60000 : 0);
+        bound += sum_w * top_x / (is_fine ? 25000 : 250) + (is_float ? sum_x * top_w / 250 + 32 * top_x * top_w / 60000 : 0);
         all_w = top_w > all_w ? top_w : all_w, all_x += sum_x;
     }
     return bound + all_w * all_x * 3e-5 + 1e-35;
 }
 
-static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int n_out, int n_rows, int scales) {
+static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, int n_in, int n_out, int n_rows, int scales) {
     static float x[FAST_ROWS * FAST_IN], y[FAST_ROWS * FAST_OUT], again[FAST_ROWS * FAST_OUT], expanded[FAST_OUT * FAST_IN], bias[FAST_OUT];
     size_t row = astrovl_type_row_bytes(type, n_in);
     uint8_t *blocks = (uint8_t *)malloc(row * (size_t)n_out);
@@ -853,7 +854,8 @@ static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int 
     if (scales == 1) memset(x, 0, (size_t)n_in * sizeof *x);
     test_fast_blocks(type, blocks, row * (size_t)n_out, scales, (uint32_t)(100 * type + n_in));
     CHECK(astrovl_dequantize(type, blocks, expanded, (int64_t)n_in * n_out) == ASTROVL_OK, "type %d", type);
-    w.weight = blocks, w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = n_out, w.row_bytes = row;
+    memset(&w, 0, sizeof w);
+    w.weight = blocks, w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = n_out, w.row_bytes = row, w.is_fine = is_fine;
     for (threads = 1; threads <= 3; threads += 2) {
         memset(&run, 0, sizeof run);
         run.kernels = kernels;
@@ -868,7 +870,7 @@ static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int 
     for (r = 0; r < n_rows; r++)
         for (o = 0; o < n_out; o++) {
             const float *xr = x + (size_t)r * (size_t)n_in, *wo = expanded + (size_t)o * (size_t)n_in;
-            double sum = bias[o], bound = test_fast_bound(avl__is_float_type(type), wo, xr, n_in), error;
+            double sum = bias[o], bound = test_fast_bound(avl__is_float_type(type), is_fine, wo, xr, n_in), error;
             for (i = 0; i < n_in; i++) sum += (double)xr[i] * wo[i];
             error = fabs(sum - y[r * n_out + o]);
             CHECK(error <= bound + 1e-6 * fabs(sum), "%s, %s [%d, %d], %d rows, scales %d: y[%d][%d] is %g, not %g (bound %g)", kernels->name,
@@ -876,6 +878,11 @@ static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int 
             if (error > bound + 1e-6 * fabs(sum)) return;
         }
     free(blocks);
+}
+
+static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int n_out, int n_rows, int scales) {
+    test_fast_shape(kernels, type, 0, n_in, n_out, n_rows, scales);
+    if (type == ASTROVL_TYPE_Q8_0) test_fast_shape(kernels, type, 1, n_in, n_out, n_rows, scales);
 }
 
 static void test_fast_products(void) {
@@ -916,7 +923,7 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
     test_fill(x, N_ROWS * n_in, 31);
     test_fast_blocks(type, blocks, row * N_OUT, 0, (uint32_t)type);
     memset(&w, 0, sizeof w), memset(&run, 0, sizeof run);
-    w.weight = blocks, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row;
+    w.weight = blocks, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row, w.is_fine = type == ASTROVL_TYPE_Q8_0;
     run.kernels = kernels;
     run.pool = avl__pool_new(1);
     CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_in, N_ROWS), "reserve");
