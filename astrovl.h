@@ -2255,6 +2255,11 @@ typedef struct avl__kernels {
     void (*quantize)(const avl__product *p, int first, int n_rows);
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
+    // NULL where attend is: dot and axpy with x in float16, and to float16 and back (what is too large becomes the largest)
+    float (*dot_half)(const uint16_t *x, const float *b, int n);
+    void (*axpy_half)(float *y, float a, const uint16_t *x, int n);
+    void (*to_halves)(uint16_t *y, const float *x, int64_t n);
+    void (*from_halves)(float *y, const uint16_t *x, int n);
     // n rounds of the instruction that many rows meet weights of this type with, in registers alone; the operations made: for
     // measuring arithmetic
     double (*peak)(int type, int64_t n);
@@ -2349,7 +2354,7 @@ static double avl__peak_portable(int type, int64_t n) {
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
     astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
-    avl__peak_portable, 0, 1, 1};
+    NULL, NULL, NULL, NULL, avl__peak_portable, 0, 1, 1};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -3279,6 +3284,47 @@ AVL__AVX2 static void avl__attend_avx2(const avl__tile *t, float *scratch) {
     }
 }
 
+// ---- AVX2: float16, for the KV cache -------------------------------------------------------------------------------
+
+AVL__AVX2 AVL__INLINE __m256 avl__load_halves_avx2(const uint16_t *x) { return _mm256_cvtph_ps(avl__load16_avx2(x)); }
+
+AVL__AVX2 static float avl__dot_half_avx2(const uint16_t *x, const float *b, int n) {
+    __m256 sum[4];
+    float lane[8], rest = 0.0f;
+    int i = 0, j;
+    AVL__UNROLL
+    for (j = 0; j < 4; j++) sum[j] = _mm256_setzero_ps();
+    for (; i + 32 <= n; i += 32)
+        AVL__UNROLL
+        for (j = 0; j < 4; j++) sum[j] = _mm256_fmadd_ps(avl__load_halves_avx2(x + i + 8 * j), _mm256_loadu_ps(b + i + 8 * j), sum[j]);
+    for (; i + 8 <= n; i += 8) sum[0] = _mm256_fmadd_ps(avl__load_halves_avx2(x + i), _mm256_loadu_ps(b + i), sum[0]);
+    for (; i < n; i++) rest += astrovl_f16_to_f32(x[i]) * b[i];
+    _mm256_storeu_ps(lane, _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+    return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7])) + rest;
+}
+
+AVL__AVX2 static void avl__axpy_half_avx2(float *y, float a, const uint16_t *x, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_set1_ps(a), avl__load_halves_avx2(x + i), _mm256_loadu_ps(y + i)));
+    for (; i < n; i++) y[i] += a * astrovl_f16_to_f32(x[i]);
+}
+
+AVL__AVX2 static void avl__to_halves_avx2(uint16_t *y, const float *x, int64_t n) {
+    const float most = 65504.0f;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 v = _mm256_min_ps(_mm256_max_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(-most)), _mm256_set1_ps(most));
+        _mm_storeu_si128((__m128i *)(void *)(y + i), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    for (; i < n; i++) y[i] = astrovl_f32_to_f16(x[i] > most ? most : x[i] < -most ? -most : x[i]);
+}
+
+AVL__AVX2 static void avl__from_halves_avx2(float *y, const uint16_t *x, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, avl__load_halves_avx2(x + i));
+    for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
+}
+
 // Products of 16 or 8 bits and the addition that must follow each. Every product is made of the sum before it, or a compiler would
 // make it once.
 AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) {
@@ -3304,7 +3350,7 @@ AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
-    avl__attend_avx2, avl__peak_avx2, 0, 1, 1};
+    avl__attend_avx2, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -3319,7 +3365,7 @@ AVL__AVX512 AVL__INLINE __m512 avl__scaled_bytes_avx512(__m128i bytes, int is_si
 }
 
 // n (at most 8) 16-bit words that lie `stride` bytes apart, the rest zeros. All eight come out of two to four whole registers, which
-// lie within the 8 * stride bytes.
+// lie within the blocks whether p is where these begin or two bytes on.
 AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, int n) {
     const short w = (short)(stride / 2);
     __m128i some = _mm_setzero_si128();
@@ -3332,8 +3378,8 @@ AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, 
     if (n == 8 && stride <= 24) {            // three, three, and two at the end
         at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, (short)(2 * w), 32, (short)(32 + w), (short)(32 + 2 * w), 0, 0));
         first = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 3 * stride));
-        at = _mm512_castsi128_si512(_mm_setr_epi16(0, 0, 0, 0, 0, 0, (short)(32 - 2 * w), (short)(32 - w)));
-        return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi16(first, 0xC0, at, _mm512_loadu_si512(p + 8 * stride - 64)));
+        at = _mm512_castsi128_si512(_mm_setr_epi16(0, 0, 0, 0, 0, 0, (short)(34 - 2 * w), (short)(34 - w)));
+        return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi16(first, 0xC0, at, _mm512_loadu_si512(p + 8 * stride - 68)));   // 4 less: p may be the second number of a block
     }
     if (n == 8) {                            // two in 64 bytes
         at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, 32, (short)(32 + w), 0, 0, 0, 0));
@@ -4332,11 +4378,13 @@ AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512, avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES};
+    avl__multiply_avx512, avl__attend_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512, avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS};
+    avl__multiply_bf16, avl__attend_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS};
 #endif
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -4718,11 +4766,12 @@ ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const 
 // n_head / n_head_kv neighbouring query heads share one (Ainslie et al. 2023). A causal row sees the keys up to its own place.
 typedef struct avl__attention {
     const float *q;               // [n_rows][n_head][head_dim]
-    const float *k, *v;           // [n_past + n_rows][n_head_kv][head_dim]
+    const void  *k, *v;           // [n_past + n_rows][n_head_kv][head_dim], float or, if is_half, float16
     float       *out;             // [n_rows][n_head][head_dim]
     float       *weights;         // [n_head][n_rows][n_past + n_rows] for the tap, or NULL
     int          n_rows, n_past, n_head, n_head_kv, head_dim, causal;
     const avl__run *run;
+    int          is_half;
 } avl__attention;
 
 // One query row of one head.  scores: [n_past + n_rows]
@@ -4732,16 +4781,47 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
     size_t kv_stride = (size_t)a->n_head_kv * a->head_dim, kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim;
     size_t at = ((size_t)row * a->n_head + head) * a->head_dim;
     float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
-    for (j = 0; j < n_keys; j++) scores[j] = kernels->dot(a->q + at, a->k + (size_t)j * kv_stride + kv_head, a->head_dim) * scale;
+    for (j = 0; j < n_keys; j++) {
+        const size_t key = (size_t)j * kv_stride + kv_head;
+        scores[j] = (a->is_half ? kernels->dot_half((const uint16_t *)a->k + key, a->q + at, a->head_dim)
+                                : kernels->dot(a->q + at, (const float *)a->k + key, a->head_dim)) * scale;
+    }
     astrovl_softmax(scores, n_keys);
     memset(a->out + at, 0, (size_t)a->head_dim * sizeof(float));
-    for (j = 0; j < n_keys; j++) kernels->axpy(a->out + at, scores[j], a->v + (size_t)j * kv_stride + kv_head, a->head_dim);
+    for (j = 0; j < n_keys; j++) {
+        const size_t key = (size_t)j * kv_stride + kv_head;
+        if (a->is_half) kernels->axpy_half(a->out + at, scores[j], (const uint16_t *)a->v + key, a->head_dim);
+        else            kernels->axpy(a->out + at, scores[j], (const float *)a->v + key, a->head_dim);
+    }
     if (a->weights) {
         size_t n_all = (size_t)a->n_past + a->n_rows;
         float *weights = a->weights + ((size_t)head * a->n_rows + row) * n_all;
         memset(weights, 0, n_all * sizeof(float));
         memcpy(weights, scores, (size_t)n_keys * sizeof(float));
     }
+}
+
+// n query rows of one head, from row `first` on. A head's keys and values in float16 are first made floats again.
+static void avl__attend_tile(const avl__attention *a, int head, int first, int n, float *scratch) {
+    const avl__kernels *kernels = a->run->kernels;
+    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_stride = (size_t)a->n_head_kv * a->head_dim;
+    const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim;
+    const size_t kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim;
+    const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
+    avl__tile tile = {a->out + at, a->q + at, NULL, NULL, q_stride, kv_stride, n, n_keys, a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
+    int j;
+    if (a->is_half) {
+        float *k = scratch, *v = k + (size_t)n_keys * a->head_dim;
+        for (j = 0; j < n_keys; j++) {
+            kernels->from_halves(k + (size_t)j * a->head_dim, (const uint16_t *)a->k + (size_t)j * kv_stride + kv_head, a->head_dim);
+            kernels->from_halves(v + (size_t)j * a->head_dim, (const uint16_t *)a->v + (size_t)j * kv_stride + kv_head, a->head_dim);
+        }
+        tile.k = k, tile.v = v, tile.kv_stride = (size_t)a->head_dim;
+        scratch = v + (size_t)n_keys * a->head_dim;
+    } else {
+        tile.k = (const float *)a->k + kv_head, tile.v = (const float *)a->v + kv_head;
+    }
+    kernels->attend(&tile, scratch);
 }
 
 static int avl__attention_items(const avl__attention *a) {
@@ -4753,18 +4833,9 @@ static void avl__attention_item(void *context, int item, int thread) {
     int rest = item % avl__attention_items(a), head = rest % a->n_head, first = rest / a->n_head * AVL__TILE_QUERIES;
     int n = a->n_rows - first, row;
     if (n > AVL__TILE_QUERIES) n = AVL__TILE_QUERIES;
-    if (a->run->kernels->attend && !a->weights && a->n_rows > 1) {
-        const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_stride = (size_t)a->n_head_kv * a->head_dim;
-        const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim;
-        const size_t kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim;
-        const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
-        const avl__tile tile = {a->out + at, a->q + at, a->k + kv_head, a->v + kv_head, q_stride, kv_stride, n, n_keys,
-                                a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
-        a->run->kernels->attend(&tile, avl__thread_memory(a->run, thread));
-        return;
-    }
-    for (row = first; row < first + n; row++)
-        avl__attend(a, head, row, avl__thread_memory(a->run, thread));
+    if (a->run->kernels->attend && !a->weights && a->n_rows > 1) avl__attend_tile(a, head, first, n, avl__thread_memory(a->run, thread));
+    else
+        for (row = first; row < first + n; row++) avl__attend(a, head, row, avl__thread_memory(a->run, thread));
 }
 
 // a: [n], of as many rows and heads each
@@ -9777,7 +9848,7 @@ static void avl__tower_attend(const avl__tower *tower, avl__run *run, avl__tower
     size_t at = 0;
     for (i = 0; i < pass->n_sequences; i++, at += (size_t)n * (size_t)d) {
         avl__attention attention = {pass->q + at, pass->k + at, pass->v + at, pass->mixed + at, pass->weights, 0, 0, tower->n_head,
-                                    tower->n_head, d / tower->n_head, pass->causal, run};
+                                    tower->n_head, d / tower->n_head, pass->causal, run, 0};
         n = pass->lengths ? pass->lengths[i] : pass->n_rows / pass->n_sequences;
         attention.n_rows = n;
         avl__attention_run(&attention, 1);
@@ -10077,17 +10148,19 @@ static astrovl_status avl__llama_load(avl__llama *m, avl__weights *w, astrovl_er
 // Keys (already rotated) and values of every earlier position, so that a new token costs one row and not the whole text.
 
 typedef struct avl__kv_cache {
-    float *k, *v;          // [n_layer][n_ctx][n_head_kv][head_dim], touched only as far as n_past
+    void  *k, *v;          // [n_layer][n_ctx][n_head_kv][head_dim], touched only as far as n_past
+    size_t value_bytes;    // 4: float; 2, in fast mode: float16, of which reading takes half the time
     int    n_ctx, n_past;
 } avl__kv_cache;
 
-static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx) {
+static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx, size_t value_bytes) {
     uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
     if (n > SIZE_MAX / 16 / row) return 0;
     cache->n_ctx = n_ctx;
     cache->n_past = 0;
-    cache->k = avl__alloc_floats(n * row);
-    cache->v = avl__alloc_floats(n * row);
+    cache->value_bytes = value_bytes;
+    cache->k = avl__alloc_raw(n * row, value_bytes);
+    cache->v = avl__alloc_raw(n * row, value_bytes);
     return cache->k && cache->v;
 }
 
@@ -10097,8 +10170,14 @@ static void avl__kv_cache_free(avl__kv_cache *cache) {
 }
 
 // Where the next position of layer i belongs in the cache's k or v, whose rows are of `row` values.
-static float *avl__kv_at(const avl__kv_cache *cache, float *k_or_v, int i, size_t row) {
-    return k_or_v + ((size_t)i * cache->n_ctx + cache->n_past) * row;
+static void *avl__kv_at(const avl__kv_cache *cache, void *k_or_v, int i, size_t row) {
+    return (uint8_t *)k_or_v + ((size_t)i * cache->n_ctx + cache->n_past) * row * cache->value_bytes;
+}
+
+// Puts n values there.
+static void avl__kv_put(const avl__run *run, const avl__kv_cache *cache, void *to, const float *values, size_t n) {
+    if (cache->value_bytes == 2) run->kernels->to_halves((uint16_t *)to, values, (int64_t)n);
+    else                         memcpy(to, values, n * sizeof(float));
 }
 
 // ---- the forward pass ----------------------------------------------------------------------------------------------
@@ -10116,7 +10195,8 @@ typedef struct avl__llama_pass {
     float *x;                // [n][n_embd]   the residual stream
     float *normed;           // [n][n_embd]
     float *q, *mixed;        // [n][n_head][head_dim]
-    float *k, *v;            // [n][n_head_kv][head_dim], on their way into several caches
+    float *k, *v;            // [n][n_head_kv][head_dim], on their way into caches
+    int    in_place;         // 1: one cache of floats, into which they are computed
     float *gate, *up;        // [n][n_ff]
     float *turns;            // [rope_dim / 2][3]   cosine, sine, -sine of one position's angles
     float *shown;            // [n][n_head][head_dim], only for the tap
@@ -10128,13 +10208,18 @@ static int avl__llama_reserve(avl__llama_pass *p) {
     avl__run *run = p->run;
     const int n = p->n;
     uint64_t wide = (uint64_t)n * m->n_embd, heads = (uint64_t)n * m->n_head * m->head_dim, hidden = (uint64_t)n * m->n_ff;
-    uint64_t kv = p->n_caches > 1 ? (uint64_t)n * m->n_head_kv * m->head_dim : 0, turns = (uint64_t)m->rope_dim / 2 * 3;
+    const int is_half = p->caches[0]->value_bytes == 2;
+    uint64_t kv = p->n_caches > 1 || is_half ? (uint64_t)n * m->n_head_kv * m->head_dim : 0, turns = (uint64_t)m->rope_dim / 2 * 3;
     uint64_t weights = avl__attention_weights_floats(run, m->n_head, n, p->caches[0]->n_past + n), shown = run->tap ? heads : 0;
-    uint64_t thread = (uint64_t)m->n_embd;
+    uint64_t thread = (uint64_t)m->n_embd, n_keys = 0;
     float *block;
     int c;
+    p->in_place = kv == 0;
     for (c = 0; c < p->n_caches; c++)
-        if (thread < (uint64_t)p->caches[c]->n_past + n) thread = (uint64_t)p->caches[c]->n_past + n;
+        if (n_keys < (uint64_t)p->caches[c]->n_past + n) n_keys = (uint64_t)p->caches[c]->n_past + n;
+    if (is_half && p->n_caches == 1)                          // avl__attend_tile's floats; 64 times this are taken in fast mode
+        n_keys = n_keys * (2 + (uint64_t)m->head_dim / 32) + (uint64_t)m->head_dim;
+    if (thread < n_keys) thread = n_keys;
     if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
     if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
     if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * kv + 2 * hidden + turns + shown + weights, thread, (uint64_t)n)) return 0;
@@ -10175,8 +10260,8 @@ static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
     const avl__llama_layer *layer = &m->layers[i];
     const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
     const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
-    float *k = p->n_caches > 1 ? p->k : avl__kv_at(p->caches[0], p->caches[0]->k, i, kv_row);
-    float *v = p->n_caches > 1 ? p->v : avl__kv_at(p->caches[0], p->caches[0]->v, i, kv_row);
+    float *k = p->in_place ? (float *)avl__kv_at(p->caches[0], p->caches[0]->k, i, kv_row) : p->k;
+    float *v = p->in_place ? (float *)avl__kv_at(p->caches[0], p->caches[0]->v, i, kv_row) : p->v;
     int c;
     avl__rms_norm_rows(p->run, p->normed, p->x, layer->attention_norm, p->n, m->n_embd, m->rms_norm_eps);
     avl__tap(p->run, "model.layers", i, "input_layernorm", p->normed, p->n, m->n_embd);
@@ -10194,9 +10279,10 @@ static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
     }
     avl__llama_tap_heads(p, i, "self_attn.q_rope", p->q, m->n_head);
     avl__llama_tap_heads(p, i, "self_attn.k_rope", k, m->n_head_kv);
-    for (c = 0; p->n_caches > 1 && c < p->n_caches; c++) {
-        memcpy(avl__kv_at(p->caches[c], p->caches[c]->k, i, kv_row), k + c * kv_row, kv_row * sizeof(float));
-        memcpy(avl__kv_at(p->caches[c], p->caches[c]->v, i, kv_row), v + c * kv_row, kv_row * sizeof(float));
+    for (c = 0; !p->in_place && c < p->n_caches; c++) {
+        const avl__kv_cache *cache = p->caches[c];
+        avl__kv_put(p->run, cache, avl__kv_at(cache, cache->k, i, kv_row), k + c * kv_row, n_each * kv_row);
+        avl__kv_put(p->run, cache, avl__kv_at(cache, cache->v, i, kv_row), v + c * kv_row, n_each * kv_row);
     }
 }
 
@@ -10213,9 +10299,10 @@ static void avl__llama_attention(avl__llama_pass *p, int i, int n_wanted) {
     if (n_wanted == 0) return;
     for (c = 0; c < p->n_caches; c++) {
         const avl__kv_cache *cache = p->caches[c];
-        const avl__attention attention = {p->q + c * q_row, cache->k + layer * cache->n_ctx, cache->v + layer * cache->n_ctx,
+        const size_t begin = layer * (size_t)cache->n_ctx * cache->value_bytes;
+        const avl__attention attention = {p->q + c * q_row, (const uint8_t *)cache->k + begin, (const uint8_t *)cache->v + begin,
                                           p->mixed + c * q_row, p->weights, n_each - skipped, cache->n_past + skipped, m->n_head,
-                                          m->n_head_kv, m->head_dim, 1, p->run};
+                                          m->n_head_kv, m->head_dim, 1, p->run, cache->value_bytes == 2};
         attentions[c] = attention;
     }
     avl__attention_run(attentions, p->n_caches);
@@ -11033,7 +11120,7 @@ static astrovl_status avl__session_init(astrovl_session *s, const astrovl_sessio
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a session can share only with one of the same model");
     s->run = o->share ? o->share->run : &s->own;
     status = o->share ? ASTROVL_OK : avl__run_init(&s->own, o, err);
-    if (!status && s->model->has_text && !avl__kv_cache_init(&s->cache, llama, n_ctx))
+    if (!status && s->model->has_text && !avl__kv_cache_init(&s->cache, llama, n_ctx, s->run->kernels->attend ? 2 : 4))
         status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller one",
                            n_ctx);
     return status;
@@ -14019,7 +14106,8 @@ static void avl__measure_prepare(const astrovl_session *s, int n_prompt, int n_a
     speed->answer.work = avl__answer_work(m, speed->answer.n);
     speed->prompt.type = speed->answer.type = m->layers[0].up.type;
     if (n > n_ctx || n < speed->prompt.n + speed->answer.n) n = speed->prompt.n + speed->answer.n;
-    speed->cache_bytes = (uint64_t)n * (uint64_t)m->n_layer * (uint64_t)m->n_head_kv * (uint64_t)m->head_dim * 8;
+    speed->cache_bytes = (uint64_t)n * (uint64_t)m->n_layer * (uint64_t)m->n_head_kv * (uint64_t)m->head_dim *
+                         2 * s->cache.value_bytes;
 }
 
 static void avl__measure_limits(const astrovl_session *s, astrovl_speed *speed) {

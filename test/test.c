@@ -984,6 +984,33 @@ static void test_fast_ops(void) {
 }
 
 // The whole model: fast mode's logits lie close to exact mode's, whatever the table, and do not depend on the number of threads.
+// The KV cache's float16: every length, against double; what is too large stays finite.
+static void test_fast_halves(void) {
+    enum { N = 75 };
+    static float x[N], b[N], y[N], back[N];
+    static uint16_t halves[N];
+    int k, i, n;
+    for (k = 0; k < AVL__N_KERNELS; k++)
+        for (n = 1; avl__kernels_run(k) && avl__all_kernels[k]->attend && n <= N; n++) {
+            const avl__kernels *kernels = avl__all_kernels[k];
+            double sum = 0.0;
+            test_fill(x, n, 5), test_fill(b, n, 6), test_fill(y, n, 7);
+            x[n / 2] = n % 2 ? 1e6f : -1e30f;
+            kernels->to_halves(halves, x, n);
+            kernels->from_halves(back, halves, n);
+            for (i = 0; i < n; i++)
+                CHECK(back[i] == (i == n / 2 ? n % 2 ? 65504.0f : -65504.0f : astrovl_f16_to_f32(astrovl_f32_to_f16(x[i]))), "%s: %d of %d",
+                      kernels->name, i, n);
+            back[n / 2] = x[n / 2] = 1.5f;
+            kernels->to_halves(halves, x, n);
+            for (i = 0; i < n; i++) sum += (double)back[i] * b[i];
+            CHECK(fabs(kernels->dot_half(halves, b, n) - sum) < 1e-5, "%s: dot of %d", kernels->name, n);
+            memcpy(x, y, sizeof x);
+            kernels->axpy_half(y, 0.5f, halves, n);
+            for (i = 0; i < n; i++) CHECK(fabs(x[i] + 0.5 * back[i] - y[i]) < 1e-6, "%s: axpy of %d", kernels->name, n);
+        }
+}
+
 static void test_fast_model(void) {
     astrovl_error err;
     astrovl_model *model = astrovl_open("test/astrovl-tiny.gguf", NULL, &err);
@@ -1039,6 +1066,7 @@ static void tests_ops(void) {
     run("fast: products of every type and shape", test_fast_products);
     run("fast: rows do not depend on each other", test_fast_rows);
     run("fast: norms and activations", test_fast_ops);
+    run("fast: float16 of the KV cache", test_fast_halves);
     run("fast: a model", test_fast_model);
 }
 
@@ -6752,6 +6780,7 @@ static void measure_models(void) {
     long at;
     int done = 0, calls;
     double three[3] = {3, 1, 2}, four[4] = {4, 1, 3, 2};
+    const int value = avl__choose_kernels(ASTROVL_FAST, NULL)->attend ? 2 : 4;     // bytes of a number in the KV cache
     const double layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 256, tower = 4 * 32 * 32 + 2 * 32 * 48, output = 64 * 300;
     CHECK(avl__median(three, 1) == 3 && avl__median(three, 3) == 2 && avl__median(four, 4) == 2.5, "medians");
     CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
@@ -6771,7 +6800,7 @@ static void measure_models(void) {
           speed.first_token_seconds > speed.image.seconds, "seconds");
     CHECK(speed.prompt.limit > 1e7 && speed.answer.limit > 1e5 && speed.image.limit == speed.image.limit, "limits");
     CHECK(speed.prompt.type == ASTROVL_TYPE_Q8_0 && speed.answer.type == ASTROVL_TYPE_Q8_0 && speed.image.type == ASTROVL_TYPE_Q8_0, "types");
-    CHECK(speed.file_bytes == astrovl_gguf_size(astrovl_file(model, 0)) && speed.cache_bytes == 44 * 2 * 2 * 16 * 8, "%d bytes of cache",
+    CHECK(speed.file_bytes == astrovl_gguf_size(astrovl_file(model, 0)) && speed.cache_bytes == 44 * 2 * 2 * 16 * 2 * value, "%d bytes of cache",
           (int)speed.cache_bytes);
     CHECK(!AVL__POSIX || speed.peak_bytes > speed.file_bytes, "peak memory");
     CHECK(astrovl_session_n_past(s) == 0, "a conversation is left");
@@ -6800,7 +6829,7 @@ static void measure_models(void) {
     options.n_ctx = 40;                                   // too short for an image and a question
     s = astrovl_session_new(model, &options, &err);
     CHECK(astrovl_measure_model(s, 5, 2, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.first_token_seconds == 0.0 && speed.image.n == 1 &&
-          speed.cache_bytes == 7 * 2 * 2 * 16 * 8, "a short context");
+          speed.cache_bytes == 7 * 2 * 2 * 16 * 2 * value, "a short context");
     astrovl_session_free(s);
     options.n_ctx = 1;
     s = astrovl_session_new(model, &options, &err);
