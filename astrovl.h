@@ -4766,30 +4766,34 @@ ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const 
 // n_head / n_head_kv neighbouring query heads share one (Ainslie et al. 2023). A causal row sees the keys up to its own place.
 typedef struct avl__attention {
     const float *q;               // [n_rows][n_head][head_dim]
-    const void  *k, *v;           // [n_past + n_rows][n_head_kv][head_dim], float or, if is_half, float16
+    const void  *k, *v;           // [n_past + n_rows][n_head_kv][head_dim], float or, if is_half, float16; key_stride values from
+                                  // one key of a head to the next, head_stride from one head to the next
     float       *out;             // [n_rows][n_head][head_dim]
     float       *weights;         // [n_head][n_rows][n_past + n_rows] for the tap, or NULL
     int          n_rows, n_past, n_head, n_head_kv, head_dim, causal;
     const avl__run *run;
+    size_t       key_stride, head_stride;
     int          is_half;
 } avl__attention;
+
+// Where the keys and values of a query head begin.
+static size_t avl__head_begin(const avl__attention *a, int head) { return (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_stride; }
 
 // One query row of one head.  scores: [n_past + n_rows]
 static void avl__attend(const avl__attention *a, int head, int row, float *scores) {
     const avl__kernels *kernels = a->run->kernels;
     int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows, j;
-    size_t kv_stride = (size_t)a->n_head_kv * a->head_dim, kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim;
-    size_t at = ((size_t)row * a->n_head + head) * a->head_dim;
+    size_t kv_head = avl__head_begin(a, head), at = ((size_t)row * a->n_head + head) * a->head_dim;
     float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
     for (j = 0; j < n_keys; j++) {
-        const size_t key = (size_t)j * kv_stride + kv_head;
+        const size_t key = kv_head + (size_t)j * a->key_stride;
         scores[j] = (a->is_half ? kernels->dot_half((const uint16_t *)a->k + key, a->q + at, a->head_dim)
                                 : kernels->dot(a->q + at, (const float *)a->k + key, a->head_dim)) * scale;
     }
     astrovl_softmax(scores, n_keys);
     memset(a->out + at, 0, (size_t)a->head_dim * sizeof(float));
     for (j = 0; j < n_keys; j++) {
-        const size_t key = (size_t)j * kv_stride + kv_head;
+        const size_t key = kv_head + (size_t)j * a->key_stride;
         if (a->is_half) kernels->axpy_half(a->out + at, scores[j], (const uint16_t *)a->v + key, a->head_dim);
         else            kernels->axpy(a->out + at, scores[j], (const float *)a->v + key, a->head_dim);
     }
@@ -4804,17 +4808,17 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
 // n query rows of one head, from row `first` on. A head's keys and values in float16 are first made floats again.
 static void avl__attend_tile(const avl__attention *a, int head, int first, int n, float *scratch) {
     const avl__kernels *kernels = a->run->kernels;
-    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_stride = (size_t)a->n_head_kv * a->head_dim;
+    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_head = avl__head_begin(a, head);
     const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim;
-    const size_t kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_dim;
     const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
-    avl__tile tile = {a->out + at, a->q + at, NULL, NULL, q_stride, kv_stride, n, n_keys, a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
+    avl__tile tile = {a->out + at, a->q + at, NULL, NULL, q_stride, a->key_stride, n, n_keys, a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
     int j;
     if (a->is_half) {
         float *k = scratch, *v = k + (size_t)n_keys * a->head_dim;
         for (j = 0; j < n_keys; j++) {
-            kernels->from_halves(k + (size_t)j * a->head_dim, (const uint16_t *)a->k + (size_t)j * kv_stride + kv_head, a->head_dim);
-            kernels->from_halves(v + (size_t)j * a->head_dim, (const uint16_t *)a->v + (size_t)j * kv_stride + kv_head, a->head_dim);
+            const size_t key = kv_head + (size_t)j * a->key_stride;
+            kernels->from_halves(k + (size_t)j * a->head_dim, (const uint16_t *)a->k + key, a->head_dim);
+            kernels->from_halves(v + (size_t)j * a->head_dim, (const uint16_t *)a->v + key, a->head_dim);
         }
         tile.k = k, tile.v = v, tile.kv_stride = (size_t)a->head_dim;
         scratch = v + (size_t)n_keys * a->head_dim;
@@ -9848,7 +9852,7 @@ static void avl__tower_attend(const avl__tower *tower, avl__run *run, avl__tower
     size_t at = 0;
     for (i = 0; i < pass->n_sequences; i++, at += (size_t)n * (size_t)d) {
         avl__attention attention = {pass->q + at, pass->k + at, pass->v + at, pass->mixed + at, pass->weights, 0, 0, tower->n_head,
-                                    tower->n_head, d / tower->n_head, pass->causal, run, 0};
+                                    tower->n_head, d / tower->n_head, pass->causal, run, (size_t)d, (size_t)(d / tower->n_head), 0};
         n = pass->lengths ? pass->lengths[i] : pass->n_rows / pass->n_sequences;
         attention.n_rows = n;
         avl__attention_run(&attention, 1);
@@ -10148,7 +10152,7 @@ static astrovl_status avl__llama_load(avl__llama *m, avl__weights *w, astrovl_er
 // Keys (already rotated) and values of every earlier position, so that a new token costs one row and not the whole text.
 
 typedef struct avl__kv_cache {
-    void  *k, *v;          // [n_layer][n_ctx][n_head_kv][head_dim], touched only as far as n_past
+    void  *k, *v;          // [n_layer][n_head_kv][n_ctx][head_dim], touched only as far as n_past: one head's keys follow one another
     size_t value_bytes;    // 4: float; 2, in fast mode: float16, of which reading takes half the time
     int    n_ctx, n_past;
 } avl__kv_cache;
@@ -10169,15 +10173,21 @@ static void avl__kv_cache_free(avl__kv_cache *cache) {
     astrovl_free(cache->v);
 }
 
-// Where the next position of layer i belongs in the cache's k or v, whose rows are of `row` values.
-static void *avl__kv_at(const avl__kv_cache *cache, void *k_or_v, int i, size_t row) {
-    return (uint8_t *)k_or_v + ((size_t)i * cache->n_ctx + cache->n_past) * row * cache->value_bytes;
+// Where a layer's keys or values begin.
+static uint8_t *avl__kv_layer(const avl__kv_cache *cache, const avl__llama *m, void *k_or_v, int layer) {
+    return (uint8_t *)k_or_v + (size_t)layer * m->n_head_kv * cache->n_ctx * m->head_dim * cache->value_bytes;
 }
 
-// Puts n values there.
-static void avl__kv_put(const avl__run *run, const avl__kv_cache *cache, void *to, const float *values, size_t n) {
-    if (cache->value_bytes == 2) run->kernels->to_halves((uint16_t *)to, values, (int64_t)n);
-    else                         memcpy(to, values, n * sizeof(float));
+// Puts values [n][n_head_kv][head_dim] behind the n_past positions of a layer's keys or values.
+static void avl__kv_put(const avl__kernels *kernels, const avl__kv_cache *cache, const avl__llama *m, uint8_t *layer, const float *values,
+                        int n) {
+    int row, head;
+    for (row = 0; row < n; row++)
+        for (head = 0; head < m->n_head_kv; head++, values += m->head_dim) {
+            uint8_t *to = layer + ((size_t)head * cache->n_ctx + (size_t)(cache->n_past + row)) * m->head_dim * cache->value_bytes;
+            if (cache->value_bytes == 2) kernels->to_halves((uint16_t *)(void *)to, values, m->head_dim);
+            else                         memcpy(to, values, (size_t)m->head_dim * sizeof(float));
+        }
 }
 
 // ---- the forward pass ----------------------------------------------------------------------------------------------
@@ -10195,8 +10205,7 @@ typedef struct avl__llama_pass {
     float *x;                // [n][n_embd]   the residual stream
     float *normed;           // [n][n_embd]
     float *q, *mixed;        // [n][n_head][head_dim]
-    float *k, *v;            // [n][n_head_kv][head_dim], on their way into caches
-    int    in_place;         // 1: one cache of floats, into which they are computed
+    float *k, *v;            // [n][n_head_kv][head_dim], on their way into the caches
     float *gate, *up;        // [n][n_ff]
     float *turns;            // [rope_dim / 2][3]   cosine, sine, -sine of one position's angles
     float *shown;            // [n][n_head][head_dim], only for the tap
@@ -10209,12 +10218,11 @@ static int avl__llama_reserve(avl__llama_pass *p) {
     const int n = p->n;
     uint64_t wide = (uint64_t)n * m->n_embd, heads = (uint64_t)n * m->n_head * m->head_dim, hidden = (uint64_t)n * m->n_ff;
     const int is_half = p->caches[0]->value_bytes == 2;
-    uint64_t kv = p->n_caches > 1 || is_half ? (uint64_t)n * m->n_head_kv * m->head_dim : 0, turns = (uint64_t)m->rope_dim / 2 * 3;
+    uint64_t kv = (uint64_t)n * m->n_head_kv * m->head_dim, turns = (uint64_t)m->rope_dim / 2 * 3;
     uint64_t weights = avl__attention_weights_floats(run, m->n_head, n, p->caches[0]->n_past + n), shown = run->tap ? heads : 0;
     uint64_t thread = (uint64_t)m->n_embd, n_keys = 0;
     float *block;
     int c;
-    p->in_place = kv == 0;
     for (c = 0; c < p->n_caches; c++)
         if (n_keys < (uint64_t)p->caches[c]->n_past + n) n_keys = (uint64_t)p->caches[c]->n_past + n;
     if (is_half && p->n_caches == 1)                          // avl__attend_tile's floats; 64 times this are taken in fast mode
@@ -10260,36 +10268,34 @@ static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
     const avl__llama_layer *layer = &m->layers[i];
     const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
     const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
-    float *k = p->in_place ? (float *)avl__kv_at(p->caches[0], p->caches[0]->k, i, kv_row) : p->k;
-    float *v = p->in_place ? (float *)avl__kv_at(p->caches[0], p->caches[0]->v, i, kv_row) : p->v;
     int c;
     avl__rms_norm_rows(p->run, p->normed, p->x, layer->attention_norm, p->n, m->n_embd, m->rms_norm_eps);
     avl__tap(p->run, "model.layers", i, "input_layernorm", p->normed, p->n, m->n_embd);
     if (n_wanted) avl__apply(p->run, p->q, p->normed + (size_t)skipped * m->n_embd, &layer->q, n_wanted);
-    avl__apply(p->run, k, p->normed, &layer->k, p->n);
-    avl__apply(p->run, v, p->normed, &layer->v, p->n);
+    avl__apply(p->run, p->k, p->normed, &layer->k, p->n);
+    avl__apply(p->run, p->v, p->normed, &layer->v, p->n);
     avl__llama_tap_heads(p, i, "self_attn.q_proj", p->q, m->n_head);
-    avl__llama_tap_heads(p, i, "self_attn.k_proj", k, m->n_head_kv);
-    avl__tap(p->run, "model.layers", i, "self_attn.v_proj", v, p->n, (int64_t)kv_row);
+    avl__llama_tap_heads(p, i, "self_attn.k_proj", p->k, m->n_head_kv);
+    avl__tap(p->run, "model.layers", i, "self_attn.v_proj", p->v, p->n, (int64_t)kv_row);
     for (c = 0; c < p->n_caches; c++) {
         int position = p->caches[c]->n_past;
         avl__rope_rows(p->q + c * q_row, n_each - skipped, m->n_head, m->head_dim, m->rope_dim, position + skipped, m->inv_freq,
                        p->turns);
-        avl__rope_rows(k + c * kv_row, n_each, m->n_head_kv, m->head_dim, m->rope_dim, position, m->inv_freq, p->turns);
+        avl__rope_rows(p->k + c * kv_row, n_each, m->n_head_kv, m->head_dim, m->rope_dim, position, m->inv_freq, p->turns);
     }
     avl__llama_tap_heads(p, i, "self_attn.q_rope", p->q, m->n_head);
-    avl__llama_tap_heads(p, i, "self_attn.k_rope", k, m->n_head_kv);
-    for (c = 0; !p->in_place && c < p->n_caches; c++) {
+    avl__llama_tap_heads(p, i, "self_attn.k_rope", p->k, m->n_head_kv);
+    for (c = 0; c < p->n_caches; c++) {
         const avl__kv_cache *cache = p->caches[c];
-        avl__kv_put(p->run, cache, avl__kv_at(cache, cache->k, i, kv_row), k + c * kv_row, n_each * kv_row);
-        avl__kv_put(p->run, cache, avl__kv_at(cache, cache->v, i, kv_row), v + c * kv_row, n_each * kv_row);
+        avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->k, i), p->k + c * kv_row, n_each);
+        avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->v, i), p->v + c * kv_row, n_each);
     }
 }
 
 // Leaves the pass with its last n_wanted rows alone: fewer than all (of one cache) where nobody needs the others' output.
 static void avl__llama_attention(avl__llama_pass *p, int i, int n_wanted) {
     const avl__llama *m = p->m;
-    const size_t q_row = (size_t)m->n_head * m->head_dim, layer = (size_t)i * m->n_head_kv * m->head_dim;
+    const size_t q_row = (size_t)m->n_head * m->head_dim;
     const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
     avl__attention attentions[AVL__STEP_ROWS];
     int c;
@@ -10299,10 +10305,10 @@ static void avl__llama_attention(avl__llama_pass *p, int i, int n_wanted) {
     if (n_wanted == 0) return;
     for (c = 0; c < p->n_caches; c++) {
         const avl__kv_cache *cache = p->caches[c];
-        const size_t begin = layer * (size_t)cache->n_ctx * cache->value_bytes;
-        const avl__attention attention = {p->q + c * q_row, (const uint8_t *)cache->k + begin, (const uint8_t *)cache->v + begin,
+        const size_t head_dim = (size_t)m->head_dim, head_stride = head_dim * (size_t)cache->n_ctx;
+        const avl__attention attention = {p->q + c * q_row, avl__kv_layer(cache, m, cache->k, i), avl__kv_layer(cache, m, cache->v, i),
                                           p->mixed + c * q_row, p->weights, n_each - skipped, cache->n_past + skipped, m->n_head,
-                                          m->n_head_kv, m->head_dim, 1, p->run, cache->value_bytes == 2};
+                                          m->n_head_kv, m->head_dim, 1, p->run, head_dim, head_stride, cache->value_bytes == 2};
         attentions[c] = attention;
     }
     avl__attention_run(attentions, p->n_caches);

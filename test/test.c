@@ -741,6 +741,29 @@ static void test_products(void) {
     }
 }
 
+// The same attention with keys and values in float16, a head's keys in a row, as the KV cache has them.
+static void test_attention_of_halves(const avl__attention *floats, int n_keys) {
+    const int d = floats->head_dim, n_kv = floats->n_head_kv, n = floats->n_rows * floats->n_head * d;
+    const float *k = (const float *)floats->k, *v = (const float *)floats->v;
+    uint16_t *halves = (uint16_t *)malloc((size_t)(2 * n_keys * n_kv * d) * 2);
+    float *out = (float *)malloc((size_t)n * 4);
+    avl__attention a = *floats;
+    int h, j, i;
+    for (h = 0; h < n_kv; h++)
+        for (j = 0; j < n_keys; j++)
+            for (i = 0; i < d; i++) {
+                halves[(h * n_keys + j) * d + i] = astrovl_f32_to_f16(k[(j * n_kv + h) * d + i]);
+                halves[((n_kv + h) * n_keys + j) * d + i] = astrovl_f32_to_f16(v[(j * n_kv + h) * d + i]);
+            }
+    a.k = halves, a.v = halves + n_kv * n_keys * d, a.out = out, a.is_half = 1;
+    a.key_stride = (size_t)d, a.head_stride = (size_t)(n_keys * d);
+    avl__attention_run(&a, 1);
+    for (i = 0; i < n; i++)
+        CHECK(fabs(out[i] - floats->out[i]) < 1e-6, "%s: %d rows, float16: [%d] is %g, not %g", a.run->kernels->name, a.n_rows, i, out[i],
+              floats->out[i]);
+    free(halves), free(out);
+}
+
 // softmax(q k^T / sqrt(d)) v in double, causal with a past and grouped heads, and not causal; by each table of kernels. Where a table
 // has an attention of its own, it does not show weights.
 static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_past, int n_head, int n_head_kv, int d, int causal) {
@@ -755,7 +778,12 @@ static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_pas
     test_fill(q, n_rows * n_head * d, 11), test_fill(k, n_keys * n_head_kv * d, 12), test_fill(v, n_keys * n_head_kv * d, 13);
     run.kernels = kernels;
     run.pool = avl__pool_new(3);
-    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)(n_keys > d ? n_keys : d), 1), "reserve");
+    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)(n_keys * (2 + d / 32) + d), 1), "reserve");
+    for (i = 0; i < n_keys * n_head_kv * d; i++) {          // so that float16 holds them
+        k[i] = astrovl_f16_to_f32(astrovl_f32_to_f16(k[i]));
+        v[i] = astrovl_f16_to_f32(astrovl_f32_to_f16(v[i]));
+    }
+    a.key_stride = (size_t)(n_head_kv * d), a.head_stride = (size_t)d;
     a.q = q, a.k = k, a.v = v, a.out = out, a.weights = kernels->attend ? NULL : weights, a.n_rows = n_rows, a.n_past = n_past, a.n_head = n_head;
     a.n_head_kv = n_head_kv, a.head_dim = d, a.causal = causal, a.run = &run;
     avl__attention_run(&a, 1);
@@ -780,6 +808,7 @@ static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_pas
         }
     CHECK(worst < 1e-6, "%s: %d rows after %d: off by %g", kernels->name, n_rows, n_past, worst);
     CHECK(worst_sum < 1e-5, "shown weights do not add up to 1: %g", worst_sum);
+    if (kernels->attend) test_attention_of_halves(&a, n_keys);
     avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
     free(q), free(k), free(v), free(out), free(weights);
 }
@@ -6780,7 +6809,7 @@ static void measure_models(void) {
     long at;
     int done = 0, calls;
     double three[3] = {3, 1, 2}, four[4] = {4, 1, 3, 2};
-    const int value = avl__choose_kernels(ASTROVL_FAST, NULL)->attend ? 2 : 4;     // bytes of a number in the KV cache
+    const uint64_t value = avl__choose_kernels(ASTROVL_FAST, NULL)->attend ? 2 : 4;    // bytes of a number in the KV cache
     const double layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 256, tower = 4 * 32 * 32 + 2 * 32 * 48, output = 64 * 300;
     CHECK(avl__median(three, 1) == 3 && avl__median(three, 3) == 2 && avl__median(four, 4) == 2.5, "medians");
     CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
