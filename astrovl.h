@@ -2549,6 +2549,14 @@ AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
     for (i = 0; i < 8; i++) v[i] = t[i];
 }
 
+// Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
+AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, void *to, int stride) {
+    int i;
+    avl__turn_words_avx2(v);
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(void *)((uint8_t *)to + stride * i), v[i]);
+}
+
 enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
 
 // ---- AVX2: products ------------------------------------------------------------------------------------------------
@@ -2728,24 +2736,22 @@ AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row,
         (short)avl__half_at(row[6] + at), (short)avl__half_at(row[7] + at)));
 }
 
-// Turns a lane for each part of 8 rows, n_parts registers a row, and stores them as [8 / n_parts blocks][n_parts][8 rows].
-AVL__AVX2 AVL__INLINE void avl__store_scales_avx2(__m256 (*v)[2], int n_parts, float *to) {
+// Turns a lane for each part of 8 rows, n_parts registers a row, and stores them as [8 / n_parts blocks][n_parts][8 rows], `stride`
+// floats from one part to the next.
+AVL__AVX2 AVL__INLINE void avl__store_scales_avx2(__m256 (*v)[2], int n_parts, float *to, int stride) {
     __m256i t[8];
     int r, half;
     for (half = 0; half < n_parts; half++) {
         AVL__UNROLL
         for (r = 0; r < 8; r++) t[r] = _mm256_castps_si256(v[r][half]);
-        avl__turn_words_avx2(t);
-        AVL__UNROLL
-        for (r = 0; r < 8; r++) avl__store_words_avx2(to + 64 * half + 8 * r, t[r]);
+        avl__store_turned_avx2(t, to + 8 * half * stride, 4 * stride);
     }
 }
 
 // The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]
 AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d,
                                                     float *minus_m) {
-    const size_t size = type == ASTROVL_TYPE_Q4_0 ? 18 : type == ASTROVL_TYPE_Q4_1 ? 20 : type == ASTROVL_TYPE_Q5_0 ? 22 :
-                        type == ASTROVL_TYPE_Q5_1 ? 24 : type == ASTROVL_TYPE_Q8_0 ? 34 : 0;        // 0: in super-blocks
+    const size_t size = avl__is_k_quant(type) ? 0 : avl__group_bytes(type) / 8;                    // 0: in super-blocks
     const avl__words_form f = avl__words_form_of(type);
     __m256 some_d[8][2], some_m[8][2];
     int r, j;
@@ -2759,8 +2765,8 @@ AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *con
         return;
     }
     for (r = 0; r < 8; r++) avl__block_scales_avx2(type, row[r], b, some_d[r], some_m[r]);
-    avl__store_scales_avx2(some_d, f.n_parts, d);
-    if (f.has_min) avl__store_scales_avx2(some_m, f.n_parts, minus_m);
+    avl__store_scales_avx2(some_d, f.n_parts, d, 8);
+    if (f.has_min) avl__store_scales_avx2(some_m, f.n_parts, minus_m, 8);
 }
 
 // 8 weight rows' pointers, the last of n rows again where there are fewer
@@ -2857,14 +2863,6 @@ typedef struct avl__words {
     float   *d, *minus_m;      // [4][n_blocks][n_parts][8]
 } avl__words;
 
-// Turns 8 rows of 8 words and stores them.
-AVL__AVX2 AVL__INLINE void avl__store_panel_avx2(__m256i *v, uint8_t *to) {
-    int i;
-    avl__turn_words_avx2(v);
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) avl__store_words_avx2(to + 32 * i, v[i]);
-}
-
 // Block b of 8 rows of weights as pairs of 16-bit integers; those of a float type are rounded.  d: [8]
 AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, int b, int n_in, uint8_t *to, float *d) {
     __m256i v[2][8], q[2];
@@ -2882,8 +2880,8 @@ AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, 
         v[0][r] = q[0];
         v[1][r] = q[1];
     }
-    avl__store_panel_avx2(v[0], to);
-    avl__store_panel_avx2(v[1], to + 256);
+    avl__store_turned_avx2(v[0], to, 32);
+    avl__store_turned_avx2(v[1], to + 256, 32);
 }
 
 // Fills a group of a panel from 8 weight rows. One loop for all types: what it takes to look at the type of each block is little beside
@@ -2904,7 +2902,7 @@ AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, 
                 continue;
             }
             for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(b + j));
-            avl__store_panel_avx2(v, to->u + 256 * (size_t)(b + j));
+            avl__store_turned_avx2(v, to->u + 256 * (size_t)(b + j), 32);
         }
     }
 }
@@ -3358,12 +3356,6 @@ AVL__AVX512 AVL__INLINE __mmask16 avl__lanes_avx512(int n) {   // the first n la
     return (__mmask16)(n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0);
 }
 
-// 16 bytes, times a half-precision number
-AVL__AVX512 AVL__INLINE __m512 avl__scaled_bytes_avx512(__m128i bytes, int is_signed, const uint8_t *half) {
-    const __m512i wide = is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(_cvtsh_ss(avl__half_at(half))));
-}
-
 // n (at most 8) 16-bit words that lie `stride` bytes apart, the rest zeros. All eight come out of two to four whole registers, which
 // lie within the blocks whether p is where these begin or two bytes on.
 AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, int n) {
@@ -3426,55 +3418,14 @@ AVL__AVX512 AVL__INLINE void avl__turn_halves_avx512(const uint8_t *rows, size_t
     }
 }
 
-// The d and -m of a super-block s: lane j for block j, or lanes 2 j and 2 j + 1 for its halves.
-AVL__AVX512 AVL__INLINE void avl__super_block_scales_avx512(int type, const uint8_t *s, __m512 *d, __m512 *minus_m) {
-    const __m128i low_nibbles = _mm_set1_epi8(15);
-    uint32_t low, middle, high;
-    __m128i bytes;
-    *minus_m = _mm512_setzero_ps();
-    switch (type) {
-    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four groups to a word
-        low = avl__word_at(s + 4), middle = avl__word_at(s + 8), high = avl__word_at(s + 12);
-        bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3F), (int)((high & 0x0F0F0F0F) | (low >> 2 & 0x30303030)), 0, 0);
-        *d = avl__scaled_bytes_avx512(bytes, 0, s);
-        bytes = _mm_setr_epi32((int)(middle & 0x3F3F3F3F), (int)((high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030)), 0, 0);
-        *minus_m = avl__scaled_bytes_avx512(bytes, 0, s + 2);
-        break;
-    case ASTROVL_TYPE_Q2_K:
-        bytes = avl__load16_avx2(s);
-        *d = avl__scaled_bytes_avx512(_mm_and_si128(bytes, low_nibbles), 0, s + 80);
-        *minus_m = avl__scaled_bytes_avx512(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_nibbles), 0, s + 82);
-        break;
-    case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale, four groups to a word
-        low = avl__word_at(s + 96), middle = avl__word_at(s + 100), high = avl__word_at(s + 104);
-        bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0F) | (high << 4 & 0x30303030)),
-                               (int)((middle & 0x0F0F0F0F) | (high << 2 & 0x30303030)),
-                               (int)((low >> 4 & 0x0F0F0F0F) | (high & 0x30303030)),
-                               (int)((middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030)));
-        *d = avl__scaled_bytes_avx512(_mm_sub_epi8(bytes, _mm_set1_epi8(32)), 1, s + 108);
-        break;
-    case ASTROVL_TYPE_Q6_K:
-        *d = avl__scaled_bytes_avx512(avl__load16_avx2(s + 192), 1, s + 208);
-        break;
-    default: *d = _mm512_setzero_ps(); break;
-    }
-}
-
-// Turns 8 words of 8 rows and stores n (at most 8) of the turned rows, `stride` bytes apart.
-AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, int n, void *to, int stride) {
-    int i;
-    avl__turn_words_avx2(v);
-    for (i = 0; i < 8 && i < n; i++) _mm256_storeu_si256((__m256i *)(void *)((uint8_t *)to + stride * i), v[i]);
-}
-
 // The d and -m of n (at most 8) blocks of n_rows (at most 8) rows, which lie row_bytes apart: d[n n_parts][rows], these `stride`
 // floats apart. Of rows that are not there: zeros.
 AVL__AVX512 AVL__INLINE void avl__group_scales_avx512(int type, const uint8_t *group, size_t row_bytes, int n_rows, int n, float *d,
                                                       float *minus_m, int stride) {
     const avl__block_form f = avl__block_form_of(type);
     const int block = (int)avl__group_bytes(type) / 8;
-    __m512 d_row[8], m_row[8];
-    int r, half;
+    __m256 d_row[8][2], m_row[8][2];
+    int r;
     if (!avl__is_k_quant(type)) {
         avl__turn_halves_avx512(group, row_bytes, n_rows, block, n, d, stride, 0);
         if (f.has_min) avl__turn_halves_avx512(group + 2, row_bytes, n_rows, block, n, minus_m, stride, 0x8000);
@@ -3482,21 +3433,11 @@ AVL__AVX512 AVL__INLINE void avl__group_scales_avx512(int type, const uint8_t *g
     }
     AVL__UNROLL
     for (r = 0; r < 8; r++) {
-        d_row[r] = m_row[r] = _mm512_setzero_ps();
-        if (r < n_rows) avl__super_block_scales_avx512(type, group + (size_t)r * row_bytes, &d_row[r], &m_row[r]);
+        d_row[r][0] = d_row[r][1] = m_row[r][0] = m_row[r][1] = _mm256_setzero_ps();
+        if (r < n_rows) avl__block_scales_avx2(type, group + (size_t)r * row_bytes, 0, d_row[r], m_row[r]);
     }
-    for (half = 0; half < f.n_parts; half++) {
-        __m256i v[8];
-        AVL__UNROLL
-        for (r = 0; r < 8; r++)
-            v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(d_row[r], 1) : _mm512_castps512_ps256(d_row[r]));
-        avl__store_turned_avx2(v, 8, d + 8 * half * stride, 4 * stride);
-        if (!f.has_min) continue;
-        AVL__UNROLL
-        for (r = 0; r < 8; r++)
-            v[r] = _mm256_castps_si256(half ? _mm512_extractf32x8_ps(m_row[r], 1) : _mm512_castps512_ps256(m_row[r]));
-        avl__store_turned_avx2(v, 8, minus_m + 8 * half * stride, 4 * stride);
-    }
+    avl__store_scales_avx2(d_row, f.n_parts, d, stride);
+    if (f.has_min) avl__store_scales_avx2(m_row, f.n_parts, minus_m, stride);
 }
 
 // 16 weights of a float type, those beyond the row zero
@@ -3600,7 +3541,7 @@ AVL__AVX512 AVL__INLINE void avl__fill_rounded_avx512(int type, const uint8_t *r
                 *d = 0.0f;
                 if (g + r < n) v[r] = avl__rounded_bytes_avx512(type, rows + (size_t)(g + r) * row_bytes, b, n_in, d);
             }
-            avl__store_turned_avx2(v, 8, to->u + 512 * (size_t)b + 4 * g, 64);
+            avl__store_turned_avx2(v, to->u + 512 * (size_t)b + 4 * g, 64);
         }
 }
 
@@ -3998,7 +3939,7 @@ AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_bf16(int type, const uint8_t *
                 __m256i v[8];
                 AVL__UNROLL
                 for (r = 0; r < 8; r++) v[r] = h ? _mm512_extracti64x4_epi64(pairs[r], 1) : _mm512_castsi512_si256(pairs[r]);
-                avl__store_turned_avx2(v, 8, to + 64 * (16 * (size_t)b + 8 * (size_t)h) + 4 * g, 64);
+                avl__store_turned_avx2(v, to + 64 * (16 * (size_t)b + 8 * (size_t)h) + 4 * g, 64);
             }
         }
 }

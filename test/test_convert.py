@@ -1699,8 +1699,8 @@ class Bench(Case):
         self.assertGreater(result["first_token_seconds"], result["image"]["seconds"])
         self.assertEqual(result["memory"]["files"], os.path.getsize(MODEL))
         self.assertGreater(result["memory"]["peak"], 1 << 20)
-        values = (64 + 35) * 4 * 2 * 32 * 2                # keys and values of the image and a question: float16, or float if
-        self.assertIn(result["memory"]["kv_cache"], (2 * values, 4 * values))                    # there are no fast kernels
+        numbers = (64 + 35) * 4 * 2 * 32 * 2               # keys and values of the image and a question: float16, or float if
+        self.assertIn(result["memory"]["kv_cache"], (2 * numbers, 4 * numbers))                    # there are no fast kernels
         self.assertEqual(self.bench("--prompt", "5000", "--tokens", "24")["prompt"]["n"], 1000)   # cut to the context
         result = self.succeeds("bench", "--rounds", "2", "--prompt", "4", "--tokens", "1", "-j", "1",
                                env=dict(os.environ, ASTROVL_ISA="portable"))
