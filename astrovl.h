@@ -2677,57 +2677,6 @@ AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n
         }
 }
 
-// 8 bytes, times a half-precision number
-AVL__AVX2 AVL__INLINE __m256 avl__scaled_bytes_avx2(__m128i bytes, int is_signed, const uint8_t *half) {
-    const __m256i wide = is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(_cvtsh_ss(avl__half_at(half))));
-}
-
-// The d and -m of the 8 blocks of a super-block from block b on: lane j for block b + j; of blocks in two parts, lanes 2 j and
-// 2 j + 1 of 16 in two registers.
-AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, size_t b, __m256 *d, __m256 *minus_m) {
-    const __m128i low_nibbles = _mm_set1_epi8(15);
-    const uint8_t *s;
-    uint32_t low, middle, high;
-    __m128i bytes, least;
-    switch (type) {
-    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four groups to a word
-        s = row + b / 8 * (type == ASTROVL_TYPE_Q4_K ? 144 : 176);
-        low = avl__word_at(s + 4), middle = avl__word_at(s + 8), high = avl__word_at(s + 12);
-        bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3F), (int)((high & 0x0F0F0F0F) | (low >> 2 & 0x30303030)), 0, 0);
-        least = _mm_setr_epi32((int)(middle & 0x3F3F3F3F), (int)((high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030)), 0, 0);
-        d[0] = avl__scaled_bytes_avx2(bytes, 0, s);
-        minus_m[0] = avl__scaled_bytes_avx2(least, 0, s + 2);
-        break;
-    case ASTROVL_TYPE_Q2_K:
-        s = row + b / 8 * 84;
-        bytes = _mm_and_si128(avl__load16_avx2(s), low_nibbles);
-        least = _mm_and_si128(_mm_srli_epi16(avl__load16_avx2(s), 4), low_nibbles);
-        d[0] = avl__scaled_bytes_avx2(bytes, 0, s + 80);
-        d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 0, s + 80);
-        minus_m[0] = avl__scaled_bytes_avx2(least, 0, s + 82);
-        minus_m[1] = avl__scaled_bytes_avx2(_mm_srli_si128(least, 8), 0, s + 82);
-        break;
-    case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale, four groups to a word
-        s = row + b / 8 * 110;
-        low = avl__word_at(s + 96), middle = avl__word_at(s + 100), high = avl__word_at(s + 104);
-        bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0F) | (high << 4 & 0x30303030)),
-                               (int)((middle & 0x0F0F0F0F) | (high << 2 & 0x30303030)),
-                               (int)((low >> 4 & 0x0F0F0F0F) | (high & 0x30303030)),
-                               (int)((middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030)));
-        bytes = _mm_sub_epi8(bytes, _mm_set1_epi8(32));
-        d[0] = avl__scaled_bytes_avx2(bytes, 1, s + 108);
-        d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 1, s + 108);
-        break;
-    default:                                                  // Q6_K
-        s = row + b / 8 * 210;
-        bytes = avl__load16_avx2(s + 192);
-        d[0] = avl__scaled_bytes_avx2(bytes, 1, s + 208);
-        d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 1, s + 208);
-        break;
-    }
-}
-
 // The half-precision numbers at byte `at` of 8 rows
 AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row, size_t at) {
     return _mm256_cvtph_ps(_mm_setr_epi16(
@@ -2736,37 +2685,86 @@ AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row,
         (short)avl__half_at(row[6] + at), (short)avl__half_at(row[7] + at)));
 }
 
-// Turns a lane for each part of 8 rows, n_parts registers a row, and stores them as [8 / n_parts blocks][n_parts][8 rows], `stride`
-// floats from one part to the next.
-AVL__AVX2 AVL__INLINE void avl__store_scales_avx2(__m256 (*v)[2], int n_parts, float *to, int stride) {
-    __m256i t[8];
-    int r, half;
-    for (half = 0; half < n_parts; half++) {
+// The d and -m of all parts of a super-block of 8 rows: [parts][8 rows], `stride` floats from part to part; `at`: where the super-blocks
+// begin. A row's packed scales are four words; turned, each word of the 8 rows is a register, and its bytes are four parts' scales.
+AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const *row, size_t at, float *d, float *minus_m, int stride) {
+    const __m256i six = _mm256_set1_epi32(0x3F3F3F3F), four = _mm256_set1_epi32(0x0F0F0F0F), two = _mm256_set1_epi32(0x30303030);
+    const int begin = type == ASTROVL_TYPE_Q3_K ? 94 : type == ASTROVL_TYPE_Q6_K ? 192 : 0;
+    const int n = type == ASTROVL_TYPE_Q4_K || type == ASTROVL_TYPE_Q5_K ? 8 : 16;
+    __m256i w[4], t[4], scales[4], mins[4], both;
+    __m256 d_of_row, m_of_row = _mm256_setzero_ps();
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at + begin), avl__load16_avx2(row[i] + at + begin));
+        if (type == ASTROVL_TYPE_Q3_K) w[i] = _mm256_srli_si256(w[i], 2);                // from byte 96 on, without reading past the block
+    }
+    AVL__UNROLL
+    for (i = 0; i < 4; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 2; i++) {
+        w[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        w[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    }
+    switch (type) {
+    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four parts to a word
+        both = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(w[0], _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(w[0], 16)), 0xD8);
+        d_of_row = _mm256_cvtph_ps(_mm256_castsi256_si128(both));
+        m_of_row = _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
+        scales[0] = _mm256_and_si256(w[1], six);
+        scales[1] = _mm256_or_si256(_mm256_and_si256(w[3], four), _mm256_and_si256(_mm256_srli_epi32(w[1], 2), two));
+        mins[0] = _mm256_and_si256(w[2], six);
+        mins[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(w[3], 4), four), _mm256_and_si256(_mm256_srli_epi32(w[2], 2), two));
+        break;
+    case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale
+        both = _mm256_and_si256(w[3], _mm256_set1_epi32(0xFFFF));
+        d_of_row = _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(both, both), 0xD8)));
         AVL__UNROLL
-        for (r = 0; r < 8; r++) t[r] = _mm256_castps_si256(v[r][half]);
-        avl__store_turned_avx2(t, to + 8 * half * stride, 4 * stride);
+        for (i = 0; i < 4; i++) {
+            const __m256i low = _mm256_and_si256(_mm256_srli_epi32(w[i % 2], i / 2 * 4), four);
+            const __m256i high = _mm256_and_si256(i < 2 ? _mm256_slli_epi32(w[2], 4 - 2 * i) : _mm256_srli_epi32(w[2], 2 * i - 4), two);
+            scales[i] = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
+        }
+        break;
+    default:                                                  // Q2_K, Q6_K
+        d_of_row = avl__halves_of_rows_avx2(row, at + (type == ASTROVL_TYPE_Q2_K ? 80 : 208));
+        if (type == ASTROVL_TYPE_Q2_K) m_of_row = avl__halves_of_rows_avx2(row, at + 82);
+        AVL__UNROLL
+        for (i = 0; i < 4; i++) {
+            scales[i] = type == ASTROVL_TYPE_Q2_K ? _mm256_and_si256(w[i], four) : w[i];
+            mins[i] = _mm256_and_si256(_mm256_srli_epi32(w[i], 4), four);
+        }
+        break;
+    }
+    AVL__UNROLL
+    for (i = 0; i < n; i++) {                                 // byte i % 4 of every lane, with its sign
+        const __m256i scale = _mm256_srai_epi32(_mm256_slli_epi32(scales[i / 4], 24 - i % 4 * 8), 24);
+        _mm256_storeu_ps(d + stride * i, _mm256_mul_ps(_mm256_cvtepi32_ps(scale), d_of_row));
+        if (type != ASTROVL_TYPE_Q3_K && type != ASTROVL_TYPE_Q6_K) {
+            const __m256i min = _mm256_srai_epi32(_mm256_slli_epi32(mins[i / 4], 24 - i % 4 * 8), 24);
+            _mm256_storeu_ps(minus_m + stride * i, _mm256_mul_ps(_mm256_cvtepi32_ps(min), m_of_row));
+        }
     }
 }
 
 // The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]
 AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d,
                                                     float *minus_m) {
-    const size_t size = avl__is_k_quant(type) ? 0 : avl__group_bytes(type) / 8;                    // 0: in super-blocks
-    const avl__words_form f = avl__words_form_of(type);
-    __m256 some_d[8][2], some_m[8][2];
-    int r, j;
-    if (size) {
-        for (j = 0; j < n; j++) {
-            const size_t at = size * (b + (size_t)j);
-            const __m256 zero = _mm256_setzero_ps();
-            _mm256_storeu_ps(d + 8 * j, avl__halves_of_rows_avx2(row, at));
-            if (f.has_min) _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(zero, avl__halves_of_rows_avx2(row, at + 2)));
-        }
+    const size_t size = avl__group_bytes(type) / 8;
+    int j;
+    if (avl__is_k_quant(type)) {
+        avl__super_scales_avx2(type, row, b / 8 * avl__group_bytes(type), d, minus_m, 8);
         return;
     }
-    for (r = 0; r < 8; r++) avl__block_scales_avx2(type, row[r], b, some_d[r], some_m[r]);
-    avl__store_scales_avx2(some_d, f.n_parts, d, 8);
-    if (f.has_min) avl__store_scales_avx2(some_m, f.n_parts, minus_m, 8);
+    for (j = 0; j < n; j++) {
+        const size_t at = size * (b + (size_t)j);
+        _mm256_storeu_ps(d + 8 * j, avl__halves_of_rows_avx2(row, at));
+        if (avl__words_form_of(type).has_min)
+            _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(_mm256_setzero_ps(), avl__halves_of_rows_avx2(row, at + 2)));
+    }
 }
 
 // 8 weight rows' pointers, the last of n rows again where there are fewer
@@ -3356,12 +3354,12 @@ AVL__AVX512 AVL__INLINE __mmask16 avl__lanes_avx512(int n) {   // the first n la
     return (__mmask16)(n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0);
 }
 
-// n (at most 8) 16-bit words that lie `stride` bytes apart, the rest zeros. All eight come out of two to four whole registers, which
-// lie within the blocks whether p is where these begin or two bytes on.
+// n (at most 8) 16-bit words that lie `stride` bytes apart, the rest zeros. Of short blocks all eight come out of two or three whole
+// registers, which lie within the blocks whether p is where these begin or two bytes on.
 AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, int n) {
     const short w = (short)(stride / 2);
     __m128i some = _mm_setzero_si128();
-    __m512i at, first, second;
+    __m512i at, first;
     if (n == 8 && stride <= 20) {            // four in 64 bytes
         at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, (short)(2 * w), (short)(3 * w), 32, (short)(32 + w), (short)(32 + 2 * w),
                                                    (short)(32 + 3 * w)));
@@ -3373,12 +3371,6 @@ AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, 
         at = _mm512_castsi128_si512(_mm_setr_epi16(0, 0, 0, 0, 0, 0, (short)(34 - 2 * w), (short)(34 - w)));
         return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi16(first, 0xC0, at, _mm512_loadu_si512(p + 8 * stride - 68)));   // 4 less: p may be the second number of a block
     }
-    if (n == 8) {                            // two in 64 bytes
-        at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, 32, (short)(32 + w), 0, 0, 0, 0));
-        first = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 2 * stride));
-        second = _mm512_permutex2var_epi16(_mm512_loadu_si512(p + 4 * stride), at, _mm512_loadu_si512(p + 6 * stride));
-        return _mm_unpacklo_epi64(_mm512_castsi512_si128(first), _mm512_castsi512_si128(second));
-    }
     some = _mm_insert_epi16(some, avl__half_at(p), 0);
     if (n > 1) some = _mm_insert_epi16(some, avl__half_at(p + stride), 1);
     if (n > 2) some = _mm_insert_epi16(some, avl__half_at(p + 2 * stride), 2);
@@ -3386,6 +3378,7 @@ AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, 
     if (n > 4) some = _mm_insert_epi16(some, avl__half_at(p + 4 * stride), 4);
     if (n > 5) some = _mm_insert_epi16(some, avl__half_at(p + 5 * stride), 5);
     if (n > 6) some = _mm_insert_epi16(some, avl__half_at(p + 6 * stride), 6);
+    if (n > 7) some = _mm_insert_epi16(some, avl__half_at(p + 7 * stride), 7);
     return some;
 }
 
@@ -3393,10 +3386,10 @@ AVL__AVX512 AVL__INLINE __m512i avl__join_avx512(__m256i low, __m256i high) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-// Half-precision numbers of n (at most 8) blocks of n_rows (at most 8) rows, `stride` bytes from block to block: out as floats,
-// to[block][row], blocks `to_stride` floats apart.  sign: 0, or 0x8000 for their negatives
-AVL__AVX512 AVL__INLINE void avl__turn_halves_avx512(const uint8_t *rows, size_t row_bytes, int n_rows, int stride, int n, float *to,
-                                                     int to_stride, int sign) {
+// Half-precision numbers of n (at most 8) blocks of 8 rows, from byte `at` of each on, `stride` bytes from block to block: out as
+// floats, to[block][row], blocks `to_stride` floats apart.  sign: 0, or 0x8000 for their negatives
+AVL__AVX512 AVL__INLINE void avl__turn_halves_avx512(const uint8_t *const *row, size_t at, int stride, int n, float *to, int to_stride,
+                                                     int sign) {
     static const int16_t turn[32] = {0, 8, 16, 24, 32, 40, 48, 56, 1, 9, 17, 25, 33, 41, 49, 57,
                                      2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59};
     const __m512i first = _mm512_loadu_si512(turn), second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
@@ -3404,8 +3397,7 @@ AVL__AVX512 AVL__INLINE void avl__turn_halves_avx512(const uint8_t *rows, size_t
     __m512i low, high, half;
     int r, j;
     AVL__UNROLL
-    for (r = 0; r < 8; r++)
-        w[r] = r < n_rows ? avl__words_avx512(rows + (size_t)r * row_bytes, stride, n) : _mm_setzero_si128();
+    for (r = 0; r < 8; r++) w[r] = avl__words_avx512(row[r] + at, stride, n);
     low = avl__join_avx512(_mm256_set_m128i(w[1], w[0]), _mm256_set_m128i(w[3], w[2]));
     high = avl__join_avx512(_mm256_set_m128i(w[5], w[4]), _mm256_set_m128i(w[7], w[6]));
     for (j = 0; j < 8; j += 4) {
@@ -3418,26 +3410,16 @@ AVL__AVX512 AVL__INLINE void avl__turn_halves_avx512(const uint8_t *rows, size_t
     }
 }
 
-// The d and -m of n (at most 8) blocks of n_rows (at most 8) rows, which lie row_bytes apart: d[n n_parts][rows], these `stride`
-// floats apart. Of rows that are not there: zeros.
-AVL__AVX512 AVL__INLINE void avl__group_scales_avx512(int type, const uint8_t *group, size_t row_bytes, int n_rows, int n, float *d,
-                                                      float *minus_m, int stride) {
-    const avl__block_form f = avl__block_form_of(type);
+// The d and -m of n (at most 8) blocks of 8 rows, from byte `at` of each on: d[n n_parts][rows], parts `stride` floats apart.
+AVL__AVX512 AVL__INLINE void avl__group_scales_avx512(int type, const uint8_t *const *row, size_t at, int n, float *d, float *minus_m,
+                                                      int stride) {
     const int block = (int)avl__group_bytes(type) / 8;
-    __m256 d_row[8][2], m_row[8][2];
-    int r;
-    if (!avl__is_k_quant(type)) {
-        avl__turn_halves_avx512(group, row_bytes, n_rows, block, n, d, stride, 0);
-        if (f.has_min) avl__turn_halves_avx512(group + 2, row_bytes, n_rows, block, n, minus_m, stride, 0x8000);
+    if (avl__is_k_quant(type)) {
+        avl__super_scales_avx2(type, row, at, d, minus_m, stride);
         return;
     }
-    AVL__UNROLL
-    for (r = 0; r < 8; r++) {
-        d_row[r][0] = d_row[r][1] = m_row[r][0] = m_row[r][1] = _mm256_setzero_ps();
-        if (r < n_rows) avl__block_scales_avx2(type, group + (size_t)r * row_bytes, 0, d_row[r], m_row[r]);
-    }
-    avl__store_scales_avx2(d_row, f.n_parts, d, stride);
-    if (f.has_min) avl__store_scales_avx2(m_row, f.n_parts, minus_m, stride);
+    avl__turn_halves_avx512(row, at, block, n, d, stride, 0);
+    if (avl__block_form_of(type).has_min) avl__turn_halves_avx512(row, at + 2, block, n, minus_m, stride, 0x8000);
 }
 
 // 16 weights of a float type, those beyond the row zero
@@ -3624,7 +3606,7 @@ AVL__AVX512 AVL__INLINE void avl__turned_block_avx512(int type, const uint8_t *c
 }
 
 // Fills half a panel from n (at most 16) weight rows, while as much is fetched from `next` on. In place of what is not there the last
-// row stands, with scales of zero.
+// row stands.
 AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_blocks, const char *next,
                                                     const avl__panel *to) {
     const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
@@ -3636,8 +3618,7 @@ AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *row
         const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
         for (i = 0; i < 16; i += 8) {
             const size_t at = 16 * (size_t)b * f.n_parts + (size_t)i;
-            avl__group_scales_avx512(type, rows + (size_t)i * row_bytes + (size_t)(b / 8) * avl__group_bytes(type), row_bytes, n - i, n_now,
-                                     to->d + at, to->minus_m + at, 16);
+            avl__group_scales_avx512(type, row + i, (size_t)(b / 8) * avl__group_bytes(type), n_now, to->d + at, to->minus_m + at, 16);
         }
         for (j = 0; j < n_now; j++) {
             __m512i v[8];
@@ -3785,13 +3766,75 @@ AVL__AVX512 AVL__INLINE __m512i avl__two_blocks_avx512(int type, const uint8_t *
     }
 }
 
-// w[i] holds four partial sums for each of four half-blocks: both halves of row i, then of row i + 4. Returns their sums, the first
-// halves of rows 0 to 7, then the second.
+// Of four registers of four sums a quarter: their wholes. Lane 4 k + i of what is returned: the whole of quarter k of w[i].
 AVL__AVX512 AVL__INLINE __m512i avl__add_up_avx512(const __m512i *w) {
     const __m512i w01 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[0], w[1]));
     const __m512i w23 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[2], w[3]), _mm512_unpackhi_epi32(w[2], w[3]));
-    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(w01, w23), _mm512_unpackhi_epi64(w01, w23));
-    return _mm512_shuffle_i32x4(all, all, _MM_SHUFFLE(3, 1, 2, 0));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(w01, w23), _mm512_unpackhi_epi64(w01, w23));
+}
+
+// 16 bits of each of four words, side by side
+AVL__INLINE uint64_t avl__join_halves(const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
+    return (uint64_t)avl__half_at(a) | (uint64_t)avl__half_at(b) << 16 | (uint64_t)avl__half_at(c) << 32 | (uint64_t)avl__half_at(d) << 48;
+}
+
+// Blocks j and k of eight weight rows times x, the same blocks of the activations; bias: [2], where the types have an offset. Lane r:
+// the whole of block j of row r; lane 8 + r: of block k. These types have 16 bytes of nibbles a block, so a register takes four blocks;
+// the fifth bits, a mask as they lie, add 16.
+AVL__AVX512 AVL__INLINE __m512i avl__nibble_columns_avx512(int type, const uint8_t *const *row, int j, int k, __m512i x,
+                                                           __m512i start) {
+    const size_t size = avl__group_bytes(type) / 8;
+    const int has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
+    const int fifth = type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q5_0 ? 2 : 4, at = fifth + (has_fifth ? 4 : 0);
+    const __m512i low = _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(2, 2, 0, 0)), high = _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(3, 3, 1, 1));
+    __m512i w[4];
+    int r;
+    AVL__UNROLL
+    for (r = 0; r < 4; r++) {
+        const uint8_t *a = row[r] + size * (size_t)j, *b = row[r + 4] + size * (size_t)j;
+        const uint8_t *c = row[r] + size * (size_t)k, *d = row[r + 4] + size * (size_t)k;
+        const __m512i bytes = avl__join_avx512(_mm256_set_m128i(avl__load16_avx2(b + at), avl__load16_avx2(a + at)),
+                                               _mm256_set_m128i(avl__load16_avx2(d + at), avl__load16_avx2(c + at)));
+        __m512i v = _mm512_and_si512(bytes, _mm512_set1_epi8(15)), u = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+        if (has_fifth) {
+            v = _mm512_mask_add_epi8(v, avl__join_halves(a + fifth, b + fifth, c + fifth, d + fifth), v, _mm512_set1_epi8(16));
+            u = _mm512_mask_add_epi8(u, avl__join_halves(a + fifth + 2, b + fifth + 2, c + fifth + 2, d + fifth + 2), u, _mm512_set1_epi8(16));
+        }
+        w[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, v, low), u, high);
+    }
+    return avl__add_up_avx512(w);
+}
+
+// One block of eight rows, whose products with x start from `start`: lanes 0 to 3 the first halves of rows 0 to 3, lanes 4 to 7 the
+// second, and so on with rows 4 to 7.
+AVL__AVX512 AVL__INLINE __m512i avl__half_columns_avx512(int type, const uint8_t *const *row, int j, __m512i x, __m512i start) {
+    __m512i w[4];
+    int r;
+    AVL__UNROLL
+    for (r = 0; r < 4; r++) w[r] = _mm512_dpbusd_epi32(start, avl__two_blocks_avx512(type, row[r], row[r + 4], j), x);
+    return avl__add_up_avx512(w);
+}
+
+// The two registers of sums, one after the other, that blocks j and k of eight rows make with q, those of the activations: block j's
+// rows, then block k's; of types in two parts (where k is not looked at) the first parts of block j, then the second.
+AVL__AVX512 AVL__INLINE __m512i avl__two_columns_avx512(int type, const uint8_t *const *row, int j, int k, const int8_t *q,
+                                                        const int32_t *bias) {
+    const avl__block_form f = avl__block_form_of(type);
+    const __m256i x0 = avl__load32_avx2(q + 32 * j), x1 = avl__load32_avx2(q + 32 * k);
+    __m512i start = _mm512_setzero_si512(), other = start;      // the first sum of one quarter of a row starts from its offset
+    if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1) {
+        if (f.offset) start = _mm512_mask_set1_epi32(_mm512_maskz_set1_epi32(0x0011, bias[j]), 0x1100, bias[k]);
+        return avl__nibble_columns_avx512(type, row, j, k, avl__join_avx512(x0, x1), start);
+    }
+    if (f.n_parts == 2) {
+        if (f.offset) start = _mm512_maskz_broadcast_i32x2(0x2121, _mm_loadl_epi64((const __m128i *)(const void *)(bias + 2 * j)));
+        start = avl__half_columns_avx512(type, row, j, _mm512_broadcast_i64x4(x0), start);
+        return _mm512_shuffle_i32x4(start, start, _MM_SHUFFLE(3, 1, 2, 0));
+    }
+    if (f.offset) start = _mm512_maskz_set1_epi32(0x0101, bias[j]), other = _mm512_maskz_set1_epi32(0x0101, bias[k]);
+    start = avl__half_columns_avx512(type, row, j, _mm512_broadcast_i64x4(x0), start);
+    other = avl__half_columns_avx512(type, row, k, _mm512_broadcast_i64x4(x1), other);
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(start, other, _MM_SHUFFLE(2, 0, 2, 0)), _mm512_shuffle_i32x4(start, other, _MM_SHUFFLE(3, 1, 3, 1)));
 }
 
 // n (at most 8) blocks of eight weight rows, which lie row_bytes apart, times those of a row of the activations: returns sum and
@@ -3801,38 +3844,33 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, const uint8_t *gr
                                                      const avl__quants *x, size_t at, __m256 sum) {
     const size_t group_bytes = avl__group_bytes(type);
     const avl__block_form f = avl__block_form_of(type);
-    const int8_t *q = x->q + 32 * at;
     const float *scale = x->scale + at, *sums = x->sum + at * f.n_parts;
-    const int32_t *bias = x->bias + at * f.n_parts;
+    const int step = 2 / f.n_parts;            // blocks that fill two registers
+    const uint8_t *row[8];
     float d[16][8], minus_m[16][8];            // [8 n_parts][rows]
-    int j, r, part;
-    size_t i;
-    avl__group_scales_avx512(type, group, row_bytes, 8, n, d[0], minus_m[0], 8);
+    int j, i, part;
+    size_t line;
     AVL__UNROLL
-    for (j = 0; j < 8; j++) {
-        __m512i w[4], four, start = _mm512_setzero_si512();
+    for (i = 0; i < 8; i++) row[i] = group + (size_t)i * row_bytes;
+    avl__group_scales_avx512(type, row, 0, n, d[0], minus_m[0], 8);
+    AVL__UNROLL
+    for (j = 0; j < 8; j += step) {
+        __m512 whole;
         if (j >= n) break;
         AVL__UNROLL
-        for (i = (j * group_bytes + 63) / 64 * 64; i < (size_t)(j + 1) * group_bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
-        four = _mm512_broadcast_i64x4(avl__load32_avx2(q + 32 * j));
-        // every half-block's first sum starts from its offset; the offset of a whole block goes to the first half
-        if (f.offset && f.n_parts == 1) start = _mm512_maskz_set1_epi32(0x0101, bias[j]);
-        if (f.offset && f.n_parts == 2)
-            start = _mm512_maskz_broadcast_i32x2(0x2121, _mm_loadl_epi64((const __m128i *)(const void *)(bias + 2 * j)));
+        for (line = ((size_t)j * group_bytes + 63) / 64 * 64; line < (size_t)(j + step) * group_bytes; line += 64)
+            _mm_prefetch(next + line, _MM_HINT_T1);
+        whole = _mm512_cvtepi32_ps(avl__two_columns_avx512(type, row, j, j + step - 1 < n ? j + step - 1 : j, x->q + 32 * at,
+                                                           x->bias + at * f.n_parts));
         AVL__UNROLL
-        for (r = 0; r < 4; r++) {
-            const uint8_t *low = group + (size_t)r * row_bytes;
-            w[r] = _mm512_dpbusd_epi32(start, avl__two_blocks_avx512(type, low, low + 4 * row_bytes, j), four);
-        }
-        four = avl__add_up_avx512(w);
-        AVL__UNROLL
-        for (part = 0; part < f.n_parts; part++) {
-            __m256i whole = part ? _mm512_extracti64x4_epi64(four, 1) : _mm512_castsi512_si256(four);
-            const __m256 de = _mm256_mul_ps(_mm256_loadu_ps(d[f.n_parts * j + part]), _mm256_set1_ps(scale[j]));
-            if (f.n_parts == 1) whole = _mm256_add_epi32(whole, _mm512_extracti64x4_epi64(four, 1));
-            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), de, sum);
-            if (f.has_min)
-                sum = _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m[f.n_parts * j + part]), _mm256_set1_ps(sums[f.n_parts * j + part]), sum);
+        for (i = 0; i < 2; i++) {
+            const int block = j + i / f.n_parts;
+            __m256 de;
+            part = f.n_parts * j + i;
+            if (block >= n) break;
+            de = _mm256_mul_ps(_mm256_loadu_ps(d[part]), _mm256_set1_ps(scale[block]));
+            sum = _mm256_fmadd_ps(i ? _mm512_extractf32x8_ps(whole, 1) : _mm512_castps512_ps256(whole), de, sum);
+            if (f.has_min) sum = _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m[part]), _mm256_set1_ps(sums[part]), sum);
         }
     }
     return sum;
