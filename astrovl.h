@@ -2226,7 +2226,7 @@ typedef struct avl__tile {
     float       *out;          // [n][head_dim]
     const float *q, *k, *v;    // [n][head_dim], [n_keys][head_dim] twice
     size_t       q_stride, kv_stride;
-    int          n;            // at most AVL__TILE_QUERIES
+    int          n;            // for attend at most AVL__TILE_QUERIES
     int          n_keys, n_visible;   // query i sees the first n_visible + i keys, at most all
     int          head_dim;
 } avl__tile;
@@ -2255,6 +2255,7 @@ typedef struct avl__kernels {
     void (*quantize)(const avl__product *p, int first, int n_rows);
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
+    void (*attend_coarsely)(const avl__tile *t, float *scratch);   // the same for any number of queries, in bfloat16; or NULL
     // NULL where attend is: dot and axpy with x in float16, and to float16 and back (what is too large becomes the largest)
     float (*dot_half)(const uint16_t *x, const float *b, int n);
     void (*axpy_half)(float *y, float a, const uint16_t *x, int n);
@@ -2353,7 +2354,7 @@ static double avl__peak_portable(int type, int64_t n) {
 
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
-    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL,
+    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, avl__peak_portable, 0, 1, 1};
 
 static int avl__is_float_type(int type) {
@@ -3346,7 +3347,7 @@ AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
-    avl__attend_avx2, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1};
+    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -4312,6 +4313,142 @@ AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
     }
 }
 
+// The same with pairs of bfloat16, for rows that were made by such products and are to be read by such: Q K^T with pairs of columns,
+// P V with pairs of keys. Keys and values are rounded once for all queries of the tile.
+
+// The float16-sized halves of a register, the lower and the upper, one from each in turn
+AVL__AVX512_BF16 AVL__INLINE __m512i avl__interleave_bf16(__m512i v) {
+    static const int16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), v);
+}
+
+// Rows of n values, rounded, with zeros up to a multiple of 32.  keys: out, [n_keys][n_padded / 2] pairs of columns;
+// values: out, [(n_keys + 1) / 2][n_padded] pairs of keys
+AVL__AVX512_BF16 static void avl__round_keys_bf16(const avl__tile *t, int n_padded, uint8_t *keys, uint8_t *values) {
+    int j, d;
+    for (j = 0; j < t->n_keys; j++)
+        for (d = 0; d < n_padded; d += 32, keys += 64) {
+            const float *k = t->k + (size_t)j * t->kv_stride + d;
+            const __mmask16 low = avl__lanes_avx512(t->head_dim - d), high = avl__lanes_avx512(t->head_dim - d - 16);
+            _mm512_storeu_si512(keys, avl__pairs_avx512(avl__load_avx512(k, low), avl__load_avx512(k + 16, high)));
+        }
+    for (j = 0; j < t->n_keys; j += 2)
+        for (d = 0; d < n_padded; d += 16, values += 64) {
+            const float *v = t->v + (size_t)j * t->kv_stride + d;
+            const __mmask16 lanes = avl__lanes_avx512(t->head_dim - d), second = j + 1 < t->n_keys ? lanes : 0;
+            const __m512i both = avl__pairs_avx512(avl__load_avx512(v, lanes), avl__load_avx512(second ? v + t->kv_stride : v, second));
+            _mm512_storeu_si512(values, avl__interleave_bf16(both));
+        }
+}
+
+// 32 queries from query `first` on, those that are not there zero.  turned: out, [n_padded / 2][32] pairs of columns
+AVL__AVX512_BF16 static void avl__turn_queries_bf16(const avl__tile *t, int first, int n_padded, uint8_t *turned) {
+    uint8_t pairs[64];
+    int i, d, w;
+    for (i = 0; i < 32; i++)
+        for (d = 0; d < n_padded; d += 32) {
+            const int n = first + i < t->n ? t->head_dim - d : 0;
+            const float *q = t->q + (size_t)(n > 0 ? first + i : 0) * t->q_stride + d;
+            _mm512_storeu_si512(pairs, avl__pairs_avx512(avl__load_avx512(q, avl__lanes_avx512(n)), avl__load_avx512(q + 16, avl__lanes_avx512(n - 16))));
+            for (w = 0; w < 16; w++) memcpy(turned + 4 * (32 * (size_t)(d / 2 + w) + (size_t)i), pairs + 4 * w, 4);
+        }
+}
+
+// scores of n keys, from `keys` on, with 32 queries; n_pairs: of columns
+AVL__AVX512_BF16 AVL__INLINE void avl__score_pairs_bf16(int n, const uint8_t *keys, int n_pairs, const uint8_t *turned, __m512 scale,
+                                                        float *scores) {
+    __m512 sum[8][2];
+    int j, d, c;
+    AVL__UNROLL
+    for (j = 0; j < n; j++) sum[j][0] = sum[j][1] = _mm512_setzero_ps();
+    for (d = 0; d < n_pairs; d++) {
+        const __m512bh q0 = (__m512bh)_mm512_loadu_si512(turned + 128 * (size_t)d), q1 = (__m512bh)_mm512_loadu_si512(turned + 128 * (size_t)d + 64);
+        AVL__UNROLL
+        for (j = 0; j < n; j++) {
+            const __m512bh key = (__m512bh)_mm512_set1_epi32((int)avl__word_at(keys + 4 * ((size_t)j * (size_t)n_pairs + (size_t)d)));
+            sum[j][0] = _mm512_dpbf16_ps(sum[j][0], q0, key);
+            sum[j][1] = _mm512_dpbf16_ps(sum[j][1], q1, key);
+        }
+    }
+    AVL__UNROLL
+    for (j = 0; j < n; j++)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++) _mm512_storeu_ps(scores + 32 * j + 16 * c, _mm512_mul_ps(sum[j][c], scale));
+}
+
+// scores[n_keys][32] to e^(score - largest), as pairs of keys [(n_keys + 1) / 2][32] in the same place; inverse: out, [32], 1 over the
+// sum of each column
+AVL__AVX512_BF16 AVL__INLINE void avl__softmax_pairs_bf16(float *scores, int n_keys, float *inverse) {
+    int j, c;
+    for (c = 0; c < 32; c += 16) {
+        __m512 max = _mm512_set1_ps(-FLT_MAX), sum = _mm512_setzero_ps();
+        for (j = 0; j < n_keys; j++) max = _mm512_max_ps(max, _mm512_loadu_ps(scores + 32 * (size_t)j + c));
+        for (j = 0; j < n_keys; j += 2) {
+            const float *at = scores + 32 * (size_t)j + c;
+            const __m512 p0 = avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at), max));
+            const __m512 p1 = j + 1 < n_keys ? avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at + 32), max)) : _mm512_setzero_ps();
+            sum = _mm512_add_ps(sum, _mm512_add_ps(p0, p1));
+            _mm512_storeu_si512(scores + 32 * (size_t)(j / 2) + c, avl__interleave_bf16(avl__pairs_avx512(p0, p1)));
+        }
+        _mm512_storeu_ps(inverse + c, _mm512_div_ps(_mm512_set1_ps(1.0f), sum));
+    }
+}
+
+// 32 columns from `column` on of the outputs of n queries, from query `first` on of the tile and of the 32 in `pairs`
+AVL__AVX512_BF16 AVL__INLINE void avl__mix_pairs_bf16(int n, const avl__tile *t, const uint8_t *values, int n_padded, int first, int column,
+                                                      const float *pairs, const float *inverse) {
+    const int n_pairs = (t->n_keys + 1) / 2;
+    const uint8_t *v = values + 4 * (size_t)column;
+    const float *p = pairs + first % 32;
+    __m512 sum[8][2];
+    int i, j, c;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (j = 0; j < n_pairs; j++, v += 4 * (size_t)n_padded, p += 32) {
+        const __m512bh v0 = (__m512bh)_mm512_loadu_si512(v), v1 = (__m512bh)_mm512_loadu_si512(v + 64);
+        AVL__UNROLL
+        for (i = 0; i < n; i++) {
+            const __m512bh two = (__m512bh)_mm512_set1_epi32((int)avl__word_at(p + i));
+            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], two, v0);
+            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], two, v1);
+        }
+    }
+    AVL__UNROLL
+    for (i = 0; i < n; i++)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++)
+            _mm512_mask_storeu_ps(t->out + (size_t)(first + i) * t->q_stride + column + 16 * c, avl__lanes_avx512(t->head_dim - column - 16 * c),
+                                  _mm512_mul_ps(sum[i][c], _mm512_set1_ps(inverse[first % 32 + i])));
+}
+
+// scratch: [n_keys][32 + head_dim] + [head_dim][17] floats, head_dim being a multiple of 32 here
+AVL__AVX512_BF16 static void avl__attend_bf16(const avl__tile *t, float *scratch) {
+    const __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
+    const int n_padded = (t->head_dim + 31) / 32 * 32, n_pairs = n_padded / 2;
+    float *scores = scratch, *turned = scores + 32 * (size_t)t->n_keys, *keys = turned + 16 * (size_t)n_padded;
+    const uint8_t *key;
+    uint8_t *values = (uint8_t *)(keys + (size_t)t->n_keys * n_pairs);
+    float inverse[32];
+    int first, i, j, d;
+    avl__round_keys_bf16(t, n_padded, (uint8_t *)keys, values);
+    for (first = 0; first < t->n; first += 32) {
+        const int n = t->n - first < 32 ? t->n - first : 32;
+        avl__turn_queries_bf16(t, first, n_padded, (uint8_t *)turned);
+        key = (const uint8_t *)keys;
+        for (j = 0; j + 8 <= t->n_keys; j += 8, key += 32 * (size_t)n_pairs)
+            avl__score_pairs_bf16(8, key, n_pairs, (const uint8_t *)turned, scale, scores + 32 * (size_t)j);
+        for (; j < t->n_keys; j++, key += 4 * (size_t)n_pairs) avl__score_pairs_bf16(1, key, n_pairs, (const uint8_t *)turned, scale, scores + 32 * (size_t)j);
+        for (j = t->n_visible + first; j < t->n_keys; j++)           // as in avl__attend_avx512
+            for (i = 0; i < 32 && i <= j - t->n_visible - first; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+        avl__softmax_pairs_bf16(scores, t->n_keys, inverse);
+        for (d = 0; d < n_padded; d += 32) {
+            for (i = 0; i + 8 <= n; i += 8) avl__mix_pairs_bf16(8, t, values, n_padded, first + i, d, scores, inverse);
+            for (; i < n; i++) avl__mix_pairs_bf16(1, t, values, n_padded, first + i, d, scores, inverse);
+        }
+    }
+}
+
 // ---- arithmetic alone ----------------------------------------------------------------------------------------------
 // Sixteen sums wait for nothing but the instruction's throughput. They start differently, or the compiler would make them one.
 
@@ -4357,12 +4494,12 @@ AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__multiply_avx512, avl__attend_avx512, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
     avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
     avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS};
 #endif
 
@@ -4753,6 +4890,7 @@ typedef struct avl__attention {
     const avl__run *run;
     size_t       key_stride, head_stride;
     int          is_half;
+    int          is_coarse;       // 1: rows may be rounded to bfloat16, as the products were that made them
 } avl__attention;
 
 // Where the keys and values of a query head begin.
@@ -4791,7 +4929,7 @@ static void avl__attend_tile(const avl__attention *a, int head, int first, int n
     const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim;
     const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
     avl__tile tile = {a->out + at, a->q + at, NULL, NULL, q_stride, a->key_stride, n, n_keys, a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
-    int j;
+    int i, j;
     if (a->is_half) {
         float *k = scratch, *v = k + (size_t)n_keys * a->head_dim;
         for (j = 0; j < n_keys; j++) {
@@ -4804,18 +4942,32 @@ static void avl__attend_tile(const avl__attention *a, int head, int first, int n
     } else {
         tile.k = (const float *)a->k + kv_head, tile.v = (const float *)a->v + kv_head;
     }
-    kernels->attend(&tile, scratch);
+    if (a->is_coarse && kernels->attend_coarsely) {
+        kernels->attend_coarsely(&tile, scratch);
+        return;
+    }
+    for (i = 0; i < n; i += AVL__TILE_QUERIES) {
+        avl__tile some = tile;
+        some.out += (size_t)i * q_stride;
+        some.q += (size_t)i * q_stride;
+        some.n = n - i < AVL__TILE_QUERIES ? n - i : AVL__TILE_QUERIES;
+        some.n_visible = tile.n_visible + i < n_keys ? tile.n_visible + i : n_keys;
+        if (a->causal) some.n_keys = some.n_visible + some.n - 1;
+        kernels->attend(&some, scratch);
+    }
 }
 
+enum { AVL__ITEM_QUERIES = 4 * AVL__TILE_QUERIES };      // queries of a head that a thread takes at a time: they share the head's keys
+
 static int avl__attention_items(const avl__attention *a) {
-    return (a->n_rows + AVL__TILE_QUERIES - 1) / AVL__TILE_QUERIES * a->n_head;
+    return (a->n_rows + AVL__ITEM_QUERIES - 1) / AVL__ITEM_QUERIES * a->n_head;
 }
 
 static void avl__attention_item(void *context, int item, int thread) {
     const avl__attention *first_one = (const avl__attention *)context, *a = first_one + item / avl__attention_items(first_one);
-    int rest = item % avl__attention_items(a), head = rest % a->n_head, first = rest / a->n_head * AVL__TILE_QUERIES;
+    int rest = item % avl__attention_items(a), head = rest % a->n_head, first = rest / a->n_head * AVL__ITEM_QUERIES;
     int n = a->n_rows - first, row;
-    if (n > AVL__TILE_QUERIES) n = AVL__TILE_QUERIES;
+    if (n > AVL__ITEM_QUERIES) n = AVL__ITEM_QUERIES;
     if (a->run->kernels->attend && !a->weights && a->n_rows > 1) avl__attend_tile(a, head, first, n, avl__thread_memory(a->run, thread));
     else
         for (row = first; row < first + n; row++) avl__attend(a, head, row, avl__thread_memory(a->run, thread));
@@ -9808,9 +9960,11 @@ static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, 
     uint64_t n = (uint64_t)pass->n_rows, wide = n * (uint64_t)tower->n_embd;
     uint64_t weights = avl__attention_weights_floats(run, tower->n_head, n_longest, n_longest);
     uint64_t head = joint && joint->n_dense ? avl__max_u64((uint64_t)joint->dense[0].n_out, (uint64_t)joint->dense[1].n_out) : 0;
+    int head_dim = tower->n_embd / tower->n_head;
     float *block;
     n_hidden = avl__max_u64(avl__max_u64(n_hidden, n * (uint64_t)tower->n_ff), 2 * (uint64_t)pass->n_sequences * head);
-    n_thread = avl__max_u64(avl__max_u64(n_thread, (uint64_t)n_longest), avl__max_u64(head, (uint64_t)tower->n_embd));
+    n_thread = avl__max_u64(n_thread, (uint64_t)n_longest * (2 + (uint64_t)head_dim / 64) + (uint64_t)head_dim);   // avl__attend_bf16
+    n_thread = avl__max_u64(n_thread, avl__max_u64(head, (uint64_t)tower->n_embd));
     n_thread = avl__max_u64(n_thread, (uint64_t)tower->n_ff);
     if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread, n)) return 0;
     run->always_panels = 1;                // an embedding is the same alone and among others
@@ -9831,7 +9985,8 @@ static void avl__tower_attend(const avl__tower *tower, avl__run *run, avl__tower
     size_t at = 0;
     for (i = 0; i < pass->n_sequences; i++, at += (size_t)n * (size_t)d) {
         avl__attention attention = {pass->q + at, pass->k + at, pass->v + at, pass->mixed + at, pass->weights, 0, 0, tower->n_head,
-                                    tower->n_head, d / tower->n_head, pass->causal, run, (size_t)d, (size_t)(d / tower->n_head), 0};
+                                    tower->n_head, d / tower->n_head, pass->causal, run, (size_t)d, (size_t)(d / tower->n_head), 0,
+                                    avl__is_float_type(tower->layers[layer].q.type)};
         n = pass->lengths ? pass->lengths[i] : pass->n_rows / pass->n_sequences;
         attention.n_rows = n;
         avl__attention_run(&attention, 1);
@@ -10287,7 +10442,7 @@ static void avl__llama_attention(avl__llama_pass *p, int i, int n_wanted) {
         const size_t head_dim = (size_t)m->head_dim, head_stride = head_dim * (size_t)cache->n_ctx;
         const avl__attention attention = {p->q + c * q_row, avl__kv_layer(cache, m, cache->k, i), avl__kv_layer(cache, m, cache->v, i),
                                           p->mixed + c * q_row, p->weights, n_each - skipped, cache->n_past + skipped, m->n_head,
-                                          m->n_head_kv, m->head_dim, 1, p->run, head_dim, head_stride, cache->value_bytes == 2};
+                                          m->n_head_kv, m->head_dim, 1, p->run, head_dim, head_stride, cache->value_bytes == 2, 0};
         attentions[c] = attention;
     }
     avl__attention_run(attentions, p->n_caches);
