@@ -3478,8 +3478,8 @@ AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, i
     const avl__block_form f = avl__block_form_of(p->w->type);
     const avl__quants *to = &p->quants;
     int r, b;
-    for (r = first; r < first + n_rows; r++)
-        for (b = 0; b < to->n_blocks; b++) {
+    for (b = 0; b < to->n_blocks; b++)
+        for (r = first; r < first + n_rows; r++) {
             const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
             const int left = p->w->n_in - 32 * b;
             const __m512 x_low = _mm512_maskz_loadu_ps(avl__lanes_avx512(left), x);
@@ -3645,6 +3645,16 @@ AVL__AVX512 AVL__INLINE void avl__store_sums_avx512(float *y, const __m512 *sum,
     }
 }
 
+// Fetches where n_columns sums of n rows will be stored, y[n][stride]: they are far apart, and nobody should wait for that.
+AVL__INLINE void avl__prefetch_sums(const float *y, size_t stride, int n, int n_columns) {
+    int r;
+    for (r = 0; r < n; r++, y += stride) {
+        _mm_prefetch((const char *)y, _MM_HINT_T0);
+        _mm_prefetch((const char *)(y + n_columns / 2), _MM_HINT_T0);
+        _mm_prefetch((const char *)(y + n_columns - 1), _MM_HINT_T0);
+    }
+}
+
 // n (at most 6) rows of activations, from row `first` on, all of one group, over a panel.
 AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, int n, const avl__panel *p, const avl__quants *x,
                                                     int first, __m512 sum[][2]) {
@@ -3702,6 +3712,7 @@ AVL__AVX512 AVL__INLINE void avl__run_panel_form_avx512(int n_parts, int has_min
     for (piece = 0; piece < p->quants.n_pieces; piece++)
         for (r = 0; r < p->n_rows; r += n) {
             const int left = p->n_rows - r, row = piece * p->quants.n_groups * AVL__GROUP_BYTES + r;
+            avl__prefetch_sums(p->y + (size_t)r * w->n_out + out, (size_t)w->n_out, left < 6 ? left : 6, n_columns);
             if (left >= 6) n = 6, avl__pass_panel_avx512(n_parts, has_min, 6, panel, &p->quants, row, sum);
             else if (left >= 2) n = 2, avl__pass_panel_avx512(n_parts, has_min, 2, panel, &p->quants, row, sum);
             else n = 1, avl__pass_panel_avx512(n_parts, has_min, 1, panel, &p->quants, row, sum);
@@ -3948,8 +3959,8 @@ AVL__AVX512_BF16 AVL__INLINE __m512i avl__pairs_avx512(__m512 low, __m512 high) 
 // x to pairs of bfloat16, those beyond n_in zero
 AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int first, int n_rows) {
     int r, b;
-    for (r = first; r < first + n_rows; r++)
-        for (b = 0; b < p->quants.n_blocks; b++) {
+    for (b = 0; b < p->quants.n_blocks; b++)
+        for (r = first; r < first + n_rows; r++) {
             const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
             const int left = p->w->n_in - 32 * b;
             uint8_t pairs[64];
@@ -3992,6 +4003,7 @@ AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *pan
     __m512 sum[12][2];
     size_t i;
     int r;
+    avl__prefetch_sums(p->y + (size_t)first * p->w->n_out + out, (size_t)p->w->n_out, n, n_columns);
     AVL__UNROLL
     for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (i = 0; i < n_pairs; i++) {
@@ -4812,9 +4824,12 @@ static void avl__rope_rows(float *x, int n_rows, int n_head, int head_dim, int r
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
+enum { AVL__SHARED_PRODUCTS = 3 };  // with the same activations: queries, keys and values
+
 typedef struct avl__linear_job {
     const avl__run *run;
-    avl__product    product;
+    avl__product    product[AVL__SHARED_PRODUCTS];
+    int             n_items[AVL__SHARED_PRODUCTS];
     int             chunk;         // columns of y that a thread takes at a time
     void          (*columns)(const avl__product *p, int first, int last, float *scratch);
 } avl__linear_job;
@@ -4827,47 +4842,85 @@ enum { AVL__FEW_ROWS = 2, AVL__FEW_FLOAT_ROWS = 16 };
 
 static void avl__linear_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
-    int first = item * job->chunk, last = first + job->chunk, n_out = job->product.w->n_out;
-    job->columns(&job->product, first, last < n_out ? last : n_out, avl__thread_memory(job->run, thread));
+    const avl__product *p = job->product;
+    const int *n_items = job->n_items;
+    int first, last;
+    for (; item >= *n_items; p++) item -= *n_items++;
+    first = item * job->chunk;
+    last = first + job->chunk;
+    job->columns(p, first, last < p->w->n_out ? last : p->w->n_out, avl__thread_memory(job->run, thread));
 }
 
 static void avl__quantize_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
-    int group = job->product.quants.group, first = item * group, n = job->product.n_rows - first;
+    const avl__product *p = job->product;
+    int group = p->quants.group, first = item * group, n = p->n_rows - first;
     (void)thread;
-    job->run->kernels->quantize(&job->product, first, n < group ? n : group);
+    job->run->kernels->quantize(p, first, n < group ? n : group);
+}
+
+// Where x of a product is to be rounded to, in run->quants.
+static avl__quants avl__quants_for(const avl__run *run, const avl__product *p, int n_pieces) {
+    const int type = p->w->type;
+    avl__quants q;
+    size_t n;
+    q.n_blocks = (p->w->n_in + 31) / 32;
+    q.n_pieces = n_pieces;
+    q.group = p->few ? 1 : avl__is_float_type(type) ? run->kernels->float_group : run->kernels->group;
+    q.n_groups = (p->n_rows + q.group - 1) / q.group;
+    n = (size_t)q.n_blocks * (size_t)n_pieces * (size_t)q.n_groups * (size_t)q.group;
+    q.scale = (float *)(void *)run->quants;
+    q.bias = (int32_t *)(void *)(q.scale + n);
+    q.sum = (float *)(void *)(q.bias + 2 * n);
+    q.q = (int8_t *)(q.sum + 2 * n);
+    return q;
+}
+
+// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type: y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
+// Rows are rounded once for all, and the threads meet once.
+static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
+    const avl__kernels *kernels = run->kernels;
+    const int is_float = avl__is_float_type(w[0]->type);
+    const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : AVL__FEW_ROWS) && !run->always_panels;
+    int n_out = 0, n_items = 0, is_fine = 0, i;
+    avl__linear_job job;
+    memset(&job, 0, sizeof job);
+    job.run = run;
+    job.columns = kernels->linear;
+    for (i = 0; i < n; i++) {
+        const avl__product product = {y[i], x, w[i], n_rows, few, {NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
+        job.product[i] = product;
+        n_out += w[i]->n_out;
+        is_fine |= w[i]->is_fine && kernels->has_pieces;
+    }
+    if (kernels->multiply && !(few && is_float)) {
+        const avl__quants quants = avl__quants_for(run, job.product, 1 + is_fine);
+        job.columns = kernels->multiply;
+        job.product[0].quants = quants;
+        avl__pool_run(run->pool, avl__quantize_item, &job, quants.n_groups);
+        for (i = 0; i < n; i++) {                           // some read the first of two pieces alone
+            job.product[i].quants = quants;
+            if (!w[i]->is_fine) job.product[i].quants.n_pieces = 1;
+        }
+    }
+    job.chunk = AVL__LINEAR_CHUNK;
+    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
+    for (i = 0; i < n; i++) n_items += job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
+    avl__pool_run(run->pool, avl__linear_item, &job, n_items);
 }
 
 // y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 static void avl__apply(avl__run *run, float *y, const float *x, const avl__linear *w, int n_rows) {
-    const size_t n_blocks = ((size_t)w->n_in + 31) / 32;
-    size_t n;
-    avl__linear_job job;
-    avl__product *p = &job.product;
-    job.run = run;
-    job.columns = run->kernels->linear;
-    memset(p, 0, sizeof *p);
-    p->y = y;
-    p->x = x;
-    p->w = w;
-    p->n_rows = n_rows;
-    p->few = n_rows <= (avl__is_float_type(w->type) ? AVL__FEW_FLOAT_ROWS : AVL__FEW_ROWS) && !run->always_panels;
-    if (run->kernels->multiply && !(p->few && avl__is_float_type(w->type))) {
-        job.columns = run->kernels->multiply;
-        p->quants.n_blocks = (int)n_blocks;
-        p->quants.n_pieces = w->is_fine && run->kernels->has_pieces ? 2 : 1;
-        p->quants.group = p->few ? 1 : avl__is_float_type(w->type) ? run->kernels->float_group : run->kernels->group;
-        p->quants.n_groups = (n_rows + p->quants.group - 1) / p->quants.group;
-        n = n_blocks * (size_t)p->quants.n_pieces * (size_t)p->quants.n_groups * (size_t)p->quants.group;
-        p->quants.scale = (float *)(void *)run->quants;
-        p->quants.bias = (int32_t *)(void *)(p->quants.scale + n);
-        p->quants.sum = (float *)(void *)(p->quants.bias + 2 * n);
-        p->quants.q = (int8_t *)(p->quants.sum + 2 * n);
-        avl__pool_run(run->pool, avl__quantize_item, &job, p->quants.n_groups);
+    avl__apply_shared(run, &y, x, &w, 1, n_rows);
+}
+
+// The same for two or three weights and outputs; what their types allow is shared.
+static void avl__apply_each(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
+    int i, end;
+    for (i = 0; i < n; i = end) {
+        for (end = i + 1; end < n && w[end]->type == w[i]->type; end++) {}
+        avl__apply_shared(run, y + i, x, w + i, end - i, n_rows);
     }
-    job.chunk = AVL__LINEAR_CHUNK;
-    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + w->n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
-    avl__pool_run(run->pool, avl__linear_item, &job, (w->n_out + job.chunk - 1) / job.chunk);
 }
 
 ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in, int n_out) {
@@ -9996,13 +10049,13 @@ static void avl__tower_attend(const avl__tower *tower, avl__run *run, avl__tower
 
 static void avl__tower_layer_run(const avl__tower *tower, avl__run *run, avl__tower_pass *pass, int i) {
     const avl__tower_layer *layer = &tower->layers[i];
+    const avl__linear *const weights[] = {&layer->q, &layer->k, &layer->v};
+    float *const qkv[] = {pass->q, pass->k, pass->v};
     const char *prefix = pass->prefix;
     int d = tower->n_embd, n = pass->n_rows;
     avl__layer_norm_rows(run, pass->normed, pass->x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
     avl__tap(run, prefix, i, "layer_norm1", pass->normed, n, d);
-    avl__apply(run, pass->q, pass->normed, &layer->q, n);
-    avl__apply(run, pass->k, pass->normed, &layer->k, n);
-    avl__apply(run, pass->v, pass->normed, &layer->v, n);
+    avl__apply_each(run, qkv, pass->normed, weights, 3, n);
     avl__tap(run, prefix, i, "self_attn.q_proj", pass->q, n, d);
     avl__tap(run, prefix, i, "self_attn.k_proj", pass->k, n, d);
     avl__tap(run, prefix, i, "self_attn.v_proj", pass->v, n, d);
@@ -10402,12 +10455,13 @@ static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
     const avl__llama_layer *layer = &m->layers[i];
     const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
     const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
+    const avl__linear *const weights[] = {&layer->q, &layer->k, &layer->v};
+    float *const qkv[] = {p->q, p->k, p->v};
     int c;
     avl__rms_norm_rows(p->run, p->normed, p->x, layer->attention_norm, p->n, m->n_embd, m->rms_norm_eps);
     avl__tap(p->run, "model.layers", i, "input_layernorm", p->normed, p->n, m->n_embd);
-    if (n_wanted) avl__apply(p->run, p->q, p->normed + (size_t)skipped * m->n_embd, &layer->q, n_wanted);
-    avl__apply(p->run, p->k, p->normed, &layer->k, p->n);
-    avl__apply(p->run, p->v, p->normed, &layer->v, p->n);
+    if (skipped && n_wanted) avl__apply(p->run, p->q, p->normed + (size_t)skipped * m->n_embd, &layer->q, n_wanted);
+    avl__apply_each(p->run, qkv + (skipped > 0), p->normed, weights + (skipped > 0), 3 - (skipped > 0), p->n);
     avl__llama_tap_heads(p, i, "self_attn.q_proj", p->q, m->n_head);
     avl__llama_tap_heads(p, i, "self_attn.k_proj", p->k, m->n_head_kv);
     avl__tap(p->run, "model.layers", i, "self_attn.v_proj", p->v, p->n, (int64_t)kv_row);
@@ -10456,10 +10510,11 @@ static void avl__llama_attention(avl__llama_pass *p, int i, int n_wanted) {
 static void avl__llama_mlp(const avl__llama_pass *p, int i) {
     const avl__llama *m = p->m;
     const avl__llama_layer *layer = &m->layers[i];
+    const avl__linear *const weights[] = {&layer->gate, &layer->up};
+    float *const hidden[] = {p->gate, p->up};
     avl__rms_norm_rows(p->run, p->normed, p->x, layer->ffn_norm, p->n, m->n_embd, m->rms_norm_eps);
     avl__tap(p->run, "model.layers", i, "post_attention_layernorm", p->normed, p->n, m->n_embd);
-    avl__apply(p->run, p->gate, p->normed, &layer->gate, p->n);
-    avl__apply(p->run, p->up, p->normed, &layer->up, p->n);
+    avl__apply_each(p->run, hidden, p->normed, weights, 2, p->n);
     avl__tap(p->run, "model.layers", i, "mlp.gate_proj", p->gate, p->n, m->n_ff);
     avl__tap(p->run, "model.layers", i, "mlp.up_proj", p->up, p->n, m->n_ff);
     avl__activate(p->run, p->gate, (int64_t)p->n * m->n_ff, NULL, p->up);
