@@ -136,9 +136,9 @@
 // for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
 // compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
 // that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
-// Fast mode rounds activations to 8 bits in blocks of 32 and multiplies integers (weights of a float type: pairs of bfloat16), with
-// AVX-512 VNNI. Its kernels for AVX2 and for other processors are still to come: there both modes compute alike, but for the search
-// over float16 rows. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA, forces simpler kernels.
+// Fast mode rounds activations to integers in blocks of 32 and multiplies integers: with AVX2, better with AVX-VNNI or AVX-512 VNNI
+// (weights of a float type with AVX-512 BF16: pairs of bfloat16). On other processors both modes compute alike. The `isa` of a
+// session's options, or the program's environment variable ASTROVL_ISA, forces simpler kernels.
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
@@ -493,8 +493,8 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx512" or "avx512_bf16"; NULL:
-                                   // the best for this processor
+    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512" or
+                                   // "avx512_bf16"; NULL: the best for this processor
     astrovl_session *share;        // another session of the model, freed after this one: its mode, threads, scratch memory, tap and
                                    // progress serve both, never at the same time, and this one costs its KV cache alone. NULL: none
 } astrovl_session_options;
@@ -2572,21 +2572,29 @@ enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
 // activations take 8 weight rows as they lie; each block becomes 8 registers of sums, which are turned and added to one. Both
 // ways do the same float operations in the same order, so the bits of a row do not depend on how many rows there are:
 //     sum += (integer sum of the block) (d e);  sum -= (-m) (e sum of q),     each in one rounding, block after block.
+//
+// AVX-VNNI (Intel since Alder Lake, AMD since Zen 5) has vpdpbusd for these registers, and vpdpwssd for pairs of 16-bit integers. Its
+// table shares all of this: products are added up in 32 bits as they are made, to the same integers, hence to the same bits.
 
 // What matters of a type once its blocks are integers.
 typedef struct avl__words_form {
     int n_parts, has_min;
     int run;           // as many words of four columns add up in 16 bits; 0: words of two 16-bit integers
+    int vnni;          // 1: with AVX-VNNI; whether run is 0 is all that matters of it then
 } avl__words_form;
 
 enum { AVL__ROUND_BYTES = 127, AVL__ROUND_PAIRS = 8191 };    // the largest integers that activations are rounded to
 
-AVL__INLINE avl__words_form avl__words_form_of(int type) {
+// Weights that become pairs of 16-bit integers rather than words of four bytes.
+AVL__INLINE int avl__in_pairs(int type) { return type == ASTROVL_TYPE_Q8_0 || avl__is_float_type(type); }
+
+AVL__INLINE avl__words_form avl__words_form_of(int type, int vnni) {
     const avl__block_form f = avl__block_form_of(type);
-    avl__words_form w = {1, 0, 8};
+    avl__words_form w = {1, 0, 8, 0};
     w.n_parts = f.n_parts;
     w.has_min = f.has_min;
-    if (type == ASTROVL_TYPE_Q8_0 || avl__is_float_type(type)) w.run = 0;
+    w.vnni = vnni;
+    if (avl__in_pairs(type)) w.run = 0;
     else if (w.n_parts == 2) w.run = w.has_min ? 4 : 2;       // all words of a part of Q2_K; Q6_K's 6 bits, and Q3_K shares its loop
     else if (type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1 || type == ASTROVL_TYPE_Q5_K) w.run = 4;
     return w;
@@ -2648,7 +2656,7 @@ AVL__AVX2 AVL__INLINE int avl__add_pairs_avx2(__m256i q) {   // the sum of 16 in
 
 AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n_rows) {
     const avl__block_form f = avl__block_form_of(p->w->type);
-    const int pairs = avl__words_form_of(p->w->type).run == 0;
+    const int pairs = avl__in_pairs(p->w->type);
     const avl__quants *to = &p->quants;
     int r, b, i, part;
     for (r = first; r < first + n_rows; r++)
@@ -2763,7 +2771,7 @@ AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *con
     for (j = 0; j < n; j++) {
         const size_t at = size * (b + (size_t)j);
         _mm256_storeu_ps(d + 8 * j, avl__halves_of_rows_avx2(row, at));
-        if (avl__words_form_of(type).has_min)
+        if (avl__block_form_of(type).has_min)
             _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(_mm256_setzero_ps(), avl__halves_of_rows_avx2(row, at + 2)));
     }
 }
@@ -2774,22 +2782,60 @@ AVL__INLINE void avl__eight_rows(const avl__linear *w, int first, int n, const u
     for (r = 0; r < 8; r++) row[r] = (const uint8_t *)w->weight + (size_t)(first + (r < n ? r : n - 1)) * w->row_bytes;
 }
 
-// The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where
-// a whole block of them fits into that
-AVL__AVX2 AVL__INLINE __m256i avl__block_products_avx2(int type, const uint8_t *row, size_t b, const __m256i *q) {
-    const int run = avl__words_form_of(type).run;
-    __m256i pairs;
-    if (run == 0) {
-        const uint8_t *s = row + 34 * b + 2;
-        return _mm256_add_epi32(_mm256_madd_epi16(_mm256_cvtepi8_epi16(avl__load16_avx2(s)), q[0]),
-                                _mm256_madd_epi16(_mm256_cvtepi8_epi16(avl__load16_avx2(s + 16)), q[1]));
-    }
-    pairs = _mm256_maddubs_epi16(avl__block_bytes_avx2(type, row, b), q[0]);
-    return run == 8 ? pairs : _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-
 AVL__AVX2 AVL__INLINE __m256i avl__add_words_avx2(int in_16_bits, __m256i a, __m256i b) {
     return in_16_bits ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+}
+
+// The instructions of AVX-VNNI are written as such: an intrinsic could not be part of the code that AVX2 shares. {vex} tells them from
+// those of AVX-512, which do the same on a machine that has only these: test.c can be built with them.
+#if defined(ASTROVL_TEST_EVEX_VNNI)
+#define AVL__VNNI(name) "%{evex%} " name " {%2, %1, %0|%0, %1, %2}"
+#elif (defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11)
+#define AVL__VNNI(name) "%{vex%} " name " {%2, %1, %0|%0, %1, %2}"
+#else
+#define AVL__VNNI(name) ""              // assemblers of that age need not know them; the table is there, but not chosen
+#endif
+
+// Asked of the processor itself, which has AVX2: compilers learnt the name later.
+static int avl__has_avx_vnni(void) {
+#if defined(ASTROVL_TEST_EVEX_VNNI)
+    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+    unsigned a = 7, b, c = 1, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return sizeof AVL__VNNI("") > 1 && (a >> 4 & 1);
+#endif
+}
+
+// sum + w x of a register of weights and one of activations: words of four bytes (of weights, unsigned) or of two 16-bit integers. The
+// sums have 32 bits, but without AVX-VNNI those of bytes 16
+AVL__AVX2 AVL__INLINE __m256i avl__add_products_avx2(avl__words_form f, __m256i sum, __m256i w, __m256i x) {
+    if (!f.vnni)    return avl__add_words_avx2(f.run, sum, f.run ? _mm256_maddubs_epi16(w, x) : _mm256_madd_epi16(w, x));
+    else if (f.run) __asm__(AVL__VNNI("vpdpbusd") : "+x"(sum) : "x"(w), "x"(x));
+    else            __asm__(AVL__VNNI("vpdpwssd") : "+x"(sum) : "x"(w), "x"(x));
+    return sum;
+}
+
+// Sums of words in 32 bits
+AVL__AVX2 AVL__INLINE __m256i avl__widen_sums_avx2(avl__words_form f, __m256i sum) {
+    return f.run && !f.vnni ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum;
+}
+
+// Do the sums of whole blocks fit into 16 bits?
+AVL__INLINE int avl__is_narrow(avl__words_form f) { return f.run == 8 && !f.vnni; }
+
+// The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where
+// a whole block of them fits into that
+AVL__AVX2 AVL__INLINE __m256i avl__block_products_avx2(avl__words_form f, int type, const uint8_t *row, size_t b, const __m256i *q) {
+    __m256i sum = _mm256_setzero_si256();
+    int i;
+    if (f.run) {
+        sum = avl__add_products_avx2(f, sum, avl__block_bytes_avx2(type, row, b), q[0]);
+        return avl__is_narrow(f) ? sum : avl__widen_sums_avx2(f, sum);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 2; i++) sum = avl__add_products_avx2(f, sum, _mm256_cvtepi8_epi16(avl__load16_avx2(row + 34 * b + 2 + 16 * i)), q[i]);
+    return sum;
 }
 
 // Has the compiler finish v here: it would rather make all products of a block before it adds them up, and has not the registers.
@@ -2797,7 +2843,7 @@ AVL__AVX2 AVL__INLINE void avl__finish_avx2(__m256i v) { __asm__ volatile("" : :
 
 // 8 registers of sums, turned and added: lane r of whole is the sum of register r; of two parts, whole[1] for the upper half
 AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, __m256i *whole) {
-    const int narrow = f.run == 8;
+    const int narrow = avl__is_narrow(f);
     int i;
     AVL__UNROLL
     for (i = 0; i < 8; i += 2)
@@ -2808,7 +2854,7 @@ AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, _
     whole[0] = _mm256_permute2x128_si256(v[0], v[4], 0x20);
     whole[1] = _mm256_permute2x128_si256(v[0], v[4], 0x31);
     if (f.n_parts == 1) whole[0] = avl__add_words_avx2(narrow, whole[0], whole[1]);
-    if (narrow) whole[0] = _mm256_madd_epi16(whole[0], _mm256_set1_epi16(1));
+    if (narrow) whole[0] = avl__widen_sums_avx2(f, whole[0]);
 }
 
 // sum + (whole + bias) (d e) - minus_m (e sum of q) for one part of a block.  bias, e, e_sum: one value each, of the activations
@@ -2821,9 +2867,9 @@ AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole
 }
 
 // 8 weight rows as they lie times a row of the activations.
-AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
-                                                int x_row) {
-    const avl__words_form f = avl__words_form_of(type);
+AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_t *const *row, size_t row_bytes,
+                                                const avl__quants *x, int x_row) {
+    const avl__words_form f = avl__words_form_of(type, vnni);
     const size_t first = (size_t)x_row * (size_t)x->n_blocks;
     const int q_bytes = f.run ? 32 : 64, ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);         // bytes of 8 blocks
     __m256 sum = _mm256_setzero_ps();
@@ -2842,7 +2888,7 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int type, const uint8_t *const *
             q[0] = avl__load32_avx2(q_at);
             q[1] = f.run ? q[0] : avl__load32_avx2(q_at + 32);
             AVL__UNROLL
-            for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(type, row[r], (size_t)(b + j), q);
+            for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(f, type, row[r], (size_t)(b + j), q);
             avl__add_turned_avx2(f, v, whole);
             AVL__UNROLL
             for (part = 0; part < f.n_parts; part++) {
@@ -2886,7 +2932,7 @@ AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, 
 // Fills a group of a panel from 8 weight rows. One loop for all types: what it takes to look at the type of each block is little beside
 // the products with a panel.
 AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const avl__words *to) {
-    const avl__words_form f = avl__words_form_of(type);
+    const avl__block_form f = avl__block_form_of(type);
     const int n_blocks = (n_in + 31) / 32;
     int b, j, r;
     for (b = 0; b < n_blocks; b += 8) {
@@ -2896,7 +2942,7 @@ AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, 
             avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
         for (j = 0; j < n_now; j++) {
             __m256i v[8];
-            if (f.run == 0) {
+            if (avl__in_pairs(type)) {
                 avl__fill_pairs_avx2(type, row, b + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
                 continue;
             }
@@ -2911,7 +2957,7 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
                                                 __m256 sum[][2]) {
     const size_t n_blocks = (size_t)x->n_blocks, u_bytes = f.run ? 256 : 512, q_bytes = u_bytes / 8;   // of a block
     const size_t row = n_blocks * f.n_parts;
-    const int n_words = (f.run ? 8 : 16) / f.n_parts, run = f.run && f.run < n_words ? f.run : n_words;
+    const int n_words = (f.run ? 8 : 16) / f.n_parts, run = f.run && !f.vnni && f.run < n_words ? f.run : n_words;
     const int8_t *q = x->q + q_bytes * n_blocks * (size_t)first;
     const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
     const int32_t *bias = x->bias + row * (size_t)first;
@@ -2935,8 +2981,7 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
                         const __m256i a = _mm256_set1_epi32((int)avl__word_at(q + q_bytes * (n_blocks * (size_t)r + b) + 4 * word));
                         AVL__UNROLL
                         for (c = 0; c < 2; c++) {
-                            const __m256i product = f.run ? _mm256_maddubs_epi16(w[c], a) : _mm256_madd_epi16(w[c], a);
-                            some[r][c] = i == g ? product : avl__add_words_avx2(f.run, some[r][c], product);
+                            some[r][c] = avl__add_products_avx2(f, i == g ? _mm256_setzero_si256() : some[r][c], w[c], a);
                             avl__finish_avx2(some[r][c]);
                         }
                     }
@@ -2945,7 +2990,7 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
                 for (r = 0; r < n; r++)
                     AVL__UNROLL
                     for (c = 0; c < 2; c++) {
-                        const __m256i wide = f.run ? _mm256_madd_epi16(some[r][c], _mm256_set1_epi16(1)) : some[r][c];
+                        const __m256i wide = avl__widen_sums_avx2(f, some[r][c]);
                         whole[r][c] = g == 0 ? wide : _mm256_add_epi32(whole[r][c], wide);
                     }
             }
@@ -2988,20 +3033,21 @@ AVL__AVX2 AVL__INLINE void avl__run_words_form_avx2(avl__words_form f, const avl
 }
 
 // Once a panel is filled only the form of its blocks matters.
-AVL__AVX2 static void avl__run_words_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out, int n_columns) {
-    static const avl__words_form pairs = {1, 0, 0}, bits_4 = {1, 0, 8}, bits_4_min = {1, 1, 8}, bits_5 = {1, 0, 4};
-    static const avl__words_form bits_5_min = {1, 1, 4}, parts = {2, 0, 2}, parts_min = {2, 1, 4};
-    if (f.run == 0)                    avl__run_words_form_avx2(pairs, panel, p, out, n_columns);
-    else if (f.run == 8 && !f.has_min) avl__run_words_form_avx2(bits_4, panel, p, out, n_columns);
-    else if (f.run == 8)               avl__run_words_form_avx2(bits_4_min, panel, p, out, n_columns);
-    else if (f.run == 2)               avl__run_words_form_avx2(parts, panel, p, out, n_columns);
-    else if (f.n_parts == 2)           avl__run_words_form_avx2(parts_min, panel, p, out, n_columns);
-    else if (!f.has_min)               avl__run_words_form_avx2(bits_5, panel, p, out, n_columns);
-    else                               avl__run_words_form_avx2(bits_5_min, panel, p, out, n_columns);
+AVL__AVX2 AVL__INLINE void avl__run_words_avx2(int vnni, avl__words_form f, const avl__words *panel, const avl__product *p, int out,
+                                               int n_columns) {
+    const avl__words_form pairs = {1, 0, 0, vnni}, bits_4 = {1, 0, 8, vnni}, bits_4_min = {1, 1, 8, vnni}, bits_5 = {1, 0, 4, vnni};
+    const avl__words_form bits_5_min = {1, 1, 4, vnni}, parts = {2, 0, 2, vnni}, parts_min = {2, 1, 4, vnni};
+    if (f.run == 0)                                avl__run_words_form_avx2(pairs, panel, p, out, n_columns);
+    else if (f.n_parts == 2 && f.has_min)          avl__run_words_form_avx2(parts_min, panel, p, out, n_columns);
+    else if (f.n_parts == 2)                       avl__run_words_form_avx2(parts, panel, p, out, n_columns);
+    else if ((vnni || f.run == 8) && f.has_min)    avl__run_words_form_avx2(bits_4_min, panel, p, out, n_columns);
+    else if (vnni || f.run == 8)                   avl__run_words_form_avx2(bits_4, panel, p, out, n_columns);
+    else if (f.has_min)                            avl__run_words_form_avx2(bits_5_min, panel, p, out, n_columns);
+    else                                           avl__run_words_form_avx2(bits_5, panel, p, out, n_columns);
 }
 
-AVL__AVX2 static void avl__multiply_panels_avx2(const avl__product *p, int first, int last, float *scratch) {
-    const avl__words_form f = avl__words_form_of(p->w->type);
+AVL__AVX2 AVL__INLINE void avl__multiply_panels_avx2(int vnni, const avl__product *p, int first, int last, float *scratch) {
+    const avl__words_form f = avl__words_form_of(p->w->type, vnni);
     const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 8 * n_blocks * f.n_parts, u_bytes = (f.run ? 256 : 512) * n_blocks;
     const uint8_t *row[8];
     avl__words panel;
@@ -3017,35 +3063,42 @@ AVL__AVX2 static void avl__multiply_panels_avx2(const avl__product *p, int first
             avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
             avl__fill_words_avx2(p->w->type, row, p->w->n_in, &group);
         }
-        avl__run_words_avx2(f, &panel, p, out, n_columns);
+        avl__run_words_avx2(vnni, f, &panel, p, out, n_columns);
     }
 }
 
 // A few rows of activations times weights as they lie.
-AVL__AVX2 AVL__INLINE void avl__multiply_rows_avx2(int type, const avl__product *p, int first, int last) {
+AVL__AVX2 AVL__INLINE void avl__multiply_rows_avx2(int vnni, int type, const avl__product *p, int first, int last) {
     const uint8_t *row[8];
     int out, r;
     for (out = first; out < last; out += 8) {
         avl__eight_rows(p->w, out, last - out, row);
         for (r = 0; r < p->n_rows; r++)
-            avl__store_sum_avx2(p, r, out, last - out, avl__dot_rows_avx2(type, row, p->w->row_bytes, &p->quants, r));
+            avl__store_sum_avx2(p, r, out, last - out, avl__dot_rows_avx2(vnni, type, row, p->w->row_bytes, &p->quants, r));
+    }
+}
+
+AVL__AVX2 AVL__INLINE void avl__multiply_words_avx2(int vnni, const avl__product *p, int first, int last, float *scratch) {
+    switch (p->few ? p->w->type : -1) {
+    case ASTROVL_TYPE_Q4_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_0, p, first, last); break;
+    case ASTROVL_TYPE_Q4_1: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_1, p, first, last); break;
+    case ASTROVL_TYPE_Q5_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q5_0, p, first, last); break;
+    case ASTROVL_TYPE_Q5_1: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q5_1, p, first, last); break;
+    case ASTROVL_TYPE_Q8_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q8_0, p, first, last); break;
+    case ASTROVL_TYPE_Q2_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q2_K, p, first, last); break;
+    case ASTROVL_TYPE_Q3_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q3_K, p, first, last); break;
+    case ASTROVL_TYPE_Q4_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_K, p, first, last); break;
+    case ASTROVL_TYPE_Q5_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q5_K, p, first, last); break;
+    case ASTROVL_TYPE_Q6_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q6_K, p, first, last); break;
+    default: avl__multiply_panels_avx2(vnni, p, first, last, scratch); break;
     }
 }
 
 AVL__AVX2 static void avl__multiply_avx2(const avl__product *p, int first, int last, float *scratch) {
-    switch (p->few ? p->w->type : -1) {
-    case ASTROVL_TYPE_Q4_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_0, p, first, last); break;
-    case ASTROVL_TYPE_Q4_1: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_1, p, first, last); break;
-    case ASTROVL_TYPE_Q5_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_0, p, first, last); break;
-    case ASTROVL_TYPE_Q5_1: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_1, p, first, last); break;
-    case ASTROVL_TYPE_Q8_0: avl__multiply_rows_avx2(ASTROVL_TYPE_Q8_0, p, first, last); break;
-    case ASTROVL_TYPE_Q2_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q2_K, p, first, last); break;
-    case ASTROVL_TYPE_Q3_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q3_K, p, first, last); break;
-    case ASTROVL_TYPE_Q4_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q4_K, p, first, last); break;
-    case ASTROVL_TYPE_Q5_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q5_K, p, first, last); break;
-    case ASTROVL_TYPE_Q6_K: avl__multiply_rows_avx2(ASTROVL_TYPE_Q6_K, p, first, last); break;
-    default: avl__multiply_panels_avx2(p, first, last, scratch); break;
-    }
+    avl__multiply_words_avx2(0, p, first, last, scratch);
+}
+AVL__AVX2 static void avl__multiply_avx_vnni(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_words_avx2(1, p, first, last, scratch);
 }
 
 // n rows of activations, from row `first` on, times a row of weights of a float type as it lies, in float32.
@@ -3322,10 +3375,8 @@ AVL__AVX2 static void avl__from_halves_avx2(float *y, const uint16_t *x, int n) 
     for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
 }
 
-// Products of 16 or 8 bits and the addition that must follow each. Every product is made of the sum before it, or a compiler would
-// make it once.
-AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) {
-    const int is_wide = avl__words_form_of(type).run == 0;
+// Products of 16 or 8 bits and their addition. Every product is made of the sum before it, or a compiler would make it once.
+AVL__AVX2 AVL__INLINE double avl__peak_words_avx2(avl__words_form f, int64_t n) {
     volatile int keep = 0x01010101;   // not known while compiling
     const __m256i x = _mm256_set1_epi32(keep);
     __m256i sum[12];
@@ -3335,19 +3386,23 @@ AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) {
     for (i = 0; i < 12; i++) sum[i] = _mm256_set1_epi32(i);
     for (r = 0; r < n; r++) {
         AVL__UNROLL
-        for (i = 0; i < 12; i++)
-            sum[i] = is_wide ? _mm256_add_epi32(sum[i], _mm256_madd_epi16(sum[i], x))
-                             : _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(sum[i], x));
+        for (i = 0; i < 12; i++) sum[i] = avl__add_products_avx2(f, sum[i], sum[i], x);
     }
     for (i = 1; i < 12; i++) sum[0] = _mm256_xor_si256(sum[0], sum[i]);
     keep = _mm256_extract_epi32(sum[0], 0);
-    return (double)n * 12 * (is_wide ? 32 : 64);
+    return (double)n * 12 * (f.run ? 64 : 32);
 }
+AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) { return avl__peak_words_avx2(avl__words_form_of(type, 0), n); }
+AVL__AVX2 static double avl__peak_avx_vnni(int type, int64_t n) { return avl__peak_words_avx2(avl__words_form_of(type, 1), n); }
 
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
     avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1};
+static const avl__kernels avl__kernels_avx_vnni = {
+    "avx_vnni", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
+    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx_vnni,
+    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 1, 1};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -4519,9 +4574,9 @@ static const avl__kernels avl__kernels_avx512_bf16 = {
 
 // All tables of this build, the simplest first.
 #if AVL__X86
-#define AVL__KERNEL_NAMES "portable, avx2, avx512, avx512_bf16"
-static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_avx2, &avl__kernels_avx512,
-                                                       &avl__kernels_avx512_bf16};
+#define AVL__KERNEL_NAMES "portable, avx2, avx_vnni, avx512, avx512_bf16"
+static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_avx2, &avl__kernels_avx_vnni,
+                                                       &avl__kernels_avx512, &avl__kernels_avx512_bf16};
 #else
 #define AVL__KERNEL_NAMES "portable"
 static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable};
@@ -4533,10 +4588,11 @@ enum { AVL__N_KERNELS = sizeof avl__all_kernels / sizeof *avl__all_kernels };
 static int avl__kernels_run(int i) {
 #if AVL__X86
     if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (i == 2)
+    if (i == 2) return avl__kernels_run(1) && avl__has_avx_vnni();
+    if (i == 3)
         return avl__kernels_run(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-    if (i == 3) return avl__kernels_run(2) && __builtin_cpu_supports("avx512bf16");
+    if (i == 4) return avl__kernels_run(3) && __builtin_cpu_supports("avx512bf16");
 #endif
     return i == 0;
 }

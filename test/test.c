@@ -971,6 +971,37 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
     free(blocks);
 }
 
+// AVX-VNNI adds up the same integers as AVX2, so a product has the same bits.
+static void test_fast_vnni(void) {
+#if AVL__X86
+    static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14}, rows[] = {1, 2, 9, 16};
+    enum { N_IN = 512, N_OUT = 70 };
+    static float x[16 * N_IN], y[2][16 * N_OUT];
+    static uint8_t blocks[N_OUT * N_IN * 4];
+    const avl__kernels *tables[2] = {&avl__kernels_avx2, &avl__kernels_avx_vnni};
+    size_t t, i, k;
+    CHECK(avl__all_kernels[2] == tables[1] && (!avl__kernels_run(2) || avl__kernels_run(1)), "the table's place");
+    test_fill(x, 16 * N_IN, 8);
+    for (t = 0; avl__kernels_run(2) && t < sizeof types / sizeof *types; t++)
+        for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+            avl__linear w;
+            memset(&w, 0, sizeof w);
+            w.weight = blocks, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = astrovl_type_row_bytes(types[t], N_IN);
+            test_fast_blocks(types[t], blocks, w.row_bytes * N_OUT, 0, (uint32_t)t);
+            for (k = 0; k < 2; k++) {
+                avl__run run;
+                memset(&run, 0, sizeof run);
+                run.kernels = tables[k];
+                run.pool = avl__pool_new(1);
+                CHECK(run.pool && avl__run_reserve(&run, 1, N_IN, 16), "reserve");
+                avl__apply(&run, y[k], x, &w, rows[i]);
+                avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
+            }
+            CHECK(memcmp(y[0], y[1], sizeof(float) * N_OUT * (size_t)rows[i]) == 0, "%s, %d rows", astrovl_type_name(types[t]), rows[i]);
+        }
+#endif
+}
+
 static void test_fast_rows(void) {
     static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
     size_t t;
@@ -1094,6 +1125,7 @@ static void tests_ops(void) {
     run("ops: attention", test_attention);
     run("fast: products of every type and shape", test_fast_products);
     run("fast: rows do not depend on each other", test_fast_rows);
+    run("fast: AVX-VNNI as AVX2", test_fast_vnni);
     run("fast: norms and activations", test_fast_ops);
     run("fast: float16 of the KV cache", test_fast_halves);
     run("fast: a model", test_fast_model);
