@@ -2173,7 +2173,7 @@ static double avl__random(uint64_t *state) {
 // activations are rounded, row by row, to x[i] = e q[i] with -127 <= q[i] <= 127 and one e for 32 values. Then
 //     sum over a block of w[i] x[i] = d e (sum of u[i] q[i] - offset sum of q[i]) + m e (sum of q[i]),
 // and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
-// (vpdpbusd of AVX-512 VNNI). The other two sums depend on the activations alone and are made once per row.
+// (vpdpbusd of AVX-512 VNNI and AVX-VNNI). The other two sums depend on the activations alone and are made once per row.
 //
 // One row of activations (writing an answer) is bound by reading the weights from memory, if the arithmetic keeps up: eight weight
 // rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD). Every block's sum is made whole
@@ -2377,6 +2377,10 @@ static int avl__is_float_type(int type) {
 
 // ---- AVX2 ----------------------------------------------------------------------------------------------------------
 
+AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+AVL__AVX2 AVL__INLINE __m128i avl__load16_avx2(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+AVL__AVX2 AVL__INLINE void avl__store32_avx2(void *to, __m256i v) { _mm256_storeu_si256((__m256i *)to, v); }
+
 // F16C, which every processor with AVX2 has, makes eight floats of eight float16 in one instruction, so a search is bound by
 // reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
 __attribute__((target("avx2,f16c")))
@@ -2397,21 +2401,19 @@ static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
     return avl__fold_lanes(lane);
 }
 
-__attribute__((target("avx2")))
-static uint64_t avl__read_avx2(const void *data, size_t size) {
+AVL__AVX2 static uint64_t avl__read_avx2(const void *data, size_t size) {
     const uint8_t *bytes = (const uint8_t *)data;
-    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-    uint64_t sum[4];
+    __m256i sum[4];
+    uint64_t lane[4];
     size_t at = 0;
-    for (; at + 128 <= size; at += 128) {
-        const __m256i *p = (const __m256i *)(const void *)(bytes + at);
-        a = _mm256_add_epi64(a, _mm256_loadu_si256(p));
-        b = _mm256_add_epi64(b, _mm256_loadu_si256(p + 1));
-        c = _mm256_add_epi64(c, _mm256_loadu_si256(p + 2));
-        d = _mm256_add_epi64(d, _mm256_loadu_si256(p + 3));
-    }
-    _mm256_storeu_si256((__m256i *)(void *)sum, _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d)));
-    return sum[0] + sum[1] + sum[2] + sum[3] + avl__read_portable(bytes + at, size - at);
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) sum[i] = _mm256_setzero_si256();
+    for (; at + 128 <= size; at += 128)
+        AVL__UNROLL
+        for (i = 0; i < 4; i++) sum[i] = _mm256_add_epi64(sum[i], avl__load32_avx2(bytes + at + 32 * i));
+    avl__store32_avx2(lane, _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3])));
+    return lane[0] + lane[1] + lane[2] + lane[3] + avl__read_portable(bytes + at, size - at);
 }
 
 // ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
@@ -2466,8 +2468,6 @@ AVL__INLINE uint32_t avl__word_at(const void *p) {
     memcpy(&word, p, 4);
     return word;
 }
-AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-AVL__AVX2 AVL__INLINE __m128i avl__load16_avx2(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 
 // 16 bytes of nibbles: the low ones, then the high ones
 AVL__AVX2 AVL__INLINE __m256i avl__nibbles_avx2(const uint8_t *p) {
@@ -2525,9 +2525,10 @@ AVL__INLINE void avl__prefetch_page(const char *p) {
     for (i = 0; i < 4; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
 }
 
-// 8 rows of 8 words each, turned
-AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
-    __m256i t[8];
+// Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
+AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(const __m256i *v, void *to, int stride) {
+    uint8_t *at = (uint8_t *)to;
+    __m256i t[8], u[8];
     int i;
     AVL__UNROLL
     for (i = 0; i < 8; i += 2) {
@@ -2536,26 +2537,16 @@ AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *v) {
     }
     AVL__UNROLL
     for (i = 0; i < 8; i += 4) {
-        v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+        u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
-        t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
-        t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+        avl__store32_avx2(at + stride * i, _mm256_permute2x128_si256(u[i], u[i + 4], 0x20));
+        avl__store32_avx2(at + stride * (i + 4), _mm256_permute2x128_si256(u[i], u[i + 4], 0x31));
     }
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) v[i] = t[i];
-}
-
-// Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
-AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, void *to, int stride) {
-    int i;
-    avl__turn_words_avx2(v);
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(void *)((uint8_t *)to + stride * i), v[i]);
 }
 
 enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
@@ -2611,15 +2602,13 @@ AVL__AVX2 AVL__INLINE void avl__store_avx2(float *y, int n, __m256 v) {
     else        _mm256_maskstore_ps(y, avl__lanes_avx2(n), v);
 }
 
-AVL__AVX2 AVL__INLINE void avl__store_words_avx2(void *to, __m256i v) { _mm256_storeu_si256((__m256i *)to, v); }
-
 // 8 weights of a float type from i on, those beyond the n that are left zero
-AVL__AVX2 AVL__INLINE __m256 avl__weights_avx2(int type, const uint8_t *row, size_t i, int n) {
+AVL__AVX2 AVL__INLINE __m256 avl__weights_avx2(int type, const void *row, size_t i, int n) {
     uint16_t some[8] = {0};
     __m128i halves;
-    if (type == ASTROVL_TYPE_F32) return avl__load_avx2((const float *)(const void *)row + i, n);
-    if (n < 8 && n > 0) memcpy(some, row + 2 * i, 2 * (size_t)n);
-    halves = avl__load16_avx2(n >= 8 ? row + 2 * i : (const uint8_t *)some);
+    if (type == ASTROVL_TYPE_F32) return avl__load_avx2((const float *)row + i, n);
+    if (n < 8 && n > 0) memcpy(some, (const uint16_t *)row + i, 2 * (size_t)n);
+    halves = avl__load16_avx2(n >= 8 ? (const uint16_t *)row + i : some);
     if (type == ASTROVL_TYPE_F16) return _mm256_cvtph_ps(halves);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
@@ -2671,11 +2660,11 @@ AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n
             for (i = 0; i < 4; i++) v[i] = avl__load_avx2(x + 8 * i, left - 8 * i);
             avl__round_block_avx2(v, pairs ? (float)AVL__ROUND_PAIRS : (float)AVL__ROUND_BYTES, q, &to->scale[at]);
             if (pairs) {                                      // neither offsets nor minima
-                avl__store_words_avx2(to->q + 64 * at, q[0]);
-                avl__store_words_avx2(to->q + 64 * at + 32, q[1]);
+                avl__store32_avx2(to->q + 64 * at, q[0]);
+                avl__store32_avx2(to->q + 64 * at + 32, q[1]);
                 continue;
             }
-            avl__store_words_avx2(to->q + 32 * at, _mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xD8));
+            avl__store32_avx2(to->q + 32 * at, _mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xD8));
             sums[0] = avl__add_pairs_avx2(q[0]);
             sums[1] = avl__add_pairs_avx2(q[1]);
             if (f.n_parts == 1) sums[0] += sums[1];
@@ -2827,6 +2816,7 @@ AVL__INLINE int avl__is_narrow(avl__words_form f) { return f.run == 8 && !f.vnni
 // The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where
 // a whole block of them fits into that
 AVL__AVX2 AVL__INLINE __m256i avl__block_products_avx2(avl__words_form f, int type, const uint8_t *row, size_t b, const __m256i *q) {
+    const uint8_t *pairs = row + 34 * b + 2;                  // Q8_0's
     __m256i sum = _mm256_setzero_si256();
     int i;
     if (f.run) {
@@ -2834,7 +2824,7 @@ AVL__AVX2 AVL__INLINE __m256i avl__block_products_avx2(avl__words_form f, int ty
         return avl__is_narrow(f) ? sum : avl__widen_sums_avx2(f, sum);
     }
     AVL__UNROLL
-    for (i = 0; i < 2; i++) sum = avl__add_products_avx2(f, sum, _mm256_cvtepi8_epi16(avl__load16_avx2(row + 34 * b + 2 + 16 * i)), q[i]);
+    for (i = 0; i < 2; i++) sum = avl__add_products_avx2(f, sum, _mm256_cvtepi8_epi16(avl__load16_avx2(pairs + 16 * i)), q[i]);
     return sum;
 }
 
@@ -3148,16 +3138,22 @@ AVL__AVX2 static void avl__linear_avx2(const avl__product *p, int first, int las
 // ---- AVX2: vectors of float32 and attention ------------------------------------------------------------------------
 // As further down with AVX-512, which says more.
 
-AVL__AVX2 static float avl__dot_avx2(const float *a, const float *b, int n) {
+// a: F32 or F16
+AVL__AVX2 AVL__INLINE float avl__dot_type_avx2(int type, const void *a, const float *b, int n) {
     __m256 sum[4];
     int i = 0, j;
     AVL__UNROLL
     for (j = 0; j < 4; j++) sum[j] = _mm256_setzero_ps();
     for (; i + 32 <= n; i += 32)
         AVL__UNROLL
-        for (j = 0; j < 4; j++) sum[j] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * j), _mm256_loadu_ps(b + i + 8 * j), sum[j]);
-    for (; i < n; i += 8) sum[0] = _mm256_fmadd_ps(avl__load_avx2(a + i, n - i), avl__load_avx2(b + i, n - i), sum[0]);
+        for (j = 0; j < 4; j++)
+            sum[j] = _mm256_fmadd_ps(avl__weights_avx2(type, a, (size_t)(i + 8 * j), 8), _mm256_loadu_ps(b + i + 8 * j), sum[j]);
+    for (; i < n; i += 8) sum[0] = _mm256_fmadd_ps(avl__weights_avx2(type, a, (size_t)i, n - i), avl__load_avx2(b + i, n - i), sum[0]);
     return avl__add_lanes_avx2(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+}
+AVL__AVX2 static float avl__dot_avx2(const float *a, const float *b, int n) { return avl__dot_type_avx2(ASTROVL_TYPE_F32, a, b, n); }
+AVL__AVX2 static float avl__dot_half_avx2(const uint16_t *a, const float *b, int n) {
+    return avl__dot_type_avx2(ASTROVL_TYPE_F16, a, b, n);
 }
 
 AVL__AVX2 static void avl__axpy_avx2(float *y, float a, const float *x, int n) {
@@ -3337,21 +3333,6 @@ AVL__AVX2 static void avl__attend_avx2(const avl__tile *t, float *scratch) {
 // ---- AVX2: float16, for the KV cache -------------------------------------------------------------------------------
 
 AVL__AVX2 AVL__INLINE __m256 avl__load_halves_avx2(const uint16_t *x) { return _mm256_cvtph_ps(avl__load16_avx2(x)); }
-
-AVL__AVX2 static float avl__dot_half_avx2(const uint16_t *x, const float *b, int n) {
-    __m256 sum[4];
-    float lane[8], rest = 0.0f;
-    int i = 0, j;
-    AVL__UNROLL
-    for (j = 0; j < 4; j++) sum[j] = _mm256_setzero_ps();
-    for (; i + 32 <= n; i += 32)
-        AVL__UNROLL
-        for (j = 0; j < 4; j++) sum[j] = _mm256_fmadd_ps(avl__load_halves_avx2(x + i + 8 * j), _mm256_loadu_ps(b + i + 8 * j), sum[j]);
-    for (; i + 8 <= n; i += 8) sum[0] = _mm256_fmadd_ps(avl__load_halves_avx2(x + i), _mm256_loadu_ps(b + i), sum[0]);
-    for (; i < n; i++) rest += astrovl_f16_to_f32(x[i]) * b[i];
-    _mm256_storeu_ps(lane, _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
-    return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7])) + rest;
-}
 
 AVL__AVX2 static void avl__axpy_half_avx2(float *y, float a, const uint16_t *x, int n) {
     int i = 0;
