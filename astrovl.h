@@ -2691,7 +2691,7 @@ AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const
     const int n = type == ASTROVL_TYPE_Q4_K || type == ASTROVL_TYPE_Q5_K ? 8 : 16;
     __m256i w[4], t[4], scales[4], mins[4], both;
     __m256 d_of_row, m_of_row = _mm256_setzero_ps();
-    int i;
+    int i, j;
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
         w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at + begin), avl__load16_avx2(row[i] + at + begin));
@@ -2738,12 +2738,17 @@ AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const
         break;
     }
     AVL__UNROLL
-    for (i = 0; i < n; i++) {                                 // byte i % 4 of every lane, with its sign
-        const __m256i scale = _mm256_srai_epi32(_mm256_slli_epi32(scales[i / 4], 24 - i % 4 * 8), 24);
-        _mm256_storeu_ps(d + stride * i, _mm256_mul_ps(_mm256_cvtepi32_ps(scale), d_of_row));
-        if (type != ASTROVL_TYPE_Q3_K && type != ASTROVL_TYPE_Q6_K) {
-            const __m256i min = _mm256_srai_epi32(_mm256_slli_epi32(mins[i / 4], 24 - i % 4 * 8), 24);
-            _mm256_storeu_ps(minus_m + stride * i, _mm256_mul_ps(_mm256_cvtepi32_ps(min), m_of_row));
+    for (i = 0; i < 4; i++) {
+        const int has_min = type != ASTROVL_TYPE_Q3_K && type != ASTROVL_TYPE_Q6_K;
+        if (4 * i >= n) break;
+        AVL__UNROLL
+        for (j = 0; j < 4; j++) {                             // byte j of every lane, with its sign
+            const __m256i scale = _mm256_srai_epi32(_mm256_slli_epi32(scales[i], 24 - 8 * j), 24);
+            _mm256_storeu_ps(d + stride * (4 * i + j), _mm256_mul_ps(_mm256_cvtepi32_ps(scale), d_of_row));
+            if (has_min) {
+                const __m256i min = _mm256_srai_epi32(_mm256_slli_epi32(mins[i], 24 - 8 * j), 24);
+                _mm256_storeu_ps(minus_m + stride * (4 * i + j), _mm256_mul_ps(_mm256_cvtepi32_ps(min), m_of_row));
+            }
         }
     }
 }
@@ -3896,18 +3901,22 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, const uint8_t *gr
     const int step = 2 / f.n_parts;            // blocks that fill two registers
     const uint8_t *row[8];
     float d[16][8], minus_m[16][8];            // [8 n_parts][rows]
-    int j, i, part;
+    int j, i, part, turn;
     size_t line;
     AVL__UNROLL
     for (i = 0; i < 8; i++) row[i] = group + (size_t)i * row_bytes;
     avl__group_scales_avx512(type, row, 0, n, d[0], minus_m[0], 8);
     AVL__UNROLL
-    for (j = 0; j < 8; j += step) {
+    for (turn = 0; turn < 8; turn++) {
         __m512 whole;
-        if (j >= n) break;
+        j = step * turn;
+        if (j >= 8 || j >= n) break;
         AVL__UNROLL
-        for (line = ((size_t)j * group_bytes + 63) / 64 * 64; line < (size_t)(j + step) * group_bytes; line += 64)
+        for (i = 0; i < 16; i++) {
+            line = ((size_t)j * group_bytes + 63) / 64 * 64 + 64 * (size_t)i;
+            if (line >= (size_t)(j + step) * group_bytes) break;
             _mm_prefetch(next + line, _MM_HINT_T1);
+        }
         whole = _mm512_cvtepi32_ps(avl__two_columns_avx512(type, row, j, j + step - 1 < n ? j + step - 1 : j, x->q + 32 * at,
                                                            x->bias + at * f.n_parts));
         AVL__UNROLL
