@@ -827,6 +827,18 @@ ASTROVL_API float astrovl_cosf(float x);
 #else
 #define AVL__X86 0
 #endif
+#if defined(__aarch64__) && !defined(__AARCH64EB__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
+#define AVL__NEON 1          // the same on AArch64
+#include <arm_neon.h>
+#if AVL__POSIX && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#else
+#define AVL__NEON 0
+#endif
 
 // Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
 #if defined(__clang__)
@@ -2360,58 +2372,20 @@ static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
 }
 
-#if AVL__X86
+#if AVL__X86 || AVL__NEON
 // How the kernels below are written: instruction sets are named function by function, so that one ordinary build holds them all.
 // `type` and the numbers of rows are constants wherever an AVL__INLINE function is called, so every format and shape is code of
 // its own, without the source being written again; AVL__UNROLL lets arrays of registers stay registers.
-#define AVL__AVX2        __attribute__((target("avx2,fma,f16c")))
-#define AVL__AVX512      __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
+#if AVL__NEON && !defined(__clang__)
+#define AVL__INLINE      static inline __attribute__((always_inline, target("arch=armv8-a")))   // gcc inlines no more than the caller has
+#else
 #define AVL__INLINE      static inline __attribute__((always_inline))
+#endif
 #if defined(__clang__)
 #define AVL__UNROLL      _Pragma("clang loop unroll(full)")
 #else
 #define AVL__UNROLL      _Pragma("GCC unroll 16")
 #endif
-
-// ---- AVX2 ----------------------------------------------------------------------------------------------------------
-
-// F16C, which every processor with AVX2 has, makes eight floats of eight float16 in one instruction, so a search is bound by
-// reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
-__attribute__((target("avx2,f16c")))
-static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
-    const uint8_t *h = (const uint8_t *)half;
-    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
-    float lane[AVL__LANES];
-    int i, j;
-    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES) {
-        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i)));
-        __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i + 16)));
-        low = _mm256_add_ps(low, _mm256_mul_ps(a, _mm256_loadu_ps(x + i)));
-        high = _mm256_add_ps(high, _mm256_mul_ps(b, _mm256_loadu_ps(x + i + 8)));
-    }
-    _mm256_storeu_ps(lane, low);
-    _mm256_storeu_ps(lane + 8, high);
-    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
-    return avl__fold_lanes(lane);
-}
-
-__attribute__((target("avx2")))
-static uint64_t avl__read_avx2(const void *data, size_t size) {
-    const uint8_t *bytes = (const uint8_t *)data;
-    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-    uint64_t sum[4];
-    size_t at = 0;
-    for (; at + 128 <= size; at += 128) {
-        const __m256i *p = (const __m256i *)(const void *)(bytes + at);
-        a = _mm256_add_epi64(a, _mm256_loadu_si256(p));
-        b = _mm256_add_epi64(b, _mm256_loadu_si256(p + 1));
-        c = _mm256_add_epi64(c, _mm256_loadu_si256(p + 2));
-        d = _mm256_add_epi64(d, _mm256_loadu_si256(p + 3));
-    }
-    _mm256_storeu_si256((__m256i *)(void *)sum, _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d)));
-    return sum[0] + sum[1] + sum[2] + sum[3] + avl__read_portable(bytes + at, size - at);
-}
 
 // ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
 
@@ -2455,7 +2429,7 @@ AVL__INLINE size_t avl__group_bytes(int type) {
     }
 }
 
-AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // x86 is little-endian
+AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // both families are little-endian
     uint16_t half;
     memcpy(&half, p, 2);
     return half;
@@ -2465,6 +2439,87 @@ AVL__INLINE uint32_t avl__word_at(const void *p) {
     memcpy(&word, p, 4);
     return word;
 }
+// Scales and minima that a super-block's header packs, a byte each, four to a word: of Q4_K and Q5_K (s: scales[12]) as
+// avl__unpack_scale has them, of Q3_K as avl__q3_k_scale has, plus 32.
+AVL__INLINE void avl__scale_words(int type, const uint8_t *s, uint32_t *scales, uint32_t *minima) {
+    const uint32_t low = avl__word_at(s), middle = avl__word_at(s + 4), high = avl__word_at(s + 8);
+    if (type == ASTROVL_TYPE_Q3_K) {
+        scales[0] = (low & 0x0F0F0F0F) | (high << 4 & 0x30303030);
+        scales[1] = (middle & 0x0F0F0F0F) | (high << 2 & 0x30303030);
+        scales[2] = (low >> 4 & 0x0F0F0F0F) | (high & 0x30303030);
+        scales[3] = (middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030);
+        return;
+    }
+    scales[0] = low & 0x3F3F3F3F;
+    scales[1] = (high & 0x0F0F0F0F) | (low >> 2 & 0x30303030);
+    minima[0] = middle & 0x3F3F3F3F;
+    minima[1] = (high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030);
+}
+
+enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
+enum { AVL__GROUP_BYTES = 6, AVL__GROUP_PAIRS = 12, AVL__GROUP_HALVES = 8 };   // rows for whose sums there are registers
+
+// Stores n words of `size` bytes, `stride` bytes apart.
+AVL__INLINE void avl__spread(void *to, size_t stride, const void *words, int n, int size) {
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) memcpy((uint8_t *)to + stride * (size_t)i, (const uint8_t *)words + size * i, (size_t)size);
+}
+
+// Stores n words of block b of row r, which are `words`.
+AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n, int size) {
+    const size_t group = (size_t)to->group, stride = (size_t)size * group;
+    avl__spread(to->q + stride * (size_t)n * ((size_t)(r / to->group) * to->n_blocks + (size_t)b) + size * (r % to->group), stride, words, n, size);
+}
+
+#endif
+
+#if AVL__X86
+#define AVL__AVX2        __attribute__((target("avx2,fma,f16c")))
+#define AVL__AVX512      __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
+
+// ---- AVX2 ----------------------------------------------------------------------------------------------------------
+
+// F16C, which every processor with AVX2 has, makes eight floats of eight float16 in one instruction, so a search is bound by
+// reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
+__attribute__((target("avx2,f16c")))
+static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
+    const uint8_t *h = (const uint8_t *)half;
+    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
+    float lane[AVL__LANES];
+    int i, j;
+    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES) {
+        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i)));
+        __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i + 16)));
+        low = _mm256_add_ps(low, _mm256_mul_ps(a, _mm256_loadu_ps(x + i)));
+        high = _mm256_add_ps(high, _mm256_mul_ps(b, _mm256_loadu_ps(x + i + 8)));
+    }
+    _mm256_storeu_ps(lane, low);
+    _mm256_storeu_ps(lane + 8, high);
+    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
+    return avl__fold_lanes(lane);
+}
+
+__attribute__((target("avx2")))
+static uint64_t avl__read_avx2(const void *data, size_t size) {
+    const uint8_t *bytes = (const uint8_t *)data;
+    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+    uint64_t sum[4];
+    size_t at = 0;
+    for (; at + 128 <= size; at += 128) {
+        const __m256i *p = (const __m256i *)(const void *)(bytes + at);
+        a = _mm256_add_epi64(a, _mm256_loadu_si256(p));
+        b = _mm256_add_epi64(b, _mm256_loadu_si256(p + 1));
+        c = _mm256_add_epi64(c, _mm256_loadu_si256(p + 2));
+        d = _mm256_add_epi64(d, _mm256_loadu_si256(p + 3));
+    }
+    _mm256_storeu_si256((__m256i *)(void *)sum, _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d)));
+    return sum[0] + sum[1] + sum[2] + sum[3] + avl__read_portable(bytes + at, size - at);
+}
+
+// ---- AVX2: blocks of weights as bytes and scales -------------------------------------------------------------------
+
 AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 AVL__AVX2 AVL__INLINE __m128i avl__load16_avx2(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 
@@ -2556,8 +2611,6 @@ AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(__m256i *v, void *to, int stri
     AVL__UNROLL
     for (i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(void *)((uint8_t *)to + stride * i), v[i]);
 }
-
-enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
 
 // ---- AVX2: products ------------------------------------------------------------------------------------------------
 // Without vpdpbusd the product of four bytes by four takes more steps, and the first of them, vpmaddubsw, adds two products in
@@ -2688,14 +2741,14 @@ AVL__AVX2 AVL__INLINE __m256 avl__scaled_bytes_avx2(__m128i bytes, int is_signed
 AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, size_t b, __m256 *d, __m256 *minus_m) {
     const __m128i low_nibbles = _mm_set1_epi8(15);
     const uint8_t *s;
-    uint32_t low, middle, high;
+    uint32_t scales[4], minima[2];
     __m128i bytes, least;
     switch (type) {
-    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four groups to a word
+    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:
         s = row + b / 8 * (type == ASTROVL_TYPE_Q4_K ? 144 : 176);
-        low = avl__word_at(s + 4), middle = avl__word_at(s + 8), high = avl__word_at(s + 12);
-        bytes = _mm_setr_epi32((int)(low & 0x3F3F3F3F), (int)((high & 0x0F0F0F0F) | (low >> 2 & 0x30303030)), 0, 0);
-        least = _mm_setr_epi32((int)(middle & 0x3F3F3F3F), (int)((high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030)), 0, 0);
+        avl__scale_words(type, s + 4, scales, minima);
+        bytes = _mm_setr_epi32((int)scales[0], (int)scales[1], 0, 0);
+        least = _mm_setr_epi32((int)minima[0], (int)minima[1], 0, 0);
         d[0] = avl__scaled_bytes_avx2(bytes, 0, s);
         minus_m[0] = avl__scaled_bytes_avx2(least, 0, s + 2);
         break;
@@ -2708,13 +2761,10 @@ AVL__AVX2 AVL__INLINE void avl__block_scales_avx2(int type, const uint8_t *row, 
         minus_m[0] = avl__scaled_bytes_avx2(least, 0, s + 82);
         minus_m[1] = avl__scaled_bytes_avx2(_mm_srli_si128(least, 8), 0, s + 82);
         break;
-    case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale, four groups to a word
+    case ASTROVL_TYPE_Q3_K:
         s = row + b / 8 * 110;
-        low = avl__word_at(s + 96), middle = avl__word_at(s + 100), high = avl__word_at(s + 104);
-        bytes = _mm_setr_epi32((int)((low & 0x0F0F0F0F) | (high << 4 & 0x30303030)),
-                               (int)((middle & 0x0F0F0F0F) | (high << 2 & 0x30303030)),
-                               (int)((low >> 4 & 0x0F0F0F0F) | (high & 0x30303030)),
-                               (int)((middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030)));
+        avl__scale_words(type, s + 96, scales, NULL);
+        bytes = _mm_setr_epi32((int)scales[0], (int)scales[1], (int)scales[2], (int)scales[3]);
         bytes = _mm_sub_epi8(bytes, _mm_set1_epi8(32));
         d[0] = avl__scaled_bytes_avx2(bytes, 1, s + 108);
         d[1] = avl__scaled_bytes_avx2(_mm_srli_si128(bytes, 8), 1, s + 108);
@@ -3447,8 +3497,6 @@ AVL__AVX512 AVL__INLINE __m512 avl__weights_avx512(int type, const uint8_t *row,
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + 2 * i)), 16));
 }
 
-enum { AVL__GROUP_BYTES = 6, AVL__GROUP_PAIRS = 12 };   // as many rows as the registers hold sums for
-
 // 32 floats to 32 integers q, x = e q, e = max |x| / 127
 AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __m512i *q_low, __m512i *q_high, float *e) {
     const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
@@ -3458,15 +3506,6 @@ AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __
     *q_high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
 }
 
-// Stores n words of block b of row r, which are `words`.
-AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n) {
-    const size_t group = (size_t)to->group;
-    int8_t *q = to->q + 4 * (((size_t)(r / to->group) * to->n_blocks + (size_t)b) * (size_t)n * group + (size_t)(r % to->group));
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) memcpy(q + 4 * group * (size_t)i, (const char *)words + 4 * i, 4);
-}
-
 // Stores block b of row r of the activations, e q.
 AVL__AVX512 AVL__INLINE void avl__put_block_avx512(const avl__quants *to, avl__block_form f, int r, int b, __m512i low, __m512i high, float e) {
     const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
@@ -3474,7 +3513,7 @@ AVL__AVX512 AVL__INLINE void avl__put_block_avx512(const avl__quants *to, avl__b
     int sums[2], part;
     _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtsepi32_epi8(low));
     _mm_storeu_si128((__m128i *)(void *)(q + 16), _mm512_cvtsepi32_epi8(high));
-    avl__put_words(to, r, b, q, 8);
+    avl__put_words(to, r, b, q, 8, 4);
     to->scale[at * to->group + place] = e;
     sums[0] = _mm512_reduce_add_epi32(low);
     sums[1] = _mm512_reduce_add_epi32(high);
@@ -3916,7 +3955,7 @@ AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int firs
             uint8_t pairs[64];
             _mm512_storeu_si512(pairs, avl__pairs_avx512(_mm512_maskz_loadu_ps(avl__lanes_avx512(left), x),
                                                          _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16)));
-            avl__put_words(&p->quants, r, b, pairs, 16);
+            avl__put_words(&p->quants, r, b, pairs, 16, 4);
         }
 }
 
