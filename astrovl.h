@@ -4700,10 +4700,12 @@ AVL__INLINE void avl__nibbles_neon(const uint8_t *p, uint8x16_t *u) {
 // The 32 bits of a word become fifth bits of u.
 AVL__INLINE void avl__fifth_bits_neon(const uint8_t *p, uint8x16_t *u) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ULL));
+    const uint8x16_t word = vreinterpretq_u8_u32(vdupq_n_u32(avl__word_at(p)));
+    uint8x16_t byte_of = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
     int i;
     AVL__UNROLL
-    for (i = 0; i < 2; i++)
-        u[i] = vorrq_u8(u[i], vandq_u8(vtstq_u8(vcombine_u8(vdup_n_u8(p[2 * i]), vdup_n_u8(p[2 * i + 1])), bit), vdupq_n_u8(16)));
+    for (i = 0; i < 2; i++, byte_of = vaddq_u8(byte_of, vdupq_n_u8(2)))
+        u[i] = vorrq_u8(u[i], vandq_u8(vtstq_u8(vqtbl1q_u8(word, byte_of), bit), vdupq_n_u8(16)));
 }
 
 // u |= ((bytes >> shift) & mask) << to
@@ -5057,7 +5059,6 @@ AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int n, c
             int32x4_t whole[6][2];
             AVL__UNROLL
             for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = vdupq_n_s32(0);
-            AVL__UNROLL
             for (g = 0; g < n_words; g++) {
                 const size_t word = 4 * b + (size_t)(g + n_words * part);
                 avl__add_word_neon(by, n, p->w + 32 * word, 128 * n_blocks, q + 8 * G * word, whole);
