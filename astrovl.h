@@ -136,9 +136,10 @@
 // for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
 // compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
 // that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
-// Fast mode rounds activations to 8 bits in blocks of 32 and multiplies integers (weights of a float type: pairs of bfloat16), with
-// AVX-512 VNNI. Its kernels for AVX2 and for other processors are still to come: there both modes compute alike, but for the search
-// over float16 rows. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA, forces simpler kernels.
+// Fast mode rounds activations to 8 bits in blocks of 32 and multiplies integers (weights of a float type: bfloat16 or float32), with
+// what the processor has of AVX2, AVX-512 VNNI and its bfloat16, or of AArch64's NEON, dot products and matrix products (I8MM and BF16).
+// Elsewhere both modes compute alike. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA, forces
+// simpler kernels: portable, avx2, avx512, avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
@@ -493,8 +494,8 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx512" or "avx512_bf16"; NULL:
-                                   // the best for this processor
+    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx512" or "avx512_bf16" (AArch64:
+                                   // "portable", "neon", "neon_dotprod" or "neon_i8mm"); NULL: the best for this processor
     astrovl_session *share;        // another session of the model, freed after this one: its mode, threads, scratch memory, tap and
                                    // progress serve both, never at the same time, and this one costs its KV cache alone. NULL: none
 } astrovl_session_options;
@@ -2185,13 +2186,13 @@ static double avl__random(uint64_t *state) {
 // activations are rounded, row by row, to x[i] = e q[i] with -127 <= q[i] <= 127 and one e for 32 values. Then
 //     sum over a block of w[i] x[i] = d e (sum of u[i] q[i] - offset sum of q[i]) + m e (sum of q[i]),
 // and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
-// (vpdpbusd of AVX-512 VNNI). The other two sums depend on the activations alone and are made once per row.
+// (vpdpbusd of AVX-512 VNNI, sdot of NEON). The other two sums depend on the activations alone and are made once per row.
 //
 // One row of activations (writing an answer) is bound by reading the weights from memory, if the arithmetic keeps up: eight weight
 // rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD). Every block's sum is made whole
 // while it is an integer, for which any order is right; so eight rows' sums come to lie side by side, as in a panel.
 // Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
-// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones); every row of activations then passes over
+// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones, of 4 with NEON's); every row of activations then passes over
 // it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel
 // of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is
 // the only copy of weights there ever is.
@@ -5300,10 +5301,10 @@ static void avl__multiply_i8mm(const avl__product *p, int first, int last, float
     else                                      avl__multiply_panels_neon(AVL__BY_SMMLA, p, first, last, scratch);
 }
 
-// Sixteen sums that wait for nothing but the instruction's throughput. They start differently, or the compiler would make them one.
-AVL__INLINE double avl__peak_of_neon(int by, int type, int64_t n) {
-    const int is_float = avl__is_float_type(type), products = is_float ? by == AVL__BY_SMMLA ? 16 : 4 : 8 << by;
-    volatile int keep = 1;                // not known while compiling
+// Sixteen sums that wait for nothing but the instruction's throughput; in assembly, lest the compiler find anything better to do.
+AVL__INLINE double avl__peak_by(int by, int is_float, int64_t n) {
+    const int products = !is_float ? 8 << by : by == AVL__BY_SMMLA ? 16 : 4;
+    volatile int keep = 1;
     const int8x16_t x = vdupq_n_s8((int8_t)keep);
     int32x4_t sum[16];
     int64_t r;
@@ -5313,13 +5314,11 @@ AVL__INLINE double avl__peak_of_neon(int by, int type, int64_t n) {
     for (r = 0; r < n; r++) {
         AVL__UNROLL
         for (i = 0; i < 16; i++) {
-            const float32x4_t f = vreinterpretq_f32_s32(sum[i]);
-            if (is_float && by == AVL__BY_SMMLA)
-                sum[i] = vreinterpretq_s32_f32(avl__bfmmla(f, vreinterpretq_u16_s8(x), vreinterpretq_u16_s8(x)));
-            else if (is_float)            sum[i] = vreinterpretq_s32_f32(vfmaq_f32(f, vreinterpretq_f32_s8(x), vreinterpretq_f32_s8(x)));
-            else if (by == AVL__BY_SMMLA) sum[i] = avl__smmla(sum[i], x, x);
-            else if (by == AVL__BY_SDOT)  sum[i] = avl__sdot(sum[i], x, x);
-            else                          sum[i] = vreinterpretq_s32_s16(vmlal_high_s8(vreinterpretq_s16_s32(sum[i]), x, x));
+            if (is_float && by == AVL__BY_SMMLA) __asm__(AVL__CODE_3("0x6E40EC00") : "+w"(sum[i]) : "w"(x), "w"(x));   // bfmmla
+            else if (is_float)                   __asm__("fmla %0.4s, %1.4s, %1.4s" : "+w"(sum[i]) : "w"(x));
+            else if (by == AVL__BY_SMMLA)        sum[i] = avl__smmla(sum[i], x, x);
+            else if (by == AVL__BY_SDOT)         sum[i] = avl__sdot(sum[i], x, x);
+            else                                 __asm__("smlal2 %0.8h, %1.16b, %1.16b" : "+w"(sum[i]) : "w"(x));
         }
     }
     for (i = 1; i < 16; i++) sum[0] = veorq_s32(sum[0], sum[i]);
@@ -5327,13 +5326,13 @@ AVL__INLINE double avl__peak_of_neon(int by, int type, int64_t n) {
     return (double)n * (16 * 2 * products);
 }
 static double avl__peak_neon(int type, int64_t n) {
-    return avl__is_float_type(type) ? avl__peak_of_neon(AVL__BY_SMLAL, ASTROVL_TYPE_F32, n) : avl__peak_of_neon(AVL__BY_SMLAL, ASTROVL_TYPE_Q4_0, n);
+    return avl__is_float_type(type) ? avl__peak_by(AVL__BY_SMLAL, 1, n) : avl__peak_by(AVL__BY_SMLAL, 0, n);
 }
 static double avl__peak_dotprod(int type, int64_t n) {
-    return avl__is_float_type(type) ? avl__peak_neon(type, n) : avl__peak_of_neon(AVL__BY_SDOT, ASTROVL_TYPE_Q4_0, n);
+    return avl__is_float_type(type) ? avl__peak_neon(type, n) : avl__peak_by(AVL__BY_SDOT, 0, n);
 }
 static double avl__peak_i8mm(int type, int64_t n) {
-    return avl__is_float_type(type) ? avl__peak_of_neon(AVL__BY_SMMLA, ASTROVL_TYPE_F32, n) : avl__peak_of_neon(AVL__BY_SMMLA, ASTROVL_TYPE_Q4_0, n);
+    return avl__is_float_type(type) ? avl__peak_by(AVL__BY_SMMLA, 1, n) : avl__peak_by(AVL__BY_SMMLA, 0, n);
 }
 
 static const avl__kernels avl__kernels_neon = {
@@ -5355,7 +5354,8 @@ static const avl__kernels avl__kernels_neon_i8mm = {
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
 
-// All tables of this build, the simplest first.
+// All tables of this build, the simplest first. A new instruction set (RVV, WASM SIMD) is a table more, under its own #if: its place here,
+// its name, what avl__kernels_run asks for, and a value of `group` that its panels like; section [5] asks the table for all else.
 #if AVL__X86
 #define AVL__KERNEL_NAMES "portable, avx2, avx512, avx512_bf16"
 static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_avx2, &avl__kernels_avx512,
