@@ -136,10 +136,10 @@
 // for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
 // compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
 // that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
-// Fast mode rounds activations to 8 bits in blocks of 32 and multiplies integers (weights of a float type: bfloat16 or float32), with
-// what the processor has of AVX2, AVX-512 VNNI and its bfloat16, or of AArch64's NEON, dot products and matrix products (I8MM and BF16).
-// Elsewhere both modes compute alike. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA, forces
-// simpler kernels: portable, avx2, avx512, avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
+// Fast mode rounds activations to 8 bits in blocks of 32 and multiplies integers (weights of a float type: bfloat16 or float32),
+// with what the processor has of AVX2, AVX-512 VNNI and BF16, or of AArch64's NEON, dot products, and matrix products (I8MM and
+// BF16). Elsewhere both modes compute alike. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA,
+// forces simpler kernels: portable, avx2, avx512, avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
@@ -494,8 +494,8 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx512" or "avx512_bf16" (AArch64:
-                                   // "portable", "neon", "neon_dotprod" or "neon_i8mm"); NULL: the best for this processor
+    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx512" or "avx512_bf16", on
+                                   // AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm"; NULL: the best for this processor
     astrovl_session *share;        // another session of the model, freed after this one: its mode, threads, scratch memory, tap and
                                    // progress serve both, never at the same time, and this one costs its KV cache alone. NULL: none
 } astrovl_session_options;
@@ -2192,10 +2192,10 @@ static double avl__random(uint64_t *state) {
 // rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD). Every block's sum is made whole
 // while it is an integer, for which any order is right; so eight rows' sums come to lie side by side, as in a panel.
 // Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
-// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones, of 4 with NEON's); every row of activations then passes over
-// it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel
-// of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is
-// the only copy of weights there ever is.
+// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones, of 4 with NEON's); every row of activations
+// then passes over it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are
+// 27 of 32; a panel of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the
+// first. The panel is the only copy of weights there ever is.
 // Both ways do the same float operations in the same order, so a row's bits do not depend on what is computed beside it: a caption
 // is the same alone and among others.
 // ====================================================================================================================
@@ -2465,8 +2465,8 @@ AVL__INLINE void avl__spread(void *to, size_t stride, const void *words, int n, 
 
 // Stores n words of block b of row r, which are `words`.
 AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n, int size) {
-    const size_t group = (size_t)to->group, stride = (size_t)size * group;
-    avl__spread(to->q + stride * (size_t)n * ((size_t)(r / to->group) * to->n_blocks + (size_t)b) + size * (r % to->group), stride, words, n, size);
+    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, stride = (size_t)size * (size_t)to->group;
+    avl__spread(to->q + stride * (size_t)n * block + size * (r % to->group), stride, words, n, size);
 }
 
 #endif
@@ -4373,14 +4373,19 @@ static const avl__kernels avl__kernels_avx512_bf16 = {
 //                                      bfmmla        16 products: the same of rows of four bfloat16
 // Bytes are signed here, so weights become u - offset at once and there is no bias to add. From the integer sum of a block (or of
 // half a block) on, the three do the same float operations in the same order.
-// A panel of 32 weight rows is eight quads of 4 rows. n rows of activations meet two quads at a time: 6 x 2 registers of integer sums,
-// 6 x 2 of float sums, 1 of weights and 3 of activations are 28 of 32, and 7 loads serve 24 sdot or 12 smmla: with two or four pipes
-// for these and two or three for loads, arithmetic is what binds. All three read the activations in words of 8 bytes, 6 rows (or,
-// of bfloat16, 8) side by side: a register is two rows of a word, and that is what smmla wants and what sdot can pick its four
-// bytes from. Of a panel, sdot wants 4 bytes of 4 rows in a register, smmla 8 bytes of 2 rows; a word of a quad are two such registers.
-// arm_neon.h has functions for the new instructions only where the compiler is told, for a whole function and all that is inlined there, that
-// the processor has them; and assemblers, too, want to be told. So they are written as numbers: the instruction's own plus its registers'.
-enum { AVL__BY_SMLAL, AVL__BY_SDOT, AVL__BY_SMMLA };    // `by` below: the instruction of a product
+//
+// A panel of 32 weight rows is eight quads of 4 rows; rows of activations meet two quads at a time. For 6 of them 12 registers of
+// integer sums, 12 of float sums, 3 of activations and 1 of weights are 28 of 32, and 7 loads serve 24 sdot or 12 smmla: where two
+// pipes of four multiply and two load, or four and three, arithmetic is what binds, and more rows would only spill. smlal needs
+// registers for 16-bit sums beside these and takes 2 rows.
+// Activations lie in words of 8 bytes, 6 rows (8 of bfloat16) side by side: a register is a word of two rows, as smmla wants it and
+// as sdot can pick its four bytes from. Of a quad smmla wants 8 bytes of 2 rows in a register, sdot 4 bytes of all 4: both times two
+// registers are a word of the quad.
+//
+// arm_neon.h has functions for the new instructions only where the compiler is told that the processor has them, for a whole
+// function and all that is inlined there; assemblers want to be told, too. So they are written as numbers: each instruction's own,
+// and those of its registers.
+enum { AVL__BY_SMLAL, AVL__BY_SDOT, AVL__BY_SMMLA };    // `by` below: the instruction that multiplies
 
 #define AVL__NUMBERS ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t" \
                      ".equ .Lavl_v\\i,\\i\n\t.endr\n\t"            // .Lavl_v7 is 7
@@ -4541,8 +4546,10 @@ static void avl__gelu_neon(float *x, int64_t n) {
 static void avl__rms_norm_neon(float *y, const float *x, const float *weight, int n, float eps) {
     const float scale = (float)(1.0 / avl__sqrt((double)avl__dot_neon(x, x, n) / n + eps));
     int i;
-    for (i = 0; i < n; i += 4)
-        avl__store_neon(y + i, n - i, vmulq_f32(vmulq_n_f32(avl__load_neon(x + i, n - i), scale), avl__load_neon(weight + i, n - i)));
+    for (i = 0; i < n; i += 4) {
+        const float32x4_t scaled = vmulq_n_f32(avl__load_neon(x + i, n - i), scale);
+        avl__store_neon(y + i, n - i, vmulq_f32(scaled, avl__load_neon(weight + i, n - i)));
+    }
 }
 
 static void avl__layer_norm_neon(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
@@ -4606,8 +4613,8 @@ static void avl__from_halves_neon(float *y, const uint16_t *x, int n) {
 }
 
 // ---- NEON: attention -----------------------------------------------------------------------------------------------
-// 32 queries at a time lie across the lanes, as with AVX-512. 4 keys (or queries) by 4 registers of sums need 4 loads of registers and
-// 4 of single floats for 16 multiply-adds.
+// 32 queries at a time lie across the lanes, as with AVX-512. 4 keys (or queries) by 4 registers of sums need 4 loads of registers
+// and 4 of single floats for 16 multiply-adds.
 
 // scores of n keys, from key `first` on, with 16 of the 32 queries.  turned: [head_dim][32]
 AVL__INLINE void avl__score_keys_neon(int n, const avl__tile *t, int first, const float *turned, float scale, float *scores) {
@@ -4898,8 +4905,8 @@ AVL__INLINE int32x4_t avl__add_bytes_neon(int by, int32x4_t sum, int8x16_t w, in
     return vpadalq_s16(sum, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(q)), w, q));
 }
 
-// 4 weight rows as they lie times a row of the activations. Each block becomes 4 registers of sums (8, if it has two parts), which pairwise
-// additions turn into one.
+// 4 weight rows as they lie times a row of the activations. A block (or half of one, if it has two parts) becomes 4 registers of
+// sums, which pairwise additions make one.
 AVL__INLINE float32x4_t avl__dot_rows_neon(int by, int type, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
                                            int x_row) {
     const avl__block_form f = avl__block_form_of(type);
@@ -4968,12 +4975,12 @@ AVL__INLINE void avl__multiply_few_neon(int by, const avl__product *p, int first
 
 // 32 weight rows as eight quads.
 typedef struct avl__quads {
-    uint8_t *w;                // [8][n_blocks][8][4][4]; with smmla [8][n_blocks][4][4][8]: words of 4 rows
-    float   *d, *minus_m;      // [8][n_blocks][n_parts][4]
+    int8_t *w;                 // [8][n_blocks][8][4][4]; for smmla [8][n_blocks][4][4][8]: words of 4 rows
+    float  *d, *minus_m;       // [8][n_blocks][n_parts][4]
 } avl__quads;
 
-// Fills a quad from 4 weight rows, in words of `size` bytes. One loop for all types: what it takes to look at the type of each block is
-// little beside the products with a panel.
+// Fills a quad from 4 weight rows, in words of `size` bytes. One loop for all types: what it takes to look at the type of each block
+// is little beside the products with a panel.
 AVL__INLINE void avl__fill_quad_neon(int type, int size, const uint8_t *const *row, int n_blocks, const avl__quads *to) {
     const avl__block_form f = avl__block_form_of(type);
     int b, j, r;
@@ -4993,13 +5000,14 @@ AVL__INLINE void avl__fill_quad_neon(int type, int size, const uint8_t *const *r
     }
 }
 
-// whole += the products of 8 columns of n rows of activations and of two quads, `quad` bytes apart. By smmla, whole[r][c] and whole[r + 1][c]
-// together have rows r and r + 1: the first their products with rows 0 and 1 of quad c, the second those with 2 and 3.
-AVL__INLINE void avl__add_word_neon(int by, int n, const uint8_t *w, size_t quad, const int8_t *x, int32x4_t whole[6][2]) {
+// whole += the products of 8 columns of n rows of activations and of two quads, `quad` bytes apart: whole[r][c] has row r times
+// the 4 rows of quad c. By smmla, whole[r][c] and whole[r + 1][c] share rows r and r + 1: the first has their products with rows 0
+// and 1 of the quad, the second with 2 and 3.
+AVL__INLINE void avl__add_word_neon(int by, int n, const int8_t *w, size_t quad, const int8_t *x, int32x4_t whole[6][2]) {
     int r, c, h;
     AVL__UNROLL
     for (c = 0; c < 2; c++) {
-        const int8x16_t w0 = vreinterpretq_s8_u8(vld1q_u8(w + quad * (size_t)c)), w1 = vreinterpretq_s8_u8(vld1q_u8(w + quad * (size_t)c + 16));
+        const int8x16_t w0 = vld1q_s8(w + quad * (size_t)c), w1 = vld1q_s8(w + quad * (size_t)c + 16);
         if (by != AVL__BY_SMLAL) {
             AVL__UNROLL
             for (h = 0; h < 2; h++)
@@ -5022,7 +5030,7 @@ AVL__INLINE void avl__add_word_neon(int by, int n, const uint8_t *w, size_t quad
     }
 }
 
-// Lanes 2 h and 2 h + 1 of v, twice; and of two numbers each twice: what belongs to 2 x 2 sums
+// What belongs to 2 x 2 sums: two lanes of v, the lower or (h = 1) the upper, twice; and two numbers, each twice
 AVL__INLINE float32x4_t avl__twice_neon(float32x4_t v, int h) {
     return h ? vcombine_f32(vget_high_f32(v), vget_high_f32(v)) : vcombine_f32(vget_low_f32(v), vget_low_f32(v));
 }
@@ -5071,9 +5079,10 @@ AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int n, c
                 AVL__UNROLL
                 for (r = 0; r < n; r++) {
                     const float *e = scale + b * G + r, *e_sum = sums + at * G + r;
+                    const int h = r % 2;
                     if (by == AVL__BY_SMMLA)
-                        sum[r][c] = avl__add_part_neon(has_min, whole[r][c], avl__twice_neon(d, r % 2), avl__each_twice_neon(e - r % 2),
-                                                       avl__twice_neon(m, r % 2), avl__each_twice_neon(e_sum - r % 2), sum[r][c]);
+                        sum[r][c] = avl__add_part_neon(has_min, whole[r][c], avl__twice_neon(d, h), avl__each_twice_neon(e - h),
+                                                       avl__twice_neon(m, h), avl__each_twice_neon(e_sum - h), sum[r][c]);
                     else
                         sum[r][c] = avl__add_part_neon(has_min, whole[r][c], d, vdupq_n_f32(*e), m, vdupq_n_f32(*e_sum), sum[r][c]);
                 }
@@ -5082,8 +5091,8 @@ AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int n, c
     if (by == AVL__BY_SMMLA) avl__untangle_neon(n, sum);
 }
 
-// All rows of activations over a panel; those of a second piece add to what the first gave. Where two rows are computed and one is there,
-// the other is whatever the memory holds.
+// All rows of activations over a panel; those of a second piece add to what the first gave. Where two rows are computed and one is
+// there, the other is whatever its group's memory holds.
 AVL__INLINE void avl__run_quads_neon(int by, int n_parts, int has_min, const avl__quads *panel, const avl__product *p, int out,
                                      int n_columns) {
     const size_t n_blocks = (size_t)p->quants.n_blocks;
@@ -5111,7 +5120,7 @@ AVL__INLINE void avl__multiply_panels_neon(int by, const avl__product *p, int fi
     int out, g;
     panel.d = scratch;
     panel.minus_m = panel.d + 8 * n_scales;
-    panel.w = (uint8_t *)(panel.minus_m + 8 * n_scales);
+    panel.w = (int8_t *)(panel.minus_m + 8 * n_scales);
     for (out = first; out < last; out += AVL__PANEL_ROWS) {
         const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
         for (g = 0; 8 * (g / 2) < n_columns; g++) {                          // in pairs
@@ -5129,8 +5138,9 @@ AVL__INLINE void avl__multiply_panels_neon(int by, const avl__product *p, int fi
 }
 
 // ---- NEON: weights that are floats ---------------------------------------------------------------------------------
-// They stay float32, each product one sum of four lanes whatever is computed beside it: 4 rows of activations by 4 of weights, or one by
-// 8, so that there are sums enough to wait for. With bfmmla many rows become bfloat16 instead, in panels: 8 rows by 2 quads.
+// They become float32, and each product one sum of four lanes, whatever is computed beside it: 4 rows of activations by 4 of
+// weights, or one by 8, so that there are enough sums to wait for. By bfmmla many rows become bfloat16 instead, in panels, with
+// 8 rows by 2 quads at a time: without scales there are registers for so many.
 
 // 4 weights of a float type from i on; if n < 4 only the first n, and zeros
 AVL__INLINE float32x4_t avl__weights_neon(int type, const uint8_t *row, size_t i, int n) {
@@ -5147,8 +5157,8 @@ AVL__INLINE float32x4_t avl__weights_neon(int type, const uint8_t *row, size_t i
 }
 
 // Adds columns i to i + 3, n of them if n < 4, to the sums of n_rows rows of activations, n_in apart, and n_weights weight rows.
-AVL__INLINE void avl__add_floats_neon(int type, int n_rows, int n_weights, const uint8_t *const *row, const float *x, int n_in, int i, int n,
-                                      float32x4_t sum[4][8]) {
+AVL__INLINE void avl__add_floats_neon(int type, int n_rows, int n_weights, const uint8_t *const *row, const float *x, int n_in,
+                                      int i, int n, float32x4_t sum[4][8]) {
     float32x4_t v[4];
     int r, o;
     AVL__UNROLL
@@ -5336,10 +5346,10 @@ static double avl__peak_i8mm(int type, int64_t n) {
 }
 
 static const avl__kernels avl__kernels_neon = {
-    "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon, avl__layer_norm_neon,
-    avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_neon, avl__attend_neon,
-    avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1, AVL__GROUP_BYTES,
-    AVL__GROUP_BYTES};
+    "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
+    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_neon,
+    avl__attend_neon, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
+    AVL__GROUP_BYTES, AVL__GROUP_BYTES};
 static const avl__kernels avl__kernels_neon_dotprod = {
     "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_dotprod,
@@ -5354,8 +5364,8 @@ static const avl__kernels avl__kernels_neon_i8mm = {
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
 
-// All tables of this build, the simplest first. A new instruction set (RVV, WASM SIMD) is a table more, under its own #if: its place here,
-// its name, what avl__kernels_run asks for, and a value of `group` that its panels like; section [5] asks the table for all else.
+// All tables of this build, the simplest first. A new instruction set (RVV, WASM SIMD) is one more table under its own #if, named
+// here and asked for in avl__kernels_run; its `group` is as many rows as its panels take. Section [5] knows the table alone.
 #if AVL__X86
 #define AVL__KERNEL_NAMES "portable, avx2, avx512, avx512_bf16"
 static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_avx2, &avl__kernels_avx512,
@@ -5401,7 +5411,8 @@ static int avl__kernels_run(int i) {
     if (i == 1) return 1;
     if (i == 2) return avl__arm_has("hw.optional.arm.FEAT_DotProd", 16, 20);
     if (i == 3)
-        return avl__kernels_run(2) && avl__arm_has("hw.optional.arm.FEAT_I8MM", 26, 13) && avl__arm_has("hw.optional.arm.FEAT_BF16", 26, 14);
+        return avl__kernels_run(2) && avl__arm_has("hw.optional.arm.FEAT_I8MM", 26, 13) &&
+               avl__arm_has("hw.optional.arm.FEAT_BF16", 26, 14);
 #endif
     return i == 0;
 }
