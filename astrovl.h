@@ -834,7 +834,7 @@ ASTROVL_API float astrovl_cosf(float x);
 #include <arm_neon.h>
 #if AVL__POSIX && defined(__linux__)
 #include <sys/auxv.h>
-#elif defined(__APPLE__)
+#elif AVL__POSIX && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
 #else
@@ -5331,6 +5331,7 @@ AVL__INLINE double avl__peak_by(int by, int is_float, int64_t n) {
             else                                 __asm__("smlal2 %0.8h, %1.16b, %1.16b" : "+w"(sum[i]) : "w"(x));
         }
     }
+    AVL__UNROLL
     for (i = 1; i < 16; i++) sum[0] = veorq_s32(sum[0], sum[i]);
     keep = vaddvq_s32(sum[0]);
     return (double)n * (16 * 2 * products);
@@ -5387,7 +5388,7 @@ static int avl__arm_has(const char *name, unsigned long entry, int bit) {
 #if AVL__POSIX && defined(__linux__)
     (void)name;
     return (int)(getauxval(entry) >> bit & 1);
-#elif defined(__APPLE__)
+#elif AVL__POSIX && defined(__APPLE__)
     int has = 0;
     size_t size = sizeof has;
     (void)entry, (void)bit;
