@@ -136,9 +136,10 @@
 // for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
 // compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
 // that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
-// Fast mode rounds activations to integers in blocks of 32 and multiplies integers: with AVX2, better with AVX-VNNI or AVX-512 VNNI
-// (weights of a float type with AVX-512 BF16: pairs of bfloat16). On other processors both modes compute alike. The `isa` of a
-// session's options, or the program's environment variable ASTROVL_ISA, forces simpler kernels.
+// Fast mode rounds activations to integers in blocks of 32 and multiplies integers (weights of a float type: bfloat16 or float32), with
+// what the processor has of AVX2, AVX-VNNI, AVX-512 VNNI and BF16, or of AArch64's NEON, dot products, and matrix products (I8MM and
+// BF16). Elsewhere both modes compute alike. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA,
+// forces simpler kernels: portable, avx2, avx_vnni, avx512, avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
@@ -494,7 +495,8 @@ typedef struct astrovl_session_options {
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
     const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512" or
-                                   // "avx512_bf16"; NULL: the best for this processor
+                                   // "avx512_bf16", on AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm"; NULL: the best
+                                   // for this processor
     astrovl_session *share;        // another session of the model, freed after this one: its mode, threads, scratch memory, tap and
                                    // progress serve both, never at the same time, and this one costs its KV cache alone. NULL: none
 } astrovl_session_options;
@@ -826,6 +828,18 @@ ASTROVL_API float astrovl_cosf(float x);
 #endif
 #else
 #define AVL__X86 0
+#endif
+#if defined(__aarch64__) && !defined(__AARCH64EB__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
+#define AVL__NEON 1          // the same on AArch64
+#include <arm_neon.h>
+#if AVL__POSIX && defined(__linux__)
+#include <sys/auxv.h>
+#elif AVL__POSIX && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#else
+#define AVL__NEON 0
 #endif
 
 // Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
@@ -2173,16 +2187,16 @@ static double avl__random(uint64_t *state) {
 // activations are rounded, row by row, to x[i] = e q[i] with -127 <= q[i] <= 127 and one e for 32 values. Then
 //     sum over a block of w[i] x[i] = d e (sum of u[i] q[i] - offset sum of q[i]) + m e (sum of q[i]),
 // and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
-// (vpdpbusd of AVX-512 VNNI and AVX-VNNI). The other two sums depend on the activations alone and are made once per row.
+// (vpdpbusd of AVX-512 VNNI and AVX-VNNI, sdot of NEON). The other two sums depend on the activations alone and are made once per row.
 //
 // One row of activations (writing an answer) is bound by reading the weights from memory, if the arithmetic keeps up: eight weight
 // rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD). Every block's sum is made whole
 // while it is an integer, for which any order is right; so eight rows' sums come to lie side by side, as in a panel.
 // Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
-// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones); every row of activations then passes over
-// it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are 27 of 32; a panel
-// of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the first. The panel is
-// the only copy of weights there ever is.
+// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones, of 4 with NEON's); every row of activations
+// then passes over it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are
+// 27 of 32; a panel of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the
+// first. The panel is the only copy of weights there ever is.
 // Both ways do the same float operations in the same order, so a row's bits do not depend on what is computed beside it: a caption
 // is the same alone and among others.
 // ====================================================================================================================
@@ -2361,60 +2375,16 @@ static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
 }
 
-#if AVL__X86
+#if AVL__X86 || AVL__NEON
 // How the kernels below are written: instruction sets are named function by function, so that one ordinary build holds them all.
 // `type` and the numbers of rows are constants wherever an AVL__INLINE function is called, so every format and shape is code of
 // its own, without the source being written again; AVL__UNROLL lets arrays of registers stay registers.
-#define AVL__AVX2        __attribute__((target("avx2,fma,f16c")))
-#define AVL__AVX512      __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
 #define AVL__INLINE      static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define AVL__UNROLL      _Pragma("clang loop unroll(full)")
 #else
 #define AVL__UNROLL      _Pragma("GCC unroll 16")
 #endif
-
-// ---- AVX2 ----------------------------------------------------------------------------------------------------------
-
-AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-AVL__AVX2 AVL__INLINE __m128i avl__load16_avx2(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
-AVL__AVX2 AVL__INLINE void avl__store32_avx2(void *to, __m256i v) { _mm256_storeu_si256((__m256i *)to, v); }
-
-// F16C, which every processor with AVX2 has, makes eight floats of eight float16 in one instruction, so a search is bound by
-// reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
-__attribute__((target("avx2,f16c")))
-static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
-    const uint8_t *h = (const uint8_t *)half;
-    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
-    float lane[AVL__LANES];
-    int i, j;
-    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES) {
-        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i)));
-        __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i + 16)));
-        low = _mm256_add_ps(low, _mm256_mul_ps(a, _mm256_loadu_ps(x + i)));
-        high = _mm256_add_ps(high, _mm256_mul_ps(b, _mm256_loadu_ps(x + i + 8)));
-    }
-    _mm256_storeu_ps(lane, low);
-    _mm256_storeu_ps(lane + 8, high);
-    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
-    return avl__fold_lanes(lane);
-}
-
-AVL__AVX2 static uint64_t avl__read_avx2(const void *data, size_t size) {
-    const uint8_t *bytes = (const uint8_t *)data;
-    __m256i sum[4];
-    uint64_t lane[4];
-    size_t at = 0;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) sum[i] = _mm256_setzero_si256();
-    for (; at + 128 <= size; at += 128)
-        AVL__UNROLL
-        for (i = 0; i < 4; i++) sum[i] = _mm256_add_epi64(sum[i], avl__load32_avx2(bytes + at + 32 * i));
-    avl__store32_avx2(lane, _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3])));
-    return lane[0] + lane[1] + lane[2] + lane[3] + avl__read_portable(bytes + at, size - at);
-}
 
 // ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
 
@@ -2458,7 +2428,7 @@ AVL__INLINE size_t avl__group_bytes(int type) {
     }
 }
 
-AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // x86 is little-endian
+AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // both families are little-endian
     uint16_t half;
     memcpy(&half, p, 2);
     return half;
@@ -2468,6 +2438,71 @@ AVL__INLINE uint32_t avl__word_at(const void *p) {
     memcpy(&word, p, 4);
     return word;
 }
+enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
+enum { AVL__GROUP_BYTES = 6, AVL__GROUP_PAIRS = 12, AVL__GROUP_HALVES = 8 };   // rows for whose sums there are registers
+
+// Stores n words of `size` bytes, `stride` bytes apart.
+AVL__INLINE void avl__spread(void *to, size_t stride, const void *words, int n, int size) {
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) memcpy((uint8_t *)to + stride * (size_t)i, (const uint8_t *)words + size * i, (size_t)size);
+}
+
+// Stores n words of block b of row r, which are `words`.
+AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n, int size) {
+    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, stride = (size_t)size * (size_t)to->group;
+    avl__spread(to->q + stride * (size_t)n * block + size * (r % to->group), stride, words, n, size);
+}
+
+#endif
+
+#if AVL__X86
+#define AVL__AVX2        __attribute__((target("avx2,fma,f16c")))
+#define AVL__AVX512      __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
+
+// ---- AVX2 ----------------------------------------------------------------------------------------------------------
+
+AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+AVL__AVX2 AVL__INLINE __m128i avl__load16_avx2(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+AVL__AVX2 AVL__INLINE void avl__store32_avx2(void *to, __m256i v) { _mm256_storeu_si256((__m256i *)to, v); }
+
+// F16C, which every processor with AVX2 has, makes eight floats of eight float16 in one instruction, so a search is bound by
+// reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
+__attribute__((target("avx2,f16c")))
+static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
+    const uint8_t *h = (const uint8_t *)half;
+    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
+    float lane[AVL__LANES];
+    int i, j;
+    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES) {
+        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i)));
+        __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i + 16)));
+        low = _mm256_add_ps(low, _mm256_mul_ps(a, _mm256_loadu_ps(x + i)));
+        high = _mm256_add_ps(high, _mm256_mul_ps(b, _mm256_loadu_ps(x + i + 8)));
+    }
+    _mm256_storeu_ps(lane, low);
+    _mm256_storeu_ps(lane + 8, high);
+    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
+    return avl__fold_lanes(lane);
+}
+
+AVL__AVX2 static uint64_t avl__read_avx2(const void *data, size_t size) {
+    const uint8_t *bytes = (const uint8_t *)data;
+    __m256i sum[4];
+    uint64_t lane[4];
+    size_t at = 0;
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) sum[i] = _mm256_setzero_si256();
+    for (; at + 128 <= size; at += 128)
+        AVL__UNROLL
+        for (i = 0; i < 4; i++) sum[i] = _mm256_add_epi64(sum[i], avl__load32_avx2(bytes + at + 32 * i));
+    avl__store32_avx2(lane, _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3])));
+    return lane[0] + lane[1] + lane[2] + lane[3] + avl__read_portable(bytes + at, size - at);
+}
+
+// ---- AVX2: blocks of weights as bytes and scales -------------------------------------------------------------------
 
 // 16 bytes of nibbles: the low ones, then the high ones
 AVL__AVX2 AVL__INLINE __m256i avl__nibbles_avx2(const uint8_t *p) {
@@ -2548,8 +2583,6 @@ AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(const __m256i *v, void *to, in
         avl__store32_avx2(at + stride * (i + 4), _mm256_permute2x128_si256(u[i], u[i + 4], 0x31));
     }
 }
-
-enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
 
 // ---- AVX2: products ------------------------------------------------------------------------------------------------
 // Without vpdpbusd the product of four bytes by four takes more steps, and the first of them, vpmaddubsw, adds two products in
@@ -3471,8 +3504,6 @@ AVL__AVX512 AVL__INLINE __m512 avl__weights_avx512(int type, const uint8_t *row,
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + 2 * i)), 16));
 }
 
-enum { AVL__GROUP_BYTES = 6, AVL__GROUP_PAIRS = 12 };   // as many rows as the registers hold sums for
-
 // 32 floats to 32 integers q, x = e q, e = max |x| / 127
 AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __m512i *q_low, __m512i *q_high, float *e) {
     const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
@@ -3482,15 +3513,6 @@ AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __
     *q_high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
 }
 
-// Stores n words of block b of row r, which are `words`.
-AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n) {
-    const size_t group = (size_t)to->group;
-    int8_t *q = to->q + 4 * (((size_t)(r / to->group) * to->n_blocks + (size_t)b) * (size_t)n * group + (size_t)(r % to->group));
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) memcpy(q + 4 * group * (size_t)i, (const char *)words + 4 * i, 4);
-}
-
 // Stores block b of row r of the activations, e q.
 AVL__AVX512 AVL__INLINE void avl__put_block_avx512(const avl__quants *to, avl__block_form f, int r, int b, __m512i low, __m512i high, float e) {
     const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
@@ -3498,7 +3520,7 @@ AVL__AVX512 AVL__INLINE void avl__put_block_avx512(const avl__quants *to, avl__b
     int sums[2], part;
     _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtsepi32_epi8(low));
     _mm_storeu_si128((__m128i *)(void *)(q + 16), _mm512_cvtsepi32_epi8(high));
-    avl__put_words(to, r, b, q, 8);
+    avl__put_words(to, r, b, q, 8, 4);
     to->scale[at * to->group + place] = e;
     sums[0] = _mm512_reduce_add_epi32(low);
     sums[1] = _mm512_reduce_add_epi32(high);
@@ -4011,7 +4033,7 @@ AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int firs
             uint8_t pairs[64];
             _mm512_storeu_si512(pairs, avl__pairs_avx512(_mm512_maskz_loadu_ps(avl__lanes_avx512(left), x),
                                                          _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16)));
-            avl__put_words(&p->quants, r, b, pairs, 16);
+            avl__put_words(&p->quants, r, b, pairs, 16, 4);
         }
 }
 
@@ -4560,19 +4582,1058 @@ static const avl__kernels avl__kernels_avx512_bf16 = {
     avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS};
 #endif
 
+#if AVL__NEON
+// ---- NEON ----------------------------------------------------------------------------------------------------------
+// AArch64: 32 registers of four floats or sixteen bytes, and three generations of products of bytes:
+//   neon            every processor    smull, smlal   8 products, added to sums of 16 bits, which must be widened
+//   neon_dotprod    ARMv8.2 and later  sdot          16 products: each four neighbours to one of four sums of 32 bits
+//   neon_i8mm       ARMv8.6            smmla         32 products: two rows of 8 bytes by two rows of 8 bytes, to 2 x 2 sums;
+//                                      bfmmla        16 products: the same of rows of four bfloat16
+// Bytes are signed here, so weights become u - offset at once and there is no bias to add. From the integer sum of a block (or of
+// half a block) on, the three do the same float operations in the same order.
+//
+// A panel of 32 weight rows is eight quads of 4 rows; rows of activations meet two quads at a time. For 6 of them 12 registers of
+// integer sums, 12 of float sums, 3 of activations and 1 of weights are 28 of 32, and 7 loads serve 24 sdot or 12 smmla: where two
+// pipes of four multiply and two load, or four and three, arithmetic is what binds, and more rows would only spill. smlal needs
+// registers for 16-bit sums beside these and takes 2 rows.
+// Activations lie in words of 8 bytes, 6 rows (8 of bfloat16) side by side: a register is a word of two rows, as smmla wants it and
+// as sdot can pick its four bytes from. Of a quad smmla wants 8 bytes of 2 rows in a register, sdot 4 bytes of all 4: both times two
+// registers are a word of the quad.
+//
+// arm_neon.h has functions for the new instructions only where the compiler is told that the processor has them, for a whole
+// function and all that is inlined there; assemblers want to be told, too. So they are written as numbers: each instruction's own,
+// and those of its registers.
+enum { AVL__BY_SMLAL, AVL__BY_SDOT, AVL__BY_SMMLA };    // `by` below: the instruction that multiplies
+
+#define AVL__NUMBERS ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t" \
+                     ".equ .Lavl_v\\i,\\i\n\t.endr\n\t"            // .Lavl_v7 is 7
+#define AVL__CODE_2(code) AVL__NUMBERS ".inst " code " + (.Lavl_%1 << 5) + .Lavl_%0"
+#define AVL__CODE_3(code) AVL__CODE_2(code) " + (.Lavl_%2 << 16)"
+
+AVL__INLINE int32x4_t avl__sdot(int32x4_t sum, int8x16_t a, int8x16_t b) {           // sdot sum.4s, a.16b, b.16b
+    __asm__(AVL__CODE_3("0x4E809400") : "+w"(sum) : "w"(a), "w"(b));
+    return sum;
+}
+AVL__INLINE int32x4_t avl__sdot_word(int32x4_t sum, int8x16_t a, int8x16_t b, int word) {   // sdot sum.4s, a.16b, b.4b[word]
+    switch (word) {
+    case 0:  __asm__(AVL__CODE_3("0x4F80E000") : "+w"(sum) : "w"(a), "w"(b)); break;
+    case 1:  __asm__(AVL__CODE_3("0x4FA0E000") : "+w"(sum) : "w"(a), "w"(b)); break;
+    case 2:  __asm__(AVL__CODE_3("0x4F80E800") : "+w"(sum) : "w"(a), "w"(b)); break;
+    default: __asm__(AVL__CODE_3("0x4FA0E800") : "+w"(sum) : "w"(a), "w"(b)); break;
+    }
+    return sum;
+}
+AVL__INLINE int32x4_t avl__smmla(int32x4_t sum, int8x16_t a, int8x16_t b) {           // smmla sum.4s, a.16b, b.16b
+    __asm__(AVL__CODE_3("0x4E80A400") : "+w"(sum) : "w"(a), "w"(b));
+    return sum;
+}
+AVL__INLINE float32x4_t avl__bfmmla(float32x4_t sum, uint16x8_t a, uint16x8_t b) {    // bfmmla sum.4s, a.8h, b.8h
+    __asm__(AVL__CODE_3("0x6E40EC00") : "+w"(sum) : "w"(a), "w"(b));
+    return sum;
+}
+AVL__INLINE uint16x4_t avl__to_bf16(float32x4_t v) {                                  // bfcvtn halves.4h, v.4s
+    uint16x4_t halves;
+    __asm__(AVL__CODE_2("0x0EA16800") : "=w"(halves) : "w"(v));
+    return halves;
+}
+
+// ---- NEON: vectors of float32 --------------------------------------------------------------------------------------
+// As with AVX-512, which says more. There are no masks: what is left at the end of a row goes through a register's worth of memory.
+
+AVL__INLINE float32x4_t avl__load_neon(const float *x, int n) {   // four; if n < 4 only the first n, and zeros
+    float some[4] = {0};
+    if (n >= 4) return vld1q_f32(x);
+    if (n > 0) memcpy(some, x, sizeof *x * (size_t)n);
+    return vld1q_f32(some);
+}
+AVL__INLINE void avl__store_neon(float *y, int n, float32x4_t v) {
+    float some[4];
+    if (n >= 4) {
+        vst1q_f32(y, v);
+        return;
+    }
+    vst1q_f32(some, v);
+    if (n > 0) memcpy(y, some, sizeof *y * (size_t)n);
+}
+AVL__INLINE int avl__up_to_4(int64_t n) { return n < 4 ? (int)n : 4; }
+
+static float avl__dot_neon(const float *a, const float *b, int n) {
+    float32x4_t sum[4];
+    int i = 0, j;
+    AVL__UNROLL
+    for (j = 0; j < 4; j++) sum[j] = vdupq_n_f32(0);
+    for (; i + 16 <= n; i += 16)
+        AVL__UNROLL
+        for (j = 0; j < 4; j++) sum[j] = vfmaq_f32(sum[j], vld1q_f32(a + i + 4 * j), vld1q_f32(b + i + 4 * j));
+    for (; i < n; i += 4) sum[0] = vfmaq_f32(sum[0], avl__load_neon(a + i, n - i), avl__load_neon(b + i, n - i));
+    return vaddvq_f32(vaddq_f32(vaddq_f32(sum[0], sum[1]), vaddq_f32(sum[2], sum[3])));
+}
+
+static void avl__axpy_neon(float *y, float a, const float *x, int n) {
+    int i;
+    for (i = 0; i < n; i += 4)
+        avl__store_neon(y + i, n - i, vfmaq_n_f32(avl__load_neon(y + i, n - i), avl__load_neon(x + i, n - i), a));
+}
+
+// The sixteen lanes are four registers; no fused multiply-add, hence the same bits.
+static float avl__dot_f16_neon(const void *half, const float *x, int n) {
+    const uint8_t *h = (const uint8_t *)half;
+    float32x4_t sum[4];
+    float lane[AVL__LANES];
+    int i, j;
+    AVL__UNROLL
+    for (j = 0; j < 4; j++) sum[j] = vdupq_n_f32(0);
+    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES)
+        AVL__UNROLL
+        for (j = 0; j < 4; j++) {
+            const float32x4_t w = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(h + 2 * i + 8 * j)));
+            sum[j] = vaddq_f32(sum[j], vmulq_f32(w, vld1q_f32(x + i + 4 * j)));
+        }
+    AVL__UNROLL
+    for (j = 0; j < 4; j++) vst1q_f32(lane + 4 * j, sum[j]);
+    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
+    return avl__fold_lanes(lane);
+}
+
+static uint64_t avl__read_neon(const void *data, size_t size) {
+    const uint8_t *bytes = (const uint8_t *)data;
+    uint64x2_t sum[4];
+    size_t at = 0;
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) sum[i] = vdupq_n_u64(0);
+    for (; at + 64 <= size; at += 64)
+        AVL__UNROLL
+        for (i = 0; i < 4; i++) sum[i] = vaddq_u64(sum[i], vreinterpretq_u64_u8(vld1q_u8(bytes + at + 16 * i)));
+    return vaddvq_u64(vaddq_u64(vaddq_u64(sum[0], sum[1]), vaddq_u64(sum[2], sum[3]))) + avl__read_portable(bytes + at, size - at);
+}
+
+AVL__INLINE float32x4_t avl__power_of_2_neon(int32x4_t n) {   // -126 <= n <= 127
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
+}
+
+// e^x to about 2e-7. 2^n is made of two halves, so that it may be denormal, zero or infinite.
+AVL__INLINE float32x4_t avl__exp_neon(float32x4_t x) {
+    const float32x4_t t = vmulq_n_f32(vminq_f32(vmaxq_f32(x, vdupq_n_f32(-104.0f)), vdupq_n_f32(104.0f)), 1.44269504f);
+    const float32x4_t n = vrndnq_f32(t), f = vsubq_f32(t, n);
+    const int32x4_t power = vcvtq_s32_f32(n), half = vshrq_n_s32(power, 1);
+    float32x4_t p = vdupq_n_f32(1.54035304e-4f);                     // ln(2)^6 / 6!
+    p = vfmaq_f32(vdupq_n_f32(1.33335581e-3f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(9.61812911e-3f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(5.55041087e-2f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(2.40226507e-1f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(6.93147181e-1f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
+    return vmulq_f32(vmulq_f32(p, avl__power_of_2_neon(half)), avl__power_of_2_neon(vsubq_s32(power, half)));
+}
+
+// x / (1 + e^(-a x))
+AVL__INLINE float32x4_t avl__sigmoid_product_neon(float32x4_t x, float a) {
+    return vdivq_f32(x, vaddq_f32(vdupq_n_f32(1.0f), avl__exp_neon(vmulq_n_f32(x, -a))));
+}
+
+static void avl__quick_gelu_neon(float *x, int64_t n) {
+    for (; n > 0; n -= 4, x += 4)
+        avl__store_neon(x, avl__up_to_4(n), avl__sigmoid_product_neon(avl__load_neon(x, avl__up_to_4(n)), 1.702f));
+}
+
+static void avl__silu_product_neon(float *x, const float *up, int64_t n) {
+    for (; n > 0; n -= 4, x += 4, up += 4) {
+        const float32x4_t y = avl__sigmoid_product_neon(avl__load_neon(x, avl__up_to_4(n)), 1.0f);
+        avl__store_neon(x, avl__up_to_4(n), vmulq_f32(y, avl__load_neon(up, avl__up_to_4(n))));
+    }
+}
+
+// x Phi(x) by the same series as avl__gelu_avx512
+AVL__INLINE float32x4_t avl__gelu_of_neon(float32x4_t v) {
+    const float32x4_t one = vdupq_n_f32(1.0f), z = vmulq_n_f32(vabsq_f32(v), 0.70710678f);
+    const float32x4_t t = vdivq_f32(one, vfmaq_n_f32(one, z, 0.3275911f));
+    float32x4_t p = vdupq_n_f32(1.061405429f);
+    p = vfmaq_f32(vdupq_n_f32(-1.453152027f), p, t);
+    p = vfmaq_f32(vdupq_n_f32(1.421413741f), p, t);
+    p = vfmaq_f32(vdupq_n_f32(-0.284496736f), p, t);
+    p = vfmaq_f32(vdupq_n_f32(0.254829592f), p, t);
+    p = vmulq_n_f32(vmulq_f32(vmulq_f32(p, t), avl__exp_neon(vnegq_f32(vmulq_f32(z, z)))), 0.5f);
+    return vmulq_f32(v, vbslq_f32(vcgezq_f32(v), vsubq_f32(one, p), p));
+}
+
+static void avl__gelu_neon(float *x, int64_t n) {
+    for (; n > 0; n -= 4, x += 4) avl__store_neon(x, avl__up_to_4(n), avl__gelu_of_neon(avl__load_neon(x, avl__up_to_4(n))));
+}
+
+static void avl__rms_norm_neon(float *y, const float *x, const float *weight, int n, float eps) {
+    const float scale = (float)(1.0 / avl__sqrt((double)avl__dot_neon(x, x, n) / n + eps));
+    int i;
+    for (i = 0; i < n; i += 4) {
+        const float32x4_t scaled = vmulq_n_f32(avl__load_neon(x + i, n - i), scale);
+        avl__store_neon(y + i, n - i, vmulq_f32(scaled, avl__load_neon(weight + i, n - i)));
+    }
+}
+
+static void avl__layer_norm_neon(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
+    static const int32_t count[4] = {0, 1, 2, 3};
+    float32x4_t sum = vdupq_n_f32(0), squares = sum, mean;
+    float scale;
+    int i;
+    for (i = 0; i < n; i += 4) sum = vaddq_f32(sum, avl__load_neon(x + i, n - i));
+    mean = vdupq_n_f32(vaddvq_f32(sum) / (float)n);
+    for (i = 0; i < n; i += 4) {
+        const uint32x4_t lanes = vcltq_s32(vld1q_s32(count), vdupq_n_s32(n - i));     // all bits of those that are there
+        const float32x4_t all = vsubq_f32(avl__load_neon(x + i, n - i), mean);
+        const float32x4_t d = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(all), lanes));
+        squares = vfmaq_f32(squares, d, d);
+    }
+    scale = (float)(1.0 / avl__sqrt((double)vaddvq_f32(squares) / n + eps));
+    for (i = 0; i < n; i += 4) {
+        const float32x4_t d = vmulq_n_f32(vsubq_f32(avl__load_neon(x + i, n - i), mean), scale);
+        avl__store_neon(y + i, n - i, vfmaq_f32(avl__load_neon(bias + i, n - i), d, avl__load_neon(weight + i, n - i)));
+    }
+}
+
+// ---- NEON: float16, for the KV cache -------------------------------------------------------------------------------
+
+AVL__INLINE float32x4_t avl__load_halves_neon(const uint16_t *x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
+
+static float avl__dot_half_neon(const uint16_t *x, const float *b, int n) {
+    float32x4_t sum[4];
+    float rest = 0.0f;
+    int i = 0, j;
+    AVL__UNROLL
+    for (j = 0; j < 4; j++) sum[j] = vdupq_n_f32(0);
+    for (; i + 16 <= n; i += 16)
+        AVL__UNROLL
+        for (j = 0; j < 4; j++) sum[j] = vfmaq_f32(sum[j], avl__load_halves_neon(x + i + 4 * j), vld1q_f32(b + i + 4 * j));
+    for (; i + 4 <= n; i += 4) sum[0] = vfmaq_f32(sum[0], avl__load_halves_neon(x + i), vld1q_f32(b + i));
+    for (; i < n; i++) rest += astrovl_f16_to_f32(x[i]) * b[i];
+    return vaddvq_f32(vaddq_f32(vaddq_f32(sum[0], sum[1]), vaddq_f32(sum[2], sum[3]))) + rest;
+}
+
+static void avl__axpy_half_neon(float *y, float a, const uint16_t *x, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), avl__load_halves_neon(x + i), a));
+    for (; i < n; i++) y[i] += a * astrovl_f16_to_f32(x[i]);
+}
+
+static void avl__to_halves_neon(uint16_t *y, const float *x, int64_t n) {
+    const float most = 65504.0f;
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const float32x4_t v = vminq_f32(vmaxq_f32(vld1q_f32(x + i), vdupq_n_f32(-most)), vdupq_n_f32(most));
+        vst1_u16(y + i, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+    }
+    for (; i < n; i++) y[i] = astrovl_f32_to_f16(avl__clamp(x[i], -most, most));
+}
+
+static void avl__from_halves_neon(float *y, const uint16_t *x, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(y + i, avl__load_halves_neon(x + i));
+    for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
+}
+
+// ---- NEON: attention -----------------------------------------------------------------------------------------------
+// 32 queries at a time lie across the lanes, as with AVX-512. 4 keys (or queries) by 4 registers of sums need 4 loads of registers
+// and 4 of single floats for 16 multiply-adds.
+
+// scores of n keys, from key `first` on, with 16 of the 32 queries.  turned: [head_dim][32]
+AVL__INLINE void avl__score_keys_neon(int n, const avl__tile *t, int first, const float *turned, float scale, float *scores) {
+    const float *k = t->k + (size_t)first * t->kv_stride;
+    float32x4_t sum[4][4];
+    int j, d, c;
+    AVL__UNROLL
+    for (j = 0; j < n; j++)
+        AVL__UNROLL
+        for (c = 0; c < 4; c++) sum[j][c] = vdupq_n_f32(0);
+    for (d = 0; d < t->head_dim; d++)
+        AVL__UNROLL
+        for (c = 0; c < 4; c++) {
+            const float32x4_t q = vld1q_f32(turned + 32 * (size_t)d + 4 * c);
+            AVL__UNROLL
+            for (j = 0; j < n; j++) sum[j][c] = vfmaq_n_f32(sum[j][c], q, k[(size_t)j * t->kv_stride + (size_t)d]);
+        }
+    AVL__UNROLL
+    for (j = 0; j < n; j++)
+        AVL__UNROLL
+        for (c = 0; c < 4; c++) vst1q_f32(scores + 32 * (size_t)(first + j) + 4 * c, vmulq_n_f32(sum[j][c], scale));
+}
+
+// 4 columns of scores[n_keys][32] to e^(score - largest); inverse: out, [4], 1 over the sum of each
+static void avl__softmax_columns_neon(float *scores, int n_keys, float *inverse) {
+    float32x4_t max = vdupq_n_f32(-FLT_MAX), sum = vdupq_n_f32(0);
+    int j;
+    for (j = 0; j < n_keys; j++) max = vmaxq_f32(max, vld1q_f32(scores + 32 * (size_t)j));
+    for (j = 0; j < n_keys; j++) {
+        const float32x4_t p = avl__exp_neon(vsubq_f32(vld1q_f32(scores + 32 * (size_t)j), max));
+        vst1q_f32(scores + 32 * (size_t)j, p);
+        sum = vaddq_f32(sum, p);
+    }
+    vst1q_f32(inverse, vdivq_f32(vdupq_n_f32(1.0f), sum));
+}
+
+// n_columns (at most 16) columns from `column` on of the outputs of n queries, from query `first` on
+AVL__INLINE void avl__mix_values_neon(int n, int n_columns, const avl__tile *t, int first, int column, const float *scores,
+                                      const float *inverse) {
+    const float *v = t->v + column;
+    float32x4_t sum[4][4];
+    int i, j, c;
+    AVL__UNROLL
+    for (i = 0; i < n; i++)
+        AVL__UNROLL
+        for (c = 0; c < 4; c++) sum[i][c] = vdupq_n_f32(0);
+    for (j = 0; j < t->n_keys; j++, v += t->kv_stride)
+        AVL__UNROLL
+        for (c = 0; c < 4; c++) {
+            const float32x4_t value = avl__load_neon(v + 4 * c, n_columns - 4 * c);
+            AVL__UNROLL
+            for (i = 0; i < n; i++) sum[i][c] = vfmaq_n_f32(sum[i][c], value, scores[32 * (size_t)j + (size_t)(first + i)]);
+        }
+    AVL__UNROLL
+    for (i = 0; i < n; i++)
+        AVL__UNROLL
+        for (c = 0; c < 4; c++)
+            avl__store_neon(t->out + (size_t)(first + i) * t->q_stride + column + 4 * c, n_columns - 4 * c,
+                            vmulq_n_f32(sum[i][c], inverse[first + i]));
+}
+
+// scratch: [n_keys + head_dim][32] floats
+static void avl__attend_neon(const avl__tile *t, float *scratch) {
+    const float scale = (float)(1.0 / avl__sqrt((double)t->head_dim));
+    float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
+    int i, j, d;
+    for (d = 0; d < t->head_dim; d++)
+        for (i = 0; i < 32; i++) turned[32 * (size_t)d + (size_t)i] = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
+    for (j = 0; j < t->n_keys; j += t->n_keys - j >= 4 ? 4 : 1)
+        for (i = 0; i < 32; i += 16)
+            if (t->n_keys - j >= 4) avl__score_keys_neon(4, t, j, turned + i, scale, scores + i);
+            else                    avl__score_keys_neon(1, t, j, turned + i, scale, scores + i);
+    for (j = t->n_visible; j < t->n_keys; j++)                       // key n_visible + i is seen from query i + 1 on
+        for (i = 0; i < 32 && i <= j - t->n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+    for (i = 0; i < 32; i += 4) avl__softmax_columns_neon(scores + i, t->n_keys, inverse + i);
+    for (d = 0; d < t->head_dim; d += 16) {
+        const int whole = t->head_dim - d >= 16;
+        for (i = 0; whole && i + 4 <= t->n; i += 4) avl__mix_values_neon(4, 16, t, i, d, scores, inverse);
+        for (; i < t->n; i++) avl__mix_values_neon(1, whole ? 16 : t->head_dim - d, t, i, d, scores, inverse);
+    }
+}
+
+// ---- NEON: blocks of weights as bytes and scales -------------------------------------------------------------------
+
+// 16 bytes of nibbles: the low ones, then the high ones
+AVL__INLINE void avl__nibbles_neon(const uint8_t *p, uint8x16_t *u) {
+    u[0] = vandq_u8(vld1q_u8(p), vdupq_n_u8(15));
+    u[1] = vshrq_n_u8(vld1q_u8(p), 4);
+}
+
+// The 32 bits of a word become fifth bits of u.
+AVL__INLINE void avl__fifth_bits_neon(const uint8_t *p, uint8x16_t *u) {
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ULL));
+    const uint8x16_t word = vreinterpretq_u8_u32(vdupq_n_u32(avl__word_at(p)));
+    uint8x16_t byte_of = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 2; i++, byte_of = vaddq_u8(byte_of, vdupq_n_u8(2)))
+        u[i] = vorrq_u8(u[i], vandq_u8(vtstq_u8(vqtbl1q_u8(word, byte_of), bit), vdupq_n_u8(16)));
+}
+
+// u |= ((bytes >> shift) & mask) << to
+AVL__INLINE void avl__bits_neon(const uint8_t *bytes, int shift, int mask, int to, uint8x16_t *u) {
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 2; i++) {
+        const uint8x16_t some = vandq_u8(vshlq_u8(vld1q_u8(bytes + 16 * i), vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((uint8_t)mask));
+        u[i] = vorrq_u8(u[i], vshlq_u8(some, vdupq_n_s8((int8_t)to)));
+    }
+}
+
+// The bytes u - offset of block b of a weight row (layouts: section [3]).
+AVL__INLINE void avl__block_bytes_neon(int type, const uint8_t *row, size_t b, int8x16_t *w) {
+    const uint8_t *s = row + (avl__is_k_quant(type) ? b / 8 * avl__group_bytes(type) : avl__group_bytes(type) / 8 * b);
+    const uint8x16_t offset = vdupq_n_u8((uint8_t)(type == ASTROVL_TYPE_Q8_0 ? 0 : avl__block_form_of(type).offset));
+    const int j = (int)(b % 8);                               // of a super-block's eight
+    uint8x16_t u[2] = {vdupq_n_u8(0), vdupq_n_u8(0)};
+    int i;
+    switch (type) {
+    case ASTROVL_TYPE_Q4_0: avl__nibbles_neon(s + 2, u); break;
+    case ASTROVL_TYPE_Q4_1: avl__nibbles_neon(s + 4, u); break;
+    case ASTROVL_TYPE_Q5_0: avl__nibbles_neon(s + 6, u); avl__fifth_bits_neon(s + 2, u); break;
+    case ASTROVL_TYPE_Q5_1: avl__nibbles_neon(s + 8, u); avl__fifth_bits_neon(s + 4, u); break;
+    case ASTROVL_TYPE_Q2_K: avl__bits_neon(s + 16 + j / 4 * 32, j % 4 * 2, 3, 0, u); break;
+    case ASTROVL_TYPE_Q3_K: avl__bits_neon(s + 32 + j / 4 * 32, j % 4 * 2, 3, 0, u); avl__bits_neon(s, j, 1, 2, u); break;
+    case ASTROVL_TYPE_Q4_K: avl__bits_neon(s + 16 + j / 2 * 32, j % 2 * 4, 15, 0, u); break;
+    case ASTROVL_TYPE_Q5_K: avl__bits_neon(s + 48 + j / 2 * 32, j % 2 * 4, 15, 0, u); avl__bits_neon(s + 16, j, 1, 4, u); break;
+    case ASTROVL_TYPE_Q6_K:
+        avl__bits_neon(s + j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15, 0, u);
+        avl__bits_neon(s + 128 + j / 4 * 32, j % 4 * 2, 3, 4, u);
+        break;
+    default: u[0] = vld1q_u8(s + 2), u[1] = vld1q_u8(s + 18); break;                   // Q8_0
+    }
+    AVL__UNROLL
+    for (i = 0; i < 2; i++) w[i] = vreinterpretq_s8_u8(vsubq_u8(u[i], offset));
+}
+
+// The half-precision numbers at byte `at` of 4 rows
+AVL__INLINE float32x4_t avl__halves_of_rows_neon(const uint8_t *const *row, size_t at) {
+    uint16x4_t halves = vdup_n_u16(avl__half_at(row[0] + at));
+    halves = vset_lane_u16(avl__half_at(row[1] + at), halves, 1);
+    halves = vset_lane_u16(avl__half_at(row[2] + at), halves, 2);
+    halves = vset_lane_u16(avl__half_at(row[3] + at), halves, 3);
+    return vcvt_f32_f16(vreinterpret_f16_u16(halves));
+}
+
+// 16 bytes, times a half-precision number.  to: [16]
+AVL__INLINE void avl__scaled_bytes_neon(int8x16_t bytes, const uint8_t *half, float *to) {
+    const float32x4_t d = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(avl__half_at(half))));
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    vst1q_f32(to, vmulq_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), d));
+    vst1q_f32(to + 4, vmulq_f32(vcvtq_f32_s32(vmovl_high_s16(low)), d));
+    vst1q_f32(to + 8, vmulq_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), d));
+    vst1q_f32(to + 12, vmulq_f32(vcvtq_f32_s32(vmovl_high_s16(high)), d));
+}
+
+// Scales and minima that a super-block's header packs, a byte each, four to a word: of Q4_K and Q5_K (s: scales[12]) as
+// avl__unpack_scale has them, of Q3_K as avl__q3_k_scale has, plus 32.
+AVL__INLINE void avl__scale_words(int type, const uint8_t *s, uint32_t *scales, uint32_t *minima) {
+    const uint32_t low = avl__word_at(s), middle = avl__word_at(s + 4), high = avl__word_at(s + 8);
+    if (type == ASTROVL_TYPE_Q3_K) {
+        scales[0] = (low & 0x0F0F0F0F) | (high << 4 & 0x30303030);
+        scales[1] = (middle & 0x0F0F0F0F) | (high << 2 & 0x30303030);
+        scales[2] = (low >> 4 & 0x0F0F0F0F) | (high & 0x30303030);
+        scales[3] = (middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030);
+        return;
+    }
+    scales[0] = low & 0x3F3F3F3F;
+    scales[1] = (high & 0x0F0F0F0F) | (low >> 2 & 0x30303030);
+    minima[0] = middle & 0x3F3F3F3F;
+    minima[1] = (high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030);
+}
+
+// The d and -m of a super-block's parts.  d, minus_m: [16], of which the first 8 n_parts count
+AVL__INLINE void avl__block_scales_neon(int type, const uint8_t *s, float *d, float *minus_m) {
+    uint32_t scales[4] = {0}, minima[4] = {0};
+    uint8x16_t bytes;
+    switch (type) {
+    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:
+        avl__scale_words(type, s + 4, scales, minima);
+        avl__scaled_bytes_neon(vreinterpretq_s8_u32(vld1q_u32(scales)), s, d);
+        avl__scaled_bytes_neon(vreinterpretq_s8_u32(vld1q_u32(minima)), s + 2, minus_m);
+        break;
+    case ASTROVL_TYPE_Q2_K:
+        bytes = vld1q_u8(s);
+        avl__scaled_bytes_neon(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), s + 80, d);
+        avl__scaled_bytes_neon(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), s + 82, minus_m);
+        break;
+    case ASTROVL_TYPE_Q3_K:
+        avl__scale_words(type, s + 96, scales, minima);
+        avl__scaled_bytes_neon(vsubq_s8(vreinterpretq_s8_u32(vld1q_u32(scales)), vdupq_n_s8(32)), s + 108, d);
+        break;
+    default:                                                  // Q6_K
+        avl__scaled_bytes_neon(vreinterpretq_s8_u8(vld1q_u8(s + 192)), s + 208, d);
+        break;
+    }
+}
+
+// to[i][r] = rows[r][i] for 4 rows of n (a multiple of 4, at most 16)
+AVL__INLINE void avl__turn_scales_neon(float rows[4][16], int n, float *to) {
+    float32x4x4_t v;
+    int i, r;
+    for (i = 0; i < n; i += 4) {
+        AVL__UNROLL
+        for (r = 0; r < 4; r++) v.val[r] = vld1q_f32(rows[r] + i);
+        vst4q_f32(to + 4 * i, v);
+    }
+}
+
+// The d and -m of n (at most 8) blocks of 4 rows from block b on, b a multiple of 8: [n][n_parts][4]
+AVL__INLINE void avl__scales_of_rows_neon(int type, const uint8_t *const *row, size_t b, int n, float *d, float *minus_m) {
+    const avl__block_form f = avl__block_form_of(type);
+    const size_t group_bytes = avl__group_bytes(type);
+    float some_d[4][16], some_m[4][16];
+    int r, j;
+    if (!avl__is_k_quant(type)) {
+        for (j = 0; j < n; j++) {
+            const size_t at = group_bytes / 8 * (b + (size_t)j);
+            vst1q_f32(d + 4 * j, avl__halves_of_rows_neon(row, at));
+            if (f.has_min) vst1q_f32(minus_m + 4 * j, vnegq_f32(avl__halves_of_rows_neon(row, at + 2)));
+        }
+        return;
+    }
+    for (r = 0; r < 4; r++) avl__block_scales_neon(type, row[r] + b / 8 * group_bytes, some_d[r], some_m[r]);
+    avl__turn_scales_neon(some_d, 8 * f.n_parts, d);
+    if (f.has_min) avl__turn_scales_neon(some_m, 8 * f.n_parts, minus_m);
+}
+
+// ---- NEON: activations as integers ---------------------------------------------------------------------------------
+
+// Stores block b of row r of the activations, e q.
+AVL__INLINE void avl__put_block_neon(const avl__quants *to, avl__block_form f, int r, int b, const int32x4_t *q, float e) {
+    const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
+    int8_t bytes[32];
+    int sums[2], i, part;
+    AVL__UNROLL
+    for (i = 0; i < 2; i++) {
+        const int16x8_t low = vcombine_s16(vqmovn_s32(q[4 * i]), vqmovn_s32(q[4 * i + 1]));
+        const int16x8_t high = vcombine_s16(vqmovn_s32(q[4 * i + 2]), vqmovn_s32(q[4 * i + 3]));
+        const int8x16_t half = vcombine_s8(vqmovn_s16(low), vqmovn_s16(high));
+        vst1q_s8(bytes + 16 * i, half);
+        sums[i] = vaddlvq_s8(half);
+    }
+    avl__put_words(to, r, b, bytes, 4, 8);
+    to->scale[at * to->group + place] = e;
+    if (f.n_parts == 1) sums[0] += sums[1];
+    for (part = 0; part < f.n_parts; part++) to->sum[(at * f.n_parts + (size_t)part) * to->group + place] = e * (float)sums[part];
+}
+
+static void avl__quantize_neon(const avl__product *p, int first, int n_rows) {
+    const avl__block_form f = avl__block_form_of(p->w->type);
+    const avl__quants *to = &p->quants;
+    int r, b, i;
+    if (avl__is_float_type(p->w->type)) return;               // their products are in float32
+    for (r = first; r < first + n_rows; r++)
+        for (b = 0; b < to->n_blocks; b++) {
+            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
+            float32x4_t max = vdupq_n_f32(0);
+            int32x4_t q[8];
+            float top, e, inverse;
+            AVL__UNROLL
+            for (i = 0; i < 8; i++) max = vmaxq_f32(max, vabsq_f32(vld1q_f32(x + 4 * i)));
+            top = vmaxvq_f32(max);
+            e = top / 127.0f;
+            inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+            AVL__UNROLL
+            for (i = 0; i < 8; i++) q[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
+            avl__put_block_neon(to, f, r, b, q, e);
+            if (to->n_pieces == 1) continue;
+            inverse = e > 1e-30f ? 254.0f / e : 0.0f;         // (x - e q) / (e / 254) is at most 127
+            AVL__UNROLL
+            for (i = 0; i < 8; i++)
+                q[i] = vcvtnq_s32_f32(vmulq_n_f32(vfmsq_n_f32(vld1q_f32(x + 4 * i), vcvtq_f32_s32(q[i]), e), inverse));
+            avl__put_block_neon(to, f, r + to->n_groups * to->group, b, q, e / 254.0f);
+        }
+}
+
+// ---- NEON: products ------------------------------------------------------------------------------------------------
+
+// 4 weight rows' pointers, the last of n rows again where there are fewer
+AVL__INLINE void avl__four_rows(const avl__linear *w, int first, int n, const uint8_t **row) {
+    int r;
+    for (r = 0; r < 4; r++) row[r] = (const uint8_t *)w->weight + (size_t)(first + (r < n ? r : n - 1)) * w->row_bytes;
+}
+
+// sum + whole (d e) - minus_m (e sum of q) for one part of a block
+AVL__INLINE float32x4_t avl__add_part_neon(int has_min, int32x4_t whole, float32x4_t d, float32x4_t e, float32x4_t minus_m,
+                                           float32x4_t e_sum, float32x4_t sum) {
+    sum = vfmaq_f32(sum, vcvtq_f32_s32(whole), vmulq_f32(d, e));
+    return has_min ? vfmsq_f32(sum, minus_m, e_sum) : sum;
+}
+
+// n (at most 4) columns of a row: sum + bias; of a second piece y + sum
+AVL__INLINE void avl__store_sum_neon(const avl__product *p, int piece, int row, int out, int n, float32x4_t sum) {
+    float *y = p->y + (size_t)row * p->w->n_out + out;
+    if (n <= 0) return;
+    if (piece)             sum = vaddq_f32(sum, avl__load_neon(y, n));
+    else if (p->w->bias) sum = vaddq_f32(sum, avl__load_neon(p->w->bias + out, n));
+    avl__store_neon(y, n, sum);
+}
+
+// sum + 16 products, to any of four lanes.  The sum of two products fits into 16 bits: 2 * 128 * 127.
+AVL__INLINE int32x4_t avl__add_bytes_neon(int by, int32x4_t sum, int8x16_t w, int8x16_t q) {
+    if (by == AVL__BY_SDOT) return avl__sdot(sum, w, q);
+    return vpadalq_s16(sum, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(q)), w, q));
+}
+
+// 4 weight rows as they lie times a row of the activations. A block (or half of one, if it has two parts) becomes 4 registers of
+// sums, which pairwise additions make one.
+AVL__INLINE float32x4_t avl__dot_rows_neon(int by, int type, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
+                                           int x_row) {
+    const avl__block_form f = avl__block_form_of(type);
+    const size_t first = (size_t)x_row * (size_t)x->n_blocks;
+    const int ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);                                // bytes of 8 blocks
+    float32x4_t sum = vdupq_n_f32(0);
+    float d[64], minus_m[64];
+    int b, j, r, part;
+    for (b = 0; b < x->n_blocks; b += 8) {
+        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
+        for (r = 0; r < 4; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
+            for (j = 0; j < ahead; j += 64) __builtin_prefetch(row[r] + 4 * row_bytes + (size_t)(b / 8 * ahead + j));
+        avl__scales_of_rows_neon(type, row, (size_t)b, n_now, d, minus_m);
+        for (j = 0; j < n_now; j++) {
+            const size_t block = first + (size_t)(b + j);
+            const int8x16_t q0 = vld1q_s8(x->q + 32 * block), q1 = vld1q_s8(x->q + 32 * block + 16);
+            int32x4_t v[2][4];
+            AVL__UNROLL
+            for (r = 0; r < 4; r++) {
+                int8x16_t w[2];
+                avl__block_bytes_neon(type, row[r], (size_t)(b + j), w);
+                v[0][r] = avl__add_bytes_neon(by, vdupq_n_s32(0), w[0], q0);
+                v[1][r] = avl__add_bytes_neon(by, f.n_parts == 1 ? v[0][r] : vdupq_n_s32(0), w[1], q1);
+            }
+            AVL__UNROLL
+            for (part = 0; part < f.n_parts; part++) {
+                const int32x4_t *s = v[f.n_parts == 1 ? 1 : part];
+                const int32x4_t whole = vpaddq_s32(vpaddq_s32(s[0], s[1]), vpaddq_s32(s[2], s[3]));
+                const int at = f.n_parts * j + part;
+                const float32x4_t m = f.has_min ? vld1q_f32(minus_m + 4 * at) : sum;
+                sum = avl__add_part_neon(f.has_min, whole, vld1q_f32(d + 4 * at), vdupq_n_f32(x->scale[block]), m,
+                                         vdupq_n_f32(x->sum[block * f.n_parts + (size_t)part]), sum);
+            }
+        }
+    }
+    return sum;
+}
+
+// A few rows of activations times weights as they lie.
+AVL__INLINE void avl__multiply_rows_neon(int by, int type, const avl__product *p, int first, int last) {
+    const uint8_t *row[4];
+    int out, r, piece;
+    for (out = first; out < last; out += 4) {
+        avl__four_rows(p->w, out, last - out, row);
+        for (r = 0; r < p->n_rows; r++)
+            for (piece = 0; piece < p->quants.n_pieces; piece++)
+                avl__store_sum_neon(p, piece, r, out, last - out,
+                                    avl__dot_rows_neon(by, type, row, p->w->row_bytes, &p->quants, piece * p->n_rows + r));
+    }
+}
+
+AVL__INLINE void avl__multiply_few_neon(int by, const avl__product *p, int first, int last) {
+    switch (p->w->type) {
+    case ASTROVL_TYPE_Q4_0: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q4_0, p, first, last); break;
+    case ASTROVL_TYPE_Q4_1: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q4_1, p, first, last); break;
+    case ASTROVL_TYPE_Q5_0: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q5_0, p, first, last); break;
+    case ASTROVL_TYPE_Q5_1: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q5_1, p, first, last); break;
+    case ASTROVL_TYPE_Q8_0: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q8_0, p, first, last); break;
+    case ASTROVL_TYPE_Q2_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q2_K, p, first, last); break;
+    case ASTROVL_TYPE_Q3_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q3_K, p, first, last); break;
+    case ASTROVL_TYPE_Q4_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q4_K, p, first, last); break;
+    case ASTROVL_TYPE_Q5_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q5_K, p, first, last); break;
+    default:                avl__multiply_rows_neon(by, ASTROVL_TYPE_Q6_K, p, first, last); break;
+    }
+}
+
+// 32 weight rows as eight quads.
+typedef struct avl__quads {
+    int8_t *w;                 // [8][n_blocks][8][4][4]; for smmla [8][n_blocks][4][4][8]: words of 4 rows
+    float  *d, *minus_m;       // [8][n_blocks][n_parts][4]
+} avl__quads;
+
+// Fills a quad from 4 weight rows, in words of `size` bytes. One loop for all types: what it takes to look at the type of each block
+// is little beside the products with a panel.
+AVL__INLINE void avl__fill_quad_neon(int type, int size, const uint8_t *const *row, int n_blocks, const avl__quads *to) {
+    const avl__block_form f = avl__block_form_of(type);
+    int b, j, r;
+    for (b = 0; b < n_blocks; b += 8) {
+        const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
+        const size_t at = 4 * (size_t)b * f.n_parts;
+        avl__scales_of_rows_neon(type, row, (size_t)b, n_now, to->d + at, to->minus_m + at);
+        for (j = 0; j < n_now; j++)
+            for (r = 0; r < 4; r++) {
+                int8x16_t w[2];
+                int8_t bytes[32];
+                avl__block_bytes_neon(type, row[r], (size_t)(b + j), w);
+                vst1q_s8(bytes, w[0]);
+                vst1q_s8(bytes + 16, w[1]);
+                avl__spread(to->w + 128 * (size_t)(b + j) + size * r, (size_t)(4 * size), bytes, 32 / size, size);
+            }
+    }
+}
+
+// whole += the products of 8 columns of n rows of activations and of two quads, `quad` bytes apart: whole[r][c] has row r times
+// the 4 rows of quad c. By smmla, whole[r][c] and whole[r + 1][c] share rows r and r + 1: the first has their products with rows 0
+// and 1 of the quad, the second with 2 and 3.
+AVL__INLINE void avl__add_word_neon(int by, int n, const int8_t *w, size_t quad, const int8_t *x, int32x4_t whole[6][2]) {
+    int r, c, h;
+    AVL__UNROLL
+    for (c = 0; c < 2; c++) {
+        const int8x16_t w0 = vld1q_s8(w + quad * (size_t)c), w1 = vld1q_s8(w + quad * (size_t)c + 16);
+        if (by != AVL__BY_SMLAL) {
+            AVL__UNROLL
+            for (h = 0; h < 2; h++)
+                AVL__UNROLL
+                for (r = 0; r < n; r++) {
+                    const int8x16_t two = vld1q_s8(x + 16 * (r / 2));
+                    if (by == AVL__BY_SDOT) whole[r][c] = avl__sdot_word(whole[r][c], h ? w1 : w0, two, r % 2 * 2 + h);
+                    else if (r % 2 == h)    whole[r][c] = avl__smmla(whole[r][c], two, h ? w1 : w0);
+                }
+            continue;
+        }
+        AVL__UNROLL
+        for (r = 0; r < n; r++) {
+            const int8x16_t x0 = vreinterpretq_s8_u32(vdupq_n_u32(avl__word_at(x + 8 * r)));
+            const int8x16_t x1 = vreinterpretq_s8_u32(vdupq_n_u32(avl__word_at(x + 8 * r + 4)));
+            const int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(w0), vget_low_s8(x0)), vget_low_s8(w1), vget_low_s8(x1));
+            const int16x8_t high = vmlal_high_s8(vmull_high_s8(w0, x0), w1, x1);
+            whole[r][c] = vaddq_s32(whole[r][c], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+        }
+    }
+}
+
+// What belongs to 2 x 2 sums: two lanes of v, the lower or (h = 1) the upper, twice; and two numbers, each twice
+AVL__INLINE float32x4_t avl__twice_neon(float32x4_t v, int h) {
+    return h ? vcombine_f32(vget_high_f32(v), vget_high_f32(v)) : vcombine_f32(vget_low_f32(v), vget_low_f32(v));
+}
+AVL__INLINE float32x4_t avl__each_twice_neon(const float *two) { return vcombine_f32(vdup_n_f32(two[0]), vdup_n_f32(two[1])); }
+
+// The 2 x 2 sums of n rows become rows of 4.
+AVL__INLINE void avl__untangle_neon(int n, float32x4_t sum[][2]) {
+    int r, c;
+    AVL__UNROLL
+    for (r = 0; r < n; r += 2)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++) {
+            const float32x4_t left = sum[r][c], right = sum[r + 1][c];
+            sum[r][c] = vcombine_f32(vget_low_f32(left), vget_low_f32(right));
+            sum[r + 1][c] = vcombine_f32(vget_high_f32(left), vget_high_f32(right));
+        }
+}
+
+// n (6 or 2) rows of activations, from row `first` on, all of one group, over two quads of a panel.
+AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int n, const avl__quads *p, const avl__quants *x, int first,
+                                      float32x4_t sum[6][2]) {
+    enum { G = AVL__GROUP_BYTES };
+    const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * n_parts, group = (size_t)(first / G), place = (size_t)(first % G);
+    const int n_words = 4 / n_parts;       // of 8 columns, in a part
+    const int8_t *q = x->q + 8 * (group * n_blocks * 4 * G + place);
+    const float *scale = x->scale + group * n_blocks * G + place, *sums = x->sum + group * row * G + place;
+    size_t b;
+    int g, r, c, part;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0);
+    for (b = 0; b < n_blocks; b++)
+        AVL__UNROLL
+        for (part = 0; part < n_parts; part++) {
+            const size_t at = b * n_parts + (size_t)part;
+            int32x4_t whole[6][2];
+            AVL__UNROLL
+            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = vdupq_n_s32(0);
+            for (g = 0; g < n_words; g++) {
+                const size_t word = 4 * b + (size_t)(g + n_words * part);
+                avl__add_word_neon(by, n, p->w + 32 * word, 128 * n_blocks, q + 8 * G * word, whole);
+            }
+            AVL__UNROLL
+            for (c = 0; c < 2; c++) {
+                const float32x4_t d = vld1q_f32(p->d + 4 * (row * (size_t)c + at));
+                const float32x4_t m = has_min ? vld1q_f32(p->minus_m + 4 * (row * (size_t)c + at)) : d;
+                AVL__UNROLL
+                for (r = 0; r < n; r++) {
+                    const float *e = scale + b * G + r, *e_sum = sums + at * G + r;
+                    const int h = r % 2;
+                    if (by == AVL__BY_SMMLA)
+                        sum[r][c] = avl__add_part_neon(has_min, whole[r][c], avl__twice_neon(d, h), avl__each_twice_neon(e - h),
+                                                       avl__twice_neon(m, h), avl__each_twice_neon(e_sum - h), sum[r][c]);
+                    else
+                        sum[r][c] = avl__add_part_neon(has_min, whole[r][c], d, vdupq_n_f32(*e), m, vdupq_n_f32(*e_sum), sum[r][c]);
+                }
+            }
+        }
+    if (by == AVL__BY_SMMLA) avl__untangle_neon(n, sum);
+}
+
+// All rows of activations over a panel; those of a second piece add to what the first gave. Where two rows are computed and one is
+// there, the other is whatever its group's memory holds.
+AVL__INLINE void avl__run_quads_neon(int by, int n_parts, int has_min, const avl__quads *panel, const avl__product *p, int out,
+                                     int n_columns) {
+    const size_t n_blocks = (size_t)p->quants.n_blocks;
+    float32x4_t sum[6][2];
+    int r, g, i, n, piece;
+    for (piece = 0; piece < p->quants.n_pieces; piece++)
+        for (r = 0; r < p->n_rows; r += n) {
+            const int left = p->n_rows - r, row = piece * p->quants.n_groups * AVL__GROUP_BYTES + r;
+            n = by != AVL__BY_SMLAL && left >= 6 ? 6 : 2;
+            for (g = 0; 4 * g < n_columns; g += 2) {
+                const size_t scales = 4 * n_blocks * n_parts * (size_t)g;
+                const avl__quads two = {panel->w + 128 * n_blocks * (size_t)g, panel->d + scales, panel->minus_m + scales};
+                if (by != AVL__BY_SMLAL && n == 6) avl__pass_quads_neon(by, n_parts, has_min, 6, &two, &p->quants, row, sum);
+                else                               avl__pass_quads_neon(by, n_parts, has_min, 2, &two, &p->quants, row, sum);
+                for (i = 0; i < 2 * n && i < 2 * left; i++)
+                    avl__store_sum_neon(p, piece, r + i / 2, out + 4 * (g + i % 2), n_columns - 4 * (g + i % 2), sum[i / 2][i % 2]);
+            }
+        }
+}
+
+AVL__INLINE void avl__multiply_panels_neon(int by, const avl__product *p, int first, int last, float *scratch) {
+    const avl__block_form f = avl__block_form_of(p->w->type);
+    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 4 * n_blocks * f.n_parts;    // of a quad
+    avl__quads panel;
+    int out, g;
+    panel.d = scratch;
+    panel.minus_m = panel.d + 8 * n_scales;
+    panel.w = (int8_t *)(panel.minus_m + 8 * n_scales);
+    for (out = first; out < last; out += AVL__PANEL_ROWS) {
+        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        for (g = 0; 8 * (g / 2) < n_columns; g++) {                          // in pairs
+            const avl__quads quad = {panel.w + 128 * n_blocks * (size_t)g, panel.d + n_scales * (size_t)g,
+                                     panel.minus_m + n_scales * (size_t)g};
+            const uint8_t *row[4];
+            avl__four_rows(p->w, out + 4 * g, n_columns - 4 * g, row);
+            avl__fill_quad_neon(p->w->type, by == AVL__BY_SMMLA ? 8 : 4, row, (int)n_blocks, &quad);
+        }
+        if (f.n_parts == 1 && !f.has_min) avl__run_quads_neon(by, 1, 0, &panel, p, out, n_columns);
+        else if (f.n_parts == 1)          avl__run_quads_neon(by, 1, 1, &panel, p, out, n_columns);
+        else if (!f.has_min)              avl__run_quads_neon(by, 2, 0, &panel, p, out, n_columns);
+        else                              avl__run_quads_neon(by, 2, 1, &panel, p, out, n_columns);
+    }
+}
+
+// ---- NEON: weights that are floats ---------------------------------------------------------------------------------
+// They become float32, and each product one sum of four lanes, whatever is computed beside it: 4 rows of activations by 4 of
+// weights, or one by 8, so that there are enough sums to wait for. By bfmmla many rows become bfloat16 instead, in panels, with
+// 8 rows by 2 quads at a time: without scales there are registers for so many.
+
+// 4 weights of a float type from i on; if n < 4 only the first n, and zeros
+AVL__INLINE float32x4_t avl__weights_neon(int type, const uint8_t *row, size_t i, int n) {
+    const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
+    const uint8_t *at = row + size * i;
+    uint8_t some[16] = {0};
+    if (n < 4) {
+        if (n > 0) memcpy(some, at, size * (size_t)n);
+        at = some;
+    }
+    if (type == ASTROVL_TYPE_F32) return vreinterpretq_f32_u8(vld1q_u8(at));
+    if (type == ASTROVL_TYPE_F16) return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(at)));
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(at)), 16));
+}
+
+// Adds columns i to i + 3, n of them if n < 4, to the sums of n_rows rows of activations, n_in apart, and n_weights weight rows.
+AVL__INLINE void avl__add_floats_neon(int type, int n_rows, int n_weights, const uint8_t *const *row, const float *x, int n_in,
+                                      int i, int n, float32x4_t sum[4][8]) {
+    float32x4_t v[4];
+    int r, o;
+    AVL__UNROLL
+    for (r = 0; r < n_rows; r++) v[r] = avl__load_neon(x + (size_t)r * n_in + i, n);
+    AVL__UNROLL
+    for (o = 0; o < n_weights; o++) {
+        const float32x4_t w = avl__weights_neon(type, row[o], (size_t)i, n);
+        AVL__UNROLL
+        for (r = 0; r < n_rows; r++) sum[r][o] = vfmaq_f32(sum[r][o], w, v[r]);
+    }
+}
+
+// n_rows rows of activations, from row `first` on, times n_weights (4 or 8) weight rows, from row `out` on, of which n are there
+AVL__INLINE void avl__dot_floats_neon(int type, int n_rows, int n_weights, const avl__product *p, int first, int out, int n) {
+    const int n_in = p->w->n_in;
+    const float *x = p->x + (size_t)first * n_in;
+    const uint8_t *row[8];
+    float32x4_t sum[4][8];
+    int i, r, o;
+    AVL__UNROLL
+    for (o = 0; o < n_weights; o += 4) avl__four_rows(p->w, out + o, n - o, row + o);
+    AVL__UNROLL
+    for (r = 0; r < n_rows; r++)
+        AVL__UNROLL
+        for (o = 0; o < n_weights; o++) sum[r][o] = vdupq_n_f32(0);
+    for (i = 0; i + 4 <= n_in; i += 4) avl__add_floats_neon(type, n_rows, n_weights, row, x, n_in, i, 4, sum);
+    if (i < n_in) avl__add_floats_neon(type, n_rows, n_weights, row, x, n_in, i, n_in - i, sum);
+    AVL__UNROLL
+    for (r = 0; r < n_rows; r++)
+        AVL__UNROLL
+        for (o = 0; o < n_weights; o += 4)
+            avl__store_sum_neon(p, 0, first + r, out + o, n - o,
+                                vpaddq_f32(vpaddq_f32(sum[r][o], sum[r][o + 1]), vpaddq_f32(sum[r][o + 2], sum[r][o + 3])));
+}
+
+// As many weight rows as a panel has come out of the cache for each four rows of activations.
+AVL__INLINE void avl__linear_type_neon(int type, const avl__product *p, int first, int last) {
+    int begin, out, r;
+    for (begin = first; begin < last; begin += AVL__PANEL_ROWS) {
+        const int end = last - begin < AVL__PANEL_ROWS ? last : begin + AVL__PANEL_ROWS;
+        for (r = 0; r + 4 <= p->n_rows; r += 4)
+            for (out = begin; out < end; out += 4) avl__dot_floats_neon(type, 4, 4, p, r, out, end - out);
+        for (; r < p->n_rows; r++)
+            for (out = begin; out < end; out += 8) avl__dot_floats_neon(type, 1, 8, p, r, out, end - out);
+    }
+}
+
+static void avl__linear_neon(const avl__product *p, int first, int last, float *scratch) {
+    (void)scratch;
+    if (p->w->type == ASTROVL_TYPE_F32)      avl__linear_type_neon(ASTROVL_TYPE_F32, p, first, last);
+    else if (p->w->type == ASTROVL_TYPE_F16) avl__linear_type_neon(ASTROVL_TYPE_F16, p, first, last);
+    else                                     avl__linear_type_neon(ASTROVL_TYPE_BF16, p, first, last);
+}
+
+// Block b of a row of n_in floats as bfloat16, zeros beyond its end.  to: [32]
+AVL__INLINE void avl__block_bf16(int type, const uint8_t *row, int b, int n_in, uint16_t *to) {
+    int i;
+    for (i = 0; i < 32; i += 4)
+        vst1_u16(to + i, avl__to_bf16(avl__weights_neon(type, row, 32 * (size_t)b + (size_t)i, n_in - 32 * b - i)));
+}
+
+static void avl__quantize_i8mm(const avl__product *p, int first, int n_rows) {
+    uint16_t halves[32];
+    int r, b;
+    if (!avl__is_float_type(p->w->type)) {
+        avl__quantize_neon(p, first, n_rows);
+        return;
+    }
+    for (r = first; r < first + n_rows; r++)
+        for (b = 0; b < p->quants.n_blocks; b++) {
+            avl__block_bf16(ASTROVL_TYPE_F32, (const uint8_t *)(p->x + (size_t)r * p->w->n_in), b, p->w->n_in, halves);
+            avl__put_words(&p->quants, r, b, halves, 8, 8);
+        }
+}
+
+// n (8 or 2) rows of activations, from row `first` on, all of one group, over two quads of bfloat16, [2][n_words][4][4].
+AVL__INLINE void avl__pass_halves_neon(int n, const uint8_t *quads, const avl__product *p, int first, float32x4_t sum[8][2]) {
+    enum { G = AVL__GROUP_HALVES };
+    const size_t n_words = 8 * (size_t)p->quants.n_blocks;
+    const uint8_t *x = (const uint8_t *)p->quants.q + 8 * ((size_t)(first / G) * n_words * G + (size_t)(first % G));
+    size_t i;
+    int r, c;
+    AVL__UNROLL
+    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0);
+    for (i = 0; i < n_words; i++)
+        AVL__UNROLL
+        for (c = 0; c < 2; c++) {
+            const uint8_t *w = quads + 32 * (n_words * (size_t)c + i);
+            AVL__UNROLL
+            for (r = 0; r < n; r++)
+                sum[r][c] = avl__bfmmla(sum[r][c], vreinterpretq_u16_u8(vld1q_u8(x + 8 * (G * i) + 16 * (r / 2))),
+                                        vreinterpretq_u16_u8(vld1q_u8(w + 16 * (r % 2))));
+        }
+    avl__untangle_neon(n, sum);
+}
+
+AVL__INLINE void avl__run_halves_neon(const uint8_t *panel, const avl__product *p, int out, int n_columns) {
+    const size_t quad = 256 * (size_t)p->quants.n_blocks;
+    float32x4_t sum[8][2];
+    int r, g, i, n;
+    for (r = 0; r < p->n_rows; r += n) {
+        n = p->n_rows - r >= 8 ? 8 : 2;
+        for (g = 0; 4 * g < n_columns; g += 2) {
+            if (n == 8) avl__pass_halves_neon(8, panel + quad * (size_t)g, p, r, sum);
+            else        avl__pass_halves_neon(2, panel + quad * (size_t)g, p, r, sum);
+            for (i = 0; i < 2 * n && i < 2 * (p->n_rows - r); i++)
+                avl__store_sum_neon(p, 0, r + i / 2, out + 4 * (g + i % 2), n_columns - 4 * (g + i % 2), sum[i / 2][i % 2]);
+        }
+    }
+}
+
+AVL__INLINE void avl__multiply_halves_neon(int type, const avl__product *p, int first, int last, float *scratch) {
+    uint8_t *panel = (uint8_t *)scratch;
+    const uint8_t *row[4];
+    uint16_t halves[32];
+    int out, g, b, r;
+    for (out = first; out < last; out += AVL__PANEL_ROWS) {
+        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        for (g = 0; 8 * (g / 2) < n_columns; g++) {                          // in pairs
+            avl__four_rows(p->w, out + 4 * g, n_columns - 4 * g, row);
+            for (b = 0; b < p->quants.n_blocks; b++)
+                for (r = 0; r < 4; r++) {
+                    avl__block_bf16(type, row[r], b, p->w->n_in, halves);
+                    avl__spread(panel + 256 * ((size_t)g * p->quants.n_blocks + (size_t)b) + 8 * r, 32, halves, 8, 8);
+                }
+        }
+        avl__run_halves_neon(panel, p, out, n_columns);
+    }
+}
+
+// ---- NEON: the tables ----------------------------------------------------------------------------------------------
+
+static void avl__multiply_neon(const avl__product *p, int first, int last, float *scratch) {
+    if (avl__is_float_type(p->w->type)) avl__linear_neon(p, first, last, scratch);
+    else if (p->few)                    avl__multiply_few_neon(AVL__BY_SMLAL, p, first, last);
+    else                                avl__multiply_panels_neon(AVL__BY_SMLAL, p, first, last, scratch);
+}
+
+static void avl__multiply_dotprod(const avl__product *p, int first, int last, float *scratch) {
+    if (avl__is_float_type(p->w->type)) avl__linear_neon(p, first, last, scratch);
+    else if (p->few)                    avl__multiply_few_neon(AVL__BY_SDOT, p, first, last);
+    else                                avl__multiply_panels_neon(AVL__BY_SDOT, p, first, last, scratch);
+}
+
+static void avl__multiply_i8mm(const avl__product *p, int first, int last, float *scratch) {
+    if (p->w->type == ASTROVL_TYPE_F32)       avl__multiply_halves_neon(ASTROVL_TYPE_F32, p, first, last, scratch);
+    else if (p->w->type == ASTROVL_TYPE_F16)  avl__multiply_halves_neon(ASTROVL_TYPE_F16, p, first, last, scratch);
+    else if (p->w->type == ASTROVL_TYPE_BF16) avl__multiply_halves_neon(ASTROVL_TYPE_BF16, p, first, last, scratch);
+    else if (p->few)                          avl__multiply_dotprod(p, first, last, scratch);
+    else                                      avl__multiply_panels_neon(AVL__BY_SMMLA, p, first, last, scratch);
+}
+
+// Sixteen sums that wait for nothing but the instruction's throughput; in assembly, lest the compiler find anything better to do.
+AVL__INLINE double avl__peak_by(int by, int is_float, int64_t n) {
+    const int products = !is_float ? 8 << by : by == AVL__BY_SMMLA ? 16 : 4;
+    volatile int keep = 1;
+    const int8x16_t x = vdupq_n_s8((int8_t)keep);
+    int32x4_t sum[16];
+    int64_t r;
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 16; i++) sum[i] = vdupq_n_s32(i);
+    for (r = 0; r < n; r++) {
+        AVL__UNROLL
+        for (i = 0; i < 16; i++) {
+            if (is_float && by == AVL__BY_SMMLA) __asm__(AVL__CODE_3("0x6E40EC00") : "+w"(sum[i]) : "w"(x), "w"(x));   // bfmmla
+            else if (is_float)                   __asm__("fmla %0.4s, %1.4s, %1.4s" : "+w"(sum[i]) : "w"(x));
+            else if (by == AVL__BY_SMMLA)        sum[i] = avl__smmla(sum[i], x, x);
+            else if (by == AVL__BY_SDOT)         sum[i] = avl__sdot(sum[i], x, x);
+            else                                 __asm__("smlal2 %0.8h, %1.16b, %1.16b" : "+w"(sum[i]) : "w"(x));
+        }
+    }
+    AVL__UNROLL
+    for (i = 1; i < 16; i++) sum[0] = veorq_s32(sum[0], sum[i]);
+    keep = vaddvq_s32(sum[0]);
+    return (double)n * (16 * 2 * products);
+}
+static double avl__peak_neon(int type, int64_t n) {
+    return avl__is_float_type(type) ? avl__peak_by(AVL__BY_SMLAL, 1, n) : avl__peak_by(AVL__BY_SMLAL, 0, n);
+}
+static double avl__peak_dotprod(int type, int64_t n) {
+    return avl__is_float_type(type) ? avl__peak_neon(type, n) : avl__peak_by(AVL__BY_SDOT, 0, n);
+}
+static double avl__peak_i8mm(int type, int64_t n) {
+    return avl__is_float_type(type) ? avl__peak_by(AVL__BY_SMMLA, 1, n) : avl__peak_by(AVL__BY_SMMLA, 0, n);
+}
+
+static const avl__kernels avl__kernels_neon = {
+    "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
+    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_neon,
+    avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
+    AVL__GROUP_BYTES, AVL__GROUP_BYTES};
+static const avl__kernels avl__kernels_neon_dotprod = {
+    "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
+    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_dotprod,
+    avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod, 1,
+    AVL__GROUP_BYTES, AVL__GROUP_BYTES};
+static const avl__kernels avl__kernels_neon_i8mm = {
+    "neon_i8mm", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
+    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm, avl__multiply_i8mm,
+    avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm, 1,
+    AVL__GROUP_BYTES, AVL__GROUP_HALVES};
+#endif
+
 // ---- the choice ----------------------------------------------------------------------------------------------------
 
-// All tables of this build, the simplest first.
+// All tables of this build, the simplest first. A new instruction set (RVV, WASM SIMD) is one more table under its own #if, named
+// here and asked for in avl__kernels_run; its `group` is as many rows as its panels take. Section [5] knows the table alone.
 #if AVL__X86
 #define AVL__KERNEL_NAMES "portable, avx2, avx_vnni, avx512, avx512_bf16"
 static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_avx2, &avl__kernels_avx_vnni,
                                                        &avl__kernels_avx512, &avl__kernels_avx512_bf16};
+#elif AVL__NEON
+#define AVL__KERNEL_NAMES "portable, neon, neon_dotprod, neon_i8mm"
+static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_neon, &avl__kernels_neon_dotprod,
+                                                       &avl__kernels_neon_i8mm};
 #else
 #define AVL__KERNEL_NAMES "portable"
 static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable};
 #endif
 
 enum { AVL__N_KERNELS = sizeof avl__all_kernels / sizeof *avl__all_kernels };
+
+#if AVL__NEON
+// Asks the system: macOS by name; Linux by a bit of an entry of the auxiliary vector, AT_HWCAP (16) or AT_HWCAP2 (26).
+static int avl__arm_has(const char *name, unsigned long entry, int bit) {
+#if AVL__POSIX && defined(__linux__)
+    (void)name;
+    return (int)(getauxval(entry) >> bit & 1);
+#elif AVL__POSIX && defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    (void)entry, (void)bit;
+    return sysctlbyname(name, &has, &size, NULL, 0) == 0 && has;
+#else
+    (void)name, (void)entry, (void)bit;
+    return 0;
+#endif
+}
+#endif
 
 // Has this processor (and its system) what table i needs?
 static int avl__kernels_run(int i) {
@@ -4583,6 +5644,12 @@ static int avl__kernels_run(int i) {
         return avl__kernels_run(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     if (i == 4) return avl__kernels_run(3) && __builtin_cpu_supports("avx512bf16");
+#elif AVL__NEON
+    if (i == 1) return 1;
+    if (i == 2) return avl__arm_has("hw.optional.arm.FEAT_DotProd", 16, 20);
+    if (i == 3)
+        return avl__kernels_run(2) && avl__arm_has("hw.optional.arm.FEAT_I8MM", 26, 13) &&
+               avl__arm_has("hw.optional.arm.FEAT_BF16", 26, 14);
 #endif
     return i == 0;
 }

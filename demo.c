@@ -2550,7 +2550,7 @@ static const command commands[] = {
      "against what the processor does in registers alone with the instruction in use. Writing is bound by memory: the weights that\n"
      "each token needs (the KV cache is not counted) are held against merely reading them. Tokens are fixed, so answers do not\n"
      "matter: --synthetic makes files of random weights in the shapes of known models. The KV cache is part of the peak memory,\n"
-     "files as far as they were read. ASTROVL_ISA=avx2 (portable, avx_vnni, avx512) in the environment measures simpler kernels.\n"
+     "files as far as they were read. ASTROVL_ISA=avx2 (portable, avx_vnni, avx512; neon) in the environment measures simpler kernels.\n"
      "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.",
      "  astrovl bench\n  astrovl bench -m llava-q4_k_m.gguf -m mmproj.gguf --rounds 5\n"
      "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"},

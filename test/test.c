@@ -1014,6 +1014,38 @@ static void test_fast_rows(void) {
         }
 }
 
+// AArch64's tables multiply blocks by different instructions, and then compute alike.
+#if AVL__NEON
+static void test_fast_neon(void) {
+    enum { N_IN = 512, N_OUT = 37, N_ROWS = 9 };
+    static const int types[] = {2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
+    static float x[N_ROWS * N_IN], y[N_ROWS * N_OUT], first[N_ROWS * N_OUT];
+    size_t t;
+    int k;
+    test_fill(x, N_ROWS * N_IN, 41);
+    for (t = 0; t < sizeof types / sizeof *types; t++) {
+        avl__linear w;
+        uint8_t *blocks;
+        memset(&w, 0, sizeof w);
+        w.row_bytes = astrovl_type_row_bytes(types[t], N_IN);
+        w.weight = blocks = (uint8_t *)malloc(w.row_bytes * N_OUT);
+        w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.is_fine = types[t] == ASTROVL_TYPE_Q8_0;
+        test_fast_blocks(types[t], blocks, w.row_bytes * N_OUT, 0, 42);
+        for (k = 1; k < AVL__N_KERNELS && avl__kernels_run(k); k++) {
+            avl__run run;
+            memset(&run, 0, sizeof run);
+            run.kernels = avl__all_kernels[k];
+            run.pool = avl__pool_new(1);
+            CHECK(run.pool && avl__run_reserve(&run, 1, N_IN, N_ROWS), "reserve");
+            avl__apply(&run, k == 1 ? first : y, x, &w, N_ROWS);
+            CHECK(k == 1 || memcmp(first, y, sizeof y) == 0, "%s, %s: other bits", run.kernels->name, astrovl_type_name(types[t]));
+            avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
+        }
+        free(blocks);
+    }
+}
+#endif
+
 static void test_fast_ops(void) {
     enum { N = 1003 };
     static float x[N], up[N], weight[N], bias[N], y[N], z[N];
@@ -1043,7 +1075,6 @@ static void test_fast_ops(void) {
             }
 }
 
-// The whole model: fast mode's logits lie close to exact mode's, whatever the table, and do not depend on the number of threads.
 // The KV cache's float16: every length, against double; what is too large stays finite.
 static void test_fast_halves(void) {
     enum { N = 75 };
@@ -1071,6 +1102,85 @@ static void test_fast_halves(void) {
         }
 }
 
+// Nothing is read or written past an end: what a product and the vectors take lies right before a page that nobody may touch.
+#if AVL__MMAP && defined(MAP_ANONYMOUS)
+enum { END_BYTES = 1 << 18, END_ARRAYS = 4 };
+static uint8_t *g_ends[END_ARRAYS];
+
+static void *test_end(int array, size_t size) {    // size bytes up to the end of an array
+    CHECK(size <= END_BYTES, "%d bytes", (int)size);
+    return g_ends[array] - size;
+}
+
+static void test_fast_ends_by(const avl__kernels *kernels, int type, int n_in, int n_rows) {
+    enum { N_OUT = 35 };
+    const size_t row = astrovl_type_row_bytes(type, n_in), y_bytes = sizeof(float) * (size_t)(n_rows * N_OUT);
+    float *x = (float *)test_end(0, sizeof(float) * (size_t)(n_rows * n_in)), *y = (float *)test_end(1, y_bytes);
+    float *bias = (float *)test_end(2, sizeof(float) * N_OUT), *again = (float *)malloc(y_bytes);
+    uint8_t *blocks = (uint8_t *)test_end(3, row * N_OUT), *copy = (uint8_t *)malloc(row * N_OUT + 100);
+    avl__linear w;
+    avl__run run;
+    test_fill(x, n_rows * n_in, 1), test_fill(bias, N_OUT, 2);
+    test_fast_blocks(type, blocks, row * N_OUT, 0, 3);
+    memcpy(copy, blocks, row * N_OUT), memset(copy + row * N_OUT, 0xFF, 100);
+    memset(&w, 0, sizeof w), memset(&run, 0, sizeof run);
+    w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row, w.is_fine = type == ASTROVL_TYPE_Q8_0;
+    run.kernels = kernels;
+    run.pool = avl__pool_new(1);
+    CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_in, (uint64_t)n_rows), "reserve");
+    w.weight = blocks, avl__apply(&run, y, x, &w, n_rows);
+    w.weight = copy, avl__apply(&run, again, x, &w, n_rows);
+    CHECK(memcmp(y, again, y_bytes) == 0, "%s, %s: what lies behind the weights counts", kernels->name, astrovl_type_name(type));
+    avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
+    free(again), free(copy);
+}
+
+static void test_fast_vector_ends(const avl__kernels *kernels, int n) {
+    float *x = (float *)test_end(0, sizeof(float) * (size_t)n), *y = (float *)test_end(1, sizeof(float) * (size_t)n);
+    uint16_t *halves = (uint16_t *)test_end(2, sizeof(uint16_t) * (size_t)n);
+    uint8_t *bytes = (uint8_t *)test_end(3, (size_t)n);
+    float dot, portable;
+    int i;
+    test_fill(x, n, 1), test_fill(y, n, 2);
+    kernels->axpy(y, 0.5f, x, n);
+    kernels->rms_norm(y, y, x, n, 1e-5f), kernels->layer_norm(y, y, x, x, n, 1e-5f);
+    kernels->gelu(y, n), kernels->quick_gelu(y, n), kernels->silu_product(y, x, n);
+    if (kernels->attend) {
+        kernels->to_halves(halves, x, n), kernels->from_halves(y, halves, n);
+        kernels->axpy_half(y, 0.5f, halves, n);
+        CHECK(fabs(kernels->dot_half(halves, y, n) - kernels->dot(x, y, n)) < 0.05, "%s: %d halves", kernels->name, n);
+    }
+    for (i = 0; i < n; i++) halves[i] = astrovl_f32_to_f16(x[i]);
+    dot = kernels->dot_f16(halves, y, n), portable = avl__dot_f16_portable(halves, y, n);
+    CHECK(memcmp(&dot, &portable, sizeof dot) == 0, "%s: dot_f16 of %d has other bits", kernels->name, n);
+    for (i = 0; i < n; i++) bytes[i] = 0xFF;
+    CHECK(kernels->read(bytes, (size_t)n) == avl__read_portable(bytes, (size_t)n), "%s: %d bytes", kernels->name, n);
+}
+
+static void test_fast_ends(void) {
+    static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14}, rows[] = {1, 2, 3, 9, 17};
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t t, i;
+    int k, n;
+    for (k = 0; k < END_ARRAYS; k++) {
+        uint8_t *map = (uint8_t *)mmap(NULL, END_BYTES + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(map != MAP_FAILED && mprotect(map + END_BYTES, page, PROT_NONE) == 0, "no page to guard with");
+        g_ends[k] = map + END_BYTES;
+    }
+    for (k = 0; k < AVL__N_KERNELS; k++) {
+        if (!avl__kernels_run(k)) continue;
+        for (t = 0; t < sizeof types / sizeof *types; t++)
+            for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+                const int values = avl__find_type(types[t])->block_values;
+                test_fast_ends_by(avl__all_kernels[k], types[t], values == 256 ? 512 : values == 32 ? 288 : 299, rows[i]);
+            }
+        for (n = 1; n < 70; n++) test_fast_vector_ends(avl__all_kernels[k], n);
+    }
+    for (k = 0; k < END_ARRAYS; k++) munmap(g_ends[k] - END_BYTES, END_BYTES + page);
+}
+#endif
+
+// The whole model: fast mode's logits lie close to exact mode's, whatever the table, and do not depend on the number of threads.
 static void test_fast_model(void) {
     astrovl_error err;
     astrovl_model *model = astrovl_open("test/astrovl-tiny.gguf", NULL, &err);
@@ -1126,8 +1236,14 @@ static void tests_ops(void) {
     run("fast: products of every type and shape", test_fast_products);
     run("fast: rows do not depend on each other", test_fast_rows);
     run("fast: AVX-VNNI as AVX2", test_fast_vnni);
+#if AVL__NEON
+    run("fast: the same bits by all NEON kernels", test_fast_neon);
+#endif
     run("fast: norms and activations", test_fast_ops);
     run("fast: float16 of the KV cache", test_fast_halves);
+#if AVL__MMAP && defined(MAP_ANONYMOUS)
+    run("fast: nothing past an end", test_fast_ends);
+#endif
     run("fast: a model", test_fast_model);
 }
 
