@@ -687,6 +687,19 @@ typedef struct astrovl_speed {
 ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, int n_rounds,
                                                  astrovl_progress progress, void *user, astrovl_speed *speed, astrovl_error *err);
 
+// Answers written together, as astrovl_chat_batch does, and one alone.
+typedef struct astrovl_batch_speed {
+    int      n, n_prompt, n_answer;        // answers; the positions before each; the tokens of each
+    double   seconds, one_seconds;         // all n together; one alone
+    double   gain;                         // n * one_seconds / seconds: so many times the tokens a second
+    uint64_t cache_bytes;                  // all n KV caches
+} astrovl_batch_speed;
+// Medians of n_rounds, each of which writes one answer and then n_batch together, so that a gain is of one minute. Each answer has a
+// KV cache of its own, whose n_prompt positions are made up instead of read: what they hold does not change the time. The session's
+// conversation is left alone. What does not fit its context is cut. The rest is as above.
+ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err);
+
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
 // The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of strings.
@@ -14043,12 +14056,19 @@ static astrovl_status avl__measure_text(astrovl_session *s, const int32_t *token
     return status;
 }
 
+// Cuts what is to be read and written to a context of two positions or more.
+static void avl__measure_cut(int n_ctx, int *n_prompt, int *n_answer) {
+    if (*n_answer > n_ctx - 1) *n_answer = n_ctx - 1;
+    if (*n_prompt > n_ctx - *n_answer) *n_prompt = n_ctx - *n_answer;
+}
+
 // What is to be measured of the language model, and how much work it is.
 static void avl__measure_prepare(const astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed) {
     const avl__llama *m = &s->model->llama;
     int n_ctx = s->cache.n_ctx, n = s->model->n_projector ? s->model->clip.n_patches + ASTROVL_QUESTION : 0;
-    speed->answer.n = n_answer < n_ctx ? n_answer : n_ctx - 1;
-    speed->prompt.n = n_prompt < n_ctx - speed->answer.n ? n_prompt : n_ctx - speed->answer.n;
+    avl__measure_cut(n_ctx, &n_prompt, &n_answer);
+    speed->answer.n = n_answer;
+    speed->prompt.n = n_prompt;
     speed->prompt.work = avl__prompt_work(m, speed->prompt.n);
     speed->answer.work = avl__answer_work(m, speed->answer.n);
     speed->prompt.type = speed->answer.type = m->layers[0].up.type;
@@ -14139,6 +14159,83 @@ ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_promp
     if (!status) speed->first_token_seconds = avl__median(all + 9 * n_rounds, n_rounds);
     astrovl_free(all);
     if (!status && progress) progress(user, "rounds", n_rounds, n_rounds);
+    return status;
+}
+
+// Writes n answers of n_answer tokens together, a token of each per step.  logits: scratch, [AVL__STEP_ROWS][n_vocab]
+static astrovl_status avl__measure_steps(const astrovl_session *s, avl__kv_cache *caches, int n, int n_prompt, int n_answer, float *logits,
+                                         double *seconds, astrovl_error *err) {
+    const avl__llama *m = &s->model->llama;
+    astrovl_status status = ASTROVL_OK;
+    avl__kv_cache *group[AVL__STEP_ROWS];
+    int32_t tokens[AVL__STEP_ROWS];
+    double start = avl__seconds();
+    int step, i, k;
+    for (i = 0; i < n; i++) caches[i].n_past = n_prompt;
+    for (step = 0; step < n_answer; step++)
+        for (i = 0; i < n && !status; i += k) {
+            for (k = 0; k < AVL__STEP_ROWS && i + k < n; k++) {
+                group[k] = &caches[i + k];
+                tokens[k] = (int32_t)((int64_t)(step + i + k) * 7919 % m->n_vocab);
+            }
+            status = avl__llama_eval(m, s->run, group, k, tokens, NULL, k, logits, k, err);
+        }
+    *seconds = avl__seconds() - start;
+    return status;
+}
+
+// The rounds of astrovl_measure_batch.  caches: [speed->n], zeros;  logits: as above;  all: [3][n_rounds]
+static astrovl_status avl__measure_together(const astrovl_session *s, avl__kv_cache *caches, float *logits, double *all, int n_rounds,
+                                            astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err) {
+    const avl__llama *m = &s->model->llama;
+    const int n_ctx = speed->n_prompt + speed->n_answer;
+    const size_t size = (size_t)m->n_layer * m->n_head_kv * m->head_dim * n_ctx * s->cache.value_bytes;
+    astrovl_status status = ASTROVL_OK;
+    double *one = all, *together = all + n_rounds, *gain = all + 2 * n_rounds;
+    int i;
+    for (i = 0; i < speed->n; i++) {
+        if (!avl__kv_cache_init(&caches[i], m, n_ctx, s->cache.value_bytes))
+            return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the KV caches of %d answers", speed->n);
+        memset(caches[i].k, 0x3C, size);           // numbers of middling size, as float16 (1.06) and as float (0.01)
+        memset(caches[i].v, 0x3C, size);
+    }
+    speed->cache_bytes = (uint64_t)speed->n * 2 * size;
+    for (i = 0; i < n_rounds && !status; i++) {
+        if (progress && progress(user, "rounds", i, n_rounds)) status = avl__fail(err, ASTROVL_CANCELLED, "measuring was cancelled");
+        if (!status) status = avl__measure_steps(s, caches, 1, speed->n_prompt, speed->n_answer, logits, &one[i], err);
+        if (!status) status = avl__measure_steps(s, caches, speed->n, speed->n_prompt, speed->n_answer, logits, &together[i], err);
+        gain[i] = speed->n * one[i] / together[i];
+    }
+    if (status) return status;
+    speed->one_seconds = avl__median(one, n_rounds);
+    speed->seconds = avl__median(together, n_rounds);
+    speed->gain = avl__median(gain, n_rounds);
+    if (progress) progress(user, "rounds", n_rounds, n_rounds);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err) {
+    astrovl_status status = avl__need_text(s->model, err);
+    avl__kv_cache *caches;
+    float *logits;
+    double *all;
+    int i;
+    memset(speed, 0, sizeof *speed);
+    if (status) return status;
+    if (n_prompt < 1 || n_answer < 1 || n_batch < 1 || n_rounds < 1 || s->cache.n_ctx < 2)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring needs a round, an answer, a position before it and one to write");
+    avl__measure_cut(s->cache.n_ctx, &n_prompt, &n_answer);
+    speed->n = n_batch, speed->n_prompt = n_prompt, speed->n_answer = n_answer;
+    caches = (avl__kv_cache *)avl__alloc((uint64_t)n_batch, sizeof *caches);
+    logits = avl__alloc_floats((uint64_t)AVL__STEP_ROWS * (uint64_t)s->model->llama.n_vocab);
+    all = (double *)avl__alloc((uint64_t)n_rounds, 3 * sizeof *all);
+    if (!caches || !logits || !all) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for measuring %d answers", n_batch);
+    else status = avl__measure_together(s, caches, logits, all, n_rounds, progress, user, speed, err);
+    for (i = 0; caches && i < n_batch; i++) avl__kv_cache_free(&caches[i]);
+    astrovl_free(caches);
+    astrovl_free(logits);
+    astrovl_free(all);
     return status;
 }
 

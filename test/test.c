@@ -6879,12 +6879,68 @@ static void measure_models(void) {
     astrovl_close(model);
 }
 
+// Answers together: the counts, the cut, a group of more than AVL__STEP_ROWS, and nothing left of it in the session.
+static void measure_batches(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info m = measure_sizes();
+    astrovl_session_options options;
+    astrovl_batch_speed speed;
+    astrovl_model *model;
+    astrovl_session *s;
+    const uint64_t value = avl__choose_kernels(ASTROVL_FAST, NULL)->attend ? 2 : 4;
+    int32_t token = 1;
+    int calls, done = 0;
+    long at;
+    CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
+    model = astrovl_open(GGUF_OUT, NULL, &err);
+    CHECK(model, "%s", err.message);
+    if (!model) return;
+    memset(&options, 0, sizeof options);
+    options.n_threads = 2;
+    s = astrovl_session_new(model, &options, &err);
+    CHECK(astrovl_eval_tokens(s, &token, 1, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
+    calls = 0;
+    CHECK(astrovl_measure_batch(s, 20, 5, 18, 3, measure_count, &calls, &speed, &err) == ASTROVL_OK && calls == -4, "%s", err.message);
+    CHECK(speed.n == 18 && speed.n_prompt == 20 && speed.n_answer == 5, "%d %d %d", speed.n, speed.n_prompt, speed.n_answer);
+    CHECK(speed.cache_bytes == 18 * 25 * 2 * 2 * 16 * 2 * value, "%d bytes of caches", (int)speed.cache_bytes);
+    CHECK(speed.seconds > 0 && speed.one_seconds > 0 && speed.gain > 0, "%g %g %g", speed.seconds, speed.one_seconds, speed.gain);
+    CHECK(astrovl_session_n_past(s) == 1, "the conversation was touched");
+    CHECK(astrovl_measure_batch(s, 20, 5, 2, 1, NULL, NULL, &speed, &err) == ASTROVL_OK &&
+          fabs(speed.gain * speed.seconds / (2 * speed.one_seconds) - 1) < 1e-9, "one round's gain is its own");
+    CHECK(astrovl_measure_batch(s, 1000, 60, 1, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.n_prompt == 4 && speed.n_answer == 60 &&
+          speed.cache_bytes == 64 * 2 * 2 * 16 * 2 * value, "cut: %d %d", speed.n_prompt, speed.n_answer);
+    FAILS(astrovl_measure_batch(s, 0, 1, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "no prompt");
+    FAILS(astrovl_measure_batch(s, 1, 0, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "no answer");
+    FAILS(astrovl_measure_batch(s, 1, 1, 0, 1, NULL, NULL, &speed, &err), ARGUMENT, "none together");
+    FAILS(astrovl_measure_batch(s, 1, 1, 1, 0, NULL, NULL, &speed, &err), ARGUMENT, "no round");
+    calls = 2;
+    CHECK(astrovl_measure_batch(s, 2, 1, 2, 3, measure_count, &calls, &speed, &err) == ASTROVL_CANCELLED && calls == 0, "cancelled");
+    for (at = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_measure_batch(s, 5, 2, 3, 1, NULL, NULL, &speed, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(status, MEMORY, "allocation %ld", at);
+    }
+    CHECK(at >= 9, "%ld allocations", at);
+    astrovl_session_free(s);
+    astrovl_close(model);
+    remove(GGUF_OUT);
+    model = astrovl_open("test/golden/joint_a.gguf", NULL, &err);
+    s = model ? astrovl_session_new(model, NULL, &err) : NULL;
+    FAILS(s ? astrovl_measure_batch(s, 5, 2, 2, 1, NULL, NULL, &speed, &err) : ASTROVL_OK, MODEL, "CLIP alone writes nothing");
+    astrovl_session_free(s);
+    astrovl_close(model);
+}
+
 static void tests_measure(void) {
     run("measure: models of random weights", measure_random_files);
     run("measure: known sizes", measure_known_sizes);
     run("measure: random weights, wrong sizes, cancelled, out of memory", measure_random_errors);
     run("measure: arithmetic alone", measure_peaks);
     run("measure: whole models", measure_models);
+    run("measure: answers together", measure_batches);
 }
 
 int main(int argc, char **argv) {
