@@ -700,6 +700,23 @@ typedef struct astrovl_batch_speed {
 ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
                                                  astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err);
 
+// How far logits are from others at the same positions of a text.
+typedef struct astrovl_likeness {
+    double cosine, least_cosine;           // of a position's logits: the mean, the least
+    double difference;                     // the largest of two logits
+    double same;                           // share of positions with the same likeliest token
+    double perplexity, ratio;              // exp(mean of -log p(the next token)); over the reference's. NaN for one token
+} astrovl_likeness;
+typedef struct astrovl_accuracy {
+    astrovl_likeness prompt, steps;        // tokens read together, as a prompt is; one after another, as an answer is written
+    double reference_perplexity;
+} astrovl_accuracy;
+// What a session (fast mode, say) makes of a text, held against a reference (exact mode; of the same model, or of one with the same
+// vocabulary). tokens: at least one. Ends both conversations.  ARGUMENT (no token, other vocabularies), MODEL (no language model),
+// LIMIT (the text is longer than a context), MEMORY, CANCELLED (by a session's progress).
+ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens, int n_tokens,
+                                                    astrovl_accuracy *accuracy, astrovl_error *err);
+
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
 // The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of strings.
@@ -14236,6 +14253,95 @@ ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_promp
     astrovl_free(caches);
     astrovl_free(logits);
     astrovl_free(all);
+    return status;
+}
+
+// -log softmax(logits)[token]
+static double avl__surprise(const float *logits, int n, int32_t token) {
+    double most = logits[0], sum = 0.0;
+    int i;
+    for (i = 1; i < n; i++) if (logits[i] > most) most = logits[i];
+    for (i = 0; i < n; i++) sum += exp(logits[i] - most);
+    return log(sum) + most - logits[token];
+}
+
+// Adds a position to the sums.  a, b: [n];  next: the token that follows, or -1
+static void avl__compare_logits(astrovl_likeness *sums, const float *a, const float *b, int n, int32_t next) {
+    double aa = 0.0, bb = 0.0, ab = 0.0, cosine;
+    int i, best_a = 0, best_b = 0;
+    for (i = 0; i < n; i++) {
+        double x = a[i], y = b[i], difference = x > y ? x - y : y - x;
+        aa += x * x;
+        bb += y * y;
+        ab += x * y;
+        if (difference > sums->difference) sums->difference = difference;
+        if (a[i] > a[best_a]) best_a = i;
+        if (b[i] > b[best_b]) best_b = i;
+    }
+    cosine = ab / sqrt(aa * bb);
+    sums->cosine += cosine;
+    if (cosine < sums->least_cosine) sums->least_cosine = cosine;
+    sums->same += best_a == best_b;
+    if (next >= 0) sums->perplexity += avl__surprise(a, n, next);
+}
+
+// From the sums over n positions to means.  reference: the other's perplexity
+static void avl__finish_likeness(astrovl_likeness *sums, int n, double reference) {
+    sums->cosine /= n;
+    sums->same /= n;
+    sums->perplexity = exp(sums->perplexity / (n - 1));
+    sums->ratio = sums->perplexity / reference;
+}
+
+enum { AVL__ACCURACY_BLOCK = AVL__PROMPT_BLOCK };    // positions whose logits are held at once: so many are read together anyway
+
+// Compares the next n of the tokens, at most a block.  logits: scratch, [2][n][n_vocab]
+static astrovl_status avl__measure_likeness(astrovl_session *s, astrovl_session *reference, const int32_t *tokens, int n, int is_last,
+                                            float *logits, astrovl_accuracy *sums, astrovl_error *err) {
+    const int n_vocab = s->model->llama.n_vocab, n_past = s->cache.n_past;
+    float *row = logits, *rows = logits + (size_t)n * n_vocab;         // s's, the reference's
+    astrovl_status status = astrovl_eval_tokens(reference, tokens, n, rows, n, err);
+    int i;
+    for (i = 0; i < n && !status; i++, rows += n_vocab) {
+        int32_t next = is_last && i == n - 1 ? -1 : tokens[i + 1];
+        status = astrovl_eval_tokens(s, tokens + i, 1, row, 1, err);
+        if (status) return status;
+        avl__compare_logits(&sums->steps, row, rows, n_vocab, next);
+        if (next >= 0) sums->reference_perplexity += avl__surprise(rows, n_vocab, next);
+    }
+    astrovl_session_rewind(s, n_past);
+    if (!status) status = astrovl_eval_tokens(s, tokens, n, logits, n, err);
+    if (status) return status;
+    for (i = 0, rows -= (size_t)n * n_vocab; i < n; i++, row += n_vocab, rows += n_vocab)
+        avl__compare_logits(&sums->prompt, row, rows, n_vocab, is_last && i == n - 1 ? -1 : tokens[i + 1]);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens, int n_tokens,
+                                                    astrovl_accuracy *accuracy, astrovl_error *err) {
+    const int n_vocab = s->model->llama.n_vocab, block = n_tokens < AVL__ACCURACY_BLOCK ? n_tokens : AVL__ACCURACY_BLOCK;
+    astrovl_status status = avl__need_text(s->model, err);
+    float *logits;
+    int done, n;
+    memset(accuracy, 0, sizeof *accuracy);
+    accuracy->prompt.least_cosine = accuracy->steps.least_cosine = 1.0;
+    if (status) return status;
+    if (!tokens || n_tokens < 1 || reference->model->llama.n_vocab != n_vocab || s == reference)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "accuracy needs a text, and two sessions with one vocabulary");
+    logits = avl__alloc_floats((uint64_t)2 * block * n_vocab);
+    if (!logits) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the logits of %d positions", block);
+    astrovl_session_reset(s);
+    astrovl_session_reset(reference);
+    for (done = 0; done < n_tokens && !status; done += n) {
+        n = n_tokens - done < block ? n_tokens - done : block;
+        status = avl__measure_likeness(s, reference, tokens + done, n, done + n == n_tokens, logits, accuracy, err);
+    }
+    accuracy->reference_perplexity = exp(accuracy->reference_perplexity / (n_tokens - 1));
+    avl__finish_likeness(&accuracy->prompt, n_tokens, accuracy->reference_perplexity);
+    avl__finish_likeness(&accuracy->steps, n_tokens, accuracy->reference_perplexity);
+    astrovl_session_reset(s);
+    astrovl_session_reset(reference);
+    astrovl_free(logits);
     return status;
 }
 

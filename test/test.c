@@ -6934,6 +6934,84 @@ static void measure_batches(void) {
     astrovl_close(model);
 }
 
+// Exact mode against itself is the same, fast mode close; the figures against sums by hand, and a text of more than a block.
+static void measure_accuracies(void) {
+    enum { N = AVL__ACCURACY_BLOCK + 5 };
+    static int32_t tokens[N];
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info m = measure_sizes();
+    astrovl_session_options options;
+    astrovl_accuracy a;
+    astrovl_likeness sums;
+    astrovl_model *model, *other;
+    astrovl_session *s, *exact, *fast;
+    float *logits;
+    const float x[3] = {3, 0, 4}, y[3] = {0, 0, 2};
+    double surprise = 0;
+    int i, done = 0;
+    long at;
+    memset(&sums, 0, sizeof sums);
+    avl__compare_logits(&sums, x, y, 3, 2);
+    CHECK(sums.cosine == 0.8 && sums.difference == 3 && sums.same == 1 && fabs(sums.perplexity - log1p(exp(-4) + exp(-1))) < 1e-12, "sums");
+    avl__compare_logits(&sums, y, x, 3, -1);
+    avl__finish_likeness(&sums, 2, 0.5);
+    CHECK(sums.cosine == 0.8 && sums.same == 1 && fabs(sums.perplexity - (1 + exp(-4) + exp(-1))) < 1e-12 && sums.ratio == 2 * sums.perplexity,
+          "means");
+    m.n_ctx_train = 2 * N;
+    for (i = 0; i < N; i++) tokens[i] = i * 37 % 300;
+    CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
+    model = astrovl_open(GGUF_OUT, NULL, &err);
+    CHECK(model, "%s", err.message);
+    if (!model) return;
+    memset(&options, 0, sizeof options);
+    options.n_ctx = N;
+    fast = astrovl_session_new(model, &options, &err);
+    options.mode = ASTROVL_EXACT;
+    s = astrovl_session_new(model, &options, &err);
+    exact = astrovl_session_new(model, &options, &err);
+    CHECK(astrovl_measure_accuracy(s, exact, tokens, N, &a, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(fabs(a.prompt.cosine - 1) < 1e-12 && fabs(a.prompt.least_cosine - 1) < 1e-12 && a.prompt.difference == 0 && a.prompt.same == 1 &&
+          a.prompt.ratio == 1 && memcmp(&a.prompt, &a.steps, sizeof a.steps) == 0, "exact against exact: %.17g", a.prompt.cosine);
+    logits = (float *)calloc((size_t)N * 300, sizeof *logits);
+    CHECK(logits && astrovl_eval_tokens(s, tokens, N, logits, N, &err) == ASTROVL_OK, "%s", err.message);
+    for (i = 0; i < N - 1; i++) surprise += avl__surprise(logits + i * 300, 300, tokens[i + 1]);
+    CHECK(fabs(a.reference_perplexity / exp(surprise / (N - 1)) - 1) < 1e-12, "perplexity %g", a.reference_perplexity);
+    free(logits);
+    CHECK(astrovl_measure_accuracy(fast, exact, tokens, N, &a, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(a.prompt.cosine > 0.999 && a.steps.cosine > 0.999 && a.prompt.least_cosine > 0.99 && a.prompt.least_cosine <= a.prompt.cosine &&
+          a.prompt.cosine <= 1 + 1e-9 && a.prompt.difference > 0 && fabs(a.steps.ratio - 1) < 0.05 && a.steps.same > 0.8, "fast: %g %g %g %g",
+          a.prompt.cosine, a.steps.cosine, a.prompt.least_cosine, a.steps.ratio);
+    CHECK(astrovl_session_n_past(fast) == 0 && astrovl_session_n_past(exact) == 0, "conversations are left");
+    CHECK(astrovl_measure_accuracy(fast, exact, tokens, 1, &a, &err) == ASTROVL_OK && !(a.steps.ratio > 0) && a.steps.cosine > 0.99, "one token");
+    FAILS(astrovl_measure_accuracy(fast, exact, tokens, 0, &a, &err), ARGUMENT, "no token");
+    FAILS(astrovl_measure_accuracy(fast, fast, tokens, 2, &a, &err), ARGUMENT, "a session against itself");
+    astrovl_session_free(s);
+    options.n_ctx = 3;
+    s = astrovl_session_new(model, &options, &err);
+    FAILS(astrovl_measure_accuracy(s, exact, tokens, 4, &a, &err), LIMIT, "a short context");
+    FAILS(astrovl_measure_accuracy(fast, s, tokens, 4, &a, &err), LIMIT, "a short context of the reference");
+    for (at = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_measure_accuracy(fast, s, tokens, 3, &a, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(status, MEMORY, "allocation %ld", at);
+    }
+    CHECK(at >= 2, "%ld allocations", at);
+    other = astrovl_open("test/golden/joint_a.gguf", NULL, &err);
+    astrovl_session_free(s);
+    s = other ? astrovl_session_new(other, NULL, &err) : NULL;
+    FAILS(s ? astrovl_measure_accuracy(s, exact, tokens, 3, &a, &err) : ASTROVL_OK, MODEL, "CLIP alone");
+    FAILS(s ? astrovl_measure_accuracy(fast, s, tokens, 3, &a, &err) : ASTROVL_OK, ARGUMENT, "a reference of another vocabulary");
+    astrovl_session_free(s);
+    astrovl_session_free(fast);
+    astrovl_session_free(exact);
+    astrovl_close(other);
+    astrovl_close(model);
+    remove(GGUF_OUT);
+}
+
 static void tests_measure(void) {
     run("measure: models of random weights", measure_random_files);
     run("measure: known sizes", measure_known_sizes);
@@ -6941,6 +7019,7 @@ static void tests_measure(void) {
     run("measure: arithmetic alone", measure_peaks);
     run("measure: whole models", measure_models);
     run("measure: answers together", measure_batches);
+    run("measure: accuracy", measure_accuracies);
 }
 
 int main(int argc, char **argv) {
