@@ -192,7 +192,8 @@ typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens,
+                n_batch;
     astrovl_generation how;                              // the answers'
     const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query, *synthetic, *dir;
     int         chat_template;
@@ -219,6 +220,7 @@ static const option_spec option_table[] = {
     {"image", 'i', TEXT, F(image), 0, 0, SEARCH, "FILE", "search for what resembles this image instead of a text"},
     {"best", 'k', INTEGER, F(best), 1, 1000000000, DESCRIBE | SEARCH, "N", "print the N best (default: 5 of each group, 10 hits)"},
     {"batch", 'b', INTEGER, F(batch), 1, 256, INDEX | EMBED | EVALUATE, "N", "images in one pass (default 4)"},
+    {"batch", 'b', INTEGER, F(n_batch), 0, MAX_TURNS, BENCH, "N", "answers written together, against one alone (default 8; 0: none)"},
     {"batch", 'b', INTEGER, F(batch), 1, MAX_TURNS, CAPTION, "N", "describe N images together: faster, printed N at a time (default 1)"},
     {"raw", 0, FLAG, F(raw), 0, 0, EMBED, NULL, "rows as the towers give them, not divided by their length"},
     {"svg", 0, TEXT, F(svg), 0, 0, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"},
@@ -230,7 +232,7 @@ static const option_spec option_table[] = {
     {"synthetic", 0, TEXT, F(synthetic), 0, 0, BENCH, "NAME[:TYPE]", "random weights: llava-1.5-7b, smollm2-135m, nano (TYPE: q4_0)"},
     {"dir", 0, TEXT, F(dir), 0, 0, BENCH, "DIR", "where --synthetic keeps its files (default: $TMPDIR, or /tmp)"},
     {"prompt", 'p', INTEGER, F(n_prompt), 1, 1000000, BENCH, "N", "positions of the prompt (default 620)"},
-    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32)"},
+    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32); accuracy: of the text (512)"},
     {"rounds", 0, INTEGER, F(rounds), 1, 99, BENCH, "N", "medians are of N rounds (default 3; search 9)"},
     {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "search: rows (default 1000000)"},
     {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "search: numbers in a row (default 512)"},
@@ -393,7 +395,7 @@ struct program {
     const command     *cmd;                // the command that runs
     options            o;
     astrovl_model     *model;
-    astrovl_session   *session, *more[MAX_TURNS];   // more[1] on: of caption --batch, they share what the first one has
+    astrovl_session   *session, *more[MAX_TURNS];   // more[1] on: those that go on beside the first
     astrovl_info       info;               // of the model, once open_towers has opened it
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
@@ -516,21 +518,18 @@ static int on_text(void *user, const char *text, size_t size) {
     return g_interrupted || p->stop;
 }
 
-static void open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
-    astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"),
-                                               NULL};
+// tap, share: may be NULL
+static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user, astrovl_session *share) {
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"), share};
     astrovl_error err;
-    p->session = astrovl_session_new(p->model, &session_options, &err);
-    if (!p->session) exit(failed(&err));
-    p->o.how.stop = p->o.stop.items;
-    p->o.how.n_stop = p->o.stop.n;
-    p->o.how.on_text = on_text;
-    p->o.how.user = p;
+    astrovl_session *session = astrovl_session_new(p->model, &how, &err);
+    if (!session) exit(failed(&err));
+    return session;
 }
 
 static void open_model_and_session(program *p) {
     open_model(p);
-    open_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL);
+    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL, NULL);
 }
 
 // Loads an image the right way up.
@@ -789,15 +788,11 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
 static int answer_each(program *p, int n_images, const char *prompt) {
     const char **paths = p->o.words.items;
     int i, batch = p->o.batch ? p->o.batch : 1, status = EXIT_OK;
-    astrovl_session_options shared = {ASTROVL_FAST, 0, p->o.ctx, NULL, NULL, NULL, NULL, NULL, NULL};
-    astrovl_error err;
     open_model_and_session(p);
     if (p->o.together) return answer_images(p, paths, 1, n_images, 0, prompt);
     p->counting = batch > 1;               // answers are printed when all of their batch are there
     p->started = time(NULL);
-    shared.share = p->session;
-    for (i = 1; i < batch && i < n_images; i++)
-        if (!(p->more[i] = astrovl_session_new(p->model, &shared, &err))) exit(failed(&err));
+    for (i = 1; i < batch && i < n_images; i++) p->more[i] = new_session(p, ASTROVL_FAST, NULL, NULL, p->session);
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
         if (p->counting) draw_bar(p, "images", i, n_images, 0);
         if (answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt) != EXIT_OK)
@@ -920,15 +915,18 @@ static int print_tokens(program *p, const int32_t *tokens, int n) {
     return EXIT_OK;
 }
 
-static int encode_text(program *p, const char *text, size_t size) {
-    int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, n;
+// Returns the tokens of a text, *n of them.
+static int32_t *encode_text(program *p, const char *text, size_t size, int flags, int *n) {
     int32_t *tokens;
     astrovl_error err;
-    n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, NULL, 0, &err) : astrovl_tokenize(p->model, text, size, flags, NULL, 0, &err);
-    if (n < 0) return failed(&err);
-    tokens = (int32_t *)new_memory(p, (size_t)n, sizeof *tokens);
-    n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, n, &err) : astrovl_tokenize(p->model, text, size, flags, tokens, n, &err);
-    return n < 0 ? failed(&err) : print_tokens(p, tokens, n);
+    int room = 0;
+    do {
+        tokens = (int32_t *)new_memory(p, (size_t)room, sizeof *tokens);
+        *n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, room, &err) :
+                         astrovl_tokenize(p->model, text, size, flags, tokens, room, &err);
+        if (*n < 0) exit(failed(&err));
+    } while (*n > room && (room = *n));
+    return tokens;
 }
 
 // Reads ids separated by blanks or commas. Returns how many.
@@ -961,11 +959,15 @@ static int decode_ids(program *p, const char *text, size_t size) {
 static int run_tokens(program *p) {
     const char *word = p->o.words.n ? p->o.words.items[0] : "-";
     size_t size = strlen(word);
+    int32_t *tokens;
+    int n;
     if ((p->o.ids || p->o.clip) && (p->o.json || (p->o.clip && p->o.decode)))
         return usage_error(p->cmd, "--ids or --json, not both; --clip prints ids");
     open_model(p);
     if (strcmp(word, "-") == 0) word = read_all(p, stdin, SIZE_MAX, &size);
-    return p->o.decode ? decode_ids(p, word, size) : encode_text(p, word, size);
+    if (p->o.decode) return decode_ids(p, word, size);
+    tokens = encode_text(p, word, size, p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, &n);
+    return print_tokens(p, tokens, n);
 }
 
 // ==== inspect ========================================================================================================
@@ -1318,7 +1320,7 @@ static int run_trace(program *p) {
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
-    open_session(p, ASTROVL_EXACT, on_tensor, t);
+    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t, NULL);
     if (t->folder) open_trace_folder(p, t);
     if (n_images && load_image(p->o.words.items[0], &image, &err) != ASTROVL_OK) return failed(&err);
     answer = say(p, &image, n_images, p->o.words.items[n_images], &err);
@@ -2351,10 +2353,19 @@ static void print_speed(const program *p, const astrovl_speed *x, int rounds) {
     print_pace(p->o.json, "answer", "answer, tokens", 1, &x->answer);
     if (first > 0) p->o.json ? put_json("first_token_seconds:%f", first) :
                    (void)printf("  image and question %15.3f s to the first token\n", first);
-    if (p->o.json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
+    if (p->o.json) put_json("memory:{peak:%l files:%l kv_cache:%l}", (long long)x->peak_bytes, (long long)x->file_bytes,
                             (long long)x->cache_bytes);
     else printf("  memory: at most %s; files %s, KV cache %s\n", x->peak_bytes ? human_bytes(text[0], x->peak_bytes) : "?",
                 human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
+}
+
+static void print_batch(int as_json, const astrovl_batch_speed *x) {
+    double tokens = (double)x->n * x->n_answer / x->seconds, alone = x->n_answer / x->one_seconds;
+    char size[32];
+    if (as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", x->n, x->n_prompt,
+                          x->n_answer, tokens, alone, x->gain, (long long)x->cache_bytes);
+    else printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; KV caches "
+                "%s)\n", x->n, tokens, x->gain, alone, x->n_answer, x->n_prompt, human_bytes(size, x->cache_bytes));
 }
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
@@ -2406,31 +2417,74 @@ static int use_synthetic(program *p) {
 
 static int bench_model(program *p) {
     int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
-    int rounds = p->o.rounds ? p->o.rounds : 3;
+    int rounds = p->o.rounds ? p->o.rounds : 3, n_batch;
     astrovl_speed speed;
+    astrovl_batch_speed batch;
     astrovl_error err;
-    if (p->o.synthetic && p->o.models.n) return usage_error(p->cmd, "one of --model and --synthetic");
-    if (p->o.synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
-    open_model(p);
-    astrovl_get_info(p->model, &p->info);
+    astrovl_status status;
     if (n_prompt + n_tokens > ASTROVL_DEFAULT_CONTEXT)
         p->o.ctx = n_prompt + n_tokens < p->info.n_ctx_train ? n_prompt + n_tokens : p->info.n_ctx_train;
-    open_session(p, ASTROVL_FAST, NULL, NULL);
+    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds: drawing a bar for each layer would take time
-    if (astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &err)) return clear_bar(p), failed(&err);
+    n_batch = p->info.has_text ? p->o.n_batch : 0;         // last, since its memory is not the model's
+    status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &err);
+    if (!status && n_batch) status = astrovl_measure_batch(p->session, n_prompt, n_tokens, n_batch, rounds, on_progress, p, &batch, &err);
     clear_bar(p);
+    if (status) return failed(&err);
     print_speed(p, &speed, rounds);
+    if (n_batch) print_batch(p->o.json, &batch);
+    if (p->o.json) put_json("}\n");
+    return EXIT_OK;
+}
+
+static void print_likeness(int as_json, const char *key, const char *what, const astrovl_likeness *x) {
+    if (as_json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f perplexity_ratio:%f}", key,
+                          x->cosine, x->least_cosine, x->difference, x->same, x->perplexity, x->ratio);
+    else printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n", what, x->cosine, x->least_cosine, x->difference, 100 * x->same,
+                x->perplexity, x->ratio);
+}
+
+// Fast mode's logits, held against exact mode's.
+static int bench_accuracy(program *p, const char *path) {
+    size_t size = 0;
+    char *text = read_text(p, path, &size);
+    int n, most = p->o.n_tokens ? p->o.n_tokens : 512;
+    int32_t *tokens = encode_text(p, text, size, ASTROVL_ADD_SPECIAL, &n);
+    astrovl_accuracy a;
+    astrovl_error err;
+    if (p->info.has_text && most > p->info.n_ctx_train) most = p->info.n_ctx_train;
+    if (n > most) n = most;
+    if (n < 2) return fail("%s: two tokens at least are wanted", path);
+    p->o.ctx = n;
+    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
+    p->more[1] = new_session(p, ASTROVL_EXACT, NULL, NULL, NULL);
+    p->started = time(NULL);
+    if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &err)) return clear_bar(p), failed(&err);
+    clear_bar(p);
+    if (p->o.json) put_json("{name:%s tokens:%d exact_perplexity:%f", p->info.name, n, a.reference_perplexity);
+    else printf("%s, %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s %9s\n",
+                p->info.name, n, a.reference_perplexity, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
+    print_likeness(p->o.json, "prompt", "read together, as prompts", &a.prompt);
+    print_likeness(p->o.json, "steps", "one by one, as answers", &a.steps);
+    if (p->o.json) put_json("}\n");
     return EXIT_OK;
 }
 
 static int run_bench(program *p) {
     const options *o = &p->o;
-    if (o->words.n == 0) return o->rows || o->dims ? usage_error(p->cmd, "--rows and --dims are for: bench search") : bench_model(p);
-    if (strcmp(o->words.items[0], "search") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    if (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens)
+    const char *kind = o->words.n ? o->words.items[0] : "";
+    int is_search = strcmp(kind, "search") == 0, is_accuracy = strcmp(kind, "accuracy") == 0;
+    if (o->words.n != is_search + 2 * is_accuracy) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    if (is_search && (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens))
         return usage_error(p->cmd, "bench search takes --rows, --dims and --rounds, no model");
-    return bench_search(p);
+    if (!is_search && (o->rows || o->dims)) return usage_error(p->cmd, "--rows and --dims are for: bench search");
+    if (is_search) return bench_search(p);
+    if (o->synthetic && o->models.n) return usage_error(p->cmd, "one of --model and --synthetic");
+    if (o->synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
+    open_model(p);
+    astrovl_get_info(p->model, &p->info);
+    return is_accuracy ? bench_accuracy(p, o->words.items[1]) : bench_model(p);
 }
 
 // ==== version, the list of commands, main ============================================================================
@@ -2544,16 +2598,21 @@ static const command commands[] = {
      "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
      "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"bench", BENCH, run_bench, 0, 1, "wanted: bench, or bench search", "bench [OPTIONS] [search]", "measure how fast a model is here",
+    {"bench", BENCH, run_bench, 0, 2, "wanted: bench, bench search, or bench accuracy TEXTFILE", "bench [OPTIONS] [search | accuracy TEXTFILE]", "measure how fast a model is here",
      "Measures a model, and what this machine could do at most, in turns: encoding one image, reading a prompt, writing after it.\n"
      "The first two are bound by arithmetic. Their operations (two for each product in matrices and attention) a second are held\n"
      "against what the processor does in registers alone with the instruction in use. Writing is bound by memory: the weights that\n"
      "each token needs (the KV cache is not counted) are held against merely reading them. Tokens are fixed, so answers do not\n"
      "matter: --synthetic makes files of random weights in the shapes of known models. The KV cache is part of the peak memory,\n"
      "files as far as they were read. ASTROVL_ISA=avx2 (or portable, avx512) in the environment measures simpler kernels.\n"
-     "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.",
+     "Last, --batch answers are written together, as caption --batch does, and one alone, in turns: each after --prompt positions in\n"
+     "a KV cache of its own (made up, not read). The ratio says how many times the tokens a second come of it.\n"
+     "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.\n"
+     "accuracy: reads a text's first tokens in exact and in fast mode, in that together and one by one, and compares the logits at\n"
+     "each: their cosine (mean, least), the largest difference, how often the likeliest token is the same, and the perplexity.",
      "  astrovl bench\n  astrovl bench -m llava-q4_k_m.gguf -m mmproj.gguf --rounds 5\n"
-     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"},
+     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"
+     "  astrovl bench accuracy -m smollm2-q8_0.gguf README.md --tokens 1024\n"},
     {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
@@ -2589,8 +2648,13 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
     int i, status;
     p->cmd = c;
+    p->o.n_batch = 8;
+    p->o.how.on_text = on_text;
+    p->o.how.user = p;
     for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
     status = parse_options(c, &p->o, argc, argv);
+    p->o.how.stop = p->o.stop.items;
+    p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);
