@@ -161,17 +161,17 @@ static void put_json(const char *f, ...) {
         comma = !strchr("{[\n", *f);
         if (strchr("{[}]\n", *f)) {
             putchar(*f);
-        } else if (*f != '%' || f[1] == 'k') {
-            text = *f == '%' ? va_arg(args, const char *) : f;
-            size = *f == '%' ? strlen(text) : strcspn(f, ":");
-            print_string(stdout, text, size, 1);
+        } else if (*f != '%') {
+            size = strcspn(f, ":");
+            print_string(stdout, f, size, 1);
+            f += size;
             fputs(": ", stdout);
-            f += *f == '%' ? 1 : size;
             comma = 0;
-        } else if (*++f == 's' || *f == 'S') {
+        } else if (strchr("ksS", *++f)) {
             text = va_arg(args, const char *);
             size = *f == 'S' ? va_arg(args, size_t) : strlen(text);
             print_string(stdout, text, size, 1);
+            if (*f == 'k') fputs(": ", stdout), comma = 0;
         } else if (*f == 'd') printf("%d", va_arg(args, int));
         else if (*f == 'l') printf("%lld", va_arg(args, long long));
         else if (*f == 'f') print_number(stdout, va_arg(args, double), 1);
@@ -280,25 +280,15 @@ static int print_around(const char *before, const command *c, const char *after)
 #define usage_error(c, ...) \
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
-// Decimal digits only, and nothing that overflows. Returns 0 when the text is something else.
-static int parse_unsigned(const char *text, uint64_t high, uint64_t *value) {
-    *value = 0;
-    if (!*text) return 0;
-    for (; *text; text++) {
-        unsigned digit = (unsigned)(*text - '0');
-        if (digit > 9 || *value > (high - digit) / 10) return 0;
-        *value = *value * 10 + digit;
-    }
-    return *value <= high;
-}
-
-// Digits with at most one point; no signs, exponents, names or blanks. The program never calls setlocale, so strtod
-// takes a point whatever the user's language.
-static int parse_decimal(const char *text, double low, double high, float *value) {
+// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (The program never calls setlocale, so a point is
+// a point whatever the user's language.)  x, whole: the number, twice
+static int parse_number(const char *text, int is_fraction, const option_spec *spec, double *x, uint64_t *whole) {
     char *end;
-    double x = strtod(text, &end);
-    *value = (float)x;
-    return *text && !text[strspn(text, "0123456789.")] && !*end && end - text <= 40 && x >= low && x <= high;
+    errno = 0;
+    *x = strtod(text, &end);
+    if (!*text || text[strspn(text, is_fraction ? "0123456789." : "0123456789")] || *end) return 0;
+    *whole = is_fraction ? 0 : strtoull(text, NULL, 10);
+    return errno == 0 && *x >= spec->low && (*x <= spec->high || spec->kind == SEED);
 }
 
 static void print_templates(FILE *out) {
@@ -309,49 +299,41 @@ static void print_templates(FILE *out) {
 
 // Stores one option's value; `text` is NULL for a flag.
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
-    char *field = (char *)o + spec->field;
-    uint64_t integer;
-    int good = 1;
+    void *field = (char *)o + spec->field;
+    uint64_t whole;
+    double x;
     switch (spec->kind) {
-    case FLAG: *(int *)(void *)field = 1; break;
-    case TEXT: *(const char **)(void *)field = text; break;
-    case TEXTS: ((list *)(void *)field)->items[((list *)(void *)field)->n++] = text; break;
-    case SEED: good = parse_unsigned(text, UINT64_MAX, (uint64_t *)(void *)field); break;
-    case INTEGER:
-        good = parse_unsigned(text, (uint64_t)spec->high, &integer) && integer >= (uint64_t)spec->low;
-        if (good) *(int *)(void *)field = (int)integer;
-        break;
-    case NUMBER: good = parse_decimal(text, spec->low, spec->high, (float *)(void *)field); break;
+    case FLAG: *(int *)field = 1; return EXIT_OK;
+    case TEXT: *(const char **)field = text; return EXIT_OK;
+    case TEXTS: ((list *)field)->items[((list *)field)->n++] = text; return EXIT_OK;
     case TEMPLATE:
-        *(int *)(void *)field = astrovl_template_from_name(text);
-        if (*(int *)(void *)field >= 0) break;
+        if ((*(int *)field = astrovl_template_from_name(text)) >= 0) return EXIT_OK;
         usage_error(c, "no template is called \"%s\"", text);
         fputs("Templates: ", stderr), print_templates(stderr), fputc('\n', stderr);
         return EXIT_USAGE;
+    default: break;
     }
-    if (good) return EXIT_OK;
-    if (spec->kind == SEED) return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
-    return usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
-                       spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
+    if (!parse_number(text, spec->kind == NUMBER, spec, &x, &whole))
+        return spec->kind == SEED ? usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
+               usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
+                           spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
+    if (spec->kind == SEED) *(uint64_t *)field = whole;
+    else if (spec->kind == INTEGER) *(int *)field = (int)whole;
+    else *(float *)field = (float)x;
+    return EXIT_OK;
 }
 
 // The option that an argument ("--seed", "--seed=7", "-s", "-s7") names for this command, or NULL. *value: "7" or NULL
 static const option_spec *find_option(const command *c, const char *argument, const char **value) {
+    const int is_long = argument[1] == '-';
+    const char *name = argument + 1 + is_long;
+    size_t length = is_long ? strcspn(name, "=") : 1;
     int i;
-    *value = NULL;
+    *value = name[length] ? name + length + is_long : NULL;
     for (i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
-        size_t length = strlen(spec->name);
         if (!(spec->commands & c->bit)) continue;
-        if (argument[1] != '-') {
-            if (!spec->letter || argument[1] != spec->letter) continue;
-            if (argument[2]) *value = argument + 2;
-            return spec;
-        }
-        if (strncmp(argument + 2, spec->name, length) != 0) continue;
-        if (argument[2 + length] == '=') *value = argument + 3 + length;
-        else if (argument[2 + length]) continue;
-        return spec;
+        if (is_long ? strlen(spec->name) == length && memcmp(spec->name, name, length) == 0 : spec->letter == *name) return spec;
     }
     return NULL;
 }
@@ -363,13 +345,12 @@ static int parse_options(const command *c, options *o, int argc, char **argv) {
         const option_spec *spec;
         const char *value;
         if (only_words || argv[i][0] != '-' || !argv[i][1]) { o->words.items[o->words.n++] = argv[i]; continue; }
-        if (strcmp(argv[i], "--") == 0) { only_words = 1; continue; }
+        if ((only_words = strcmp(argv[i], "--") == 0) != 0) continue;
         spec = find_option(c, argv[i], &value);
         if (!spec) return usage_error(c, "there is no option %s", argv[i]);
         if (spec->kind == FLAG && value) return usage_error(c, "--%s takes no value", spec->name);
-        if (spec->kind != FLAG && !value && ++i >= argc)
+        if (spec->kind != FLAG && !value && !(value = argv[++i]))        // behind the last argument stands NULL
             return usage_error(c, "--%s wants a value: --%s %s", spec->name, spec->name, spec->value);
-        if (spec->kind != FLAG && !value) value = argv[i];
         status = set_option(c, o, spec, value);
     }
     return status;
@@ -396,7 +377,7 @@ struct program {
     options            o;
     astrovl_model     *model;
     astrovl_session   *session, *more[MAX_TURNS];   // more[1] on: those that go on beside the first
-    astrovl_info       info;               // of the model, once open_towers has opened it
+    astrovl_info       info;               // of the model
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
@@ -412,6 +393,11 @@ struct program {
 static volatile sig_atomic_t g_interrupted;
 
 static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
+
+// From here on Ctrl-C ends the work (on: 1) or the program (0); or neither, if it was started so (in the background of a script).
+static void catch_interrupts(int on) {
+    if (signal(SIGINT, on ? on_interrupt : SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
+}
 
 static int end_failure(int printed) { return (void)printed, fputc('\n', stderr), EXIT_FAILED; }
 // Says what went wrong, as printf, with a literal for its format. Its value is EXIT_FAILED.
@@ -464,18 +450,14 @@ static void find_shipped_model(program *p, const char *argv0) {
 
 // Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
 static void open_model(program *p) {
-    astrovl_open_options open_options;
+    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
     astrovl_error err;
-    memset(&open_options, 0, sizeof open_options);
-    open_options.chat_template = (astrovl_template)p->o.chat_template;
-    if (p->o.models.n == 0) {
-        if (!p->shipped[0])
-            exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m FILE", SHIPPED_MODEL,
-                      ASTROVL_DATA_DIR));
-        p->o.models.items[p->o.models.n++] = p->shipped;
-    }
-    p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &open_options, &err);
+    if (p->o.models.n == 0 && !p->shipped[0])
+        exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m FILE", SHIPPED_MODEL, ASTROVL_DATA_DIR));
+    if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
+    p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &err);
     if (!p->model) exit(failed(&err));
+    astrovl_get_info(p->model, &p->info);
 }
 
 static void clear_bar(program *p) {
@@ -544,13 +526,12 @@ static astrovl_status load_image(const char *path, astrovl_image *image, astrovl
 
 // Turns of several conversations. Ctrl-C ends them and not the program.
 static void say_together(program *p, astrovl_turn *turns, int n) {
-    void (*before)(int) = signal(SIGINT, on_interrupt);
-    if (before == SIG_IGN) signal(SIGINT, SIG_IGN);   // started so (in the background of a script): leave it
+    catch_interrupts(1);
     g_interrupted = 0;
     if (!p->counting) p->started = time(NULL);
     astrovl_chat_batch(turns, n, NULL);               // each turn has its own error
     if (!p->counting) clear_bar(p);
-    signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
+    catch_interrupts(0);
 }
 
 static char *say(program *p, const astrovl_image *images, int n_images, const char *text, astrovl_error *err) {
@@ -592,16 +573,6 @@ static void print_error_json(const char *file, const astrovl_error *err) {
     put_json("{file:%s error:%s status:%s}\n", file, err->message, astrovl_status_name(err->status));
 }
 
-// Reads a whole stream, which may hold any bytes, or a little more than `limit` of them.
-static char *read_all(program *p, FILE *in, size_t limit, size_t *size) {
-    size_t capacity = 65536;
-    char *data = (char *)new_memory(p, capacity + 1, 1);
-    for (*size = 0; (*size += fread(data + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
-        data = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), data, capacity);
-    data[*size] = 0;
-    return data;
-}
-
 // Reads a line of any length without its end. NULL at the end of the stream.
 static char *read_line(program *p, FILE *in) {
     size_t size = 0, capacity = 256;
@@ -631,9 +602,11 @@ static int write_error(const char *path) { return fail("%s: cannot be written: %
 static char *read_text(program *p, const char *path, size_t *size) {
     const size_t limit = (size_t)256 << 20;                // more is a mistake: nobody writes so much by hand
     FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    char *text;
+    size_t capacity = 65536;
+    char *text = (char *)new_memory(p, capacity + 1, 1);   // zeros: one ends the text
     if (!in) exit(cannot_open(path));
-    text = read_all(p, in, limit, size);
+    for (*size = 0; (*size += fread(text + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
+        text = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), text, capacity);
     if (ferror(in)) exit(fail("%s: cannot be read: %s", path, strerror(errno)));
     if (*size > limit) exit(fail("%s: is larger than 256 MiB; cut it into parts", path));
     if (in != stdin) fclose(in);
@@ -964,7 +937,7 @@ static int run_tokens(program *p) {
     if ((p->o.ids || p->o.clip) && (p->o.json || (p->o.clip && p->o.decode)))
         return usage_error(p->cmd, "--ids or --json, not both; --clip prints ids");
     open_model(p);
-    if (strcmp(word, "-") == 0) word = read_all(p, stdin, SIZE_MAX, &size);
+    if (strcmp(word, "-") == 0) word = read_text(p, word, &size);
     if (p->o.decode) return decode_ids(p, word, size);
     tokens = encode_text(p, word, size, p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, &n);
     return print_tokens(p, tokens, n);
@@ -1237,7 +1210,7 @@ static int run_quantize(program *p) {
     double start = astrovl_seconds();
     astrovl_status status = in ? ASTROVL_OK : err.status;
     p->started = time(NULL);
-    if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
+    catch_interrupts(1);                   // nothing is left behind
     if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &err);
     clear_bar(p);
     if (!status) out = astrovl_gguf_open(words[1], 0, &err);
@@ -1346,7 +1319,6 @@ enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256 };
 // Opens the model and a session, and says which of the towers that the command needs is missing.
 static void open_towers(program *p, int towers) {
     open_model_and_session(p);
-    astrovl_get_info(p->model, &p->info);
     if (p->o.batch == 0) p->o.batch = 4;
     p->started = time(NULL);
     p->counting = 1;
@@ -2374,7 +2346,6 @@ static void need_synthetic(program *p, const char *folder, int type, int tied, c
     astrovl_info there;
     astrovl_model *model;
     astrovl_error err;
-    void (*before)(int);
     int written;
     snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
     path = join_path(p, folder, strlen(folder), name);
@@ -2383,11 +2354,9 @@ static void need_synthetic(program *p, const char *folder, int type, int tied, c
         if (model && strcmp(there.name, sizes->name) == 0) break;
         if (written) exit(failed(&err));
         p->started = time(NULL);
-        before = signal(SIGINT, on_interrupt);      // it leaves nothing behind
-        if (before == SIG_IGN) signal(SIGINT, SIG_IGN);
-        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err)) clear_bar(p), exit(failed(&err));
-        signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
-        clear_bar(p);
+        catch_interrupts(1);               // nothing is left behind
+        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err)) exit(failed(&err));
+        catch_interrupts(0);
     }
     fprintf(stderr, "%s: %s of random weights, kept for the next time\n", path,
             human_bytes(size, astrovl_gguf_size(astrovl_file(model, 0))));
@@ -2483,7 +2452,6 @@ static int run_bench(program *p) {
     if (o->synthetic && o->models.n) return usage_error(p->cmd, "one of --model and --synthetic");
     if (o->synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
     open_model(p);
-    astrovl_get_info(p->model, &p->info);
     return is_accuracy ? bench_accuracy(p, o->words.items[1]) : bench_model(p);
 }
 
