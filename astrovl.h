@@ -700,6 +700,11 @@ typedef struct astrovl_batch_speed {
 ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
                                                  astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err);
 
+// Medians of n_rounds, each of which searches n_rows of n_dims random float16 for the best 10 (astrovl_search), then reads the same
+// memory once (astrovl_measure_read). seconds: out, [search, reading].  ARGUMENT (counts below 1), MEMORY.
+ASTROVL_API astrovl_status astrovl_measure_search(int64_t n_rows, int n_dims, int n_rounds, int n_threads, double seconds[2],
+                                                  astrovl_error *err);
+
 // How far logits are from others at the same positions of a text.
 typedef struct astrovl_likeness {
     double cosine, least_cosine;           // of a position's logits: the mean, the least
@@ -14256,13 +14261,52 @@ ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_promp
     return status;
 }
 
+// Random numbers of both signs, from 0.1 to 2, as float16.
+static void avl__random_halves(uint8_t *rows, int64_t n) {
+    uint64_t state = 1;
+    for (; n > 0; n--, rows += 2) {
+        int half = 0x2E00 + (int)(avl__random(&state) * 0xE00) + (avl__random(&state) < 0.5 ? 0x8000 : 0);
+        rows[0] = (uint8_t)(half & 0xFF);
+        rows[1] = (uint8_t)(half >> 8);
+    }
+}
+
+ASTROVL_API astrovl_status astrovl_measure_search(int64_t n_rows, int n_dims, int n_rounds, int n_threads, double seconds[2],
+                                                  astrovl_error *err) {
+    astrovl_status status = ASTROVL_OK;
+    astrovl_hit hits[10];
+    uint8_t *rows;
+    float *query;
+    double *all;                                   // [search, reading][n_rounds]
+    int i;
+    if (n_rows < 1 || n_dims < 1 || n_rounds < 1 || n_rows > INT64_MAX / 2 / n_dims)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring a search needs a row, a number in it and a round at least");
+    rows = (uint8_t *)avl__alloc_raw((uint64_t)n_rows * n_dims, 2);
+    query = avl__alloc_floats((uint64_t)n_dims);
+    all = (double *)avl__alloc((uint64_t)n_rounds, 2 * sizeof *all);
+    if (!rows || !query || !all) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %l rows", n_rows);
+    if (!status) avl__random_halves(rows, n_rows * n_dims);
+    for (i = 0; i < n_dims && !status; i++) query[i] = astrovl_sinf((float)i);
+    for (i = 0; i < n_rounds && !status; i++) {
+        double start = avl__seconds();
+        if (astrovl_search(rows, n_rows, n_dims, query, 10, n_threads, hits, err) < 0) status = ASTROVL_ERROR_MEMORY;
+        all[i] = avl__seconds() - start;
+        if (!status) all[n_rounds + i] = astrovl_measure_read(rows, (size_t)n_rows * n_dims * 2, n_threads);
+    }
+    for (i = 0; i < 2 && !status; i++) seconds[i] = avl__median(all + i * n_rounds, n_rounds);
+    astrovl_free(rows);
+    astrovl_free(query);
+    astrovl_free(all);
+    return status;
+}
+
 // -log softmax(logits)[token]
 static double avl__surprise(const float *logits, int n, int32_t token) {
     double most = logits[0], sum = 0.0;
     int i;
     for (i = 1; i < n; i++) if (logits[i] > most) most = logits[i];
-    for (i = 0; i < n; i++) sum += exp(logits[i] - most);
-    return log(sum) + most - logits[token];
+    for (i = 0; i < n; i++) sum += avl__exp(logits[i] - most);
+    return sum <= DBL_MAX ? avl__log(sum) + most - logits[token] : sum;   // not finite: nor are the logits
 }
 
 // Adds a position to the sums.  a, b: [n];  next: the token that follows, or -1
@@ -14289,7 +14333,7 @@ static void avl__compare_logits(astrovl_likeness *sums, const float *a, const fl
 static void avl__finish_likeness(astrovl_likeness *sums, int n, double reference) {
     sums->cosine /= n;
     sums->same /= n;
-    sums->perplexity = exp(sums->perplexity / (n - 1));
+    sums->perplexity = n > 1 ? avl__exp(sums->perplexity / (n - 1)) : NAN;
     sums->ratio = sums->perplexity / reference;
 }
 
@@ -14336,7 +14380,7 @@ ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_
         n = n_tokens - done < block ? n_tokens - done : block;
         status = avl__measure_likeness(s, reference, tokens + done, n, done + n == n_tokens, logits, accuracy, err);
     }
-    accuracy->reference_perplexity = exp(accuracy->reference_perplexity / (n_tokens - 1));
+    accuracy->reference_perplexity = n_tokens > 1 ? avl__exp(accuracy->reference_perplexity / (n_tokens - 1)) : NAN;
     avl__finish_likeness(&accuracy->prompt, n_tokens, accuracy->reference_perplexity);
     avl__finish_likeness(&accuracy->steps, n_tokens, accuracy->reference_perplexity);
     astrovl_session_reset(s);

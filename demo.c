@@ -98,19 +98,14 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
 }
 static void print_safe(FILE *out, const char *text) { print_string(out, text, strlen(text), 0); }
 
-// Characters a string takes on the screen (wide ones counted as one).
-static int text_width(const char *text, size_t size) {
-    unsigned code;
-    int valid, width = 0;
-    size_t n;
-    for (; size; text += n, size -= n, width++) n = utf8_next(text, size, &code, &valid);
-    return width;
-}
-
-// Text, with blanks up to a width.
+// Text, with blanks up to a width (wide characters counted as one).
 static void print_padded(const char *text, size_t size, int width) {
+    unsigned code;
+    int valid;
+    size_t at;
     print_string(stdout, text, size, 0);
-    printf("%*s", width > text_width(text, size) ? width - text_width(text, size) : 0, "");
+    for (at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code, &valid);
+    printf("%*s", width > 0 ? width : 0, "");
 }
 
 // 7340032 -> "7.3 MB"
@@ -148,14 +143,15 @@ static const char *shape_text(char text[128], const int64_t *shape, int n_dims, 
 
 // JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a
 // long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
-// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)
+// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ keys stand for reading: "name x, ..."
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
+    int plain = *f == '~';
     const char *text;
     size_t size;
     va_list args;
     va_start(args, f);
-    for (; *f; f++) {
+    for (f += plain; *f; f++) {
         if (*f == ' ') continue;
         if (comma && !strchr("}]\n", *f)) fputs(", ", stdout);
         comma = !strchr("{[\n", *f);
@@ -163,9 +159,9 @@ static void put_json(const char *f, ...) {
             putchar(*f);
         } else if (*f != '%') {
             size = strcspn(f, ":");
-            print_string(stdout, f, size, 1);
+            print_string(stdout, f, size, !plain);
             f += size;
-            fputs(": ", stdout);
+            fputs(plain ? " " : ": ", stdout);
             comma = 0;
         } else if (strchr("ksS", *++f)) {
             text = va_arg(args, const char *);
@@ -860,16 +856,11 @@ static int run_chat(program *p) {
 
 // ==== tokens =========================================================================================================
 static int print_tokens(program *p, const int32_t *tokens, int n) {
-    int i, size, width = 0;
+    int i, size;
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
         return EXIT_OK;
-    }
-    for (i = 0; i < n; i++) {
-        astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
-        int w = text_width(piece.data, piece.size);
-        if (w > width) width = w < 32 ? w : 32;
     }
     if (p->o.json) put_json("{tokens:[");
     for (i = 0; i < n; i++) {
@@ -879,7 +870,7 @@ static int print_tokens(program *p, const int32_t *tokens, int n) {
         if (p->o.json) put_json("{id:%d piece:%S text:%S}", (int)tokens[i], piece.data, piece.size, text, (size_t)size);
         else {
             printf("%8ld  ", (long)tokens[i]);
-            print_padded(piece.data, piece.size, width + 2);
+            print_padded(piece.data, piece.size, 16);
             print_string(stdout, text, (size_t)size, 1);
             putchar('\n');
         }
@@ -970,7 +961,7 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
 
 // One metadata entry; of a long array its first items, unless --full is given. JSON: "key": value, or [values], or
 // {"type": ..., "count": ..., "first": [values]}
-static void print_kv(const program *p, const astrovl_gguf *file, int index, int key_width) {
+static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     const astrovl_kv *kv = astrovl_gguf_kv(file, index);
     int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
     uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
@@ -982,7 +973,7 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index, int 
         if (is_array) put_json("[");
     } else {
         printf("  ");
-        print_padded(kv->key, strlen(kv->key), key_width);
+        print_padded(kv->key, strlen(kv->key), 40);
         printf("  %-14s ", type);
     }
     for (i = 0; i < shown; i++) {
@@ -995,7 +986,7 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index, int 
 }
 
 // Shapes are written with the slowest dimension first, as the header's comments and numpy do.
-static void print_tensor(const astrovl_tensor *t, int as_json, int name_width) {
+static void print_tensor(const astrovl_tensor *t, int as_json) {
     int64_t shape[4];
     int i, n = t->n_dims;
     char text[128];
@@ -1007,7 +998,7 @@ static void print_tensor(const astrovl_tensor *t, int as_json, int name_width) {
         return;
     }
     printf("  ");
-    print_padded(t->name, strlen(t->name), name_width);
+    print_padded(t->name, strlen(t->name), 28);
     printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(text, shape, n, " x "), (unsigned long long)t->n_bytes);
 }
 
@@ -1034,19 +1025,11 @@ static void print_totals(const totals *sums) {
                                    (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(text, sums->of[k][2]));
 }
 
-static int at_least(int width, const char *text) {
-    int w = text_width(text, strlen(text));
-    return w > width && w <= 48 ? w : width;
-}
-
 static void print_file(const program *p, const astrovl_gguf *file) {
-    int i, key_width = 8, name_width = 8, as_json = p->o.json;
-    int n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
+    int i, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
     const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
     totals sums = add_up(file);
     char text[32];
-    for (i = 0; i < n_kv; i++) key_width = at_least(key_width, astrovl_gguf_kv(file, i)->key);
-    for (i = 0; i < n_tensors; i++) name_width = at_least(name_width, astrovl_gguf_tensor(file, i)->name);
     if (as_json) {
         put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
                  order, (long long)astrovl_gguf_size(file));
@@ -1055,50 +1038,40 @@ static void print_file(const program *p, const astrovl_gguf *file) {
         printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file), order,
                human_bytes(text, astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     }
-    for (i = 0; i < n_kv; i++) print_kv(p, file, i, key_width);
+    for (i = 0; i < n_kv; i++) print_kv(p, file, i);
     if (as_json) put_json("} tensors:[");
     else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
-    for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json, name_width);
+    for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json);
     if (as_json) put_json("]}");
     else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
 }
 
-// A part of the model with its sizes, or null (text: none) when the files lack it. keys: "name name~ ..."; ~: a double, not an int
-static void print_part(int as_json, const char *part, int present, const char *keys, ...) {
-    char key[32];
-    va_list args;
-    va_start(args, keys);
+// Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns whether they have it.
+static int begin_part(int as_json, const char *part, int present) {
     if (as_json) put_json(present ? "%k {" : "%k %-", part);
-    else printf("  %-15s", part);
-    if (!present) fputs(as_json ? "null" : " none", stdout);
-    for (; present && *keys; keys += strspn(keys, "~ ")) {
-        size_t n = strcspn(keys, "~ ");
-        snprintf(key, sizeof key, "%.*s", (int)n, keys);
-        if (as_json) put_json("%k %-", key);
-        else printf(" %s ", key);
-        keys += n;
-        if (*keys == '~') print_number(stdout, va_arg(args, double), 1);
-        else printf("%d", va_arg(args, int));
-        if (!as_json && *keys == ' ') putchar(',');
-    }
-    va_end(args);
-    if (!as_json) putchar('\n');
-    else if (present) put_json("}");
+    else printf("  %-16s", part);
+    if (!present) fputs(as_json ? "null" : "none\n", stdout);
+    return present;
 }
 
-static void print_parts(int as_json, const astrovl_info *m) {
-    print_part(as_json, "vocabulary", m->has_vocab, "tokens bos eos", m->n_vocab, m->bos_token, m->eos_token);
-    print_part(as_json, "language_model", m->has_text, "layers width heads kv_heads head_dim feed_forward context", m->n_layer,
-               m->n_embd, m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
-    print_part(as_json, "vision_tower", m->has_vision, "layers feature_layer width heads feed_forward image_size patch_size "
-               "patches", m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff,
-               m->image_size, m->patch_size, m->n_patches);
-    print_part(as_json, "projector", m->has_projector, "image_tokens", m->n_image_tokens);
-    print_part(as_json, "text_tower", m->clip_text_n_layer > 0, "layers width heads feed_forward context tokens",
-               m->clip_text_n_layer, m->clip_text_n_embd, m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx,
-               m->clip_text_n_vocab);
-    print_part(as_json, "contrastive", m->has_joint_image || m->has_joint_text, "images texts dims logit_scale~",
-               m->has_joint_image, m->has_joint_text, m->n_embd_joint, (double)m->logit_scale);
+// Ends it with its sizes, format as of put_json; the text is "layers 2, width 32".
+#define end_part(as_json, format, ...) ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
+
+static void print_parts(int j, const astrovl_info *m) {
+    if (begin_part(j, "vocabulary", m->has_vocab)) end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
+    if (begin_part(j, "language_model", m->has_text))
+        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer, m->n_embd, m->n_head,
+                 m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
+    if (begin_part(j, "vision_tower", m->has_vision))
+        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d patches:%d",
+                 m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff, m->image_size,
+                 m->patch_size, m->n_patches);
+    if (begin_part(j, "projector", m->has_projector)) end_part(j, "image_tokens:%d", m->n_image_tokens);
+    if (begin_part(j, "text_tower", m->clip_text_n_layer > 0))
+        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer, m->clip_text_n_embd,
+                 m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
+    if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
+        end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint, m->logit_scale);
 }
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
@@ -2138,12 +2111,12 @@ typedef struct vqa {
 } vqa;
 
 static void print_vqa(const list *classes, const vqa *t) {
-    int c, i, m = classes->n, width = 5;
+    const int width = 24;
+    int c, i, m = classes->n;
     printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100.0 * t->right / t->n,
            t->right, t->n, t->none);
     if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100.0 * t->found / t->features, t->found, t->features);
     if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", t->semantic / t->n_semantic, t->n_semantic);
-    for (c = 0; c < m; c++) width = at_least(width, classes->items[c]);
     printf("\nrow: what it is; column: what the model named, by number\n%*s   right", width + 5, "");
     for (c = 0; c < m; c++) printf("%5d", c + 1);
     puts(" none");
@@ -2275,32 +2248,16 @@ static int run_summarize(program *p) {
 }
 
 // ==== bench: what is measured, and the machine's own limit for it, in turns, since machines change their speed ========
-enum { MOST_ROUNDS = 99 };
-
-// A search, and merely reading the same memory.
 static int bench_search(program *p) {
-    size_t n = (size_t)(p->o.rows ? p->o.rows : 1000000), d = (size_t)(p->o.dims ? p->o.dims : 512), size = 2 * n * d, i;
-    float seconds[2][MOST_ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
-    double search, reading, start, gigabytes = (double)n * (double)d * 2e-9;
-    unsigned char *rows = (unsigned char *)new_memory(p, n, 2 * d);
-    uint64_t state = 1;
-    int round, rounds = p->o.rounds ? p->o.rounds : 9;
-    astrovl_hit hits[10];
+    const int n = p->o.rows ? p->o.rows : 1000000, d = p->o.dims ? p->o.dims : 512, rounds = p->o.rounds ? p->o.rounds : 9;
+    double seconds[2], ratio, gigabytes = (double)n * d * 2e-9;
     astrovl_error err;
-    for (i = 0; i < d; i++) query[i] = astrovl_sinf((float)i);
-    for (i = 0; i < size; i += 2) put_le(rows + i, 0x2E00 + random_below(&state, 0xE00) + 0x8000 * random_below(&state, 2), 2);
-    for (round = 0; round < rounds; round++) {
-        start = astrovl_seconds();
-        if (astrovl_search(rows, (int64_t)n, (int)d, query, 10, p->o.threads, hits, &err) < 0) return failed(&err);
-        seconds[0][round] = (float)(astrovl_seconds() - start);
-        seconds[1][round] = (float)astrovl_measure_read(rows, size, p->o.threads);
-    }
-    search = median(seconds[0], rounds), reading = median(seconds[1], rounds);
-    if (p->o.json) put_json("{rows:%l dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", (long long)n, (int)d, search, reading,
-                            search / reading);
-    else printf("%lld rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them"
-                " once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", (long long)n, (int)d, rounds, search * 1e3,
-                gigabytes / search, reading * 1e3, gigabytes / reading, search / reading);
+    if (astrovl_measure_search(n, d, rounds, p->o.threads, seconds, &err)) return failed(&err);
+    ratio = seconds[0] / seconds[1];
+    if (p->o.json) put_json("{rows:%d dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", n, d, seconds[0], seconds[1], ratio);
+    else printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them once    %9.2f "
+                "ms  %6.2f GB/s\n  ratio                %9.2f\n", n, d, rounds, seconds[0] * 1e3, gigabytes / seconds[0],
+                seconds[1] * 1e3, gigabytes / seconds[1], ratio);
     return EXIT_OK;
 }
 
@@ -2342,25 +2299,25 @@ static void print_batch(int as_json, const astrovl_batch_speed *x) {
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
 static void need_synthetic(program *p, const char *folder, int type, int tied, const astrovl_info *sizes) {
-    char name[96], size[32], *path;
+    char name[96], *path;
     astrovl_info there;
-    astrovl_model *model;
     astrovl_error err;
-    int written;
+    astrovl_model *model;
+    astrovl_status status = ASTROVL_OK;
     snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
     path = join_path(p, folder, strlen(folder), name);
-    for (written = 0;; written = 1, astrovl_close(model)) {
-        if ((model = astrovl_open(path, NULL, &err)) != NULL) astrovl_get_info(model, &there);
-        if (model && strcmp(there.name, sizes->name) == 0) break;
-        if (written) exit(failed(&err));
+    model = astrovl_open(path, NULL, &err);
+    if (model) astrovl_get_info(model, &there);
+    if (!model || strcmp(there.name, sizes->name) != 0) {
         p->started = time(NULL);
         catch_interrupts(1);               // nothing is left behind
-        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err)) exit(failed(&err));
+        status = astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err);
         catch_interrupts(0);
+        clear_bar(p);
     }
-    fprintf(stderr, "%s: %s of random weights, kept for the next time\n", path,
-            human_bytes(size, astrovl_gguf_size(astrovl_file(model, 0))));
     astrovl_close(model);
+    if (status) exit(failed(&err));
+    fprintf(stderr, "%s: a model of random weights, kept for the next time\n", path);
     list_add(p, &p->o.models, path, strlen(path));
 }
 

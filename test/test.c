@@ -7012,6 +7012,36 @@ static void measure_accuracies(void) {
     remove(GGUF_OUT);
 }
 
+static void measure_searches(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    double seconds[2] = {0, 0};
+    uint8_t halves[2000];
+    int i, negative = 0, done = 0;
+    long at;
+    avl__random_halves(halves, 1000);
+    for (i = 0; i < 1000; i++) {
+        float x = astrovl_f16_to_f32((uint16_t)(halves[2 * i] | halves[2 * i + 1] << 8));
+        CHECK(fabs(x) >= 0.09 && fabs(x) < 2, "number %d: %g", i, x);
+        negative += x < 0;
+    }
+    CHECK(negative > 400 && negative < 600, "%d of 1000 are negative", negative);
+    CHECK(astrovl_measure_search(100, 3, 2, 1, seconds, &err) == ASTROVL_OK && seconds[0] > 0 && seconds[1] > 0, "%s", err.message);
+    FAILS(astrovl_measure_search(0, 3, 2, 1, seconds, &err), ARGUMENT, "no row");
+    FAILS(astrovl_measure_search(3, 0, 2, 1, seconds, &err), ARGUMENT, "no number");
+    FAILS(astrovl_measure_search(3, 3, 0, 1, seconds, &err), ARGUMENT, "no round");
+    FAILS(astrovl_measure_search(INT64_MAX / 3, 4, 1, 1, seconds, &err), ARGUMENT, "too many rows to count");
+    for (at = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_measure_search(5, 4, 1, 2, seconds, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done && status) FAILS(status, MEMORY, "allocation %ld", at);
+        else CHECK(status == ASTROVL_OK, "allocation %ld: %s", at, err.message);       // one of merely reading may fail
+    }
+    CHECK(at > 4, "%ld allocations", at);
+}
+
 static void tests_measure(void) {
     run("measure: models of random weights", measure_random_files);
     run("measure: known sizes", measure_known_sizes);
@@ -7020,6 +7050,7 @@ static void tests_measure(void) {
     run("measure: whole models", measure_models);
     run("measure: answers together", measure_batches);
     run("measure: accuracy", measure_accuracies);
+    run("measure: search", measure_searches);
 }
 
 int main(int argc, char **argv) {
