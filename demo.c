@@ -1905,11 +1905,6 @@ static int by_value(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-static double median(float *values, int n) {     // sorts them
-    qsort(values, (size_t)n, sizeof *values, by_value);
-    return (values[(n - 1) / 2] + values[n / 2]) / 2.0;
-}
-
 // The next of a fixed sequence of random numbers below n (Knuth's linear congruential generator).
 static uint64_t random_below(uint64_t *state, uint64_t n) {
     *state = *state * 6364136223846793005ULL + 1442695040888963407ULL;
@@ -1928,29 +1923,28 @@ static retrieval *measure_retrieval(program *p, float *images, float *texts, int
         for (k = 1; k <= 100; k++) r->share[i][k] = astrovl_top_k_accuracy(ranks, n, k);
     }
     for (i = 0; i < n; i++) ranks[i] = i;
-    for (i = n - 1; i > 0; i--) {          // wrong pairs: a permutation that is one cycle, so no pair is right (Sattolo 1986)
-        int other = (int)random_below(&state, (uint64_t)i), t = ranks[i];
-        ranks[i] = ranks[other], ranks[other] = t;
-    }
     for (k = 0; k < 2; k++) {
         float *c = r->cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *c);
+        for (i = k ? n - 1 : 0; i > 0; i--) {      // wrong pairs: a permutation that is one cycle, so no pair is right (Sattolo 1986)
+            int other = (int)random_below(&state, (uint64_t)i), t = ranks[i];
+            ranks[i] = ranks[other], ranks[other] = t;
+        }
         for (i = 0; i < n; i++) {
-            astrovl_linear(&c[i], row_of(p, images, i), row_of(p, texts, k ? ranks[i] : i), NULL, 1, d, 1);
+            astrovl_linear(&c[i], row_of(p, images, i), row_of(p, texts, ranks[i]), NULL, 1, d, 1);
             r->mean[k] += c[i] / (double)n;
         }
-        r->median[k] = median(c, n);       // sorted now
+        qsort(c, (size_t)n, sizeof *c, by_value);
+        r->median[k] = (c[(n - 1) / 2] + c[n / 2]) / 2.0;
     }
     return r;
 }
 
 static void print_retrieval(const program *p, const retrieval *r) {
     static const int shown[] = {1, 5, 10, 20, 50};
-    int i, k, best, n = r->n;
-    char head[64];
-    int width = snprintf(head, sizeof head, "floor(k/100 * %d)", n);
-    printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
-           "how often is the partner among the best k %%?\n    k  %s  image -> text  text -> image  by chance\n", n,
-           p->info.logit_scale, r->loss, n, log(n), head);
+    int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n);
+    printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often is the "
+           "partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n, p->info.logit_scale,
+           r->loss, n, log(n), n);
     for (i = 0; i < 5; i++) {
         k = shown[i], best = (int)((int64_t)k * n / 100);
         printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, r->share[0][k] * 100, r->share[1][k] * 100,
@@ -2007,27 +2001,33 @@ static double tick_step(double range) {
     return step;
 }
 
+// The right panel: shares of the cosines, in percent.
 #define BINS 40
-static int save_plot(const char *path, const retrieval *r) {
-    static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
-        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
-    panel a = {70, 0, 100, 20, 100, 20}, b = {560, 0, 0, 0, 0, 0};
-    double bins[2][BINS] = {{0}}, low = fmin(r->cosines[0][0], r->cosines[1][0]);
-    double high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]);
-    int i, k, broken;
-    char text[64];
-    FILE *f = fopen(path, "wb");
-    if (!f) return write_error(path);
+static panel count_cosines(const retrieval *r, double bins[2][BINS]) {
+    panel b = {560, 0, 0, 0, 0, 0};
+    double low = fmin(r->cosines[0][0], r->cosines[1][0]), high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]), *bin;
+    int i;
     b.x_step = tick_step(high - low + 1e-3);
     b.x0 = floor(low / b.x_step) * b.x_step;
     b.x1 = ceil((high + 1e-6) / b.x_step) * b.x_step;
     for (i = 0; i < 2 * r->n; i++) {
-        k = i % 2;
-        bins[k][(int)fmin((r->cosines[k][i / 2] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)] += 100.0 / r->n;
+        bin = &bins[i % 2][(int)fmin((r->cosines[i % 2][i / 2] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
+        b.y1 = fmax(b.y1, *bin += 100.0 / r->n);
     }
-    for (i = 0; i < 2 * BINS; i++) b.y1 = fmax(b.y1, bins[i % 2][i / 2]);
     b.y_step = tick_step(b.y1);
     b.y1 = ceil(b.y1 * 1.25 / b.y_step) * b.y_step;        // room for the legend
+    return b;
+}
+
+static int save_plot(const char *path, const retrieval *r) {
+    static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
+        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
+    double bins[2][BINS] = {{0}};
+    const panel a = {70, 0, 100, 20, 100, 20}, b = count_cosines(r, bins);
+    int i, k, broken;
+    char text[64];
+    FILE *f = fopen(path, "wb");
+    if (!f) return write_error(path);
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
             "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n<text x=\"475\" y=\"24\" "
             "font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; contrastive loss %.3f</text>\n",
@@ -2089,95 +2089,96 @@ static int first_named(const char *text, const char *const *words, int n_words) 
     return best;
 }
 
-static void score_sample(program *p, const list *classes, sample *x) {
+// A set and the sums over it.
+typedef struct vqa {
+    list    classes;
+    sample *samples;
+    int     n, right, none, found, features, n_semantic, *confusion;       // [classes][classes + 2]: last none named, and all
+    double  semantic;
+} vqa;
+
+static void score_sample(program *p, vqa *t, sample *x) {
     const char *texts[2];
     float *rows, cosine;
-    int i;
-    x->named = first_named(x->text, classes->items, classes->n);
+    int i, *named = t->confusion + x->truth * (t->classes.n + 2);
+    x->named = first_named(x->text, t->classes.items, t->classes.n);
     for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
     x->semantic = strtod("nan", NULL);
+    t->right += x->truth == x->named;
+    t->none += x->named < 0;
+    t->found += x->n_found;
+    t->features += x->features.n;
+    named[x->named < 0 ? t->classes.n : x->named]++;
+    named[t->classes.n + 1]++;
     if (!x->reference || !p->info.has_joint_text) return;
     rows = new_rows(p, 2);
     texts[0] = x->text, texts[1] = x->reference;
     embed_texts(p, texts, 2, rows);
     astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
-    x->semantic = cosine;
+    t->semantic += x->semantic = cosine;
+    t->n_semantic++;
 }
 
-// The sums over a set.
-typedef struct vqa {
-    int    n, right, none, found, features, n_semantic, *confusion;        // [classes][classes + 2]: none named, all
-    double semantic;
-} vqa;
-
-static void print_vqa(const list *classes, const vqa *t) {
-    const int width = 24;
-    int c, i, m = classes->n;
+static void print_vqa(const vqa *t) {
+    int c, i, m = t->classes.n;
     printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100.0 * t->right / t->n,
            t->right, t->n, t->none);
     if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100.0 * t->found / t->features, t->found, t->features);
     if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", t->semantic / t->n_semantic, t->n_semantic);
-    printf("\nrow: what it is; column: what the model named, by number\n%*s   right", width + 5, "");
+    printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
     for (c = 0; c < m; c++) printf("%5d", c + 1);
     puts(" none");
     for (c = 0; c < m; c++) {
         const int *named = t->confusion + c * (m + 2);
         printf("%3d  ", c + 1);
-        print_padded(classes->items[c], strlen(classes->items[c]), width);
+        print_padded(t->classes.items[c], strlen(t->classes.items[c]), 24);
         printf("  %5.1f%%", 100.0 * named[c] / named[m + 1]);
         for (i = 0; i <= m; i++) printf(named[i] ? "%5d" : "    .", named[i]);
         putchar('\n');
     }
 }
 
-static void print_vqa_json(const list *classes, const vqa *t, const sample *samples) {
-    int c, i, m = classes->n;
+static void print_vqa_json(const vqa *t) {
+    int c, i, m = t->classes.n;
     put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, (double)t->right / t->n,
              t->none, t->found / (double)t->features, t->semantic / t->n_semantic);
     for (c = 0; c < m; c++) {
         const int *named = t->confusion + c * (m + 2);
-        put_json("{class:%s images:%d accuracy:%f named:[", classes->items[c], named[m + 1], (double)named[c] / named[m + 1]);
+        put_json("{class:%s images:%d accuracy:%f named:[", t->classes.items[c], named[m + 1], (double)named[c] / named[m + 1]);
         for (i = 0; i <= m; i++) put_json("%d", named[i]);
         put_json("]}");
     }
     put_json("] answers:[");
-    for (i = 0; i < t->n; i++, samples++)
-        put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", samples->image, samples->label,
-                 samples->named < 0 ? "none" : classes->items[samples->named], samples->n_found, samples->semantic, samples->text);
+    for (i = 0; i < t->n; i++) {
+        const sample *x = &t->samples[i];
+        put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
+                 x->named < 0 ? "none" : t->classes.items[x->named], x->n_found, x->semantic, x->text);
+    }
     put_json("]}\n");
 }
 
 static int evaluate_vqa(program *p, sample *samples, int n) {
-    list classes = {NULL, 0, 0};
+    vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
     astrovl_error err;
-    vqa t = {0, 0, 0, 0, 0, 0, NULL, 0};
     sample *x;
     open_towers(p, 0);
     for (x = samples; x < samples + n; x++) {
-        for (x->truth = 0; x->truth < classes.n && strcmp(classes.items[x->truth], x->label) != 0; x->truth++) {}
-        if (x->truth == classes.n) list_add(p, &classes, x->label, strlen(x->label));
+        for (x->truth = 0; x->truth < t.classes.n && strcmp(t.classes.items[x->truth], x->label) != 0; x->truth++) {}
+        if (x->truth == t.classes.n) list_add(p, &t.classes, x->label, strlen(x->label));
     }
-    t.confusion = (int *)new_memory(p, (size_t)classes.n, ((size_t)classes.n + 2) * sizeof(int));
+    t.confusion = (int *)new_memory(p, (size_t)t.classes.n, ((size_t)t.classes.n + 2) * sizeof(int));
     for (x = samples; x < samples + n; x++) {
-        draw_bar(p, "images", t.n++, n, 0);
+        draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
         if (load_image(x->path, &image, &err) != ASTROVL_OK) exit(failed(&err));
         x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT, &err);
         astrovl_image_free(&image);
         if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(&err));
-        score_sample(p, &classes, x);
-        t.right += x->truth == x->named;
-        t.none += x->named < 0;
-        t.found += x->n_found;
-        t.features += x->features.n;
-        if (x->semantic >= -2) t.n_semantic++, t.semantic += x->semantic;
-        t.confusion[x->truth * (classes.n + 2) + (x->named < 0 ? classes.n : x->named)]++;
-        t.confusion[x->truth * (classes.n + 2) + classes.n + 1]++;
+        score_sample(p, &t, x);
     }
     clear_bar(p);
-    if (p->o.json) print_vqa_json(&classes, &t, samples);
-    else print_vqa(&classes, &t);
+    (p->o.json ? print_vqa_json : print_vqa)(&t);
     while (n > 0) astrovl_free(samples[--n].text);
     return EXIT_OK;
 }
