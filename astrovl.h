@@ -24,7 +24,7 @@
 //   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
 //   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
 //   [13] contrastive embeddings of images and texts, scores, search, metrics
-//   [14] measuring   how fast a model is, and what the machine allows
+//   [14] measuring   how fast a model is, and what the machine allows; how good it is
 //
 // ---- How to use it ------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -721,6 +721,20 @@ typedef struct astrovl_accuracy {
 // LIMIT (the text is longer than a context), MEMORY, CANCELLED (by a session's progress).
 ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens, int n_tokens,
                                                     astrovl_accuracy *accuracy, astrovl_error *err);
+
+// How well a set of n pairs is told apart (PAPERCLIP, arXiv 2403.08851, sections 3.3 and 4.1).
+typedef struct astrovl_retrieval {
+    double loss;                   // astrovl_contrastive_loss
+    double share[2][101];          // [image -> text, text -> image][k]: partner among the best k percent (astrovl_top_k_accuracy)
+    double mean[2], median[2];     // cosines of [pairs, wrong pairs]
+} astrovl_retrieval;
+// images, texts: [n][n_dims], normalised, row i of one belonging to row i of the other;  cosines: out, [pairs, wrong pairs][n], each
+// ascending. Wrong pairs are drawn by a fixed sequence: of each image one, of each text one.  ARGUMENT (fewer than two pairs), MEMORY.
+ASTROVL_API astrovl_status astrovl_measure_retrieval(const float *images, const float *texts, int n, int n_dims, float logit_scale,
+                                                     float *cosines, astrovl_retrieval *r, astrovl_error *err);
+// Which of n words (or terms of several words) a text names first, of those that begin there the longest; as whole words, in any
+// case of ASCII's letters. -1: none.
+ASTROVL_API int astrovl_first_named(const char *text, const char *const *words, int n);
 
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
@@ -13913,6 +13927,7 @@ ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double pe
 // A speed says little by itself: machines differ, and change with the hour. So each is held against what the same machine could do
 // at most, measured beside it. Reading an image or a prompt is bound by arithmetic, so its limit is the processor's, in registers
 // alone; writing needs every weight for each token, so its limit is reading them from memory.
+// How good a model is: its logits beside a reference's, its embeddings of pairs, the words of its answers.
 // ====================================================================================================================
 
 ASTROVL_API double astrovl_seconds(void) { return avl__seconds(); }
@@ -14333,7 +14348,7 @@ static void avl__compare_logits(astrovl_likeness *sums, const float *a, const fl
 static void avl__finish_likeness(astrovl_likeness *sums, int n, double reference) {
     sums->cosine /= n;
     sums->same /= n;
-    sums->perplexity = n > 1 ? avl__exp(sums->perplexity / (n - 1)) : NAN;
+    sums->perplexity = n > 1 ? avl__exp(sums->perplexity / (n - 1)) : HUGE_VAL - HUGE_VAL;
     sums->ratio = sums->perplexity / reference;
 }
 
@@ -14380,13 +14395,81 @@ ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_
         n = n_tokens - done < block ? n_tokens - done : block;
         status = avl__measure_likeness(s, reference, tokens + done, n, done + n == n_tokens, logits, accuracy, err);
     }
-    accuracy->reference_perplexity = n_tokens > 1 ? avl__exp(accuracy->reference_perplexity / (n_tokens - 1)) : NAN;
+    accuracy->reference_perplexity = n_tokens > 1 ? avl__exp(accuracy->reference_perplexity / (n_tokens - 1)) : HUGE_VAL - HUGE_VAL;
     avl__finish_likeness(&accuracy->prompt, n_tokens, accuracy->reference_perplexity);
     avl__finish_likeness(&accuracy->steps, n_tokens, accuracy->reference_perplexity);
     astrovl_session_reset(s);
     astrovl_session_reset(reference);
     astrovl_free(logits);
     return status;
+}
+
+// ---- how good a model is -------------------------------------------------------------------------------------------
+
+static int avl__by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+// A permutation of 0 to n - 1 that is one cycle: no number stays where it is (Sattolo 1986).
+static void avl__one_cycle(int32_t *order, int n) {
+    uint64_t state = 1;
+    int i;
+    for (i = 0; i < n; i++) order[i] = i;
+    for (i = n - 1; i > 0; i--) {
+        int other = (int)(avl__random(&state) * i);
+        int32_t t = order[i];
+        order[i] = order[other];
+        order[other] = t;
+    }
+}
+
+ASTROVL_API astrovl_status astrovl_measure_retrieval(const float *images, const float *texts, int n, int n_dims, float logit_scale,
+                                                     float *cosines, astrovl_retrieval *r, astrovl_error *err) {
+    int32_t *order;                 // ranks, then each image's text
+    int i, k;
+    memset(r, 0, sizeof *r);
+    if (n < 2 || n_dims < 1) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "retrieval is measured on two pairs or more");
+    order = (int32_t *)avl__alloc((uint64_t)n, sizeof *order);
+    if (!order) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d pairs", n);
+    r->loss = astrovl_contrastive_loss(images, texts, n, n_dims, logit_scale);
+    for (i = 0; i < 2; i++) {
+        astrovl_retrieval_ranks(i ? texts : images, i ? images : texts, n, n_dims, order);
+        for (k = 1; k <= 100; k++) r->share[i][k] = astrovl_top_k_accuracy(order, n, k);
+    }
+    for (i = 0; i < n; i++) order[i] = i;
+    for (k = 0; k < 2; k++, cosines += n) {
+        for (i = 0; i < n; i++) {
+            astrovl_linear(&cosines[i], images + (size_t)i * n_dims, texts + (size_t)order[i] * n_dims, NULL, 1, n_dims, 1);
+            r->mean[k] += cosines[i] / (double)n;
+        }
+        qsort(cosines, (size_t)n, sizeof *cosines, avl__by_value);
+        r->median[k] = (cosines[(n - 1) / 2] + cosines[n / 2]) / 2.0;
+        avl__one_cycle(order, n);
+    }
+    astrovl_free(order);
+    return ASTROVL_OK;
+}
+
+// ASCII's letters and digits, the former made small; 0: another character
+static int avl__letter(char c) { return c >= 'A' && c <= 'Z' ? c + 32 : (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ? c : 0; }
+
+// The bytes of `word` if it stands at text[at] as whole words; otherwise 0.
+static size_t avl__term_at(const char *text, size_t at, const char *word) {
+    size_t n = strlen(word), i;
+    if (at > 0 && avl__letter(text[at - 1]) && avl__letter(word[0])) return 0;
+    for (i = 0; i < n; i++)
+        if (text[at + i] != word[i] && (!avl__letter(word[i]) || avl__letter(text[at + i]) != avl__letter(word[i]))) return 0;
+    return n && avl__letter(text[at + n]) && avl__letter(word[n - 1]) ? 0 : n;
+}
+
+ASTROVL_API int astrovl_first_named(const char *text, const char *const *words, int n) {
+    size_t at, size, most = 0;
+    int i, best = -1;
+    for (at = 0; text[at] && best < 0; at++)
+        for (i = 0; i < n; i++)
+            if ((size = avl__term_at(text, at, words[i])) > most) most = size, best = i;
+    return best;
 }
 
 #ifdef __cplusplus

@@ -1891,78 +1891,38 @@ static sample *read_samples(program *p, const char *path, int vqa, int *n) {
     return samples;
 }
 
-// ---- retrieval (PAPERCLIP, arXiv 2403.08851, sections 3.3 and 4.1)
+// ---- retrieval
 
 typedef struct retrieval {
-    int    n;
-    double loss, share[2][101];            // [image -> text, text -> image][k]: partner among the best k percent
-    float *cosines[2];                     // [pairs, wrong pairs][n], ascending
-    double mean[2], median[2];
+    int               n;
+    astrovl_retrieval of;
+    float            *cosines[2];          // [pairs, wrong pairs][n], ascending
 } retrieval;
-
-static int by_value(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
-}
-
-// The next of a fixed sequence of random numbers below n (Knuth's linear congruential generator).
-static uint64_t random_below(uint64_t *state, uint64_t n) {
-    *state = *state * 6364136223846793005ULL + 1442695040888963407ULL;
-    return (*state >> 33) % n;
-}
-
-static retrieval *measure_retrieval(program *p, float *images, float *texts, int n) {
-    retrieval *r = (retrieval *)new_memory(p, 1, sizeof *r);
-    int32_t *ranks = (int32_t *)new_memory(p, (size_t)n, sizeof *ranks);
-    int i, k, d = p->info.n_embd_joint;
-    uint64_t state = 1;
-    r->n = n;
-    r->loss = astrovl_contrastive_loss(images, texts, n, d, p->info.logit_scale);
-    for (i = 0; i < 2; i++) {
-        astrovl_retrieval_ranks(i ? texts : images, i ? images : texts, n, d, ranks);
-        for (k = 1; k <= 100; k++) r->share[i][k] = astrovl_top_k_accuracy(ranks, n, k);
-    }
-    for (i = 0; i < n; i++) ranks[i] = i;
-    for (k = 0; k < 2; k++) {
-        float *c = r->cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *c);
-        for (i = k ? n - 1 : 0; i > 0; i--) {      // wrong pairs: a permutation that is one cycle, so no pair is right (Sattolo 1986)
-            int other = (int)random_below(&state, (uint64_t)i), t = ranks[i];
-            ranks[i] = ranks[other], ranks[other] = t;
-        }
-        for (i = 0; i < n; i++) {
-            astrovl_linear(&c[i], row_of(p, images, i), row_of(p, texts, ranks[i]), NULL, 1, d, 1);
-            r->mean[k] += c[i] / (double)n;
-        }
-        qsort(c, (size_t)n, sizeof *c, by_value);
-        r->median[k] = (c[(n - 1) / 2] + c[n / 2]) / 2.0;
-    }
-    return r;
-}
 
 static void print_retrieval(const program *p, const retrieval *r) {
     static const int shown[] = {1, 5, 10, 20, 50};
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n);
     printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often is the "
            "partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n, p->info.logit_scale,
-           r->loss, n, log(n), n);
+           r->of.loss, n, log(n), n);
     for (i = 0; i < 5; i++) {
         k = shown[i], best = (int)((int64_t)k * n / 100);
-        printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, r->share[0][k] * 100, r->share[1][k] * 100,
+        printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, r->of.share[0][k] * 100, r->of.share[1][k] * 100,
                100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
     }
-    printf("\ncosines          mean   median\npairs         %7.4f  %7.4f\nwrong pairs   %7.4f  %7.4f\n", r->mean[0], r->median[0],
-           r->mean[1], r->median[1]);
+    printf("\ncosines          mean   median\npairs         %7.4f  %7.4f\nwrong pairs   %7.4f  %7.4f\n", r->of.mean[0], r->of.median[0],
+           r->of.mean[1], r->of.median[1]);
 }
 
 static void print_retrieval_json(const program *p, const retrieval *r) {
     int i, k;
-    put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", r->n, p->info.logit_scale, r->loss);
+    put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", r->n, p->info.logit_scale, r->of.loss);
     for (k = 1; k <= 100; k++)
-        put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, (int)((int64_t)k * r->n / 100), r->share[0][k],
-                 r->share[1][k]);
+        put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, (int)((int64_t)k * r->n / 100), r->of.share[0][k],
+                 r->of.share[1][k]);
     for (i = 0; i < 2; i++) {
         put_json(i ? "]} cosines_shuffled:{" : "] cosines_matched:{");
-        put_json("mean:%f median:%f sorted:[", r->mean[i], r->median[i]);
+        put_json("mean:%f median:%f sorted:[", r->of.mean[i], r->of.median[i]);
         for (k = 0; k < r->n; k++) put_json("%f", r->cosines[i][k]);
     }
     put_json("]}}\n");
@@ -2031,19 +1991,19 @@ static int save_plot(const char *path, const retrieval *r) {
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
             "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n<text x=\"475\" y=\"24\" "
             "font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; contrastive loss %.3f</text>\n",
-            r->n, r->loss);
+            r->n, r->of.loss);
     svg_axes(f, &a, "Partner found among the best k %", "k (% of the set)", "accuracy (%)");
     fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
     svg_legend(f, 270, 325, style[3], "chance");
     svg_axes(f, &b, "Cosines of image and text", "cosine", "pairs (%)");
     for (k = 1; k >= 0; k--) {
         fprintf(f, "<g %s stroke-width=\"2\"><path fill=\"none\" d=\"M", style[2 * k]);
-        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
+        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->of.share[k][i] * 100));
         fprintf(f, "\"/></g>\n<path %s fill-opacity=\"0.3\" stroke-width=\"1.5\" d=\"M560 340", style[k]);
         for (i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
         fputs("V340\"/>\n", f);
         svg_legend(f, 270, 285 + 20 * k, style[2 * k], k ? "image for a text" : "text for an image");
-        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->mean[k]);
+        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->of.mean[k]);
         svg_legend(f, 570, 84 + 20 * k, style[k], text);
     }
     fputs("</svg>\n", f);
@@ -2054,7 +2014,8 @@ static int save_plot(const char *path, const retrieval *r) {
 static int evaluate_retrieval(program *p, sample *samples, int n) {
     const char **names = (const char **)new_memory(p, (size_t)n, sizeof *names);
     float *images, *texts;
-    retrieval *r;
+    retrieval r;
+    astrovl_error err;
     int i;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
     images = new_rows(p, n), texts = new_rows(p, n);
@@ -2062,32 +2023,16 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
     if (embed_images(p, names, n, images, 0) != EXIT_OK) return fail("nothing is measured, since images are missing");
     for (i = 0; i < n; i++) names[i] = samples[i].label;
     embed_texts(p, names, n, texts);
-    r = measure_retrieval(p, images, texts, n);
-    (p->o.json ? print_retrieval_json : print_retrieval)(p, r);
-    return p->o.svg ? save_plot(p->o.svg, r) : EXIT_OK;
+    r.n = n;
+    r.cosines[0] = (float *)new_memory(p, (size_t)n, 2 * sizeof(float));
+    r.cosines[1] = r.cosines[0] + n;
+    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &err)) return failed(&err);
+    (p->o.json ? print_retrieval_json : print_retrieval)(p, &r);
+    return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
 
 // ---- questions about images (AstroLLaVA's benchmark on Galaxy10, arXiv 2504.08583): the model describes each image; what it
 // says is held against the image's class, words that should occur, and a reference description
-
-// The bytes of `word` if it stands at text[at] as whole words, whatever the case of its letters; otherwise 0.
-static size_t word_at(const char *text, size_t at, const char *word) {
-    size_t n = strlen(word), i;
-    if (at > 0 && isalnum((unsigned char)text[at - 1]) && isalnum((unsigned char)word[0])) return 0;
-    for (i = 0; i < n; i++)
-        if (tolower((unsigned char)text[at + i]) != tolower((unsigned char)word[i])) return 0;
-    return n && isalnum((unsigned char)text[at + n]) && isalnum((unsigned char)word[n - 1]) ? 0 : n;
-}
-
-// Which of some words a text names: the first, and of several that begin there the longest. -1: none
-static int first_named(const char *text, const char *const *words, int n_words) {
-    size_t i, n, most = 0;
-    int w, best = -1;
-    for (i = 0; text[i] && best < 0; i++)
-        for (w = 0; w < n_words; w++)
-            if ((n = word_at(text, i, words[w])) > most) most = n, best = w;
-    return best;
-}
 
 // A set and the sums over it.
 typedef struct vqa {
@@ -2101,8 +2046,8 @@ static void score_sample(program *p, vqa *t, sample *x) {
     const char *texts[2];
     float *rows, cosine;
     int i, *named = t->confusion + x->truth * (t->classes.n + 2);
-    x->named = first_named(x->text, t->classes.items, t->classes.n);
-    for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
+    x->named = astrovl_first_named(x->text, t->classes.items, t->classes.n);
+    for (i = 0; i < x->features.n; i++) x->n_found += astrovl_first_named(x->text, &x->features.items[i], 1) == 0;
     x->semantic = strtod("nan", NULL);
     t->right += x->truth == x->named;
     t->none += x->named < 0;
@@ -2328,9 +2273,10 @@ static int use_synthetic(program *p) {
     const char *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
     char name[32];
     astrovl_info sizes;
-    int type = 0, has_vision, tied;
+    int type, has_vision, tied;
     snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
-    while (type < N_TYPES && (!(known = astrovl_type_name(type)) || word_at(wanted, 0, known) < strlen(wanted) || !*wanted)) type++;
+    for (type = 0; type < N_TYPES; type++)
+        if ((known = astrovl_type_name(type)) != NULL && strlen(known) == strlen(wanted) && !astrovl_first_named(wanted, &known, 1)) break;
     if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
         return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
                            p->o.synthetic);

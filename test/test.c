@@ -7042,6 +7042,41 @@ static void measure_searches(void) {
     CHECK(at > 4, "%ld allocations", at);
 }
 
+static void measure_retrievals(void) {
+    static const float images[] = {1, 0, 0, 1, -1, 0}, texts[] = {0.6f, 0.8f, 0, 1, 0.8f, 0.6f};   // cosines 0.6, 1, -0.8
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_retrieval r;
+    float cosines[6];
+    int32_t order[64];
+    int n, i, k, at;
+    CHECK(astrovl_measure_retrieval(images, texts, 3, 2, 2, cosines, &r, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(cosines[0] == -0.8f && cosines[1] == 0.6f && cosines[2] == 1 && r.median[0] == 0.6f && fabs(r.mean[0] - 0.8 / 3) < 1e-6, "pairs");
+    CHECK(cosines[3] <= cosines[4] && cosines[4] <= cosines[5] && r.median[1] == cosines[4], "wrong pairs");
+    CHECK(r.loss == astrovl_contrastive_loss(images, texts, 3, 2, 2), "loss");
+    CHECK(fabs(r.share[0][34] - 1 / 3.0) < 1e-9 && r.share[0][33] == 0 && r.share[0][100] == 1 && r.share[1][100] == 1, "shares %g", r.share[0][34]);
+    FAILS(astrovl_measure_retrieval(images, texts, 1, 2, 2, cosines, &r, &err), ARGUMENT, "one pair");
+    alloc_fail_at(0);
+    i = astrovl_measure_retrieval(images, texts, 3, 2, 2, cosines, &r, &err);
+    alloc_fail_at(-1);
+    FAILS((astrovl_status)i, MEMORY, "no memory");
+    for (n = 2; n <= 64; n++) {
+        avl__one_cycle(order, n);
+        for (i = 0, k = 0, at = 0; i < n; i++, at = order[at]) k += order[i] == i || (i && at == 0);
+        CHECK(k == 0 && at == 0, "%d: no single cycle", n);
+    }
+}
+
+static void measure_words(void) {
+    static const char *const words[] = {"spiral galaxy", "spiral", "bar", "E0", "Sa+"};
+    static const struct { const char *text; int named; } cases[] = {
+        {"a Spiral Galaxy with a bar", 0}, {"spirals and a bar", 2}, {"SPIRAL", 1}, {"unbarred", -1}, {"", -1}, {"type e0.", 3}, {"sa+ 1", 4},
+        {"sa 1", -1}, {"(bar)", 2}, {"barspiral", -1}, {"Sa+bar", 4}};
+    int i;
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++)
+        CHECK(astrovl_first_named(cases[i].text, words, 5) == cases[i].named, "\"%s\": %d", cases[i].text, astrovl_first_named(cases[i].text, words, 5));
+    CHECK(astrovl_first_named("a bar", words, 0) == -1, "no words");
+}
+
 static void tests_measure(void) {
     run("measure: models of random weights", measure_random_files);
     run("measure: known sizes", measure_known_sizes);
@@ -7051,6 +7086,8 @@ static void tests_measure(void) {
     run("measure: answers together", measure_batches);
     run("measure: accuracy", measure_accuracies);
     run("measure: search", measure_searches);
+    run("measure: retrieval", measure_retrievals);
+    run("measure: words in answers", measure_words);
 }
 
 int main(int argc, char **argv) {
