@@ -435,9 +435,8 @@ static void find_shipped_model(program *p, const char *argv0) {
 #endif
     if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
     while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
-    folder[n] = 0;
     for (i = 0; i < 3 && !f; i++) {
-        snprintf(p->shipped, sizeof p->shipped, "%s%s/%s", i < 2 ? folder : "", places[i], SHIPPED_MODEL);
+        snprintf(p->shipped, sizeof p->shipped, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], SHIPPED_MODEL);
         f = i == 1 && !n ? NULL : fopen(p->shipped, "rb");
     }
     if (f) fclose(f);
@@ -893,28 +892,23 @@ static int32_t *encode_text(program *p, const char *text, size_t size, int flags
     return tokens;
 }
 
-// Reads ids separated by blanks or commas. Returns how many.
-static int parse_ids(const program *p, const char *text, int32_t *ids) {
+// Prints what ids, separated by blanks or commas, spell.
+static int decode_ids(program *p, const char *text, size_t size) {
     static const char separators[] = " ,\t\r\n";
+    int32_t *ids = (int32_t *)new_memory(p, size / 2 + 1, sizeof *ids);
     int n = 0;
-    char *end;
+    char *end, *decoded;
+    astrovl_error err;
     for (text += strspn(text, separators); *text; text = end + strspn(end, separators)) {
         unsigned long long value = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || !strchr(separators, *end) || value > INT32_MAX ||
             astrovl_token_piece(p->model, (int32_t)value).size == 0)
-            exit(fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text));
+            return fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text);
         ids[n++] = (int32_t)value;
     }
-    return n;
-}
-
-static int decode_ids(program *p, const char *text, size_t size) {
-    int32_t *ids = (int32_t *)new_memory(p, size / 2 + 1, sizeof *ids);
-    astrovl_error err;
-    char *decoded = astrovl_detokenize(p->model, ids, parse_ids(p, text, ids), &err);
+    decoded = astrovl_detokenize(p->model, ids, n, &err);
     if (!decoded) return failed(&err);
-    if (p->safe_output) print_safe(stdout, decoded);
-    else fputs(decoded, stdout);
+    print_text(p, decoded, strlen(decoded));
     if (p->safe_output) putchar('\n');       // a terminal's next line; a pipe gets the bytes as they are
     astrovl_free(decoded);
     return EXIT_OK;
@@ -1460,14 +1454,14 @@ static const char *const built_in_labels[3] = {
     "globular cluster\nopen star cluster\nyoung massive star cluster\nnuclear star cluster\nstellar association\nstar field\n"
     "crowded field of stars\nresolved stars in a nearby galaxy\nstars in the galactic bulge\nmagellanic cloud\nemission nebula\n"
     "region of ionised hydrogen\nreflection nebula\ndark nebula\nmolecular cloud\nplanetary nebula\nbipolar planetary nebula\n"
-    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\n"
-    "young stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\n"
-    "luminous blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic "
-    "variable star\nsymbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse "
-    "supernova\nkilonova\ngamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\n"
-    "transiting hot jupiter\ngas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\n"
-    "cratered moon\nicy moon\nasteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\n"
-    "active asteroid with a tail\ninterstellar object\n",
+    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\nyoung "
+    "stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\nluminous "
+    "blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic variable star\n"
+    "symbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse supernova\nkilonova\n"
+    "gamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\ntransiting hot jupiter\n"
+    "gas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\ncratered moon\nicy moon\n"
+    "asteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\nactive asteroid with a tail\n"
+    "interstellar object\n",
     "spiral arms\nstellar bar in a galaxy\ngalactic bulge\ngalactic disk seen edge-on\ngalaxy halo\ndust lane across a galaxy\n"
     "rings of star formation in a galaxy\ntidal tails and bridges between galaxies\nstellar streams and shells around a galaxy\n"
     "warped galactic disk\ngalactic outflow\njet from an active nucleus\naccretion disk\ndusty torus around a nucleus\nextended "
@@ -1476,32 +1470,32 @@ static const char *const built_in_labels[3] = {
     "halo\nstar formation\ntriggered star formation at the rim of a nebula\npillars of gas and dust\nionisation front\nglowing "
     "filaments of gas\nshock waves in gas\nexpanding shell of gas\nlight echo\nstellar wind\nstellar outflow and jet\nmass loss "
     "from a dying star\nsupernova explosion\nstellar pulsation\nstellar flare\nstellar rotation\nmass transfer in a binary star\n"
-    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation "
-    "in a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
-    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk"
-    "\natmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
+    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation in "
+    "a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
+    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk\n"
+    "atmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
     "impact craters\nvolcanic activity on a moon\nwater plumes from an icy moon\ntail of a comet\ncoma and nucleus of a comet\n"
     "break-up of a comet\nzodiacal light\ncosmic reionisation\nlyman-alpha absorption lines\n",
     "measuring the expansion rate with type ia supernovae\nmeasuring the hubble constant with cepheids\ncalibrating the cosmic "
-    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping "
-    "mass in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies"
-    "\ntracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring "
-    "the light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of "
-    "spiral arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\n"
-    "dating a stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring "
-    "proper motions in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass "
-    "black holes\nmonitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots "
-    "of radio galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\n"
-    "identifying the progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition "
-    "of a nebula from its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their "
-    "surroundings\nsurveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\n"
-    "imaging disks around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an "
-    "exoplanet\ndirectly imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses "
-    "of binary stars\nsearching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae "
-    "in ultraviolet light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf "
-    "planet\nsearching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an "
-    "asteroid\nwatching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the "
-    "cosmic background light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
+    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping mass "
+    "in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies\n"
+    "tracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring the "
+    "light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of spiral "
+    "arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\ndating a "
+    "stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring proper motions "
+    "in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass black holes\n"
+    "monitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots of radio "
+    "galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\nidentifying the "
+    "progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition of a nebula from "
+    "its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their surroundings\n"
+    "surveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\nimaging disks "
+    "around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an exoplanet\ndirectly "
+    "imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses of binary stars\n"
+    "searching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae in ultraviolet "
+    "light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf planet\n"
+    "searching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an asteroid\n"
+    "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
+    "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
 
 // One label a line; blank lines and those that begin with '#' are passed over.
 static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
@@ -1900,32 +1894,28 @@ typedef struct retrieval {
 } retrieval;
 
 static void print_retrieval(const program *p, const retrieval *r) {
-    static const int shown[] = {1, 5, 10, 20, 50};
-    int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n);
-    printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often is the "
-           "partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n, p->info.logit_scale,
-           r->of.loss, n, log(n), n);
-    for (i = 0; i < 5; i++) {
-        k = shown[i], best = (int)((int64_t)k * n / 100);
-        printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, r->of.share[0][k] * 100, r->of.share[1][k] * 100,
-               100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
+    int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
+    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->of.loss);
+    else printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often is "
+                "the partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n,
+                p->info.logit_scale, r->of.loss, n, log(n), n);
+    for (k = 1; k <= 100; k++) {
+        double there = r->of.share[0][k], back = r->of.share[1][k];
+        best = (int)((int64_t)k * n / 100);
+        if (as_json) put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
+        else if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
+            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100, 100.0 * best / n,
+                   best ? "" : "  (no rank counts: too few pairs)");
     }
-    printf("\ncosines          mean   median\npairs         %7.4f  %7.4f\nwrong pairs   %7.4f  %7.4f\n", r->of.mean[0], r->of.median[0],
-           r->of.mean[1], r->of.median[1]);
-}
-
-static void print_retrieval_json(const program *p, const retrieval *r) {
-    int i, k;
-    put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", r->n, p->info.logit_scale, r->of.loss);
-    for (k = 1; k <= 100; k++)
-        put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, (int)((int64_t)k * r->n / 100), r->of.share[0][k],
-                 r->of.share[1][k]);
+    if (as_json) put_json("]");
+    else printf("\ncosines          mean   median\n");
     for (i = 0; i < 2; i++) {
-        put_json(i ? "]} cosines_shuffled:{" : "] cosines_matched:{");
-        put_json("mean:%f median:%f sorted:[", r->of.mean[i], r->of.median[i]);
-        for (k = 0; k < r->n; k++) put_json("%f", r->cosines[i][k]);
+        if (as_json) put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", r->of.mean[i], r->of.median[i]);
+        else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", r->of.mean[i], r->of.median[i]);
+        for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
+        if (as_json) put_json("]}");
     }
-    put_json("]}}\n");
+    if (as_json) put_json("}\n");
 }
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
@@ -2027,7 +2017,7 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
     r.cosines[0] = (float *)new_memory(p, (size_t)n, 2 * sizeof(float));
     r.cosines[1] = r.cosines[0] + n;
     if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &err)) return failed(&err);
-    (p->o.json ? print_retrieval_json : print_retrieval)(p, &r);
+    print_retrieval(p, &r);
     return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
 
@@ -2064,35 +2054,29 @@ static void score_sample(program *p, vqa *t, sample *x) {
     t->n_semantic++;
 }
 
-static void print_vqa(const vqa *t) {
+static void print_vqa(int as_json, const vqa *t) {
     int c, i, m = t->classes.n;
-    printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100.0 * t->right / t->n,
-           t->right, t->n, t->none);
-    if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100.0 * t->found / t->features, t->found, t->features);
-    if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", t->semantic / t->n_semantic, t->n_semantic);
-    printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
-    for (c = 0; c < m; c++) printf("%5d", c + 1);
-    puts(" none");
+    double right = (double)t->right / t->n, found = (double)t->found / t->features, semantic = t->semantic / t->n_semantic;
+    if (as_json) {
+        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right, t->none, found, semantic);
+    } else {
+        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100 * right, t->right, t->n, t->none);
+        if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
+        if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
+        printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
+        for (c = 0; c < m; c++) printf("%5d", c + 1);
+        puts(" none");
+    }
     for (c = 0; c < m; c++) {
         const int *named = t->confusion + c * (m + 2);
-        printf("%3d  ", c + 1);
-        print_padded(t->classes.items[c], strlen(t->classes.items[c]), 24);
-        printf("  %5.1f%%", 100.0 * named[c] / named[m + 1]);
-        for (i = 0; i <= m; i++) printf(named[i] ? "%5d" : "    .", named[i]);
-        putchar('\n');
+        const char *name = t->classes.items[c];
+        double share = (double)named[c] / named[m + 1];
+        if (as_json) put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
+        else printf("%3d  ", c + 1), print_padded(name, strlen(name), 24), printf("  %5.1f%%", 100 * share);
+        for (i = 0; i <= m; i++) as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
+        as_json ? put_json("]}") : (void)putchar('\n');
     }
-}
-
-static void print_vqa_json(const vqa *t) {
-    int c, i, m = t->classes.n;
-    put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, (double)t->right / t->n,
-             t->none, t->found / (double)t->features, t->semantic / t->n_semantic);
-    for (c = 0; c < m; c++) {
-        const int *named = t->confusion + c * (m + 2);
-        put_json("{class:%s images:%d accuracy:%f named:[", t->classes.items[c], named[m + 1], (double)named[c] / named[m + 1]);
-        for (i = 0; i <= m; i++) put_json("%d", named[i]);
-        put_json("]}");
-    }
+    if (!as_json) return;
     put_json("] answers:[");
     for (i = 0; i < t->n; i++) {
         const sample *x = &t->samples[i];
@@ -2123,7 +2107,7 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         score_sample(p, &t, x);
     }
     clear_bar(p);
-    (p->o.json ? print_vqa_json : print_vqa)(&t);
+    print_vqa(p->o.json, &t);
     while (n > 0) astrovl_free(samples[--n].text);
     return EXIT_OK;
 }
@@ -2217,30 +2201,25 @@ static void print_pace(int as_json, const char *key, const char *what, int is_by
                x->work / x->seconds * 1e-9, x->limit * 1e-9, is_bytes ? "GB/s " : "GOP/s", 100 * x->reached, type);
 }
 
-static void print_speed(const program *p, const astrovl_speed *x, int rounds) {
-    const char *name = p->info.name;
-    double first = x->first_token_seconds;
+static void print_speed(const program *p, const astrovl_speed *x, const astrovl_batch_speed *b, int rounds) {
+    const int as_json = p->o.json;
+    double together = (double)b->n * b->n_answer / b->seconds, alone = b->n_answer / b->one_seconds;
     char text[3][32];
-    if (p->o.json) put_json("{name:%s rounds:%d", name, rounds);
-    else printf("%s, medians of %-3d %*s\n", name, rounds, 63 - (int)strlen(name), "reached of what the machine allows");
-    print_pace(p->o.json, "image", "one image", 0, &x->image);
-    print_pace(p->o.json, "prompt", "prompt, positions", 0, &x->prompt);
-    print_pace(p->o.json, "answer", "answer, tokens", 1, &x->answer);
-    if (first > 0) p->o.json ? put_json("first_token_seconds:%f", first) :
-                   (void)printf("  image and question %15.3f s to the first token\n", first);
-    if (p->o.json) put_json("memory:{peak:%l files:%l kv_cache:%l}", (long long)x->peak_bytes, (long long)x->file_bytes,
-                            (long long)x->cache_bytes);
-    else printf("  memory: at most %s; files %s, KV cache %s\n", x->peak_bytes ? human_bytes(text[0], x->peak_bytes) : "?",
-                human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
-}
-
-static void print_batch(int as_json, const astrovl_batch_speed *x) {
-    double tokens = (double)x->n * x->n_answer / x->seconds, alone = x->n_answer / x->one_seconds;
-    char size[32];
-    if (as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", x->n, x->n_prompt,
-                          x->n_answer, tokens, alone, x->gain, (long long)x->cache_bytes);
-    else printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; KV caches "
-                "%s)\n", x->n, tokens, x->gain, alone, x->n_answer, x->n_prompt, human_bytes(size, x->cache_bytes));
+    if (as_json) put_json("{name:%s rounds:%d", p->info.name, rounds);
+    else printf("%s, medians of %-3d %*s\n", p->info.name, rounds, 63 - (int)strlen(p->info.name), "reached of what the machine allows");
+    print_pace(as_json, "image", "one image", 0, &x->image);
+    print_pace(as_json, "prompt", "prompt, positions", 0, &x->prompt);
+    print_pace(as_json, "answer", "answer, tokens", 1, &x->answer);
+    if (x->first_token_seconds > 0) as_json ? put_json("first_token_seconds:%f", x->first_token_seconds) :
+                                    (void)printf("  image and question %15.3f s to the first token\n", x->first_token_seconds);
+    if (b->n && as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", b->n,
+                                  b->n_prompt, b->n_answer, together, alone, b->gain, (long long)b->cache_bytes);
+    else if (b->n) printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; KV "
+                          "caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(text[0], b->cache_bytes));
+    if (as_json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
+                          (long long)x->cache_bytes);
+    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "", x->peak_bytes ? human_bytes(text[0],
+                x->peak_bytes) : "?", human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
 }
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
@@ -2290,24 +2269,23 @@ static int use_synthetic(program *p) {
 
 static int bench_model(program *p) {
     int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
-    int rounds = p->o.rounds ? p->o.rounds : 3, n_batch;
+    int rounds = p->o.rounds ? p->o.rounds : 3;
     astrovl_speed speed;
     astrovl_batch_speed batch;
     astrovl_error err;
     astrovl_status status;
+    memset(&batch, 0, sizeof batch);
     if (n_prompt + n_tokens > ASTROVL_DEFAULT_CONTEXT)
         p->o.ctx = n_prompt + n_tokens < p->info.n_ctx_train ? n_prompt + n_tokens : p->info.n_ctx_train;
     p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds: drawing a bar for each layer would take time
-    n_batch = p->info.has_text ? p->o.n_batch : 0;         // last, since its memory is not the model's
     status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &err);
-    if (!status && n_batch) status = astrovl_measure_batch(p->session, n_prompt, n_tokens, n_batch, rounds, on_progress, p, &batch, &err);
+    if (!status && p->info.has_text && p->o.n_batch)       // last, since its memory is not the model's
+        status = astrovl_measure_batch(p->session, n_prompt, n_tokens, p->o.n_batch, rounds, on_progress, p, &batch, &err);
     clear_bar(p);
     if (status) return failed(&err);
-    print_speed(p, &speed, rounds);
-    if (n_batch) print_batch(p->o.json, &batch);
-    if (p->o.json) put_json("}\n");
+    print_speed(p, &speed, &batch, rounds);
     return EXIT_OK;
 }
 
