@@ -109,8 +109,11 @@ static void print_padded(const char *text, size_t size, int width) {
 }
 
 // 7340032 -> "7.3 MB"
-static const char *human_bytes(char text[32], uint64_t bytes) {
+static const char *human_bytes(uint64_t bytes) {
     static const char *const units[] = {"bytes", "kB", "MB", "GB", "TB"};
+    static char texts[4][32];              // of the last four calls
+    static int  n_calls;
+    char *text = texts[n_calls++ % 4];
     double value = (double)bytes;
     int unit = 0;
     while (value >= 999.5 && unit < 4) value /= 1000, unit++;
@@ -133,7 +136,8 @@ static void print_number(FILE *out, double value, int is_float32) {
 }
 
 // "577 x 1024", slowest dimension first
-static const char *shape_text(char text[128], const int64_t *shape, int n_dims, const char *between) {
+static const char *shape_text(const int64_t *shape, int n_dims, const char *between) {
+    static char text[128];
     int i, at = 0;
     text[0] = 0;
     for (i = 0; i < n_dims && at < 100; i++)
@@ -374,6 +378,7 @@ struct program {
     astrovl_model     *model;
     astrovl_session   *session, *more[MAX_TURNS];   // more[1] on: those that go on beside the first
     astrovl_info       info;               // of the model
+    astrovl_error      err;                // the last one
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
@@ -398,7 +403,14 @@ static void catch_interrupts(int on) {
 static int end_failure(int printed) { return (void)printed, fputc('\n', stderr), EXIT_FAILED; }
 // Says what went wrong, as printf, with a literal for its format. Its value is EXIT_FAILED.
 #define fail(...) end_failure(fprintf(stderr, "astrovl: " __VA_ARGS__))
-static int failed(const astrovl_error *err) { return fail("%s", err->message); }
+
+static void clear_bar(program *p) {
+    if (p->bar_drawn) fputs("\r\033[K", stderr);
+    p->bar_drawn = 0;
+}
+
+// The same of what the header says in p->err.
+static int failed(program *p) { return clear_bar(p), fail("%s", p->err.message); }
 
 // Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
@@ -446,18 +458,12 @@ static void find_shipped_model(program *p, const char *argv0) {
 // Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
 static void open_model(program *p) {
     astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
-    astrovl_error err;
     if (p->o.models.n == 0 && !p->shipped[0])
         exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m FILE", SHIPPED_MODEL, ASTROVL_DATA_DIR));
     if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
-    p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &err);
-    if (!p->model) exit(failed(&err));
+    p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
+    if (!p->model) exit(failed(p));
     astrovl_get_info(p->model, &p->info);
-}
-
-static void clear_bar(program *p) {
-    if (p->bar_drawn) fputs("\r\033[K", stderr);
-    p->bar_drawn = 0;
 }
 
 // Draws "image [########------------] 9/23" once the work has taken more than a second. per_second 0: do not say
@@ -498,9 +504,8 @@ static int on_text(void *user, const char *text, size_t size) {
 // tap, share: may be NULL
 static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user, astrovl_session *share) {
     astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"), share};
-    astrovl_error err;
-    astrovl_session *session = astrovl_session_new(p->model, &how, &err);
-    if (!session) exit(failed(&err));
+    astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
+    if (!session) exit(failed(p));
     return session;
 }
 
@@ -529,39 +534,41 @@ static void say_together(program *p, astrovl_turn *turns, int n) {
     catch_interrupts(0);
 }
 
-static char *say(program *p, const astrovl_image *images, int n_images, const char *text, astrovl_error *err) {
+static char *say(program *p, const astrovl_image *images, int n_images, const char *text) {
     astrovl_turn turn = {p->session, images, n_images, text, &p->o.how, NULL, {ASTROVL_OK, ""}};
     say_together(p, &turn, 1);
-    *err = turn.err;
+    p->err = turn.err;
     return turn.answer;
 }
 
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
-static void print_timings(const program *p, const astrovl_session *s, const char *label) {
-    astrovl_stats t;
-    if (p->o.quiet || p->o.json) return;
-    astrovl_get_stats(s, &t);
+static void print_timings(const astrovl_stats *t, const char *label) {
     print_label(stderr, label);
-    if (t.encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t.encode_seconds);
-    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t.n_prompt_tokens, t.prompt_seconds,
-            t.n_answer_tokens, t.decode_seconds);
-    if (t.decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t.n_answer_tokens / t.decode_seconds);
-    fprintf(stderr, "%s\n", t.stopped_by_limit ? ", cut short by the token limit" : "");
+    if (t->encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t->encode_seconds);
+    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t->n_prompt_tokens, t->prompt_seconds,
+            t->n_answer_tokens, t->decode_seconds);
+    if (t->decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t->n_answer_tokens / t->decode_seconds);
+    fprintf(stderr, "%s\n", t->stopped_by_limit ? ", cut short by the token limit" : "");
 }
 
-// file may be NULL.
-static void print_answer_json(const astrovl_session *s, const char *file, const char *prompt, const char *answer) {
+// Prints one answer's end: the JSON object, or the newline and the timings. file, label: may be NULL
+static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
+                          const char *answer) {
     astrovl_stats t;
     int i, n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
     astrovl_get_stats(s, &t);
-    put_json("{");
-    if (file) put_json("file:%s", file);
-    put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
-    for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
-    put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
-             t.prompt_seconds, t.decode_seconds);
+    if (p->o.json) {
+        put_json("{");
+        if (file) put_json("file:%s", file);
+        put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
+        for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
+        put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
+                 t.prompt_seconds, t.decode_seconds);
+    } else putchar('\n');
+    flush_output(p);
+    if (!p->o.json && !p->o.quiet) print_timings(&t, label);
 }
 
 static void print_error_json(const char *file, const astrovl_error *err) {
@@ -688,33 +695,20 @@ static uint64_t count_values(const int64_t *shape, int n_dims) {
 // Writes a file of numpy's format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes, the values.
 // Source: numpy.lib.format's documentation (NEP 1). Returns the values' hash.
 static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, const float *values) {
-    char dims[128], text[256];
-    unsigned char start[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, 0, 0};
+    char text[256];
     int used = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%s%s), }",
-                        shape_text(dims, shape, n_dims, ", "), n_dims == 1 ? "," : ""), broken;
+                        shape_text(shape, n_dims, ", "), n_dims == 1 ? "," : "");
     int size = (10 + used + 1 + 63) / 64 * 64 - 10;
     FILE *f = fopen(path, "wb");
     uint64_t hash;
     if (!f) exit(write_error(path));
-    put_le(start + 8, (uint64_t)size, 2);
-    fwrite(start, 1, sizeof start, f);
-    fprintf(f, "%-*s\n", size - 1, text);
+    fprintf(f, "\x93NUMPY%c%c%c%c%-*s\n", 1, 0, size & 0xFF, size >> 8, size - 1, text);
     hash = put_values(f, values, count_values(shape, n_dims));
-    broken = ferror(f);
-    if (fclose(f) != 0 || broken) exit(write_error(path));
+    if (ferror(f) || fclose(f) != 0) exit(write_error(path));
     return hash;
 }
 
 // ==== caption, ask ===================================================================================================
-// Prints one answer's end: the JSON object, or the newline and the timings.
-static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
-                          const char *answer) {
-    if (p->o.json) print_answer_json(s, file, prompt, answer);
-    else putchar('\n');
-    flush_output(p);
-    print_timings(p, s, label);
-}
-
 // Prints what a turn about `each` images has given, or why there is nothing. label: what it is about, or NULL
 static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, int each, const char *label) {
     int loaded = t->n_images == each;
@@ -728,7 +722,8 @@ static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, in
     if (loaded && label) putchar('\n');
     if (p->o.json) print_error_json(paths[loaded ? 0 : t->n_images], &t->err);
     flush_output(p);
-    return failed(&t->err);
+    p->err = t->err;
+    return failed(p);
 }
 
 // Asks about images in n fresh conversations, about `each` of them in a turn; the turns are taken together.
@@ -785,11 +780,10 @@ static const char chat_help[] = "  /image FILE  look at another image (shown wit
     "  /help        this list\n"
     "  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
-static void chat_image(chat_state *c, const char *path) {
+static void chat_image(program *p, chat_state *c, const char *path) {
     astrovl_image image;
-    astrovl_error err;
     memset(&image, 0, sizeof image);
-    if (*path && load_image(path, &image, &err) != ASTROVL_OK) { c->n_failed += failed(&err); return; }
+    if (*path && load_image(path, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
@@ -797,15 +791,14 @@ static void chat_image(chat_state *c, const char *path) {
 }
 
 static void chat_turn(program *p, chat_state *c, const char *text) {
-    astrovl_error err;
-    char *answer = say(p, &c->image, c->pending ? 1 : 0, text, &err);
-    int stopped = answer ? g_interrupted : err.status == ASTROVL_CANCELLED && c->interactive;
+    char *answer = say(p, &c->image, c->pending ? 1 : 0, text);
+    int stopped = answer ? g_interrupted : p->err.status == ASTROVL_CANCELLED && c->interactive;
     if (answer) c->pending = 0, finish_answer(p, p->session, NULL, NULL, text, answer);
     if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
     if (!answer && !stopped) {
         c->n_failed++;
-        failed(&err);
-        if (err.status == ASTROVL_ERROR_LIMIT) fail("/reset begins a new conversation");
+        failed(p);
+        if (p->err.status == ASTROVL_ERROR_LIMIT) fail("/reset begins a new conversation");
     }
     astrovl_free(answer);
 }
@@ -817,7 +810,7 @@ static int chat_command(program *p, chat_state *c, const char *line) {
         astrovl_session_reset(p->session);
         c->pending = c->image.rgb != NULL;
     } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
-        chat_image(c, line + 6 + strspn(line + 6, " "));
+        chat_image(p, c, line + 6 + strspn(line + 6, " "));
     } else {
         int known = strcmp(line, "/help") == 0;
         if (!known) fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
@@ -844,7 +837,7 @@ static int run_chat(program *p) {
     chat_state c;
     memset(&c, 0, sizeof c);
     open_model_and_session(p);
-    if (p->o.words.n == 1) chat_image(&c, p->o.words.items[0]);
+    if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0]);
     if (c.n_failed) return EXIT_FAILED;              // the image is none: do not talk about nothing
     c.interactive = !p->o.prompt && is_terminal(0);
     if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
@@ -854,8 +847,22 @@ static int run_chat(program *p) {
 }
 
 // ==== tokens =========================================================================================================
-static int print_tokens(program *p, const int32_t *tokens, int n) {
-    int i, size;
+// Returns the tokens of a text, *n of them.
+static int32_t *encode_text(program *p, const char *text, size_t size, int flags, int *n) {
+    int32_t *tokens;
+    int room = 0;
+    do {
+        tokens = (int32_t *)new_memory(p, (size_t)room, sizeof *tokens);
+        *n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, room, &p->err) :
+                         astrovl_tokenize(p->model, text, size, flags, tokens, room, &p->err);
+        if (*n < 0) exit(failed(p));
+    } while (*n > room && (room = *n));
+    return tokens;
+}
+
+static int print_tokens(program *p, const char *word, size_t word_size) {
+    int i, n, size;
+    int32_t *tokens = encode_text(p, word, word_size, p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, &n);
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
@@ -878,27 +885,12 @@ static int print_tokens(program *p, const int32_t *tokens, int n) {
     return EXIT_OK;
 }
 
-// Returns the tokens of a text, *n of them.
-static int32_t *encode_text(program *p, const char *text, size_t size, int flags, int *n) {
-    int32_t *tokens;
-    astrovl_error err;
-    int room = 0;
-    do {
-        tokens = (int32_t *)new_memory(p, (size_t)room, sizeof *tokens);
-        *n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, room, &err) :
-                         astrovl_tokenize(p->model, text, size, flags, tokens, room, &err);
-        if (*n < 0) exit(failed(&err));
-    } while (*n > room && (room = *n));
-    return tokens;
-}
-
 // Prints what ids, separated by blanks or commas, spell.
 static int decode_ids(program *p, const char *text, size_t size) {
     static const char separators[] = " ,\t\r\n";
     int32_t *ids = (int32_t *)new_memory(p, size / 2 + 1, sizeof *ids);
     int n = 0;
     char *end, *decoded;
-    astrovl_error err;
     for (text += strspn(text, separators); *text; text = end + strspn(end, separators)) {
         unsigned long long value = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || !strchr(separators, *end) || value > INT32_MAX ||
@@ -906,8 +898,8 @@ static int decode_ids(program *p, const char *text, size_t size) {
             return fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text);
         ids[n++] = (int32_t)value;
     }
-    decoded = astrovl_detokenize(p->model, ids, n, &err);
-    if (!decoded) return failed(&err);
+    decoded = astrovl_detokenize(p->model, ids, n, &p->err);
+    if (!decoded) return failed(p);
     print_text(p, decoded, strlen(decoded));
     if (p->safe_output) putchar('\n');       // a terminal's next line; a pipe gets the bytes as they are
     astrovl_free(decoded);
@@ -917,23 +909,16 @@ static int decode_ids(program *p, const char *text, size_t size) {
 static int run_tokens(program *p) {
     const char *word = p->o.words.n ? p->o.words.items[0] : "-";
     size_t size = strlen(word);
-    int32_t *tokens;
-    int n;
     if ((p->o.ids || p->o.clip) && (p->o.json || (p->o.clip && p->o.decode)))
         return usage_error(p->cmd, "--ids or --json, not both; --clip prints ids");
     open_model(p);
     if (strcmp(word, "-") == 0) word = read_text(p, word, &size);
-    if (p->o.decode) return decode_ids(p, word, size);
-    tokens = encode_text(p, word, size, p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, &n);
-    return print_tokens(p, tokens, n);
+    return (p->o.decode ? decode_ids : print_tokens)(p, word, size);
 }
 
 // ==== inspect ========================================================================================================
-static const char *value_type_name(astrovl_value_type type) {
-    static const char *const names[] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
-                                        "u64", "i64", "f64"};
-    return (unsigned)type < sizeof names / sizeof *names ? names[type] : "?";
-}
+// By astrovl_value_type.
+static const char *const value_types[] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"};
 
 // One value of a metadata entry, as JSON. long_strings: 0 cuts strings for the screen.
 static void print_value(const astrovl_gguf *file, int index, uint64_t i, int long_strings) {
@@ -960,10 +945,10 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
     uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
     char type[64];
-    snprintf(type, sizeof type, is_array ? "%s[%llu]" : "%s", value_type_name(kv->item_type), (unsigned long long)kv->count);
+    snprintf(type, sizeof type, is_array ? "%s[%llu]" : "%s", value_types[kv->item_type], (unsigned long long)kv->count);
     if (as_json) {
         put_json("%k", kv->key);
-        if (shown < kv->count) put_json("{type:%s count:%l first:", value_type_name(kv->item_type), (long long)kv->count);
+        if (shown < kv->count) put_json("{type:%s count:%l first:", value_types[kv->item_type], (long long)kv->count);
         if (is_array) put_json("[");
     } else {
         printf("  ");
@@ -983,7 +968,6 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
 static void print_tensor(const astrovl_tensor *t, int as_json) {
     int64_t shape[4];
     int i, n = t->n_dims;
-    char text[128];
     for (i = 0; i < n; i++) shape[i] = t->ne[n - 1 - i];
     if (as_json) {
         put_json("{name:%s type:%s shape:[", t->name, astrovl_type_name(t->type));
@@ -993,7 +977,7 @@ static void print_tensor(const astrovl_tensor *t, int as_json) {
     }
     printf("  ");
     print_padded(t->name, strlen(t->name), 28);
-    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(text, shape, n, " x "), (unsigned long long)t->n_bytes);
+    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(shape, n, " x "), (unsigned long long)t->n_bytes);
 }
 
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
@@ -1012,25 +996,23 @@ static totals add_up(const astrovl_gguf *file) {
 }
 
 static void print_totals(const totals *sums) {
-    char text[32];
     int k;
     for (k = 0; k <= N_TYPES; k++)
         if (sums->of[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(text, sums->of[k][2]));
+                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(sums->of[k][2]));
 }
 
 static void print_file(const program *p, const astrovl_gguf *file) {
     int i, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
     const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
     totals sums = add_up(file);
-    char text[32];
     if (as_json) {
         put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
                  order, (long long)astrovl_gguf_size(file));
     } else {
         print_safe(stdout, astrovl_gguf_name(file));
         printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file), order,
-               human_bytes(text, astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
+               human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     }
     for (i = 0; i < n_kv; i++) print_kv(p, file, i);
     if (as_json) put_json("} tensors:[");
@@ -1069,28 +1051,22 @@ static void print_parts(int j, const astrovl_info *m) {
 }
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
-static void print_model(const program *p, const list *paths) {
-    astrovl_error err;
-    astrovl_info info;
-    astrovl_model *model = astrovl_open_files(paths->items, paths->n, NULL, &err);
-    char text[32];
-    if (model) astrovl_get_info(model, &info);
-    if (p->o.json) {
-        put_json("model:{");
-        if (model) put_json("name:%s parameters:%l weight_bytes:%l template:%s", info.name, (long long)info.n_params,
-                            (long long)info.n_weight_bytes, astrovl_template_name(info.chat_template));
-        else put_json("error:%s", err.message);
-        if (model) print_parts(1, &info);
-        put_json("}");
-    } else if (model) {
-        printf("what this makes up\n  name            ");
-        print_string(stdout, info.name, strlen(info.name), 1);
-        putchar('\n');
-        print_parts(0, &info);
-        printf("  template        %s\n  weights         %llu parameters in %s\n", astrovl_template_name(info.chat_template),
-               (unsigned long long)info.n_params, human_bytes(text, info.n_weight_bytes));
-    } else printf("no model that astrovl can run: %s\n", err.message);
-    astrovl_close(model);
+static void print_model(program *p, const list *paths) {
+    const astrovl_info *m = &p->info;
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    if (!p->model) {
+        if (p->o.json) put_json("model:{error:%s}", p->err.message);
+        else printf("no model that astrovl can run: %s\n", p->err.message);
+        return;
+    }
+    astrovl_get_info(p->model, &p->info);
+    if (p->o.json) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+                            (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
+    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
+                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
+    print_parts(p->o.json, m);
+    if (p->o.json) put_json("}");
+    else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
 static void on_problem(void *user, const char *message) {
@@ -1103,15 +1079,13 @@ static int check_model(program *p, const list *paths) {
     static const struct { const char *command; int use; } rows[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
         {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
-    astrovl_info m;
-    astrovl_error err;
+    const astrovl_info *m = &p->info;
     int i, uses[5];
-    p->model = astrovl_open_files(paths->items, paths->n, &how, &err);
-    memset(&m, 0, sizeof m);
-    if (p->model) astrovl_get_info(p->model, &m);
-    else if (!p->problems.n) on_problem(p, err.message);
-    uses[4] = m.has_vocab, uses[3] = m.has_joint_image, uses[2] = m.has_joint_image && m.has_joint_text;
-    uses[1] = m.has_text && m.has_vocab, uses[0] = uses[1] && m.has_vision && m.has_projector;
+    p->model = astrovl_open_files(paths->items, paths->n, &how, &p->err);
+    if (p->model) astrovl_get_info(p->model, &p->info);
+    else if (!p->problems.n) on_problem(p, p->err.message);
+    uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
+    uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
     if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
     else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
@@ -1128,7 +1102,6 @@ static int check_model(program *p, const list *paths) {
 static int run_inspect(program *p) {
     list *paths = p->o.words.n ? &p->o.words : &p->o.models;
     astrovl_gguf **files;
-    astrovl_error err;
     int i;
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
@@ -1136,7 +1109,7 @@ static int run_inspect(program *p) {
     if (p->o.check) return check_model(p, paths);
     files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (i = 0; i < paths->n; i++)                         // all, before anything is printed: half a JSON text is none
-        if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &err))) exit(failed(&err));
+        if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
     if (p->o.json) put_json("{files:[");
     for (i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     if (p->o.json) put_json("]");
@@ -1151,7 +1124,6 @@ static void print_quantized(const program *p, const astrovl_gguf *in, const astr
     totals sums = add_up(out);
     long long sizes[2] = {(long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out)};
     double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
-    char text[2][32];
     int k;
     if (p->o.json) {
         put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
@@ -1160,8 +1132,8 @@ static void print_quantized(const program *p, const astrovl_gguf *in, const astr
         for (k = 0; k < N_TYPES; k++) if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
         put_json("}}\n");
     } else if (!p->o.quiet) {
-        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes(text[0], (uint64_t)sizes[0]),
-               human_bytes(text[1], (uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
+        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes((uint64_t)sizes[0]),
+               human_bytes((uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
         print_totals(&sums);
     }
     if (p->o.quiet) return;
@@ -1172,20 +1144,19 @@ static void print_quantized(const program *p, const astrovl_gguf *in, const astr
 static int run_quantize(program *p) {
     const char *const *words = p->o.words.items;
     astrovl_quantize_report report;
-    astrovl_error err;
-    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &err), *out = NULL;
+    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &p->err), *out = NULL;
     double start = astrovl_seconds();
-    astrovl_status status = in ? ASTROVL_OK : err.status;
+    astrovl_status status = in ? ASTROVL_OK : p->err.status;
     p->started = time(NULL);
     catch_interrupts(1);                   // nothing is left behind
-    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &err);
+    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &p->err);
     clear_bar(p);
-    if (!status) out = astrovl_gguf_open(words[1], 0, &err);
+    if (!status) out = astrovl_gguf_open(words[1], 0, &p->err);
     if (out) print_quantized(p, in, out, &report, astrovl_seconds() - start);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
-    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", err.message);
-    return out ? EXIT_OK : failed(&err);
+    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", p->err.message);
+    return out ? EXIT_OK : failed(p);
 }
 
 // ==== trace ==========================================================================================================
@@ -1210,7 +1181,7 @@ static int count_call(trace_state *t, const char *name) {
 
 // "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
 static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
-    char file[256], dims[128], path[4096], *c;
+    char file[256], path[4096], *c;
     int call = count_call(t, name);
     uint64_t hash;
     snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
@@ -1218,19 +1189,19 @@ static void save_tensor(trace_state *t, const char *name, int layer, const int64
         if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
     snprintf(path, sizeof path, "%s/%s", t->folder, file);
     hash = save_npy(path, shape, n_dims, data);
-    fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call, shape_text(dims, shape, n_dims, "x"),
+    fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call, shape_text(shape, n_dims, "x"),
             (unsigned long long)hash);
 }
 
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
     uint64_t n = count_values(shape, n_dims);
-    char dims[128], line[512];
+    char line[512];
     if (t->folder) {
         save_tensor(t, name, layer, shape, n_dims, data);
     } else {
         int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
-                            shape_text(dims, shape, n_dims, "x"));
+                            shape_text(shape, n_dims, "x"));
         t->total = fnv1a64(t->total, line, (size_t)size);
         fputs(line, stdout);
     }
@@ -1252,8 +1223,7 @@ static int run_trace(program *p) {
     trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
     astrovl_image image = {0, 0, NULL, 0};
-    astrovl_error err;
-    char *answer, size[32];
+    char *answer;
     t->p = p;
     t->folder = p->o.out;
     t->total = FNV_START;
@@ -1262,18 +1232,17 @@ static int run_trace(program *p) {
     open_model(p);
     p->session = new_session(p, ASTROVL_EXACT, on_tensor, t, NULL);
     if (t->folder) open_trace_folder(p, t);
-    if (n_images && load_image(p->o.words.items[0], &image, &err) != ASTROVL_OK) return failed(&err);
-    answer = say(p, &image, n_images, p->o.words.items[n_images], &err);
+    if (n_images && load_image(p->o.words.items[0], &image, &p->err) != ASTROVL_OK) return failed(p);
+    answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
-    if (p->stop) exit(EXIT_FAILED);
-    if (!answer) return failed(&err);
+    if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
     if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error("index.tsv");
     if (!t->folder) {
         printf("total %016llx of %llu tensors\nanswer ", (unsigned long long)t->total, (unsigned long long)t->n_tensors);
         print_string(stdout, answer, strlen(answer), 1);
     } else if (!p->o.quiet) {
         fprintf(stderr, "%llu tensors, %s, in %s; index.tsv lists them in the order they were computed\n",
-                (unsigned long long)t->n_tensors, human_bytes(size, t->n_bytes), t->folder);
+                (unsigned long long)t->n_tensors, human_bytes(t->n_bytes), t->folder);
     }
     putchar('\n');
     astrovl_free(answer);
@@ -1302,18 +1271,16 @@ static float *row_of(const program *p, float *rows, int i) { return rows + (size
 // and the row are zeros. Returns how many could be.
 static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
     astrovl_image images[MAX_BATCH];
-    astrovl_error err;
     size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
-        ok[i] = load_image(paths[i], &images[good], &err) == ASTROVL_OK;
+        ok[i] = load_image(paths[i], &images[good], &p->err) == ASTROVL_OK;
         good += ok[i];
         if (ok[i]) continue;
-        clear_bar(p);
-        failed(&err);
-        if (p->o.json) print_error_json(paths[i], &err);
+        failed(p);
+        if (p->o.json) print_error_json(paths[i], &p->err);
     }
-    if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &err) != ASTROVL_OK) exit(failed(&err));
+    if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
     for (i = n - 1, next = good; i >= 0; i--)              // from the rows of the good ones to those of all
         if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), row_size);
@@ -1346,12 +1313,11 @@ static int embed_images(program *p, const char *const *paths, int n, float *rows
 }
 
 static void embed_texts(program *p, const char *const *texts, int n, float *rows) {
-    astrovl_error err;
     int i, some;
     for (i = 0; i < n; i += some) {
         some = n - i < 32 ? n - i : 32;
         draw_bar(p, "texts", i, n, 0);
-        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &err) != ASTROVL_OK) exit(failed(&err));
+        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err) != ASTROVL_OK) exit(failed(p));
     }
     clear_bar(p);
 }
@@ -1746,10 +1712,9 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
     for (i = 0; i < all.n; i++) {
         const char *name = all.items[i];
-        int known = (i && strcmp(name, all.items[i - 1]) == 0) ||
-                    (ix->names.n && bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text));
-        *n_known += known;
-        if (!known) list_add(p, todo, name, strlen(name));
+        if ((i && strcmp(name, all.items[i - 1]) == 0) ||
+            (ix->names.n && bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
+        else list_add(p, todo, name, strlen(name));
     }
     if (*n_known && !p->o.quiet) fprintf(stderr, "astrovl: %s: has %d of these %d images already\n", ix->path, *n_known, all.n);
     return status;
@@ -1797,14 +1762,13 @@ static int search_index(program *p, image_index *ix, const char *query) {
     int i, k = p->o.best ? p->o.best : 10, n = 0;
     float *row = new_rows(p, 1);
     astrovl_hit *hits;
-    astrovl_error err;
     char ok;
     if (k > ix->names.n) k = ix->names.n;
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
-    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &err);
-    if (n < 0) return failed(&err);
+    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &p->err);
+    if (n < 0) return failed(p);
     if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
         const char *name = ix->names.items[hits[i].row];
@@ -1822,8 +1786,7 @@ static int run_search(program *p) {
     open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
     ix = new_index(p, p->o.words.items[0]);
     ix->keep_rows = 1;
-    ix->file = fopen(ix->path, "rb");
-    if (!ix->file) return cannot_open(ix->path);
+    if (!(ix->file = fopen(ix->path, "rb"))) return cannot_open(ix->path);
     if (read_index_header(ix) < INDEX_HEADER) return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
     read_records(p, ix);
     fclose(ix->file);
@@ -1848,10 +1811,9 @@ typedef struct sample {
 static list read_member(program *p, const lines *l, const char *key, int least, int most) {
     list strings = {NULL, 0, 0};
     char what[128];
-    astrovl_error err;
     int i, n = 0;
-    char **texts = astrovl_json_strings(l->line, l->size, key, &n, &err);
-    if (!texts) line_error(l, err.message);
+    char **texts = astrovl_json_strings(l->line, l->size, key, &n, &p->err);
+    if (!texts) line_error(l, p->err.message);
     snprintf(what, sizeof what, n ? "\"%s\" is to be one text" : "\"%s\" is missing; a line is {\"image\": FILE, ...}", key);
     if (n < least || n > most) line_error(l, what);
     for (i = 0; i < n; i++) list_add(p, &strings, texts[i], strlen(texts[i]));
@@ -1974,7 +1936,7 @@ static int save_plot(const char *path, const retrieval *r) {
         "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
     double bins[2][BINS] = {{0}};
     const panel a = {70, 0, 100, 20, 100, 20}, b = count_cosines(r, bins);
-    int i, k, broken;
+    int i, k;
     char text[64];
     FILE *f = fopen(path, "wb");
     if (!f) return write_error(path);
@@ -1997,15 +1959,13 @@ static int save_plot(const char *path, const retrieval *r) {
         svg_legend(f, 570, 84 + 20 * k, style[k], text);
     }
     fputs("</svg>\n", f);
-    broken = ferror(f);
-    return fclose(f) != 0 || broken ? write_error(path) : EXIT_OK;
+    return ferror(f) || fclose(f) != 0 ? write_error(path) : EXIT_OK;
 }
 
 static int evaluate_retrieval(program *p, sample *samples, int n) {
     const char **names = (const char **)new_memory(p, (size_t)n, sizeof *names);
     float *images, *texts;
     retrieval r;
-    astrovl_error err;
     int i;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
     images = new_rows(p, n), texts = new_rows(p, n);
@@ -2016,7 +1976,7 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
     r.n = n;
     r.cosines[0] = (float *)new_memory(p, (size_t)n, 2 * sizeof(float));
     r.cosines[1] = r.cosines[0] + n;
-    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &err)) return failed(&err);
+    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &p->err)) return failed(p);
     print_retrieval(p, &r);
     return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
@@ -2033,7 +1993,7 @@ typedef struct vqa {
 } vqa;
 
 static void score_sample(program *p, vqa *t, sample *x) {
-    const char *texts[2];
+    const char *texts[2] = {x->text, x->reference};
     float *rows, cosine;
     int i, *named = t->confusion + x->truth * (t->classes.n + 2);
     x->named = astrovl_first_named(x->text, t->classes.items, t->classes.n);
@@ -2047,7 +2007,6 @@ static void score_sample(program *p, vqa *t, sample *x) {
     named[t->classes.n + 1]++;
     if (!x->reference || !p->info.has_joint_text) return;
     rows = new_rows(p, 2);
-    texts[0] = x->text, texts[1] = x->reference;
     embed_texts(p, texts, 2, rows);
     astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
     t->semantic += x->semantic = cosine;
@@ -2089,7 +2048,6 @@ static void print_vqa(int as_json, const vqa *t) {
 static int evaluate_vqa(program *p, sample *samples, int n) {
     vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
-    astrovl_error err;
     sample *x;
     open_towers(p, 0);
     for (x = samples; x < samples + n; x++) {
@@ -2100,10 +2058,10 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
     for (x = samples; x < samples + n; x++) {
         draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
-        if (load_image(x->path, &image, &err) != ASTROVL_OK) exit(failed(&err));
-        x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT, &err);
+        if (load_image(x->path, &image, &p->err) != ASTROVL_OK) exit(failed(p));
+        x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT);
         astrovl_image_free(&image);
-        if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(&err));
+        if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));
         score_sample(p, &t, x);
     }
     clear_bar(p);
@@ -2141,7 +2099,6 @@ static int summarize_file(program *p, const char *path) {
     const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt : p->o.schema || p->o.regex ? plain_prompt :
                          summary_prompt, *query = p->o.query ? p->o.query : "";
     size_t size = 0, room;
-    astrovl_error err;
     char *abstract = read_text(p, path, &size), *request, *answer;
     if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
     while (size && isspace((unsigned char)abstract[size - 1])) abstract[--size] = 0;
@@ -2150,8 +2107,8 @@ static int summarize_file(program *p, const char *path) {
     request = (char *)new_memory(p, room, 1);
     snprintf(request, room, "%s\n\nAbstract: %s%s%s", prompt, abstract, *query ? "\n\nQuery: " : "", query);
     astrovl_session_reset(p->session);
-    answer = say(p, NULL, 0, request, &err);
-    if (!answer) return fail("%s: %s", path, err.message);
+    answer = say(p, NULL, 0, request);
+    if (!answer) return fail("%s: %s", path, p->err.message);
     finish_answer(p, p->session, path, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
@@ -2161,7 +2118,6 @@ static int run_summarize(program *p) {
     const char *path = p->o.schema, *schema = p->o.boolean ? "{\"type\": \"boolean\"}" : summary_schema;
     size_t size = strlen(schema);
     int i, status = EXIT_OK;
-    astrovl_error err;
     astrovl_guide *guide;
     if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1) return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
@@ -2169,8 +2125,8 @@ static int run_summarize(program *p) {
     if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;        // lists tempt small models to say one thing again
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
-    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &err) : astrovl_guide_schema(p->model, schema, size, &err);
-    if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", err.message);
+    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) : astrovl_guide_schema(p->model, schema, size, &p->err);
+    if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
     p->o.how.guide = guide;
     for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
     astrovl_guide_free(guide);
@@ -2181,8 +2137,7 @@ static int run_summarize(program *p) {
 static int bench_search(program *p) {
     const int n = p->o.rows ? p->o.rows : 1000000, d = p->o.dims ? p->o.dims : 512, rounds = p->o.rounds ? p->o.rounds : 9;
     double seconds[2], ratio, gigabytes = (double)n * d * 2e-9;
-    astrovl_error err;
-    if (astrovl_measure_search(n, d, rounds, p->o.threads, seconds, &err)) return failed(&err);
+    if (astrovl_measure_search(n, d, rounds, p->o.threads, seconds, &p->err)) return failed(p);
     ratio = seconds[0] / seconds[1];
     if (p->o.json) put_json("{rows:%d dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", n, d, seconds[0], seconds[1], ratio);
     else printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them once    %9.2f "
@@ -2204,7 +2159,6 @@ static void print_pace(int as_json, const char *key, const char *what, int is_by
 static void print_speed(const program *p, const astrovl_speed *x, const astrovl_batch_speed *b, int rounds) {
     const int as_json = p->o.json;
     double together = (double)b->n * b->n_answer / b->seconds, alone = b->n_answer / b->one_seconds;
-    char text[3][32];
     if (as_json) put_json("{name:%s rounds:%d", p->info.name, rounds);
     else printf("%s, medians of %-3d %*s\n", p->info.name, rounds, 63 - (int)strlen(p->info.name), "reached of what the machine allows");
     print_pace(as_json, "image", "one image", 0, &x->image);
@@ -2215,33 +2169,29 @@ static void print_speed(const program *p, const astrovl_speed *x, const astrovl_
     if (b->n && as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", b->n,
                                   b->n_prompt, b->n_answer, together, alone, b->gain, (long long)b->cache_bytes);
     else if (b->n) printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; KV "
-                          "caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(text[0], b->cache_bytes));
+                          "caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(b->cache_bytes));
     if (as_json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
                           (long long)x->cache_bytes);
-    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "", x->peak_bytes ? human_bytes(text[0],
-                x->peak_bytes) : "?", human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
+    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "", x->peak_bytes ? human_bytes(x->peak_bytes) : "?", human_bytes(x->file_bytes), human_bytes(x->cache_bytes));
 }
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
 static void need_synthetic(program *p, const char *folder, int type, int tied, const astrovl_info *sizes) {
     char name[96], *path;
     astrovl_info there;
-    astrovl_error err;
     astrovl_model *model;
-    astrovl_status status = ASTROVL_OK;
     snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
     path = join_path(p, folder, strlen(folder), name);
-    model = astrovl_open(path, NULL, &err);
+    model = astrovl_open(path, NULL, &p->err);
     if (model) astrovl_get_info(model, &there);
     if (!model || strcmp(there.name, sizes->name) != 0) {
         p->started = time(NULL);
         catch_interrupts(1);               // nothing is left behind
-        status = astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err);
+        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &p->err)) exit(failed(p));
         catch_interrupts(0);
         clear_bar(p);
     }
     astrovl_close(model);
-    if (status) exit(failed(&err));
     fprintf(stderr, "%s: a model of random weights, kept for the next time\n", path);
     list_add(p, &p->o.models, path, strlen(path));
 }
@@ -2272,7 +2222,6 @@ static int bench_model(program *p) {
     int rounds = p->o.rounds ? p->o.rounds : 3;
     astrovl_speed speed;
     astrovl_batch_speed batch;
-    astrovl_error err;
     astrovl_status status;
     memset(&batch, 0, sizeof batch);
     if (n_prompt + n_tokens > ASTROVL_DEFAULT_CONTEXT)
@@ -2280,30 +2229,22 @@ static int bench_model(program *p) {
     p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds: drawing a bar for each layer would take time
-    status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &err);
+    status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &p->err);
     if (!status && p->info.has_text && p->o.n_batch)       // last, since its memory is not the model's
-        status = astrovl_measure_batch(p->session, n_prompt, n_tokens, p->o.n_batch, rounds, on_progress, p, &batch, &err);
+        status = astrovl_measure_batch(p->session, n_prompt, n_tokens, p->o.n_batch, rounds, on_progress, p, &batch, &p->err);
+    if (status) return failed(p);
     clear_bar(p);
-    if (status) return failed(&err);
     print_speed(p, &speed, &batch, rounds);
     return EXIT_OK;
-}
-
-static void print_likeness(int as_json, const char *key, const char *what, const astrovl_likeness *x) {
-    if (as_json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f perplexity_ratio:%f}", key,
-                          x->cosine, x->least_cosine, x->difference, x->same, x->perplexity, x->ratio);
-    else printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n", what, x->cosine, x->least_cosine, x->difference, 100 * x->same,
-                x->perplexity, x->ratio);
 }
 
 // Fast mode's logits, held against exact mode's.
 static int bench_accuracy(program *p, const char *path) {
     size_t size = 0;
     char *text = read_text(p, path, &size);
-    int n, most = p->o.n_tokens ? p->o.n_tokens : 512;
+    int i, n, most = p->o.n_tokens ? p->o.n_tokens : 512;
     int32_t *tokens = encode_text(p, text, size, ASTROVL_ADD_SPECIAL, &n);
     astrovl_accuracy a;
-    astrovl_error err;
     if (p->info.has_text && most > p->info.n_ctx_train) most = p->info.n_ctx_train;
     if (n > most) n = most;
     if (n < 2) return fail("%s: two tokens at least are wanted", path);
@@ -2311,13 +2252,18 @@ static int bench_accuracy(program *p, const char *path) {
     p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
     p->more[1] = new_session(p, ASTROVL_EXACT, NULL, NULL, NULL);
     p->started = time(NULL);
-    if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &err)) return clear_bar(p), failed(&err);
+    if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &p->err)) return failed(p);
     clear_bar(p);
     if (p->o.json) put_json("{name:%s tokens:%d exact_perplexity:%f", p->info.name, n, a.reference_perplexity);
     else printf("%s, %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s %9s\n",
                 p->info.name, n, a.reference_perplexity, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
-    print_likeness(p->o.json, "prompt", "read together, as prompts", &a.prompt);
-    print_likeness(p->o.json, "steps", "one by one, as answers", &a.steps);
+    for (i = 0; i < 2; i++) {
+        const astrovl_likeness *x = i ? &a.steps : &a.prompt;
+        if (p->o.json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f perplexity_ratio:%f}",
+                                i ? "steps" : "prompt", x->cosine, x->least_cosine, x->difference, x->same, x->perplexity, x->ratio);
+        else printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n", i ? "one by one, as answers" : "read together, as prompts",
+                    x->cosine, x->least_cosine, x->difference, 100 * x->same, x->perplexity, x->ratio);
+    }
     if (p->o.json) put_json("}\n");
     return EXIT_OK;
 }
@@ -2437,16 +2383,14 @@ static const command commands[] = {
      "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the last two\n"
      "optional. The model describes each image; counted are the class it names, the feature words it uses, and how close its\n"
      "text tower sees text and reference (AstroLLaVA's benchmark). Files are named as seen from the .jsonl file's folder.",
-     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
-     "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
+     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
      "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
      "A language model reads a text and answers in a form that it cannot leave: by default the schema that PAPERCLIP trains on,\n"
      "{\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes another JSON schema,\n"
      "--regex a pattern; --bool makes it judge whether the observations would show what --query names. What the model is told\n"
      "to do can be replaced with --prompt. The shipped model is too small for sensible content; take a larger one with -m.",
-     "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
-     "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
+     "  astrovl summarize -m instruct-model.gguf abstract.txt\n  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
     {"bench", BENCH, run_bench, 0, 2, "wanted: bench, bench search, or bench accuracy TEXTFILE", "bench [OPTIONS] [search | accuracy TEXTFILE]", "measure how fast a model is here",
      "Measures a model, and what this machine could do at most, in turns: encoding one image, reading a prompt, writing after it.\n"
@@ -2455,8 +2399,8 @@ static const command commands[] = {
      "each token needs (the KV cache is not counted) are held against merely reading them. Tokens are fixed, so answers do not\n"
      "matter: --synthetic makes files of random weights in the shapes of known models. The KV cache is part of the peak memory,\n"
      "files as far as they were read. ASTROVL_ISA=avx2 (or portable, avx512) in the environment measures simpler kernels.\n"
-     "Last, --batch answers are written together, as caption --batch does, and one alone, in turns: each after --prompt positions in\n"
-     "a KV cache of its own (made up, not read). The ratio says how many times the tokens a second come of it.\n"
+     "Last, --batch answers are written together, as caption --batch does, and one alone, in turns, each after --prompt positions\n"
+     "that are made up: the ratio is that of the tokens a second.\n"
      "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.\n"
      "accuracy: reads a text's first tokens in exact and in fast mode, in that together and one by one, and compares the logits at\n"
      "each: their cosine (mean, least), the largest difference, how often the likeliest token is the same, and the perplexity.",
@@ -2473,8 +2417,7 @@ static void print_overview(FILE *out) {
     fprintf(out, "astrovl %s: looks at astronomical images and says what it sees.\n\n"
             "Usage: astrovl COMMAND [OPTIONS] ...\n\nCommands:\n", ASTROVL_VERSION);
     for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
-    fprintf(out, "\nastrovl COMMAND --help describes a command and its options. For a start:\n"
-            "  astrovl caption test/images/*\n");
+    fprintf(out, "\nastrovl COMMAND --help describes a command and its options. For a start:\n  astrovl caption test/images/*\n");
 }
 
 static const command *find_command(const char *name) {
