@@ -694,11 +694,12 @@ typedef struct astrovl_batch_speed {
     double   gain;                         // n * one_seconds / seconds: so many times the tokens a second
     uint64_t cache_bytes;                  // all n KV caches
 } astrovl_batch_speed;
-// Medians of n_rounds, each of which writes one answer and then n_batch together, so that a gain is of one minute. Each answer has a
-// KV cache of its own, whose n_prompt positions are made up instead of read: what they hold does not change the time. The session's
+// Medians of n_rounds, each of which writes one answer and then n_batch together, so that a gain is of one minute. Each answer has
+// a KV cache of its own, whose n_prompt positions are made up instead of read: what they hold does not change the time. The session's
 // conversation is left alone. What does not fit its context is cut. The rest is as above.
 ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
-                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err);
+                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed,
+                                                 astrovl_error *err);
 
 // Medians of n_rounds, each of which searches n_rows of n_dims random float16 for the best 10 (astrovl_search), then reads the same
 // memory once (astrovl_measure_read). seconds: out, [search, reading].  ARGUMENT (counts below 1), MEMORY.
@@ -710,7 +711,7 @@ typedef struct astrovl_likeness {
     double cosine, least_cosine;           // of a position's logits: the mean, the least
     double difference;                     // the largest of two logits
     double same;                           // share of positions with the same likeliest token
-    double perplexity, ratio;              // exp(mean of -log p(the next token)); over the reference's. NaN for one token
+    double perplexity, ratio;              // exp(mean of -log p(the next token)); that over the reference's. NaN for one token
 } astrovl_likeness;
 typedef struct astrovl_accuracy {
     astrovl_likeness prompt, steps;        // tokens read together, as a prompt is; one after another, as an answer is written
@@ -719,8 +720,8 @@ typedef struct astrovl_accuracy {
 // What a session (fast mode, say) makes of a text, held against a reference (exact mode; of the same model, or of one with the same
 // vocabulary). tokens: at least one. Ends both conversations.  ARGUMENT (no token, other vocabularies), MODEL (no language model),
 // LIMIT (the text is longer than a context), MEMORY, CANCELLED (by a session's progress).
-ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens, int n_tokens,
-                                                    astrovl_accuracy *accuracy, astrovl_error *err);
+ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens,
+                                                    int n_tokens, astrovl_accuracy *accuracy, astrovl_error *err);
 
 // How well a set of n pairs is told apart (PAPERCLIP, arXiv 2403.08851, sections 3.3 and 4.1).
 typedef struct astrovl_retrieval {
@@ -728,8 +729,9 @@ typedef struct astrovl_retrieval {
     double share[2][101];          // [image -> text, text -> image][k]: partner among the best k percent (astrovl_top_k_accuracy)
     double mean[2], median[2];     // cosines of [pairs, wrong pairs]
 } astrovl_retrieval;
-// images, texts: [n][n_dims], normalised, row i of one belonging to row i of the other;  cosines: out, [pairs, wrong pairs][n], each
-// ascending. Wrong pairs are drawn by a fixed sequence: of each image one, of each text one.  ARGUMENT (fewer than two pairs), MEMORY.
+// images, texts: [n][n_dims], normalised, row i of one belonging to row i of the other;  cosines: out, [pairs, wrong pairs][n],
+// each ascending. Wrong pairs are drawn by a fixed sequence: one of each image, one of each text.
+// ARGUMENT (fewer than two pairs), MEMORY.
 ASTROVL_API astrovl_status astrovl_measure_retrieval(const float *images, const float *texts, int n, int n_dims, float logit_scale,
                                                      float *cosines, astrovl_retrieval *r, astrovl_error *err);
 // Which of n words (or terms of several words) a text names first, of those that begin there the longest; as whole words, in any
@@ -14200,8 +14202,8 @@ ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_promp
 }
 
 // Writes n answers of n_answer tokens together, a token of each per step.  logits: scratch, [AVL__STEP_ROWS][n_vocab]
-static astrovl_status avl__measure_steps(const astrovl_session *s, avl__kv_cache *caches, int n, int n_prompt, int n_answer, float *logits,
-                                         double *seconds, astrovl_error *err) {
+static astrovl_status avl__measure_steps(const astrovl_session *s, avl__kv_cache *caches, int n, int n_prompt, int n_answer,
+                                         float *logits, double *seconds, astrovl_error *err) {
     const avl__llama *m = &s->model->llama;
     astrovl_status status = ASTROVL_OK;
     avl__kv_cache *group[AVL__STEP_ROWS];
@@ -14252,7 +14254,8 @@ static astrovl_status avl__measure_together(const astrovl_session *s, avl__kv_ca
 }
 
 ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
-                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err) {
+                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed,
+                                                 astrovl_error *err) {
     astrovl_status status = avl__need_text(s->model, err);
     avl__kv_cache *caches;
     float *logits;
@@ -14376,8 +14379,8 @@ static astrovl_status avl__measure_likeness(astrovl_session *s, astrovl_session 
     return ASTROVL_OK;
 }
 
-ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens, int n_tokens,
-                                                    astrovl_accuracy *accuracy, astrovl_error *err) {
+ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens,
+                                                    int n_tokens, astrovl_accuracy *accuracy, astrovl_error *err) {
     const int n_vocab = s->model->llama.n_vocab, block = n_tokens < AVL__ACCURACY_BLOCK ? n_tokens : AVL__ACCURACY_BLOCK;
     astrovl_status status = avl__need_text(s->model, err);
     float *logits;

@@ -192,11 +192,10 @@ typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens,
-                n_batch;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens;
     astrovl_generation how;                              // the answers'
     const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query, *synthetic, *dir;
-    int         chat_template;
+    int         chat_template, n_batch;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
 typedef struct option_spec {
@@ -280,8 +279,8 @@ static int print_around(const char *before, const command *c, const char *after)
 #define usage_error(c, ...) \
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
-// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (The program never calls setlocale, so a point is
-// a point whatever the user's language.)  x, whole: the number, twice
+// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (The program never calls setlocale, so a point
+// is a point whatever the user's language.)  x, whole: the number, twice
 static int parse_number(const char *text, int is_fraction, const option_spec *spec, double *x, uint64_t *whole) {
     char *end;
     errno = 0;
@@ -459,7 +458,7 @@ static void find_shipped_model(program *p, const char *argv0) {
 static void open_model(program *p) {
     astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
     if (p->o.models.n == 0 && !p->shipped[0])
-        exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m FILE", SHIPPED_MODEL, ASTROVL_DATA_DIR));
+        exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m", SHIPPED_MODEL, ASTROVL_DATA_DIR));
     if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
     p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
     if (!p->model) exit(failed(p));
@@ -493,9 +492,8 @@ static void print_text(const program *p, const char *text, size_t size) {
 // Gets the answer piece by piece.
 static int on_text(void *user, const char *text, size_t size) {
     program *p = (program *)user;
-    if (p->counting) return g_interrupted != 0;
+    if (p->counting || p->o.json || p->o.hash) return g_interrupted != 0;
     clear_bar(p);
-    if (p->o.json || p->o.hash) return g_interrupted != 0;
     print_text(p, text, size);
     flush_output(p);
     return g_interrupted || p->stop;
@@ -741,8 +739,7 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
     if (good && !p->counting) print_label(stdout, with_labels ? paths[0] : NULL);
     if (good) say_together(p, turns, good);
     clear_bar(p);
-    for (i = 0; i < n; i++)
-        if (finish_turn(p, of[i], paths + i * each, each, with_labels ? paths[i] : NULL) != EXIT_OK) status = EXIT_FAILED;
+    for (i = 0; i < n; i++) status |= finish_turn(p, of[i], paths + i * each, each, with_labels ? paths[i] : NULL);
     for (i = 0; i < n * each; i++) astrovl_image_free(&images[i]);
     return status;
 }
@@ -758,8 +755,7 @@ static int answer_each(program *p, int n_images, const char *prompt) {
     for (i = 1; i < batch && i < n_images; i++) p->more[i] = new_session(p, ASTROVL_FAST, NULL, NULL, p->session);
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
         if (p->counting) draw_bar(p, "images", i, n_images, 0);
-        if (answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt) != EXIT_OK)
-            status = EXIT_FAILED;
+        status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt);
     }
     return status;
 }
@@ -776,8 +772,7 @@ typedef struct chat_state {
 } chat_state;
 
 static const char chat_help[] = "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
-    "  /reset       forget the conversation; the image is shown again with the next question\n"
-    "  /help        this list\n"
+    "  /reset       forget the conversation; the image is shown again with the next question\n  /help        this list\n"
     "  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
 static void chat_image(program *p, chat_state *c, const char *path) {
@@ -917,8 +912,8 @@ static int run_tokens(program *p) {
 }
 
 // ==== inspect ========================================================================================================
-// By astrovl_value_type.
-static const char *const value_types[] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"};
+static const char *const value_types[] = {               // by astrovl_value_type
+    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"};
 
 // One value of a metadata entry, as JSON. long_strings: 0 cuts strings for the screen.
 static void print_value(const astrovl_gguf *file, int index, uint64_t i, int long_strings) {
@@ -1036,8 +1031,8 @@ static int begin_part(int as_json, const char *part, int present) {
 static void print_parts(int j, const astrovl_info *m) {
     if (begin_part(j, "vocabulary", m->has_vocab)) end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
     if (begin_part(j, "language_model", m->has_text))
-        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer, m->n_embd, m->n_head,
-                 m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
+        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer, m->n_embd,
+                 m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
     if (begin_part(j, "vision_tower", m->has_vision))
         end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d patches:%d",
                  m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff, m->image_size,
@@ -1047,7 +1042,8 @@ static void print_parts(int j, const astrovl_info *m) {
         end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer, m->clip_text_n_embd,
                  m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
     if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
-        end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint, m->logit_scale);
+        end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
+                 m->logit_scale);
 }
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
@@ -1127,8 +1123,8 @@ static void print_quantized(const program *p, const astrovl_gguf *in, const astr
     int k;
     if (p->o.json) {
         put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
-                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed, r->n_fallbacks,
-                 r->n_requantized);
+                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed,
+                 r->n_fallbacks, r->n_requantized);
         for (k = 0; k < N_TYPES; k++) if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
         put_json("}}\n");
     } else if (!p->o.quiet) {
@@ -1214,8 +1210,7 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
 static void open_trace_folder(program *p, trace_state *t) {
     char *path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
     if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
-    t->index = fopen(path, "w");
-    if (!t->index) exit(write_error(path));
+    if (!(t->index = fopen(path, "w"))) exit(write_error(path));
     fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
 }
 
@@ -1858,8 +1853,8 @@ typedef struct retrieval {
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
     if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->of.loss);
-    else printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often is "
-                "the partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n,
+    else printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often "
+                "is the partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n,
                 p->info.logit_scale, r->of.loss, n, log(n), n);
     for (k = 1; k <= 100; k++) {
         double there = r->of.share[0][k], back = r->of.share[1][k];
@@ -1872,8 +1867,9 @@ static void print_retrieval(const program *p, const retrieval *r) {
     if (as_json) put_json("]");
     else printf("\ncosines          mean   median\n");
     for (i = 0; i < 2; i++) {
-        if (as_json) put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", r->of.mean[i], r->of.median[i]);
-        else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", r->of.mean[i], r->of.median[i]);
+        double mean = r->of.mean[i], median = r->of.median[i];
+        if (as_json) put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", mean, median);
+        else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
         for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
         if (as_json) put_json("]}");
     }
@@ -1976,7 +1972,8 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
     r.n = n;
     r.cosines[0] = (float *)new_memory(p, (size_t)n, 2 * sizeof(float));
     r.cosines[1] = r.cosines[0] + n;
-    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &p->err)) return failed(p);
+    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &p->err))
+        return failed(p);
     print_retrieval(p, &r);
     return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
@@ -2017,9 +2014,11 @@ static void print_vqa(int as_json, const vqa *t) {
     int c, i, m = t->classes.n;
     double right = (double)t->right / t->n, found = (double)t->found / t->features, semantic = t->semantic / t->n_semantic;
     if (as_json) {
-        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right, t->none, found, semantic);
+        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right, t->none, found,
+                 semantic);
     } else {
-        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100 * right, t->right, t->n, t->none);
+        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100 * right,
+               t->right, t->n, t->none);
         if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
         if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
         printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
@@ -2140,8 +2139,8 @@ static int bench_search(program *p) {
     if (astrovl_measure_search(n, d, rounds, p->o.threads, seconds, &p->err)) return failed(p);
     ratio = seconds[0] / seconds[1];
     if (p->o.json) put_json("{rows:%d dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", n, d, seconds[0], seconds[1], ratio);
-    else printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them once    %9.2f "
-                "ms  %6.2f GB/s\n  ratio                %9.2f\n", n, d, rounds, seconds[0] * 1e3, gigabytes / seconds[0],
+    else printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them once    "
+                "%9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", n, d, rounds, seconds[0] * 1e3, gigabytes / seconds[0],
                 seconds[1] * 1e3, gigabytes / seconds[1], ratio);
     return EXIT_OK;
 }
@@ -2160,7 +2159,7 @@ static void print_speed(const program *p, const astrovl_speed *x, const astrovl_
     const int as_json = p->o.json;
     double together = (double)b->n * b->n_answer / b->seconds, alone = b->n_answer / b->one_seconds;
     if (as_json) put_json("{name:%s rounds:%d", p->info.name, rounds);
-    else printf("%s, medians of %-3d %*s\n", p->info.name, rounds, 63 - (int)strlen(p->info.name), "reached of what the machine allows");
+    else print_safe(stdout, p->info.name), printf(", medians of %d rounds; at the right: of what the machine allows\n", rounds);
     print_pace(as_json, "image", "one image", 0, &x->image);
     print_pace(as_json, "prompt", "prompt, positions", 0, &x->prompt);
     print_pace(as_json, "answer", "answer, tokens", 1, &x->answer);
@@ -2168,11 +2167,12 @@ static void print_speed(const program *p, const astrovl_speed *x, const astrovl_
                                     (void)printf("  image and question %15.3f s to the first token\n", x->first_token_seconds);
     if (b->n && as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", b->n,
                                   b->n_prompt, b->n_answer, together, alone, b->gain, (long long)b->cache_bytes);
-    else if (b->n) printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; KV "
-                          "caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(b->cache_bytes));
+    else if (b->n) printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; "
+                          "KV caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(b->cache_bytes));
     if (as_json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
                           (long long)x->cache_bytes);
-    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "", x->peak_bytes ? human_bytes(x->peak_bytes) : "?", human_bytes(x->file_bytes), human_bytes(x->cache_bytes));
+    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "",
+                x->peak_bytes ? human_bytes(x->peak_bytes) : "?", human_bytes(x->file_bytes), human_bytes(x->cache_bytes));
 }
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
@@ -2205,7 +2205,7 @@ static int use_synthetic(program *p) {
     int type, has_vision, tied;
     snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
     for (type = 0; type < N_TYPES; type++)
-        if ((known = astrovl_type_name(type)) != NULL && strlen(known) == strlen(wanted) && !astrovl_first_named(wanted, &known, 1)) break;
+        if ((known = astrovl_type_name(type)) && strlen(known) == strlen(wanted) && !astrovl_first_named(wanted, &known, 1)) break;
     if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
         return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
                            p->o.synthetic);
@@ -2219,13 +2219,11 @@ static int use_synthetic(program *p) {
 
 static int bench_model(program *p) {
     int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
-    int rounds = p->o.rounds ? p->o.rounds : 3;
+    int rounds = p->o.rounds ? p->o.rounds : 3, n = n_prompt + n_tokens;
     astrovl_speed speed;
-    astrovl_batch_speed batch;
+    astrovl_batch_speed batch = {0, 0, 0, 0, 0, 0, 0};
     astrovl_status status;
-    memset(&batch, 0, sizeof batch);
-    if (n_prompt + n_tokens > ASTROVL_DEFAULT_CONTEXT)
-        p->o.ctx = n_prompt + n_tokens < p->info.n_ctx_train ? n_prompt + n_tokens : p->info.n_ctx_train;
+    if (n > ASTROVL_DEFAULT_CONTEXT) p->o.ctx = n < p->info.n_ctx_train ? n : p->info.n_ctx_train;
     p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds: drawing a bar for each layer would take time
@@ -2255,12 +2253,14 @@ static int bench_accuracy(program *p, const char *path) {
     if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &p->err)) return failed(p);
     clear_bar(p);
     if (p->o.json) put_json("{name:%s tokens:%d exact_perplexity:%f", p->info.name, n, a.reference_perplexity);
-    else printf("%s, %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s %9s\n",
-                p->info.name, n, a.reference_perplexity, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
+    else print_safe(stdout, p->info.name),
+         printf(", %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s %9s\n", n,
+                a.reference_perplexity, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
     for (i = 0; i < 2; i++) {
         const astrovl_likeness *x = i ? &a.steps : &a.prompt;
-        if (p->o.json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f perplexity_ratio:%f}",
-                                i ? "steps" : "prompt", x->cosine, x->least_cosine, x->difference, x->same, x->perplexity, x->ratio);
+        if (p->o.json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f "
+                                "perplexity_ratio:%f}", i ? "steps" : "prompt", x->cosine, x->least_cosine, x->difference, x->same,
+                                x->perplexity, x->ratio);
         else printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n", i ? "one by one, as answers" : "read together, as prompts",
                     x->cosine, x->least_cosine, x->difference, 100 * x->same, x->perplexity, x->ratio);
     }
