@@ -24,7 +24,7 @@
 //   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
 //   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
 //   [13] contrastive embeddings of images and texts, scores, search, metrics
-//   [14] measuring   how fast a model is, and what the machine allows
+//   [14] measuring   how fast a model is, and what the machine allows; how good it is
 //
 // ---- How to use it ------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -688,6 +688,57 @@ typedef struct astrovl_speed {
 // model nor a whole vision tower), MEMORY, CANCELLED.
 ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_prompt, int n_answer, int n_rounds,
                                                  astrovl_progress progress, void *user, astrovl_speed *speed, astrovl_error *err);
+
+// Answers written together, as astrovl_chat_batch does, and one alone.
+typedef struct astrovl_batch_speed {
+    int      n, n_prompt, n_answer;        // answers; the positions before each; the tokens of each
+    double   seconds, one_seconds;         // all n together; one alone
+    double   gain;                         // n * one_seconds / seconds: so many times the tokens a second
+    uint64_t cache_bytes;                  // all n KV caches
+} astrovl_batch_speed;
+// Medians of n_rounds, each of which writes one answer and then n_batch together, so that a gain is of one minute. Each answer has
+// a KV cache of its own, whose n_prompt positions are made up instead of read: what they hold does not change the time. The session's
+// conversation is left alone. What does not fit its context is cut. The rest is as above.
+ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed,
+                                                 astrovl_error *err);
+
+// Medians of n_rounds, each of which searches n_rows of n_dims random float16 for the best 10 (astrovl_search), then reads the same
+// memory once (astrovl_measure_read). seconds: out, [search, reading].  ARGUMENT (counts below 1), MEMORY.
+ASTROVL_API astrovl_status astrovl_measure_search(int64_t n_rows, int n_dims, int n_rounds, int n_threads, double seconds[2],
+                                                  astrovl_error *err);
+
+// How far logits are from others at the same positions of a text.
+typedef struct astrovl_likeness {
+    double cosine, least_cosine;           // of a position's logits: the mean, the least
+    double difference;                     // the largest of two logits
+    double same;                           // share of positions with the same likeliest token
+    double perplexity, ratio;              // exp(mean of -log p(the next token)); that over the reference's. NaN for one token
+} astrovl_likeness;
+typedef struct astrovl_accuracy {
+    astrovl_likeness prompt, steps;        // tokens read together, as a prompt is; one after another, as an answer is written
+    double reference_perplexity;
+} astrovl_accuracy;
+// What a session (fast mode, say) makes of a text, held against a reference (exact mode; of the same model, or of one with the same
+// vocabulary). tokens: at least one. Ends both conversations.  ARGUMENT (no token, other vocabularies), MODEL (no language model),
+// LIMIT (the text is longer than a context), MEMORY, CANCELLED (by a session's progress).
+ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens,
+                                                    int n_tokens, astrovl_accuracy *accuracy, astrovl_error *err);
+
+// How well a set of n pairs is told apart (PAPERCLIP, arXiv 2403.08851, sections 3.3 and 4.1).
+typedef struct astrovl_retrieval {
+    double loss;                   // astrovl_contrastive_loss
+    double share[2][101];          // [image -> text, text -> image][k]: partner among the best k percent (astrovl_top_k_accuracy)
+    double mean[2], median[2];     // cosines of [pairs, wrong pairs]
+} astrovl_retrieval;
+// images, texts: [n][n_dims], normalised, row i of one belonging to row i of the other;  cosines: out, [pairs, wrong pairs][n],
+// each ascending. Wrong pairs are drawn by a fixed sequence: one of each image, one of each text.
+// ARGUMENT (fewer than two pairs), MEMORY.
+ASTROVL_API astrovl_status astrovl_measure_retrieval(const float *images, const float *texts, int n, int n_dims, float logit_scale,
+                                                     float *cosines, astrovl_retrieval *r, astrovl_error *err);
+// Which of n words (or terms of several words) a text names first, of those that begin there the longest; as whole words, in any
+// case of ASCII's letters. -1: none.
+ASTROVL_API int astrovl_first_named(const char *text, const char *const *words, int n);
 
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
@@ -15239,6 +15290,7 @@ ASTROVL_API double astrovl_top_k_accuracy(const int32_t *ranks, int n, double pe
 // A speed says little by itself: machines differ, and change with the hour. So each is held against what the same machine could do
 // at most, measured beside it. Reading an image or a prompt is bound by arithmetic, so its limit is the processor's, in registers
 // alone; writing needs every weight for each token, so its limit is reading them from memory.
+// How good a model is: its logits beside a reference's, its embeddings of pairs, the words of its answers.
 // ====================================================================================================================
 
 ASTROVL_API double astrovl_seconds(void) { return avl__seconds(); }
@@ -15404,12 +15456,19 @@ static astrovl_status avl__measure_text(astrovl_session *s, const int32_t *token
     return status;
 }
 
+// Cuts what is to be read and written to a context of two positions or more.
+static void avl__measure_cut(int n_ctx, int *n_prompt, int *n_answer) {
+    if (*n_answer > n_ctx - 1) *n_answer = n_ctx - 1;
+    if (*n_prompt > n_ctx - *n_answer) *n_prompt = n_ctx - *n_answer;
+}
+
 // What is to be measured of the language model, and how much work it is.
 static void avl__measure_prepare(const astrovl_session *s, int n_prompt, int n_answer, astrovl_speed *speed) {
     const avl__llama *m = &s->model->llama;
     int n_ctx = s->cache.n_ctx, n = s->model->n_projector ? s->model->clip.n_patches + ASTROVL_QUESTION : 0;
-    speed->answer.n = n_answer < n_ctx ? n_answer : n_ctx - 1;
-    speed->prompt.n = n_prompt < n_ctx - speed->answer.n ? n_prompt : n_ctx - speed->answer.n;
+    avl__measure_cut(n_ctx, &n_prompt, &n_answer);
+    speed->answer.n = n_answer;
+    speed->prompt.n = n_prompt;
     speed->prompt.work = avl__prompt_work(m, speed->prompt.n);
     speed->answer.work = avl__answer_work(m, speed->answer.n);
     speed->prompt.type = speed->answer.type = m->layers[0].up.type;
@@ -15501,6 +15560,280 @@ ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_promp
     astrovl_free(all);
     if (!status && progress) progress(user, "rounds", n_rounds, n_rounds);
     return status;
+}
+
+// Writes n answers of n_answer tokens together, a token of each per step.  logits: scratch, [AVL__STEP_ROWS][n_vocab]
+static astrovl_status avl__measure_steps(const astrovl_session *s, avl__kv_cache *caches, int n, int n_prompt, int n_answer,
+                                         float *logits, double *seconds, astrovl_error *err) {
+    const avl__llama *m = &s->model->llama;
+    astrovl_status status = ASTROVL_OK;
+    avl__kv_cache *group[AVL__STEP_ROWS];
+    int32_t tokens[AVL__STEP_ROWS];
+    double start = avl__seconds();
+    int step, i, k;
+    for (i = 0; i < n; i++) caches[i].n_past = n_prompt;
+    for (step = 0; step < n_answer; step++)
+        for (i = 0; i < n && !status; i += k) {
+            for (k = 0; k < AVL__STEP_ROWS && i + k < n; k++) {
+                group[k] = &caches[i + k];
+                tokens[k] = (int32_t)((int64_t)(step + i + k) * 7919 % m->n_vocab);
+            }
+            status = avl__llama_eval(m, s->run, group, k, tokens, NULL, k, logits, k, err);
+        }
+    *seconds = avl__seconds() - start;
+    return status;
+}
+
+// The rounds of astrovl_measure_batch.  caches: [speed->n], zeros;  logits: as above;  all: [3][n_rounds]
+static astrovl_status avl__measure_together(const astrovl_session *s, avl__kv_cache *caches, float *logits, double *all, int n_rounds,
+                                            astrovl_progress progress, void *user, astrovl_batch_speed *speed, astrovl_error *err) {
+    const avl__llama *m = &s->model->llama;
+    const int n_ctx = speed->n_prompt + speed->n_answer;
+    const size_t size = (size_t)m->n_layer * m->n_head_kv * m->head_dim * n_ctx * s->cache.value_bytes;
+    astrovl_status status = ASTROVL_OK;
+    double *one = all, *together = all + n_rounds, *gain = all + 2 * n_rounds;
+    int i;
+    for (i = 0; i < speed->n; i++) {
+        if (!avl__kv_cache_init(&caches[i], m, n_ctx, s->cache.value_bytes))
+            return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the KV caches of %d answers", speed->n);
+        memset(caches[i].k, 0x3C, size);           // numbers of middling size, as float16 (1.06) and as float (0.01)
+        memset(caches[i].v, 0x3C, size);
+    }
+    speed->cache_bytes = (uint64_t)speed->n * 2 * size;
+    for (i = 0; i < n_rounds && !status; i++) {
+        if (progress && progress(user, "rounds", i, n_rounds)) status = avl__fail(err, ASTROVL_CANCELLED, "measuring was cancelled");
+        if (!status) status = avl__measure_steps(s, caches, 1, speed->n_prompt, speed->n_answer, logits, &one[i], err);
+        if (!status) status = avl__measure_steps(s, caches, speed->n, speed->n_prompt, speed->n_answer, logits, &together[i], err);
+        gain[i] = speed->n * one[i] / together[i];
+    }
+    if (status) return status;
+    speed->one_seconds = avl__median(one, n_rounds);
+    speed->seconds = avl__median(together, n_rounds);
+    speed->gain = avl__median(gain, n_rounds);
+    if (progress) progress(user, "rounds", n_rounds, n_rounds);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
+                                                 astrovl_progress progress, void *user, astrovl_batch_speed *speed,
+                                                 astrovl_error *err) {
+    astrovl_status status = avl__need_text(s->model, err);
+    avl__kv_cache *caches;
+    float *logits;
+    double *all;
+    int i;
+    memset(speed, 0, sizeof *speed);
+    if (status) return status;
+    if (n_prompt < 1 || n_answer < 1 || n_batch < 1 || n_rounds < 1 || s->cache.n_ctx < 2)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring needs a round, an answer, a position before it and one to write");
+    avl__measure_cut(s->cache.n_ctx, &n_prompt, &n_answer);
+    speed->n = n_batch, speed->n_prompt = n_prompt, speed->n_answer = n_answer;
+    caches = (avl__kv_cache *)avl__alloc((uint64_t)n_batch, sizeof *caches);
+    logits = avl__alloc_floats((uint64_t)AVL__STEP_ROWS * (uint64_t)s->model->llama.n_vocab);
+    all = (double *)avl__alloc((uint64_t)n_rounds, 3 * sizeof *all);
+    if (!caches || !logits || !all) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for measuring %d answers", n_batch);
+    else status = avl__measure_together(s, caches, logits, all, n_rounds, progress, user, speed, err);
+    for (i = 0; caches && i < n_batch; i++) avl__kv_cache_free(&caches[i]);
+    astrovl_free(caches);
+    astrovl_free(logits);
+    astrovl_free(all);
+    return status;
+}
+
+// Random numbers of both signs, from 0.1 to 2, as float16.
+static void avl__random_halves(uint8_t *rows, int64_t n) {
+    uint64_t state = 1;
+    for (; n > 0; n--, rows += 2) {
+        int half = 0x2E00 + (int)(avl__random(&state) * 0xE00) + (avl__random(&state) < 0.5 ? 0x8000 : 0);
+        rows[0] = (uint8_t)(half & 0xFF);
+        rows[1] = (uint8_t)(half >> 8);
+    }
+}
+
+ASTROVL_API astrovl_status astrovl_measure_search(int64_t n_rows, int n_dims, int n_rounds, int n_threads, double seconds[2],
+                                                  astrovl_error *err) {
+    astrovl_status status = ASTROVL_OK;
+    astrovl_hit hits[10];
+    uint8_t *rows;
+    float *query;
+    double *all;                                   // [search, reading][n_rounds]
+    int i;
+    if (n_rows < 1 || n_dims < 1 || n_rounds < 1 || n_rows > INT64_MAX / 2 / n_dims)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring a search needs a row, a number in it and a round at least");
+    rows = (uint8_t *)avl__alloc_raw((uint64_t)n_rows * n_dims, 2);
+    query = avl__alloc_floats((uint64_t)n_dims);
+    all = (double *)avl__alloc((uint64_t)n_rounds, 2 * sizeof *all);
+    if (!rows || !query || !all) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %l rows", n_rows);
+    if (!status) avl__random_halves(rows, n_rows * n_dims);
+    for (i = 0; i < n_dims && !status; i++) query[i] = astrovl_sinf((float)i);
+    for (i = 0; i < n_rounds && !status; i++) {
+        double start = avl__seconds();
+        if (astrovl_search(rows, n_rows, n_dims, query, 10, n_threads, hits, err) < 0) status = ASTROVL_ERROR_MEMORY;
+        all[i] = avl__seconds() - start;
+        if (!status) all[n_rounds + i] = astrovl_measure_read(rows, (size_t)n_rows * n_dims * 2, n_threads);
+    }
+    for (i = 0; i < 2 && !status; i++) seconds[i] = avl__median(all + i * n_rounds, n_rounds);
+    astrovl_free(rows);
+    astrovl_free(query);
+    astrovl_free(all);
+    return status;
+}
+
+// -log softmax(logits)[token]
+static double avl__surprise(const float *logits, int n, int32_t token) {
+    double most = logits[0], sum = 0.0;
+    int i;
+    for (i = 1; i < n; i++) if (logits[i] > most) most = logits[i];
+    for (i = 0; i < n; i++) sum += avl__exp(logits[i] - most);
+    return sum <= DBL_MAX ? avl__log(sum) + most - logits[token] : sum;   // not finite: nor are the logits
+}
+
+// Adds a position to the sums.  a, b: [n];  next: the token that follows, or -1
+static void avl__compare_logits(astrovl_likeness *sums, const float *a, const float *b, int n, int32_t next) {
+    double aa = 0.0, bb = 0.0, ab = 0.0, cosine;
+    int i, best_a = 0, best_b = 0;
+    for (i = 0; i < n; i++) {
+        double x = a[i], y = b[i], difference = x > y ? x - y : y - x;
+        aa += x * x;
+        bb += y * y;
+        ab += x * y;
+        if (difference > sums->difference) sums->difference = difference;
+        if (a[i] > a[best_a]) best_a = i;
+        if (b[i] > b[best_b]) best_b = i;
+    }
+    cosine = ab / sqrt(aa * bb);
+    sums->cosine += cosine;
+    if (cosine < sums->least_cosine) sums->least_cosine = cosine;
+    sums->same += best_a == best_b;
+    if (next >= 0) sums->perplexity += avl__surprise(a, n, next);
+}
+
+// From the sums over n positions to means.  reference: the other's perplexity
+static void avl__finish_likeness(astrovl_likeness *sums, int n, double reference) {
+    sums->cosine /= n;
+    sums->same /= n;
+    sums->perplexity = n > 1 ? avl__exp(sums->perplexity / (n - 1)) : HUGE_VAL - HUGE_VAL;
+    sums->ratio = sums->perplexity / reference;
+}
+
+enum { AVL__ACCURACY_BLOCK = AVL__PROMPT_BLOCK };    // positions whose logits are held at once: so many are read together anyway
+
+// Compares the next n of the tokens, at most a block.  logits: scratch, [2][n][n_vocab]
+static astrovl_status avl__measure_likeness(astrovl_session *s, astrovl_session *reference, const int32_t *tokens, int n, int is_last,
+                                            float *logits, astrovl_accuracy *sums, astrovl_error *err) {
+    const int n_vocab = s->model->llama.n_vocab, n_past = s->cache.n_past;
+    float *row = logits, *rows = logits + (size_t)n * n_vocab;         // s's, the reference's
+    astrovl_status status = astrovl_eval_tokens(reference, tokens, n, rows, n, err);
+    int i;
+    for (i = 0; i < n && !status; i++, rows += n_vocab) {
+        int32_t next = is_last && i == n - 1 ? -1 : tokens[i + 1];
+        status = astrovl_eval_tokens(s, tokens + i, 1, row, 1, err);
+        if (status) return status;
+        avl__compare_logits(&sums->steps, row, rows, n_vocab, next);
+        if (next >= 0) sums->reference_perplexity += avl__surprise(rows, n_vocab, next);
+    }
+    astrovl_session_rewind(s, n_past);
+    if (!status) status = astrovl_eval_tokens(s, tokens, n, logits, n, err);
+    if (status) return status;
+    for (i = 0, rows -= (size_t)n * n_vocab; i < n; i++, row += n_vocab, rows += n_vocab)
+        avl__compare_logits(&sums->prompt, row, rows, n_vocab, is_last && i == n - 1 ? -1 : tokens[i + 1]);
+    return ASTROVL_OK;
+}
+
+ASTROVL_API astrovl_status astrovl_measure_accuracy(astrovl_session *s, astrovl_session *reference, const int32_t *tokens,
+                                                    int n_tokens, astrovl_accuracy *accuracy, astrovl_error *err) {
+    const int n_vocab = s->model->llama.n_vocab, block = n_tokens < AVL__ACCURACY_BLOCK ? n_tokens : AVL__ACCURACY_BLOCK;
+    astrovl_status status = avl__need_text(s->model, err);
+    float *logits;
+    int done, n;
+    memset(accuracy, 0, sizeof *accuracy);
+    accuracy->prompt.least_cosine = accuracy->steps.least_cosine = 1.0;
+    if (status) return status;
+    if (!tokens || n_tokens < 1 || reference->model->llama.n_vocab != n_vocab || s == reference)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "accuracy needs a text, and two sessions with one vocabulary");
+    logits = avl__alloc_floats((uint64_t)2 * block * n_vocab);
+    if (!logits) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the logits of %d positions", block);
+    astrovl_session_reset(s);
+    astrovl_session_reset(reference);
+    for (done = 0; done < n_tokens && !status; done += n) {
+        n = n_tokens - done < block ? n_tokens - done : block;
+        status = avl__measure_likeness(s, reference, tokens + done, n, done + n == n_tokens, logits, accuracy, err);
+    }
+    accuracy->reference_perplexity = n_tokens > 1 ? avl__exp(accuracy->reference_perplexity / (n_tokens - 1)) : HUGE_VAL - HUGE_VAL;
+    avl__finish_likeness(&accuracy->prompt, n_tokens, accuracy->reference_perplexity);
+    avl__finish_likeness(&accuracy->steps, n_tokens, accuracy->reference_perplexity);
+    astrovl_session_reset(s);
+    astrovl_session_reset(reference);
+    astrovl_free(logits);
+    return status;
+}
+
+// ---- how good a model is -------------------------------------------------------------------------------------------
+
+static int avl__by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+// A permutation of 0 to n - 1 that is one cycle: no number stays where it is (Sattolo 1986).
+static void avl__one_cycle(int32_t *order, int n) {
+    uint64_t state = 1;
+    int i;
+    for (i = 0; i < n; i++) order[i] = i;
+    for (i = n - 1; i > 0; i--) {
+        int other = (int)(avl__random(&state) * i);
+        int32_t t = order[i];
+        order[i] = order[other];
+        order[other] = t;
+    }
+}
+
+ASTROVL_API astrovl_status astrovl_measure_retrieval(const float *images, const float *texts, int n, int n_dims, float logit_scale,
+                                                     float *cosines, astrovl_retrieval *r, astrovl_error *err) {
+    int32_t *order;                 // ranks, then each image's text
+    int i, k;
+    memset(r, 0, sizeof *r);
+    if (n < 2 || n_dims < 1) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "retrieval is measured on two pairs or more");
+    order = (int32_t *)avl__alloc((uint64_t)n, sizeof *order);
+    if (!order) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d pairs", n);
+    r->loss = astrovl_contrastive_loss(images, texts, n, n_dims, logit_scale);
+    for (i = 0; i < 2; i++) {
+        astrovl_retrieval_ranks(i ? texts : images, i ? images : texts, n, n_dims, order);
+        for (k = 1; k <= 100; k++) r->share[i][k] = astrovl_top_k_accuracy(order, n, k);
+    }
+    for (i = 0; i < n; i++) order[i] = i;
+    for (k = 0; k < 2; k++, cosines += n) {
+        for (i = 0; i < n; i++) {
+            astrovl_linear(&cosines[i], images + (size_t)i * n_dims, texts + (size_t)order[i] * n_dims, NULL, 1, n_dims, 1);
+            r->mean[k] += cosines[i] / (double)n;
+        }
+        qsort(cosines, (size_t)n, sizeof *cosines, avl__by_value);
+        r->median[k] = (cosines[(n - 1) / 2] + cosines[n / 2]) / 2.0;
+        avl__one_cycle(order, n);
+    }
+    astrovl_free(order);
+    return ASTROVL_OK;
+}
+
+// ASCII's letters and digits, the former made small; 0: another character
+static int avl__letter(char c) { return c >= 'A' && c <= 'Z' ? c + 32 : (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ? c : 0; }
+
+// The bytes of `word` if it stands at text[at] as whole words; otherwise 0.
+static size_t avl__term_at(const char *text, size_t at, const char *word) {
+    size_t n = strlen(word), i;
+    if (at > 0 && avl__letter(text[at - 1]) && avl__letter(word[0])) return 0;
+    for (i = 0; i < n; i++)
+        if (text[at + i] != word[i] && (!avl__letter(word[i]) || avl__letter(text[at + i]) != avl__letter(word[i]))) return 0;
+    return n && avl__letter(text[at + n]) && avl__letter(word[n - 1]) ? 0 : n;
+}
+
+ASTROVL_API int astrovl_first_named(const char *text, const char *const *words, int n) {
+    size_t at, size, most = 0;
+    int i, best = -1;
+    for (at = 0; text[at] && best < 0; at++)
+        for (i = 0; i < n; i++)
+            if ((size = avl__term_at(text, at, words[i])) > most) most = size, best = i;
+    return best;
 }
 
 #ifdef __cplusplus

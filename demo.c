@@ -98,24 +98,22 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
 }
 static void print_safe(FILE *out, const char *text) { print_string(out, text, strlen(text), 0); }
 
-// Characters a string takes on the screen (wide ones counted as one).
-static int text_width(const char *text, size_t size) {
-    unsigned code;
-    int valid, width = 0;
-    size_t n;
-    for (; size; text += n, size -= n, width++) n = utf8_next(text, size, &code, &valid);
-    return width;
-}
-
-// Text, with blanks up to a width.
+// Text, with blanks up to a width (wide characters counted as one).
 static void print_padded(const char *text, size_t size, int width) {
+    unsigned code;
+    int valid;
+    size_t at;
     print_string(stdout, text, size, 0);
-    printf("%*s", width > text_width(text, size) ? width - text_width(text, size) : 0, "");
+    for (at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code, &valid);
+    printf("%*s", width > 0 ? width : 0, "");
 }
 
 // 7340032 -> "7.3 MB"
-static const char *human_bytes(char text[32], uint64_t bytes) {
+static const char *human_bytes(uint64_t bytes) {
     static const char *const units[] = {"bytes", "kB", "MB", "GB", "TB"};
+    static char texts[4][32];              // of the last four calls
+    static int  n_calls;
+    char *text = texts[n_calls++ % 4];
     double value = (double)bytes;
     int unit = 0;
     while (value >= 999.5 && unit < 4) value /= 1000, unit++;
@@ -138,7 +136,8 @@ static void print_number(FILE *out, double value, int is_float32) {
 }
 
 // "577 x 1024", slowest dimension first
-static const char *shape_text(char text[128], const int64_t *shape, int n_dims, const char *between) {
+static const char *shape_text(const int64_t *shape, int n_dims, const char *between) {
+    static char text[128];
     int i, at = 0;
     text[0] = 0;
     for (i = 0; i < n_dims && at < 100; i++)
@@ -148,30 +147,31 @@ static const char *shape_text(char text[128], const int64_t *shape, int n_dims, 
 
 // JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a
 // long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
-// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)
+// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ keys stand for reading: "name x, ..."
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
+    int plain = *f == '~';
     const char *text;
     size_t size;
     va_list args;
     va_start(args, f);
-    for (; *f; f++) {
+    for (f += plain; *f; f++) {
         if (*f == ' ') continue;
         if (comma && !strchr("}]\n", *f)) fputs(", ", stdout);
         comma = !strchr("{[\n", *f);
         if (strchr("{[}]\n", *f)) {
             putchar(*f);
-        } else if (*f != '%' || f[1] == 'k') {
-            text = *f == '%' ? va_arg(args, const char *) : f;
-            size = *f == '%' ? strlen(text) : strcspn(f, ":");
-            print_string(stdout, text, size, 1);
-            fputs(": ", stdout);
-            f += *f == '%' ? 1 : size;
+        } else if (*f != '%') {
+            size = strcspn(f, ":");
+            print_string(stdout, f, size, !plain);
+            f += size;
+            fputs(plain ? " " : ": ", stdout);
             comma = 0;
-        } else if (*++f == 's' || *f == 'S') {
+        } else if (strchr("ksS", *++f)) {
             text = va_arg(args, const char *);
             size = *f == 'S' ? va_arg(args, size_t) : strlen(text);
             print_string(stdout, text, size, 1);
+            if (*f == 'k') fputs(": ", stdout), comma = 0;
         } else if (*f == 'd') printf("%d", va_arg(args, int));
         else if (*f == 'l') printf("%lld", va_arg(args, long long));
         else if (*f == 'f') print_number(stdout, va_arg(args, double), 1);
@@ -195,7 +195,7 @@ typedef struct options {
     int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens;
     astrovl_generation how;                              // the answers'
     const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query, *synthetic, *dir;
-    int         chat_template;
+    int         chat_template, n_batch;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
 typedef struct option_spec {
@@ -219,6 +219,7 @@ static const option_spec option_table[] = {
     {"image", 'i', TEXT, F(image), 0, 0, SEARCH, "FILE", "search for what resembles this image instead of a text"},
     {"best", 'k', INTEGER, F(best), 1, 1000000000, DESCRIBE | SEARCH, "N", "print the N best (default: 5 of each group, 10 hits)"},
     {"batch", 'b', INTEGER, F(batch), 1, 256, INDEX | EMBED | EVALUATE, "N", "images in one pass (default 4)"},
+    {"batch", 'b', INTEGER, F(n_batch), 0, MAX_TURNS, BENCH, "N", "answers written together, against one alone (default 8; 0: none)"},
     {"batch", 'b', INTEGER, F(batch), 1, MAX_TURNS, CAPTION, "N", "describe N images together: faster, printed N at a time (default 1)"},
     {"raw", 0, FLAG, F(raw), 0, 0, EMBED, NULL, "rows as the towers give them, not divided by their length"},
     {"svg", 0, TEXT, F(svg), 0, 0, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"},
@@ -230,7 +231,7 @@ static const option_spec option_table[] = {
     {"synthetic", 0, TEXT, F(synthetic), 0, 0, BENCH, "NAME[:TYPE]", "random weights: llava-1.5-7b, smollm2-135m, nano (TYPE: q4_0)"},
     {"dir", 0, TEXT, F(dir), 0, 0, BENCH, "DIR", "where --synthetic keeps its files (default: $TMPDIR, or /tmp)"},
     {"prompt", 'p', INTEGER, F(n_prompt), 1, 1000000, BENCH, "N", "positions of the prompt (default 620)"},
-    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32)"},
+    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32); accuracy: of the text (512)"},
     {"rounds", 0, INTEGER, F(rounds), 1, 99, BENCH, "N", "medians are of N rounds (default 3; search 9)"},
     {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "search: rows (default 1000000)"},
     {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "search: numbers in a row (default 512)"},
@@ -278,25 +279,15 @@ static int print_around(const char *before, const command *c, const char *after)
 #define usage_error(c, ...) \
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
-// Decimal digits only, and nothing that overflows. Returns 0 when the text is something else.
-static int parse_unsigned(const char *text, uint64_t high, uint64_t *value) {
-    *value = 0;
-    if (!*text) return 0;
-    for (; *text; text++) {
-        unsigned digit = (unsigned)(*text - '0');
-        if (digit > 9 || *value > (high - digit) / 10) return 0;
-        *value = *value * 10 + digit;
-    }
-    return *value <= high;
-}
-
-// Digits with at most one point; no signs, exponents, names or blanks. The program never calls setlocale, so strtod
-// takes a point whatever the user's language.
-static int parse_decimal(const char *text, double low, double high, float *value) {
+// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (The program never calls setlocale, so a point
+// is a point whatever the user's language.)  x, whole: the number, twice
+static int parse_number(const char *text, int is_fraction, const option_spec *spec, double *x, uint64_t *whole) {
     char *end;
-    double x = strtod(text, &end);
-    *value = (float)x;
-    return *text && !text[strspn(text, "0123456789.")] && !*end && end - text <= 40 && x >= low && x <= high;
+    errno = 0;
+    *x = strtod(text, &end);
+    if (!*text || text[strspn(text, is_fraction ? "0123456789." : "0123456789")] || *end) return 0;
+    *whole = is_fraction ? 0 : strtoull(text, NULL, 10);
+    return errno == 0 && *x >= spec->low && (*x <= spec->high || spec->kind == SEED);
 }
 
 static void print_templates(FILE *out) {
@@ -307,49 +298,41 @@ static void print_templates(FILE *out) {
 
 // Stores one option's value; `text` is NULL for a flag.
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
-    char *field = (char *)o + spec->field;
-    uint64_t integer;
-    int good = 1;
+    void *field = (char *)o + spec->field;
+    uint64_t whole;
+    double x;
     switch (spec->kind) {
-    case FLAG: *(int *)(void *)field = 1; break;
-    case TEXT: *(const char **)(void *)field = text; break;
-    case TEXTS: ((list *)(void *)field)->items[((list *)(void *)field)->n++] = text; break;
-    case SEED: good = parse_unsigned(text, UINT64_MAX, (uint64_t *)(void *)field); break;
-    case INTEGER:
-        good = parse_unsigned(text, (uint64_t)spec->high, &integer) && integer >= (uint64_t)spec->low;
-        if (good) *(int *)(void *)field = (int)integer;
-        break;
-    case NUMBER: good = parse_decimal(text, spec->low, spec->high, (float *)(void *)field); break;
+    case FLAG: *(int *)field = 1; return EXIT_OK;
+    case TEXT: *(const char **)field = text; return EXIT_OK;
+    case TEXTS: ((list *)field)->items[((list *)field)->n++] = text; return EXIT_OK;
     case TEMPLATE:
-        *(int *)(void *)field = astrovl_template_from_name(text);
-        if (*(int *)(void *)field >= 0) break;
+        if ((*(int *)field = astrovl_template_from_name(text)) >= 0) return EXIT_OK;
         usage_error(c, "no template is called \"%s\"", text);
         fputs("Templates: ", stderr), print_templates(stderr), fputc('\n', stderr);
         return EXIT_USAGE;
+    default: break;
     }
-    if (good) return EXIT_OK;
-    if (spec->kind == SEED) return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
-    return usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
-                       spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
+    if (!parse_number(text, spec->kind == NUMBER, spec, &x, &whole))
+        return spec->kind == SEED ? usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
+               usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
+                           spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
+    if (spec->kind == SEED) *(uint64_t *)field = whole;
+    else if (spec->kind == INTEGER) *(int *)field = (int)whole;
+    else *(float *)field = (float)x;
+    return EXIT_OK;
 }
 
 // The option that an argument ("--seed", "--seed=7", "-s", "-s7") names for this command, or NULL. *value: "7" or NULL
 static const option_spec *find_option(const command *c, const char *argument, const char **value) {
+    const int is_long = argument[1] == '-';
+    const char *name = argument + 1 + is_long;
+    size_t length = is_long ? strcspn(name, "=") : 1;
     int i;
-    *value = NULL;
+    *value = name[length] ? name + length + is_long : NULL;
     for (i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
-        size_t length = strlen(spec->name);
         if (!(spec->commands & c->bit)) continue;
-        if (argument[1] != '-') {
-            if (!spec->letter || argument[1] != spec->letter) continue;
-            if (argument[2]) *value = argument + 2;
-            return spec;
-        }
-        if (strncmp(argument + 2, spec->name, length) != 0) continue;
-        if (argument[2 + length] == '=') *value = argument + 3 + length;
-        else if (argument[2 + length]) continue;
-        return spec;
+        if (is_long ? strlen(spec->name) == length && memcmp(spec->name, name, length) == 0 : spec->letter == *name) return spec;
     }
     return NULL;
 }
@@ -361,13 +344,12 @@ static int parse_options(const command *c, options *o, int argc, char **argv) {
         const option_spec *spec;
         const char *value;
         if (only_words || argv[i][0] != '-' || !argv[i][1]) { o->words.items[o->words.n++] = argv[i]; continue; }
-        if (strcmp(argv[i], "--") == 0) { only_words = 1; continue; }
+        if ((only_words = strcmp(argv[i], "--") == 0) != 0) continue;
         spec = find_option(c, argv[i], &value);
         if (!spec) return usage_error(c, "there is no option %s", argv[i]);
         if (spec->kind == FLAG && value) return usage_error(c, "--%s takes no value", spec->name);
-        if (spec->kind != FLAG && !value && ++i >= argc)
+        if (spec->kind != FLAG && !value && !(value = argv[++i]))        // behind the last argument stands NULL
             return usage_error(c, "--%s wants a value: --%s %s", spec->name, spec->name, spec->value);
-        if (spec->kind != FLAG && !value) value = argv[i];
         status = set_option(c, o, spec, value);
     }
     return status;
@@ -393,8 +375,9 @@ struct program {
     const command     *cmd;                // the command that runs
     options            o;
     astrovl_model     *model;
-    astrovl_session   *session, *more[MAX_TURNS];   // more[1] on: of caption --batch, they share what the first one has
-    astrovl_info       info;               // of the model, once open_towers has opened it
+    astrovl_session   *session, *more[MAX_TURNS];   // more[1] on: those that go on beside the first
+    astrovl_info       info;               // of the model
+    astrovl_error      err;                // the last one
     char               shipped[4096];      // the shipped model's path
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
@@ -411,10 +394,22 @@ static volatile sig_atomic_t g_interrupted;
 
 static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
+// From here on Ctrl-C ends the work (on: 1) or the program (0); or neither, if it was started so (in the background of a script).
+static void catch_interrupts(int on) {
+    if (signal(SIGINT, on ? on_interrupt : SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
+}
+
 static int end_failure(int printed) { return (void)printed, fputc('\n', stderr), EXIT_FAILED; }
 // Says what went wrong, as printf, with a literal for its format. Its value is EXIT_FAILED.
 #define fail(...) end_failure(fprintf(stderr, "astrovl: " __VA_ARGS__))
-static int failed(const astrovl_error *err) { return fail("%s", err->message); }
+
+static void clear_bar(program *p) {
+    if (p->bar_drawn) fputs("\r\033[K", stderr);
+    p->bar_drawn = 0;
+}
+
+// The same of what the header says in p->err.
+static int failed(program *p) { return clear_bar(p), fail("%s", p->err.message); }
 
 // Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
@@ -451,9 +446,8 @@ static void find_shipped_model(program *p, const char *argv0) {
 #endif
     if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
     while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
-    folder[n] = 0;
     for (i = 0; i < 3 && !f; i++) {
-        snprintf(p->shipped, sizeof p->shipped, "%s%s/%s", i < 2 ? folder : "", places[i], SHIPPED_MODEL);
+        snprintf(p->shipped, sizeof p->shipped, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], SHIPPED_MODEL);
         f = i == 1 && !n ? NULL : fopen(p->shipped, "rb");
     }
     if (f) fclose(f);
@@ -462,23 +456,13 @@ static void find_shipped_model(program *p, const char *argv0) {
 
 // Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
 static void open_model(program *p) {
-    astrovl_open_options open_options;
-    astrovl_error err;
-    memset(&open_options, 0, sizeof open_options);
-    open_options.chat_template = (astrovl_template)p->o.chat_template;
-    if (p->o.models.n == 0) {
-        if (!p->shipped[0])
-            exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m FILE", SHIPPED_MODEL,
-                      ASTROVL_DATA_DIR));
-        p->o.models.items[p->o.models.n++] = p->shipped;
-    }
-    p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &open_options, &err);
-    if (!p->model) exit(failed(&err));
-}
-
-static void clear_bar(program *p) {
-    if (p->bar_drawn) fputs("\r\033[K", stderr);
-    p->bar_drawn = 0;
+    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
+    if (p->o.models.n == 0 && !p->shipped[0])
+        exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m", SHIPPED_MODEL, ASTROVL_DATA_DIR));
+    if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
+    p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
+    if (!p->model) exit(failed(p));
+    astrovl_get_info(p->model, &p->info);
 }
 
 // Draws "image [########------------] 9/23" once the work has taken more than a second. per_second 0: do not say
@@ -508,29 +492,24 @@ static void print_text(const program *p, const char *text, size_t size) {
 // Gets the answer piece by piece.
 static int on_text(void *user, const char *text, size_t size) {
     program *p = (program *)user;
-    if (p->counting) return g_interrupted != 0;
+    if (p->counting || p->o.json || p->o.hash) return g_interrupted != 0;
     clear_bar(p);
-    if (p->o.json || p->o.hash) return g_interrupted != 0;
     print_text(p, text, size);
     flush_output(p);
     return g_interrupted || p->stop;
 }
 
-static void open_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
-    astrovl_session_options session_options = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"),
-                                               NULL};
-    astrovl_error err;
-    p->session = astrovl_session_new(p->model, &session_options, &err);
-    if (!p->session) exit(failed(&err));
-    p->o.how.stop = p->o.stop.items;
-    p->o.how.n_stop = p->o.stop.n;
-    p->o.how.on_text = on_text;
-    p->o.how.user = p;
+// tap, share: may be NULL
+static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user, astrovl_session *share) {
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"), share};
+    astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
+    if (!session) exit(failed(p));
+    return session;
 }
 
 static void open_model_and_session(program *p) {
     open_model(p);
-    open_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL);
+    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL, NULL);
 }
 
 // Loads an image the right way up.
@@ -545,62 +524,53 @@ static astrovl_status load_image(const char *path, astrovl_image *image, astrovl
 
 // Turns of several conversations. Ctrl-C ends them and not the program.
 static void say_together(program *p, astrovl_turn *turns, int n) {
-    void (*before)(int) = signal(SIGINT, on_interrupt);
-    if (before == SIG_IGN) signal(SIGINT, SIG_IGN);   // started so (in the background of a script): leave it
+    catch_interrupts(1);
     g_interrupted = 0;
     if (!p->counting) p->started = time(NULL);
     astrovl_chat_batch(turns, n, NULL);               // each turn has its own error
     if (!p->counting) clear_bar(p);
-    signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
+    catch_interrupts(0);
 }
 
-static char *say(program *p, const astrovl_image *images, int n_images, const char *text, astrovl_error *err) {
+static char *say(program *p, const astrovl_image *images, int n_images, const char *text) {
     astrovl_turn turn = {p->session, images, n_images, text, &p->o.how, NULL, {ASTROVL_OK, ""}};
     say_together(p, &turn, 1);
-    *err = turn.err;
+    p->err = turn.err;
     return turn.answer;
 }
 
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
-static void print_timings(const program *p, const astrovl_session *s, const char *label) {
-    astrovl_stats t;
-    if (p->o.quiet || p->o.json) return;
-    astrovl_get_stats(s, &t);
+static void print_timings(const astrovl_stats *t, const char *label) {
     print_label(stderr, label);
-    if (t.encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t.encode_seconds);
-    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t.n_prompt_tokens, t.prompt_seconds,
-            t.n_answer_tokens, t.decode_seconds);
-    if (t.decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t.n_answer_tokens / t.decode_seconds);
-    fprintf(stderr, "%s\n", t.stopped_by_limit ? ", cut short by the token limit" : "");
+    if (t->encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t->encode_seconds);
+    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t->n_prompt_tokens, t->prompt_seconds,
+            t->n_answer_tokens, t->decode_seconds);
+    if (t->decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t->n_answer_tokens / t->decode_seconds);
+    fprintf(stderr, "%s\n", t->stopped_by_limit ? ", cut short by the token limit" : "");
 }
 
-// file may be NULL.
-static void print_answer_json(const astrovl_session *s, const char *file, const char *prompt, const char *answer) {
+// Prints one answer's end: the JSON object, or the newline and the timings. file, label: may be NULL
+static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
+                          const char *answer) {
     astrovl_stats t;
     int i, n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
     astrovl_get_stats(s, &t);
-    put_json("{");
-    if (file) put_json("file:%s", file);
-    put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
-    for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
-    put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
-             t.prompt_seconds, t.decode_seconds);
+    if (p->o.json) {
+        put_json("{");
+        if (file) put_json("file:%s", file);
+        put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
+        for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
+        put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
+                 t.prompt_seconds, t.decode_seconds);
+    } else putchar('\n');
+    flush_output(p);
+    if (!p->o.json && !p->o.quiet) print_timings(&t, label);
 }
 
 static void print_error_json(const char *file, const astrovl_error *err) {
     put_json("{file:%s error:%s status:%s}\n", file, err->message, astrovl_status_name(err->status));
-}
-
-// Reads a whole stream, which may hold any bytes, or a little more than `limit` of them.
-static char *read_all(program *p, FILE *in, size_t limit, size_t *size) {
-    size_t capacity = 65536;
-    char *data = (char *)new_memory(p, capacity + 1, 1);
-    for (*size = 0; (*size += fread(data + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
-        data = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), data, capacity);
-    data[*size] = 0;
-    return data;
 }
 
 // Reads a line of any length without its end. NULL at the end of the stream.
@@ -632,9 +602,11 @@ static int write_error(const char *path) { return fail("%s: cannot be written: %
 static char *read_text(program *p, const char *path, size_t *size) {
     const size_t limit = (size_t)256 << 20;                // more is a mistake: nobody writes so much by hand
     FILE *in = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    char *text;
+    size_t capacity = 65536;
+    char *text = (char *)new_memory(p, capacity + 1, 1);   // zeros: one ends the text
     if (!in) exit(cannot_open(path));
-    text = read_all(p, in, limit, size);
+    for (*size = 0; (*size += fread(text + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
+        text = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), text, capacity);
     if (ferror(in)) exit(fail("%s: cannot be read: %s", path, strerror(errno)));
     if (*size > limit) exit(fail("%s: is larger than 256 MiB; cut it into parts", path));
     if (in != stdin) fclose(in);
@@ -721,33 +693,20 @@ static uint64_t count_values(const int64_t *shape, int n_dims) {
 // Writes a file of numpy's format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes, the values.
 // Source: numpy.lib.format's documentation (NEP 1). Returns the values' hash.
 static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, const float *values) {
-    char dims[128], text[256];
-    unsigned char start[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, 0, 0};
+    char text[256];
     int used = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%s%s), }",
-                        shape_text(dims, shape, n_dims, ", "), n_dims == 1 ? "," : ""), broken;
+                        shape_text(shape, n_dims, ", "), n_dims == 1 ? "," : "");
     int size = (10 + used + 1 + 63) / 64 * 64 - 10;
     FILE *f = fopen(path, "wb");
     uint64_t hash;
     if (!f) exit(write_error(path));
-    put_le(start + 8, (uint64_t)size, 2);
-    fwrite(start, 1, sizeof start, f);
-    fprintf(f, "%-*s\n", size - 1, text);
+    fprintf(f, "\x93NUMPY%c%c%c%c%-*s\n", 1, 0, size & 0xFF, size >> 8, size - 1, text);
     hash = put_values(f, values, count_values(shape, n_dims));
-    broken = ferror(f);
-    if (fclose(f) != 0 || broken) exit(write_error(path));
+    if (ferror(f) || fclose(f) != 0) exit(write_error(path));
     return hash;
 }
 
 // ==== caption, ask ===================================================================================================
-// Prints one answer's end: the JSON object, or the newline and the timings.
-static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
-                          const char *answer) {
-    if (p->o.json) print_answer_json(s, file, prompt, answer);
-    else putchar('\n');
-    flush_output(p);
-    print_timings(p, s, label);
-}
-
 // Prints what a turn about `each` images has given, or why there is nothing. label: what it is about, or NULL
 static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, int each, const char *label) {
     int loaded = t->n_images == each;
@@ -761,7 +720,8 @@ static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, in
     if (loaded && label) putchar('\n');
     if (p->o.json) print_error_json(paths[loaded ? 0 : t->n_images], &t->err);
     flush_output(p);
-    return failed(&t->err);
+    p->err = t->err;
+    return failed(p);
 }
 
 // Asks about images in n fresh conversations, about `each` of them in a turn; the turns are taken together.
@@ -779,8 +739,7 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
     if (good && !p->counting) print_label(stdout, with_labels ? paths[0] : NULL);
     if (good) say_together(p, turns, good);
     clear_bar(p);
-    for (i = 0; i < n; i++)
-        if (finish_turn(p, of[i], paths + i * each, each, with_labels ? paths[i] : NULL) != EXIT_OK) status = EXIT_FAILED;
+    for (i = 0; i < n; i++) status |= finish_turn(p, of[i], paths + i * each, each, with_labels ? paths[i] : NULL);
     for (i = 0; i < n * each; i++) astrovl_image_free(&images[i]);
     return status;
 }
@@ -789,19 +748,14 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
 static int answer_each(program *p, int n_images, const char *prompt) {
     const char **paths = p->o.words.items;
     int i, batch = p->o.batch ? p->o.batch : 1, status = EXIT_OK;
-    astrovl_session_options shared = {ASTROVL_FAST, 0, p->o.ctx, NULL, NULL, NULL, NULL, NULL, NULL};
-    astrovl_error err;
     open_model_and_session(p);
     if (p->o.together) return answer_images(p, paths, 1, n_images, 0, prompt);
     p->counting = batch > 1;               // answers are printed when all of their batch are there
     p->started = time(NULL);
-    shared.share = p->session;
-    for (i = 1; i < batch && i < n_images; i++)
-        if (!(p->more[i] = astrovl_session_new(p->model, &shared, &err))) exit(failed(&err));
+    for (i = 1; i < batch && i < n_images; i++) p->more[i] = new_session(p, ASTROVL_FAST, NULL, NULL, p->session);
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
         if (p->counting) draw_bar(p, "images", i, n_images, 0);
-        if (answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt) != EXIT_OK)
-            status = EXIT_FAILED;
+        status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt);
     }
     return status;
 }
@@ -818,15 +772,13 @@ typedef struct chat_state {
 } chat_state;
 
 static const char chat_help[] = "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
-    "  /reset       forget the conversation; the image is shown again with the next question\n"
-    "  /help        this list\n"
+    "  /reset       forget the conversation; the image is shown again with the next question\n  /help        this list\n"
     "  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
-static void chat_image(chat_state *c, const char *path) {
+static void chat_image(program *p, chat_state *c, const char *path) {
     astrovl_image image;
-    astrovl_error err;
     memset(&image, 0, sizeof image);
-    if (*path && load_image(path, &image, &err) != ASTROVL_OK) { c->n_failed += failed(&err); return; }
+    if (*path && load_image(path, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
@@ -834,15 +786,14 @@ static void chat_image(chat_state *c, const char *path) {
 }
 
 static void chat_turn(program *p, chat_state *c, const char *text) {
-    astrovl_error err;
-    char *answer = say(p, &c->image, c->pending ? 1 : 0, text, &err);
-    int stopped = answer ? g_interrupted : err.status == ASTROVL_CANCELLED && c->interactive;
+    char *answer = say(p, &c->image, c->pending ? 1 : 0, text);
+    int stopped = answer ? g_interrupted : p->err.status == ASTROVL_CANCELLED && c->interactive;
     if (answer) c->pending = 0, finish_answer(p, p->session, NULL, NULL, text, answer);
     if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
     if (!answer && !stopped) {
         c->n_failed++;
-        failed(&err);
-        if (err.status == ASTROVL_ERROR_LIMIT) fail("/reset begins a new conversation");
+        failed(p);
+        if (p->err.status == ASTROVL_ERROR_LIMIT) fail("/reset begins a new conversation");
     }
     astrovl_free(answer);
 }
@@ -854,7 +805,7 @@ static int chat_command(program *p, chat_state *c, const char *line) {
         astrovl_session_reset(p->session);
         c->pending = c->image.rgb != NULL;
     } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
-        chat_image(c, line + 6 + strspn(line + 6, " "));
+        chat_image(p, c, line + 6 + strspn(line + 6, " "));
     } else {
         int known = strcmp(line, "/help") == 0;
         if (!known) fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
@@ -881,7 +832,7 @@ static int run_chat(program *p) {
     chat_state c;
     memset(&c, 0, sizeof c);
     open_model_and_session(p);
-    if (p->o.words.n == 1) chat_image(&c, p->o.words.items[0]);
+    if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0]);
     if (c.n_failed) return EXIT_FAILED;              // the image is none: do not talk about nothing
     c.interactive = !p->o.prompt && is_terminal(0);
     if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
@@ -891,17 +842,26 @@ static int run_chat(program *p) {
 }
 
 // ==== tokens =========================================================================================================
-static int print_tokens(program *p, const int32_t *tokens, int n) {
-    int i, size, width = 0;
+// Returns the tokens of a text, *n of them.
+static int32_t *encode_text(program *p, const char *text, size_t size, int flags, int *n) {
+    int32_t *tokens;
+    int room = 0;
+    do {
+        tokens = (int32_t *)new_memory(p, (size_t)room, sizeof *tokens);
+        *n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, room, &p->err) :
+                         astrovl_tokenize(p->model, text, size, flags, tokens, room, &p->err);
+        if (*n < 0) exit(failed(p));
+    } while (*n > room && (room = *n));
+    return tokens;
+}
+
+static int print_tokens(program *p, const char *word, size_t word_size) {
+    int i, n, size;
+    int32_t *tokens = encode_text(p, word, word_size, p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, &n);
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
         return EXIT_OK;
-    }
-    for (i = 0; i < n; i++) {
-        astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
-        int w = text_width(piece.data, piece.size);
-        if (w > width) width = w < 32 ? w : 32;
     }
     if (p->o.json) put_json("{tokens:[");
     for (i = 0; i < n; i++) {
@@ -911,7 +871,7 @@ static int print_tokens(program *p, const int32_t *tokens, int n) {
         if (p->o.json) put_json("{id:%d piece:%S text:%S}", (int)tokens[i], piece.data, piece.size, text, (size_t)size);
         else {
             printf("%8ld  ", (long)tokens[i]);
-            print_padded(piece.data, piece.size, width + 2);
+            print_padded(piece.data, piece.size, 16);
             print_string(stdout, text, (size_t)size, 1);
             putchar('\n');
         }
@@ -920,39 +880,22 @@ static int print_tokens(program *p, const int32_t *tokens, int n) {
     return EXIT_OK;
 }
 
-static int encode_text(program *p, const char *text, size_t size) {
-    int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, n;
-    int32_t *tokens;
-    astrovl_error err;
-    n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, NULL, 0, &err) : astrovl_tokenize(p->model, text, size, flags, NULL, 0, &err);
-    if (n < 0) return failed(&err);
-    tokens = (int32_t *)new_memory(p, (size_t)n, sizeof *tokens);
-    n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, n, &err) : astrovl_tokenize(p->model, text, size, flags, tokens, n, &err);
-    return n < 0 ? failed(&err) : print_tokens(p, tokens, n);
-}
-
-// Reads ids separated by blanks or commas. Returns how many.
-static int parse_ids(const program *p, const char *text, int32_t *ids) {
+// Prints what ids, separated by blanks or commas, spell.
+static int decode_ids(program *p, const char *text, size_t size) {
     static const char separators[] = " ,\t\r\n";
+    int32_t *ids = (int32_t *)new_memory(p, size / 2 + 1, sizeof *ids);
     int n = 0;
-    char *end;
+    char *end, *decoded;
     for (text += strspn(text, separators); *text; text = end + strspn(end, separators)) {
         unsigned long long value = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || !strchr(separators, *end) || value > INT32_MAX ||
             astrovl_token_piece(p->model, (int32_t)value).size == 0)
-            exit(fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text));
+            return fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text);
         ids[n++] = (int32_t)value;
     }
-    return n;
-}
-
-static int decode_ids(program *p, const char *text, size_t size) {
-    int32_t *ids = (int32_t *)new_memory(p, size / 2 + 1, sizeof *ids);
-    astrovl_error err;
-    char *decoded = astrovl_detokenize(p->model, ids, parse_ids(p, text, ids), &err);
-    if (!decoded) return failed(&err);
-    if (p->safe_output) print_safe(stdout, decoded);
-    else fputs(decoded, stdout);
+    decoded = astrovl_detokenize(p->model, ids, n, &p->err);
+    if (!decoded) return failed(p);
+    print_text(p, decoded, strlen(decoded));
     if (p->safe_output) putchar('\n');       // a terminal's next line; a pipe gets the bytes as they are
     astrovl_free(decoded);
     return EXIT_OK;
@@ -964,16 +907,13 @@ static int run_tokens(program *p) {
     if ((p->o.ids || p->o.clip) && (p->o.json || (p->o.clip && p->o.decode)))
         return usage_error(p->cmd, "--ids or --json, not both; --clip prints ids");
     open_model(p);
-    if (strcmp(word, "-") == 0) word = read_all(p, stdin, SIZE_MAX, &size);
-    return p->o.decode ? decode_ids(p, word, size) : encode_text(p, word, size);
+    if (strcmp(word, "-") == 0) word = read_text(p, word, &size);
+    return (p->o.decode ? decode_ids : print_tokens)(p, word, size);
 }
 
 // ==== inspect ========================================================================================================
-static const char *value_type_name(astrovl_value_type type) {
-    static const char *const names[] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
-                                        "u64", "i64", "f64"};
-    return (unsigned)type < sizeof names / sizeof *names ? names[type] : "?";
-}
+static const char *const value_types[] = {               // by astrovl_value_type
+    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"};
 
 // One value of a metadata entry, as JSON. long_strings: 0 cuts strings for the screen.
 static void print_value(const astrovl_gguf *file, int index, uint64_t i, int long_strings) {
@@ -995,19 +935,19 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
 
 // One metadata entry; of a long array its first items, unless --full is given. JSON: "key": value, or [values], or
 // {"type": ..., "count": ..., "first": [values]}
-static void print_kv(const program *p, const astrovl_gguf *file, int index, int key_width) {
+static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     const astrovl_kv *kv = astrovl_gguf_kv(file, index);
     int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
     uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
     char type[64];
-    snprintf(type, sizeof type, is_array ? "%s[%llu]" : "%s", value_type_name(kv->item_type), (unsigned long long)kv->count);
+    snprintf(type, sizeof type, is_array ? "%s[%llu]" : "%s", value_types[kv->item_type], (unsigned long long)kv->count);
     if (as_json) {
         put_json("%k", kv->key);
-        if (shown < kv->count) put_json("{type:%s count:%l first:", value_type_name(kv->item_type), (long long)kv->count);
+        if (shown < kv->count) put_json("{type:%s count:%l first:", value_types[kv->item_type], (long long)kv->count);
         if (is_array) put_json("[");
     } else {
         printf("  ");
-        print_padded(kv->key, strlen(kv->key), key_width);
+        print_padded(kv->key, strlen(kv->key), 40);
         printf("  %-14s ", type);
     }
     for (i = 0; i < shown; i++) {
@@ -1020,10 +960,9 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index, int 
 }
 
 // Shapes are written with the slowest dimension first, as the header's comments and numpy do.
-static void print_tensor(const astrovl_tensor *t, int as_json, int name_width) {
+static void print_tensor(const astrovl_tensor *t, int as_json) {
     int64_t shape[4];
     int i, n = t->n_dims;
-    char text[128];
     for (i = 0; i < n; i++) shape[i] = t->ne[n - 1 - i];
     if (as_json) {
         put_json("{name:%s type:%s shape:[", t->name, astrovl_type_name(t->type));
@@ -1032,8 +971,8 @@ static void print_tensor(const astrovl_tensor *t, int as_json, int name_width) {
         return;
     }
     printf("  ");
-    print_padded(t->name, strlen(t->name), name_width);
-    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(text, shape, n, " x "), (unsigned long long)t->n_bytes);
+    print_padded(t->name, strlen(t->name), 28);
+    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(shape, n, " x "), (unsigned long long)t->n_bytes);
 }
 
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
@@ -1052,103 +991,78 @@ static totals add_up(const astrovl_gguf *file) {
 }
 
 static void print_totals(const totals *sums) {
-    char text[32];
     int k;
     for (k = 0; k <= N_TYPES; k++)
         if (sums->of[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(text, sums->of[k][2]));
-}
-
-static int at_least(int width, const char *text) {
-    int w = text_width(text, strlen(text));
-    return w > width && w <= 48 ? w : width;
+                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(sums->of[k][2]));
 }
 
 static void print_file(const program *p, const astrovl_gguf *file) {
-    int i, key_width = 8, name_width = 8, as_json = p->o.json;
-    int n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
+    int i, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
     const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
     totals sums = add_up(file);
-    char text[32];
-    for (i = 0; i < n_kv; i++) key_width = at_least(key_width, astrovl_gguf_kv(file, i)->key);
-    for (i = 0; i < n_tensors; i++) name_width = at_least(name_width, astrovl_gguf_tensor(file, i)->name);
     if (as_json) {
         put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
                  order, (long long)astrovl_gguf_size(file));
     } else {
         print_safe(stdout, astrovl_gguf_name(file));
         printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file), order,
-               human_bytes(text, astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
+               human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     }
-    for (i = 0; i < n_kv; i++) print_kv(p, file, i, key_width);
+    for (i = 0; i < n_kv; i++) print_kv(p, file, i);
     if (as_json) put_json("} tensors:[");
     else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
-    for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json, name_width);
+    for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json);
     if (as_json) put_json("]}");
     else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
 }
 
-// A part of the model with its sizes, or null (text: none) when the files lack it. keys: "name name~ ..."; ~: a double, not an int
-static void print_part(int as_json, const char *part, int present, const char *keys, ...) {
-    char key[32];
-    va_list args;
-    va_start(args, keys);
+// Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns whether they have it.
+static int begin_part(int as_json, const char *part, int present) {
     if (as_json) put_json(present ? "%k {" : "%k %-", part);
-    else printf("  %-15s", part);
-    if (!present) fputs(as_json ? "null" : " none", stdout);
-    for (; present && *keys; keys += strspn(keys, "~ ")) {
-        size_t n = strcspn(keys, "~ ");
-        snprintf(key, sizeof key, "%.*s", (int)n, keys);
-        if (as_json) put_json("%k %-", key);
-        else printf(" %s ", key);
-        keys += n;
-        if (*keys == '~') print_number(stdout, va_arg(args, double), 1);
-        else printf("%d", va_arg(args, int));
-        if (!as_json && *keys == ' ') putchar(',');
-    }
-    va_end(args);
-    if (!as_json) putchar('\n');
-    else if (present) put_json("}");
+    else printf("  %-16s", part);
+    if (!present) fputs(as_json ? "null" : "none\n", stdout);
+    return present;
 }
 
-static void print_parts(int as_json, const astrovl_info *m) {
-    print_part(as_json, "vocabulary", m->has_vocab, "tokens bos eos", m->n_vocab, m->bos_token, m->eos_token);
-    print_part(as_json, "language_model", m->has_text, "layers width heads kv_heads head_dim feed_forward context", m->n_layer,
-               m->n_embd, m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
-    print_part(as_json, "vision_tower", m->has_vision, "layers feature_layer width heads feed_forward image_size patch_size "
-               "patches", m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff,
-               m->image_size, m->patch_size, m->n_patches);
-    print_part(as_json, "projector", m->has_projector, "image_tokens", m->n_image_tokens);
-    print_part(as_json, "text_tower", m->clip_text_n_layer > 0, "layers width heads feed_forward context tokens",
-               m->clip_text_n_layer, m->clip_text_n_embd, m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx,
-               m->clip_text_n_vocab);
-    print_part(as_json, "contrastive", m->has_joint_image || m->has_joint_text, "images texts dims logit_scale~",
-               m->has_joint_image, m->has_joint_text, m->n_embd_joint, (double)m->logit_scale);
+// Ends it with its sizes, format as of put_json; the text is "layers 2, width 32".
+#define end_part(as_json, format, ...) ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
+
+static void print_parts(int j, const astrovl_info *m) {
+    if (begin_part(j, "vocabulary", m->has_vocab)) end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
+    if (begin_part(j, "language_model", m->has_text))
+        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer, m->n_embd,
+                 m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
+    if (begin_part(j, "vision_tower", m->has_vision))
+        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d patches:%d",
+                 m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff, m->image_size,
+                 m->patch_size, m->n_patches);
+    if (begin_part(j, "projector", m->has_projector)) end_part(j, "image_tokens:%d", m->n_image_tokens);
+    if (begin_part(j, "text_tower", m->clip_text_n_layer > 0))
+        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer, m->clip_text_n_embd,
+                 m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
+    if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
+        end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
+                 m->logit_scale);
 }
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
-static void print_model(const program *p, const list *paths) {
-    astrovl_error err;
-    astrovl_info info;
-    astrovl_model *model = astrovl_open_files(paths->items, paths->n, NULL, &err);
-    char text[32];
-    if (model) astrovl_get_info(model, &info);
-    if (p->o.json) {
-        put_json("model:{");
-        if (model) put_json("name:%s parameters:%l weight_bytes:%l template:%s", info.name, (long long)info.n_params,
-                            (long long)info.n_weight_bytes, astrovl_template_name(info.chat_template));
-        else put_json("error:%s", err.message);
-        if (model) print_parts(1, &info);
-        put_json("}");
-    } else if (model) {
-        printf("what this makes up\n  name            ");
-        print_string(stdout, info.name, strlen(info.name), 1);
-        putchar('\n');
-        print_parts(0, &info);
-        printf("  template        %s\n  weights         %llu parameters in %s\n", astrovl_template_name(info.chat_template),
-               (unsigned long long)info.n_params, human_bytes(text, info.n_weight_bytes));
-    } else printf("no model that astrovl can run: %s\n", err.message);
-    astrovl_close(model);
+static void print_model(program *p, const list *paths) {
+    const astrovl_info *m = &p->info;
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    if (!p->model) {
+        if (p->o.json) put_json("model:{error:%s}", p->err.message);
+        else printf("no model that astrovl can run: %s\n", p->err.message);
+        return;
+    }
+    astrovl_get_info(p->model, &p->info);
+    if (p->o.json) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+                            (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
+    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
+                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
+    print_parts(p->o.json, m);
+    if (p->o.json) put_json("}");
+    else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
 static void on_problem(void *user, const char *message) {
@@ -1161,15 +1075,13 @@ static int check_model(program *p, const list *paths) {
     static const struct { const char *command; int use; } rows[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
         {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
-    astrovl_info m;
-    astrovl_error err;
+    const astrovl_info *m = &p->info;
     int i, uses[5];
-    p->model = astrovl_open_files(paths->items, paths->n, &how, &err);
-    memset(&m, 0, sizeof m);
-    if (p->model) astrovl_get_info(p->model, &m);
-    else if (!p->problems.n) on_problem(p, err.message);
-    uses[4] = m.has_vocab, uses[3] = m.has_joint_image, uses[2] = m.has_joint_image && m.has_joint_text;
-    uses[1] = m.has_text && m.has_vocab, uses[0] = uses[1] && m.has_vision && m.has_projector;
+    p->model = astrovl_open_files(paths->items, paths->n, &how, &p->err);
+    if (p->model) astrovl_get_info(p->model, &p->info);
+    else if (!p->problems.n) on_problem(p, p->err.message);
+    uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
+    uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
     if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
     else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
@@ -1186,7 +1098,6 @@ static int check_model(program *p, const list *paths) {
 static int run_inspect(program *p) {
     list *paths = p->o.words.n ? &p->o.words : &p->o.models;
     astrovl_gguf **files;
-    astrovl_error err;
     int i;
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
@@ -1194,7 +1105,7 @@ static int run_inspect(program *p) {
     if (p->o.check) return check_model(p, paths);
     files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (i = 0; i < paths->n; i++)                         // all, before anything is printed: half a JSON text is none
-        if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &err))) exit(failed(&err));
+        if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
     if (p->o.json) put_json("{files:[");
     for (i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     if (p->o.json) put_json("]");
@@ -1209,17 +1120,16 @@ static void print_quantized(const program *p, const astrovl_gguf *in, const astr
     totals sums = add_up(out);
     long long sizes[2] = {(long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out)};
     double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
-    char text[2][32];
     int k;
     if (p->o.json) {
         put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
-                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed, r->n_fallbacks,
-                 r->n_requantized);
+                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed,
+                 r->n_fallbacks, r->n_requantized);
         for (k = 0; k < N_TYPES; k++) if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
         put_json("}}\n");
     } else if (!p->o.quiet) {
-        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes(text[0], (uint64_t)sizes[0]),
-               human_bytes(text[1], (uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
+        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes((uint64_t)sizes[0]),
+               human_bytes((uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
         print_totals(&sums);
     }
     if (p->o.quiet) return;
@@ -1230,20 +1140,19 @@ static void print_quantized(const program *p, const astrovl_gguf *in, const astr
 static int run_quantize(program *p) {
     const char *const *words = p->o.words.items;
     astrovl_quantize_report report;
-    astrovl_error err;
-    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &err), *out = NULL;
+    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &p->err), *out = NULL;
     double start = astrovl_seconds();
-    astrovl_status status = in ? ASTROVL_OK : err.status;
+    astrovl_status status = in ? ASTROVL_OK : p->err.status;
     p->started = time(NULL);
-    if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);    // it leaves nothing behind
-    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &err);
+    catch_interrupts(1);                   // nothing is left behind
+    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &p->err);
     clear_bar(p);
-    if (!status) out = astrovl_gguf_open(words[1], 0, &err);
+    if (!status) out = astrovl_gguf_open(words[1], 0, &p->err);
     if (out) print_quantized(p, in, out, &report, astrovl_seconds() - start);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
-    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", err.message);
-    return out ? EXIT_OK : failed(&err);
+    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", p->err.message);
+    return out ? EXIT_OK : failed(p);
 }
 
 // ==== trace ==========================================================================================================
@@ -1268,7 +1177,7 @@ static int count_call(trace_state *t, const char *name) {
 
 // "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
 static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
-    char file[256], dims[128], path[4096], *c;
+    char file[256], path[4096], *c;
     int call = count_call(t, name);
     uint64_t hash;
     snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
@@ -1276,19 +1185,19 @@ static void save_tensor(trace_state *t, const char *name, int layer, const int64
         if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
     snprintf(path, sizeof path, "%s/%s", t->folder, file);
     hash = save_npy(path, shape, n_dims, data);
-    fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call, shape_text(dims, shape, n_dims, "x"),
+    fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call, shape_text(shape, n_dims, "x"),
             (unsigned long long)hash);
 }
 
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
     uint64_t n = count_values(shape, n_dims);
-    char dims[128], line[512];
+    char line[512];
     if (t->folder) {
         save_tensor(t, name, layer, shape, n_dims, data);
     } else {
         int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
-                            shape_text(dims, shape, n_dims, "x"));
+                            shape_text(shape, n_dims, "x"));
         t->total = fnv1a64(t->total, line, (size_t)size);
         fputs(line, stdout);
     }
@@ -1301,8 +1210,7 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
 static void open_trace_folder(program *p, trace_state *t) {
     char *path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
     if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
-    t->index = fopen(path, "w");
-    if (!t->index) exit(write_error(path));
+    if (!(t->index = fopen(path, "w"))) exit(write_error(path));
     fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
 }
 
@@ -1310,28 +1218,26 @@ static int run_trace(program *p) {
     trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
     astrovl_image image = {0, 0, NULL, 0};
-    astrovl_error err;
-    char *answer, size[32];
+    char *answer;
     t->p = p;
     t->folder = p->o.out;
     t->total = FNV_START;
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
-    open_session(p, ASTROVL_EXACT, on_tensor, t);
+    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t, NULL);
     if (t->folder) open_trace_folder(p, t);
-    if (n_images && load_image(p->o.words.items[0], &image, &err) != ASTROVL_OK) return failed(&err);
-    answer = say(p, &image, n_images, p->o.words.items[n_images], &err);
+    if (n_images && load_image(p->o.words.items[0], &image, &p->err) != ASTROVL_OK) return failed(p);
+    answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
-    if (p->stop) exit(EXIT_FAILED);
-    if (!answer) return failed(&err);
+    if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
     if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error("index.tsv");
     if (!t->folder) {
         printf("total %016llx of %llu tensors\nanswer ", (unsigned long long)t->total, (unsigned long long)t->n_tensors);
         print_string(stdout, answer, strlen(answer), 1);
     } else if (!p->o.quiet) {
         fprintf(stderr, "%llu tensors, %s, in %s; index.tsv lists them in the order they were computed\n",
-                (unsigned long long)t->n_tensors, human_bytes(size, t->n_bytes), t->folder);
+                (unsigned long long)t->n_tensors, human_bytes(t->n_bytes), t->folder);
     }
     putchar('\n');
     astrovl_free(answer);
@@ -1344,7 +1250,6 @@ enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256 };
 // Opens the model and a session, and says which of the towers that the command needs is missing.
 static void open_towers(program *p, int towers) {
     open_model_and_session(p);
-    astrovl_get_info(p->model, &p->info);
     if (p->o.batch == 0) p->o.batch = 4;
     p->started = time(NULL);
     p->counting = 1;
@@ -1361,18 +1266,16 @@ static float *row_of(const program *p, float *rows, int i) { return rows + (size
 // and the row are zeros. Returns how many could be.
 static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
     astrovl_image images[MAX_BATCH];
-    astrovl_error err;
     size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
-        ok[i] = load_image(paths[i], &images[good], &err) == ASTROVL_OK;
+        ok[i] = load_image(paths[i], &images[good], &p->err) == ASTROVL_OK;
         good += ok[i];
         if (ok[i]) continue;
-        clear_bar(p);
-        failed(&err);
-        if (p->o.json) print_error_json(paths[i], &err);
+        failed(p);
+        if (p->o.json) print_error_json(paths[i], &p->err);
     }
-    if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &err) != ASTROVL_OK) exit(failed(&err));
+    if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
     for (i = n - 1, next = good; i >= 0; i--)              // from the rows of the good ones to those of all
         if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), row_size);
@@ -1405,12 +1308,11 @@ static int embed_images(program *p, const char *const *paths, int n, float *rows
 }
 
 static void embed_texts(program *p, const char *const *texts, int n, float *rows) {
-    astrovl_error err;
     int i, some;
     for (i = 0; i < n; i += some) {
         some = n - i < 32 ? n - i : 32;
         draw_bar(p, "texts", i, n, 0);
-        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &err) != ASTROVL_OK) exit(failed(&err));
+        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err) != ASTROVL_OK) exit(failed(p));
     }
     clear_bar(p);
 }
@@ -1513,14 +1415,14 @@ static const char *const built_in_labels[3] = {
     "globular cluster\nopen star cluster\nyoung massive star cluster\nnuclear star cluster\nstellar association\nstar field\n"
     "crowded field of stars\nresolved stars in a nearby galaxy\nstars in the galactic bulge\nmagellanic cloud\nemission nebula\n"
     "region of ionised hydrogen\nreflection nebula\ndark nebula\nmolecular cloud\nplanetary nebula\nbipolar planetary nebula\n"
-    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\n"
-    "young stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\n"
-    "luminous blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic "
-    "variable star\nsymbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse "
-    "supernova\nkilonova\ngamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\n"
-    "transiting hot jupiter\ngas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\n"
-    "cratered moon\nicy moon\nasteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\n"
-    "active asteroid with a tail\ninterstellar object\n",
+    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\nyoung "
+    "stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\nluminous "
+    "blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic variable star\n"
+    "symbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse supernova\nkilonova\n"
+    "gamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\ntransiting hot jupiter\n"
+    "gas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\ncratered moon\nicy moon\n"
+    "asteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\nactive asteroid with a tail\n"
+    "interstellar object\n",
     "spiral arms\nstellar bar in a galaxy\ngalactic bulge\ngalactic disk seen edge-on\ngalaxy halo\ndust lane across a galaxy\n"
     "rings of star formation in a galaxy\ntidal tails and bridges between galaxies\nstellar streams and shells around a galaxy\n"
     "warped galactic disk\ngalactic outflow\njet from an active nucleus\naccretion disk\ndusty torus around a nucleus\nextended "
@@ -1529,32 +1431,32 @@ static const char *const built_in_labels[3] = {
     "halo\nstar formation\ntriggered star formation at the rim of a nebula\npillars of gas and dust\nionisation front\nglowing "
     "filaments of gas\nshock waves in gas\nexpanding shell of gas\nlight echo\nstellar wind\nstellar outflow and jet\nmass loss "
     "from a dying star\nsupernova explosion\nstellar pulsation\nstellar flare\nstellar rotation\nmass transfer in a binary star\n"
-    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation "
-    "in a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
-    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk"
-    "\natmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
+    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation in "
+    "a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
+    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk\n"
+    "atmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
     "impact craters\nvolcanic activity on a moon\nwater plumes from an icy moon\ntail of a comet\ncoma and nucleus of a comet\n"
     "break-up of a comet\nzodiacal light\ncosmic reionisation\nlyman-alpha absorption lines\n",
     "measuring the expansion rate with type ia supernovae\nmeasuring the hubble constant with cepheids\ncalibrating the cosmic "
-    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping "
-    "mass in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies"
-    "\ntracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring "
-    "the light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of "
-    "spiral arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\n"
-    "dating a stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring "
-    "proper motions in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass "
-    "black holes\nmonitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots "
-    "of radio galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\n"
-    "identifying the progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition "
-    "of a nebula from its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their "
-    "surroundings\nsurveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\n"
-    "imaging disks around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an "
-    "exoplanet\ndirectly imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses "
-    "of binary stars\nsearching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae "
-    "in ultraviolet light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf "
-    "planet\nsearching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an "
-    "asteroid\nwatching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the "
-    "cosmic background light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
+    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping mass "
+    "in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies\n"
+    "tracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring the "
+    "light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of spiral "
+    "arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\ndating a "
+    "stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring proper motions "
+    "in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass black holes\n"
+    "monitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots of radio "
+    "galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\nidentifying the "
+    "progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition of a nebula from "
+    "its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their surroundings\n"
+    "surveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\nimaging disks "
+    "around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an exoplanet\ndirectly "
+    "imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses of binary stars\n"
+    "searching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae in ultraviolet "
+    "light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf planet\n"
+    "searching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an asteroid\n"
+    "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
+    "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
 
 // One label a line; blank lines and those that begin with '#' are passed over.
 static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
@@ -1805,10 +1707,9 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
     for (i = 0; i < all.n; i++) {
         const char *name = all.items[i];
-        int known = (i && strcmp(name, all.items[i - 1]) == 0) ||
-                    (ix->names.n && bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text));
-        *n_known += known;
-        if (!known) list_add(p, todo, name, strlen(name));
+        if ((i && strcmp(name, all.items[i - 1]) == 0) ||
+            (ix->names.n && bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
+        else list_add(p, todo, name, strlen(name));
     }
     if (*n_known && !p->o.quiet) fprintf(stderr, "astrovl: %s: has %d of these %d images already\n", ix->path, *n_known, all.n);
     return status;
@@ -1856,14 +1757,13 @@ static int search_index(program *p, image_index *ix, const char *query) {
     int i, k = p->o.best ? p->o.best : 10, n = 0;
     float *row = new_rows(p, 1);
     astrovl_hit *hits;
-    astrovl_error err;
     char ok;
     if (k > ix->names.n) k = ix->names.n;
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
-    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &err);
-    if (n < 0) return failed(&err);
+    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &p->err);
+    if (n < 0) return failed(p);
     if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
         const char *name = ix->names.items[hits[i].row];
@@ -1881,8 +1781,7 @@ static int run_search(program *p) {
     open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
     ix = new_index(p, p->o.words.items[0]);
     ix->keep_rows = 1;
-    ix->file = fopen(ix->path, "rb");
-    if (!ix->file) return cannot_open(ix->path);
+    if (!(ix->file = fopen(ix->path, "rb"))) return cannot_open(ix->path);
     if (read_index_header(ix) < INDEX_HEADER) return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
     read_records(p, ix);
     fclose(ix->file);
@@ -1907,10 +1806,9 @@ typedef struct sample {
 static list read_member(program *p, const lines *l, const char *key, int least, int most) {
     list strings = {NULL, 0, 0};
     char what[128];
-    astrovl_error err;
     int i, n = 0;
-    char **texts = astrovl_json_strings(l->line, l->size, key, &n, &err);
-    if (!texts) line_error(l, err.message);
+    char **texts = astrovl_json_strings(l->line, l->size, key, &n, &p->err);
+    if (!texts) line_error(l, p->err.message);
     snprintf(what, sizeof what, n ? "\"%s\" is to be one text" : "\"%s\" is missing; a line is {\"image\": FILE, ...}", key);
     if (n < least || n > most) line_error(l, what);
     for (i = 0; i < n; i++) list_add(p, &strings, texts[i], strlen(texts[i]));
@@ -1944,87 +1842,38 @@ static sample *read_samples(program *p, const char *path, int vqa, int *n) {
     return samples;
 }
 
-// ---- retrieval (PAPERCLIP, arXiv 2403.08851, sections 3.3 and 4.1)
+// ---- retrieval
 
 typedef struct retrieval {
-    int    n;
-    double loss, share[2][101];            // [image -> text, text -> image][k]: partner among the best k percent
-    float *cosines[2];                     // [pairs, wrong pairs][n], ascending
-    double mean[2], median[2];
+    int               n;
+    astrovl_retrieval of;
+    float            *cosines[2];          // [pairs, wrong pairs][n], ascending
 } retrieval;
 
-static int by_value(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double median(float *values, int n) {     // sorts them
-    qsort(values, (size_t)n, sizeof *values, by_value);
-    return (values[(n - 1) / 2] + values[n / 2]) / 2.0;
-}
-
-// The next of a fixed sequence of random numbers below n (Knuth's linear congruential generator).
-static uint64_t random_below(uint64_t *state, uint64_t n) {
-    *state = *state * 6364136223846793005ULL + 1442695040888963407ULL;
-    return (*state >> 33) % n;
-}
-
-static retrieval *measure_retrieval(program *p, float *images, float *texts, int n) {
-    retrieval *r = (retrieval *)new_memory(p, 1, sizeof *r);
-    int32_t *ranks = (int32_t *)new_memory(p, (size_t)n, sizeof *ranks);
-    int i, k, d = p->info.n_embd_joint;
-    uint64_t state = 1;
-    r->n = n;
-    r->loss = astrovl_contrastive_loss(images, texts, n, d, p->info.logit_scale);
-    for (i = 0; i < 2; i++) {
-        astrovl_retrieval_ranks(i ? texts : images, i ? images : texts, n, d, ranks);
-        for (k = 1; k <= 100; k++) r->share[i][k] = astrovl_top_k_accuracy(ranks, n, k);
-    }
-    for (i = 0; i < n; i++) ranks[i] = i;
-    for (i = n - 1; i > 0; i--) {          // wrong pairs: a permutation that is one cycle, so no pair is right (Sattolo 1986)
-        int other = (int)random_below(&state, (uint64_t)i), t = ranks[i];
-        ranks[i] = ranks[other], ranks[other] = t;
-    }
-    for (k = 0; k < 2; k++) {
-        float *c = r->cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *c);
-        for (i = 0; i < n; i++) {
-            astrovl_linear(&c[i], row_of(p, images, i), row_of(p, texts, k ? ranks[i] : i), NULL, 1, d, 1);
-            r->mean[k] += c[i] / (double)n;
-        }
-        r->median[k] = median(c, n);       // sorted now
-    }
-    return r;
-}
-
 static void print_retrieval(const program *p, const retrieval *r) {
-    static const int shown[] = {1, 5, 10, 20, 50};
-    int i, k, best, n = r->n;
-    char head[64];
-    int width = snprintf(head, sizeof head, "floor(k/100 * %d)", n);
-    printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
-           "how often is the partner among the best k %%?\n    k  %s  image -> text  text -> image  by chance\n", n,
-           p->info.logit_scale, r->loss, n, log(n), head);
-    for (i = 0; i < 5; i++) {
-        k = shown[i], best = (int)((int64_t)k * n / 100);
-        printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, r->share[0][k] * 100, r->share[1][k] * 100,
-               100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
+    int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
+    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->of.loss);
+    else printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often "
+                "is the partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n,
+                p->info.logit_scale, r->of.loss, n, log(n), n);
+    for (k = 1; k <= 100; k++) {
+        double there = r->of.share[0][k], back = r->of.share[1][k];
+        best = (int)((int64_t)k * n / 100);
+        if (as_json) put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
+        else if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
+            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100, 100.0 * best / n,
+                   best ? "" : "  (no rank counts: too few pairs)");
     }
-    printf("\ncosines          mean   median\npairs         %7.4f  %7.4f\nwrong pairs   %7.4f  %7.4f\n", r->mean[0], r->median[0],
-           r->mean[1], r->median[1]);
-}
-
-static void print_retrieval_json(const program *p, const retrieval *r) {
-    int i, k;
-    put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", r->n, p->info.logit_scale, r->loss);
-    for (k = 1; k <= 100; k++)
-        put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, (int)((int64_t)k * r->n / 100), r->share[0][k],
-                 r->share[1][k]);
+    if (as_json) put_json("]");
+    else printf("\ncosines          mean   median\n");
     for (i = 0; i < 2; i++) {
-        put_json(i ? "]} cosines_shuffled:{" : "] cosines_matched:{");
-        put_json("mean:%f median:%f sorted:[", r->mean[i], r->median[i]);
-        for (k = 0; k < r->n; k++) put_json("%f", r->cosines[i][k]);
+        double mean = r->of.mean[i], median = r->of.median[i];
+        if (as_json) put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", mean, median);
+        else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
+        for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
+        if (as_json) put_json("]}");
     }
-    put_json("]}}\n");
+    if (as_json) put_json("}\n");
 }
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
@@ -2060,54 +1909,59 @@ static double tick_step(double range) {
     return step;
 }
 
+// The right panel: shares of the cosines, in percent.
 #define BINS 40
-static int save_plot(const char *path, const retrieval *r) {
-    static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
-        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
-    panel a = {70, 0, 100, 20, 100, 20}, b = {560, 0, 0, 0, 0, 0};
-    double bins[2][BINS] = {{0}}, low = fmin(r->cosines[0][0], r->cosines[1][0]);
-    double high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]);
-    int i, k, broken;
-    char text[64];
-    FILE *f = fopen(path, "wb");
-    if (!f) return write_error(path);
+static panel count_cosines(const retrieval *r, double bins[2][BINS]) {
+    panel b = {560, 0, 0, 0, 0, 0};
+    double low = fmin(r->cosines[0][0], r->cosines[1][0]), high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]), *bin;
+    int i;
     b.x_step = tick_step(high - low + 1e-3);
     b.x0 = floor(low / b.x_step) * b.x_step;
     b.x1 = ceil((high + 1e-6) / b.x_step) * b.x_step;
     for (i = 0; i < 2 * r->n; i++) {
-        k = i % 2;
-        bins[k][(int)fmin((r->cosines[k][i / 2] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)] += 100.0 / r->n;
+        bin = &bins[i % 2][(int)fmin((r->cosines[i % 2][i / 2] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
+        b.y1 = fmax(b.y1, *bin += 100.0 / r->n);
     }
-    for (i = 0; i < 2 * BINS; i++) b.y1 = fmax(b.y1, bins[i % 2][i / 2]);
     b.y_step = tick_step(b.y1);
     b.y1 = ceil(b.y1 * 1.25 / b.y_step) * b.y_step;        // room for the legend
+    return b;
+}
+
+static int save_plot(const char *path, const retrieval *r) {
+    static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
+        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
+    double bins[2][BINS] = {{0}};
+    const panel a = {70, 0, 100, 20, 100, 20}, b = count_cosines(r, bins);
+    int i, k;
+    char text[64];
+    FILE *f = fopen(path, "wb");
+    if (!f) return write_error(path);
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
             "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n<text x=\"475\" y=\"24\" "
             "font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; contrastive loss %.3f</text>\n",
-            r->n, r->loss);
+            r->n, r->of.loss);
     svg_axes(f, &a, "Partner found among the best k %", "k (% of the set)", "accuracy (%)");
     fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
     svg_legend(f, 270, 325, style[3], "chance");
     svg_axes(f, &b, "Cosines of image and text", "cosine", "pairs (%)");
     for (k = 1; k >= 0; k--) {
         fprintf(f, "<g %s stroke-width=\"2\"><path fill=\"none\" d=\"M", style[2 * k]);
-        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
+        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->of.share[k][i] * 100));
         fprintf(f, "\"/></g>\n<path %s fill-opacity=\"0.3\" stroke-width=\"1.5\" d=\"M560 340", style[k]);
         for (i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
         fputs("V340\"/>\n", f);
         svg_legend(f, 270, 285 + 20 * k, style[2 * k], k ? "image for a text" : "text for an image");
-        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->mean[k]);
+        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->of.mean[k]);
         svg_legend(f, 570, 84 + 20 * k, style[k], text);
     }
     fputs("</svg>\n", f);
-    broken = ferror(f);
-    return fclose(f) != 0 || broken ? write_error(path) : EXIT_OK;
+    return ferror(f) || fclose(f) != 0 ? write_error(path) : EXIT_OK;
 }
 
 static int evaluate_retrieval(program *p, sample *samples, int n) {
     const char **names = (const char **)new_memory(p, (size_t)n, sizeof *names);
     float *images, *texts;
-    retrieval *r;
+    retrieval r;
     int i;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
     images = new_rows(p, n), texts = new_rows(p, n);
@@ -2115,122 +1969,102 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
     if (embed_images(p, names, n, images, 0) != EXIT_OK) return fail("nothing is measured, since images are missing");
     for (i = 0; i < n; i++) names[i] = samples[i].label;
     embed_texts(p, names, n, texts);
-    r = measure_retrieval(p, images, texts, n);
-    (p->o.json ? print_retrieval_json : print_retrieval)(p, r);
-    return p->o.svg ? save_plot(p->o.svg, r) : EXIT_OK;
+    r.n = n;
+    r.cosines[0] = (float *)new_memory(p, (size_t)n, 2 * sizeof(float));
+    r.cosines[1] = r.cosines[0] + n;
+    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &p->err))
+        return failed(p);
+    print_retrieval(p, &r);
+    return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
 
 // ---- questions about images (AstroLLaVA's benchmark on Galaxy10, arXiv 2504.08583): the model describes each image; what it
 // says is held against the image's class, words that should occur, and a reference description
 
-// The bytes of `word` if it stands at text[at] as whole words, whatever the case of its letters; otherwise 0.
-static size_t word_at(const char *text, size_t at, const char *word) {
-    size_t n = strlen(word), i;
-    if (at > 0 && isalnum((unsigned char)text[at - 1]) && isalnum((unsigned char)word[0])) return 0;
-    for (i = 0; i < n; i++)
-        if (tolower((unsigned char)text[at + i]) != tolower((unsigned char)word[i])) return 0;
-    return n && isalnum((unsigned char)text[at + n]) && isalnum((unsigned char)word[n - 1]) ? 0 : n;
-}
-
-// Which of some words a text names: the first, and of several that begin there the longest. -1: none
-static int first_named(const char *text, const char *const *words, int n_words) {
-    size_t i, n, most = 0;
-    int w, best = -1;
-    for (i = 0; text[i] && best < 0; i++)
-        for (w = 0; w < n_words; w++)
-            if ((n = word_at(text, i, words[w])) > most) most = n, best = w;
-    return best;
-}
-
-static void score_sample(program *p, const list *classes, sample *x) {
-    const char *texts[2];
-    float *rows, cosine;
-    int i;
-    x->named = first_named(x->text, classes->items, classes->n);
-    for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
-    x->semantic = strtod("nan", NULL);
-    if (!x->reference || !p->info.has_joint_text) return;
-    rows = new_rows(p, 2);
-    texts[0] = x->text, texts[1] = x->reference;
-    embed_texts(p, texts, 2, rows);
-    astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
-    x->semantic = cosine;
-}
-
-// The sums over a set.
+// A set and the sums over it.
 typedef struct vqa {
-    int    n, right, none, found, features, n_semantic, *confusion;        // [classes][classes + 2]: none named, all
-    double semantic;
+    list    classes;
+    sample *samples;
+    int     n, right, none, found, features, n_semantic, *confusion;       // [classes][classes + 2]: last none named, and all
+    double  semantic;
 } vqa;
 
-static void print_vqa(const list *classes, const vqa *t) {
-    int c, i, m = classes->n, width = 5;
-    printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100.0 * t->right / t->n,
-           t->right, t->n, t->none);
-    if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100.0 * t->found / t->features, t->found, t->features);
-    if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", t->semantic / t->n_semantic, t->n_semantic);
-    for (c = 0; c < m; c++) width = at_least(width, classes->items[c]);
-    printf("\nrow: what it is; column: what the model named, by number\n%*s   right", width + 5, "");
-    for (c = 0; c < m; c++) printf("%5d", c + 1);
-    puts(" none");
-    for (c = 0; c < m; c++) {
-        const int *named = t->confusion + c * (m + 2);
-        printf("%3d  ", c + 1);
-        print_padded(classes->items[c], strlen(classes->items[c]), width);
-        printf("  %5.1f%%", 100.0 * named[c] / named[m + 1]);
-        for (i = 0; i <= m; i++) printf(named[i] ? "%5d" : "    .", named[i]);
-        putchar('\n');
-    }
+static void score_sample(program *p, vqa *t, sample *x) {
+    const char *texts[2] = {x->text, x->reference};
+    float *rows, cosine;
+    int i, *named = t->confusion + x->truth * (t->classes.n + 2);
+    x->named = astrovl_first_named(x->text, t->classes.items, t->classes.n);
+    for (i = 0; i < x->features.n; i++) x->n_found += astrovl_first_named(x->text, &x->features.items[i], 1) == 0;
+    x->semantic = strtod("nan", NULL);
+    t->right += x->truth == x->named;
+    t->none += x->named < 0;
+    t->found += x->n_found;
+    t->features += x->features.n;
+    named[x->named < 0 ? t->classes.n : x->named]++;
+    named[t->classes.n + 1]++;
+    if (!x->reference || !p->info.has_joint_text) return;
+    rows = new_rows(p, 2);
+    embed_texts(p, texts, 2, rows);
+    astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
+    t->semantic += x->semantic = cosine;
+    t->n_semantic++;
 }
 
-static void print_vqa_json(const list *classes, const vqa *t, const sample *samples) {
-    int c, i, m = classes->n;
-    put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, (double)t->right / t->n,
-             t->none, t->found / (double)t->features, t->semantic / t->n_semantic);
+static void print_vqa(int as_json, const vqa *t) {
+    int c, i, m = t->classes.n;
+    double right = (double)t->right / t->n, found = (double)t->found / t->features, semantic = t->semantic / t->n_semantic;
+    if (as_json) {
+        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right, t->none, found,
+                 semantic);
+    } else {
+        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100 * right,
+               t->right, t->n, t->none);
+        if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
+        if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
+        printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
+        for (c = 0; c < m; c++) printf("%5d", c + 1);
+        puts(" none");
+    }
     for (c = 0; c < m; c++) {
         const int *named = t->confusion + c * (m + 2);
-        put_json("{class:%s images:%d accuracy:%f named:[", classes->items[c], named[m + 1], (double)named[c] / named[m + 1]);
-        for (i = 0; i <= m; i++) put_json("%d", named[i]);
-        put_json("]}");
+        const char *name = t->classes.items[c];
+        double share = (double)named[c] / named[m + 1];
+        if (as_json) put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
+        else printf("%3d  ", c + 1), print_padded(name, strlen(name), 24), printf("  %5.1f%%", 100 * share);
+        for (i = 0; i <= m; i++) as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
+        as_json ? put_json("]}") : (void)putchar('\n');
     }
+    if (!as_json) return;
     put_json("] answers:[");
-    for (i = 0; i < t->n; i++, samples++)
-        put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", samples->image, samples->label,
-                 samples->named < 0 ? "none" : classes->items[samples->named], samples->n_found, samples->semantic, samples->text);
+    for (i = 0; i < t->n; i++) {
+        const sample *x = &t->samples[i];
+        put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
+                 x->named < 0 ? "none" : t->classes.items[x->named], x->n_found, x->semantic, x->text);
+    }
     put_json("]}\n");
 }
 
 static int evaluate_vqa(program *p, sample *samples, int n) {
-    list classes = {NULL, 0, 0};
+    vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
-    astrovl_error err;
-    vqa t = {0, 0, 0, 0, 0, 0, NULL, 0};
     sample *x;
     open_towers(p, 0);
     for (x = samples; x < samples + n; x++) {
-        for (x->truth = 0; x->truth < classes.n && strcmp(classes.items[x->truth], x->label) != 0; x->truth++) {}
-        if (x->truth == classes.n) list_add(p, &classes, x->label, strlen(x->label));
+        for (x->truth = 0; x->truth < t.classes.n && strcmp(t.classes.items[x->truth], x->label) != 0; x->truth++) {}
+        if (x->truth == t.classes.n) list_add(p, &t.classes, x->label, strlen(x->label));
     }
-    t.confusion = (int *)new_memory(p, (size_t)classes.n, ((size_t)classes.n + 2) * sizeof(int));
+    t.confusion = (int *)new_memory(p, (size_t)t.classes.n, ((size_t)t.classes.n + 2) * sizeof(int));
     for (x = samples; x < samples + n; x++) {
-        draw_bar(p, "images", t.n++, n, 0);
+        draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
-        if (load_image(x->path, &image, &err) != ASTROVL_OK) exit(failed(&err));
-        x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT, &err);
+        if (load_image(x->path, &image, &p->err) != ASTROVL_OK) exit(failed(p));
+        x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT);
         astrovl_image_free(&image);
-        if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(&err));
-        score_sample(p, &classes, x);
-        t.right += x->truth == x->named;
-        t.none += x->named < 0;
-        t.found += x->n_found;
-        t.features += x->features.n;
-        if (x->semantic >= -2) t.n_semantic++, t.semantic += x->semantic;
-        t.confusion[x->truth * (classes.n + 2) + (x->named < 0 ? classes.n : x->named)]++;
-        t.confusion[x->truth * (classes.n + 2) + classes.n + 1]++;
+        if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));
+        score_sample(p, &t, x);
     }
     clear_bar(p);
-    if (p->o.json) print_vqa_json(&classes, &t, samples);
-    else print_vqa(&classes, &t);
+    print_vqa(p->o.json, &t);
     while (n > 0) astrovl_free(samples[--n].text);
     return EXIT_OK;
 }
@@ -2264,7 +2098,6 @@ static int summarize_file(program *p, const char *path) {
     const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt : p->o.schema || p->o.regex ? plain_prompt :
                          summary_prompt, *query = p->o.query ? p->o.query : "";
     size_t size = 0, room;
-    astrovl_error err;
     char *abstract = read_text(p, path, &size), *request, *answer;
     if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
     while (size && isspace((unsigned char)abstract[size - 1])) abstract[--size] = 0;
@@ -2273,8 +2106,8 @@ static int summarize_file(program *p, const char *path) {
     request = (char *)new_memory(p, room, 1);
     snprintf(request, room, "%s\n\nAbstract: %s%s%s", prompt, abstract, *query ? "\n\nQuery: " : "", query);
     astrovl_session_reset(p->session);
-    answer = say(p, NULL, 0, request, &err);
-    if (!answer) return fail("%s: %s", path, err.message);
+    answer = say(p, NULL, 0, request);
+    if (!answer) return fail("%s: %s", path, p->err.message);
     finish_answer(p, p->session, path, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
@@ -2284,7 +2117,6 @@ static int run_summarize(program *p) {
     const char *path = p->o.schema, *schema = p->o.boolean ? "{\"type\": \"boolean\"}" : summary_schema;
     size_t size = strlen(schema);
     int i, status = EXIT_OK;
-    astrovl_error err;
     astrovl_guide *guide;
     if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1) return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
@@ -2292,8 +2124,8 @@ static int run_summarize(program *p) {
     if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;        // lists tempt small models to say one thing again
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
-    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &err) : astrovl_guide_schema(p->model, schema, size, &err);
-    if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", err.message);
+    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) : astrovl_guide_schema(p->model, schema, size, &p->err);
+    if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
     p->o.how.guide = guide;
     for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
     astrovl_guide_free(guide);
@@ -2301,32 +2133,15 @@ static int run_summarize(program *p) {
 }
 
 // ==== bench: what is measured, and the machine's own limit for it, in turns, since machines change their speed ========
-enum { MOST_ROUNDS = 99 };
-
-// A search, and merely reading the same memory.
 static int bench_search(program *p) {
-    size_t n = (size_t)(p->o.rows ? p->o.rows : 1000000), d = (size_t)(p->o.dims ? p->o.dims : 512), size = 2 * n * d, i;
-    float seconds[2][MOST_ROUNDS], *query = (float *)new_memory(p, d, sizeof *query);
-    double search, reading, start, gigabytes = (double)n * (double)d * 2e-9;
-    unsigned char *rows = (unsigned char *)new_memory(p, n, 2 * d);
-    uint64_t state = 1;
-    int round, rounds = p->o.rounds ? p->o.rounds : 9;
-    astrovl_hit hits[10];
-    astrovl_error err;
-    for (i = 0; i < d; i++) query[i] = astrovl_sinf((float)i);
-    for (i = 0; i < size; i += 2) put_le(rows + i, 0x2E00 + random_below(&state, 0xE00) + 0x8000 * random_below(&state, 2), 2);
-    for (round = 0; round < rounds; round++) {
-        start = astrovl_seconds();
-        if (astrovl_search(rows, (int64_t)n, (int)d, query, 10, p->o.threads, hits, &err) < 0) return failed(&err);
-        seconds[0][round] = (float)(astrovl_seconds() - start);
-        seconds[1][round] = (float)astrovl_measure_read(rows, size, p->o.threads);
-    }
-    search = median(seconds[0], rounds), reading = median(seconds[1], rounds);
-    if (p->o.json) put_json("{rows:%l dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", (long long)n, (int)d, search, reading,
-                            search / reading);
-    else printf("%lld rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them"
-                " once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", (long long)n, (int)d, rounds, search * 1e3,
-                gigabytes / search, reading * 1e3, gigabytes / reading, search / reading);
+    const int n = p->o.rows ? p->o.rows : 1000000, d = p->o.dims ? p->o.dims : 512, rounds = p->o.rounds ? p->o.rounds : 9;
+    double seconds[2], ratio, gigabytes = (double)n * d * 2e-9;
+    if (astrovl_measure_search(n, d, rounds, p->o.threads, seconds, &p->err)) return failed(p);
+    ratio = seconds[0] / seconds[1];
+    if (p->o.json) put_json("{rows:%d dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", n, d, seconds[0], seconds[1], ratio);
+    else printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them once    "
+                "%9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", n, d, rounds, seconds[0] * 1e3, gigabytes / seconds[0],
+                seconds[1] * 1e3, gigabytes / seconds[1], ratio);
     return EXIT_OK;
 }
 
@@ -2340,47 +2155,44 @@ static void print_pace(int as_json, const char *key, const char *what, int is_by
                x->work / x->seconds * 1e-9, x->limit * 1e-9, is_bytes ? "GB/s " : "GOP/s", 100 * x->reached, type);
 }
 
-static void print_speed(const program *p, const astrovl_speed *x, int rounds) {
-    const char *name = p->info.name;
-    double first = x->first_token_seconds;
-    char text[3][32];
-    if (p->o.json) put_json("{name:%s rounds:%d", name, rounds);
-    else printf("%s, medians of %-3d %*s\n", name, rounds, 63 - (int)strlen(name), "reached of what the machine allows");
-    print_pace(p->o.json, "image", "one image", 0, &x->image);
-    print_pace(p->o.json, "prompt", "prompt, positions", 0, &x->prompt);
-    print_pace(p->o.json, "answer", "answer, tokens", 1, &x->answer);
-    if (first > 0) p->o.json ? put_json("first_token_seconds:%f", first) :
-                   (void)printf("  image and question %15.3f s to the first token\n", first);
-    if (p->o.json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
-                            (long long)x->cache_bytes);
-    else printf("  memory: at most %s; files %s, KV cache %s\n", x->peak_bytes ? human_bytes(text[0], x->peak_bytes) : "?",
-                human_bytes(text[1], x->file_bytes), human_bytes(text[2], x->cache_bytes));
+static void print_speed(const program *p, const astrovl_speed *x, const astrovl_batch_speed *b, int rounds) {
+    const int as_json = p->o.json;
+    double together = (double)b->n * b->n_answer / b->seconds, alone = b->n_answer / b->one_seconds;
+    if (as_json) put_json("{name:%s rounds:%d", p->info.name, rounds);
+    else print_safe(stdout, p->info.name), printf(", medians of %d rounds; at the right: of what the machine allows\n", rounds);
+    print_pace(as_json, "image", "one image", 0, &x->image);
+    print_pace(as_json, "prompt", "prompt, positions", 0, &x->prompt);
+    print_pace(as_json, "answer", "answer, tokens", 1, &x->answer);
+    if (x->first_token_seconds > 0) as_json ? put_json("first_token_seconds:%f", x->first_token_seconds) :
+                                    (void)printf("  image and question %15.3f s to the first token\n", x->first_token_seconds);
+    if (b->n && as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", b->n,
+                                  b->n_prompt, b->n_answer, together, alone, b->gain, (long long)b->cache_bytes);
+    else if (b->n) printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; "
+                          "KV caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(b->cache_bytes));
+    if (as_json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
+                          (long long)x->cache_bytes);
+    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "",
+                x->peak_bytes ? human_bytes(x->peak_bytes) : "?", human_bytes(x->file_bytes), human_bytes(x->cache_bytes));
 }
 
 // One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
 static void need_synthetic(program *p, const char *folder, int type, int tied, const astrovl_info *sizes) {
-    char name[96], size[32], *path;
+    char name[96], *path;
     astrovl_info there;
     astrovl_model *model;
-    astrovl_error err;
-    void (*before)(int);
-    int written;
     snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
     path = join_path(p, folder, strlen(folder), name);
-    for (written = 0;; written = 1, astrovl_close(model)) {
-        if ((model = astrovl_open(path, NULL, &err)) != NULL) astrovl_get_info(model, &there);
-        if (model && strcmp(there.name, sizes->name) == 0) break;
-        if (written) exit(failed(&err));
+    model = astrovl_open(path, NULL, &p->err);
+    if (model) astrovl_get_info(model, &there);
+    if (!model || strcmp(there.name, sizes->name) != 0) {
         p->started = time(NULL);
-        before = signal(SIGINT, on_interrupt);      // it leaves nothing behind
-        if (before == SIG_IGN) signal(SIGINT, SIG_IGN);
-        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &err)) clear_bar(p), exit(failed(&err));
-        signal(SIGINT, before == SIG_ERR ? SIG_DFL : before);
+        catch_interrupts(1);               // nothing is left behind
+        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &p->err)) exit(failed(p));
+        catch_interrupts(0);
         clear_bar(p);
     }
-    fprintf(stderr, "%s: %s of random weights, kept for the next time\n", path,
-            human_bytes(size, astrovl_gguf_size(astrovl_file(model, 0))));
     astrovl_close(model);
+    fprintf(stderr, "%s: a model of random weights, kept for the next time\n", path);
     list_add(p, &p->o.models, path, strlen(path));
 }
 
@@ -2390,9 +2202,10 @@ static int use_synthetic(program *p) {
     const char *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
     char name[32];
     astrovl_info sizes;
-    int type = 0, has_vision, tied;
+    int type, has_vision, tied;
     snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
-    while (type < N_TYPES && (!(known = astrovl_type_name(type)) || word_at(wanted, 0, known) < strlen(wanted) || !*wanted)) type++;
+    for (type = 0; type < N_TYPES; type++)
+        if ((known = astrovl_type_name(type)) && strlen(known) == strlen(wanted) && !astrovl_first_named(wanted, &known, 1)) break;
     if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
         return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
                            p->o.synthetic);
@@ -2406,31 +2219,68 @@ static int use_synthetic(program *p) {
 
 static int bench_model(program *p) {
     int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
-    int rounds = p->o.rounds ? p->o.rounds : 3;
+    int rounds = p->o.rounds ? p->o.rounds : 3, n = n_prompt + n_tokens;
     astrovl_speed speed;
-    astrovl_error err;
-    if (p->o.synthetic && p->o.models.n) return usage_error(p->cmd, "one of --model and --synthetic");
-    if (p->o.synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
-    open_model(p);
-    astrovl_get_info(p->model, &p->info);
-    if (n_prompt + n_tokens > ASTROVL_DEFAULT_CONTEXT)
-        p->o.ctx = n_prompt + n_tokens < p->info.n_ctx_train ? n_prompt + n_tokens : p->info.n_ctx_train;
-    open_session(p, ASTROVL_FAST, NULL, NULL);
+    astrovl_batch_speed batch = {0, 0, 0, 0, 0, 0, 0};
+    astrovl_status status;
+    if (n > ASTROVL_DEFAULT_CONTEXT) p->o.ctx = n < p->info.n_ctx_train ? n : p->info.n_ctx_train;
+    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds: drawing a bar for each layer would take time
-    if (astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &err)) return clear_bar(p), failed(&err);
+    status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &p->err);
+    if (!status && p->info.has_text && p->o.n_batch)       // last, since its memory is not the model's
+        status = astrovl_measure_batch(p->session, n_prompt, n_tokens, p->o.n_batch, rounds, on_progress, p, &batch, &p->err);
+    if (status) return failed(p);
     clear_bar(p);
-    print_speed(p, &speed, rounds);
+    print_speed(p, &speed, &batch, rounds);
+    return EXIT_OK;
+}
+
+// Fast mode's logits, held against exact mode's.
+static int bench_accuracy(program *p, const char *path) {
+    size_t size = 0;
+    char *text = read_text(p, path, &size);
+    int i, n, most = p->o.n_tokens ? p->o.n_tokens : 512;
+    int32_t *tokens = encode_text(p, text, size, ASTROVL_ADD_SPECIAL, &n);
+    astrovl_accuracy a;
+    if (p->info.has_text && most > p->info.n_ctx_train) most = p->info.n_ctx_train;
+    if (n > most) n = most;
+    if (n < 2) return fail("%s: two tokens at least are wanted", path);
+    p->o.ctx = n;
+    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
+    p->more[1] = new_session(p, ASTROVL_EXACT, NULL, NULL, NULL);
+    p->started = time(NULL);
+    if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &p->err)) return failed(p);
+    clear_bar(p);
+    if (p->o.json) put_json("{name:%s tokens:%d exact_perplexity:%f", p->info.name, n, a.reference_perplexity);
+    else print_safe(stdout, p->info.name),
+         printf(", %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s %9s\n", n,
+                a.reference_perplexity, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
+    for (i = 0; i < 2; i++) {
+        const astrovl_likeness *x = i ? &a.steps : &a.prompt;
+        if (p->o.json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f "
+                                "perplexity_ratio:%f}", i ? "steps" : "prompt", x->cosine, x->least_cosine, x->difference, x->same,
+                                x->perplexity, x->ratio);
+        else printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n", i ? "one by one, as answers" : "read together, as prompts",
+                    x->cosine, x->least_cosine, x->difference, 100 * x->same, x->perplexity, x->ratio);
+    }
+    if (p->o.json) put_json("}\n");
     return EXIT_OK;
 }
 
 static int run_bench(program *p) {
     const options *o = &p->o;
-    if (o->words.n == 0) return o->rows || o->dims ? usage_error(p->cmd, "--rows and --dims are for: bench search") : bench_model(p);
-    if (strcmp(o->words.items[0], "search") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    if (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens)
+    const char *kind = o->words.n ? o->words.items[0] : "";
+    int is_search = strcmp(kind, "search") == 0, is_accuracy = strcmp(kind, "accuracy") == 0;
+    if (o->words.n != is_search + 2 * is_accuracy) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    if (is_search && (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens))
         return usage_error(p->cmd, "bench search takes --rows, --dims and --rounds, no model");
-    return bench_search(p);
+    if (!is_search && (o->rows || o->dims)) return usage_error(p->cmd, "--rows and --dims are for: bench search");
+    if (is_search) return bench_search(p);
+    if (o->synthetic && o->models.n) return usage_error(p->cmd, "one of --model and --synthetic");
+    if (o->synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
+    open_model(p);
+    return is_accuracy ? bench_accuracy(p, o->words.items[1]) : bench_model(p);
 }
 
 // ==== version, the list of commands, main ============================================================================
@@ -2533,27 +2383,30 @@ static const command commands[] = {
      "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the last two\n"
      "optional. The model describes each image; counted are the class it names, the feature words it uses, and how close its\n"
      "text tower sees text and reference (AstroLLaVA's benchmark). Files are named as seen from the .jsonl file's folder.",
-     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
-     "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
+     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
      "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
      "A language model reads a text and answers in a form that it cannot leave: by default the schema that PAPERCLIP trains on,\n"
      "{\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes another JSON schema,\n"
      "--regex a pattern; --bool makes it judge whether the observations would show what --query names. What the model is told\n"
      "to do can be replaced with --prompt. The shipped model is too small for sensible content; take a larger one with -m.",
-     "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
-     "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
+     "  astrovl summarize -m instruct-model.gguf abstract.txt\n  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"bench", BENCH, run_bench, 0, 1, "wanted: bench, or bench search", "bench [OPTIONS] [search]", "measure how fast a model is here",
+    {"bench", BENCH, run_bench, 0, 2, "wanted: bench, bench search, or bench accuracy TEXTFILE", "bench [OPTIONS] [search | accuracy TEXTFILE]", "measure how fast a model is here",
      "Measures a model, and what this machine could do at most, in turns: encoding one image, reading a prompt, writing after it.\n"
      "The first two are bound by arithmetic. Their operations (two for each product in matrices and attention) a second are held\n"
      "against what the processor does in registers alone with the instruction in use. Writing is bound by memory: the weights that\n"
      "each token needs (the KV cache is not counted) are held against merely reading them. Tokens are fixed, so answers do not\n"
      "matter: --synthetic makes files of random weights in the shapes of known models. The KV cache is part of the peak memory,\n"
      "files as far as they were read. ASTROVL_ISA=avx2 (portable, avx_vnni, avx512; neon) in the environment measures simpler kernels.\n"
-     "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.",
+     "Last, --batch answers are written together, as caption --batch does, and one alone, in turns, each after --prompt positions\n"
+     "that are made up: the ratio is that of the tokens a second.\n"
+     "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.\n"
+     "accuracy: reads a text's first tokens in exact and in fast mode, in that together and one by one, and compares the logits at\n"
+     "each: their cosine (mean, least), the largest difference, how often the likeliest token is the same, and the perplexity.",
      "  astrovl bench\n  astrovl bench -m llava-q4_k_m.gguf -m mmproj.gguf --rounds 5\n"
-     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"},
+     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"
+     "  astrovl bench accuracy -m smollm2-q8_0.gguf README.md --tokens 1024\n"},
     {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
@@ -2564,8 +2417,7 @@ static void print_overview(FILE *out) {
     fprintf(out, "astrovl %s: looks at astronomical images and says what it sees.\n\n"
             "Usage: astrovl COMMAND [OPTIONS] ...\n\nCommands:\n", ASTROVL_VERSION);
     for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
-    fprintf(out, "\nastrovl COMMAND --help describes a command and its options. For a start:\n"
-            "  astrovl caption test/images/*\n");
+    fprintf(out, "\nastrovl COMMAND --help describes a command and its options. For a start:\n  astrovl caption test/images/*\n");
 }
 
 static const command *find_command(const char *name) {
@@ -2589,8 +2441,13 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
     int i, status;
     p->cmd = c;
+    p->o.n_batch = 8;
+    p->o.how.on_text = on_text;
+    p->o.how.user = p;
     for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
     status = parse_options(c, &p->o, argc, argv);
+    p->o.how.stop = p->o.stop.items;
+    p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);

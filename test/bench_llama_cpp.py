@@ -4,7 +4,8 @@
     python3 test/bench_llama_cpp.py DIR [--model smollm2-135m] [--types "q4_0 f16"] [--rounds 5] [--isa avx2]
 
 Both read the same number of positions and then write the same number of tokens behind them; "image" is the time llama-mtmd-cli
-logs for encoding (astrovl's includes resizing the image). Ratios are taken within a round, since machines change their speed from
+logs for encoding (astrovl's includes resizing the image). "together" is astrovl alone: the tokens a second of several answers that
+are written together, and as its ratio how many times those of one alone that is. Ratios are taken within a round, since machines change their speed from
 minute to minute, and their median is printed: above 1 astrovl is faster (or smaller). Standard library only.
 """
 import argparse
@@ -40,7 +41,7 @@ def run(command, **environment):
 
 def astrovl(options, kind):
     command = [ASTROVL, "bench", "--json", "--rounds", "1", "--synthetic", "%s:%s" % (options.model, kind), "--prompt",
-               str(options.prompt), "--tokens", str(options.tokens), "--threads", str(options.threads)]
+               str(options.prompt), "--tokens", str(options.tokens), "--threads", str(options.threads), "--batch", str(options.batch)]
     if options.dir:
         command += ["--dir", options.dir]
     out, err, _ = run(command, **({"ASTROVL_ISA": options.isa} if options.isa else {}))
@@ -49,6 +50,8 @@ def astrovl(options, kind):
     found["memory"] = result["memory"]["peak"] / 1e9
     if "image" in result:
         found["image"] = result["image"]["seconds"]
+    if "batch" in result:
+        found["together"], found["gain"] = result["batch"]["per_second"], result["batch"]["ratio"]
     return files, found
 
 
@@ -90,6 +93,10 @@ def compare(options, kind):
         ratios = [theirs / ours if less else ours / theirs for ours, theirs in pairs]
         print("  %-18s %9.3f %10.3f %7.2f  %.2f to %.2f" % ("%s, %s" % (part, unit), statistics.median(p[0] for p in pairs),
               statistics.median(p[1] for p in pairs), statistics.median(ratios), min(ratios), max(ratios)))
+    gains = [ours["gain"] for ours, _ in rounds if "gain" in ours]
+    if gains:
+        print("  %-18s %9.3f %10s %7.2f  %.2f to %.2f (astrovl's %d together, against one alone)" % ("together, tokens/s",
+              statistics.median(ours["together"] for ours, _ in rounds), "", statistics.median(gains), min(gains), max(gains), options.batch))
     sys.stdout.flush()
 
 
@@ -100,7 +107,7 @@ def main():
     parser.add_argument("--types", default="q4_0", help="types of the weights, separated by blanks (default q4_0)")
     parser.add_argument("--dir", help="where the files are kept")
     parser.add_argument("--isa", help="astrovl's kernels (ASTROVL_ISA), such as avx2: llama.cpp must then be built for the same")
-    for name, default in (("rounds", 3), ("prompt", 620), ("tokens", 32), ("threads", os.cpu_count() or 1)):
+    for name, default in (("rounds", 3), ("prompt", 620), ("tokens", 32), ("batch", 8), ("threads", os.cpu_count() or 1)):
         parser.add_argument("--" + name, type=int, default=default, help="default %d" % default)
     options = parser.parse_args()
     for kind in options.types.split():

@@ -7027,12 +7027,215 @@ static void measure_models(void) {
     astrovl_close(model);
 }
 
+// Answers together: the counts, the cut, a group of more than AVL__STEP_ROWS, and nothing left of it in the session.
+static void measure_batches(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info m = measure_sizes();
+    astrovl_session_options options;
+    astrovl_batch_speed speed;
+    astrovl_model *model;
+    astrovl_session *s;
+    const uint64_t value = avl__choose_kernels(ASTROVL_FAST, NULL)->attend ? 2 : 4;
+    int32_t token = 1;
+    int calls, done = 0;
+    long at;
+    CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
+    model = astrovl_open(GGUF_OUT, NULL, &err);
+    CHECK(model, "%s", err.message);
+    if (!model) return;
+    memset(&options, 0, sizeof options);
+    options.n_threads = 2;
+    s = astrovl_session_new(model, &options, &err);
+    CHECK(astrovl_eval_tokens(s, &token, 1, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
+    calls = 0;
+    CHECK(astrovl_measure_batch(s, 20, 5, 18, 3, measure_count, &calls, &speed, &err) == ASTROVL_OK && calls == -4, "%s", err.message);
+    CHECK(speed.n == 18 && speed.n_prompt == 20 && speed.n_answer == 5, "%d %d %d", speed.n, speed.n_prompt, speed.n_answer);
+    CHECK(speed.cache_bytes == 18 * 25 * 2 * 2 * 16 * 2 * value, "%d bytes of caches", (int)speed.cache_bytes);
+    CHECK(speed.seconds > 0 && speed.one_seconds > 0 && speed.gain > 0, "%g %g %g", speed.seconds, speed.one_seconds, speed.gain);
+    CHECK(astrovl_session_n_past(s) == 1, "the conversation was touched");
+    CHECK(astrovl_measure_batch(s, 20, 5, 2, 1, NULL, NULL, &speed, &err) == ASTROVL_OK &&
+          fabs(speed.gain * speed.seconds / (2 * speed.one_seconds) - 1) < 1e-9, "one round's gain is its own");
+    CHECK(astrovl_measure_batch(s, 1000, 60, 1, 1, NULL, NULL, &speed, &err) == ASTROVL_OK && speed.n_prompt == 4 && speed.n_answer == 60 &&
+          speed.cache_bytes == 64 * 2 * 2 * 16 * 2 * value, "cut: %d %d", speed.n_prompt, speed.n_answer);
+    FAILS(astrovl_measure_batch(s, 0, 1, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "no prompt");
+    FAILS(astrovl_measure_batch(s, 1, 0, 1, 1, NULL, NULL, &speed, &err), ARGUMENT, "no answer");
+    FAILS(astrovl_measure_batch(s, 1, 1, 0, 1, NULL, NULL, &speed, &err), ARGUMENT, "none together");
+    FAILS(astrovl_measure_batch(s, 1, 1, 1, 0, NULL, NULL, &speed, &err), ARGUMENT, "no round");
+    calls = 2;
+    CHECK(astrovl_measure_batch(s, 2, 1, 2, 3, measure_count, &calls, &speed, &err) == ASTROVL_CANCELLED && calls == 0, "cancelled");
+    for (at = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_measure_batch(s, 5, 2, 3, 1, NULL, NULL, &speed, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(status, MEMORY, "allocation %ld", at);
+    }
+    CHECK(at >= 9, "%ld allocations", at);
+    astrovl_session_free(s);
+    astrovl_close(model);
+    remove(GGUF_OUT);
+    model = astrovl_open("test/golden/joint_a.gguf", NULL, &err);
+    s = model ? astrovl_session_new(model, NULL, &err) : NULL;
+    FAILS(s ? astrovl_measure_batch(s, 5, 2, 2, 1, NULL, NULL, &speed, &err) : ASTROVL_OK, MODEL, "CLIP alone writes nothing");
+    astrovl_session_free(s);
+    astrovl_close(model);
+}
+
+// Exact mode against itself is the same, fast mode close; the figures against sums by hand, and a text of more than a block.
+static void measure_accuracies(void) {
+    enum { N = AVL__ACCURACY_BLOCK + 5 };
+    static int32_t tokens[N];
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_info m = measure_sizes();
+    astrovl_session_options options;
+    astrovl_accuracy a;
+    astrovl_likeness sums;
+    astrovl_model *model, *other;
+    astrovl_session *s, *exact, *fast;
+    float *logits;
+    const float x[3] = {3, 0, 4}, y[3] = {0, 0, 2};
+    double surprise = 0;
+    int i, done = 0;
+    long at;
+    memset(&sums, 0, sizeof sums);
+    avl__compare_logits(&sums, x, y, 3, 2);
+    CHECK(sums.cosine == 0.8 && sums.difference == 3 && sums.same == 1 && fabs(sums.perplexity - log1p(exp(-4) + exp(-1))) < 1e-12, "sums");
+    avl__compare_logits(&sums, y, x, 3, -1);
+    avl__finish_likeness(&sums, 2, 0.5);
+    CHECK(sums.cosine == 0.8 && sums.same == 1 && fabs(sums.perplexity - (1 + exp(-4) + exp(-1))) < 1e-12 && sums.ratio == 2 * sums.perplexity,
+          "means");
+    m.n_ctx_train = 2 * N;
+    for (i = 0; i < N; i++) tokens[i] = i * 37 % 300;
+    CHECK(astrovl_write_random(GGUF_OUT, &m, ASTROVL_TYPE_Q8_0, 0, NULL, NULL, &err) == ASTROVL_OK, "%s", err.message);
+    model = astrovl_open(GGUF_OUT, NULL, &err);
+    CHECK(model, "%s", err.message);
+    if (!model) return;
+    memset(&options, 0, sizeof options);
+    options.n_ctx = N;
+    fast = astrovl_session_new(model, &options, &err);
+    options.mode = ASTROVL_EXACT;
+    s = astrovl_session_new(model, &options, &err);
+    exact = astrovl_session_new(model, &options, &err);
+    CHECK(astrovl_measure_accuracy(s, exact, tokens, N, &a, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(fabs(a.prompt.cosine - 1) < 1e-12 && fabs(a.prompt.least_cosine - 1) < 1e-12 && a.prompt.difference == 0 && a.prompt.same == 1 &&
+          a.prompt.ratio == 1 && memcmp(&a.prompt, &a.steps, sizeof a.steps) == 0, "exact against exact: %.17g", a.prompt.cosine);
+    logits = (float *)calloc((size_t)N * 300, sizeof *logits);
+    CHECK(logits && astrovl_eval_tokens(s, tokens, N, logits, N, &err) == ASTROVL_OK, "%s", err.message);
+    for (i = 0; i < N - 1; i++) surprise += avl__surprise(logits + i * 300, 300, tokens[i + 1]);
+    CHECK(fabs(a.reference_perplexity / exp(surprise / (N - 1)) - 1) < 1e-12, "perplexity %g", a.reference_perplexity);
+    free(logits);
+    CHECK(astrovl_measure_accuracy(fast, exact, tokens, N, &a, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(a.prompt.cosine > 0.999 && a.steps.cosine > 0.999 && a.prompt.least_cosine > 0.99 && a.prompt.least_cosine <= a.prompt.cosine &&
+          a.prompt.cosine <= 1 + 1e-9 && a.prompt.difference > 0 && fabs(a.steps.ratio - 1) < 0.05 && a.steps.same > 0.8, "fast: %g %g %g %g",
+          a.prompt.cosine, a.steps.cosine, a.prompt.least_cosine, a.steps.ratio);
+    CHECK(astrovl_session_n_past(fast) == 0 && astrovl_session_n_past(exact) == 0, "conversations are left");
+    CHECK(astrovl_measure_accuracy(fast, exact, tokens, 1, &a, &err) == ASTROVL_OK && !(a.steps.ratio > 0) && a.steps.cosine > 0.99, "one token");
+    FAILS(astrovl_measure_accuracy(fast, exact, tokens, 0, &a, &err), ARGUMENT, "no token");
+    FAILS(astrovl_measure_accuracy(fast, fast, tokens, 2, &a, &err), ARGUMENT, "a session against itself");
+    astrovl_session_free(s);
+    options.n_ctx = 3;
+    s = astrovl_session_new(model, &options, &err);
+    FAILS(astrovl_measure_accuracy(s, exact, tokens, 4, &a, &err), LIMIT, "a short context");
+    FAILS(astrovl_measure_accuracy(fast, s, tokens, 4, &a, &err), LIMIT, "a short context of the reference");
+    for (at = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_measure_accuracy(fast, s, tokens, 3, &a, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done) FAILS(status, MEMORY, "allocation %ld", at);
+    }
+    CHECK(at >= 2, "%ld allocations", at);
+    other = astrovl_open("test/golden/joint_a.gguf", NULL, &err);
+    astrovl_session_free(s);
+    s = other ? astrovl_session_new(other, NULL, &err) : NULL;
+    FAILS(s ? astrovl_measure_accuracy(s, exact, tokens, 3, &a, &err) : ASTROVL_OK, MODEL, "CLIP alone");
+    FAILS(s ? astrovl_measure_accuracy(fast, s, tokens, 3, &a, &err) : ASTROVL_OK, ARGUMENT, "a reference of another vocabulary");
+    astrovl_session_free(s);
+    astrovl_session_free(fast);
+    astrovl_session_free(exact);
+    astrovl_close(other);
+    astrovl_close(model);
+    remove(GGUF_OUT);
+}
+
+static void measure_searches(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    double seconds[2] = {0, 0};
+    uint8_t halves[2000];
+    int i, negative = 0, done = 0;
+    long at;
+    avl__random_halves(halves, 1000);
+    for (i = 0; i < 1000; i++) {
+        float x = astrovl_f16_to_f32((uint16_t)(halves[2 * i] | halves[2 * i + 1] << 8));
+        CHECK(fabs(x) >= 0.09 && fabs(x) < 2, "number %d: %g", i, x);
+        negative += x < 0;
+    }
+    CHECK(negative > 400 && negative < 600, "%d of 1000 are negative", negative);
+    CHECK(astrovl_measure_search(100, 3, 2, 1, seconds, &err) == ASTROVL_OK && seconds[0] > 0 && seconds[1] > 0, "%s", err.message);
+    FAILS(astrovl_measure_search(0, 3, 2, 1, seconds, &err), ARGUMENT, "no row");
+    FAILS(astrovl_measure_search(3, 0, 2, 1, seconds, &err), ARGUMENT, "no number");
+    FAILS(astrovl_measure_search(3, 3, 0, 1, seconds, &err), ARGUMENT, "no round");
+    FAILS(astrovl_measure_search(INT64_MAX / 3, 4, 1, 1, seconds, &err), ARGUMENT, "too many rows to count");
+    for (at = 0; !done; at++) {
+        astrovl_status status;
+        alloc_fail_at(at);
+        status = astrovl_measure_search(5, 4, 1, 2, seconds, &err);
+        done = !alloc_did_fail();
+        alloc_fail_at(-1);
+        if (!done && status) FAILS(status, MEMORY, "allocation %ld", at);
+        else CHECK(status == ASTROVL_OK, "allocation %ld: %s", at, err.message);       // one of merely reading may fail
+    }
+    CHECK(at > 4, "%ld allocations", at);
+}
+
+static void measure_retrievals(void) {
+    static const float images[] = {1, 0, 0, 1, -1, 0}, texts[] = {0.6f, 0.8f, 0, 1, 0.8f, 0.6f};   // cosines 0.6, 1, -0.8
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_retrieval r;
+    float cosines[6];
+    int32_t order[64];
+    int n, i, k, at;
+    CHECK(astrovl_measure_retrieval(images, texts, 3, 2, 2, cosines, &r, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(cosines[0] == -0.8f && cosines[1] == 0.6f && cosines[2] == 1 && r.median[0] == 0.6f && fabs(r.mean[0] - 0.8 / 3) < 1e-6, "pairs");
+    CHECK(cosines[3] <= cosines[4] && cosines[4] <= cosines[5] && r.median[1] == cosines[4], "wrong pairs");
+    CHECK(r.loss == astrovl_contrastive_loss(images, texts, 3, 2, 2), "loss");
+    CHECK(fabs(r.share[0][34] - 1 / 3.0) < 1e-9 && r.share[0][33] == 0 && r.share[0][100] == 1 && r.share[1][100] == 1, "shares %g", r.share[0][34]);
+    FAILS(astrovl_measure_retrieval(images, texts, 1, 2, 2, cosines, &r, &err), ARGUMENT, "one pair");
+    alloc_fail_at(0);
+    i = astrovl_measure_retrieval(images, texts, 3, 2, 2, cosines, &r, &err);
+    alloc_fail_at(-1);
+    FAILS((astrovl_status)i, MEMORY, "no memory");
+    for (n = 2; n <= 64; n++) {
+        avl__one_cycle(order, n);
+        for (i = 0, k = 0, at = 0; i < n; i++, at = order[at]) k += order[i] == i || (i && at == 0);
+        CHECK(k == 0 && at == 0, "%d: no single cycle", n);
+    }
+}
+
+static void measure_words(void) {
+    static const char *const words[] = {"spiral galaxy", "spiral", "bar", "E0", "Sa+"};
+    static const struct { const char *text; int named; } cases[] = {
+        {"a Spiral Galaxy with a bar", 0}, {"spirals and a bar", 2}, {"SPIRAL", 1}, {"unbarred", -1}, {"", -1}, {"type e0.", 3}, {"sa+ 1", 4},
+        {"sa 1", -1}, {"(bar)", 2}, {"barspiral", -1}, {"Sa+bar", 4}};
+    int i;
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++)
+        CHECK(astrovl_first_named(cases[i].text, words, 5) == cases[i].named, "\"%s\": %d", cases[i].text, astrovl_first_named(cases[i].text, words, 5));
+    CHECK(astrovl_first_named("a bar", words, 0) == -1, "no words");
+}
+
 static void tests_measure(void) {
     run("measure: models of random weights", measure_random_files);
     run("measure: known sizes", measure_known_sizes);
     run("measure: random weights, wrong sizes, cancelled, out of memory", measure_random_errors);
     run("measure: arithmetic alone", measure_peaks);
     run("measure: whole models", measure_models);
+    run("measure: answers together", measure_batches);
+    run("measure: accuracy", measure_accuracies);
+    run("measure: search", measure_searches);
+    run("measure: retrieval", measure_retrievals);
+    run("measure: words in answers", measure_words);
 }
 
 int main(int argc, char **argv) {

@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import re
@@ -271,6 +272,10 @@ class Usage(Case):
         self.wrong("bench", "search", "again", says="bench search")
         self.wrong("bench", "search", "--prompt", "8", says="no model")
         self.wrong("bench", "--rows", "8", says="bench search")
+        self.wrong("bench", "accuracy", says="bench accuracy TEXTFILE")
+        self.wrong("bench", "accuracy", "a", "b", says="bench accuracy TEXTFILE")
+        self.wrong("bench", "accuracy", "a", "--dims", "8", says="bench search")
+        self.wrong("bench", "--batch", "65", says="--batch")
         self.wrong("bench", "--rounds", "100", says="--rounds")
         self.wrong("bench", "--synthetic", "nano", "-m", MODEL, says="one of")
         for name in ("", "nano:", ":q4_0", "nano:q4_k_m", "nano:q9_0", "nan", "nanox", "llava"):
@@ -1708,11 +1713,71 @@ class Bench(Case):
         self.assertEqual(result.err, "")
         self.assertIn('"avx1024"', self.fails(1, "bench", env=dict(os.environ, ASTROVL_ISA="avx1024")).err)
 
+    def test_answers_together(self):
+        result = self.bench()
+        batch = result["batch"]
+        self.assertEqual((batch["n"], batch["prompt"], batch["tokens"]), (8, 8, 3))
+        self.assertAlmostEqual(batch["ratio"], batch["per_second"] / batch["alone_per_second"], delta=1e-4 * batch["ratio"])
+        numbers = 8 * (8 + 3) * 4 * 2 * 32 * 2
+        self.assertIn(batch["kv_caches"], (2 * numbers, 4 * numbers))
+        self.assertEqual(self.bench("--batch", "2")["batch"]["n"], 2)
+        self.assertNotIn("batch", self.bench("--batch", "0"))
+        result = self.succeeds("bench", "--rounds", "1", "--prompt", "4", "--tokens", "1", "--batch", "3")
+        self.assertRegex(result.out, r"3 answers together .* /s, .* times .* of one alone \(1 tokens after 4 positions each; KV caches")
+
+    def accuracy(self, text, *arguments, **options):
+        path = self.write("text.txt", text.encode())
+        return json.loads(self.succeeds("bench", "accuracy", path, "--json", *arguments, **options).out)
+
+    TEXT = "The image shows a barred spiral galaxy. Is there a bar? Yes, there is a bar.\n" * 8
+
+    def test_accuracy(self):
+        result = self.accuracy(self.TEXT, "--tokens", "100")
+        self.assertEqual((result["name"], result["tokens"]), ("astrovl-tiny", 100))
+        for part in (result["prompt"], result["steps"]):
+            self.assertTrue(0.99 < part["least_cosine"] <= part["mean_cosine"] <= 1 + 1e-9, result)
+            self.assertTrue(0.9 <= part["same_token"] <= 1 and part["largest_difference"] > 0, result)
+            self.assertAlmostEqual(part["perplexity_ratio"], part["perplexity"] / result["exact_perplexity"], delta=1e-5)
+            self.assertAlmostEqual(part["perplexity_ratio"], 1, delta=0.05)
+        text = self.succeeds("bench", "accuracy", self.write("text.txt", self.TEXT.encode()), "-n", "100").out
+        self.assertIn("%.6f" % result["steps"]["mean_cosine"], text)
+        self.assertRegex(text, "(?s)astrovl-tiny, 100 tokens.*cosine.*perplexity.*together.*one by one")
+
+    def test_accuracy_of_simple_kernels(self):
+        result = self.accuracy(self.TEXT, "-m", golden("models_a_text.gguf"), "-n", "40", env=dict(os.environ, ASTROVL_ISA="portable"))
+        for part in (result["prompt"], result["steps"]):
+            self.assertTrue(part["least_cosine"] > 0.99999 and abs(part["perplexity_ratio"] - 1) < 1e-3, result)
+
+    def test_perplexity(self):
+        # exact mode's, against the logits that trace writes: of the first token alone, and of the first two
+        ids = [int(i) for i in self.succeeds("tokens", "--special", "--ids", "a spiral").out.split()]
+        self.assertEqual(len(ids), 3)
+        surprise = 0
+        for n, text in ((1, ""), (2, "a")):
+            folder = self.path("trace%d" % n)
+            self.succeeds("trace", text, "-o", folder, "--template", "plain", "-q")
+            data = read_bytes(folder, "lm_head.npy")
+            logits = struct.unpack("<%df" % ((len(data) - 128) // 4), data[128:])
+            surprise += math.log(sum(math.exp(x - max(logits)) for x in logits)) + max(logits) - logits[ids[n]]
+        result = self.accuracy("a spiral")
+        self.assertEqual(result["tokens"], 3)
+        self.assertAlmostEqual(result["exact_perplexity"] / math.exp(surprise / 2), 1, delta=1e-5)
+
+    def test_accuracy_errors(self):
+        self.assertIn("two tokens", self.fails(1, "bench", "accuracy", self.write("empty.txt", b"")).err)
+        self.fails(1, "bench", "accuracy", self.path("nowhere.txt"))
+        text = self.write("text.txt", self.TEXT.encode())
+        self.assertIn("no language model", self.fails(1, "bench", "accuracy", text, "-m", golden("vocab_spm.gguf")).err)
+        self.assertIn("no vocabulary", self.fails(1, "bench", "accuracy", text, "-m", golden("joint_a.gguf")).err)
+        long = json.loads(self.succeeds("bench", "accuracy", "README.md", "--json", "-n", "5000").out)     # cut to the context
+        self.assertEqual(long["tokens"], 1024)
+
     def test_parts_of_models(self):
         result = self.bench("-m", golden("models_a_text.gguf"))
         self.assertFalse("image" in result or "first_token_seconds" in result, result)
+        self.assertEqual(result["batch"]["n"], 8)
         result = self.bench("-m", golden("joint_a.gguf"))
-        self.assertFalse("prompt" in result or "answer" in result or "first_token_seconds" in result, result)
+        self.assertFalse({"prompt", "answer", "first_token_seconds", "batch"} & set(result), result)
         self.assertGreater(result["image"]["reached"], 0)
         self.assertIn("neither", self.fails(1, "bench", "-m", golden("vocab_spm.gguf")).err)
 
