@@ -2331,6 +2331,7 @@ typedef struct avl__kernels {
     double (*peak)(int type, int64_t n);
     int has_pieces;        // 1: quantize gives bytes, of fine products two for each activation
     int group, float_group;   // rows of activations that a panel meets together (avl__quants), for weights in blocks and for floats
+    int n_few, few_group;     // up to n_few rows weights in blocks are multiplied as they lie: one or two rows, or few_group together
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2420,7 +2421,7 @@ static double avl__peak_portable(int type, int64_t n) {
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
     astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL,
-    NULL, NULL, NULL, NULL, avl__peak_portable, 0, 1, 1};
+    NULL, NULL, NULL, NULL, avl__peak_portable, 0, 1, 1, 0, 1};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -3468,11 +3469,11 @@ AVL__AVX2 static double avl__peak_avx_vnni(int type, int64_t n) { return avl__pe
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
-    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1};
+    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1, 2, 1};
 static const avl__kernels avl__kernels_avx_vnni = {
     "avx_vnni", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx_vnni,
-    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 1, 1};
+    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 1, 1, 2, 1};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -3661,22 +3662,26 @@ AVL__AVX512 AVL__INLINE void avl__turn_words_avx512(const uint8_t *const *row, s
     out[3] = _mm512_unpackhi_epi64(high[0], high[1]);
 }
 
-// Eight turned words, out of each byte the bits of mask << shift, moved to bit `to`; added to out
-AVL__AVX512 AVL__INLINE void avl__turn_bits_avx512(const uint8_t *const *row, size_t at, int shift, int mask, int to, __m512i *out) {
-    __m512i v[8];
+// 32 bytes of 16 rows, turned
+AVL__AVX512 AVL__INLINE void avl__turn_bytes_avx512(const uint8_t *const *row, size_t at, __m512i *out) {
+    avl__turn_words_avx512(row, at, out);
+    avl__turn_words_avx512(row, at + 16, out + 4);
+}
+
+// Out of each byte of eight turned words the bits of mask << shift, moved to bit `to`; added to out
+AVL__AVX512 AVL__INLINE void avl__add_bits_avx512(const __m512i *turned, int shift, int mask, int to, __m512i *out) {
     int i;
-    avl__turn_words_avx512(row, at, v);
-    avl__turn_words_avx512(row, at + 16, v + 4);
     AVL__UNROLL
     for (i = 0; i < 8; i++) {
-        v[i] = _mm512_and_si512(_mm512_srl_epi16(v[i], _mm_cvtsi32_si128(shift)), _mm512_set1_epi8((char)mask));
-        out[i] = _mm512_or_si512(out[i], _mm512_slli_epi16(v[i], to));
+        const __m512i bits = _mm512_and_si512(_mm512_srl_epi16(turned[i], _mm_cvtsi32_si128(shift)), _mm512_set1_epi8((char)mask));
+        out[i] = _mm512_or_si512(out[i], _mm512_slli_epi16(bits, to));
     }
 }
 
 // avl__block_bytes_avx2 of block b of 16 rows, turned: out[i] has word i of every row. What it does to bytes can be done to turned ones,
-// and 16 bytes of nibbles are turned at once.
-AVL__AVX512 AVL__INLINE void avl__turned_block_avx512(int type, const uint8_t *const *row, size_t b, __m512i *out) {
+// and 16 bytes of nibbles are turned at once. Bytes that several blocks of a super-block share are turned for the first of them and
+// wait in `kept`, so a super-block's blocks must be asked for in order.
+AVL__AVX512 AVL__INLINE void avl__turned_block_avx512(int type, const uint8_t *const *row, size_t b, __m512i (*kept)[8], __m512i *out) {
     const size_t s = b / 8 * avl__group_bytes(type), at = b * (avl__group_bytes(type) / 8);
     const int j = (int)(b % 8), has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
     const size_t begin = type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_1 ? 4 : 2;    // after the scales
@@ -3685,23 +3690,26 @@ AVL__AVX512 AVL__INLINE void avl__turned_block_avx512(int type, const uint8_t *c
     AVL__UNROLL
     for (i = 0; i < 8; i++) out[i] = _mm512_setzero_si512();
     switch (type) {
-    case ASTROVL_TYPE_Q2_K: avl__turn_bits_avx512(row, s + 16 + (size_t)(j / 4 * 32), j % 4 * 2, 3, 0, out); return;
-    case ASTROVL_TYPE_Q4_K: avl__turn_bits_avx512(row, s + 16 + (size_t)(j / 2 * 32), j % 2 * 4, 15, 0, out); return;
-    case ASTROVL_TYPE_Q3_K:
-        avl__turn_bits_avx512(row, s + 32 + (size_t)(j / 4 * 32), j % 4 * 2, 3, 0, out);
-        avl__turn_bits_avx512(row, s, j, 1, 2, out);
+    case ASTROVL_TYPE_Q2_K: case ASTROVL_TYPE_Q3_K:
+        if (j % 4 == 0) avl__turn_bytes_avx512(row, s + (type == ASTROVL_TYPE_Q2_K ? 16 : 32) + (size_t)(j / 4 * 32), kept[0]);
+        if (type == ASTROVL_TYPE_Q3_K && j == 0) avl__turn_bytes_avx512(row, s, kept[1]);
+        avl__add_bits_avx512(kept[0], j % 4 * 2, 3, 0, out);
+        if (type == ASTROVL_TYPE_Q3_K) avl__add_bits_avx512(kept[1], j, 1, 2, out);
         return;
-    case ASTROVL_TYPE_Q5_K:
-        avl__turn_bits_avx512(row, s + 48 + (size_t)(j / 2 * 32), j % 2 * 4, 15, 0, out);
-        avl__turn_bits_avx512(row, s + 16, j, 1, 4, out);
+    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:
+        if (j % 2 == 0) avl__turn_bytes_avx512(row, s + (type == ASTROVL_TYPE_Q4_K ? 16 : 48) + (size_t)(j / 2 * 32), kept[0]);
+        if (type == ASTROVL_TYPE_Q5_K && j == 0) avl__turn_bytes_avx512(row, s + 16, kept[1]);
+        avl__add_bits_avx512(kept[0], j % 2 * 4, 15, 0, out);
+        if (type == ASTROVL_TYPE_Q5_K) avl__add_bits_avx512(kept[1], j, 1, 4, out);
         return;
     case ASTROVL_TYPE_Q6_K:
-        avl__turn_bits_avx512(row, s + (size_t)(j / 4 * 64 + j % 2 * 32), j % 4 / 2 * 4, 15, 0, out);
-        avl__turn_bits_avx512(row, s + 128 + (size_t)(j / 4 * 32), j % 4 * 2, 3, 4, out);
+        if (j % 4 < 2) avl__turn_bytes_avx512(row, s + (size_t)(j / 4 * 64 + j % 2 * 32), kept[j % 2]);
+        if (j % 4 == 0) avl__turn_bytes_avx512(row, s + 128 + (size_t)(j / 4 * 32), kept[2]);
+        avl__add_bits_avx512(kept[j % 2], j % 4 / 2 * 4, 15, 0, out);
+        avl__add_bits_avx512(kept[2], j % 4 * 2, 3, 4, out);
         return;
     case ASTROVL_TYPE_Q8_0:
-        avl__turn_words_avx512(row, at + 2, out);
-        avl__turn_words_avx512(row, at + 18, out + 4);
+        avl__turn_bytes_avx512(row, at + 2, out);
         AVL__UNROLL
         for (i = 0; i < 8; i++) out[i] = _mm512_xor_si512(out[i], _mm512_set1_epi8((char)0x80));
         return;
@@ -3727,6 +3735,7 @@ AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *row
     const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
     const avl__block_form f = avl__block_form_of(type);
     const uint8_t *row[16];
+    __m512i kept[3][8];
     int b, j, i;
     for (i = 0; i < 16; i++) row[i] = rows + (size_t)(i < n ? i : n > 0 ? n - 1 : 0) * row_bytes;
     for (b = 0; b < n_blocks; b += 8) {
@@ -3741,7 +3750,7 @@ AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *row
             for (line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
             if (((uintptr_t)next & 4095) < step) avl__prefetch_page(next);
             next += step;
-            avl__turned_block_avx512(type, row, (size_t)(b + j), v);
+            avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
             AVL__UNROLL
             for (i = 0; i < 8; i++) _mm512_storeu_si512(to->u + 512 * (size_t)(b + j) + 64 * i, v[i]);
         }
@@ -4040,9 +4049,79 @@ AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__prod
     }
 }
 
+// Three to eight rows, of answers that are written together, are still too few to be worth a panel in memory: each block of 16 weight
+// rows is turned as for one, but stays in eight registers until it has met them all. The operations are a panel's.
+enum { AVL__FEW_ROWS = 8 };
+
+// 16 weight rows times the rows of the activations (those that are not there give nothing of sense); as much is fetched from `next` on.
+// sum: out, [AVL__FEW_ROWS]
+AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, const uint8_t *const *row, const char *next, const avl__quants *x, int piece,
+                                                   __m512 *sum) {
+    enum { G = AVL__FEW_ROWS };
+    const avl__block_form f = avl__block_form_of(type);
+    const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
+    const int n_words = 8 / f.n_parts;
+    float d[16][16], minus_m[16][16];                          // [8 n_parts][rows]
+    __m512i kept[3][8];
+    int b, j, i, r, part;
+    AVL__UNROLL
+    for (r = 0; r < G; r++) sum[r] = _mm512_setzero_ps();
+    for (b = 0; b < x->n_blocks; b += 8) {
+        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
+        for (i = 0; i < 16; i += 8)
+            avl__group_scales_avx512(type, row + i, (size_t)(b / 8) * avl__group_bytes(type), n_now, d[0] + i, minus_m[0] + i, 16);
+        for (j = 0; j < n_now; j++) {
+            const size_t at = (size_t)piece * (size_t)x->n_blocks + (size_t)(b + j);
+            const int8_t *q = x->q + 32 * G * at;
+            const float *scale = x->scale + G * at, *sums = x->sum + G * at * f.n_parts;
+            const int32_t *bias = x->bias + G * at * f.n_parts;
+            __m512i v[8];
+            size_t line;
+            for (line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
+            if (((uintptr_t)next & 4095) < step) avl__prefetch_page(next);
+            next += step;
+            avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
+            AVL__UNROLL
+            for (part = 0; part < f.n_parts; part++) {
+                const __m512 d_now = _mm512_loadu_ps(d[f.n_parts * j + part]), m_now = _mm512_loadu_ps(minus_m[f.has_min ? f.n_parts * j + part : 0]);
+                AVL__UNROLL
+                for (r = 0; r < G; r++) {
+                    __m512i whole = f.offset ? _mm512_set1_epi32(bias[G * part + r]) : _mm512_setzero_si512();
+                    AVL__UNROLL
+                    for (i = 0; i < n_words; i++)
+                        whole = _mm512_dpbusd_epi32(whole, v[n_words * part + i], _mm512_set1_epi32((int)avl__word_at(q + 4 * (G * (n_words * part + i) + r))));
+                    sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(d_now, _mm512_set1_ps(scale[r])), sum[r]);
+                    if (f.has_min) sum[r] = _mm512_fnmadd_ps(m_now, _mm512_set1_ps(sums[G * part + r]), sum[r]);
+                }
+            }
+        }
+    }
+}
+
+AVL__AVX512 AVL__INLINE void avl__multiply_few_avx512(int type, const avl__product *p, int first, int last) {
+    const avl__linear *w = p->w;
+    int out, i, piece;
+    for (out = first; out < last; out += 16) {
+        const int n = last - out < 16 ? last - out : 16;
+        const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes, *row[16];
+        const char *next = (const char *)rows + (last - out >= 32 ? 16 * w->row_bytes : 0);       // at the end these once more
+        for (i = 0; i < 16; i++) row[i] = rows + (size_t)(i < n ? i : n - 1) * w->row_bytes;
+        for (piece = 0; piece < p->quants.n_pieces; piece++) {
+            __m512 sum[AVL__FEW_ROWS];
+            avl__pass_rows_avx512(type, row, next, &p->quants, piece, sum);
+            for (i = 0; i < p->n_rows; i++) {
+                const __m512 both[2] = {sum[i], _mm512_setzero_ps()};
+                float *y = p->y + (size_t)i * w->n_out + out;
+                avl__store_sums_avx512(y, both, piece ? y : w->bias ? w->bias + out : NULL, n);
+            }
+        }
+    }
+}
+
 AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
-    if (p->few) avl__multiply_rows_avx512(type, p, first, last);
-    else        avl__multiply_panels_avx512(type, p, first, last, scratch);
+    if (!p->few)                   avl__multiply_panels_avx512(type, p, first, last, scratch);
+    else if (p->quants.group == 1) avl__multiply_rows_avx512(type, p, first, last);
+    else                           avl__multiply_few_avx512(type, p, first, last);
 }
 
 AVL__AVX512 static void avl__multiply_avx512(const avl__product *p, int first, int last, float *scratch) {
@@ -4625,12 +4704,12 @@ static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
     avl__multiply_avx512, avl__attend_avx512, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
-    avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES};
+    avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
     avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
-    avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS};
+    avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
 #endif
 
 #if AVL__NEON
@@ -5636,17 +5715,17 @@ static const avl__kernels avl__kernels_neon = {
     "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_neon,
     avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
-    AVL__GROUP_BYTES, AVL__GROUP_BYTES};
+    AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_dotprod = {
     "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_dotprod,
     avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod, 1,
-    AVL__GROUP_BYTES, AVL__GROUP_BYTES};
+    AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_i8mm = {
     "neon_i8mm", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm, avl__multiply_i8mm,
     avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm, 1,
-    AVL__GROUP_BYTES, AVL__GROUP_HALVES};
+    AVL__GROUP_BYTES, AVL__GROUP_HALVES, 2, 1};
 #endif
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -6002,7 +6081,7 @@ enum { AVL__LINEAR_CHUNK = 32 };    // columns of y that a thread takes at a tim
 enum { AVL__STREAM_ROWS = 32, AVL__LINEAR_CHUNKS = 16 };   // up to so many rows weights are streamed: so many parts for each thread
 // Up to so many rows fast mode multiplies weights as they lie; more are worth a panel. For quantised weights both ways give the same
 // bits. For floats they do not, so all rows that are decoded together (AVL__STEP_ROWS) must go the same way as one alone.
-enum { AVL__FEW_ROWS = 2, AVL__FEW_FLOAT_ROWS = 16 };
+enum { AVL__FEW_FLOAT_ROWS = 16 };
 
 static void avl__linear_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
@@ -6030,7 +6109,7 @@ static avl__quants avl__quants_for(const avl__run *run, const avl__product *p, i
     size_t n;
     q.n_blocks = (p->w->n_in + 31) / 32;
     q.n_pieces = n_pieces;
-    q.group = p->few ? 1 : avl__is_float_type(type) ? run->kernels->float_group : run->kernels->group;
+    q.group = p->few ? (p->n_rows > 2 ? run->kernels->few_group : 1) : avl__is_float_type(type) ? run->kernels->float_group : run->kernels->group;
     q.n_groups = (p->n_rows + q.group - 1) / q.group;
     n = (size_t)q.n_blocks * (size_t)n_pieces * (size_t)q.n_groups * (size_t)q.group;
     q.scale = (float *)(void *)run->quants;
@@ -6045,7 +6124,7 @@ static avl__quants avl__quants_for(const avl__run *run, const avl__product *p, i
 static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
     const avl__kernels *kernels = run->kernels;
     const int is_float = avl__is_float_type(w[0]->type);
-    const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : AVL__FEW_ROWS) && !run->always_panels;
+    const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : kernels->n_few) && !run->always_panels;
     int n_out = 0, n_items = 0, is_fine = 0, i;
     avl__linear_job job;
     memset(&job, 0, sizeof job);
