@@ -2321,6 +2321,8 @@ typedef struct avl__kernels {
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
     void (*attend_coarsely)(const avl__tile *t, float *scratch);   // the same for any number of queries, in bfloat16; or NULL
+    // NULL, or attention of one query [head_dim] over n_keys keys and values in float16, `stride` from one to the next.  scores: [n_keys]
+    void (*attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys, int head_dim, float *scores);
     // NULL where attend is: dot and axpy with x in float16, and to float16 and back (what is too large becomes the largest)
     float (*dot_half)(const uint16_t *x, const float *b, int n);
     void (*axpy_half)(float *y, float a, const uint16_t *x, int n);
@@ -2420,7 +2422,7 @@ static double avl__peak_portable(int type, int64_t n) {
 
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
-    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL,
+    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, avl__peak_portable, 0, 1, 1, 0, 1};
 
 static int avl__is_float_type(int type) {
@@ -3469,11 +3471,11 @@ AVL__AVX2 static double avl__peak_avx_vnni(int type, int64_t n) { return avl__pe
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
-    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1, 2, 1};
+    avl__attend_avx2, NULL, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1, 2, 1};
 static const avl__kernels avl__kernels_avx_vnni = {
     "avx_vnni", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx_vnni,
-    avl__attend_avx2, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 1, 1, 2, 1};
+    avl__attend_avx2, NULL, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 1, 1, 2, 1};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -4522,6 +4524,71 @@ AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
     }
 }
 
+// One query, of an answer being written: its keys and values are read once, as they lie, and the sums of up to 128 columns stay in
+// registers.
+
+// 16 float16 as floats, those of `lanes`
+AVL__AVX512 AVL__INLINE __m512 avl__load_halves_avx512(const uint16_t *x, __mmask16 lanes) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
+}
+
+// scores[n] to e^(score - largest); returns their sum
+AVL__AVX512 AVL__INLINE float avl__softmax_row_avx512(float *scores, int n) {
+    __m512 max = _mm512_set1_ps(-FLT_MAX), sum = _mm512_setzero_ps();
+    int i;
+    for (i = 0; i < n; i += 16) max = _mm512_max_ps(max, _mm512_mask_loadu_ps(max, avl__lanes_avx512(n - i), scores + i));
+    max = _mm512_set1_ps(_mm512_reduce_max_ps(max));
+    for (i = 0; i < n; i += 16) {
+        const __mmask16 lanes = avl__lanes_avx512(n - i);
+        const __m512 p = avl__exp_avx512(_mm512_sub_ps(avl__load_avx512(scores + i, lanes), max));
+        _mm512_mask_storeu_ps(scores + i, lanes, p);
+        sum = _mm512_mask_add_ps(sum, lanes, sum, p);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+// n: registers that take a part of the head's columns, or all
+AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride,
+                                                   int n_keys, int head_dim, float *scores) {
+    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
+    __m512 sum[8], inverse;
+    int begin, i, j;
+    for (begin = 0; begin < head_dim; begin += 16 * n) {
+        __m512 of_q[8];
+        AVL__UNROLL
+        for (i = 0; i < n; i++) of_q[i] = avl__load_avx512(q + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i));
+        for (j = 0; j < n_keys; j++) {
+            const uint16_t *key = k + stride * (size_t)j + begin;
+            __m512 score = _mm512_setzero_ps();
+            AVL__UNROLL
+            for (i = 0; i < n; i++)
+                score = _mm512_fmadd_ps(of_q[i], avl__load_halves_avx512(key + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), score);
+            scores[j] = (begin ? scores[j] : 0.0f) + _mm512_reduce_add_ps(score) * scale;
+        }
+    }
+    inverse = _mm512_set1_ps(1.0f / avl__softmax_row_avx512(scores, n_keys));
+    for (begin = 0; begin < head_dim; begin += 16 * n) {
+        AVL__UNROLL
+        for (i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
+        for (j = 0; j < n_keys; j++) {
+            const uint16_t *value = v + stride * (size_t)j + begin;
+            const __m512 p = _mm512_set1_ps(scores[j]);
+            AVL__UNROLL
+            for (i = 0; i < n; i++)
+                sum[i] = _mm512_fmadd_ps(p, avl__load_halves_avx512(value + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), sum[i]);
+        }
+        AVL__UNROLL
+        for (i = 0; i < n; i++)
+            _mm512_mask_storeu_ps(out + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i), _mm512_mul_ps(sum[i], inverse));
+    }
+}
+
+AVL__AVX512 static void avl__attend_one_avx512(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys,
+                                               int head_dim, float *scores) {
+    if (head_dim > 64) avl__attend_by_avx512(8, out, q, k, v, stride, n_keys, head_dim, scores);
+    else               avl__attend_by_avx512(4, out, q, k, v, stride, n_keys, head_dim, scores);
+}
+
 // The same with pairs of bfloat16, for rows that were made by such products and are to be read by such: Q K^T with pairs of columns,
 // P V with pairs of keys. Keys and values are rounded once for all queries of the tile.
 
@@ -4703,12 +4770,12 @@ AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
     avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
     avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
 #endif
 
@@ -5714,17 +5781,17 @@ static double avl__peak_i8mm(int type, int64_t n) {
 static const avl__kernels avl__kernels_neon = {
     "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_neon,
-    avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
+    avl__attend_neon, NULL, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
     AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_dotprod = {
     "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_dotprod,
-    avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod, 1,
+    avl__attend_neon, NULL, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod, 1,
     AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_i8mm = {
     "neon_i8mm", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm, avl__multiply_i8mm,
-    avl__attend_neon, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm, 1,
+    avl__attend_neon, NULL, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm, 1,
     AVL__GROUP_BYTES, AVL__GROUP_HALVES, 2, 1};
 #endif
 
@@ -6198,6 +6265,11 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
     int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows, j;
     size_t kv_head = avl__head_begin(a, head), at = ((size_t)row * a->n_head + head) * a->head_dim;
     float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
+    if (kernels->attend_one && a->is_half && !a->weights) {
+        kernels->attend_one(a->out + at, a->q + at, (const uint16_t *)a->k + kv_head, (const uint16_t *)a->v + kv_head, a->key_stride, n_keys,
+                            a->head_dim, scores);
+        return;
+    }
     for (j = 0; j < n_keys; j++) {
         const size_t key = kv_head + (size_t)j * a->key_stride;
         scores[j] = (a->is_half ? kernels->dot_half((const uint16_t *)a->k + key, a->q + at, a->head_dim)

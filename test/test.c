@@ -809,6 +809,15 @@ static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_pas
     CHECK(worst < 1e-6, "%s: %d rows after %d: off by %g", kernels->name, n_rows, n_past, worst);
     CHECK(worst_sum < 1e-5, "shown weights do not add up to 1: %g", worst_sum);
     if (kernels->attend) test_attention_of_halves(&a, n_keys);
+    if (kernels->attend_coarsely) {                          // bfloat16 has 8 bits
+        float *coarse = (float *)malloc((size_t)(n_rows * n_head * d) * 4);
+        a.out = coarse, a.is_coarse = 1;
+        avl__attention_run(&a, 1);
+        for (i = 0, worst = 0.0; i < n_rows * n_head * d; i++)
+            if (fabs(coarse[i] - out[i]) > worst) worst = fabs(coarse[i] - out[i]);
+        CHECK(worst < 0.01, "%s: %d rows after %d, coarsely: off by %g", kernels->name, n_rows, n_past, worst);
+        free(coarse);
+    }
     avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
     free(q), free(k), free(v), free(out), free(weights);
 }
