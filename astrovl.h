@@ -2508,6 +2508,21 @@ AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void 
     avl__spread(to->q + stride * (size_t)n * block + size * (r % to->group), stride, words, n, size);
 }
 
+// What all kernels of attention begin with: the queries, as many as there are of 32, turned to [head_dim][32].
+static void avl__turn_queries(const avl__tile *t, float *turned) {
+    int d, i;
+    for (d = 0; d < t->head_dim; d++)
+        for (i = 0; i < 32; i++) *turned++ = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
+}
+
+// Takes the future from scores[n_keys][32] of 32 queries, from query `first` on: key n_visible + i is seen from query i + 1 on.
+static void avl__hide_future(const avl__tile *t, int first, float *scores) {
+    const int n_visible = t->n_visible + first;
+    int j, i;
+    for (j = n_visible; j < t->n_keys; j++)
+        for (i = 0; i < 32 && i <= j - n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+}
+
 #endif
 
 #if AVL__X86
@@ -3407,14 +3422,12 @@ AVL__AVX2 static void avl__attend_avx2(const avl__tile *t, float *scratch) {
     const __m256 scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
     float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
     int i, j, d;
-    for (d = 0; d < t->head_dim; d++)
-        for (i = 0; i < 32; i++) turned[32 * (size_t)d + (size_t)i] = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
+    avl__turn_queries(t, turned);
     for (j = 0; j < t->n_keys; j += t->n_keys - j >= 6 ? 6 : 1)
         for (i = 0; i < 32; i += 16)
             if (t->n_keys - j >= 6) avl__score_keys_avx2(6, t, j, turned + i, scale, scores + i);
             else                    avl__score_keys_avx2(1, t, j, turned + i, scale, scores + i);
-    for (j = t->n_visible; j < t->n_keys; j++)                       // key n_visible + i is seen from query i + 1 on
-        for (i = 0; i < 32 && i <= j - t->n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+    avl__hide_future(t, 0, scores);
     for (i = 0; i < 32; i += 8) avl__softmax_columns_avx2(scores + i, t->n_keys, inverse + i);
     for (d = 0; d < t->head_dim; d += 16) {
         for (i = 0; i + 4 <= t->n; i += 4) avl__mix_values_avx2(4, t, i, d, scores, inverse);
@@ -4511,12 +4524,10 @@ AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
     const __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
     float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
     int i, j, d;
-    for (d = 0; d < t->head_dim; d++)
-        for (i = 0; i < 32; i++) turned[32 * (size_t)d + (size_t)i] = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
+    avl__turn_queries(t, turned);
     for (j = 0; j + 6 <= t->n_keys; j += 6) avl__score_keys_avx512(6, t, j, turned, scale, scores);
     for (; j < t->n_keys; j++) avl__score_keys_avx512(1, t, j, turned, scale, scores);
-    for (j = t->n_visible; j < t->n_keys; j++)                       // key n_visible + i is seen from query i + 1 on
-        for (i = 0; i < 32 && i <= j - t->n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+    avl__hide_future(t, 0, scores);
     avl__softmax_columns_avx512(scores, t->n_keys, inverse);
     for (d = 0; d < t->head_dim; d += 32) {
         for (i = 0; i + 8 <= t->n; i += 8) avl__mix_values_avx512(8, t, i, d, scores, inverse);
@@ -4715,8 +4726,7 @@ AVL__AVX512_BF16 static void avl__attend_bf16(const avl__tile *t, float *scratch
         for (j = 0; j + 8 <= t->n_keys; j += 8, key += 32 * (size_t)n_pairs)
             avl__score_pairs_bf16(8, key, n_pairs, (const uint8_t *)turned, scale, scores + 32 * (size_t)j);
         for (; j < t->n_keys; j++, key += 4 * (size_t)n_pairs) avl__score_pairs_bf16(1, key, n_pairs, (const uint8_t *)turned, scale, scores + 32 * (size_t)j);
-        for (j = t->n_visible + first; j < t->n_keys; j++)           // as in avl__attend_avx512
-            for (i = 0; i < 32 && i <= j - t->n_visible - first; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+        avl__hide_future(t, first, scores);
         avl__softmax_pairs_bf16(scores, t->n_keys, inverse);
         for (d = 0; d < n_padded; d += 32) {
             for (i = 0; i + 8 <= n; i += 8) avl__mix_pairs_bf16(8, t, values, n_padded, first + i, d, scores, inverse);
@@ -5096,14 +5106,12 @@ static void avl__attend_neon(const avl__tile *t, float *scratch) {
     const float scale = (float)(1.0 / avl__sqrt((double)t->head_dim));
     float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
     int i, j, d;
-    for (d = 0; d < t->head_dim; d++)
-        for (i = 0; i < 32; i++) turned[32 * (size_t)d + (size_t)i] = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
+    avl__turn_queries(t, turned);
     for (j = 0; j < t->n_keys; j += t->n_keys - j >= 4 ? 4 : 1)
         for (i = 0; i < 32; i += 16)
             if (t->n_keys - j >= 4) avl__score_keys_neon(4, t, j, turned + i, scale, scores + i);
             else                    avl__score_keys_neon(1, t, j, turned + i, scale, scores + i);
-    for (j = t->n_visible; j < t->n_keys; j++)                       // key n_visible + i is seen from query i + 1 on
-        for (i = 0; i < 32 && i <= j - t->n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+    avl__hide_future(t, 0, scores);
     for (i = 0; i < 32; i += 4) avl__softmax_columns_neon(scores + i, t->n_keys, inverse + i);
     for (d = 0; d < t->head_dim; d += 16) {
         const int whole = t->head_dim - d >= 16;
