@@ -2434,6 +2434,7 @@ static int avl__is_float_type(int type) {
 // `type` and the numbers of rows are constants wherever an AVL__INLINE function is called, so every format and shape is code of
 // its own, without the source being written again; AVL__UNROLL lets arrays of registers stay registers.
 #define AVL__INLINE      static inline __attribute__((always_inline))
+#define AVL__APART       static __attribute__((noinline))
 #if defined(__clang__)
 #define AVL__UNROLL      _Pragma("clang loop unroll(full)")
 #else
@@ -4139,21 +4140,53 @@ AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, const avl__prod
     else                           avl__multiply_few_avx512(type, p, first, last);
 }
 
+// Each type's code in a function of its own: compilers take much longer over one of a quarter of a megabyte.
+AVL__AVX512 AVL__APART void avl__multiply_q4_0_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q4_0, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q4_1_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q4_1, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q5_0_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q5_0, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q5_1_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q5_1, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q8_0_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q8_0, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q2_k_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q2_K, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q3_k_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q3_K, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q4_k_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q4_K, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q5_k_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q5_K, p, first, last, scratch);
+}
+AVL__AVX512 AVL__APART void avl__multiply_q6_k_avx512(const avl__product *p, int first, int last, float *scratch) {
+    avl__multiply_type_avx512(ASTROVL_TYPE_Q6_K, p, first, last, scratch);
+}
+
 AVL__AVX512 static void avl__multiply_avx512(const avl__product *p, int first, int last, float *scratch) {
     switch (p->w->type) {
     case ASTROVL_TYPE_F32:  avl__multiply_panels_avx512(ASTROVL_TYPE_F32, p, first, last, scratch); break;
     case ASTROVL_TYPE_F16:  avl__multiply_panels_avx512(ASTROVL_TYPE_F16, p, first, last, scratch); break;
     case ASTROVL_TYPE_BF16: avl__multiply_panels_avx512(ASTROVL_TYPE_BF16, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_0: avl__multiply_type_avx512(ASTROVL_TYPE_Q4_0, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_1: avl__multiply_type_avx512(ASTROVL_TYPE_Q4_1, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_0: avl__multiply_type_avx512(ASTROVL_TYPE_Q5_0, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_1: avl__multiply_type_avx512(ASTROVL_TYPE_Q5_1, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q8_0: avl__multiply_type_avx512(ASTROVL_TYPE_Q8_0, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q2_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q2_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q3_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q3_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q4_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q5_K, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q6_K: avl__multiply_type_avx512(ASTROVL_TYPE_Q6_K, p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q4_0: avl__multiply_q4_0_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q4_1: avl__multiply_q4_1_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q5_0: avl__multiply_q5_0_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q5_1: avl__multiply_q5_1_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q8_0: avl__multiply_q8_0_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q2_K: avl__multiply_q2_k_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q3_K: avl__multiply_q3_k_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q4_K: avl__multiply_q4_k_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q5_K: avl__multiply_q5_k_avx512(p, first, last, scratch); break;
+    case ASTROVL_TYPE_Q6_K: avl__multiply_q6_k_avx512(p, first, last, scratch); break;
     default: break;
     }
 }
