@@ -2039,7 +2039,7 @@ static void print_vqa(int as_json, const vqa *t) {
     for (i = 0; i < t->n; i++) {
         const sample *x = &t->samples[i];
         put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
-                 x->named < 0 ? "none" : t->classes.items[x->named], x->n_found, x->semantic, x->text);
+                 x->named >= 0 && x->named < m ? t->classes.items[x->named] : "none", x->n_found, x->semantic, x->text);
     }
     put_json("]}\n");
 }
