@@ -7451,8 +7451,12 @@ ASTROVL_API astrovl_status astrovl_quantize_file(const astrovl_gguf *in, const c
     types = (int *)avl__alloc_raw((uint64_t)job.total, sizeof *types);
     job.values = job.pool ? avl__alloc_floats((uint64_t)avl__pool_n_threads(job.pool) * AVL__PIECE_VALUES) : NULL;
     job.blocks = (uint8_t *)avl__alloc_raw(AVL__CHUNK_VALUES, sizeof(float));   // no type takes more
-    if (!types || !job.values || !job.blocks) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for quantising");
-    else avl__quantize_declare(job.w, in, r, types, &counts);
+    if (!types || !job.values || !job.blocks) {
+        status = ASTROVL_ERROR_MEMORY;
+        avl__fail(err, status, "out of memory for quantising");
+    } else {
+        avl__quantize_declare(job.w, in, r, types, &counts);
+    }
     for (; job.done < job.total && !status; job.done++) {
         job.t = &in->tensors[job.done];
         job.type = types[job.done];
@@ -15855,7 +15859,10 @@ ASTROVL_API astrovl_status astrovl_measure_search(int64_t n_rows, int n_dims, in
     rows = (uint8_t *)avl__alloc_raw((uint64_t)n_rows * n_dims, 2);
     query = avl__alloc_floats((uint64_t)n_dims);
     all = (double *)avl__alloc((uint64_t)n_rounds, 2 * sizeof *all);
-    if (!rows || !query || !all) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %l rows", n_rows);
+    if (!rows || !query || !all) {
+        status = ASTROVL_ERROR_MEMORY;
+        avl__fail(err, status, "out of memory for %l rows", n_rows);
+    }
     if (!status) avl__random_halves(rows, n_rows * n_dims);
     for (i = 0; i < n_dims && !status; i++) query[i] = astrovl_sinf((float)i);
     for (i = 0; i < n_rounds && !status; i++) {
