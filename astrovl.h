@@ -3929,8 +3929,8 @@ AVL__INLINE uint64_t avl__join_halves(const uint8_t *a, const uint8_t *b, const 
     return (uint64_t)avl__half_at(a) | (uint64_t)avl__half_at(b) << 16 | (uint64_t)avl__half_at(c) << 32 | (uint64_t)avl__half_at(d) << 48;
 }
 
-// Blocks j and k of eight weight rows times x, the same blocks of the activations; bias: [2], where the types have an offset. Lane r:
-// the whole of block j of row r; lane 8 + r: of block k. These types have 16 bytes of nibbles a block, so a register takes four blocks;
+// Blocks j and k of eight weight rows times x, the same blocks of the activations, from `start` on, which has the offsets. Lane r: the
+// whole of block j of row r; lane 8 + r: of block k. These types have 16 bytes of nibbles a block, so a register takes four blocks;
 // the fifth bits, a mask as they lie, add 16.
 AVL__AVX512 AVL__INLINE __m512i avl__nibble_columns_avx512(int type, const uint8_t *const *row, int j, int k, __m512i x,
                                                            __m512i start) {
