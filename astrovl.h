@@ -2630,6 +2630,12 @@ AVL__INLINE void avl__prefetch_page(const char *p) {
     for (i = 0; i < 4; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
 }
 
+AVL__INLINE void avl__prefetch_bytes(const char *p, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+    if (((uintptr_t)p & 4095) < n) avl__prefetch_page(p);
+}
+
 // Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
 AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(const __m256i *v, void *to, int stride) {
     uint8_t *at = (uint8_t *)to;
@@ -3027,11 +3033,13 @@ AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, 
     avl__store_turned_avx2(v[1], to + 256, 32);
 }
 
-// Fills a group of a panel from 8 weight rows. One loop for all types: what it takes to look at the type of each block is little beside
-// the products with a panel.
+// Fills a group of a panel from 8 weight rows, while the next 8 are fetched. One loop for all types: what it takes to look at the type
+// of each block is little beside the products with a panel.
 AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const avl__words *to) {
     const avl__block_form f = avl__block_form_of(type);
     const int n_blocks = (n_in + 31) / 32;
+    const size_t step = 8 * astrovl_type_row_bytes(type, n_in) / (size_t)n_blocks;           // of a block of 8 rows
+    const char *next = (const char *)row[7] + step / 8 * (size_t)n_blocks;
     int b, j, r;
     for (b = 0; b < n_blocks; b += 8) {
         const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
@@ -3040,6 +3048,8 @@ AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, 
             avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
         for (j = 0; j < n_now; j++) {
             __m256i v[8];
+            avl__prefetch_bytes(next, step);
+            next += step;
             if (avl__in_pairs(type)) {
                 avl__fill_pairs_avx2(type, row, b + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
                 continue;
@@ -3762,9 +3772,7 @@ AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *row
         }
         for (j = 0; j < n_now; j++) {
             __m512i v[8];
-            size_t line;
-            for (line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
-            if (((uintptr_t)next & 4095) < step) avl__prefetch_page(next);
+            avl__prefetch_bytes(next, step);
             next += step;
             avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
             AVL__UNROLL
@@ -4092,21 +4100,23 @@ AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, const uint8_t *cons
             const float *scale = x->scale + G * at, *sums = x->sum + G * at * f.n_parts;
             const int32_t *bias = x->bias + G * at * f.n_parts;
             __m512i v[8];
-            size_t line;
-            for (line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
-            if (((uintptr_t)next & 4095) < step) avl__prefetch_page(next);
+            avl__prefetch_bytes(next, step);
             next += step;
             avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
             AVL__UNROLL
             for (part = 0; part < f.n_parts; part++) {
                 const __m512 d_now = _mm512_loadu_ps(d[f.n_parts * j + part]), m_now = _mm512_loadu_ps(minus_m[f.has_min ? f.n_parts * j + part : 0]);
+                __m512i whole[G];     // side by side: one alone would wait four cycles for each of its products
+                AVL__UNROLL
+                for (r = 0; r < G; r++) whole[r] = f.offset ? _mm512_set1_epi32(bias[G * part + r]) : _mm512_setzero_si512();
+                AVL__UNROLL
+                for (i = n_words * part; i < n_words * (part + 1); i++)
+                    AVL__UNROLL
+                    for (r = 0; r < G; r++)
+                        whole[r] = _mm512_dpbusd_epi32(whole[r], v[i], _mm512_set1_epi32((int)avl__word_at(q + 4 * (G * i + r))));
                 AVL__UNROLL
                 for (r = 0; r < G; r++) {
-                    __m512i whole = f.offset ? _mm512_set1_epi32(bias[G * part + r]) : _mm512_setzero_si512();
-                    AVL__UNROLL
-                    for (i = 0; i < n_words; i++)
-                        whole = _mm512_dpbusd_epi32(whole, v[n_words * part + i], _mm512_set1_epi32((int)avl__word_at(q + 4 * (G * (n_words * part + i) + r))));
-                    sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(d_now, _mm512_set1_ps(scale[r])), sum[r]);
+                    sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r]), _mm512_mul_ps(d_now, _mm512_set1_ps(scale[r])), sum[r]);
                     if (f.has_min) sum[r] = _mm512_fnmadd_ps(m_now, _mm512_set1_ps(sums[G * part + r]), sum[r]);
                 }
             }
