@@ -2321,11 +2321,9 @@ typedef struct avl__kernels {
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
     void (*attend_coarsely)(const avl__tile *t, float *scratch);   // the same for any number of queries, in bfloat16; or NULL
-    // NULL, or attention of one query [head_dim] over n_keys keys and values in float16, `stride` from one to the next.  scores: [n_keys]
-    void (*attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys, int head_dim, float *scores);
-    // NULL where attend is: dot and axpy with x in float16, and to float16 and back (what is too large becomes the largest)
-    float (*dot_half)(const uint16_t *x, const float *b, int n);
-    void (*axpy_half)(float *y, float a, const uint16_t *x, int n);
+    // NULL where attend is: attention of one query [head_dim] over n_keys keys and values in float16, `stride` from one to the next
+    // (weights: out, [n_keys]), and to float16 and back (what is too large becomes the largest)
+    void (*attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys, int head_dim, float *weights);
     void (*to_halves)(uint16_t *y, const float *x, int64_t n);
     void (*from_halves)(float *y, const uint16_t *x, int n);
     // n rounds of the instruction that many rows meet weights of this type with, in registers alone; the operations made: for
@@ -2423,7 +2421,7 @@ static double avl__peak_portable(int type, int64_t n) {
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
     astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL,
-    NULL, NULL, NULL, NULL, avl__peak_portable, 0, 1, 1, 0, 1};
+    NULL, NULL, avl__peak_portable, 0, 1, 1, 0, 1};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -2494,6 +2492,7 @@ AVL__INLINE uint32_t avl__word_at(const void *p) {
     return word;
 }
 enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
+enum { AVL__FEW_ROWS = 8 };        // rows of activations, of answers that are written together, that no panel in memory is worth
 enum { AVL__GROUP_BYTES = 6, AVL__GROUP_PAIRS = 12, AVL__GROUP_HALVES = 8 };   // rows for whose sums there are registers
 
 // Stores n words of `size` bytes, `stride` bytes apart.
@@ -2761,25 +2760,27 @@ AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n
         for (b = 0; b < to->n_blocks; b++) {
             const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
             const int left = p->w->n_in - 32 * b;
-            const size_t at = (size_t)r * to->n_blocks + (size_t)b;
+            const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
             __m256 v[4];
             __m256i q[2];
             int sums[2];
+            float e;
             AVL__UNROLL
             for (i = 0; i < 4; i++) v[i] = avl__load_avx2(x + 8 * i, left - 8 * i);
-            avl__round_block_avx2(v, pairs ? (float)AVL__ROUND_PAIRS : (float)AVL__ROUND_BYTES, q, &to->scale[at]);
+            avl__round_block_avx2(v, pairs ? (float)AVL__ROUND_PAIRS : (float)AVL__ROUND_BYTES, q, &e);
+            to->scale[at * to->group + place] = e;
             if (pairs) {                                      // neither offsets nor minima
-                avl__store32_avx2(to->q + 64 * at, q[0]);
-                avl__store32_avx2(to->q + 64 * at + 32, q[1]);
+                avl__put_words(to, r, b, q, 16, 4);
                 continue;
             }
-            avl__store32_avx2(to->q + 32 * at, _mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xD8));
+            v[0] = _mm256_castsi256_ps(_mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xD8));
+            avl__put_words(to, r, b, v, 8, 4);
             sums[0] = avl__add_pairs_avx2(q[0]);
             sums[1] = avl__add_pairs_avx2(q[1]);
             if (f.n_parts == 1) sums[0] += sums[1];
             for (part = 0; part < f.n_parts; part++) {
-                to->bias[at * f.n_parts + part] = -f.offset * sums[part];
-                to->sum[at * f.n_parts + part] = to->scale[at] * (float)sums[part];
+                to->bias[(at * f.n_parts + (size_t)part) * to->group + place] = -f.offset * sums[part];
+                to->sum[(at * f.n_parts + (size_t)part) * to->group + place] = e * (float)sums[part];
             }
         }
 }
@@ -3006,10 +3007,11 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_
     return sum;
 }
 
-// 32 weight rows as four groups of 8, turned.
+// Groups of 8 weight rows, turned: n_blocks of their blocks, from block `first` on.
 typedef struct avl__words {
-    uint8_t *u;                // [4][n_blocks][8 or 16][8][4]: 8 rows of a word of four or two columns to a register
-    float   *d, *minus_m;      // [4][n_blocks][n_parts][8]
+    uint8_t *u;                // [groups][n_blocks][8 or 16][8][4]: 8 rows of a word of four or two columns to a register
+    float   *d, *minus_m;      // [groups][n_blocks][n_parts][8]
+    int      first, n_blocks;
 } avl__words;
 
 // Block b of 8 rows of weights as pairs of 16-bit integers; those of a float type are rounded.  d: [8]
@@ -3033,46 +3035,58 @@ AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, 
     avl__store_turned_avx2(v[1], to + 256, 32);
 }
 
-// Fills a group of a panel from 8 weight rows, while the next 8 are fetched. One loop for all types: what it takes to look at the type
-// of each block is little beside the products with a panel.
-AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const avl__words *to) {
+// Fills a group of `to` from 8 weight rows, while the same of the rows that lie `ahead` bytes further on is fetched.
+AVL__AVX2 AVL__INLINE void avl__fill_type_avx2(int type, const uint8_t *const *row, int n_in, size_t ahead, const avl__words *to) {
     const avl__block_form f = avl__block_form_of(type);
-    const int n_blocks = (n_in + 31) / 32;
-    const size_t step = 8 * astrovl_type_row_bytes(type, n_in) / (size_t)n_blocks;           // of a block of 8 rows
-    const char *next = (const char *)row[7] + step / 8 * (size_t)n_blocks;
+    const size_t step = avl__is_float_type(type) ? 256 * astrovl_type_row_bytes(type, 1) : avl__group_bytes(type);  // of a block of 8 rows
+    const char *next = (const char *)row[0] + ahead + step * (size_t)to->first;
     int b, j, r;
-    for (b = 0; b < n_blocks; b += 8) {
-        const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
+    for (b = 0; b < to->n_blocks; b += 8) {
+        const int n_now = to->n_blocks - b < 8 ? to->n_blocks - b : 8, first = to->first + b;
         float *d = to->d + 8 * (size_t)b * f.n_parts;
         if (!avl__is_float_type(type))
-            avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
+            avl__scales_of_rows_avx2(type, row, (size_t)first, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
         for (j = 0; j < n_now; j++) {
             __m256i v[8];
             avl__prefetch_bytes(next, step);
             next += step;
             if (avl__in_pairs(type)) {
-                avl__fill_pairs_avx2(type, row, b + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
+                avl__fill_pairs_avx2(type, row, first + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
                 continue;
             }
-            for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(b + j));
+            AVL__UNROLL
+            for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(first + j));
             avl__store_turned_avx2(v, to->u + 256 * (size_t)(b + j), 32);
         }
     }
 }
 
-// n (at most 4) rows of activations, from row `first` on, over two groups of a panel.
-AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const avl__words *p, const avl__quants *x, int first,
-                                                __m256 sum[][2]) {
-    const size_t n_blocks = (size_t)x->n_blocks, u_bytes = f.run ? 256 : 512, q_bytes = u_bytes / 8;   // of a block
-    const size_t row = n_blocks * f.n_parts;
+AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, size_t ahead, const avl__words *to) {
+    switch (type) {
+    case ASTROVL_TYPE_Q4_0: avl__fill_type_avx2(ASTROVL_TYPE_Q4_0, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q4_1: avl__fill_type_avx2(ASTROVL_TYPE_Q4_1, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q5_0: avl__fill_type_avx2(ASTROVL_TYPE_Q5_0, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q5_1: avl__fill_type_avx2(ASTROVL_TYPE_Q5_1, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q8_0: avl__fill_type_avx2(ASTROVL_TYPE_Q8_0, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q2_K: avl__fill_type_avx2(ASTROVL_TYPE_Q2_K, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q3_K: avl__fill_type_avx2(ASTROVL_TYPE_Q3_K, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q4_K: avl__fill_type_avx2(ASTROVL_TYPE_Q4_K, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q5_K: avl__fill_type_avx2(ASTROVL_TYPE_Q5_K, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q6_K: avl__fill_type_avx2(ASTROVL_TYPE_Q6_K, row, n_in, ahead, to); break;
+    default: avl__fill_type_avx2(type, row, n_in, ahead, to); break;
+    }
+}
+
+// A group of four rows of activations over two groups of a panel; rows that are not there give nothing of sense.  sum: in, out
+AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, const avl__words *p, const avl__quants *x, int group, __m256 sum[4][2]) {
+    const size_t u_bytes = f.run ? 256 : 512, q_bytes = u_bytes / 8;                // of a block
+    const size_t n_blocks = (size_t)p->n_blocks, at_x = 4 * ((size_t)x->n_blocks * (size_t)group + (size_t)p->first);
     const int n_words = (f.run ? 8 : 16) / f.n_parts, run = f.run && !f.vnni && f.run < n_words ? f.run : n_words;
-    const int8_t *q = x->q + q_bytes * n_blocks * (size_t)first;
-    const float *scale = x->scale + n_blocks * (size_t)first, *sums = x->sum + row * (size_t)first;
-    const int32_t *bias = x->bias + row * (size_t)first;
+    const int8_t *q = x->q + q_bytes * at_x;
+    const float *scale = x->scale + at_x, *sums = x->sum + at_x * f.n_parts;
+    const int32_t *bias = x->bias + at_x * f.n_parts;
     size_t b;
     int g, i, r, c, part;
-    AVL__UNROLL
-    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
     for (b = 0; b < n_blocks; b++)
         AVL__UNROLL
         for (part = 0; part < f.n_parts; part++) {
@@ -3085,8 +3099,8 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
                     const uint8_t *u = p->u + u_bytes * b + 32 * word;
                     const __m256i w[2] = {avl__load32_avx2(u), avl__load32_avx2(u + u_bytes * n_blocks)};
                     AVL__UNROLL
-                    for (r = 0; r < n; r++) {
-                        const __m256i a = _mm256_set1_epi32((int)avl__word_at(q + q_bytes * (n_blocks * (size_t)r + b) + 4 * word));
+                    for (r = 0; r < 4; r++) {
+                        const __m256i a = _mm256_set1_epi32((int)avl__word_at(q + 4 * (q_bytes * b + 4 * word + (size_t)r)));
                         AVL__UNROLL
                         for (c = 0; c < 2; c++) {
                             some[r][c] = avl__add_products_avx2(f, i == g ? _mm256_setzero_si256() : some[r][c], w[c], a);
@@ -3095,7 +3109,7 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
                     }
                 }
                 AVL__UNROLL
-                for (r = 0; r < n; r++)
+                for (r = 0; r < 4; r++)
                     AVL__UNROLL
                     for (c = 0; c < 2; c++) {
                         const __m256i wide = avl__widen_sums_avx2(f, some[r][c]);
@@ -3105,11 +3119,11 @@ AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, int n, const 
             AVL__UNROLL
             for (c = 0; c < 2; c++)
                 AVL__UNROLL
-                for (r = 0; r < n; r++) {
+                for (r = 0; r < 4; r++) {
                     const size_t in_row = b * f.n_parts + (size_t)part;
-                    const size_t at = 8 * (row * (size_t)c + in_row), x_at = row * (size_t)r + in_row;
-                    sum[r][c] = avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, bias + x_at,
-                                                   scale + n_blocks * (size_t)r + b, sums + x_at, sum[r][c]);
+                    const size_t at = 8 * (n_blocks * f.n_parts * (size_t)c + in_row), in_x = 4 * in_row + (size_t)r;
+                    sum[r][c] = avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, bias + in_x, scale + 4 * b + (size_t)r,
+                                                   sums + in_x, sum[r][c]);
                 }
         }
 }
@@ -3121,58 +3135,67 @@ AVL__AVX2 AVL__INLINE void avl__store_sum_avx2(const avl__product *p, int row, i
     avl__store_avx2(p->y + (size_t)row * p->w->n_out + out, n, sum);
 }
 
-// All rows of activations over a panel.
-AVL__AVX2 AVL__INLINE void avl__run_words_form_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out,
-                                                    int n_columns) {
-    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 8 * n_blocks * f.n_parts;            // of a group
-    __m256 sum[4][2];
-    int r, g, i, n;
-    for (r = 0; r < p->n_rows; r += n) {
-        n = p->n_rows - r >= 4 ? 4 : 1;
+// All rows of activations over a panel, of whose columns there are n_columns, from `out` on. Where it has not all blocks, sums of the
+// rows wait in `sum` [two groups][rows][2] for the next.
+AVL__AVX2 AVL__INLINE void avl__run_words_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out, int n_columns,
+                                               __m256 sum[][2]) {
+    const size_t n_blocks = (size_t)panel->n_blocks, n_scales = 8 * n_blocks * f.n_parts;            // of a group
+    const int is_first = panel->first == 0, is_last = panel->first + panel->n_blocks == p->quants.n_blocks;
+    int r, g, i;
+    for (r = 0; r < p->n_rows; r += 4)
         for (g = 0; 8 * g < n_columns; g += 2) {
+            __m256 (*four)[2] = sum + (p->few ? AVL__FEW_ROWS * (g / 2) + r : 0);
             const avl__words two = {panel->u + (f.run ? 256 : 512) * n_blocks * (size_t)g, panel->d + n_scales * (size_t)g,
-                                    panel->minus_m + n_scales * (size_t)g};
-            if (n == 4) avl__pass_words_avx2(f, 4, &two, &p->quants, r, sum);
-            else        avl__pass_words_avx2(f, 1, &two, &p->quants, r, sum);
-            for (i = 0; i < 2 * n; i++)
-                avl__store_sum_avx2(p, r + i / 2, out + 8 * (g + i % 2), n_columns - 8 * (g + i % 2), sum[i / 2][i % 2]);
+                                    panel->minus_m + n_scales * (size_t)g, panel->first, panel->n_blocks};
+            for (i = 0; i < 8 && is_first; i++) four[i / 2][i % 2] = _mm256_setzero_ps();
+            avl__pass_words_avx2(f, &two, &p->quants, r / 4, four);
+            for (i = 0; i < 8 && is_last && r + i / 2 < p->n_rows; i++)
+                avl__store_sum_avx2(p, r + i / 2, out + 8 * (g + i % 2), n_columns - 8 * (g + i % 2), four[i / 2][i % 2]);
+        }
+}
+
+// Many rows of activations meet panels of 32 weight rows in memory. For a few, 8 blocks of the rows at a time lie in the L1 cache, so
+// that weights are fetched while products are made; but those of 8 bits come in panels, which takes them less time.
+AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl__product *p, int first, int last, float *scratch) {
+    const int n_blocks = p->quants.n_blocks, in_slices = p->few && f.run, slice = in_slices ? 8 : n_blocks;
+    const size_t ahead = (in_slices ? AVL__PANEL_ROWS : 8) * p->w->row_bytes;
+    __m256 sum[AVL__PANEL_ROWS / 16 * AVL__FEW_ROWS][2];
+    const uint8_t *row[8];
+    avl__words panel;
+    int out, g;
+    panel.d = scratch + (64 - (uintptr_t)scratch % 64) / 4 % 16;         // a register of u never crosses a line of the cache
+    for (out = first; out < last; out += AVL__PANEL_ROWS) {
+        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        for (panel.first = 0; panel.first < n_blocks; panel.first += slice) {
+            size_t n_scales, u_bytes;
+            panel.n_blocks = n_blocks - panel.first < slice ? n_blocks - panel.first : slice;
+            n_scales = 8 * (size_t)panel.n_blocks * f.n_parts;
+            u_bytes = (f.run ? 256 : 512) * (size_t)panel.n_blocks;
+            panel.minus_m = panel.d + 4 * n_scales;
+            panel.u = (uint8_t *)(panel.minus_m + 4 * n_scales);
+            for (g = 0; 16 * (g / 2) < n_columns; g++) {                         // in pairs
+                const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
+                                          panel.minus_m + n_scales * (size_t)g, panel.first, panel.n_blocks};
+                avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
+                avl__fill_words_avx2(p->w->type, row, p->w->n_in, ahead, &group);
+            }
+            avl__run_words_avx2(f, &panel, p, out, n_columns, sum);
         }
     }
 }
 
 // Once a panel is filled only the form of its blocks matters.
-AVL__AVX2 AVL__INLINE void avl__run_words_avx2(int vnni, avl__words_form f, const avl__words *panel, const avl__product *p, int out,
-                                               int n_columns) {
-    const avl__words_form pairs = {1, 0, 0, vnni}, bits_4 = {1, 0, 8, vnni}, bits_4_min = {1, 1, 8, vnni}, bits_5 = {1, 0, 4, vnni};
-    const avl__words_form bits_5_min = {1, 1, 4, vnni}, parts = {2, 0, 2, vnni}, parts_min = {2, 1, 4, vnni};
-    if (f.run == 0)                                avl__run_words_form_avx2(pairs, panel, p, out, n_columns);
-    else if (f.n_parts == 2 && f.has_min)          avl__run_words_form_avx2(parts_min, panel, p, out, n_columns);
-    else if (f.n_parts == 2)                       avl__run_words_form_avx2(parts, panel, p, out, n_columns);
-    else if ((vnni || f.run == 8) && f.has_min)    avl__run_words_form_avx2(bits_4_min, panel, p, out, n_columns);
-    else if (vnni || f.run == 8)                   avl__run_words_form_avx2(bits_4, panel, p, out, n_columns);
-    else if (f.has_min)                            avl__run_words_form_avx2(bits_5_min, panel, p, out, n_columns);
-    else                                           avl__run_words_form_avx2(bits_5, panel, p, out, n_columns);
-}
-
 AVL__AVX2 AVL__INLINE void avl__multiply_panels_avx2(int vnni, const avl__product *p, int first, int last, float *scratch) {
     const avl__words_form f = avl__words_form_of(p->w->type, vnni);
-    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 8 * n_blocks * f.n_parts, u_bytes = (f.run ? 256 : 512) * n_blocks;
-    const uint8_t *row[8];
-    avl__words panel;
-    int out, g;
-    panel.d = scratch + (64 - (uintptr_t)scratch % 64) / 4 % 16;         // a register of u never crosses a line of the cache
-    panel.minus_m = panel.d + 4 * n_scales;
-    panel.u = (uint8_t *)(panel.minus_m + 4 * n_scales);
-    for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        for (g = 0; 16 * (g / 2) < n_columns; g++) {                         // in pairs
-            const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
-                                      panel.minus_m + n_scales * (size_t)g};
-            avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
-            avl__fill_words_avx2(p->w->type, row, p->w->n_in, &group);
-        }
-        avl__run_words_avx2(vnni, f, &panel, p, out, n_columns);
-    }
+    const avl__words_form pairs = {1, 0, 0, vnni}, bits_4 = {1, 0, 8, vnni}, bits_4_min = {1, 1, 8, vnni}, bits_5 = {1, 0, 4, vnni};
+    const avl__words_form bits_5_min = {1, 1, 4, vnni}, parts = {2, 0, 2, vnni}, parts_min = {2, 1, 4, vnni};
+    if (f.run == 0)                                avl__multiply_form_avx2(pairs, p, first, last, scratch);
+    else if (f.n_parts == 2 && f.has_min)          avl__multiply_form_avx2(parts_min, p, first, last, scratch);
+    else if (f.n_parts == 2)                       avl__multiply_form_avx2(parts, p, first, last, scratch);
+    else if ((vnni || f.run == 8) && f.has_min)    avl__multiply_form_avx2(bits_4_min, p, first, last, scratch);
+    else if (vnni || f.run == 8)                   avl__multiply_form_avx2(bits_4, p, first, last, scratch);
+    else if (f.has_min)                            avl__multiply_form_avx2(bits_5_min, p, first, last, scratch);
+    else                                           avl__multiply_form_avx2(bits_5, p, first, last, scratch);
 }
 
 // A few rows of activations times weights as they lie.
@@ -3187,7 +3210,7 @@ AVL__AVX2 AVL__INLINE void avl__multiply_rows_avx2(int vnni, int type, const avl
 }
 
 AVL__AVX2 AVL__INLINE void avl__multiply_words_avx2(int vnni, const avl__product *p, int first, int last, float *scratch) {
-    switch (p->few ? p->w->type : -1) {
+    switch (p->few && p->quants.group == 1 ? p->w->type : -1) {
     case ASTROVL_TYPE_Q4_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_0, p, first, last); break;
     case ASTROVL_TYPE_Q4_1: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_1, p, first, last); break;
     case ASTROVL_TYPE_Q5_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q5_0, p, first, last); break;
@@ -3270,9 +3293,6 @@ AVL__AVX2 AVL__INLINE float avl__dot_type_avx2(int type, const void *a, const fl
     return avl__add_lanes_avx2(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
 }
 AVL__AVX2 static float avl__dot_avx2(const float *a, const float *b, int n) { return avl__dot_type_avx2(ASTROVL_TYPE_F32, a, b, n); }
-AVL__AVX2 static float avl__dot_half_avx2(const uint16_t *a, const float *b, int n) {
-    return avl__dot_type_avx2(ASTROVL_TYPE_F16, a, b, n);
-}
 
 AVL__AVX2 static void avl__axpy_avx2(float *y, float a, const float *x, int n) {
     int i;
@@ -3448,12 +3468,74 @@ AVL__AVX2 static void avl__attend_avx2(const avl__tile *t, float *scratch) {
 
 // ---- AVX2: float16, for the KV cache -------------------------------------------------------------------------------
 
-AVL__AVX2 AVL__INLINE __m256 avl__load_halves_avx2(const uint16_t *x) { return _mm256_cvtph_ps(avl__load16_avx2(x)); }
+// 8 float16 as floats; of fewer, zeros after the first n
+AVL__AVX2 AVL__INLINE __m256 avl__load_halves_avx2(const uint16_t *x, int n) {
+    uint16_t some[8] = {0};
+    if (n < 8) memcpy(some, x, (size_t)n * sizeof *x);
+    return _mm256_cvtph_ps(avl__load16_avx2(n < 8 ? some : x));
+}
 
-AVL__AVX2 static void avl__axpy_half_avx2(float *y, float a, const uint16_t *x, int n) {
-    int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_set1_ps(a), avl__load_halves_avx2(x + i), _mm256_loadu_ps(y + i)));
-    for (; i < n; i++) y[i] += a * astrovl_f16_to_f32(x[i]);
+// Adds the products of `left` columns of q, at most 8 n, with those of the keys to their scores.
+AVL__AVX2 AVL__INLINE void avl__score_halves_avx2(int n, const float *q, const uint16_t *k, size_t stride, int n_keys, int left, float *scores) {
+    __m256 of_q[8];
+    int i, j;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) of_q[i] = avl__load_avx2(q + 8 * i, left - 8 * i);
+    for (j = 0; j < n_keys; j++, k += stride) {
+        __m256 score = _mm256_setzero_ps();
+        AVL__UNROLL
+        for (i = 0; i < n; i++) score = _mm256_fmadd_ps(of_q[i], avl__load_halves_avx2(k + 8 * i, left - 8 * i), score);
+        scores[j] += avl__add_lanes_avx2(score);
+    }
+}
+
+// Adds the weights' multiples of `left` columns of the values, at most 8 n.  out: in, out, [left]
+AVL__AVX2 AVL__INLINE void avl__mix_halves_avx2(int n, float *out, const uint16_t *v, size_t stride, int n_keys, int left, const float *weights) {
+    __m256 sum[8];
+    int i, j;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) sum[i] = avl__load_avx2(out + 8 * i, left - 8 * i);
+    for (j = 0; j < n_keys; j++, v += stride)
+        AVL__UNROLL
+        for (i = 0; i < n; i++) sum[i] = _mm256_fmadd_ps(_mm256_set1_ps(weights[j]), avl__load_halves_avx2(v + 8 * i, left - 8 * i), sum[i]);
+    AVL__UNROLL
+    for (i = 0; i < n; i++) avl__store_avx2(out + 8 * i, left - 8 * i, sum[i]);
+}
+
+AVL__AVX2 static void avl__softmax_avx2(float *x, int n) {
+    float most = -FLT_MAX;
+    __m256 sum = _mm256_setzero_ps();
+    int i;
+    for (i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+    for (i = 0; i < n; i += 8) {
+        const __m256 p = avl__exp_avx2(_mm256_sub_ps(avl__load_avx2(x + i, n - i), _mm256_set1_ps(most)));
+        avl__store_avx2(x + i, n - i, p);
+        sum = _mm256_add_ps(sum, _mm256_and_ps(p, _mm256_castsi256_ps(avl__lanes_avx2(n - i))));
+    }
+    sum = _mm256_set1_ps(1.0f / avl__add_lanes_avx2(sum));
+    for (i = 0; i < n; i += 8) avl__store_avx2(x + i, n - i, _mm256_mul_ps(avl__load_avx2(x + i, n - i), sum));
+}
+
+// One query, of an answer being written. 32 keys or values at a time come into the L1 cache as they lie; then 64 columns are taken at
+// once, as many as have registers.
+AVL__AVX2 static void avl__attend_one_avx2(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys,
+                                           int head_dim, float *weights) {
+    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
+    int i, j, n;
+    memset(weights, 0, (size_t)n_keys * sizeof *weights);
+    for (j = 0; j < n_keys; j += 32, k += 32 * stride) {
+        n = n_keys - j < 32 ? n_keys - j : 32;
+        for (i = 0; i + 64 <= head_dim; i += 64) avl__score_halves_avx2(8, q + i, k + i, stride, n, 64, weights + j);
+        for (; i < head_dim; i += 8) avl__score_halves_avx2(1, q + i, k + i, stride, n, head_dim - i, weights + j);
+    }
+    for (j = 0; j < n_keys; j++) weights[j] *= scale;
+    avl__softmax_avx2(weights, n_keys);
+    memset(out, 0, (size_t)head_dim * sizeof *out);
+    for (j = 0; j < n_keys; j += 32, v += 32 * stride) {
+        n = n_keys - j < 32 ? n_keys - j : 32;
+        for (i = 0; i + 64 <= head_dim; i += 64) avl__mix_halves_avx2(8, out + i, v + i, stride, n, 64, weights + j);
+        for (; i < head_dim; i += 8) avl__mix_halves_avx2(1, out + i, v + i, stride, n, head_dim - i, weights + j);
+    }
 }
 
 AVL__AVX2 static void avl__to_halves_avx2(uint16_t *y, const float *x, int64_t n) {
@@ -3468,7 +3550,7 @@ AVL__AVX2 static void avl__to_halves_avx2(uint16_t *y, const float *x, int64_t n
 
 AVL__AVX2 static void avl__from_halves_avx2(float *y, const uint16_t *x, int n) {
     int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, avl__load_halves_avx2(x + i));
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, avl__load_halves_avx2(x + i, 8));
     for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
 }
 
@@ -3495,11 +3577,11 @@ AVL__AVX2 static double avl__peak_avx_vnni(int type, int64_t n) { return avl__pe
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
-    avl__attend_avx2, NULL, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 1, 1, 2, 1};
+    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 4, 4, AVL__FEW_ROWS, 4};
 static const avl__kernels avl__kernels_avx_vnni = {
     "avx_vnni", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
     avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx_vnni,
-    avl__attend_avx2, NULL, NULL, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 1, 1, 2, 1};
+    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 4, 4, AVL__FEW_ROWS, 4};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -4075,8 +4157,6 @@ AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__prod
 
 // Three to eight rows, of answers that are written together, are still too few to be worth a panel in memory: each block of 16 weight
 // rows is turned as for one, but stays in eight registers until it has met them all. The operations are a panel's.
-enum { AVL__FEW_ROWS = 8 };
-
 // 16 weight rows times the rows of the activations (those that are not there give nothing of sense); as much is fetched from `next` on.
 // sum: out, [AVL__FEW_ROWS]
 AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, const uint8_t *const *row, const char *next, const avl__quants *x, int piece,
@@ -4586,26 +4666,11 @@ AVL__AVX512 AVL__INLINE __m512 avl__load_halves_avx512(const uint16_t *x, __mmas
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
 }
 
-// scores[n] to e^(score - largest); returns their sum
-AVL__AVX512 AVL__INLINE float avl__softmax_row_avx512(float *scores, int n) {
-    __m512 max = _mm512_set1_ps(-FLT_MAX), sum = _mm512_setzero_ps();
-    int i;
-    for (i = 0; i < n; i += 16) max = _mm512_max_ps(max, _mm512_mask_loadu_ps(max, avl__lanes_avx512(n - i), scores + i));
-    max = _mm512_set1_ps(_mm512_reduce_max_ps(max));
-    for (i = 0; i < n; i += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n - i);
-        const __m512 p = avl__exp_avx512(_mm512_sub_ps(avl__load_avx512(scores + i, lanes), max));
-        _mm512_mask_storeu_ps(scores + i, lanes, p);
-        sum = _mm512_mask_add_ps(sum, lanes, sum, p);
-    }
-    return _mm512_reduce_add_ps(sum);
-}
-
 // n: registers that take a part of the head's columns, or all
 AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride,
-                                                   int n_keys, int head_dim, float *scores) {
+                                                   int n_keys, int head_dim, float *weights) {
     const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
-    __m512 sum[8], inverse;
+    __m512 sum[8];
     int begin, i, j;
     for (begin = 0; begin < head_dim; begin += 16 * n) {
         __m512 of_q[8];
@@ -4617,30 +4682,30 @@ AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const floa
             AVL__UNROLL
             for (i = 0; i < n; i++)
                 score = _mm512_fmadd_ps(of_q[i], avl__load_halves_avx512(key + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), score);
-            scores[j] = (begin ? scores[j] : 0.0f) + _mm512_reduce_add_ps(score) * scale;
+            weights[j] = (begin ? weights[j] : 0.0f) + _mm512_reduce_add_ps(score) * scale;
         }
     }
-    inverse = _mm512_set1_ps(1.0f / avl__softmax_row_avx512(scores, n_keys));
+    avl__softmax_avx2(weights, n_keys);
     for (begin = 0; begin < head_dim; begin += 16 * n) {
         AVL__UNROLL
         for (i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
         for (j = 0; j < n_keys; j++) {
             const uint16_t *value = v + stride * (size_t)j + begin;
-            const __m512 p = _mm512_set1_ps(scores[j]);
+            const __m512 p = _mm512_set1_ps(weights[j]);
             AVL__UNROLL
             for (i = 0; i < n; i++)
                 sum[i] = _mm512_fmadd_ps(p, avl__load_halves_avx512(value + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), sum[i]);
         }
         AVL__UNROLL
         for (i = 0; i < n; i++)
-            _mm512_mask_storeu_ps(out + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i), _mm512_mul_ps(sum[i], inverse));
+            _mm512_mask_storeu_ps(out + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i), sum[i]);
     }
 }
 
 AVL__AVX512 static void avl__attend_one_avx512(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys,
-                                               int head_dim, float *scores) {
-    if (head_dim > 64) avl__attend_by_avx512(8, out, q, k, v, stride, n_keys, head_dim, scores);
-    else               avl__attend_by_avx512(4, out, q, k, v, stride, n_keys, head_dim, scores);
+                                               int head_dim, float *weights) {
+    if (head_dim > 64) avl__attend_by_avx512(8, out, q, k, v, stride, n_keys, head_dim, weights);
+    else               avl__attend_by_avx512(4, out, q, k, v, stride, n_keys, head_dim, weights);
 }
 
 // The same with pairs of bfloat16, for rows that were made by such products and are to be read by such: Q K^T with pairs of columns,
@@ -4823,12 +4888,12 @@ AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
     avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__dot_half_avx2, avl__axpy_half_avx2, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
     avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
 #endif
 
@@ -5062,6 +5127,16 @@ static void avl__axpy_half_neon(float *y, float a, const uint16_t *x, int n) {
     int i = 0;
     for (; i + 4 <= n; i += 4) vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), avl__load_halves_neon(x + i), a));
     for (; i < n; i++) y[i] += a * astrovl_f16_to_f32(x[i]);
+}
+
+static void avl__attend_one_neon(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys, int head_dim,
+                                 float *weights) {
+    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
+    int j;
+    for (j = 0; j < n_keys; j++) weights[j] = avl__dot_half_neon(k + stride * (size_t)j, q, head_dim) * scale;
+    astrovl_softmax(weights, n_keys);
+    memset(out, 0, (size_t)head_dim * sizeof(float));
+    for (j = 0; j < n_keys; j++) avl__axpy_half_neon(out, weights[j], v + stride * (size_t)j, head_dim);
 }
 
 static void avl__to_halves_neon(uint16_t *y, const float *x, int64_t n) {
@@ -5832,17 +5907,17 @@ static double avl__peak_i8mm(int type, int64_t n) {
 static const avl__kernels avl__kernels_neon = {
     "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_neon,
-    avl__attend_neon, NULL, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
+    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
     AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_dotprod = {
     "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_dotprod,
-    avl__attend_neon, NULL, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod, 1,
+    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod, 1,
     AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_i8mm = {
     "neon_i8mm", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm, avl__multiply_i8mm,
-    avl__attend_neon, NULL, NULL, avl__dot_half_neon, avl__axpy_half_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm, 1,
+    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm, 1,
     AVL__GROUP_BYTES, AVL__GROUP_HALVES, 2, 1};
 #endif
 
@@ -6316,22 +6391,15 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
     int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows, j;
     size_t kv_head = avl__head_begin(a, head), at = ((size_t)row * a->n_head + head) * a->head_dim;
     float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
-    if (kernels->attend_one && a->is_half && !a->weights) {
+    if (a->is_half)
         kernels->attend_one(a->out + at, a->q + at, (const uint16_t *)a->k + kv_head, (const uint16_t *)a->v + kv_head, a->key_stride, n_keys,
                             a->head_dim, scores);
-        return;
-    }
-    for (j = 0; j < n_keys; j++) {
-        const size_t key = kv_head + (size_t)j * a->key_stride;
-        scores[j] = (a->is_half ? kernels->dot_half((const uint16_t *)a->k + key, a->q + at, a->head_dim)
-                                : kernels->dot(a->q + at, (const float *)a->k + key, a->head_dim)) * scale;
-    }
-    astrovl_softmax(scores, n_keys);
-    memset(a->out + at, 0, (size_t)a->head_dim * sizeof(float));
-    for (j = 0; j < n_keys; j++) {
-        const size_t key = kv_head + (size_t)j * a->key_stride;
-        if (a->is_half) kernels->axpy_half(a->out + at, scores[j], (const uint16_t *)a->v + key, a->head_dim);
-        else            kernels->axpy(a->out + at, scores[j], (const float *)a->v + key, a->head_dim);
+    else {
+        const float *k = (const float *)a->k + kv_head, *v = (const float *)a->v + kv_head;
+        for (j = 0; j < n_keys; j++) scores[j] = kernels->dot(a->q + at, k + (size_t)j * a->key_stride, a->head_dim) * scale;
+        astrovl_softmax(scores, n_keys);
+        memset(a->out + at, 0, (size_t)a->head_dim * sizeof(float));
+        for (j = 0; j < n_keys; j++) kernels->axpy(a->out + at, scores[j], v + (size_t)j * a->key_stride, a->head_dim);
     }
     if (a->weights) {
         size_t n_all = (size_t)a->n_past + a->n_rows;

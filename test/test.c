@@ -1084,30 +1084,53 @@ static void test_fast_ops(void) {
             }
 }
 
-// The KV cache's float16: every length, against double; what is too large stays finite.
+// The KV cache's float16, of every length; what is too large stays finite.
 static void test_fast_halves(void) {
     enum { N = 75 };
-    static float x[N], b[N], y[N], back[N];
+    static float x[N], back[N];
     static uint16_t halves[N];
     int k, i, n;
     for (k = 0; k < AVL__N_KERNELS; k++)
         for (n = 1; avl__kernels_run(k) && avl__all_kernels[k]->attend && n <= N; n++) {
             const avl__kernels *kernels = avl__all_kernels[k];
-            double sum = 0.0;
-            test_fill(x, n, 5), test_fill(b, n, 6), test_fill(y, n, 7);
+            test_fill(x, n, 5);
             x[n / 2] = n % 2 ? 1e6f : -1e30f;
             kernels->to_halves(halves, x, n);
             kernels->from_halves(back, halves, n);
             for (i = 0; i < n; i++)
                 CHECK(back[i] == (i == n / 2 ? n % 2 ? 65504.0f : -65504.0f : astrovl_f16_to_f32(astrovl_f32_to_f16(x[i]))), "%s: %d of %d",
                       kernels->name, i, n);
-            back[n / 2] = x[n / 2] = 1.5f;
-            kernels->to_halves(halves, x, n);
-            for (i = 0; i < n; i++) sum += (double)back[i] * b[i];
-            CHECK(fabs(kernels->dot_half(halves, b, n) - sum) < 1e-5, "%s: dot of %d", kernels->name, n);
-            memcpy(x, y, sizeof x);
-            kernels->axpy_half(y, 0.5f, halves, n);
-            for (i = 0; i < n; i++) CHECK(fabs(x[i] + 0.5 * back[i] - y[i]) < 1e-6, "%s: axpy of %d", kernels->name, n);
+        }
+}
+
+// One query over float16 keys and values, which are columns of longer rows: heads of every size, against double.
+static void test_fast_attend_one(void) {
+    enum { HEAD = 150, KEYS = 70, STRIDE = HEAD + 3 };
+    static float q[HEAD], out[HEAD], weights[KEYS], rows[2 * KEYS * STRIDE];
+    static uint16_t halves[2 * KEYS * STRIDE], *values = halves + KEYS * STRIDE;
+    static const int n_keys[] = {1, 2, 31, 32, 33, KEYS};
+    int k, i, j, c, n;
+    test_fill(rows, 2 * KEYS * STRIDE, 8);
+    for (i = 0; i < 2 * KEYS * STRIDE; i++) halves[i] = astrovl_f32_to_f16(rows[i]), rows[i] = astrovl_f16_to_f32(halves[i]);
+    for (k = 0; k < AVL__N_KERNELS; k++)
+        for (n = 1; avl__kernels_run(k) && avl__all_kernels[k]->attend && n <= HEAD; n++) {
+            const avl__kernels *kernels = avl__all_kernels[k];
+            test_fill(q, n, n);
+            for (i = 0; i < n; i++) q[i] *= 4;
+            for (c = 0; c < (int)(sizeof n_keys / sizeof *n_keys); c++) {
+                double p[KEYS], total = 0.0, sum;
+                kernels->attend_one(out, q, halves, values, STRIDE, n_keys[c], n, weights);
+                for (j = 0; j < n_keys[c]; j++) {
+                    for (sum = 0.0, i = 0; i < n; i++) sum += (double)q[i] * rows[STRIDE * j + i];
+                    total += p[j] = exp(sum / sqrt(n));
+                }
+                for (j = 0; j < n_keys[c]; j++)
+                    CHECK(fabs(weights[j] - p[j] / total) < 1e-5, "%s: weight %d of %d, head of %d", kernels->name, j, n_keys[c], n);
+                for (i = 0; i < n; i++) {
+                    for (sum = 0.0, j = 0; j < n_keys[c]; j++) sum += p[j] / total * rows[(KEYS + j) * STRIDE + i];
+                    CHECK(fabs(out[i] - sum) < 1e-5, "%s: column %d of %d, %d keys", kernels->name, i, n, n_keys[c]);
+                }
+            }
         }
 }
 
@@ -1156,8 +1179,8 @@ static void test_fast_vector_ends(const avl__kernels *kernels, int n) {
     kernels->gelu(y, n), kernels->quick_gelu(y, n), kernels->silu_product(y, x, n);
     if (kernels->attend) {
         kernels->to_halves(halves, x, n), kernels->from_halves(y, halves, n);
-        kernels->axpy_half(y, 0.5f, halves, n);
-        CHECK(fabs(kernels->dot_half(halves, y, n) - kernels->dot(x, y, n)) < 0.05, "%s: %d halves", kernels->name, n);
+        kernels->attend_one(y, x, halves, halves, (size_t)n, 1, n, &dot);
+        for (i = 0; i < n; i++) CHECK(dot == 1.0f && y[i] == astrovl_f16_to_f32(halves[i]), "%s: %d of %d halves", kernels->name, i, n);
     }
     for (i = 0; i < n; i++) halves[i] = astrovl_f32_to_f16(x[i]);
     dot = kernels->dot_f16(halves, y, n), portable = avl__dot_f16_portable(halves, y, n);
@@ -1250,6 +1273,7 @@ static void tests_ops(void) {
 #endif
     run("fast: norms and activations", test_fast_ops);
     run("fast: float16 of the KV cache", test_fast_halves);
+    run("fast: one query over float16 keys and values", test_fast_attend_one);
 #if AVL__MMAP && defined(MAP_ANONYMOUS)
     run("fast: nothing past an end", test_fast_ends);
 #endif
