@@ -2248,7 +2248,9 @@ static double avl__random(uint64_t *state) {
 // then passes over it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are
 // 27 of 32; a panel of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the
 // first. The panel is the only copy of weights there ever is.
-// Both ways do the same float operations in the same order, so a row's bits do not depend on what is computed beside it: a caption
+// Some rows (answers written together) are between the two: weights are turned, block by block, in registers or in the first-level
+// cache, meet all rows there, and meanwhile the next ones are asked for.
+// All ways do the same float operations in the same order, so a row's bits do not depend on what is computed beside it: a caption
 // is the same alone and among others.
 // ====================================================================================================================
 
@@ -2331,7 +2333,7 @@ typedef struct avl__kernels {
     double (*peak)(int type, int64_t n);
     int has_pieces;        // 1: quantize gives bytes, of fine products two for each activation
     int group, float_group;   // rows of activations that a panel meets together (avl__quants), for weights in blocks and for floats
-    int n_few, few_group;     // up to n_few rows weights in blocks are multiplied as they lie: one or two rows, or few_group together
+    int n_few, few_group;     // up to n_few rows weights in blocks make no panels in memory: one or two rows each, or few_group together
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2667,7 +2669,7 @@ AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(const __m256i *v, void *to, in
 // are), so that 32 products add up in 32 bits. vpmaddwd does that at half the rate of bytes, yet twice that of float32.
 //
 // A register of a panel holds one word of 8 rows: four columns as bytes, or two as 16-bit integers; 4 rows of activations by 2
-// such registers make 8 of integer sums, and float sums wait in memory, where they are needed once a block. A few rows of
+// such registers make 8 of integer sums, and float sums wait in memory, where they are needed once a block. One or two rows of
 // activations take 8 weight rows as they lie; each block becomes 8 registers of sums, which are turned and added to one. Both
 // ways do the same float operations in the same order, so the bits of a row do not depend on how many rows there are:
 //     sum += (integer sum of the block) (d e);  sum -= (-m) (e sum of q),     each in one rounding, block after block.
@@ -3502,6 +3504,7 @@ AVL__AVX2 AVL__INLINE void avl__mix_halves_avx2(int n, float *out, const uint16_
     for (i = 0; i < n; i++) avl__store_avx2(out + 8 * i, left - 8 * i, sum[i]);
 }
 
+// x[n] = softmax(x)
 AVL__AVX2 static void avl__softmax_avx2(float *x, int n) {
     float most = -FLT_MAX;
     __m256 sum = _mm256_setzero_ps();
