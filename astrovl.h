@@ -4420,8 +4420,7 @@ AVL__AVX512 AVL__INLINE void avl__dot_floats_avx512(int type, const uint8_t *wei
         AVL__UNROLL
         for (o = 0; o < n_weights; o++) even[r][o] = odd[r][o] = _mm512_setzero_ps();
     for (i = 0; i + 32 <= n_in; i += 32, at += step) {
-        for (r = 0; r < (int)step; r += 64) _mm_prefetch(at + AVL__AHEAD + r, _MM_HINT_T1);
-        if (((uintptr_t)at & 4095) < step) avl__prefetch_page(at + AVL__AHEAD);
+        avl__prefetch_bytes(at + AVL__AHEAD, step);
         avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i, 0xFFFF, even);
         avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i + 16, 0xFFFF, odd);
     }
@@ -6393,12 +6392,12 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
     const avl__kernels *kernels = a->run->kernels;
     int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows, j;
     size_t kv_head = avl__head_begin(a, head), at = ((size_t)row * a->n_head + head) * a->head_dim;
-    float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
     if (a->is_half)
         kernels->attend_one(a->out + at, a->q + at, (const uint16_t *)a->k + kv_head, (const uint16_t *)a->v + kv_head, a->key_stride, n_keys,
                             a->head_dim, scores);
     else {
         const float *k = (const float *)a->k + kv_head, *v = (const float *)a->v + kv_head;
+        const float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
         for (j = 0; j < n_keys; j++) scores[j] = kernels->dot(a->q + at, k + (size_t)j * a->key_stride, a->head_dim) * scale;
         astrovl_softmax(scores, n_keys);
         memset(a->out + at, 0, (size_t)a->head_dim * sizeof(float));
