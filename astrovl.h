@@ -6411,27 +6411,33 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
     }
 }
 
-// n query rows of one head, from row `first` on. A head's keys and values in float16 are first made floats again.
+// n query rows of one head, from row `first` on. Float16 becomes float; and since a head's rows lie as far apart as all heads' are wide,
+// which is often a power of two and then puts them all into the same few places of a cache, they are first laid side by side.
 static void avl__attend_tile(const avl__attention *a, int head, int first, int n, float *scratch) {
     const avl__kernels *kernels = a->run->kernels;
-    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_head = avl__head_begin(a, head);
+    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_head = avl__head_begin(a, head), dim = (size_t)a->head_dim;
     const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim;
-    const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
-    avl__tile tile = {a->out + at, a->q + at, NULL, NULL, q_stride, a->key_stride, n, n_keys, a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
+    const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows, is_coarse = a->is_coarse && kernels->attend_coarsely;
+    avl__tile tile = {a->out + at, a->q + at, NULL, NULL, q_stride, dim, n, n_keys, a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
     int i, j;
-    if (a->is_half) {
-        float *k = scratch, *v = k + (size_t)n_keys * a->head_dim;
-        for (j = 0; j < n_keys; j++) {
-            const size_t key = kv_head + (size_t)j * a->key_stride;
-            kernels->from_halves(k + (size_t)j * a->head_dim, (const uint16_t *)a->k + key, a->head_dim);
-            kernels->from_halves(v + (size_t)j * a->head_dim, (const uint16_t *)a->v + key, a->head_dim);
-        }
-        tile.k = k, tile.v = v, tile.kv_stride = (size_t)a->head_dim;
-        scratch = v + (size_t)n_keys * a->head_dim;
+    if (is_coarse && !a->is_half) {             // which lays them side by side as it rounds them
+        tile.k = (const float *)a->k + kv_head, tile.v = (const float *)a->v + kv_head, tile.kv_stride = a->key_stride;
     } else {
-        tile.k = (const float *)a->k + kv_head, tile.v = (const float *)a->v + kv_head;
+        float *k = scratch, *v = k + (size_t)n_keys * dim;
+        for (j = 0; j < n_keys; j++) {
+            const size_t key = kv_head + (size_t)j * a->key_stride, to = (size_t)j * dim;
+            if (a->is_half) {
+                kernels->from_halves(k + to, (const uint16_t *)a->k + key, a->head_dim);
+                kernels->from_halves(v + to, (const uint16_t *)a->v + key, a->head_dim);
+            } else {
+                memcpy(k + to, (const float *)a->k + key, dim * sizeof(float));
+                memcpy(v + to, (const float *)a->v + key, dim * sizeof(float));
+            }
+        }
+        tile.k = k, tile.v = v;
+        scratch = v + (size_t)n_keys * dim;
     }
-    if (a->is_coarse && kernels->attend_coarsely) {
+    if (is_coarse) {
         kernels->attend_coarsely(&tile, scratch);
         return;
     }
@@ -11456,7 +11462,7 @@ static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, 
     int head_dim = tower->n_embd / tower->n_head;
     float *block;
     n_hidden = avl__max_u64(avl__max_u64(n_hidden, n * (uint64_t)tower->n_ff), 2 * (uint64_t)pass->n_sequences * head);
-    n_thread = avl__max_u64(n_thread, (uint64_t)n_longest * (2 + (uint64_t)head_dim / 64) + (uint64_t)head_dim);   // avl__attend_bf16
+    n_thread = avl__max_u64(n_thread, (uint64_t)n_longest * (2 + (uint64_t)head_dim / 32) + (uint64_t)head_dim);   // avl__attend_tile
     n_thread = avl__max_u64(n_thread, avl__max_u64(head, (uint64_t)tower->n_embd));
     n_thread = avl__max_u64(n_thread, (uint64_t)tower->n_ff);
     if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread, n)) return 0;
