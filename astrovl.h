@@ -2285,6 +2285,7 @@ typedef struct avl__product {
     const avl__linear *w;
     int                n_rows;
     int                few;    // 1: too few rows to be worth panels
+    int                ahead;  // columns from those that a thread is given to those that it will probably take next
     avl__quants        quants; // x rounded, where `multiply` is used
 } avl__product;
 
@@ -2635,6 +2636,13 @@ AVL__INLINE void avl__prefetch_bytes(const char *p, size_t n) {
     size_t i;
     for (i = 0; i < n; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
     if (((uintptr_t)p & 4095) < n) avl__prefetch_page(p);
+}
+
+// Of columns first..last-1 it is the turn of n, from `out` on: where the n weight rows lie that will be wanted afterwards. These come
+// next, or when the thread takes its next columns; at the very end they are the same once more.
+AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int last, int out, int n) {
+    const int after = last - out >= 2 * n ? out + n : first + p->ahead;
+    return (const char *)p->w->weight + (size_t)(after + n <= p->w->n_out ? after : out) * p->w->row_bytes;
 }
 
 // Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
@@ -4148,7 +4156,7 @@ AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__prod
         n = whole ? 8 : 1;
         for (r = 0; r < p->n_rows; r++) {
             const size_t row_bytes = whole ? w->row_bytes : 0;
-            const char *next = (const char *)rows + (last - out >= 16 ? 8 * w->row_bytes : 0);   // at the end these once more
+            const char *next = avl__next_rows(p, first, last, out, 8);
             __m256 sum = avl__dot_rows_avx512(type, rows, row_bytes, next, &p->quants, r);
             if (w->bias) sum = _mm256_add_ps(sum, _mm256_maskz_loadu_ps(lanes, w->bias + out));
             if (p->quants.n_pieces == 2)
@@ -4213,7 +4221,7 @@ AVL__AVX512 AVL__INLINE void avl__multiply_few_avx512(int type, const avl__produ
     for (out = first; out < last; out += 16) {
         const int n = last - out < 16 ? last - out : 16;
         const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes, *row[16];
-        const char *next = (const char *)rows + (last - out >= 32 ? 16 * w->row_bytes : 0);       // at the end these once more
+        const char *next = avl__next_rows(p, first, last, out, 16);
         for (i = 0; i < 16; i++) row[i] = rows + (size_t)(i < n ? i : n - 1) * w->row_bytes;
         for (piece = 0; piece < p->quants.n_pieces; piece++) {
             __m512 sum[AVL__FEW_ROWS];
@@ -6326,7 +6334,7 @@ static void avl__apply_shared(avl__run *run, float *const *y, const float *x, co
     job.run = run;
     job.columns = kernels->linear;
     for (i = 0; i < n; i++) {
-        const avl__product product = {y[i], x, w[i], n_rows, few, {NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
+        const avl__product product = {y[i], x, w[i], n_rows, few, 0, {NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
         job.product[i] = product;
         n_out += w[i]->n_out;
         is_fine |= w[i]->is_fine && kernels->has_pieces;
@@ -6343,7 +6351,10 @@ static void avl__apply_shared(avl__run *run, float *const *y, const float *x, co
     }
     job.chunk = AVL__LINEAR_CHUNK;
     if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
-    for (i = 0; i < n; i++) n_items += job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
+    for (i = 0; i < n; i++) {
+        n_items += job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
+        job.product[i].ahead = job.chunk * avl__pool_n_threads(run->pool);
+    }
     avl__pool_run(run->pool, avl__linear_item, &job, n_items);
 }
 
