@@ -2645,6 +2645,14 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
     return (const char *)p->w->weight + (size_t)(after + n <= p->w->n_out ? after : out) * p->w->row_bytes;
 }
 
+// Many rows: while some of the activations, from row r on, `group` at a time, meet a panel, a line of the weights that the next panel is
+// made of is fetched with each block: the last rows fetch the first lines, those before them the next, and where none are left this
+// panel's own are asked for again, which costs nothing.
+AVL__INLINE const char *avl__next_lines(const avl__product *p, const void *panel, const char *next, int r, int group) {
+    const size_t lines = 64 * (size_t)p->quants.n_blocks, at = lines * (size_t)((p->n_rows - 1 - r) / group);
+    return at + lines <= AVL__PANEL_ROWS * p->w->row_bytes ? next + at : (const char *)panel;
+}
+
 // Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
 AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(const __m256i *v, void *to, int stride) {
     uint8_t *at = (uint8_t *)to;
@@ -4342,7 +4350,7 @@ AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_bf16(int type, const uint8_t *
 
 // n rows of activations, from row `first` on, all of one group, over a panel of pairs.
 AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *panel, const avl__product *p, int first, int out,
-                                                       int n_columns) {
+                                                       int n_columns, const char *next) {
     enum { G = AVL__GROUP_PAIRS };
     const size_t n_pairs = 16 * (size_t)p->quants.n_blocks;
     const uint8_t *x = (const uint8_t *)p->quants.q + 4 * ((size_t)(first / G) * n_pairs * G + (size_t)(first % G));
@@ -4352,7 +4360,9 @@ AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *pan
     avl__prefetch_sums(p->y + (size_t)first * p->w->n_out + out, (size_t)p->w->n_out, n, n_columns);
     AVL__UNROLL
     for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    next = avl__next_lines(p, panel, next, first, n);
     for (i = 0; i < n_pairs; i++) {
+        if (i % 16 == 0) _mm_prefetch(next + 4 * i, _MM_HINT_T1);
         const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + 64 * i);
         const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + 64 * (n_pairs + i));
         AVL__UNROLL
@@ -4366,11 +4376,11 @@ AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *pan
         avl__store_sums_avx512(p->y + (size_t)(first + r) * p->w->n_out + out, sum[r], p->w->bias ? p->w->bias + out : NULL, n_columns);
 }
 
-AVL__AVX512_BF16 static void avl__run_pairs_bf16(const uint8_t *panel, const avl__product *p, int out, int n_columns) {
+AVL__AVX512_BF16 static void avl__run_pairs_bf16(const uint8_t *panel, const avl__product *p, int out, int n_columns, const char *next) {
     int r = 0;
-    for (; r + 12 <= p->n_rows; r += 12) avl__pass_pairs_bf16(12, panel, p, r, out, n_columns);
-    for (; r + 4 <= p->n_rows; r += 4) avl__pass_pairs_bf16(4, panel, p, r, out, n_columns);
-    for (; r < p->n_rows; r++) avl__pass_pairs_bf16(1, panel, p, r, out, n_columns);
+    for (; r + 12 <= p->n_rows; r += 12) avl__pass_pairs_bf16(12, panel, p, r, out, n_columns, next);
+    for (; r + 4 <= p->n_rows; r += 4) avl__pass_pairs_bf16(4, panel, p, r, out, n_columns, next);
+    for (; r < p->n_rows; r++) avl__pass_pairs_bf16(1, panel, p, r, out, n_columns, next);
 }
 
 AVL__AVX512_BF16 AVL__INLINE void avl__multiply_pairs_bf16(int type, const avl__product *p, int first, int last, float *scratch) {
@@ -4382,7 +4392,7 @@ AVL__AVX512_BF16 AVL__INLINE void avl__multiply_pairs_bf16(int type, const avl__
         for (i = 0; i < 2; i++)
             avl__fill_pairs_bf16(type, (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes,
                                  n_columns - 16 * i, w->n_in, panel + 1024 * (size_t)p->quants.n_blocks * (size_t)i);
-        avl__run_pairs_bf16(panel, p, out, n_columns);
+        avl__run_pairs_bf16(panel, p, out, n_columns, avl__next_rows(p, first, last, out, AVL__PANEL_ROWS));
     }
 }
 
@@ -6463,7 +6473,7 @@ static void avl__attend_tile(const avl__attention *a, int head, int first, int n
     }
 }
 
-enum { AVL__ITEM_QUERIES = 4 * AVL__TILE_QUERIES };      // queries of a head that a thread takes at a time: they share the head's keys
+enum { AVL__ITEM_QUERIES = 10 * AVL__TILE_QUERIES };     // queries of a head that a thread takes at a time: they share the head's keys
 
 static int avl__attention_items(const avl__attention *a) {
     return (a->n_rows + AVL__ITEM_QUERIES - 1) / AVL__ITEM_QUERIES * a->n_head;
