@@ -2989,20 +2989,19 @@ AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole
     return f.has_min ? _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m), _mm256_set1_ps(*e_sum), sum) : sum;
 }
 
-// 8 weight rows as they lie times a row of the activations.
-AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_t *const *row, size_t row_bytes,
-                                                const avl__quants *x, int x_row) {
+// 8 weight rows as they lie times a row of the activations, while as many are fetched from `next` on.
+AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_t *const *row, const char *next, const avl__quants *x,
+                                                int x_row) {
     const avl__words_form f = avl__words_form_of(type, vnni);
     const size_t first = (size_t)x_row * (size_t)x->n_blocks;
-    const int q_bytes = f.run ? 32 : 64, ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);         // bytes of 8 blocks
+    const int q_bytes = f.run ? 32 : 64;
     __m256 sum = _mm256_setzero_ps();
     float d[128], minus_m[128];
     int b, j, r, part;
     for (b = 0; b < x->n_blocks; b += 8) {
         const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        for (r = 0; r < 8; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
-            for (j = 0; j < ahead; j += 64)
-                _mm_prefetch((const char *)row[r] + 8 * row_bytes + (size_t)(b / 8 * ahead + j), _MM_HINT_T1);
+        avl__prefetch_bytes(next, 8 * avl__group_bytes(type));
+        next += 8 * avl__group_bytes(type);
         avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, minus_m);
         for (j = 0; j < n_now; j++) {
             const size_t block = first + (size_t)(b + j);
@@ -3053,12 +3052,12 @@ AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, 
     avl__store_turned_avx2(v[1], to + 256, 32);
 }
 
-// Fills a group of `to` from 8 weight rows, while the same of the rows that lie `ahead` bytes further on is fetched.
-AVL__AVX2 AVL__INLINE void avl__fill_type_avx2(int type, const uint8_t *const *row, int n_in, size_t ahead, const avl__words *to) {
+// Fills a group of `to` from 8 weight rows, while as much of the 8 that begin at `next` is fetched.
+AVL__AVX2 AVL__INLINE void avl__fill_type_avx2(int type, const uint8_t *const *row, int n_in, const char *next, const avl__words *to) {
     const avl__block_form f = avl__block_form_of(type);
     const size_t step = avl__is_float_type(type) ? 256 * astrovl_type_row_bytes(type, 1) : avl__group_bytes(type);  // of a block of 8 rows
-    const char *next = (const char *)row[0] + ahead + step * (size_t)to->first;
     int b, j, r;
+    next += step * (size_t)to->first;
     for (b = 0; b < to->n_blocks; b += 8) {
         const int n_now = to->n_blocks - b < 8 ? to->n_blocks - b : 8, first = to->first + b;
         float *d = to->d + 8 * (size_t)b * f.n_parts;
@@ -3079,19 +3078,19 @@ AVL__AVX2 AVL__INLINE void avl__fill_type_avx2(int type, const uint8_t *const *r
     }
 }
 
-AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, size_t ahead, const avl__words *to) {
+AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const char *next, const avl__words *to) {
     switch (type) {
-    case ASTROVL_TYPE_Q4_0: avl__fill_type_avx2(ASTROVL_TYPE_Q4_0, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q4_1: avl__fill_type_avx2(ASTROVL_TYPE_Q4_1, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q5_0: avl__fill_type_avx2(ASTROVL_TYPE_Q5_0, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q5_1: avl__fill_type_avx2(ASTROVL_TYPE_Q5_1, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q8_0: avl__fill_type_avx2(ASTROVL_TYPE_Q8_0, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q2_K: avl__fill_type_avx2(ASTROVL_TYPE_Q2_K, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q3_K: avl__fill_type_avx2(ASTROVL_TYPE_Q3_K, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q4_K: avl__fill_type_avx2(ASTROVL_TYPE_Q4_K, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q5_K: avl__fill_type_avx2(ASTROVL_TYPE_Q5_K, row, n_in, ahead, to); break;
-    case ASTROVL_TYPE_Q6_K: avl__fill_type_avx2(ASTROVL_TYPE_Q6_K, row, n_in, ahead, to); break;
-    default: avl__fill_type_avx2(type, row, n_in, ahead, to); break;
+    case ASTROVL_TYPE_Q4_0: avl__fill_type_avx2(ASTROVL_TYPE_Q4_0, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q4_1: avl__fill_type_avx2(ASTROVL_TYPE_Q4_1, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q5_0: avl__fill_type_avx2(ASTROVL_TYPE_Q5_0, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q5_1: avl__fill_type_avx2(ASTROVL_TYPE_Q5_1, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q8_0: avl__fill_type_avx2(ASTROVL_TYPE_Q8_0, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q2_K: avl__fill_type_avx2(ASTROVL_TYPE_Q2_K, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q3_K: avl__fill_type_avx2(ASTROVL_TYPE_Q3_K, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q4_K: avl__fill_type_avx2(ASTROVL_TYPE_Q4_K, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q5_K: avl__fill_type_avx2(ASTROVL_TYPE_Q5_K, row, n_in, next, to); break;
+    case ASTROVL_TYPE_Q6_K: avl__fill_type_avx2(ASTROVL_TYPE_Q6_K, row, n_in, next, to); break;
+    default: avl__fill_type_avx2(type, row, n_in, next, to); break;
     }
 }
 
@@ -3176,7 +3175,7 @@ AVL__AVX2 AVL__INLINE void avl__run_words_avx2(avl__words_form f, const avl__wor
 // that weights are fetched while products are made; but those of 8 bits come in panels, which takes them less time.
 AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl__product *p, int first, int last, float *scratch) {
     const int n_blocks = p->quants.n_blocks, in_slices = p->few && f.run, slice = in_slices ? 8 : n_blocks;
-    const size_t ahead = (in_slices ? AVL__PANEL_ROWS : 8) * p->w->row_bytes;
+    const size_t eight = 8 * p->w->row_bytes;
     __m256 sum[AVL__PANEL_ROWS / 16 * AVL__FEW_ROWS][2];
     const uint8_t *row[8];
     avl__words panel;
@@ -3184,6 +3183,7 @@ AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl_
     panel.d = scratch + (64 - (uintptr_t)scratch % 64) / 4 % 16;         // a register of u never crosses a line of the cache
     for (out = first; out < last; out += AVL__PANEL_ROWS) {
         const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
+        const char *next = avl__next_rows(p, first, last, out, AVL__PANEL_ROWS);
         for (panel.first = 0; panel.first < n_blocks; panel.first += slice) {
             size_t n_scales, u_bytes;
             panel.n_blocks = n_blocks - panel.first < slice ? n_blocks - panel.first : slice;
@@ -3195,7 +3195,8 @@ AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl_
                 const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
                                           panel.minus_m + n_scales * (size_t)g, panel.first, panel.n_blocks};
                 avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
-                avl__fill_words_avx2(p->w->type, row, p->w->n_in, ahead, &group);
+                avl__fill_words_avx2(p->w->type, row, p->w->n_in, in_slices ? next + eight * (size_t)g : g < 3 ? (const char *)row[0] + eight : next,
+                                     &group);
             }
             avl__run_words_avx2(f, &panel, p, out, n_columns, sum);
         }
@@ -3223,7 +3224,7 @@ AVL__AVX2 AVL__INLINE void avl__multiply_rows_avx2(int vnni, int type, const avl
     for (out = first; out < last; out += 8) {
         avl__eight_rows(p->w, out, last - out, row);
         for (r = 0; r < p->n_rows; r++)
-            avl__store_sum_avx2(p, r, out, last - out, avl__dot_rows_avx2(vnni, type, row, p->w->row_bytes, &p->quants, r));
+            avl__store_sum_avx2(p, r, out, last - out, avl__dot_rows_avx2(vnni, type, row, avl__next_rows(p, first, last, out, 8), &p->quants, r));
     }
 }
 
