@@ -7,8 +7,8 @@
 # make test-real VOCABULARIES=DIR [GGML_LIBRARY=FILE.so]   the tests on real models (test/real_*.py say what they need, and where
 #                   to get it)
 # make bench        how fast search and the shipped model are here, against the machine's own limits
-# make bench LLAMA_CPP=DIR [MODEL=llava-1.5-7b] [TYPES="q4_0 q8_0 q4_k f16"] [ROUNDS=3] [ISA=avx2]   against llama.cpp, too (DIR: its
-#                   build folder; with ISA=avx2 one that was built for AVX2 only; test/bench_llama_cpp.py says more)
+# make bench LLAMA_CPP=DIR [MODEL=llava-1.5-7b] [TYPES="q4_0 q8_0 q4_k f16"] [ROUNDS=3] [IMAGES=9] [ISA=avx2]   against llama.cpp,
+#                   too (DIR: its build folder; with ISA=avx2 one that was built for AVX2 only; test/bench_llama_cpp.py says more)
 # make bench-guided MODEL=FILE.gguf   what guided decoding costs, against free decoding
 # make golden       writes test/golden/ anew (needs PyTorch and transformers; see test/make_golden.py)
 
@@ -83,7 +83,7 @@ bench: astrovl
 	./astrovl bench search
 	./astrovl bench
 	$(if $(LLAMA_CPP),$(PYTHON) test/bench_llama_cpp.py $(LLAMA_CPP) --model $(or $(MODEL),llava-1.5-7b) --types "$(or $(TYPES),q4_0)" \
-	    --rounds $(or $(ROUNDS),3) $(if $(ISA),--isa $(ISA)))
+	    --rounds $(or $(ROUNDS),3) --images $(or $(IMAGES),0) $(if $(ISA),--isa $(ISA)))
 
 bench-guided:
 	$(CC) $(CFLAGS) -o test/bench_guided test/bench_guided.c $(LDLIBS)

@@ -670,8 +670,9 @@ ASTROVL_API double astrovl_measure_peak(int type, const char *isa, int n_threads
 typedef struct astrovl_pace {
     int    n;                      // images, positions or tokens; 0: the model cannot do it
     double seconds;                // for all n
-    double work;                   // reading: operations, two for each product in matrices and attention; writing: bytes of weights
-    double limit;                  // work a second: astrovl_measure_peak's; in writing, reading these weights from memory alone
+    double work;                   // reading: operations, two for each product in matrices and attention; writing: bytes of weights,
+                                   // keys and values that must be read
+    double limit;                  // work a second: astrovl_measure_peak's; in writing, reading the weights from memory alone
     double reached;                // work / seconds / limit
     int    type;                   // of most weights
 } astrovl_pace;
@@ -15695,11 +15696,23 @@ static double avl__prompt_work(const avl__llama *m, int n_prompt) {
     return 2.0 * (products + 2.0 * m->n_layer * m->n_head * m->head_dim * n * (n + 1.0) / 2.0);
 }
 
-static double avl__answer_work(const avl__llama *m, int n_answer) {
+static double avl__weights_bytes(const avl__llama *m) {
     double n_bytes = 0.0;
     int i;
     for (i = 0; i <= 7 * m->n_layer; i++) n_bytes += (double)avl__llama_matrix(m, i)->n_out * (double)avl__llama_matrix(m, i)->row_bytes;
-    return n_bytes * n_answer;
+    return n_bytes;
+}
+
+// Bytes of one position of the KV cache.
+static double avl__position_bytes(const astrovl_session *s) {
+    const avl__llama *m = &s->model->llama;
+    return 2.0 * m->n_layer * m->n_head_kv * m->head_dim * (double)s->cache.value_bytes;
+}
+
+// Token i sees n_prompt + i + 1 positions.
+static double avl__answer_work(const astrovl_session *s, int n_prompt, int n_answer) {
+    const double n = n_answer, n_positions = n * n_prompt + n * (n + 1.0) / 2.0;
+    return n * avl__weights_bytes(&s->model->llama) + n_positions * avl__position_bytes(s);
 }
 
 static double avl__image_work(const astrovl_model *m) {
@@ -15774,17 +15787,15 @@ static void avl__measure_prepare(const astrovl_session *s, int n_prompt, int n_a
     speed->answer.n = n_answer;
     speed->prompt.n = n_prompt;
     speed->prompt.work = avl__prompt_work(m, speed->prompt.n);
-    speed->answer.work = avl__answer_work(m, speed->answer.n);
+    speed->answer.work = avl__answer_work(s, speed->prompt.n, speed->answer.n);
     speed->prompt.type = speed->answer.type = m->layers[0].up.type;
     if (n > n_ctx || n < speed->prompt.n + speed->answer.n) n = speed->prompt.n + speed->answer.n;
-    speed->cache_bytes = (uint64_t)n * (uint64_t)m->n_layer * (uint64_t)m->n_head_kv * (uint64_t)m->head_dim *
-                         2 * s->cache.value_bytes;
+    speed->cache_bytes = (uint64_t)(n * avl__position_bytes(s));
 }
 
 static void avl__measure_limits(const astrovl_session *s, astrovl_speed *speed) {
     const avl__kernels *kernels = s->run->kernels;
-    if (speed->answer.n)
-        speed->answer.limit = speed->answer.work / speed->answer.n / avl__measure_weights(kernels, s->run->pool, &s->model->llama);
+    if (speed->answer.n) speed->answer.limit = avl__weights_bytes(&s->model->llama) / avl__measure_weights(kernels, s->run->pool, &s->model->llama);
     if (speed->prompt.n) speed->prompt.limit = avl__measure_peak(kernels, s->run->pool, speed->prompt.type);
     if (speed->image.n) speed->image.limit = avl__measure_peak(kernels, s->run->pool, speed->image.type);
 }

@@ -1,12 +1,13 @@
 """Compares astrovl's speed with llama.cpp's on the same files of random weights (astrovl bench --synthetic), in turns.
 
     make bench LLAMA_CPP=DIR        DIR: a build folder with bin/llama-bench and bin/llama-mtmd-cli
-    python3 test/bench_llama_cpp.py DIR [--model smollm2-135m] [--types "q4_0 f16"] [--rounds 5] [--isa avx2]
+    python3 test/bench_llama_cpp.py DIR [--model smollm2-135m] [--types "q4_0 f16"] [--rounds 5] [--images 9]
 
 Both read the same number of positions and then write the same number of tokens behind them; "image" is the time llama-mtmd-cli
 logs for encoding (astrovl's includes resizing the image). "together" is astrovl alone: the tokens a second of several answers that
-are written together, and as its ratio how many times those of one alone that is. Ratios are taken within a round, since machines change their speed from
-minute to minute, and their median is printed: above 1 astrovl is faster (or smaller). Standard library only.
+are written together, and as its ratio how many times those of one alone that is. Ratios are taken within a round, since machines
+change their speed from minute to minute, and their median is printed: above 1 astrovl is faster (or smaller). --images N measures
+the image alone N times more: a round takes minutes, an image seconds. Standard library only.
 """
 import argparse
 import json
@@ -39,9 +40,9 @@ def run(command, **environment):
     return texts[0], texts[1], usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def astrovl(options, kind):
+def astrovl(options, kind, prompt, tokens, batch):
     command = [ASTROVL, "bench", "--json", "--rounds", "1", "--synthetic", "%s:%s" % (options.model, kind), "--prompt",
-               str(options.prompt), "--tokens", str(options.tokens), "--threads", str(options.threads), "--batch", str(options.batch)]
+               str(prompt), "--tokens", str(tokens), "--threads", str(options.threads), "--batch", str(batch)]
     if options.dir:
         command += ["--dir", options.dir]
     out, err, _ = run(command, **({"ASTROVL_ISA": options.isa} if options.isa else {}))
@@ -53,6 +54,30 @@ def astrovl(options, kind):
     if "batch" in result:
         found["together"], found["gain"] = result["batch"]["per_second"], result["batch"]["ratio"]
     return files, found
+
+
+IMAGE_TIME = re.compile(r"(?:encoding done|encoded) in (\d+) ms")
+
+
+def mtmd(options, files):
+    return [os.path.join(options.build, "bin", "llama-mtmd-cli"), "-m", files[0], "--mmproj", files[1], "--image", IMAGE, "-p",
+            "What is this?", "-n", "1", "-t", str(options.threads), "-c", str(max(1024, options.prompt + options.tokens)),
+            "--chat-template", "vicuna", "-lv", "5"]
+
+
+def image_alone(options, kind):
+    """-> seconds, and llama.cpp's, which is stopped when it has logged them: its language model need not read the image."""
+    files, ours = astrovl(options, kind, 1, 1, 0)
+    if "image" not in ours:
+        sys.exit("%s has no images to encode" % options.model)
+    process = subprocess.Popen(mtmd(options, files), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+                               errors="replace")
+    found = next(filter(None, map(IMAGE_TIME.search, process.stdout)), None)
+    process.kill()
+    process.communicate()
+    if not found:
+        sys.exit("llama-mtmd-cli does not log its encoding time as expected")
+    return {"image": ours["image"]}, {"image": int(found[1]) / 1000}
 
 
 def llama_cpp(options, files):
@@ -67,10 +92,8 @@ def llama_cpp(options, files):
     found["memory"] = max(memory, memory2)
     if len(files) > 1:
         # (its prompt is read too, and its memory is the one to compare with)
-        out, err, found["memory"] = run([os.path.join(options.build, "bin", "llama-mtmd-cli"), "-m", files[0], "--mmproj", files[1],
-                                         "--image", IMAGE, "-p", "What is this?", "-n", "1", "-t", str(options.threads), "-c",
-                                         str(max(1024, options.prompt + options.tokens)), "--chat-template", "vicuna", "-lv", "5"])
-        times = re.findall(r"(?:encoding done|encoded) in (\d+) ms", out + err)
+        out, err, found["memory"] = run(mtmd(options, files))
+        times = IMAGE_TIME.findall(out + err)
         if not times:
             sys.exit("llama-mtmd-cli does not log its encoding time as expected:\n" + (out + err)[-2000:])
         found["image"] = sum(map(int, times)) / 1000
@@ -80,9 +103,12 @@ def llama_cpp(options, files):
 def compare(options, kind):
     rounds = []
     for i in range(options.rounds):
-        files, ours = astrovl(options, kind)
+        files, ours = astrovl(options, kind, options.prompt, options.tokens, options.batch)
         rounds.append((ours, llama_cpp(options, files)))
         print("%s, round %d: %s" % (kind, i + 1, rounds[-1]), file=sys.stderr)
+    for i in range(options.images):
+        rounds.append(image_alone(options, kind))
+        print("%s, image %d: %s" % (kind, i + 1, rounds[-1]), file=sys.stderr)
     print("%s %s, %d threads: %d positions read, %d tokens written after them; medians of %d rounds" %
           (options.model, kind, options.threads, options.prompt, options.tokens, options.rounds))
     print("  %-18s %9s %10s %7s  %s" % ("", "astrovl", "llama.cpp", "ratio", "from round to round"))
@@ -107,7 +133,7 @@ def main():
     parser.add_argument("--types", default="q4_0", help="types of the weights, separated by blanks (default q4_0)")
     parser.add_argument("--dir", help="where the files are kept")
     parser.add_argument("--isa", help="astrovl's kernels (ASTROVL_ISA), such as avx2: llama.cpp must then be built for the same")
-    for name, default in (("rounds", 3), ("prompt", 620), ("tokens", 32), ("batch", 8), ("threads", os.cpu_count() or 1)):
+    for name, default in (("rounds", 3), ("images", 0), ("prompt", 620), ("tokens", 32), ("batch", 8), ("threads", os.cpu_count() or 1)):
         parser.add_argument("--" + name, type=int, default=default, help="default %d" % default)
     options = parser.parse_args()
     for kind in options.types.split():
