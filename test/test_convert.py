@@ -1700,7 +1700,8 @@ class Bench(Case):
         self.check_pace(result["answer"], 3, "bytes", "Q8_0")
         matrices = [t for t in read_gguf(MODEL)[2] if t[2] == 8 and (t[0].startswith("blk.") or t[0] == "output.weight")]
         values = sum(shape[0] * shape[1] for _, shape, _ in matrices)
-        self.assertEqual(result["answer"]["bytes"], 3 * values * 34 // 32)
+        seen = (9 + 10 + 11) * 4 * 2 * 32 * 2              # keys and values that the three tokens see: float16, or float as below
+        self.assertIn(result["answer"]["bytes"] - 3 * values * 34 // 32, (2 * seen, 4 * seen))
         self.assertGreater(result["first_token_seconds"], result["image"]["seconds"])
         self.assertEqual(result["memory"]["files"], os.path.getsize(MODEL))
         self.assertGreater(result["memory"]["peak"], 1 << 20)
