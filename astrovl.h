@@ -4362,11 +4362,11 @@ AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *pan
     avl__prefetch_sums(p->y + (size_t)first * p->w->n_out + out, (size_t)p->w->n_out, n, n_columns);
     AVL__UNROLL
     for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    next = avl__next_lines(p, panel, next, first, n);
+    next = avl__next_lines(p, panel, next, first, n);       // a line for each block of 16 pairs
     for (i = 0; i < n_pairs; i++) {
-        if (i % 16 == 0) _mm_prefetch(next + 4 * i, _MM_HINT_T1);
         const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + 64 * i);
         const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + 64 * (n_pairs + i));
+        if (i % 16 == 0) _mm_prefetch(next + 4 * i, _MM_HINT_T1);
         AVL__UNROLL
         for (r = 0; r < n; r++) {
             const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)avl__word_at(x + 4 * (i * G + (size_t)r)));

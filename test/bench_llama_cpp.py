@@ -109,8 +109,9 @@ def compare(options, kind):
     for i in range(options.images):
         rounds.append(image_alone(options, kind))
         print("%s, image %d: %s" % (kind, i + 1, rounds[-1]), file=sys.stderr)
-    print("%s %s, %d threads: %d positions read, %d tokens written after them; medians of %d rounds" %
-          (options.model, kind, options.threads, options.prompt, options.tokens, options.rounds))
+    print("%s %s, %d threads: %d positions read, %d tokens written after them; medians of %d rounds%s" %
+          (options.model, kind, options.threads, options.prompt, options.tokens, options.rounds,
+           ", the image's of %d" % (options.rounds + options.images) if options.images else ""))
     print("  %-18s %9s %10s %7s  %s" % ("", "astrovl", "llama.cpp", "ratio", "from round to round"))
     for part, unit, less in ROWS:
         pairs = [(ours[part], theirs[part]) for ours, theirs in rounds if ours.get(part) and theirs.get(part)]
@@ -119,10 +120,11 @@ def compare(options, kind):
         ratios = [theirs / ours if less else ours / theirs for ours, theirs in pairs]
         print("  %-18s %9.3f %10.3f %7.2f  %.2f to %.2f" % ("%s, %s" % (part, unit), statistics.median(p[0] for p in pairs),
               statistics.median(p[1] for p in pairs), statistics.median(ratios), min(ratios), max(ratios)))
-    gains = [ours["gain"] for ours, _ in rounds if "gain" in ours]
-    if gains:
+    together = [ours for ours, _ in rounds if "gain" in ours]
+    if together:
+        gains = [ours["gain"] for ours in together]
         print("  %-18s %9.3f %10s %7.2f  %.2f to %.2f (astrovl's %d together, against one alone)" % ("together, tokens/s",
-              statistics.median(ours["together"] for ours, _ in rounds), "", statistics.median(gains), min(gains), max(gains), options.batch))
+              statistics.median(ours["together"] for ours in together), "", statistics.median(gains), min(gains), max(gains), options.batch))
     sys.stdout.flush()
 
 
