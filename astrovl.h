@@ -3195,9 +3195,10 @@ AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl_
             for (g = 0; 16 * (g / 2) < n_columns; g++) {                         // in pairs
                 const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
                                           panel.minus_m + n_scales * (size_t)g, panel.first, panel.n_blocks};
+                const char *wanted = next + eight * (size_t)g;                  // for slices, which are soon used up, of the next panel
                 avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
-                avl__fill_words_avx2(p->w->type, row, p->w->n_in, in_slices ? next + eight * (size_t)g : g < 3 ? (const char *)row[0] + eight : next,
-                                     &group);
+                if (!in_slices) wanted = g < 3 ? (const char *)row[0] + eight : next;   // for a panel no more than its next eight rows
+                avl__fill_words_avx2(p->w->type, row, p->w->n_in, wanted, &group);
             }
             avl__run_words_avx2(f, &panel, p, out, n_columns, sum);
         }
@@ -6432,6 +6433,11 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
         memset(weights, 0, n_all * sizeof(float));
         memcpy(weights, scores, (size_t)n_keys * sizeof(float));
     }
+}
+
+// What avl__attend_tile takes of a thread's memory: floats, of which avl__run_reserve makes 64 times as many in fast mode.
+static uint64_t avl__attend_tile_floats(uint64_t n_keys, int head_dim) {
+    return n_keys * (2 + (uint64_t)head_dim / 32) + (uint64_t)head_dim;
 }
 
 // n query rows of one head, from row `first` on. Float16 becomes float; and since a head's rows lie as far apart as all heads' are wide,
@@ -11482,10 +11488,9 @@ static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, 
     uint64_t n = (uint64_t)pass->n_rows, wide = n * (uint64_t)tower->n_embd;
     uint64_t weights = avl__attention_weights_floats(run, tower->n_head, n_longest, n_longest);
     uint64_t head = joint && joint->n_dense ? avl__max_u64((uint64_t)joint->dense[0].n_out, (uint64_t)joint->dense[1].n_out) : 0;
-    int head_dim = tower->n_embd / tower->n_head;
     float *block;
     n_hidden = avl__max_u64(avl__max_u64(n_hidden, n * (uint64_t)tower->n_ff), 2 * (uint64_t)pass->n_sequences * head);
-    n_thread = avl__max_u64(n_thread, (uint64_t)n_longest * (2 + (uint64_t)head_dim / 32) + (uint64_t)head_dim);   // avl__attend_tile
+    n_thread = avl__max_u64(n_thread, avl__attend_tile_floats((uint64_t)n_longest, tower->n_embd / tower->n_head));
     n_thread = avl__max_u64(n_thread, avl__max_u64(head, (uint64_t)tower->n_embd));
     n_thread = avl__max_u64(n_thread, (uint64_t)tower->n_ff);
     if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread, n)) return 0;
@@ -11881,8 +11886,7 @@ static int avl__llama_reserve(avl__llama_pass *p) {
     int c;
     for (c = 0; c < p->n_caches; c++)
         if (n_keys < (uint64_t)p->caches[c]->n_past + n) n_keys = (uint64_t)p->caches[c]->n_past + n;
-    if (is_half && p->n_caches == 1)                          // avl__attend_tile's floats; 64 times this are taken in fast mode
-        n_keys = n_keys * (2 + (uint64_t)m->head_dim / 32) + (uint64_t)m->head_dim;
+    if (is_half && p->n_caches == 1) n_keys = avl__attend_tile_floats(n_keys, m->head_dim);
     if (thread < n_keys) thread = n_keys;
     if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
     if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
