@@ -4177,6 +4177,13 @@ AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__prod
     }
 }
 
+// sum + w x, x being one word in memory for all lanes. Compilers would load it into a register first; that one instruction less for each
+// product makes eight rows 5 to 10 % faster, while panels, where two registers of weights meet a word, do not gain.
+AVL__AVX512 AVL__INLINE __m512i avl__add_word_avx512(__m512i sum, __m512i w, const int8_t *x) {
+    __asm__("vpdpbusd {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(sum) : "v"(w), "m"(*(const int8_t (*)[4])x));
+    return sum;
+}
+
 // Three to eight rows, of answers that are written together, are still too few to be worth a panel in memory: each block of 16 weight
 // rows is turned as for one, but stays in eight registers until it has met them all. The operations are a panel's.
 // 16 weight rows times the rows of the activations (those that are not there give nothing of sense); as much is fetched from `next` on.
@@ -4215,7 +4222,7 @@ AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, const uint8_t *cons
                 for (i = n_words * part; i < n_words * (part + 1); i++)
                     AVL__UNROLL
                     for (r = 0; r < G; r++)
-                        whole[r] = _mm512_dpbusd_epi32(whole[r], v[i], _mm512_set1_epi32((int)avl__word_at(q + 4 * (G * i + r))));
+                        whole[r] = avl__add_word_avx512(whole[r], v[i], q + 4 * (G * i + r));
                 AVL__UNROLL
                 for (r = 0; r < G; r++) {
                     sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r]), _mm512_mul_ps(d_now, _mm512_set1_ps(scale[r])), sum[r]);
