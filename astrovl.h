@@ -2262,11 +2262,12 @@ typedef struct avl__linear {
     int          type;         // astrovl_type of the weight
     int          n_in, n_out;
     size_t       row_bytes;
-    int          is_fine;      // 1: activations deserve 16 bits rather than 8 (avl__llama_load_layer)
+    int          is_fine;      // 1: activations deserve 16 bits rather than 8, where they are large (avl__llama_load_layer)
 } avl__linear;
 
 // Rows of activations as integers of 8 bits; for some weights, in q, as integers of 16 bits or bfloat16. Where 8 bits are too few
-// there are two pieces: x[i] = e (q[i] + q'[i] / 254), where the rows of q' follow those of q, each with an e of its own.
+// there are two pieces: x[i] = e (q[i] + q'[i] / 254), where the rows of q' follow those of q, each with an e of its own. What
+// rounding loses grows with e, so only the blocks with the largest e have a second piece (avl__choose_rests); the others' are zeros.
 // A panel meets `group` rows at a time. What it reads of them together lies together, word by word (four bytes): rows that lay a
 // power of two apart would push each other out of the first-level cache. For a row or two, group is 1.
 typedef struct avl__quants {
@@ -2274,10 +2275,11 @@ typedef struct avl__quants {
     float   *scale;            // [n_pieces][n_groups][n_blocks][group]                e
     int32_t *bias;             // [n_pieces][n_groups][n_blocks][n_parts][group]       -offset * sum of q
     float   *sum;              // [n_pieces][n_groups][n_blocks][n_parts][group]       e * sum of q
+    int32_t *rests;            // [n_groups][1 + n_blocks]      of two pieces: in how many blocks, and in which, some row has a second one
     int      n_blocks, n_pieces, n_groups, group;
 } avl__quants;
 
-enum { AVL__QUANT_BYTES = 2 * (4 + 8 + 8) + 64 };   // of a block: two pieces' scale, bias and sum; and 64 bytes in q
+enum { AVL__QUANT_BYTES = 2 * (4 + 8 + 8) + 8 + 64 };   // of a block: two pieces' scale, bias and sum; rests; and 64 bytes in q
 
 // One product:  y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 typedef struct avl__product {
@@ -2510,6 +2512,33 @@ AVL__INLINE void avl__spread(void *to, size_t stride, const void *words, int n, 
 AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n, int size) {
     const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, stride = (size_t)size * (size_t)to->group;
     avl__spread(to->q + stride * (size_t)n * block + size * (r % to->group), stride, words, n, size);
+}
+
+// Chooses the blocks of rows first..first+n_rows-1, a group whose first piece is there, that get a second one: those whose scale is
+// above 1.5 times the row's (its root mean square). Errors are proportional to scales, and few blocks hold the large activations: in
+// SmolLM2 a tenth has a second piece, a sixth has one in some row of a group.  limit: out, [n_rows], the scale above which a row's
+// blocks are chosen
+static void avl__choose_rests(const avl__quants *to, int first, int n_rows, float *limit) {
+    const float *scale = to->scale + (size_t)first * (size_t)to->n_blocks;      // [n_blocks][group]
+    int32_t *rests = to->rests + (size_t)(first / to->group) * (1 + (size_t)to->n_blocks);
+    int r, b;
+    for (r = 0; r < n_rows; r++) {
+        double squares = 0.0;
+        for (b = 0; b < to->n_blocks; b++) squares += (double)scale[b * to->group + r] * scale[b * to->group + r];
+        limit[r] = 1.5f * (float)avl__sqrt(squares / to->n_blocks);
+    }
+    rests[0] = 0;
+    for (b = 0; b < to->n_blocks; b++) {
+        for (r = 0; r < n_rows && scale[b * to->group + r] <= limit[r]; r++) {}
+        if (r < n_rows) rests[++rests[0]] = b;
+    }
+}
+
+// Which of blocks b to b + 7 come next in a list of rests, as bits.  at: the first that is not taken yet; in, out
+AVL__INLINE unsigned avl__take_rests(const int32_t **at, const int32_t *end, int b) {
+    unsigned taken = 0;
+    for (; *at < end && **at < b + 8; ++*at) taken |= 1u << (**at - b);
+    return taken;
 }
 
 // What all kernels of attention begin with: the queries, as many as there are of 32, turned to [head_dim][32].
@@ -3719,24 +3748,48 @@ AVL__AVX512 AVL__INLINE __m512i avl__round_rest_avx512(__m512 x, __m512i q, floa
     return _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(e > 1e-30f ? 254.0f / e : 0.0f)));
 }
 
-AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, int n_rows) {
+// Block b of row r of x, 32 floats in two registers; zeros beyond its end
+AVL__AVX512 AVL__INLINE void avl__load_block_avx512(const avl__product *p, int r, int b, __m512 *low, __m512 *high) {
+    const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
+    *low = _mm512_maskz_loadu_ps(avl__lanes_avx512(p->w->n_in - 32 * b), x);
+    *high = _mm512_maskz_loadu_ps(avl__lanes_avx512(p->w->n_in - 32 * b - 16), x + 16);
+}
+
+// The second pieces of a group of rows
+AVL__AVX512 static void avl__quantize_rests_avx512(const avl__product *p, int first, int n_rows) {
     const avl__block_form f = avl__block_form_of(p->w->type);
     const avl__quants *to = &p->quants;
+    float limit[16];
     int r, b;
+    avl__choose_rests(to, first, n_rows, limit);
     for (b = 0; b < to->n_blocks; b++)
-        for (r = first; r < first + n_rows; r++) {
-            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-            const int left = p->w->n_in - 32 * b;
-            const __m512 x_low = _mm512_maskz_loadu_ps(avl__lanes_avx512(left), x);
-            const __m512 x_high = _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16);
-            __m512i low, high;
-            float e;
-            avl__round_block_avx512(x_low, x_high, &low, &high, &e);
-            avl__put_block_avx512(to, f, r, b, low, high, e);
-            if (to->n_pieces == 2)
-                avl__put_block_avx512(to, f, r + to->n_groups * to->group, b, avl__round_rest_avx512(x_low, low, e),
-                                      avl__round_rest_avx512(x_high, high, e), e / 254.0f);
+        for (r = 0; r < n_rows; r++) {
+            __m512i low = _mm512_setzero_si512(), high = low;
+            __m512 x_low, x_high;
+            float e = to->scale[(size_t)first * to->n_blocks + (size_t)(b * to->group + r)];
+            if (e > limit[r]) {
+                avl__load_block_avx512(p, first + r, b, &x_low, &x_high);
+                avl__round_block_avx512(x_low, x_high, &low, &high, &e);        // as for the first piece
+                low = avl__round_rest_avx512(x_low, low, e);
+                high = avl__round_rest_avx512(x_high, high, e);
+            }
+            avl__put_block_avx512(to, f, to->n_groups * to->group + first + r, b, low, high, e / 254.0f);
         }
+}
+
+AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, int n_rows) {
+    const avl__block_form f = avl__block_form_of(p->w->type);
+    int r, b;
+    for (b = 0; b < p->quants.n_blocks; b++)
+        for (r = first; r < first + n_rows; r++) {
+            __m512i low, high;
+            __m512 x_low, x_high;
+            float e;
+            avl__load_block_avx512(p, r, b, &x_low, &x_high);
+            avl__round_block_avx512(x_low, x_high, &low, &high, &e);
+            avl__put_block_avx512(&p->quants, f, r, b, low, high, e);
+        }
+    if (p->quants.n_pieces == 2) avl__quantize_rests_avx512(p, first, n_rows);
 }
 
 // ---- panels --------------------------------------------------------------------------------------------------------
@@ -3906,9 +3959,10 @@ AVL__INLINE void avl__prefetch_sums(const float *y, size_t stride, int n, int n_
     }
 }
 
-// n (at most 6) rows of activations, from row `first` on, all of one group, over a panel.
-AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, int n, const avl__panel *p, const avl__quants *x,
-                                                    int first, __m512 sum[][2]) {
+// n (at most 6) rows of activations, from row `first` on, all of one group, over a panel: all blocks, or of second pieces (is_rest) those
+// that are there.
+AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, int is_rest, int n, const avl__panel *p,
+                                                    const avl__quants *x, int first, __m512 sum[][2]) {
     enum { G = AVL__GROUP_BYTES };
     const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * n_parts, half_u = 512 * n_blocks, half_d = 16 * row;
     const size_t group = (size_t)(first / G), place = (size_t)(first % G);
@@ -3916,14 +3970,16 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, in
     const int8_t *q = x->q + 4 * (group * n_blocks * 8 * G + place);
     const float *scale = x->scale + group * n_blocks * G + place, *sums = x->sum + group * row * G + place;
     const int32_t *bias = x->bias + group * row * G + place;
-    size_t b;
+    const int32_t *rests = is_rest ? x->rests + (group - (size_t)x->n_groups) * (1 + n_blocks) : NULL;
+    const size_t n_now = is_rest ? (size_t)rests[0] : n_blocks;
+    size_t i;
     int g, r, c, part;
     AVL__UNROLL
     for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (b = 0; b < n_blocks; b++)
+    for (i = 0; i < n_now; i++)
         AVL__UNROLL
         for (part = 0; part < n_parts; part++) {
-            const size_t at = b * n_parts + (size_t)part;
+            const size_t b = is_rest ? (size_t)rests[1 + i] : i, at = b * n_parts + (size_t)part;
             __m512i whole[6][2];
             AVL__UNROLL
             for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(bias[at * G + (size_t)r]);
@@ -3954,32 +4010,32 @@ AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, in
         }
 }
 
-// All rows of activations over a panel; those of a second piece add to what the first gave.
-AVL__AVX512 AVL__INLINE void avl__run_panel_form_avx512(int n_parts, int has_min, const avl__panel *panel, const avl__product *p, int out,
-                                                        int n_columns) {
+// All rows of activations over a panel; their second pieces add to what the first gave.
+AVL__AVX512 AVL__INLINE void avl__run_panel_form_avx512(int n_parts, int has_min, int is_rest, const avl__panel *panel,
+                                                        const avl__product *p, int out, int n_columns) {
     const avl__linear *w = p->w;
     __m512 sum[6][2];
-    int r, i, n, piece;
-    for (piece = 0; piece < p->quants.n_pieces; piece++)
-        for (r = 0; r < p->n_rows; r += n) {
-            const int left = p->n_rows - r, row = piece * p->quants.n_groups * AVL__GROUP_BYTES + r;
-            avl__prefetch_sums(p->y + (size_t)r * w->n_out + out, (size_t)w->n_out, left < 6 ? left : 6, n_columns);
-            if (left >= 6) n = 6, avl__pass_panel_avx512(n_parts, has_min, 6, panel, &p->quants, row, sum);
-            else if (left >= 2) n = 2, avl__pass_panel_avx512(n_parts, has_min, 2, panel, &p->quants, row, sum);
-            else n = 1, avl__pass_panel_avx512(n_parts, has_min, 1, panel, &p->quants, row, sum);
-            for (i = 0; i < n; i++) {
-                float *y = p->y + (size_t)(r + i) * w->n_out + out;
-                avl__store_sums_avx512(y, sum[i], piece ? y : w->bias ? w->bias + out : NULL, n_columns);
-            }
+    int r, i, n;
+    for (r = 0; r < p->n_rows; r += n) {
+        const int left = p->n_rows - r, row = is_rest * p->quants.n_groups * AVL__GROUP_BYTES + r;
+        avl__prefetch_sums(p->y + (size_t)r * w->n_out + out, (size_t)w->n_out, left < 6 ? left : 6, n_columns);
+        if (left >= 6) n = 6, avl__pass_panel_avx512(n_parts, has_min, is_rest, 6, panel, &p->quants, row, sum);
+        else if (left >= 2) n = 2, avl__pass_panel_avx512(n_parts, has_min, is_rest, 2, panel, &p->quants, row, sum);
+        else n = 1, avl__pass_panel_avx512(n_parts, has_min, is_rest, 1, panel, &p->quants, row, sum);
+        for (i = 0; i < n; i++) {
+            float *y = p->y + (size_t)(r + i) * w->n_out + out;
+            avl__store_sums_avx512(y, sum[i], is_rest ? y : w->bias ? w->bias + out : NULL, n_columns);
         }
+    }
 }
 
-// Once a panel is filled only the form of its blocks matters: four loops serve all types.
+// Once a panel is filled only the form of its blocks matters: four loops serve all types. Of them Q8_0's has second pieces.
 AVL__AVX512 static void avl__run_panel_avx512(avl__block_form f, const avl__panel *panel, const avl__product *p, int out, int n_columns) {
-    if (f.n_parts == 1 && !f.has_min) avl__run_panel_form_avx512(1, 0, panel, p, out, n_columns);
-    else if (f.n_parts == 1)          avl__run_panel_form_avx512(1, 1, panel, p, out, n_columns);
-    else if (!f.has_min)              avl__run_panel_form_avx512(2, 0, panel, p, out, n_columns);
-    else                              avl__run_panel_form_avx512(2, 1, panel, p, out, n_columns);
+    if (f.n_parts == 1 && !f.has_min) avl__run_panel_form_avx512(1, 0, 0, panel, p, out, n_columns);
+    else if (f.n_parts == 1)          avl__run_panel_form_avx512(1, 1, 0, panel, p, out, n_columns);
+    else if (!f.has_min)              avl__run_panel_form_avx512(2, 0, 0, panel, p, out, n_columns);
+    else                              avl__run_panel_form_avx512(2, 1, 0, panel, p, out, n_columns);
+    if (p->quants.n_pieces == 2)      avl__run_panel_form_avx512(1, 0, 1, panel, p, out, n_columns);
 }
 
 AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
@@ -4102,9 +4158,10 @@ AVL__AVX512 AVL__INLINE __m512i avl__two_columns_avx512(int type, const uint8_t 
 
 // n (at most 8) blocks of eight weight rows, which lie row_bytes apart, times those of a row of the activations: returns sum and
 // that. Every block's sum is made whole while it is an integer; from there on these are a panel's operations in a panel's order.
-// next: what is to be fetched meanwhile, as much as these blocks take
-AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, const uint8_t *group, size_t row_bytes, int n, const char *next,
-                                                     const avl__quants *x, size_t at, __m256 sum) {
+// next: what is to be fetched meanwhile, as much as these blocks take; of a second piece (is_rest) nothing, and pairs of blocks are left
+// out that have none of those in `wanted`: they are zeros in x
+AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, int is_rest, const uint8_t *group, size_t row_bytes, int n, const char *next,
+                                                     unsigned wanted, const avl__quants *x, size_t at, __m256 sum) {
     const size_t group_bytes = avl__group_bytes(type);
     const avl__block_form f = avl__block_form_of(type);
     const float *scale = x->scale + at, *sums = x->sum + at * f.n_parts;
@@ -4121,10 +4178,11 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, const uint8_t *gr
         __m512 whole;
         j = step * turn;
         if (j >= 8 || j >= n) break;
+        if (is_rest && !(wanted >> j & 3)) continue;
         AVL__UNROLL
         for (i = 0; i < 16; i++) {
             line = ((size_t)j * group_bytes + 63) / 64 * 64 + 64 * (size_t)i;
-            if (line >= (size_t)(j + step) * group_bytes) break;
+            if (is_rest || line >= (size_t)(j + step) * group_bytes) break;
             _mm_prefetch(next + line, _MM_HINT_T1);
         }
         whole = _mm512_cvtepi32_ps(avl__two_columns_avx512(type, row, j, j + step - 1 < n ? j + step - 1 : j, x->q + 32 * at,
@@ -4151,8 +4209,21 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *row
     int b;
     for (b = 0; b < x->n_blocks; b += 8, rows += group_bytes, next += 8 * group_bytes) {
         if (((uintptr_t)next & 4095) < 8 * group_bytes) avl__prefetch_page(next);
-        sum = avl__dot_group_avx512(type, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, next, x,
+        sum = avl__dot_group_avx512(type, 0, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, next, 0, x,
                                     (size_t)row * (size_t)x->n_blocks + (size_t)b, sum);
+    }
+    return sum;
+}
+
+// The same of the row's second piece, whose blocks few are
+AVL__AVX512 AVL__INLINE __m256 avl__dot_rests_avx512(int type, const uint8_t *rows, size_t row_bytes, const avl__quants *x, int row) {
+    const int32_t *list = x->rests + (size_t)row * (1 + (size_t)x->n_blocks), *rests = list + 1, *end = rests + *list;
+    __m256 sum = _mm256_setzero_ps();
+    while (rests < end) {
+        const int b = *rests / 8 * 8, n = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
+        const unsigned wanted = avl__take_rests(&rests, end, b);
+        sum = avl__dot_group_avx512(type, 1, rows + (size_t)(b / 8) * avl__group_bytes(type), row_bytes, n, NULL, wanted, x,
+                                    (size_t)(x->n_groups + row) * (size_t)x->n_blocks + (size_t)b, sum);
     }
     return sum;
 }
@@ -4167,11 +4238,10 @@ AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__prod
         n = whole ? 8 : 1;
         for (r = 0; r < p->n_rows; r++) {
             const size_t row_bytes = whole ? w->row_bytes : 0;
-            const char *next = avl__next_rows(p, first, last, out, 8);
-            __m256 sum = avl__dot_rows_avx512(type, rows, row_bytes, next, &p->quants, r);
+            __m256 sum = avl__dot_rows_avx512(type, rows, row_bytes, avl__next_rows(p, first, last, out, 8), &p->quants, r);
             if (w->bias) sum = _mm256_add_ps(sum, _mm256_maskz_loadu_ps(lanes, w->bias + out));
-            if (p->quants.n_pieces == 2)
-                sum = _mm256_add_ps(avl__dot_rows_avx512(type, rows, row_bytes, next, &p->quants, p->n_rows + r), sum);
+            if (type == ASTROVL_TYPE_Q8_0 && p->quants.n_pieces == 2)
+                sum = _mm256_add_ps(avl__dot_rests_avx512(type, rows, row_bytes, &p->quants, r), sum);
             _mm256_mask_storeu_ps(p->y + (size_t)r * w->n_out + out, lanes, sum);
         }
     }
@@ -4186,30 +4256,34 @@ AVL__AVX512 AVL__INLINE __m512i avl__add_word_avx512(__m512i sum, __m512i w, con
 
 // Three to eight rows, of answers that are written together, are still too few to be worth a panel in memory: each block of 16 weight
 // rows is turned as for one, but stays in eight registers until it has met them all. The operations are a panel's.
-// 16 weight rows times the rows of the activations (those that are not there give nothing of sense); as much is fetched from `next` on.
-// sum: out, [AVL__FEW_ROWS]
-AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, const uint8_t *const *row, const char *next, const avl__quants *x, int piece,
-                                                   __m512 *sum) {
+// 16 weight rows times the rows of the activations (those that are not there give nothing of sense) or their second pieces (is_rest); as
+// much is fetched from `next` on, with the former.  sum: out, [AVL__FEW_ROWS]
+AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, int is_rest, const uint8_t *const *row, const char *next,
+                                                   const avl__quants *x, __m512 *sum) {
     enum { G = AVL__FEW_ROWS };
     const avl__block_form f = avl__block_form_of(type);
     const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
     const int n_words = 8 / f.n_parts;
     float d[16][16], minus_m[16][16];                          // [8 n_parts][rows]
+    const int32_t *rests = x->rests + 1, *end = is_rest ? rests + x->rests[0] : rests;
     __m512i kept[3][8];
     int b, j, i, r, part;
     AVL__UNROLL
     for (r = 0; r < G; r++) sum[r] = _mm512_setzero_ps();
     for (b = 0; b < x->n_blocks; b += 8) {
         const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
+        const unsigned wanted = is_rest ? avl__take_rests(&rests, end, b) : 0xFF;
+        if (is_rest && !wanted) continue;
         for (i = 0; i < 16; i += 8)
             avl__group_scales_avx512(type, row + i, (size_t)(b / 8) * avl__group_bytes(type), n_now, d[0] + i, minus_m[0] + i, 16);
         for (j = 0; j < n_now; j++) {
-            const size_t at = (size_t)piece * (size_t)x->n_blocks + (size_t)(b + j);
+            const size_t at = (is_rest ? (size_t)x->n_blocks : 0) + (size_t)(b + j);
             const int8_t *q = x->q + 32 * G * at;
             const float *scale = x->scale + G * at, *sums = x->sum + G * at * f.n_parts;
             const int32_t *bias = x->bias + G * at * f.n_parts;
             __m512i v[8];
-            avl__prefetch_bytes(next, step);
+            if (is_rest && !(wanted >> j & 1)) continue;
+            if (!is_rest) avl__prefetch_bytes(next, step);
             next += step;
             avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
             AVL__UNROLL
@@ -4235,21 +4309,21 @@ AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, const uint8_t *cons
 
 AVL__AVX512 AVL__INLINE void avl__multiply_few_avx512(int type, const avl__product *p, int first, int last) {
     const avl__linear *w = p->w;
-    int out, i, piece;
+    int out, i;
     for (out = first; out < last; out += 16) {
         const int n = last - out < 16 ? last - out : 16;
+        const __mmask16 lanes = avl__lanes_avx512(n);
+        const __m512 bias = w->bias ? _mm512_maskz_loadu_ps(lanes, w->bias + out) : _mm512_setzero_ps();
         const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes, *row[16];
-        const char *next = avl__next_rows(p, first, last, out, 16);
+        __m512 sum[AVL__FEW_ROWS], rest[AVL__FEW_ROWS];
         for (i = 0; i < 16; i++) row[i] = rows + (size_t)(i < n ? i : n - 1) * w->row_bytes;
-        for (piece = 0; piece < p->quants.n_pieces; piece++) {
-            __m512 sum[AVL__FEW_ROWS];
-            avl__pass_rows_avx512(type, row, next, &p->quants, piece, sum);
-            for (i = 0; i < p->n_rows; i++) {
-                const __m512 both[2] = {sum[i], _mm512_setzero_ps()};
-                float *y = p->y + (size_t)i * w->n_out + out;
-                avl__store_sums_avx512(y, both, piece ? y : w->bias ? w->bias + out : NULL, n);
-            }
+        avl__pass_rows_avx512(type, 0, row, avl__next_rows(p, first, last, out, 16), &p->quants, sum);
+        for (i = 0; i < AVL__FEW_ROWS; i++) sum[i] = _mm512_add_ps(sum[i], bias);
+        if (type == ASTROVL_TYPE_Q8_0 && p->quants.n_pieces == 2) {
+            avl__pass_rows_avx512(type, 1, row, NULL, &p->quants, rest);
+            for (i = 0; i < AVL__FEW_ROWS; i++) sum[i] = _mm512_add_ps(rest[i], sum[i]);
         }
+        for (i = 0; i < p->n_rows; i++) _mm512_mask_storeu_ps(p->y + (size_t)i * w->n_out + out, lanes, sum[i]);
     }
 }
 
@@ -5435,32 +5509,54 @@ AVL__INLINE void avl__put_block_neon(const avl__quants *to, avl__block_form f, i
     for (part = 0; part < f.n_parts; part++) to->sum[(at * f.n_parts + (size_t)part) * to->group + place] = e * (float)sums[part];
 }
 
-static void avl__quantize_neon(const avl__product *p, int first, int n_rows) {
+// 32 floats to 32 integers, x = e q, e = max |x| / 127
+AVL__INLINE void avl__round_block_neon(const float *x, int32x4_t *q, float *e) {
+    float32x4_t max = vdupq_n_f32(0);
+    float top, inverse;
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) max = vmaxq_f32(max, vabsq_f32(vld1q_f32(x + 4 * i)));
+    top = vmaxvq_f32(max);
+    *e = top / 127.0f;
+    inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+    AVL__UNROLL
+    for (i = 0; i < 8; i++) q[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
+}
+
+// The second pieces of a group of rows: (x - e q) / (e / 254), which is at most 127
+static void avl__quantize_rests_neon(const avl__product *p, int first, int n_rows) {
     const avl__block_form f = avl__block_form_of(p->w->type);
     const avl__quants *to = &p->quants;
+    float limit[16];
     int r, b, i;
-    if (avl__is_float_type(p->w->type)) return;               // their products are in float32
-    for (r = first; r < first + n_rows; r++)
+    avl__choose_rests(to, first, n_rows, limit);
+    for (r = 0; r < n_rows; r++)
         for (b = 0; b < to->n_blocks; b++) {
-            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-            float32x4_t max = vdupq_n_f32(0);
+            const float *x = p->x + (size_t)(first + r) * p->w->n_in + 32 * (size_t)b;
+            float e = to->scale[(size_t)first * to->n_blocks + (size_t)(b * to->group + r)], inverse = 0.0f;
+            const int has_rest = e > limit[r];
             int32x4_t q[8];
-            float top, e, inverse;
-            AVL__UNROLL
-            for (i = 0; i < 8; i++) max = vmaxq_f32(max, vabsq_f32(vld1q_f32(x + 4 * i)));
-            top = vmaxvq_f32(max);
-            e = top / 127.0f;
-            inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-            AVL__UNROLL
-            for (i = 0; i < 8; i++) q[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
-            avl__put_block_neon(to, f, r, b, q, e);
-            if (to->n_pieces == 1) continue;
-            inverse = e > 1e-30f ? 254.0f / e : 0.0f;         // (x - e q) / (e / 254) is at most 127
+            if (has_rest) avl__round_block_neon(x, q, &e);                     // as for the first piece
+            if (has_rest && e > 1e-30f) inverse = 254.0f / e;
             AVL__UNROLL
             for (i = 0; i < 8; i++)
-                q[i] = vcvtnq_s32_f32(vmulq_n_f32(vfmsq_n_f32(vld1q_f32(x + 4 * i), vcvtq_f32_s32(q[i]), e), inverse));
-            avl__put_block_neon(to, f, r + to->n_groups * to->group, b, q, e / 254.0f);
+                q[i] = has_rest ? vcvtnq_s32_f32(vmulq_n_f32(vfmsq_n_f32(vld1q_f32(x + 4 * i), vcvtq_f32_s32(q[i]), e), inverse)) : vdupq_n_s32(0);
+            avl__put_block_neon(to, f, to->n_groups * to->group + first + r, b, q, e / 254.0f);
         }
+}
+
+static void avl__quantize_neon(const avl__product *p, int first, int n_rows) {
+    const avl__block_form f = avl__block_form_of(p->w->type);
+    int r, b;
+    if (avl__is_float_type(p->w->type)) return;               // their products are in float32
+    for (r = first; r < first + n_rows; r++)
+        for (b = 0; b < p->quants.n_blocks; b++) {
+            int32x4_t q[8];
+            float e;
+            avl__round_block_neon(p->x + (size_t)r * p->w->n_in + 32 * (size_t)b, q, &e);
+            avl__put_block_neon(&p->quants, f, r, b, q, e);
+        }
+    if (p->quants.n_pieces == 2) avl__quantize_rests_neon(p, first, n_rows);
 }
 
 // ---- NEON: products ------------------------------------------------------------------------------------------------
@@ -5493,25 +5589,29 @@ AVL__INLINE int32x4_t avl__add_bytes_neon(int by, int32x4_t sum, int8x16_t w, in
     return vpadalq_s16(sum, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(q)), w, q));
 }
 
-// 4 weight rows as they lie times a row of the activations. A block (or half of one, if it has two parts) becomes 4 registers of
-// sums, which pairwise additions make one.
-AVL__INLINE float32x4_t avl__dot_rows_neon(int by, int type, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
+// 4 weight rows as they lie times a row of the activations or, of its second piece (is_rest), the blocks that are there. A block (or
+// half of one, if it has two parts) becomes 4 registers of sums, which pairwise additions make one.
+AVL__INLINE float32x4_t avl__dot_rows_neon(int by, int type, int is_rest, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
                                            int x_row) {
     const avl__block_form f = avl__block_form_of(type);
-    const size_t first = (size_t)x_row * (size_t)x->n_blocks;
+    const size_t first = (size_t)(is_rest * x->n_groups + x_row) * (size_t)x->n_blocks;
+    const int32_t *list = x->rests + (size_t)x_row * (1 + (size_t)x->n_blocks), *rests = list + 1, *end = is_rest ? rests + *list : rests;
     const int ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);                                // bytes of 8 blocks
     float32x4_t sum = vdupq_n_f32(0);
     float d[64], minus_m[64];
     int b, j, r, part;
     for (b = 0; b < x->n_blocks; b += 8) {
         const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        for (r = 0; r < 4; r++)       // the same blocks of the next rows: rows are too short for the processor to see where it goes
+        const unsigned wanted = is_rest ? avl__take_rests(&rests, end, b) : 0xFF;
+        if (!wanted) continue;
+        for (r = 0; r < 4 && !is_rest; r++)   // the same blocks of the next rows: rows are too short for the processor to see where it goes
             for (j = 0; j < ahead; j += 64) __builtin_prefetch(row[r] + 4 * row_bytes + (size_t)(b / 8 * ahead + j));
         avl__scales_of_rows_neon(type, row, (size_t)b, n_now, d, minus_m);
         for (j = 0; j < n_now; j++) {
             const size_t block = first + (size_t)(b + j);
             const int8x16_t q0 = vld1q_s8(x->q + 32 * block), q1 = vld1q_s8(x->q + 32 * block + 16);
             int32x4_t v[2][4];
+            if (is_rest && !(wanted >> j & 1)) continue;
             AVL__UNROLL
             for (r = 0; r < 4; r++) {
                 int8x16_t w[2];
@@ -5536,13 +5636,14 @@ AVL__INLINE float32x4_t avl__dot_rows_neon(int by, int type, const uint8_t *cons
 // A few rows of activations times weights as they lie.
 AVL__INLINE void avl__multiply_rows_neon(int by, int type, const avl__product *p, int first, int last) {
     const uint8_t *row[4];
-    int out, r, piece;
+    int out, r;
     for (out = first; out < last; out += 4) {
         avl__four_rows(p->w, out, last - out, row);
-        for (r = 0; r < p->n_rows; r++)
-            for (piece = 0; piece < p->quants.n_pieces; piece++)
-                avl__store_sum_neon(p, piece, r, out, last - out,
-                                    avl__dot_rows_neon(by, type, row, p->w->row_bytes, &p->quants, piece * p->n_rows + r));
+        for (r = 0; r < p->n_rows; r++) {
+            avl__store_sum_neon(p, 0, r, out, last - out, avl__dot_rows_neon(by, type, 0, row, p->w->row_bytes, &p->quants, r));
+            if (type == ASTROVL_TYPE_Q8_0 && p->quants.n_pieces == 2)
+                avl__store_sum_neon(p, 1, r, out, last - out, avl__dot_rows_neon(by, type, 1, row, p->w->row_bytes, &p->quants, r));
+        }
     }
 }
 
@@ -5637,22 +5738,25 @@ AVL__INLINE void avl__untangle_neon(int n, float32x4_t sum[][2]) {
         }
 }
 
-// n (6 or 2) rows of activations, from row `first` on, all of one group, over two quads of a panel.
-AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int n, const avl__quads *p, const avl__quants *x, int first,
-                                      float32x4_t sum[6][2]) {
+// n (6 or 2) rows of activations, from row `first` on, all of one group, over two quads of a panel: all blocks, or of second pieces
+// (is_rest) those that are there.
+AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int is_rest, int n, const avl__quads *p, const avl__quants *x,
+                                      int first, float32x4_t sum[6][2]) {
     enum { G = AVL__GROUP_BYTES };
     const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * n_parts, group = (size_t)(first / G), place = (size_t)(first % G);
     const int n_words = 4 / n_parts;       // of 8 columns, in a part
     const int8_t *q = x->q + 8 * (group * n_blocks * 4 * G + place);
     const float *scale = x->scale + group * n_blocks * G + place, *sums = x->sum + group * row * G + place;
-    size_t b;
+    const int32_t *rests = is_rest ? x->rests + (group - (size_t)x->n_groups) * (1 + n_blocks) : NULL;
+    const size_t n_now = is_rest ? (size_t)rests[0] : n_blocks;
+    size_t i;
     int g, r, c, part;
     AVL__UNROLL
     for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0);
-    for (b = 0; b < n_blocks; b++)
+    for (i = 0; i < n_now; i++)
         AVL__UNROLL
         for (part = 0; part < n_parts; part++) {
-            const size_t at = b * n_parts + (size_t)part;
+            const size_t b = is_rest ? (size_t)rests[1 + i] : i, at = b * n_parts + (size_t)part;
             int32x4_t whole[6][2];
             AVL__UNROLL
             for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = vdupq_n_s32(0);
@@ -5679,26 +5783,25 @@ AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int n, c
     if (by == AVL__BY_SMMLA) avl__untangle_neon(n, sum);
 }
 
-// All rows of activations over a panel; those of a second piece add to what the first gave. Where two rows are computed and one is
-// there, the other is whatever its group's memory holds.
-AVL__INLINE void avl__run_quads_neon(int by, int n_parts, int has_min, const avl__quads *panel, const avl__product *p, int out,
-                                     int n_columns) {
+// All rows of activations over a panel; their second pieces add to what the first gave. Where two rows are computed and one is there,
+// the other is whatever its group's memory holds.
+AVL__INLINE void avl__run_quads_neon(int by, int n_parts, int has_min, int is_rest, const avl__quads *panel, const avl__product *p,
+                                     int out, int n_columns) {
     const size_t n_blocks = (size_t)p->quants.n_blocks;
     float32x4_t sum[6][2];
-    int r, g, i, n, piece;
-    for (piece = 0; piece < p->quants.n_pieces; piece++)
-        for (r = 0; r < p->n_rows; r += n) {
-            const int left = p->n_rows - r, row = piece * p->quants.n_groups * AVL__GROUP_BYTES + r;
-            n = by != AVL__BY_SMLAL && left >= 6 ? 6 : 2;
-            for (g = 0; 4 * g < n_columns; g += 2) {
-                const size_t scales = 4 * n_blocks * n_parts * (size_t)g;
-                const avl__quads two = {panel->w + 128 * n_blocks * (size_t)g, panel->d + scales, panel->minus_m + scales};
-                if (by != AVL__BY_SMLAL && n == 6) avl__pass_quads_neon(by, n_parts, has_min, 6, &two, &p->quants, row, sum);
-                else                               avl__pass_quads_neon(by, n_parts, has_min, 2, &two, &p->quants, row, sum);
-                for (i = 0; i < 2 * n && i < 2 * left; i++)
-                    avl__store_sum_neon(p, piece, r + i / 2, out + 4 * (g + i % 2), n_columns - 4 * (g + i % 2), sum[i / 2][i % 2]);
-            }
+    int r, g, i, n;
+    for (r = 0; r < p->n_rows; r += n) {
+        const int left = p->n_rows - r, row = is_rest * p->quants.n_groups * AVL__GROUP_BYTES + r;
+        n = by != AVL__BY_SMLAL && left >= 6 ? 6 : 2;
+        for (g = 0; 4 * g < n_columns; g += 2) {
+            const size_t scales = 4 * n_blocks * n_parts * (size_t)g;
+            const avl__quads two = {panel->w + 128 * n_blocks * (size_t)g, panel->d + scales, panel->minus_m + scales};
+            if (by != AVL__BY_SMLAL && n == 6) avl__pass_quads_neon(by, n_parts, has_min, is_rest, 6, &two, &p->quants, row, sum);
+            else                               avl__pass_quads_neon(by, n_parts, has_min, is_rest, 2, &two, &p->quants, row, sum);
+            for (i = 0; i < 2 * n && i < 2 * left; i++)
+                avl__store_sum_neon(p, is_rest, r + i / 2, out + 4 * (g + i % 2), n_columns - 4 * (g + i % 2), sum[i / 2][i % 2]);
         }
+    }
 }
 
 AVL__INLINE void avl__multiply_panels_neon(int by, const avl__product *p, int first, int last, float *scratch) {
@@ -5718,10 +5821,11 @@ AVL__INLINE void avl__multiply_panels_neon(int by, const avl__product *p, int fi
             avl__four_rows(p->w, out + 4 * g, n_columns - 4 * g, row);
             avl__fill_quad_neon(p->w->type, by == AVL__BY_SMMLA ? 8 : 4, row, (int)n_blocks, &quad);
         }
-        if (f.n_parts == 1 && !f.has_min) avl__run_quads_neon(by, 1, 0, &panel, p, out, n_columns);
-        else if (f.n_parts == 1)          avl__run_quads_neon(by, 1, 1, &panel, p, out, n_columns);
-        else if (!f.has_min)              avl__run_quads_neon(by, 2, 0, &panel, p, out, n_columns);
-        else                              avl__run_quads_neon(by, 2, 1, &panel, p, out, n_columns);
+        if (f.n_parts == 1 && !f.has_min) avl__run_quads_neon(by, 1, 0, 0, &panel, p, out, n_columns);
+        else if (f.n_parts == 1)          avl__run_quads_neon(by, 1, 1, 0, &panel, p, out, n_columns);
+        else if (!f.has_min)              avl__run_quads_neon(by, 2, 0, 0, &panel, p, out, n_columns);
+        else                              avl__run_quads_neon(by, 2, 1, 0, &panel, p, out, n_columns);
+        if (p->quants.n_pieces == 2)      avl__run_quads_neon(by, 1, 0, 1, &panel, p, out, n_columns);
     }
 }
 
@@ -6338,36 +6442,34 @@ static avl__quants avl__quants_for(const avl__run *run, const avl__product *p, i
     q.scale = (float *)(void *)run->quants;
     q.bias = (int32_t *)(void *)(q.scale + n);
     q.sum = (float *)(void *)(q.bias + 2 * n);
-    q.q = (int8_t *)(q.sum + 2 * n);
+    q.rests = (int32_t *)(void *)(q.sum + 2 * n);
+    q.q = (int8_t *)(q.rests + (size_t)q.n_groups * (1 + (size_t)q.n_blocks));
     return q;
 }
 
-// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type: y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
+// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type, all of them fine or none: y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
 // Rows are rounded once for all, and the threads meet once.
 static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
     const avl__kernels *kernels = run->kernels;
     const int is_float = avl__is_float_type(w[0]->type);
     const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : kernels->n_few) && !run->always_panels;
-    int n_out = 0, n_items = 0, is_fine = 0, i;
+    const int n_pieces = 1 + (w[0]->is_fine && kernels->has_pieces);
+    int n_out = 0, n_items = 0, i;
     avl__linear_job job;
     memset(&job, 0, sizeof job);
     job.run = run;
     job.columns = kernels->linear;
     for (i = 0; i < n; i++) {
-        const avl__product product = {y[i], x, w[i], n_rows, few, 0, {NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
+        const avl__product product = {y[i], x, w[i], n_rows, few, 0, {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
         job.product[i] = product;
         n_out += w[i]->n_out;
-        is_fine |= w[i]->is_fine && kernels->has_pieces;
     }
     if (kernels->multiply && !(few && is_float)) {
-        const avl__quants quants = avl__quants_for(run, job.product, 1 + is_fine);
+        const avl__quants quants = avl__quants_for(run, job.product, n_pieces);
         job.columns = kernels->multiply;
         job.product[0].quants = quants;
         avl__pool_run(run->pool, avl__quantize_item, &job, quants.n_groups);
-        for (i = 0; i < n; i++) {                           // some read the first of two pieces alone
-            job.product[i].quants = quants;
-            if (!w[i]->is_fine) job.product[i].quants.n_pieces = 1;
-        }
+        for (i = 0; i < n; i++) job.product[i].quants = quants;
     }
     job.chunk = AVL__LINEAR_CHUNK;
     if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
@@ -11771,9 +11873,9 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     return ASTROVL_OK;
 }
 
-// Weights of 8 bits are exact enough for the rounding of activations to be seen in the logits (SmolLM2, 512 tokens, cosine with exact
-// mode: 0.9998). Measured product by product, v, up and the output matrix make nearly three quarters of that error: so these three get
-// activations of 16 bits (0.99993), which takes a third more time to read a prompt; all of them would take twice the time.
+// Weights of 8 bits are exact enough for the rounding of activations to be seen in the logits (SmolLM2, 512 tokens of two texts, cosine
+// with exact mode: 0.9996 and 0.9998). So what comes out of a norm, whose largest values stand out, gets 16 bits where it is large:
+// 0.99993, and reading a prompt takes a ninth more arithmetic. The same for attention's output and ffn_down's input changes little.
 static astrovl_status avl__llama_load_layer(avl__llama *m, avl__weights *w, int i, astrovl_error *err) {
     avl__llama_layer *layer = &m->layers[i];
     int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
@@ -11789,7 +11891,10 @@ static astrovl_status avl__llama_load_layer(avl__llama *m, avl__weights *w, int 
         avl__format(name, sizeof name, "blk.%d.%s", i, linears[n].name);
         status = avl__load_linear(w, name, linears[n].n_in, linears[n].n_out, linears[n].linear, err);
     }
+    layer->q.is_fine = layer->q.type == ASTROVL_TYPE_Q8_0;
+    layer->k.is_fine = layer->k.type == ASTROVL_TYPE_Q8_0;
     layer->v.is_fine = layer->v.type == ASTROVL_TYPE_Q8_0;
+    layer->gate.is_fine = layer->gate.type == ASTROVL_TYPE_Q8_0;
     layer->up.is_fine = layer->up.type == ASTROVL_TYPE_Q8_0;
     avl__format(name, sizeof name, "blk.%d.attn_norm.weight", i);
     if (!status) status = avl__load_vector(w, name, m->n_embd, &layer->attention_norm, err);

@@ -862,19 +862,28 @@ static void test_fast_blocks(int type, uint8_t *blocks, size_t n_bytes, int scal
         }
 }
 
-// What rounding may change in one product: activations move by half a step of their block of 32, 1 / 254 of its largest value; weights
-// of the float types by as much where they are rounded like that; bfloat16 changes each by 2^-9 of itself. Beside that float32's own.
-static double test_fast_bound(int is_float, int is_fine, const float *w, const float *x, int n) {
-    double bound = 0.0, all_w = 0.0, all_x = 0.0;
-    int b, i;
+// The largest |x| of a block, which its scale is made of
+static double test_block_top(const float *x, int begin, int n) {
+    double top = 0.0;
+    int i;
+    for (i = begin; i < n && i < begin + 32; i++)
+        if (fabs(x[i]) > top) top = fabs(x[i]);
+    return top;
+}
+
+// What rounding may change in one product: activations move by half a step of their block of 32, 1 / 254 of its largest value, or by a
+// hundredth of that where the product is fine and the kernels keep so much of it: of all blocks, or, in second pieces, of those whose
+// largest value is above 1.5 times the row's. Weights of the float types move by as much where they are rounded like that; bfloat16
+// changes each by 2^-9 of itself. Beside that float32's own.
+static double test_fast_bound(int is_float, int is_fine, int has_pieces, const float *w, const float *x, int n) {
+    double bound = 0.0, all_w = 0.0, all_x = 0.0, squares = 0.0;
+    int b, i, n_blocks = (n + 31) / 32;
+    for (b = 0; b < n; b += 32) squares += test_block_top(x, b, n) * test_block_top(x, b, n) / n_blocks;
     for (b = 0; b < n; b += 32) {
-        double top_x = 0.0, top_w = 0.0, sum_x = 0.0, sum_w = 0.0;
-        for (i = b; i < n && i < b + 32; i++) {
-            sum_x += fabs(x[i]), sum_w += fabs(w[i]);
-            if (fabs(x[i]) > top_x) top_x = fabs(x[i]);
-            if (fabs(w[i]) > top_w) top_w = fabs(w[i]);
-        }
-        bound += sum_w * top_x / (is_fine ? 25000 : 250) + (is_float ? sum_x * top_w / 250 + 32 * top_x * top_w / 60000 : 0);
+        double top_x = test_block_top(x, b, n), top_w = test_block_top(w, b, n), sum_x = 0.0, sum_w = 0.0;
+        int is_exact = is_fine && (!has_pieces || top_x > 1.50001 * sqrt(squares));
+        for (i = b; i < n && i < b + 32; i++) sum_x += fabs(x[i]), sum_w += fabs(w[i]);
+        bound += sum_w * top_x / (is_exact ? 25000 : 250) + (is_float ? sum_x * top_w / 250 + 32 * top_x * top_w / 60000 : 0);
         all_w = top_w > all_w ? top_w : all_w, all_x += sum_x;
     }
     return bound + all_w * all_x * 3e-5 + 1e-35;
@@ -908,7 +917,8 @@ static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, 
     for (r = 0; r < n_rows; r++)
         for (o = 0; o < n_out; o++) {
             const float *xr = x + (size_t)r * (size_t)n_in, *wo = expanded + (size_t)o * (size_t)n_in;
-            double sum = bias[o], bound = test_fast_bound(avl__is_float_type(type), is_fine, wo, xr, n_in), error;
+            double sum = bias[o], error;
+            double bound = test_fast_bound(avl__is_float_type(type), is_fine, kernels->has_pieces, wo, xr, n_in);
             for (i = 0; i < n_in; i++) sum += (double)xr[i] * wo[i];
             error = fabs(sum - y[r * n_out + o]);
             CHECK(error <= bound + 1e-6 * fabs(sum), "%s, %s [%d, %d], %d rows, scales %d: y[%d][%d] is %g, not %g (bound %g)", kernels->name,
@@ -959,6 +969,7 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
     avl__linear w;
     avl__run run;
     test_fill(x, N_ROWS * n_in, 31);
+    for (r = 0; r < N_ROWS * n_in; r += 211) x[r] *= 50.0f;      // blocks that deserve second pieces, others in each row
     test_fast_blocks(type, blocks, row * N_OUT, 0, (uint32_t)type);
     memset(&w, 0, sizeof w), memset(&run, 0, sizeof run);
     w.weight = blocks, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row, w.is_fine = type == ASTROVL_TYPE_Q8_0;
