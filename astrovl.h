@@ -4763,7 +4763,7 @@ AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
 }
 
 // One query, of an answer being written: its keys and values are read once, as they lie, and the sums of up to 128 columns stay in
-// registers.
+// registers. The processor reads ahead by itself, but for the ends of pages.
 
 // 16 float16 as floats, those of `lanes`
 AVL__AVX512 AVL__INLINE __m512 avl__load_halves_avx512(const uint16_t *x, __mmask16 lanes) {
@@ -4782,6 +4782,7 @@ AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const floa
         for (i = 0; i < n; i++) of_q[i] = avl__load_avx512(q + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i));
         for (j = 0; j < n_keys; j++) {
             const uint16_t *key = k + stride * (size_t)j + begin;
+            if (((uintptr_t)key & 4095) < 2 * stride) avl__prefetch_page((const char *)key);
             __m512 score = _mm512_setzero_ps();
             AVL__UNROLL
             for (i = 0; i < n; i++)
@@ -4795,6 +4796,7 @@ AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const floa
         for (i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
         for (j = 0; j < n_keys; j++) {
             const uint16_t *value = v + stride * (size_t)j + begin;
+            if (((uintptr_t)value & 4095) < 2 * stride) avl__prefetch_page((const char *)value);
             const __m512 p = _mm512_set1_ps(weights[j]);
             AVL__UNROLL
             for (i = 0; i < n; i++)
