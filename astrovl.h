@@ -4215,7 +4215,7 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *row
     return sum;
 }
 
-// The same of the row's second piece, whose blocks few are
+// The same of the row's second piece, which has few blocks
 AVL__AVX512 AVL__INLINE __m256 avl__dot_rests_avx512(int type, const uint8_t *rows, size_t row_bytes, const avl__quants *x, int row) {
     const int32_t *list = x->rests + (size_t)row * (1 + (size_t)x->n_blocks), *rests = list + 1, *end = rests + *list;
     __m256 sum = _mm256_setzero_ps();
@@ -6449,7 +6449,8 @@ static avl__quants avl__quants_for(const avl__run *run, const avl__product *p, i
     return q;
 }
 
-// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type, all of them fine or none: y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
+// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type, all of them fine or none:
+//     y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
 // Rows are rounded once for all, and the threads meet once.
 static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
     const avl__kernels *kernels = run->kernels;
