@@ -6381,17 +6381,11 @@ ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float 
     }
 }
 
-// The first rope_dim values of every head of x [n_rows][n_head][head_dim], row r standing at position + r.
-//   turns  scratch, [rope_dim / 2][3]: one row's angles serve all its heads
-static void avl__rope_rows(float *x, int n_rows, int n_head, int head_dim, int rope_dim, int position, const float *inv_freq,
-                           float *turns) {
-    int r, h, i;
-    for (r = 0; r < n_rows; r++) {
-        for (i = 0; i < rope_dim / 2; i++) avl__rope_turn(turns + 3 * i, (float)(position + r) * inv_freq[i]);
-        for (h = 0; h < n_head; h++)
-            for (i = 0; i < rope_dim / 2; i++)
-                avl__rope_pair(x + ((size_t)r * n_head + h) * head_dim + 2 * i, turns + 3 * i);
-    }
+// The first rope_dim values of every head of a row x [n_head][head_dim].  turns: its position's, [rope_dim / 2][3]
+static void avl__rope_row(float *x, int n_head, int head_dim, int rope_dim, const float *turns) {
+    int h, i;
+    for (h = 0; h < n_head; h++, x += head_dim)
+        for (i = 0; i < rope_dim / 2; i++) avl__rope_pair(x + 2 * i, turns + 3 * i);
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------
@@ -11954,16 +11948,15 @@ static uint8_t *avl__kv_layer(const avl__kv_cache *cache, const avl__llama *m, v
     return (uint8_t *)k_or_v + (size_t)layer * m->n_head_kv * cache->n_ctx * m->head_dim * cache->value_bytes;
 }
 
-// Puts values [n][n_head_kv][head_dim] behind the n_past positions of a layer's keys or values.
+// Puts a row's values [n_head_kv][head_dim] at a position of a layer's keys or values.
 static void avl__kv_put(const avl__kernels *kernels, const avl__kv_cache *cache, const avl__llama *m, uint8_t *layer, const float *values,
-                        int n) {
-    int row, head;
-    for (row = 0; row < n; row++)
-        for (head = 0; head < m->n_head_kv; head++, values += m->head_dim) {
-            uint8_t *to = layer + ((size_t)head * cache->n_ctx + (size_t)(cache->n_past + row)) * m->head_dim * cache->value_bytes;
-            if (cache->value_bytes == 2) kernels->to_halves((uint16_t *)(void *)to, values, m->head_dim);
-            else                         memcpy(to, values, (size_t)m->head_dim * sizeof(float));
-        }
+                        int position) {
+    int head;
+    for (head = 0; head < m->n_head_kv; head++, values += m->head_dim) {
+        uint8_t *to = layer + ((size_t)head * cache->n_ctx + (size_t)position) * m->head_dim * cache->value_bytes;
+        if (cache->value_bytes == 2) kernels->to_halves((uint16_t *)(void *)to, values, m->head_dim);
+        else                         memcpy(to, values, (size_t)m->head_dim * sizeof(float));
+    }
 }
 
 // ---- the forward pass ----------------------------------------------------------------------------------------------
@@ -11983,7 +11976,7 @@ typedef struct avl__llama_pass {
     float *q, *mixed;        // [n][n_head][head_dim]
     float *k, *v;            // [n][n_head_kv][head_dim], on their way into the caches
     float *gate, *up;        // [n][n_ff]
-    float *turns;            // [rope_dim / 2][3]   cosine, sine, -sine of one position's angles
+    float *turns;            // [n][rope_dim / 2][3]   cosine, sine, -sine of each row's angles, for all layers
     float *shown;            // [n][n_head][head_dim], only for the tap
     float *weights;          // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
 } avl__llama_pass;
@@ -11994,7 +11987,7 @@ static int avl__llama_reserve(avl__llama_pass *p) {
     const int n = p->n;
     uint64_t wide = (uint64_t)n * m->n_embd, heads = (uint64_t)n * m->n_head * m->head_dim, hidden = (uint64_t)n * m->n_ff;
     const int is_half = p->caches[0]->value_bytes == 2;
-    uint64_t kv = (uint64_t)n * m->n_head_kv * m->head_dim, turns = (uint64_t)m->rope_dim / 2 * 3;
+    uint64_t kv = (uint64_t)n * m->n_head_kv * m->head_dim, turns = (uint64_t)n * (m->rope_dim / 2) * 3;
     uint64_t weights = avl__attention_weights_floats(run, m->n_head, n, p->caches[0]->n_past + n), shown = run->tap ? heads : 0;
     uint64_t thread = (uint64_t)m->n_embd, n_keys = 0;
     float *block;
@@ -12037,35 +12030,60 @@ static void avl__llama_tap_heads(const avl__llama_pass *p, int layer, const char
     avl__tap(p->run, "model.layers", layer, name, p->shown, p->n, (int64_t)n_head * m->head_dim);
 }
 
+// Where row `row` of a pass stands.
+static int avl__llama_position(const avl__llama_pass *p, int row) {
+    const int n_each = p->n / p->n_caches;
+    return p->caches[row / n_each]->n_past + row % n_each;
+}
+
+// Every layer turns the rows by the same angles.
+static void avl__llama_turns(const avl__llama_pass *p) {
+    const int half = p->m->rope_dim / 2;
+    float *turn = p->turns;
+    int row, i;
+    for (row = 0; row < p->n; row++)
+        for (i = 0; i < half; i++, turn += 3) avl__rope_turn(turn, (float)avl__llama_position(p, row) * p->m->inv_freq[i]);
+}
+
+typedef struct avl__row_job {
+    const avl__llama_pass *p;
+    int layer, skipped;        // rows without a query
+} avl__row_job;
+
+// Turns a row's query and key, and puts key and value into its cache.
+static void avl__llama_row_item(void *context, int row, int thread) {
+    const avl__row_job *job = (const avl__row_job *)context;
+    const avl__llama_pass *p = job->p;
+    const avl__llama *m = p->m;
+    const avl__kv_cache *cache = p->caches[row / (p->n / p->n_caches)];
+    const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
+    const float *turns = p->turns + (size_t)row * (size_t)(m->rope_dim / 2) * 3;
+    const int position = avl__llama_position(p, row);
+    (void)thread;
+    if (row >= job->skipped) avl__rope_row(p->q + (size_t)(row - job->skipped) * q_row, m->n_head, m->head_dim, m->rope_dim, turns);
+    avl__rope_row(p->k + (size_t)row * kv_row, m->n_head_kv, m->head_dim, m->rope_dim, turns);
+    avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->k, job->layer), p->k + (size_t)row * kv_row, position);
+    avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->v, job->layer), p->v + (size_t)row * kv_row, position);
+}
+
 // Queries of the last n_wanted rows; keys and values of all, into the caches.
 static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
     const avl__llama *m = p->m;
     const avl__llama_layer *layer = &m->layers[i];
-    const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
-    const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
+    const int skipped = p->n - n_wanted;
     const avl__linear *const weights[] = {&layer->q, &layer->k, &layer->v};
     float *const qkv[] = {p->q, p->k, p->v};
-    int c;
+    avl__row_job job = {p, i, skipped};
     avl__rms_norm_rows(p->run, p->normed, p->x, layer->attention_norm, p->n, m->n_embd, m->rms_norm_eps);
     avl__tap(p->run, "model.layers", i, "input_layernorm", p->normed, p->n, m->n_embd);
     if (skipped && n_wanted) avl__apply(p->run, p->q, p->normed + (size_t)skipped * m->n_embd, &layer->q, n_wanted);
     avl__apply_each(p->run, qkv + (skipped > 0), p->normed, weights + (skipped > 0), 3 - (skipped > 0), p->n);
     avl__llama_tap_heads(p, i, "self_attn.q_proj", p->q, m->n_head);
     avl__llama_tap_heads(p, i, "self_attn.k_proj", p->k, m->n_head_kv);
-    avl__tap(p->run, "model.layers", i, "self_attn.v_proj", p->v, p->n, (int64_t)kv_row);
-    for (c = 0; c < p->n_caches; c++) {
-        int position = p->caches[c]->n_past;
-        avl__rope_rows(p->q + c * q_row, n_each - skipped, m->n_head, m->head_dim, m->rope_dim, position + skipped, m->inv_freq,
-                       p->turns);
-        avl__rope_rows(p->k + c * kv_row, n_each, m->n_head_kv, m->head_dim, m->rope_dim, position, m->inv_freq, p->turns);
-    }
+    avl__tap(p->run, "model.layers", i, "self_attn.v_proj", p->v, p->n, (int64_t)m->n_head_kv * m->head_dim);
+    avl__pool_run(p->run->pool, avl__llama_row_item, &job, p->n);
     avl__llama_tap_heads(p, i, "self_attn.q_rope", p->q, m->n_head);
     avl__llama_tap_heads(p, i, "self_attn.k_rope", p->k, m->n_head_kv);
-    for (c = 0; c < p->n_caches; c++) {
-        const avl__kv_cache *cache = p->caches[c];
-        avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->k, i), p->k + c * kv_row, n_each);
-        avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->v, i), p->v + c * kv_row, n_each);
-    }
 }
 
 // Leaves the pass with its last n_wanted rows alone: fewer than all (of one cache) where nobody needs the others' output.
@@ -12132,6 +12150,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     if (embeddings) memcpy(p.x, embeddings, (size_t)n * m->n_embd * sizeof(float));
     else            avl__embed_tokens(&m->token_embd, tokens, n, p.x);
     avl__tap(run, "model.embed_tokens", -1, "", p.x, n, m->n_embd);
+    avl__llama_turns(&p);
     for (i = 0; i < m->n_layer; i++) {
         if (is_prompt && avl__report(run, "prompt", i, m->n_layer))
             return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
