@@ -2656,16 +2656,17 @@ AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row
 // of the speed of reading alone; without the former at half of it.
 enum { AVL__AHEAD = 16384 };
 
-AVL__INLINE void avl__prefetch_page(const char *p) {
+// Where a page's first n bytes are come to, at p, the next page's first lines.
+AVL__INLINE void avl__prefetch_page(const void *p, size_t n) {
     const char *next = (const char *)(((uintptr_t)p | 4095) + 1);
     int i;
-    for (i = 0; i < 4; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
+    for (i = 0; i < 4 && ((uintptr_t)p & 4095) < n; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
 }
 
 AVL__INLINE void avl__prefetch_bytes(const char *p, size_t n) {
     size_t i;
     for (i = 0; i < n; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
-    if (((uintptr_t)p & 4095) < n) avl__prefetch_page(p);
+    avl__prefetch_page(p, n);
 }
 
 // Of columns first..last-1 it is the turn of n, from `out` on: where the n weight rows lie that will be wanted afterwards. These come
@@ -4208,7 +4209,7 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *row
     __m256 sum = _mm256_setzero_ps();
     int b;
     for (b = 0; b < x->n_blocks; b += 8, rows += group_bytes, next += 8 * group_bytes) {
-        if (((uintptr_t)next & 4095) < 8 * group_bytes) avl__prefetch_page(next);
+        avl__prefetch_page(next, 8 * group_bytes);
         sum = avl__dot_group_avx512(type, 0, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, next, 0, x,
                                     (size_t)row * (size_t)x->n_blocks + (size_t)b, sum);
     }
@@ -4283,8 +4284,10 @@ AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, int is_rest, const 
             const int32_t *bias = x->bias + G * at * f.n_parts;
             __m512i v[8];
             if (is_rest && !(wanted >> j & 1)) continue;
-            if (!is_rest) avl__prefetch_bytes(next, step);
-            next += step;
+            if (!is_rest) {
+                avl__prefetch_bytes(next, step);
+                next += step;
+            }
             avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
             AVL__UNROLL
             for (part = 0; part < f.n_parts; part++) {
@@ -4782,8 +4785,8 @@ AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const floa
         for (i = 0; i < n; i++) of_q[i] = avl__load_avx512(q + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i));
         for (j = 0; j < n_keys; j++) {
             const uint16_t *key = k + stride * (size_t)j + begin;
-            if (((uintptr_t)key & 4095) < 2 * stride) avl__prefetch_page((const char *)key);
             __m512 score = _mm512_setzero_ps();
+            avl__prefetch_page(key, 2 * stride);
             AVL__UNROLL
             for (i = 0; i < n; i++)
                 score = _mm512_fmadd_ps(of_q[i], avl__load_halves_avx512(key + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), score);
@@ -4796,8 +4799,8 @@ AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const floa
         for (i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
         for (j = 0; j < n_keys; j++) {
             const uint16_t *value = v + stride * (size_t)j + begin;
-            if (((uintptr_t)value & 4095) < 2 * stride) avl__prefetch_page((const char *)value);
             const __m512 p = _mm512_set1_ps(weights[j]);
+            avl__prefetch_page(value, 2 * stride);
             AVL__UNROLL
             for (i = 0; i < n; i++)
                 sum[i] = _mm512_fmadd_ps(p, avl__load_halves_avx512(value + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), sum[i]);
