@@ -4068,15 +4068,9 @@ AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__pr
 
 // The bytes of block j of two groups of eight blocks, side by side
 AVL__AVX512 AVL__INLINE __m512i avl__two_blocks_avx512(int type, const uint8_t *group0, const uint8_t *group1, int j) {
-    const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4);
     int at;
     __m512i bytes;
     switch (type) {
-    case ASTROVL_TYPE_Q4_0: case ASTROVL_TYPE_Q4_1:
-        at = type == ASTROVL_TYPE_Q4_0 ? 18 * j + 2 : 20 * j + 4;
-        bytes = avl__join_avx512(_mm256_broadcastsi128_si256(avl__load16_avx2(group0 + at)),
-                                 _mm256_broadcastsi128_si256(avl__load16_avx2(group1 + at)));
-        return _mm512_and_si512(_mm512_srlv_epi32(bytes, shifts), _mm512_set1_epi8(15));
     case ASTROVL_TYPE_Q4_K:
         at = 16 + j / 2 * 32;
         bytes = avl__join_avx512(avl__load32_avx2(group0 + at), avl__load32_avx2(group1 + at));
@@ -4091,38 +4085,6 @@ AVL__AVX512 AVL__INLINE __m512i avl__add_up_avx512(const __m512i *w) {
     const __m512i w01 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[0], w[1]));
     const __m512i w23 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[2], w[3]), _mm512_unpackhi_epi32(w[2], w[3]));
     return _mm512_add_epi32(_mm512_unpacklo_epi64(w01, w23), _mm512_unpackhi_epi64(w01, w23));
-}
-
-// 16 bits of each of four words, side by side
-AVL__INLINE uint64_t avl__join_halves(const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
-    return (uint64_t)avl__half_at(a) | (uint64_t)avl__half_at(b) << 16 | (uint64_t)avl__half_at(c) << 32 | (uint64_t)avl__half_at(d) << 48;
-}
-
-// Blocks j and k of eight weight rows times x, the same blocks of the activations, from `start` on, which has the offsets. Lane r: the
-// whole of block j of row r; lane 8 + r: of block k. These types have 16 bytes of nibbles a block, so a register takes four blocks;
-// the fifth bits, a mask as they lie, add 16.
-AVL__AVX512 AVL__INLINE __m512i avl__nibble_columns_avx512(int type, const uint8_t *const *row, int j, int k, __m512i x,
-                                                           __m512i start) {
-    const size_t size = avl__group_bytes(type) / 8;
-    const int has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
-    const int fifth = type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q5_0 ? 2 : 4, at = fifth + (has_fifth ? 4 : 0);
-    const __m512i low = _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(2, 2, 0, 0)), high = _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(3, 3, 1, 1));
-    __m512i w[4];
-    int r;
-    AVL__UNROLL
-    for (r = 0; r < 4; r++) {
-        const uint8_t *a = row[r] + size * (size_t)j, *b = row[r + 4] + size * (size_t)j;
-        const uint8_t *c = row[r] + size * (size_t)k, *d = row[r + 4] + size * (size_t)k;
-        const __m512i bytes = avl__join_avx512(_mm256_set_m128i(avl__load16_avx2(b + at), avl__load16_avx2(a + at)),
-                                               _mm256_set_m128i(avl__load16_avx2(d + at), avl__load16_avx2(c + at)));
-        __m512i v = _mm512_and_si512(bytes, _mm512_set1_epi8(15)), u = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
-        if (has_fifth) {
-            v = _mm512_mask_add_epi8(v, avl__join_halves(a + fifth, b + fifth, c + fifth, d + fifth), v, _mm512_set1_epi8(16));
-            u = _mm512_mask_add_epi8(u, avl__join_halves(a + fifth + 2, b + fifth + 2, c + fifth + 2, d + fifth + 2), u, _mm512_set1_epi8(16));
-        }
-        w[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, v, low), u, high);
-    }
-    return avl__add_up_avx512(w);
 }
 
 // One block of eight rows, whose products with x start from `start`: lanes 0 to 3 the first halves of rows 0 to 3, lanes 4 to 7 the
@@ -4142,10 +4104,6 @@ AVL__AVX512 AVL__INLINE __m512i avl__two_columns_avx512(int type, const uint8_t 
     const avl__block_form f = avl__block_form_of(type);
     const __m256i x0 = avl__load32_avx2(q + 32 * j), x1 = avl__load32_avx2(q + 32 * k);
     __m512i start = _mm512_setzero_si512(), other = start;      // the first sum of one quarter of a row starts from its offset
-    if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1) {
-        if (f.offset) start = _mm512_mask_set1_epi32(_mm512_maskz_set1_epi32(0x0011, bias[j]), 0x1100, bias[k]);
-        return avl__nibble_columns_avx512(type, row, j, k, avl__join_avx512(x0, x1), start);
-    }
     if (f.n_parts == 2) {
         if (f.offset) start = _mm512_maskz_broadcast_i32x2(0x2121, _mm_loadl_epi64((const __m128i *)(const void *)(bias + 2 * j)));
         start = avl__half_columns_avx512(type, row, j, _mm512_broadcast_i64x4(x0), start);
@@ -4202,12 +4160,156 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, int is_rest, cons
     return sum;
 }
 
+// Types with 16 bytes of nibbles a block. Four blocks of a row, 72 to 96 bytes, are in two registers: their first and their last 64.
+AVL__INLINE int avl__has_nibbles(int type) {
+    return type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
+}
+
+// The 16-bit words of four blocks, `size` bytes each, are numbered. Lane i: word `begin` of block i / 8, or, if step is 1, i % 8 words on.
+AVL__AVX512 AVL__INLINE __m512i avl__words_of_four_avx512(int size, int begin, int step) {
+    static const int16_t count[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                      16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    const __m512i i = _mm512_loadu_si512(count), in_block = _mm512_and_si512(i, _mm512_set1_epi16((short)(7 * step)));
+    const __m512i block = _mm512_mullo_epi16(_mm512_srli_epi16(i, 3), _mm512_set1_epi16((short)(size / 2)));
+    return _mm512_add_epi16(_mm512_add_epi16(block, in_block), _mm512_set1_epi16((short)begin));
+}
+
+// Word `begin` of four blocks of eight rows, half-precision numbers: [block][row].  low, high: the two registers of each row
+AVL__AVX512 AVL__INLINE __m512i avl__halves_of_four_avx512(int size, int begin, const __m512i *low, const __m512i *high) {
+    const __m512i second = _mm512_set1_epi32(32 << 16);                  // odd lanes are the second row's, whose words count from 32 on
+    const __m512i word = avl__words_of_four_avx512(size, begin, 0), late = _mm512_sub_epi16(word, _mm512_set1_epi16((short)(2 * size - 32)));
+    __m512i halves = _mm512_setzero_si512();
+    int r;
+    AVL__UNROLL
+    for (r = 0; r < 8; r += 2) {
+        __m512i two = _mm512_permutex2var_epi16(low[r], _mm512_or_si512(word, second), low[r + 1]);
+        if (3 * size / 2 + begin >= 32)                                   // the last block's is not among the first 64 bytes
+            two = _mm512_mask_mov_epi16(two, 0xFF000000, _mm512_permutex2var_epi16(high[r], _mm512_or_si512(late, second), high[r + 1]));
+        halves = r == 0 ? two : _mm512_mask_mov_epi16(halves, 0x03030303u << r, two);
+    }
+    return halves;
+}
+
+// 16 bits of each of n (at most 4) blocks, `size` bytes from one to the next, side by side
+AVL__INLINE uint64_t avl__join_halves(const uint8_t *p, int size, int n) {
+    uint64_t bits = 0;
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++)
+        if (i < n) bits |= (uint64_t)avl__half_at(p + size * i) << (16 * i);
+    return bits;
+}
+
+// 64 bytes at p, of which the first n are there; zeros for the others
+AVL__AVX512 AVL__INLINE __m512i avl__load_some_avx512(const uint8_t *p, int n) {
+    if (n >= 64) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi8(n > 0 ? ((__mmask64)1 << n) - 1 : 0, p);
+}
+
+// Four blocks of eight weight rows, multiplied
+typedef struct avl__four {
+    __m512i sum[2];            // [4 blocks][rows 0 to 3] and rows 4 to 7
+    __m512i d, minus_m;        // half-precision numbers, [4 blocks][8 rows]
+} avl__four;
+
+// n (at most 4) blocks of nibbles of eight weight rows, row_bytes apart, times those of a row of the activations. A register takes the
+// nibbles of four blocks of a row; the fifth bits, a mask as they lie, add 16. Shuffles, of which a processor makes few at a time, are
+// what binds: a row takes one, and half a one for its scales. A line of what is wanted next is fetched with each row, or two: prefetches
+// in a crowd get lost.  w: out, four sums of each block for each row;  low, high: out, the rows themselves
+AVL__AVX512 AVL__INLINE void avl__multiply_four_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, const char *next,
+                                                       const avl__quants *x, size_t at, __m512i *w, __m512i *low, __m512i *high) {
+    const int size = (int)avl__group_bytes(type) / 8, begin = size - 16, has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
+    const __m512i four_bits = _mm512_set1_epi8(15), sixteen = _mm512_set1_epi8(16), word = avl__words_of_four_avx512(size, begin / 2, 1);
+    const __m512i nibble = _mm512_mask_sub_epi16(word, _mm512_cmpgt_epi16_mask(word, _mm512_set1_epi16(31)), word,
+                                                 _mm512_set1_epi16((short)(2 * size - 64)));      // of the second register, from 32 on
+    const __m512i x01 = _mm512_loadu_si512(x->q + 32 * at), x23 = _mm512_loadu_si512(x->q + 32 * at + 64);
+    const __m512i x_low = _mm512_shuffle_i32x4(x01, x23, _MM_SHUFFLE(2, 0, 2, 0)), x_high = _mm512_shuffle_i32x4(x01, x23, _MM_SHUFFLE(3, 1, 3, 1));
+    __m512i start = _mm512_setzero_si512();
+    int r;
+    if (avl__block_form_of(type).offset) start = _mm512_maskz_broadcast_i32x4(0x8421, avl__load16_avx2(x->bias + at));    // in one of a block's sums
+    AVL__UNROLL
+    for (r = 0; r < 8; r++) {
+        const uint8_t *p = rows + (size_t)r * row_bytes;
+        __m512i v, u;
+        _mm_prefetch(next + 64 * r, _MM_HINT_T1);
+        if (8 + r < size / 2) _mm_prefetch(next + 64 * (8 + r), _MM_HINT_T1);
+        low[r] = avl__load_some_avx512(p, n * size);
+        high[r] = avl__load_some_avx512(p + 4 * size - 64, n * size - (4 * size - 64));
+        __asm__("" : "+v"(low[r]));            // or the compiler would load it once more for the scales
+        u = _mm512_permutex2var_epi16(low[r], nibble, high[r]);
+        v = _mm512_and_si512(u, four_bits);
+        u = _mm512_and_si512(_mm512_srli_epi16(u, 4), four_bits);
+        if (has_fifth) {
+            v = _mm512_mask_add_epi8(v, avl__join_halves(p + begin - 4, size, n), v, sixteen);
+            u = _mm512_mask_add_epi8(u, avl__join_halves(p + begin - 2, size, n), u, sixteen);
+        }
+        w[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, v, x_low), u, x_high);
+    }
+}
+
+// sum and n of those blocks, from block `at` of the activations on: a panel's operations in a panel's order.
+AVL__AVX512 AVL__INLINE __m256 avl__add_four_avx512(int type, const avl__four *four, int n, const avl__quants *x, size_t at, __m256 sum) {
+    const __m512i first_two = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last_two = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    float whole[4][8];                         // [block][row]
+    uint16_t d[4][8], minus_m[4][8];
+    int i;
+    _mm512_storeu_ps(whole[0], _mm512_cvtepi32_ps(_mm512_permutex2var_epi64(four->sum[0], first_two, four->sum[1])));
+    _mm512_storeu_ps(whole[2], _mm512_cvtepi32_ps(_mm512_permutex2var_epi64(four->sum[0], last_two, four->sum[1])));
+    _mm512_storeu_si512(d, four->d);
+    _mm512_storeu_si512(minus_m, four->minus_m);
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        __m256 de;
+        if (i >= n) break;
+        de = _mm256_mul_ps(_mm256_cvtph_ps(avl__load16_avx2(d[i])), _mm256_set1_ps(x->scale[at + (size_t)i]));
+        sum = _mm256_fmadd_ps(_mm256_loadu_ps(whole[i]), de, sum);
+        if (avl__block_form_of(type).has_min)
+            sum = _mm256_fnmadd_ps(_mm256_cvtph_ps(avl__load16_avx2(minus_m[i])), _mm256_set1_ps(x->sum[at + (size_t)i]), sum);
+    }
+    return sum;
+}
+
+// What is to be kept of n multiplied blocks
+AVL__AVX512 AVL__INLINE avl__four avl__keep_four_avx512(int type, const __m512i *w, const __m512i *low, const __m512i *high) {
+    const int size = (int)avl__group_bytes(type) / 8;
+    avl__four four;
+    four.sum[0] = avl__add_up_avx512(w);
+    four.sum[1] = avl__add_up_avx512(w + 4);
+    four.d = four.minus_m = avl__halves_of_four_avx512(size, 0, low, high);
+    if (avl__block_form_of(type).has_min)
+        four.minus_m = _mm512_xor_si512(avl__halves_of_four_avx512(size, 1, low, high), _mm512_set1_epi16((short)0x8000));
+    return four;
+}
+
+// Eight weight rows of nibbles times a row of the activations. Four blocks are added up while the next four are multiplied, or much of the
+// time would be spent waiting.
+AVL__AVX512 AVL__INLINE __m256 avl__dot_nibbles_avx512(int type, const uint8_t *rows, size_t row_bytes, const char *next,
+                                                       const avl__quants *x, int row) {
+    const int size = (int)avl__group_bytes(type) / 8, n_rest = x->n_blocks % 4;
+    const size_t first = (size_t)row * (size_t)x->n_blocks;
+    __m256 sum = _mm256_setzero_ps();
+    __m512i w[8], low[8], high[8];
+    avl__four four;
+    int b;
+    for (b = 0; b + 4 <= x->n_blocks; b += 4, rows += 4 * size, next += 32 * size) {
+        avl__multiply_four_avx512(type, rows, row_bytes, 4, next, x, first + (size_t)b, w, low, high);
+        if (b > 0) sum = avl__add_four_avx512(type, &four, 4, x, first + (size_t)b - 4, sum);
+        four = avl__keep_four_avx512(type, w, low, high);
+    }
+    if (b > 0) sum = avl__add_four_avx512(type, &four, 4, x, first + (size_t)b - 4, sum);
+    if (n_rest == 0) return sum;
+    avl__multiply_four_avx512(type, rows, row_bytes, n_rest, next, x, first + (size_t)b, w, low, high);
+    four = avl__keep_four_avx512(type, w, low, high);
+    return avl__add_four_avx512(type, &four, n_rest, x, first + (size_t)b, sum);
+}
+
 // Eight weight rows times a row of the activations, while the next eight are fetched from `next` on.
 AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *rows, size_t row_bytes, const char *next, const avl__quants *x,
                                                     int row) {
     const size_t group_bytes = avl__group_bytes(type);
     __m256 sum = _mm256_setzero_ps();
     int b;
+    if (avl__has_nibbles(type)) return avl__dot_nibbles_avx512(type, rows, row_bytes, next, x, row);
     for (b = 0; b < x->n_blocks; b += 8, rows += group_bytes, next += 8 * group_bytes) {
         avl__prefetch_page(next, 8 * group_bytes);
         sum = avl__dot_group_avx512(type, 0, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, next, 0, x,
