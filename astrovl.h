@@ -1060,6 +1060,17 @@ static char *avl__copy_text(const char *text, size_t size) {   // zero-terminate
     return copy;
 }
 
+// Asks for the lines of memory that n bytes at p lie in, so that nobody will wait for them later.
+static void avl__prefetch(const void *p, size_t n) {
+#if defined(__GNUC__)
+    const char *at = (const char *)p, *last = at + n - 1;
+    for (; at < last; at += 64) __builtin_prefetch(at);
+    __builtin_prefetch(last);
+#else
+    (void)p, (void)n;
+#endif
+}
+
 // ---- byte order ----------------------------------------------------------------------------------------------------
 // Values are put together from single bytes: right on every host, and compilers turn it into one load.
 
@@ -12053,12 +12064,17 @@ static uint8_t *avl__kv_layer(const avl__kv_cache *cache, const avl__llama *m, v
     return (uint8_t *)k_or_v + (size_t)layer * m->n_head_kv * cache->n_ctx * m->head_dim * cache->value_bytes;
 }
 
+// Where a layer's key or value of a head at a position lies.
+static uint8_t *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, uint8_t *layer, int head, int position) {
+    return layer + ((size_t)head * cache->n_ctx + (size_t)position) * m->head_dim * cache->value_bytes;
+}
+
 // Puts a row's values [n_head_kv][head_dim] at a position of a layer's keys or values.
 static void avl__kv_put(const avl__kernels *kernels, const avl__kv_cache *cache, const avl__llama *m, uint8_t *layer, const float *values,
                         int position) {
     int head;
     for (head = 0; head < m->n_head_kv; head++, values += m->head_dim) {
-        uint8_t *to = layer + ((size_t)head * cache->n_ctx + (size_t)position) * m->head_dim * cache->value_bytes;
+        uint8_t *to = avl__kv_at(cache, m, layer, head, position);
         if (cache->value_bytes == 2) kernels->to_halves((uint16_t *)(void *)to, values, m->head_dim);
         else                         memcpy(to, values, (size_t)m->head_dim * sizeof(float));
     }
@@ -12155,7 +12171,8 @@ typedef struct avl__row_job {
     int layer, skipped;        // rows without a query
 } avl__row_job;
 
-// Turns a row's query and key, and puts key and value into its cache.
+// Turns a row's query and key, and puts key and value into its cache. Every head's are elsewhere there: all are asked for first, or each
+// would be waited for.
 static void avl__llama_row_item(void *context, int row, int thread) {
     const avl__row_job *job = (const avl__row_job *)context;
     const avl__llama_pass *p = job->p;
@@ -12164,11 +12181,17 @@ static void avl__llama_row_item(void *context, int row, int thread) {
     const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
     const float *turns = p->turns + (size_t)row * (size_t)(m->rope_dim / 2) * 3;
     const int position = avl__llama_position(p, row);
+    uint8_t *keys = avl__kv_layer(cache, m, cache->k, job->layer), *values = avl__kv_layer(cache, m, cache->v, job->layer);
+    int head;
     (void)thread;
+    for (head = 0; head < m->n_head_kv; head++) {
+        avl__prefetch(avl__kv_at(cache, m, keys, head, position), (size_t)m->head_dim * cache->value_bytes);
+        avl__prefetch(avl__kv_at(cache, m, values, head, position), (size_t)m->head_dim * cache->value_bytes);
+    }
     if (row >= job->skipped) avl__rope_row(p->q + (size_t)(row - job->skipped) * q_row, m->n_head, m->head_dim, m->rope_dim, turns);
     avl__rope_row(p->k + (size_t)row * kv_row, m->n_head_kv, m->head_dim, m->rope_dim, turns);
-    avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->k, job->layer), p->k + (size_t)row * kv_row, position);
-    avl__kv_put(p->run->kernels, cache, m, avl__kv_layer(cache, m, cache->v, job->layer), p->v + (size_t)row * kv_row, position);
+    avl__kv_put(p->run->kernels, cache, m, keys, p->k + (size_t)row * kv_row, position);
+    avl__kv_put(p->run->kernels, cache, m, values, p->v + (size_t)row * kv_row, position);
 }
 
 // Queries of the last n_wanted rows; keys and values of all, into the caches.
