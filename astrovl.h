@@ -1060,11 +1060,16 @@ static char *avl__copy_text(const char *text, size_t size) {   // zero-terminate
     return copy;
 }
 
+enum { AVL__LINE = 64 };     // bytes of a line of the caches, and of the longest registers: two lines take a processor twice the time
+
+// The first line's beginning that is not before p, less than a line on
+static void *avl__align(void *p) { return (uint8_t *)p + (AVL__LINE - (uintptr_t)p % AVL__LINE) % AVL__LINE; }
+
 // Asks for the lines of memory that n bytes at p lie in, so that nobody will wait for them later.
 static void avl__prefetch(const void *p, size_t n) {
 #if defined(__GNUC__)
     const char *at = (const char *)p, *last = at + n - 1;
-    for (; at < last; at += 64) __builtin_prefetch(at);
+    for (; at < last; at += AVL__LINE) __builtin_prefetch(at);
     __builtin_prefetch(last);
 #else
     (void)p, (void)n;
@@ -6269,6 +6274,8 @@ typedef struct avl__run {
     int                 always_panels;     // 1: a row's bits must not depend on how many there are
 } avl__run;
 
+enum { AVL__CARVED = 12 };     // parts that a pass's activations have, at most
+
 // Makes room for a pass, before it starts, so that nothing inside it can fail: n_rows_floats to carve activations from, and
 // n_thread_floats for each thread. No product of the pass has more rows than n_rows or longer ones than n_thread_floats, nor are
 // there more keys or longer heads than that. 0 when memory is out.
@@ -6283,20 +6290,22 @@ static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_th
                                                              // each column of whole blocks
     }
     if (n_rows_floats > SIZE_MAX / 8 || n_thread_floats > SIZE_MAX / 8 / n_threads) return 0;
+    n_rows_floats += AVL__CARVED * AVL__LINE / sizeof(float);
+    n_thread_floats += AVL__LINE - n_thread_floats % AVL__LINE;
     if (!avl__grow(&run->rows, &run->rows_capacity, (size_t)n_rows_floats, sizeof(float))) return 0;
-    if (!avl__grow(&run->thread_memory, &run->thread_capacity, (size_t)(n_thread_floats * n_threads), sizeof(float))) return 0;
+    if (!avl__grow(&run->thread_memory, &run->thread_capacity, (size_t)(n_thread_floats * n_threads + AVL__LINE), sizeof(float))) return 0;
     run->thread_floats = (size_t)n_thread_floats;
     return 1;
 }
 
 static float *avl__thread_memory(const avl__run *run, int thread) {
-    return run->thread_memory + (size_t)thread * run->thread_floats;
+    return (float *)avl__align(run->thread_memory) + (size_t)thread * run->thread_floats;
 }
 
 // Takes n floats off a block that avl__run_reserve measured out.
 static float *avl__carve(float **block, uint64_t n) {
-    float *taken = *block;
-    *block += n;
+    float *taken = (float *)avl__align(*block);
+    *block = taken + n;
     return taken;
 }
 
@@ -6555,7 +6564,7 @@ static avl__quants avl__quants_for(const avl__run *run, const avl__product *p, i
     q.bias = (int32_t *)(void *)(q.scale + n);
     q.sum = (float *)(void *)(q.bias + 2 * n);
     q.rests = (int32_t *)(void *)(q.sum + 2 * n);
-    q.q = (int8_t *)(q.rests + (size_t)q.n_groups * (1 + (size_t)q.n_blocks));
+    q.q = (int8_t *)avl__align(q.rests + (size_t)q.n_groups * (1 + (size_t)q.n_blocks));
     return q;
 }
 
@@ -12049,8 +12058,8 @@ static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_c
     cache->n_ctx = n_ctx;
     cache->n_past = 0;
     cache->value_bytes = value_bytes;
-    cache->k = avl__alloc_raw(n * row, value_bytes);
-    cache->v = avl__alloc_raw(n * row, value_bytes);
+    cache->k = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
+    cache->v = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
     return cache->k && cache->v;
 }
 
@@ -12061,7 +12070,7 @@ static void avl__kv_cache_free(avl__kv_cache *cache) {
 
 // Where a layer's keys or values begin.
 static uint8_t *avl__kv_layer(const avl__kv_cache *cache, const avl__llama *m, void *k_or_v, int layer) {
-    return (uint8_t *)k_or_v + (size_t)layer * m->n_head_kv * cache->n_ctx * m->head_dim * cache->value_bytes;
+    return (uint8_t *)avl__align(k_or_v) + (size_t)layer * m->n_head_kv * cache->n_ctx * m->head_dim * cache->value_bytes;
 }
 
 // Where a layer's key or value of a head at a position lies.
