@@ -2338,8 +2338,10 @@ typedef struct avl__kernels {
     void (*gelu)(float *x, int64_t n);
     void (*quick_gelu)(float *x, int64_t n);
     void (*silu_product)(float *x, const float *up, int64_t n);              // x = silu(x) * up
-    // NULL in exact mode: rounds rows first..first+n_rows-1 of x; columns first..last-1 of the product with x rounded; attention
-    void (*quantize)(const avl__product *p, int first, int n_rows);
+    // NULL in exact mode: rounds blocks begin..end-1 of rows first..first+n_rows-1 of x; columns first..last-1 of the product with x
+    // rounded; attention. quantize_rests: the second pieces of a group of rows, whose first ones are there; NULL: there are none
+    void (*quantize)(const avl__product *p, int first, int n_rows, int begin, int end);
+    void (*quantize_rests)(const avl__product *p, int first, int n_rows);
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
     void (*attend_coarsely)(const avl__tile *t, float *scratch);   // the same for any number of queries, in bfloat16; or NULL
@@ -2351,7 +2353,6 @@ typedef struct avl__kernels {
     // n rounds of the instruction that many rows meet weights of this type with, in registers alone; the operations made: for
     // measuring arithmetic
     double (*peak)(int type, int64_t n);
-    int has_pieces;        // 1: quantize gives bytes, of fine products two for each activation
     int group, float_group;   // rows of activations that a panel meets together (avl__quants), for weights in blocks and for floats
     int n_few, few_group;     // up to n_few rows weights in blocks make no panels in memory: one or two rows each, or few_group together
 } avl__kernels;
@@ -2443,7 +2444,7 @@ static double avl__peak_portable(int type, int64_t n) {
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
     astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL,
-    NULL, NULL, avl__peak_portable, 0, 1, 1, 0, 1};
+    NULL, NULL, NULL, avl__peak_portable, 1, 1, 0, 1};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -2816,13 +2817,13 @@ AVL__AVX2 AVL__INLINE int avl__add_pairs_avx2(__m256i q) {   // the sum of 16 in
     return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xB1)));
 }
 
-AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n_rows) {
+AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n_rows, int begin, int end) {
     const avl__block_form f = avl__block_form_of(p->w->type);
     const int pairs = avl__in_pairs(p->w->type);
     const avl__quants *to = &p->quants;
     int r, b, i, part;
     for (r = first; r < first + n_rows; r++)
-        for (b = 0; b < to->n_blocks; b++) {
+        for (b = begin; b < end; b++) {
             const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
             const int left = p->w->n_in - 32 * b;
             const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
@@ -3644,12 +3645,12 @@ AVL__AVX2 static double avl__peak_avx_vnni(int type, int64_t n) { return avl__pe
 
 static const avl__kernels avl__kernels_avx2 = {
     "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
-    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx2,
-    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 0, 4, 4, AVL__FEW_ROWS, 4};
+    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, NULL, avl__multiply_avx2,
+    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 4, 4, AVL__FEW_ROWS, 4};
 static const avl__kernels avl__kernels_avx_vnni = {
     "avx_vnni", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
-    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, avl__multiply_avx_vnni,
-    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 0, 4, 4, AVL__FEW_ROWS, 4};
+    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, NULL, avl__multiply_avx_vnni,
+    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 4, 4, AVL__FEW_ROWS, 4};
 
 // ---- AVX-512 -------------------------------------------------------------------------------------------------------
 
@@ -3794,10 +3795,10 @@ AVL__AVX512 static void avl__quantize_rests_avx512(const avl__product *p, int fi
         }
 }
 
-AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, int n_rows) {
+AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, int n_rows, int begin, int end) {
     const avl__block_form f = avl__block_form_of(p->w->type);
     int r, b;
-    for (b = 0; b < p->quants.n_blocks; b++)
+    for (b = begin; b < end; b++)
         for (r = first; r < first + n_rows; r++) {
             __m512i low, high;
             __m512 x_low, x_high;
@@ -3806,7 +3807,6 @@ AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, i
             avl__round_block_avx512(x_low, x_high, &low, &high, &e);
             avl__put_block_avx512(&p->quants, f, r, b, low, high, e);
         }
-    if (p->quants.n_pieces == 2) avl__quantize_rests_avx512(p, first, n_rows);
 }
 
 // ---- panels --------------------------------------------------------------------------------------------------------
@@ -4516,9 +4516,9 @@ AVL__AVX512_BF16 AVL__INLINE __m512i avl__pairs_avx512(__m512 low, __m512 high) 
 }
 
 // x to pairs of bfloat16, those beyond n_in zero
-AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int first, int n_rows) {
+AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int first, int n_rows, int begin, int end) {
     int r, b;
-    for (b = 0; b < p->quants.n_blocks; b++)
+    for (b = begin; b < end; b++)
         for (r = first; r < first + n_rows; r++) {
             const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
             const int left = p->w->n_in - 32 * b;
@@ -4610,9 +4610,9 @@ AVL__AVX512_BF16 static void avl__multiply_bf16(const avl__product *p, int first
     }
 }
 
-AVL__AVX512_BF16 static void avl__round_rows_bf16(const avl__product *p, int first, int n_rows) {
-    if (avl__is_float_type(p->w->type)) avl__pair_rows_bf16(p, first, n_rows);
-    else                                avl__quantize_avx512(p, first, n_rows);
+AVL__AVX512_BF16 static void avl__round_rows_bf16(const avl__product *p, int first, int n_rows, int begin, int end) {
+    if (avl__is_float_type(p->w->type)) avl__pair_rows_bf16(p, first, n_rows, begin, end);
+    else                                avl__quantize_avx512(p, first, n_rows, begin, end);
 }
 
 // Adds columns i to i + 15, those of `lanes`, to n_weights x n_rows sums.
@@ -5115,13 +5115,13 @@ AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
-    avl__peak_avx512, 1, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
+    avl__quantize_rests_avx512, avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__peak_avx512, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
-    avl__peak_bf16, 1, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
+    avl__quantize_rests_avx512, avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
+    avl__peak_bf16, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
 #endif
 
 #if AVL__NEON
@@ -5668,18 +5668,17 @@ static void avl__quantize_rests_neon(const avl__product *p, int first, int n_row
         }
 }
 
-static void avl__quantize_neon(const avl__product *p, int first, int n_rows) {
+static void avl__quantize_neon(const avl__product *p, int first, int n_rows, int begin, int end) {
     const avl__block_form f = avl__block_form_of(p->w->type);
     int r, b;
     if (avl__is_float_type(p->w->type)) return;               // their products are in float32
     for (r = first; r < first + n_rows; r++)
-        for (b = 0; b < p->quants.n_blocks; b++) {
+        for (b = begin; b < end; b++) {
             int32x4_t q[8];
             float e;
             avl__round_block_neon(p->x + (size_t)r * p->w->n_in + 32 * (size_t)b, q, &e);
             avl__put_block_neon(&p->quants, f, r, b, q, e);
         }
-    if (p->quants.n_pieces == 2) avl__quantize_rests_neon(p, first, n_rows);
 }
 
 // ---- NEON: products ------------------------------------------------------------------------------------------------
@@ -6035,15 +6034,15 @@ AVL__INLINE void avl__block_bf16(int type, const uint8_t *row, int b, int n_in, 
         vst1_u16(to + i, avl__to_bf16(avl__weights_neon(type, row, 32 * (size_t)b + (size_t)i, n_in - 32 * b - i)));
 }
 
-static void avl__quantize_i8mm(const avl__product *p, int first, int n_rows) {
+static void avl__quantize_i8mm(const avl__product *p, int first, int n_rows, int begin, int end) {
     uint16_t halves[32];
     int r, b;
     if (!avl__is_float_type(p->w->type)) {
-        avl__quantize_neon(p, first, n_rows);
+        avl__quantize_neon(p, first, n_rows, begin, end);
         return;
     }
     for (r = first; r < first + n_rows; r++)
-        for (b = 0; b < p->quants.n_blocks; b++) {
+        for (b = begin; b < end; b++) {
             avl__block_bf16(ASTROVL_TYPE_F32, (const uint8_t *)(p->x + (size_t)r * p->w->n_in), b, p->w->n_in, halves);
             avl__put_words(&p->quants, r, b, halves, 8, 8);
         }
@@ -6163,18 +6162,21 @@ static double avl__peak_i8mm(int type, int64_t n) {
 
 static const avl__kernels avl__kernels_neon = {
     "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
-    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_neon,
-    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon, 1,
+    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon,
+    avl__quantize_rests_neon, avl__multiply_neon,
+    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon,
     AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_dotprod = {
     "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
-    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon, avl__multiply_dotprod,
-    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod, 1,
+    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon,
+    avl__quantize_rests_neon, avl__multiply_dotprod,
+    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod,
     AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_i8mm = {
     "neon_i8mm", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
-    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm, avl__multiply_i8mm,
-    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm, 1,
+    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm,
+    avl__quantize_rests_neon, avl__multiply_i8mm,
+    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm,
     AVL__GROUP_BYTES, AVL__GROUP_HALVES, 2, 1};
 #endif
 
@@ -6521,10 +6523,12 @@ typedef struct avl__linear_job {
     const avl__run *run;
     avl__product    product[AVL__SHARED_PRODUCTS];
     int             n_items[AVL__SHARED_PRODUCTS];
+    int             n_parts;       // of a group of rows that are rounded, a thread's each
     int             chunk;         // columns of y that a thread takes at a time
     void          (*columns)(const avl__product *p, int first, int last, float *scratch);
 } avl__linear_job;
 
+enum { AVL__QUANTIZE_BLOCKS = 256 };   // fewer than so many are rounded by one thread sooner than handed to several
 enum { AVL__LINEAR_CHUNK = 32 };    // columns of y that a thread takes at a time, or a multiple of it
 enum { AVL__STREAM_ROWS = 32, AVL__LINEAR_CHUNKS = 16 };   // up to so many rows weights are streamed: so many parts for each thread
 // Up to so many rows fast mode multiplies weights as they lie; more are worth a panel. For quantised weights both ways give the same
@@ -6545,9 +6549,27 @@ static void avl__linear_item(void *context, int item, int thread) {
 static void avl__quantize_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
     const avl__product *p = job->product;
-    int group = p->quants.group, first = item * group, n = p->n_rows - first;
+    const int group = p->quants.group, first = item / job->n_parts * group, n = p->n_rows - first, part = item % job->n_parts;
+    const int size = (p->quants.n_blocks + job->n_parts - 1) / job->n_parts, left = p->quants.n_blocks - size * part;
     (void)thread;
-    job->run->kernels->quantize(p, first, n < group ? n : group);
+    job->run->kernels->quantize(p, first, n < group ? n : group, size * part, size * part + (left < size ? left : size));
+}
+
+static void avl__quantize_rests_item(void *context, int item, int thread) {
+    const avl__linear_job *job = (const avl__linear_job *)context;
+    const avl__product *p = job->product;
+    const int group = p->quants.group, first = item * group, n = p->n_rows - first;
+    (void)thread;
+    job->run->kernels->quantize_rests(p, first, n < group ? n : group);
+}
+
+// Rounds x of a job's products. Few rows make few groups, but they may be long.
+static void avl__quantize_all(avl__linear_job *job) {
+    const avl__quants *quants = &job->product[0].quants;
+    const int n_threads = avl__pool_n_threads(job->run->pool), n = quants->n_groups;
+    job->n_parts = n < n_threads && quants->n_blocks * job->product[0].n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
+    avl__pool_run(job->run->pool, avl__quantize_item, job, n * job->n_parts);
+    if (quants->n_pieces == 2) avl__pool_run(job->run->pool, avl__quantize_rests_item, job, n);
 }
 
 // Where x of a product is to be rounded to, in run->quants.
@@ -6575,7 +6597,7 @@ static void avl__apply_shared(avl__run *run, float *const *y, const float *x, co
     const avl__kernels *kernels = run->kernels;
     const int is_float = avl__is_float_type(w[0]->type);
     const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : kernels->n_few) && !run->always_panels;
-    const int n_pieces = 1 + (w[0]->is_fine && kernels->has_pieces);
+    const int n_pieces = w[0]->is_fine && kernels->quantize_rests ? 2 : 1;
     int n_out = 0, n_items = 0, i;
     avl__linear_job job;
     memset(&job, 0, sizeof job);
@@ -6590,7 +6612,7 @@ static void avl__apply_shared(avl__run *run, float *const *y, const float *x, co
         const avl__quants quants = avl__quants_for(run, job.product, n_pieces);
         job.columns = kernels->multiply;
         job.product[0].quants = quants;
-        avl__pool_run(run->pool, avl__quantize_item, &job, quants.n_groups);
+        avl__quantize_all(&job);
         for (i = 0; i < n; i++) job.product[i].quants = quants;
     }
     job.chunk = AVL__LINEAR_CHUNK;

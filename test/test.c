@@ -918,7 +918,7 @@ static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, 
         for (o = 0; o < n_out; o++) {
             const float *xr = x + (size_t)r * (size_t)n_in, *wo = expanded + (size_t)o * (size_t)n_in;
             double sum = bias[o], error;
-            double bound = test_fast_bound(avl__is_float_type(type), is_fine, kernels->has_pieces, wo, xr, n_in);
+            double bound = test_fast_bound(avl__is_float_type(type), is_fine, kernels->quantize_rests != NULL, wo, xr, n_in);
             for (i = 0; i < n_in; i++) sum += (double)xr[i] * wo[i];
             error = fabs(sum - y[r * n_out + o]);
             CHECK(error <= bound + 1e-6 * fabs(sum), "%s, %s [%d, %d], %d rows, scales %d: y[%d][%d] is %g, not %g (bound %g)", kernels->name,
