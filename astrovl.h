@@ -3229,7 +3229,7 @@ AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl_
     const uint8_t *row[8];
     avl__words panel;
     int out, g;
-    panel.d = scratch + (64 - (uintptr_t)scratch % 64) / 4 % 16;         // a register of u never crosses a line of the cache
+    panel.d = scratch;
     for (out = first; out < last; out += AVL__PANEL_ROWS) {
         const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
         const char *next = avl__next_rows(p, first, last, out, AVL__PANEL_ROWS);
@@ -4230,9 +4230,9 @@ typedef struct avl__four {
 } avl__four;
 
 // n (at most 4) blocks of nibbles of eight weight rows, row_bytes apart, times those of a row of the activations. A register takes the
-// nibbles of four blocks of a row; the fifth bits, a mask as they lie, add 16. Shuffles, of which a processor makes few at a time, are
-// what binds: a row takes one, and half a one for its scales. A line of what is wanted next is fetched with each row, or two: prefetches
-// in a crowd get lost.  w: out, four sums of each block for each row;  low, high: out, the rows themselves
+// nibbles of four blocks of a row; the fifth bits, a mask as they lie, add 16. What binds are shuffles, of which a processor makes one at a
+// time: a row takes one, and half a one for its scales. Of what is wanted next a line is fetched with each row, or two, not all at once.
+// w: out, four sums of each block for each row;  low, high: out, the rows themselves
 AVL__AVX512 AVL__INLINE void avl__multiply_four_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, const char *next,
                                                        const avl__quants *x, size_t at, __m512i *w, __m512i *low, __m512i *high) {
     const int size = (int)avl__group_bytes(type) / 8, begin = size - 16, has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
@@ -5116,13 +5116,13 @@ AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
 static const avl__kernels avl__kernels_avx512 = {
     "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__quantize_rests_avx512, avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
-    avl__peak_avx512, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
+    avl__quantize_rests_avx512, avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__to_halves_avx2,
+    avl__from_halves_avx2, avl__peak_avx512, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
 static const avl__kernels avl__kernels_avx512_bf16 = {
     "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
     avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__quantize_rests_avx512, avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__to_halves_avx2, avl__from_halves_avx2,
-    avl__peak_bf16, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
+    avl__quantize_rests_avx512, avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__to_halves_avx2,
+    avl__from_halves_avx2, avl__peak_bf16, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
 #endif
 
 #if AVL__NEON
@@ -6164,21 +6164,18 @@ static double avl__peak_i8mm(int type, int64_t n) {
 static const avl__kernels avl__kernels_neon = {
     "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon,
-    avl__quantize_rests_neon, avl__multiply_neon,
-    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_neon,
-    AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
+    avl__quantize_rests_neon, avl__multiply_neon, avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon,
+    avl__from_halves_neon, avl__peak_neon, AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_dotprod = {
     "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon,
-    avl__quantize_rests_neon, avl__multiply_dotprod,
-    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_dotprod,
-    AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
+    avl__quantize_rests_neon, avl__multiply_dotprod, avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon,
+    avl__from_halves_neon, avl__peak_dotprod, AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
 static const avl__kernels avl__kernels_neon_i8mm = {
     "neon_i8mm", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
     avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm,
-    avl__quantize_rests_neon, avl__multiply_i8mm,
-    avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon, avl__from_halves_neon, avl__peak_i8mm,
-    AVL__GROUP_BYTES, AVL__GROUP_HALVES, 2, 1};
+    avl__quantize_rests_neon, avl__multiply_i8mm, avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon,
+    avl__from_halves_neon, avl__peak_i8mm, AVL__GROUP_BYTES, AVL__GROUP_HALVES, 2, 1};
 #endif
 
 // ---- the choice ----------------------------------------------------------------------------------------------------

@@ -1034,6 +1034,39 @@ static void test_fast_rows(void) {
         }
 }
 
+// Long rows are rounded by several threads, each some of the blocks: the bits are those of one thread.
+static void test_fast_threads(void) {
+    enum { N_IN = 8288, N_OUT = 34, N_ROWS = 20 };      // 259 blocks
+    static const int types[] = {ASTROVL_TYPE_F16, ASTROVL_TYPE_Q4_0, ASTROVL_TYPE_Q8_0}, rows[] = {1, 2, 8, N_ROWS}, threads[] = {1, 2, 3, 8};
+    static float x[N_ROWS * N_IN], first[N_ROWS * N_OUT], y[N_ROWS * N_OUT];
+    size_t t, i, n;
+    int k, r;
+    test_fill(x, N_ROWS * N_IN, 17);
+    for (r = 0; r < N_ROWS * N_IN; r += 307) x[r] *= 40.0f;      // second pieces
+    for (k = 1; k < AVL__N_KERNELS; k++)
+        for (t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
+            const size_t row = astrovl_type_row_bytes(types[t], N_IN);
+            uint8_t *blocks = (uint8_t *)malloc(row * N_OUT);
+            avl__linear w;
+            memset(&w, 0, sizeof w);
+            w.weight = blocks, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row, w.is_fine = types[t] == ASTROVL_TYPE_Q8_0;
+            test_fast_blocks(types[t], blocks, row * N_OUT, 0, 5);
+            for (i = 0; i < sizeof rows / sizeof *rows; i++)
+                for (n = 0; n < sizeof threads / sizeof *threads; n++) {
+                    avl__run run;
+                    memset(&run, 0, sizeof run);
+                    run.kernels = avl__all_kernels[k];
+                    run.pool = avl__pool_new(threads[n]);
+                    CHECK(run.pool && avl__run_reserve(&run, 1, N_IN, N_ROWS), "reserve");
+                    avl__apply(&run, n ? y : first, x, &w, rows[i]);
+                    CHECK(n == 0 || memcmp(first, y, sizeof(float) * N_OUT * (size_t)rows[i]) == 0, "%s, %s: %d rows by %d threads",
+                          run.kernels->name, astrovl_type_name(types[t]), rows[i], threads[n]);
+                    avl__pool_free(run.pool), astrovl_free(run.rows), astrovl_free(run.thread_memory), astrovl_free(run.quants);
+                }
+            free(blocks);
+        }
+}
+
 // AArch64's tables multiply blocks by different instructions, and then compute alike.
 #if AVL__NEON
 static void test_fast_neon(void) {
@@ -1278,6 +1311,7 @@ static void tests_ops(void) {
     run("ops: attention", test_attention);
     run("fast: products of every type and shape", test_fast_products);
     run("fast: rows do not depend on each other", test_fast_rows);
+    run("fast: long rows, 1 to 8 threads", test_fast_threads);
     run("fast: AVX-VNNI as AVX2", test_fast_vnni);
 #if AVL__NEON
     run("fast: the same bits by all NEON kernels", test_fast_neon);
