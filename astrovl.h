@@ -4645,7 +4645,6 @@ AVL__AVX512 AVL__INLINE void avl__dot_floats_avx512(int type, const uint8_t *wei
         AVL__UNROLL
         for (o = 0; o < n_weights; o++) even[r][o] = odd[r][o] = _mm512_setzero_ps();
     for (i = 0; i + 32 <= n_in; i += 32) {
-        AVL__UNROLL
         for (o = 0; next && o < n_weights; o++) avl__prefetch_bytes(next + (size_t)i / 32 * step + (size_t)o * row_bytes, step);
         avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i, 0xFFFF, even);
         avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i + 16, 0xFFFF, odd);
@@ -4667,7 +4666,7 @@ AVL__AVX512 AVL__INLINE void avl__linear_type_avx512(int type, const avl__produc
         const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
         const char *next;
         n_weights = p->n_rows >= 4 && last - out >= 2 ? 2 : 1;
-        next = (const char *)rows + (n_weights == 2 ? 2 * w->row_bytes : AVL__AHEAD);
+        next = (const char *)rows + (n_weights == 2 ? 2 * w->row_bytes : (size_t)AVL__AHEAD);
         for (r = 0; r < p->n_rows; r += n, next = NULL) {
             const float *x = p->x + (size_t)r * w->n_in;
             float y[4][2];
