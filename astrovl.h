@@ -2258,8 +2258,8 @@ static double avl__random(uint64_t *state) {
 // (vpdpbusd of AVX-512 VNNI and AVX-VNNI, sdot of NEON). The other two sums depend on the activations alone and are made once per row.
 //
 // One row of activations (writing an answer) is bound by reading the weights from memory, if the arithmetic keeps up: eight weight
-// rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD, avl__next_rows). Every block's sum is made whole
-// while it is an integer, for which any order is right; so eight rows' sums come to lie side by side, as in a panel.
+// rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD, avl__next_rows). Every block's sum
+// is made whole while it is an integer, for which any order is right; so eight rows' sums come to lie side by side, as in a panel.
 // Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
 // one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones, of 4 with NEON's); every row of activations
 // then passes over it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are
@@ -4087,16 +4087,12 @@ AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__pr
 
 // The bytes of block j of two groups of eight blocks, side by side
 AVL__AVX512 AVL__INLINE __m512i avl__two_blocks_avx512(int type, const uint8_t *group0, const uint8_t *group1, int j) {
-    int at;
+    const int at = 16 + j / 2 * 32;            // of Q4_K
     __m512i bytes;
-    switch (type) {
-    case ASTROVL_TYPE_Q4_K:
-        at = 16 + j / 2 * 32;
-        bytes = avl__join_avx512(avl__load32_avx2(group0 + at), avl__load32_avx2(group1 + at));
-        return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
-    default:
+    if (type != ASTROVL_TYPE_Q4_K)
         return avl__join_avx512(avl__block_bytes_avx2(type, group0, (size_t)j), avl__block_bytes_avx2(type, group1, (size_t)j));
-    }
+    bytes = avl__join_avx512(avl__load32_avx2(group0 + at), avl__load32_avx2(group1 + at));
+    return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
 }
 
 // Of four registers of four sums a quarter: their wholes. Lane 4 k + i of what is returned: the whole of quarter k of w[i].
@@ -4666,7 +4662,7 @@ AVL__AVX512 AVL__INLINE void avl__linear_type_avx512(int type, const avl__produc
         const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
         const char *next;
         n_weights = p->n_rows >= 4 && last - out >= 2 ? 2 : 1;
-        next = (const char *)rows + (n_weights == 2 ? 2 * w->row_bytes : (size_t)AVL__AHEAD);
+        next = n_weights == 2 ? avl__next_rows(p, first, last, out, 2) : (const char *)rows + AVL__AHEAD;
         for (r = 0; r < p->n_rows; r += n, next = NULL) {
             const float *x = p->x + (size_t)r * w->n_in;
             float y[4][2];
@@ -6547,21 +6543,25 @@ static void avl__linear_item(void *context, int item, int thread) {
     job->columns(p, first, last < p->w->n_out ? last : p->w->n_out, avl__thread_memory(job->run, thread));
 }
 
+// How many rows there are of the group of activations that begins with row `first`.
+static int avl__group_rows(const avl__product *p, int first) {
+    return p->n_rows - first < p->quants.group ? p->n_rows - first : p->quants.group;
+}
+
 static void avl__quantize_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
     const avl__product *p = job->product;
-    const int group = p->quants.group, first = item / job->n_parts * group, n = p->n_rows - first, part = item % job->n_parts;
-    const int size = (p->quants.n_blocks + job->n_parts - 1) / job->n_parts, left = p->quants.n_blocks - size * part;
+    const int first = item / job->n_parts * p->quants.group, n_blocks = p->quants.n_blocks;
+    const int size = (n_blocks + job->n_parts - 1) / job->n_parts, begin = item % job->n_parts * size;
     (void)thread;
-    job->run->kernels->quantize(p, first, n < group ? n : group, size * part, size * part + (left < size ? left : size));
+    job->run->kernels->quantize(p, first, avl__group_rows(p, first), begin, begin + size < n_blocks ? begin + size : n_blocks);
 }
 
 static void avl__quantize_rests_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
-    const avl__product *p = job->product;
-    const int group = p->quants.group, first = item * group, n = p->n_rows - first;
+    const int first = item * job->product->quants.group;
     (void)thread;
-    job->run->kernels->quantize_rests(p, first, n < group ? n : group);
+    job->run->kernels->quantize_rests(job->product, first, avl__group_rows(job->product, first));
 }
 
 // Rounds x of a job's products. Few rows make few groups, but they may be long.
