@@ -2862,20 +2862,10 @@ AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row,
         (short)avl__half_at(row[6] + at), (short)avl__half_at(row[7] + at)));
 }
 
-// The d and -m of all parts of a super-block of 8 rows: [parts][8 rows], `stride` floats from part to part; `at`: where the super-blocks
-// begin. A row's packed scales are four words; turned, each word of the 8 rows is a register, and its bytes are four parts' scales.
-AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const *row, size_t at, float *d, float *minus_m, int stride) {
-    const __m256i six = _mm256_set1_epi32(0x3F3F3F3F), four = _mm256_set1_epi32(0x0F0F0F0F), two = _mm256_set1_epi32(0x30303030);
-    const int begin = type == ASTROVL_TYPE_Q3_K ? 94 : type == ASTROVL_TYPE_Q6_K ? 192 : 0;
-    const int n = type == ASTROVL_TYPE_Q4_K || type == ASTROVL_TYPE_Q5_K ? 8 : 16;
-    __m256i w[4], t[4], scales[4], mins[4], both;
-    __m256 d_of_row, m_of_row = _mm256_setzero_ps();
-    int i, j;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at + begin), avl__load16_avx2(row[i] + at + begin));
-        if (type == ASTROVL_TYPE_Q3_K) w[i] = _mm256_srli_si256(w[i], 2);                // from byte 96 on, without reading past the block
-    }
+// Four words of 8 rows, in w[i] those of row i and, in its upper half, of row i + 4; turned: w[i] has word i of every row
+AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *w) {
+    __m256i t[4];
+    int i;
     AVL__UNROLL
     for (i = 0; i < 4; i += 2) {
         t[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
@@ -2886,6 +2876,23 @@ AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const
         w[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
         w[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
     }
+}
+
+// The d and -m of all parts of a super-block of 8 rows: [parts][8 rows], `stride` floats from part to part; `at`: where the super-blocks
+// begin. A row's packed scales are four words; turned, each word of the 8 rows is a register, and its bytes are four parts' scales.
+AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const *row, size_t at, float *d, float *minus_m, int stride) {
+    const __m256i six = _mm256_set1_epi32(0x3F3F3F3F), four = _mm256_set1_epi32(0x0F0F0F0F), two = _mm256_set1_epi32(0x30303030);
+    const int begin = type == ASTROVL_TYPE_Q3_K ? 94 : type == ASTROVL_TYPE_Q6_K ? 192 : 0;
+    const int n = type == ASTROVL_TYPE_Q4_K || type == ASTROVL_TYPE_Q5_K ? 8 : 16;
+    __m256i w[4], scales[4], mins[4], both;
+    __m256 d_of_row, m_of_row = _mm256_setzero_ps();
+    int i, j;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at + begin), avl__load16_avx2(row[i] + at + begin));
+        if (type == ASTROVL_TYPE_Q3_K) w[i] = _mm256_srli_si256(w[i], 2);                // from byte 96 on, without reading past the block
+    }
+    avl__turn_words_avx2(w);
     switch (type) {
     case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four parts to a word
         both = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(w[0], _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(w[0], 16)), 0xD8);
@@ -2932,20 +2939,35 @@ AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const
     }
 }
 
-// The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]
+// 8 half-precision numbers of a block, and those of the next if it is wanted, as floats
+AVL__AVX2 AVL__INLINE void avl__store_halves_avx2(__m256i halves, int is_two, float *to) {
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
+    if (is_two) _mm256_storeu_ps(to + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+}
+
+// The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]. Simple blocks begin with them, and
+// are longer than the 16 bytes that are loaded: two blocks' first words, d and m, are turned at a time.
 AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d,
                                                     float *minus_m) {
     const size_t size = avl__group_bytes(type) / 8;
-    int j;
+    int j, r;
     if (avl__is_k_quant(type)) {
         avl__super_scales_avx2(type, row, b / 8 * avl__group_bytes(type), d, minus_m, 8);
         return;
     }
-    for (j = 0; j < n; j++) {
-        const size_t at = size * (b + (size_t)j);
-        _mm256_storeu_ps(d + 8 * j, avl__halves_of_rows_avx2(row, at));
+    for (j = 0; j < n; j += 2) {
+        const int is_two = j + 1 < n;
+        const size_t at = size * (b + (size_t)j), second = is_two ? at + size : at;
+        __m256i v[8];
+        AVL__UNROLL
+        for (r = 0; r < 8; r++) v[r] = _mm256_set_m128i(avl__load16_avx2(row[r] + second), avl__load16_avx2(row[r] + at));
+        AVL__UNROLL
+        for (r = 0; r < 8; r += 2) v[r] = _mm256_unpacklo_epi16(v[r], v[r + 1]);
+        AVL__UNROLL
+        for (r = 0; r < 8; r += 4) v[r] = _mm256_unpacklo_epi32(v[r], v[r + 2]);
+        avl__store_halves_avx2(_mm256_unpacklo_epi64(v[0], v[4]), is_two, d + 8 * j);
         if (avl__block_form_of(type).has_min)
-            _mm256_storeu_ps(minus_m + 8 * j, _mm256_sub_ps(_mm256_setzero_ps(), avl__halves_of_rows_avx2(row, at + 2)));
+            avl__store_halves_avx2(_mm256_xor_si256(_mm256_unpackhi_epi64(v[0], v[4]), _mm256_set1_epi16((short)0x8000)), is_two, minus_m + 8 * j);
     }
 }
 
@@ -3103,6 +3125,21 @@ AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, 
     avl__store_turned_avx2(v[1], to + 256, 32);
 }
 
+// 16 bytes of nibbles of 8 rows, `at` bytes from where the rows begin, turned before they are taken apart: low, high: [4 words][8 rows]
+AVL__AVX2 AVL__INLINE void avl__store_nibbles_avx2(const uint8_t *const *row, size_t at, uint8_t *low, uint8_t *high) {
+    const __m256i four_bits = _mm256_set1_epi8(15);
+    __m256i w[4];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at));
+    avl__turn_words_avx2(w);
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        avl__store32_avx2(low + 32 * i, _mm256_and_si256(w[i], four_bits));
+        avl__store32_avx2(high + 32 * i, _mm256_and_si256(_mm256_srli_epi16(w[i], 4), four_bits));
+    }
+}
+
 // Fills a group of `to` from 8 weight rows, while as much of the 8 that begin at `next` is fetched.
 AVL__AVX2 AVL__INLINE void avl__fill_type_avx2(int type, const uint8_t *const *row, int n_in, const char *next, const avl__words *to) {
     const avl__block_form f = avl__block_form_of(type);
@@ -3116,15 +3153,25 @@ AVL__AVX2 AVL__INLINE void avl__fill_type_avx2(int type, const uint8_t *const *r
             avl__scales_of_rows_avx2(type, row, (size_t)first, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
         for (j = 0; j < n_now; j++) {
             __m256i v[8];
+            uint8_t *u;
             avl__prefetch_bytes(next, step);
             next += step;
             if (avl__in_pairs(type)) {
                 avl__fill_pairs_avx2(type, row, first + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
                 continue;
             }
-            AVL__UNROLL
-            for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(first + j));
-            avl__store_turned_avx2(v, to->u + 256 * (size_t)(b + j), 32);
+            u = to->u + 256 * (size_t)(b + j);
+            if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1)
+                avl__store_nibbles_avx2(row, (size_t)(first + j + 1) * (avl__group_bytes(type) / 8) - 16, u, u + 128);
+            else if (type == ASTROVL_TYPE_Q4_K) {             // whose blocks share bytes two by two
+                const size_t at = (size_t)(first / 8) * avl__group_bytes(type) + 16 + 16 * (size_t)j;
+                if (j % 2 == 0)
+                    for (r = 0; r < 2; r++) avl__store_nibbles_avx2(row, at + 16 * (size_t)r, u + 128 * r, u + 256 + 128 * r);
+            } else {
+                AVL__UNROLL
+                for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(first + j));
+                avl__store_turned_avx2(v, u, 32);
+            }
         }
     }
 }
@@ -3222,10 +3269,10 @@ AVL__AVX2 AVL__INLINE void avl__run_words_avx2(avl__words_form f, const avl__wor
         }
 }
 
-// Many rows of activations meet panels of 32 weight rows in memory. For a few, 8 blocks of the rows at a time lie in the L1 cache, so
+// Many rows of activations meet panels of 32 weight rows in memory. For a few, 16 blocks of the rows at a time lie in the L1 cache, so
 // that weights are fetched while products are made; but those of 8 bits come in panels, which takes them less time.
 AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl__product *p, int first, int last, float *scratch) {
-    const int n_blocks = p->quants.n_blocks, in_slices = p->few && f.run, slice = in_slices ? 8 : n_blocks;
+    const int n_blocks = p->quants.n_blocks, in_slices = p->few && f.run, slice = in_slices ? 16 : n_blocks;
     const size_t eight = 8 * p->w->row_bytes;
     __m256 sum[AVL__PANEL_ROWS / 16 * AVL__FEW_ROWS][2];
     const uint8_t *row[8];
@@ -3546,6 +3593,12 @@ AVL__AVX2 AVL__INLINE __m256 avl__load_halves_avx2(const uint16_t *x, int n) {
     return _mm256_cvtph_ps(avl__load16_avx2(n < 8 ? some : x));
 }
 
+// While 64 columns of a key or value are used: the next 64, of this one or the one after it, and the first lines of the page that follows
+AVL__INLINE void avl__prefetch_rest_avx2(int n, const uint16_t *half, size_t stride) {
+    avl__prefetch_page(half, 2 * stride);
+    if (n == 8) avl__prefetch_bytes((const char *)(half + 64), 128);
+}
+
 // Adds the products of `left` columns of q, at most 8 n, with those of the keys to their scores.
 AVL__AVX2 AVL__INLINE void avl__score_halves_avx2(int n, const float *q, const uint16_t *k, size_t stride, int n_keys, int left, float *scores) {
     __m256 of_q[8];
@@ -3554,6 +3607,7 @@ AVL__AVX2 AVL__INLINE void avl__score_halves_avx2(int n, const float *q, const u
     for (i = 0; i < n; i++) of_q[i] = avl__load_avx2(q + 8 * i, left - 8 * i);
     for (j = 0; j < n_keys; j++, k += stride) {
         __m256 score = _mm256_setzero_ps();
+        avl__prefetch_rest_avx2(n, k, stride);
         AVL__UNROLL
         for (i = 0; i < n; i++) score = _mm256_fmadd_ps(of_q[i], avl__load_halves_avx2(k + 8 * i, left - 8 * i), score);
         scores[j] += avl__add_lanes_avx2(score);
@@ -3566,9 +3620,11 @@ AVL__AVX2 AVL__INLINE void avl__mix_halves_avx2(int n, float *out, const uint16_
     int i, j;
     AVL__UNROLL
     for (i = 0; i < n; i++) sum[i] = avl__load_avx2(out + 8 * i, left - 8 * i);
-    for (j = 0; j < n_keys; j++, v += stride)
+    for (j = 0; j < n_keys; j++, v += stride) {
+        avl__prefetch_rest_avx2(n, v, stride);
         AVL__UNROLL
         for (i = 0; i < n; i++) sum[i] = _mm256_fmadd_ps(_mm256_set1_ps(weights[j]), avl__load_halves_avx2(v + 8 * i, left - 8 * i), sum[i]);
+    }
     AVL__UNROLL
     for (i = 0; i < n; i++) avl__store_avx2(out + 8 * i, left - 8 * i, sum[i]);
 }
@@ -3588,23 +3644,23 @@ AVL__AVX2 static void avl__softmax_avx2(float *x, int n) {
     for (i = 0; i < n; i += 8) avl__store_avx2(x + i, n - i, _mm256_mul_ps(avl__load_avx2(x + i, n - i), sum));
 }
 
-// One query, of an answer being written. 32 keys or values at a time come into the L1 cache as they lie; then 64 columns are taken at
+// One query, of an answer being written. 16 keys or values at a time come into the L1 cache as they lie; then 64 columns are taken at
 // once, as many as have registers.
 AVL__AVX2 static void avl__attend_one_avx2(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys,
                                            int head_dim, float *weights) {
     const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
     int i, j, n;
     memset(weights, 0, (size_t)n_keys * sizeof *weights);
-    for (j = 0; j < n_keys; j += 32, k += 32 * stride) {
-        n = n_keys - j < 32 ? n_keys - j : 32;
+    for (j = 0; j < n_keys; j += 16, k += 16 * stride) {
+        n = n_keys - j < 16 ? n_keys - j : 16;
         for (i = 0; i + 64 <= head_dim; i += 64) avl__score_halves_avx2(8, q + i, k + i, stride, n, 64, weights + j);
         for (; i < head_dim; i += 8) avl__score_halves_avx2(1, q + i, k + i, stride, n, head_dim - i, weights + j);
     }
     for (j = 0; j < n_keys; j++) weights[j] *= scale;
     avl__softmax_avx2(weights, n_keys);
     memset(out, 0, (size_t)head_dim * sizeof *out);
-    for (j = 0; j < n_keys; j += 32, v += 32 * stride) {
-        n = n_keys - j < 32 ? n_keys - j : 32;
+    for (j = 0; j < n_keys; j += 16, v += 16 * stride) {
+        n = n_keys - j < 16 ? n_keys - j : 16;
         for (i = 0; i + 64 <= head_dim; i += 64) avl__mix_halves_avx2(8, out + i, v + i, stride, n, 64, weights + j);
         for (; i < head_dim; i += 8) avl__mix_halves_avx2(1, out + i, v + i, stride, n, head_dim - i, weights + j);
     }
@@ -4506,7 +4562,7 @@ AVL__AVX512 static void avl__multiply_avx512(const avl__product *p, int first, i
 
 // ---- weights that are floats ---------------------------------------------------------------------------------------
 // Integers of 8 bits are too coarse for them. vdpbf16ps multiplies pairs of bfloat16 and adds them up in float32, at half the
-// rate of the integers; activations are rounded to bfloat16 as well (2^-9 of themselves at most). The panel is turned the same
+// rate of the integers; activations are rounded to bfloat16 as well (2^-8 of themselves at most). The panel is turned the same
 // way: a register holds the same two columns of 16 rows. No scales come in between, so twelve rows of activations fill the
 // registers. A processor without it rounds such weights to bytes as if they were Q8_0.
 

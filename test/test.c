@@ -874,7 +874,7 @@ static double test_block_top(const float *x, int begin, int n) {
 // What rounding may change in one product: activations move by half a step of their block of 32, 1 / 254 of its largest value, or by a
 // hundredth of that where the product is fine and the kernels keep so much of it: of all blocks, or, in second pieces, of those whose
 // largest value is above 1.5 times the row's. Weights of the float types move by as much where they are rounded like that; bfloat16
-// changes each by 2^-9 of itself. Beside that float32's own.
+// changes each by 2^-8 of itself. Beside that float32's own.
 static double test_fast_bound(int is_float, int is_fine, int has_pieces, const float *w, const float *x, int n) {
     double bound = 0.0, all_w = 0.0, all_x = 0.0, squares = 0.0;
     int b, i, n_blocks = (n + 31) / 32;
