@@ -3053,6 +3053,27 @@ AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, _
     if (narrow) whole[0] = avl__widen_sums_avx2(f, whole[0]);
 }
 
+// Both for 16 bytes of nibbles of 8 rows, `at` bytes from where the rows begin, with 32 integers at q: two rows to a register, so that
+// half as many are added up.
+AVL__AVX2 AVL__INLINE __m256i avl__nibble_products_avx2(avl__words_form f, const uint8_t *const *row, size_t at, const int8_t *q) {
+    const __m256i four_bits = _mm256_set1_epi8(15), low = _mm256_broadcastsi128_si256(avl__load16_avx2(q));
+    const __m256i high = _mm256_broadcastsi128_si256(avl__load16_avx2(q + 16));
+    const int narrow = avl__is_narrow(f);
+    __m256i v[4];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        const __m256i w = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at));
+        v[i] = avl__add_products_avx2(f, _mm256_setzero_si256(), _mm256_and_si256(w, four_bits), low);
+        v[i] = avl__add_products_avx2(f, v[i], _mm256_and_si256(_mm256_srli_epi16(w, 4), four_bits), high);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 4; i += 2)
+        v[i] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi32(v[i], v[i + 1]), _mm256_unpackhi_epi32(v[i], v[i + 1]));
+    v[0] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi64(v[0], v[2]), _mm256_unpackhi_epi64(v[0], v[2]));
+    return narrow ? avl__widen_sums_avx2(f, v[0]) : v[0];
+}
+
 // sum + (whole + bias) (d e) - minus_m (e sum of q) for one part of a block.  bias, e, e_sum: one value each, of the activations
 AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole, const float *d, const float *minus_m,
                                                 const int32_t *bias, const float *e, const float *e_sum, __m256 sum) {
@@ -3080,11 +3101,15 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_
             const size_t block = first + (size_t)(b + j);
             const int8_t *q_at = x->q + (size_t)q_bytes * block;
             __m256i q[2], v[8], whole[2];
-            q[0] = avl__load32_avx2(q_at);
-            q[1] = f.run ? q[0] : avl__load32_avx2(q_at + 32);
-            AVL__UNROLL
-            for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(f, type, row[r], (size_t)(b + j), q);
-            avl__add_turned_avx2(f, v, whole);
+            if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1)
+                whole[0] = avl__nibble_products_avx2(f, row, (size_t)(b + j + 1) * (avl__group_bytes(type) / 8) - 16, q_at);
+            else {
+                q[0] = avl__load32_avx2(q_at);
+                q[1] = f.run ? q[0] : avl__load32_avx2(q_at + 32);
+                AVL__UNROLL
+                for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(f, type, row[r], (size_t)(b + j), q);
+                avl__add_turned_avx2(f, v, whole);
+            }
             AVL__UNROLL
             for (part = 0; part < f.n_parts; part++) {
                 const int at = 8 * (f.n_parts * j + part);
