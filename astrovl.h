@@ -2637,9 +2637,10 @@ AVL__AVX2 AVL__INLINE __m256i avl__fifth_bits_avx2(const uint8_t *p) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit), _mm256_set1_epi8(16));
 }
 
-// (bytes >> shift) & mask
-AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(const uint8_t *bytes, int shift, int mask) {
-    return _mm256_and_si256(_mm256_srli_epi16(avl__load32_avx2(bytes), shift), _mm256_set1_epi8((char)mask));
+// ((bytes >> from) & mask) << to
+AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(const uint8_t *bytes, int from, int mask, int to) {
+    const __m256i v = avl__load32_avx2(bytes), moved = from < to ? _mm256_slli_epi16(v, to - from) : from > to ? _mm256_srli_epi16(v, from - to) : v;
+    return _mm256_and_si256(moved, _mm256_set1_epi8((char)(mask << to)));
 }
 
 // The bytes u of block b of a weight row (layouts: section [3]).
@@ -2651,18 +2652,18 @@ AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row
     case ASTROVL_TYPE_Q4_1: return avl__nibbles_avx2(row + 20 * b + 4);
     case ASTROVL_TYPE_Q5_0: return _mm256_or_si256(avl__nibbles_avx2(row + 22 * b + 6), avl__fifth_bits_avx2(row + 22 * b + 2));
     case ASTROVL_TYPE_Q5_1: return _mm256_or_si256(avl__nibbles_avx2(row + 24 * b + 8), avl__fifth_bits_avx2(row + 24 * b + 4));
-    case ASTROVL_TYPE_Q2_K: return avl__bits_avx2(row + b / 8 * 84 + 16 + j / 4 * 32, j % 4 * 2, 3);
+    case ASTROVL_TYPE_Q2_K: return avl__bits_avx2(row + b / 8 * 84 + 16 + j / 4 * 32, j % 4 * 2, 3, 0);
     case ASTROVL_TYPE_Q3_K:
         s = row + b / 8 * 110;
-        return _mm256_or_si256(avl__bits_avx2(s + 32 + j / 4 * 32, j % 4 * 2, 3), _mm256_slli_epi16(avl__bits_avx2(s, j, 1), 2));
-    case ASTROVL_TYPE_Q4_K: return avl__bits_avx2(row + b / 8 * 144 + 16 + j / 2 * 32, j % 2 * 4, 15);
+        return _mm256_or_si256(avl__bits_avx2(s + 32 + j / 4 * 32, j % 4 * 2, 3, 0), avl__bits_avx2(s, j, 1, 2));
+    case ASTROVL_TYPE_Q4_K: return avl__bits_avx2(row + b / 8 * 144 + 16 + j / 2 * 32, j % 2 * 4, 15, 0);
     case ASTROVL_TYPE_Q5_K:
         s = row + b / 8 * 176;
-        return _mm256_or_si256(avl__bits_avx2(s + 48 + j / 2 * 32, j % 2 * 4, 15), _mm256_slli_epi16(avl__bits_avx2(s + 16, j, 1), 4));
+        return _mm256_or_si256(avl__bits_avx2(s + 48 + j / 2 * 32, j % 2 * 4, 15, 0), avl__bits_avx2(s + 16, j, 1, 4));
     case ASTROVL_TYPE_Q6_K:
         s = row + b / 8 * 210;
-        return _mm256_or_si256(avl__bits_avx2(s + j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15),
-                               _mm256_slli_epi16(avl__bits_avx2(s + 128 + j / 4 * 32, j % 4 * 2, 3), 4));
+        return _mm256_or_si256(avl__bits_avx2(s + j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15, 0),
+                               avl__bits_avx2(s + 128 + j / 4 * 32, j % 4 * 2, 3, 4));
     default: return _mm256_xor_si256(avl__load32_avx2(row + 34 * b + 2), _mm256_set1_epi8((char)0x80));   // Q8_0: q + 128
     }
 }
@@ -3083,41 +3084,51 @@ AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole
     return f.has_min ? _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m), _mm256_set1_ps(*e_sum), sum) : sum;
 }
 
+// Block b of 8 weight rows as they lie, whose scales are d and minus_m, times block x_block of the activations, added to sum
+AVL__AVX2 AVL__INLINE __m256 avl__add_block_avx2(avl__words_form f, int type, const uint8_t *const *row, size_t b, const float *d,
+                                                 const float *minus_m, const avl__quants *x, size_t x_block, __m256 sum) {
+    const int8_t *q_at = x->q + (size_t)(f.run ? 32 : 64) * x_block;
+    __m256i q[2], v[8], whole[2];
+    int r, part;
+    if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1)
+        whole[0] = avl__nibble_products_avx2(f, row, (b + 1) * (avl__group_bytes(type) / 8) - 16, q_at);
+    else {
+        q[0] = avl__load32_avx2(q_at);
+        q[1] = f.run ? q[0] : avl__load32_avx2(q_at + 32);
+        AVL__UNROLL
+        for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(f, type, row[r], b, q);
+        avl__add_turned_avx2(f, v, whole);
+    }
+    AVL__UNROLL
+    for (part = 0; part < f.n_parts; part++) {
+        const size_t x_at = x_block * f.n_parts + (size_t)part;
+        sum = avl__add_part_avx2(f, whole[part], d + 8 * part, minus_m + 8 * part, x->bias + x_at, x->scale + x_block, x->sum + x_at, sum);
+    }
+    return sum;
+}
+
 // 8 weight rows as they lie times a row of the activations, while as many are fetched from `next` on.
 AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_t *const *row, const char *next, const avl__quants *x,
                                                 int x_row) {
     const avl__words_form f = avl__words_form_of(type, vnni);
     const size_t first = (size_t)x_row * (size_t)x->n_blocks;
-    const int q_bytes = f.run ? 32 : 64;
     __m256 sum = _mm256_setzero_ps();
     float d[128], minus_m[128];
-    int b, j, r, part;
+    int b, j;
     for (b = 0; b < x->n_blocks; b += 8) {
         const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
         avl__prefetch_bytes(next, 8 * avl__group_bytes(type));
         next += 8 * avl__group_bytes(type);
         avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, minus_m);
-        for (j = 0; j < n_now; j++) {
-            const size_t block = first + (size_t)(b + j);
-            const int8_t *q_at = x->q + (size_t)q_bytes * block;
-            __m256i q[2], v[8], whole[2];
-            if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1)
-                whole[0] = avl__nibble_products_avx2(f, row, (size_t)(b + j + 1) * (avl__group_bytes(type) / 8) - 16, q_at);
-            else {
-                q[0] = avl__load32_avx2(q_at);
-                q[1] = f.run ? q[0] : avl__load32_avx2(q_at + 32);
-                AVL__UNROLL
-                for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(f, type, row[r], (size_t)(b + j), q);
-                avl__add_turned_avx2(f, v, whole);
-            }
+        if (avl__is_k_quant(type)) {             // code for each of a super-block's eight: each is unpacked by shifts of its own
             AVL__UNROLL
-            for (part = 0; part < f.n_parts; part++) {
-                const int at = 8 * (f.n_parts * j + part);
-                const size_t x_at = block * f.n_parts + (size_t)part;
-                sum = avl__add_part_avx2(f, whole[part], d + at, minus_m + at, x->bias + x_at, x->scale + block, x->sum + x_at,
-                                         sum);
+            for (j = 0; j < 8; j++) {
+                const size_t block = (size_t)b / 8 * 8 + (size_t)j;              // so that compilers see which it is
+                sum = avl__add_block_avx2(f, type, row, block, d + 8 * f.n_parts * j, minus_m + 8 * f.n_parts * j, x, first + block, sum);
             }
-        }
+        } else
+            for (j = 0; j < n_now; j++)
+                sum = avl__add_block_avx2(f, type, row, (size_t)(b + j), d + 8 * j, minus_m + 8 * j, x, first + (size_t)(b + j), sum);
     }
     return sum;
 }
