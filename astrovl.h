@@ -2705,23 +2705,32 @@ AVL__INLINE const char *avl__next_lines(const avl__product *p, const void *panel
     return at + lines <= AVL__PANEL_ROWS * p->w->row_bytes ? next + at : (const char *)panel;
 }
 
+// Turns the words of four registers in each half: w[i] gets word i of the lower halves of the four, and of the upper ones above it. If w[i]
+// has four words of row i and, above, of row i + 4, it then has word i of 8 rows.
+AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *w) {
+    __m256i t[4];
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < 4; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
+    }
+    AVL__UNROLL
+    for (i = 0; i < 2; i++) {
+        w[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        w[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    }
+}
+
 // Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
 AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(const __m256i *v, void *to, int stride) {
     uint8_t *at = (uint8_t *)to;
-    __m256i t[8], u[8];
+    __m256i u[8];
     int i;
     AVL__UNROLL
-    for (i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 8; i += 4) {
-        u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
+    for (i = 0; i < 8; i++) u[i] = v[i];
+    avl__turn_words_avx2(u);
+    avl__turn_words_avx2(u + 4);
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
         avl__store32_avx2(at + stride * i, _mm256_permute2x128_si256(u[i], u[i + 4], 0x20));
@@ -2861,22 +2870,6 @@ AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row,
         (short)avl__half_at(row[0] + at), (short)avl__half_at(row[1] + at), (short)avl__half_at(row[2] + at),
         (short)avl__half_at(row[3] + at), (short)avl__half_at(row[4] + at), (short)avl__half_at(row[5] + at),
         (short)avl__half_at(row[6] + at), (short)avl__half_at(row[7] + at)));
-}
-
-// Four words of 8 rows, in w[i] those of row i and, in its upper half, of row i + 4; turned: w[i] has word i of every row
-AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *w) {
-    __m256i t[4];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 2; i++) {
-        w[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        w[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    }
 }
 
 // The d and -m of all parts of a super-block of 8 rows: [parts][8 rows], `stride` floats from part to part; `at`: where the super-blocks
