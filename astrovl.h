@@ -2864,23 +2864,26 @@ AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n
         }
 }
 
-// The half-precision numbers at byte `at` of 8 rows
-AVL__AVX2 AVL__INLINE __m256 avl__halves_of_rows_avx2(const uint8_t *const *row, size_t at) {
-    return _mm256_cvtph_ps(_mm_setr_epi16(
-        (short)avl__half_at(row[0] + at), (short)avl__half_at(row[1] + at), (short)avl__half_at(row[2] + at),
-        (short)avl__half_at(row[3] + at), (short)avl__half_at(row[4] + at), (short)avl__half_at(row[5] + at),
-        (short)avl__half_at(row[6] + at), (short)avl__half_at(row[7] + at)));
+// The words at byte `at` of 8 rows
+AVL__AVX2 AVL__INLINE __m256i avl__words_of_rows_avx2(const uint8_t *const *row, size_t at) {
+    return _mm256_setr_epi32((int)avl__word_at(row[0] + at), (int)avl__word_at(row[1] + at), (int)avl__word_at(row[2] + at),
+                             (int)avl__word_at(row[3] + at), (int)avl__word_at(row[4] + at), (int)avl__word_at(row[5] + at),
+                             (int)avl__word_at(row[6] + at), (int)avl__word_at(row[7] + at));
 }
 
-// The d and -m of all parts of a super-block of 8 rows: [parts][8 rows], `stride` floats from part to part; `at`: where the super-blocks
-// begin. A row's packed scales are four words; turned, each word of the 8 rows is a register, and its bytes are four parts' scales.
-AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const *row, size_t at, float *d, float *minus_m, int stride) {
+// The scales of a super-block of 8 rows. A part's d is d * its scale, and its -m is m * its min; of `scales`, which have a sign, and `mins`
+// a lane holds its row's for four parts, a byte each.
+typedef struct avl__super_avx2 {
+    __m256i scales[4], mins[4];
+    __m256  d, m;
+} avl__super_avx2;
+
+// `at`: where the rows' super-blocks begin. A row's packed scales are four words; they are turned before they are unpacked.
+AVL__AVX2 AVL__INLINE void avl__unpack_super_avx2(int type, const uint8_t *const *row, size_t at, avl__super_avx2 *s) {
     const __m256i six = _mm256_set1_epi32(0x3F3F3F3F), four = _mm256_set1_epi32(0x0F0F0F0F), two = _mm256_set1_epi32(0x30303030);
     const int begin = type == ASTROVL_TYPE_Q3_K ? 94 : type == ASTROVL_TYPE_Q6_K ? 192 : 0;
-    const int n = type == ASTROVL_TYPE_Q4_K || type == ASTROVL_TYPE_Q5_K ? 8 : 16;
-    __m256i w[4], scales[4], mins[4], both;
-    __m256 d_of_row, m_of_row = _mm256_setzero_ps();
-    int i, j;
+    __m256i w[4], halves;
+    int i;
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
         w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at + begin), avl__load16_avx2(row[i] + at + begin));
@@ -2889,47 +2892,59 @@ AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const
     avl__turn_words_avx2(w);
     switch (type) {
     case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four parts to a word
-        both = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(w[0], _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(w[0], 16)), 0xD8);
-        d_of_row = _mm256_cvtph_ps(_mm256_castsi256_si128(both));
-        m_of_row = _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
-        scales[0] = _mm256_and_si256(w[1], six);
-        scales[1] = _mm256_or_si256(_mm256_and_si256(w[3], four), _mm256_and_si256(_mm256_srli_epi32(w[1], 2), two));
-        mins[0] = _mm256_and_si256(w[2], six);
-        mins[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(w[3], 4), four), _mm256_and_si256(_mm256_srli_epi32(w[2], 2), two));
+        halves = w[0];
+        s->scales[0] = _mm256_and_si256(w[1], six);
+        s->scales[1] = _mm256_or_si256(_mm256_and_si256(w[3], four), _mm256_and_si256(_mm256_srli_epi32(w[1], 2), two));
+        s->mins[0] = _mm256_and_si256(w[2], six);
+        s->mins[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(w[3], 4), four), _mm256_and_si256(_mm256_srli_epi32(w[2], 2), two));
         break;
     case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale
-        both = _mm256_and_si256(w[3], _mm256_set1_epi32(0xFFFF));
-        d_of_row = _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(both, both), 0xD8)));
+        halves = w[3];
         AVL__UNROLL
         for (i = 0; i < 4; i++) {
             const __m256i low = _mm256_and_si256(_mm256_srli_epi32(w[i % 2], i / 2 * 4), four);
             const __m256i high = _mm256_and_si256(i < 2 ? _mm256_slli_epi32(w[2], 4 - 2 * i) : _mm256_srli_epi32(w[2], 2 * i - 4), two);
-            scales[i] = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
+            s->scales[i] = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
         }
         break;
-    default:                                                  // Q2_K, Q6_K
-        d_of_row = avl__halves_of_rows_avx2(row, at + (type == ASTROVL_TYPE_Q2_K ? 80 : 208));
-        if (type == ASTROVL_TYPE_Q2_K) m_of_row = avl__halves_of_rows_avx2(row, at + 82);
+    default:                                                  // Q2_K: d and m come last, Q6_K: d does
+        halves = avl__words_of_rows_avx2(row, at + (type == ASTROVL_TYPE_Q2_K ? 80 : 206));
+        if (type == ASTROVL_TYPE_Q6_K) halves = _mm256_srli_epi32(halves, 16);
         AVL__UNROLL
         for (i = 0; i < 4; i++) {
-            scales[i] = type == ASTROVL_TYPE_Q2_K ? _mm256_and_si256(w[i], four) : w[i];
-            mins[i] = _mm256_and_si256(_mm256_srli_epi32(w[i], 4), four);
+            s->scales[i] = type == ASTROVL_TYPE_Q2_K ? _mm256_and_si256(w[i], four) : w[i];
+            s->mins[i] = _mm256_and_si256(_mm256_srli_epi32(w[i], 4), four);
         }
         break;
     }
+    halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(halves, _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(halves, 16)), 0xD8);
+    s->d = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    s->m = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
+
+// Do scales have a sign?
+AVL__INLINE int avl__has_signs(int type) { return type == ASTROVL_TYPE_Q3_K || type == ASTROVL_TYPE_Q6_K; }
+
+// The scales or mins of one part, times the rows' d or m
+AVL__AVX2 AVL__INLINE __m256 avl__scale_of_part_avx2(int has_signs, const __m256i *bytes, int part, __m256 d) {
+    const __m256i four = bytes[part / 4];
+    const int from = part % 4 * 8;
+    const __m256i one = has_signs ? _mm256_srai_epi32(_mm256_slli_epi32(four, 24 - from), 24)
+                                  : _mm256_and_si256(_mm256_srli_epi32(four, from), _mm256_set1_epi32(255));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(one), d);
+}
+
+// The d and -m of all parts of a super-block of 8 rows: [parts][8 rows], `stride` floats from part to part
+AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const *row, size_t at, float *d, float *minus_m, int stride) {
+    const avl__block_form f = avl__block_form_of(type);
+    avl__super_avx2 s;
+    int part;
+    avl__unpack_super_avx2(type, row, at, &s);
     AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        const int has_min = type != ASTROVL_TYPE_Q3_K && type != ASTROVL_TYPE_Q6_K;
-        if (4 * i >= n) break;
-        AVL__UNROLL
-        for (j = 0; j < 4; j++) {                             // byte j of every lane, with its sign
-            const __m256i scale = _mm256_srai_epi32(_mm256_slli_epi32(scales[i], 24 - 8 * j), 24);
-            _mm256_storeu_ps(d + stride * (4 * i + j), _mm256_mul_ps(_mm256_cvtepi32_ps(scale), d_of_row));
-            if (has_min) {
-                const __m256i min = _mm256_srai_epi32(_mm256_slli_epi32(mins[i], 24 - 8 * j), 24);
-                _mm256_storeu_ps(minus_m + stride * (4 * i + j), _mm256_mul_ps(_mm256_cvtepi32_ps(min), m_of_row));
-            }
-        }
+    for (part = 0; part < 16; part++) {
+        if (part >= 8 * f.n_parts) continue;
+        _mm256_storeu_ps(d + stride * part, avl__scale_of_part_avx2(avl__has_signs(type), s.scales, part, s.d));
+        if (f.has_min) _mm256_storeu_ps(minus_m + stride * part, avl__scale_of_part_avx2(0, s.mins, part, s.m));
     }
 }
 
@@ -3956,13 +3971,14 @@ AVL__AVX512 AVL__INLINE void avl__turn_bytes_avx512(const uint8_t *const *row, s
     avl__turn_words_avx512(row, at + 16, out + 4);
 }
 
-// Out of each byte of eight turned words the bits of mask << shift, moved to bit `to`; added to out
-AVL__AVX512 AVL__INLINE void avl__add_bits_avx512(const __m512i *turned, int shift, int mask, int to, __m512i *out) {
+// avl__bits_avx2 of eight turned words, added to out
+AVL__AVX512 AVL__INLINE void avl__add_bits_avx512(const __m512i *turned, int from, int mask, int to, __m512i *out) {
+    const __m512i bits = _mm512_set1_epi8((char)(mask << to));
     int i;
     AVL__UNROLL
     for (i = 0; i < 8; i++) {
-        const __m512i bits = _mm512_and_si512(_mm512_srl_epi16(turned[i], _mm_cvtsi32_si128(shift)), _mm512_set1_epi8((char)mask));
-        out[i] = _mm512_or_si512(out[i], _mm512_slli_epi16(bits, to));
+        const __m512i v = turned[i], moved = from < to ? _mm512_slli_epi16(v, (unsigned)(to - from)) : _mm512_srli_epi16(v, (unsigned)(from - to));
+        out[i] = _mm512_or_si512(out[i], _mm512_and_si512(moved, bits));
     }
 }
 
@@ -4170,16 +4186,6 @@ AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__pr
 
 // ---- weights as they lie: a row or two ------------------------------------------------------------------------------
 
-// The bytes of block j of two groups of eight blocks, side by side
-AVL__AVX512 AVL__INLINE __m512i avl__two_blocks_avx512(int type, const uint8_t *group0, const uint8_t *group1, int j) {
-    const int at = 16 + j / 2 * 32;            // of Q4_K
-    __m512i bytes;
-    if (type != ASTROVL_TYPE_Q4_K)
-        return avl__join_avx512(avl__block_bytes_avx2(type, group0, (size_t)j), avl__block_bytes_avx2(type, group1, (size_t)j));
-    bytes = avl__join_avx512(avl__load32_avx2(group0 + at), avl__load32_avx2(group1 + at));
-    return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
-}
-
 // Of four registers of four sums a quarter: their wholes. Lane 4 k + i of what is returned: the whole of quarter k of w[i].
 AVL__AVX512 AVL__INLINE __m512i avl__add_up_avx512(const __m512i *w) {
     const __m512i w01 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[0], w[1]));
@@ -4187,74 +4193,59 @@ AVL__AVX512 AVL__INLINE __m512i avl__add_up_avx512(const __m512i *w) {
     return _mm512_add_epi32(_mm512_unpacklo_epi64(w01, w23), _mm512_unpackhi_epi64(w01, w23));
 }
 
-// One block of eight rows, whose products with x start from `start`: lanes 0 to 3 the first halves of rows 0 to 3, lanes 4 to 7 the
+// Block j of eight rows of Q8_0 times x, sums starting from `start`: lanes 0 to 3 the first halves of rows 0 to 3, lanes 4 to 7 the
 // second, and so on with rows 4 to 7.
-AVL__AVX512 AVL__INLINE __m512i avl__half_columns_avx512(int type, const uint8_t *const *row, int j, __m512i x, __m512i start) {
+AVL__AVX512 AVL__INLINE __m512i avl__half_columns_avx512(const uint8_t *const *row, int j, __m512i x, __m512i start) {
+    const size_t b = (size_t)j;
     __m512i w[4];
     int r;
     AVL__UNROLL
-    for (r = 0; r < 4; r++) w[r] = _mm512_dpbusd_epi32(start, avl__two_blocks_avx512(type, row[r], row[r + 4], j), x);
+    for (r = 0; r < 4; r++)
+        w[r] = _mm512_dpbusd_epi32(start, avl__join_avx512(avl__block_bytes_avx2(ASTROVL_TYPE_Q8_0, row[r], b),
+                                                           avl__block_bytes_avx2(ASTROVL_TYPE_Q8_0, row[r + 4], b)), x);
     return avl__add_up_avx512(w);
 }
 
-// The two registers of sums, one after the other, that blocks j and k of eight rows make with q, those of the activations: block j's
-// rows, then block k's; of types in two parts (where k is not looked at) the first parts of block j, then the second.
-AVL__AVX512 AVL__INLINE __m512i avl__two_columns_avx512(int type, const uint8_t *const *row, int j, int k, const int8_t *q,
-                                                        const int32_t *bias) {
-    const avl__block_form f = avl__block_form_of(type);
-    const __m256i x0 = avl__load32_avx2(q + 32 * j), x1 = avl__load32_avx2(q + 32 * k);
-    __m512i start = _mm512_setzero_si512(), other = start;      // the first sum of one quarter of a row starts from its offset
-    if (f.n_parts == 2) {
-        if (f.offset) start = _mm512_maskz_broadcast_i32x2(0x2121, _mm_loadl_epi64((const __m128i *)(const void *)(bias + 2 * j)));
-        start = avl__half_columns_avx512(type, row, j, _mm512_broadcast_i64x4(x0), start);
-        return _mm512_shuffle_i32x4(start, start, _MM_SHUFFLE(3, 1, 2, 0));
-    }
-    if (f.offset) start = _mm512_maskz_set1_epi32(0x0101, bias[j]), other = _mm512_maskz_set1_epi32(0x0101, bias[k]);
-    start = avl__half_columns_avx512(type, row, j, _mm512_broadcast_i64x4(x0), start);
-    other = avl__half_columns_avx512(type, row, k, _mm512_broadcast_i64x4(x1), other);
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(start, other, _MM_SHUFFLE(2, 0, 2, 0)), _mm512_shuffle_i32x4(start, other, _MM_SHUFFLE(3, 1, 3, 1)));
+// The sums that blocks j and k of eight rows of Q8_0 make with q, those of the activations: block j's rows, then block k's
+AVL__AVX512 AVL__INLINE __m512i avl__two_columns_avx512(const uint8_t *const *row, int j, int k, const int8_t *q, const int32_t *bias) {
+    // the first sum of one quarter of a row starts from its offset
+    const __m512i start = _mm512_maskz_set1_epi32(0x0101, bias[j]), other = _mm512_maskz_set1_epi32(0x0101, bias[k]);
+    const __m512i v = avl__half_columns_avx512(row, j, _mm512_broadcast_i64x4(avl__load32_avx2(q + 32 * j)), start);
+    const __m512i u = avl__half_columns_avx512(row, k, _mm512_broadcast_i64x4(avl__load32_avx2(q + 32 * k)), other);
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(v, u, _MM_SHUFFLE(2, 0, 2, 0)), _mm512_shuffle_i32x4(v, u, _MM_SHUFFLE(3, 1, 3, 1)));
 }
 
-// n (at most 8) blocks of eight weight rows, which lie row_bytes apart, times those of a row of the activations: returns sum and
+// n (at most 8) blocks of eight weight rows of Q8_0, which lie row_bytes apart, times those of a row of the activations: returns sum and
 // that. Every block's sum is made whole while it is an integer; from there on these are a panel's operations in a panel's order.
 // next: what is to be fetched meanwhile, as much as these blocks take; of a second piece (is_rest) nothing, and pairs of blocks are left
 // out that have none of those in `wanted`: they are zeros in x
-AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int type, int is_rest, const uint8_t *group, size_t row_bytes, int n, const char *next,
+AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int is_rest, const uint8_t *group, size_t row_bytes, int n, const char *next,
                                                      unsigned wanted, const avl__quants *x, size_t at, __m256 sum) {
-    const size_t group_bytes = avl__group_bytes(type);
-    const avl__block_form f = avl__block_form_of(type);
-    const float *scale = x->scale + at, *sums = x->sum + at * f.n_parts;
-    const int step = 2 / f.n_parts;            // blocks that fill two registers
+    const size_t group_bytes = avl__group_bytes(ASTROVL_TYPE_Q8_0);
     const uint8_t *row[8];
-    float d[16][8], minus_m[16][8];            // [8 n_parts][rows]
-    int j, i, part, turn;
+    float d[8][8];                             // [blocks][rows]
+    int j, i;
     size_t line;
     AVL__UNROLL
     for (i = 0; i < 8; i++) row[i] = group + (size_t)i * row_bytes;
-    avl__group_scales_avx512(type, row, 0, n, d[0], minus_m[0], 8);
+    avl__group_scales_avx512(ASTROVL_TYPE_Q8_0, row, 0, n, d[0], NULL, 8);
     AVL__UNROLL
-    for (turn = 0; turn < 8; turn++) {
+    for (j = 0; j < 8; j += 2) {
         __m512 whole;
-        j = step * turn;
-        if (j >= 8 || j >= n) break;
-        if (is_rest && !(wanted >> j & 3)) continue;
+        if (j >= n || (is_rest && !(wanted >> j & 3))) continue;
         AVL__UNROLL
         for (i = 0; i < 16; i++) {
             line = ((size_t)j * group_bytes + 63) / 64 * 64 + 64 * (size_t)i;
-            if (is_rest || line >= (size_t)(j + step) * group_bytes) break;
+            if (is_rest || line >= (size_t)(j + 2) * group_bytes) break;
             _mm_prefetch(next + line, _MM_HINT_T1);
         }
-        whole = _mm512_cvtepi32_ps(avl__two_columns_avx512(type, row, j, j + step - 1 < n ? j + step - 1 : j, x->q + 32 * at,
-                                                           x->bias + at * f.n_parts));
+        whole = _mm512_cvtepi32_ps(avl__two_columns_avx512(row, j, j + 1 < n ? j + 1 : j, x->q + 32 * at, x->bias + at));
         AVL__UNROLL
         for (i = 0; i < 2; i++) {
-            const int block = j + i / f.n_parts;
             __m256 de;
-            part = f.n_parts * j + i;
-            if (block >= n) break;
-            de = _mm256_mul_ps(_mm256_loadu_ps(d[part]), _mm256_set1_ps(scale[block]));
+            if (j + i >= n) break;
+            de = _mm256_mul_ps(_mm256_loadu_ps(d[j + i]), _mm256_set1_ps(x->scale[at + (size_t)(j + i)]));
             sum = _mm256_fmadd_ps(i ? _mm512_extractf32x8_ps(whole, 1) : _mm512_castps512_ps256(whole), de, sum);
-            if (f.has_min) sum = _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m[part]), _mm256_set1_ps(sums[part]), sum);
         }
     }
     return sum;
@@ -4412,20 +4403,20 @@ AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *row
     if (avl__has_nibbles(type)) return avl__dot_nibbles_avx512(type, rows, row_bytes, next, x, row);
     for (b = 0; b < x->n_blocks; b += 8, rows += group_bytes, next += 8 * group_bytes) {
         avl__prefetch_page(next, 8 * group_bytes);
-        sum = avl__dot_group_avx512(type, 0, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, next, 0, x,
+        sum = avl__dot_group_avx512(0, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, next, 0, x,
                                     (size_t)row * (size_t)x->n_blocks + (size_t)b, sum);
     }
     return sum;
 }
 
 // The same of the row's second piece, which has few blocks
-AVL__AVX512 AVL__INLINE __m256 avl__dot_rests_avx512(int type, const uint8_t *rows, size_t row_bytes, const avl__quants *x, int row) {
+AVL__AVX512 AVL__INLINE __m256 avl__dot_rests_avx512(const uint8_t *rows, size_t row_bytes, const avl__quants *x, int row) {
     const int32_t *list = x->rests + (size_t)row * (1 + (size_t)x->n_blocks), *rests = list + 1, *end = rests + *list;
     __m256 sum = _mm256_setzero_ps();
     while (rests < end) {
         const int b = *rests / 8 * 8, n = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
         const unsigned wanted = avl__take_rests(&rests, end, b);
-        sum = avl__dot_group_avx512(type, 1, rows + (size_t)(b / 8) * avl__group_bytes(type), row_bytes, n, NULL, wanted, x,
+        sum = avl__dot_group_avx512(1, rows + (size_t)(b / 8) * avl__group_bytes(ASTROVL_TYPE_Q8_0), row_bytes, n, NULL, wanted, x,
                                     (size_t)(x->n_groups + row) * (size_t)x->n_blocks + (size_t)b, sum);
     }
     return sum;
@@ -4444,7 +4435,7 @@ AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__prod
             __m256 sum = avl__dot_rows_avx512(type, rows, row_bytes, avl__next_rows(p, first, last, out, 8), &p->quants, r);
             if (w->bias) sum = _mm256_add_ps(sum, _mm256_maskz_loadu_ps(lanes, w->bias + out));
             if (type == ASTROVL_TYPE_Q8_0 && p->quants.n_pieces == 2)
-                sum = _mm256_add_ps(avl__dot_rests_avx512(type, rows, row_bytes, &p->quants, r), sum);
+                sum = _mm256_add_ps(avl__dot_rests_avx512(rows, row_bytes, &p->quants, r), sum);
             _mm256_mask_storeu_ps(p->y + (size_t)r * w->n_out + out, lanes, sum);
         }
     }
@@ -4457,22 +4448,111 @@ AVL__AVX512 AVL__INLINE __m512i avl__add_word_avx512(__m512i sum, __m512i w, con
     return sum;
 }
 
+// Block `at` of the activations, counted through all groups of n rows, times a block of 16 weight rows, turned: added to sum [n].
+// d, minus_m: the block's, [n_parts]
+AVL__AVX512 AVL__INLINE void avl__add_turned_avx512(int type, int n, const __m512i *v, const __m512 *d, const __m512 *minus_m,
+                                                    const avl__quants *x, size_t at, __m512 *sum) {
+    const avl__block_form f = avl__block_form_of(type);
+    const size_t at_part = (size_t)n * at * f.n_parts;
+    const int8_t *q = x->q + 32 * (size_t)n * at;
+    const float *scale = x->scale + (size_t)n * at, *sums = x->sum + at_part;
+    const int32_t *bias = x->bias + at_part;
+    const int n_words = 8 / f.n_parts;
+    __m512i whole[AVL__FEW_ROWS];                              // side by side: one alone would wait four cycles for each of its products
+    int part, i, r;
+    AVL__UNROLL
+    for (part = 0; part < f.n_parts; part++) {
+        AVL__UNROLL
+        for (r = 0; r < n; r++) whole[r] = f.offset ? _mm512_set1_epi32(bias[n * part + r]) : _mm512_setzero_si512();
+        AVL__UNROLL
+        for (i = n_words * part; i < n_words * (part + 1); i++)
+            AVL__UNROLL
+            for (r = 0; r < n; r++) whole[r] = avl__add_word_avx512(whole[r], v[i], q + 4 * (n * i + r));
+        AVL__UNROLL
+        for (r = 0; r < n; r++) {
+            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r]), _mm512_mul_ps(d[part], _mm512_set1_ps(scale[r])), sum[r]);
+            if (f.has_min) sum[r] = _mm512_fnmadd_ps(minus_m[part], _mm512_set1_ps(sums[n * part + r]), sum[r]);
+        }
+    }
+}
+
+// avl__scale_of_part_avx2 of 16 rows
+AVL__AVX512 AVL__INLINE __m512 avl__scale_of_part_avx512(int has_signs, const __m512i *bytes, int part, __m512 d) {
+    const __m512i four = bytes[part / 4];
+    const unsigned from = (unsigned)part % 4 * 8;
+    const __m512i one = has_signs ? _mm512_srai_epi32(_mm512_slli_epi32(four, 24 - from), 24)
+                                  : _mm512_and_si512(_mm512_srli_epi32(four, from), _mm512_set1_epi32(255));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(one), d);
+}
+
+// 16 weight rows of a K-quant times a row of the activations, while the next 16 are fetched from `next` on. Blocks of a super-block share
+// bytes, so turning these takes fewer shuffles than adding up every block's sums does.
+AVL__AVX512 AVL__INLINE __m512 avl__dot_super_avx512(int type, const uint8_t *const *row, const char *next, const avl__quants *x, int x_row) {
+    const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
+    const avl__block_form f = avl__block_form_of(type);
+    __m512i kept[3][8], scales[4], mins[4];
+    __m512 sum = _mm512_setzero_ps();
+    int b, j, i;
+    for (b = 0; b < x->n_blocks; b += 8) {
+        avl__super_avx2 s[2];
+        __m512 d, m;
+        for (i = 0; i < 2; i++) avl__unpack_super_avx2(type, row + 8 * i, (size_t)(b / 8) * avl__group_bytes(type), &s[i]);
+        AVL__UNROLL
+        for (i = 0; i < 4; i++) {
+            scales[i] = avl__join_avx512(s[0].scales[i], s[1].scales[i]);
+            mins[i] = avl__join_avx512(s[0].mins[i], s[1].mins[i]);
+        }
+        d = _mm512_insertf32x8(_mm512_castps256_ps512(s[0].d), s[1].d, 1);
+        m = _mm512_insertf32x8(_mm512_castps256_ps512(s[0].m), s[1].m, 1);
+        AVL__UNROLL
+        for (j = 0; j < 8; j++) {
+            const size_t block = (size_t)b / 8 * 8 + (size_t)j;               // so that compilers see which of the eight it is
+            __m512 d_now[2], m_now[2];
+            __m512i v[8];
+            avl__prefetch_bytes(next, step);
+            next += step;
+            avl__turned_block_avx512(type, row, block, kept, v);
+            AVL__UNROLL
+            for (i = 0; i < f.n_parts; i++) {
+                d_now[i] = avl__scale_of_part_avx512(avl__has_signs(type), scales, f.n_parts * j + i, d);
+                m_now[i] = f.has_min ? avl__scale_of_part_avx512(0, mins, f.n_parts * j + i, m) : _mm512_setzero_ps();
+            }
+            avl__add_turned_avx512(type, 1, v, d_now, m_now, x, (size_t)x_row * (size_t)x->n_blocks + block, &sum);
+        }
+    }
+    return sum;
+}
+
+AVL__AVX512 AVL__INLINE void avl__multiply_super_avx512(int type, const avl__product *p, int first, int last) {
+    const avl__linear *w = p->w;
+    const uint8_t *row[16];
+    int out, r;
+    for (out = first; out < last; out += 16) {
+        const __mmask16 lanes = avl__lanes_avx512(last - out);
+        avl__eight_rows(w, out, last - out, row);
+        avl__eight_rows(w, out + 8, last - out - 8, row + 8);
+        for (r = 0; r < p->n_rows; r++) {
+            __m512 sum = avl__dot_super_avx512(type, row, avl__next_rows(p, first, last, out, 16), &p->quants, r);
+            if (w->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, w->bias + out));
+            _mm512_mask_storeu_ps(p->y + (size_t)r * w->n_out + out, lanes, sum);
+        }
+    }
+}
+
 // Three to eight rows, of answers that are written together, are still too few to be worth a panel in memory: each block of 16 weight
 // rows is turned as for one, but stays in eight registers until it has met them all. The operations are a panel's.
 // 16 weight rows times the rows of the activations (those that are not there give nothing of sense) or their second pieces (is_rest); as
 // much is fetched from `next` on, with the former.  sum: out, [AVL__FEW_ROWS]
 AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, int is_rest, const uint8_t *const *row, const char *next,
                                                    const avl__quants *x, __m512 *sum) {
-    enum { G = AVL__FEW_ROWS };
     const avl__block_form f = avl__block_form_of(type);
     const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
-    const int n_words = 8 / f.n_parts;
     float d[16][16], minus_m[16][16];                          // [8 n_parts][rows]
     const int32_t *rests = x->rests + 1, *end = is_rest ? rests + x->rests[0] : rests;
     __m512i kept[3][8];
-    int b, j, i, r, part;
+    int b, j, i;
     AVL__UNROLL
-    for (r = 0; r < G; r++) sum[r] = _mm512_setzero_ps();
+    for (i = 0; i < AVL__FEW_ROWS; i++) sum[i] = _mm512_setzero_ps();
     for (b = 0; b < x->n_blocks; b += 8) {
         const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
         const unsigned wanted = is_rest ? avl__take_rests(&rests, end, b) : 0xFF;
@@ -4481,9 +4561,7 @@ AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, int is_rest, const 
             avl__group_scales_avx512(type, row + i, (size_t)(b / 8) * avl__group_bytes(type), n_now, d[0] + i, minus_m[0] + i, 16);
         for (j = 0; j < n_now; j++) {
             const size_t at = (is_rest ? (size_t)x->n_blocks : 0) + (size_t)(b + j);
-            const int8_t *q = x->q + 32 * G * at;
-            const float *scale = x->scale + G * at, *sums = x->sum + G * at * f.n_parts;
-            const int32_t *bias = x->bias + G * at * f.n_parts;
+            __m512 d_now[2], m_now[2];
             __m512i v[8];
             if (is_rest && !(wanted >> j & 1)) continue;
             if (!is_rest) {
@@ -4492,22 +4570,11 @@ AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, int is_rest, const 
             }
             avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
             AVL__UNROLL
-            for (part = 0; part < f.n_parts; part++) {
-                const __m512 d_now = _mm512_loadu_ps(d[f.n_parts * j + part]), m_now = _mm512_loadu_ps(minus_m[f.has_min ? f.n_parts * j + part : 0]);
-                __m512i whole[G];     // side by side: one alone would wait four cycles for each of its products
-                AVL__UNROLL
-                for (r = 0; r < G; r++) whole[r] = f.offset ? _mm512_set1_epi32(bias[G * part + r]) : _mm512_setzero_si512();
-                AVL__UNROLL
-                for (i = n_words * part; i < n_words * (part + 1); i++)
-                    AVL__UNROLL
-                    for (r = 0; r < G; r++)
-                        whole[r] = avl__add_word_avx512(whole[r], v[i], q + 4 * (G * i + r));
-                AVL__UNROLL
-                for (r = 0; r < G; r++) {
-                    sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r]), _mm512_mul_ps(d_now, _mm512_set1_ps(scale[r])), sum[r]);
-                    if (f.has_min) sum[r] = _mm512_fnmadd_ps(m_now, _mm512_set1_ps(sums[G * part + r]), sum[r]);
-                }
+            for (i = 0; i < f.n_parts; i++) {
+                d_now[i] = _mm512_loadu_ps(d[f.n_parts * j + i]);
+                m_now[i] = f.has_min ? _mm512_loadu_ps(minus_m[f.n_parts * j + i]) : _mm512_setzero_ps();
             }
+            avl__add_turned_avx512(type, AVL__FEW_ROWS, v, d_now, m_now, x, at, sum);
         }
     }
 }
@@ -4534,8 +4601,9 @@ AVL__AVX512 AVL__INLINE void avl__multiply_few_avx512(int type, const avl__produ
 
 AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
     if (!p->few)                   avl__multiply_panels_avx512(type, p, first, last, scratch);
-    else if (p->quants.group == 1) avl__multiply_rows_avx512(type, p, first, last);
-    else                           avl__multiply_few_avx512(type, p, first, last);
+    else if (p->quants.group > 1)  avl__multiply_few_avx512(type, p, first, last);
+    else if (avl__is_k_quant(type)) avl__multiply_super_avx512(type, p, first, last);
+    else                           avl__multiply_rows_avx512(type, p, first, last);
 }
 
 // Each type's code in a function of its own: compilers take much longer over one of a quarter of a megabyte.
