@@ -2504,6 +2504,32 @@ AVL__INLINE size_t avl__group_bytes(int type) {
     }
 }
 
+// The bits of a block's 32 values: ((bytes >> from) & mask) << to of the 32 bytes from byte `at` of its super-block on. Blocks share bytes;
+// the first to use them has from == 0.
+typedef struct avl__bits {
+    int at, from, mask, to;
+} avl__bits;
+
+// A value's low bits (i = 0) and, of some types, those above them (i = 1; of the others none, mask is 0), of block j of eight
+// (layouts: section [3])
+AVL__INLINE avl__bits avl__bits_of(int type, int j, int i) {
+    const avl__bits none = {0, 0, 0, 0};
+    const avl__bits q2_k = {16 + j / 4 * 32, j % 4 * 2, 3, 0}, q3_k = {32 + j / 4 * 32, j % 4 * 2, 3, 0}, q3_k_high = {0, j, 1, 2};
+    const avl__bits q4_k = {16 + j / 2 * 32, j % 2 * 4, 15, 0}, q5_k = {48 + j / 2 * 32, j % 2 * 4, 15, 0}, q5_k_high = {16, j, 1, 4};
+    const avl__bits q6_k = {j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15, 0}, q6_k_high = {128 + j / 4 * 32, j % 4 * 2, 3, 4};
+    switch (type) {
+    case ASTROVL_TYPE_Q2_K: return i ? none : q2_k;
+    case ASTROVL_TYPE_Q3_K: return i ? q3_k_high : q3_k;
+    case ASTROVL_TYPE_Q4_K: return i ? none : q4_k;
+    case ASTROVL_TYPE_Q5_K: return i ? q5_k_high : q5_k;
+    case ASTROVL_TYPE_Q6_K: return i ? q6_k_high : q6_k;
+    default:                return none;
+    }
+}
+
+// Which of three places keeps the bytes of those bits: two blocks of Q6_K take their low bits in turns.
+AVL__INLINE int avl__kept_at(int type, int j, int i) { return i ? 2 : type == ASTROVL_TYPE_Q6_K ? j % 2 : 0; }
+
 AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // both families are little-endian
     uint16_t half;
     memcpy(&half, p, 2);
@@ -2637,34 +2663,24 @@ AVL__AVX2 AVL__INLINE __m256i avl__fifth_bits_avx2(const uint8_t *p) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit), _mm256_set1_epi8(16));
 }
 
-// ((bytes >> from) & mask) << to
-AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(const uint8_t *bytes, int from, int mask, int to) {
-    const __m256i v = avl__load32_avx2(bytes), moved = from < to ? _mm256_slli_epi16(v, to - from) : from > to ? _mm256_srli_epi16(v, from - to) : v;
-    return _mm256_and_si256(moved, _mm256_set1_epi8((char)(mask << to)));
+// A block's bits, at their place.  s: its super-block
+AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(const uint8_t *s, avl__bits bits) {
+    const __m256i v = avl__load32_avx2(s + bits.at);
+    const __m256i moved = bits.from < bits.to ? _mm256_slli_epi16(v, bits.to - bits.from) : bits.from > bits.to ? _mm256_srli_epi16(v, bits.from - bits.to) : v;
+    return _mm256_and_si256(moved, _mm256_set1_epi8((char)(bits.mask << bits.to)));
 }
 
-// The bytes u of block b of a weight row (layouts: section [3]).
+// The bytes u of block b of a weight row (layouts: section [3])
 AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row, size_t b) {
-    const int j = (int)(b % 8);                               // of a super-block's eight
-    const uint8_t *s;
+    const uint8_t *block = row + avl__group_bytes(type) / 8 * b, *s = row + b / 8 * avl__group_bytes(type);
+    const avl__bits low = avl__bits_of(type, (int)(b % 8), 0), high = avl__bits_of(type, (int)(b % 8), 1);
     switch (type) {
-    case ASTROVL_TYPE_Q4_0: return avl__nibbles_avx2(row + 18 * b + 2);
-    case ASTROVL_TYPE_Q4_1: return avl__nibbles_avx2(row + 20 * b + 4);
-    case ASTROVL_TYPE_Q5_0: return _mm256_or_si256(avl__nibbles_avx2(row + 22 * b + 6), avl__fifth_bits_avx2(row + 22 * b + 2));
-    case ASTROVL_TYPE_Q5_1: return _mm256_or_si256(avl__nibbles_avx2(row + 24 * b + 8), avl__fifth_bits_avx2(row + 24 * b + 4));
-    case ASTROVL_TYPE_Q2_K: return avl__bits_avx2(row + b / 8 * 84 + 16 + j / 4 * 32, j % 4 * 2, 3, 0);
-    case ASTROVL_TYPE_Q3_K:
-        s = row + b / 8 * 110;
-        return _mm256_or_si256(avl__bits_avx2(s + 32 + j / 4 * 32, j % 4 * 2, 3, 0), avl__bits_avx2(s, j, 1, 2));
-    case ASTROVL_TYPE_Q4_K: return avl__bits_avx2(row + b / 8 * 144 + 16 + j / 2 * 32, j % 2 * 4, 15, 0);
-    case ASTROVL_TYPE_Q5_K:
-        s = row + b / 8 * 176;
-        return _mm256_or_si256(avl__bits_avx2(s + 48 + j / 2 * 32, j % 2 * 4, 15, 0), avl__bits_avx2(s + 16, j, 1, 4));
-    case ASTROVL_TYPE_Q6_K:
-        s = row + b / 8 * 210;
-        return _mm256_or_si256(avl__bits_avx2(s + j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15, 0),
-                               avl__bits_avx2(s + 128 + j / 4 * 32, j % 4 * 2, 3, 4));
-    default: return _mm256_xor_si256(avl__load32_avx2(row + 34 * b + 2), _mm256_set1_epi8((char)0x80));   // Q8_0: q + 128
+    case ASTROVL_TYPE_Q4_0: return avl__nibbles_avx2(block + 2);
+    case ASTROVL_TYPE_Q4_1: return avl__nibbles_avx2(block + 4);
+    case ASTROVL_TYPE_Q5_0: return _mm256_or_si256(avl__nibbles_avx2(block + 6), avl__fifth_bits_avx2(block + 2));
+    case ASTROVL_TYPE_Q5_1: return _mm256_or_si256(avl__nibbles_avx2(block + 8), avl__fifth_bits_avx2(block + 4));
+    case ASTROVL_TYPE_Q8_0: return _mm256_xor_si256(avl__load32_avx2(block + 2), _mm256_set1_epi8((char)0x80));   // q + 128
+    default:                return high.mask ? _mm256_or_si256(avl__bits_avx2(s, low), avl__bits_avx2(s, high)) : avl__bits_avx2(s, low);
     }
 }
 
@@ -2720,6 +2736,20 @@ AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *w) {
         w[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
         w[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
     }
+}
+
+// 16 bytes of row i of eight and, above, of row i + 4; `at`: from where the rows begin
+AVL__AVX2 AVL__INLINE __m256i avl__two_rows_avx2(const uint8_t *const *row, int i, size_t at) {
+    return _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at));
+}
+
+// n (4 or 8) words of 8 rows, turned: out[i] has word i of every row.
+AVL__AVX2 AVL__INLINE void avl__turned_rows_avx2(const uint8_t *const *row, size_t at, int n, __m256i *out) {
+    int i;
+    AVL__UNROLL
+    for (i = 0; i < n; i++) out[i] = avl__two_rows_avx2(row, i % 4, at + (size_t)(i / 4 * 16));
+    AVL__UNROLL
+    for (i = 0; i < n; i += 4) avl__turn_words_avx2(out + i);
 }
 
 // Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
@@ -2881,12 +2911,12 @@ typedef struct avl__super_avx2 {
 // `at`: where the rows' super-blocks begin. A row's packed scales are four words; they are turned before they are unpacked.
 AVL__AVX2 AVL__INLINE void avl__unpack_super_avx2(int type, const uint8_t *const *row, size_t at, avl__super_avx2 *s) {
     const __m256i six = _mm256_set1_epi32(0x3F3F3F3F), four = _mm256_set1_epi32(0x0F0F0F0F), two = _mm256_set1_epi32(0x30303030);
-    const int begin = type == ASTROVL_TYPE_Q3_K ? 94 : type == ASTROVL_TYPE_Q6_K ? 192 : 0;
+    const size_t begin = type == ASTROVL_TYPE_Q3_K ? 94 : type == ASTROVL_TYPE_Q6_K ? 192 : 0;
     __m256i w[4], halves;
     int i;
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
-        w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at + begin), avl__load16_avx2(row[i] + at + begin));
+        w[i] = avl__two_rows_avx2(row, i, at + begin);
         if (type == ASTROVL_TYPE_Q3_K) w[i] = _mm256_srli_si256(w[i], 2);                // from byte 96 on, without reading past the block
     }
     avl__turn_words_avx2(w);
@@ -3025,8 +3055,8 @@ AVL__AVX2 AVL__INLINE __m256i avl__widen_sums_avx2(avl__words_form f, __m256i su
     return f.run && !f.vnni ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum;
 }
 
-// Do the sums of whole blocks fit into 16 bits?
-AVL__INLINE int avl__is_narrow(avl__words_form f) { return f.run == 8 && !f.vnni; }
+// Do the sums of whole blocks, or of their parts, fit into 16 bits?
+AVL__INLINE int avl__is_narrow(avl__words_form f) { return f.run >= 8 / f.n_parts && !f.vnni; }
 
 // The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where
 // a whole block of them fits into that
@@ -3059,7 +3089,9 @@ AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, _
     whole[0] = _mm256_permute2x128_si256(v[0], v[4], 0x20);
     whole[1] = _mm256_permute2x128_si256(v[0], v[4], 0x31);
     if (f.n_parts == 1) whole[0] = avl__add_words_avx2(narrow, whole[0], whole[1]);
-    if (narrow) whole[0] = avl__widen_sums_avx2(f, whole[0]);
+    if (!narrow) return;
+    AVL__UNROLL
+    for (i = 0; i < f.n_parts; i++) whole[i] = avl__widen_sums_avx2(f, whole[i]);
 }
 
 // Both for 16 bytes of nibbles of 8 rows, `at` bytes from where the rows begin, with 32 integers at q: two rows to a register, so that
@@ -3072,7 +3104,7 @@ AVL__AVX2 AVL__INLINE __m256i avl__nibble_products_avx2(avl__words_form f, const
     int i;
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
-        const __m256i w = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at));
+        const __m256i w = avl__two_rows_avx2(row, i, at);
         v[i] = avl__add_products_avx2(f, _mm256_setzero_si256(), _mm256_and_si256(w, four_bits), low);
         v[i] = avl__add_products_avx2(f, v[i], _mm256_and_si256(_mm256_srli_epi16(w, 4), four_bits), high);
     }
@@ -3128,6 +3160,7 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_
         avl__prefetch_bytes(next, 8 * avl__group_bytes(type));
         next += 8 * avl__group_bytes(type);
         avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, minus_m);
+        __asm__ volatile("" : : : "memory");     // scales are to be stored: a compiler would keep some in registers, and spill what products need
         if (avl__is_k_quant(type)) {             // code for each of a super-block's eight: each is unpacked by shifts of its own
             AVL__UNROLL
             for (j = 0; j < 8; j++) {
@@ -3174,9 +3207,7 @@ AVL__AVX2 AVL__INLINE void avl__store_nibbles_avx2(const uint8_t *const *row, si
     const __m256i four_bits = _mm256_set1_epi8(15);
     __m256i w[4];
     int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) w[i] = _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at));
-    avl__turn_words_avx2(w);
+    avl__turned_rows_avx2(row, at, 4, w);
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
         avl__store32_avx2(low + 32 * i, _mm256_and_si256(w[i], four_bits));
@@ -3952,8 +3983,7 @@ AVL__AVX512 AVL__INLINE void avl__turn_words_avx512(const uint8_t *const *row, s
     int i;
     AVL__UNROLL
     for (i = 0; i < 4; i++)
-        v[i] = avl__join_avx512(_mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at)),
-                                _mm256_set_m128i(avl__load16_avx2(row[i + 12] + at), avl__load16_avx2(row[i + 8] + at)));
+        v[i] = avl__join_avx512(avl__two_rows_avx2(row, i, at), avl__two_rows_avx2(row + 8, i, at));
     AVL__UNROLL
     for (i = 0; i < 2; i++) {
         low[i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
@@ -3971,53 +4001,51 @@ AVL__AVX512 AVL__INLINE void avl__turn_bytes_avx512(const uint8_t *const *row, s
     avl__turn_words_avx512(row, at + 16, out + 4);
 }
 
-// avl__bits_avx2 of eight turned words, added to out
-AVL__AVX512 AVL__INLINE void avl__add_bits_avx512(const __m512i *turned, int from, int mask, int to, __m512i *out) {
-    const __m512i bits = _mm512_set1_epi8((char)(mask << to));
+// Of 16 rows of a K-quant the bytes that block b is the first of its super-block to use, turned. They wait in `kept` for the blocks that
+// share them, so blocks must be asked for in order.
+AVL__AVX512 AVL__INLINE void avl__turn_super_avx512(int type, const uint8_t *const *row, size_t b, __m512i (*kept)[8]) {
     int i;
     AVL__UNROLL
-    for (i = 0; i < 8; i++) {
-        const __m512i v = turned[i], moved = from < to ? _mm512_slli_epi16(v, (unsigned)(to - from)) : _mm512_srli_epi16(v, (unsigned)(from - to));
-        out[i] = _mm512_or_si512(out[i], _mm512_and_si512(moved, bits));
+    for (i = 0; i < 2; i++) {
+        const avl__bits bits = avl__bits_of(type, (int)(b % 8), i);
+        if (bits.mask && bits.from == 0)
+            avl__turn_bytes_avx512(row, b / 8 * avl__group_bytes(type) + (size_t)bits.at, kept[avl__kept_at(type, (int)(b % 8), i)]);
     }
 }
 
-// avl__block_bytes_avx2 of block b of 16 rows, turned: out[i] has word i of every row. What it does to bytes can be done to turned ones,
-// and 16 bytes of nibbles are turned at once. Bytes that several blocks of a super-block share are turned for the first of them and
-// wait in `kept`, so a super-block's blocks must be asked for in order.
+// Word i of every row of block j of a super-block: its bytes u
+AVL__AVX512 AVL__INLINE __m512i avl__super_word_avx512(int type, __m512i (*kept)[8], int j, int i) {
+    __m512i u = _mm512_setzero_si512();
+    int k;
+    AVL__UNROLL
+    for (k = 0; k < 2; k++) {
+        const avl__bits bits = avl__bits_of(type, j, k);
+        const unsigned up = bits.from < bits.to ? (unsigned)(bits.to - bits.from) : 0, down = bits.from > bits.to ? (unsigned)(bits.from - bits.to) : 0;
+        const __m512i v = kept[avl__kept_at(type, j, k)][i], moved = up ? _mm512_slli_epi16(v, up) : _mm512_srli_epi16(v, down);
+        if (bits.mask) u = _mm512_or_si512(u, _mm512_and_si512(moved, _mm512_set1_epi8((char)(bits.mask << bits.to))));
+    }
+    return u;
+}
+
+// The bytes u of block b of 16 rows, turned: out[i] has word i of every row. 16 bytes of nibbles are turned at once.
+// kept: of a K-quant, from block to block
 AVL__AVX512 AVL__INLINE void avl__turned_block_avx512(int type, const uint8_t *const *row, size_t b, __m512i (*kept)[8], __m512i *out) {
-    const size_t s = b / 8 * avl__group_bytes(type), at = b * (avl__group_bytes(type) / 8);
-    const int j = (int)(b % 8), has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
+    const size_t at = b * (avl__group_bytes(type) / 8);
+    const int has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
     const size_t begin = type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_1 ? 4 : 2;    // after the scales
     __m512i v[4], fifth[4];
     int i;
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) out[i] = _mm512_setzero_si512();
-    switch (type) {
-    case ASTROVL_TYPE_Q2_K: case ASTROVL_TYPE_Q3_K:
-        if (j % 4 == 0) avl__turn_bytes_avx512(row, s + (type == ASTROVL_TYPE_Q2_K ? 16 : 32) + (size_t)(j / 4 * 32), kept[0]);
-        if (type == ASTROVL_TYPE_Q3_K && j == 0) avl__turn_bytes_avx512(row, s, kept[1]);
-        avl__add_bits_avx512(kept[0], j % 4 * 2, 3, 0, out);
-        if (type == ASTROVL_TYPE_Q3_K) avl__add_bits_avx512(kept[1], j, 1, 2, out);
+    if (avl__is_k_quant(type)) {
+        avl__turn_super_avx512(type, row, b, kept);
+        AVL__UNROLL
+        for (i = 0; i < 8; i++) out[i] = avl__super_word_avx512(type, kept, (int)(b % 8), i);
         return;
-    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:
-        if (j % 2 == 0) avl__turn_bytes_avx512(row, s + (type == ASTROVL_TYPE_Q4_K ? 16 : 48) + (size_t)(j / 2 * 32), kept[0]);
-        if (type == ASTROVL_TYPE_Q5_K && j == 0) avl__turn_bytes_avx512(row, s + 16, kept[1]);
-        avl__add_bits_avx512(kept[0], j % 2 * 4, 15, 0, out);
-        if (type == ASTROVL_TYPE_Q5_K) avl__add_bits_avx512(kept[1], j, 1, 4, out);
-        return;
-    case ASTROVL_TYPE_Q6_K:
-        if (j % 4 < 2) avl__turn_bytes_avx512(row, s + (size_t)(j / 4 * 64 + j % 2 * 32), kept[j % 2]);
-        if (j % 4 == 0) avl__turn_bytes_avx512(row, s + 128 + (size_t)(j / 4 * 32), kept[2]);
-        avl__add_bits_avx512(kept[j % 2], j % 4 / 2 * 4, 15, 0, out);
-        avl__add_bits_avx512(kept[2], j % 4 * 2, 3, 4, out);
-        return;
-    case ASTROVL_TYPE_Q8_0:
+    }
+    if (type == ASTROVL_TYPE_Q8_0) {
         avl__turn_bytes_avx512(row, at + 2, out);
         AVL__UNROLL
         for (i = 0; i < 8; i++) out[i] = _mm512_xor_si512(out[i], _mm512_set1_epi8((char)0x80));
         return;
-    default: break;
     }
     avl__turn_words_avx512(row, at + begin + (has_fifth ? 4 : 0), v);
     if (has_fifth) avl__turn_words_avx512(row, at + begin, fifth);            // only the first of these words
@@ -5637,14 +5665,13 @@ AVL__INLINE void avl__fifth_bits_neon(const uint8_t *p, uint8x16_t *u) {
         u[i] = vorrq_u8(u[i], vandq_u8(vtstq_u8(vqtbl1q_u8(word, byte_of), bit), vdupq_n_u8(16)));
 }
 
-// u |= ((bytes >> shift) & mask) << to
-AVL__INLINE void avl__bits_neon(const uint8_t *bytes, int shift, int mask, int to, uint8x16_t *u) {
+// Adds a block's bits to u.  s: its super-block
+AVL__INLINE void avl__bits_neon(const uint8_t *s, avl__bits bits, uint8x16_t *u) {
+    const int8x16_t move = vdupq_n_s8((int8_t)(bits.to - bits.from));          // down, if negative
     int i;
     AVL__UNROLL
-    for (i = 0; i < 2; i++) {
-        const uint8x16_t some = vandq_u8(vshlq_u8(vld1q_u8(bytes + 16 * i), vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((uint8_t)mask));
-        u[i] = vorrq_u8(u[i], vshlq_u8(some, vdupq_n_s8((int8_t)to)));
-    }
+    for (i = 0; i < 2; i++)
+        u[i] = vorrq_u8(u[i], vandq_u8(vshlq_u8(vld1q_u8(s + bits.at + 16 * i), move), vdupq_n_u8((uint8_t)(bits.mask << bits.to))));
 }
 
 // The bytes u - offset of block b of a weight row (layouts: section [3]).
@@ -5659,15 +5686,8 @@ AVL__INLINE void avl__block_bytes_neon(int type, const uint8_t *row, size_t b, i
     case ASTROVL_TYPE_Q4_1: avl__nibbles_neon(s + 4, u); break;
     case ASTROVL_TYPE_Q5_0: avl__nibbles_neon(s + 6, u); avl__fifth_bits_neon(s + 2, u); break;
     case ASTROVL_TYPE_Q5_1: avl__nibbles_neon(s + 8, u); avl__fifth_bits_neon(s + 4, u); break;
-    case ASTROVL_TYPE_Q2_K: avl__bits_neon(s + 16 + j / 4 * 32, j % 4 * 2, 3, 0, u); break;
-    case ASTROVL_TYPE_Q3_K: avl__bits_neon(s + 32 + j / 4 * 32, j % 4 * 2, 3, 0, u); avl__bits_neon(s, j, 1, 2, u); break;
-    case ASTROVL_TYPE_Q4_K: avl__bits_neon(s + 16 + j / 2 * 32, j % 2 * 4, 15, 0, u); break;
-    case ASTROVL_TYPE_Q5_K: avl__bits_neon(s + 48 + j / 2 * 32, j % 2 * 4, 15, 0, u); avl__bits_neon(s + 16, j, 1, 4, u); break;
-    case ASTROVL_TYPE_Q6_K:
-        avl__bits_neon(s + j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15, 0, u);
-        avl__bits_neon(s + 128 + j / 4 * 32, j % 4 * 2, 3, 4, u);
-        break;
-    default: u[0] = vld1q_u8(s + 2), u[1] = vld1q_u8(s + 18); break;                   // Q8_0
+    case ASTROVL_TYPE_Q8_0: u[0] = vld1q_u8(s + 2), u[1] = vld1q_u8(s + 18); break;
+    default: avl__bits_neon(s, avl__bits_of(type, j, 0), u), avl__bits_neon(s, avl__bits_of(type, j, 1), u); break;
     }
     AVL__UNROLL
     for (i = 0; i < 2; i++) w[i] = vreinterpretq_s8_u8(vsubq_u8(u[i], offset));
