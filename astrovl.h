@@ -672,7 +672,7 @@ typedef struct astrovl_pace {
     double seconds;                // for all n
     double work;                   // reading: operations, two for each product in matrices and attention; writing: bytes of weights,
                                    // keys and values that must be read
-    double limit;                  // work a second: astrovl_measure_peak's; in writing, reading the weights from memory alone
+    double limit;                  // work a second: astrovl_measure_peak's; in writing, reading the weights alone, after each token
     double reached;                // work / seconds / limit
     int    type;                   // of most weights
 } astrovl_pace;
@@ -697,9 +697,9 @@ typedef struct astrovl_batch_speed {
     double   gain;                         // n * one_seconds / seconds: so many times the tokens a second
     uint64_t cache_bytes;                  // all n KV caches
 } astrovl_batch_speed;
-// Medians of n_rounds, each of which writes one answer and then n_batch together, so that a gain is of one minute. Each answer has
-// a KV cache of its own, whose n_prompt positions are made up instead of read: what they hold does not change the time. The session's
-// conversation is left alone. What does not fit its context is cut. The rest is as above.
+// Medians of n_rounds, each of which writes one answer and n_batch together, token by token in turns, so that a gain is of one moment.
+// Each answer has a KV cache of its own, whose n_prompt positions are made up instead of read: what they hold does not change the time.
+// The session's conversation is left alone. What does not fit its context is cut. The rest is as above.
 ASTROVL_API astrovl_status astrovl_measure_batch(astrovl_session *s, int n_prompt, int n_answer, int n_batch, int n_rounds,
                                                  astrovl_progress progress, void *user, astrovl_batch_speed *speed,
                                                  astrovl_error *err);
@@ -2258,8 +2258,9 @@ static double avl__random(uint64_t *state) {
 // (vpdpbusd of AVX-512 VNNI and AVX-VNNI, sdot of NEON). The other two sums depend on the activations alone and are made once per row.
 //
 // One row of activations (writing an answer) is bound by reading the weights from memory, if the arithmetic keeps up: eight weight
-// rows are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD, avl__next_rows). Every block's sum
-// is made whole while it is an integer, for which any order is right; so eight rows' sums come to lie side by side, as in a panel.
+// rows, or sixteen, are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD, avl__next_rows). Every
+// block's sum is made whole while it is an integer, for which any order is right; so the rows' sums come to lie side by side, as in a
+// panel.
 // Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
 // one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones, of 4 with NEON's); every row of activations
 // then passes over it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are
@@ -2504,14 +2505,13 @@ AVL__INLINE size_t avl__group_bytes(int type) {
     }
 }
 
-// The bits of a block's 32 values: ((bytes >> from) & mask) << to of the 32 bytes from byte `at` of its super-block on. Blocks share bytes;
-// the first to use them has from == 0.
+// Bits of a block's 32 values: ((bytes >> from) & mask) << to of the 32 bytes from byte `at` of its super-block on. Blocks share bytes; the
+// first to use them has from == 0.
 typedef struct avl__bits {
     int at, from, mask, to;
 } avl__bits;
 
-// A value's low bits (i = 0) and, of some types, those above them (i = 1; of the others none, mask is 0), of block j of eight
-// (layouts: section [3])
+// Of block j of eight the values' low bits (i = 0) or those above them (i = 1), which some types have (else mask is 0). Layouts: section [3]
 AVL__INLINE avl__bits avl__bits_of(int type, int j, int i) {
     const avl__bits none = {0, 0, 0, 0};
     const avl__bits q2_k = {16 + j / 4 * 32, j % 4 * 2, 3, 0}, q3_k = {32 + j / 4 * 32, j % 4 * 2, 3, 0}, q3_k_high = {0, j, 1, 2};
@@ -2526,9 +2526,6 @@ AVL__INLINE avl__bits avl__bits_of(int type, int j, int i) {
     default:                return none;
     }
 }
-
-// Which of three places keeps the bytes of those bits: two blocks of Q6_K take their low bits in turns.
-AVL__INLINE int avl__kept_at(int type, int j, int i) { return i ? 2 : type == ASTROVL_TYPE_Q6_K ? j % 2 : 0; }
 
 AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // both families are little-endian
     uint16_t half;
@@ -2665,9 +2662,11 @@ AVL__AVX2 AVL__INLINE __m256i avl__fifth_bits_avx2(const uint8_t *p) {
 
 // A block's bits, at their place.  s: its super-block
 AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(const uint8_t *s, avl__bits bits) {
-    const __m256i v = avl__load32_avx2(s + bits.at);
-    const __m256i moved = bits.from < bits.to ? _mm256_slli_epi16(v, bits.to - bits.from) : bits.from > bits.to ? _mm256_srli_epi16(v, bits.from - bits.to) : v;
-    return _mm256_and_si256(moved, _mm256_set1_epi8((char)(bits.mask << bits.to)));
+    const int up = bits.to - bits.from;
+    __m256i v = avl__load32_avx2(s + bits.at);
+    if (up > 0) v = _mm256_slli_epi16(v, up);
+    if (up < 0) v = _mm256_srli_epi16(v, -up);
+    return _mm256_and_si256(v, _mm256_set1_epi8((char)(bits.mask << bits.to)));
 }
 
 // The bytes u of block b of a weight row (layouts: section [3])
@@ -2741,15 +2740,6 @@ AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *w) {
 // 16 bytes of row i of eight and, above, of row i + 4; `at`: from where the rows begin
 AVL__AVX2 AVL__INLINE __m256i avl__two_rows_avx2(const uint8_t *const *row, int i, size_t at) {
     return _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at));
-}
-
-// n (4 or 8) words of 8 rows, turned: out[i] has word i of every row.
-AVL__AVX2 AVL__INLINE void avl__turned_rows_avx2(const uint8_t *const *row, size_t at, int n, __m256i *out) {
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) out[i] = avl__two_rows_avx2(row, i % 4, at + (size_t)(i / 4 * 16));
-    AVL__UNROLL
-    for (i = 0; i < n; i += 4) avl__turn_words_avx2(out + i);
 }
 
 // Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
@@ -3058,8 +3048,8 @@ AVL__AVX2 AVL__INLINE __m256i avl__widen_sums_avx2(avl__words_form f, __m256i su
 // Do the sums of whole blocks, or of their parts, fit into 16 bits?
 AVL__INLINE int avl__is_narrow(avl__words_form f) { return f.run >= 8 / f.n_parts && !f.vnni; }
 
-// The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where
-// a whole block of them fits into that
+// The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where a block of
+// them, or a part of it, fits into that
 AVL__AVX2 AVL__INLINE __m256i avl__block_products_avx2(avl__words_form f, int type, const uint8_t *row, size_t b, const __m256i *q) {
     const uint8_t *pairs = row + 34 * b + 2;                  // Q8_0's
     __m256i sum = _mm256_setzero_si256();
@@ -3160,7 +3150,7 @@ AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_
         avl__prefetch_bytes(next, 8 * avl__group_bytes(type));
         next += 8 * avl__group_bytes(type);
         avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, minus_m);
-        __asm__ volatile("" : : : "memory");     // scales are to be stored: a compiler would keep some in registers, and spill what products need
+        __asm__ volatile("" : : : "memory");     // or a compiler would keep scales in registers that products need
         if (avl__is_k_quant(type)) {             // code for each of a super-block's eight: each is unpacked by shifts of its own
             AVL__UNROLL
             for (j = 0; j < 8; j++) {
@@ -3207,7 +3197,9 @@ AVL__AVX2 AVL__INLINE void avl__store_nibbles_avx2(const uint8_t *const *row, si
     const __m256i four_bits = _mm256_set1_epi8(15);
     __m256i w[4];
     int i;
-    avl__turned_rows_avx2(row, at, 4, w);
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) w[i] = avl__two_rows_avx2(row, i, at);
+    avl__turn_words_avx2(w);
     AVL__UNROLL
     for (i = 0; i < 4; i++) {
         avl__store32_avx2(low + 32 * i, _mm256_and_si256(w[i], four_bits));
@@ -4001,6 +3993,9 @@ AVL__AVX512 AVL__INLINE void avl__turn_bytes_avx512(const uint8_t *const *row, s
     avl__turn_words_avx512(row, at + 16, out + 4);
 }
 
+// Which of three places keeps the turned bytes of avl__bits_of(type, j, i): two blocks of Q6_K take their low bits in turns.
+AVL__INLINE int avl__kept_at(int type, int j, int i) { return i ? 2 : type == ASTROVL_TYPE_Q6_K ? j % 2 : 0; }
+
 // Of 16 rows of a K-quant the bytes that block b is the first of its super-block to use, turned. They wait in `kept` for the blocks that
 // share them, so blocks must be asked for in order.
 AVL__AVX512 AVL__INLINE void avl__turn_super_avx512(int type, const uint8_t *const *row, size_t b, __m512i (*kept)[8]) {
@@ -4020,9 +4015,12 @@ AVL__AVX512 AVL__INLINE __m512i avl__super_word_avx512(int type, __m512i (*kept)
     AVL__UNROLL
     for (k = 0; k < 2; k++) {
         const avl__bits bits = avl__bits_of(type, j, k);
-        const unsigned up = bits.from < bits.to ? (unsigned)(bits.to - bits.from) : 0, down = bits.from > bits.to ? (unsigned)(bits.from - bits.to) : 0;
-        const __m512i v = kept[avl__kept_at(type, j, k)][i], moved = up ? _mm512_slli_epi16(v, up) : _mm512_srli_epi16(v, down);
-        if (bits.mask) u = _mm512_or_si512(u, _mm512_and_si512(moved, _mm512_set1_epi8((char)(bits.mask << bits.to))));
+        const int up = bits.to - bits.from;
+        __m512i v = kept[avl__kept_at(type, j, k)][i];
+        if (bits.mask == 0) continue;
+        if (up > 0) v = _mm512_slli_epi16(v, (unsigned)up);
+        if (up < 0) v = _mm512_srli_epi16(v, (unsigned)-up);
+        u = _mm512_or_si512(u, _mm512_and_si512(v, _mm512_set1_epi8((char)(bits.mask << bits.to))));
     }
     return u;
 }
@@ -4476,8 +4474,8 @@ AVL__AVX512 AVL__INLINE __m512i avl__add_word_avx512(__m512i sum, __m512i w, con
     return sum;
 }
 
-// Block `at` of the activations, counted through all groups of n rows, times a block of 16 weight rows, turned: added to sum [n].
-// d, minus_m: the block's, [n_parts]
+// A block of 16 weight rows, turned, times block `at` of the activations, counted through all groups of n rows: added to sum [n].
+// d, minus_m: of the block, [n_parts]
 AVL__AVX512 AVL__INLINE void avl__add_turned_avx512(int type, int n, const __m512i *v, const __m512 *d, const __m512 *minus_m,
                                                     const avl__quants *x, size_t at, __m512 *sum) {
     const avl__block_form f = avl__block_form_of(type);
@@ -4504,7 +4502,22 @@ AVL__AVX512 AVL__INLINE void avl__add_turned_avx512(int type, int n, const __m51
     }
 }
 
-// avl__scale_of_part_avx2 of 16 rows
+// avl__unpack_super_avx2 and avl__scale_of_part_avx2 of 16 rows.  scales, mins: out, [4]
+AVL__AVX512 AVL__INLINE void avl__unpack_super_avx512(int type, const uint8_t *const *row, size_t at, __m512i *scales, __m512i *mins,
+                                                      __m512 *d, __m512 *m) {
+    avl__super_avx2 low, high;
+    int i;
+    avl__unpack_super_avx2(type, row, at, &low);
+    avl__unpack_super_avx2(type, row + 8, at, &high);
+    AVL__UNROLL
+    for (i = 0; i < 4; i++) {
+        scales[i] = avl__join_avx512(low.scales[i], high.scales[i]);
+        mins[i] = avl__join_avx512(low.mins[i], high.mins[i]);
+    }
+    *d = _mm512_insertf32x8(_mm512_castps256_ps512(low.d), high.d, 1);
+    *m = _mm512_insertf32x8(_mm512_castps256_ps512(low.m), high.m, 1);
+}
+
 AVL__AVX512 AVL__INLINE __m512 avl__scale_of_part_avx512(int has_signs, const __m512i *bytes, int part, __m512 d) {
     const __m512i four = bytes[part / 4];
     const unsigned from = (unsigned)part % 4 * 8;
@@ -4519,19 +4532,10 @@ AVL__AVX512 AVL__INLINE __m512 avl__dot_super_avx512(int type, const uint8_t *co
     const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
     const avl__block_form f = avl__block_form_of(type);
     __m512i kept[3][8], scales[4], mins[4];
-    __m512 sum = _mm512_setzero_ps();
+    __m512 sum = _mm512_setzero_ps(), d, m;
     int b, j, i;
     for (b = 0; b < x->n_blocks; b += 8) {
-        avl__super_avx2 s[2];
-        __m512 d, m;
-        for (i = 0; i < 2; i++) avl__unpack_super_avx2(type, row + 8 * i, (size_t)(b / 8) * avl__group_bytes(type), &s[i]);
-        AVL__UNROLL
-        for (i = 0; i < 4; i++) {
-            scales[i] = avl__join_avx512(s[0].scales[i], s[1].scales[i]);
-            mins[i] = avl__join_avx512(s[0].mins[i], s[1].mins[i]);
-        }
-        d = _mm512_insertf32x8(_mm512_castps256_ps512(s[0].d), s[1].d, 1);
-        m = _mm512_insertf32x8(_mm512_castps256_ps512(s[0].m), s[1].m, 1);
+        avl__unpack_super_avx512(type, row, (size_t)(b / 8) * avl__group_bytes(type), scales, mins, &d, &m);
         AVL__UNROLL
         for (j = 0; j < 8; j++) {
             const size_t block = (size_t)b / 8 * 8 + (size_t)j;               // so that compilers see which of the eight it is
@@ -4628,10 +4632,10 @@ AVL__AVX512 AVL__INLINE void avl__multiply_few_avx512(int type, const avl__produ
 }
 
 AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
-    if (!p->few)                   avl__multiply_panels_avx512(type, p, first, last, scratch);
-    else if (p->quants.group > 1)  avl__multiply_few_avx512(type, p, first, last);
+    if (!p->few)                    avl__multiply_panels_avx512(type, p, first, last, scratch);
+    else if (p->quants.group > 1)   avl__multiply_few_avx512(type, p, first, last);
     else if (avl__is_k_quant(type)) avl__multiply_super_avx512(type, p, first, last);
-    else                           avl__multiply_rows_avx512(type, p, first, last);
+    else                            avl__multiply_rows_avx512(type, p, first, last);
 }
 
 // Each type's code in a function of its own: compilers take much longer over one of a quarter of a megabyte.
@@ -5665,10 +5669,11 @@ AVL__INLINE void avl__fifth_bits_neon(const uint8_t *p, uint8x16_t *u) {
         u[i] = vorrq_u8(u[i], vandq_u8(vtstq_u8(vqtbl1q_u8(word, byte_of), bit), vdupq_n_u8(16)));
 }
 
-// Adds a block's bits to u.  s: its super-block
+// Adds a block's bits to u.  s: its super-block;  bits.mask: 0 for none
 AVL__INLINE void avl__bits_neon(const uint8_t *s, avl__bits bits, uint8x16_t *u) {
     const int8x16_t move = vdupq_n_s8((int8_t)(bits.to - bits.from));          // down, if negative
     int i;
+    if (bits.mask == 0) return;
     AVL__UNROLL
     for (i = 0; i < 2; i++)
         u[i] = vorrq_u8(u[i], vandq_u8(vshlq_u8(vld1q_u8(s + bits.at + 16 * i), move), vdupq_n_u8((uint8_t)(bits.mask << bits.to))));
@@ -5687,7 +5692,7 @@ AVL__INLINE void avl__block_bytes_neon(int type, const uint8_t *row, size_t b, i
     case ASTROVL_TYPE_Q5_0: avl__nibbles_neon(s + 6, u); avl__fifth_bits_neon(s + 2, u); break;
     case ASTROVL_TYPE_Q5_1: avl__nibbles_neon(s + 8, u); avl__fifth_bits_neon(s + 4, u); break;
     case ASTROVL_TYPE_Q8_0: u[0] = vld1q_u8(s + 2), u[1] = vld1q_u8(s + 18); break;
-    default: avl__bits_neon(s, avl__bits_of(type, j, 0), u), avl__bits_neon(s, avl__bits_of(type, j, 1), u); break;
+    default: for (i = 0; i < 2; i++) avl__bits_neon(s, avl__bits_of(type, j, i), u); break;
     }
     AVL__UNROLL
     for (i = 0; i < 2; i++) w[i] = vreinterpretq_s8_u8(vsubq_u8(u[i], offset));
@@ -16225,17 +16230,22 @@ static astrovl_status avl__measure_image(astrovl_session *s, float *rows, float 
     return status;
 }
 
+// After each token of the answer the weights are read once more, alone: memory may be twice as fast a second later.
 // tokens: [speed->prompt.n]
 static astrovl_status avl__measure_text(astrovl_session *s, const int32_t *tokens, float *logits, astrovl_speed *speed,
                                         astrovl_error *err) {
     astrovl_status status;
-    double start = avl__seconds();
+    double start = avl__seconds(), reading = 0.0;
     int i;
     status = astrovl_eval_tokens(s, tokens, speed->prompt.n, logits, 1, err);
     speed->prompt.seconds = avl__seconds() - start;
-    start = avl__seconds();
-    for (i = 0; i < speed->answer.n && !status; i++) status = astrovl_eval_tokens(s, tokens + i % speed->prompt.n, 1, logits, 1, err);
-    speed->answer.seconds = avl__seconds() - start;
+    for (i = 0; i < speed->answer.n && !status; i++) {
+        start = avl__seconds();
+        status = astrovl_eval_tokens(s, tokens + i % speed->prompt.n, 1, logits, 1, err);
+        speed->answer.seconds += avl__seconds() - start;
+        reading += avl__measure_weights(s->run->kernels, s->run->pool, &s->model->llama);
+    }
+    if (reading > 0.0) speed->answer.limit = speed->answer.n * avl__weights_bytes(&s->model->llama) / reading;
     astrovl_session_reset(s);
     return status;
 }
@@ -16260,9 +16270,8 @@ static void avl__measure_prepare(const astrovl_session *s, int n_prompt, int n_a
     speed->cache_bytes = (uint64_t)(n * avl__position_bytes(s));
 }
 
-static void avl__measure_limits(const astrovl_session *s, astrovl_speed *speed) {
+static void avl__measure_peaks(const astrovl_session *s, astrovl_speed *speed) {
     const avl__kernels *kernels = s->run->kernels;
-    if (speed->answer.n) speed->answer.limit = avl__weights_bytes(&s->model->llama) / avl__measure_weights(kernels, s->run->pool, &s->model->llama);
     if (speed->prompt.n) speed->prompt.limit = avl__measure_peak(kernels, s->run->pool, speed->prompt.type);
     if (speed->image.n) speed->image.limit = avl__measure_peak(kernels, s->run->pool, speed->image.type);
 }
@@ -16293,7 +16302,7 @@ static astrovl_status avl__measure_round(astrovl_session *s, int n_prompt, int n
     for (i = 0; !status && i < speed->prompt.n; i++) tokens[i] = (int32_t)((int64_t)i * 7919 % m->llama.n_vocab);
     if (!status && speed->image.n) status = avl__measure_image(s, rows, logits, speed, err);
     if (!status && m->has_text) status = avl__measure_text(s, tokens, logits, speed, err);
-    if (!status) avl__measure_limits(s, speed);
+    if (!status) avl__measure_peaks(s, speed);
     for (i = 0; i < astrovl_n_files(m); i++) speed->file_bytes += astrovl_gguf_size(astrovl_file(m, i));
     speed->peak_bytes = avl__peak_memory();
     astrovl_free(rows);
@@ -16344,25 +16353,24 @@ ASTROVL_API astrovl_status astrovl_measure_model(astrovl_session *s, int n_promp
     return status;
 }
 
-// Writes n answers of n_answer tokens together, a token of each per step.  logits: scratch, [AVL__STEP_ROWS][n_vocab]
-static astrovl_status avl__measure_steps(const astrovl_session *s, avl__kv_cache *caches, int n, int n_prompt, int n_answer,
-                                         float *logits, double *seconds, astrovl_error *err) {
+// Writes a token of each of n answers, which have n_past positions.  logits: scratch, [AVL__STEP_ROWS][n_vocab];  seconds: in, out
+static astrovl_status avl__measure_step(const astrovl_session *s, avl__kv_cache *caches, int n, int n_past, float *logits, double *seconds,
+                                        astrovl_error *err) {
     const avl__llama *m = &s->model->llama;
     astrovl_status status = ASTROVL_OK;
     avl__kv_cache *group[AVL__STEP_ROWS];
     int32_t tokens[AVL__STEP_ROWS];
     double start = avl__seconds();
-    int step, i, k;
-    for (i = 0; i < n; i++) caches[i].n_past = n_prompt;
-    for (step = 0; step < n_answer; step++)
-        for (i = 0; i < n && !status; i += k) {
-            for (k = 0; k < AVL__STEP_ROWS && i + k < n; k++) {
-                group[k] = &caches[i + k];
-                tokens[k] = (int32_t)((int64_t)(step + i + k) * 7919 % m->n_vocab);
-            }
-            status = avl__llama_eval(m, s->run, group, k, tokens, NULL, k, logits, k, err);
+    int i, k;
+    for (i = 0; i < n && !status; i += k) {
+        for (k = 0; k < AVL__STEP_ROWS && i + k < n; k++) {
+            group[k] = &caches[i + k];
+            group[k]->n_past = n_past;
+            tokens[k] = (int32_t)((int64_t)(n_past + i + k) * 7919 % m->n_vocab);
         }
-    *seconds = avl__seconds() - start;
+        status = avl__llama_eval(m, s->run, group, k, tokens, NULL, k, logits, k, err);
+    }
+    *seconds += avl__seconds() - start;
     return status;
 }
 
@@ -16374,7 +16382,7 @@ static astrovl_status avl__measure_together(const astrovl_session *s, avl__kv_ca
     const size_t size = (size_t)m->n_layer * m->n_head_kv * m->head_dim * n_ctx * s->cache.value_bytes;
     astrovl_status status = ASTROVL_OK;
     double *one = all, *together = all + n_rounds, *gain = all + 2 * n_rounds;
-    int i;
+    int i, step;
     for (i = 0; i < speed->n; i++) {
         if (!avl__kv_cache_init(&caches[i], m, n_ctx, s->cache.value_bytes))
             return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the KV caches of %d answers", speed->n);
@@ -16384,8 +16392,11 @@ static astrovl_status avl__measure_together(const astrovl_session *s, avl__kv_ca
     speed->cache_bytes = (uint64_t)speed->n * 2 * size;
     for (i = 0; i < n_rounds && !status; i++) {
         if (progress && progress(user, "rounds", i, n_rounds)) status = avl__fail(err, ASTROVL_CANCELLED, "measuring was cancelled");
-        if (!status) status = avl__measure_steps(s, caches, 1, speed->n_prompt, speed->n_answer, logits, &one[i], err);
-        if (!status) status = avl__measure_steps(s, caches, speed->n, speed->n_prompt, speed->n_answer, logits, &together[i], err);
+        one[i] = together[i] = 0.0;
+        for (step = speed->n_prompt; step < n_ctx && !status; step++) {
+            status = avl__measure_step(s, caches, 1, step, logits, &one[i], err);
+            if (!status) status = avl__measure_step(s, caches, speed->n, step, logits, &together[i], err);
+        }
         gain[i] = speed->n * one[i] / together[i];
     }
     if (status) return status;
