@@ -25,6 +25,7 @@
 //   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
 //   [13] contrastive embeddings of images and texts, scores, search, metrics
 //   [14] measuring   how fast a model is, and what the machine allows; how good it is
+//   [15] SIMD        the kernels for vector registers: one template, and the choice at run time
 //
 // ---- How to use it ------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -153,6 +154,8 @@
 //   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
 //   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that does not ask for a size: 4096 tokens (or the model's, if less)
 //   ASTROVL_MAX_THREADS           64
+//   ASTROVL_NO_SIMD               portable kernels alone
+//   ASTROVL_HEADER_NAME           this file's name, which it includes itself by: "astrovl.h"
 //
 
 // ====================================================================================================================
@@ -164,6 +167,7 @@
 // - memory that a function returns is released with astrovl_free(), handles with their own function.
 // ==================================================================================================================
 
+#ifndef AVL__ISA        // section [15] includes this file again for each instruction set
 #ifndef ASTROVL_H
 #define ASTROVL_H
 
@@ -867,7 +871,7 @@ ASTROVL_API float astrovl_cosf(float x);
 #else
 #include <time.h>
 #endif
-#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
+#if defined(__x86_64__) && !defined(ASTROVL_TEST_GENERIC) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
 #define AVL__X86 1           // instruction sets beyond the build's are compiled per function and chosen at run time
 #if !defined(__clang__)
 #pragma GCC diagnostic push       // gcc 12's own header trips over its idiom for "any value" (gcc bug 105593)
@@ -892,6 +896,18 @@ ASTROVL_API float astrovl_cosf(float x);
 #endif
 #else
 #define AVL__NEON 0
+#endif
+// Vector extensions of gcc and clang, where there are registers for them; the kernels assume little-endian bytes.
+#if defined(ASTROVL_NO_SIMD)
+#define AVL__SIMD 0
+#elif AVL__X86 || AVL__NEON
+#define AVL__SIMD 1
+#elif ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10)) && \
+    __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && (defined(__SSE2__) || defined(__VSX__) || defined(__loongarch_sx) || \
+    defined(__wasm_simd128__) || (defined(__riscv_vector) && (defined(__clang__) || __GNUC__ >= 14)))
+#define AVL__SIMD 1
+#else
+#define AVL__SIMD 0
 #endif
 
 // Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
@@ -2279,24 +2295,20 @@ typedef struct avl__linear {
     int          type;         // astrovl_type of the weight
     int          n_in, n_out;
     size_t       row_bytes;
-    int          is_fine;      // 1: activations deserve 16 bits rather than 8, where they are large (avl__llama_load_layer)
 } avl__linear;
 
-// Rows of activations as integers of 8 bits; for some weights, in q, as integers of 16 bits or bfloat16. Where 8 bits are too few
-// there are two pieces: x[i] = e (q[i] + q'[i] / 254), where the rows of q' follow those of q, each with an e of its own. What
-// rounding loses grows with e, so only the blocks with the largest e have a second piece (avl__choose_rests); the others' are zeros.
-// A panel meets `group` rows at a time. What it reads of them together lies together, word by word (four bytes): rows that lay a
-// power of two apart would push each other out of the first-level cache. For a row or two, group is 1.
+// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [15]), x = e q for 32 values.
+// A pack of weights meets `group` rows at a time. What it reads of them together lies together, word by word: rows that lay a
+// power of two apart would evict each other from the first-level cache. For one row, group is 1.
 typedef struct avl__quants {
-    int8_t  *q;                // [n_pieces][n_groups][n_blocks][8 words, or 16][group][4]
-    float   *scale;            // [n_pieces][n_groups][n_blocks][group]                e
-    int32_t *bias;             // [n_pieces][n_groups][n_blocks][n_parts][group]       -offset * sum of q
-    float   *sum;              // [n_pieces][n_groups][n_blocks][n_parts][group]       e * sum of q
-    int32_t *rests;            // [n_groups][1 + n_blocks]      of two pieces: in how many blocks, and in which, some row has a second one
-    int      n_blocks, n_pieces, n_groups, group;
+    int8_t  *q;                // [n_groups][n_blocks][8, 16 or 32 words][group][4]
+    float   *scale;            // [n_groups][n_blocks][group]                e
+    int32_t *bias;             // [n_groups][n_blocks][n_parts][group]       -offset * sum of q
+    float   *sum;              // [n_groups][n_blocks][n_parts][group]       e * sum of q
+    int      n_blocks, n_groups, group, float_kind;
 } avl__quants;
 
-enum { AVL__QUANT_BYTES = 2 * (4 + 8 + 8) + 8 + 64 };   // of a block: two pieces' scale, bias and sum; rests; and 64 bytes in q
+enum { AVL__QUANT_BYTES = 4 + 8 + 8 + 128 };   // of a block: scale, bias, sum, and at most 32 words
 
 // One product:  y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 typedef struct avl__product {
@@ -2331,8 +2343,6 @@ typedef struct avl__kernels {
     void (*linear)(const avl__product *p, int first, int last, float *scratch);
     // sum over i of half[i] * x[i], half: little-endian float16 at any address.  The same bits in every table
     float (*dot_f16)(const void *half, const float *x, int n);
-    // reads size bytes once, as fast as this instruction set can, and returns some sum of them: for measuring memory
-    uint64_t (*read)(const void *data, size_t size);
     // the operations of section [5] that the public functions describe
     void (*rms_norm)(float *y, const float *x, const float *weight, int n_embd, float eps);
     void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
@@ -2340,9 +2350,8 @@ typedef struct avl__kernels {
     void (*quick_gelu)(float *x, int64_t n);
     void (*silu_product)(float *x, const float *up, int64_t n);              // x = silu(x) * up
     // NULL in exact mode: rounds blocks begin..end-1 of rows first..first+n_rows-1 of x; columns first..last-1 of the product with x
-    // rounded; attention. quantize_rests: the second pieces of a group of rows, whose first ones are there; NULL: there are none
+    // rounded; attention
     void (*quantize)(const avl__product *p, int first, int n_rows, int begin, int end);
-    void (*quantize_rests)(const avl__product *p, int first, int n_rows);
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     void (*attend)(const avl__tile *t, float *scratch);
     void (*attend_coarsely)(const avl__tile *t, float *scratch);   // the same for any number of queries, in bfloat16; or NULL
@@ -2351,11 +2360,8 @@ typedef struct avl__kernels {
     void (*attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys, int head_dim, float *weights);
     void (*to_halves)(uint16_t *y, const float *x, int64_t n);
     void (*from_halves)(float *y, const uint16_t *x, int n);
-    // n rounds of the instruction that many rows meet weights of this type with, in registers alone; the operations made: for
-    // measuring arithmetic
-    double (*peak)(int type, int64_t n);
-    int group, float_group;   // rows of activations that a panel meets together (avl__quants), for weights in blocks and for floats
-    int n_few, few_group;     // up to n_few rows weights in blocks make no panels in memory: one or two rows each, or few_group together
+    int group, float_kind, float_group;   // rows of activations of a tile, at most; how rounded floats are multiplied, and their rows
+    int n_few;                            // up to so many rows weights in blocks are not packed as a whole
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2443,3987 +2449,24 @@ static double avl__peak_portable(int type, int64_t n) {
 }
 
 static const avl__kernels avl__kernels_portable = {
-    "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, avl__read_portable,
-    astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL,
-    NULL, NULL, NULL, avl__peak_portable, 1, 1, 0, 1};
+    "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, astrovl_rms_norm,
+    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 0, 1, 0};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
 }
 
-#if AVL__X86 || AVL__NEON
-// How the kernels below are written: instruction sets are named function by function, so that one ordinary build holds them all.
-// `type` and the numbers of rows are constants wherever an AVL__INLINE function is called, so every format and shape is code of
-// its own, without the source being written again; AVL__UNROLL lets arrays of registers stay registers.
-#define AVL__INLINE      static inline __attribute__((always_inline))
-#define AVL__APART       static __attribute__((noinline))
-#if defined(__clang__)
-#define AVL__UNROLL      _Pragma("clang loop unroll(full)")
-#else
-#define AVL__UNROLL      _Pragma("GCC unroll 16")
-#endif
-
-// ---- blocks of weights as bytes and scales -------------------------------------------------------------------------
-
-// w = d (u - offset) + m
-typedef struct avl__block_form {
-    int offset;
-    int n_parts;       // 2: the first and the last 16 values of a block have their own d and m; else 1
-    int has_min;       // 0: m is 0
-} avl__block_form;
-
-AVL__INLINE avl__block_form avl__block_form_of(int type) {
-    avl__block_form f = {0, 1, 0};
-    switch (type) {
-    case ASTROVL_TYPE_Q4_0: f.offset = 8; break;
-    case ASTROVL_TYPE_Q5_0: f.offset = 16; break;
-    case ASTROVL_TYPE_Q8_0: f.offset = 128; break;
-    case ASTROVL_TYPE_Q3_K: f.offset = 4; f.n_parts = 2; break;
-    case ASTROVL_TYPE_Q6_K: f.offset = 32; f.n_parts = 2; break;
-    case ASTROVL_TYPE_Q2_K: f.has_min = 1; f.n_parts = 2; break;
-    case ASTROVL_TYPE_Q4_1: case ASTROVL_TYPE_Q5_1: case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K: f.has_min = 1; break;
-    default: f.offset = 128; break;      // F32, F16 and BF16, where they are rounded to blocks like Q8_0's
-    }
-    return f;
-}
-
-AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K; }
-
-// Bytes of eight blocks: for the K-quants, a super-block
-AVL__INLINE size_t avl__group_bytes(int type) {
-    switch (type) {
-    case ASTROVL_TYPE_Q4_0: return 8 * 18;
-    case ASTROVL_TYPE_Q4_1: return 8 * 20;
-    case ASTROVL_TYPE_Q5_0: return 8 * 22;
-    case ASTROVL_TYPE_Q5_1: return 8 * 24;
-    case ASTROVL_TYPE_Q8_0: return 8 * 34;
-    case ASTROVL_TYPE_Q2_K: return 84;
-    case ASTROVL_TYPE_Q3_K: return 110;
-    case ASTROVL_TYPE_Q4_K: return 144;
-    case ASTROVL_TYPE_Q5_K: return 176;
-    default:                return 210;
-    }
-}
-
-// Bits of a block's 32 values: ((bytes >> from) & mask) << to of the 32 bytes from byte `at` of its super-block on. Blocks share bytes; the
-// first to use them has from == 0.
-typedef struct avl__bits {
-    int at, from, mask, to;
-} avl__bits;
-
-// Of block j of eight the values' low bits (i = 0) or those above them (i = 1), which some types have (else mask is 0). Layouts: section [3]
-AVL__INLINE avl__bits avl__bits_of(int type, int j, int i) {
-    const avl__bits none = {0, 0, 0, 0};
-    const avl__bits q2_k = {16 + j / 4 * 32, j % 4 * 2, 3, 0}, q3_k = {32 + j / 4 * 32, j % 4 * 2, 3, 0}, q3_k_high = {0, j, 1, 2};
-    const avl__bits q4_k = {16 + j / 2 * 32, j % 2 * 4, 15, 0}, q5_k = {48 + j / 2 * 32, j % 2 * 4, 15, 0}, q5_k_high = {16, j, 1, 4};
-    const avl__bits q6_k = {j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 15, 0}, q6_k_high = {128 + j / 4 * 32, j % 4 * 2, 3, 4};
-    switch (type) {
-    case ASTROVL_TYPE_Q2_K: return i ? none : q2_k;
-    case ASTROVL_TYPE_Q3_K: return i ? q3_k_high : q3_k;
-    case ASTROVL_TYPE_Q4_K: return i ? none : q4_k;
-    case ASTROVL_TYPE_Q5_K: return i ? q5_k_high : q5_k;
-    case ASTROVL_TYPE_Q6_K: return i ? q6_k_high : q6_k;
-    default:                return none;
-    }
-}
-
-AVL__INLINE uint16_t avl__half_at(const uint8_t *p) {   // both families are little-endian
-    uint16_t half;
-    memcpy(&half, p, 2);
-    return half;
-}
-AVL__INLINE uint32_t avl__word_at(const void *p) {
-    uint32_t word;
-    memcpy(&word, p, 4);
-    return word;
-}
-enum { AVL__PANEL_ROWS = 32 };     // weight rows of a panel
-enum { AVL__FEW_ROWS = 8 };        // rows of activations, of answers that are written together, that no panel in memory is worth
-enum { AVL__GROUP_BYTES = 6, AVL__GROUP_PAIRS = 12, AVL__GROUP_HALVES = 8 };   // rows for whose sums there are registers
-
-// Stores n words of `size` bytes, `stride` bytes apart.
-AVL__INLINE void avl__spread(void *to, size_t stride, const void *words, int n, int size) {
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) memcpy((uint8_t *)to + stride * (size_t)i, (const uint8_t *)words + size * i, (size_t)size);
-}
-
-// Stores n words of block b of row r, which are `words`.
-AVL__INLINE void avl__put_words(const avl__quants *to, int r, int b, const void *words, int n, int size) {
-    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, stride = (size_t)size * (size_t)to->group;
-    avl__spread(to->q + stride * (size_t)n * block + size * (r % to->group), stride, words, n, size);
-}
-
-// Chooses the blocks of rows first..first+n_rows-1, a group whose first piece is there, that get a second one: those whose scale is
-// above 1.5 times the row's (its root mean square). Errors are proportional to scales, and few blocks hold the large activations: in
-// SmolLM2 a tenth has a second piece, a sixth has one in some row of a group.  limit: out, [n_rows], the scale above which a row's
-// blocks are chosen
-static void avl__choose_rests(const avl__quants *to, int first, int n_rows, float *limit) {
-    const float *scale = to->scale + (size_t)first * (size_t)to->n_blocks;      // [n_blocks][group]
-    int32_t *rests = to->rests + (size_t)(first / to->group) * (1 + (size_t)to->n_blocks);
-    int r, b;
-    for (r = 0; r < n_rows; r++) {
-        double squares = 0.0;
-        for (b = 0; b < to->n_blocks; b++) squares += (double)scale[b * to->group + r] * scale[b * to->group + r];
-        limit[r] = 1.5f * (float)avl__sqrt(squares / to->n_blocks);
-    }
-    rests[0] = 0;
-    for (b = 0; b < to->n_blocks; b++) {
-        for (r = 0; r < n_rows && scale[b * to->group + r] <= limit[r]; r++) {}
-        if (r < n_rows) rests[++rests[0]] = b;
-    }
-}
-
-// Which of blocks b to b + 7 come next in a list of rests, as bits.  at: the first that is not taken yet; in, out
-AVL__INLINE unsigned avl__take_rests(const int32_t **at, const int32_t *end, int b) {
-    unsigned taken = 0;
-    for (; *at < end && **at < b + 8; ++*at) taken |= 1u << (**at - b);
-    return taken;
-}
-
-// What all kernels of attention begin with: the queries, as many as there are of 32, turned to [head_dim][32].
-static void avl__turn_queries(const avl__tile *t, float *turned) {
-    int d, i;
-    for (d = 0; d < t->head_dim; d++)
-        for (i = 0; i < 32; i++) *turned++ = i < t->n ? t->q[(size_t)i * t->q_stride + (size_t)d] : 0.0f;
-}
-
-// Takes the future from scores[n_keys][32] of 32 queries, from query `first` on: key n_visible + i is seen from query i + 1 on.
-static void avl__hide_future(const avl__tile *t, int first, float *scores) {
-    const int n_visible = t->n_visible + first;
-    int j, i;
-    for (j = n_visible; j < t->n_keys; j++)
-        for (i = 0; i < 32 && i <= j - n_visible; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
-}
-
-#endif
-
-#if AVL__X86
-#define AVL__AVX2        __attribute__((target("avx2,fma,f16c")))
-#define AVL__AVX512      __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define AVL__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
-
-// ---- AVX2 ----------------------------------------------------------------------------------------------------------
-
-AVL__AVX2 AVL__INLINE __m256i avl__load32_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-AVL__AVX2 AVL__INLINE __m128i avl__load16_avx2(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
-AVL__AVX2 AVL__INLINE void avl__store32_avx2(void *to, __m256i v) { _mm256_storeu_si256((__m256i *)to, v); }
-
-// F16C, which every processor with AVX2 has, makes eight floats of eight float16 in one instruction, so a search is bound by
-// reading its rows from memory. The sixteen lanes are two registers; no fused multiply-add, hence the same bits.
-__attribute__((target("avx2,f16c")))
-static float avl__dot_f16_avx2(const void *half, const float *x, int n) {
-    const uint8_t *h = (const uint8_t *)half;
-    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
-    float lane[AVL__LANES];
-    int i, j;
-    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES) {
-        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i)));
-        __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + 2 * i + 16)));
-        low = _mm256_add_ps(low, _mm256_mul_ps(a, _mm256_loadu_ps(x + i)));
-        high = _mm256_add_ps(high, _mm256_mul_ps(b, _mm256_loadu_ps(x + i + 8)));
-    }
-    _mm256_storeu_ps(lane, low);
-    _mm256_storeu_ps(lane + 8, high);
-    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
-    return avl__fold_lanes(lane);
-}
-
-AVL__AVX2 static uint64_t avl__read_avx2(const void *data, size_t size) {
-    const uint8_t *bytes = (const uint8_t *)data;
-    __m256i sum[4];
-    uint64_t lane[4];
-    size_t at = 0;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) sum[i] = _mm256_setzero_si256();
-    for (; at + 128 <= size; at += 128)
-        AVL__UNROLL
-        for (i = 0; i < 4; i++) sum[i] = _mm256_add_epi64(sum[i], avl__load32_avx2(bytes + at + 32 * i));
-    avl__store32_avx2(lane, _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3])));
-    return lane[0] + lane[1] + lane[2] + lane[3] + avl__read_portable(bytes + at, size - at);
-}
-
-// ---- AVX2: blocks of weights as bytes and scales -------------------------------------------------------------------
-
-// 16 bytes of nibbles: the low ones, then the high ones
-AVL__AVX2 AVL__INLINE __m256i avl__nibbles_avx2(const uint8_t *p) {
-    const __m256i shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
-    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_broadcastsi128_si256(avl__load16_avx2(p)), shifts), _mm256_set1_epi8(15));
-}
-
-// the 32 bits of a word as bytes of 16 or 0
-AVL__AVX2 AVL__INLINE __m256i avl__fifth_bits_avx2(const uint8_t *p) {
-    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101LL, 0x0202020202020202LL, 0x0303030303030303LL);
-    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ULL);
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32((int)avl__word_at(p)), byte_of);
-    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit), _mm256_set1_epi8(16));
-}
-
-// A block's bits, at their place.  s: its super-block
-AVL__AVX2 AVL__INLINE __m256i avl__bits_avx2(const uint8_t *s, avl__bits bits) {
-    const int up = bits.to - bits.from;
-    __m256i v = avl__load32_avx2(s + bits.at);
-    if (up > 0) v = _mm256_slli_epi16(v, up);
-    if (up < 0) v = _mm256_srli_epi16(v, -up);
-    return _mm256_and_si256(v, _mm256_set1_epi8((char)(bits.mask << bits.to)));
-}
-
-// The bytes u of block b of a weight row (layouts: section [3])
-AVL__AVX2 AVL__INLINE __m256i avl__block_bytes_avx2(int type, const uint8_t *row, size_t b) {
-    const uint8_t *block = row + avl__group_bytes(type) / 8 * b, *s = row + b / 8 * avl__group_bytes(type);
-    const avl__bits low = avl__bits_of(type, (int)(b % 8), 0), high = avl__bits_of(type, (int)(b % 8), 1);
-    switch (type) {
-    case ASTROVL_TYPE_Q4_0: return avl__nibbles_avx2(block + 2);
-    case ASTROVL_TYPE_Q4_1: return avl__nibbles_avx2(block + 4);
-    case ASTROVL_TYPE_Q5_0: return _mm256_or_si256(avl__nibbles_avx2(block + 6), avl__fifth_bits_avx2(block + 2));
-    case ASTROVL_TYPE_Q5_1: return _mm256_or_si256(avl__nibbles_avx2(block + 8), avl__fifth_bits_avx2(block + 4));
-    case ASTROVL_TYPE_Q8_0: return _mm256_xor_si256(avl__load32_avx2(block + 2), _mm256_set1_epi8((char)0x80));   // q + 128
-    default:                return high.mask ? _mm256_or_si256(avl__bits_avx2(s, low), avl__bits_avx2(s, high)) : avl__bits_avx2(s, low);
-    }
-}
-
-// A processor reads ahead by itself, but not far enough while it computes as well, and no further than to the end of a page of 4 KB:
-// then it begins anew, some lines into the next one. So weights are asked for before they are used: where eight rows are read side by side,
-// the next eight (some 16 KB on, avl__next_rows), where row follows row, what comes AVL__AHEAD bytes on; and the first lines of a page
-// one page before that. On two cores of a Zen 4 a product of one row of activations with Q4_0 then reads at 4/5 (where memory is fast) to
-// 92 % of the speed of reading alone; without, at half of it. More is not to be had this way: reading alone, with lines asked for 8 KB
-// ahead or more, comes to 92 %, too; probably the processor's own reading ahead can have more lines on their way, but then no longer
-// leads. Asking 6 KB ahead gains float16 3 %.
-enum { AVL__AHEAD = 6144 };
-
-// Where a page's first n bytes are come to, at p, the next page's first lines.
-AVL__INLINE void avl__prefetch_page(const void *p, size_t n) {
-    const char *next = (const char *)(((uintptr_t)p | 4095) + 1);
-    int i;
-    for (i = 0; i < 4 && ((uintptr_t)p & 4095) < n; i++) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
-}
-
-AVL__INLINE void avl__prefetch_bytes(const char *p, size_t n) {
-    size_t i;
-    for (i = 0; i < n; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
-    avl__prefetch_page(p, n);
-}
-
-// Of columns first..last-1 it is the turn of n, from `out` on: where the n weight rows lie that will be wanted afterwards. These come
-// next, or when the thread takes its next columns; at the very end they are the same once more.
-AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int last, int out, int n) {
-    const int after = last - out >= 2 * n ? out + n : first + p->ahead;
-    return (const char *)p->w->weight + (size_t)(after + n <= p->w->n_out ? after : out) * p->w->row_bytes;
-}
-
-// Many rows: while some of the activations, from row r on, `group` at a time, meet a panel, a line of the weights that the next panel is
-// made of is fetched with each block: the last rows fetch the first lines, those before them the next, and where none are left this
-// panel's own are asked for again, which costs nothing.
-AVL__INLINE const char *avl__next_lines(const avl__product *p, const void *panel, const char *next, int r, int group) {
-    const size_t lines = 64 * (size_t)p->quants.n_blocks, at = lines * (size_t)((p->n_rows - 1 - r) / group);
-    return at + lines <= AVL__PANEL_ROWS * p->w->row_bytes ? next + at : (const char *)panel;
-}
-
-// Turns the words of four registers in each half: w[i] gets word i of the lower halves of the four, and of the upper ones above it. If w[i]
-// has four words of row i and, above, of row i + 4, it then has word i of 8 rows.
-AVL__AVX2 AVL__INLINE void avl__turn_words_avx2(__m256i *w) {
-    __m256i t[4];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 2; i++) {
-        w[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        w[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    }
-}
-
-// 16 bytes of row i of eight and, above, of row i + 4; `at`: from where the rows begin
-AVL__AVX2 AVL__INLINE __m256i avl__two_rows_avx2(const uint8_t *const *row, int i, size_t at) {
-    return _mm256_set_m128i(avl__load16_avx2(row[i + 4] + at), avl__load16_avx2(row[i] + at));
-}
-
-// Turns 8 words of 8 rows and stores the turned rows, `stride` bytes apart.
-AVL__AVX2 AVL__INLINE void avl__store_turned_avx2(const __m256i *v, void *to, int stride) {
-    uint8_t *at = (uint8_t *)to;
-    __m256i u[8];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) u[i] = v[i];
-    avl__turn_words_avx2(u);
-    avl__turn_words_avx2(u + 4);
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        avl__store32_avx2(at + stride * i, _mm256_permute2x128_si256(u[i], u[i + 4], 0x20));
-        avl__store32_avx2(at + stride * (i + 4), _mm256_permute2x128_si256(u[i], u[i + 4], 0x31));
-    }
-}
-
-// ---- AVX2: products ------------------------------------------------------------------------------------------------
-// Without vpdpbusd the product of four bytes by four takes more steps, and the first of them, vpmaddubsw, adds two products in
-// 16 bits. While the weights' bytes are small that leaves room: of a 4-bit type 8 such sums, a whole block of a row, fit into 16
-// bits, of a 5-bit type 4, of a 6-bit type 2. Then one vpmaddwd widens them to 32 bits. Where weights have 8 bits or are floats
-// nothing fits; those become 16-bit integers, and so do the activations: +-8191, one scale for 32 (Q8_0's bytes stay as they
-// are), so that 32 products add up in 32 bits. vpmaddwd does that at half the rate of bytes, yet twice that of float32.
-//
-// A register of a panel holds one word of 8 rows: four columns as bytes, or two as 16-bit integers; 4 rows of activations by 2
-// such registers make 8 of integer sums, and float sums wait in memory, where they are needed once a block. One or two rows of
-// activations take 8 weight rows as they lie; each block becomes 8 registers of sums, which are turned and added to one. Both
-// ways do the same float operations in the same order, so the bits of a row do not depend on how many rows there are:
-//     sum += (integer sum of the block) (d e);  sum -= (-m) (e sum of q),     each in one rounding, block after block.
-//
-// AVX-VNNI (Intel since Alder Lake, AMD since Zen 5) has vpdpbusd for these registers, and vpdpwssd for pairs of 16-bit integers. Its
-// table shares all of this: products are added up in 32 bits as they are made, to the same integers, hence to the same bits.
-
-// What matters of a type once its blocks are integers.
-typedef struct avl__words_form {
-    int n_parts, has_min;
-    int run;           // as many words of four columns add up in 16 bits; 0: words of two 16-bit integers
-    int vnni;          // 1: with AVX-VNNI; whether run is 0 is all that matters of it then
-} avl__words_form;
-
-enum { AVL__ROUND_BYTES = 127, AVL__ROUND_PAIRS = 8191 };    // the largest integers that activations are rounded to
-
-// Weights that become pairs of 16-bit integers rather than words of four bytes.
-AVL__INLINE int avl__in_pairs(int type) { return type == ASTROVL_TYPE_Q8_0 || avl__is_float_type(type); }
-
-AVL__INLINE avl__words_form avl__words_form_of(int type, int vnni) {
-    const avl__block_form f = avl__block_form_of(type);
-    avl__words_form w = {1, 0, 8, 0};
-    w.n_parts = f.n_parts;
-    w.has_min = f.has_min;
-    w.vnni = vnni;
-    if (avl__in_pairs(type)) w.run = 0;
-    else if (w.n_parts == 2) w.run = w.has_min ? 4 : 2;       // all words of a part of Q2_K; Q6_K's 6 bits, and Q3_K shares its loop
-    else if (type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1 || type == ASTROVL_TYPE_Q5_K) w.run = 4;
-    return w;
-}
-
-AVL__AVX2 AVL__INLINE __m256i avl__lanes_avx2(int n) {      // all bits of the first n lanes; of all, if n > 8
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-AVL__AVX2 AVL__INLINE __m256 avl__load_avx2(const float *x, int n) {
-    return n >= 8 ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, avl__lanes_avx2(n));
-}
-AVL__AVX2 AVL__INLINE void avl__store_avx2(float *y, int n, __m256 v) {
-    if (n >= 8) _mm256_storeu_ps(y, v);
-    else        _mm256_maskstore_ps(y, avl__lanes_avx2(n), v);
-}
-
-// 8 weights of a float type from i on, those beyond the n that are left zero
-AVL__AVX2 AVL__INLINE __m256 avl__weights_avx2(int type, const void *row, size_t i, int n) {
-    uint16_t some[8] = {0};
-    __m128i halves;
-    if (type == ASTROVL_TYPE_F32) return avl__load_avx2((const float *)row + i, n);
-    if (n < 8 && n > 0) memcpy(some, (const uint16_t *)row + i, 2 * (size_t)n);
-    halves = avl__load16_avx2(n >= 8 ? (const uint16_t *)row + i : some);
-    if (type == ASTROVL_TYPE_F16) return _mm256_cvtph_ps(halves);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-AVL__AVX2 AVL__INLINE float avl__add_lanes_avx2(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-// 32 floats to 32 integers of 16 bits, x = e q, e = max |x| / most
-AVL__AVX2 AVL__INLINE void avl__round_block_avx2(const __m256 *x, float most, __m256i *q, float *e) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 max = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, x[0]), _mm256_andnot_ps(sign, x[1])),
-                               _mm256_max_ps(_mm256_andnot_ps(sign, x[2]), _mm256_andnot_ps(sign, x[3])));
-    __m128 top = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
-    int i;
-    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
-    top = _mm_max_ss(top, _mm_movehdup_ps(top));
-    *e = _mm_cvtss_f32(top) / most;
-    max = _mm256_set1_ps(_mm_cvtss_f32(top) > 1e-30f ? most / _mm_cvtss_f32(top) : 0.0f);
-    AVL__UNROLL
-    for (i = 0; i < 2; i++)
-        q[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(x[2 * i], max)),
-                                                           _mm256_cvtps_epi32(_mm256_mul_ps(x[2 * i + 1], max))), 0xD8);
-}
-
-AVL__AVX2 AVL__INLINE int avl__add_pairs_avx2(__m256i q) {   // the sum of 16 integers of 16 bits
-    const __m256i s = _mm256_madd_epi16(q, _mm256_set1_epi16(1));
-    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4E));
-    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xB1)));
-}
-
-AVL__AVX2 static void avl__quantize_avx2(const avl__product *p, int first, int n_rows, int begin, int end) {
-    const avl__block_form f = avl__block_form_of(p->w->type);
-    const int pairs = avl__in_pairs(p->w->type);
-    const avl__quants *to = &p->quants;
-    int r, b, i, part;
-    for (r = first; r < first + n_rows; r++)
-        for (b = begin; b < end; b++) {
-            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-            const int left = p->w->n_in - 32 * b;
-            const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
-            __m256 v[4];
-            __m256i q[2];
-            int sums[2];
-            float e;
-            AVL__UNROLL
-            for (i = 0; i < 4; i++) v[i] = avl__load_avx2(x + 8 * i, left - 8 * i);
-            avl__round_block_avx2(v, pairs ? (float)AVL__ROUND_PAIRS : (float)AVL__ROUND_BYTES, q, &e);
-            to->scale[at * to->group + place] = e;
-            if (pairs) {                                      // neither offsets nor minima
-                avl__put_words(to, r, b, q, 16, 4);
-                continue;
-            }
-            v[0] = _mm256_castsi256_ps(_mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xD8));
-            avl__put_words(to, r, b, v, 8, 4);
-            sums[0] = avl__add_pairs_avx2(q[0]);
-            sums[1] = avl__add_pairs_avx2(q[1]);
-            if (f.n_parts == 1) sums[0] += sums[1];
-            for (part = 0; part < f.n_parts; part++) {
-                to->bias[(at * f.n_parts + (size_t)part) * to->group + place] = -f.offset * sums[part];
-                to->sum[(at * f.n_parts + (size_t)part) * to->group + place] = e * (float)sums[part];
-            }
-        }
-}
-
-// The words at byte `at` of 8 rows
-AVL__AVX2 AVL__INLINE __m256i avl__words_of_rows_avx2(const uint8_t *const *row, size_t at) {
-    return _mm256_setr_epi32((int)avl__word_at(row[0] + at), (int)avl__word_at(row[1] + at), (int)avl__word_at(row[2] + at),
-                             (int)avl__word_at(row[3] + at), (int)avl__word_at(row[4] + at), (int)avl__word_at(row[5] + at),
-                             (int)avl__word_at(row[6] + at), (int)avl__word_at(row[7] + at));
-}
-
-// The scales of a super-block of 8 rows. A part's d is d * its scale, and its -m is m * its min; of `scales`, which have a sign, and `mins`
-// a lane holds its row's for four parts, a byte each.
-typedef struct avl__super_avx2 {
-    __m256i scales[4], mins[4];
-    __m256  d, m;
-} avl__super_avx2;
-
-// `at`: where the rows' super-blocks begin. A row's packed scales are four words; they are turned before they are unpacked.
-AVL__AVX2 AVL__INLINE void avl__unpack_super_avx2(int type, const uint8_t *const *row, size_t at, avl__super_avx2 *s) {
-    const __m256i six = _mm256_set1_epi32(0x3F3F3F3F), four = _mm256_set1_epi32(0x0F0F0F0F), two = _mm256_set1_epi32(0x30303030);
-    const size_t begin = type == ASTROVL_TYPE_Q3_K ? 94 : type == ASTROVL_TYPE_Q6_K ? 192 : 0;
-    __m256i w[4], halves;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        w[i] = avl__two_rows_avx2(row, i, at + begin);
-        if (type == ASTROVL_TYPE_Q3_K) w[i] = _mm256_srli_si256(w[i], 2);                // from byte 96 on, without reading past the block
-    }
-    avl__turn_words_avx2(w);
-    switch (type) {
-    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:           // avl__unpack_scale, four parts to a word
-        halves = w[0];
-        s->scales[0] = _mm256_and_si256(w[1], six);
-        s->scales[1] = _mm256_or_si256(_mm256_and_si256(w[3], four), _mm256_and_si256(_mm256_srli_epi32(w[1], 2), two));
-        s->mins[0] = _mm256_and_si256(w[2], six);
-        s->mins[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(w[3], 4), four), _mm256_and_si256(_mm256_srli_epi32(w[2], 2), two));
-        break;
-    case ASTROVL_TYPE_Q3_K:                                   // avl__q3_k_scale
-        halves = w[3];
-        AVL__UNROLL
-        for (i = 0; i < 4; i++) {
-            const __m256i low = _mm256_and_si256(_mm256_srli_epi32(w[i % 2], i / 2 * 4), four);
-            const __m256i high = _mm256_and_si256(i < 2 ? _mm256_slli_epi32(w[2], 4 - 2 * i) : _mm256_srli_epi32(w[2], 2 * i - 4), two);
-            s->scales[i] = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
-        }
-        break;
-    default:                                                  // Q2_K: d and m come last, Q6_K: d does
-        halves = avl__words_of_rows_avx2(row, at + (type == ASTROVL_TYPE_Q2_K ? 80 : 206));
-        if (type == ASTROVL_TYPE_Q6_K) halves = _mm256_srli_epi32(halves, 16);
-        AVL__UNROLL
-        for (i = 0; i < 4; i++) {
-            s->scales[i] = type == ASTROVL_TYPE_Q2_K ? _mm256_and_si256(w[i], four) : w[i];
-            s->mins[i] = _mm256_and_si256(_mm256_srli_epi32(w[i], 4), four);
-        }
-        break;
-    }
-    halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(halves, _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(halves, 16)), 0xD8);
-    s->d = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-    s->m = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
-}
-
-// Do scales have a sign?
-AVL__INLINE int avl__has_signs(int type) { return type == ASTROVL_TYPE_Q3_K || type == ASTROVL_TYPE_Q6_K; }
-
-// The scales or mins of one part, times the rows' d or m
-AVL__AVX2 AVL__INLINE __m256 avl__scale_of_part_avx2(int has_signs, const __m256i *bytes, int part, __m256 d) {
-    const __m256i four = bytes[part / 4];
-    const int from = part % 4 * 8;
-    const __m256i one = has_signs ? _mm256_srai_epi32(_mm256_slli_epi32(four, 24 - from), 24)
-                                  : _mm256_and_si256(_mm256_srli_epi32(four, from), _mm256_set1_epi32(255));
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(one), d);
-}
-
-// The d and -m of all parts of a super-block of 8 rows: [parts][8 rows], `stride` floats from part to part
-AVL__AVX2 AVL__INLINE void avl__super_scales_avx2(int type, const uint8_t *const *row, size_t at, float *d, float *minus_m, int stride) {
-    const avl__block_form f = avl__block_form_of(type);
-    avl__super_avx2 s;
-    int part;
-    avl__unpack_super_avx2(type, row, at, &s);
-    AVL__UNROLL
-    for (part = 0; part < 16; part++) {
-        if (part >= 8 * f.n_parts) continue;
-        _mm256_storeu_ps(d + stride * part, avl__scale_of_part_avx2(avl__has_signs(type), s.scales, part, s.d));
-        if (f.has_min) _mm256_storeu_ps(minus_m + stride * part, avl__scale_of_part_avx2(0, s.mins, part, s.m));
-    }
-}
-
-// 8 half-precision numbers of a block, and those of the next if it is wanted, as floats
-AVL__AVX2 AVL__INLINE void avl__store_halves_avx2(__m256i halves, int is_two, float *to) {
-    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
-    if (is_two) _mm256_storeu_ps(to + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
-}
-
-// The d and -m of n (at most 8) blocks of 8 rows from block b on, b a multiple of 8: [n][n_parts][8]. Simple blocks begin with them, and
-// are longer than the 16 bytes that are loaded: two blocks' first words, d and m, are turned at a time.
-AVL__AVX2 AVL__INLINE void avl__scales_of_rows_avx2(int type, const uint8_t *const *row, size_t b, int n, float *d,
-                                                    float *minus_m) {
-    const size_t size = avl__group_bytes(type) / 8;
-    int j, r;
-    if (avl__is_k_quant(type)) {
-        avl__super_scales_avx2(type, row, b / 8 * avl__group_bytes(type), d, minus_m, 8);
-        return;
-    }
-    for (j = 0; j < n; j += 2) {
-        const int is_two = j + 1 < n;
-        const size_t at = size * (b + (size_t)j), second = is_two ? at + size : at;
-        __m256i v[8];
-        AVL__UNROLL
-        for (r = 0; r < 8; r++) v[r] = _mm256_set_m128i(avl__load16_avx2(row[r] + second), avl__load16_avx2(row[r] + at));
-        AVL__UNROLL
-        for (r = 0; r < 8; r += 2) v[r] = _mm256_unpacklo_epi16(v[r], v[r + 1]);
-        AVL__UNROLL
-        for (r = 0; r < 8; r += 4) v[r] = _mm256_unpacklo_epi32(v[r], v[r + 2]);
-        avl__store_halves_avx2(_mm256_unpacklo_epi64(v[0], v[4]), is_two, d + 8 * j);
-        if (avl__block_form_of(type).has_min)
-            avl__store_halves_avx2(_mm256_xor_si256(_mm256_unpackhi_epi64(v[0], v[4]), _mm256_set1_epi16((short)0x8000)), is_two, minus_m + 8 * j);
-    }
-}
-
-// 8 weight rows' pointers, the last of n rows again where there are fewer
-AVL__INLINE void avl__eight_rows(const avl__linear *w, int first, int n, const uint8_t **row) {
-    int r;
-    for (r = 0; r < 8; r++) row[r] = (const uint8_t *)w->weight + (size_t)(first + (r < n ? r : n - 1)) * w->row_bytes;
-}
-
-AVL__AVX2 AVL__INLINE __m256i avl__add_words_avx2(int in_16_bits, __m256i a, __m256i b) {
-    return in_16_bits ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
-}
-
-// The instructions of AVX-VNNI are written as such: an intrinsic could not be part of the code that AVX2 shares. {vex} tells them from
-// those of AVX-512, which do the same on a machine that has only these: test.c can be built with them.
-#if defined(ASTROVL_TEST_EVEX_VNNI)
-#define AVL__VNNI(name) "%{evex%} " name " {%2, %1, %0|%0, %1, %2}"
-#elif (defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11)
-#define AVL__VNNI(name) "%{vex%} " name " {%2, %1, %0|%0, %1, %2}"
-#else
-#define AVL__VNNI(name) ""              // assemblers of that age need not know them; the table is there, but not chosen
-#endif
-
-// Asked of the processor itself, which has AVX2: compilers learnt the name later.
-static int avl__has_avx_vnni(void) {
-#if defined(ASTROVL_TEST_EVEX_VNNI)
-    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-#else
-    unsigned a = 7, b, c = 1, d;
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return sizeof AVL__VNNI("") > 1 && (a >> 4 & 1);
-#endif
-}
-
-// sum + w x of a register of weights and one of activations: words of four bytes (of weights, unsigned) or of two 16-bit integers. The
-// sums have 32 bits, but without AVX-VNNI those of bytes 16
-AVL__AVX2 AVL__INLINE __m256i avl__add_products_avx2(avl__words_form f, __m256i sum, __m256i w, __m256i x) {
-    if (!f.vnni)    return avl__add_words_avx2(f.run, sum, f.run ? _mm256_maddubs_epi16(w, x) : _mm256_madd_epi16(w, x));
-    else if (f.run) __asm__(AVL__VNNI("vpdpbusd") : "+x"(sum) : "x"(w), "x"(x));
-    else            __asm__(AVL__VNNI("vpdpwssd") : "+x"(sum) : "x"(w), "x"(x));
-    return sum;
-}
-
-// Sums of words in 32 bits
-AVL__AVX2 AVL__INLINE __m256i avl__widen_sums_avx2(avl__words_form f, __m256i sum) {
-    return f.run && !f.vnni ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum;
-}
-
-// Do the sums of whole blocks, or of their parts, fit into 16 bits?
-AVL__INLINE int avl__is_narrow(avl__words_form f) { return f.run >= 8 / f.n_parts && !f.vnni; }
-
-// The products of block b of a weight row and the integers q, added up to one sum in each 32-bit lane; as two of 16 bits where a block of
-// them, or a part of it, fits into that
-AVL__AVX2 AVL__INLINE __m256i avl__block_products_avx2(avl__words_form f, int type, const uint8_t *row, size_t b, const __m256i *q) {
-    const uint8_t *pairs = row + 34 * b + 2;                  // Q8_0's
-    __m256i sum = _mm256_setzero_si256();
-    int i;
-    if (f.run) {
-        sum = avl__add_products_avx2(f, sum, avl__block_bytes_avx2(type, row, b), q[0]);
-        return avl__is_narrow(f) ? sum : avl__widen_sums_avx2(f, sum);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 2; i++) sum = avl__add_products_avx2(f, sum, _mm256_cvtepi8_epi16(avl__load16_avx2(pairs + 16 * i)), q[i]);
-    return sum;
-}
-
-// Has the compiler finish v here: it would rather make all products of a block before it adds them up, and has not the registers.
-AVL__AVX2 AVL__INLINE void avl__finish_avx2(__m256i v) { __asm__ volatile("" : : "x"(v)); }
-
-// 8 registers of sums, turned and added: lane r of whole is the sum of register r; of two parts, whole[1] for the upper half
-AVL__AVX2 AVL__INLINE void avl__add_turned_avx2(avl__words_form f, __m256i *v, __m256i *whole) {
-    const int narrow = avl__is_narrow(f);
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 8; i += 2)
-        v[i] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi32(v[i], v[i + 1]), _mm256_unpackhi_epi32(v[i], v[i + 1]));
-    AVL__UNROLL
-    for (i = 0; i < 8; i += 4)
-        v[i] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi64(v[i], v[i + 2]), _mm256_unpackhi_epi64(v[i], v[i + 2]));
-    whole[0] = _mm256_permute2x128_si256(v[0], v[4], 0x20);
-    whole[1] = _mm256_permute2x128_si256(v[0], v[4], 0x31);
-    if (f.n_parts == 1) whole[0] = avl__add_words_avx2(narrow, whole[0], whole[1]);
-    if (!narrow) return;
-    AVL__UNROLL
-    for (i = 0; i < f.n_parts; i++) whole[i] = avl__widen_sums_avx2(f, whole[i]);
-}
-
-// Both for 16 bytes of nibbles of 8 rows, `at` bytes from where the rows begin, with 32 integers at q: two rows to a register, so that
-// half as many are added up.
-AVL__AVX2 AVL__INLINE __m256i avl__nibble_products_avx2(avl__words_form f, const uint8_t *const *row, size_t at, const int8_t *q) {
-    const __m256i four_bits = _mm256_set1_epi8(15), low = _mm256_broadcastsi128_si256(avl__load16_avx2(q));
-    const __m256i high = _mm256_broadcastsi128_si256(avl__load16_avx2(q + 16));
-    const int narrow = avl__is_narrow(f);
-    __m256i v[4];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        const __m256i w = avl__two_rows_avx2(row, i, at);
-        v[i] = avl__add_products_avx2(f, _mm256_setzero_si256(), _mm256_and_si256(w, four_bits), low);
-        v[i] = avl__add_products_avx2(f, v[i], _mm256_and_si256(_mm256_srli_epi16(w, 4), four_bits), high);
-    }
-    AVL__UNROLL
-    for (i = 0; i < 4; i += 2)
-        v[i] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi32(v[i], v[i + 1]), _mm256_unpackhi_epi32(v[i], v[i + 1]));
-    v[0] = avl__add_words_avx2(narrow, _mm256_unpacklo_epi64(v[0], v[2]), _mm256_unpackhi_epi64(v[0], v[2]));
-    return narrow ? avl__widen_sums_avx2(f, v[0]) : v[0];
-}
-
-// sum + (whole + bias) (d e) - minus_m (e sum of q) for one part of a block.  bias, e, e_sum: one value each, of the activations
-AVL__AVX2 AVL__INLINE __m256 avl__add_part_avx2(avl__words_form f, __m256i whole, const float *d, const float *minus_m,
-                                                const int32_t *bias, const float *e, const float *e_sum, __m256 sum) {
-    const __m256 de = _mm256_mul_ps(_mm256_loadu_ps(d), _mm256_set1_ps(*e));
-    if (f.run && !f.has_min) whole = _mm256_add_epi32(whole, _mm256_set1_epi32(*bias));
-    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), de, sum);
-    return f.has_min ? _mm256_fnmadd_ps(_mm256_loadu_ps(minus_m), _mm256_set1_ps(*e_sum), sum) : sum;
-}
-
-// Block b of 8 weight rows as they lie, whose scales are d and minus_m, times block x_block of the activations, added to sum
-AVL__AVX2 AVL__INLINE __m256 avl__add_block_avx2(avl__words_form f, int type, const uint8_t *const *row, size_t b, const float *d,
-                                                 const float *minus_m, const avl__quants *x, size_t x_block, __m256 sum) {
-    const int8_t *q_at = x->q + (size_t)(f.run ? 32 : 64) * x_block;
-    __m256i q[2], v[8], whole[2];
-    int r, part;
-    if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1)
-        whole[0] = avl__nibble_products_avx2(f, row, (b + 1) * (avl__group_bytes(type) / 8) - 16, q_at);
-    else {
-        q[0] = avl__load32_avx2(q_at);
-        q[1] = f.run ? q[0] : avl__load32_avx2(q_at + 32);
-        AVL__UNROLL
-        for (r = 0; r < 8; r++) v[r] = avl__block_products_avx2(f, type, row[r], b, q);
-        avl__add_turned_avx2(f, v, whole);
-    }
-    AVL__UNROLL
-    for (part = 0; part < f.n_parts; part++) {
-        const size_t x_at = x_block * f.n_parts + (size_t)part;
-        sum = avl__add_part_avx2(f, whole[part], d + 8 * part, minus_m + 8 * part, x->bias + x_at, x->scale + x_block, x->sum + x_at, sum);
-    }
-    return sum;
-}
-
-// 8 weight rows as they lie times a row of the activations, while as many are fetched from `next` on.
-AVL__AVX2 AVL__INLINE __m256 avl__dot_rows_avx2(int vnni, int type, const uint8_t *const *row, const char *next, const avl__quants *x,
-                                                int x_row) {
-    const avl__words_form f = avl__words_form_of(type, vnni);
-    const size_t first = (size_t)x_row * (size_t)x->n_blocks;
-    __m256 sum = _mm256_setzero_ps();
-    float d[128], minus_m[128];
-    int b, j;
-    for (b = 0; b < x->n_blocks; b += 8) {
-        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        avl__prefetch_bytes(next, 8 * avl__group_bytes(type));
-        next += 8 * avl__group_bytes(type);
-        avl__scales_of_rows_avx2(type, row, (size_t)b, n_now, d, minus_m);
-        __asm__ volatile("" : : : "memory");     // or a compiler would keep scales in registers that products need
-        if (avl__is_k_quant(type)) {             // code for each of a super-block's eight: each is unpacked by shifts of its own
-            AVL__UNROLL
-            for (j = 0; j < 8; j++) {
-                const size_t block = (size_t)b / 8 * 8 + (size_t)j;              // so that compilers see which it is
-                sum = avl__add_block_avx2(f, type, row, block, d + 8 * f.n_parts * j, minus_m + 8 * f.n_parts * j, x, first + block, sum);
-            }
-        } else
-            for (j = 0; j < n_now; j++)
-                sum = avl__add_block_avx2(f, type, row, (size_t)(b + j), d + 8 * j, minus_m + 8 * j, x, first + (size_t)(b + j), sum);
-    }
-    return sum;
-}
-
-// Groups of 8 weight rows, turned: n_blocks of their blocks, from block `first` on.
-typedef struct avl__words {
-    uint8_t *u;                // [groups][n_blocks][8 or 16][8][4]: 8 rows of a word of four or two columns to a register
-    float   *d, *minus_m;      // [groups][n_blocks][n_parts][8]
-    int      first, n_blocks;
-} avl__words;
-
-// Block b of 8 rows of weights as pairs of 16-bit integers; those of a float type are rounded.  d: [8]
-AVL__AVX2 static void avl__fill_pairs_avx2(int type, const uint8_t *const *row, int b, int n_in, uint8_t *to, float *d) {
-    __m256i v[2][8], q[2];
-    __m256 x[4];
-    int r, i;
-    for (r = 0; r < 8; r++) {
-        if (type == ASTROVL_TYPE_Q8_0) {
-            AVL__UNROLL
-            for (i = 0; i < 2; i++) q[i] = _mm256_cvtepi8_epi16(avl__load16_avx2(row[r] + 34 * (size_t)b + 2 + 16 * i));
-        } else {
-            AVL__UNROLL
-            for (i = 0; i < 4; i++) x[i] = avl__weights_avx2(type, row[r], 32 * (size_t)b + 8 * (size_t)i, n_in - 32 * b - 8 * i);
-            avl__round_block_avx2(x, (float)AVL__ROUND_PAIRS, q, &d[r]);
-        }
-        v[0][r] = q[0];
-        v[1][r] = q[1];
-    }
-    avl__store_turned_avx2(v[0], to, 32);
-    avl__store_turned_avx2(v[1], to + 256, 32);
-}
-
-// 16 bytes of nibbles of 8 rows, `at` bytes from where the rows begin, turned before they are taken apart: low, high: [4 words][8 rows]
-AVL__AVX2 AVL__INLINE void avl__store_nibbles_avx2(const uint8_t *const *row, size_t at, uint8_t *low, uint8_t *high) {
-    const __m256i four_bits = _mm256_set1_epi8(15);
-    __m256i w[4];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) w[i] = avl__two_rows_avx2(row, i, at);
-    avl__turn_words_avx2(w);
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        avl__store32_avx2(low + 32 * i, _mm256_and_si256(w[i], four_bits));
-        avl__store32_avx2(high + 32 * i, _mm256_and_si256(_mm256_srli_epi16(w[i], 4), four_bits));
-    }
-}
-
-// Fills a group of `to` from 8 weight rows, while as much of the 8 that begin at `next` is fetched.
-AVL__AVX2 AVL__INLINE void avl__fill_type_avx2(int type, const uint8_t *const *row, int n_in, const char *next, const avl__words *to) {
-    const avl__block_form f = avl__block_form_of(type);
-    const size_t step = avl__is_float_type(type) ? 256 * astrovl_type_row_bytes(type, 1) : avl__group_bytes(type);  // of a block of 8 rows
-    int b, j, r;
-    next += step * (size_t)to->first;
-    for (b = 0; b < to->n_blocks; b += 8) {
-        const int n_now = to->n_blocks - b < 8 ? to->n_blocks - b : 8, first = to->first + b;
-        float *d = to->d + 8 * (size_t)b * f.n_parts;
-        if (!avl__is_float_type(type))
-            avl__scales_of_rows_avx2(type, row, (size_t)first, n_now, d, to->minus_m + 8 * (size_t)b * f.n_parts);
-        for (j = 0; j < n_now; j++) {
-            __m256i v[8];
-            uint8_t *u;
-            avl__prefetch_bytes(next, step);
-            next += step;
-            if (avl__in_pairs(type)) {
-                avl__fill_pairs_avx2(type, row, first + j, n_in, to->u + 512 * (size_t)(b + j), d + 8 * j);
-                continue;
-            }
-            u = to->u + 256 * (size_t)(b + j);
-            if (type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1)
-                avl__store_nibbles_avx2(row, (size_t)(first + j + 1) * (avl__group_bytes(type) / 8) - 16, u, u + 128);
-            else if (type == ASTROVL_TYPE_Q4_K) {             // whose blocks share bytes two by two
-                const size_t at = (size_t)(first / 8) * avl__group_bytes(type) + 16 + 16 * (size_t)j;
-                if (j % 2 == 0)
-                    for (r = 0; r < 2; r++) avl__store_nibbles_avx2(row, at + 16 * (size_t)r, u + 128 * r, u + 256 + 128 * r);
-            } else {
-                AVL__UNROLL
-                for (r = 0; r < 8; r++) v[r] = avl__block_bytes_avx2(type, row[r], (size_t)(first + j));
-                avl__store_turned_avx2(v, u, 32);
-            }
-        }
-    }
-}
-
-AVL__AVX2 static void avl__fill_words_avx2(int type, const uint8_t *const *row, int n_in, const char *next, const avl__words *to) {
-    switch (type) {
-    case ASTROVL_TYPE_Q4_0: avl__fill_type_avx2(ASTROVL_TYPE_Q4_0, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q4_1: avl__fill_type_avx2(ASTROVL_TYPE_Q4_1, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q5_0: avl__fill_type_avx2(ASTROVL_TYPE_Q5_0, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q5_1: avl__fill_type_avx2(ASTROVL_TYPE_Q5_1, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q8_0: avl__fill_type_avx2(ASTROVL_TYPE_Q8_0, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q2_K: avl__fill_type_avx2(ASTROVL_TYPE_Q2_K, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q3_K: avl__fill_type_avx2(ASTROVL_TYPE_Q3_K, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q4_K: avl__fill_type_avx2(ASTROVL_TYPE_Q4_K, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q5_K: avl__fill_type_avx2(ASTROVL_TYPE_Q5_K, row, n_in, next, to); break;
-    case ASTROVL_TYPE_Q6_K: avl__fill_type_avx2(ASTROVL_TYPE_Q6_K, row, n_in, next, to); break;
-    default: avl__fill_type_avx2(type, row, n_in, next, to); break;
-    }
-}
-
-// A group of four rows of activations over two groups of a panel; rows that are not there give nothing of sense.  sum: in, out
-AVL__AVX2 AVL__INLINE void avl__pass_words_avx2(avl__words_form f, const avl__words *p, const avl__quants *x, int group, __m256 sum[4][2]) {
-    const size_t u_bytes = f.run ? 256 : 512, q_bytes = u_bytes / 8;                // of a block
-    const size_t n_blocks = (size_t)p->n_blocks, at_x = 4 * ((size_t)x->n_blocks * (size_t)group + (size_t)p->first);
-    const int n_words = (f.run ? 8 : 16) / f.n_parts, run = f.run && !f.vnni && f.run < n_words ? f.run : n_words;
-    const int8_t *q = x->q + q_bytes * at_x;
-    const float *scale = x->scale + at_x, *sums = x->sum + at_x * f.n_parts;
-    const int32_t *bias = x->bias + at_x * f.n_parts;
-    size_t b;
-    int g, i, r, c, part;
-    for (b = 0; b < n_blocks; b++)
-        AVL__UNROLL
-        for (part = 0; part < f.n_parts; part++) {
-            __m256i whole[4][2], some[4][2];
-            AVL__UNROLL
-            for (g = 0; g < n_words; g += run) {
-                AVL__UNROLL
-                for (i = g; i < g + run; i++) {
-                    const size_t word = (size_t)(i + n_words * part);
-                    const uint8_t *u = p->u + u_bytes * b + 32 * word;
-                    const __m256i w[2] = {avl__load32_avx2(u), avl__load32_avx2(u + u_bytes * n_blocks)};
-                    AVL__UNROLL
-                    for (r = 0; r < 4; r++) {
-                        const __m256i a = _mm256_set1_epi32((int)avl__word_at(q + 4 * (q_bytes * b + 4 * word + (size_t)r)));
-                        AVL__UNROLL
-                        for (c = 0; c < 2; c++) {
-                            some[r][c] = avl__add_products_avx2(f, i == g ? _mm256_setzero_si256() : some[r][c], w[c], a);
-                            avl__finish_avx2(some[r][c]);
-                        }
-                    }
-                }
-                AVL__UNROLL
-                for (r = 0; r < 4; r++)
-                    AVL__UNROLL
-                    for (c = 0; c < 2; c++) {
-                        const __m256i wide = avl__widen_sums_avx2(f, some[r][c]);
-                        whole[r][c] = g == 0 ? wide : _mm256_add_epi32(whole[r][c], wide);
-                    }
-            }
-            AVL__UNROLL
-            for (c = 0; c < 2; c++)
-                AVL__UNROLL
-                for (r = 0; r < 4; r++) {
-                    const size_t in_row = b * f.n_parts + (size_t)part;
-                    const size_t at = 8 * (n_blocks * f.n_parts * (size_t)c + in_row), in_x = 4 * in_row + (size_t)r;
-                    sum[r][c] = avl__add_part_avx2(f, whole[r][c], p->d + at, p->minus_m + at, bias + in_x, scale + 4 * b + (size_t)r,
-                                                   sums + in_x, sum[r][c]);
-                }
-        }
-}
-
-// n (at most 8) columns of a row, plus bias
-AVL__AVX2 AVL__INLINE void avl__store_sum_avx2(const avl__product *p, int row, int out, int n, __m256 sum) {
-    if (n <= 0) return;
-    if (p->w->bias) sum = _mm256_add_ps(sum, avl__load_avx2(p->w->bias + out, n));
-    avl__store_avx2(p->y + (size_t)row * p->w->n_out + out, n, sum);
-}
-
-// All rows of activations over a panel, of whose columns there are n_columns, from `out` on. Where it has not all blocks, sums of the
-// rows wait in `sum` [two groups][rows][2] for the next.
-AVL__AVX2 AVL__INLINE void avl__run_words_avx2(avl__words_form f, const avl__words *panel, const avl__product *p, int out, int n_columns,
-                                               __m256 sum[][2]) {
-    const size_t n_blocks = (size_t)panel->n_blocks, n_scales = 8 * n_blocks * f.n_parts;            // of a group
-    const int is_first = panel->first == 0, is_last = panel->first + panel->n_blocks == p->quants.n_blocks;
-    int r, g, i;
-    for (r = 0; r < p->n_rows; r += 4)
-        for (g = 0; 8 * g < n_columns; g += 2) {
-            __m256 (*four)[2] = sum + (p->few ? AVL__FEW_ROWS * (g / 2) + r : 0);
-            const avl__words two = {panel->u + (f.run ? 256 : 512) * n_blocks * (size_t)g, panel->d + n_scales * (size_t)g,
-                                    panel->minus_m + n_scales * (size_t)g, panel->first, panel->n_blocks};
-            for (i = 0; i < 8 && is_first; i++) four[i / 2][i % 2] = _mm256_setzero_ps();
-            avl__pass_words_avx2(f, &two, &p->quants, r / 4, four);
-            for (i = 0; i < 8 && is_last && r + i / 2 < p->n_rows; i++)
-                avl__store_sum_avx2(p, r + i / 2, out + 8 * (g + i % 2), n_columns - 8 * (g + i % 2), four[i / 2][i % 2]);
-        }
-}
-
-// Many rows of activations meet panels of 32 weight rows in memory. For a few, 16 blocks of the rows at a time lie in the L1 cache, so
-// that weights are fetched while products are made; but those of 8 bits come in panels, which takes them less time.
-AVL__AVX2 AVL__INLINE void avl__multiply_form_avx2(avl__words_form f, const avl__product *p, int first, int last, float *scratch) {
-    const int n_blocks = p->quants.n_blocks, in_slices = p->few && f.run, slice = in_slices ? 16 : n_blocks;
-    const size_t eight = 8 * p->w->row_bytes;
-    __m256 sum[AVL__PANEL_ROWS / 16 * AVL__FEW_ROWS][2];
-    const uint8_t *row[8];
-    avl__words panel;
-    int out, g;
-    panel.d = scratch;
-    for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        const char *next = avl__next_rows(p, first, last, out, AVL__PANEL_ROWS);
-        for (panel.first = 0; panel.first < n_blocks; panel.first += slice) {
-            size_t n_scales, u_bytes;
-            panel.n_blocks = n_blocks - panel.first < slice ? n_blocks - panel.first : slice;
-            n_scales = 8 * (size_t)panel.n_blocks * f.n_parts;
-            u_bytes = (f.run ? 256 : 512) * (size_t)panel.n_blocks;
-            panel.minus_m = panel.d + 4 * n_scales;
-            panel.u = (uint8_t *)(panel.minus_m + 4 * n_scales);
-            for (g = 0; 16 * (g / 2) < n_columns; g++) {                         // in pairs
-                const avl__words group = {panel.u + u_bytes * (size_t)g, panel.d + n_scales * (size_t)g,
-                                          panel.minus_m + n_scales * (size_t)g, panel.first, panel.n_blocks};
-                const char *wanted = next + eight * (size_t)g;                  // for slices, which are soon used up, of the next panel
-                avl__eight_rows(p->w, out + 8 * g, n_columns - 8 * g, row);
-                if (!in_slices) wanted = g < 3 ? (const char *)row[0] + eight : next;   // for a panel no more than its next eight rows
-                avl__fill_words_avx2(p->w->type, row, p->w->n_in, wanted, &group);
-            }
-            avl__run_words_avx2(f, &panel, p, out, n_columns, sum);
-        }
-    }
-}
-
-// Once a panel is filled only the form of its blocks matters.
-AVL__AVX2 AVL__INLINE void avl__multiply_panels_avx2(int vnni, const avl__product *p, int first, int last, float *scratch) {
-    const avl__words_form f = avl__words_form_of(p->w->type, vnni);
-    const avl__words_form pairs = {1, 0, 0, vnni}, bits_4 = {1, 0, 8, vnni}, bits_4_min = {1, 1, 8, vnni}, bits_5 = {1, 0, 4, vnni};
-    const avl__words_form bits_5_min = {1, 1, 4, vnni}, parts = {2, 0, 2, vnni}, parts_min = {2, 1, 4, vnni};
-    if (f.run == 0)                                avl__multiply_form_avx2(pairs, p, first, last, scratch);
-    else if (f.n_parts == 2 && f.has_min)          avl__multiply_form_avx2(parts_min, p, first, last, scratch);
-    else if (f.n_parts == 2)                       avl__multiply_form_avx2(parts, p, first, last, scratch);
-    else if ((vnni || f.run == 8) && f.has_min)    avl__multiply_form_avx2(bits_4_min, p, first, last, scratch);
-    else if (vnni || f.run == 8)                   avl__multiply_form_avx2(bits_4, p, first, last, scratch);
-    else if (f.has_min)                            avl__multiply_form_avx2(bits_5_min, p, first, last, scratch);
-    else                                           avl__multiply_form_avx2(bits_5, p, first, last, scratch);
-}
-
-// A few rows of activations times weights as they lie.
-AVL__AVX2 AVL__INLINE void avl__multiply_rows_avx2(int vnni, int type, const avl__product *p, int first, int last) {
-    const uint8_t *row[8];
-    int out, r;
-    for (out = first; out < last; out += 8) {
-        avl__eight_rows(p->w, out, last - out, row);
-        for (r = 0; r < p->n_rows; r++)
-            avl__store_sum_avx2(p, r, out, last - out, avl__dot_rows_avx2(vnni, type, row, avl__next_rows(p, first, last, out, 8), &p->quants, r));
-    }
-}
-
-AVL__AVX2 AVL__INLINE void avl__multiply_words_avx2(int vnni, const avl__product *p, int first, int last, float *scratch) {
-    switch (p->few && p->quants.group == 1 ? p->w->type : -1) {
-    case ASTROVL_TYPE_Q4_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_0, p, first, last); break;
-    case ASTROVL_TYPE_Q4_1: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_1, p, first, last); break;
-    case ASTROVL_TYPE_Q5_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q5_0, p, first, last); break;
-    case ASTROVL_TYPE_Q5_1: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q5_1, p, first, last); break;
-    case ASTROVL_TYPE_Q8_0: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q8_0, p, first, last); break;
-    case ASTROVL_TYPE_Q2_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q2_K, p, first, last); break;
-    case ASTROVL_TYPE_Q3_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q3_K, p, first, last); break;
-    case ASTROVL_TYPE_Q4_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q4_K, p, first, last); break;
-    case ASTROVL_TYPE_Q5_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q5_K, p, first, last); break;
-    case ASTROVL_TYPE_Q6_K: avl__multiply_rows_avx2(vnni, ASTROVL_TYPE_Q6_K, p, first, last); break;
-    default: avl__multiply_panels_avx2(vnni, p, first, last, scratch); break;
-    }
-}
-
-AVL__AVX2 static void avl__multiply_avx2(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_words_avx2(0, p, first, last, scratch);
-}
-AVL__AVX2 static void avl__multiply_avx_vnni(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_words_avx2(1, p, first, last, scratch);
-}
-
-// n rows of activations, from row `first` on, times a row of weights of a float type as it lies, in float32.
-AVL__AVX2 AVL__INLINE void avl__dot_floats_avx2(int type, int n, const avl__product *p, int first, int out) {
-    const avl__linear *w = p->w;
-    const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
-    const float *x = p->x + (size_t)first * w->n_in;
-    __m256 sum[4][2];
-    int r, i, c;
-    AVL__UNROLL
-    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    for (i = 0; i + 16 <= w->n_in; i += 16)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++) {
-            const __m256 weights = avl__weights_avx2(type, row, (size_t)(i + 8 * c), 8);
-            AVL__UNROLL
-            for (r = 0; r < n; r++)
-                sum[r][c] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + (size_t)r * w->n_in + i + 8 * c), sum[r][c]);
-        }
-    for (; i < w->n_in; i += 8) {
-        const __m256 weights = avl__weights_avx2(type, row, (size_t)i, w->n_in - i);
-        AVL__UNROLL
-        for (r = 0; r < n; r++)
-            sum[r][0] = _mm256_fmadd_ps(weights, avl__load_avx2(x + (size_t)r * w->n_in + i, w->n_in - i), sum[r][0]);
-    }
-    for (r = 0; r < n; r++) {
-        const float whole = avl__add_lanes_avx2(_mm256_add_ps(sum[r][0], sum[r][1]));
-        p->y[(size_t)(first + r) * w->n_out + out] = whole + (w->bias ? w->bias[out] : 0.0f);
-    }
-}
-
-AVL__AVX2 AVL__INLINE void avl__linear_type_avx2(int type, const avl__product *p, int first, int last) {
-    int out, r;
-    for (out = first; out < last; out++) {
-        for (r = 0; r + 4 <= p->n_rows; r += 4) avl__dot_floats_avx2(type, 4, p, r, out);
-        for (; r < p->n_rows; r++) avl__dot_floats_avx2(type, 1, p, r, out);
-    }
-}
-
-AVL__AVX2 static void avl__linear_avx2(const avl__product *p, int first, int last, float *scratch) {
-    (void)scratch;
-    if (p->w->type == ASTROVL_TYPE_F32)      avl__linear_type_avx2(ASTROVL_TYPE_F32, p, first, last);
-    else if (p->w->type == ASTROVL_TYPE_F16) avl__linear_type_avx2(ASTROVL_TYPE_F16, p, first, last);
-    else                                     avl__linear_type_avx2(ASTROVL_TYPE_BF16, p, first, last);
-}
-
-// ---- AVX2: vectors of float32 and attention ------------------------------------------------------------------------
-// As further down with AVX-512, which says more.
-
-// a: F32 or F16
-AVL__AVX2 AVL__INLINE float avl__dot_type_avx2(int type, const void *a, const float *b, int n) {
-    __m256 sum[4];
-    int i = 0, j;
-    AVL__UNROLL
-    for (j = 0; j < 4; j++) sum[j] = _mm256_setzero_ps();
-    for (; i + 32 <= n; i += 32)
-        AVL__UNROLL
-        for (j = 0; j < 4; j++)
-            sum[j] = _mm256_fmadd_ps(avl__weights_avx2(type, a, (size_t)(i + 8 * j), 8), _mm256_loadu_ps(b + i + 8 * j), sum[j]);
-    for (; i < n; i += 8) sum[0] = _mm256_fmadd_ps(avl__weights_avx2(type, a, (size_t)i, n - i), avl__load_avx2(b + i, n - i), sum[0]);
-    return avl__add_lanes_avx2(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
-}
-AVL__AVX2 static float avl__dot_avx2(const float *a, const float *b, int n) { return avl__dot_type_avx2(ASTROVL_TYPE_F32, a, b, n); }
-
-AVL__AVX2 static void avl__axpy_avx2(float *y, float a, const float *x, int n) {
-    int i;
-    for (i = 0; i < n; i += 8)
-        avl__store_avx2(y + i, n - i, _mm256_fmadd_ps(_mm256_set1_ps(a), avl__load_avx2(x + i, n - i), avl__load_avx2(y + i, n - i)));
-}
-
-AVL__AVX2 AVL__INLINE __m256 avl__power_of_2_avx2(__m256i n) {   // -126 <= n <= 127
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-}
-
-// e^x to about 2e-7. 2^n is made of two halves, so that it may be denormal, zero or infinite.
-AVL__AVX2 AVL__INLINE __m256 avl__exp_avx2(__m256 x) {
-    const __m256 most = _mm256_set1_ps(104.0f), least = _mm256_set1_ps(-104.0f);
-    const __m256 t = _mm256_mul_ps(_mm256_min_ps(_mm256_max_ps(x, least), most), _mm256_set1_ps(1.44269504f));
-    const __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(t, n);
-    const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1);
-    __m256 p = _mm256_set1_ps(1.54035304e-4f);                       // ln(2)^6 / 6!
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.33335581e-3f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.61812911e-3f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.55041087e-2f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.40226507e-1f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.93147181e-1f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
-    return _mm256_mul_ps(_mm256_mul_ps(p, avl__power_of_2_avx2(half)), avl__power_of_2_avx2(_mm256_sub_epi32(power, half)));
-}
-
-// x / (1 + e^(-a x))
-AVL__AVX2 AVL__INLINE __m256 avl__sigmoid_product_avx2(__m256 x, float a) {
-    const __m256 e = avl__exp_avx2(_mm256_mul_ps(x, _mm256_set1_ps(-a)));
-    return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
-}
-
-AVL__INLINE int avl__up_to_8(int64_t n) { return n < 8 ? (int)n : 8; }
-
-AVL__AVX2 static void avl__quick_gelu_avx2(float *x, int64_t n) {
-    for (; n > 0; n -= 8, x += 8)
-        avl__store_avx2(x, avl__up_to_8(n), avl__sigmoid_product_avx2(avl__load_avx2(x, avl__up_to_8(n)), 1.702f));
-}
-
-AVL__AVX2 static void avl__silu_product_avx2(float *x, const float *up, int64_t n) {
-    for (; n > 0; n -= 8, x += 8, up += 8) {
-        const __m256 y = avl__sigmoid_product_avx2(avl__load_avx2(x, avl__up_to_8(n)), 1.0f);
-        avl__store_avx2(x, avl__up_to_8(n), _mm256_mul_ps(y, avl__load_avx2(up, avl__up_to_8(n))));
-    }
-}
-
-// x Phi(x) by the same series as avl__gelu_avx512
-AVL__AVX2 AVL__INLINE __m256 avl__gelu_of_avx2(__m256 v) {
-    const __m256 one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
-    const __m256 z = _mm256_mul_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), _mm256_set1_ps(0.70710678f));
-    const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(_mm256_set1_ps(0.3275911f), z, one));
-    __m256 p = _mm256_set1_ps(1.061405429f);
-    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-1.453152027f));
-    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(1.421413741f));
-    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-0.284496736f));
-    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(0.254829592f));
-    p = _mm256_mul_ps(_mm256_mul_ps(p, t), avl__exp_avx2(_mm256_fnmadd_ps(z, z, zero)));
-    p = _mm256_mul_ps(p, _mm256_set1_ps(0.5f));
-    p = _mm256_blendv_ps(_mm256_sub_ps(one, p), p, v);               // p itself where v has a sign
-    return _mm256_mul_ps(v, p);
-}
-
-AVL__AVX2 static void avl__gelu_avx2(float *x, int64_t n) {
-    for (; n > 0; n -= 8, x += 8) avl__store_avx2(x, avl__up_to_8(n), avl__gelu_of_avx2(avl__load_avx2(x, avl__up_to_8(n))));
-}
-
-AVL__AVX2 static void avl__rms_norm_avx2(float *y, const float *x, const float *weight, int n, float eps) {
-    const __m256 scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)avl__dot_avx2(x, x, n) / n + eps)));
-    int i;
-    for (i = 0; i < n; i += 8) {
-        const __m256 scaled = _mm256_mul_ps(avl__load_avx2(x + i, n - i), scale);
-        avl__store_avx2(y + i, n - i, _mm256_mul_ps(scaled, avl__load_avx2(weight + i, n - i)));
-    }
-}
-
-AVL__AVX2 static void avl__layer_norm_avx2(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
-    __m256 sum = _mm256_setzero_ps(), squares = sum, mean, scale;
-    int i;
-    for (i = 0; i < n; i += 8) sum = _mm256_add_ps(sum, avl__load_avx2(x + i, n - i));
-    mean = _mm256_set1_ps(avl__add_lanes_avx2(sum) / (float)n);
-    for (i = 0; i < n; i += 8) {
-        const __m256 all = _mm256_sub_ps(avl__load_avx2(x + i, n - i), mean);
-        const __m256 d = _mm256_and_ps(all, _mm256_castsi256_ps(avl__lanes_avx2(n - i)));
-        squares = _mm256_fmadd_ps(d, d, squares);
-    }
-    scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)avl__add_lanes_avx2(squares) / n + eps)));
-    for (i = 0; i < n; i += 8) {
-        const __m256 d = _mm256_mul_ps(_mm256_sub_ps(avl__load_avx2(x + i, n - i), mean), scale);
-        avl__store_avx2(y + i, n - i, _mm256_fmadd_ps(d, avl__load_avx2(weight + i, n - i), avl__load_avx2(bias + i, n - i)));
-    }
-}
-
-// scores of n keys, from key `first` on, with 16 of the 32 queries.  turned: [head_dim][32]
-AVL__AVX2 AVL__INLINE void avl__score_keys_avx2(int n, const avl__tile *t, int first, const float *turned, __m256 scale,
-                                                float *scores) {
-    const float *k = t->k + (size_t)first * t->kv_stride;
-    __m256 sum[6][2];
-    int j, d, c;
-    AVL__UNROLL
-    for (j = 0; j < n; j++) sum[j][0] = sum[j][1] = _mm256_setzero_ps();
-    for (d = 0; d < t->head_dim; d++) {
-        const __m256 q0 = _mm256_loadu_ps(turned + 32 * (size_t)d), q1 = _mm256_loadu_ps(turned + 32 * (size_t)d + 8);
-        AVL__UNROLL
-        for (j = 0; j < n; j++) {
-            const __m256 key = _mm256_set1_ps(k[(size_t)j * t->kv_stride + (size_t)d]);
-            sum[j][0] = _mm256_fmadd_ps(q0, key, sum[j][0]);
-            sum[j][1] = _mm256_fmadd_ps(q1, key, sum[j][1]);
-        }
-    }
-    AVL__UNROLL
-    for (j = 0; j < n; j++)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++) _mm256_storeu_ps(scores + 32 * (size_t)(first + j) + 8 * c, _mm256_mul_ps(sum[j][c], scale));
-}
-
-// 8 columns of scores[n_keys][32] to e^(score - largest); inverse: out, [8], 1 over the sum of each
-AVL__AVX2 AVL__INLINE void avl__softmax_columns_avx2(float *scores, int n_keys, float *inverse) {
-    __m256 max = _mm256_set1_ps(-FLT_MAX), sum = _mm256_setzero_ps();
-    int j;
-    for (j = 0; j < n_keys; j++) max = _mm256_max_ps(max, _mm256_loadu_ps(scores + 32 * (size_t)j));
-    for (j = 0; j < n_keys; j++) {
-        const __m256 p = avl__exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(scores + 32 * (size_t)j), max));
-        _mm256_storeu_ps(scores + 32 * (size_t)j, p);
-        sum = _mm256_add_ps(sum, p);
-    }
-    _mm256_storeu_ps(inverse, _mm256_div_ps(_mm256_set1_ps(1.0f), sum));
-}
-
-// 16 columns from `column` on of the outputs of n queries, from query `first` on
-AVL__AVX2 AVL__INLINE void avl__mix_values_avx2(int n, const avl__tile *t, int first, int column, const float *scores,
-                                                const float *inverse) {
-    const int left = t->head_dim - column;
-    const float *v = t->v + column;
-    __m256 sum[4][2];
-    int i, j, c;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
-    for (j = 0; j < t->n_keys; j++, v += t->kv_stride) {
-        const __m256 v0 = avl__load_avx2(v, left), v1 = avl__load_avx2(v + 8, left - 8);
-        AVL__UNROLL
-        for (i = 0; i < n; i++) {
-            const __m256 p = _mm256_set1_ps(scores[32 * (size_t)j + (size_t)(first + i)]);
-            sum[i][0] = _mm256_fmadd_ps(p, v0, sum[i][0]);
-            sum[i][1] = _mm256_fmadd_ps(p, v1, sum[i][1]);
-        }
-    }
-    AVL__UNROLL
-    for (i = 0; i < n; i++)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++)
-            avl__store_avx2(t->out + (size_t)(first + i) * t->q_stride + column + 8 * c, left - 8 * c,
-                            _mm256_mul_ps(sum[i][c], _mm256_set1_ps(inverse[first + i])));
-}
-
-// scratch: [n_keys + head_dim][32] floats
-AVL__AVX2 static void avl__attend_avx2(const avl__tile *t, float *scratch) {
-    const __m256 scale = _mm256_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
-    float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
-    int i, j, d;
-    avl__turn_queries(t, turned);
-    for (j = 0; j < t->n_keys; j += t->n_keys - j >= 6 ? 6 : 1)
-        for (i = 0; i < 32; i += 16)
-            if (t->n_keys - j >= 6) avl__score_keys_avx2(6, t, j, turned + i, scale, scores + i);
-            else                    avl__score_keys_avx2(1, t, j, turned + i, scale, scores + i);
-    avl__hide_future(t, 0, scores);
-    for (i = 0; i < 32; i += 8) avl__softmax_columns_avx2(scores + i, t->n_keys, inverse + i);
-    for (d = 0; d < t->head_dim; d += 16) {
-        for (i = 0; i + 4 <= t->n; i += 4) avl__mix_values_avx2(4, t, i, d, scores, inverse);
-        for (; i < t->n; i++) avl__mix_values_avx2(1, t, i, d, scores, inverse);
-    }
-}
-
-// ---- AVX2: float16, for the KV cache -------------------------------------------------------------------------------
-
-// 8 float16 as floats; of fewer, zeros after the first n
-AVL__AVX2 AVL__INLINE __m256 avl__load_halves_avx2(const uint16_t *x, int n) {
-    uint16_t some[8] = {0};
-    if (n < 8) memcpy(some, x, (size_t)n * sizeof *x);
-    return _mm256_cvtph_ps(avl__load16_avx2(n < 8 ? some : x));
-}
-
-// While 64 columns of a key or value are used: the next 64, of this one or the one after it, and the first lines of the page that follows
-AVL__INLINE void avl__prefetch_rest_avx2(int n, const uint16_t *half, size_t stride) {
-    avl__prefetch_page(half, 2 * stride);
-    if (n == 8) avl__prefetch_bytes((const char *)(half + 64), 128);
-}
-
-// Adds the products of `left` columns of q, at most 8 n, with those of the keys to their scores.
-AVL__AVX2 AVL__INLINE void avl__score_halves_avx2(int n, const float *q, const uint16_t *k, size_t stride, int n_keys, int left, float *scores) {
-    __m256 of_q[8];
-    int i, j;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) of_q[i] = avl__load_avx2(q + 8 * i, left - 8 * i);
-    for (j = 0; j < n_keys; j++, k += stride) {
-        __m256 score = _mm256_setzero_ps();
-        avl__prefetch_rest_avx2(n, k, stride);
-        AVL__UNROLL
-        for (i = 0; i < n; i++) score = _mm256_fmadd_ps(of_q[i], avl__load_halves_avx2(k + 8 * i, left - 8 * i), score);
-        scores[j] += avl__add_lanes_avx2(score);
-    }
-}
-
-// Adds the weights' multiples of `left` columns of the values, at most 8 n.  out: in, out, [left]
-AVL__AVX2 AVL__INLINE void avl__mix_halves_avx2(int n, float *out, const uint16_t *v, size_t stride, int n_keys, int left, const float *weights) {
-    __m256 sum[8];
-    int i, j;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) sum[i] = avl__load_avx2(out + 8 * i, left - 8 * i);
-    for (j = 0; j < n_keys; j++, v += stride) {
-        avl__prefetch_rest_avx2(n, v, stride);
-        AVL__UNROLL
-        for (i = 0; i < n; i++) sum[i] = _mm256_fmadd_ps(_mm256_set1_ps(weights[j]), avl__load_halves_avx2(v + 8 * i, left - 8 * i), sum[i]);
-    }
-    AVL__UNROLL
-    for (i = 0; i < n; i++) avl__store_avx2(out + 8 * i, left - 8 * i, sum[i]);
-}
-
-// x[n] = softmax(x)
-AVL__AVX2 static void avl__softmax_avx2(float *x, int n) {
-    float most = -FLT_MAX;
-    __m256 sum = _mm256_setzero_ps();
-    int i;
-    for (i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-    for (i = 0; i < n; i += 8) {
-        const __m256 p = avl__exp_avx2(_mm256_sub_ps(avl__load_avx2(x + i, n - i), _mm256_set1_ps(most)));
-        avl__store_avx2(x + i, n - i, p);
-        sum = _mm256_add_ps(sum, _mm256_and_ps(p, _mm256_castsi256_ps(avl__lanes_avx2(n - i))));
-    }
-    sum = _mm256_set1_ps(1.0f / avl__add_lanes_avx2(sum));
-    for (i = 0; i < n; i += 8) avl__store_avx2(x + i, n - i, _mm256_mul_ps(avl__load_avx2(x + i, n - i), sum));
-}
-
-// One query, of an answer being written. 16 keys or values at a time come into the L1 cache as they lie; then 64 columns are taken at
-// once, as many as have registers.
-AVL__AVX2 static void avl__attend_one_avx2(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys,
-                                           int head_dim, float *weights) {
-    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
-    int i, j, n;
-    memset(weights, 0, (size_t)n_keys * sizeof *weights);
-    for (j = 0; j < n_keys; j += 16, k += 16 * stride) {
-        n = n_keys - j < 16 ? n_keys - j : 16;
-        for (i = 0; i + 64 <= head_dim; i += 64) avl__score_halves_avx2(8, q + i, k + i, stride, n, 64, weights + j);
-        for (; i < head_dim; i += 8) avl__score_halves_avx2(1, q + i, k + i, stride, n, head_dim - i, weights + j);
-    }
-    for (j = 0; j < n_keys; j++) weights[j] *= scale;
-    avl__softmax_avx2(weights, n_keys);
-    memset(out, 0, (size_t)head_dim * sizeof *out);
-    for (j = 0; j < n_keys; j += 16, v += 16 * stride) {
-        n = n_keys - j < 16 ? n_keys - j : 16;
-        for (i = 0; i + 64 <= head_dim; i += 64) avl__mix_halves_avx2(8, out + i, v + i, stride, n, 64, weights + j);
-        for (; i < head_dim; i += 8) avl__mix_halves_avx2(1, out + i, v + i, stride, n, head_dim - i, weights + j);
-    }
-}
-
-AVL__AVX2 static void avl__to_halves_avx2(uint16_t *y, const float *x, int64_t n) {
-    const float most = 65504.0f;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m256 v = _mm256_min_ps(_mm256_max_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(-most)), _mm256_set1_ps(most));
-        _mm_storeu_si128((__m128i *)(void *)(y + i), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    }
-    for (; i < n; i++) y[i] = astrovl_f32_to_f16(x[i] > most ? most : x[i] < -most ? -most : x[i]);
-}
-
-AVL__AVX2 static void avl__from_halves_avx2(float *y, const uint16_t *x, int n) {
-    int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, avl__load_halves_avx2(x + i, 8));
-    for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
-}
-
-// Products of 16 or 8 bits and their addition. Every product is made of the sum before it, or a compiler would make it once.
-AVL__AVX2 AVL__INLINE double avl__peak_words_avx2(avl__words_form f, int64_t n) {
-    volatile int keep = 0x01010101;   // not known while compiling
-    const __m256i x = _mm256_set1_epi32(keep);
-    __m256i sum[12];
-    int64_t r;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 12; i++) sum[i] = _mm256_set1_epi32(i);
-    for (r = 0; r < n; r++) {
-        AVL__UNROLL
-        for (i = 0; i < 12; i++) sum[i] = avl__add_products_avx2(f, sum[i], sum[i], x);
-    }
-    for (i = 1; i < 12; i++) sum[0] = _mm256_xor_si256(sum[0], sum[i]);
-    keep = _mm256_extract_epi32(sum[0], 0);
-    return (double)n * 12 * (f.run ? 64 : 32);
-}
-AVL__AVX2 static double avl__peak_avx2(int type, int64_t n) { return avl__peak_words_avx2(avl__words_form_of(type, 0), n); }
-AVL__AVX2 static double avl__peak_avx_vnni(int type, int64_t n) { return avl__peak_words_avx2(avl__words_form_of(type, 1), n); }
-
-static const avl__kernels avl__kernels_avx2 = {
-    "avx2", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
-    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, NULL, avl__multiply_avx2,
-    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx2, 4, 4, AVL__FEW_ROWS, 4};
-static const avl__kernels avl__kernels_avx_vnni = {
-    "avx_vnni", avl__dot_avx2, avl__axpy_avx2, avl__linear_avx2, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx2,
-    avl__layer_norm_avx2, avl__gelu_avx2, avl__quick_gelu_avx2, avl__silu_product_avx2, avl__quantize_avx2, NULL, avl__multiply_avx_vnni,
-    avl__attend_avx2, NULL, avl__attend_one_avx2, avl__to_halves_avx2, avl__from_halves_avx2, avl__peak_avx_vnni, 4, 4, AVL__FEW_ROWS, 4};
-
-// ---- AVX-512 -------------------------------------------------------------------------------------------------------
-
-AVL__AVX512 AVL__INLINE __mmask16 avl__lanes_avx512(int n) {   // the first n lanes; all, if n > 16
-    return (__mmask16)(n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0);
-}
-
-// n (at most 8) 16-bit words that lie `stride` bytes apart, the rest zeros. Of short blocks all eight come out of two or three whole
-// registers, which lie within the blocks whether p is where these begin or two bytes on.
-AVL__AVX512 AVL__INLINE __m128i avl__words_avx512(const uint8_t *p, int stride, int n) {
-    const short w = (short)(stride / 2);
-    __m128i some = _mm_setzero_si128();
-    __m512i at, first;
-    if (n == 8 && stride <= 20) {            // four in 64 bytes
-        at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, (short)(2 * w), (short)(3 * w), 32, (short)(32 + w), (short)(32 + 2 * w),
-                                                   (short)(32 + 3 * w)));
-        return _mm512_castsi512_si128(_mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 4 * stride)));
-    }
-    if (n == 8 && stride <= 24) {            // three, three, and two at the end
-        at = _mm512_castsi128_si512(_mm_setr_epi16(0, w, (short)(2 * w), 32, (short)(32 + w), (short)(32 + 2 * w), 0, 0));
-        first = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 3 * stride));
-        at = _mm512_castsi128_si512(_mm_setr_epi16(0, 0, 0, 0, 0, 0, (short)(34 - 2 * w), (short)(34 - w)));
-        return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi16(first, 0xC0, at, _mm512_loadu_si512(p + 8 * stride - 68)));   // 4 less: p may be the second number of a block
-    }
-    some = _mm_insert_epi16(some, avl__half_at(p), 0);
-    if (n > 1) some = _mm_insert_epi16(some, avl__half_at(p + stride), 1);
-    if (n > 2) some = _mm_insert_epi16(some, avl__half_at(p + 2 * stride), 2);
-    if (n > 3) some = _mm_insert_epi16(some, avl__half_at(p + 3 * stride), 3);
-    if (n > 4) some = _mm_insert_epi16(some, avl__half_at(p + 4 * stride), 4);
-    if (n > 5) some = _mm_insert_epi16(some, avl__half_at(p + 5 * stride), 5);
-    if (n > 6) some = _mm_insert_epi16(some, avl__half_at(p + 6 * stride), 6);
-    if (n > 7) some = _mm_insert_epi16(some, avl__half_at(p + 7 * stride), 7);
-    return some;
-}
-
-AVL__AVX512 AVL__INLINE __m512i avl__join_avx512(__m256i low, __m256i high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-
-// Half-precision numbers of n (at most 8) blocks of 8 rows, from byte `at` of each on, `stride` bytes from block to block: out as
-// floats, to[block][row], blocks `to_stride` floats apart.  sign: 0, or 0x8000 for their negatives
-AVL__AVX512 AVL__INLINE void avl__turn_halves_avx512(const uint8_t *const *row, size_t at, int stride, int n, float *to, int to_stride,
-                                                     int sign) {
-    static const int16_t turn[32] = {0, 8, 16, 24, 32, 40, 48, 56, 1, 9, 17, 25, 33, 41, 49, 57,
-                                     2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59};
-    const __m512i first = _mm512_loadu_si512(turn), second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
-    __m128i w[8];
-    __m512i low, high, half;
-    int r, j;
-    AVL__UNROLL
-    for (r = 0; r < 8; r++) w[r] = avl__words_avx512(row[r] + at, stride, n);
-    low = avl__join_avx512(_mm256_set_m128i(w[1], w[0]), _mm256_set_m128i(w[3], w[2]));
-    high = avl__join_avx512(_mm256_set_m128i(w[5], w[4]), _mm256_set_m128i(w[7], w[6]));
-    for (j = 0; j < 8; j += 4) {
-        half = _mm512_xor_si512(_mm512_permutex2var_epi16(low, j ? second : first, high), _mm512_set1_epi16((short)sign));
-        _mm256_storeu_ps(to + (j + 0) * to_stride, _mm256_cvtph_ps(_mm512_castsi512_si128(half)));
-        if (j + 1 < n) _mm256_storeu_ps(to + (j + 1) * to_stride, _mm256_cvtph_ps(_mm512_extracti32x4_epi32(half, 1)));
-        if (j + 2 < n) _mm256_storeu_ps(to + (j + 2) * to_stride, _mm256_cvtph_ps(_mm512_extracti32x4_epi32(half, 2)));
-        if (j + 3 < n) _mm256_storeu_ps(to + (j + 3) * to_stride, _mm256_cvtph_ps(_mm512_extracti32x4_epi32(half, 3)));
-        if (n <= 4) break;
-    }
-}
-
-// The d and -m of n (at most 8) blocks of 8 rows, from byte `at` of each on: d[n n_parts][rows], parts `stride` floats apart.
-AVL__AVX512 AVL__INLINE void avl__group_scales_avx512(int type, const uint8_t *const *row, size_t at, int n, float *d, float *minus_m,
-                                                      int stride) {
-    const int block = (int)avl__group_bytes(type) / 8;
-    if (avl__is_k_quant(type)) {
-        avl__super_scales_avx2(type, row, at, d, minus_m, stride);
-        return;
-    }
-    avl__turn_halves_avx512(row, at, block, n, d, stride, 0);
-    if (avl__block_form_of(type).has_min) avl__turn_halves_avx512(row, at + 2, block, n, minus_m, stride, 0x8000);
-}
-
-// 16 weights of a float type, those beyond the row zero
-AVL__AVX512 AVL__INLINE __m512 avl__weights_avx512(int type, const uint8_t *row, size_t i, __mmask16 lanes) {
-    if (type == ASTROVL_TYPE_F32) return _mm512_maskz_loadu_ps(lanes, row + 4 * i);
-    if (type == ASTROVL_TYPE_F16) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, row + 2 * i));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + 2 * i)), 16));
-}
-
-// 32 floats to 32 integers q, x = e q, e = max |x| / 127
-AVL__AVX512 AVL__INLINE void avl__round_block_avx512(__m512 low, __m512 high, __m512i *q_low, __m512i *q_high, float *e) {
-    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? 127.0f / top : 0.0f);
-    *e = top / 127.0f;
-    *q_low = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-    *q_high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-}
-
-// Stores block b of row r of the activations, e q.
-AVL__AVX512 AVL__INLINE void avl__put_block_avx512(const avl__quants *to, avl__block_form f, int r, int b, __m512i low, __m512i high, float e) {
-    const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
-    int8_t q[32];
-    int sums[2], part;
-    _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtsepi32_epi8(low));
-    _mm_storeu_si128((__m128i *)(void *)(q + 16), _mm512_cvtsepi32_epi8(high));
-    avl__put_words(to, r, b, q, 8, 4);
-    to->scale[at * to->group + place] = e;
-    sums[0] = _mm512_reduce_add_epi32(low);
-    sums[1] = _mm512_reduce_add_epi32(high);
-    if (f.n_parts == 1) sums[0] += sums[1];
-    for (part = 0; part < f.n_parts; part++) {
-        to->bias[(at * f.n_parts + (size_t)part) * to->group + place] = -f.offset * sums[part];
-        to->sum[(at * f.n_parts + (size_t)part) * to->group + place] = e * (float)sums[part];
-    }
-}
-
-// (x - e q) / (e / 254): at most 127, since x - e q is at most e / 2
-AVL__AVX512 AVL__INLINE __m512i avl__round_rest_avx512(__m512 x, __m512i q, float e) {
-    const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(e), x);
-    return _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(e > 1e-30f ? 254.0f / e : 0.0f)));
-}
-
-// Block b of row r of x, 32 floats in two registers; zeros beyond its end
-AVL__AVX512 AVL__INLINE void avl__load_block_avx512(const avl__product *p, int r, int b, __m512 *low, __m512 *high) {
-    const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-    *low = _mm512_maskz_loadu_ps(avl__lanes_avx512(p->w->n_in - 32 * b), x);
-    *high = _mm512_maskz_loadu_ps(avl__lanes_avx512(p->w->n_in - 32 * b - 16), x + 16);
-}
-
-// The second pieces of a group of rows
-AVL__AVX512 static void avl__quantize_rests_avx512(const avl__product *p, int first, int n_rows) {
-    const avl__block_form f = avl__block_form_of(p->w->type);
-    const avl__quants *to = &p->quants;
-    float limit[16];
-    int r, b;
-    avl__choose_rests(to, first, n_rows, limit);
-    for (b = 0; b < to->n_blocks; b++)
-        for (r = 0; r < n_rows; r++) {
-            __m512i low = _mm512_setzero_si512(), high = low;
-            __m512 x_low, x_high;
-            float e = to->scale[(size_t)first * to->n_blocks + (size_t)(b * to->group + r)];
-            if (e > limit[r]) {
-                avl__load_block_avx512(p, first + r, b, &x_low, &x_high);
-                avl__round_block_avx512(x_low, x_high, &low, &high, &e);        // as for the first piece
-                low = avl__round_rest_avx512(x_low, low, e);
-                high = avl__round_rest_avx512(x_high, high, e);
-            }
-            avl__put_block_avx512(to, f, to->n_groups * to->group + first + r, b, low, high, e / 254.0f);
-        }
-}
-
-AVL__AVX512 static void avl__quantize_avx512(const avl__product *p, int first, int n_rows, int begin, int end) {
-    const avl__block_form f = avl__block_form_of(p->w->type);
-    int r, b;
-    for (b = begin; b < end; b++)
-        for (r = first; r < first + n_rows; r++) {
-            __m512i low, high;
-            __m512 x_low, x_high;
-            float e;
-            avl__load_block_avx512(p, r, b, &x_low, &x_high);
-            avl__round_block_avx512(x_low, x_high, &low, &high, &e);
-            avl__put_block_avx512(&p->quants, f, r, b, low, high, e);
-        }
-}
-
-// ---- panels --------------------------------------------------------------------------------------------------------
-
-// 32 weight rows as two groups of 16, turned.
-typedef struct avl__panel {
-    uint8_t *u;                // [2][n_blocks][8][16][4]: 16 rows of 4 columns to a register
-    float   *d, *minus_m;      // [2][n_blocks][n_parts][16]
-} avl__panel;
-
-// The bytes of block b of a row of n_in float weights, rounded as activations are
-AVL__AVX512 AVL__INLINE __m256i avl__rounded_bytes_avx512(int type, const uint8_t *row, int b, int n_in, float *d) {
-    const size_t i = 32 * (size_t)b;
-    __m512i low, high;
-    avl__round_block_avx512(avl__weights_avx512(type, row, i, avl__lanes_avx512(n_in - 32 * b)),
-                            avl__weights_avx512(type, row, i + 16, avl__lanes_avx512(n_in - 32 * b - 16)), &low, &high, d);
-    return _mm256_xor_si256(_mm256_set_m128i(_mm512_cvtsepi32_epi8(high), _mm512_cvtsepi32_epi8(low)), _mm256_set1_epi8((char)0x80));
-}
-
-// Half a panel of n (at most 16) rows of float weights; what is not there becomes zeros.
-AVL__AVX512 AVL__INLINE void avl__fill_rounded_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, const avl__panel *to) {
-    int b, r, g;
-    for (b = 0; b < (n_in + 31) / 32; b++)
-        for (g = 0; g < 16; g += 8) {
-            __m256i v[8];
-            AVL__UNROLL
-            for (r = 0; r < 8; r++) {
-                float *d = to->d + 16 * (size_t)b + (size_t)(g + r);
-                v[r] = _mm256_setzero_si256();
-                *d = 0.0f;
-                if (g + r < n) v[r] = avl__rounded_bytes_avx512(type, rows + (size_t)(g + r) * row_bytes, b, n_in, d);
-            }
-            avl__store_turned_avx2(v, to->u + 512 * (size_t)b + 4 * g, 64);
-        }
-}
-
-// Four words of 16 rows, `at` bytes from where the rows begin, turned: out[i] has word i of every row.
-AVL__AVX512 AVL__INLINE void avl__turn_words_avx512(const uint8_t *const *row, size_t at, __m512i *out) {
-    __m512i v[4], low[2], high[2];
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++)
-        v[i] = avl__join_avx512(avl__two_rows_avx2(row, i, at), avl__two_rows_avx2(row + 8, i, at));
-    AVL__UNROLL
-    for (i = 0; i < 2; i++) {
-        low[i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        high[i] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    out[0] = _mm512_unpacklo_epi64(low[0], low[1]);
-    out[1] = _mm512_unpackhi_epi64(low[0], low[1]);
-    out[2] = _mm512_unpacklo_epi64(high[0], high[1]);
-    out[3] = _mm512_unpackhi_epi64(high[0], high[1]);
-}
-
-// 32 bytes of 16 rows, turned
-AVL__AVX512 AVL__INLINE void avl__turn_bytes_avx512(const uint8_t *const *row, size_t at, __m512i *out) {
-    avl__turn_words_avx512(row, at, out);
-    avl__turn_words_avx512(row, at + 16, out + 4);
-}
-
-// Which of three places keeps the turned bytes of avl__bits_of(type, j, i): two blocks of Q6_K take their low bits in turns.
-AVL__INLINE int avl__kept_at(int type, int j, int i) { return i ? 2 : type == ASTROVL_TYPE_Q6_K ? j % 2 : 0; }
-
-// Of 16 rows of a K-quant the bytes that block b is the first of its super-block to use, turned. They wait in `kept` for the blocks that
-// share them, so blocks must be asked for in order.
-AVL__AVX512 AVL__INLINE void avl__turn_super_avx512(int type, const uint8_t *const *row, size_t b, __m512i (*kept)[8]) {
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 2; i++) {
-        const avl__bits bits = avl__bits_of(type, (int)(b % 8), i);
-        if (bits.mask && bits.from == 0)
-            avl__turn_bytes_avx512(row, b / 8 * avl__group_bytes(type) + (size_t)bits.at, kept[avl__kept_at(type, (int)(b % 8), i)]);
-    }
-}
-
-// Word i of every row of block j of a super-block: its bytes u
-AVL__AVX512 AVL__INLINE __m512i avl__super_word_avx512(int type, __m512i (*kept)[8], int j, int i) {
-    __m512i u = _mm512_setzero_si512();
-    int k;
-    AVL__UNROLL
-    for (k = 0; k < 2; k++) {
-        const avl__bits bits = avl__bits_of(type, j, k);
-        const int up = bits.to - bits.from;
-        __m512i v = kept[avl__kept_at(type, j, k)][i];
-        if (bits.mask == 0) continue;
-        if (up > 0) v = _mm512_slli_epi16(v, (unsigned)up);
-        if (up < 0) v = _mm512_srli_epi16(v, (unsigned)-up);
-        u = _mm512_or_si512(u, _mm512_and_si512(v, _mm512_set1_epi8((char)(bits.mask << bits.to))));
-    }
-    return u;
-}
-
-// The bytes u of block b of 16 rows, turned: out[i] has word i of every row. 16 bytes of nibbles are turned at once.
-// kept: of a K-quant, from block to block
-AVL__AVX512 AVL__INLINE void avl__turned_block_avx512(int type, const uint8_t *const *row, size_t b, __m512i (*kept)[8], __m512i *out) {
-    const size_t at = b * (avl__group_bytes(type) / 8);
-    const int has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
-    const size_t begin = type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_1 ? 4 : 2;    // after the scales
-    __m512i v[4], fifth[4];
-    int i;
-    if (avl__is_k_quant(type)) {
-        avl__turn_super_avx512(type, row, b, kept);
-        AVL__UNROLL
-        for (i = 0; i < 8; i++) out[i] = avl__super_word_avx512(type, kept, (int)(b % 8), i);
-        return;
-    }
-    if (type == ASTROVL_TYPE_Q8_0) {
-        avl__turn_bytes_avx512(row, at + 2, out);
-        AVL__UNROLL
-        for (i = 0; i < 8; i++) out[i] = _mm512_xor_si512(out[i], _mm512_set1_epi8((char)0x80));
-        return;
-    }
-    avl__turn_words_avx512(row, at + begin + (has_fifth ? 4 : 0), v);
-    if (has_fifth) avl__turn_words_avx512(row, at + begin, fifth);            // only the first of these words
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) {
-        out[i] = _mm512_and_si512(i < 4 ? v[i] : _mm512_srli_epi16(v[i - 4], 4), _mm512_set1_epi8(15));
-        if (has_fifth) {      // the product puts each of four bits into a byte of its own
-            const __m512i four = _mm512_and_si512(_mm512_srli_epi32(fifth[0], 4 * (unsigned)i), _mm512_set1_epi32(15));
-            const __m512i bytes = _mm512_mullo_epi32(four, _mm512_set1_epi32((1 + (1 << 7) + (1 << 14) + (1 << 21)) * 16));
-            out[i] = _mm512_or_si512(out[i], _mm512_and_si512(bytes, _mm512_set1_epi8(16)));
-        }
-    }
-}
-
-// Fills half a panel from n (at most 16) weight rows, while as much is fetched from `next` on. In place of what is not there the last
-// row stands.
-AVL__AVX512 AVL__INLINE void avl__fill_panel_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, int n_blocks, const char *next,
-                                                    const avl__panel *to) {
-    const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
-    const avl__block_form f = avl__block_form_of(type);
-    const uint8_t *row[16];
-    __m512i kept[3][8];
-    int b, j, i;
-    for (i = 0; i < 16; i++) row[i] = rows + (size_t)(i < n ? i : n > 0 ? n - 1 : 0) * row_bytes;
-    for (b = 0; b < n_blocks; b += 8) {
-        const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
-        for (i = 0; i < 16; i += 8) {
-            const size_t at = 16 * (size_t)b * f.n_parts + (size_t)i;
-            avl__group_scales_avx512(type, row + i, (size_t)(b / 8) * avl__group_bytes(type), n_now, to->d + at, to->minus_m + at, 16);
-        }
-        for (j = 0; j < n_now; j++) {
-            __m512i v[8];
-            avl__prefetch_bytes(next, step);
-            next += step;
-            avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
-            AVL__UNROLL
-            for (i = 0; i < 8; i++) _mm512_storeu_si512(to->u + 512 * (size_t)(b + j) + 64 * i, v[i]);
-        }
-    }
-}
-
-// Stores n (at most 32) sums of one row, plus bias [n], which may be y itself or NULL.
-AVL__AVX512 AVL__INLINE void avl__store_sums_avx512(float *y, const __m512 *sum, const float *bias, int n) {
-    int c;
-    AVL__UNROLL
-    for (c = 0; c < 2; c++) {
-        const __mmask16 lanes = avl__lanes_avx512(n - 16 * c);
-        const __m512 b = bias ? _mm512_maskz_loadu_ps(lanes, bias + 16 * c) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(y + 16 * c, lanes, _mm512_add_ps(sum[c], b));
-    }
-}
-
-// Fetches where n_columns sums of n rows will be stored, y[n][stride]: they are far apart, and nobody should wait for that.
-AVL__INLINE void avl__prefetch_sums(const float *y, size_t stride, int n, int n_columns) {
-    int r;
-    for (r = 0; r < n; r++, y += stride) {
-        _mm_prefetch((const char *)y, _MM_HINT_T0);
-        _mm_prefetch((const char *)(y + n_columns / 2), _MM_HINT_T0);
-        _mm_prefetch((const char *)(y + n_columns - 1), _MM_HINT_T0);
-    }
-}
-
-// n (at most 6) rows of activations, from row `first` on, all of one group, over a panel: all blocks, or of second pieces (is_rest) those
-// that are there.
-AVL__AVX512 AVL__INLINE void avl__pass_panel_avx512(int n_parts, int has_min, int is_rest, int n, const avl__panel *p,
-                                                    const avl__quants *x, int first, __m512 sum[][2]) {
-    enum { G = AVL__GROUP_BYTES };
-    const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * n_parts, half_u = 512 * n_blocks, half_d = 16 * row;
-    const size_t group = (size_t)(first / G), place = (size_t)(first % G);
-    const int n_words = 8 / n_parts;       // of four columns, in a part
-    const int8_t *q = x->q + 4 * (group * n_blocks * 8 * G + place);
-    const float *scale = x->scale + group * n_blocks * G + place, *sums = x->sum + group * row * G + place;
-    const int32_t *bias = x->bias + group * row * G + place;
-    const int32_t *rests = is_rest ? x->rests + (group - (size_t)x->n_groups) * (1 + n_blocks) : NULL;
-    const size_t n_now = is_rest ? (size_t)rests[0] : n_blocks;
-    size_t i;
-    int g, r, c, part;
-    AVL__UNROLL
-    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (i = 0; i < n_now; i++)
-        AVL__UNROLL
-        for (part = 0; part < n_parts; part++) {
-            const size_t b = is_rest ? (size_t)rests[1 + i] : i, at = b * n_parts + (size_t)part;
-            __m512i whole[6][2];
-            AVL__UNROLL
-            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = _mm512_set1_epi32(bias[at * G + (size_t)r]);
-            AVL__UNROLL
-            for (g = 0; g < n_words; g++) {
-                const size_t word = 8 * b + (size_t)(g + n_words * part);
-                const __m512i w0 = _mm512_loadu_si512(p->u + 64 * word);
-                const __m512i w1 = _mm512_loadu_si512(p->u + half_u + 64 * word);
-                AVL__UNROLL
-                for (r = 0; r < n; r++) {
-                    const __m512i four = _mm512_set1_epi32((int)avl__word_at(q + 4 * (word * G + (size_t)r)));
-                    whole[r][0] = _mm512_dpbusd_epi32(whole[r][0], w0, four);
-                    whole[r][1] = _mm512_dpbusd_epi32(whole[r][1], w1, four);
-                }
-            }
-            AVL__UNROLL
-            for (c = 0; c < 2; c++) {
-                const __m512 d = _mm512_loadu_ps(p->d + half_d * c + 16 * at);
-                AVL__UNROLL
-                for (r = 0; r < n; r++) {
-                    const __m512 de = _mm512_mul_ps(d, _mm512_set1_ps(scale[b * G + (size_t)r]));
-                    sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r][c]), de, sum[r][c]);
-                    if (has_min)
-                        sum[r][c] = _mm512_fnmadd_ps(_mm512_loadu_ps(p->minus_m + half_d * c + 16 * at),
-                                                     _mm512_set1_ps(sums[at * G + (size_t)r]), sum[r][c]);
-                }
-            }
-        }
-}
-
-// All rows of activations over a panel; their second pieces add to what the first gave.
-AVL__AVX512 AVL__INLINE void avl__run_panel_form_avx512(int n_parts, int has_min, int is_rest, const avl__panel *panel,
-                                                        const avl__product *p, int out, int n_columns) {
-    const avl__linear *w = p->w;
-    __m512 sum[6][2];
-    int r, i, n;
-    for (r = 0; r < p->n_rows; r += n) {
-        const int left = p->n_rows - r, row = is_rest * p->quants.n_groups * AVL__GROUP_BYTES + r;
-        avl__prefetch_sums(p->y + (size_t)r * w->n_out + out, (size_t)w->n_out, left < 6 ? left : 6, n_columns);
-        if (left >= 6) n = 6, avl__pass_panel_avx512(n_parts, has_min, is_rest, 6, panel, &p->quants, row, sum);
-        else if (left >= 2) n = 2, avl__pass_panel_avx512(n_parts, has_min, is_rest, 2, panel, &p->quants, row, sum);
-        else n = 1, avl__pass_panel_avx512(n_parts, has_min, is_rest, 1, panel, &p->quants, row, sum);
-        for (i = 0; i < n; i++) {
-            float *y = p->y + (size_t)(r + i) * w->n_out + out;
-            avl__store_sums_avx512(y, sum[i], is_rest ? y : w->bias ? w->bias + out : NULL, n_columns);
-        }
-    }
-}
-
-// Once a panel is filled only the form of its blocks matters: four loops serve all types. Of them Q8_0's has second pieces.
-AVL__AVX512 static void avl__run_panel_avx512(avl__block_form f, const avl__panel *panel, const avl__product *p, int out, int n_columns) {
-    if (f.n_parts == 1 && !f.has_min) avl__run_panel_form_avx512(1, 0, 0, panel, p, out, n_columns);
-    else if (f.n_parts == 1)          avl__run_panel_form_avx512(1, 1, 0, panel, p, out, n_columns);
-    else if (!f.has_min)              avl__run_panel_form_avx512(2, 0, 0, panel, p, out, n_columns);
-    else                              avl__run_panel_form_avx512(2, 1, 0, panel, p, out, n_columns);
-    if (p->quants.n_pieces == 2)      avl__run_panel_form_avx512(1, 0, 1, panel, p, out, n_columns);
-}
-
-AVL__AVX512 AVL__INLINE void avl__multiply_panels_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
-    const avl__block_form f = avl__block_form_of(type);
-    const avl__linear *w = p->w;
-    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 16 * n_blocks * f.n_parts;   // of half a panel
-    avl__panel panel;
-    int out, i;
-    panel.d = scratch;
-    panel.minus_m = panel.d + 2 * n_scales;
-    panel.u = (uint8_t *)(panel.minus_m + 2 * n_scales);
-    for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        for (i = 0; i < 2; i++) {
-            const avl__panel half = {panel.u + 512 * n_blocks * (size_t)i, panel.d + n_scales * (size_t)i,
-                                     panel.minus_m + n_scales * (size_t)i};
-            const uint8_t *rows = (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes;
-            if (avl__is_float_type(type)) avl__fill_rounded_avx512(type, rows, w->row_bytes, n_columns - 16 * i, w->n_in, &half);
-            else if (n_columns > 16 * i) {
-                const char *next = (const char *)rows + (last - out >= 16 * i + 32 ? 16 * w->row_bytes : 0);   // at the end these again
-                avl__fill_panel_avx512(type, rows, w->row_bytes, n_columns - 16 * i, (int)n_blocks, next, &half);
-            }
-        }
-        avl__run_panel_avx512(f, &panel, p, out, n_columns);
-    }
-}
-
-// ---- weights as they lie: a row or two ------------------------------------------------------------------------------
-
-// Of four registers of four sums a quarter: their wholes. Lane 4 k + i of what is returned: the whole of quarter k of w[i].
-AVL__AVX512 AVL__INLINE __m512i avl__add_up_avx512(const __m512i *w) {
-    const __m512i w01 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[0], w[1]));
-    const __m512i w23 = _mm512_add_epi32(_mm512_unpacklo_epi32(w[2], w[3]), _mm512_unpackhi_epi32(w[2], w[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(w01, w23), _mm512_unpackhi_epi64(w01, w23));
-}
-
-// Block j of eight rows of Q8_0 times x, sums starting from `start`: lanes 0 to 3 the first halves of rows 0 to 3, lanes 4 to 7 the
-// second, and so on with rows 4 to 7.
-AVL__AVX512 AVL__INLINE __m512i avl__half_columns_avx512(const uint8_t *const *row, int j, __m512i x, __m512i start) {
-    const size_t b = (size_t)j;
-    __m512i w[4];
-    int r;
-    AVL__UNROLL
-    for (r = 0; r < 4; r++)
-        w[r] = _mm512_dpbusd_epi32(start, avl__join_avx512(avl__block_bytes_avx2(ASTROVL_TYPE_Q8_0, row[r], b),
-                                                           avl__block_bytes_avx2(ASTROVL_TYPE_Q8_0, row[r + 4], b)), x);
-    return avl__add_up_avx512(w);
-}
-
-// The sums that blocks j and k of eight rows of Q8_0 make with q, those of the activations: block j's rows, then block k's
-AVL__AVX512 AVL__INLINE __m512i avl__two_columns_avx512(const uint8_t *const *row, int j, int k, const int8_t *q, const int32_t *bias) {
-    // the first sum of one quarter of a row starts from its offset
-    const __m512i start = _mm512_maskz_set1_epi32(0x0101, bias[j]), other = _mm512_maskz_set1_epi32(0x0101, bias[k]);
-    const __m512i v = avl__half_columns_avx512(row, j, _mm512_broadcast_i64x4(avl__load32_avx2(q + 32 * j)), start);
-    const __m512i u = avl__half_columns_avx512(row, k, _mm512_broadcast_i64x4(avl__load32_avx2(q + 32 * k)), other);
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(v, u, _MM_SHUFFLE(2, 0, 2, 0)), _mm512_shuffle_i32x4(v, u, _MM_SHUFFLE(3, 1, 3, 1)));
-}
-
-// n (at most 8) blocks of eight weight rows of Q8_0, which lie row_bytes apart, times those of a row of the activations: returns sum and
-// that. Every block's sum is made whole while it is an integer; from there on these are a panel's operations in a panel's order.
-// next: what is to be fetched meanwhile, as much as these blocks take; of a second piece (is_rest) nothing, and pairs of blocks are left
-// out that have none of those in `wanted`: they are zeros in x
-AVL__AVX512 AVL__INLINE __m256 avl__dot_group_avx512(int is_rest, const uint8_t *group, size_t row_bytes, int n, const char *next,
-                                                     unsigned wanted, const avl__quants *x, size_t at, __m256 sum) {
-    const size_t group_bytes = avl__group_bytes(ASTROVL_TYPE_Q8_0);
-    const uint8_t *row[8];
-    float d[8][8];                             // [blocks][rows]
-    int j, i;
-    size_t line;
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) row[i] = group + (size_t)i * row_bytes;
-    avl__group_scales_avx512(ASTROVL_TYPE_Q8_0, row, 0, n, d[0], NULL, 8);
-    AVL__UNROLL
-    for (j = 0; j < 8; j += 2) {
-        __m512 whole;
-        if (j >= n || (is_rest && !(wanted >> j & 3))) continue;
-        AVL__UNROLL
-        for (i = 0; i < 16; i++) {
-            line = ((size_t)j * group_bytes + 63) / 64 * 64 + 64 * (size_t)i;
-            if (is_rest || line >= (size_t)(j + 2) * group_bytes) break;
-            _mm_prefetch(next + line, _MM_HINT_T1);
-        }
-        whole = _mm512_cvtepi32_ps(avl__two_columns_avx512(row, j, j + 1 < n ? j + 1 : j, x->q + 32 * at, x->bias + at));
-        AVL__UNROLL
-        for (i = 0; i < 2; i++) {
-            __m256 de;
-            if (j + i >= n) break;
-            de = _mm256_mul_ps(_mm256_loadu_ps(d[j + i]), _mm256_set1_ps(x->scale[at + (size_t)(j + i)]));
-            sum = _mm256_fmadd_ps(i ? _mm512_extractf32x8_ps(whole, 1) : _mm512_castps512_ps256(whole), de, sum);
-        }
-    }
-    return sum;
-}
-
-// Types with 16 bytes of nibbles a block. Four blocks of a row, 72 to 96 bytes, are in two registers: their first and their last 64.
-AVL__INLINE int avl__has_nibbles(int type) {
-    return type == ASTROVL_TYPE_Q4_0 || type == ASTROVL_TYPE_Q4_1 || type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
-}
-
-// The 16-bit words of four blocks, `size` bytes each, are numbered. Lane i: word `begin` of block i / 8, or, if step is 1, i % 8 words on.
-AVL__AVX512 AVL__INLINE __m512i avl__words_of_four_avx512(int size, int begin, int step) {
-    static const int16_t count[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
-                                      16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    const __m512i i = _mm512_loadu_si512(count), in_block = _mm512_and_si512(i, _mm512_set1_epi16((short)(7 * step)));
-    const __m512i block = _mm512_mullo_epi16(_mm512_srli_epi16(i, 3), _mm512_set1_epi16((short)(size / 2)));
-    return _mm512_add_epi16(_mm512_add_epi16(block, in_block), _mm512_set1_epi16((short)begin));
-}
-
-// Word `begin` of four blocks of eight rows, half-precision numbers: [block][row].  low, high: the two registers of each row
-AVL__AVX512 AVL__INLINE __m512i avl__halves_of_four_avx512(int size, int begin, const __m512i *low, const __m512i *high) {
-    const __m512i second = _mm512_set1_epi32(32 << 16);                  // odd lanes are the second row's, whose words count from 32 on
-    const __m512i word = avl__words_of_four_avx512(size, begin, 0), late = _mm512_sub_epi16(word, _mm512_set1_epi16((short)(2 * size - 32)));
-    __m512i halves = _mm512_setzero_si512();
-    int r;
-    AVL__UNROLL
-    for (r = 0; r < 8; r += 2) {
-        __m512i two = _mm512_permutex2var_epi16(low[r], _mm512_or_si512(word, second), low[r + 1]);
-        if (3 * size / 2 + begin >= 32)                                   // the last block's is not among the first 64 bytes
-            two = _mm512_mask_mov_epi16(two, 0xFF000000, _mm512_permutex2var_epi16(high[r], _mm512_or_si512(late, second), high[r + 1]));
-        halves = r == 0 ? two : _mm512_mask_mov_epi16(halves, 0x03030303u << r, two);
-    }
-    return halves;
-}
-
-// 16 bits of each of n (at most 4) blocks, `size` bytes from one to the next, side by side
-AVL__INLINE uint64_t avl__join_halves(const uint8_t *p, int size, int n) {
-    uint64_t bits = 0;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++)
-        if (i < n) bits |= (uint64_t)avl__half_at(p + size * i) << (16 * i);
-    return bits;
-}
-
-// 64 bytes at p, of which the first n are there; zeros for the others
-AVL__AVX512 AVL__INLINE __m512i avl__load_some_avx512(const uint8_t *p, int n) {
-    if (n >= 64) return _mm512_loadu_si512(p);
-    return _mm512_maskz_loadu_epi8(n > 0 ? ((__mmask64)1 << n) - 1 : 0, p);
-}
-
-// Four blocks of eight weight rows, multiplied
-typedef struct avl__four {
-    __m512i sum[2];            // [4 blocks][rows 0 to 3] and rows 4 to 7
-    __m512i d, minus_m;        // half-precision numbers, [4 blocks][8 rows]
-} avl__four;
-
-// n (at most 4) blocks of nibbles of eight weight rows, row_bytes apart, times those of a row of the activations. A register takes the
-// nibbles of four blocks of a row; the fifth bits, a mask as they lie, add 16. What binds are shuffles, of which a processor makes one at a
-// time: a row takes one, and half a one for its scales. Of what is wanted next a line is fetched with each row, or two, not all at once.
-// w: out, four sums of each block for each row;  low, high: out, the rows themselves
-AVL__AVX512 AVL__INLINE void avl__multiply_four_avx512(int type, const uint8_t *rows, size_t row_bytes, int n, const char *next,
-                                                       const avl__quants *x, size_t at, __m512i *w, __m512i *low, __m512i *high) {
-    const int size = (int)avl__group_bytes(type) / 8, begin = size - 16, has_fifth = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
-    const __m512i four_bits = _mm512_set1_epi8(15), sixteen = _mm512_set1_epi8(16), word = avl__words_of_four_avx512(size, begin / 2, 1);
-    const __m512i nibble = _mm512_mask_sub_epi16(word, _mm512_cmpgt_epi16_mask(word, _mm512_set1_epi16(31)), word,
-                                                 _mm512_set1_epi16((short)(2 * size - 64)));      // of the second register, from 32 on
-    const __m512i x01 = _mm512_loadu_si512(x->q + 32 * at), x23 = _mm512_loadu_si512(x->q + 32 * at + 64);
-    const __m512i x_low = _mm512_shuffle_i32x4(x01, x23, _MM_SHUFFLE(2, 0, 2, 0)), x_high = _mm512_shuffle_i32x4(x01, x23, _MM_SHUFFLE(3, 1, 3, 1));
-    __m512i start = _mm512_setzero_si512();
-    int r;
-    if (avl__block_form_of(type).offset) start = _mm512_maskz_broadcast_i32x4(0x8421, avl__load16_avx2(x->bias + at));    // in one of a block's sums
-    AVL__UNROLL
-    for (r = 0; r < 8; r++) {
-        const uint8_t *p = rows + (size_t)r * row_bytes;
-        __m512i v, u;
-        _mm_prefetch(next + 64 * r, _MM_HINT_T1);
-        if (8 + r < size / 2) _mm_prefetch(next + 64 * (8 + r), _MM_HINT_T1);
-        low[r] = avl__load_some_avx512(p, n * size);
-        high[r] = avl__load_some_avx512(p + 4 * size - 64, n * size - (4 * size - 64));
-        __asm__("" : "+v"(low[r]));            // or the compiler would load it once more for the scales
-        u = _mm512_permutex2var_epi16(low[r], nibble, high[r]);
-        v = _mm512_and_si512(u, four_bits);
-        u = _mm512_and_si512(_mm512_srli_epi16(u, 4), four_bits);
-        if (has_fifth) {
-            v = _mm512_mask_add_epi8(v, avl__join_halves(p + begin - 4, size, n), v, sixteen);
-            u = _mm512_mask_add_epi8(u, avl__join_halves(p + begin - 2, size, n), u, sixteen);
-        }
-        w[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, v, x_low), u, x_high);
-    }
-}
-
-// sum and n of those blocks, from block `at` of the activations on: a panel's operations in a panel's order.
-AVL__AVX512 AVL__INLINE __m256 avl__add_four_avx512(int type, const avl__four *four, int n, const avl__quants *x, size_t at, __m256 sum) {
-    const __m512i first_two = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last_two = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    float whole[4][8];                         // [block][row]
-    uint16_t d[4][8], minus_m[4][8];
-    int i;
-    _mm512_storeu_ps(whole[0], _mm512_cvtepi32_ps(_mm512_permutex2var_epi64(four->sum[0], first_two, four->sum[1])));
-    _mm512_storeu_ps(whole[2], _mm512_cvtepi32_ps(_mm512_permutex2var_epi64(four->sum[0], last_two, four->sum[1])));
-    _mm512_storeu_si512(d, four->d);
-    _mm512_storeu_si512(minus_m, four->minus_m);
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        __m256 de;
-        if (i >= n) break;
-        de = _mm256_mul_ps(_mm256_cvtph_ps(avl__load16_avx2(d[i])), _mm256_set1_ps(x->scale[at + (size_t)i]));
-        sum = _mm256_fmadd_ps(_mm256_loadu_ps(whole[i]), de, sum);
-        if (avl__block_form_of(type).has_min)
-            sum = _mm256_fnmadd_ps(_mm256_cvtph_ps(avl__load16_avx2(minus_m[i])), _mm256_set1_ps(x->sum[at + (size_t)i]), sum);
-    }
-    return sum;
-}
-
-// What is to be kept of n multiplied blocks
-AVL__AVX512 AVL__INLINE avl__four avl__keep_four_avx512(int type, const __m512i *w, const __m512i *low, const __m512i *high) {
-    const int size = (int)avl__group_bytes(type) / 8;
-    avl__four four;
-    four.sum[0] = avl__add_up_avx512(w);
-    four.sum[1] = avl__add_up_avx512(w + 4);
-    four.d = four.minus_m = avl__halves_of_four_avx512(size, 0, low, high);
-    if (avl__block_form_of(type).has_min)
-        four.minus_m = _mm512_xor_si512(avl__halves_of_four_avx512(size, 1, low, high), _mm512_set1_epi16((short)0x8000));
-    return four;
-}
-
-// Eight weight rows of nibbles times a row of the activations. Four blocks are added up while the next four are multiplied, or much of the
-// time would be spent waiting.
-AVL__AVX512 AVL__INLINE __m256 avl__dot_nibbles_avx512(int type, const uint8_t *rows, size_t row_bytes, const char *next,
-                                                       const avl__quants *x, int row) {
-    const int size = (int)avl__group_bytes(type) / 8, n_rest = x->n_blocks % 4;
-    const size_t first = (size_t)row * (size_t)x->n_blocks;
-    __m256 sum = _mm256_setzero_ps();
-    __m512i w[8], low[8], high[8];
-    avl__four four;
-    int b;
-    for (b = 0; b + 4 <= x->n_blocks; b += 4, rows += 4 * size, next += 32 * size) {
-        avl__multiply_four_avx512(type, rows, row_bytes, 4, next, x, first + (size_t)b, w, low, high);
-        if (b > 0) sum = avl__add_four_avx512(type, &four, 4, x, first + (size_t)b - 4, sum);
-        four = avl__keep_four_avx512(type, w, low, high);
-    }
-    if (b > 0) sum = avl__add_four_avx512(type, &four, 4, x, first + (size_t)b - 4, sum);
-    if (n_rest == 0) return sum;
-    avl__multiply_four_avx512(type, rows, row_bytes, n_rest, next, x, first + (size_t)b, w, low, high);
-    four = avl__keep_four_avx512(type, w, low, high);
-    return avl__add_four_avx512(type, &four, n_rest, x, first + (size_t)b, sum);
-}
-
-// Eight weight rows times a row of the activations, while the next eight are fetched from `next` on.
-AVL__AVX512 AVL__INLINE __m256 avl__dot_rows_avx512(int type, const uint8_t *rows, size_t row_bytes, const char *next, const avl__quants *x,
-                                                    int row) {
-    const size_t group_bytes = avl__group_bytes(type);
-    __m256 sum = _mm256_setzero_ps();
-    int b;
-    if (avl__has_nibbles(type)) return avl__dot_nibbles_avx512(type, rows, row_bytes, next, x, row);
-    for (b = 0; b < x->n_blocks; b += 8, rows += group_bytes, next += 8 * group_bytes) {
-        avl__prefetch_page(next, 8 * group_bytes);
-        sum = avl__dot_group_avx512(0, rows, row_bytes, x->n_blocks - b < 8 ? x->n_blocks - b : 8, next, 0, x,
-                                    (size_t)row * (size_t)x->n_blocks + (size_t)b, sum);
-    }
-    return sum;
-}
-
-// The same of the row's second piece, which has few blocks
-AVL__AVX512 AVL__INLINE __m256 avl__dot_rests_avx512(const uint8_t *rows, size_t row_bytes, const avl__quants *x, int row) {
-    const int32_t *list = x->rests + (size_t)row * (1 + (size_t)x->n_blocks), *rests = list + 1, *end = rests + *list;
-    __m256 sum = _mm256_setzero_ps();
-    while (rests < end) {
-        const int b = *rests / 8 * 8, n = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        const unsigned wanted = avl__take_rests(&rests, end, b);
-        sum = avl__dot_group_avx512(1, rows + (size_t)(b / 8) * avl__group_bytes(ASTROVL_TYPE_Q8_0), row_bytes, n, NULL, wanted, x,
-                                    (size_t)(x->n_groups + row) * (size_t)x->n_blocks + (size_t)b, sum);
-    }
-    return sum;
-}
-
-AVL__AVX512 AVL__INLINE void avl__multiply_rows_avx512(int type, const avl__product *p, int first, int last) {
-    const avl__linear *w = p->w;
-    int out, r, n;
-    for (out = first; out < last; out += n) {
-        const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
-        const int whole = last - out >= 8;                       // at the end one row, eight times
-        const __mmask8 lanes = whole ? 0xFF : 1;
-        n = whole ? 8 : 1;
-        for (r = 0; r < p->n_rows; r++) {
-            const size_t row_bytes = whole ? w->row_bytes : 0;
-            __m256 sum = avl__dot_rows_avx512(type, rows, row_bytes, avl__next_rows(p, first, last, out, 8), &p->quants, r);
-            if (w->bias) sum = _mm256_add_ps(sum, _mm256_maskz_loadu_ps(lanes, w->bias + out));
-            if (type == ASTROVL_TYPE_Q8_0 && p->quants.n_pieces == 2)
-                sum = _mm256_add_ps(avl__dot_rests_avx512(rows, row_bytes, &p->quants, r), sum);
-            _mm256_mask_storeu_ps(p->y + (size_t)r * w->n_out + out, lanes, sum);
-        }
-    }
-}
-
-// sum + w x, x being one word in memory for all lanes. Compilers would load it into a register first; that one instruction less for each
-// product makes eight rows 5 to 10 % faster, while panels, where two registers of weights meet a word, do not gain.
-AVL__AVX512 AVL__INLINE __m512i avl__add_word_avx512(__m512i sum, __m512i w, const int8_t *x) {
-    __asm__("vpdpbusd {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(sum) : "v"(w), "m"(*(const int8_t (*)[4])x));
-    return sum;
-}
-
-// A block of 16 weight rows, turned, times block `at` of the activations, counted through all groups of n rows: added to sum [n].
-// d, minus_m: of the block, [n_parts]
-AVL__AVX512 AVL__INLINE void avl__add_turned_avx512(int type, int n, const __m512i *v, const __m512 *d, const __m512 *minus_m,
-                                                    const avl__quants *x, size_t at, __m512 *sum) {
-    const avl__block_form f = avl__block_form_of(type);
-    const size_t at_part = (size_t)n * at * f.n_parts;
-    const int8_t *q = x->q + 32 * (size_t)n * at;
-    const float *scale = x->scale + (size_t)n * at, *sums = x->sum + at_part;
-    const int32_t *bias = x->bias + at_part;
-    const int n_words = 8 / f.n_parts;
-    __m512i whole[AVL__FEW_ROWS];                              // side by side: one alone would wait four cycles for each of its products
-    int part, i, r;
-    AVL__UNROLL
-    for (part = 0; part < f.n_parts; part++) {
-        AVL__UNROLL
-        for (r = 0; r < n; r++) whole[r] = f.offset ? _mm512_set1_epi32(bias[n * part + r]) : _mm512_setzero_si512();
-        AVL__UNROLL
-        for (i = n_words * part; i < n_words * (part + 1); i++)
-            AVL__UNROLL
-            for (r = 0; r < n; r++) whole[r] = avl__add_word_avx512(whole[r], v[i], q + 4 * (n * i + r));
-        AVL__UNROLL
-        for (r = 0; r < n; r++) {
-            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[r]), _mm512_mul_ps(d[part], _mm512_set1_ps(scale[r])), sum[r]);
-            if (f.has_min) sum[r] = _mm512_fnmadd_ps(minus_m[part], _mm512_set1_ps(sums[n * part + r]), sum[r]);
-        }
-    }
-}
-
-// avl__unpack_super_avx2 and avl__scale_of_part_avx2 of 16 rows.  scales, mins: out, [4]
-AVL__AVX512 AVL__INLINE void avl__unpack_super_avx512(int type, const uint8_t *const *row, size_t at, __m512i *scales, __m512i *mins,
-                                                      __m512 *d, __m512 *m) {
-    avl__super_avx2 low, high;
-    int i;
-    avl__unpack_super_avx2(type, row, at, &low);
-    avl__unpack_super_avx2(type, row + 8, at, &high);
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) {
-        scales[i] = avl__join_avx512(low.scales[i], high.scales[i]);
-        mins[i] = avl__join_avx512(low.mins[i], high.mins[i]);
-    }
-    *d = _mm512_insertf32x8(_mm512_castps256_ps512(low.d), high.d, 1);
-    *m = _mm512_insertf32x8(_mm512_castps256_ps512(low.m), high.m, 1);
-}
-
-AVL__AVX512 AVL__INLINE __m512 avl__scale_of_part_avx512(int has_signs, const __m512i *bytes, int part, __m512 d) {
-    const __m512i four = bytes[part / 4];
-    const unsigned from = (unsigned)part % 4 * 8;
-    const __m512i one = has_signs ? _mm512_srai_epi32(_mm512_slli_epi32(four, 24 - from), 24)
-                                  : _mm512_and_si512(_mm512_srli_epi32(four, from), _mm512_set1_epi32(255));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(one), d);
-}
-
-// 16 weight rows of a K-quant times a row of the activations, while the next 16 are fetched from `next` on. Blocks of a super-block share
-// bytes, so turning these takes fewer shuffles than adding up every block's sums does.
-AVL__AVX512 AVL__INLINE __m512 avl__dot_super_avx512(int type, const uint8_t *const *row, const char *next, const avl__quants *x, int x_row) {
-    const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
-    const avl__block_form f = avl__block_form_of(type);
-    __m512i kept[3][8], scales[4], mins[4];
-    __m512 sum = _mm512_setzero_ps(), d, m;
-    int b, j, i;
-    for (b = 0; b < x->n_blocks; b += 8) {
-        avl__unpack_super_avx512(type, row, (size_t)(b / 8) * avl__group_bytes(type), scales, mins, &d, &m);
-        AVL__UNROLL
-        for (j = 0; j < 8; j++) {
-            const size_t block = (size_t)b / 8 * 8 + (size_t)j;               // so that compilers see which of the eight it is
-            __m512 d_now[2], m_now[2];
-            __m512i v[8];
-            avl__prefetch_bytes(next, step);
-            next += step;
-            avl__turned_block_avx512(type, row, block, kept, v);
-            AVL__UNROLL
-            for (i = 0; i < f.n_parts; i++) {
-                d_now[i] = avl__scale_of_part_avx512(avl__has_signs(type), scales, f.n_parts * j + i, d);
-                m_now[i] = f.has_min ? avl__scale_of_part_avx512(0, mins, f.n_parts * j + i, m) : _mm512_setzero_ps();
-            }
-            avl__add_turned_avx512(type, 1, v, d_now, m_now, x, (size_t)x_row * (size_t)x->n_blocks + block, &sum);
-        }
-    }
-    return sum;
-}
-
-AVL__AVX512 AVL__INLINE void avl__multiply_super_avx512(int type, const avl__product *p, int first, int last) {
-    const avl__linear *w = p->w;
-    const uint8_t *row[16];
-    int out, r;
-    for (out = first; out < last; out += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(last - out);
-        avl__eight_rows(w, out, last - out, row);
-        avl__eight_rows(w, out + 8, last - out - 8, row + 8);
-        for (r = 0; r < p->n_rows; r++) {
-            __m512 sum = avl__dot_super_avx512(type, row, avl__next_rows(p, first, last, out, 16), &p->quants, r);
-            if (w->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, w->bias + out));
-            _mm512_mask_storeu_ps(p->y + (size_t)r * w->n_out + out, lanes, sum);
-        }
-    }
-}
-
-// Three to eight rows, of answers that are written together, are still too few to be worth a panel in memory: each block of 16 weight
-// rows is turned as for one, but stays in eight registers until it has met them all. The operations are a panel's.
-// 16 weight rows times the rows of the activations (those that are not there give nothing of sense) or their second pieces (is_rest); as
-// much is fetched from `next` on, with the former.  sum: out, [AVL__FEW_ROWS]
-AVL__AVX512 AVL__INLINE void avl__pass_rows_avx512(int type, int is_rest, const uint8_t *const *row, const char *next,
-                                                   const avl__quants *x, __m512 *sum) {
-    const avl__block_form f = avl__block_form_of(type);
-    const size_t step = 2 * avl__group_bytes(type);            // of a block of 16 rows
-    float d[16][16], minus_m[16][16];                          // [8 n_parts][rows]
-    const int32_t *rests = x->rests + 1, *end = is_rest ? rests + x->rests[0] : rests;
-    __m512i kept[3][8];
-    int b, j, i;
-    AVL__UNROLL
-    for (i = 0; i < AVL__FEW_ROWS; i++) sum[i] = _mm512_setzero_ps();
-    for (b = 0; b < x->n_blocks; b += 8) {
-        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        const unsigned wanted = is_rest ? avl__take_rests(&rests, end, b) : 0xFF;
-        if (is_rest && !wanted) continue;
-        for (i = 0; i < 16; i += 8)
-            avl__group_scales_avx512(type, row + i, (size_t)(b / 8) * avl__group_bytes(type), n_now, d[0] + i, minus_m[0] + i, 16);
-        for (j = 0; j < n_now; j++) {
-            const size_t at = (is_rest ? (size_t)x->n_blocks : 0) + (size_t)(b + j);
-            __m512 d_now[2], m_now[2];
-            __m512i v[8];
-            if (is_rest && !(wanted >> j & 1)) continue;
-            if (!is_rest) {
-                avl__prefetch_bytes(next, step);
-                next += step;
-            }
-            avl__turned_block_avx512(type, row, (size_t)(b + j), kept, v);
-            AVL__UNROLL
-            for (i = 0; i < f.n_parts; i++) {
-                d_now[i] = _mm512_loadu_ps(d[f.n_parts * j + i]);
-                m_now[i] = f.has_min ? _mm512_loadu_ps(minus_m[f.n_parts * j + i]) : _mm512_setzero_ps();
-            }
-            avl__add_turned_avx512(type, AVL__FEW_ROWS, v, d_now, m_now, x, at, sum);
-        }
-    }
-}
-
-AVL__AVX512 AVL__INLINE void avl__multiply_few_avx512(int type, const avl__product *p, int first, int last) {
-    const avl__linear *w = p->w;
-    int out, i;
-    for (out = first; out < last; out += 16) {
-        const int n = last - out < 16 ? last - out : 16;
-        const __mmask16 lanes = avl__lanes_avx512(n);
-        const __m512 bias = w->bias ? _mm512_maskz_loadu_ps(lanes, w->bias + out) : _mm512_setzero_ps();
-        const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes, *row[16];
-        __m512 sum[AVL__FEW_ROWS], rest[AVL__FEW_ROWS];
-        for (i = 0; i < 16; i++) row[i] = rows + (size_t)(i < n ? i : n - 1) * w->row_bytes;
-        avl__pass_rows_avx512(type, 0, row, avl__next_rows(p, first, last, out, 16), &p->quants, sum);
-        for (i = 0; i < AVL__FEW_ROWS; i++) sum[i] = _mm512_add_ps(sum[i], bias);
-        if (type == ASTROVL_TYPE_Q8_0 && p->quants.n_pieces == 2) {
-            avl__pass_rows_avx512(type, 1, row, NULL, &p->quants, rest);
-            for (i = 0; i < AVL__FEW_ROWS; i++) sum[i] = _mm512_add_ps(rest[i], sum[i]);
-        }
-        for (i = 0; i < p->n_rows; i++) _mm512_mask_storeu_ps(p->y + (size_t)i * w->n_out + out, lanes, sum[i]);
-    }
-}
-
-AVL__AVX512 AVL__INLINE void avl__multiply_type_avx512(int type, const avl__product *p, int first, int last, float *scratch) {
-    if (!p->few)                    avl__multiply_panels_avx512(type, p, first, last, scratch);
-    else if (p->quants.group > 1)   avl__multiply_few_avx512(type, p, first, last);
-    else if (avl__is_k_quant(type)) avl__multiply_super_avx512(type, p, first, last);
-    else                            avl__multiply_rows_avx512(type, p, first, last);
-}
-
-// Each type's code in a function of its own: compilers take much longer over one of a quarter of a megabyte.
-AVL__AVX512 AVL__APART void avl__multiply_q4_0_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q4_0, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q4_1_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q4_1, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q5_0_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q5_0, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q5_1_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q5_1, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q8_0_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q8_0, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q2_k_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q2_K, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q3_k_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q3_K, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q4_k_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q4_K, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q5_k_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q5_K, p, first, last, scratch);
-}
-AVL__AVX512 AVL__APART void avl__multiply_q6_k_avx512(const avl__product *p, int first, int last, float *scratch) {
-    avl__multiply_type_avx512(ASTROVL_TYPE_Q6_K, p, first, last, scratch);
-}
-
-AVL__AVX512 static void avl__multiply_avx512(const avl__product *p, int first, int last, float *scratch) {
-    switch (p->w->type) {
-    case ASTROVL_TYPE_F32:  avl__multiply_panels_avx512(ASTROVL_TYPE_F32, p, first, last, scratch); break;
-    case ASTROVL_TYPE_F16:  avl__multiply_panels_avx512(ASTROVL_TYPE_F16, p, first, last, scratch); break;
-    case ASTROVL_TYPE_BF16: avl__multiply_panels_avx512(ASTROVL_TYPE_BF16, p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_0: avl__multiply_q4_0_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_1: avl__multiply_q4_1_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_0: avl__multiply_q5_0_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_1: avl__multiply_q5_1_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q8_0: avl__multiply_q8_0_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q2_K: avl__multiply_q2_k_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q3_K: avl__multiply_q3_k_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q4_K: avl__multiply_q4_k_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q5_K: avl__multiply_q5_k_avx512(p, first, last, scratch); break;
-    case ASTROVL_TYPE_Q6_K: avl__multiply_q6_k_avx512(p, first, last, scratch); break;
-    default: break;
-    }
-}
-
-// ---- weights that are floats ---------------------------------------------------------------------------------------
-// Integers of 8 bits are too coarse for them. vdpbf16ps multiplies pairs of bfloat16 and adds them up in float32, at half the
-// rate of the integers; activations are rounded to bfloat16 as well (2^-8 of themselves at most). The panel is turned the same
-// way: a register holds the same two columns of 16 rows. No scales come in between, so twelve rows of activations fill the
-// registers. A processor without it rounds such weights to bytes as if they were Q8_0.
-
-AVL__AVX512_BF16 AVL__INLINE __m512i avl__pairs_avx512(__m512 low, __m512 high) {
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
-// x to pairs of bfloat16, those beyond n_in zero
-AVL__AVX512_BF16 static void avl__pair_rows_bf16(const avl__product *p, int first, int n_rows, int begin, int end) {
-    int r, b;
-    for (b = begin; b < end; b++)
-        for (r = first; r < first + n_rows; r++) {
-            const float *x = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-            const int left = p->w->n_in - 32 * b;
-            uint8_t pairs[64];
-            _mm512_storeu_si512(pairs, avl__pairs_avx512(_mm512_maskz_loadu_ps(avl__lanes_avx512(left), x),
-                                                         _mm512_maskz_loadu_ps(avl__lanes_avx512(left - 16), x + 16)));
-            avl__put_words(&p->quants, r, b, pairs, 16, 4);
-        }
-}
-
-// Half a panel of pairs, [n_blocks][16 pairs][16 rows].
-AVL__AVX512_BF16 AVL__INLINE void avl__fill_pairs_bf16(int type, const uint8_t *rows, size_t row_bytes, int n, int n_in, uint8_t *to) {
-    int b, g, r, h;
-    for (b = 0; b < (n_in + 31) / 32; b++)
-        for (g = 0; g < 16; g += 8) {
-            __m512i pairs[8];
-            AVL__UNROLL
-            for (r = 0; r < 8; r++) {
-                const uint8_t *row = rows + (size_t)(g + r) * row_bytes;
-                const size_t i = 32 * (size_t)b;
-                pairs[r] = _mm512_setzero_si512();
-                if (g + r < n)
-                    pairs[r] = avl__pairs_avx512(avl__weights_avx512(type, row, i, avl__lanes_avx512(n_in - 32 * b)),
-                                                 avl__weights_avx512(type, row, i + 16, avl__lanes_avx512(n_in - 32 * b - 16)));
-            }
-            for (h = 0; h < 2; h++) {
-                __m256i v[8];
-                AVL__UNROLL
-                for (r = 0; r < 8; r++) v[r] = h ? _mm512_extracti64x4_epi64(pairs[r], 1) : _mm512_castsi512_si256(pairs[r]);
-                avl__store_turned_avx2(v, to + 64 * (16 * (size_t)b + 8 * (size_t)h) + 4 * g, 64);
-            }
-        }
-}
-
-// n rows of activations, from row `first` on, all of one group, over a panel of pairs.
-AVL__AVX512_BF16 AVL__INLINE void avl__pass_pairs_bf16(int n, const uint8_t *panel, const avl__product *p, int first, int out,
-                                                       int n_columns, const char *next) {
-    enum { G = AVL__GROUP_PAIRS };
-    const size_t n_pairs = 16 * (size_t)p->quants.n_blocks;
-    const uint8_t *x = (const uint8_t *)p->quants.q + 4 * ((size_t)(first / G) * n_pairs * G + (size_t)(first % G));
-    __m512 sum[12][2];
-    size_t i;
-    int r;
-    avl__prefetch_sums(p->y + (size_t)first * p->w->n_out + out, (size_t)p->w->n_out, n, n_columns);
-    AVL__UNROLL
-    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    next = avl__next_lines(p, panel, next, first, n);       // a line for each block of 16 pairs
-    for (i = 0; i < n_pairs; i++) {
-        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + 64 * i);
-        const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + 64 * (n_pairs + i));
-        if (i % 16 == 0) _mm_prefetch(next + 4 * i, _MM_HINT_T1);
-        AVL__UNROLL
-        for (r = 0; r < n; r++) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)avl__word_at(x + 4 * (i * G + (size_t)r)));
-            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, pair);
-            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, pair);
-        }
-    }
-    for (r = 0; r < n; r++)
-        avl__store_sums_avx512(p->y + (size_t)(first + r) * p->w->n_out + out, sum[r], p->w->bias ? p->w->bias + out : NULL, n_columns);
-}
-
-AVL__AVX512_BF16 static void avl__run_pairs_bf16(const uint8_t *panel, const avl__product *p, int out, int n_columns, const char *next) {
-    int r = 0;
-    for (; r + 12 <= p->n_rows; r += 12) avl__pass_pairs_bf16(12, panel, p, r, out, n_columns, next);
-    for (; r + 4 <= p->n_rows; r += 4) avl__pass_pairs_bf16(4, panel, p, r, out, n_columns, next);
-    for (; r < p->n_rows; r++) avl__pass_pairs_bf16(1, panel, p, r, out, n_columns, next);
-}
-
-AVL__AVX512_BF16 AVL__INLINE void avl__multiply_pairs_bf16(int type, const avl__product *p, int first, int last, float *scratch) {
-    const avl__linear *w = p->w;
-    uint8_t *panel = (uint8_t *)scratch;
-    int out, i;
-    for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        for (i = 0; i < 2; i++)
-            avl__fill_pairs_bf16(type, (const uint8_t *)w->weight + (size_t)(out + 16 * i) * w->row_bytes, w->row_bytes,
-                                 n_columns - 16 * i, w->n_in, panel + 1024 * (size_t)p->quants.n_blocks * (size_t)i);
-        avl__run_pairs_bf16(panel, p, out, n_columns, avl__next_rows(p, first, last, out, AVL__PANEL_ROWS));
-    }
-}
-
-AVL__AVX512_BF16 static void avl__multiply_bf16(const avl__product *p, int first, int last, float *scratch) {
-    switch (p->w->type) {
-    case ASTROVL_TYPE_F32:  avl__multiply_pairs_bf16(ASTROVL_TYPE_F32, p, first, last, scratch); break;
-    case ASTROVL_TYPE_F16:  avl__multiply_pairs_bf16(ASTROVL_TYPE_F16, p, first, last, scratch); break;
-    case ASTROVL_TYPE_BF16: avl__multiply_pairs_bf16(ASTROVL_TYPE_BF16, p, first, last, scratch); break;
-    default: avl__multiply_avx512(p, first, last, scratch); break;
-    }
-}
-
-AVL__AVX512_BF16 static void avl__round_rows_bf16(const avl__product *p, int first, int n_rows, int begin, int end) {
-    if (avl__is_float_type(p->w->type)) avl__pair_rows_bf16(p, first, n_rows, begin, end);
-    else                                avl__quantize_avx512(p, first, n_rows, begin, end);
-}
-
-// Adds columns i to i + 15, those of `lanes`, to n_weights x n_rows sums.
-AVL__AVX512 AVL__INLINE void avl__add_floats_avx512(int type, const uint8_t *weights, size_t row_bytes, int n_weights, const float *x,
-                                                    int n_rows, int n_in, int i, __mmask16 lanes, __m512 sum[4][2]) {
-    __m512 w[2];
-    int r, o;
-    AVL__UNROLL
-    for (o = 0; o < n_weights; o++) w[o] = avl__weights_avx512(type, weights + (size_t)o * row_bytes, (size_t)i, lanes);
-    AVL__UNROLL
-    for (r = 0; r < n_rows; r++) {
-        const __m512 v = _mm512_maskz_loadu_ps(lanes, x + (size_t)r * n_in + i);
-        AVL__UNROLL
-        for (o = 0; o < n_weights; o++) sum[r][o] = _mm512_fmadd_ps(w[o], v, sum[r][o]);
-    }
-}
-
-// n_weights weight rows, row_bytes apart, times n_rows rows of activations: y[row][weight row]. Two sums for each, whatever is
-// computed beside it. next: where as many weight rows lie that are fetched meanwhile, or NULL
-AVL__AVX512 AVL__INLINE void avl__dot_floats_avx512(int type, const uint8_t *weights, size_t row_bytes, int n_weights, const char *next,
-                                                    const float *x, int n_rows, int n_in, float y[4][2]) {
-    const size_t step = (type == ASTROVL_TYPE_F32 ? 4 : 2) * 32;          // bytes of 32 weights
-    __m512 even[4][2], odd[4][2];
-    int i, r, o;
-    AVL__UNROLL
-    for (r = 0; r < n_rows; r++)
-        AVL__UNROLL
-        for (o = 0; o < n_weights; o++) even[r][o] = odd[r][o] = _mm512_setzero_ps();
-    for (i = 0; i + 32 <= n_in; i += 32) {
-        for (o = 0; next && o < n_weights; o++) avl__prefetch_bytes(next + (size_t)i / 32 * step + (size_t)o * row_bytes, step);
-        avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i, 0xFFFF, even);
-        avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i + 16, 0xFFFF, odd);
-    }
-    for (; i < n_in; i += 16)
-        avl__add_floats_avx512(type, weights, row_bytes, n_weights, x, n_rows, n_in, i, avl__lanes_avx512(n_in - i), even);
-    AVL__UNROLL
-    for (r = 0; r < n_rows; r++)
-        AVL__UNROLL
-        for (o = 0; o < n_weights; o++) y[r][o] = _mm512_reduce_add_ps(_mm512_add_ps(even[r][o], odd[r][o]));
-}
-
-// A few rows of activations times weights of a float type as they lie, in float32: one row streams them as fast as memory gives
-// them; of several, four at a time meet two weight rows, so that the activations need not come out of the cache for each.
-AVL__AVX512 AVL__INLINE void avl__linear_type_avx512(int type, const avl__product *p, int first, int last) {
-    const avl__linear *w = p->w;
-    int out, r, i, o, n, n_weights;
-    for (out = first; out < last; out += n_weights) {
-        const uint8_t *rows = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
-        const char *next;
-        n_weights = p->n_rows >= 4 && last - out >= 2 ? 2 : 1;
-        next = n_weights == 2 ? avl__next_rows(p, first, last, out, 2) : (const char *)rows + AVL__AHEAD;
-        for (r = 0; r < p->n_rows; r += n, next = NULL) {
-            const float *x = p->x + (size_t)r * w->n_in;
-            float y[4][2];
-            n = n_weights == 2 && p->n_rows - r >= 4 ? 4 : 1;
-            if (n == 4)              avl__dot_floats_avx512(type, rows, w->row_bytes, 2, next, x, 4, w->n_in, y);
-            else if (n_weights == 2) avl__dot_floats_avx512(type, rows, w->row_bytes, 2, next, x, 1, w->n_in, y);
-            else                     avl__dot_floats_avx512(type, rows, w->row_bytes, 1, next, x, 1, w->n_in, y);
-            for (i = 0; i < n; i++)
-                for (o = 0; o < n_weights; o++)
-                    p->y[(size_t)(r + i) * w->n_out + out + o] = y[i][o] + (w->bias ? w->bias[out + o] : 0.0f);
-        }
-    }
-}
-
-AVL__AVX512 static void avl__linear_avx512(const avl__product *p, int first, int last, float *scratch) {
-    (void)scratch;
-    if (p->w->type == ASTROVL_TYPE_F32)      avl__linear_type_avx512(ASTROVL_TYPE_F32, p, first, last);
-    else if (p->w->type == ASTROVL_TYPE_F16) avl__linear_type_avx512(ASTROVL_TYPE_F16, p, first, last);
-    else                                     avl__linear_type_avx512(ASTROVL_TYPE_BF16, p, first, last);
-}
-
-// ---- vectors of float32 --------------------------------------------------------------------------------------------
-
-AVL__AVX512 AVL__INLINE __m512 avl__load_avx512(const float *x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
-
-// Four sums, so that additions need not wait for each other.
-AVL__AVX512 static float avl__dot_avx512(const float *a, const float *b, int n) {
-    __m512 sum[4];
-    int i = 0, j;
-    AVL__UNROLL
-    for (j = 0; j < 4; j++) sum[j] = _mm512_setzero_ps();
-    for (; i + 64 <= n; i += 64)
-        AVL__UNROLL
-        for (j = 0; j < 4; j++) sum[j] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * j), _mm512_loadu_ps(b + i + 16 * j), sum[j]);
-    for (; i < n; i += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n - i);
-        sum[0] = _mm512_fmadd_ps(avl__load_avx512(a + i, lanes), avl__load_avx512(b + i, lanes), sum[0]);
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
-}
-
-AVL__AVX512 static void avl__axpy_avx512(float *y, float a, const float *x, int n) {
-    int i;
-    for (i = 0; i < n; i += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n - i);
-        const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(a), avl__load_avx512(x + i, lanes), avl__load_avx512(y + i, lanes));
-        _mm512_mask_storeu_ps(y + i, lanes, sum);
-    }
-}
-
-// e^x to about 2e-7: 2^n 2^f with n the nearest integer to x / ln 2, 2^f by its Taylor series (|f| <= 1/2)
-AVL__AVX512 AVL__INLINE __m512 avl__exp_avx512(__m512 x) {
-    const __m512 t = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(1.44269504f));
-    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(t, n);
-    __m512 p = _mm512_set1_ps(1.54035304e-4f);                       // ln(2)^6 / 6!
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33335581e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61812911e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55041087e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40226507e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93147181e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
-// x / (1 + e^(-a x))
-AVL__AVX512 AVL__INLINE __m512 avl__sigmoid_product_avx512(__m512 x, float a) {
-    const __m512 e = avl__exp_avx512(_mm512_mul_ps(x, _mm512_set1_ps(-a)));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-}
-
-AVL__AVX512 static void avl__quick_gelu_avx512(float *x, int64_t n) {
-    for (; n > 0; n -= 16, x += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n < 16 ? (int)n : 16);
-        _mm512_mask_storeu_ps(x, lanes, avl__sigmoid_product_avx512(avl__load_avx512(x, lanes), 1.702f));
-    }
-}
-
-AVL__AVX512 static void avl__silu_product_avx512(float *x, const float *up, int64_t n) {
-    for (; n > 0; n -= 16, x += 16, up += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n < 16 ? (int)n : 16);
-        const __m512 y = avl__sigmoid_product_avx512(avl__load_avx512(x, lanes), 1.0f);
-        _mm512_mask_storeu_ps(x, lanes, _mm512_mul_ps(y, avl__load_avx512(up, lanes)));
-    }
-}
-
-// x Phi(x), with 1 - Phi(|x|) = (a1 t + ... + a5 t^5) e^(-z^2) / 2, z = |x| / sqrt 2, t = 1 / (1 + p z), to 1e-7 (Abramowitz & Stegun
-// 7.1.26)
-AVL__AVX512 static void avl__gelu_avx512(float *x, int64_t n) {
-    const __m512 one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
-    for (; n > 0; n -= 16, x += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n < 16 ? (int)n : 16);
-        const __m512 v = avl__load_avx512(x, lanes), z = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(0.70710678f));
-        const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), z, one));
-        __m512 p = _mm512_set1_ps(1.061405429f);
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-        p = _mm512_mul_ps(_mm512_mul_ps(p, t), avl__exp_avx512(_mm512_fnmadd_ps(z, z, zero)));
-        p = _mm512_mul_ps(p, _mm512_set1_ps(0.5f));
-        p = _mm512_mask_sub_ps(p, _mm512_cmp_ps_mask(v, zero, _CMP_GE_OQ), one, p);
-        _mm512_mask_storeu_ps(x, lanes, _mm512_mul_ps(v, p));
-    }
-}
-
-AVL__AVX512 static void avl__rms_norm_avx512(float *y, const float *x, const float *weight, int n, float eps) {
-    const __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)avl__dot_avx512(x, x, n) / n + eps)));
-    int i;
-    for (i = 0; i < n; i += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n - i);
-        const __m512 scaled = _mm512_mul_ps(avl__load_avx512(x + i, lanes), scale);
-        _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(scaled, avl__load_avx512(weight + i, lanes)));
-    }
-}
-
-AVL__AVX512 static void avl__layer_norm_avx512(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
-    __m512 sum = _mm512_setzero_ps(), squares = sum, mean, scale;
-    int i;
-    for (i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, avl__load_avx512(x + i, avl__lanes_avx512(n - i)));
-    mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
-    for (i = 0; i < n; i += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n - i);
-        const __m512 d = _mm512_maskz_sub_ps(lanes, avl__load_avx512(x + i, lanes), mean);
-        squares = _mm512_fmadd_ps(d, d, squares);
-    }
-    scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)_mm512_reduce_add_ps(squares) / n + eps)));
-    for (i = 0; i < n; i += 16) {
-        const __mmask16 lanes = avl__lanes_avx512(n - i);
-        const __m512 d = _mm512_mul_ps(_mm512_sub_ps(avl__load_avx512(x + i, lanes), mean), scale);
-        _mm512_mask_storeu_ps(y + i, lanes, _mm512_fmadd_ps(d, avl__load_avx512(weight + i, lanes), avl__load_avx512(bias + i, lanes)));
-    }
-}
-
-// ---- attention -----------------------------------------------------------------------------------------------------
-// 32 queries at a time lie across the lanes of two registers: scores[key][32] = K q^T needs only the queries turned, a softmax
-// runs down a column, and nothing is ever summed across a register. Then out = P V, with V's columns across the lanes. Six keys
-// (eight queries) by two registers of sums hide the latency of the multiply-add; the scores of one head and 32 queries, 128
-// bytes for each key, are all that is ever stored.
-
-// scores of n keys, from key `first` on.  turned: [head_dim][32]
-AVL__AVX512 AVL__INLINE void avl__score_keys_avx512(int n, const avl__tile *t, int first, const float *turned, __m512 scale,
-                                                    float *scores) {
-    const float *k = t->k + (size_t)first * t->kv_stride;
-    __m512 sum[6][2];
-    int j, d, c;
-    AVL__UNROLL
-    for (j = 0; j < n; j++) sum[j][0] = sum[j][1] = _mm512_setzero_ps();
-    for (d = 0; d < t->head_dim; d++) {
-        const __m512 q0 = _mm512_loadu_ps(turned + 32 * (size_t)d), q1 = _mm512_loadu_ps(turned + 32 * (size_t)d + 16);
-        AVL__UNROLL
-        for (j = 0; j < n; j++) {
-            const __m512 key = _mm512_set1_ps(k[(size_t)j * t->kv_stride + (size_t)d]);
-            sum[j][0] = _mm512_fmadd_ps(q0, key, sum[j][0]);
-            sum[j][1] = _mm512_fmadd_ps(q1, key, sum[j][1]);
-        }
-    }
-    AVL__UNROLL
-    for (j = 0; j < n; j++)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++) _mm512_storeu_ps(scores + 32 * (size_t)(first + j) + 16 * c, _mm512_mul_ps(sum[j][c], scale));
-}
-
-// scores[n_keys][32] to e^(score - largest); inverse: out, [32], 1 over the sum of each column
-AVL__AVX512 AVL__INLINE void avl__softmax_columns_avx512(float *scores, int n_keys, float *inverse) {
-    int j, c;
-    for (c = 0; c < 2; c++) {
-        __m512 max = _mm512_set1_ps(-FLT_MAX), sum = _mm512_setzero_ps();
-        for (j = 0; j < n_keys; j++) max = _mm512_max_ps(max, _mm512_loadu_ps(scores + 32 * (size_t)j + 16 * c));
-        for (j = 0; j < n_keys; j++) {
-            float *at = scores + 32 * (size_t)j + 16 * c;
-            const __m512 p = avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at), max));
-            _mm512_storeu_ps(at, p);
-            sum = _mm512_add_ps(sum, p);
-        }
-        _mm512_storeu_ps(inverse + 16 * c, _mm512_div_ps(_mm512_set1_ps(1.0f), sum));
-    }
-}
-
-// 32 columns from `column` on of the outputs of n queries, from query `first` on
-AVL__AVX512 AVL__INLINE void avl__mix_values_avx512(int n, const avl__tile *t, int first, int column, const float *scores,
-                                                    const float *inverse) {
-    const __mmask16 lanes[2] = {avl__lanes_avx512(t->head_dim - column), avl__lanes_avx512(t->head_dim - column - 16)};
-    const float *v = t->v + column;
-    __m512 sum[8][2];
-    int i, j, c;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (j = 0; j < t->n_keys; j++, v += t->kv_stride) {
-        const __m512 v0 = avl__load_avx512(v, lanes[0]), v1 = avl__load_avx512(v + 16, lanes[1]);
-        AVL__UNROLL
-        for (i = 0; i < n; i++) {
-            const __m512 p = _mm512_set1_ps(scores[32 * (size_t)j + (size_t)(first + i)]);
-            sum[i][0] = _mm512_fmadd_ps(p, v0, sum[i][0]);
-            sum[i][1] = _mm512_fmadd_ps(p, v1, sum[i][1]);
-        }
-    }
-    AVL__UNROLL
-    for (i = 0; i < n; i++)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++)
-            _mm512_mask_storeu_ps(t->out + (size_t)(first + i) * t->q_stride + column + 16 * c, lanes[c],
-                                  _mm512_mul_ps(sum[i][c], _mm512_set1_ps(inverse[first + i])));
-}
-
-// scratch: [n_keys + head_dim][32] floats
-AVL__AVX512 static void avl__attend_avx512(const avl__tile *t, float *scratch) {
-    const __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
-    float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
-    int i, j, d;
-    avl__turn_queries(t, turned);
-    for (j = 0; j + 6 <= t->n_keys; j += 6) avl__score_keys_avx512(6, t, j, turned, scale, scores);
-    for (; j < t->n_keys; j++) avl__score_keys_avx512(1, t, j, turned, scale, scores);
-    avl__hide_future(t, 0, scores);
-    avl__softmax_columns_avx512(scores, t->n_keys, inverse);
-    for (d = 0; d < t->head_dim; d += 32) {
-        for (i = 0; i + 8 <= t->n; i += 8) avl__mix_values_avx512(8, t, i, d, scores, inverse);
-        for (; i < t->n; i++) avl__mix_values_avx512(1, t, i, d, scores, inverse);
-    }
-}
-
-// One query, of an answer being written: its keys and values are read once, as they lie, and the sums of up to 128 columns stay in
-// registers. The processor reads ahead by itself, but for the ends of pages.
-
-// 16 float16 as floats, those of `lanes`
-AVL__AVX512 AVL__INLINE __m512 avl__load_halves_avx512(const uint16_t *x, __mmask16 lanes) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
-}
-
-// n: registers that take a part of the head's columns, or all
-AVL__AVX512 AVL__INLINE void avl__attend_by_avx512(int n, float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride,
-                                                   int n_keys, int head_dim, float *weights) {
-    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
-    __m512 sum[8];
-    int begin, i, j;
-    for (begin = 0; begin < head_dim; begin += 16 * n) {
-        __m512 of_q[8];
-        AVL__UNROLL
-        for (i = 0; i < n; i++) of_q[i] = avl__load_avx512(q + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i));
-        for (j = 0; j < n_keys; j++) {
-            const uint16_t *key = k + stride * (size_t)j + begin;
-            __m512 score = _mm512_setzero_ps();
-            avl__prefetch_page(key, 2 * stride);
-            AVL__UNROLL
-            for (i = 0; i < n; i++)
-                score = _mm512_fmadd_ps(of_q[i], avl__load_halves_avx512(key + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), score);
-            weights[j] = (begin ? weights[j] : 0.0f) + _mm512_reduce_add_ps(score) * scale;
-        }
-    }
-    avl__softmax_avx2(weights, n_keys);
-    for (begin = 0; begin < head_dim; begin += 16 * n) {
-        AVL__UNROLL
-        for (i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
-        for (j = 0; j < n_keys; j++) {
-            const uint16_t *value = v + stride * (size_t)j + begin;
-            const __m512 p = _mm512_set1_ps(weights[j]);
-            avl__prefetch_page(value, 2 * stride);
-            AVL__UNROLL
-            for (i = 0; i < n; i++)
-                sum[i] = _mm512_fmadd_ps(p, avl__load_halves_avx512(value + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i)), sum[i]);
-        }
-        AVL__UNROLL
-        for (i = 0; i < n; i++)
-            _mm512_mask_storeu_ps(out + begin + 16 * i, avl__lanes_avx512(head_dim - begin - 16 * i), sum[i]);
-    }
-}
-
-AVL__AVX512 static void avl__attend_one_avx512(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys,
-                                               int head_dim, float *weights) {
-    if (head_dim > 64) avl__attend_by_avx512(8, out, q, k, v, stride, n_keys, head_dim, weights);
-    else               avl__attend_by_avx512(4, out, q, k, v, stride, n_keys, head_dim, weights);
-}
-
-// The same with pairs of bfloat16, for rows that were made by such products and are to be read by such: Q K^T with pairs of columns,
-// P V with pairs of keys. Keys and values are rounded once for all queries of the tile.
-
-// The float16-sized halves of a register, the lower and the upper, one from each in turn
-AVL__AVX512_BF16 AVL__INLINE __m512i avl__interleave_bf16(__m512i v) {
-    static const int16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), v);
-}
-
-// Rows of n values, rounded, with zeros up to a multiple of 32.  keys: out, [n_keys][n_padded / 2] pairs of columns;
-// values: out, [(n_keys + 1) / 2][n_padded] pairs of keys
-AVL__AVX512_BF16 static void avl__round_keys_bf16(const avl__tile *t, int n_padded, uint8_t *keys, uint8_t *values) {
-    int j, d;
-    for (j = 0; j < t->n_keys; j++)
-        for (d = 0; d < n_padded; d += 32, keys += 64) {
-            const float *k = t->k + (size_t)j * t->kv_stride + d;
-            const __mmask16 low = avl__lanes_avx512(t->head_dim - d), high = avl__lanes_avx512(t->head_dim - d - 16);
-            _mm512_storeu_si512(keys, avl__pairs_avx512(avl__load_avx512(k, low), avl__load_avx512(k + 16, high)));
-        }
-    for (j = 0; j < t->n_keys; j += 2)
-        for (d = 0; d < n_padded; d += 16, values += 64) {
-            const float *v = t->v + (size_t)j * t->kv_stride + d;
-            const __mmask16 lanes = avl__lanes_avx512(t->head_dim - d), second = j + 1 < t->n_keys ? lanes : 0;
-            const __m512i both = avl__pairs_avx512(avl__load_avx512(v, lanes), avl__load_avx512(second ? v + t->kv_stride : v, second));
-            _mm512_storeu_si512(values, avl__interleave_bf16(both));
-        }
-}
-
-// 32 queries from query `first` on, those that are not there zero.  turned: out, [n_padded / 2][32] pairs of columns
-AVL__AVX512_BF16 static void avl__turn_queries_bf16(const avl__tile *t, int first, int n_padded, uint8_t *turned) {
-    uint8_t pairs[64];
-    int i, d, w;
-    for (i = 0; i < 32; i++)
-        for (d = 0; d < n_padded; d += 32) {
-            const int n = first + i < t->n ? t->head_dim - d : 0;
-            const float *q = t->q + (size_t)(n > 0 ? first + i : 0) * t->q_stride + d;
-            _mm512_storeu_si512(pairs, avl__pairs_avx512(avl__load_avx512(q, avl__lanes_avx512(n)), avl__load_avx512(q + 16, avl__lanes_avx512(n - 16))));
-            for (w = 0; w < 16; w++) memcpy(turned + 4 * (32 * (size_t)(d / 2 + w) + (size_t)i), pairs + 4 * w, 4);
-        }
-}
-
-// scores of n keys, from `keys` on, with 32 queries; n_pairs: of columns
-AVL__AVX512_BF16 AVL__INLINE void avl__score_pairs_bf16(int n, const uint8_t *keys, int n_pairs, const uint8_t *turned, __m512 scale,
-                                                        float *scores) {
-    __m512 sum[8][2];
-    int j, d, c;
-    AVL__UNROLL
-    for (j = 0; j < n; j++) sum[j][0] = sum[j][1] = _mm512_setzero_ps();
-    for (d = 0; d < n_pairs; d++) {
-        const __m512bh q0 = (__m512bh)_mm512_loadu_si512(turned + 128 * (size_t)d), q1 = (__m512bh)_mm512_loadu_si512(turned + 128 * (size_t)d + 64);
-        AVL__UNROLL
-        for (j = 0; j < n; j++) {
-            const __m512bh key = (__m512bh)_mm512_set1_epi32((int)avl__word_at(keys + 4 * ((size_t)j * (size_t)n_pairs + (size_t)d)));
-            sum[j][0] = _mm512_dpbf16_ps(sum[j][0], q0, key);
-            sum[j][1] = _mm512_dpbf16_ps(sum[j][1], q1, key);
-        }
-    }
-    AVL__UNROLL
-    for (j = 0; j < n; j++)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++) _mm512_storeu_ps(scores + 32 * j + 16 * c, _mm512_mul_ps(sum[j][c], scale));
-}
-
-// scores[n_keys][32] to e^(score - largest), as pairs of keys [(n_keys + 1) / 2][32] in the same place; inverse: out, [32], 1 over the
-// sum of each column
-AVL__AVX512_BF16 AVL__INLINE void avl__softmax_pairs_bf16(float *scores, int n_keys, float *inverse) {
-    int j, c;
-    for (c = 0; c < 32; c += 16) {
-        __m512 max = _mm512_set1_ps(-FLT_MAX), sum = _mm512_setzero_ps();
-        for (j = 0; j < n_keys; j++) max = _mm512_max_ps(max, _mm512_loadu_ps(scores + 32 * (size_t)j + c));
-        for (j = 0; j < n_keys; j += 2) {
-            const float *at = scores + 32 * (size_t)j + c;
-            const __m512 p0 = avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at), max));
-            const __m512 p1 = j + 1 < n_keys ? avl__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(at + 32), max)) : _mm512_setzero_ps();
-            sum = _mm512_add_ps(sum, _mm512_add_ps(p0, p1));
-            _mm512_storeu_si512(scores + 32 * (size_t)(j / 2) + c, avl__interleave_bf16(avl__pairs_avx512(p0, p1)));
-        }
-        _mm512_storeu_ps(inverse + c, _mm512_div_ps(_mm512_set1_ps(1.0f), sum));
-    }
-}
-
-// 32 columns from `column` on of the outputs of n queries, from query `first` on of the tile and of the 32 in `pairs`
-AVL__AVX512_BF16 AVL__INLINE void avl__mix_pairs_bf16(int n, const avl__tile *t, const uint8_t *values, int n_padded, int first, int column,
-                                                      const float *pairs, const float *inverse) {
-    const int n_pairs = (t->n_keys + 1) / 2;
-    const uint8_t *v = values + 4 * (size_t)column;
-    const float *p = pairs + first % 32;
-    __m512 sum[8][2];
-    int i, j, c;
-    AVL__UNROLL
-    for (i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (j = 0; j < n_pairs; j++, v += 4 * (size_t)n_padded, p += 32) {
-        const __m512bh v0 = (__m512bh)_mm512_loadu_si512(v), v1 = (__m512bh)_mm512_loadu_si512(v + 64);
-        AVL__UNROLL
-        for (i = 0; i < n; i++) {
-            const __m512bh two = (__m512bh)_mm512_set1_epi32((int)avl__word_at(p + i));
-            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], two, v0);
-            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], two, v1);
-        }
-    }
-    AVL__UNROLL
-    for (i = 0; i < n; i++)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++)
-            _mm512_mask_storeu_ps(t->out + (size_t)(first + i) * t->q_stride + column + 16 * c, avl__lanes_avx512(t->head_dim - column - 16 * c),
-                                  _mm512_mul_ps(sum[i][c], _mm512_set1_ps(inverse[first % 32 + i])));
-}
-
-// scratch: [n_keys][32 + head_dim] + [head_dim][17] floats, head_dim being a multiple of 32 here
-AVL__AVX512_BF16 static void avl__attend_bf16(const avl__tile *t, float *scratch) {
-    const __m512 scale = _mm512_set1_ps((float)(1.0 / avl__sqrt((double)t->head_dim)));
-    const int n_padded = (t->head_dim + 31) / 32 * 32, n_pairs = n_padded / 2;
-    float *scores = scratch, *turned = scores + 32 * (size_t)t->n_keys, *keys = turned + 16 * (size_t)n_padded;
-    const uint8_t *key;
-    uint8_t *values = (uint8_t *)(keys + (size_t)t->n_keys * n_pairs);
-    float inverse[32];
-    int first, i, j, d;
-    avl__round_keys_bf16(t, n_padded, (uint8_t *)keys, values);
-    for (first = 0; first < t->n; first += 32) {
-        const int n = t->n - first < 32 ? t->n - first : 32;
-        avl__turn_queries_bf16(t, first, n_padded, (uint8_t *)turned);
-        key = (const uint8_t *)keys;
-        for (j = 0; j + 8 <= t->n_keys; j += 8, key += 32 * (size_t)n_pairs)
-            avl__score_pairs_bf16(8, key, n_pairs, (const uint8_t *)turned, scale, scores + 32 * (size_t)j);
-        for (; j < t->n_keys; j++, key += 4 * (size_t)n_pairs) avl__score_pairs_bf16(1, key, n_pairs, (const uint8_t *)turned, scale, scores + 32 * (size_t)j);
-        avl__hide_future(t, first, scores);
-        avl__softmax_pairs_bf16(scores, t->n_keys, inverse);
-        for (d = 0; d < n_padded; d += 32) {
-            for (i = 0; i + 8 <= n; i += 8) avl__mix_pairs_bf16(8, t, values, n_padded, first + i, d, scores, inverse);
-            for (; i < n; i++) avl__mix_pairs_bf16(1, t, values, n_padded, first + i, d, scores, inverse);
-        }
-    }
-}
-
-// ---- arithmetic alone ----------------------------------------------------------------------------------------------
-// Sixteen sums wait for nothing but the instruction's throughput. They start differently, or the compiler would make them one.
-
-// 64 products of bytes a time
-AVL__AVX512 static double avl__peak_avx512(int type, int64_t n) {
-    volatile int keep = 0x01010101;   // not known while compiling
-    const __m512i bytes = _mm512_set1_epi32(keep);
-    __m512i sum[16];
-    int64_t r;
-    int i;
-    (void)type;
-    AVL__UNROLL
-    for (i = 0; i < 16; i++) sum[i] = _mm512_set1_epi32(i);
-    for (r = 0; r < n; r++) {
-        AVL__UNROLL
-        for (i = 0; i < 16; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], bytes, bytes);
-    }
-    for (i = 1; i < 16; i++) sum[0] = _mm512_xor_si512(sum[0], sum[i]);
-    keep = _mm512_reduce_add_epi32(sum[0]);
-    return (double)n * (16 * 64 * 2);
-}
-
-// 32 products of bfloat16
-AVL__AVX512_BF16 static double avl__peak_bf16(int type, int64_t n) {
-    volatile float keep = 0.5f;
-    __m512bh halves;
-    __m512 sum[16];
-    int64_t r;
-    int i;
-    if (!avl__is_float_type(type)) return avl__peak_avx512(type, n);
-    halves = _mm512_cvtne2ps_pbh(_mm512_set1_ps(keep), _mm512_set1_ps(keep));
-    AVL__UNROLL
-    for (i = 0; i < 16; i++) sum[i] = _mm512_set1_ps((float)i);
-    for (r = 0; r < n; r++) {
-        AVL__UNROLL
-        for (i = 0; i < 16; i++) sum[i] = _mm512_dpbf16_ps(sum[i], halves, halves);
-    }
-    for (i = 1; i < 16; i++) sum[0] = _mm512_add_ps(sum[0], sum[i]);
-    keep = _mm512_reduce_add_ps(sum[0]);
-    return (double)n * (16 * 32 * 2);
-}
-
-static const avl__kernels avl__kernels_avx512 = {
-    "avx512", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
-    avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__quantize_avx512,
-    avl__quantize_rests_avx512, avl__multiply_avx512, avl__attend_avx512, NULL, avl__attend_one_avx512, avl__to_halves_avx2,
-    avl__from_halves_avx2, avl__peak_avx512, AVL__GROUP_BYTES, AVL__GROUP_BYTES, AVL__FEW_ROWS, AVL__FEW_ROWS};
-static const avl__kernels avl__kernels_avx512_bf16 = {
-    "avx512_bf16", avl__dot_avx512, avl__axpy_avx512, avl__linear_avx512, avl__dot_f16_avx2, avl__read_avx2, avl__rms_norm_avx512,
-    avl__layer_norm_avx512, avl__gelu_avx512, avl__quick_gelu_avx512, avl__silu_product_avx512, avl__round_rows_bf16,
-    avl__quantize_rests_avx512, avl__multiply_bf16, avl__attend_avx512, avl__attend_bf16, avl__attend_one_avx512, avl__to_halves_avx2,
-    avl__from_halves_avx2, avl__peak_bf16, AVL__GROUP_BYTES, AVL__GROUP_PAIRS, AVL__FEW_ROWS, AVL__FEW_ROWS};
-#endif
-
-#if AVL__NEON
-// ---- NEON ----------------------------------------------------------------------------------------------------------
-// AArch64: 32 registers of four floats or sixteen bytes, and three generations of products of bytes:
-//   neon            every processor    smull, smlal   8 products, added to sums of 16 bits, which must be widened
-//   neon_dotprod    ARMv8.2 and later  sdot          16 products: each four neighbours to one of four sums of 32 bits
-//   neon_i8mm       ARMv8.6            smmla         32 products: two rows of 8 bytes by two rows of 8 bytes, to 2 x 2 sums;
-//                                      bfmmla        16 products: the same of rows of four bfloat16
-// Bytes are signed here, so weights become u - offset at once and there is no bias to add. From the integer sum of a block (or of
-// half a block) on, the three do the same float operations in the same order.
-//
-// A panel of 32 weight rows is eight quads of 4 rows; rows of activations meet two quads at a time. For 6 of them 12 registers of
-// integer sums, 12 of float sums, 3 of activations and 1 of weights are 28 of 32, and 7 loads serve 24 sdot or 12 smmla: where two
-// pipes of four multiply and two load, or four and three, arithmetic is what binds, and more rows would only spill. smlal needs
-// registers for 16-bit sums beside these and takes 2 rows.
-// Activations lie in words of 8 bytes, 6 rows (8 of bfloat16) side by side: a register is a word of two rows, as smmla wants it and
-// as sdot can pick its four bytes from. Of a quad smmla wants 8 bytes of 2 rows in a register, sdot 4 bytes of all 4: both times two
-// registers are a word of the quad.
-//
-// arm_neon.h has functions for the new instructions only where the compiler is told that the processor has them, for a whole
-// function and all that is inlined there; assemblers want to be told, too. So they are written as numbers: each instruction's own,
-// and those of its registers.
-enum { AVL__BY_SMLAL, AVL__BY_SDOT, AVL__BY_SMMLA };    // `by` below: the instruction that multiplies
-
-#define AVL__NUMBERS ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t" \
-                     ".equ .Lavl_v\\i,\\i\n\t.endr\n\t"            // .Lavl_v7 is 7
-#define AVL__CODE_2(code) AVL__NUMBERS ".inst " code " + (.Lavl_%1 << 5) + .Lavl_%0"
-#define AVL__CODE_3(code) AVL__CODE_2(code) " + (.Lavl_%2 << 16)"
-
-AVL__INLINE int32x4_t avl__sdot(int32x4_t sum, int8x16_t a, int8x16_t b) {           // sdot sum.4s, a.16b, b.16b
-    __asm__(AVL__CODE_3("0x4E809400") : "+w"(sum) : "w"(a), "w"(b));
-    return sum;
-}
-AVL__INLINE int32x4_t avl__sdot_word(int32x4_t sum, int8x16_t a, int8x16_t b, int word) {   // sdot sum.4s, a.16b, b.4b[word]
-    switch (word) {
-    case 0:  __asm__(AVL__CODE_3("0x4F80E000") : "+w"(sum) : "w"(a), "w"(b)); break;
-    case 1:  __asm__(AVL__CODE_3("0x4FA0E000") : "+w"(sum) : "w"(a), "w"(b)); break;
-    case 2:  __asm__(AVL__CODE_3("0x4F80E800") : "+w"(sum) : "w"(a), "w"(b)); break;
-    default: __asm__(AVL__CODE_3("0x4FA0E800") : "+w"(sum) : "w"(a), "w"(b)); break;
-    }
-    return sum;
-}
-AVL__INLINE int32x4_t avl__smmla(int32x4_t sum, int8x16_t a, int8x16_t b) {           // smmla sum.4s, a.16b, b.16b
-    __asm__(AVL__CODE_3("0x4E80A400") : "+w"(sum) : "w"(a), "w"(b));
-    return sum;
-}
-AVL__INLINE float32x4_t avl__bfmmla(float32x4_t sum, uint16x8_t a, uint16x8_t b) {    // bfmmla sum.4s, a.8h, b.8h
-    __asm__(AVL__CODE_3("0x6E40EC00") : "+w"(sum) : "w"(a), "w"(b));
-    return sum;
-}
-AVL__INLINE uint16x4_t avl__to_bf16(float32x4_t v) {                                  // bfcvtn halves.4h, v.4s
-    uint16x4_t halves;
-    __asm__(AVL__CODE_2("0x0EA16800") : "=w"(halves) : "w"(v));
-    return halves;
-}
-
-// ---- NEON: vectors of float32 --------------------------------------------------------------------------------------
-// As with AVX-512, which says more. There are no masks: what is left at the end of a row goes through a register's worth of memory.
-
-AVL__INLINE float32x4_t avl__load_neon(const float *x, int n) {   // four; if n < 4 only the first n, and zeros
-    float some[4] = {0};
-    if (n >= 4) return vld1q_f32(x);
-    if (n > 0) memcpy(some, x, sizeof *x * (size_t)n);
-    return vld1q_f32(some);
-}
-AVL__INLINE void avl__store_neon(float *y, int n, float32x4_t v) {
-    float some[4];
-    if (n >= 4) {
-        vst1q_f32(y, v);
-        return;
-    }
-    vst1q_f32(some, v);
-    if (n > 0) memcpy(y, some, sizeof *y * (size_t)n);
-}
-AVL__INLINE int avl__up_to_4(int64_t n) { return n < 4 ? (int)n : 4; }
-
-static float avl__dot_neon(const float *a, const float *b, int n) {
-    float32x4_t sum[4];
-    int i = 0, j;
-    AVL__UNROLL
-    for (j = 0; j < 4; j++) sum[j] = vdupq_n_f32(0);
-    for (; i + 16 <= n; i += 16)
-        AVL__UNROLL
-        for (j = 0; j < 4; j++) sum[j] = vfmaq_f32(sum[j], vld1q_f32(a + i + 4 * j), vld1q_f32(b + i + 4 * j));
-    for (; i < n; i += 4) sum[0] = vfmaq_f32(sum[0], avl__load_neon(a + i, n - i), avl__load_neon(b + i, n - i));
-    return vaddvq_f32(vaddq_f32(vaddq_f32(sum[0], sum[1]), vaddq_f32(sum[2], sum[3])));
-}
-
-static void avl__axpy_neon(float *y, float a, const float *x, int n) {
-    int i;
-    for (i = 0; i < n; i += 4)
-        avl__store_neon(y + i, n - i, vfmaq_n_f32(avl__load_neon(y + i, n - i), avl__load_neon(x + i, n - i), a));
-}
-
-// The sixteen lanes are four registers; no fused multiply-add, hence the same bits.
-static float avl__dot_f16_neon(const void *half, const float *x, int n) {
-    const uint8_t *h = (const uint8_t *)half;
-    float32x4_t sum[4];
-    float lane[AVL__LANES];
-    int i, j;
-    AVL__UNROLL
-    for (j = 0; j < 4; j++) sum[j] = vdupq_n_f32(0);
-    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES)
-        AVL__UNROLL
-        for (j = 0; j < 4; j++) {
-            const float32x4_t w = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(h + 2 * i + 8 * j)));
-            sum[j] = vaddq_f32(sum[j], vmulq_f32(w, vld1q_f32(x + i + 4 * j)));
-        }
-    AVL__UNROLL
-    for (j = 0; j < 4; j++) vst1q_f32(lane + 4 * j, sum[j]);
-    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
-    return avl__fold_lanes(lane);
-}
-
-static uint64_t avl__read_neon(const void *data, size_t size) {
-    const uint8_t *bytes = (const uint8_t *)data;
-    uint64x2_t sum[4];
-    size_t at = 0;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 4; i++) sum[i] = vdupq_n_u64(0);
-    for (; at + 64 <= size; at += 64)
-        AVL__UNROLL
-        for (i = 0; i < 4; i++) sum[i] = vaddq_u64(sum[i], vreinterpretq_u64_u8(vld1q_u8(bytes + at + 16 * i)));
-    return vaddvq_u64(vaddq_u64(vaddq_u64(sum[0], sum[1]), vaddq_u64(sum[2], sum[3]))) + avl__read_portable(bytes + at, size - at);
-}
-
-AVL__INLINE float32x4_t avl__power_of_2_neon(int32x4_t n) {   // -126 <= n <= 127
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
-}
-
-// e^x to about 2e-7. 2^n is made of two halves, so that it may be denormal, zero or infinite.
-AVL__INLINE float32x4_t avl__exp_neon(float32x4_t x) {
-    const float32x4_t t = vmulq_n_f32(vminq_f32(vmaxq_f32(x, vdupq_n_f32(-104.0f)), vdupq_n_f32(104.0f)), 1.44269504f);
-    const float32x4_t n = vrndnq_f32(t), f = vsubq_f32(t, n);
-    const int32x4_t power = vcvtq_s32_f32(n), half = vshrq_n_s32(power, 1);
-    float32x4_t p = vdupq_n_f32(1.54035304e-4f);                     // ln(2)^6 / 6!
-    p = vfmaq_f32(vdupq_n_f32(1.33335581e-3f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(9.61812911e-3f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(5.55041087e-2f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(2.40226507e-1f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(6.93147181e-1f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
-    return vmulq_f32(vmulq_f32(p, avl__power_of_2_neon(half)), avl__power_of_2_neon(vsubq_s32(power, half)));
-}
-
-// x / (1 + e^(-a x))
-AVL__INLINE float32x4_t avl__sigmoid_product_neon(float32x4_t x, float a) {
-    return vdivq_f32(x, vaddq_f32(vdupq_n_f32(1.0f), avl__exp_neon(vmulq_n_f32(x, -a))));
-}
-
-static void avl__quick_gelu_neon(float *x, int64_t n) {
-    for (; n > 0; n -= 4, x += 4)
-        avl__store_neon(x, avl__up_to_4(n), avl__sigmoid_product_neon(avl__load_neon(x, avl__up_to_4(n)), 1.702f));
-}
-
-static void avl__silu_product_neon(float *x, const float *up, int64_t n) {
-    for (; n > 0; n -= 4, x += 4, up += 4) {
-        const float32x4_t y = avl__sigmoid_product_neon(avl__load_neon(x, avl__up_to_4(n)), 1.0f);
-        avl__store_neon(x, avl__up_to_4(n), vmulq_f32(y, avl__load_neon(up, avl__up_to_4(n))));
-    }
-}
-
-// x Phi(x) by the same series as avl__gelu_avx512
-AVL__INLINE float32x4_t avl__gelu_of_neon(float32x4_t v) {
-    const float32x4_t one = vdupq_n_f32(1.0f), z = vmulq_n_f32(vabsq_f32(v), 0.70710678f);
-    const float32x4_t t = vdivq_f32(one, vfmaq_n_f32(one, z, 0.3275911f));
-    float32x4_t p = vdupq_n_f32(1.061405429f);
-    p = vfmaq_f32(vdupq_n_f32(-1.453152027f), p, t);
-    p = vfmaq_f32(vdupq_n_f32(1.421413741f), p, t);
-    p = vfmaq_f32(vdupq_n_f32(-0.284496736f), p, t);
-    p = vfmaq_f32(vdupq_n_f32(0.254829592f), p, t);
-    p = vmulq_n_f32(vmulq_f32(vmulq_f32(p, t), avl__exp_neon(vnegq_f32(vmulq_f32(z, z)))), 0.5f);
-    return vmulq_f32(v, vbslq_f32(vcgezq_f32(v), vsubq_f32(one, p), p));
-}
-
-static void avl__gelu_neon(float *x, int64_t n) {
-    for (; n > 0; n -= 4, x += 4) avl__store_neon(x, avl__up_to_4(n), avl__gelu_of_neon(avl__load_neon(x, avl__up_to_4(n))));
-}
-
-static void avl__rms_norm_neon(float *y, const float *x, const float *weight, int n, float eps) {
-    const float scale = (float)(1.0 / avl__sqrt((double)avl__dot_neon(x, x, n) / n + eps));
-    int i;
-    for (i = 0; i < n; i += 4) {
-        const float32x4_t scaled = vmulq_n_f32(avl__load_neon(x + i, n - i), scale);
-        avl__store_neon(y + i, n - i, vmulq_f32(scaled, avl__load_neon(weight + i, n - i)));
-    }
-}
-
-static void avl__layer_norm_neon(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
-    static const int32_t count[4] = {0, 1, 2, 3};
-    float32x4_t sum = vdupq_n_f32(0), squares = sum, mean;
-    float scale;
-    int i;
-    for (i = 0; i < n; i += 4) sum = vaddq_f32(sum, avl__load_neon(x + i, n - i));
-    mean = vdupq_n_f32(vaddvq_f32(sum) / (float)n);
-    for (i = 0; i < n; i += 4) {
-        const uint32x4_t lanes = vcltq_s32(vld1q_s32(count), vdupq_n_s32(n - i));     // all bits of those that are there
-        const float32x4_t all = vsubq_f32(avl__load_neon(x + i, n - i), mean);
-        const float32x4_t d = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(all), lanes));
-        squares = vfmaq_f32(squares, d, d);
-    }
-    scale = (float)(1.0 / avl__sqrt((double)vaddvq_f32(squares) / n + eps));
-    for (i = 0; i < n; i += 4) {
-        const float32x4_t d = vmulq_n_f32(vsubq_f32(avl__load_neon(x + i, n - i), mean), scale);
-        avl__store_neon(y + i, n - i, vfmaq_f32(avl__load_neon(bias + i, n - i), d, avl__load_neon(weight + i, n - i)));
-    }
-}
-
-// ---- NEON: float16, for the KV cache -------------------------------------------------------------------------------
-
-AVL__INLINE float32x4_t avl__load_halves_neon(const uint16_t *x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
-
-static float avl__dot_half_neon(const uint16_t *x, const float *b, int n) {
-    float32x4_t sum[4];
-    float rest = 0.0f;
-    int i = 0, j;
-    AVL__UNROLL
-    for (j = 0; j < 4; j++) sum[j] = vdupq_n_f32(0);
-    for (; i + 16 <= n; i += 16)
-        AVL__UNROLL
-        for (j = 0; j < 4; j++) sum[j] = vfmaq_f32(sum[j], avl__load_halves_neon(x + i + 4 * j), vld1q_f32(b + i + 4 * j));
-    for (; i + 4 <= n; i += 4) sum[0] = vfmaq_f32(sum[0], avl__load_halves_neon(x + i), vld1q_f32(b + i));
-    for (; i < n; i++) rest += astrovl_f16_to_f32(x[i]) * b[i];
-    return vaddvq_f32(vaddq_f32(vaddq_f32(sum[0], sum[1]), vaddq_f32(sum[2], sum[3]))) + rest;
-}
-
-static void avl__axpy_half_neon(float *y, float a, const uint16_t *x, int n) {
-    int i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), avl__load_halves_neon(x + i), a));
-    for (; i < n; i++) y[i] += a * astrovl_f16_to_f32(x[i]);
-}
-
-static void avl__attend_one_neon(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys, int head_dim,
-                                 float *weights) {
-    const float scale = (float)(1.0 / avl__sqrt((double)head_dim));
-    int j;
-    for (j = 0; j < n_keys; j++) weights[j] = avl__dot_half_neon(k + stride * (size_t)j, q, head_dim) * scale;
-    astrovl_softmax(weights, n_keys);
-    memset(out, 0, (size_t)head_dim * sizeof(float));
-    for (j = 0; j < n_keys; j++) avl__axpy_half_neon(out, weights[j], v + stride * (size_t)j, head_dim);
-}
-
-static void avl__to_halves_neon(uint16_t *y, const float *x, int64_t n) {
-    const float most = 65504.0f;
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
-        const float32x4_t v = vminq_f32(vmaxq_f32(vld1q_f32(x + i), vdupq_n_f32(-most)), vdupq_n_f32(most));
-        vst1_u16(y + i, vreinterpret_u16_f16(vcvt_f16_f32(v)));
-    }
-    for (; i < n; i++) y[i] = astrovl_f32_to_f16(avl__clamp(x[i], -most, most));
-}
-
-static void avl__from_halves_neon(float *y, const uint16_t *x, int n) {
-    int i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(y + i, avl__load_halves_neon(x + i));
-    for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
-}
-
-// ---- NEON: attention -----------------------------------------------------------------------------------------------
-// 32 queries at a time lie across the lanes, as with AVX-512. 4 keys (or queries) by 4 registers of sums need 4 loads of registers
-// and 4 of single floats for 16 multiply-adds.
-
-// scores of n keys, from key `first` on, with 16 of the 32 queries.  turned: [head_dim][32]
-AVL__INLINE void avl__score_keys_neon(int n, const avl__tile *t, int first, const float *turned, float scale, float *scores) {
-    const float *k = t->k + (size_t)first * t->kv_stride;
-    float32x4_t sum[4][4];
-    int j, d, c;
-    AVL__UNROLL
-    for (j = 0; j < n; j++)
-        AVL__UNROLL
-        for (c = 0; c < 4; c++) sum[j][c] = vdupq_n_f32(0);
-    for (d = 0; d < t->head_dim; d++)
-        AVL__UNROLL
-        for (c = 0; c < 4; c++) {
-            const float32x4_t q = vld1q_f32(turned + 32 * (size_t)d + 4 * c);
-            AVL__UNROLL
-            for (j = 0; j < n; j++) sum[j][c] = vfmaq_n_f32(sum[j][c], q, k[(size_t)j * t->kv_stride + (size_t)d]);
-        }
-    AVL__UNROLL
-    for (j = 0; j < n; j++)
-        AVL__UNROLL
-        for (c = 0; c < 4; c++) vst1q_f32(scores + 32 * (size_t)(first + j) + 4 * c, vmulq_n_f32(sum[j][c], scale));
-}
-
-// 4 columns of scores[n_keys][32] to e^(score - largest); inverse: out, [4], 1 over the sum of each
-static void avl__softmax_columns_neon(float *scores, int n_keys, float *inverse) {
-    float32x4_t max = vdupq_n_f32(-FLT_MAX), sum = vdupq_n_f32(0);
-    int j;
-    for (j = 0; j < n_keys; j++) max = vmaxq_f32(max, vld1q_f32(scores + 32 * (size_t)j));
-    for (j = 0; j < n_keys; j++) {
-        const float32x4_t p = avl__exp_neon(vsubq_f32(vld1q_f32(scores + 32 * (size_t)j), max));
-        vst1q_f32(scores + 32 * (size_t)j, p);
-        sum = vaddq_f32(sum, p);
-    }
-    vst1q_f32(inverse, vdivq_f32(vdupq_n_f32(1.0f), sum));
-}
-
-// n_columns (at most 16) columns from `column` on of the outputs of n queries, from query `first` on
-AVL__INLINE void avl__mix_values_neon(int n, int n_columns, const avl__tile *t, int first, int column, const float *scores,
-                                      const float *inverse) {
-    const float *v = t->v + column;
-    float32x4_t sum[4][4];
-    int i, j, c;
-    AVL__UNROLL
-    for (i = 0; i < n; i++)
-        AVL__UNROLL
-        for (c = 0; c < 4; c++) sum[i][c] = vdupq_n_f32(0);
-    for (j = 0; j < t->n_keys; j++, v += t->kv_stride)
-        AVL__UNROLL
-        for (c = 0; c < 4; c++) {
-            const float32x4_t value = avl__load_neon(v + 4 * c, n_columns - 4 * c);
-            AVL__UNROLL
-            for (i = 0; i < n; i++) sum[i][c] = vfmaq_n_f32(sum[i][c], value, scores[32 * (size_t)j + (size_t)(first + i)]);
-        }
-    AVL__UNROLL
-    for (i = 0; i < n; i++)
-        AVL__UNROLL
-        for (c = 0; c < 4; c++)
-            avl__store_neon(t->out + (size_t)(first + i) * t->q_stride + column + 4 * c, n_columns - 4 * c,
-                            vmulq_n_f32(sum[i][c], inverse[first + i]));
-}
-
-// scratch: [n_keys + head_dim][32] floats
-static void avl__attend_neon(const avl__tile *t, float *scratch) {
-    const float scale = (float)(1.0 / avl__sqrt((double)t->head_dim));
-    float *turned = scratch, *scores = turned + 32 * (size_t)t->head_dim, inverse[32];
-    int i, j, d;
-    avl__turn_queries(t, turned);
-    for (j = 0; j < t->n_keys; j += t->n_keys - j >= 4 ? 4 : 1)
-        for (i = 0; i < 32; i += 16)
-            if (t->n_keys - j >= 4) avl__score_keys_neon(4, t, j, turned + i, scale, scores + i);
-            else                    avl__score_keys_neon(1, t, j, turned + i, scale, scores + i);
-    avl__hide_future(t, 0, scores);
-    for (i = 0; i < 32; i += 4) avl__softmax_columns_neon(scores + i, t->n_keys, inverse + i);
-    for (d = 0; d < t->head_dim; d += 16) {
-        const int whole = t->head_dim - d >= 16;
-        for (i = 0; whole && i + 4 <= t->n; i += 4) avl__mix_values_neon(4, 16, t, i, d, scores, inverse);
-        for (; i < t->n; i++) avl__mix_values_neon(1, whole ? 16 : t->head_dim - d, t, i, d, scores, inverse);
-    }
-}
-
-// ---- NEON: blocks of weights as bytes and scales -------------------------------------------------------------------
-
-// 16 bytes of nibbles: the low ones, then the high ones
-AVL__INLINE void avl__nibbles_neon(const uint8_t *p, uint8x16_t *u) {
-    u[0] = vandq_u8(vld1q_u8(p), vdupq_n_u8(15));
-    u[1] = vshrq_n_u8(vld1q_u8(p), 4);
-}
-
-// The 32 bits of a word become fifth bits of u.
-AVL__INLINE void avl__fifth_bits_neon(const uint8_t *p, uint8x16_t *u) {
-    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ULL));
-    const uint8x16_t word = vreinterpretq_u8_u32(vdupq_n_u32(avl__word_at(p)));
-    uint8x16_t byte_of = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 2; i++, byte_of = vaddq_u8(byte_of, vdupq_n_u8(2)))
-        u[i] = vorrq_u8(u[i], vandq_u8(vtstq_u8(vqtbl1q_u8(word, byte_of), bit), vdupq_n_u8(16)));
-}
-
-// Adds a block's bits to u.  s: its super-block;  bits.mask: 0 for none
-AVL__INLINE void avl__bits_neon(const uint8_t *s, avl__bits bits, uint8x16_t *u) {
-    const int8x16_t move = vdupq_n_s8((int8_t)(bits.to - bits.from));          // down, if negative
-    int i;
-    if (bits.mask == 0) return;
-    AVL__UNROLL
-    for (i = 0; i < 2; i++)
-        u[i] = vorrq_u8(u[i], vandq_u8(vshlq_u8(vld1q_u8(s + bits.at + 16 * i), move), vdupq_n_u8((uint8_t)(bits.mask << bits.to))));
-}
-
-// The bytes u - offset of block b of a weight row (layouts: section [3]).
-AVL__INLINE void avl__block_bytes_neon(int type, const uint8_t *row, size_t b, int8x16_t *w) {
-    const uint8_t *s = row + (avl__is_k_quant(type) ? b / 8 * avl__group_bytes(type) : avl__group_bytes(type) / 8 * b);
-    const uint8x16_t offset = vdupq_n_u8((uint8_t)(type == ASTROVL_TYPE_Q8_0 ? 0 : avl__block_form_of(type).offset));
-    const int j = (int)(b % 8);                               // of a super-block's eight
-    uint8x16_t u[2] = {vdupq_n_u8(0), vdupq_n_u8(0)};
-    int i;
-    switch (type) {
-    case ASTROVL_TYPE_Q4_0: avl__nibbles_neon(s + 2, u); break;
-    case ASTROVL_TYPE_Q4_1: avl__nibbles_neon(s + 4, u); break;
-    case ASTROVL_TYPE_Q5_0: avl__nibbles_neon(s + 6, u); avl__fifth_bits_neon(s + 2, u); break;
-    case ASTROVL_TYPE_Q5_1: avl__nibbles_neon(s + 8, u); avl__fifth_bits_neon(s + 4, u); break;
-    case ASTROVL_TYPE_Q8_0: u[0] = vld1q_u8(s + 2), u[1] = vld1q_u8(s + 18); break;
-    default: for (i = 0; i < 2; i++) avl__bits_neon(s, avl__bits_of(type, j, i), u); break;
-    }
-    AVL__UNROLL
-    for (i = 0; i < 2; i++) w[i] = vreinterpretq_s8_u8(vsubq_u8(u[i], offset));
-}
-
-// The half-precision numbers at byte `at` of 4 rows
-AVL__INLINE float32x4_t avl__halves_of_rows_neon(const uint8_t *const *row, size_t at) {
-    uint16x4_t halves = vdup_n_u16(avl__half_at(row[0] + at));
-    halves = vset_lane_u16(avl__half_at(row[1] + at), halves, 1);
-    halves = vset_lane_u16(avl__half_at(row[2] + at), halves, 2);
-    halves = vset_lane_u16(avl__half_at(row[3] + at), halves, 3);
-    return vcvt_f32_f16(vreinterpret_f16_u16(halves));
-}
-
-// 16 bytes, times a half-precision number.  to: [16]
-AVL__INLINE void avl__scaled_bytes_neon(int8x16_t bytes, const uint8_t *half, float *to) {
-    const float32x4_t d = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(avl__half_at(half))));
-    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
-    vst1q_f32(to, vmulq_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), d));
-    vst1q_f32(to + 4, vmulq_f32(vcvtq_f32_s32(vmovl_high_s16(low)), d));
-    vst1q_f32(to + 8, vmulq_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), d));
-    vst1q_f32(to + 12, vmulq_f32(vcvtq_f32_s32(vmovl_high_s16(high)), d));
-}
-
-// Scales and minima that a super-block's header packs, a byte each, four to a word: of Q4_K and Q5_K (s: scales[12]) as
-// avl__unpack_scale has them, of Q3_K as avl__q3_k_scale has, plus 32.
-AVL__INLINE void avl__scale_words(int type, const uint8_t *s, uint32_t *scales, uint32_t *minima) {
-    const uint32_t low = avl__word_at(s), middle = avl__word_at(s + 4), high = avl__word_at(s + 8);
-    if (type == ASTROVL_TYPE_Q3_K) {
-        scales[0] = (low & 0x0F0F0F0F) | (high << 4 & 0x30303030);
-        scales[1] = (middle & 0x0F0F0F0F) | (high << 2 & 0x30303030);
-        scales[2] = (low >> 4 & 0x0F0F0F0F) | (high & 0x30303030);
-        scales[3] = (middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030);
-        return;
-    }
-    scales[0] = low & 0x3F3F3F3F;
-    scales[1] = (high & 0x0F0F0F0F) | (low >> 2 & 0x30303030);
-    minima[0] = middle & 0x3F3F3F3F;
-    minima[1] = (high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030);
-}
-
-// The d and -m of a super-block's parts.  d, minus_m: [16], of which the first 8 n_parts count
-AVL__INLINE void avl__block_scales_neon(int type, const uint8_t *s, float *d, float *minus_m) {
-    uint32_t scales[4] = {0}, minima[4] = {0};
-    uint8x16_t bytes;
-    switch (type) {
-    case ASTROVL_TYPE_Q4_K: case ASTROVL_TYPE_Q5_K:
-        avl__scale_words(type, s + 4, scales, minima);
-        avl__scaled_bytes_neon(vreinterpretq_s8_u32(vld1q_u32(scales)), s, d);
-        avl__scaled_bytes_neon(vreinterpretq_s8_u32(vld1q_u32(minima)), s + 2, minus_m);
-        break;
-    case ASTROVL_TYPE_Q2_K:
-        bytes = vld1q_u8(s);
-        avl__scaled_bytes_neon(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), s + 80, d);
-        avl__scaled_bytes_neon(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), s + 82, minus_m);
-        break;
-    case ASTROVL_TYPE_Q3_K:
-        avl__scale_words(type, s + 96, scales, minima);
-        avl__scaled_bytes_neon(vsubq_s8(vreinterpretq_s8_u32(vld1q_u32(scales)), vdupq_n_s8(32)), s + 108, d);
-        break;
-    default:                                                  // Q6_K
-        avl__scaled_bytes_neon(vreinterpretq_s8_u8(vld1q_u8(s + 192)), s + 208, d);
-        break;
-    }
-}
-
-// to[i][r] = rows[r][i] for 4 rows of n (a multiple of 4, at most 16)
-AVL__INLINE void avl__turn_scales_neon(float rows[4][16], int n, float *to) {
-    float32x4x4_t v;
-    int i, r;
-    for (i = 0; i < n; i += 4) {
-        AVL__UNROLL
-        for (r = 0; r < 4; r++) v.val[r] = vld1q_f32(rows[r] + i);
-        vst4q_f32(to + 4 * i, v);
-    }
-}
-
-// The d and -m of n (at most 8) blocks of 4 rows from block b on, b a multiple of 8: [n][n_parts][4]
-AVL__INLINE void avl__scales_of_rows_neon(int type, const uint8_t *const *row, size_t b, int n, float *d, float *minus_m) {
-    const avl__block_form f = avl__block_form_of(type);
-    const size_t group_bytes = avl__group_bytes(type);
-    float some_d[4][16], some_m[4][16];
-    int r, j;
-    if (!avl__is_k_quant(type)) {
-        for (j = 0; j < n; j++) {
-            const size_t at = group_bytes / 8 * (b + (size_t)j);
-            vst1q_f32(d + 4 * j, avl__halves_of_rows_neon(row, at));
-            if (f.has_min) vst1q_f32(minus_m + 4 * j, vnegq_f32(avl__halves_of_rows_neon(row, at + 2)));
-        }
-        return;
-    }
-    for (r = 0; r < 4; r++) avl__block_scales_neon(type, row[r] + b / 8 * group_bytes, some_d[r], some_m[r]);
-    avl__turn_scales_neon(some_d, 8 * f.n_parts, d);
-    if (f.has_min) avl__turn_scales_neon(some_m, 8 * f.n_parts, minus_m);
-}
-
-// ---- NEON: activations as integers ---------------------------------------------------------------------------------
-
-// Stores block b of row r of the activations, e q.
-AVL__INLINE void avl__put_block_neon(const avl__quants *to, avl__block_form f, int r, int b, const int32x4_t *q, float e) {
-    const size_t at = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
-    int8_t bytes[32];
-    int sums[2], i, part;
-    AVL__UNROLL
-    for (i = 0; i < 2; i++) {
-        const int16x8_t low = vcombine_s16(vqmovn_s32(q[4 * i]), vqmovn_s32(q[4 * i + 1]));
-        const int16x8_t high = vcombine_s16(vqmovn_s32(q[4 * i + 2]), vqmovn_s32(q[4 * i + 3]));
-        const int8x16_t half = vcombine_s8(vqmovn_s16(low), vqmovn_s16(high));
-        vst1q_s8(bytes + 16 * i, half);
-        sums[i] = vaddlvq_s8(half);
-    }
-    avl__put_words(to, r, b, bytes, 4, 8);
-    to->scale[at * to->group + place] = e;
-    if (f.n_parts == 1) sums[0] += sums[1];
-    for (part = 0; part < f.n_parts; part++) to->sum[(at * f.n_parts + (size_t)part) * to->group + place] = e * (float)sums[part];
-}
-
-// 32 floats to 32 integers, x = e q, e = max |x| / 127
-AVL__INLINE void avl__round_block_neon(const float *x, int32x4_t *q, float *e) {
-    float32x4_t max = vdupq_n_f32(0);
-    float top, inverse;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) max = vmaxq_f32(max, vabsq_f32(vld1q_f32(x + 4 * i)));
-    top = vmaxvq_f32(max);
-    *e = top / 127.0f;
-    inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-    AVL__UNROLL
-    for (i = 0; i < 8; i++) q[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
-}
-
-// The second pieces of a group of rows: (x - e q) / (e / 254), which is at most 127
-static void avl__quantize_rests_neon(const avl__product *p, int first, int n_rows) {
-    const avl__block_form f = avl__block_form_of(p->w->type);
-    const avl__quants *to = &p->quants;
-    float limit[16];
-    int r, b, i;
-    avl__choose_rests(to, first, n_rows, limit);
-    for (r = 0; r < n_rows; r++)
-        for (b = 0; b < to->n_blocks; b++) {
-            const float *x = p->x + (size_t)(first + r) * p->w->n_in + 32 * (size_t)b;
-            float e = to->scale[(size_t)first * to->n_blocks + (size_t)(b * to->group + r)], inverse = 0.0f;
-            const int has_rest = e > limit[r];
-            int32x4_t q[8];
-            if (has_rest) avl__round_block_neon(x, q, &e);                     // as for the first piece
-            if (has_rest && e > 1e-30f) inverse = 254.0f / e;
-            AVL__UNROLL
-            for (i = 0; i < 8; i++)
-                q[i] = has_rest ? vcvtnq_s32_f32(vmulq_n_f32(vfmsq_n_f32(vld1q_f32(x + 4 * i), vcvtq_f32_s32(q[i]), e), inverse)) : vdupq_n_s32(0);
-            avl__put_block_neon(to, f, to->n_groups * to->group + first + r, b, q, e / 254.0f);
-        }
-}
-
-static void avl__quantize_neon(const avl__product *p, int first, int n_rows, int begin, int end) {
-    const avl__block_form f = avl__block_form_of(p->w->type);
-    int r, b;
-    if (avl__is_float_type(p->w->type)) return;               // their products are in float32
-    for (r = first; r < first + n_rows; r++)
-        for (b = begin; b < end; b++) {
-            int32x4_t q[8];
-            float e;
-            avl__round_block_neon(p->x + (size_t)r * p->w->n_in + 32 * (size_t)b, q, &e);
-            avl__put_block_neon(&p->quants, f, r, b, q, e);
-        }
-}
-
-// ---- NEON: products ------------------------------------------------------------------------------------------------
-
-// 4 weight rows' pointers, the last of n rows again where there are fewer
-AVL__INLINE void avl__four_rows(const avl__linear *w, int first, int n, const uint8_t **row) {
-    int r;
-    for (r = 0; r < 4; r++) row[r] = (const uint8_t *)w->weight + (size_t)(first + (r < n ? r : n - 1)) * w->row_bytes;
-}
-
-// sum + whole (d e) - minus_m (e sum of q) for one part of a block
-AVL__INLINE float32x4_t avl__add_part_neon(int has_min, int32x4_t whole, float32x4_t d, float32x4_t e, float32x4_t minus_m,
-                                           float32x4_t e_sum, float32x4_t sum) {
-    sum = vfmaq_f32(sum, vcvtq_f32_s32(whole), vmulq_f32(d, e));
-    return has_min ? vfmsq_f32(sum, minus_m, e_sum) : sum;
-}
-
-// n (at most 4) columns of a row: sum + bias; of a second piece y + sum
-AVL__INLINE void avl__store_sum_neon(const avl__product *p, int piece, int row, int out, int n, float32x4_t sum) {
-    float *y = p->y + (size_t)row * p->w->n_out + out;
-    if (n <= 0) return;
-    if (piece)             sum = vaddq_f32(sum, avl__load_neon(y, n));
-    else if (p->w->bias) sum = vaddq_f32(sum, avl__load_neon(p->w->bias + out, n));
-    avl__store_neon(y, n, sum);
-}
-
-// sum + 16 products, to any of four lanes.  The sum of two products fits into 16 bits: 2 * 128 * 127.
-AVL__INLINE int32x4_t avl__add_bytes_neon(int by, int32x4_t sum, int8x16_t w, int8x16_t q) {
-    if (by == AVL__BY_SDOT) return avl__sdot(sum, w, q);
-    return vpadalq_s16(sum, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(q)), w, q));
-}
-
-// 4 weight rows as they lie times a row of the activations or, of its second piece (is_rest), the blocks that are there. A block (or
-// half of one, if it has two parts) becomes 4 registers of sums, which pairwise additions make one.
-AVL__INLINE float32x4_t avl__dot_rows_neon(int by, int type, int is_rest, const uint8_t *const *row, size_t row_bytes, const avl__quants *x,
-                                           int x_row) {
-    const avl__block_form f = avl__block_form_of(type);
-    const size_t first = (size_t)(is_rest * x->n_groups + x_row) * (size_t)x->n_blocks;
-    const int32_t *list = x->rests + (size_t)x_row * (1 + (size_t)x->n_blocks), *rests = list + 1, *end = is_rest ? rests + *list : rests;
-    const int ahead = (int)(8 * row_bytes / (size_t)x->n_blocks);                                // bytes of 8 blocks
-    float32x4_t sum = vdupq_n_f32(0);
-    float d[64], minus_m[64];
-    int b, j, r, part;
-    for (b = 0; b < x->n_blocks; b += 8) {
-        const int n_now = x->n_blocks - b < 8 ? x->n_blocks - b : 8;
-        const unsigned wanted = is_rest ? avl__take_rests(&rests, end, b) : 0xFF;
-        if (!wanted) continue;
-        for (r = 0; r < 4 && !is_rest; r++)   // the same blocks of the next rows: rows are too short for the processor to see where it goes
-            for (j = 0; j < ahead; j += 64) __builtin_prefetch(row[r] + 4 * row_bytes + (size_t)(b / 8 * ahead + j));
-        avl__scales_of_rows_neon(type, row, (size_t)b, n_now, d, minus_m);
-        for (j = 0; j < n_now; j++) {
-            const size_t block = first + (size_t)(b + j);
-            const int8x16_t q0 = vld1q_s8(x->q + 32 * block), q1 = vld1q_s8(x->q + 32 * block + 16);
-            int32x4_t v[2][4];
-            if (is_rest && !(wanted >> j & 1)) continue;
-            AVL__UNROLL
-            for (r = 0; r < 4; r++) {
-                int8x16_t w[2];
-                avl__block_bytes_neon(type, row[r], (size_t)(b + j), w);
-                v[0][r] = avl__add_bytes_neon(by, vdupq_n_s32(0), w[0], q0);
-                v[1][r] = avl__add_bytes_neon(by, f.n_parts == 1 ? v[0][r] : vdupq_n_s32(0), w[1], q1);
-            }
-            AVL__UNROLL
-            for (part = 0; part < f.n_parts; part++) {
-                const int32x4_t *s = v[f.n_parts == 1 ? 1 : part];
-                const int32x4_t whole = vpaddq_s32(vpaddq_s32(s[0], s[1]), vpaddq_s32(s[2], s[3]));
-                const int at = f.n_parts * j + part;
-                const float32x4_t m = f.has_min ? vld1q_f32(minus_m + 4 * at) : sum;
-                sum = avl__add_part_neon(f.has_min, whole, vld1q_f32(d + 4 * at), vdupq_n_f32(x->scale[block]), m,
-                                         vdupq_n_f32(x->sum[block * f.n_parts + (size_t)part]), sum);
-            }
-        }
-    }
-    return sum;
-}
-
-// A few rows of activations times weights as they lie.
-AVL__INLINE void avl__multiply_rows_neon(int by, int type, const avl__product *p, int first, int last) {
-    const uint8_t *row[4];
-    int out, r;
-    for (out = first; out < last; out += 4) {
-        avl__four_rows(p->w, out, last - out, row);
-        for (r = 0; r < p->n_rows; r++) {
-            avl__store_sum_neon(p, 0, r, out, last - out, avl__dot_rows_neon(by, type, 0, row, p->w->row_bytes, &p->quants, r));
-            if (type == ASTROVL_TYPE_Q8_0 && p->quants.n_pieces == 2)
-                avl__store_sum_neon(p, 1, r, out, last - out, avl__dot_rows_neon(by, type, 1, row, p->w->row_bytes, &p->quants, r));
-        }
-    }
-}
-
-AVL__INLINE void avl__multiply_few_neon(int by, const avl__product *p, int first, int last) {
-    switch (p->w->type) {
-    case ASTROVL_TYPE_Q4_0: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q4_0, p, first, last); break;
-    case ASTROVL_TYPE_Q4_1: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q4_1, p, first, last); break;
-    case ASTROVL_TYPE_Q5_0: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q5_0, p, first, last); break;
-    case ASTROVL_TYPE_Q5_1: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q5_1, p, first, last); break;
-    case ASTROVL_TYPE_Q8_0: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q8_0, p, first, last); break;
-    case ASTROVL_TYPE_Q2_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q2_K, p, first, last); break;
-    case ASTROVL_TYPE_Q3_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q3_K, p, first, last); break;
-    case ASTROVL_TYPE_Q4_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q4_K, p, first, last); break;
-    case ASTROVL_TYPE_Q5_K: avl__multiply_rows_neon(by, ASTROVL_TYPE_Q5_K, p, first, last); break;
-    default:                avl__multiply_rows_neon(by, ASTROVL_TYPE_Q6_K, p, first, last); break;
-    }
-}
-
-// 32 weight rows as eight quads.
-typedef struct avl__quads {
-    int8_t *w;                 // [8][n_blocks][8][4][4]; for smmla [8][n_blocks][4][4][8]: words of 4 rows
-    float  *d, *minus_m;       // [8][n_blocks][n_parts][4]
-} avl__quads;
-
-// Fills a quad from 4 weight rows, in words of `size` bytes. One loop for all types: what it takes to look at the type of each block
-// is little beside the products with a panel.
-AVL__INLINE void avl__fill_quad_neon(int type, int size, const uint8_t *const *row, int n_blocks, const avl__quads *to) {
-    const avl__block_form f = avl__block_form_of(type);
-    int b, j, r;
-    for (b = 0; b < n_blocks; b += 8) {
-        const int n_now = n_blocks - b < 8 ? n_blocks - b : 8;
-        const size_t at = 4 * (size_t)b * f.n_parts;
-        avl__scales_of_rows_neon(type, row, (size_t)b, n_now, to->d + at, to->minus_m + at);
-        for (j = 0; j < n_now; j++)
-            for (r = 0; r < 4; r++) {
-                int8x16_t w[2];
-                int8_t bytes[32];
-                avl__block_bytes_neon(type, row[r], (size_t)(b + j), w);
-                vst1q_s8(bytes, w[0]);
-                vst1q_s8(bytes + 16, w[1]);
-                avl__spread(to->w + 128 * (size_t)(b + j) + size * r, (size_t)(4 * size), bytes, 32 / size, size);
-            }
-    }
-}
-
-// whole += the products of 8 columns of n rows of activations and of two quads, `quad` bytes apart: whole[r][c] has row r times
-// the 4 rows of quad c. By smmla, whole[r][c] and whole[r + 1][c] share rows r and r + 1: the first has their products with rows 0
-// and 1 of the quad, the second with 2 and 3.
-AVL__INLINE void avl__add_word_neon(int by, int n, const int8_t *w, size_t quad, const int8_t *x, int32x4_t whole[6][2]) {
-    int r, c, h;
-    AVL__UNROLL
-    for (c = 0; c < 2; c++) {
-        const int8x16_t w0 = vld1q_s8(w + quad * (size_t)c), w1 = vld1q_s8(w + quad * (size_t)c + 16);
-        if (by != AVL__BY_SMLAL) {
-            AVL__UNROLL
-            for (h = 0; h < 2; h++)
-                AVL__UNROLL
-                for (r = 0; r < n; r++) {
-                    const int8x16_t two = vld1q_s8(x + 16 * (r / 2));
-                    if (by == AVL__BY_SDOT) whole[r][c] = avl__sdot_word(whole[r][c], h ? w1 : w0, two, r % 2 * 2 + h);
-                    else if (r % 2 == h)    whole[r][c] = avl__smmla(whole[r][c], two, h ? w1 : w0);
-                }
-            continue;
-        }
-        AVL__UNROLL
-        for (r = 0; r < n; r++) {
-            const int8x16_t x0 = vreinterpretq_s8_u32(vdupq_n_u32(avl__word_at(x + 8 * r)));
-            const int8x16_t x1 = vreinterpretq_s8_u32(vdupq_n_u32(avl__word_at(x + 8 * r + 4)));
-            const int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(w0), vget_low_s8(x0)), vget_low_s8(w1), vget_low_s8(x1));
-            const int16x8_t high = vmlal_high_s8(vmull_high_s8(w0, x0), w1, x1);
-            whole[r][c] = vaddq_s32(whole[r][c], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-        }
-    }
-}
-
-// What belongs to 2 x 2 sums: two lanes of v, the lower or (h = 1) the upper, twice; and two numbers, each twice
-AVL__INLINE float32x4_t avl__twice_neon(float32x4_t v, int h) {
-    return h ? vcombine_f32(vget_high_f32(v), vget_high_f32(v)) : vcombine_f32(vget_low_f32(v), vget_low_f32(v));
-}
-AVL__INLINE float32x4_t avl__each_twice_neon(const float *two) { return vcombine_f32(vdup_n_f32(two[0]), vdup_n_f32(two[1])); }
-
-// The 2 x 2 sums of n rows become rows of 4.
-AVL__INLINE void avl__untangle_neon(int n, float32x4_t sum[][2]) {
-    int r, c;
-    AVL__UNROLL
-    for (r = 0; r < n; r += 2)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++) {
-            const float32x4_t left = sum[r][c], right = sum[r + 1][c];
-            sum[r][c] = vcombine_f32(vget_low_f32(left), vget_low_f32(right));
-            sum[r + 1][c] = vcombine_f32(vget_high_f32(left), vget_high_f32(right));
-        }
-}
-
-// n (6 or 2) rows of activations, from row `first` on, all of one group, over two quads of a panel: all blocks, or of second pieces
-// (is_rest) those that are there.
-AVL__INLINE void avl__pass_quads_neon(int by, int n_parts, int has_min, int is_rest, int n, const avl__quads *p, const avl__quants *x,
-                                      int first, float32x4_t sum[6][2]) {
-    enum { G = AVL__GROUP_BYTES };
-    const size_t n_blocks = (size_t)x->n_blocks, row = n_blocks * n_parts, group = (size_t)(first / G), place = (size_t)(first % G);
-    const int n_words = 4 / n_parts;       // of 8 columns, in a part
-    const int8_t *q = x->q + 8 * (group * n_blocks * 4 * G + place);
-    const float *scale = x->scale + group * n_blocks * G + place, *sums = x->sum + group * row * G + place;
-    const int32_t *rests = is_rest ? x->rests + (group - (size_t)x->n_groups) * (1 + n_blocks) : NULL;
-    const size_t n_now = is_rest ? (size_t)rests[0] : n_blocks;
-    size_t i;
-    int g, r, c, part;
-    AVL__UNROLL
-    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0);
-    for (i = 0; i < n_now; i++)
-        AVL__UNROLL
-        for (part = 0; part < n_parts; part++) {
-            const size_t b = is_rest ? (size_t)rests[1 + i] : i, at = b * n_parts + (size_t)part;
-            int32x4_t whole[6][2];
-            AVL__UNROLL
-            for (r = 0; r < n; r++) whole[r][0] = whole[r][1] = vdupq_n_s32(0);
-            for (g = 0; g < n_words; g++) {
-                const size_t word = 4 * b + (size_t)(g + n_words * part);
-                avl__add_word_neon(by, n, p->w + 32 * word, 128 * n_blocks, q + 8 * G * word, whole);
-            }
-            AVL__UNROLL
-            for (c = 0; c < 2; c++) {
-                const float32x4_t d = vld1q_f32(p->d + 4 * (row * (size_t)c + at));
-                const float32x4_t m = has_min ? vld1q_f32(p->minus_m + 4 * (row * (size_t)c + at)) : d;
-                AVL__UNROLL
-                for (r = 0; r < n; r++) {
-                    const float *e = scale + b * G + r, *e_sum = sums + at * G + r;
-                    const int h = r % 2;
-                    if (by == AVL__BY_SMMLA)
-                        sum[r][c] = avl__add_part_neon(has_min, whole[r][c], avl__twice_neon(d, h), avl__each_twice_neon(e - h),
-                                                       avl__twice_neon(m, h), avl__each_twice_neon(e_sum - h), sum[r][c]);
-                    else
-                        sum[r][c] = avl__add_part_neon(has_min, whole[r][c], d, vdupq_n_f32(*e), m, vdupq_n_f32(*e_sum), sum[r][c]);
-                }
-            }
-        }
-    if (by == AVL__BY_SMMLA) avl__untangle_neon(n, sum);
-}
-
-// All rows of activations over a panel; their second pieces add to what the first gave. Where two rows are computed and one is there,
-// the other is whatever its group's memory holds.
-AVL__INLINE void avl__run_quads_neon(int by, int n_parts, int has_min, int is_rest, const avl__quads *panel, const avl__product *p,
-                                     int out, int n_columns) {
-    const size_t n_blocks = (size_t)p->quants.n_blocks;
-    float32x4_t sum[6][2];
-    int r, g, i, n;
-    for (r = 0; r < p->n_rows; r += n) {
-        const int left = p->n_rows - r, row = is_rest * p->quants.n_groups * AVL__GROUP_BYTES + r;
-        n = by != AVL__BY_SMLAL && left >= 6 ? 6 : 2;
-        for (g = 0; 4 * g < n_columns; g += 2) {
-            const size_t scales = 4 * n_blocks * n_parts * (size_t)g;
-            const avl__quads two = {panel->w + 128 * n_blocks * (size_t)g, panel->d + scales, panel->minus_m + scales};
-            if (by != AVL__BY_SMLAL && n == 6) avl__pass_quads_neon(by, n_parts, has_min, is_rest, 6, &two, &p->quants, row, sum);
-            else                               avl__pass_quads_neon(by, n_parts, has_min, is_rest, 2, &two, &p->quants, row, sum);
-            for (i = 0; i < 2 * n && i < 2 * left; i++)
-                avl__store_sum_neon(p, is_rest, r + i / 2, out + 4 * (g + i % 2), n_columns - 4 * (g + i % 2), sum[i / 2][i % 2]);
-        }
-    }
-}
-
-AVL__INLINE void avl__multiply_panels_neon(int by, const avl__product *p, int first, int last, float *scratch) {
-    const avl__block_form f = avl__block_form_of(p->w->type);
-    const size_t n_blocks = (size_t)p->quants.n_blocks, n_scales = 4 * n_blocks * f.n_parts;    // of a quad
-    avl__quads panel;
-    int out, g;
-    panel.d = scratch;
-    panel.minus_m = panel.d + 8 * n_scales;
-    panel.w = (int8_t *)(panel.minus_m + 8 * n_scales);
-    for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        for (g = 0; 8 * (g / 2) < n_columns; g++) {                          // in pairs
-            const avl__quads quad = {panel.w + 128 * n_blocks * (size_t)g, panel.d + n_scales * (size_t)g,
-                                     panel.minus_m + n_scales * (size_t)g};
-            const uint8_t *row[4];
-            avl__four_rows(p->w, out + 4 * g, n_columns - 4 * g, row);
-            avl__fill_quad_neon(p->w->type, by == AVL__BY_SMMLA ? 8 : 4, row, (int)n_blocks, &quad);
-        }
-        if (f.n_parts == 1 && !f.has_min) avl__run_quads_neon(by, 1, 0, 0, &panel, p, out, n_columns);
-        else if (f.n_parts == 1)          avl__run_quads_neon(by, 1, 1, 0, &panel, p, out, n_columns);
-        else if (!f.has_min)              avl__run_quads_neon(by, 2, 0, 0, &panel, p, out, n_columns);
-        else                              avl__run_quads_neon(by, 2, 1, 0, &panel, p, out, n_columns);
-        if (p->quants.n_pieces == 2)      avl__run_quads_neon(by, 1, 0, 1, &panel, p, out, n_columns);
-    }
-}
-
-// ---- NEON: weights that are floats ---------------------------------------------------------------------------------
-// They become float32, and each product one sum of four lanes, whatever is computed beside it: 4 rows of activations by 4 of
-// weights, or one by 8, so that there are enough sums to wait for. By bfmmla many rows become bfloat16 instead, in panels, with
-// 8 rows by 2 quads at a time: without scales there are registers for so many.
-
-// 4 weights of a float type from i on; if n < 4 only the first n, and zeros
-AVL__INLINE float32x4_t avl__weights_neon(int type, const uint8_t *row, size_t i, int n) {
-    const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
-    const uint8_t *at = row + size * i;
-    uint8_t some[16] = {0};
-    if (n < 4) {
-        if (n > 0) memcpy(some, at, size * (size_t)n);
-        at = some;
-    }
-    if (type == ASTROVL_TYPE_F32) return vreinterpretq_f32_u8(vld1q_u8(at));
-    if (type == ASTROVL_TYPE_F16) return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(at)));
-    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(at)), 16));
-}
-
-// Adds columns i to i + 3, n of them if n < 4, to the sums of n_rows rows of activations, n_in apart, and n_weights weight rows.
-AVL__INLINE void avl__add_floats_neon(int type, int n_rows, int n_weights, const uint8_t *const *row, const float *x, int n_in,
-                                      int i, int n, float32x4_t sum[4][8]) {
-    float32x4_t v[4];
-    int r, o;
-    AVL__UNROLL
-    for (r = 0; r < n_rows; r++) v[r] = avl__load_neon(x + (size_t)r * n_in + i, n);
-    AVL__UNROLL
-    for (o = 0; o < n_weights; o++) {
-        const float32x4_t w = avl__weights_neon(type, row[o], (size_t)i, n);
-        AVL__UNROLL
-        for (r = 0; r < n_rows; r++) sum[r][o] = vfmaq_f32(sum[r][o], w, v[r]);
-    }
-}
-
-// n_rows rows of activations, from row `first` on, times n_weights (4 or 8) weight rows, from row `out` on, of which n are there
-AVL__INLINE void avl__dot_floats_neon(int type, int n_rows, int n_weights, const avl__product *p, int first, int out, int n) {
-    const int n_in = p->w->n_in;
-    const float *x = p->x + (size_t)first * n_in;
-    const uint8_t *row[8];
-    float32x4_t sum[4][8];
-    int i, r, o;
-    AVL__UNROLL
-    for (o = 0; o < n_weights; o += 4) avl__four_rows(p->w, out + o, n - o, row + o);
-    AVL__UNROLL
-    for (r = 0; r < n_rows; r++)
-        AVL__UNROLL
-        for (o = 0; o < n_weights; o++) sum[r][o] = vdupq_n_f32(0);
-    for (i = 0; i + 4 <= n_in; i += 4) avl__add_floats_neon(type, n_rows, n_weights, row, x, n_in, i, 4, sum);
-    if (i < n_in) avl__add_floats_neon(type, n_rows, n_weights, row, x, n_in, i, n_in - i, sum);
-    AVL__UNROLL
-    for (r = 0; r < n_rows; r++)
-        AVL__UNROLL
-        for (o = 0; o < n_weights; o += 4)
-            avl__store_sum_neon(p, 0, first + r, out + o, n - o,
-                                vpaddq_f32(vpaddq_f32(sum[r][o], sum[r][o + 1]), vpaddq_f32(sum[r][o + 2], sum[r][o + 3])));
-}
-
-// As many weight rows as a panel has come out of the cache for each four rows of activations.
-AVL__INLINE void avl__linear_type_neon(int type, const avl__product *p, int first, int last) {
-    int begin, out, r;
-    for (begin = first; begin < last; begin += AVL__PANEL_ROWS) {
-        const int end = last - begin < AVL__PANEL_ROWS ? last : begin + AVL__PANEL_ROWS;
-        for (r = 0; r + 4 <= p->n_rows; r += 4)
-            for (out = begin; out < end; out += 4) avl__dot_floats_neon(type, 4, 4, p, r, out, end - out);
-        for (; r < p->n_rows; r++)
-            for (out = begin; out < end; out += 8) avl__dot_floats_neon(type, 1, 8, p, r, out, end - out);
-    }
-}
-
-static void avl__linear_neon(const avl__product *p, int first, int last, float *scratch) {
-    (void)scratch;
-    if (p->w->type == ASTROVL_TYPE_F32)      avl__linear_type_neon(ASTROVL_TYPE_F32, p, first, last);
-    else if (p->w->type == ASTROVL_TYPE_F16) avl__linear_type_neon(ASTROVL_TYPE_F16, p, first, last);
-    else                                     avl__linear_type_neon(ASTROVL_TYPE_BF16, p, first, last);
-}
-
-// Block b of a row of n_in floats as bfloat16, zeros beyond its end.  to: [32]
-AVL__INLINE void avl__block_bf16(int type, const uint8_t *row, int b, int n_in, uint16_t *to) {
-    int i;
-    for (i = 0; i < 32; i += 4)
-        vst1_u16(to + i, avl__to_bf16(avl__weights_neon(type, row, 32 * (size_t)b + (size_t)i, n_in - 32 * b - i)));
-}
-
-static void avl__quantize_i8mm(const avl__product *p, int first, int n_rows, int begin, int end) {
-    uint16_t halves[32];
-    int r, b;
-    if (!avl__is_float_type(p->w->type)) {
-        avl__quantize_neon(p, first, n_rows, begin, end);
-        return;
-    }
-    for (r = first; r < first + n_rows; r++)
-        for (b = begin; b < end; b++) {
-            avl__block_bf16(ASTROVL_TYPE_F32, (const uint8_t *)(p->x + (size_t)r * p->w->n_in), b, p->w->n_in, halves);
-            avl__put_words(&p->quants, r, b, halves, 8, 8);
-        }
-}
-
-// n (8 or 2) rows of activations, from row `first` on, all of one group, over two quads of bfloat16, [2][n_words][4][4].
-AVL__INLINE void avl__pass_halves_neon(int n, const uint8_t *quads, const avl__product *p, int first, float32x4_t sum[8][2]) {
-    enum { G = AVL__GROUP_HALVES };
-    const size_t n_words = 8 * (size_t)p->quants.n_blocks;
-    const uint8_t *x = (const uint8_t *)p->quants.q + 8 * ((size_t)(first / G) * n_words * G + (size_t)(first % G));
-    size_t i;
-    int r, c;
-    AVL__UNROLL
-    for (r = 0; r < n; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0);
-    for (i = 0; i < n_words; i++)
-        AVL__UNROLL
-        for (c = 0; c < 2; c++) {
-            const uint8_t *w = quads + 32 * (n_words * (size_t)c + i);
-            AVL__UNROLL
-            for (r = 0; r < n; r++)
-                sum[r][c] = avl__bfmmla(sum[r][c], vreinterpretq_u16_u8(vld1q_u8(x + 8 * (G * i) + 16 * (r / 2))),
-                                        vreinterpretq_u16_u8(vld1q_u8(w + 16 * (r % 2))));
-        }
-    avl__untangle_neon(n, sum);
-}
-
-AVL__INLINE void avl__run_halves_neon(const uint8_t *panel, const avl__product *p, int out, int n_columns) {
-    const size_t quad = 256 * (size_t)p->quants.n_blocks;
-    float32x4_t sum[8][2];
-    int r, g, i, n;
-    for (r = 0; r < p->n_rows; r += n) {
-        n = p->n_rows - r >= 8 ? 8 : 2;
-        for (g = 0; 4 * g < n_columns; g += 2) {
-            if (n == 8) avl__pass_halves_neon(8, panel + quad * (size_t)g, p, r, sum);
-            else        avl__pass_halves_neon(2, panel + quad * (size_t)g, p, r, sum);
-            for (i = 0; i < 2 * n && i < 2 * (p->n_rows - r); i++)
-                avl__store_sum_neon(p, 0, r + i / 2, out + 4 * (g + i % 2), n_columns - 4 * (g + i % 2), sum[i / 2][i % 2]);
-        }
-    }
-}
-
-AVL__INLINE void avl__multiply_halves_neon(int type, const avl__product *p, int first, int last, float *scratch) {
-    uint8_t *panel = (uint8_t *)scratch;
-    const uint8_t *row[4];
-    uint16_t halves[32];
-    int out, g, b, r;
-    for (out = first; out < last; out += AVL__PANEL_ROWS) {
-        const int n_columns = last - out < AVL__PANEL_ROWS ? last - out : AVL__PANEL_ROWS;
-        for (g = 0; 8 * (g / 2) < n_columns; g++) {                          // in pairs
-            avl__four_rows(p->w, out + 4 * g, n_columns - 4 * g, row);
-            for (b = 0; b < p->quants.n_blocks; b++)
-                for (r = 0; r < 4; r++) {
-                    avl__block_bf16(type, row[r], b, p->w->n_in, halves);
-                    avl__spread(panel + 256 * ((size_t)g * p->quants.n_blocks + (size_t)b) + 8 * r, 32, halves, 8, 8);
-                }
-        }
-        avl__run_halves_neon(panel, p, out, n_columns);
-    }
-}
-
-// ---- NEON: the tables ----------------------------------------------------------------------------------------------
-
-static void avl__multiply_neon(const avl__product *p, int first, int last, float *scratch) {
-    if (avl__is_float_type(p->w->type)) avl__linear_neon(p, first, last, scratch);
-    else if (p->few)                    avl__multiply_few_neon(AVL__BY_SMLAL, p, first, last);
-    else                                avl__multiply_panels_neon(AVL__BY_SMLAL, p, first, last, scratch);
-}
-
-static void avl__multiply_dotprod(const avl__product *p, int first, int last, float *scratch) {
-    if (avl__is_float_type(p->w->type)) avl__linear_neon(p, first, last, scratch);
-    else if (p->few)                    avl__multiply_few_neon(AVL__BY_SDOT, p, first, last);
-    else                                avl__multiply_panels_neon(AVL__BY_SDOT, p, first, last, scratch);
-}
-
-static void avl__multiply_i8mm(const avl__product *p, int first, int last, float *scratch) {
-    if (p->w->type == ASTROVL_TYPE_F32)       avl__multiply_halves_neon(ASTROVL_TYPE_F32, p, first, last, scratch);
-    else if (p->w->type == ASTROVL_TYPE_F16)  avl__multiply_halves_neon(ASTROVL_TYPE_F16, p, first, last, scratch);
-    else if (p->w->type == ASTROVL_TYPE_BF16) avl__multiply_halves_neon(ASTROVL_TYPE_BF16, p, first, last, scratch);
-    else if (p->few)                          avl__multiply_dotprod(p, first, last, scratch);
-    else                                      avl__multiply_panels_neon(AVL__BY_SMMLA, p, first, last, scratch);
-}
-
-// Sixteen sums that wait for nothing but the instruction's throughput; in assembly, lest the compiler find anything better to do.
-AVL__INLINE double avl__peak_by(int by, int is_float, int64_t n) {
-    const int products = !is_float ? 8 << by : by == AVL__BY_SMMLA ? 16 : 4;
-    volatile int keep = 1;
-    const int8x16_t x = vdupq_n_s8((int8_t)keep);
-    int32x4_t sum[16];
-    int64_t r;
-    int i;
-    AVL__UNROLL
-    for (i = 0; i < 16; i++) sum[i] = vdupq_n_s32(i);
-    for (r = 0; r < n; r++) {
-        AVL__UNROLL
-        for (i = 0; i < 16; i++) {
-            if (is_float && by == AVL__BY_SMMLA) __asm__(AVL__CODE_3("0x6E40EC00") : "+w"(sum[i]) : "w"(x), "w"(x));   // bfmmla
-            else if (is_float)                   __asm__("fmla %0.4s, %1.4s, %1.4s" : "+w"(sum[i]) : "w"(x));
-            else if (by == AVL__BY_SMMLA)        sum[i] = avl__smmla(sum[i], x, x);
-            else if (by == AVL__BY_SDOT)         sum[i] = avl__sdot(sum[i], x, x);
-            else                                 __asm__("smlal2 %0.8h, %1.16b, %1.16b" : "+w"(sum[i]) : "w"(x));
-        }
-    }
-    AVL__UNROLL
-    for (i = 1; i < 16; i++) sum[0] = veorq_s32(sum[0], sum[i]);
-    keep = vaddvq_s32(sum[0]);
-    return (double)n * (16 * 2 * products);
-}
-static double avl__peak_neon(int type, int64_t n) {
-    return avl__is_float_type(type) ? avl__peak_by(AVL__BY_SMLAL, 1, n) : avl__peak_by(AVL__BY_SMLAL, 0, n);
-}
-static double avl__peak_dotprod(int type, int64_t n) {
-    return avl__is_float_type(type) ? avl__peak_neon(type, n) : avl__peak_by(AVL__BY_SDOT, 0, n);
-}
-static double avl__peak_i8mm(int type, int64_t n) {
-    return avl__is_float_type(type) ? avl__peak_by(AVL__BY_SMMLA, 1, n) : avl__peak_by(AVL__BY_SMMLA, 0, n);
-}
-
-static const avl__kernels avl__kernels_neon = {
-    "neon", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
-    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon,
-    avl__quantize_rests_neon, avl__multiply_neon, avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon,
-    avl__from_halves_neon, avl__peak_neon, AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
-static const avl__kernels avl__kernels_neon_dotprod = {
-    "neon_dotprod", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
-    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_neon,
-    avl__quantize_rests_neon, avl__multiply_dotprod, avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon,
-    avl__from_halves_neon, avl__peak_dotprod, AVL__GROUP_BYTES, AVL__GROUP_BYTES, 2, 1};
-static const avl__kernels avl__kernels_neon_i8mm = {
-    "neon_i8mm", avl__dot_neon, avl__axpy_neon, avl__linear_neon, avl__dot_f16_neon, avl__read_neon, avl__rms_norm_neon,
-    avl__layer_norm_neon, avl__gelu_neon, avl__quick_gelu_neon, avl__silu_product_neon, avl__quantize_i8mm,
-    avl__quantize_rests_neon, avl__multiply_i8mm, avl__attend_neon, NULL, avl__attend_one_neon, avl__to_halves_neon,
-    avl__from_halves_neon, avl__peak_i8mm, AVL__GROUP_BYTES, AVL__GROUP_HALVES, 2, 1};
-#endif
-
-// ---- the choice ----------------------------------------------------------------------------------------------------
-
-// All tables of this build, the simplest first. A new instruction set (RVV, WASM SIMD) is one more table under its own #if, named
-// here and asked for in avl__kernels_run; its `group` is as many rows as its panels take. Section [5] knows the table alone.
-#if AVL__X86
-#define AVL__KERNEL_NAMES "portable, avx2, avx_vnni, avx512, avx512_bf16"
-static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_avx2, &avl__kernels_avx_vnni,
-                                                       &avl__kernels_avx512, &avl__kernels_avx512_bf16};
-#elif AVL__NEON
-#define AVL__KERNEL_NAMES "portable, neon, neon_dotprod, neon_i8mm"
-static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable, &avl__kernels_neon, &avl__kernels_neon_dotprod,
-                                                       &avl__kernels_neon_i8mm};
-#else
+#if !AVL__SIMD
 #define AVL__KERNEL_NAMES "portable"
-static const avl__kernels *const avl__all_kernels[] = {&avl__kernels_portable};
-#endif
-
-enum { AVL__N_KERNELS = sizeof avl__all_kernels / sizeof *avl__all_kernels };
-
-#if AVL__NEON
-// Asks the system: macOS by name; Linux by a bit of an entry of the auxiliary vector, AT_HWCAP (16) or AT_HWCAP2 (26).
-static int avl__arm_has(const char *name, unsigned long entry, int bit) {
-#if AVL__POSIX && defined(__linux__)
-    (void)name;
-    return (int)(getauxval(entry) >> bit & 1);
-#elif AVL__POSIX && defined(__APPLE__)
-    int has = 0;
-    size_t size = sizeof has;
-    (void)entry, (void)bit;
-    return sysctlbyname(name, &has, &size, NULL, 0) == 0 && has;
-#else
-    (void)name, (void)entry, (void)bit;
-    return 0;
-#endif
-}
-#endif
-
-// Has this processor (and its system) what table i needs?
-static int avl__kernels_run(int i) {
-#if AVL__X86
-    if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (i == 2) return avl__kernels_run(1) && avl__has_avx_vnni();
-    if (i == 3)
-        return avl__kernels_run(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-    if (i == 4) return avl__kernels_run(3) && __builtin_cpu_supports("avx512bf16");
+#elif AVL__X86
+#define AVL__KERNEL_NAMES "portable, avx2, avx_vnni, avx512, avx512_bf16"
 #elif AVL__NEON
-    if (i == 1) return 1;
-    if (i == 2) return avl__arm_has("hw.optional.arm.FEAT_DotProd", 16, 20);
-    if (i == 3)
-        return avl__kernels_run(2) && avl__arm_has("hw.optional.arm.FEAT_I8MM", 26, 13) &&
-               avl__arm_has("hw.optional.arm.FEAT_BF16", 26, 14);
+#define AVL__KERNEL_NAMES "portable, neon, neon_dotprod"
+#else
+#define AVL__KERNEL_NAMES "portable, generic"
 #endif
-    return i == 0;
-}
 
-// The table for a mode: exact always runs the portable one, fast the best that this processor has, but none better than `isa`
-// (NULL: no limit). NULL: there is no table of that name.
-static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa) {
-    const avl__kernels *best = &avl__kernels_portable;
-    int i;
-    for (i = 0; i < AVL__N_KERNELS; i++) {
-        if (avl__kernels_run(i)) best = avl__all_kernels[i];
-        if (isa && strcmp(isa, avl__all_kernels[i]->name) == 0) break;
-    }
-    if (isa && i == AVL__N_KERNELS) return NULL;
-    return mode == ASTROVL_EXACT ? &avl__kernels_portable : best;
-}
-
+static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa);      // section [15]
 
 // ====================================================================================================================
 // [5] Ops
@@ -6463,7 +2506,7 @@ static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_th
         n_rows += 16;                                        // the last group need not be full
         if (n_blocks > SIZE_MAX / 1024 / n_rows) return 0;
         if (!avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_rows * n_blocks * AVL__QUANT_BYTES), 1)) return 0;
-        n_thread_floats = n_thread_floats * 64 + 64 * 32;    // attention takes 32 for each key and value of a head, a panel 16 for
+        n_thread_floats = n_thread_floats * 64 + 4096;       // attention takes 32 for each key and value of a head, a panel 16 for
                                                              // each column of whole blocks
     }
     if (n_rows_floats > SIZE_MAX / 8 || n_thread_floats > SIZE_MAX / 8 / n_threads) return 0;
@@ -6735,60 +2778,60 @@ static void avl__quantize_item(void *context, int item, int thread) {
     job->run->kernels->quantize(p, first, avl__group_rows(p, first), begin, begin + size < n_blocks ? begin + size : n_blocks);
 }
 
-static void avl__quantize_rests_item(void *context, int item, int thread) {
-    const avl__linear_job *job = (const avl__linear_job *)context;
-    const int first = item * job->product->quants.group;
-    (void)thread;
-    job->run->kernels->quantize_rests(job->product, first, avl__group_rows(job->product, first));
-}
-
 // Rounds x of a job's products. Few rows make few groups, but they may be long.
 static void avl__quantize_all(avl__linear_job *job) {
     const avl__quants *quants = &job->product[0].quants;
     const int n_threads = avl__pool_n_threads(job->run->pool), n = quants->n_groups;
     job->n_parts = n < n_threads && quants->n_blocks * job->product[0].n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
     avl__pool_run(job->run->pool, avl__quantize_item, job, n * job->n_parts);
-    if (quants->n_pieces == 2) avl__pool_run(job->run->pool, avl__quantize_rests_item, job, n);
+}
+
+// Rows of activations of a tile, at most `most`, so that all groups are about as large.
+static int avl__tile_rows(int n_rows, int most) {
+    static const int sizes[] = {2, 4, 6, 12};
+    const int n_groups = (n_rows + most - 1) / most, n = (n_rows + n_groups - 1) / n_groups;
+    int i = 0;
+    while (sizes[i] < n) i++;
+    return sizes[i];
 }
 
 // Where x of a product is to be rounded to, in run->quants.
-static avl__quants avl__quants_for(const avl__run *run, const avl__product *p, int n_pieces) {
-    const int type = p->w->type;
+static avl__quants avl__quants_for(const avl__run *run, const avl__product *p) {
+    const avl__kernels *kernels = run->kernels;
     avl__quants q;
     size_t n;
     q.n_blocks = (p->w->n_in + 31) / 32;
-    q.n_pieces = n_pieces;
-    q.group = p->few ? (p->n_rows > 2 ? run->kernels->few_group : 1) : avl__is_float_type(type) ? run->kernels->float_group : run->kernels->group;
+    q.group = avl__tile_rows(p->n_rows, avl__is_float_type(p->w->type) ? kernels->float_group : kernels->group);
+    if (p->few && p->n_rows == 1) q.group = 1;
     q.n_groups = (p->n_rows + q.group - 1) / q.group;
-    n = (size_t)q.n_blocks * (size_t)n_pieces * (size_t)q.n_groups * (size_t)q.group;
+    q.float_kind = kernels->float_kind;
+    n = (size_t)q.n_blocks * (size_t)q.n_groups * (size_t)q.group;
     q.scale = (float *)(void *)run->quants;
     q.bias = (int32_t *)(void *)(q.scale + n);
     q.sum = (float *)(void *)(q.bias + 2 * n);
-    q.rests = (int32_t *)(void *)(q.sum + 2 * n);
-    q.q = (int8_t *)avl__align(q.rests + (size_t)q.n_groups * (1 + (size_t)q.n_blocks));
+    q.q = (int8_t *)avl__align(q.sum + 2 * n);
     return q;
 }
 
-// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type, all of them fine or none:
+// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type:
 //     y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
 // Rows are rounded once for all, and the threads meet once.
 static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
     const avl__kernels *kernels = run->kernels;
     const int is_float = avl__is_float_type(w[0]->type);
     const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : kernels->n_few) && !run->always_panels;
-    const int n_pieces = w[0]->is_fine && kernels->quantize_rests ? 2 : 1;
     int n_out = 0, n_items = 0, i;
     avl__linear_job job;
     memset(&job, 0, sizeof job);
     job.run = run;
     job.columns = kernels->linear;
     for (i = 0; i < n; i++) {
-        const avl__product product = {y[i], x, w[i], n_rows, few, 0, {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
+        const avl__product product = {y[i], x, w[i], n_rows, few, 0, {NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
         job.product[i] = product;
         n_out += w[i]->n_out;
     }
     if (kernels->multiply && !(few && is_float)) {
-        const avl__quants quants = avl__quants_for(run, job.product, n_pieces);
+        const avl__quants quants = avl__quants_for(run, job.product);
         job.columns = kernels->multiply;
         job.product[0].quants = quants;
         avl__quantize_all(&job);
@@ -12213,7 +8256,6 @@ static astrovl_status avl__llama_load_layer(avl__llama *m, avl__weights *w, int 
     for (n = 0; n < sizeof linears / sizeof *linears && !status; n++) {
         avl__format(name, sizeof name, "blk.%d.%s", i, linears[n].name);
         status = avl__load_linear(w, name, linears[n].n_in, linears[n].n_out, linears[n].linear, err);
-        linears[n].linear->is_fine = linears[n].is_normed && linears[n].linear->type == ASTROVL_TYPE_Q8_0;
     }
     avl__format(name, sizeof name, "blk.%d.attn_norm.weight", i);
     if (!status) status = avl__load_vector(w, name, m->n_embd, &layer->attention_norm, err);
@@ -12232,7 +8274,6 @@ static astrovl_status avl__llama_load(avl__llama *m, avl__weights *w, astrovl_er
     m->n_vocab = m->token_embd.n_out;
     m->output = m->token_embd;
     if (avl__find_tensor(w, "output.weight", NULL)) status = avl__load_linear(w, "output", m->n_embd, m->n_vocab, &m->output, err);
-    m->output.is_fine = m->output.type == ASTROVL_TYPE_Q8_0;
     if (status) return status;
     m->layers = (avl__llama_layer *)avl__alloc((uint64_t)m->n_layer, sizeof *m->layers);
     if (!m->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
@@ -15996,7 +12037,7 @@ static void avl__read_slice(void *context, int slice, int thread) {
     avl__read *read = (avl__read *)context;
     size_t step = read->size / AVL__READ_SLICES, at = step * (size_t)slice;
     (void)thread;
-    read->sums[slice] = read->kernels->read(read->data + at, slice == AVL__READ_SLICES - 1 ? read->size - at : step);
+    read->sums[slice] = avl__read_portable(read->data + at, slice == AVL__READ_SLICES - 1 ? read->size - at : step);
 }
 
 ASTROVL_API double astrovl_measure_read(const void *data, size_t size, int n_threads) {
@@ -16084,7 +12125,7 @@ typedef struct avl__peak {
 static void avl__peak_item(void *context, int item, int thread) {
     avl__peak *peak = (avl__peak *)context;
     (void)thread;
-    peak->made[item] = peak->kernels->peak(peak->type, peak->n);
+    peak->made[item] = avl__peak_portable(peak->type, peak->n);
 }
 
 // Rounds are doubled until they take 20 ms, so that threads are awake and clocks up; then the best of five counts.
@@ -16143,7 +12184,7 @@ static void avl__read_weights_item(void *context, int item, int thread) {
     avl__read_weights *read = (avl__read_weights *)context;
     const avl__linear *w = avl__llama_matrix(read->model, item / AVL__MATRIX_SLICES);
     size_t size = (size_t)w->n_out * w->row_bytes, step = size / AVL__MATRIX_SLICES, slice = (size_t)item % AVL__MATRIX_SLICES;
-    read->sums[thread] += read->kernels->read((const uint8_t *)w->weight + slice * step,
+    read->sums[thread] += avl__read_portable((const uint8_t *)w->weight + slice * step,
                                               slice == AVL__MATRIX_SLICES - 1 ? size - slice * step : step);
 }
 
@@ -16632,6 +12673,318 @@ ASTROVL_API int astrovl_first_named(const char *text, const char *const *words, 
     return best;
 }
 
+
+// ====================================================================================================================
+// [15] SIMD kernels
+// The kernels of section [4] for processors with vector registers, written once. The second half of this section is a
+// template: the header includes itself for each instruction set, with AVL__ISA (the suffix of every name) and AVL__W
+// (32-bit lanes of a register) defined. Registers are the vector extensions of gcc and clang; an instruction set adds
+// some twenty functions of a line or two.
+//
+// Algebra. Every block format stores 32 neighboring weights as
+//     w[i] = d (u[i] - offset) + m        u[i] a byte; d and m floats of the block, or of each half of it
+// and activations are rounded to x[i] = e q[i] with |q[i]| <= 127 and one e for 32 values. A block then contributes
+//     sum w[i] x[i] = d e (sum u[i] q[i] - offset sum q[i]) + m e sum q[i].
+// The first sum is a dot product of bytes, four columns at a time in a 32-bit lane (a "word": vpdpbusd, sdot). The
+// others depend on the activations alone and are computed when these are rounded (avl__quants: bias, sum).
+//
+// Transposition. 16 bytes of each of AVL__W weight rows are transposed, four rows by four words in every 128 bits:
+//     row 0:  a0 a1 a2 a3         w[0]:  a0 b0 c0 d0
+//     row 1:  b0 b1 b2 b3    ->   w[1]:  a1 b1 c1 d1
+//     row 2:  c0 c1 c2 c3         w[2]:  a2 b2 c2 d2
+//     row 3:  d0 d1 d2 d3         w[3]:  a3 b3 c3 d3
+// From there on a register holds the same word of AVL__W rows. Unpacking a format is shifts and masks on words, the
+// same for every instruction set, and the sums of AVL__W rows lie side by side: no additions across a register.
+//
+// Three ways to multiply, which do the same float operations in the same order, so that a row's bits do not depend on
+// how many rows are multiplied with it:
+//   many rows (image, prompt)   32 weight rows are packed, then meet the activations in tiles of up to 6 rows (bf16:
+//                               12) whose accumulators stay in registers. The dot-product instruction is the limit.
+//   2 to 8 rows (batches)       the same with packs of eight blocks, which stay in the L1 cache. Unpacking is the
+//                               limit.
+//   one row (writing)           words are multiplied as they are unpacked; nothing is stored. Reading memory is the
+//                               limit, so the weights that come next are prefetched.
+// Tile sizes: 6 rows x 2 registers take 12 integer and 12 float accumulators, 2 registers of weights and 1 of
+// activations, 27 of 32 (AVX2 with its 16 registers: 4 rows, float accumulators in memory). 2 loads of weights and 6
+// broadcasts serve 12 multiplications. A pack of 4096 columns takes 160 KB of the L2 cache.
+// ====================================================================================================================
+
+#if AVL__SIMD
+
+// `type`, `kind` and numbers of rows are constants wherever an AVL__INLINE function is called, so every format and tile
+// is code of its own; AVL__UNROLL keeps arrays of registers in registers.
+#define AVL__INLINE static inline __attribute__((always_inline))
+#define AVL__APART  static __attribute__((noinline))
+#if defined(__clang__)
+#define AVL__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define AVL__UNROLL _Pragma("GCC unroll 16")
+#endif
+#define AVL__EACH(i, n) AVL__UNROLL for (i = 0; i < n; i++)
+
+// How the 32-bit words of weights and activations are multiplied
+enum {
+    AVL__AS_BYTES,     // four columns, weights unsigned, activations signed
+    AVL__AS_SIGNED,    // four columns, both signed: Q8_0, where the instruction set does not want them unsigned
+    AVL__AS_PAIRS,     // two int16 columns: floats rounded to +-8191, one scale for 32, whose products fit in 32 bits
+    AVL__AS_BF16,      // two bfloat16 columns, accumulated in float32
+    AVL__AS_F32        // one float32 column
+};
+
+enum {
+    AVL__PACK_ROWS = 32,      // weight rows of a pack
+    AVL__MAX_TILE = 12,       // rows of activations of a tile, at most
+    AVL__FEW = 8,             // rows of activations, at most, for packs of eight blocks
+    AVL__AHEAD = 6144         // bytes to prefetch ahead in a row
+};
+
+AVL__INLINE int avl__words_of(int kind) { return kind == AVL__AS_F32 ? 32 : kind >= AVL__AS_PAIRS ? 16 : 8; }
+
+AVL__INLINE uint32_t avl__word_at(const void *p) {
+    uint32_t word;
+    memcpy(&word, p, 4);
+    return word;
+}
+
+// The formats: name, type, bytes of eight blocks (of a super-block), and
+//   offset    see above
+//   n_parts   2: each half of a block has its own d and m
+//   has_min   0: m is 0
+//   run       words of four columns whose products u q add up in int16, as two sums; 0: none (Q8_0: see dot_signed)
+#define AVL__BLOCK_TYPES(F) \
+    F(q4_0, ASTROVL_TYPE_Q4_0, 8 * 18, 8, 1, 0, 8) \
+    F(q4_1, ASTROVL_TYPE_Q4_1, 8 * 20, 0, 1, 1, 8) \
+    F(q5_0, ASTROVL_TYPE_Q5_0, 8 * 22, 16, 1, 0, 4) \
+    F(q5_1, ASTROVL_TYPE_Q5_1, 8 * 24, 0, 1, 1, 4) \
+    F(q8_0, ASTROVL_TYPE_Q8_0, 8 * 34, 128, 1, 0, 0) \
+    F(q2_k, ASTROVL_TYPE_Q2_K, 84, 0, 2, 1, 4) \
+    F(q3_k, ASTROVL_TYPE_Q3_K, 110, 4, 2, 0, 2) \
+    F(q4_k, ASTROVL_TYPE_Q4_K, 144, 0, 1, 1, 8) \
+    F(q5_k, ASTROVL_TYPE_Q5_K, 176, 0, 1, 1, 4) \
+    F(q6_k, ASTROVL_TYPE_Q6_K, 210, 32, 2, 0, 2)
+#define AVL__FLOAT_TYPES(F) \
+    F(f32, ASTROVL_TYPE_F32, 8 * 128, 0, 1, 0, 0) \
+    F(f16, ASTROVL_TYPE_F16, 8 * 64, 0, 1, 0, 0) \
+    F(bf16, ASTROVL_TYPE_BF16, 8 * 64, 0, 1, 0, 0)
+
+typedef struct avl__block_form {
+    size_t bytes;
+    int    offset, n_parts, has_min, run;
+} avl__block_form;
+
+AVL__INLINE avl__block_form avl__block_form_of(int type) {
+    avl__block_form f = {0, 0, 1, 0, 0};
+#define AVL__FORM(name, type, ...) \
+    case type: { \
+        const avl__block_form form = {__VA_ARGS__}; \
+        f = form; \
+    } break;
+    switch (type) {
+    AVL__BLOCK_TYPES(AVL__FORM)
+    AVL__FLOAT_TYPES(AVL__FORM)
+    default: break;
+    }
+    return f;
+}
+
+AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K; }
+
+// Blocks are unpacked eight at a time, b at first: where the eight begin. The last ones overlap those before them.
+AVL__INLINE int avl__group_begin(int b, int n_blocks) { return b + 8 <= n_blocks || n_blocks < 8 ? b : n_blocks - 8; }
+
+// Stores the n words of block b of row r of the activations.
+AVL__INLINE void avl__store_words(const avl__quants *to, int r, int b, const void *words, int n) {
+    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, stride = 4 * (size_t)to->group;
+    int8_t *q = to->q + stride * (size_t)n * block + 4 * (r % to->group);
+    int i;
+    AVL__EACH(i, n) memcpy(q + stride * (size_t)i, (const uint8_t *)words + 4 * i, 4);
+}
+
+// Hardware prefetching stops at the end of a 4 KB page: if p lies in a page's first n bytes, the next page's first
+// lines are asked for.
+AVL__INLINE void avl__prefetch_page(const void *p, size_t n) {
+    const char *next = (const char *)(((uintptr_t)p | 4095) + 1);
+    int i;
+    for (i = 0; i < 4 && ((uintptr_t)p & 4095) < n; i++) __builtin_prefetch(next + 64 * i, 0, 2);
+}
+
+AVL__INLINE void avl__prefetch_bytes(const char *p, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 3);
+    avl__prefetch_page(p, n);
+}
+
+// Where n sums of each of n_rows rows will be stored, y[n_rows][stride]
+AVL__INLINE void avl__prefetch_sums(const float *y, size_t stride, int n_rows, int n) {
+    int r;
+    for (r = 0; r < n_rows; r++, y += stride) {
+        __builtin_prefetch(y, 0, 3);
+        __builtin_prefetch(y + n / 2, 0, 3);
+        __builtin_prefetch(y + n - 1, 0, 3);
+    }
+}
+
+// The n weight rows to prefetch while rows out..out+n-1, of rows first..last-1, are multiplied: the next ones, or the
+// first of the rows that this thread will probably be given next.
+AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int last, int out, int n) {
+    const int next = last - out >= 2 * n ? out + n : first + p->ahead;
+    return (const char *)p->w->weight + (size_t)(next + n <= p->w->n_out ? next : out) * p->w->row_bytes;
+}
+
+// ---- the instances -------------------------------------------------------------------------------------------------
+
+#define AVL__JOIN_2(name, isa) avl__##name##_##isa
+#define AVL__JOIN(name, isa)   AVL__JOIN_2(name, isa)
+#define AVL_(name)             AVL__JOIN(name, AVL__ISA)       // a name of this instance
+#define AVL_BASE_(name)        AVL__JOIN(name, AVL__BASE)      // of the instance that it shares all but products with
+#define AVL__DEFINE(result, name, parameters, ...) \
+    AVL__INLINE result AVL_(name) parameters { return (result)(__VA_ARGS__); }
+#define AVL__DEFINE_VOID(name, parameters, ...) \
+    AVL__INLINE void AVL_(name) parameters { __VA_ARGS__; }
+#define AVL__STRING_2(text)    #text
+#define AVL__STRING(text)      AVL__STRING_2(text)
+#define avl__vf                AVL_(vf)                        // a register of float32, uint32, int32, int16
+#define avl__vu                AVL_(vu)
+#define avl__vi                AVL_(vi)
+#define avl__vs                AVL_(vs)
+
+// Between these two, compilers may use the instructions of `target`.
+#define AVL__PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define AVL__BEGIN(isa) AVL__PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define AVL__END        AVL__PRAGMA(clang attribute pop)
+#else
+#define AVL__BEGIN(isa) AVL__PRAGMA(GCC push_options) AVL__PRAGMA(GCC target(isa))
+#define AVL__END        AVL__PRAGMA(GCC pop_options)
+#endif
+
+#ifndef ASTROVL_HEADER_NAME
+#define ASTROVL_HEADER_NAME "astrovl.h"
+#endif
+
+// Every instance says whether its byte product adds up in 32 bits (AVL__WIDE), and may take all but the products from
+// another instance (AVL__BASE).
+
+#if AVL__X86
+
+// The instructions of AVX-VNNI, by assembly: compilers learnt the intrinsics later. {vex} tells them from AVX-512's.
+#if defined(ASTROVL_TEST_EVEX_VNNI)
+#define AVL__VNNI(name) "%{evex%} " name " {%2, %1, %0|%0, %1, %2}"
+#elif (defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11)
+#define AVL__VNNI(name) "%{vex%} " name " {%2, %1, %0|%0, %1, %2}"
+#else
+#define AVL__VNNI(name) ""              // older assemblers: the table is there, but never chosen
+#endif
+
+// Asked of the processor itself: compilers learnt the name later.
+static int avl__has_avx_vnni(void) {
+#if defined(ASTROVL_TEST_EVEX_VNNI)
+    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+    unsigned a = 7, b, c = 1, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return sizeof AVL__VNNI("") > 1 && (a >> 4 & 1);
+#endif
+}
+
+// Two tables: only avx512_bf16 uses bfloat16 instructions (float_kind).
+AVL__BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
+#define AVL__ISA  avx512
+#define AVL__W    16
+#define AVL__WIDE 1
+#include ASTROVL_HEADER_NAME
+AVL__END
+
+AVL__BEGIN("avx2,fma,f16c")
+#define AVL__ISA  avx2
+#define AVL__W    8
+#define AVL__WIDE 0
+#include ASTROVL_HEADER_NAME
+#define AVL__ISA  avx_vnni
+#define AVL__BASE avx2
+#define AVL__W    8
+#define AVL__WIDE 1
+#include ASTROVL_HEADER_NAME
+AVL__END
+
+#elif AVL__NEON
+
+// sdot as a number: compilers and assemblers know the instruction only where all code may use it. .Lavl_v7 is 7.
+#define AVL__SDOT ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t" \
+                  ".equ .Lavl_v\\i,\\i\n\t.endr\n\t" \
+                  ".inst 0x4E809400 + (.Lavl_%2 << 16) + (.Lavl_%1 << 5) + .Lavl_%0"
+
+#define AVL__ISA  neon
+#define AVL__W    4
+#define AVL__WIDE 0
+#include ASTROVL_HEADER_NAME
+#define AVL__ISA  neon_dotprod
+#define AVL__BASE neon
+#define AVL__W    4
+#define AVL__WIDE 1
+#include ASTROVL_HEADER_NAME
+
+#else
+
+#define AVL__ISA  generic
+#define AVL__W    4
+#define AVL__WIDE 0
+#include ASTROVL_HEADER_NAME
+
+#endif
+#endif  // AVL__SIMD
+
+// ---- the choice at run time ----------------------------------------------------------------------------------------
+
+// All tables of this build, the simplest first
+static const avl__kernels *const avl__all_kernels[] = {
+    &avl__kernels_portable,
+#if AVL__SIMD && AVL__X86
+    &avl__kernels_avx2, &avl__kernels_avx_vnni, &avl__kernels_avx512, &avl__kernels_avx512_bf16,
+#elif AVL__SIMD && AVL__NEON
+    &avl__kernels_neon, &avl__kernels_neon_dotprod,
+#elif AVL__SIMD
+    &avl__kernels_generic,
+#endif
+};
+
+enum { AVL__N_KERNELS = sizeof avl__all_kernels / sizeof *avl__all_kernels };
+
+// Does this processor, and its system, have what table i needs?
+static int avl__kernels_run(int i) {
+#if AVL__SIMD && AVL__X86
+    if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (i == 2) return avl__kernels_run(1) && avl__has_avx_vnni();
+    if (i == 3)
+        return avl__kernels_run(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni");
+    if (i == 4) return avl__kernels_run(3) && __builtin_cpu_supports("avx512bf16");
+#elif AVL__SIMD && AVL__NEON && AVL__POSIX && defined(__linux__)
+    if (i == 2) return (int)(getauxval(AT_HWCAP) >> 20 & 1);     // HWCAP_ASIMDDP
+#elif AVL__SIMD && AVL__NEON && AVL__POSIX && defined(__APPLE__)
+    if (i == 2) {
+        int has = 0;
+        size_t size = sizeof has;
+        return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
+    }
+#endif
+    return i < 2;
+}
+
+// The table for a mode: exact always runs the portable one, fast the best that this processor has, but none better than
+// `isa` (NULL: no limit). NULL if there is no table of that name.
+static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa) {
+    const avl__kernels *best = &avl__kernels_portable;
+    int i;
+    for (i = 0; i < AVL__N_KERNELS; i++) {
+        if (avl__kernels_run(i)) best = avl__all_kernels[i];
+        if (isa && strcmp(isa, avl__all_kernels[i]->name) == 0) break;
+    }
+    if (isa && i == AVL__N_KERNELS) return NULL;
+    return mode == ASTROVL_EXACT ? &avl__kernels_portable : best;
+}
+
 #ifdef __cplusplus
 }
 #endif
@@ -16641,3 +12994,1318 @@ ASTROVL_API int astrovl_first_named(const char *text, const char *const *words, 
 #endif // ASTROVL__IMPLEMENTED
 #endif // ASTROVL_IMPLEMENTATION
 
+#else   // AVL__ISA
+
+// ====================================================================================================================
+// The template of [15]: included once for each instance (AVL__ISA). AVL__WIDE: the byte product adds up in 32 bits.
+// ====================================================================================================================
+
+#ifndef AVL__BASE
+#define AVL__BASE  AVL__ISA
+#define AVL__WHOLE 1             // not only products, but vectors and attention, too
+#endif
+
+typedef float    avl__vf __attribute__((vector_size(4 * AVL__W)));
+typedef uint32_t avl__vu __attribute__((vector_size(4 * AVL__W)));
+typedef int32_t  avl__vi __attribute__((vector_size(4 * AVL__W)));
+typedef int16_t  avl__vs __attribute__((vector_size(4 * AVL__W)));
+
+// ---- registers -----------------------------------------------------------------------------------------------------
+
+AVL__INLINE avl__vf AVL_(load)(const void *p) {
+    avl__vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+AVL__DEFINE(avl__vu, load_words, (const void *p), AVL_(load)(p))
+AVL__DEFINE_VOID(store, (void *p, avl__vf v), memcpy(p, &v, sizeof v))
+AVL__DEFINE_VOID(store_words, (void *p, avl__vu v), memcpy(p, &v, sizeof v))
+AVL__DEFINE(avl__vf, splat, (float x), x - __extension__(avl__vf){0})
+AVL__DEFINE(avl__vi, splat_int, (int32_t x), x + __extension__(avl__vi){0})
+AVL__DEFINE(avl__vu, splat_word, (const void *p), AVL_(splat_int)((int32_t)avl__word_at(p)))
+AVL__DEFINE(avl__vf, to_float, (avl__vi v), __builtin_convertvector(v, avl__vf))
+
+// ---- what instruction sets do by themselves ------------------------------------------------------------------------
+// fma(a, b, c)              a b + c
+// dot_bytes(acc, w, a)      acc + w a of four columns of bytes, w unsigned; if not AVL__WIDE acc is two int16, which
+//                           widen(acc) adds up to an int32
+// dot_signed, dot_pairs     the same of signed bytes, of two int16; acc always has 32 bits
+// dot_bf16(acc, w, a)       of two bfloat16; acc is a float
+// load_16(row, at)          16 bytes from byte `at` on of rows 0, 4, 8 ...
+// zip_low32, zip_high32 ... words of a and b in turn, from the lower or the upper half of each 128 bits
+// middle(a, b)              the upper half of each lane of a, below the lower half of b
+// half(w), load_halves(p)   float16 to float: the lower half of each lane; AVL__W in memory
+// round(x)                  to the nearest integer, |x| < 2^22;   scale_2(x, n): x 2^n
+// load_some, store_some     the first n floats, n <= 0 and n > AVL__W included; loads fill up with zeros
+
+#if AVL__W == 16
+
+#define AVL__MM(name) _mm512_##name
+#define AVL__INT      __m512i
+#define AVL__TILE     6               // rows of activations whose integer and float accumulators fit in registers
+#define AVL__TILE_SIZES(F) F(2) F(4) F(6) F(12)
+
+AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
+            _mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a))
+AVL__DEFINE(avl__vi, dot_pairs, (avl__vi acc, avl__vu w, avl__vu a),
+            _mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)a))
+AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
+AVL__DEFINE(avl__vf, dot_bf16, (avl__vf acc, avl__vu w, avl__vu a), _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a))
+AVL__DEFINE(avl__vu, to_bf16, (avl__vf first, avl__vf second), _mm512_cvtne2ps_pbh(second, first))
+AVL__DEFINE(__mmask16, first_lanes, (int n), n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0)
+AVL__DEFINE(avl__vf, load_some, (const float *p, int n), _mm512_maskz_loadu_ps(AVL_(first_lanes)(n), p))
+AVL__DEFINE_VOID(store_some, (float *p, int n, avl__vf v), _mm512_mask_storeu_ps(p, AVL_(first_lanes)(n), v))
+AVL__DEFINE(float, add_lanes, (avl__vf v), _mm512_reduce_add_ps(v))
+AVL__DEFINE(float, max_lanes, (avl__vf v), _mm512_reduce_max_ps(v))
+AVL__DEFINE(avl__vf, round, (avl__vf x), _mm512_roundscale_ps(x, 8))
+AVL__DEFINE(avl__vf, scale_2, (avl__vf x, avl__vf n), _mm512_scalef_ps(x, n))
+AVL__DEFINE(avl__vf, half, (avl__vu w), _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)w)))
+AVL__DEFINE(avl__vf, load_halves, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)))
+AVL__DEFINE_VOID(store_halves, (void *p, avl__vf v), _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, 8)))
+AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b),
+            _mm512_rol_epi32(_mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)b, (__m512i)a), 16))
+AVL__INLINE avl__vu AVL_(pair_bf16)(avl__vf low, avl__vf high) {         // a column of each in a lane
+    static const int16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (avl__vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)AVL_(to_bf16)(low, high));
+}
+AVL__INLINE avl__vu AVL_(load_16)(const uint8_t *const *row, size_t at) {   // broadcasts, since insertions are shuffles
+    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)(row[0] + at)));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, _mm_loadu_si128((const __m128i *)(const void *)(row[4] + at)));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, _mm_loadu_si128((const __m128i *)(const void *)(row[8] + at)));
+    v = _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_loadu_si128((const __m128i *)(const void *)(row[12] + at)));
+    return (avl__vu)v;
+}
+
+#elif AVL__W == 8
+
+#define AVL__MM(name) _mm256_##name
+#define AVL__INT      __m256i
+#define AVL__TILE     4
+#define AVL__TILE_SIZES(F) F(2) F(4)
+
+AVL__DEFINE(avl__vi, widen, (avl__vi acc), _mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)))
+#if AVL__WIDE
+AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
+    __asm__(AVL__VNNI("vpdpbusd") : "+x"(acc) : "x"(w), "x"(a));
+    return acc;
+}
+AVL__INLINE avl__vi AVL_(dot_pairs)(avl__vi acc, avl__vu w, avl__vu a) {
+    __asm__(AVL__VNNI("vpdpwssd") : "+x"(acc) : "x"(w), "x"(a));
+    return acc;
+}
+#else           // empty assembly: add now, or gcc computes a block's products first and runs out of registers
+AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
+    acc = (avl__vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+AVL__INLINE avl__vi AVL_(dot_pairs)(avl__vi acc, avl__vu w, avl__vu a) {
+    acc += (avl__vi)_mm256_madd_epi16((__m256i)w, (__m256i)a);
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+AVL__INLINE avl__vi AVL_(dot_signed)(avl__vi acc, avl__vu w, avl__vu a) {   // |w| (a sign(w)): two of them fit in int16
+    const __m256i signed_a = _mm256_sign_epi8((__m256i)a, (__m256i)w);
+    acc += AVL_(widen)((avl__vi)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), signed_a));
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+#endif
+AVL__DEFINE(__m256i, first_lanes, (int n),
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
+AVL__DEFINE(avl__vf, load_some, (const float *p, int n),
+            n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, AVL_(first_lanes)(n)))
+AVL__DEFINE_VOID(store_some, (float *p, int n, avl__vf v),
+            n >= 8 ? _mm256_storeu_ps(p, v) : _mm256_maskstore_ps(p, AVL_(first_lanes)(n), v))
+AVL__INLINE float AVL_(add_lanes)(avl__vf v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+AVL__INLINE float AVL_(max_lanes)(avl__vf v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+AVL__DEFINE(avl__vf, round, (avl__vf x), _mm256_round_ps(x, 8))
+AVL__INLINE avl__vf AVL_(half)(avl__vu w) {
+    const __m256i v = _mm256_and_si256((__m256i)w, _mm256_set1_epi32(0xFFFF));
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x88)));
+}
+AVL__DEFINE(avl__vf, load_halves, (const void *p), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)))
+AVL__DEFINE_VOID(store_halves, (void *p, avl__vf v), _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, 0)))
+AVL__INLINE avl__vu AVL_(middle)(avl__vu a, avl__vu b) {
+    const __m128i swap = _mm_set_epi64x(0x0D0C0F0E09080B0A, 0x0504070601000302);
+    const __m256i mixed = _mm256_blend_epi16((__m256i)b, (__m256i)a, 0xAA);
+    return (avl__vu)_mm256_shuffle_epi8(mixed, _mm256_broadcastsi128_si256(swap));
+}
+AVL__DEFINE(avl__vu, load_16, (const uint8_t *const *row, size_t at),
+            _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(const void *)(row[4] + at)),
+                             _mm_loadu_si128((const __m128i *)(const void *)(row[0] + at))))
+
+#else   // four lanes: NEON, or what the compiler makes of vectors (SSE2, VSX, LSX, WASM SIMD, RISC-V V)
+
+#define AVL__TILE 6
+#define AVL__TILE_SIZES(F) F(2) F(4) F(6)
+
+#if AVL__WIDE
+AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
+    __asm__(AVL__SDOT : "+w"(acc) : "w"(w), "w"(a));
+    return acc;
+}
+AVL__DEFINE(avl__vi, dot_signed, (avl__vi acc, avl__vu w, avl__vu a), AVL_(dot_bytes)(acc, w, a))
+AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
+#else
+AVL__DEFINE(avl__vi, widen, (avl__vi acc), (acc << 16 >> 16) + (acc >> 16))
+AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
+    const avl__vs even = (avl__vs)(w & 0x00FF00FFu) * ((avl__vs)(a << 8) >> 8);
+    const avl__vs odd = (avl__vs)(w >> 8 & 0x00FF00FFu) * ((avl__vs)a >> 8);
+    return (avl__vi)((avl__vs)acc + even + odd);
+}
+AVL__INLINE avl__vi AVL_(dot_signed)(avl__vi acc, avl__vu w, avl__vu a) {
+    const avl__vs even = ((avl__vs)(w << 8) >> 8) * ((avl__vs)(a << 8) >> 8);
+    const avl__vs odd = ((avl__vs)w >> 8) * ((avl__vs)a >> 8);
+    return acc + AVL_(widen)((avl__vi)(even + odd));
+}
+#endif
+AVL__INLINE avl__vf AVL_(load_some)(const float *p, int n) {
+    avl__vf v = {0};
+    if (n >= 4) memcpy(&v, p, sizeof v);
+    else if (n > 0) memcpy(&v, p, 4 * (size_t)n);
+    return v;
+}
+AVL__INLINE void AVL_(store_some)(float *p, int n, avl__vf v) {
+    if (n >= 4) memcpy(p, &v, sizeof v);
+    else if (n > 0) memcpy(p, &v, 4 * (size_t)n);
+}
+AVL__DEFINE(avl__vf, max, (avl__vf a, avl__vf b), ((avl__vi)a & (avl__vi)(a > b)) | ((avl__vi)b & ~(avl__vi)(a > b)))
+AVL__DEFINE(avl__vf, min, (avl__vf a, avl__vf b), -AVL_(max)(-a, -b))
+AVL__DEFINE(float, add_lanes, (avl__vf v), (v[0] + v[2]) + (v[1] + v[3]))
+AVL__INLINE float AVL_(max_lanes)(avl__vf v) {
+    const float low = v[0] > v[1] ? v[0] : v[1], high = v[2] > v[3] ? v[2] : v[3];
+    return low > high ? low : high;
+}
+AVL__DEFINE(avl__vf, round, (avl__vf x), (x + 12582912.0f) - 12582912.0f)                 // floats of 2^23 are integers
+AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b), a >> 16 | b << 16)
+AVL__DEFINE(avl__vu, load_16, (const uint8_t *const *row, size_t at), AVL_(load_words)(row[0] + at))
+AVL__DEFINE(avl__vu, zip_low32, (avl__vu a, avl__vu b), __extension__(avl__vu){a[0], b[0], a[1], b[1]})
+AVL__DEFINE(avl__vu, zip_high32, (avl__vu a, avl__vu b), __extension__(avl__vu){a[2], b[2], a[3], b[3]})
+AVL__DEFINE(avl__vu, zip_low64, (avl__vu a, avl__vu b), __extension__(avl__vu){a[0], a[1], b[0], b[1]})
+AVL__DEFINE(avl__vu, zip_high64, (avl__vu a, avl__vu b), __extension__(avl__vu){a[2], a[3], b[2], b[3]})
+
+#if AVL__NEON
+AVL__DEFINE(avl__vf, fma, (avl__vf a, avl__vf b, avl__vf c), vfmaq_f32(c, a, b))
+AVL__DEFINE(avl__vf, half, (avl__vu w), vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(w))))
+AVL__DEFINE(avl__vf, load_halves, (const void *p), vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p))))
+AVL__DEFINE_VOID(store_halves, (void *p, avl__vf v), vst1_u16((uint16_t *)p, vreinterpret_u16_f16(vcvt_f16_f32(v))))
+#else
+AVL__DEFINE(avl__vf, fma, (avl__vf a, avl__vf b, avl__vf c), a * b + c)
+AVL__INLINE avl__vf AVL_(half)(avl__vu w) {       // without float32 denormals, which are slow on some processors
+    const avl__vu exponent = w >> 10 & 31, is_normal = (avl__vu)(exponent != 0) & 1;
+    const avl__vi mantissa = (avl__vi)((w & 1023) | is_normal << 10);
+    const avl__vf power = (avl__vf)((exponent + 103 - is_normal) << 23);                  // 2^(max(exponent, 1) - 25)
+    return (avl__vf)((avl__vu)(__builtin_convertvector(mantissa, avl__vf) * power) | (w & 0x8000) << 16);
+}
+AVL__INLINE avl__vf AVL_(load_halves)(const void *p) {
+    uint16_t h[4];
+    memcpy(h, p, sizeof h);
+    return AVL_(half)(__extension__(avl__vu){h[0], h[1], h[2], h[3]});
+}
+AVL__INLINE void AVL_(store_halves)(void *p, avl__vf v) {
+    uint16_t h[4];
+    int i;
+    for (i = 0; i < 4; i++) h[i] = astrovl_f32_to_f16(v[i]);
+    memcpy(p, h, sizeof h);
+}
+#endif
+#endif
+
+#if AVL__W > 4
+AVL__DEFINE(avl__vf, fma, (avl__vf a, avl__vf b, avl__vf c), AVL__MM(fmadd_ps)(a, b, c))
+AVL__DEFINE(avl__vf, max, (avl__vf a, avl__vf b), AVL__MM(max_ps)(a, b))
+AVL__DEFINE(avl__vf, min, (avl__vf a, avl__vf b), AVL__MM(min_ps)(a, b))
+AVL__DEFINE(avl__vu, zip_low32, (avl__vu a, avl__vu b), AVL__MM(unpacklo_epi32)((AVL__INT)a, (AVL__INT)b))
+AVL__DEFINE(avl__vu, zip_high32, (avl__vu a, avl__vu b), AVL__MM(unpackhi_epi32)((AVL__INT)a, (AVL__INT)b))
+AVL__DEFINE(avl__vu, zip_low64, (avl__vu a, avl__vu b), AVL__MM(unpacklo_epi64)((AVL__INT)a, (AVL__INT)b))
+AVL__DEFINE(avl__vu, zip_high64, (avl__vu a, avl__vu b), AVL__MM(unpackhi_epi64)((AVL__INT)a, (AVL__INT)b))
+#undef AVL__MM
+#undef AVL__INT
+#endif
+
+#if AVL__W < 16
+AVL__INLINE avl__vf AVL_(scale_2)(avl__vf x, avl__vf n) {     // in two steps, so that x 2^n may be denormal or infinite
+    const avl__vi whole = __builtin_convertvector(AVL_(min)(n, AVL_(splat)(160.0f)), avl__vi), half = whole >> 1;
+    return x * (avl__vf)((half + 127) << 23) * (avl__vf)((whole - half + 127) << 23);
+}
+AVL__DEFINE(avl__vu, round_bf16, (avl__vf v), (avl__vu)v + 0x7FFF + ((avl__vu)v >> 16 & 1))
+AVL__DEFINE(avl__vu, pair_bf16, (avl__vf low, avl__vf high),
+            AVL_(round_bf16)(low) >> 16 | (AVL_(round_bf16)(high) & 0xFFFF0000u))
+#endif
+
+#define AVL__SIGNED_Q8 (AVL__W == 4 || !AVL__WIDE)       // VNNI wants unsigned weights
+
+AVL__DEFINE(avl__vi, to_int, (avl__vf v), __builtin_convertvector(AVL_(round)(v), avl__vi))
+AVL__DEFINE(avl__vf, abs, (avl__vf v), (avl__vu)v & 0x7FFFFFFFu)
+
+AVL__INLINE avl__vi AVL_(dot_words)(int kind, avl__vi acc, avl__vu w, avl__vu a) {
+#if AVL__SIGNED_Q8
+    if (kind == AVL__AS_SIGNED) return AVL_(dot_signed)(acc, w, a);
+#endif
+#if AVL__W > 4
+    if (kind == AVL__AS_PAIRS) return AVL_(dot_pairs)(acc, w, a);
+#endif
+    return AVL_(dot_bytes)(acc, w, a);
+}
+
+AVL__INLINE avl__vf AVL_(dot_floats)(int kind, avl__vf acc, avl__vu w, avl__vu a) {
+#if AVL__W == 16
+    if (kind == AVL__AS_BF16) return AVL_(dot_bf16)(acc, w, a);
+#endif
+    (void)kind;
+    return AVL_(fma)((avl__vf)w, (avl__vf)a, acc);
+}
+
+// Transposes the 16 bytes from byte `at` on of AVL__W rows: w[i] is word i of every row.
+AVL__INLINE void AVL_(transpose)(const uint8_t *const *row, size_t at, avl__vu *w) {
+    const avl__vu v0 = AVL_(load_16)(row, at), v1 = AVL_(load_16)(row + 1, at);
+    const avl__vu v2 = AVL_(load_16)(row + 2, at), v3 = AVL_(load_16)(row + 3, at);
+    const avl__vu low01 = AVL_(zip_low32)(v0, v1), low23 = AVL_(zip_low32)(v2, v3);
+    const avl__vu high01 = AVL_(zip_high32)(v0, v1), high23 = AVL_(zip_high32)(v2, v3);
+    w[0] = AVL_(zip_low64)(low01, low23);
+    w[1] = AVL_(zip_high64)(low01, low23);
+    w[2] = AVL_(zip_low64)(high01, high23);
+    w[3] = AVL_(zip_high64)(high01, high23);
+}
+
+// ---- unpacking weights ---------------------------------------------------------------------------------------------
+
+AVL__INLINE int AVL_(kind_of)(int type) {
+    return type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8 ? AVL__AS_SIGNED : AVL__AS_BYTES;
+}
+
+// How many words' products add up in int16; 0: they add up in int32
+AVL__INLINE int AVL_(run_of)(int type) { return AVL__WIDE ? 0 : avl__block_form_of(type).run; }
+
+// Where the blocks of a register of weight rows go: into a pack of two such registers (is_dot = 0), or, without being
+// stored, into dot products with one row of activations (is_dot = 1).
+typedef struct AVL_(blocks) {
+    avl__vu      *u;             // [blocks][words][2]
+    avl__vf      *d, *minus_m;   // [blocks][n_parts][2]
+    const int8_t *q;             // the row of activations: [blocks][8 words][4]
+    const float  *e, *e_sum;     // its scales and sums: [blocks], [blocks][n_parts]
+    avl__vi      *acc;           // [blocks][n_parts]
+    avl__vf      *sum;           // of all blocks
+} AVL_(blocks);
+
+// Adds block j's share to the sums of the rows.
+AVL__INLINE void AVL_(add_block)(int type, AVL_(blocks) to, int j) {
+    const avl__block_form f = avl__block_form_of(type);
+    int part;
+    AVL__EACH(part, f.n_parts) {
+        const int i = f.n_parts * j + part;
+        *to.sum = AVL_(fma)(AVL_(to_float)(to.acc[i]), to.d[2 * i] * to.e[j], *to.sum);
+        if (f.has_min) *to.sum = AVL_(fma)(-to.minus_m[2 * i], AVL_(splat)(to.e_sum[i]), *to.sum);
+    }
+}
+
+// n words of block j, from word `first` on, all of one part
+AVL__INLINE void AVL_(put_words)(int is_dot, int type, AVL_(blocks) to, int j, int first, int n, const avl__vu *w) {
+    const int n_parts = avl__block_form_of(type).n_parts, kind = AVL_(kind_of)(type), run = AVL_(run_of)(type);
+    const int part = n_parts * j + (n_parts == 2 ? first / 4 : 0), at = 8 * j + first;
+    avl__vi acc = {0}, partial = acc;
+    int i;
+    if (is_dot) acc = to.acc[part];
+    AVL__EACH(i, n) {
+        if (!is_dot)   to.u[2 * (at + i)] = w[i];
+        else if (!run) acc = AVL_(dot_words)(kind, acc, w[i], AVL_(splat_word)(to.q + 4 * (at + i)));
+        else           partial = AVL_(dot_bytes)(partial, w[i], AVL_(splat_word)(to.q + 4 * (at + i)));
+        if (is_dot && run && ((i + 1) % run == 0 || i + 1 == n)) {
+            acc += AVL_(widen)(partial);
+            partial = AVL_(splat_int)(0);
+        }
+    }
+    if (is_dot) to.acc[part] = acc;
+}
+
+// The word at byte `at`, an even one, of transposed words
+AVL__INLINE avl__vu AVL_(word)(const avl__vu *t, int at) {
+    return at % 4 ? AVL_(middle)(t[at / 4], t[at / 4 + 1]) : t[at / 4];
+}
+
+// Blocks first..last-1 of eight, of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0: eight of them are a multiple of 16 bytes. Meanwhile
+// n_next bytes from `next` on are prefetched.
+AVL__INLINE void AVL_(unpack_simple)(int is_dot, int type, const uint8_t *const *row, size_t at, int first, int last,
+                                     const char *next, size_t n_next, AVL_(blocks) to) {
+    const avl__block_form f = avl__block_form_of(type);
+    const int size = (int)f.bytes / 8, is_8_bits = type == ASTROVL_TYPE_Q8_0;
+    const int has_5_bits = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
+    const size_t step = n_next / ((size_t)size / 2);
+    avl__vu t[69], w[8];
+    int i, j;
+    __asm__("" : "=m"(t));                                    // or gcc warns of words that are skipped
+    for (i = first * size / 16; i < size / 2; i++) {
+        avl__prefetch_bytes(next + step * (size_t)i, step);
+        AVL_(transpose)(row, at + 16 * (size_t)i, t + 4 * i);
+    }
+    AVL__EACH(j, 8) {
+        const avl__vu scales = AVL_(word)(t, size * j);
+        const avl__vu fifth = AVL_(word)(t, size * (j + 1) - (has_5_bits ? 20 : 4));
+        if (j < first || j >= last) continue;
+        to.d[2 * j] = AVL_(half)(scales);
+        if (f.has_min) to.minus_m[2 * j] = -AVL_(half)(scales >> 16);
+        AVL__EACH(i, 8) {
+            w[i] = AVL_(word)(t, size * (j + 1) - (is_8_bits ? 32 - 4 * i : 16 - i % 4 * 4));
+            if (is_8_bits && !AVL__SIGNED_Q8) w[i] ^= 0x80808080u;                       // q + 128
+            if (!is_8_bits) w[i] = (i < 4 ? w[i] : w[i] >> 4) & 0x0F0F0F0Fu;
+            if (has_5_bits) w[i] |= (fifth >> 4 * i & 15) * 0x02040810u & 0x10101010u;    // a bit to each byte
+        }
+        AVL_(put_words)(is_dot, type, to, j, 0, 8, w);
+        if (is_dot) AVL_(add_block)(type, to, j);
+    }
+}
+
+// The d and -m of a super-block: d and m of the whole times small integers, bytes of transposed words
+AVL__INLINE void AVL_(unpack_super_scales)(int type, const uint8_t *const *row, size_t at, AVL_(blocks) to) {
+    const avl__block_form f = avl__block_form_of(type);
+    avl__vu w[4], last[4], scales[4], mins[4], halves;
+    avl__vf d, m;
+    int i, is_signed = 0;
+    switch (type) {
+    case ASTROVL_TYPE_Q2_K:
+        AVL_(transpose)(row, at, w);
+        AVL_(transpose)(row, at + 68, last);
+        halves = last[3];
+        AVL__EACH(i, 4) {
+            scales[i] = w[i] & 0x0F0F0F0Fu;
+            mins[i] = w[i] >> 4 & 0x0F0F0F0Fu;
+        }
+        break;
+    case ASTROVL_TYPE_Q3_K:                                   // 12 bytes from 96 on, then d, then the super-block ends
+        AVL_(transpose)(row, at + 94, w);
+        AVL__EACH(i, 3) w[i] = AVL_(middle)(w[i], w[i + 1]);
+        halves = w[3] >> 16;
+        AVL__EACH(i, 4) {
+            scales[i] = (w[i % 2] >> i / 2 * 4 & 0x0F0F0F0Fu) | (w[2] >> 2 * i & 0x03030303u) << 4;
+            scales[i] = ((scales[i] | 0x80808080u) - 0x20202020u) ^ 0x80808080u;      // - 32 in each byte
+        }
+        is_signed = 1;
+        break;
+    case ASTROVL_TYPE_Q6_K:
+        AVL_(transpose)(row, at + 192, scales);
+        AVL_(transpose)(row, at + 194, last);
+        halves = last[3] >> 16;
+        is_signed = 1;
+        break;
+    default:                                                  // Q4_K and Q5_K
+        AVL_(transpose)(row, at, w);
+        halves = w[0];
+        scales[0] = w[1] & 0x3F3F3F3Fu;
+        scales[1] = (w[3] & 0x0F0F0F0Fu) | (w[1] >> 2 & 0x30303030u);
+        mins[0] = w[2] & 0x3F3F3F3Fu;
+        mins[1] = (w[3] >> 4 & 0x0F0F0F0Fu) | (w[2] >> 2 & 0x30303030u);
+        break;
+    }
+    d = AVL_(half)(halves);
+    m = AVL_(half)(halves >> 16);
+    AVL__EACH(i, 8 * f.n_parts) {
+        const avl__vu scale = scales[i / 4] << (24 - i % 4 * 8);
+        to.d[2 * i] = d * AVL_(to_float)(is_signed ? (avl__vi)scale >> 24 : (avl__vi)(scale >> 24));
+        if (f.has_min) to.minus_m[2 * i] = m * AVL_(to_float)((avl__vi)(mins[i / 4] >> i % 4 * 8 & 255));
+    }
+}
+
+// A super-block of a K-quant (layouts: section [3]). Its blocks share bytes: words w of low bits and x of those above.
+AVL__INLINE void AVL_(unpack_super)(int is_dot, int type, const uint8_t *const *row, size_t at, const char *next,
+                                    size_t n_next, AVL_(blocks) to) {
+    const int n_shared = type == ASTROVL_TYPE_Q2_K || type == ASTROVL_TYPE_Q3_K ? 4 : 2;      // blocks in a byte
+    const uint32_t mask = n_shared == 4 ? 0x03030303u : 0x0F0F0F0Fu;
+    const int is_5_bits = type == ASTROVL_TYPE_Q5_K;
+    const size_t low_bits = type == ASTROVL_TYPE_Q6_K ? 0 : type == ASTROVL_TYPE_Q3_K ? 32 : is_5_bits ? 48 : 16;
+    const size_t step = n_next * (size_t)n_shared / 16;
+    avl__vu w[4], x[4], u[4];
+    int h, i, k, n;
+    AVL_(unpack_super_scales)(type, row, at, to);
+    for (h = 0; h < 2; h++, at += 16)                         // the first and the last 16 columns of each block
+        AVL__EACH(n, 8 / n_shared) {
+            avl__prefetch_bytes(next, step);
+            next += step;
+            AVL_(transpose)(row, at + low_bits + 32 * (size_t)n, w);
+            if (type == ASTROVL_TYPE_Q3_K && n == 0) AVL_(transpose)(row, at, x);
+            if (is_5_bits && n == 0) AVL_(transpose)(row, at + 16, x);
+            if (type == ASTROVL_TYPE_Q6_K && n % 2 == 0) AVL_(transpose)(row, at + 128 + 16 * (size_t)n, x);
+            AVL__EACH(k, n_shared) {
+                const int j = type == ASTROVL_TYPE_Q6_K ? n / 2 * 4 + n % 2 + 2 * k : n * n_shared + k;
+                AVL__EACH(i, 4) {
+                    u[i] = w[i] >> 8 / n_shared * k & mask;
+                    if (type == ASTROVL_TYPE_Q3_K) u[i] |= (x[i] >> j & 0x01010101u) << 2;
+                    if (is_5_bits) u[i] |= (x[i] >> j & 0x01010101u) << 4;
+                    if (type == ASTROVL_TYPE_Q6_K) u[i] |= (x[i] >> j % 4 * 2 & 0x03030303u) << 4;
+                }
+                AVL_(put_words)(is_dot, type, to, j, 4 * h, 4, u);
+            }
+        }
+}
+
+// 32 columns of a float type
+AVL__INLINE void AVL_(unpack_floats)(int type, int kind, const uint8_t *const *row, size_t at, avl__vu *u, avl__vf *d) {
+    avl__vf x[32], max = {0}, inverse;
+    avl__vu w[4];
+    int i, k;
+    for (k = 0; k < (type == ASTROVL_TYPE_F32 ? 8 : 4); k++) {
+        AVL_(transpose)(row, at + 16 * (size_t)k, w);
+        AVL__EACH(i, 4)
+            if (type == ASTROVL_TYPE_F32) x[4 * k + i] = (avl__vf)w[i];
+            else if (type == ASTROVL_TYPE_F16) {
+                x[8 * k + 2 * i] = AVL_(half)(w[i]);
+                x[8 * k + 2 * i + 1] = AVL_(half)(w[i] >> 16);
+            } else {
+                x[8 * k + 2 * i] = (avl__vf)(w[i] << 16);
+                x[8 * k + 2 * i + 1] = (avl__vf)(w[i] & 0xFFFF0000u);
+            }
+    }
+    if (kind == AVL__AS_F32)
+        for (i = 0; i < 32; i++) u[2 * i] = (avl__vu)x[i];
+    else if (kind == AVL__AS_BF16)
+        for (i = 0; i < 16; i++) u[2 * i] = AVL_(pair_bf16)(x[2 * i], x[2 * i + 1]);
+    else {
+        for (i = 0; i < 32; i++) max = AVL_(max)(max, AVL_(abs)(x[i]));
+        *d = max * (1.0f / 8191.0f);
+        inverse = (avl__vf)((avl__vi)(8191.0f / max) & (avl__vi)(max > 1e-30f));
+        for (i = 0; i < 16; i++) {
+            const avl__vi low = AVL_(to_int)(x[2 * i] * inverse), high = AVL_(to_int)(x[2 * i + 1] * inverse);
+            u[2 * i] = (avl__vu)((low & 0xFFFF) | high << 16);
+        }
+    }
+}
+
+// Copies n bytes of each row, from byte `at` on, and zeros behind them.
+AVL__INLINE void AVL_(pad_rows)(const uint8_t *const *row, size_t at, size_t n, uint8_t (*padded)[8 * 34],
+                                const uint8_t **copy) {
+    int r;
+    for (r = 0; r < AVL__W; r++) {
+        memset(padded[r], 0, sizeof padded[r]);
+        memcpy(padded[r], row[r] + at, n);
+        copy[r] = padded[r];
+    }
+}
+
+// Blocks b + first to b + 7 of a register of weight rows, as many as n_in columns have. Nothing beyond a row's end is
+// read: the last eight blocks overlap those before (avl__group_begin), and what is shorter is copied.
+AVL__INLINE void AVL_(unpack)(int is_dot, int type, int kind, const uint8_t *const *row, int b, int first, int n_in,
+                              const char *next, size_t n_next, AVL_(blocks) to) {
+    const size_t size = avl__block_form_of(type).bytes / 8, value = type == ASTROVL_TYPE_F32 ? 4 : 2;
+    uint8_t padded[AVL__W][8 * 34];
+    const uint8_t *copy[AVL__W];
+    int j;
+    if (avl__is_k_quant(type)) {
+        AVL_(unpack_super)(is_dot, type, row, (size_t)(b / 8) * avl__block_form_of(type).bytes, next, n_next, to);
+    } else if (!avl__is_float_type(type)) {
+        if (n_in < 256) {
+            AVL_(pad_rows)(row, 0, size * (size_t)(n_in / 32), padded, copy);
+            row = copy;
+        }
+        AVL_(unpack_simple)(is_dot, type, row, size * (size_t)b, first, n_in / 32 - b, next, n_next, to);
+    } else {
+        for (j = first; j < 8 && 32 * (b + j) < n_in; j++) {
+            const size_t at = size * (size_t)(b + j), left = (size_t)(n_in - 32 * (b + j));
+            avl__vu *u = to.u + 2 * avl__words_of(kind) * j;
+            if (left < 32) AVL_(pad_rows)(row, at, value * left, padded, copy);
+            AVL_(unpack_floats)(type, kind, left < 32 ? copy : row, left < 32 ? 0 : at, u, to.d + 2 * j);
+        }
+    }
+}
+
+// AVL__W weight rows times one row of activations: the operations of a tile in its order.
+AVL__INLINE avl__vf AVL_(dot_rows_of)(int type, const uint8_t *const *row, int n_in, const avl__quants *x,
+                                      const char *next) {
+    const avl__block_form f = avl__block_form_of(type);
+    const int has_bias = f.offset && AVL_(kind_of)(type) == AVL__AS_BYTES;
+    avl__vf d[32], minus_m[32], sum = {0};
+    avl__vi acc[16];
+    AVL_(blocks) to = {NULL, d, minus_m, NULL, NULL, NULL, acc, &sum};
+    int done, i, j;
+    for (done = 0; done < x->n_blocks; done += 8) {
+        const int b = avl__group_begin(done, x->n_blocks), first = done - b;
+        const int32_t *bias = x->bias + f.n_parts * b;
+        to.q = x->q + 32 * (size_t)b;
+        to.e = x->scale + b;
+        to.e_sum = x->sum + f.n_parts * b;
+        AVL__EACH(i, 8 * f.n_parts) acc[i] = AVL_(splat_int)(has_bias ? bias[i] : 0);
+        AVL_(unpack)(1, type, AVL__AS_BYTES, row, b, first, n_in, next, AVL__W * f.bytes, to);
+        next += AVL__W * f.bytes;
+        if (avl__is_k_quant(type))
+            AVL__EACH(j, 8) AVL_(add_block)(type, to, j);
+    }
+    return sum;
+}
+
+// A function for each type: compilers take long over one that holds them all.
+#define AVL__UNPACK(name, type, ...) \
+    AVL__APART void AVL_(unpack_##name)(int kind, const uint8_t *const *row, int b, int first, int n_in, \
+                                        const char *next, size_t n_next, AVL_(blocks) to) { \
+        AVL_(unpack)(0, type, kind, row, b, first, n_in, next, n_next, to); \
+    }
+#define AVL__DOT(name, type, ...) \
+    AVL__APART void AVL_(dot_##name)(const uint8_t *const *row, int n_in, const avl__quants *x, const char *next, \
+                                     avl__vf *sum) { \
+        *sum = AVL_(dot_rows_of)(type, row, n_in, x, next); \
+    }
+#define AVL__UNPACK_CASE(name, type, ...) \
+    case type: AVL_(unpack_##name)(kind, row, b, first, n_in, next, n_next, to); break;
+#define AVL__DOT_CASE(name, type, ...) case type: AVL_(dot_##name)(row, n_in, x, next, sum); break;
+
+AVL__BLOCK_TYPES(AVL__UNPACK)
+AVL__FLOAT_TYPES(AVL__UNPACK)
+AVL__BLOCK_TYPES(AVL__DOT)
+
+static void AVL_(unpack_any)(int type, int kind, const uint8_t *const *row, int b, int first, int n_in,
+                             const char *next, size_t n_next, AVL_(blocks) to) {
+    switch (type) {
+    AVL__BLOCK_TYPES(AVL__UNPACK_CASE)
+    AVL__FLOAT_TYPES(AVL__UNPACK_CASE)
+    default: break;
+    }
+}
+
+static void AVL_(dot_rows)(int type, const uint8_t *const *row, int n_in, const avl__quants *x, const char *next,
+                           avl__vf *sum) {
+    switch (type) {
+    AVL__BLOCK_TYPES(AVL__DOT_CASE)
+    default: break;
+    }
+}
+
+// ---- rounding activations ------------------------------------------------------------------------------------------
+
+// 32 integers to int16, to int8
+AVL__INLINE void AVL_(narrow_16)(const avl__vi *q, void *to) {
+    typedef int16_t shorts __attribute__((vector_size(2 * AVL__W)));
+    int i;
+    for (i = 0; i < 32 / AVL__W; i++) {
+        const shorts low = __builtin_convertvector(q[i], shorts);
+        memcpy((int16_t *)to + AVL__W * i, &low, sizeof low);
+    }
+}
+#if AVL__W == 8
+AVL__INLINE void AVL_(narrow_8)(const avl__vi *q, void *to) {           // gcc converts these one by one
+    const __m256i low = _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]);
+    const __m256i high = _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+#else
+AVL__INLINE void AVL_(narrow_8)(const avl__vi *q, void *to) {
+    typedef int8_t bytes __attribute__((vector_size(AVL__W)));
+    int i;
+    for (i = 0; i < 32 / AVL__W; i++) {
+        const bytes low = __builtin_convertvector(q[i], bytes);
+        memcpy((int8_t *)to + AVL__W * i, &low, sizeof low);
+    }
+}
+#endif
+
+// Block b of row r: x = e q with q of 8 or 16 bits, or bfloat16, or float32
+AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, int b) {
+    enum { N = 32 / AVL__W };
+    const avl__block_form f = avl__block_form_of(p->w->type);
+    const avl__quants *to = &p->quants;
+    const float *from = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
+    const float limit = kind == AVL__AS_PAIRS ? 8191.0f : 127.0f;
+    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
+    avl__vf x[N], max = {0}, sums[2] = {{0}, {0}};
+    avl__vi q[N];
+    float top, e, sum;
+    uint32_t words[16];
+    int i;
+    for (i = 0; i < N; i++) {
+        x[i] = AVL_(load_some)(from + AVL__W * i, p->w->n_in - 32 * b - AVL__W * i);
+        max = AVL_(max)(max, AVL_(abs)(x[i]));
+    }
+    if (kind == AVL__AS_F32) {
+        avl__store_words(to, r, b, x, 32);
+        return;
+    }
+#if AVL__W == 16
+    if (kind == AVL__AS_BF16) {
+        const avl__vu pairs = AVL_(to_bf16)(x[0], x[1]);
+        avl__store_words(to, r, b, &pairs, 16);
+        return;
+    }
+#endif
+    top = AVL_(max_lanes)(max);
+    e = top / limit;
+    to->scale[block * to->group + place] = e;
+    for (i = 0; i < N; i++) {
+        q[i] = AVL_(to_int)(x[i] * (top > 1e-30f ? limit / top : 0.0f));
+        sums[2 * i / N] += AVL_(to_float)(q[i]);
+    }
+    if (kind == AVL__AS_PAIRS) {
+        AVL_(narrow_16)(q, words);
+        avl__store_words(to, r, b, words, 16);
+        return;
+    }
+    AVL_(narrow_8)(q, words);
+    avl__store_words(to, r, b, words, 8);
+    if (f.n_parts == 1) sums[0] += sums[1];
+    for (i = 0; i < f.n_parts; i++) {
+        const size_t at = (block * f.n_parts + (size_t)i) * to->group + place;
+        sum = AVL_(add_lanes)(sums[i]);
+        to->bias[at] = -f.offset * (int)sum;
+        to->sum[at] = e * sum;
+    }
+}
+
+static void AVL_(quantize)(const avl__product *p, int first, int n_rows, int begin, int end) {
+    const int kind = avl__is_float_type(p->w->type) ? p->quants.float_kind : AVL__AS_BYTES;
+    int r, b;
+    for (b = begin; b < end; b++)
+        for (r = first; r < first + n_rows; r++)
+            if (kind == AVL__AS_BYTES)      AVL_(quantize_block)(AVL__AS_BYTES, p, r, b);
+            else if (kind == AVL__AS_PAIRS) AVL_(quantize_block)(AVL__AS_PAIRS, p, r, b);
+            else if (AVL__W == 16)          AVL_(quantize_block)(AVL__AS_BF16, p, r, b);
+            else                            AVL_(quantize_block)(AVL__AS_F32, p, r, b);
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+// A tile: a group of rows of activations times two registers of weight rows, over some blocks
+typedef struct AVL_(tile) {
+    const avl__quants *x;
+    size_t             at;         // in x: blocks before the group's first one here, times its rows
+    AVL_(blocks)       pack;
+    int                n_blocks;
+    const char        *next;       // prefetched meanwhile, `step` bytes for each block
+    size_t             step;
+} AVL_(tile);
+
+// The micro-kernel for integers: n rows, and blocks of the form of `type`. Each block (or half) is summed up in int32,
+// where it fits at first in int16 (partial), then scaled and added to the float accumulators.
+AVL__INLINE void AVL_(tile_integers)(int type, int n, const AVL_(tile) *t, avl__vf (*acc)[2]) {
+    const avl__block_form f = avl__block_form_of(type);
+    const int kind = avl__is_float_type(type) ? AVL__AS_PAIRS : AVL_(kind_of)(type), n_parts = f.n_parts;
+    const int n_words = avl__words_of(kind) / n_parts, run = AVL_(run_of)(type);
+    const int n_run = run && run < n_words ? run : n_words;
+    const int8_t *q = t->x->q + 4 * (size_t)(n_words * n_parts) * t->at;
+    const float *scale = t->x->scale + t->at, *sum = t->x->sum + t->at * n_parts;
+    const int32_t *bias = t->x->bias + t->at * n_parts;
+    const avl__vu *u = t->pack.u;
+    const avl__vf *d = t->pack.d, *minus_m = t->pack.minus_m;
+    int b, part, i, r, c;
+    for (b = 0; b < t->n_blocks; b++) {
+        avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
+        AVL__EACH(part, n_parts) {
+            avl__vi sum32[AVL__TILE][2], partial[AVL__TILE][2];
+            AVL__EACH(i, n_words) {
+                const avl__vu w[2] = {u[2 * i], u[2 * i + 1]};         // or gcc loads them for each row
+                AVL__EACH(r, n)
+                    if (i % n_run == 0)
+                        partial[r][0] = partial[r][1] = AVL_(splat_int)(kind == AVL__AS_BYTES && !run ? bias[r] : 0);
+                AVL__EACH(r, n) {
+                    const avl__vu a = AVL_(splat_word)(q + 4 * (n * i + r));
+                    AVL__EACH(c, 2) partial[r][c] = AVL_(dot_words)(kind, partial[r][c], w[c], a);
+                }
+                if ((i + 1) % n_run) continue;
+                AVL__EACH(r, n)
+                    AVL__EACH(c, 2) {
+                        if (run && i < n_run) sum32[r][c] = AVL_(splat_int)(bias[r]);
+                        if (run) sum32[r][c] += AVL_(widen)(partial[r][c]);
+                        else     sum32[r][c] = partial[r][c];
+                    }
+            }
+            AVL__EACH(c, 2)
+                AVL__EACH(r, n) {
+                    acc[r][c] = AVL_(fma)(AVL_(to_float)(sum32[r][c]), d[c] * scale[r], acc[r][c]);
+                    if (f.has_min) acc[r][c] = AVL_(fma)(-minus_m[c], AVL_(splat)(sum[r]), acc[r][c]);
+                }
+            u += 2 * n_words;
+            q += 4 * n * n_words;
+            d += 2;
+            minus_m += 2;
+            bias += n;
+            sum += n;
+        }
+        scale += n;
+    }
+}
+
+// The micro-kernel for bfloat16 and float32
+AVL__INLINE void AVL_(tile_floats)(int kind, int n, const AVL_(tile) *t, avl__vf (*acc)[2]) {
+    const int n_words = avl__words_of(kind);
+    const int8_t *q = t->x->q + 4 * (size_t)n_words * t->at;
+    const avl__vu *u = t->pack.u;
+    int b, i, r, c;
+    for (b = 0; b < t->n_blocks; b++) {
+        avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
+        for (i = 0; i < n_words; i++, u += 2, q += 4 * n) {
+            const avl__vu w[2] = {u[0], u[1]};
+            AVL__EACH(r, n) {
+                const avl__vu a = AVL_(splat_word)(q + 4 * r);
+                AVL__EACH(c, 2) acc[r][c] = AVL_(dot_floats)(kind, acc[r][c], w[c], a);
+            }
+        }
+    }
+}
+
+// A tile of n rows; accumulators are copied into registers for it.
+AVL__INLINE void AVL_(tile_rows)(int n, int type, const AVL_(tile) *t, avl__vf (*sum)[2]) {
+    const avl__block_form f = avl__block_form_of(type);
+    avl__vf acc[AVL__MAX_TILE][2];
+    int r;
+    AVL__EACH(r, n) {
+        acc[r][0] = sum[r][0];
+        acc[r][1] = sum[r][1];
+    }
+    if (n > AVL__TILE || (AVL__W != 8 && avl__is_float_type(type) && t->x->float_kind != AVL__AS_PAIRS))
+        AVL_(tile_floats)(AVL__W == 16 ? AVL__AS_BF16 : AVL__AS_F32, n, t, acc);
+    else if (AVL__W > 4 && avl__is_float_type(type)) AVL_(tile_integers)(ASTROVL_TYPE_F16, n, t, acc);
+    else if (type == ASTROVL_TYPE_Q8_0)              AVL_(tile_integers)(ASTROVL_TYPE_Q8_0, n, t, acc);
+    else if (type == ASTROVL_TYPE_Q2_K)              AVL_(tile_integers)(ASTROVL_TYPE_Q2_K, n, t, acc);
+    else if (f.n_parts == 2)                         AVL_(tile_integers)(ASTROVL_TYPE_Q6_K, n, t, acc);
+    else if (!AVL__WIDE && f.run == 4 && f.has_min)  AVL_(tile_integers)(ASTROVL_TYPE_Q5_1, n, t, acc);
+    else if (!AVL__WIDE && f.run == 4)               AVL_(tile_integers)(ASTROVL_TYPE_Q5_0, n, t, acc);
+    else if (f.has_min)                              AVL_(tile_integers)(ASTROVL_TYPE_Q4_1, n, t, acc);
+    else                                             AVL_(tile_integers)(ASTROVL_TYPE_Q4_0, n, t, acc);
+    AVL__EACH(r, n) {
+        sum[r][0] = acc[r][0];
+        sum[r][1] = acc[r][1];
+    }
+}
+
+#define AVL__TILE_FUNCTION(n) \
+    AVL__APART void AVL_(tile_##n)(int type, const AVL_(tile) *t, avl__vf (*sum)[2]) { \
+        AVL_(tile_rows)(n, type, t, sum); \
+    }
+#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(type, t, sum); break;
+AVL__TILE_SIZES(AVL__TILE_FUNCTION)
+
+static void AVL_(tile_any)(int type, const AVL_(tile) *t, avl__vf (*sum)[2]) {
+    switch (t->x->group) {
+    AVL__TILE_SIZES(AVL__TILE_CASE)
+    default: break;
+    }
+}
+
+// Pointers to n weight rows from row `out` on; the last one stands in for those from `last` on.
+AVL__INLINE void AVL_(weight_rows)(const avl__linear *w, int out, int last, int n, const uint8_t **row) {
+    int r;
+    for (r = 0; r < n; r++)
+        row[r] = (const uint8_t *)w->weight + (size_t)(out + r < last ? out + r : last - 1) * w->row_bytes;
+}
+
+// Columns first..last-1 of one row
+static void AVL_(multiply_row)(const avl__product *p, int first, int last) {
+    const avl__linear *w = p->w;
+    const uint8_t *row[AVL__W];
+    avl__vf sum;
+    int out;
+    for (out = first; out < last; out += AVL__W) {
+        AVL_(weight_rows)(w, out, last, AVL__W, row);
+        AVL_(dot_rows)(w->type, row, w->n_in, &p->quants, avl__next_rows(p, first, last, out, AVL__W), &sum);
+        if (w->bias) sum += AVL_(load_some)(w->bias + out, last - out);
+        AVL_(store_some)(p->y + out, last - out, sum);
+    }
+}
+
+// Columns first..last-1. 32 weight rows are packed, whole or (p->few) eight blocks at a time; each pack meets all
+// groups of rows. Meanwhile the next 32 rows are prefetched, spread evenly over unpacking and tiles.
+static void AVL_(multiply)(const avl__product *p, int first, int last, float *scratch) {
+    enum { N_REGISTERS = AVL__PACK_ROWS / AVL__W, N_PAIRS = N_REGISTERS / 2 };
+    const avl__linear *w = p->w;
+    const avl__quants *x = &p->quants;
+    const avl__block_form f = avl__block_form_of(w->type);
+    const int kind = avl__is_float_type(w->type) ? x->float_kind : AVL__AS_BYTES;
+    const int n_parts = f.n_parts, n_words = avl__words_of(kind);
+    const int slice = p->few || x->n_blocks < 8 ? 8 : x->n_blocks;                  // blocks of a pack
+    const size_t u_size = 2 * (size_t)(slice * n_words), d_size = 2 * (size_t)(slice * n_parts);
+    const size_t pack_bytes = AVL__PACK_ROWS * (p->few ? f.bytes : w->row_bytes);
+    const size_t n_fill = p->few ? pack_bytes / N_REGISTERS / (1 + (size_t)p->n_rows / 2) : 0;    // by one unpacking
+    const uint8_t *row[AVL__PACK_ROWS];
+    AVL_(blocks) pack[N_PAIRS];
+    avl__vf sums[2][N_PAIRS][AVL__MAX_TILE][2];               // of a group, or of the two that few rows make
+    int out, b, j, r, c, g, i;
+    if (p->few && x->group == 1) {
+        AVL_(multiply_row)(p, first, last);
+        return;
+    }
+    memset(pack, 0, sizeof pack);
+    for (c = 0; c < N_PAIRS; c++) {
+        pack[c].u = (avl__vu *)(void *)scratch + u_size * (size_t)c;
+        pack[c].d = (avl__vf *)(void *)scratch + u_size * N_PAIRS + d_size * (size_t)c;
+        pack[c].minus_m = pack[c].d + d_size * N_PAIRS;
+    }
+    for (out = first; out < last; out += AVL__PACK_ROWS) {
+        const int n_columns = last - out < AVL__PACK_ROWS ? last - out : AVL__PACK_ROWS;
+        const char *next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
+        AVL_(weight_rows)(w, out, last, AVL__PACK_ROWS, row);
+        for (b = 0; b < x->n_blocks; b += slice) {
+            const int n_slice = x->n_blocks - b < slice ? x->n_blocks - b : slice;
+            const size_t n_steps = (size_t)(x->n_groups * N_PAIRS * n_slice);
+            const int skip = p->few ? b - avl__group_begin(b, x->n_blocks) : 0;      // blocks in front, packed before
+            AVL_(tile) t;
+            for (j = b; j < b + n_slice; j += 8)
+                for (i = 0; i < N_REGISTERS; i++) {
+                    const int begin = avl__group_begin(j, x->n_blocks), at = begin + skip - b;
+                    AVL_(blocks) to = pack[i / 2];
+                    to.u += 2 * n_words * at + i % 2;
+                    to.d += 2 * n_parts * at + i % 2;
+                    to.minus_m += 2 * n_parts * at + i % 2;
+                    AVL_(unpack_any)(w->type, kind, row + AVL__W * i, begin, j - begin, w->n_in, next, n_fill, to);
+                    next += n_fill;
+                }
+            t.x = x;
+            t.n_blocks = n_slice;
+            t.step = (pack_bytes - N_REGISTERS * n_fill + n_steps - 1) / n_steps;
+            for (g = 0; g < x->n_groups; g++) {
+                const int n_rows = p->n_rows - g * x->group < x->group ? p->n_rows - g * x->group : x->group;
+                float *y = p->y + (size_t)(g * x->group) * w->n_out + out;
+                avl__prefetch_sums(y, (size_t)w->n_out, n_rows, n_columns);
+                for (c = 0; c < N_PAIRS && 2 * AVL__W * c < n_columns; c++) {
+                    avl__vf (*sum)[2] = sums[p->few ? g : 0][c];
+                    if (b == 0) memset(sum, 0, (size_t)x->group * sizeof *sum);
+                    t.at = (size_t)x->group * ((size_t)x->n_blocks * (size_t)g + (size_t)b);
+                    t.pack = pack[c];
+                    t.pack.u += 2 * n_words * skip;
+                    t.pack.d += 2 * n_parts * skip;
+                    t.pack.minus_m += 2 * n_parts * skip;
+                    t.next = next;
+                    AVL_(tile_any)(w->type, &t, sum);
+                    next += t.step * (size_t)n_slice;
+                    for (i = 0; i < 2 && b + n_slice == x->n_blocks; i++) {
+                        const int at = AVL__W * (2 * c + i);
+                        avl__vf bias = {0};
+                        if (w->bias) bias = AVL_(load_some)(w->bias + out + at, n_columns - at);
+                        for (r = 0; r < n_rows; r++)
+                            AVL_(store_some)(y + (size_t)r * w->n_out + at, n_columns - at, sum[r][i] + bias);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#if AVL__WHOLE
+
+// ---- a few rows times weights of a float type ----------------------------------------------------------------------
+
+// The first n numbers of a float type, at most a register, zeros behind
+AVL__INLINE avl__vf AVL_(load_numbers)(int type, const void *p, int n) {
+    typedef uint16_t shorts __attribute__((vector_size(2 * AVL__W)));
+    shorts some = {0};
+    if (type == ASTROVL_TYPE_F32) return AVL_(load_some)((const float *)p, n);
+    if (type == ASTROVL_TYPE_F16 && n >= AVL__W) return AVL_(load_halves)(p);
+    memcpy(&some, p, n < AVL__W ? 2 * (size_t)n : sizeof some);
+    if (type == ASTROVL_TYPE_F16) return AVL_(load_halves)(&some);
+    return (avl__vf)(__builtin_convertvector(some, avl__vu) << 16);
+}
+
+// Adds the products of n columns (at most AVL__W), from column i on, of n_rows rows and m weight rows.
+AVL__INLINE void AVL_(add_columns)(int type, int n_rows, int m, const avl__linear *w, const uint8_t *row,
+                                   const float *x, int i, int n, avl__vf (*acc)[2]) {
+    const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
+    avl__vf v[2];
+    int r, o;
+    AVL__EACH(o, m) v[o] = AVL_(load_numbers)(type, row + (size_t)o * w->row_bytes + size * (size_t)i, n);
+    AVL__EACH(r, n_rows) {
+        const avl__vf a = AVL_(load_some)(x + (size_t)r * w->n_in + i, n);
+        AVL__EACH(o, m) acc[r][o] = AVL_(fma)(v[o], a, acc[r][o]);
+    }
+}
+
+// n_rows rows of activations, from row r0 on, times m weight rows, from row `out` on. Every sum is made in the same
+// order, whatever is computed beside it.
+AVL__INLINE void AVL_(linear_rows)(int type, int n_rows, int m, const avl__product *p, int r0, int out,
+                                   const char *next) {
+    const avl__linear *w = p->w;
+    const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+    const float *x = p->x + (size_t)r0 * w->n_in;
+    const size_t step = (type == ASTROVL_TYPE_F32 ? 4 : 2) * 2 * AVL__W;
+    avl__vf even[4][2], odd[4][2];
+    int i, r, o;
+    AVL__EACH(r, n_rows)
+        AVL__EACH(o, m) even[r][o] = odd[r][o] = AVL_(splat)(0.0f);
+    for (i = 0; i + 2 * AVL__W <= w->n_in; i += 2 * AVL__W) {
+        for (o = 0; next && o < m; o++)
+            avl__prefetch_bytes(next + (size_t)i / (2 * AVL__W) * step + (size_t)o * w->row_bytes, step);
+        AVL_(add_columns)(type, n_rows, m, w, row, x, i, AVL__W, even);
+        AVL_(add_columns)(type, n_rows, m, w, row, x, i + AVL__W, AVL__W, odd);
+    }
+    for (; i < w->n_in; i += AVL__W) AVL_(add_columns)(type, n_rows, m, w, row, x, i, w->n_in - i, even);
+    AVL__EACH(r, n_rows)
+        AVL__EACH(o, m)
+            p->y[(size_t)(r0 + r) * w->n_out + out + o] =
+                AVL_(add_lanes)(even[r][o] + odd[r][o]) + (w->bias ? w->bias[out + o] : 0.0f);
+}
+
+AVL__INLINE void AVL_(linear_of)(int type, const avl__product *p, int first, int last) {
+    int out, r, m;
+    for (out = first; out < last; out += m) {
+        const char *next = (const char *)p->w->weight + (size_t)out * p->w->row_bytes + AVL__AHEAD;
+        m = p->n_rows >= 4 && last - out >= 2 ? 2 : 1;
+        if (m == 2) next = avl__next_rows(p, first, last, out, 2);
+        for (r = 0; r < p->n_rows; next = NULL) {
+            const int n = m == 2 && p->n_rows - r >= 4 ? 4 : 1;
+            if (n == 4)      AVL_(linear_rows)(type, 4, 2, p, r, out, next);
+            else if (m == 2) AVL_(linear_rows)(type, 1, 2, p, r, out, next);
+            else             AVL_(linear_rows)(type, 1, 1, p, r, out, next);
+            r += n;
+        }
+    }
+}
+
+static void AVL_(linear)(const avl__product *p, int first, int last, float *scratch) {
+    (void)scratch;
+    if (p->w->type == ASTROVL_TYPE_F32)      AVL_(linear_of)(ASTROVL_TYPE_F32, p, first, last);
+    else if (p->w->type == ASTROVL_TYPE_F16) AVL_(linear_of)(ASTROVL_TYPE_F16, p, first, last);
+    else                                     AVL_(linear_of)(ASTROVL_TYPE_BF16, p, first, last);
+}
+
+// ---- vectors of floats ---------------------------------------------------------------------------------------------
+
+// The sixteen sums of exact mode, without fused multiply-adds: the same bits in every table
+static float AVL_(dot_f16)(const void *half, const float *x, int n) {
+    enum { N = AVL__LANES / AVL__W };
+    const uint8_t *h = (const uint8_t *)half;
+    avl__vf sum[N];
+    float lane[AVL__LANES];
+    int i, j;
+    memset(sum, 0, sizeof sum);
+    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES)
+        AVL__EACH(j, N) sum[j] += AVL_(load_halves)(h + 2 * (i + AVL__W * j)) * AVL_(load)(x + i + AVL__W * j);
+    memcpy(lane, sum, sizeof lane);
+    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
+    return avl__fold_lanes(lane);
+}
+
+// e^x to about 2e-7: 2^n 2^f, n the integer nearest to x / ln 2, 2^f by its Taylor series
+AVL__INLINE avl__vf AVL_(exp)(avl__vf x) {
+    static const float term[] = {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
+    const avl__vf t = AVL_(max)(x, AVL_(splat)(-104.0f)) * 1.44269504f, n = AVL_(round)(t), f = t - n;
+    avl__vf p = AVL_(splat)(1.54035304e-4f);                  // ln(2)^6 / 6!
+    int i;
+    AVL__EACH(i, 6) p = AVL_(fma)(p, f, AVL_(splat)(term[i]));
+    return AVL_(scale_2)(p, n);
+}
+
+// x / (1 + e^(-a x))
+AVL__INLINE avl__vf AVL_(sigmoid_product)(avl__vf x, float a) { return x / (1.0f + AVL_(exp)(x * -a)); }
+
+static void AVL_(quick_gelu)(float *x, int64_t n) {
+    for (; n > 0; n -= AVL__W, x += AVL__W) {
+        const int m = n < AVL__W ? (int)n : AVL__W;
+        AVL_(store_some)(x, m, AVL_(sigmoid_product)(AVL_(load_some)(x, m), 1.702f));
+    }
+}
+
+static void AVL_(silu_product)(float *x, const float *up, int64_t n) {
+    for (; n > 0; n -= AVL__W, x += AVL__W, up += AVL__W) {
+        const int m = n < AVL__W ? (int)n : AVL__W;
+        AVL_(store_some)(x, m, AVL_(sigmoid_product)(AVL_(load_some)(x, m), 1.0f) * AVL_(load_some)(up, m));
+    }
+}
+
+// x Phi(x), with 1 - Phi by formula 7.1.26 of Abramowitz and Stegun, whose error is below 1.5e-7
+static void AVL_(gelu)(float *x, int64_t n) {
+    static const float term[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
+    int i;
+    for (; n > 0; n -= AVL__W, x += AVL__W) {
+        const int m = n < AVL__W ? (int)n : AVL__W;
+        const avl__vf v = AVL_(load_some)(x, m), z = AVL_(abs)(v) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+        avl__vf p = AVL_(splat)(1.061405429f);
+        AVL__EACH(i, 4) p = AVL_(fma)(p, t, AVL_(splat)(term[i]));
+        p = p * t * AVL_(exp)(-z * z) * 0.5f;
+        AVL_(store_some)(x, m, AVL_(max)(v, AVL_(splat)(0.0f)) - AVL_(abs)(v) * p);     // x (1 - p), or x p if x < 0
+    }
+}
+
+static void AVL_(rms_norm)(float *y, const float *x, const float *weight, int n, float eps) {
+    avl__vf squares[2] = {{0}, {0}};
+    float scale;
+    int i;
+    for (i = 0; i < n; i += AVL__W) {
+        const avl__vf v = AVL_(load_some)(x + i, n - i);
+        squares[i / AVL__W % 2] = AVL_(fma)(v, v, squares[i / AVL__W % 2]);
+    }
+    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares[0] + squares[1]) / n + eps));
+    for (i = 0; i < n; i += AVL__W)
+        AVL_(store_some)(y + i, n - i, AVL_(load_some)(x + i, n - i) * scale * AVL_(load_some)(weight + i, n - i));
+}
+
+static void AVL_(layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
+    avl__vf sum = AVL_(splat)(0.0f), squares = sum;
+    float mean, scale, rest = 0.0f;
+    int i;
+    for (i = 0; i < n; i += AVL__W) sum += AVL_(load_some)(x + i, n - i);
+    mean = AVL_(add_lanes)(sum) / (float)n;
+    for (i = 0; i + AVL__W <= n; i += AVL__W) {
+        const avl__vf d = AVL_(load)(x + i) - mean;
+        squares = AVL_(fma)(d, d, squares);
+    }
+    for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
+    scale = (float)(1.0 / avl__sqrt((double)(AVL_(add_lanes)(squares) + rest) / n + eps));
+    for (i = 0; i < n; i += AVL__W) {
+        const avl__vf d = (AVL_(load_some)(x + i, n - i) - mean) * scale;
+        const avl__vf v = AVL_(fma)(d, AVL_(load_some)(weight + i, n - i), AVL_(load_some)(bias + i, n - i));
+        AVL_(store_some)(y + i, n - i, v);
+    }
+}
+
+// x = softmax(scale x)
+static void AVL_(softmax)(float *x, int n, float scale) {
+    avl__vf sum = AVL_(splat)(0.0f), max = AVL_(splat)(-FLT_MAX);
+    float top = -FLT_MAX, rest = 0.0f;
+    int i;
+    for (i = 0; i + AVL__W <= n; i += AVL__W) max = AVL_(max)(max, AVL_(load)(x + i));
+    for (; i < n; i++) top = top > x[i] ? top : x[i];
+    top = top > AVL_(max_lanes)(max) ? top : AVL_(max_lanes)(max);
+    for (i = 0; i < n; i += AVL__W) {
+        const avl__vf p = AVL_(exp)((AVL_(load_some)(x + i, n - i) - top) * scale);
+        AVL_(store_some)(x + i, n - i, p);
+        if (n - i >= AVL__W) sum += p;
+    }
+    for (i = n / AVL__W * AVL__W; i < n; i++) rest += x[i];
+    rest = 1.0f / (AVL_(add_lanes)(sum) + rest);
+    for (i = 0; i < n; i += AVL__W) AVL_(store_some)(x + i, n - i, AVL_(load_some)(x + i, n - i) * rest);
+}
+
+static void AVL_(to_halves)(uint16_t *y, const float *x, int64_t n) {
+    for (; n >= AVL__W; n -= AVL__W, x += AVL__W, y += AVL__W)
+        AVL_(store_halves)(y, AVL_(min)(AVL_(max)(AVL_(load)(x), AVL_(splat)(-65504.0f)), AVL_(splat)(65504.0f)));
+    for (; n > 0; n--, x++, y++) *y = astrovl_f32_to_f16(*x > 65504.0f ? 65504.0f : *x < -65504.0f ? -65504.0f : *x);
+}
+
+static void AVL_(from_halves)(float *y, const uint16_t *x, int n) {
+    int i = 0;
+    for (; i + AVL__W <= n; i += AVL__W) AVL_(store)(y + i, AVL_(load_halves)(x + i));
+    for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+// 32 queries at a time lie across the lanes: scores[key][32] = K q^T needs only the queries transposed, softmax runs
+// down a column, and nothing is added across a register. Then out = P V with the columns of V across the lanes. All in
+// words of float32, or of two bfloat16: of columns in K q^T, of keys in P V.
+
+// scores[n][32] of n keys [n][stride], n_words each, with two registers of queries.  queries: [n_words][32]
+AVL__INLINE void AVL_(score_keys)(int kind, int n, const float *keys, size_t stride, int n_words, const float *queries,
+                                  float scale, float *scores) {
+    avl__vf acc[8][2];
+    int j, d, c;
+    AVL__EACH(j, n) acc[j][0] = acc[j][1] = AVL_(splat)(0.0f);
+    for (d = 0; d < n_words; d++, queries += 32) {
+        const avl__vu q[2] = {AVL_(load_words)(queries), AVL_(load_words)(queries + AVL__W)};
+        AVL__EACH(j, n) {
+            const avl__vu key = AVL_(splat_word)(keys + (size_t)j * stride + (size_t)d);
+            AVL__EACH(c, 2) acc[j][c] = AVL_(dot_floats)(kind, acc[j][c], q[c], key);
+        }
+    }
+    AVL__EACH(j, n)
+        AVL__EACH(c, 2) AVL_(store)(scores + 32 * j + AVL__W * c, acc[j][c] * scale);
+}
+
+// scores[n_keys][32] to e^(score - largest), bfloat16 in pairs of keys; inverse: out, [32], 1 over each column's sum
+AVL__INLINE void AVL_(softmax_columns)(int kind, float *scores, int n_keys, float *inverse) {
+    const int n = kind == AVL__AS_BF16 ? 2 : 1;
+    int i, j, c;
+    for (c = 0; c < 32; c += AVL__W) {
+        avl__vf max = AVL_(splat)(-FLT_MAX), sum = AVL_(splat)(0.0f), p[2];
+        for (j = 0; j < n_keys; j++) max = AVL_(max)(max, AVL_(load)(scores + 32 * (size_t)j + c));
+        for (j = 0; j < n_keys; j += n) {
+            float *to = scores + 32 * (size_t)(j / n) + c;
+            AVL__EACH(i, n) {
+                p[i] = AVL_(splat)(0.0f);
+                if (i == 0 || j + i < n_keys) p[i] = AVL_(exp)(AVL_(load)(scores + 32 * (size_t)(j + i) + c) - max);
+                sum += p[i];
+            }
+            if (n == 1) AVL_(store)(to, p[0]);
+            else        AVL_(store_words)(to, AVL_(pair_bf16)(p[0], p[1]));
+        }
+        AVL_(store)(inverse + c, 1.0f / sum);
+    }
+}
+
+// Two registers of columns, n_columns of which exist, of the outputs of n queries.  values: [n_words][stride]
+AVL__INLINE void AVL_(mix_values)(int kind, int n, float *out, size_t out_stride, const float *values, size_t stride,
+                                  int n_words, int n_columns, const float *scores, const float *inverse) {
+    avl__vf acc[8][2];
+    int i, j, c;
+    AVL__EACH(i, n) acc[i][0] = acc[i][1] = AVL_(splat)(0.0f);
+    for (j = 0; j < n_words; j++, values += stride, scores += 32) {
+        avl__vf v[2];
+        AVL__EACH(c, 2) v[c] = AVL_(load_some)(values + AVL__W * c, n_columns - AVL__W * c);
+        AVL__EACH(i, n) {
+            const avl__vu p = AVL_(splat_word)(scores + i);
+            AVL__EACH(c, 2) acc[i][c] = AVL_(dot_floats)(kind, acc[i][c], (avl__vu)v[c], p);
+        }
+    }
+    AVL__EACH(i, n)
+        AVL__EACH(c, 2)
+            AVL_(store_some)(out + (size_t)i * out_stride + AVL__W * c, n_columns - AVL__W * c, acc[i][c] * inverse[i]);
+}
+
+// keys: [n_keys][key_stride], values: [n_keys, or of bfloat16 half as many][v_stride], words of `kind`;
+// scratch: [n_keys][32] and [head_dim][32]
+AVL__INLINE void AVL_(attend_as)(int kind, const avl__tile *t, const float *keys, size_t key_stride,
+                                 const float *values, size_t v_stride, float *scratch) {
+    enum { MANY = AVL__W == 16 ? 8 : AVL__TILE };              // keys, or queries, whose accumulators fit in registers
+    const float scale = (float)(1.0 / avl__sqrt((double)t->head_dim));
+    const int n_padded = kind == AVL__AS_BF16 ? (t->head_dim + 31) / 32 * 32 : t->head_dim;
+    const int n_words = kind == AVL__AS_BF16 ? n_padded / 2 : n_padded;
+    const int n_values = kind == AVL__AS_BF16 ? (t->n_keys + 1) / 2 : t->n_keys;
+    float *queries = scratch, *scores = queries + 32 * (size_t)n_padded, inverse[32];
+    int first, i, j, d, c, n;
+    for (first = 0; first < t->n; first += 32) {
+        const int n_queries = t->n - first < 32 ? t->n - first : 32;
+        for (d = 0; d < n_padded; d++)
+            for (i = 0; i < 32; i++) {
+                const size_t at = (size_t)(first + i) * t->q_stride + (size_t)d;
+                queries[32 * d + i] = d < t->head_dim && i < n_queries ? t->q[at] : 0.0f;
+            }
+        for (d = 0; d < n_words && kind == AVL__AS_BF16; d++)
+            for (c = 0; c < 32; c += AVL__W) {
+                const float *two = queries + 64 * (size_t)d + c;
+                AVL_(store_words)(queries + 32 * d + c, AVL_(pair_bf16)(AVL_(load)(two), AVL_(load)(two + 32)));
+            }
+        for (j = 0; j < t->n_keys; j += n) {
+            const float *k = keys + (size_t)j * key_stride;
+            float *s = scores + 32 * (size_t)j;
+            n = t->n_keys - j >= MANY ? MANY : 1;
+            for (c = 0; c < 32; c += 2 * AVL__W)
+                if (n == MANY) AVL_(score_keys)(kind, MANY, k, key_stride, n_words, queries + c, scale, s + c);
+                else           AVL_(score_keys)(kind, 1, k, key_stride, n_words, queries + c, scale, s + c);
+        }
+        for (j = t->n_visible + first; j < t->n_keys; j++)           // causal: key n_visible + i from query i + 1 on
+            for (i = 0; i < 32 && i <= j - t->n_visible - first; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+        AVL_(softmax_columns)(kind, scores, t->n_keys, inverse);
+        for (d = 0; d < t->head_dim; d += 2 * AVL__W)
+            for (i = 0; i < n_queries; i += n) {
+                float *out = t->out + (size_t)(first + i) * t->q_stride + d;
+                const float *v = values + d, *s = scores + i;
+                const int left = t->head_dim - d, is_whole = left >= 2 * AVL__W;
+                n = n_queries - i >= MANY ? MANY : 1;
+                if (n == MANY && is_whole)
+                    AVL_(mix_values)(kind, MANY, out, t->q_stride, v, v_stride, n_values, 2 * AVL__W, s, inverse + i);
+                else if (n == MANY)
+                    AVL_(mix_values)(kind, MANY, out, t->q_stride, v, v_stride, n_values, left, s, inverse + i);
+                else
+                    AVL_(mix_values)(kind, 1, out, t->q_stride, v, v_stride, n_values, left, s, inverse + i);
+            }
+    }
+}
+
+static void AVL_(attend)(const avl__tile *t, float *scratch) {
+    AVL_(attend_as)(AVL__AS_F32, t, t->k, t->kv_stride, t->v, t->kv_stride, scratch);
+}
+
+#if AVL__W == 16
+// In bfloat16: keys and values are rounded once for all queries, with zeros up to a multiple of 32 columns.
+// scratch: [n_keys][32 + head_dim] + [head_dim][32] floats
+static void AVL_(attend_coarsely)(const avl__tile *t, float *scratch) {
+    const int n = (t->head_dim + 31) / 32 * 32;
+    float *keys = scratch + 32 * (size_t)(t->n_keys + n), *values = keys + (size_t)t->n_keys * n / 2;
+    int j, d;
+    for (j = 0; j < t->n_keys; j++)
+        for (d = 0; d < n; d += 32) {
+            const float *k = t->k + (size_t)j * t->kv_stride + d;
+            const int left = t->head_dim - d;
+            const avl__vf low = AVL_(load_some)(k, left), high = AVL_(load_some)(k + 16, left - 16);
+            AVL_(store_words)(keys + ((size_t)j * n + d) / 2, AVL_(to_bf16)(low, high));
+        }
+    for (j = 0; j < t->n_keys; j += 2)
+        for (d = 0; d < n; d += 16) {
+            const float *v = t->v + (size_t)j * t->kv_stride + d;
+            const int left = t->head_dim - d, is_pair = j + 1 < t->n_keys;
+            const avl__vf second = AVL_(load_some)(v + (is_pair ? t->kv_stride : 0), is_pair ? left : 0);
+            AVL_(store_words)(values + (size_t)n * (j / 2) + d, AVL_(pair_bf16)(AVL_(load_some)(v, left), second));
+        }
+    AVL_(attend_as)(AVL__AS_BF16, t, keys, (size_t)n / 2, values, (size_t)n, scratch);
+}
+#endif
+
+// One query. scores[j] += q k[j] of n registers of columns; the last one has `left` columns.
+AVL__INLINE void AVL_(score_halves)(int n, int left, const float *q, const uint16_t *k, size_t stride, int n_keys,
+                                    float *scores) {
+    avl__vf of_q[8];
+    int i, j;
+    AVL__EACH(i, n) of_q[i] = AVL_(load_some)(q + AVL__W * i, i + 1 < n ? AVL__W : left);
+    for (j = 0; j < n_keys; j++, k += stride) {
+        avl__vf score = AVL_(splat)(0.0f);
+        avl__prefetch_page(k, 2 * stride);
+        AVL__EACH(i, n) {
+            const avl__vf key = AVL_(load_numbers)(ASTROVL_TYPE_F16, k + AVL__W * i, i + 1 < n ? AVL__W : left);
+            score = AVL_(fma)(of_q[i], key, score);
+        }
+        scores[j] += AVL_(add_lanes)(score);
+    }
+}
+
+// out += sum of weights[j] v[j], likewise
+AVL__INLINE void AVL_(mix_halves)(int n, int left, float *out, const uint16_t *v, size_t stride, int n_keys,
+                                  const float *weights) {
+    avl__vf acc[8];
+    int i, j;
+    AVL__EACH(i, n) acc[i] = AVL_(load_some)(out + AVL__W * i, i + 1 < n ? AVL__W : left);
+    for (j = 0; j < n_keys; j++, v += stride) {
+        avl__prefetch_page(v, 2 * stride);
+        AVL__EACH(i, n) {
+            const avl__vf value = AVL_(load_numbers)(ASTROVL_TYPE_F16, v + AVL__W * i, i + 1 < n ? AVL__W : left);
+            acc[i] = AVL_(fma)(AVL_(splat)(weights[j]), value, acc[i]);
+        }
+    }
+    AVL__EACH(i, n) AVL_(store_some)(out + AVL__W * i, i + 1 < n ? AVL__W : left, acc[i]);
+}
+
+// Blocks of 16 keys, so that those of wide heads are still in the L1 cache when their next columns are wanted
+static void AVL_(attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride,
+                             int n_keys, int head_dim, float *weights) {
+    int d, j, n;
+    memset(weights, 0, (size_t)n_keys * sizeof *weights);
+    for (j = 0; j < n_keys; j += 16)
+        for (d = 0; d < head_dim; d += AVL__W * n) {
+            const int m = n_keys - j < 16 ? n_keys - j : 16, left = head_dim - d;
+            const uint16_t *from = k + (size_t)j * stride + d;
+            n = left >= 8 * AVL__W ? 8 : left >= 4 * AVL__W ? 4 : 1;
+            if (n == 8)      AVL_(score_halves)(8, AVL__W, q + d, from, stride, m, weights + j);
+            else if (n == 4) AVL_(score_halves)(4, AVL__W, q + d, from, stride, m, weights + j);
+            else             AVL_(score_halves)(1, left < AVL__W ? left : AVL__W, q + d, from, stride, m, weights + j);
+        }
+    AVL_(softmax)(weights, n_keys, (float)(1.0 / avl__sqrt((double)head_dim)));
+    memset(out, 0, (size_t)head_dim * sizeof *out);
+    for (j = 0; j < n_keys; j += 16)
+        for (d = 0; d < head_dim; d += AVL__W * n) {
+            const int m = n_keys - j < 16 ? n_keys - j : 16, left = head_dim - d;
+            const uint16_t *from = v + (size_t)j * stride + d;
+            n = left >= 8 * AVL__W ? 8 : left >= 4 * AVL__W ? 4 : 1;
+            if (n == 8)      AVL_(mix_halves)(8, AVL__W, out + d, from, stride, m, weights + j);
+            else if (n == 4) AVL_(mix_halves)(4, AVL__W, out + d, from, stride, m, weights + j);
+            else             AVL_(mix_halves)(1, left < AVL__W ? left : AVL__W, out + d, from, stride, m, weights + j);
+        }
+}
+
+#endif   // AVL__WHOLE
+
+// ---- the tables ----------------------------------------------------------------------------------------------------
+
+#define AVL__TABLE(isa, coarsely, float_kind, float_group) \
+    static const avl__kernels AVL__JOIN(kernels, isa) = { \
+        AVL__STRING(isa), avl__dot_portable, avl__axpy_portable, AVL_BASE_(linear), AVL_BASE_(dot_f16), \
+        AVL_BASE_(rms_norm), AVL_BASE_(layer_norm), AVL_BASE_(gelu), AVL_BASE_(quick_gelu), AVL_BASE_(silu_product), \
+        AVL_(quantize), AVL_(multiply), AVL_BASE_(attend), coarsely, AVL_BASE_(attend_one), AVL_BASE_(to_halves), \
+        AVL_BASE_(from_halves), AVL__TILE, float_kind, float_group, AVL__FEW};
+
+#if AVL__W == 16
+AVL__TABLE(avx512, NULL, AVL__AS_PAIRS, AVL__TILE)
+AVL__TABLE(avx512_bf16, AVL_(attend_coarsely), AVL__AS_BF16, AVL__MAX_TILE)
+#else
+AVL__TABLE(AVL__ISA, NULL, AVL__W == 8 ? AVL__AS_PAIRS : AVL__AS_F32, AVL__TILE)
+#endif
+
+#undef AVL__ISA
+#undef AVL__BASE
+#undef AVL__W
+#undef AVL__WIDE
+#undef AVL__WHOLE
+#undef AVL__TILE
+#undef AVL__TILE_SIZES
+#undef AVL__SIGNED_Q8
+
+#endif   // AVL__ISA

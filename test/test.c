@@ -902,7 +902,7 @@ static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, 
     test_fast_blocks(type, blocks, row * (size_t)n_out, scales, (uint32_t)(100 * type + n_in));
     CHECK(astrovl_dequantize(type, blocks, expanded, (int64_t)n_in * n_out) == ASTROVL_OK, "type %d", type);
     memset(&w, 0, sizeof w);
-    w.weight = blocks, w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = n_out, w.row_bytes = row, w.is_fine = is_fine;
+    w.weight = blocks, w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = n_out, w.row_bytes = row;
     for (threads = 1; threads <= 3; threads += 2) {
         memset(&run, 0, sizeof run);
         run.kernels = kernels;
@@ -918,7 +918,7 @@ static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, 
         for (o = 0; o < n_out; o++) {
             const float *xr = x + (size_t)r * (size_t)n_in, *wo = expanded + (size_t)o * (size_t)n_in;
             double sum = bias[o], error;
-            double bound = test_fast_bound(avl__is_float_type(type), is_fine, kernels->quantize_rests != NULL, wo, xr, n_in);
+            double bound = test_fast_bound(avl__is_float_type(type), is_fine, 0, wo, xr, n_in);
             for (i = 0; i < n_in; i++) sum += (double)xr[i] * wo[i];
             error = fabs(sum - y[r * n_out + o]);
             CHECK(error <= bound + 1e-6 * fabs(sum), "%s, %s [%d, %d], %d rows, scales %d: y[%d][%d] is %g, not %g (bound %g)", kernels->name,
@@ -930,7 +930,6 @@ static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, 
 
 static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int n_out, int n_rows, int scales) {
     test_fast_shape(kernels, type, 0, n_in, n_out, n_rows, scales);
-    if (type == ASTROVL_TYPE_Q8_0) test_fast_shape(kernels, type, 1, n_in, n_out, n_rows, scales);
 }
 
 static void test_fast_products(void) {
@@ -972,7 +971,7 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
     for (r = 0; r < N_ROWS * n_in; r += 211) x[r] *= 50.0f;      // blocks that deserve second pieces, others in each row
     test_fast_blocks(type, blocks, row * N_OUT, 0, (uint32_t)type);
     memset(&w, 0, sizeof w), memset(&run, 0, sizeof run);
-    w.weight = blocks, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row, w.is_fine = type == ASTROVL_TYPE_Q8_0;
+    w.weight = blocks, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row;
     run.kernels = kernels;
     run.pool = avl__pool_new(1);
     CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_in, N_ROWS), "reserve");
@@ -1049,7 +1048,7 @@ static void test_fast_threads(void) {
             uint8_t *blocks = (uint8_t *)malloc(row * N_OUT);
             avl__linear w;
             memset(&w, 0, sizeof w);
-            w.weight = blocks, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row, w.is_fine = types[t] == ASTROVL_TYPE_Q8_0;
+            w.weight = blocks, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row;
             test_fast_blocks(types[t], blocks, row * N_OUT, 0, 5);
             for (i = 0; i < sizeof rows / sizeof *rows; i++)
                 for (n = 0; n < sizeof threads / sizeof *threads; n++) {
@@ -1082,7 +1081,7 @@ static void test_fast_neon(void) {
         memset(&w, 0, sizeof w);
         w.row_bytes = astrovl_type_row_bytes(types[t], N_IN);
         w.weight = blocks = (uint8_t *)malloc(w.row_bytes * N_OUT);
-        w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.is_fine = types[t] == ASTROVL_TYPE_Q8_0;
+        w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT;
         test_fast_blocks(types[t], blocks, w.row_bytes * N_OUT, 0, 42);
         for (k = 1; k < AVL__N_KERNELS && avl__kernels_run(k); k++) {
             avl__run run;
@@ -1200,7 +1199,7 @@ static void test_fast_ends_by(const avl__kernels *kernels, int type, int n_in, i
     test_fast_blocks(type, blocks, row * N_OUT, 0, 3);
     memcpy(copy, blocks, row * N_OUT), memset(copy + row * N_OUT, 0xFF, 100);
     memset(&w, 0, sizeof w), memset(&run, 0, sizeof run);
-    w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row, w.is_fine = type == ASTROVL_TYPE_Q8_0;
+    w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row;
     run.kernels = kernels;
     run.pool = avl__pool_new(1);
     CHECK(run.pool && avl__run_reserve(&run, 1, (uint64_t)n_in, (uint64_t)n_rows), "reserve");
@@ -1230,7 +1229,6 @@ static void test_fast_vector_ends(const avl__kernels *kernels, int n) {
     dot = kernels->dot_f16(halves, y, n), portable = avl__dot_f16_portable(halves, y, n);
     CHECK(memcmp(&dot, &portable, sizeof dot) == 0, "%s: dot_f16 of %d has other bits", kernels->name, n);
     for (i = 0; i < n; i++) bytes[i] = 0xFF;
-    CHECK(kernels->read(bytes, (size_t)n) == avl__read_portable(bytes, (size_t)n), "%s: %d bytes", kernels->name, n);
 }
 
 static void test_fast_ends(void) {
@@ -7006,8 +7004,6 @@ static void measure_peaks(void) {
         for (i = 0; i < 2; i++) {
             double peak = astrovl_measure_peak(types[i], avl__all_kernels[k]->name, 1 + i);
             CHECK(peak > 1e7 && peak < 1e14, "%s, type %d: %g", avl__all_kernels[k]->name, types[i], peak);
-            if (avl__kernels_run(k)) CHECK(avl__all_kernels[k]->peak(types[i], 20) == 2 * avl__all_kernels[k]->peak(types[i], 10) &&
-                                           avl__all_kernels[k]->peak(types[i], 10) >= 10 * 2 * AVL__LANES, "rounds add up");
         }
     CHECK(astrovl_measure_peak(ASTROVL_TYPE_Q8_0, NULL, 0) > 1e7, "the best kernels, all processors");
     CHECK(astrovl_measure_peak(ASTROVL_TYPE_Q8_0, "avx1024", 1) == 0.0, "unknown kernels");
