@@ -2257,35 +2257,16 @@ static double avl__random(uint64_t *state) {
 
 // ====================================================================================================================
 // [4] Kernels
-// The few loops in which all the time goes, behind one table of function pointers: products of activations with a weight
-// matrix in any stored format, attention, norms and activations. A kernel for a new instruction set is one more table with a
-// few short functions; the model code above knows only the table.
+// The few loops in which all the time goes, behind one table of function pointers: products of activations with a
+// weight matrix in any stored format, attention, norms and activations. Here are the structures and the portable table,
+// which exact mode uses; the tables for vector registers come last, in section [15].
 //
-// Exact mode fixes the order of every sum. A dot product of n values keeps 16 partial sums; value i goes to sum i % 16, in
-// order of i, as a rounded product then a rounded addition; then the 16 are folded 8 + 8, 4 + 4, 2 + 2, 1 + 1. Sixteen
-// because that is one AVX-512 register, two of AVX, four of SSE or NEON, or sixteen plain variables: each computes the same
-// bits.
+// Exact mode fixes the order of every sum. A dot product of n values keeps 16 partial sums; value i goes to sum i % 16,
+// in order of i, as a rounded product then a rounded addition; then the 16 are folded 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+// Sixteen because that is one AVX-512 register, two of AVX, four of SSE or NEON, or sixteen plain variables: each
+// computes the same bits.
 //
-// Fast mode multiplies small integers. Every block format says of 32 neighbouring weights
-//     w[i] = d (u[i] - offset) + m,        u[i] a byte, d and m floats of the block (or of each half of it);
-// activations are rounded, row by row, to x[i] = e q[i] with -127 <= q[i] <= 127 and one e for 32 values. Then
-//     sum over a block of w[i] x[i] = d e (sum of u[i] q[i] - offset sum of q[i]) + m e (sum of q[i]),
-// and the first sum is what processors are best at: four bytes times four bytes, added up in 32 bits, in one instruction
-// (vpdpbusd of AVX-512 VNNI and AVX-VNNI, sdot of NEON). The other two sums depend on the activations alone and are made once per row.
-//
-// One row of activations (writing an answer) is bound by reading the weights from memory, if the arithmetic keeps up: eight weight
-// rows, or sixteen, are multiplied as they stream by, and what comes next is asked for meanwhile (AVL__AHEAD, avl__next_rows). Every
-// block's sum is made whole while it is an integer, for which any order is right; so the rows' sums come to lie side by side, as in a
-// panel.
-// Many rows (an image, a prompt) are bound by arithmetic: 32 weight rows become a panel in the thread's cache, turned so that
-// one register holds the same four columns of 16 rows (of 8 with AVX2's shorter ones, of 4 with NEON's); every row of activations
-// then passes over it, six at a time. 6 x 2 registers of integer sums, 6 x 2 of float sums, 2 of weights and 1 of activations are
-// 27 of 32; a panel of 4096 columns is 160 KB, which stays in the second-level cache while 6 activation rows of 4 KB stay in the
-// first. The panel is the only copy of weights there ever is.
-// Some rows (answers written together) are between the two: weights are turned, block by block, in registers or in the first-level
-// cache, meet all rows there, and meanwhile the next ones are asked for.
-// All ways do the same float operations in the same order, so a row's bits do not depend on what is computed beside it: a caption
-// is the same alone and among others.
+// Fast mode rounds activations to small integers, 32 values at a time, and multiplies integers (algebra: section [15]).
 // ====================================================================================================================
 
 // A weight matrix in place, in its stored format:  y = x W^T + bias
@@ -2297,9 +2278,9 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
-// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [15]), x = e q for 32 values.
-// A pack of weights meets `group` rows at a time. What it reads of them together lies together, word by word: rows that lay a
-// power of two apart would evict each other from the first-level cache. For one row, group is 1.
+// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [15]), x = e q for 32 values. Weights
+// meet `group` rows at a time, whose words lie side by side: rows that lay a power of two apart would evict each other
+// from the L1 cache.
 typedef struct avl__quants {
     int8_t  *q;                // [n_groups][n_blocks][8, 16 or 32 words][group][4]
     float   *scale;            // [n_groups][n_blocks][group]                e
@@ -2316,12 +2297,12 @@ typedef struct avl__product {
     const float       *x;
     const avl__linear *w;
     int                n_rows;
-    int                few;    // 1: too few rows to be worth panels
-    int                ahead;  // columns from those that a thread is given to those that it will probably take next
+    int                few;    // 1: too few rows to be worth packing whole weight rows
+    int                ahead;  // columns from those that a thread is given to those that it will probably be given next
     avl__quants        quants; // x rounded, where `multiply` is used
 } avl__product;
 
-// Attention of one head for some neighbouring queries; rows of q and out lie q_stride floats apart, of k and v kv_stride.
+// Attention of one head for some neighboring queries. Rows of q and out lie q_stride floats apart, of k and v kv_stride.
 typedef struct avl__tile {
     float       *out;          // [n][head_dim]
     const float *q, *k, *v;    // [n][head_dim], [n_keys][head_dim] twice
@@ -2339,29 +2320,35 @@ typedef struct avl__kernels {
     float (*dot)(const float *a, const float *b, int n);
     // y[i] += a * x[i]
     void (*axpy)(float *y, float a, const float *x, int n);
-    // Columns first..last-1 of a product.  scratch: memory of this thread's own, at least [n_in] floats
+    // columns first..last-1 of a product.  scratch: this thread's memory, at least [n_in] floats
     void (*linear)(const avl__product *p, int first, int last, float *scratch);
-    // sum over i of half[i] * x[i], half: little-endian float16 at any address.  The same bits in every table
+    // sum over i of half[i] * x[i], half: little-endian float16 at any address. The same bits in every table
     float (*dot_f16)(const void *half, const float *x, int n);
-    // the operations of section [5] that the public functions describe
+    // the operations of section [5] that the public functions describe; x = silu(x) * up
     void (*rms_norm)(float *y, const float *x, const float *weight, int n_embd, float eps);
     void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
     void (*gelu)(float *x, int64_t n);
     void (*quick_gelu)(float *x, int64_t n);
-    void (*silu_product)(float *x, const float *up, int64_t n);              // x = silu(x) * up
-    // NULL in exact mode: rounds blocks begin..end-1 of rows first..first+n_rows-1 of x; columns first..last-1 of the product with x
-    // rounded; attention
+    void (*silu_product)(float *x, const float *up, int64_t n);
+
+    // The rest is NULL or 0 in the portable table.
+    // blocks begin..end-1 of rows first..first+n_rows-1 of x to p->quants
     void (*quantize)(const avl__product *p, int first, int n_rows, int begin, int end);
+    // columns first..last-1 of the product with p->quants
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
+    // attention; in bfloat16 (for any number of queries), NULL where the processor does not multiply it
     void (*attend)(const avl__tile *t, float *scratch);
-    void (*attend_coarsely)(const avl__tile *t, float *scratch);   // the same for any number of queries, in bfloat16; or NULL
-    // NULL where attend is: attention of one query [head_dim] over n_keys keys and values in float16, `stride` from one to the next
-    // (weights: out, [n_keys]), and to float16 and back (what is too large becomes the largest)
-    void (*attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys, int head_dim, float *weights);
+    void (*attend_coarsely)(const avl__tile *t, float *scratch);
+    // attention of one query [head_dim] over n_keys keys and values in float16, `stride` from one to the next.
+    // weights: out, [n_keys]
+    void (*attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride, int n_keys,
+                       int head_dim, float *weights);
+    // to float16, where what is too large becomes the largest, and back
     void (*to_halves)(uint16_t *y, const float *x, int64_t n);
     void (*from_halves)(float *y, const uint16_t *x, int n);
-    int group, float_kind, float_group;   // rows of activations of a tile, at most; how rounded floats are multiplied, and their rows
-    int n_few;                            // up to so many rows weights in blocks are not packed as a whole
+    int group;                       // rows of activations of a tile, at most
+    int float_kind, float_group;     // how weights of float types are multiplied (AVL__AS_...), and rows of their tiles
+    int n_few, few_group;            // rows that count as few, at most; rows of their tiles
 } avl__kernels;
 
 #define AVL__LANES 16
@@ -2450,7 +2437,7 @@ static double avl__peak_portable(int type, int64_t n) {
 
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, astrovl_rms_norm,
-    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 0, 1, 0};
+    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 0, 1, 0, 0};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -2788,7 +2775,7 @@ static void avl__quantize_all(avl__linear_job *job) {
 
 // Rows of activations of a tile, at most `most`, so that all groups are about as large.
 static int avl__tile_rows(int n_rows, int most) {
-    static const int sizes[] = {2, 4, 6, 12};
+    static const int sizes[] = {4, 6, 12};
     const int n_groups = (n_rows + most - 1) / most, n = (n_rows + n_groups - 1) / n_groups;
     int i = 0;
     while (sizes[i] < n) i++;
@@ -2802,7 +2789,7 @@ static avl__quants avl__quants_for(const avl__run *run, const avl__product *p) {
     size_t n;
     q.n_blocks = (p->w->n_in + 31) / 32;
     q.group = avl__tile_rows(p->n_rows, avl__is_float_type(p->w->type) ? kernels->float_group : kernels->group);
-    if (p->few && p->n_rows == 1) q.group = 1;
+    if (p->few) q.group = p->n_rows == 1 ? 1 : kernels->few_group;
     q.n_groups = (p->n_rows + q.group - 1) / q.group;
     q.float_kind = kernels->float_kind;
     n = (size_t)q.n_blocks * (size_t)q.n_groups * (size_t)q.group;
@@ -12696,13 +12683,14 @@ ASTROVL_API int astrovl_first_named(const char *text, const char *const *words, 
 // From there on a register holds the same word of AVL__W rows. Unpacking a format is shifts and masks on words, the
 // same for every instruction set, and the sums of AVL__W rows lie side by side: no additions across a register.
 //
-// Three ways to multiply, which do the same float operations in the same order, so that a row's bits do not depend on
-// how many rows are multiplied with it:
+// Three ways to multiply, which all add blocks by the same function (add_block) in the same order, so that a row's bits
+// do not depend on how many rows are multiplied with it:
 //   many rows (image, prompt)   32 weight rows are packed, then meet the activations in tiles of up to 6 rows (bf16:
 //                               12) whose accumulators stay in registers. The dot-product instruction is the limit.
-//   2 to 8 rows (batches)       the same with packs of eight blocks, which stay in the L1 cache. Unpacking is the
-//                               limit.
-//   one row (writing)           words are multiplied as they are unpacked; nothing is stored. Reading memory is the
+//   2 to 8 rows (batches)       AVX-512: eight rows meet a block while it is in registers, so that the next block is
+//                               unpacked by units that products leave idle. Others, which have too few registers for
+//                               it: packs of 16 blocks, which stay in the L1 cache, and tiles of 4 rows.
+//   one row (writing)           blocks are multiplied as they are unpacked; nothing is stored. Reading memory is the
 //                               limit, so the weights that come next are prefetched.
 // Tile sizes: 6 rows x 2 registers take 12 integer and 12 float accumulators, 2 registers of weights and 1 of
 // activations, 27 of 32 (AVX2 with its 16 registers: 4 rows, float accumulators in memory). 2 loads of weights and 6
@@ -12734,7 +12722,7 @@ enum {
 enum {
     AVL__PACK_ROWS = 32,      // weight rows of a pack
     AVL__MAX_TILE = 12,       // rows of activations of a tile, at most
-    AVL__FEW = 8,             // rows of activations, at most, for packs of eight blocks
+    AVL__FEW = 8,             // rows of activations, at most, that are multiplied as weights are unpacked
     AVL__AHEAD = 6144         // bytes to prefetch ahead in a row
 };
 
@@ -12773,24 +12761,27 @@ typedef struct avl__block_form {
 } avl__block_form;
 
 AVL__INLINE avl__block_form avl__block_form_of(int type) {
-    avl__block_form f = {0, 0, 1, 0, 0};
+    const avl__block_form none = {0, 0, 1, 0, 0};
 #define AVL__FORM(name, type, ...) \
     case type: { \
         const avl__block_form form = {__VA_ARGS__}; \
-        f = form; \
-    } break;
+        return form; \
+    }
     switch (type) {
     AVL__BLOCK_TYPES(AVL__FORM)
     AVL__FLOAT_TYPES(AVL__FORM)
-    default: break;
+    default: return none;
     }
-    return f;
 }
 
 AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K; }
 
-// Blocks are unpacked eight at a time, b at first: where the eight begin. The last ones overlap those before them.
-AVL__INLINE int avl__group_begin(int b, int n_blocks) { return b + 8 <= n_blocks || n_blocks < 8 ? b : n_blocks - 8; }
+// How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before.
+AVL__INLINE int avl__group_of(int type) { return avl__is_k_quant(type) ? 8 : 4; }
+AVL__INLINE int avl__group_begin(int type, int b, int n_blocks) {
+    const int n = avl__group_of(type);
+    return b + n <= n_blocks || n_blocks < n ? b : n_blocks - n;
+}
 
 // Stores the n words of block b of row r of the activations.
 AVL__INLINE void avl__store_words(const avl__quants *to, int r, int b, const void *words, int n) {
@@ -12810,7 +12801,7 @@ AVL__INLINE void avl__prefetch_page(const void *p, size_t n) {
 
 AVL__INLINE void avl__prefetch_bytes(const char *p, size_t n) {
     size_t i;
-    for (i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 3);
+    for (i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
     avl__prefetch_page(p, n);
 }
 
@@ -13031,9 +13022,10 @@ AVL__DEFINE(avl__vf, to_float, (avl__vi v), __builtin_convertvector(v, avl__vf))
 //                           widen(acc) adds up to an int32
 // dot_signed, dot_pairs     the same of signed bytes, of two int16; acc always has 32 bits
 // dot_bf16(acc, w, a)       of two bfloat16; acc is a float
-// load_16(row, at)          16 bytes from byte `at` on of rows 0, 4, 8 ...
+// load_16(p, stride)        16 bytes at p, p + 4 stride, p + 8 stride ...
 // zip_low32, zip_high32 ... words of a and b in turn, from the lower or the upper half of each 128 bits
 // middle(a, b)              the upper half of each lane of a, below the lower half of b
+// add_bits(u, bits, i)      u, with bits 4 i to 4 i + 3 of each lane added to its four bytes as 16
 // half(w), load_halves(p)   float16 to float: the lower half of each lane; AVL__W in memory
 // round(x)                  to the nearest integer, |x| < 2^22;   scale_2(x, n): x 2^n
 // load_some, store_some     the first n floats, n <= 0 and n > AVL__W included; loads fill up with zeros
@@ -13043,7 +13035,7 @@ AVL__DEFINE(avl__vf, to_float, (avl__vi v), __builtin_convertvector(v, avl__vf))
 #define AVL__MM(name) _mm512_##name
 #define AVL__INT      __m512i
 #define AVL__TILE     6               // rows of activations whose integer and float accumulators fit in registers
-#define AVL__TILE_SIZES(F) F(2) F(4) F(6) F(12)
+#define AVL__TILE_SIZES(F) F(4) F(6) F(12)
 
 AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
             _mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a))
@@ -13069,11 +13061,21 @@ AVL__INLINE avl__vu AVL_(pair_bf16)(avl__vf low, avl__vf high) {         // a co
                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (avl__vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)AVL_(to_bf16)(low, high));
 }
-AVL__INLINE avl__vu AVL_(load_16)(const uint8_t *const *row, size_t at) {   // broadcasts, since insertions are shuffles
-    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)(row[0] + at)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, _mm_loadu_si128((const __m128i *)(const void *)(row[4] + at)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, _mm_loadu_si128((const __m128i *)(const void *)(row[8] + at)));
-    v = _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_loadu_si128((const __m128i *)(const void *)(row[12] + at)));
+AVL__INLINE avl__vu AVL_(add_bits)(avl__vu u, avl__vu bits, int i) {
+    const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
+    const __m512i four = _mm512_shuffle_epi8((__m512i)bits, _mm512_add_epi8(first, _mm512_set1_epi8((char)(i / 2))));
+    const __mmask64 is_set = _mm512_test_epi8_mask(four, _mm512_set1_epi32(i % 2 ? (int)0x80402010 : 0x08040201));
+    return (avl__vu)_mm512_mask_add_epi8((__m512i)u, is_set, (__m512i)u, _mm512_set1_epi8(16));
+}
+// 16 bytes to some lanes: a load, where insertion takes a shuffle. In assembly, or gcc makes shuffles of it again.
+#define AVL__INSERT_16(v, lanes, p) \
+    __asm__("vbroadcasti32x4 {%1, %0%{%2%}|%0%{%2%}, %1}" \
+            : "+v"(v) : "m"(*(const uint8_t (*)[16])(p)), "Yk"((__mmask16)(lanes)))
+AVL__INLINE avl__vu AVL_(load_16)(const uint8_t *p, size_t stride) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)p));
+    AVL__INSERT_16(v, 0x00F0, p + 4 * stride);
+    AVL__INSERT_16(v, 0x0F00, p + 8 * stride);
+    AVL__INSERT_16(v, 0xF000, p + 12 * stride);
     return (avl__vu)v;
 }
 
@@ -13082,7 +13084,7 @@ AVL__INLINE avl__vu AVL_(load_16)(const uint8_t *const *row, size_t at) {   // b
 #define AVL__MM(name) _mm256_##name
 #define AVL__INT      __m256i
 #define AVL__TILE     4
-#define AVL__TILE_SIZES(F) F(2) F(4)
+#define AVL__TILE_SIZES(F) F(4)
 
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), _mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)))
 #if AVL__WIDE
@@ -13140,14 +13142,20 @@ AVL__INLINE avl__vu AVL_(middle)(avl__vu a, avl__vu b) {
     const __m256i mixed = _mm256_blend_epi16((__m256i)b, (__m256i)a, 0xAA);
     return (avl__vu)_mm256_shuffle_epi8(mixed, _mm256_broadcastsi128_si256(swap));
 }
-AVL__DEFINE(avl__vu, load_16, (const uint8_t *const *row, size_t at),
-            _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(const void *)(row[4] + at)),
-                             _mm_loadu_si128((const __m128i *)(const void *)(row[0] + at))))
+AVL__INLINE avl__vu AVL_(add_bits)(avl__vu u, avl__vu bits, int i) {
+    const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
+    const __m256i place = _mm256_add_epi8(first, _mm256_set1_epi8((char)(i / 2)));
+    const avl__vu four = (avl__vu)_mm256_shuffle_epi8((__m256i)(i % 2 ? bits : bits << 4), place) & 0x80402010u;
+    return u | (avl__vu)_mm256_min_epu8((__m256i)four, _mm256_set1_epi8(16));
+}
+AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride),
+            _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(const void *)(p + 4 * stride)),
+                             _mm_loadu_si128((const __m128i *)(const void *)p)))
 
 #else   // four lanes: NEON, or what the compiler makes of vectors (SSE2, VSX, LSX, WASM SIMD, RISC-V V)
 
 #define AVL__TILE 6
-#define AVL__TILE_SIZES(F) F(2) F(4) F(6)
+#define AVL__TILE_SIZES(F) F(4) F(6)
 
 #if AVL__WIDE
 AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
@@ -13188,7 +13196,9 @@ AVL__INLINE float AVL_(max_lanes)(avl__vf v) {
 }
 AVL__DEFINE(avl__vf, round, (avl__vf x), (x + 12582912.0f) - 12582912.0f)                 // floats of 2^23 are integers
 AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b), a >> 16 | b << 16)
-AVL__DEFINE(avl__vu, load_16, (const uint8_t *const *row, size_t at), AVL_(load_words)(row[0] + at))
+AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride), AVL_(load_words)(p + 0 * stride))
+AVL__DEFINE(avl__vu, add_bits, (avl__vu u, avl__vu bits, int i),
+            u | ((bits >> 4 * i & 15) * 0x02040810u & 0x10101010u))
 AVL__DEFINE(avl__vu, zip_low32, (avl__vu a, avl__vu b), __extension__(avl__vu){a[0], b[0], a[1], b[1]})
 AVL__DEFINE(avl__vu, zip_high32, (avl__vu a, avl__vu b), __extension__(avl__vu){a[2], b[2], a[3], b[3]})
 AVL__DEFINE(avl__vu, zip_low64, (avl__vu a, avl__vu b), __extension__(avl__vu){a[0], a[1], b[0], b[1]})
@@ -13266,10 +13276,113 @@ AVL__INLINE avl__vf AVL_(dot_floats)(int kind, avl__vf acc, avl__vu w, avl__vu a
     return AVL_(fma)((avl__vf)w, (avl__vf)a, acc);
 }
 
+// ---- the product of a block ----------------------------------------------------------------------------------------
+
+AVL__INLINE int AVL_(kind_of)(int type) {
+    if (avl__is_float_type(type)) return AVL__AS_PAIRS;
+    return type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8 ? AVL__AS_SIGNED : AVL__AS_BYTES;
+}
+
+// How the words of a pack are multiplied. AVX2 takes less time for pairs of int16 than for signed bytes, whose products
+// do not add up in int16; for few rows, whose packs are soon used up, bytes are not worth widening.
+AVL__INLINE int AVL_(pack_kind)(const avl__product *p) {
+    if (avl__is_float_type(p->w->type)) return p->quants.float_kind;
+    if (p->w->type == ASTROVL_TYPE_Q8_0 && AVL__W == 8 && !AVL__WIDE && !p->few) return AVL__AS_PAIRS;
+    return AVL__AS_BYTES;
+}
+
+// One word of m registers of weight rows times that of n rows of activations.  acc: [n][m]
+AVL__INLINE void AVL_(add_word)(int kind, int n, int m, const avl__vu *u, const int8_t *q, avl__vi *acc) {
+    avl__vu w[2];
+    int r, c;
+    AVL__EACH(c, m) w[c] = u[c];                               // or gcc loads them for each row
+    AVL__EACH(r, n) {
+        const avl__vu a = AVL_(splat_word)(q + 4 * r);
+        AVL__EACH(c, m) acc[m * r + c] = AVL_(dot_words)(kind, acc[m * r + c], w[c], a);
+    }
+}
+
+// The micro-kernel for integers: a block of m registers of weight rows times n rows of activations, whose blocks are
+// x's from `at` on. The sum of a block (or of half of it) is exact: it is made in int32, at first in int16 where `run`
+// words fit. Then acc += d e (sum of u q) + m e (sum of q).
+//   u: [8 or 16 words][m];  d, min: [n_parts][m];  acc: [n][m]
+AVL__INLINE void AVL_(add_block)(int type, int n, int m, const avl__vu *u, const avl__vf *d, const avl__vf *min,
+                                 const avl__quants *x, size_t at, avl__vf *acc) {
+    const avl__block_form f = avl__block_form_of(type);
+    const int kind = AVL_(kind_of)(type), n_words = avl__words_of(kind) / f.n_parts;
+    const int run = AVL__WIDE ? 0 : f.run, n_run = run && run < n_words ? run : n_words;
+    const int8_t *q = x->q + 4 * (size_t)avl__words_of(kind) * at;
+    avl__vi sum[2 * AVL__FEW], some[2 * AVL__FEW];
+    int part, i, k, r, c;
+    AVL__EACH(part, f.n_parts) {
+        const int32_t *bias = x->bias + f.n_parts * at + n * part;
+        const float *q_sum = x->sum + f.n_parts * at + n * part;
+        AVL__EACH(r, n)
+            AVL__EACH(c, m) sum[m * r + c] = AVL_(splat_int)(f.has_min || kind != AVL__AS_BYTES ? 0 : bias[r]);
+        AVL__UNROLL
+        for (i = 0; i < n_words; i += n_run) {
+            avl__vi *to = run ? some : sum;
+            AVL__EACH(r, n * m)
+                if (run) some[r] = AVL_(splat_int)(0);
+            AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
+            AVL__EACH(r, n * m)
+                if (run) sum[r] += AVL_(widen)(some[r]);
+            u += m * n_run;
+            q += 4 * n * n_run;
+        }
+        AVL__EACH(c, m)
+            AVL__EACH(r, n) {
+                avl__vf *to = acc + m * r + c;
+                *to = AVL_(fma)(AVL_(to_float)(sum[m * r + c]), d[m * part + c] * x->scale[at + (size_t)r], *to);
+                if (f.has_min) *to = AVL_(fma)(min[m * part + c], AVL_(splat)(q_sum[r]), *to);
+            }
+    }
+}
+
+// The micro-kernel for floats: n_words words of n rows, a, times those of two registers, b. In memory the rows of a lie
+// a_row bytes apart and their words a_word; the words of b b_word floats, n_columns of which exist.  acc: [n][2]
+AVL__INLINE void AVL_(add_floats)(int kind, int n, int n_words, const void *a, size_t a_row, size_t a_word,
+                                  const void *b, size_t b_word, int n_columns, avl__vf *acc) {
+    int i, r, c;
+    for (i = 0; i < n_words; i++) {
+        const char *word = (const char *)a + a_word * (size_t)i;
+        const float *words = (const float *)b + b_word * (size_t)i;
+        avl__vf w[2];
+        AVL__EACH(c, 2) w[c] = AVL_(load_some)(words + AVL__W * c, n_columns - AVL__W * c);
+        AVL__EACH(r, n) {
+            const avl__vu x = AVL_(splat_word)(word + a_row * (size_t)r);
+            AVL__EACH(c, 2) acc[2 * r + c] = AVL_(dot_floats)(kind, acc[2 * r + c], (avl__vu)w[c], x);
+        }
+    }
+}
+
+// ---- unpacking weights ---------------------------------------------------------------------------------------------
+
+// AVL__W weight rows in memory
+typedef struct AVL_(rows) {
+    const uint8_t *at;            // the first one
+    size_t         stride;        // bytes from one to the next
+    int            n;             // how many there are; others are taken for zeros
+} AVL_(rows);
+
+// Where the blocks of AVL__W weight rows go: into a pack of two such registers (x NULL), or at once, without being
+// stored, into products with a few rows of activations.
+typedef struct AVL_(blocks) {
+    avl__vu *u;                   // [blocks][words][2]
+    avl__vf *d, *min;             // [blocks][n_parts][2]
+    const avl__quants *x;
+    int      kind;
+    int      b;                   // which block of x is the first one here
+    avl__vf *acc;                 // [n]
+    const char *next;             // the rows to prefetch meanwhile
+} AVL_(blocks);
+
 // Transposes the 16 bytes from byte `at` on of AVL__W rows: w[i] is word i of every row.
-AVL__INLINE void AVL_(transpose)(const uint8_t *const *row, size_t at, avl__vu *w) {
-    const avl__vu v0 = AVL_(load_16)(row, at), v1 = AVL_(load_16)(row + 1, at);
-    const avl__vu v2 = AVL_(load_16)(row + 2, at), v3 = AVL_(load_16)(row + 3, at);
+AVL__INLINE void AVL_(transpose)(AVL_(rows) rows, size_t at, avl__vu *w) {
+    const uint8_t *p = rows.at + at;
+    const size_t s = rows.stride;
+    const avl__vu v0 = AVL_(load_16)(p, s), v1 = AVL_(load_16)(p + s, s);
+    const avl__vu v2 = AVL_(load_16)(p + 2 * s, s), v3 = AVL_(load_16)(p + 3 * s, s);
     const avl__vu low01 = AVL_(zip_low32)(v0, v1), low23 = AVL_(zip_low32)(v2, v3);
     const avl__vu high01 = AVL_(zip_high32)(v0, v1), high23 = AVL_(zip_high32)(v2, v3);
     w[0] = AVL_(zip_low64)(low01, low23);
@@ -13278,103 +13391,75 @@ AVL__INLINE void AVL_(transpose)(const uint8_t *const *row, size_t at, avl__vu *
     w[3] = AVL_(zip_high64)(high01, high23);
 }
 
-// ---- unpacking weights ---------------------------------------------------------------------------------------------
-
-AVL__INLINE int AVL_(kind_of)(int type) {
-    return type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8 ? AVL__AS_SIGNED : AVL__AS_BYTES;
-}
-
-// How many words' products add up in int16; 0: they add up in int32
-AVL__INLINE int AVL_(run_of)(int type) { return AVL__WIDE ? 0 : avl__block_form_of(type).run; }
-
-// Where the blocks of a register of weight rows go: into a pack of two such registers (is_dot = 0), or, without being
-// stored, into dot products with one row of activations (is_dot = 1).
-typedef struct AVL_(blocks) {
-    avl__vu      *u;             // [blocks][words][2]
-    avl__vf      *d, *minus_m;   // [blocks][n_parts][2]
-    const int8_t *q;             // the row of activations: [blocks][8 words][4]
-    const float  *e, *e_sum;     // its scales and sums: [blocks], [blocks][n_parts]
-    avl__vi      *acc;           // [blocks][n_parts]
-    avl__vf      *sum;           // of all blocks
-} AVL_(blocks);
-
-// Adds block j's share to the sums of the rows.
-AVL__INLINE void AVL_(add_block)(int type, AVL_(blocks) to, int j) {
+// Block j: its words w [8], its d and m [n_parts].  n: rows of activations, 0: it is stored
+AVL__INLINE void AVL_(put_block)(int n, int type, AVL_(blocks) to, int j, const avl__vu *w, const avl__vf *d,
+                                 const avl__vf *min) {
     const avl__block_form f = avl__block_form_of(type);
-    int part;
-    AVL__EACH(part, f.n_parts) {
-        const int i = f.n_parts * j + part;
-        *to.sum = AVL_(fma)(AVL_(to_float)(to.acc[i]), to.d[2 * i] * to.e[j], *to.sum);
-        if (f.has_min) *to.sum = AVL_(fma)(-to.minus_m[2 * i], AVL_(splat)(to.e_sum[i]), *to.sum);
-    }
-}
-
-// n words of block j, from word `first` on, all of one part
-AVL__INLINE void AVL_(put_words)(int is_dot, int type, AVL_(blocks) to, int j, int first, int n, const avl__vu *w) {
-    const int n_parts = avl__block_form_of(type).n_parts, kind = AVL_(kind_of)(type), run = AVL_(run_of)(type);
-    const int part = n_parts * j + (n_parts == 2 ? first / 4 : 0), at = 8 * j + first;
-    avl__vi acc = {0}, partial = acc;
     int i;
-    if (is_dot) acc = to.acc[part];
-    AVL__EACH(i, n) {
-        if (!is_dot)   to.u[2 * (at + i)] = w[i];
-        else if (!run) acc = AVL_(dot_words)(kind, acc, w[i], AVL_(splat_word)(to.q + 4 * (at + i)));
-        else           partial = AVL_(dot_bytes)(partial, w[i], AVL_(splat_word)(to.q + 4 * (at + i)));
-        if (is_dot && run && ((i + 1) % run == 0 || i + 1 == n)) {
-            acc += AVL_(widen)(partial);
-            partial = AVL_(splat_int)(0);
-        }
+    if (n) {
+        AVL_(add_block)(type, n, 1, w, d, min, to.x, (size_t)n * (size_t)(to.b + j), to.acc);
+        return;
     }
-    if (is_dot) to.acc[part] = acc;
+    AVL__EACH(i, 8)
+        if (type == ASTROVL_TYPE_Q8_0 && to.kind == AVL__AS_PAIRS) {
+            to.u[2 * (16 * j + 2 * i)] = (avl__vu)((avl__vs)(w[i] << 8) >> 8);
+            to.u[2 * (16 * j + 2 * i + 1)] = (avl__vu)((avl__vs)w[i] >> 8);
+        } else to.u[2 * (8 * j + i)] = w[i];
+    AVL__EACH(i, f.n_parts) {
+        to.d[2 * (f.n_parts * j + i)] = d[i];
+        if (f.has_min) to.min[2 * (f.n_parts * j + i)] = min[i];
+    }
 }
 
-// The word at byte `at`, an even one, of transposed words
-AVL__INLINE avl__vu AVL_(word)(const avl__vu *t, int at) {
-    return at % 4 ? AVL_(middle)(t[at / 4], t[at / 4 + 1]) : t[at / 4];
+// Part `part` of n of what is to be prefetched while eight blocks are unpacked
+AVL__INLINE void AVL_(prefetch_part)(int type, AVL_(blocks) to, int part, int n) {
+    const size_t step = AVL__W * avl__block_form_of(type).bytes * (size_t)avl__group_of(type) / 8 / (size_t)n;
+    avl__prefetch_bytes(to.next + step * (size_t)part, step);
 }
 
-// Blocks first..last-1 of eight, of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0: eight of them are a multiple of 16 bytes. Meanwhile
-// n_next bytes from `next` on are prefetched.
-AVL__INLINE void AVL_(unpack_simple)(int is_dot, int type, const uint8_t *const *row, size_t at, int first, int last,
-                                     const char *next, size_t n_next, AVL_(blocks) to) {
+// The transposed word at byte p of four blocks, p a multiple of 4; the same for an even p
+#define AVL__WORD(p) t[(p) < size / 4 * 16 ? (p) / 4 : size / 4 * 4 + ((p) - last) / 4]
+#define AVL__EVEN(p) ((p) % 4 ? AVL_(middle)(AVL__WORD((p) - 2), AVL__WORD((p) + 2)) : AVL__WORD(p))
+
+// Four blocks of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, without those before block `first`. Pieces of 16 bytes are transposed
+// just before the first block that needs them; the last piece ends where the blocks do.
+AVL__INLINE void AVL_(unpack_simple)(int n, int type, AVL_(rows) rows, size_t at, int first, AVL_(blocks) to) {
     const avl__block_form f = avl__block_form_of(type);
-    const int size = (int)f.bytes / 8, is_8_bits = type == ASTROVL_TYPE_Q8_0;
+    const int size = (int)f.bytes / 8, is_8_bits = type == ASTROVL_TYPE_Q8_0, last = 4 * size - 16;
     const int has_5_bits = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
-    const size_t step = n_next / ((size_t)size / 2);
-    avl__vu t[69], w[8];
+    avl__vu t[36], w[8];
     int i, j;
-    __asm__("" : "=m"(t));                                    // or gcc warns of words that are skipped
-    for (i = first * size / 16; i < size / 2; i++) {
-        avl__prefetch_bytes(next + step * (size_t)i, step);
-        AVL_(transpose)(row, at + 16 * (size_t)i, t + 4 * i);
-    }
-    AVL__EACH(j, 8) {
-        const avl__vu scales = AVL_(word)(t, size * j);
-        const avl__vu fifth = AVL_(word)(t, size * (j + 1) - (has_5_bits ? 20 : 4));
-        if (j < first || j >= last) continue;
-        to.d[2 * j] = AVL_(half)(scales);
-        if (f.has_min) to.minus_m[2 * j] = -AVL_(half)(scales >> 16);
-        AVL__EACH(i, 8) {
-            w[i] = AVL_(word)(t, size * (j + 1) - (is_8_bits ? 32 - 4 * i : 16 - i % 4 * 4));
-            if (is_8_bits && !AVL__SIGNED_Q8) w[i] ^= 0x80808080u;                       // q + 128
-            if (!is_8_bits) w[i] = (i < 4 ? w[i] : w[i] >> 4) & 0x0F0F0F0Fu;
-            if (has_5_bits) w[i] |= (fifth >> 4 * i & 15) * 0x02040810u & 0x10101010u;    // a bit to each byte
+    AVL__EACH(j, 4) {
+        const int begin = size * j, end = begin + size;
+        avl__vf d, min = {0};
+        AVL__UNROLL
+        for (i = (begin + 15) / 16; i < (end + 15) / 16; i++) {
+            if (n) AVL_(prefetch_part)(type, to, i, (size + 3) / 4);
+            AVL_(transpose)(rows, at + (size_t)(16 * i < last ? 16 * i : last), t + 4 * i);
         }
-        AVL_(put_words)(is_dot, type, to, j, 0, 8, w);
-        if (is_dot) AVL_(add_block)(type, to, j);
+        if (j < first) continue;
+        d = AVL_(half)(AVL__EVEN(begin));
+        if (f.has_min) min = AVL_(half)(AVL__EVEN(begin) >> 16);
+        AVL__EACH(i, 8) {
+            w[i] = AVL__EVEN(end - (is_8_bits ? 32 - 4 * i : 16 - i % 4 * 4));
+            if (is_8_bits && !AVL__SIGNED_Q8) w[i] ^= 0x80808080u;                            // q + 128
+            if (!is_8_bits) w[i] = (i < 4 ? w[i] : w[i] >> 4) & 0x0F0F0F0Fu;
+            if (has_5_bits) w[i] = AVL_(add_bits)(w[i], AVL__EVEN(end - 20), i);
+        }
+        AVL_(put_block)(n, type, to, j, w, &d, &min);
     }
 }
 
-// The d and -m of a super-block: d and m of the whole times small integers, bytes of transposed words
-AVL__INLINE void AVL_(unpack_super_scales)(int type, const uint8_t *const *row, size_t at, AVL_(blocks) to) {
-    const avl__block_form f = avl__block_form_of(type);
-    avl__vu w[4], last[4], scales[4], mins[4], halves;
-    avl__vf d, m;
-    int i, is_signed = 0;
+// The d and m of a super-block: d and m of the whole times small integers, bytes of transposed words.  scales, mins:
+// out, a byte for each of the parts;  d, min: out
+AVL__INLINE void AVL_(unpack_scales)(int type, AVL_(rows) rows, size_t at, avl__vu *scales, avl__vu *mins,
+                                     avl__vf *d, avl__vf *min) {
+    avl__vu w[4], last[4], halves;
+    int i;
     switch (type) {
     case ASTROVL_TYPE_Q2_K:
-        AVL_(transpose)(row, at, w);
-        AVL_(transpose)(row, at + 68, last);
+        AVL_(transpose)(rows, at, w);
+        AVL_(transpose)(rows, at + 68, last);
         halves = last[3];
         AVL__EACH(i, 4) {
             scales[i] = w[i] & 0x0F0F0F0Fu;
@@ -13382,23 +13467,21 @@ AVL__INLINE void AVL_(unpack_super_scales)(int type, const uint8_t *const *row, 
         }
         break;
     case ASTROVL_TYPE_Q3_K:                                   // 12 bytes from 96 on, then d, then the super-block ends
-        AVL_(transpose)(row, at + 94, w);
+        AVL_(transpose)(rows, at + 94, w);
         AVL__EACH(i, 3) w[i] = AVL_(middle)(w[i], w[i + 1]);
         halves = w[3] >> 16;
         AVL__EACH(i, 4) {
             scales[i] = (w[i % 2] >> i / 2 * 4 & 0x0F0F0F0Fu) | (w[2] >> 2 * i & 0x03030303u) << 4;
             scales[i] = ((scales[i] | 0x80808080u) - 0x20202020u) ^ 0x80808080u;      // - 32 in each byte
         }
-        is_signed = 1;
         break;
     case ASTROVL_TYPE_Q6_K:
-        AVL_(transpose)(row, at + 192, scales);
-        AVL_(transpose)(row, at + 194, last);
+        AVL_(transpose)(rows, at + 192, scales);
+        AVL_(transpose)(rows, at + 194, last);
         halves = last[3] >> 16;
-        is_signed = 1;
         break;
     default:                                                  // Q4_K and Q5_K
-        AVL_(transpose)(row, at, w);
+        AVL_(transpose)(rows, at, w);
         halves = w[0];
         scales[0] = w[1] & 0x3F3F3F3Fu;
         scales[1] = (w[3] & 0x0F0F0F0Fu) | (w[1] >> 2 & 0x30303030u);
@@ -13406,54 +13489,63 @@ AVL__INLINE void AVL_(unpack_super_scales)(int type, const uint8_t *const *row, 
         mins[1] = (w[3] >> 4 & 0x0F0F0F0Fu) | (w[2] >> 2 & 0x30303030u);
         break;
     }
-    d = AVL_(half)(halves);
-    m = AVL_(half)(halves >> 16);
-    AVL__EACH(i, 8 * f.n_parts) {
-        const avl__vu scale = scales[i / 4] << (24 - i % 4 * 8);
-        to.d[2 * i] = d * AVL_(to_float)(is_signed ? (avl__vi)scale >> 24 : (avl__vi)(scale >> 24));
-        if (f.has_min) to.minus_m[2 * i] = m * AVL_(to_float)((avl__vi)(mins[i / 4] >> i % 4 * 8 & 255));
-    }
+    *d = AVL_(half)(halves);
+    *min = -AVL_(half)(halves >> 16);
 }
 
-// A super-block of a K-quant (layouts: section [3]). Its blocks share bytes: words w of low bits and x of those above.
-AVL__INLINE void AVL_(unpack_super)(int is_dot, int type, const uint8_t *const *row, size_t at, const char *next,
-                                    size_t n_next, AVL_(blocks) to) {
-    const int n_shared = type == ASTROVL_TYPE_Q2_K || type == ASTROVL_TYPE_Q3_K ? 4 : 2;      // blocks in a byte
+// A super-block of a K-quant (layouts: section [3]). Blocks share bytes: words `low` of low bits, `high` of those
+// above, transposed just before the first block that needs them.
+AVL__INLINE void AVL_(unpack_super)(int n, int type, AVL_(rows) rows, size_t at, AVL_(blocks) to) {
+    const avl__block_form f = avl__block_form_of(type);
+    const int is_2_bits = type == ASTROVL_TYPE_Q2_K, is_3_bits = type == ASTROVL_TYPE_Q3_K;
+    const int is_5_bits = type == ASTROVL_TYPE_Q5_K, is_6_bits = type == ASTROVL_TYPE_Q6_K;
+    const int n_shared = is_2_bits || is_3_bits ? 4 : 2;      // blocks that share 32 bytes of low bits
     const uint32_t mask = n_shared == 4 ? 0x03030303u : 0x0F0F0F0Fu;
-    const int is_5_bits = type == ASTROVL_TYPE_Q5_K;
-    const size_t low_bits = type == ASTROVL_TYPE_Q6_K ? 0 : type == ASTROVL_TYPE_Q3_K ? 32 : is_5_bits ? 48 : 16;
-    const size_t step = n_next * (size_t)n_shared / 16;
-    avl__vu w[4], x[4], u[4];
-    int h, i, k, n;
-    AVL_(unpack_super_scales)(type, row, at, to);
-    for (h = 0; h < 2; h++, at += 16)                         // the first and the last 16 columns of each block
-        AVL__EACH(n, 8 / n_shared) {
-            avl__prefetch_bytes(next, step);
-            next += step;
-            AVL_(transpose)(row, at + low_bits + 32 * (size_t)n, w);
-            if (type == ASTROVL_TYPE_Q3_K && n == 0) AVL_(transpose)(row, at, x);
-            if (is_5_bits && n == 0) AVL_(transpose)(row, at + 16, x);
-            if (type == ASTROVL_TYPE_Q6_K && n % 2 == 0) AVL_(transpose)(row, at + 128 + 16 * (size_t)n, x);
-            AVL__EACH(k, n_shared) {
-                const int j = type == ASTROVL_TYPE_Q6_K ? n / 2 * 4 + n % 2 + 2 * k : n * n_shared + k;
-                AVL__EACH(i, 4) {
-                    u[i] = w[i] >> 8 / n_shared * k & mask;
-                    if (type == ASTROVL_TYPE_Q3_K) u[i] |= (x[i] >> j & 0x01010101u) << 2;
-                    if (is_5_bits) u[i] |= (x[i] >> j & 0x01010101u) << 4;
-                    if (type == ASTROVL_TYPE_Q6_K) u[i] |= (x[i] >> j % 4 * 2 & 0x03030303u) << 4;
-                }
-                AVL_(put_words)(is_dot, type, to, j, 4 * h, 4, u);
+    const uint32_t high_mask = is_3_bits ? 0x04040404u : is_5_bits ? 0x10101010u : is_6_bits ? 0x30303030u : 0;
+    const size_t low_bits = at + (is_6_bits ? 0 : is_3_bits ? 32 : is_5_bits ? 48 : 16);
+    const size_t high_bits = at + (is_6_bits ? 128 : is_5_bits ? 16 : 0);
+    avl__vu low[2][8], high[8], w[8], scales[4], mins[4];
+    avl__vf d, min, part_d[2], part_min[2];
+    int half, i, j, k;
+    AVL_(unpack_scales)(type, rows, at, scales, mins, &d, &min);
+    if (is_3_bits || is_5_bits)
+        AVL__EACH(i, 2) AVL_(transpose)(rows, high_bits + 16 * (size_t)i, high + 4 * i);
+    for (half = 0; half < 2; half++)
+        AVL__EACH(j, 4) {
+            const int piece = is_6_bits ? j % 2 : j / n_shared;
+            const int shift = 8 / n_shared * (is_6_bits ? j / 2 : j % n_shared);
+            const int up = (is_3_bits ? 2 : 4) - (is_6_bits ? 2 * j : j);          // high bits: shifted to their place
+            const size_t place = 32 * (size_t)(half * 4 / n_shared + piece);
+            if (n) AVL_(prefetch_part)(type, to, 4 * half + j, 8);
+            AVL__EACH(i, 2) {
+                if (shift == 0) AVL_(transpose)(rows, low_bits + place + 16 * (size_t)i, low[piece] + 4 * i);
+                if (is_6_bits && j == 0)
+                    AVL_(transpose)(rows, high_bits + 32 * (size_t)half + 16 * (size_t)i, high + 4 * i);
             }
+            AVL__EACH(i, 8) {
+                w[i] = low[piece][i] >> shift & mask;
+                if (high_mask) w[i] |= (up > 0 ? high[i] << up : high[i] >> -up) & high_mask;
+            }
+            AVL__EACH(k, f.n_parts) {
+                const int part = f.n_parts * j + k, word = f.n_parts * half + part / 4, top = 24 - part % 4 * 8;
+                avl__vi scale = (avl__vi)(scales[word] << top >> 24);
+                if (is_3_bits || is_6_bits) scale = (avl__vi)(scales[word] << top) >> 24;
+                part_d[k] = d * AVL_(to_float)(scale);
+                if (f.has_min) part_min[k] = min * AVL_(to_float)((avl__vi)(mins[word] << top >> 24));
+            }
+            AVL_(put_block)(n, type, to, 4 * half + j, w, part_d, part_min);
+            if ((is_3_bits || is_5_bits) && j == 3)
+                AVL__EACH(i, 8) high[i] = high[i] >> 4;
         }
 }
 
-// 32 columns of a float type
-AVL__INLINE void AVL_(unpack_floats)(int type, int kind, const uint8_t *const *row, size_t at, avl__vu *u, avl__vf *d) {
+// 32 columns of a float type, to words of `kind`.  u: out, [words][2];  d: out, one register
+AVL__INLINE void AVL_(unpack_floats)(int type, int kind, AVL_(rows) rows, size_t at, avl__vu *u, avl__vf *d) {
     avl__vf x[32], max = {0}, inverse;
     avl__vu w[4];
     int i, k;
     for (k = 0; k < (type == ASTROVL_TYPE_F32 ? 8 : 4); k++) {
-        AVL_(transpose)(row, at + 16 * (size_t)k, w);
+        AVL_(transpose)(rows, at + 16 * (size_t)k, w);
         AVL__EACH(i, 4)
             if (type == ASTROVL_TYPE_F32) x[4 * k + i] = (avl__vf)w[i];
             else if (type == ASTROVL_TYPE_F16) {
@@ -13479,114 +13571,74 @@ AVL__INLINE void AVL_(unpack_floats)(int type, int kind, const uint8_t *const *r
     }
 }
 
-// Copies n bytes of each row, from byte `at` on, and zeros behind them.
-AVL__INLINE void AVL_(pad_rows)(const uint8_t *const *row, size_t at, size_t n, uint8_t (*padded)[8 * 34],
-                                const uint8_t **copy) {
-    int r;
-    for (r = 0; r < AVL__W; r++) {
-        memset(padded[r], 0, sizeof padded[r]);
-        memcpy(padded[r], row[r] + at, n);
-        copy[r] = padded[r];
+// Columns 32 (b + first) to 32 (b + 8), as many as there are of n_in, of AVL__W weight rows. Nothing beyond the end of
+// a row or of the matrix is read: the last eight blocks overlap those before (avl__group_begin), and what is fewer than
+// eight blocks, than 32 floats or than AVL__W rows is copied, with zeros in place of what is not there.
+AVL__INLINE void AVL_(unpack)(int n, int type, AVL_(rows) rows, int b, int first, int n_in, AVL_(blocks) to) {
+    const size_t size = avl__block_form_of(type).bytes, value = type == ASTROVL_TYPE_F32 ? 4 : 2;    // of eight blocks
+    uint8_t copy[AVL__W][8 * 34];
+    int j, r;
+    const int group = avl__group_of(type);
+    for (j = first; j < group && 32 * (b + j) < n_in; j++) {                    // floats: block by block, others: once
+        const int left = n_in - 32 * (b + j), is_float = avl__is_float_type(type);
+        size_t at = size * (size_t)(is_float ? b + j : b) / 8;
+        AVL_(rows) from = rows;
+        if (rows.n < AVL__W || (is_float ? left < 32 : n_in < 32 * group)) {
+            size_t bytes = size * (size_t)group / 8;
+            if (is_float) bytes = value * (size_t)(left < 32 ? left : 32);
+            else if (n_in < 32 * group) bytes = size * (size_t)(n_in / 32) / 8;
+            memset(copy, 0, sizeof copy);
+            for (r = 0; r < rows.n; r++) memcpy(copy[r], rows.at + (size_t)r * rows.stride + at, bytes);
+            from.at = copy[0];
+            from.stride = sizeof copy[0];
+            at = 0;
+        }
+        if (is_float) {
+            AVL_(unpack_floats)(type, to.kind, from, at, to.u + 2 * avl__words_of(to.kind) * j, to.d + 2 * j);
+            continue;
+        }
+        if (avl__is_k_quant(type)) AVL_(unpack_super)(n, type, from, at, to);
+        else                       AVL_(unpack_simple)(n, type, from, at, first, to);
+        break;
     }
 }
 
-// Blocks b + first to b + 7 of a register of weight rows, as many as n_in columns have. Nothing beyond a row's end is
-// read: the last eight blocks overlap those before (avl__group_begin), and what is shorter is copied.
-AVL__INLINE void AVL_(unpack)(int is_dot, int type, int kind, const uint8_t *const *row, int b, int first, int n_in,
-                              const char *next, size_t n_next, AVL_(blocks) to) {
-    const size_t size = avl__block_form_of(type).bytes / 8, value = type == ASTROVL_TYPE_F32 ? 4 : 2;
-    uint8_t padded[AVL__W][8 * 34];
-    const uint8_t *copy[AVL__W];
-    int j;
-    if (avl__is_k_quant(type)) {
-        AVL_(unpack_super)(is_dot, type, row, (size_t)(b / 8) * avl__block_form_of(type).bytes, next, n_next, to);
-    } else if (!avl__is_float_type(type)) {
-        if (n_in < 256) {
-            AVL_(pad_rows)(row, 0, size * (size_t)(n_in / 32), padded, copy);
-            row = copy;
-        }
-        AVL_(unpack_simple)(is_dot, type, row, size * (size_t)b, first, n_in / 32 - b, next, n_next, to);
-    } else {
-        for (j = first; j < 8 && 32 * (b + j) < n_in; j++) {
-            const size_t at = size * (size_t)(b + j), left = (size_t)(n_in - 32 * (b + j));
-            avl__vu *u = to.u + 2 * avl__words_of(kind) * j;
-            if (left < 32) AVL_(pad_rows)(row, at, value * left, padded, copy);
-            AVL_(unpack_floats)(type, kind, left < 32 ? copy : row, left < 32 ? 0 : at, u, to.d + 2 * j);
-        }
+// AVL__W weight rows times n rows of activations, while the rows at `next` are prefetched.  sum: out, [n]
+AVL__INLINE void AVL_(dot_rows)(int n, int type, AVL_(rows) rows, int n_in, const avl__quants *x, const char *next,
+                                avl__vf *sum) {
+    avl__vf acc[AVL__FEW];
+    AVL_(blocks) to = {NULL, NULL, NULL, x, AVL__AS_BYTES, 0, acc, next};
+    int done, r;
+    AVL__EACH(r, n) acc[r] = AVL_(splat)(0.0f);
+    for (done = 0; done < x->n_blocks; done += avl__group_of(type)) {
+        to.b = avl__group_begin(type, done, x->n_blocks);
+        AVL_(unpack)(n, type, rows, to.b, done - to.b, n_in, to);
+        to.next += AVL__W * avl__block_form_of(type).bytes * (size_t)avl__group_of(type) / 8;
     }
-}
-
-// AVL__W weight rows times one row of activations: the operations of a tile in its order.
-AVL__INLINE avl__vf AVL_(dot_rows_of)(int type, const uint8_t *const *row, int n_in, const avl__quants *x,
-                                      const char *next) {
-    const avl__block_form f = avl__block_form_of(type);
-    const int has_bias = f.offset && AVL_(kind_of)(type) == AVL__AS_BYTES;
-    avl__vf d[32], minus_m[32], sum = {0};
-    avl__vi acc[16];
-    AVL_(blocks) to = {NULL, d, minus_m, NULL, NULL, NULL, acc, &sum};
-    int done, i, j;
-    for (done = 0; done < x->n_blocks; done += 8) {
-        const int b = avl__group_begin(done, x->n_blocks), first = done - b;
-        const int32_t *bias = x->bias + f.n_parts * b;
-        to.q = x->q + 32 * (size_t)b;
-        to.e = x->scale + b;
-        to.e_sum = x->sum + f.n_parts * b;
-        AVL__EACH(i, 8 * f.n_parts) acc[i] = AVL_(splat_int)(has_bias ? bias[i] : 0);
-        AVL_(unpack)(1, type, AVL__AS_BYTES, row, b, first, n_in, next, AVL__W * f.bytes, to);
-        next += AVL__W * f.bytes;
-        if (avl__is_k_quant(type))
-            AVL__EACH(j, 8) AVL_(add_block)(type, to, j);
-    }
-    return sum;
+    AVL__EACH(r, n) sum[r] = acc[r];
 }
 
 // A function for each type: compilers take long over one that holds them all.
 #define AVL__UNPACK(name, type, ...) \
-    AVL__APART void AVL_(unpack_##name)(int kind, const uint8_t *const *row, int b, int first, int n_in, \
-                                        const char *next, size_t n_next, AVL_(blocks) to) { \
-        AVL_(unpack)(0, type, kind, row, b, first, n_in, next, n_next, to); \
+    AVL__APART void AVL_(unpack_##name)(AVL_(rows) rows, int b, int first, int n_in, AVL_(blocks) to) { \
+        AVL_(unpack)(0, type, rows, b, first, n_in, to); \
     }
 #define AVL__DOT(name, type, ...) \
-    AVL__APART void AVL_(dot_##name)(const uint8_t *const *row, int n_in, const avl__quants *x, const char *next, \
+    AVL__APART void AVL_(dot_##name)(AVL_(rows) rows, int n_in, const avl__quants *x, const char *next, \
                                      avl__vf *sum) { \
-        *sum = AVL_(dot_rows_of)(type, row, n_in, x, next); \
+        if (x->group == 1)     AVL_(dot_rows)(1, type, rows, n_in, x, next, sum); \
+        else if (AVL__W == 16) AVL_(dot_rows)(AVL__FEW, type, rows, n_in, x, next, sum); \
     }
-#define AVL__UNPACK_CASE(name, type, ...) \
-    case type: AVL_(unpack_##name)(kind, row, b, first, n_in, next, n_next, to); break;
-#define AVL__DOT_CASE(name, type, ...) case type: AVL_(dot_##name)(row, n_in, x, next, sum); break;
+#define AVL__UNPACK_CASE(name, type, ...) case type: AVL_(unpack_##name)(rows, begin, j - begin, w->n_in, to); break;
+#define AVL__DOT_CASE(name, type, ...)    case type: AVL_(dot_##name)(rows, w->n_in, x, next, sum); break;
 
 AVL__BLOCK_TYPES(AVL__UNPACK)
 AVL__FLOAT_TYPES(AVL__UNPACK)
 AVL__BLOCK_TYPES(AVL__DOT)
 
-static void AVL_(unpack_any)(int type, int kind, const uint8_t *const *row, int b, int first, int n_in,
-                             const char *next, size_t n_next, AVL_(blocks) to) {
-    switch (type) {
-    AVL__BLOCK_TYPES(AVL__UNPACK_CASE)
-    AVL__FLOAT_TYPES(AVL__UNPACK_CASE)
-    default: break;
-    }
-}
-
-static void AVL_(dot_rows)(int type, const uint8_t *const *row, int n_in, const avl__quants *x, const char *next,
-                           avl__vf *sum) {
-    switch (type) {
-    AVL__BLOCK_TYPES(AVL__DOT_CASE)
-    default: break;
-    }
-}
-
 // ---- rounding activations ------------------------------------------------------------------------------------------
 
-// 32 integers to int16, to int8
-AVL__INLINE void AVL_(narrow_16)(const avl__vi *q, void *to) {
-    typedef int16_t shorts __attribute__((vector_size(2 * AVL__W)));
-    int i;
-    for (i = 0; i < 32 / AVL__W; i++) {
-        const shorts low = __builtin_convertvector(q[i], shorts);
-        memcpy((int16_t *)to + AVL__W * i, &low, sizeof low);
-    }
-}
+// 32 integers to int8
 #if AVL__W == 8
 AVL__INLINE void AVL_(narrow_8)(const avl__vi *q, void *to) {           // gcc converts these one by one
     const __m256i low = _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]);
@@ -13611,12 +13663,12 @@ AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, in
     const avl__block_form f = avl__block_form_of(p->w->type);
     const avl__quants *to = &p->quants;
     const float *from = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-    const float limit = kind == AVL__AS_PAIRS ? 8191.0f : 127.0f;
+    const float limit = avl__is_float_type(p->w->type) ? 8191.0f : 127.0f;
     const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
     avl__vf x[N], max = {0}, sums[2] = {{0}, {0}};
     avl__vi q[N];
     float top, e, sum;
-    uint32_t words[16];
+    uint32_t words[8];
     int i;
     for (i = 0; i < N; i++) {
         x[i] = AVL_(load_some)(from + AVL__W * i, p->w->n_in - 32 * b - AVL__W * i);
@@ -13641,8 +13693,14 @@ AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, in
         sums[2 * i / N] += AVL_(to_float)(q[i]);
     }
     if (kind == AVL__AS_PAIRS) {
-        AVL_(narrow_16)(q, words);
-        avl__store_words(to, r, b, words, 16);
+        int32_t wide[32];
+        int16_t pairs[32];
+        memcpy(wide, q, sizeof wide);
+        for (i = 0; i < 32; i++) {                   // of Q8_0 columns 0 and 2, 1 and 3: see put_block
+            const int other = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
+            pairs[i] = (int16_t)wide[avl__is_float_type(p->w->type) ? i : other];
+        }
+        avl__store_words(to, r, b, pairs, 16);
         return;
     }
     AVL_(narrow_8)(q, words);
@@ -13657,7 +13715,7 @@ AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, in
 }
 
 static void AVL_(quantize)(const avl__product *p, int first, int n_rows, int begin, int end) {
-    const int kind = avl__is_float_type(p->w->type) ? p->quants.float_kind : AVL__AS_BYTES;
+    const int kind = AVL_(pack_kind)(p);
     int r, b;
     for (b = begin; b < end; b++)
         for (r = first; r < first + n_rows; r++)
@@ -13669,215 +13727,169 @@ static void AVL_(quantize)(const avl__product *p, int first, int n_rows, int beg
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// A tile: a group of rows of activations times two registers of weight rows, over some blocks
+// n_blocks blocks of a group of rows of activations times two registers of packed weight rows
 typedef struct AVL_(tile) {
     const avl__quants *x;
-    size_t             at;         // in x: blocks before the group's first one here, times its rows
+    size_t             at;         // in x: the group's first block, counted through all groups, times its rows
     AVL_(blocks)       pack;
     int                n_blocks;
     const char        *next;       // prefetched meanwhile, `step` bytes for each block
     size_t             step;
 } AVL_(tile);
 
-// The micro-kernel for integers: n rows, and blocks of the form of `type`. Each block (or half) is summed up in int32,
-// where it fits at first in int16 (partial), then scaled and added to the float accumulators.
-AVL__INLINE void AVL_(tile_integers)(int type, int n, const AVL_(tile) *t, avl__vf (*acc)[2]) {
-    const avl__block_form f = avl__block_form_of(type);
-    const int kind = avl__is_float_type(type) ? AVL__AS_PAIRS : AVL_(kind_of)(type), n_parts = f.n_parts;
-    const int n_words = avl__words_of(kind) / n_parts, run = AVL_(run_of)(type);
-    const int n_run = run && run < n_words ? run : n_words;
-    const int8_t *q = t->x->q + 4 * (size_t)(n_words * n_parts) * t->at;
-    const float *scale = t->x->scale + t->at, *sum = t->x->sum + t->at * n_parts;
-    const int32_t *bias = t->x->bias + t->at * n_parts;
-    const avl__vu *u = t->pack.u;
-    const avl__vf *d = t->pack.d, *minus_m = t->pack.minus_m;
-    int b, part, i, r, c;
-    for (b = 0; b < t->n_blocks; b++) {
+// The tile of n rows for integers.  acc: [n][2]
+AVL__INLINE void AVL_(tile_integers)(int type, int n, const AVL_(tile) *t, avl__vf *acc) {
+    const int n_words = avl__words_of(AVL_(kind_of)(type)), n_parts = avl__block_form_of(type).n_parts;
+    AVL_(blocks) pack = t->pack;
+    size_t at = t->at;
+    int b;
+    for (b = 0; b < t->n_blocks; b++, at += (size_t)n) {
         avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
-        AVL__EACH(part, n_parts) {
-            avl__vi sum32[AVL__TILE][2], partial[AVL__TILE][2];
-            AVL__EACH(i, n_words) {
-                const avl__vu w[2] = {u[2 * i], u[2 * i + 1]};         // or gcc loads them for each row
-                AVL__EACH(r, n)
-                    if (i % n_run == 0)
-                        partial[r][0] = partial[r][1] = AVL_(splat_int)(kind == AVL__AS_BYTES && !run ? bias[r] : 0);
-                AVL__EACH(r, n) {
-                    const avl__vu a = AVL_(splat_word)(q + 4 * (n * i + r));
-                    AVL__EACH(c, 2) partial[r][c] = AVL_(dot_words)(kind, partial[r][c], w[c], a);
-                }
-                if ((i + 1) % n_run) continue;
-                AVL__EACH(r, n)
-                    AVL__EACH(c, 2) {
-                        if (run && i < n_run) sum32[r][c] = AVL_(splat_int)(bias[r]);
-                        if (run) sum32[r][c] += AVL_(widen)(partial[r][c]);
-                        else     sum32[r][c] = partial[r][c];
-                    }
-            }
-            AVL__EACH(c, 2)
-                AVL__EACH(r, n) {
-                    acc[r][c] = AVL_(fma)(AVL_(to_float)(sum32[r][c]), d[c] * scale[r], acc[r][c]);
-                    if (f.has_min) acc[r][c] = AVL_(fma)(-minus_m[c], AVL_(splat)(sum[r]), acc[r][c]);
-                }
-            u += 2 * n_words;
-            q += 4 * n * n_words;
-            d += 2;
-            minus_m += 2;
-            bias += n;
-            sum += n;
-        }
-        scale += n;
+        AVL_(add_block)(type, n, 2, pack.u, pack.d, pack.min, t->x, at, acc);
+        pack.u += 2 * n_words;
+        pack.d += 2 * n_parts;
+        pack.min += 2 * n_parts;
     }
 }
 
-// The micro-kernel for bfloat16 and float32
-AVL__INLINE void AVL_(tile_floats)(int kind, int n, const AVL_(tile) *t, avl__vf (*acc)[2]) {
+// The tile for words of bfloat16 and float32
+AVL__INLINE void AVL_(tile_floats)(int kind, int n, const AVL_(tile) *t, avl__vf *acc) {
     const int n_words = avl__words_of(kind);
     const int8_t *q = t->x->q + 4 * (size_t)n_words * t->at;
     const avl__vu *u = t->pack.u;
-    int b, i, r, c;
-    for (b = 0; b < t->n_blocks; b++) {
+    int b;
+    for (b = 0; b < t->n_blocks; b++, u += 2 * n_words, q += 4 * n * n_words) {
         avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
-        for (i = 0; i < n_words; i++, u += 2, q += 4 * n) {
-            const avl__vu w[2] = {u[0], u[1]};
-            AVL__EACH(r, n) {
-                const avl__vu a = AVL_(splat_word)(q + 4 * r);
-                AVL__EACH(c, 2) acc[r][c] = AVL_(dot_floats)(kind, acc[r][c], w[c], a);
-            }
-        }
+        AVL_(add_floats)(kind, n, n_words, q, 4, 4 * (size_t)n, u, 2 * AVL__W, 2 * AVL__W, acc);
     }
 }
 
-// A tile of n rows; accumulators are copied into registers for it.
-AVL__INLINE void AVL_(tile_rows)(int n, int type, const AVL_(tile) *t, avl__vf (*sum)[2]) {
+// sum[n][2] += a tile of n rows. Types of the same form share code.
+AVL__INLINE void AVL_(tile_rows)(int n, int type, const AVL_(tile) *t, avl__vf *sum) {
     const avl__block_form f = avl__block_form_of(type);
-    avl__vf acc[AVL__MAX_TILE][2];
+    avl__vf acc[2 * AVL__MAX_TILE];
     int r;
-    AVL__EACH(r, n) {
-        acc[r][0] = sum[r][0];
-        acc[r][1] = sum[r][1];
-    }
-    if (n > AVL__TILE || (AVL__W != 8 && avl__is_float_type(type) && t->x->float_kind != AVL__AS_PAIRS))
+    AVL__EACH(r, 2 * n) acc[r] = sum[r];
+    if (n > AVL__TILE || (AVL__W != 8 && t->pack.kind >= AVL__AS_BF16))
         AVL_(tile_floats)(AVL__W == 16 ? AVL__AS_BF16 : AVL__AS_F32, n, t, acc);
-    else if (AVL__W > 4 && avl__is_float_type(type)) AVL_(tile_integers)(ASTROVL_TYPE_F16, n, t, acc);
-    else if (type == ASTROVL_TYPE_Q8_0)              AVL_(tile_integers)(ASTROVL_TYPE_Q8_0, n, t, acc);
-    else if (type == ASTROVL_TYPE_Q2_K)              AVL_(tile_integers)(ASTROVL_TYPE_Q2_K, n, t, acc);
-    else if (f.n_parts == 2)                         AVL_(tile_integers)(ASTROVL_TYPE_Q6_K, n, t, acc);
-    else if (!AVL__WIDE && f.run == 4 && f.has_min)  AVL_(tile_integers)(ASTROVL_TYPE_Q5_1, n, t, acc);
-    else if (!AVL__WIDE && f.run == 4)               AVL_(tile_integers)(ASTROVL_TYPE_Q5_0, n, t, acc);
-    else if (f.has_min)                              AVL_(tile_integers)(ASTROVL_TYPE_Q4_1, n, t, acc);
-    else                                             AVL_(tile_integers)(ASTROVL_TYPE_Q4_0, n, t, acc);
-    AVL__EACH(r, n) {
-        sum[r][0] = acc[r][0];
-        sum[r][1] = acc[r][1];
-    }
+    else if (AVL__W > 4 && t->pack.kind == AVL__AS_PAIRS)         AVL_(tile_integers)(ASTROVL_TYPE_F16, n, t, acc);
+    else if (type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8)         AVL_(tile_integers)(ASTROVL_TYPE_Q8_0, n, t, acc);
+    else if (type == ASTROVL_TYPE_Q2_K)                           AVL_(tile_integers)(ASTROVL_TYPE_Q2_K, n, t, acc);
+    else if (f.n_parts == 2)                                      AVL_(tile_integers)(ASTROVL_TYPE_Q6_K, n, t, acc);
+    else if (!AVL__WIDE && f.run == 4 && f.has_min)               AVL_(tile_integers)(ASTROVL_TYPE_Q5_1, n, t, acc);
+    else if (!AVL__WIDE && f.run == 4)                            AVL_(tile_integers)(ASTROVL_TYPE_Q5_0, n, t, acc);
+    else if (f.has_min)                                           AVL_(tile_integers)(ASTROVL_TYPE_Q4_1, n, t, acc);
+    else                                                          AVL_(tile_integers)(ASTROVL_TYPE_Q4_0, n, t, acc);
+    AVL__EACH(r, 2 * n) sum[r] = acc[r];
 }
 
 #define AVL__TILE_FUNCTION(n) \
-    AVL__APART void AVL_(tile_##n)(int type, const AVL_(tile) *t, avl__vf (*sum)[2]) { \
+    AVL__APART void AVL_(tile_##n)(int type, const AVL_(tile) *t, avl__vf *sum) { \
         AVL_(tile_rows)(n, type, t, sum); \
     }
-#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(type, t, sum); break;
+#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(w->type, &t, sum); break;
 AVL__TILE_SIZES(AVL__TILE_FUNCTION)
 
-static void AVL_(tile_any)(int type, const AVL_(tile) *t, avl__vf (*sum)[2]) {
-    switch (t->x->group) {
-    AVL__TILE_SIZES(AVL__TILE_CASE)
-    default: break;
-    }
+// AVL__W weight rows from row `out` on, of those before row `last`
+AVL__INLINE AVL_(rows) AVL_(weight_rows)(const avl__linear *w, int out, int last) {
+    AVL_(rows) rows;
+    rows.at = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
+    rows.stride = w->row_bytes;
+    rows.n = last - out < AVL__W ? last - out : AVL__W;
+    return rows;
 }
 
-// Pointers to n weight rows from row `out` on; the last one stands in for those from `last` on.
-AVL__INLINE void AVL_(weight_rows)(const avl__linear *w, int out, int last, int n, const uint8_t **row) {
+// y = sum + bias: n_rows rows from `row` on, AVL__W columns from `out` on, those before `last`.  sum: [n_rows][stride]
+AVL__INLINE void AVL_(store_sums)(const avl__product *p, int row, int n_rows, int out, int last, const avl__vf *sum,
+                                  int stride) {
+    float *y = p->y + (size_t)row * p->w->n_out + out;
+    avl__vf bias = {0};
     int r;
-    for (r = 0; r < n; r++)
-        row[r] = (const uint8_t *)w->weight + (size_t)(out + r < last ? out + r : last - 1) * w->row_bytes;
+    if (p->w->bias) bias = AVL_(load_some)(p->w->bias + out, last - out);
+    for (r = 0; r < n_rows; r++, y += p->w->n_out) AVL_(store_some)(y, last - out, sum[stride * r] + bias);
 }
 
-// Columns first..last-1 of one row
-static void AVL_(multiply_row)(const avl__product *p, int first, int last) {
+// A few rows of activations: columns first..last-1. Weights are multiplied as they are unpacked.
+static void AVL_(multiply_few)(const avl__product *p, int first, int last) {
     const avl__linear *w = p->w;
-    const uint8_t *row[AVL__W];
-    avl__vf sum;
+    const avl__quants *x = &p->quants;
+    avl__vf sum[AVL__FEW];
     int out;
     for (out = first; out < last; out += AVL__W) {
-        AVL_(weight_rows)(w, out, last, AVL__W, row);
-        AVL_(dot_rows)(w->type, row, w->n_in, &p->quants, avl__next_rows(p, first, last, out, AVL__W), &sum);
-        if (w->bias) sum += AVL_(load_some)(w->bias + out, last - out);
-        AVL_(store_some)(p->y + out, last - out, sum);
+        const AVL_(rows) rows = AVL_(weight_rows)(w, out, last);
+        const char *next = avl__next_rows(p, first, last, out, AVL__W);
+        switch (w->type) {
+        AVL__BLOCK_TYPES(AVL__DOT_CASE)
+        default: break;
+        }
+        AVL_(store_sums)(p, 0, p->n_rows, out, last, sum, 1);
     }
 }
 
-// Columns first..last-1. 32 weight rows are packed, whole or (p->few) eight blocks at a time; each pack meets all
-// groups of rows. Meanwhile the next 32 rows are prefetched, spread evenly over unpacking and tiles.
+// Columns first..last-1. 32 weight rows are packed, whole or (p->few) sixteen blocks at a time; all groups of rows of
+// activations meet the pack, while the next 32 weight rows are prefetched.
 static void AVL_(multiply)(const avl__product *p, int first, int last, float *scratch) {
     enum { N_REGISTERS = AVL__PACK_ROWS / AVL__W, N_PAIRS = N_REGISTERS / 2 };
     const avl__linear *w = p->w;
     const avl__quants *x = &p->quants;
-    const avl__block_form f = avl__block_form_of(w->type);
-    const int kind = avl__is_float_type(w->type) ? x->float_kind : AVL__AS_BYTES;
-    const int n_parts = f.n_parts, n_words = avl__words_of(kind);
-    const int slice = p->few || x->n_blocks < 8 ? 8 : x->n_blocks;                  // blocks of a pack
+    const int kind = AVL_(pack_kind)(p), n_words = avl__words_of(kind), n_parts = avl__block_form_of(w->type).n_parts;
+    const int group = avl__group_of(w->type), slice = p->few ? 16 : x->n_blocks;                 // blocks of a pack
     const size_t u_size = 2 * (size_t)(slice * n_words), d_size = 2 * (size_t)(slice * n_parts);
-    const size_t pack_bytes = AVL__PACK_ROWS * (p->few ? f.bytes : w->row_bytes);
-    const size_t n_fill = p->few ? pack_bytes / N_REGISTERS / (1 + (size_t)p->n_rows / 2) : 0;    // by one unpacking
-    const uint8_t *row[AVL__PACK_ROWS];
     AVL_(blocks) pack[N_PAIRS];
-    avl__vf sums[2][N_PAIRS][AVL__MAX_TILE][2];               // of a group, or of the two that few rows make
-    int out, b, j, r, c, g, i;
-    if (p->few && x->group == 1) {
-        AVL_(multiply_row)(p, first, last);
+    AVL_(tile) t;
+    avl__vf sums[2][N_PAIRS][2 * AVL__MAX_TILE];              // of all groups, where their sums have to wait for slices
+    int out, b, j, c, g, i;
+    if (p->few && (x->group == 1 || AVL__W == 16)) {
+        AVL_(multiply_few)(p, first, last);
         return;
     }
     memset(pack, 0, sizeof pack);
     for (c = 0; c < N_PAIRS; c++) {
         pack[c].u = (avl__vu *)(void *)scratch + u_size * (size_t)c;
         pack[c].d = (avl__vf *)(void *)scratch + u_size * N_PAIRS + d_size * (size_t)c;
-        pack[c].minus_m = pack[c].d + d_size * N_PAIRS;
+        pack[c].min = pack[c].d + d_size * N_PAIRS;
+        pack[c].kind = kind;
     }
+    t.x = x;
+    t.step = AVL__PACK_ROWS * w->row_bytes / ((size_t)x->n_groups * N_PAIRS * (size_t)x->n_blocks) + 1;
     for (out = first; out < last; out += AVL__PACK_ROWS) {
-        const int n_columns = last - out < AVL__PACK_ROWS ? last - out : AVL__PACK_ROWS;
-        const char *next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
-        AVL_(weight_rows)(w, out, last, AVL__PACK_ROWS, row);
+        t.next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
         for (b = 0; b < x->n_blocks; b += slice) {
-            const int n_slice = x->n_blocks - b < slice ? x->n_blocks - b : slice;
-            const size_t n_steps = (size_t)(x->n_groups * N_PAIRS * n_slice);
-            const int skip = p->few ? b - avl__group_begin(b, x->n_blocks) : 0;      // blocks in front, packed before
-            AVL_(tile) t;
-            for (j = b; j < b + n_slice; j += 8)
-                for (i = 0; i < N_REGISTERS; i++) {
-                    const int begin = avl__group_begin(j, x->n_blocks), at = begin + skip - b;
+            const int skip = b - avl__group_begin(w->type, b, x->n_blocks);          // blocks in front, packed before
+            t.n_blocks = x->n_blocks - b < slice ? x->n_blocks - b : slice;
+            for (i = 0; i < N_REGISTERS && out + AVL__W * i < last; i++)
+                for (j = b; j < b + t.n_blocks; j += group) {
+                    const int begin = avl__group_begin(w->type, j, x->n_blocks), at = begin + skip - b;
+                    const AVL_(rows) rows = AVL_(weight_rows)(w, out + AVL__W * i, last);
                     AVL_(blocks) to = pack[i / 2];
                     to.u += 2 * n_words * at + i % 2;
                     to.d += 2 * n_parts * at + i % 2;
-                    to.minus_m += 2 * n_parts * at + i % 2;
-                    AVL_(unpack_any)(w->type, kind, row + AVL__W * i, begin, j - begin, w->n_in, next, n_fill, to);
-                    next += n_fill;
+                    to.min += 2 * n_parts * at + i % 2;
+                    switch (w->type) {
+                    AVL__BLOCK_TYPES(AVL__UNPACK_CASE)
+                    AVL__FLOAT_TYPES(AVL__UNPACK_CASE)
+                    default: break;
+                    }
                 }
-            t.x = x;
-            t.n_blocks = n_slice;
-            t.step = (pack_bytes - N_REGISTERS * n_fill + n_steps - 1) / n_steps;
             for (g = 0; g < x->n_groups; g++) {
-                const int n_rows = p->n_rows - g * x->group < x->group ? p->n_rows - g * x->group : x->group;
-                float *y = p->y + (size_t)(g * x->group) * w->n_out + out;
-                avl__prefetch_sums(y, (size_t)w->n_out, n_rows, n_columns);
-                for (c = 0; c < N_PAIRS && 2 * AVL__W * c < n_columns; c++) {
-                    avl__vf (*sum)[2] = sums[p->few ? g : 0][c];
-                    if (b == 0) memset(sum, 0, (size_t)x->group * sizeof *sum);
-                    t.at = (size_t)x->group * ((size_t)x->n_blocks * (size_t)g + (size_t)b);
+                const int row = g * x->group, n_rows = p->n_rows - row < x->group ? p->n_rows - row : x->group;
+                avl__prefetch_sums(p->y + (size_t)row * w->n_out + out, (size_t)w->n_out, n_rows,
+                                   last - out < AVL__PACK_ROWS ? last - out : AVL__PACK_ROWS);
+                t.at = (size_t)x->group * ((size_t)x->n_blocks * (size_t)g + (size_t)b);
+                for (c = 0; c < N_PAIRS && out + 2 * AVL__W * c < last; c++) {
+                    avl__vf *sum = sums[p->few ? g : 0][c];
+                    if (b == 0) memset(sum, 0, 2 * (size_t)x->group * sizeof *sum);
                     t.pack = pack[c];
                     t.pack.u += 2 * n_words * skip;
                     t.pack.d += 2 * n_parts * skip;
-                    t.pack.minus_m += 2 * n_parts * skip;
-                    t.next = next;
-                    AVL_(tile_any)(w->type, &t, sum);
-                    next += t.step * (size_t)n_slice;
-                    for (i = 0; i < 2 && b + n_slice == x->n_blocks; i++) {
-                        const int at = AVL__W * (2 * c + i);
-                        avl__vf bias = {0};
-                        if (w->bias) bias = AVL_(load_some)(w->bias + out + at, n_columns - at);
-                        for (r = 0; r < n_rows; r++)
-                            AVL_(store_some)(y + (size_t)r * w->n_out + at, n_columns - at, sum[r][i] + bias);
+                    t.pack.min += 2 * n_parts * skip;
+                    switch (x->group) {
+                    AVL__TILE_SIZES(AVL__TILE_CASE)
+                    default: break;
                     }
+                    t.next += t.step * (size_t)t.n_blocks;
+                    for (i = 0; i < 2 && b + t.n_blocks == x->n_blocks; i++)
+                        AVL_(store_sums)(p, row, n_rows, out + AVL__W * (2 * c + i), last, sum + i, 2);
                 }
             }
         }
@@ -14088,18 +14100,12 @@ static void AVL_(from_halves)(float *y, const uint16_t *x, int n) {
 // scores[n][32] of n keys [n][stride], n_words each, with two registers of queries.  queries: [n_words][32]
 AVL__INLINE void AVL_(score_keys)(int kind, int n, const float *keys, size_t stride, int n_words, const float *queries,
                                   float scale, float *scores) {
-    avl__vf acc[8][2];
-    int j, d, c;
-    AVL__EACH(j, n) acc[j][0] = acc[j][1] = AVL_(splat)(0.0f);
-    for (d = 0; d < n_words; d++, queries += 32) {
-        const avl__vu q[2] = {AVL_(load_words)(queries), AVL_(load_words)(queries + AVL__W)};
-        AVL__EACH(j, n) {
-            const avl__vu key = AVL_(splat_word)(keys + (size_t)j * stride + (size_t)d);
-            AVL__EACH(c, 2) acc[j][c] = AVL_(dot_floats)(kind, acc[j][c], q[c], key);
-        }
-    }
+    avl__vf acc[2 * 8];
+    int j, c;
+    AVL__EACH(j, 2 * n) acc[j] = AVL_(splat)(0.0f);
+    AVL_(add_floats)(kind, n, n_words, keys, 4 * stride, 4, queries, 32, 2 * AVL__W, acc);
     AVL__EACH(j, n)
-        AVL__EACH(c, 2) AVL_(store)(scores + 32 * j + AVL__W * c, acc[j][c] * scale);
+        AVL__EACH(c, 2) AVL_(store)(scores + 32 * j + AVL__W * c, acc[2 * j + c] * scale);
 }
 
 // scores[n_keys][32] to e^(score - largest), bfloat16 in pairs of keys; inverse: out, [32], 1 over each column's sum
@@ -14126,20 +14132,14 @@ AVL__INLINE void AVL_(softmax_columns)(int kind, float *scores, int n_keys, floa
 // Two registers of columns, n_columns of which exist, of the outputs of n queries.  values: [n_words][stride]
 AVL__INLINE void AVL_(mix_values)(int kind, int n, float *out, size_t out_stride, const float *values, size_t stride,
                                   int n_words, int n_columns, const float *scores, const float *inverse) {
-    avl__vf acc[8][2];
-    int i, j, c;
-    AVL__EACH(i, n) acc[i][0] = acc[i][1] = AVL_(splat)(0.0f);
-    for (j = 0; j < n_words; j++, values += stride, scores += 32) {
-        avl__vf v[2];
-        AVL__EACH(c, 2) v[c] = AVL_(load_some)(values + AVL__W * c, n_columns - AVL__W * c);
-        AVL__EACH(i, n) {
-            const avl__vu p = AVL_(splat_word)(scores + i);
-            AVL__EACH(c, 2) acc[i][c] = AVL_(dot_floats)(kind, acc[i][c], (avl__vu)v[c], p);
-        }
-    }
+    avl__vf acc[2 * 8];
+    int i, c;
+    AVL__EACH(i, 2 * n) acc[i] = AVL_(splat)(0.0f);
+    AVL_(add_floats)(kind, n, n_words, scores, 4, 4 * 32, values, stride, n_columns, acc);
     AVL__EACH(i, n)
         AVL__EACH(c, 2)
-            AVL_(store_some)(out + (size_t)i * out_stride + AVL__W * c, n_columns - AVL__W * c, acc[i][c] * inverse[i]);
+            AVL_(store_some)(out + (size_t)i * out_stride + AVL__W * c, n_columns - AVL__W * c,
+                             acc[2 * i + c] * inverse[i]);
 }
 
 // keys: [n_keys][key_stride], values: [n_keys, or of bfloat16 half as many][v_stride], words of `kind`;
@@ -14221,64 +14221,50 @@ static void AVL_(attend_coarsely)(const avl__tile *t, float *scratch) {
 }
 #endif
 
-// One query. scores[j] += q k[j] of n registers of columns; the last one has `left` columns.
-AVL__INLINE void AVL_(score_halves)(int n, int left, const float *q, const uint16_t *k, size_t stride, int n_keys,
-                                    float *scores) {
-    avl__vf of_q[8];
-    int i, j;
-    AVL__EACH(i, n) of_q[i] = AVL_(load_some)(q + AVL__W * i, i + 1 < n ? AVL__W : left);
-    for (j = 0; j < n_keys; j++, k += stride) {
-        avl__vf score = AVL_(splat)(0.0f);
-        avl__prefetch_page(k, 2 * stride);
-        AVL__EACH(i, n) {
-            const avl__vf key = AVL_(load_numbers)(ASTROVL_TYPE_F16, k + AVL__W * i, i + 1 < n ? AVL__W : left);
-            score = AVL_(fma)(of_q[i], key, score);
-        }
-        scores[j] += AVL_(add_lanes)(score);
-    }
-}
-
-// out += sum of weights[j] v[j], likewise
-AVL__INLINE void AVL_(mix_halves)(int n, int left, float *out, const uint16_t *v, size_t stride, int n_keys,
-                                  const float *weights) {
+// One query, n registers of columns of n_keys keys or values; the last register has `left` columns.
+//   is_mix 0: weights[j] += q kv[j];   1: out += sum of weights[j] kv[j]
+AVL__INLINE void AVL_(one_columns)(int is_mix, int n, int left, float *out, const float *q, const uint16_t *kv,
+                                   size_t stride, int n_keys, float *weights) {
     avl__vf acc[8];
     int i, j;
-    AVL__EACH(i, n) acc[i] = AVL_(load_some)(out + AVL__W * i, i + 1 < n ? AVL__W : left);
-    for (j = 0; j < n_keys; j++, v += stride) {
-        avl__prefetch_page(v, 2 * stride);
+    AVL__EACH(i, n) acc[i] = AVL_(load_some)((is_mix ? out : q) + AVL__W * i, i + 1 < n ? AVL__W : left);
+    for (j = 0; j < n_keys; j++, kv += stride) {
+        avl__vf score = AVL_(splat)(0.0f);
+        avl__prefetch_page(kv, 2 * stride);
         AVL__EACH(i, n) {
-            const avl__vf value = AVL_(load_numbers)(ASTROVL_TYPE_F16, v + AVL__W * i, i + 1 < n ? AVL__W : left);
-            acc[i] = AVL_(fma)(AVL_(splat)(weights[j]), value, acc[i]);
+            const avl__vf x = AVL_(load_numbers)(ASTROVL_TYPE_F16, kv + AVL__W * i, i + 1 < n ? AVL__W : left);
+            if (is_mix) acc[i] = AVL_(fma)(AVL_(splat)(weights[j]), x, acc[i]);
+            else        score = AVL_(fma)(acc[i], x, score);
         }
+        if (!is_mix) weights[j] += AVL_(add_lanes)(score);
     }
-    AVL__EACH(i, n) AVL_(store_some)(out + AVL__W * i, i + 1 < n ? AVL__W : left, acc[i]);
+    if (is_mix)
+        AVL__EACH(i, n) AVL_(store_some)(out + AVL__W * i, i + 1 < n ? AVL__W : left, acc[i]);
 }
 
-// Blocks of 16 keys, so that those of wide heads are still in the L1 cache when their next columns are wanted
+// All columns, for blocks of 16 keys, so that those of wide heads are still in the L1 cache when their next columns are
+// wanted
+AVL__INLINE void AVL_(one_pass)(int is_mix, float *out, const float *q, const uint16_t *kv, size_t stride, int n_keys,
+                                int head_dim, float *weights) {
+    int d, j, n;
+    for (j = 0; j < n_keys; j += 16)
+        for (d = 0; d < head_dim; d += AVL__W * n) {
+            const int m = n_keys - j < 16 ? n_keys - j : 16, left = head_dim - d, last = left < AVL__W ? left : AVL__W;
+            const uint16_t *from = kv + (size_t)j * stride + d;
+            n = left >= 8 * AVL__W ? 8 : left >= 4 * AVL__W ? 4 : 1;
+            if (n == 8)      AVL_(one_columns)(is_mix, 8, AVL__W, out + d, q + d, from, stride, m, weights + j);
+            else if (n == 4) AVL_(one_columns)(is_mix, 4, AVL__W, out + d, q + d, from, stride, m, weights + j);
+            else             AVL_(one_columns)(is_mix, 1, last, out + d, q + d, from, stride, m, weights + j);
+        }
+}
+
 static void AVL_(attend_one)(float *out, const float *q, const uint16_t *k, const uint16_t *v, size_t stride,
                              int n_keys, int head_dim, float *weights) {
-    int d, j, n;
     memset(weights, 0, (size_t)n_keys * sizeof *weights);
-    for (j = 0; j < n_keys; j += 16)
-        for (d = 0; d < head_dim; d += AVL__W * n) {
-            const int m = n_keys - j < 16 ? n_keys - j : 16, left = head_dim - d;
-            const uint16_t *from = k + (size_t)j * stride + d;
-            n = left >= 8 * AVL__W ? 8 : left >= 4 * AVL__W ? 4 : 1;
-            if (n == 8)      AVL_(score_halves)(8, AVL__W, q + d, from, stride, m, weights + j);
-            else if (n == 4) AVL_(score_halves)(4, AVL__W, q + d, from, stride, m, weights + j);
-            else             AVL_(score_halves)(1, left < AVL__W ? left : AVL__W, q + d, from, stride, m, weights + j);
-        }
+    AVL_(one_pass)(0, out, q, k, stride, n_keys, head_dim, weights);
     AVL_(softmax)(weights, n_keys, (float)(1.0 / avl__sqrt((double)head_dim)));
     memset(out, 0, (size_t)head_dim * sizeof *out);
-    for (j = 0; j < n_keys; j += 16)
-        for (d = 0; d < head_dim; d += AVL__W * n) {
-            const int m = n_keys - j < 16 ? n_keys - j : 16, left = head_dim - d;
-            const uint16_t *from = v + (size_t)j * stride + d;
-            n = left >= 8 * AVL__W ? 8 : left >= 4 * AVL__W ? 4 : 1;
-            if (n == 8)      AVL_(mix_halves)(8, AVL__W, out + d, from, stride, m, weights + j);
-            else if (n == 4) AVL_(mix_halves)(4, AVL__W, out + d, from, stride, m, weights + j);
-            else             AVL_(mix_halves)(1, left < AVL__W ? left : AVL__W, out + d, from, stride, m, weights + j);
-        }
+    AVL_(one_pass)(1, out, q, v, stride, n_keys, head_dim, weights);
 }
 
 #endif   // AVL__WHOLE
@@ -14290,7 +14276,7 @@ static void AVL_(attend_one)(float *out, const float *q, const uint16_t *k, cons
         AVL__STRING(isa), avl__dot_portable, avl__axpy_portable, AVL_BASE_(linear), AVL_BASE_(dot_f16), \
         AVL_BASE_(rms_norm), AVL_BASE_(layer_norm), AVL_BASE_(gelu), AVL_BASE_(quick_gelu), AVL_BASE_(silu_product), \
         AVL_(quantize), AVL_(multiply), AVL_BASE_(attend), coarsely, AVL_BASE_(attend_one), AVL_BASE_(to_halves), \
-        AVL_BASE_(from_halves), AVL__TILE, float_kind, float_group, AVL__FEW};
+        AVL_BASE_(from_halves), AVL__TILE, float_kind, float_group, AVL__FEW, AVL__W == 16 ? AVL__FEW : 4};
 
 #if AVL__W == 16
 AVL__TABLE(avx512, NULL, AVL__AS_PAIRS, AVL__TILE)
