@@ -12778,6 +12778,9 @@ AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && 
 
 // How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before.
 AVL__INLINE int avl__group_of(int type) { return avl__is_k_quant(type) ? 8 : 4; }
+AVL__INLINE size_t avl__group_bytes(int type, int n_rows) {
+    return (size_t)n_rows * avl__block_form_of(type).bytes * (size_t)avl__group_of(type) / 8;
+}
 AVL__INLINE int avl__group_begin(int type, int b, int n_blocks) {
     const int n = avl__group_of(type);
     return b + n <= n_blocks || n_blocks < n ? b : n_blocks - n;
@@ -13324,7 +13327,10 @@ AVL__INLINE void AVL_(add_block)(int type, int n, int m, const avl__vu *u, const
             avl__vi *to = run ? some : sum;
             AVL__EACH(r, n * m)
                 if (run) some[r] = AVL_(splat_int)(0);
-            AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
+            if (AVL__W > 4 || n * m == 1)
+                AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
+            else                                               // unrolled, gcc's scheduler for NEON runs out of registers
+                for (k = 0; k < n_run; k++) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
             AVL__EACH(r, n * m)
                 if (run) sum[r] += AVL_(widen)(some[r]);
             u += m * n_run;
@@ -13411,10 +13417,11 @@ AVL__INLINE void AVL_(put_block)(int n, int type, AVL_(blocks) to, int j, const 
     }
 }
 
-// Part `part` of n of what is to be prefetched while eight blocks are unpacked
+// Prefetches part `part` of n of what comes after these blocks.
 AVL__INLINE void AVL_(prefetch_part)(int type, AVL_(blocks) to, int part, int n) {
-    const size_t step = AVL__W * avl__block_form_of(type).bytes * (size_t)avl__group_of(type) / 8 / (size_t)n;
-    avl__prefetch_bytes(to.next + step * (size_t)part, step);
+    const size_t step = avl__group_bytes(type, AVL__W) / (size_t)n;
+    size_t i;
+    for (i = 0; i < step; i += 64) __builtin_prefetch(to.next + step * (size_t)part + i, 0, 2);
 }
 
 // The transposed word at byte p of four blocks, p a multiple of 4; the same for an even p
@@ -13612,8 +13619,9 @@ AVL__INLINE void AVL_(dot_rows)(int n, int type, AVL_(rows) rows, int n_in, cons
     AVL__EACH(r, n) acc[r] = AVL_(splat)(0.0f);
     for (done = 0; done < x->n_blocks; done += avl__group_of(type)) {
         to.b = avl__group_begin(type, done, x->n_blocks);
+        avl__prefetch_page(to.next, avl__group_bytes(type, AVL__W));
         AVL_(unpack)(n, type, rows, to.b, done - to.b, n_in, to);
-        to.next += AVL__W * avl__block_form_of(type).bytes * (size_t)avl__group_of(type) / 8;
+        to.next += avl__group_bytes(type, AVL__W);
     }
     AVL__EACH(r, n) sum[r] = acc[r];
 }
@@ -13733,8 +13741,9 @@ typedef struct AVL_(tile) {
     size_t             at;         // in x: the group's first block, counted through all groups, times its rows
     AVL_(blocks)       pack;
     int                n_blocks;
-    const char        *next;       // prefetched meanwhile, `step` bytes for each block
+    const char        *next;       // prefetched meanwhile: `step` bytes, whole lines, with each of the first n_ahead blocks
     size_t             step;
+    int                n_ahead;
 } AVL_(tile);
 
 // The tile of n rows for integers.  acc: [n][2]
@@ -13744,7 +13753,7 @@ AVL__INLINE void AVL_(tile_integers)(int type, int n, const AVL_(tile) *t, avl__
     size_t at = t->at;
     int b;
     for (b = 0; b < t->n_blocks; b++, at += (size_t)n) {
-        avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
+        if (b < t->n_ahead) avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
         AVL_(add_block)(type, n, 2, pack.u, pack.d, pack.min, t->x, at, acc);
         pack.u += 2 * n_words;
         pack.d += 2 * n_parts;
@@ -13759,7 +13768,7 @@ AVL__INLINE void AVL_(tile_floats)(int kind, int n, const AVL_(tile) *t, avl__vf
     const avl__vu *u = t->pack.u;
     int b;
     for (b = 0; b < t->n_blocks; b++, u += 2 * n_words, q += 4 * n * n_words) {
-        avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
+        if (b < t->n_ahead) avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
         AVL_(add_floats)(kind, n, n_words, q, 4, 4 * (size_t)n, u, 2 * AVL__W, 2 * AVL__W, acc);
     }
 }
@@ -13838,6 +13847,7 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
     AVL_(blocks) pack[N_PAIRS];
     AVL_(tile) t;
     avl__vf sums[2][N_PAIRS][2 * AVL__MAX_TILE];              // of all groups, where their sums have to wait for slices
+    size_t ahead;
     int out, b, j, c, g, i;
     if (p->few && (x->group == 1 || AVL__W == 16)) {
         AVL_(multiply_few)(p, first, last);
@@ -13851,12 +13861,15 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
         pack[c].kind = kind;
     }
     t.x = x;
-    t.step = AVL__PACK_ROWS * w->row_bytes / ((size_t)x->n_groups * N_PAIRS * (size_t)x->n_blocks) + 1;
     for (out = first; out < last; out += AVL__PACK_ROWS) {
         t.next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
         for (b = 0; b < x->n_blocks; b += slice) {
             const int skip = b - avl__group_begin(w->type, b, x->n_blocks);          // blocks in front, packed before
+            const size_t n_tiles = (size_t)x->n_groups * N_PAIRS;
             t.n_blocks = x->n_blocks - b < slice ? x->n_blocks - b : slice;
+            ahead = AVL__PACK_ROWS * w->row_bytes * (size_t)t.n_blocks / ((size_t)x->n_blocks * n_tiles);      // of a tile
+            t.step = 64 * (ahead / (64 * (size_t)t.n_blocks) + 1);
+            t.n_ahead = (int)((ahead + t.step - 1) / t.step);
             for (i = 0; i < N_REGISTERS && out + AVL__W * i < last; i++)
                 for (j = b; j < b + t.n_blocks; j += group) {
                     const int begin = avl__group_begin(w->type, j, x->n_blocks), at = begin + skip - b;
@@ -13887,7 +13900,7 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
                     AVL__TILE_SIZES(AVL__TILE_CASE)
                     default: break;
                     }
-                    t.next += t.step * (size_t)t.n_blocks;
+                    t.next += ahead;
                     for (i = 0; i < 2 && b + t.n_blocks == x->n_blocks; i++)
                         AVL_(store_sums)(p, row, n_rows, out + AVL__W * (2 * c + i), last, sum + i, 2);
                 }
@@ -13931,16 +13944,18 @@ AVL__INLINE void AVL_(linear_rows)(int type, int n_rows, int m, const avl__produ
     const avl__linear *w = p->w;
     const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
     const float *x = p->x + (size_t)r0 * w->n_in;
-    const size_t step = (type == ASTROVL_TYPE_F32 ? 4 : 2) * 2 * AVL__W;
+    const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
     avl__vf even[4][2], odd[4][2];
-    int i, r, o;
+    int i, k, r, o;
     AVL__EACH(r, n_rows)
         AVL__EACH(o, m) even[r][o] = odd[r][o] = AVL_(splat)(0.0f);
-    for (i = 0; i + 2 * AVL__W <= w->n_in; i += 2 * AVL__W) {
+    for (i = 0; i + 32 <= w->n_in; i += 32) {
         for (o = 0; next && o < m; o++)
-            avl__prefetch_bytes(next + (size_t)i / (2 * AVL__W) * step + (size_t)o * w->row_bytes, step);
-        AVL_(add_columns)(type, n_rows, m, w, row, x, i, AVL__W, even);
-        AVL_(add_columns)(type, n_rows, m, w, row, x, i + AVL__W, AVL__W, odd);
+            avl__prefetch_bytes(next + size * (size_t)i + (size_t)o * w->row_bytes, 32 * size);
+        for (k = i; k < i + 32; k += 2 * AVL__W) {
+            AVL_(add_columns)(type, n_rows, m, w, row, x, k, AVL__W, even);
+            AVL_(add_columns)(type, n_rows, m, w, row, x, k + AVL__W, AVL__W, odd);
+        }
     }
     for (; i < w->n_in; i += AVL__W) AVL_(add_columns)(type, n_rows, m, w, row, x, i, w->n_in - i, even);
     AVL__EACH(r, n_rows)
