@@ -19,6 +19,8 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <float.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,6 +39,10 @@
 #define write_file(f, p, n)   _write(_fileno(f), p, (unsigned)(n))
 #define cut_file(f, size)     _chsize_s(_fileno(f), (long long)(size))
 #define sync_file(f)          _commit(_fileno(f))
+#define strcasecmp            _stricmp
+#define CREATE_MODE           "wb"
+#define is_no_plain_file(path) 0
+#define n_processors()        1
 #else
 #include <dirent.h>
 #include <fcntl.h>
@@ -53,12 +59,18 @@
 #define write_file(f, p, n)   write(fileno(f), p, n)
 #define cut_file(f, size)     ftruncate(fileno(f), (off_t)(size))
 #define sync_file(f)          fsync(fileno(f))
+#define CREATE_MODE           "wbx"                        // x: fails if the file exists
+#if !defined(ASTROVL_NO_THREADS)
+#include <pthread.h>
+#define HAS_THREADS           1
+#endif
 #endif
 
 #ifndef ASTROVL_DATA_DIR
 #define ASTROVL_DATA_DIR "/usr/local/share/astrovl"   // where `make install` puts the shipped model; the Makefile says
 #endif
 #define SHIPPED_MODEL "astrovl-tiny.gguf"
+#define LABELS        "labels.txt"
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 // ==== Printing =======================================================================================================
@@ -184,18 +196,18 @@ static void put_json(const char *f, ...) {
 // A table describes every option once: the parser, the checks and the help pages are made from it.
 
 enum { CAPTION = 1, ASK = 2, CHAT = 4, TOKENS = 8, INSPECT = 16, TRACE = 32, VERSION = 64, SCORE = 128, DESCRIBE = 256,
-       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384, QUANTIZE = 32768,
-       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 65535,
+       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, QUANTIZE = 16384,
+       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 32767,
        FAST = ALL & ~(TOKENS | INSPECT | VERSION),           // those that compute
        MAX_TURNS = 64 };                                     // of caption --batch
 typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, check;
     astrovl_generation how;                              // the answers'
-    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query, *synthetic, *dir;
-    int         chat_template, n_batch;
+    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
+    int         chat_template;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
 typedef struct option_spec {
@@ -219,7 +231,6 @@ static const option_spec option_table[] = {
     {"image", 'i', TEXT, F(image), 0, 0, SEARCH, "FILE", "search for what resembles this image instead of a text"},
     {"best", 'k', INTEGER, F(best), 1, 1000000000, DESCRIBE | SEARCH, "N", "print the N best (default: 5 of each group, 10 hits)"},
     {"batch", 'b', INTEGER, F(batch), 1, 256, INDEX | EMBED | EVALUATE, "N", "images in one pass (default 4)"},
-    {"batch", 'b', INTEGER, F(n_batch), 0, MAX_TURNS, BENCH, "N", "answers written together, against one alone (default 8; 0: none)"},
     {"batch", 'b', INTEGER, F(batch), 1, MAX_TURNS, CAPTION, "N", "describe N images together: faster, printed N at a time (default 1)"},
     {"raw", 0, FLAG, F(raw), 0, 0, EMBED, NULL, "rows as the towers give them, not divided by their length"},
     {"svg", 0, TEXT, F(svg), 0, 0, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"},
@@ -228,13 +239,6 @@ static const option_spec option_table[] = {
     {"bool", 0, FLAG, F(boolean), 0, 0, SUMMARIZE, NULL, "judge: the answer is true or false; see --query"},
     {"query", 0, TEXT, F(query), 0, 0, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"},
     {"prompt", 'p', TEXT, F(prompt), 0, 0, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"},
-    {"synthetic", 0, TEXT, F(synthetic), 0, 0, BENCH, "NAME[:TYPE]", "random weights: llava-1.5-7b, smollm2-135m, nano (TYPE: q4_0)"},
-    {"dir", 0, TEXT, F(dir), 0, 0, BENCH, "DIR", "where --synthetic keeps its files (default: $TMPDIR, or /tmp)"},
-    {"prompt", 'p', INTEGER, F(n_prompt), 1, 1000000, BENCH, "N", "positions of the prompt (default 620)"},
-    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32); accuracy: of the text (512)"},
-    {"rounds", 0, INTEGER, F(rounds), 1, 99, BENCH, "N", "medians are of N rounds (default 3; search 9)"},
-    {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "search: rows (default 1000000)"},
-    {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "search: numbers in a row (default 512)"},
     {"hash", 0, FLAG, F(hash), 0, 0, TRACE, NULL, "write no files; print a hash of each tensor and one of all"},
     {"together", 0, FLAG, F(together), 0, 0, ASK, NULL, "ask once about all the images instead of once about each"},
     {"prompt", 'p', TEXT, F(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
@@ -256,9 +260,9 @@ static const option_spec option_table[] = {
     {"template", 0, TEMPLATE, F(chat_template), 0, 0, GENERATE, "NAME", "the prompt's form (default: as the file says)"},
     {"ctx", 'c', INTEGER, F(ctx), 1, 16777216, GENERATE, "N", "tokens a conversation may hold (default: the model's, to 4096)"},
     {"threads", 'j', INTEGER, F(threads), 1, ASTROVL_MAX_THREADS, FAST, "N", "processors to use (default: all)"},
-    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | BENCH | QUANTIZE), NULL, "arithmetic with the same bits on every machine; slower"},
+    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | QUANTIZE), NULL, "arithmetic with the same bits on every machine; slower"},
     {"json", 0, FLAG, F(json), 0, 0, ALL & ~(TRACE | VERSION | EMBED), NULL, "print JSON, an object a line for each answer"},
-    {"quiet", 'q', FLAG, F(quiet), 0, 0, FAST & ~BENCH, NULL, "no timings and no progress on standard error"},
+    {"quiet", 'q', FLAG, F(quiet), 0, 0, FAST, NULL, "no timings and no progress on standard error"},
     {"help", 'h', FLAG, F(help), 0, 0, ALL, NULL, "this page"},
 };
 enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table), MANY = 2147483647 };
@@ -379,6 +383,7 @@ struct program {
     astrovl_info       info;               // of the model
     astrovl_error      err;                // the last one
     char               shipped[4096];      // the shipped model's path
+    char               labels[4096];       // and that of the labels that `describe` chooses from
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
     int                bar_drawn;
@@ -391,6 +396,16 @@ struct program {
 
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
 static volatile sig_atomic_t g_interrupted;
+
+static double seconds(void) {              // wall clock, from any moment
+#if defined(_WIN32)
+    return (double)clock() / CLOCKS_PER_SEC;
+#else
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+#endif
+}
 
 static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
@@ -433,8 +448,9 @@ static void *new_memory(program *p, size_t n, size_t size) {
     return b + 1;
 }
 
-// The shipped model lies beside the program in the source tree, or in the data folder once installed.
-static void find_shipped_model(program *p, const char *argv0) {
+// The shipped files lie beside the program in the source tree, or in the data folder once installed. path: out, [4096],
+// empty if the file is in neither.
+static void find_shipped(const char *argv0, const char *name, char *path) {
     static const char *const places[] = {"test", "../share/astrovl", ASTROVL_DATA_DIR};
     char folder[2048];
     size_t n = 0;
@@ -447,11 +463,11 @@ static void find_shipped_model(program *p, const char *argv0) {
     if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
     while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
     for (i = 0; i < 3 && !f; i++) {
-        snprintf(p->shipped, sizeof p->shipped, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], SHIPPED_MODEL);
-        f = i == 1 && !n ? NULL : fopen(p->shipped, "rb");
+        snprintf(path, 4096, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], name);
+        f = i == 1 && !n ? NULL : fopen(path, "rb");
     }
     if (f) fclose(f);
-    else p->shipped[0] = 0;
+    else path[0] = 0;
 }
 
 // Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
@@ -480,7 +496,7 @@ static void draw_bar(program *p, const char *stage, int done, int total, double 
 
 static int on_progress(void *user, const char *stage, int done, int total) {
     program *p = (program *)user;
-    if (!p->counting || strcmp(stage, "rounds") == 0) draw_bar(p, stage, done, total, 0);
+    if (!p->counting) draw_bar(p, stage, done, total, 0);
     return g_interrupted || p->stop;
 }
 
@@ -1114,45 +1130,686 @@ static int run_inspect(program *p) {
     return EXIT_OK;
 }
 
-// ==== quantize =======================================================================================================
-static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const astrovl_quantize_report *r,
-                            double seconds) {
+// ==== quantize: float32 to the block formats =========================================================================
+// Each function makes one block, in the layout that section [3] of the header describes, of values that are finite and
+// at most QUANTIZE_MAX; quantize_row sees to that. The bytes are the same on every machine.
+//   Q4_0 to Q8_0: the rules, and the bits, of ggml and of the `gguf` Python package.
+//   Q2_K to Q6_K: the format leaves the choice of scales to the writer. Here they minimize the sum of squared errors,
+//   every value counting the same; test/real_quants.py compares with llama.cpp, which gives larger values more weight.
+
+// Products and sums are rounded one by one: no fused multiply-add.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define QUANTIZE_MAX 1e9f                // more than any block can hold (65504 * 128 * 32); its square does not overflow
+#define QUANTIZE_MIN 1e-12f              // a K block stores it as 0: its smallest step is the smallest half, 6e-8
+#define F16_LIMIT    65519.99609375f     // the largest float that becomes a finite half (65504)
+#define ROUNDER      12582912.0f         // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to an integer
+
+static float magnitude(float x) {
+    return x < 0 ? -x : x;
+}
+
+static float clamp(float x, float low, float high) {   // two steps: compilers make them two instructions
+    float y = x < low ? low : x;
+    return y > high ? high : y;
+}
+
+static float round_between(float x, float low, float high) {   // to the nearest integer of low..high, ties to even
+    return (clamp(x, low, high) + ROUNDER) - ROUNDER;
+}
+
+// The value of largest magnitude (the first of equals), with its sign
+static float extreme_of(const float *x, int n) {
+    float extreme = x[0];
+    int i;
+    for (i = 1; i < n; i++)
+        if (magnitude(x[i]) > magnitude(extreme)) extreme = x[i];
+    return extreme;
+}
+
+static void find_range(const float *x, int n, float *least, float *largest) {
+    int i;
+    *least = x[0];
+    *largest = x[0];
+    for (i = 1; i < n; i++) {
+        if (x[i] < *least) *least = x[i];
+        if (x[i] > *largest) *largest = x[i];
+    }
+}
+
+// Stores d as a finite half. Returns what was stored.
+static float put_half(unsigned char *p, float d) {
+    uint16_t half = astrovl_f32_to_f16(clamp(d, -F16_LIMIT, F16_LIMIT));
+    put_le(p, half, 2);
+    return astrovl_f16_to_f32(half);
+}
+
+// 1 / d; 0 where that is not a finite float: d is then stored as 0
+static float reciprocal(float d) {
+    float r = d == 0 ? 0 : 1 / d;
+    return magnitude(r) <= FLT_MAX ? r : 0;
+}
+
+// Packs bits shift..shift+bits-1 of each code, as all formats do: the first `stride` codes go to the lowest bits of
+// `stride` bytes, the next `stride` codes to the bits above, until the bytes are full; then come the next bytes.
+static void pack(unsigned char *out, const unsigned char *codes, int n, int shift, int bits, int stride) {
+    int mask = (1 << bits) - 1, at, j;
+    memset(out, 0, (size_t)(n * bits / 8));
+    for (; n > 0; n -= stride * 8 / bits, out += stride)
+        for (at = 0; at < 8; at += bits, codes += stride)
+            for (j = 0; j < stride; j++) out[j] = (unsigned char)(out[j] | (codes[j] >> shift & mask) << at);
+}
+
+static void quantize_f32(const float *x, unsigned char *b) {
+    uint32_t bits;
+    memcpy(&bits, x, 4);
+    put_le(b, bits, 4);
+}
+static void quantize_f16(const float *x, unsigned char *b) { put_le(b, astrovl_f32_to_f16(*x), 2); }
+static void quantize_bf16(const float *x, unsigned char *b) { put_le(b, astrovl_f32_to_bf16(*x), 2); }
+
+// Q4_0, Q4_1, Q5_0, Q5_1: d f16 | m f16 (Q4_1, Q5_1) | fifth bits u32 (Q5) | nibbles
+//   Q4_0, Q5_0   d = -x / 2^(bits - 1), x the value of largest magnitude       q = floor(x / d + 2^(bits - 1) + 1/2)
+//   Q4_1, Q5_1   d = (largest - m) / (2^bits - 1), m the least value           q = floor((x - m) / d + 1/2)
+static void quantize_simple(const float *x, unsigned char *b, int bits, int has_minimum) {
+    int top = (1 << bits) - 1, middle = 1 << (bits - 1), j;
+    float least, largest, inverse, d, m = 0, offset = has_minimum ? 0.5f : (float)middle + 0.5f;
+    unsigned char codes[32];
+    find_range(x, 32, &least, &largest);
+    if (has_minimum) m = clamp(least, -F16_LIMIT, F16_LIMIT);
+    d = has_minimum ? (largest - m) / (float)top : extreme_of(x, 32) / (float)-middle;
+    d = clamp(d, -F16_LIMIT, F16_LIMIT);
+    inverse = reciprocal(d);
+    for (j = 0; j < 32; j++) codes[j] = (unsigned char)clamp((x[j] - m) * inverse + offset, 0, (float)top);
+    put_half(b, d);
+    b += 2;
+    if (has_minimum) {
+        put_half(b, m);
+        b += 2;
+    }
+    if (bits == 5) {
+        pack(b, codes, 32, 4, 1, 1);
+        b += 4;
+    }
+    pack(b, codes, 32, 0, 4, 16);
+}
+static void quantize_q4_0(const float *x, unsigned char *b) { quantize_simple(x, b, 4, 0); }
+static void quantize_q4_1(const float *x, unsigned char *b) { quantize_simple(x, b, 4, 1); }
+static void quantize_q5_0(const float *x, unsigned char *b) { quantize_simple(x, b, 5, 0); }
+static void quantize_q5_1(const float *x, unsigned char *b) { quantize_simple(x, b, 5, 1); }
+
+// Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
+static void quantize_q8_0(const float *x, unsigned char *b) {
+    float d = clamp(magnitude(extreme_of(x, 32)) / 127, 0, F16_LIMIT), inverse = reciprocal(d);
+    int j;
+    put_half(b, d);
+    for (j = 0; j < 32; j++) {
+        float q = clamp(magnitude(x[j] * inverse), 0, 127);
+        int whole = (int)q;
+        whole += q - (float)whole >= 0.5f;
+        b[2 + j] = (unsigned char)(x[j] < 0 ? -whole : whole);
+    }
+}
+
+// The K formats. For given integers q of a group, least squares gives its scale in closed form; for a given scale, the
+// best q is x / scale, rounded. So several scales are tried: q is rounded by each, a scale fitted to these q, and the
+// fit with the least error kept. The tries put the end of the group's range up to 0.9 steps inside or outside the end
+// of q's range: clipping the extreme value can pay, since all others then have finer steps.
+#define GUESSES    3
+#define GUESS_STEP 0.3f
+
+// y = d q, low <= q <= high.   E = sum (x - d q)^2 is least for
+//   d = sum x q / sum q^2       and then E = sum x^2 - (sum x q)^2 / sum q^2
+// Returns that d. It is negative where the value of largest magnitude has the sign that q has one integer less of.
+static float fit_scale(const float *x, int n, int low, int high) {
+    float extreme = extreme_of(x, n), end = (float)(-low > high ? low : high), gain = 0, scale = 0;
+    int guess, i;
+    if (magnitude(extreme) < QUANTIZE_MIN) return 0;
+    for (guess = -GUESSES; guess <= GUESSES; guess++) {
+        float inverse = (end + GUESS_STEP * (float)guess) / extreme, sum_xq = 0, sum_qq = 0;
+        for (i = 0; i < n; i++) {
+            float q = round_between(x[i] * inverse, (float)low, (float)high);
+            sum_xq += x[i] * q;
+            sum_qq += q * q;
+        }
+        if (sum_xq * sum_xq > gain * sum_qq) {
+            gain = sum_xq * sum_xq / sum_qq;
+            scale = sum_xq / sum_qq;
+        }
+    }
+    return scale;
+}
+
+// y = d q - m, 0 <= q <= high, m >= 0.   With low the least of x and 0, u = x - low and r = m + low, which avoids
+// cancellation, E = sum (x - d q + m)^2 = sum (u - d q + r)^2 is least for
+//   d = (n sum u q - sum u sum q) / (n sum q^2 - (sum q)^2)     r = (d sum q - sum u) / n
+// or, where that would make m negative, for r = low and d = sum (u + low) q / sum q^2.
+// Returns that m; d comes from fit_scale, once the minima have been rounded. n is 16 or 32.
+static float fit_minimum(const float *x, int n, int high) {
+    float low, top, u[32], sum_u = 0, minimum;
+    double least = 0;
+    int guess, i;
+    find_range(x, n, &low, &top);
+    if (low > 0) low = 0;
+    minimum = -low;
+    if (top - low < QUANTIZE_MIN) return minimum;
+    for (i = 0; i < n; i++) {
+        u[i] = x[i] - low;
+        sum_u += u[i];
+    }
+    for (guess = -GUESSES; guess <= GUESSES; guess++) {
+        float inverse = ((float)high + GUESS_STEP * (float)guess) / (top - low), sum_q = 0, sum_qq = 0, sum_uq = 0;
+        double determinant, d, r, error;   // error: E less sum u^2, which all tries share
+        for (i = 0; i < n; i++) {
+            float q = round_between(u[i] * inverse, 0, (float)high);
+            sum_q += q;
+            sum_qq += q * q;
+            sum_uq += u[i] * q;
+        }
+        determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;   // 0: all q, so all x, are equal, and m is 0
+        d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
+        r = (d * (double)sum_q - (double)sum_u) / n;
+        if (r < (double)low) {
+            r = (double)low;
+            d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
+        }
+        error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));
+        if (error < least) {
+            least = error;
+            minimum = (float)(r - (double)low);
+        }
+    }
+    return minimum;
+}
+
+// The codes q - low of y = step q - minimum, low <= q <= high.
+static void encode(const float *x, int n, float step, float minimum, int low, int high, unsigned char *codes) {
+    int i;
+    for (i = 0; i < n; i++) {
+        float q = step == 0 ? 0 : (x[i] + minimum) / step;
+        codes[i] = (unsigned char)((int)round_between(q, (float)low, (float)high) - low);
+    }
+}
+
+// The groups' scales (or minima) s become integers the same way: s = d code. Stores d at p; returns what was stored.
+static float encode_scales(const float *s, int n, int low, int high, unsigned char *p, unsigned char *codes) {
+    float d = put_half(p, fit_scale(s, n, low, high));
+    encode(s, n, d, 0, low, high, codes);
+    return d;
+}
+
+// Q3_K, Q6_K:   y = (d scale[g]) q with 16 groups.   out: scales[16] = scale + half_scales, codes[256] = q + half
+static void encode_symmetric(const float *x, int half, int half_scales, unsigned char *d_at, unsigned char *scales,
+                             unsigned char *codes) {
+    float s[16], d;
+    int g;
+    for (g = 0; g < 16; g++) s[g] = fit_scale(x + 16 * g, 16, -half, half - 1);
+    d = encode_scales(s, 16, -half_scales, half_scales - 1, d_at, scales);
+    for (g = 0; g < 16; g++)
+        encode(x + 16 * g, 16, d * (float)(scales[g] - half_scales), 0, -half, half - 1, codes + 16 * g);
+}
+
+// Q2_K, Q4_K, Q5_K:   y = (d scale[g]) q - dmin minimum[g]; dmin is stored behind d.
+// out: scales, [2][n_groups], the minima behind the scales; codes, [256]
+static void encode_affine(const float *x, int n_groups, int high, int high_scale, unsigned char *d_at,
+                          unsigned char *scales, unsigned char *codes) {
+    float m[16] = {0}, s[16] = {0}, u[32] = {0}, d, dmin;
+    unsigned char *minima = scales + n_groups;
+    int n = 256 / n_groups, g, i;
+    for (g = 0; g < n_groups; g++) m[g] = fit_minimum(x + n * g, n, high);
+    dmin = encode_scales(m, n_groups, 0, high_scale, d_at + 2, minima);
+    for (g = 0; g < n_groups; g++) {
+        for (i = 0; i < n; i++) u[i] = x[n * g + i] + dmin * (float)minima[g];
+        s[g] = clamp(fit_scale(u, n, 0, high), 0, QUANTIZE_MAX);   // below 0 only where all u are next to 0
+    }
+    d = encode_scales(s, n_groups, 0, high_scale, d_at, scales);
+    for (g = 0; g < n_groups; g++)
+        encode(x + n * g, n, d * (float)scales[g], dmin * (float)minima[g], 0, high, codes + n * g);
+}
+
+static void quantize_q2_k(const float *x, unsigned char *b) {
+    unsigned char scales[32], codes[256];
+    encode_affine(x, 16, 3, 15, b + 80, scales, codes);
+    pack(b, scales, 32, 0, 4, 16);
+    pack(b + 16, codes, 256, 0, 2, 32);
+}
+
+static void quantize_q3_k(const float *x, unsigned char *b) {
+    unsigned char scales[16], codes[256];
+    encode_symmetric(x, 4, 32, b + 108, scales, codes);
+    pack(b, codes, 256, 2, 1, 32);
+    pack(b + 32, codes, 256, 0, 2, 32);
+    pack(b + 96, scales, 16, 0, 4, 8);
+    pack(b + 104, scales, 16, 4, 2, 4);
+}
+
+// Eight scales and eight minima of 6 bits in 12 bytes. scales: [2][8]
+static void pack_scales(const unsigned char *scales, unsigned char *s) {
+    const unsigned char *minima = scales + 8;
+    int g;
+    for (g = 0; g < 4; g++) {
+        s[g] = (unsigned char)(scales[g] | scales[g + 4] >> 4 << 6);
+        s[g + 4] = (unsigned char)(minima[g] | minima[g + 4] >> 4 << 6);
+        s[g + 8] = (unsigned char)((scales[g + 4] & 15) | (minima[g + 4] & 15) << 4);
+    }
+}
+
+static void quantize_q4_k(const float *x, unsigned char *b) {
+    unsigned char scales[16], codes[256];
+    encode_affine(x, 8, 15, 63, b, scales, codes);
+    pack_scales(scales, b + 4);
+    pack(b + 16, codes, 256, 0, 4, 32);
+}
+
+static void quantize_q5_k(const float *x, unsigned char *b) {
+    unsigned char scales[16], codes[256];
+    encode_affine(x, 8, 31, 63, b, scales, codes);
+    pack_scales(scales, b + 4);
+    pack(b + 16, codes, 256, 4, 1, 32);
+    pack(b + 48, codes, 256, 0, 4, 32);
+}
+
+static void quantize_q6_k(const float *x, unsigned char *b) {
+    unsigned char scales[16], codes[256];
+    int g;
+    encode_symmetric(x, 32, 128, b + 208, scales, codes);
+    pack(b, codes, 256, 0, 4, 64);
+    pack(b + 128, codes, 256, 4, 2, 32);
+    for (g = 0; g < 16; g++) b[192 + g] = (unsigned char)(scales[g] - 128);
+}
+
+typedef struct format {
+    int  type, n_values;                                        // an astrovl_type; values of a block
+    void (*quantize)(const float *values, unsigned char *block);
+} format;
+
+static const format *find_format(int type) {
+    static const format formats[] = {
+        {ASTROVL_TYPE_F32, 1, quantize_f32},     {ASTROVL_TYPE_F16, 1, quantize_f16},
+        {ASTROVL_TYPE_BF16, 1, quantize_bf16},   {ASTROVL_TYPE_Q4_0, 32, quantize_q4_0},
+        {ASTROVL_TYPE_Q4_1, 32, quantize_q4_1},  {ASTROVL_TYPE_Q5_0, 32, quantize_q5_0},
+        {ASTROVL_TYPE_Q5_1, 32, quantize_q5_1},  {ASTROVL_TYPE_Q8_0, 32, quantize_q8_0},
+        {ASTROVL_TYPE_Q2_K, 256, quantize_q2_k}, {ASTROVL_TYPE_Q3_K, 256, quantize_q3_k},
+        {ASTROVL_TYPE_Q4_K, 256, quantize_q4_k}, {ASTROVL_TYPE_Q5_K, 256, quantize_q5_k},
+        {ASTROVL_TYPE_Q6_K, 256, quantize_q6_k}};
+    int i = 0;
+    while (formats[i].type != type) i++;
+    return &formats[i];
+}
+
+// n: whole blocks. Blocks hold no NaN, which counts as 0, and no infinity, which becomes the largest value they hold.
+static void quantize_row(int type, const float *values, unsigned char *blocks, int64_t n) {
+    const format *f = find_format(type);
+    size_t block_bytes = astrovl_type_row_bytes(type, f->n_values);
+    float x[256];
+    int i;
+    for (; n > 0; n -= f->n_values, values += f->n_values, blocks += block_bytes) {
+        for (i = 0; i < f->n_values && f->n_values > 1; i++)
+            x[i] = values[i] == values[i] ? clamp(values[i], -QUANTIZE_MAX, QUANTIZE_MAX) : 0;
+        f->quantize(f->n_values > 1 ? x : values, blocks);
+    }
+}
+
+// A tensor is expanded and rounded in parts, one for each thread. Parts are multiples of every type's block.
+typedef struct part {
+    const astrovl_tensor *t;
+    int                   type;            // that it becomes
+    int64_t               first, n;        // the values of this part
+    unsigned char        *blocks;          // out: the part's
+} part;
+
+static void *quantize_part(void *context) {
+    const part *p = (const part *)context;
+    float x[4096];
+    int64_t at, n;
+    for (at = 0; at < p->n; at += n) {
+        const char *from = (const char *)p->t->data + astrovl_type_row_bytes(p->t->type, p->first + at);
+        n = p->n - at < 4096 ? p->n - at : 4096;
+        astrovl_dequantize(p->t->type, from, x, n);
+        quantize_row(p->type, x, p->blocks + astrovl_type_row_bytes(p->type, at), n);
+    }
+    return NULL;
+}
+
+#if !defined(_WIN32)
+static int is_no_plain_file(const char *path) {            // a folder or a device, which renaming would replace
+    struct stat s;
+    return stat(path, &s) == 0 && !S_ISREG(s.st_mode);
+}
+
+static int n_processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > ASTROVL_MAX_THREADS ? ASTROVL_MAX_THREADS : (int)n;
+}
+#endif
+
+#if defined(HAS_THREADS)
+static void quantize_parts(part whole, int n_threads) {
+    const int64_t step = (whole.n / n_threads + 4095) / 4096 * 4096;
+    pthread_t threads[ASTROVL_MAX_THREADS];
+    part parts[ASTROVL_MAX_THREADS];
+    int i, n, n_started;
+    for (n = 0; n < n_threads && n * step < whole.n; n++) {
+        parts[n] = whole;
+        parts[n].first += n * step;
+        parts[n].n = whole.n - n * step < step ? whole.n - n * step : step;
+        parts[n].blocks += astrovl_type_row_bytes(whole.type, n * step);
+    }
+    for (i = 1; i < n && pthread_create(&threads[i], NULL, quantize_part, &parts[i]) == 0; i++) {}
+    n_started = i;
+    for (i = n_started; i < n; i++) quantize_part(&parts[i]);      // threads that the system refused
+    quantize_part(&parts[0]);
+    for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
+}
+#else
+static void quantize_parts(part whole, int n_threads) {
+    (void)n_threads;
+    quantize_part(&whole);
+}
+#endif
+
+// ---- which type each tensor gets: the rules of llama.cpp's llama-quant.cpp, found there by measuring perplexities
+
+enum { NO_BLOCK, FIRST_2, FIRST_4, FIRST_16TH, FIRST_8TH, ENDS_AND_THIRDS };   // some of n blocks, by their number
+
+typedef struct recipe {
+    const char *name;
+    int         file_type;                               // general.file_type, llama.cpp's number
+    int         type;                                    // of every matrix but these:
+    struct { int blocks, type, rest; } v, down;          // attn_v, ffn_down: in some of the blocks, and in the rest
+    int         attention_output, output;                // output.weight, or token_embd.weight if it serves as both
+} recipe;
+
+#define TYPE(T) ASTROVL_TYPE_##T
+#define PLAIN(name, number, T) {name, number, TYPE(T), {0, 0, TYPE(T)}, {0, 0, TYPE(T)}, TYPE(T), TYPE(T)}
+#define MIX(name, number, T, v_blocks, V, V_rest, down_blocks, DOWN, DOWN_rest, OUT) \
+    {name, number, TYPE(T), {v_blocks, TYPE(V), TYPE(V_rest)}, {down_blocks, TYPE(DOWN), TYPE(DOWN_rest)}, TYPE(OUT), \
+     TYPE(Q6_K)}
+static const recipe recipes[] = {
+    PLAIN("f32", 0, F32),    PLAIN("f16", 1, F16),    PLAIN("bf16", 32, BF16), PLAIN("q4_0", 2, Q4_0),
+    PLAIN("q4_1", 3, Q4_1),  PLAIN("q5_0", 8, Q5_0),  PLAIN("q5_1", 9, Q5_1),  PLAIN("q8_0", 7, Q8_0),
+    PLAIN("q2_k", 10, Q2_K), PLAIN("q3_k", 11, Q3_K), PLAIN("q4_k", 14, Q4_K), PLAIN("q5_k", 16, Q5_K),
+    PLAIN("q6_k", 18, Q6_K),
+    //                 base  attn_v: these blocks, the rest   ffn_down                      attn_output
+    MIX("q3_k_s", 11, Q3_K, NO_BLOCK, Q3_K, Q3_K,            NO_BLOCK, Q3_K, Q3_K,         Q3_K),
+    MIX("q3_k_m", 12, Q3_K, FIRST_2, Q5_K, Q4_K,             FIRST_16TH, Q5_K, Q4_K,       Q4_K),
+    MIX("q3_k_l", 13, Q3_K, NO_BLOCK, Q5_K, Q5_K,            NO_BLOCK, Q5_K, Q5_K,         Q5_K),
+    MIX("q4_k_s", 14, Q4_K, FIRST_4, Q5_K, Q4_K,             FIRST_8TH, Q5_K, Q4_K,        Q4_K),
+    MIX("q4_k_m", 15, Q4_K, ENDS_AND_THIRDS, Q6_K, Q4_K,     ENDS_AND_THIRDS, Q6_K, Q4_K,  Q4_K),
+    MIX("q5_k_s", 16, Q5_K, NO_BLOCK, Q5_K, Q5_K,            NO_BLOCK, Q5_K, Q5_K,         Q5_K),
+    MIX("q5_k_m", 17, Q5_K, ENDS_AND_THIRDS, Q6_K, Q5_K,     ENDS_AND_THIRDS, Q6_K, Q5_K,  Q5_K)};
+enum { N_RECIPES = (int)(sizeof recipes / sizeof *recipes) };
+
+static int block_is_among(int blocks, int i, int n) {
+    switch (blocks) {
+    case FIRST_2:    return i < 2;
+    case FIRST_4:    return i < 4;
+    case FIRST_16TH: return i < n / 16;
+    case FIRST_8TH:  return i < n / 8;
+    case ENDS_AND_THIRDS: return i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
+    default: return 0;
+    }
+}
+
+// "v.blk.12.attn_v.weight": block 12 of tower 1, *rest "attn_v.weight"; -1 for a tensor outside the blocks. Towers: 0
+// language model, 1 vision, 2 text.
+static int block_of(const char *name, int *tower, const char **rest) {
+    static const char *const prefixes[] = {"blk.", "v.blk.", "t.blk."};
+    int number = 0;
+    for (*tower = 0; *tower < 3; ++*tower) {
+        size_t n = strlen(prefixes[*tower]);
+        if (strncmp(name, prefixes[*tower], n) != 0) continue;
+        for (name += n; *name >= '0' && *name <= '9' && number < 100000; name++) number = number * 10 + (*name - '0');
+        *rest = name + 1;
+        return *name == '.' ? number : -1;
+    }
+    return -1;
+}
+
+// Is it a weight matrix, which may be stored with fewer bits?
+static int is_quantizable(const astrovl_tensor *t) {
+    size_t n = strlen(t->name);
+    return t->ne[1] * t->ne[2] * t->ne[3] > 1 && n > 7 && strcmp(t->name + n - 7, ".weight") == 0 &&
+           !strstr(t->name, "_norm.") && !strstr(t->name, "position_embd") && !strstr(t->name, "patch_embd") &&
+           !strstr(t->name, "ffn_gate_inp");
+}
+
+static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
+
+// What a recipe asks for. n_blocks: [3], of each tower
+static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blocks, const astrovl_tensor *t) {
+    const char *rest = "";
+    int tower, type, heads, shared, number = block_of(t->name, &tower, &rest), n = number < 0 ? 0 : n_blocks[tower];
+    if (strcmp(t->name, "output.weight") == 0) return r->output;
+    if (strcmp(t->name, "token_embd.weight") == 0)
+        return astrovl_gguf_find_tensor(in, "output.weight") ? r->type : r->output;
+    if (number < 0) return r->type;
+    if (begins(rest, "ffn_down")) return block_is_among(r->down.blocks, number, n) ? r->down.type : r->down.rest;
+    if (begins(rest, "attn_out")) return r->attention_output;
+    if (!begins(rest, "attn_v.")) return r->type;
+    type = block_is_among(r->v.blocks, number, n) ? r->v.type : r->v.rest;
+    if (r->output == r->type || type == ASTROVL_TYPE_Q6_K || tower != 0 || n != 80) return type;
+    heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");      // a mix, of a model of 80 blocks: 70B
+    shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
+    if (shared < 0 || astrovl_gguf_int(in, shared, 0) == astrovl_gguf_int(in, heads, 0)) return type;
+    return ASTROVL_TYPE_Q5_K;   // heads share keys and values: attn_v is small, and worth it
+}
+
+// The type itself, or one as good whose blocks fit into rows of n values.
+static int type_for_rows(int type, int64_t n) {
+    if (n % find_format(type)->n_values == 0) return type;
+    if (n % 32 != 0) return ASTROVL_TYPE_F16;
+    return type == ASTROVL_TYPE_Q4_K ? ASTROVL_TYPE_Q5_0 : type == ASTROVL_TYPE_Q5_K ? ASTROVL_TYPE_Q5_1 :
+           type == ASTROVL_TYPE_Q6_K ? ASTROVL_TYPE_Q8_0 : ASTROVL_TYPE_Q4_0;
+}
+
+// ---- the file: GGUF version 3, little-endian, alignment 32. It is called PATH.part until it is complete, so PATH stays
+// as it is until then, even if it is the file that is read.
+
+typedef struct gguf_out {
+    FILE    *file;                         // remembers errors: ferror
+    uint64_t size;                         // written so far
+} gguf_out;
+
+static void put_bytes(gguf_out *out, const void *bytes, size_t n) {
+    if (n) fwrite(bytes, 1, n, out->file);
+    out->size += n;
+}
+
+static void put_number(gguf_out *out, uint64_t value, int n) {
+    unsigned char bytes[8];
+    put_le(bytes, value, n);
+    put_bytes(out, bytes, (size_t)n);
+}
+
+static void put_string(gguf_out *out, const char *text, size_t size) {
+    put_number(out, size, 8);
+    put_bytes(out, text, size);
+}
+
+static void pad_to_32(gguf_out *out) {
+    static const char zeros[32] = {0};
+    put_bytes(out, zeros, (size_t)(0 - out->size) % 32);
+}
+
+// One metadata entry of another file
+static void copy_entry(gguf_out *out, const astrovl_kv *kv) {
+    put_string(out, kv->key, strlen(kv->key));
+    put_number(out, kv->type, 4);
+    if (kv->type == ASTROVL_VALUE_ARRAY) {
+        put_number(out, kv->item_type, 4);
+        put_number(out, kv->count, 8);
+    }
+    put_bytes(out, kv->data, (size_t)kv->n_bytes);
+}
+
+static void put_u32_entry(gguf_out *out, const char *key, int value) {
+    put_string(out, key, strlen(key));
+    put_number(out, ASTROVL_VALUE_U32, 4);
+    put_number(out, (uint64_t)value, 4);
+}
+
+// All that stands before the tensors' data. types: [n_tensors]
+static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, const int *types) {
+    static const char *const ours[] = {"general.alignment", "general.file_type", "general.quantization_version"};
+    int i, k, n = astrovl_gguf_n_tensors(in), n_kv = astrovl_gguf_n_kv(in), n_old = n_kv;
+    uint64_t offset = 0;
+    for (k = 0; k < 3; k++) n_old -= astrovl_gguf_find_kv(in, ours[k]) >= 0;
+    put_bytes(out, "GGUF\3\0\0", 8);
+    put_number(out, (uint64_t)n, 8);
+    put_number(out, (uint64_t)n_old + 2, 8);
+    for (i = 0; i < n_kv; i++) {
+        for (k = 0; k < 3 && strcmp(astrovl_gguf_kv(in, i)->key, ours[k]) != 0; k++) {}
+        if (k == 3) copy_entry(out, astrovl_gguf_kv(in, i));
+    }
+    put_u32_entry(out, "general.file_type", file_type);
+    put_u32_entry(out, "general.quantization_version", 2);
+    for (i = 0; i < n; i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        put_string(out, t->name, strlen(t->name));
+        put_number(out, (uint64_t)t->n_dims, 4);
+        for (k = 0; k < t->n_dims; k++) put_number(out, (uint64_t)t->ne[k], 8);
+        put_number(out, (uint64_t)types[i], 4);
+        put_number(out, offset, 8);
+        offset += (astrovl_type_row_bytes(types[i], t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]) + 31) / 32 * 32;
+    }
+    pad_to_32(out);
+}
+
+#define CHUNK_VALUES (1 << 22)
+
+// A tensor's data as `type`.   blocks: scratch, [CHUNK_VALUES] floats
+static void put_tensor(gguf_out *out, const astrovl_tensor *t, int type, unsigned char *blocks, int n_threads) {
+    const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+    part chunk = {t, type, 0, 0, blocks};
+    if (type == (int)t->type) put_bytes(out, t->data, (size_t)t->n_bytes);
+    else for (; chunk.first < total && !g_interrupted; chunk.first += chunk.n) {
+        chunk.n = total - chunk.first < CHUNK_VALUES ? total - chunk.first : CHUNK_VALUES;
+        quantize_parts(chunk, n_threads);
+        put_bytes(out, blocks, astrovl_type_row_bytes(type, chunk.n));
+    }
+    pad_to_32(out);
+}
+
+// Nothing is left behind of a file that could not be completed.
+static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
+    unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
+    char *part_path = (char *)new_memory(p, strlen(path) + 6, 1);
+    int i, good, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : n_processors();
+    gguf_out out = {NULL, 0};
+    sprintf(part_path, "%s.part", path);
+    if (is_no_plain_file(path)) return fail("%s: is a folder or a device; name a file", path);
+    out.file = fopen(part_path, CREATE_MODE);
+    if (!out.file && errno == EEXIST)
+        return fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path);
+    if (!out.file) return fail("%s: cannot be created: %s", part_path, strerror(errno));
+    put_header(&out, in, file_type, types);
+    for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
+        draw_bar(p, "tensors", i, n, 0);
+        put_tensor(&out, astrovl_gguf_tensor(in, i), types[i], blocks, n_threads);
+    }
+    clear_bar(p);
+    good = fflush(out.file) == 0 && !ferror(out.file) && (sync_file(out.file) == 0 || errno == EINVAL);
+    good = fclose(out.file) == 0 && good;
+#if defined(_WIN32)
+    if (good && !g_interrupted) remove(path);              // there, rename does not replace a file
+#endif
+    if (g_interrupted) fail("%s: quantizing was cancelled", path);
+    else if (!good) fail("%s: cannot be written (is the disk full?)", path);
+    else if (rename(part_path, path) != 0) fail("%s: cannot be given this name (is it a folder, or in use?)", path);
+    else return EXIT_OK;
+    remove(part_path);
+    return EXIT_FAILED;
+}
+
+// ---- the command
+
+typedef struct quantize_report {
+    int n_tensors, n_changed;              // of all: those whose type is another now
+    int n_fallbacks;                       // rows that are no multiple of the wanted type's block: got another type
+    int n_requantized;                     // quantized before already: what was lost then is not regained
+} quantize_report;
+
+static const recipe *find_recipe(const program *p, const char *name) {
+    int i;
+    for (i = 0; i < N_RECIPES; i++)
+        if (strcasecmp(name, recipes[i].name) == 0) return &recipes[i];
+    print_around("astrovl", p->cmd, ": ");
+    fprintf(stderr, "no quantization is called \"%s\"; there are:", name);
+    for (i = 0; i < N_RECIPES; i++) fprintf(stderr, " %s", recipes[i].name);
+    print_around("\nTry: astrovl", p->cmd, " --help\n");
+    return NULL;
+}
+
+// The type of each tensor, [n_tensors]
+static int *choose_types(program *p, const astrovl_gguf *in, const recipe *r, quantize_report *report) {
+    int n = astrovl_gguf_n_tensors(in), *types = (int *)new_memory(p, (size_t)n, sizeof *types);
+    int n_blocks[3] = {0, 0, 0}, i, tower, number;
+    const char *rest;
+    for (i = 0; i < n; i++) {
+        number = block_of(astrovl_gguf_tensor(in, i)->name, &tower, &rest);
+        if (number >= 0 && n_blocks[tower] <= number) n_blocks[tower] = number + 1;
+    }
+    for (i = 0; i < n; i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        int wanted = is_quantizable(t) ? recipe_type(r, in, n_blocks, t) : (int)t->type, changed;
+        types[i] = type_for_rows(wanted, t->ne[0]);
+        changed = types[i] != (int)t->type;
+        report->n_changed += changed;
+        report->n_fallbacks += types[i] != wanted;
+        report->n_requantized += changed && find_format(t->type)->n_values > 1 && find_format(types[i])->n_values > 1;
+    }
+    report->n_tensors = n;
+    return types;
+}
+
+static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const quantize_report *r,
+                            double time) {
     totals sums = add_up(out);
     long long sizes[2] = {(long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out)};
     double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
     int k;
     if (p->o.json) {
         put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
-                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed,
-                 r->n_fallbacks, r->n_requantized);
-        for (k = 0; k < N_TYPES; k++) if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
+                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, time, r->n_tensors,
+                 r->n_changed, r->n_fallbacks, r->n_requantized);
+        for (k = 0; k < N_TYPES; k++)
+            if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
         put_json("}}\n");
     } else if (!p->o.quiet) {
         printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes((uint64_t)sizes[0]),
-               human_bytes((uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
+               human_bytes((uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, time);
         print_totals(&sums);
     }
     if (p->o.quiet) return;
-    if (r->n_fallbacks) fail("note: %d tensors got another type, since their rows do not fit its blocks", r->n_fallbacks);
-    if (r->n_requantized) fail("warning: %d tensors were quantised before and lose again; F16 is better", r->n_requantized);
+    if (r->n_fallbacks)
+        fail("note: %d tensors got another type, since their rows do not fit its blocks", r->n_fallbacks);
+    if (r->n_requantized)
+        fail("warning: %d tensors were quantized before and lose again; F16 is better", r->n_requantized);
 }
 
 static int run_quantize(program *p) {
     const char *const *words = p->o.words.items;
-    astrovl_quantize_report report;
-    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &p->err), *out = NULL;
-    double start = astrovl_seconds();
-    astrovl_status status = in ? ASTROVL_OK : p->err.status;
+    quantize_report report = {0, 0, 0, 0};
+    const recipe *r = find_recipe(p, words[2]);
+    astrovl_gguf *in, *out = NULL;
+    double start = seconds();
+    int status = EXIT_FAILED;
+    if (!r) return EXIT_USAGE;
+    in = astrovl_gguf_open(words[0], 0, &p->err);
+    if (!in) return failed(p);
     p->started = time(NULL);
-    catch_interrupts(1);                   // nothing is left behind
-    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &p->err);
-    clear_bar(p);
-    if (!status) out = astrovl_gguf_open(words[1], 0, &p->err);
-    if (out) print_quantized(p, in, out, &report, astrovl_seconds() - start);
+    catch_interrupts(1);                   // from here on Ctrl-C leaves no unfinished file
+    status = write_quantized(p, in, words[1], r->file_type, choose_types(p, in, r, &report));
+    if (status == EXIT_OK && !(out = astrovl_gguf_open(words[1], 0, &p->err))) status = failed(p);
+    if (out) print_quantized(p, in, out, &report, seconds() - start);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
-    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", p->err.message);
-    return out ? EXIT_OK : failed(p);
+    return status;
 }
 
 // ==== trace ==========================================================================================================
@@ -1400,97 +2057,47 @@ static int run_score(program *p) {
     return match_images(p, &g, 1, 0);
 }
 
-// What `describe` chooses from by itself: our own list.
-static const char *const built_in_titles[3] = {"astrophysical object classes", "phenomena and structures", "science use cases"};
-static const char *const built_in_labels[3] = {
-    "spiral galaxy\ngrand design spiral galaxy\nflocculent spiral galaxy\nbarred spiral galaxy\ntightly wound spiral galaxy\n"
-    "loosely wound spiral galaxy\nface-on spiral galaxy\nedge-on spiral galaxy\nedge-on galaxy with a central bulge\nedge-on "
-    "galaxy without a bulge\nelliptical galaxy\nround smooth galaxy\nsmooth oval galaxy\nsmooth cigar-shaped galaxy\ngiant "
-    "elliptical galaxy at the centre of a cluster\nlenticular galaxy\nirregular galaxy\ndwarf galaxy\ndwarf spheroidal galaxy\n"
-    "ultra-diffuse galaxy\nring galaxy\npolar ring galaxy\ndisturbed galaxy with a distorted shape\npair of merging galaxies\n"
-    "interacting galaxies\nstarburst galaxy\nblue compact dwarf galaxy\nluminous infrared galaxy\nlow surface brightness galaxy\n"
-    "jellyfish galaxy\nhigh-redshift galaxy\nlyman-alpha emitting galaxy\npost-starburst galaxy\nactive galaxy\nseyfert galaxy\n"
-    "radio galaxy\nquasar\nblazar\ncompact group of galaxies\ncluster of galaxies\nproto-cluster of galaxies\ndeep field full of "
-    "galaxies\ngravitational lens\nstrongly lensed quasar\ngalaxy cluster acting as a lens\nglobular cluster\nextragalactic "
-    "globular cluster\nopen star cluster\nyoung massive star cluster\nnuclear star cluster\nstellar association\nstar field\n"
-    "crowded field of stars\nresolved stars in a nearby galaxy\nstars in the galactic bulge\nmagellanic cloud\nemission nebula\n"
-    "region of ionised hydrogen\nreflection nebula\ndark nebula\nmolecular cloud\nplanetary nebula\nbipolar planetary nebula\n"
-    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\nyoung "
-    "stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\nluminous "
-    "blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic variable star\n"
-    "symbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse supernova\nkilonova\n"
-    "gamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\ntransiting hot jupiter\n"
-    "gas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\ncratered moon\nicy moon\n"
-    "asteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\nactive asteroid with a tail\n"
-    "interstellar object\n",
-    "spiral arms\nstellar bar in a galaxy\ngalactic bulge\ngalactic disk seen edge-on\ngalaxy halo\ndust lane across a galaxy\n"
-    "rings of star formation in a galaxy\ntidal tails and bridges between galaxies\nstellar streams and shells around a galaxy\n"
-    "warped galactic disk\ngalactic outflow\njet from an active nucleus\naccretion disk\ndusty torus around a nucleus\nextended "
-    "emission lines around a quasar\ncircumgalactic gas\nintergalactic medium\nintracluster light\ngas stripped from a galaxy\n"
-    "arcs of a gravitational lens\neinstein ring\nmultiple images of one quasar\nmicrolensing\nweak lensing shear\ndark matter "
-    "halo\nstar formation\ntriggered star formation at the rim of a nebula\npillars of gas and dust\nionisation front\nglowing "
-    "filaments of gas\nshock waves in gas\nexpanding shell of gas\nlight echo\nstellar wind\nstellar outflow and jet\nmass loss "
-    "from a dying star\nsupernova explosion\nstellar pulsation\nstellar flare\nstellar rotation\nmass transfer in a binary star\n"
-    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation in "
-    "a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
-    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk\n"
-    "atmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
-    "impact craters\nvolcanic activity on a moon\nwater plumes from an icy moon\ntail of a comet\ncoma and nucleus of a comet\n"
-    "break-up of a comet\nzodiacal light\ncosmic reionisation\nlyman-alpha absorption lines\n",
-    "measuring the expansion rate with type ia supernovae\nmeasuring the hubble constant with cepheids\ncalibrating the cosmic "
-    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping mass "
-    "in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies\n"
-    "tracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring the "
-    "light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of spiral "
-    "arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\ndating a "
-    "stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring proper motions "
-    "in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass black holes\n"
-    "monitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots of radio "
-    "galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\nidentifying the "
-    "progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition of a nebula from "
-    "its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their surroundings\n"
-    "surveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\nimaging disks "
-    "around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an exoplanet\ndirectly "
-    "imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses of binary stars\n"
-    "searching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae in ultraviolet "
-    "light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf planet\n"
-    "searching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an asteroid\n"
-    "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
-    "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
+enum { MAX_GROUPS = 64 };
 
-// One label a line; blank lines and those that begin with '#' are passed over.
-static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
+// Texts, one a line. Blank lines and those that begin with '#' are skipped; [TITLE] begins a group. Returns the groups.
+static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
+    size_t size = 0, at, n_labels = 0;
+    char *text = read_text(p, path, &size);
     lines l = lines_of(path, text, size);
+    int n = 1;
     unsigned code;
     int valid;
-    size_t at;
     while (next_line(&l)) {
         for (; *l.line == ' ' || *l.line == '\t'; l.size--) l.line++;
-        while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.size--;
+        while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.line[--l.size] = 0;
         if (!l.size || *l.line == '#') continue;
         for (at = 0; at < l.size;) {
             at += utf8_next(l.line + at, l.size - at, &code, &valid);
-            if (!valid || (is_control(code) && code != '\t')) line_error(&l, "this is not UTF-8 text, or holds control characters");
+            if (!valid || (is_control(code) && code != '\t'))
+                line_error(&l, "this is not UTF-8 text, or holds control characters");
         }
         if (l.size > 1000) line_error(&l, "a label of more than 1000 bytes");
-        if (labels->n == 100000) line_error(&l, "more than 100000 labels");
-        list_add(p, labels, l.line, l.size);
+        if (*l.line == '[' && l.line[l.size - 1] == ']') {
+            if (groups[n - 1].texts.n && n++ == MAX_GROUPS) line_error(&l, "more than 64 groups");
+            l.line[l.size - 1] = 0;
+            groups[n - 1].title = l.line + 1;
+            continue;
+        }
+        if (n_labels++ == 100000) line_error(&l, "more than 100000 labels");
+        list_add(p, &groups[n - 1].texts, l.line, l.size);
     }
-    if (!labels->n) exit(fail("%s: there is no label in it; write one a line", path));
+    if (!groups[n - 1].texts.n) exit(fail("%s: there is no label in it, or in its last group; write one a line", path));
+    return n;
 }
 
 static int run_describe(program *p) {
-    const char *path = p->o.labels;
-    group groups[3];
-    int i, n = path ? 1 : 3;
+    group groups[MAX_GROUPS];
+    const char *path = p->o.labels ? p->o.labels : p->labels;
     memset(groups, 0, sizeof groups);
-    for (i = 0; i < n; i++) {
-        size_t size = strlen(built_in_labels[i]);
-        char *text = path ? read_text(p, path, &size) : (char *)memcpy(new_memory(p, size + 1, 1), built_in_labels[i], size);
-        if (!path) groups[i].title = built_in_titles[i];
-        read_labels(p, path ? path : "labels built in", text, size, &groups[i].texts);
-    }
-    return match_images(p, groups, n, p->o.best ? p->o.best : 5);
+    if (!*path)
+        exit(fail("the list of labels, %s, is neither beside the program nor in %s; name one with --labels", LABELS,
+                  ASTROVL_DATA_DIR));
+    return match_images(p, groups, read_labels(p, path, groups), p->o.best ? p->o.best : 5);
 }
 
 // ==== index, search ==================================================================================================
@@ -1720,7 +2327,7 @@ static int index_images(program *p, image_index *ix, const list *todo, int n_kno
     unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, p->o.batch);
     size_t size;
-    double start = astrovl_seconds(), rate = 0;
+    double start = seconds(), rate = 0;
     int i, k, some, added = 0;
     for (i = 0; i < todo->n && !p->stop; i += some) {
         some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
@@ -1729,7 +2336,7 @@ static int index_images(program *p, image_index *ix, const list *todo, int n_kno
         for (k = 0, size = 0; k < some; k++)
             if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
         if (size) append_to_index(ix, records, size);
-        rate = added / (astrovl_seconds() - start + 1e-9);
+        rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
     if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
@@ -1845,19 +2452,85 @@ static sample *read_samples(program *p, const char *path, int vqa, int *n) {
 // ---- retrieval
 
 typedef struct retrieval {
-    int               n;
-    astrovl_retrieval of;
-    float            *cosines[2];          // [pairs, wrong pairs][n], ascending
+    int    n;
+    double loss;                           // CLIP's, the whole set as one batch
+    double share[2][101];                  // [image -> text, text -> image][k]: partner among the best k percent
+    double mean[2], median[2];             // cosines of [pairs, wrong pairs]
+    float *cosines[2];                     // [pairs, wrong pairs][n], ascending
 } retrieval;
+
+// Row i of queries belongs to row i of items; both [n][n_dims], normalized. shares[k]: how many rows are better than the
+// partner for fewer than floor(k/100 n) queries; of equal rows the earlier is better.
+// Returns the mean of -log softmax(scale * cosines)[i][i].
+static double rank_partners(program *p, const float *queries, const float *items, int n, double *shares) {
+    const int n_dims = p->info.n_embd_joint;
+    const double scale = p->info.logit_scale;
+    float *cosines = (float *)new_memory(p, (size_t)n, sizeof *cosines);
+    double loss = 0;
+    int i, j, k;
+    for (i = 0; i < n; i++) {
+        double sum = 0;
+        int rank = 0;
+        astrovl_linear(cosines, queries + (size_t)i * n_dims, items, NULL, 1, n_dims, n);
+        for (j = 0; j < n; j++) {
+            sum += exp(scale * cosines[j] - scale * cosines[i]);
+            rank += cosines[j] > cosines[i] || (j < i && !(cosines[j] < cosines[i]));
+        }
+        loss += log(sum) / n;
+        for (k = 1; k <= 100; k++) shares[k] += rank < (int)((int64_t)k * n / 100) ? 1.0 / n : 0;
+    }
+    return loss;
+}
+
+// 53 random bits as a number in [0, 1)   (SplitMix64: Steele, Lea & Flood 2014)
+static double random_number(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;
+}
+
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+// PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). images, texts: [n][n_embd_joint], normalized; row i
+// of one belongs to row i of the other. Wrong pairs are drawn by a fixed sequence, one of each image and each text: a
+// permutation that is one cycle, so that no image keeps its text (Sattolo 1986).
+static void measure_retrieval(program *p, const float *images, const float *texts, int n, retrieval *r) {
+    int *text_of = (int *)new_memory(p, (size_t)n, sizeof *text_of), i, k;
+    const int n_dims = p->info.n_embd_joint;
+    uint64_t state = 1;
+    memset(r, 0, sizeof *r);
+    r->n = n;
+    r->loss = (rank_partners(p, images, texts, n, r->share[0]) + rank_partners(p, texts, images, n, r->share[1])) / 2;
+    for (i = 0; i < n; i++) text_of[i] = i;
+    for (k = 0; k < 2; k++) {
+        float *cosines = r->cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *cosines);
+        for (i = 0; i < n; i++) {
+            astrovl_linear(&cosines[i], images + (size_t)i * n_dims, texts + (size_t)text_of[i] * n_dims, NULL, 1,
+                           n_dims, 1);
+            r->mean[k] += cosines[i] / (double)n;
+        }
+        qsort(cosines, (size_t)n, sizeof *cosines, by_value);
+        r->median[k] = (cosines[(n - 1) / 2] + cosines[n / 2]) / 2.0;
+        for (i = n - 1; i > 0; i--) {
+            int other = (int)(random_number(&state) * i), text = text_of[i];
+            text_of[i] = text_of[other];
+            text_of[other] = text;
+        }
+    }
+}
 
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
-    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->of.loss);
+    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
     else printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often "
                 "is the partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n,
-                p->info.logit_scale, r->of.loss, n, log(n), n);
+                p->info.logit_scale, r->loss, n, log(n), n);
     for (k = 1; k <= 100; k++) {
-        double there = r->of.share[0][k], back = r->of.share[1][k];
+        double there = r->share[0][k], back = r->share[1][k];
         best = (int)((int64_t)k * n / 100);
         if (as_json) put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
         else if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
@@ -1867,7 +2540,7 @@ static void print_retrieval(const program *p, const retrieval *r) {
     if (as_json) put_json("]");
     else printf("\ncosines          mean   median\n");
     for (i = 0; i < 2; i++) {
-        double mean = r->of.mean[i], median = r->of.median[i];
+        double mean = r->mean[i], median = r->median[i];
         if (as_json) put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", mean, median);
         else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
         for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
@@ -1939,19 +2612,19 @@ static int save_plot(const char *path, const retrieval *r) {
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
             "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n<text x=\"475\" y=\"24\" "
             "font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; contrastive loss %.3f</text>\n",
-            r->n, r->of.loss);
+            r->n, r->loss);
     svg_axes(f, &a, "Partner found among the best k %", "k (% of the set)", "accuracy (%)");
     fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
     svg_legend(f, 270, 325, style[3], "chance");
     svg_axes(f, &b, "Cosines of image and text", "cosine", "pairs (%)");
     for (k = 1; k >= 0; k--) {
         fprintf(f, "<g %s stroke-width=\"2\"><path fill=\"none\" d=\"M", style[2 * k]);
-        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->of.share[k][i] * 100));
+        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
         fprintf(f, "\"/></g>\n<path %s fill-opacity=\"0.3\" stroke-width=\"1.5\" d=\"M560 340", style[k]);
         for (i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
         fputs("V340\"/>\n", f);
         svg_legend(f, 270, 285 + 20 * k, style[2 * k], k ? "image for a text" : "text for an image");
-        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->of.mean[k]);
+        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->mean[k]);
         svg_legend(f, 570, 84 + 20 * k, style[k], text);
     }
     fputs("</svg>\n", f);
@@ -1969,11 +2642,7 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
     if (embed_images(p, names, n, images, 0) != EXIT_OK) return fail("nothing is measured, since images are missing");
     for (i = 0; i < n; i++) names[i] = samples[i].label;
     embed_texts(p, names, n, texts);
-    r.n = n;
-    r.cosines[0] = (float *)new_memory(p, (size_t)n, 2 * sizeof(float));
-    r.cosines[1] = r.cosines[0] + n;
-    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &p->err))
-        return failed(p);
+    measure_retrieval(p, images, texts, n, &r);
     print_retrieval(p, &r);
     return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
@@ -1989,12 +2658,39 @@ typedef struct vqa {
     double  semantic;
 } vqa;
 
+// ASCII's letters and digits, the former in lower case; 0: another character
+static int letter(char c) {
+    return c >= 'A' && c <= 'Z' ? c + 32 : (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ? c : 0;
+}
+
+// The bytes of `word` if it stands at text[at] as whole words, in any case; otherwise 0.
+static size_t word_at(const char *text, size_t at, const char *word) {
+    size_t n = strlen(word), i;
+    if (at > 0 && letter(text[at - 1]) && letter(word[0])) return 0;
+    for (i = 0; i < n; i++)
+        if (text[at + i] != word[i] && (!letter(word[i]) || letter(text[at + i]) != letter(word[i]))) return 0;
+    return n && letter(text[at + n]) && letter(word[n - 1]) ? 0 : n;
+}
+
+// Which of n words (or terms of several words) a text names first; of those that begin there the longest. -1: none
+static int first_named(const char *text, const char *const *words, int n) {
+    size_t at, size, most = 0;
+    int i, best = -1;
+    for (at = 0; text[at] && best < 0; at++)
+        for (i = 0; i < n; i++)
+            if ((size = word_at(text, at, words[i])) > most) {
+                most = size;
+                best = i;
+            }
+    return best;
+}
+
 static void score_sample(program *p, vqa *t, sample *x) {
     const char *texts[2] = {x->text, x->reference};
     float *rows, cosine;
     int i, *named = t->confusion + x->truth * (t->classes.n + 2);
-    x->named = astrovl_first_named(x->text, t->classes.items, t->classes.n);
-    for (i = 0; i < x->features.n; i++) x->n_found += astrovl_first_named(x->text, &x->features.items[i], 1) == 0;
+    x->named = first_named(x->text, t->classes.items, t->classes.n);
+    for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
     x->semantic = strtod("nan", NULL);
     t->right += x->truth == x->named;
     t->none += x->named < 0;
@@ -2132,157 +2828,6 @@ static int run_summarize(program *p) {
     return status;
 }
 
-// ==== bench: what is measured, and the machine's own limit for it, in turns, since machines change their speed ========
-static int bench_search(program *p) {
-    const int n = p->o.rows ? p->o.rows : 1000000, d = p->o.dims ? p->o.dims : 512, rounds = p->o.rounds ? p->o.rounds : 9;
-    double seconds[2], ratio, gigabytes = (double)n * d * 2e-9;
-    if (astrovl_measure_search(n, d, rounds, p->o.threads, seconds, &p->err)) return failed(p);
-    ratio = seconds[0] / seconds[1];
-    if (p->o.json) put_json("{rows:%d dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", n, d, seconds[0], seconds[1], ratio);
-    else printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them once    "
-                "%9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", n, d, rounds, seconds[0] * 1e3, gigabytes / seconds[0],
-                seconds[1] * 1e3, gigabytes / seconds[1], ratio);
-    return EXIT_OK;
-}
-
-static void print_pace(int as_json, const char *key, const char *what, int is_bytes, const astrovl_pace *x) {
-    const char *type = astrovl_type_name(x->type);
-    if (x->n && as_json)
-        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", key, x->n, x->seconds,
-                 x->n / x->seconds, is_bytes ? "bytes" : "operations", x->work, x->limit, x->reached, type);
-    else if (x->n)
-        printf("  %-18s %5d %9.3f s %9.1f /s  %8.1f of %6.1f %s %4.0f %%  %s\n", what, x->n, x->seconds, x->n / x->seconds,
-               x->work / x->seconds * 1e-9, x->limit * 1e-9, is_bytes ? "GB/s " : "GOP/s", 100 * x->reached, type);
-}
-
-static void print_speed(const program *p, const astrovl_speed *x, const astrovl_batch_speed *b, int rounds) {
-    const int as_json = p->o.json;
-    double together = (double)b->n * b->n_answer / b->seconds, alone = b->n_answer / b->one_seconds;
-    if (as_json) put_json("{name:%s rounds:%d", p->info.name, rounds);
-    else print_safe(stdout, p->info.name), printf(", medians of %d rounds; at the right: of what the machine allows\n", rounds);
-    print_pace(as_json, "image", "one image", 0, &x->image);
-    print_pace(as_json, "prompt", "prompt, positions", 0, &x->prompt);
-    print_pace(as_json, "answer", "answer, tokens", 1, &x->answer);
-    if (x->first_token_seconds > 0) as_json ? put_json("first_token_seconds:%f", x->first_token_seconds) :
-                                    (void)printf("  image and question %15.3f s to the first token\n", x->first_token_seconds);
-    if (b->n && as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", b->n,
-                                  b->n_prompt, b->n_answer, together, alone, b->gain, (long long)b->cache_bytes);
-    else if (b->n) printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; "
-                          "KV caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(b->cache_bytes));
-    if (as_json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
-                          (long long)x->cache_bytes);
-    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "",
-                x->peak_bytes ? human_bytes(x->peak_bytes) : "?", human_bytes(x->file_bytes), human_bytes(x->cache_bytes));
-}
-
-// One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
-static void need_synthetic(program *p, const char *folder, int type, int tied, const astrovl_info *sizes) {
-    char name[96], *path;
-    astrovl_info there;
-    astrovl_model *model;
-    snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
-    path = join_path(p, folder, strlen(folder), name);
-    model = astrovl_open(path, NULL, &p->err);
-    if (model) astrovl_get_info(model, &there);
-    if (!model || strcmp(there.name, sizes->name) != 0) {
-        p->started = time(NULL);
-        catch_interrupts(1);               // nothing is left behind
-        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &p->err)) exit(failed(p));
-        catch_interrupts(0);
-        clear_bar(p);
-    }
-    astrovl_close(model);
-    fprintf(stderr, "%s: a model of random weights, kept for the next time\n", path);
-    list_add(p, &p->o.models, path, strlen(path));
-}
-
-// --synthetic NAME[:TYPE]: its files become the model. EXIT_USAGE when there is no such name or type.
-static int use_synthetic(program *p) {
-    const char *colon = strchr(p->o.synthetic, ':'), *wanted = colon ? colon + 1 : "q4_0", *known;
-    const char *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
-    char name[32];
-    astrovl_info sizes;
-    int type, has_vision, tied;
-    snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
-    for (type = 0; type < N_TYPES; type++)
-        if ((known = astrovl_type_name(type)) && strlen(known) == strlen(wanted) && !astrovl_first_named(wanted, &known, 1)) break;
-    if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
-        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
-                           p->o.synthetic);
-    folder = folder && *folder ? folder : "/tmp";
-    has_vision = sizes.has_vision, sizes.has_vision = 0;
-    need_synthetic(p, folder, type, tied, &sizes);
-    sizes.has_vision = has_vision, sizes.has_text = 0;
-    if (has_vision) need_synthetic(p, folder, ASTROVL_TYPE_F16, 0, &sizes);
-    return EXIT_OK;
-}
-
-static int bench_model(program *p) {
-    int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
-    int rounds = p->o.rounds ? p->o.rounds : 3, n = n_prompt + n_tokens;
-    astrovl_speed speed;
-    astrovl_batch_speed batch = {0, 0, 0, 0, 0, 0, 0};
-    astrovl_status status;
-    if (n > ASTROVL_DEFAULT_CONTEXT) p->o.ctx = n < p->info.n_ctx_train ? n : p->info.n_ctx_train;
-    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
-    p->started = time(NULL);
-    p->counting = 1;                       // rounds: drawing a bar for each layer would take time
-    status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &p->err);
-    if (!status && p->info.has_text && p->o.n_batch)       // last, since its memory is not the model's
-        status = astrovl_measure_batch(p->session, n_prompt, n_tokens, p->o.n_batch, rounds, on_progress, p, &batch, &p->err);
-    if (status) return failed(p);
-    clear_bar(p);
-    print_speed(p, &speed, &batch, rounds);
-    return EXIT_OK;
-}
-
-// Fast mode's logits, held against exact mode's.
-static int bench_accuracy(program *p, const char *path) {
-    size_t size = 0;
-    char *text = read_text(p, path, &size);
-    int i, n, most = p->o.n_tokens ? p->o.n_tokens : 512;
-    int32_t *tokens = encode_text(p, text, size, ASTROVL_ADD_SPECIAL, &n);
-    astrovl_accuracy a;
-    if (p->info.has_text && most > p->info.n_ctx_train) most = p->info.n_ctx_train;
-    if (n > most) n = most;
-    if (n < 2) return fail("%s: two tokens at least are wanted", path);
-    p->o.ctx = n;
-    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
-    p->more[1] = new_session(p, ASTROVL_EXACT, NULL, NULL, NULL);
-    p->started = time(NULL);
-    if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &p->err)) return failed(p);
-    clear_bar(p);
-    if (p->o.json) put_json("{name:%s tokens:%d exact_perplexity:%f", p->info.name, n, a.reference_perplexity);
-    else print_safe(stdout, p->info.name),
-         printf(", %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s %9s\n", n,
-                a.reference_perplexity, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
-    for (i = 0; i < 2; i++) {
-        const astrovl_likeness *x = i ? &a.steps : &a.prompt;
-        if (p->o.json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f "
-                                "perplexity_ratio:%f}", i ? "steps" : "prompt", x->cosine, x->least_cosine, x->difference, x->same,
-                                x->perplexity, x->ratio);
-        else printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n", i ? "one by one, as answers" : "read together, as prompts",
-                    x->cosine, x->least_cosine, x->difference, 100 * x->same, x->perplexity, x->ratio);
-    }
-    if (p->o.json) put_json("}\n");
-    return EXIT_OK;
-}
-
-static int run_bench(program *p) {
-    const options *o = &p->o;
-    const char *kind = o->words.n ? o->words.items[0] : "";
-    int is_search = strcmp(kind, "search") == 0, is_accuracy = strcmp(kind, "accuracy") == 0;
-    if (o->words.n != is_search + 2 * is_accuracy) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    if (is_search && (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens))
-        return usage_error(p->cmd, "bench search takes --rows, --dims and --rounds, no model");
-    if (!is_search && (o->rows || o->dims)) return usage_error(p->cmd, "--rows and --dims are for: bench search");
-    if (is_search) return bench_search(p);
-    if (o->synthetic && o->models.n) return usage_error(p->cmd, "one of --model and --synthetic");
-    if (o->synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
-    open_model(p);
-    return is_accuracy ? bench_accuracy(p, o->words.items[1]) : bench_model(p);
-}
-
 // ==== version, the list of commands, main ============================================================================
 #if defined(__clang__)
 #define COMPILER __VERSION__
@@ -2392,22 +2937,6 @@ static const command commands[] = {
      "to do can be replaced with --prompt. The shipped model is too small for sensible content; take a larger one with -m.",
      "  astrovl summarize -m instruct-model.gguf abstract.txt\n  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"bench", BENCH, run_bench, 0, 2, "wanted: bench, bench search, or bench accuracy TEXTFILE", "bench [OPTIONS] [search | accuracy TEXTFILE]", "measure how fast a model is here",
-     "Measures a model, and what this machine could do at most, in turns: encoding one image, reading a prompt, writing after it.\n"
-     "The first two are bound by arithmetic. Their operations (two for each product in matrices and attention) a second are held\n"
-     "against what the processor does in registers alone with the instruction in use. Writing is bound by memory: the weights that\n"
-     "each token needs, and the keys and values before it, are held against merely reading weights, done after each token, since a\n"
-     "shared machine's memory may be twice as fast a second later. Tokens are fixed, so answers do not matter: --synthetic makes\n"
-     "files of random weights in the shapes of known models. The KV cache is part of the peak memory, files as far as they were\n"
-     "read. ASTROVL_ISA=avx2 (portable, avx_vnni, avx512; neon) in the environment measures simpler kernels.\n"
-     "Last, --batch answers are written together, as caption --batch does, and one alone, token by token in turns, each after\n"
-     "--prompt positions that are made up: the ratio is that of the tokens a second.\n"
-     "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.\n"
-     "accuracy: reads a text's first tokens in exact and in fast mode, in that together and one by one, and compares the logits at\n"
-     "each: their cosine (mean, least), the largest difference, how often the likeliest token is the same, and the perplexity.",
-     "  astrovl bench\n  astrovl bench -m llava-q4_k_m.gguf -m mmproj.gguf --rounds 5\n"
-     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"
-     "  astrovl bench accuracy -m smollm2-q8_0.gguf README.md --tokens 1024\n"},
     {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
@@ -2442,7 +2971,6 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
     int i, status;
     p->cmd = c;
-    p->o.n_batch = 8;
     p->o.how.on_text = on_text;
     p->o.how.user = p;
     for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
@@ -2469,7 +2997,8 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);              // a reader that leaves is a failed write, handled where it happens
 #endif
     p.safe_output = is_terminal(1);
-    find_shipped_model(&p, argv[0]);
+    find_shipped(argv[0], SHIPPED_MODEL, p.shipped);
+    find_shipped(argv[0], LABELS, p.labels);
     if (c && is_help) print_command_help(c);
     else if (c) status = run_command(&p, c, argc - 2, argv + 2);
     else if (strcmp(name, "--version") == 0) printf("astrovl %s\n", ASTROVL_VERSION);
