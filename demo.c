@@ -1149,10 +1149,6 @@ static int run_inspect(program *p) {
 #define F16_LIMIT    65519.99609375f     // the largest float that becomes a finite half (65504)
 #define ROUNDER      12582912.0f         // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to an integer
 
-static float magnitude(float x) {
-    return x < 0 ? -x : x;
-}
-
 static float clamp(float x, float low, float high) {   // two steps: compilers make them two instructions
     float y = x < low ? low : x;
     return y > high ? high : y;
@@ -1167,7 +1163,7 @@ static float extreme_of(const float *x, int n) {
     float extreme = x[0];
     int i;
     for (i = 1; i < n; i++)
-        if (magnitude(x[i]) > magnitude(extreme)) extreme = x[i];
+        if (fabsf(x[i]) > fabsf(extreme)) extreme = x[i];
     return extreme;
 }
 
@@ -1191,7 +1187,7 @@ static float put_half(unsigned char *p, float d) {
 // 1 / d; 0 where that is not a finite float: d is then stored as 0
 static float reciprocal(float d) {
     float r = d == 0 ? 0 : 1 / d;
-    return magnitude(r) <= FLT_MAX ? r : 0;
+    return fabsf(r) <= FLT_MAX ? r : 0;
 }
 
 // Packs bits shift..shift+bits-1 of each code, as all formats do: the first `stride` codes go to the lowest bits of
@@ -1244,11 +1240,11 @@ static void quantize_q5_1(const float *x, unsigned char *b) { quantize_simple(x,
 
 // Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
 static void quantize_q8_0(const float *x, unsigned char *b) {
-    float d = clamp(magnitude(extreme_of(x, 32)) / 127, 0, F16_LIMIT), inverse = reciprocal(d);
+    float d = clamp(fabsf(extreme_of(x, 32)) / 127, 0, F16_LIMIT), inverse = reciprocal(d);
     int j;
     put_half(b, d);
     for (j = 0; j < 32; j++) {
-        float q = clamp(magnitude(x[j] * inverse), 0, 127);
+        float q = clamp(fabsf(x[j] * inverse), 0, 127);
         int whole = (int)q;
         whole += q - (float)whole >= 0.5f;
         b[2 + j] = (unsigned char)(x[j] < 0 ? -whole : whole);
@@ -1268,7 +1264,7 @@ static void quantize_q8_0(const float *x, unsigned char *b) {
 static float fit_scale(const float *x, int n, int low, int high) {
     float extreme = extreme_of(x, n), end = (float)(-low > high ? low : high), gain = 0, scale = 0;
     int guess, i;
-    if (magnitude(extreme) < QUANTIZE_MIN) return 0;
+    if (fabsf(extreme) < QUANTIZE_MIN) return 0;
     for (guess = -GUESSES; guess <= GUESSES; guess++) {
         float inverse = (end + GUESS_STEP * (float)guess) / extreme, sum_xq = 0, sum_qq = 0;
         for (i = 0; i < n; i++) {
