@@ -1200,14 +1200,6 @@ static void pack(unsigned char *out, const unsigned char *codes, int n, int shif
             for (j = 0; j < stride; j++) out[j] = (unsigned char)(out[j] | (codes[j] >> shift & mask) << at);
 }
 
-static void quantize_f32(const float *x, unsigned char *b) {
-    uint32_t bits;
-    memcpy(&bits, x, 4);
-    put_le(b, bits, 4);
-}
-static void quantize_f16(const float *x, unsigned char *b) { put_le(b, astrovl_f32_to_f16(*x), 2); }
-static void quantize_bf16(const float *x, unsigned char *b) { put_le(b, astrovl_f32_to_bf16(*x), 2); }
-
 // Q4_0, Q4_1, Q5_0, Q5_1: d f16 | m f16 (Q4_1, Q5_1) | fifth bits u32 (Q5) | nibbles
 //   Q4_0, Q5_0   d = -x / 2^(bits - 1), x the value of largest magnitude       q = floor(x / d + 2^(bits - 1) + 1/2)
 //   Q4_1, Q5_1   d = (largest - m) / (2^bits - 1), m the least value           q = floor((x - m) / d + 1/2)
@@ -1233,11 +1225,6 @@ static void quantize_simple(const float *x, unsigned char *b, int bits, int has_
     }
     pack(b, codes, 32, 0, 4, 16);
 }
-static void quantize_q4_0(const float *x, unsigned char *b) { quantize_simple(x, b, 4, 0); }
-static void quantize_q4_1(const float *x, unsigned char *b) { quantize_simple(x, b, 4, 1); }
-static void quantize_q5_0(const float *x, unsigned char *b) { quantize_simple(x, b, 5, 0); }
-static void quantize_q5_1(const float *x, unsigned char *b) { quantize_simple(x, b, 5, 1); }
-
 // Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
 static void quantize_q8_0(const float *x, unsigned char *b) {
     float d = clamp(fabsf(extreme_of(x, 32)) / 127, 0, F16_LIMIT), inverse = reciprocal(d);
@@ -1367,22 +1354,6 @@ static void encode_affine(const float *x, int n_groups, int high, int high_scale
         encode(x + n * g, n, d * (float)scales[g], dmin * (float)minima[g], 0, high, codes + n * g);
 }
 
-static void quantize_q2_k(const float *x, unsigned char *b) {
-    unsigned char scales[32], codes[256];
-    encode_affine(x, 16, 3, 15, b + 80, scales, codes);
-    pack(b, scales, 32, 0, 4, 16);
-    pack(b + 16, codes, 256, 0, 2, 32);
-}
-
-static void quantize_q3_k(const float *x, unsigned char *b) {
-    unsigned char scales[16], codes[256];
-    encode_symmetric(x, 4, 32, b + 108, scales, codes);
-    pack(b, codes, 256, 2, 1, 32);
-    pack(b + 32, codes, 256, 0, 2, 32);
-    pack(b + 96, scales, 16, 0, 4, 8);
-    pack(b + 104, scales, 16, 4, 2, 4);
-}
-
 // Eight scales and eight minima of 6 bits in 12 bytes. scales: [2][8]
 static void pack_scales(const unsigned char *scales, unsigned char *s) {
     const unsigned char *minima = scales + 8;
@@ -1394,59 +1365,67 @@ static void pack_scales(const unsigned char *scales, unsigned char *s) {
     }
 }
 
-static void quantize_q4_k(const float *x, unsigned char *b) {
-    unsigned char scales[16], codes[256];
-    encode_affine(x, 8, 15, 63, b, scales, codes);
-    pack_scales(scales, b + 4);
-    pack(b + 16, codes, 256, 0, 4, 32);
+static int block_values(int type) {
+    return astrovl_type_row_bytes(type, 1) ? 1 : astrovl_type_row_bytes(type, 32) ? 32 : 256;
 }
 
-static void quantize_q5_k(const float *x, unsigned char *b) {
-    unsigned char scales[16], codes[256];
-    encode_affine(x, 8, 31, 63, b, scales, codes);
-    pack_scales(scales, b + 4);
-    pack(b + 16, codes, 256, 4, 1, 32);
-    pack(b + 48, codes, 256, 0, 4, 32);
-}
-
-static void quantize_q6_k(const float *x, unsigned char *b) {
-    unsigned char scales[16], codes[256];
+static void quantize_block(int type, const float *x, unsigned char *b) {
+    unsigned char scales[32], codes[256];
+    uint32_t bits;
     int g;
-    encode_symmetric(x, 32, 128, b + 208, scales, codes);
-    pack(b, codes, 256, 0, 4, 64);
-    pack(b + 128, codes, 256, 4, 2, 32);
-    for (g = 0; g < 16; g++) b[192 + g] = (unsigned char)(scales[g] - 128);
-}
-
-typedef struct format {
-    int  type, n_values;                                        // an astrovl_type; values of a block
-    void (*quantize)(const float *values, unsigned char *block);
-} format;
-
-static const format *find_format(int type) {
-    static const format formats[] = {
-        {ASTROVL_TYPE_F32, 1, quantize_f32},     {ASTROVL_TYPE_F16, 1, quantize_f16},
-        {ASTROVL_TYPE_BF16, 1, quantize_bf16},   {ASTROVL_TYPE_Q4_0, 32, quantize_q4_0},
-        {ASTROVL_TYPE_Q4_1, 32, quantize_q4_1},  {ASTROVL_TYPE_Q5_0, 32, quantize_q5_0},
-        {ASTROVL_TYPE_Q5_1, 32, quantize_q5_1},  {ASTROVL_TYPE_Q8_0, 32, quantize_q8_0},
-        {ASTROVL_TYPE_Q2_K, 256, quantize_q2_k}, {ASTROVL_TYPE_Q3_K, 256, quantize_q3_k},
-        {ASTROVL_TYPE_Q4_K, 256, quantize_q4_k}, {ASTROVL_TYPE_Q5_K, 256, quantize_q5_k},
-        {ASTROVL_TYPE_Q6_K, 256, quantize_q6_k}};
-    int i = 0;
-    while (formats[i].type != type) i++;
-    return &formats[i];
+    switch (type) {
+    case ASTROVL_TYPE_F16: put_le(b, astrovl_f32_to_f16(*x), 2); break;
+    case ASTROVL_TYPE_BF16: put_le(b, astrovl_f32_to_bf16(*x), 2); break;
+    case ASTROVL_TYPE_Q4_0: quantize_simple(x, b, 4, 0); break;
+    case ASTROVL_TYPE_Q4_1: quantize_simple(x, b, 4, 1); break;
+    case ASTROVL_TYPE_Q5_0: quantize_simple(x, b, 5, 0); break;
+    case ASTROVL_TYPE_Q5_1: quantize_simple(x, b, 5, 1); break;
+    case ASTROVL_TYPE_Q8_0: quantize_q8_0(x, b); break;
+    case ASTROVL_TYPE_Q2_K:
+        encode_affine(x, 16, 3, 15, b + 80, scales, codes);
+        pack(b, scales, 32, 0, 4, 16);
+        pack(b + 16, codes, 256, 0, 2, 32);
+        break;
+    case ASTROVL_TYPE_Q3_K:
+        encode_symmetric(x, 4, 32, b + 108, scales, codes);
+        pack(b, codes, 256, 2, 1, 32);
+        pack(b + 32, codes, 256, 0, 2, 32);
+        pack(b + 96, scales, 16, 0, 4, 8);
+        pack(b + 104, scales, 16, 4, 2, 4);
+        break;
+    case ASTROVL_TYPE_Q4_K:
+        encode_affine(x, 8, 15, 63, b, scales, codes);
+        pack_scales(scales, b + 4);
+        pack(b + 16, codes, 256, 0, 4, 32);
+        break;
+    case ASTROVL_TYPE_Q5_K:
+        encode_affine(x, 8, 31, 63, b, scales, codes);
+        pack_scales(scales, b + 4);
+        pack(b + 16, codes, 256, 4, 1, 32);
+        pack(b + 48, codes, 256, 0, 4, 32);
+        break;
+    case ASTROVL_TYPE_Q6_K:
+        encode_symmetric(x, 32, 128, b + 208, scales, codes);
+        pack(b, codes, 256, 0, 4, 64);
+        pack(b + 128, codes, 256, 4, 2, 32);
+        for (g = 0; g < 16; g++) b[192 + g] = (unsigned char)(scales[g] - 128);
+        break;
+    default:
+        memcpy(&bits, x, 4);
+        put_le(b, bits, 4);
+    }
 }
 
 // n: whole blocks. Blocks hold no NaN, which counts as 0, and no infinity, which becomes the largest value they hold.
 static void quantize_row(int type, const float *values, unsigned char *blocks, int64_t n) {
-    const format *f = find_format(type);
-    size_t block_bytes = astrovl_type_row_bytes(type, f->n_values);
+    const int n_values = block_values(type);
+    const size_t block_bytes = astrovl_type_row_bytes(type, n_values);
     float x[256];
     int i;
-    for (; n > 0; n -= f->n_values, values += f->n_values, blocks += block_bytes) {
-        for (i = 0; i < f->n_values && f->n_values > 1; i++)
+    for (; n > 0; n -= n_values, values += n_values, blocks += block_bytes) {
+        for (i = 0; i < n_values && n_values > 1; i++)
             x[i] = values[i] == values[i] ? clamp(values[i], -QUANTIZE_MAX, QUANTIZE_MAX) : 0;
-        f->quantize(f->n_values > 1 ? x : values, blocks);
+        quantize_block(type, n_values > 1 ? x : values, blocks);
     }
 }
 
@@ -1597,7 +1576,7 @@ static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blo
 
 // The type itself, or one as good whose blocks fit into rows of n values.
 static int type_for_rows(int type, int64_t n) {
-    if (n % find_format(type)->n_values == 0) return type;
+    if (n % block_values(type) == 0) return type;
     if (n % 32 != 0) return ASTROVL_TYPE_F16;
     return type == ASTROVL_TYPE_Q4_K ? ASTROVL_TYPE_Q5_0 : type == ASTROVL_TYPE_Q5_K ? ASTROVL_TYPE_Q5_1 :
            type == ASTROVL_TYPE_Q6_K ? ASTROVL_TYPE_Q8_0 : ASTROVL_TYPE_Q4_0;
@@ -1757,7 +1736,7 @@ static int *choose_types(program *p, const astrovl_gguf *in, const recipe *r, qu
         changed = types[i] != (int)t->type;
         report->n_changed += changed;
         report->n_fallbacks += types[i] != wanted;
-        report->n_requantized += changed && find_format(t->type)->n_values > 1 && find_format(types[i])->n_values > 1;
+        report->n_requantized += changed && block_values(t->type) > 1 && block_values(types[i]) > 1;
     }
     report->n_tensors = n;
     return types;

@@ -441,7 +441,7 @@ static unsigned char *random_blocks(int type) {
     static const struct { int type, d_at, m_at; float d, ratio; } scales[] = {
         {ASTROVL_TYPE_Q4_0, 0, -1, 4.3e-3f, 0},  {ASTROVL_TYPE_Q4_1, 0, 2, 4.3e-3f, -7.5f},
         {ASTROVL_TYPE_Q5_0, 0, -1, 2.2e-3f, 0},  {ASTROVL_TYPE_Q5_1, 0, 2, 2.2e-3f, -15.5f},
-        {ASTROVL_TYPE_Q8_0, 0, -1, 2.7e-4f, 0},  {ASTROVL_TYPE_Q2_K, 80, 82, 1.7e-3f, 1.5f},
+        {ASTROVL_TYPE_Q8_0, 0, -1, 2.7e-4f, 0},  {ASTROVL_TYPE_Q2_K, 80, 82, 1.4e-3f, 1.5f},
         {ASTROVL_TYPE_Q3_K, 108, -1, 4.7e-4f, 0}, {ASTROVL_TYPE_Q4_K, 0, 2, 8e-5f, 7.5f},
         {ASTROVL_TYPE_Q5_K, 0, 2, 4e-5f, 15.5f}, {ASTROVL_TYPE_Q6_K, 208, -1, 1.5e-5f, 0}};
     const size_t n = astrovl_type_row_bytes(type, CIRCLE), n_blocks = avl__is_float_type(type) ? CIRCLE : 0;
