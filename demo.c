@@ -220,50 +220,58 @@ typedef struct option_spec {
     const char *value, *help;
 } option_spec;
 
-#define F(name) offsetof(options, name)
+// Options of each kind: name, letter, field, (least and largest value,) commands, (name of the value,) help
+#define ON(name, letter, field, commands, help) \
+    {name, letter, FLAG, offsetof(options, field), 0, 0, commands, NULL, help}
+#define STRING(name, letter, kind, field, commands, value, help) \
+    {name, letter, kind, offsetof(options, field), 0, 0, commands, value, help}
+#define WHOLE(name, letter, field, low, high, commands, help) \
+    {name, letter, INTEGER, offsetof(options, field), low, high, commands, "N", help}
+#define REAL(name, letter, field, high, help) \
+    {name, letter, NUMBER, offsetof(options, field), 0, high, GENERATE, "X", help}
 static const option_spec option_table[] = {
-    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
-    {"out", 'o', TEXT, F(out), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
-    {"out", 'o', TEXT, F(out), 0, 0, INDEX, "FILE", "the index; one that exists is continued"},
-    {"out", 'o', TEXT, F(out), 0, 0, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"},
-    {"text", 0, TEXTS, F(texts), 0, 0, SCORE | EMBED, "TEXT", "a text; may be given several times"},
-    {"labels", 'l', TEXT, F(labels), 0, 0, DESCRIBE, "FILE", "texts to choose from, one a line; '#' begins a comment"},
-    {"image", 'i', TEXT, F(image), 0, 0, SEARCH, "FILE", "search for what resembles this image instead of a text"},
-    {"best", 'k', INTEGER, F(best), 1, 1000000000, DESCRIBE | SEARCH, "N", "print the N best (default: 5 of each group, 10 hits)"},
-    {"batch", 'b', INTEGER, F(batch), 1, 256, INDEX | EMBED | EVALUATE, "N", "images in one pass (default 4)"},
-    {"batch", 'b', INTEGER, F(batch), 1, MAX_TURNS, CAPTION, "N", "describe N images together: faster, printed N at a time (default 1)"},
-    {"raw", 0, FLAG, F(raw), 0, 0, EMBED, NULL, "rows as the towers give them, not divided by their length"},
-    {"svg", 0, TEXT, F(svg), 0, 0, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"},
-    {"schema", 0, TEXT, F(schema), 0, 0, SUMMARIZE, "FILE", "the answer is JSON of this schema, not the paper's"},
-    {"regex", 0, TEXT, F(regex), 0, 0, SUMMARIZE, "PATTERN", "the answer matches this regular expression"},
-    {"bool", 0, FLAG, F(boolean), 0, 0, SUMMARIZE, NULL, "judge: the answer is true or false; see --query"},
-    {"query", 0, TEXT, F(query), 0, 0, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"},
-    {"prompt", 'p', TEXT, F(prompt), 0, 0, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"},
-    {"hash", 0, FLAG, F(hash), 0, 0, TRACE, NULL, "write no files; print a hash of each tensor and one of all"},
-    {"together", 0, FLAG, F(together), 0, 0, ASK, NULL, "ask once about all the images instead of once about each"},
-    {"prompt", 'p', TEXT, F(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
-    {"ids", 0, FLAG, F(ids), 0, 0, TOKENS, NULL, "print the ids alone, on one line"},
-    {"special", 0, FLAG, F(special), 0, 0, TOKENS, NULL, "add the tokens that begin (and end) a text; take \"<s>\" as the token"},
-    {"clip", 0, FLAG, F(clip), 0, 0, TOKENS, NULL, "print the ids by the vocabulary of CLIP's text tower (with its --special)"},
-    {"decode", 0, FLAG, F(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
-    {"full", 0, FLAG, F(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
-    {"check", 0, FLAG, F(check), 0, 0, INSPECT, NULL, "say whether the files together can be run, and all that they lack"},
-    {"max-tokens", 'n', INTEGER, F(how.max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
-    {"temperature", 't', NUMBER, F(how.temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
-    {"top-k", 0, INTEGER, F(how.top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
-    {"top-p", 0, NUMBER, F(how.top_p), 0, 1, GENERATE, "X", "draw from the likeliest with probability X together (default 1: all)"},
-    {"min-p", 0, NUMBER, F(how.min_p), 0, 1, GENERATE, "X", "drop tokens less likely than X times the likeliest (default 0)"},
-    {"repetition-penalty", 0, NUMBER, F(how.repetition_penalty), 0, 100, GENERATE, "X", "above 1: avoid recent tokens (else 1 or 1.1)"},
-    {"seed", 's', SEED, F(how.seed), 0, 0, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"},
-    {"stop", 0, TEXTS, F(stop), 0, 0, GENERATE, "TEXT", "end the answer before this text; may be given several times"},
-    {"system", 0, TEXT, F(how.system), 0, 0, GENERATE, "TEXT", "the system prompt (default: the template's own; \"\": none)"},
-    {"template", 0, TEMPLATE, F(chat_template), 0, 0, GENERATE, "NAME", "the prompt's form (default: as the file says)"},
-    {"ctx", 'c', INTEGER, F(ctx), 1, 16777216, GENERATE, "N", "tokens a conversation may hold (default: the model's, to 4096)"},
-    {"threads", 'j', INTEGER, F(threads), 1, ASTROVL_MAX_THREADS, FAST, "N", "processors to use (default: all)"},
-    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | QUANTIZE), NULL, "arithmetic with the same bits on every machine; slower"},
-    {"json", 0, FLAG, F(json), 0, 0, ALL & ~(TRACE | VERSION | EMBED), NULL, "print JSON, an object a line for each answer"},
-    {"quiet", 'q', FLAG, F(quiet), 0, 0, FAST, NULL, "no timings and no progress on standard error"},
-    {"help", 'h', FLAG, F(help), 0, 0, ALL, NULL, "this page"},
+    STRING("model", 'm', TEXTS, models, ALL & ~(VERSION | QUANTIZE), "FILE", "a GGUF file; again for more parts"),
+    STRING("out", 'o', TEXT, out, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"),
+    STRING("out", 'o', TEXT, out, INDEX, "FILE", "the index; one that exists is continued"),
+    STRING("out", 'o', TEXT, out, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"),
+    STRING("text", 0, TEXTS, texts, SCORE | EMBED, "TEXT", "a text; may be given several times"),
+    STRING("labels", 'l', TEXT, labels, DESCRIBE, "FILE", "texts to choose from, one a line; '#' begins a comment"),
+    STRING("image", 'i', TEXT, image, SEARCH, "FILE", "search for what resembles this image instead of a text"),
+    WHOLE("best", 'k', best, 1, 1000000000, DESCRIBE | SEARCH, "print the N best (default: 5 of each group, 10 hits)"),
+    WHOLE("batch", 'b', batch, 1, 256, INDEX | EMBED | EVALUATE, "images in one pass (default 4)"),
+    WHOLE("batch", 'b', batch, 1, MAX_TURNS, CAPTION, "describe N images together, which is faster (default 1)"),
+    ON("raw", 0, raw, EMBED, "rows as the towers give them, not divided by their length"),
+    STRING("svg", 0, TEXT, svg, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"),
+    STRING("schema", 0, TEXT, schema, SUMMARIZE, "FILE", "the answer is JSON of this schema, not the paper's"),
+    STRING("regex", 0, TEXT, regex, SUMMARIZE, "PATTERN", "the answer matches this regular expression"),
+    ON("bool", 0, boolean, SUMMARIZE, "judge: the answer is true or false; see --query"),
+    STRING("query", 0, TEXT, query, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"),
+    STRING("prompt", 'p', TEXT, prompt, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"),
+    ON("hash", 0, hash, TRACE, "write no files; print a hash of each tensor and one of all"),
+    ON("together", 0, together, ASK, "ask once about all the images instead of once about each"),
+    STRING("prompt", 'p', TEXT, prompt, CHAT, "TEXT", "say this, print the answer and leave"),
+    ON("ids", 0, ids, TOKENS, "print the ids alone, on one line"),
+    ON("special", 0, special, TOKENS, "add the tokens that begin (and end) a text; take \"<s>\" as the token"),
+    ON("clip", 0, clip, TOKENS, "print the ids by the vocabulary of CLIP's text tower (with its --special)"),
+    ON("decode", 0, decode, TOKENS, "the other way: the text is ids, print what they spell"),
+    ON("full", 0, full, INSPECT, "print long arrays and strings whole"),
+    ON("check", 0, check, INSPECT, "say whether the files together can be run, and all that they lack"),
+    WHOLE("max-tokens", 'n', how.max_tokens, 1, 1000000, GENERATE, "at most N tokens (256; trace 1, summarize 512)"),
+    REAL("temperature", 't', how.temperature, 100, "0: the likeliest token (default); 1: by the model's odds"),
+    WHOLE("top-k", 0, how.top_k, 0, 1000000000, GENERATE, "draw from the N likeliest tokens (default 0: all)"),
+    REAL("top-p", 0, how.top_p, 1, "draw from the likeliest with probability X together (default 1: all)"),
+    REAL("min-p", 0, how.min_p, 1, "drop tokens less likely than X times the likeliest (default 0)"),
+    REAL("repetition-penalty", 0, how.repetition_penalty, 100, "above 1: avoid recent tokens (else 1 or 1.1)"),
+    STRING("seed", 's', SEED, how.seed, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"),
+    STRING("stop", 0, TEXTS, stop, GENERATE, "TEXT", "end the answer before this text; may be given several times"),
+    STRING("system", 0, TEXT, how.system, GENERATE, "TEXT", "the system prompt (default: the template's; \"\": none)"),
+    STRING("template", 0, TEMPLATE, chat_template, GENERATE, "NAME", "the prompt's form (default: as the file says)"),
+    WHOLE("ctx", 'c', ctx, 1, 16777216, GENERATE, "tokens a conversation may hold (default: the model's, to 4096)"),
+    WHOLE("threads", 'j', threads, 1, ASTROVL_MAX_THREADS, FAST, "processors to use (default: all)"),
+    ON("exact", 0, exact, FAST & ~(TRACE | QUANTIZE), "arithmetic with the same bits on every machine; slower"),
+    ON("json", 0, json, ALL & ~(TRACE | VERSION | EMBED), "print JSON, an object a line for each answer"),
+    ON("quiet", 'q', quiet, FAST, "no timings and no progress on standard error"),
+    ON("help", 'h', help, ALL, "this page"),
 };
 enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table), MANY = 2147483647 };
 typedef struct program program;
@@ -1462,30 +1470,30 @@ static int n_processors(void) {
 }
 #endif
 
-#if defined(HAS_THREADS)
+// Expands and rounds all of `whole`, each thread a part of it.
 static void quantize_parts(part whole, int n_threads) {
     const int64_t step = (whole.n / n_threads + 4095) / 4096 * 4096;
-    pthread_t threads[ASTROVL_MAX_THREADS];
     part parts[ASTROVL_MAX_THREADS];
-    int i, n, n_started;
+    int i, n, n_started = 1;
     for (n = 0; n < n_threads && n * step < whole.n; n++) {
         parts[n] = whole;
         parts[n].first += n * step;
         parts[n].n = whole.n - n * step < step ? whole.n - n * step : step;
         parts[n].blocks += astrovl_type_row_bytes(whole.type, n * step);
     }
-    for (i = 1; i < n && pthread_create(&threads[i], NULL, quantize_part, &parts[i]) == 0; i++) {}
-    n_started = i;
-    for (i = n_started; i < n; i++) quantize_part(&parts[i]);      // threads that the system refused
-    quantize_part(&parts[0]);
-    for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
-}
-#else
-static void quantize_parts(part whole, int n_threads) {
-    (void)n_threads;
-    quantize_part(&whole);
-}
+    {
+#if defined(HAS_THREADS)
+        pthread_t threads[ASTROVL_MAX_THREADS];
+        while (n_started < n && pthread_create(&threads[n_started], NULL, quantize_part, &parts[n_started]) == 0)
+            n_started++;
 #endif
+        quantize_part(&parts[0]);
+        for (i = n_started; i < n; i++) quantize_part(&parts[i]);      // those for which there is no thread
+#if defined(HAS_THREADS)
+        for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
+#endif
+    }
+}
 
 // ---- which type each tensor gets: the rules of llama.cpp's llama-quant.cpp, found there by measuring perplexities
 
@@ -2526,22 +2534,22 @@ static void print_retrieval(const program *p, const retrieval *r) {
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
 
-typedef struct panel { double left, x0, x1, x_step, y1, y_step; } panel;   // values at the edges; the bottom is 0
+typedef struct panel { double left, x0, x1, y1; } panel;   // its left edge; the values at its edges; the bottom is 0
 
 static double plot_x(const panel *a, double x) { return a->left + 360 * (x - a->x0) / (a->x1 - a->x0); }
 static double plot_y(const panel *a, double y) { return 340 - 270 * y / a->y1; }
 
 static void svg_axes(FILE *f, const panel *a, const char *title, const char *x_label, const char *y_label) {
-    double v;
     int i;
-    fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\" font-weight=\"bold\">%s</text>\n<text x=\"%g\" y=\"384\">%s"
-            "</text>\n<text transform=\"translate(%g 205) rotate(-90)\">%s</text>\n", a->left + 180, title, a->left + 180, x_label,
-            a->left - 46, y_label);
-    for (i = 0; (v = a->x0 + i * a->x_step) < a->x1 + a->x_step / 2; i++)
-        fprintf(f, "<text x=\"%.1f\" y=\"360\">%.4g</text>\n", plot_x(a, v), fabs(v) < 1e-9 ? 0.0 : v);
-    for (i = 0; (v = i * a->y_step) < a->y1 + a->y_step / 2; i++)
-        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%.4g</text>\n<path d=\"M%g %.1fh360\" stroke=\"%s\"/>\n",
-                a->left - 8, plot_y(a, v) + 4, v, a->left, plot_y(a, v), i ? "#ddd" : "#222");
+    fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\" font-weight=\"bold\">%s</text>\n", a->left + 180, title);
+    fprintf(f, "<text x=\"%g\" y=\"384\">%s</text>\n<text transform=\"translate(%g 205) rotate(-90)\">%s</text>\n",
+            a->left + 180, x_label, a->left - 46, y_label);
+    for (i = 0; i <= 5; i++) {
+        double x = a->x0 + (a->x1 - a->x0) * i / 5, y = a->y1 * i / 5;
+        fprintf(f, "<text x=\"%.1f\" y=\"360\">%.3g</text>\n", plot_x(a, x), fabs(x) < 1e-9 ? 0 : x);
+        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%.3g</text>\n", a->left - 8, plot_y(a, y) + 4, y);
+        fprintf(f, "<path d=\"M%g %.1fh360\" stroke=\"%s\"/>\n", a->left, plot_y(a, y), i ? "#ddd" : "#222");
+    }
     fprintf(f, "<path d=\"M%g 70V340\" stroke=\"#222\"/>\n</g>\n", a->left);
 }
 
@@ -2549,29 +2557,19 @@ static void svg_legend(FILE *f, double x, double y, const char *style, const cha
     fprintf(f, "<path d=\"M%g %gh26\" %s/>\n<text x=\"%g\" y=\"%g\">%s</text>\n", x, y - 4, style, x + 32, y, text);
 }
 
-// The smallest of 1, 2, 5 times a power of ten that cuts a range into at most seven steps.
-static double tick_step(double range) {
-    double step = 1e-9;
-    int i;
-    for (i = 0; step * 7 < range && i < 60; i++) step *= i % 3 == 1 ? 2.5 : 2;
-    return step;
-}
-
-// The right panel: shares of the cosines, in percent.
 #define BINS 40
+// The right panel: shares of the cosines, in percent.
 static panel count_cosines(const retrieval *r, double bins[2][BINS]) {
-    panel b = {560, 0, 0, 0, 0, 0};
-    double low = fmin(r->cosines[0][0], r->cosines[1][0]), high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]), *bin;
-    int i;
-    b.x_step = tick_step(high - low + 1e-3);
-    b.x0 = floor(low / b.x_step) * b.x_step;
-    b.x1 = ceil((high + 1e-6) / b.x_step) * b.x_step;
-    for (i = 0; i < 2 * r->n; i++) {
-        bin = &bins[i % 2][(int)fmin((r->cosines[i % 2][i / 2] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
-        b.y1 = fmax(b.y1, *bin += 100.0 / r->n);
-    }
-    b.y_step = tick_step(b.y1);
-    b.y1 = ceil(b.y1 * 1.25 / b.y_step) * b.y_step;        // room for the legend
+    const double low = fmin(r->cosines[0][0], r->cosines[1][0]);
+    const double high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]);
+    panel b = {560, floor(10 * low) / 10, ceil(10 * high + 1e-6) / 10, 0};
+    int i, k;
+    for (k = 0; k < 2; k++)
+        for (i = 0; i < r->n; i++) {
+            double *bin = &bins[k][(int)fmin((r->cosines[k][i] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
+            *bin += 100.0 / r->n;
+            b.y1 = fmax(b.y1, 5 * ceil(*bin / 4));         // room for the legend
+        }
     return b;
 }
 
@@ -2579,15 +2577,15 @@ static int save_plot(const char *path, const retrieval *r) {
     static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
         "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
     double bins[2][BINS] = {{0}};
-    const panel a = {70, 0, 100, 20, 100, 20}, b = count_cosines(r, bins);
+    const panel a = {70, 0, 100, 100}, b = count_cosines(r, bins);
     int i, k;
     char text[64];
     FILE *f = fopen(path, "wb");
     if (!f) return write_error(path);
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
-            "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n<text x=\"475\" y=\"24\" "
-            "font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; contrastive loss %.3f</text>\n",
-            r->n, r->loss);
+    fputs("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
+          "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n", f);
+    fprintf(f, "<text x=\"475\" y=\"24\" font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; "
+            "contrastive loss %.3f</text>\n", r->n, r->loss);
     svg_axes(f, &a, "Partner found among the best k %", "k (% of the set)", "accuracy (%)");
     fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
     svg_legend(f, 270, 325, style[3], "chance");
@@ -2819,98 +2817,109 @@ static int run_version(program *p) {
 
 static const command commands[] = {
     {"caption", CAPTION, run_caption, 1, MANY, "which image?", "caption [OPTIONS] IMAGE...", "describe images",
-     "Describes what each image shows, in a sentence or two. Images are PNG, JPEG or PNM files. With several, each line\n"
-     "begins with the file's name; one that cannot be read is reported, and the others are still described. --batch N\n"
-     "reads the model's weights once for N images instead of N times: the same answers, sooner where a model is large.",
+     "Describes each image in a sentence or two. Images are PNG, JPEG or PNM files. With several, each line begins\n"
+     "with the file's name; one that cannot be read is reported, and the others are still described. --batch N reads\n"
+     "the model's weights once for N images: the same answers, sooner where a model is large.",
      "  astrovl caption galaxy.png\n  astrovl caption --json *.jpg > captions.jsonl\n"
      "  astrovl caption -m llava-q4_0.gguf -m mmproj.gguf --temperature 0.7 --seed 3 nebula.jpg\n"},
     {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "ask [OPTIONS] IMAGE... \"QUESTION\"",
      "ask a question about an image",
-     "Answers a question about an image. With several images the question is put about each in turn, or about all of\n"
-     "them at once with --together.",
+     "Answers a question about each image in turn, or about all of them at once with --together.",
      "  astrovl ask galaxy.png \"Is there a bar?\"\n  astrovl ask *.png \"What kind of object is this?\"\n"
      "  astrovl ask --together before.png after.png \"What has changed?\"\n"},
-    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]", "talk about an image",
-     "A dialogue: type a question, read the answer, ask on; the model remembers what was said. Lines that begin with a\n"
-     "slash are commands: /image FILE, /reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a\n"
-     "pipe, one a line; standard output then has the answers alone. It works with a language model alone, too.",
-     "  astrovl chat galaxy.png\n  printf 'What is this?\\nWhich colour is it?\\n' | astrovl chat --quiet galaxy.png\n"
+    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]",
+     "talk about an image",
+     "A dialogue: the model remembers what was said. Lines that begin with a slash are commands: /image FILE,\n"
+     "/reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line; standard output\n"
+     "then has the answers alone. It works with a language model alone, too.",
+     "  astrovl chat galaxy.png\n  printf 'What is this?\\nIs there a bar?\\n' | astrovl chat --quiet galaxy.png\n"
      "  astrovl chat -m smollm2.gguf --prompt \"Why is the sky dark at night?\"\n"},
     {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "tokens [OPTIONS] [\"TEXT\" | -]",
      "show how a text is cut into tokens",
-     "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a text (or\n"
-     "with -) it is read from standard input, a last newline included. A file with a vocabulary and no weights is enough.",
+     "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a\n"
+     "text (or with -) it is read from standard input. A file with a vocabulary and no weights is enough.",
      "  astrovl tokens \"a barred spiral galaxy\"\n  printf 'M31' | astrovl tokens --ids -m llama-2.gguf\n"
      "  astrovl tokens --ids \"M31\" | astrovl tokens --decode\n"},
     {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
-     "Lists the metadata and the tensors of GGUF files with their types, shapes and sizes, and says what the files make\n"
-     "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.\n"
-     "--check says instead which commands can be used with the files together, or else all that they lack (exit status 1).",
+     "Lists the metadata and the tensors of GGUF files with their types, shapes (slowest dimension first) and sizes,\n"
+     "and the model that the files make up together. Without a file: the shipped model. --check says instead which\n"
+     "commands can be used with the files together, or what they lack (exit status 1).",
      "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"
      "  astrovl inspect --check model.gguf mmproj.gguf\n"},
-    {"quantize", QUANTIZE, run_quantize, 3, 3, "wanted: a GGUF file, the one to be written, and a type such as q4_k_m",
-     "quantize [OPTIONS] IN OUT TYPE", "make a model file smaller",
-     "Writes a copy of a GGUF file with its weight matrices in another type, which is one of\n"
-     "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k   all matrices alike, in 32 to 2.6 bits a weight\n"
-     "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                 llama.cpp's mixes: more bits where they count\n"
-     "Mixes keep the output matrix in Q6_K, and give attn_v, ffn_down (q3_k: attn_output) in some or all blocks a larger type.\n"
-     "Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256 (32) take a type of\n"
-     "smaller blocks, or F16. Start from F16 or F32: what is quantised already loses again. OUT may be IN. CLIP and mmproj\n"
-     "files can be quantised as well. q8_0 is hardly told from the original; q4_k_m suits large language models.",
-     "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
+    {"quantize", QUANTIZE, run_quantize, 3, 3,
+     "wanted: a GGUF file, the one to be written, and a type such as q4_k_m", "quantize [OPTIONS] IN OUT TYPE",
+     "make a model file smaller",
+     "Writes a copy of a GGUF file (language model, mmproj or CLIP) with its weight matrices in another type:\n"
+     "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k  all matrices alike, 32 to 2.6 bits a weight\n"
+     "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                llama.cpp's mixes: more bits where it pays\n"
+     "Mixes keep the output matrix in Q6_K, and give attn_v and ffn_down (q3_k: attn_output) in some or all blocks a\n"
+     "larger type. Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256\n"
+     "(32) take a type of smaller blocks, or F16. Start from F16 or F32: quantizing twice loses twice. OUT may be\n"
+     "IN. q8_0 is almost as good as the original; q4_k_m suits large language models.",
+     "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n"
+     "  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
     {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
      "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
-     "Runs one question in exact arithmetic and saves every intermediate tensor of the vision tower, the projector and the\n"
-     "language model as a .npy file, named as transformers names the module; the next time (once a token) as NAME.call2.npy\n"
-     "and so on. DIR/index.tsv lists the files in the order of computation. With --hash nothing is saved: each line has a\n"
-     "tensor's FNV-1a hash, name and shape, the last two a hash over them all and the answer: the same on every machine.",
+     "Runs one question in exact arithmetic and saves every intermediate tensor as a .npy file, named as\n"
+     "transformers names the module; the next time (once a token) as NAME.call2.npy and so on. DIR/index.tsv lists\n"
+     "the files in the order of computation. With --hash nothing is saved: each line has a tensor's FNV-1a hash,\n"
+     "name and shape, the last two a hash of all lines and the answer: the same on every machine.",
      "  astrovl trace galaxy.png \"Is there a bar?\" -o /tmp/trace\n"
      "  python3 -c 'import numpy; print(numpy.load(\"/tmp/trace/model.norm.npy\").shape)'\n"
      "  astrovl trace galaxy.png \"Is there a bar?\" --hash --max-tokens 8 | tail -2\n"},
     {"score", SCORE, run_score, 1, MANY, "which image?", "score [OPTIONS] IMAGE... --text T [--text T...]",
      "say how well texts fit images",
-     "Embeds images and texts with the model's two towers (CLIP, PAPERCLIP) and prints for each pair the cosine, and for each\n"
-     "image the probability of each text among those given: softmax(logit_scale * cosine).",
+     "Embeds images and texts with the model's two towers (CLIP, PAPERCLIP). Prints the cosine of each pair, and for\n"
+     "each image the probability of each text among those given: softmax(logit_scale * cosine).",
      "  astrovl score galaxy.png --text \"a spiral galaxy\" --text \"a globular cluster\"\n"
      "  astrovl score --json *.png --text \"a comet\" --text \"no comet\" > scores.jsonl\n"},
     {"describe", DESCRIBE, run_describe, 1, MANY, "which image?", "describe [OPTIONS] IMAGE...",
      "find the texts of a list that fit an image best",
-     "Prints the descriptions that come closest to each image, with cosine and probability. The list built in has three groups:\n"
-     "classes of objects, phenomena, and what images are used for in science; each is ranked by itself.",
+     "Prints the texts of a list that come closest to each image, with cosine and probability. The shipped list has\n"
+     "three groups, each ranked by itself: classes of objects, phenomena, and uses in science.",
      "  astrovl describe galaxy.png\n  astrovl describe --labels classes.txt -k 1 *.png\n"},
     {"index", INDEX, run_index, 1, MANY, "which images? folders, files, or - for names on standard input",
      "index [OPTIONS] DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
-     "Embeds images and writes their rows to an index file. Folders are walked to the bottom, sorted by name; an image there is\n"
-     "told by its ending (.png .jpg .jpeg .ppm .pgm .pnm), and links to folders are not followed. With - file names are read\n"
-     "from standard input, one a line. Images that are in the index by name are passed over: a run that was stopped or killed\n"
-     "goes on where it ended (at most the images of the pass in flight are lost), and new images can be added later. Images\n"
-     "that cannot be read are reported and left out; the exit status is then 1. An index belongs to the model that made it.",
-     "  astrovl index previews/ -o previews.avl\n  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
+     "Embeds images and writes their rows to an index file. In folders and all folders below, files that end in .png\n"
+     ".jpg .jpeg .ppm .pgm .pnm are taken; links to folders are not followed. With - file names are read from\n"
+     "standard input, one a line. Images whose name is in the index already are skipped: a run that was stopped goes\n"
+     "on where it ended, and images can be added later. Images that cannot be read are reported and left out; the\n"
+     "exit status is then 1. An index belongs to the model that made it.",
+     "  astrovl index previews/ -o previews.avl\n"
+     "  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
     {"search", SEARCH, run_search, 1, 2, "an index and a query are wanted: a text in quotes, or --image FILE",
      "search [OPTIONS] INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
-     "Prints the images of an index that fit a text best, or resemble an image most: cosine and name. All are compared.",
-     "  astrovl search previews.avl \"strong lensing arcs\"\n  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
-    {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...", "print embeddings for other programs",
-     "Prints {\"image\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by their length (see --raw), with digits\n"
-     "enough to read back the same float32. With -o the rows go to a .npy file for numpy, FAISS and others: float32, [n][d], in\n"
-     "the order of the arguments; it is written only if all of them could be embedded.",
+     "Prints the images of an index that fit a text best, or resemble an image most: cosine and name. All are\n"
+     "compared.",
+     "  astrovl search previews.avl \"strong lensing arcs\"\n"
+     "  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
+    {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...",
+     "print embeddings for other programs",
+     "Prints {\"image\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
+     "the digits read back as the same float32. With -o the rows go to a .npy file, float32 [n][d], in the order of\n"
+     "the arguments; it is written only if all of them could be embedded.",
      "  astrovl embed *.png > rows.jsonl\n  astrovl embed *.png -o rows.npy\n"
      "  astrovl embed --text \"a planetary nebula\" -o query.npy\n"},
     {"evaluate", EVALUATE, run_evaluate, 2, 2, "wanted: retrieval PAIRS.jsonl, or vqa SET.jsonl",
      "evaluate [OPTIONS] retrieval PAIRS.jsonl | vqa SET.jsonl", "measure a model on data of yours",
-     "retrieval: each line is {\"image\": FILE, \"caption\": TEXT}. Prints contrastive loss, how often an image's caption (a\n"
-     "caption's image) is among the best k percent, and the cosines of pairs and of wrong pairs, as PAPERCLIP defines them.\n"
-     "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the last two\n"
-     "optional. The model describes each image; counted are the class it names, the feature words it uses, and how close its\n"
-     "text tower sees text and reference (AstroLLaVA's benchmark). Files are named as seen from the .jsonl file's folder.",
-     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
+     "retrieval: each line is {\"image\": FILE, \"caption\": TEXT}. Prints contrastive loss, how often an image's\n"
+     "caption (a caption's image) is among the best k percent, and the cosines of pairs and wrong pairs, as\n"
+     "PAPERCLIP defines them.\n"
+     "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the\n"
+     "last two optional. The model describes each image; counted are the class it names, the feature words it uses,\n"
+     "and how close its text tower sees text and reference (AstroLLaVA's benchmark). File names are relative to the\n"
+     ".jsonl file's folder.",
+     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
+     "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
      "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
-     "A language model reads a text and answers in a form that it cannot leave: by default the schema that PAPERCLIP trains on,\n"
-     "{\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes another JSON schema,\n"
-     "--regex a pattern; --bool makes it judge whether the observations would show what --query names. What the model is told\n"
-     "to do can be replaced with --prompt. The shipped model is too small for sensible content; take a larger one with -m.",
-     "  astrovl summarize -m instruct-model.gguf abstract.txt\n  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
+     "A language model reads a text; its answer is always of a given form: by default the schema that PAPERCLIP\n"
+     "uses, {\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes\n"
+     "another JSON schema, --regex a pattern; --bool asks whether the observations would show what --query names.\n"
+     "--prompt replaces the instruction. The shipped model is too small for sensible content; take a larger one with\n"
+     "-m.",
+     "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
+     "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
     {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
