@@ -1,6 +1,6 @@
 // demo.c: the `astrovl` program. It captions images, answers questions about them, talks about them, and shows what
-// happens inside the model while it does: tokens, tensors, every intermediate result. It scores images against texts, searches
-// folders of them, turns abstracts into JSON and quantises models. It uses the public API of astrovl.h only.
+// happens inside the model: tokens, tensors, every intermediate result. It scores images against texts, searches
+// folders of them, turns abstracts into JSON and quantizes models. It uses the public API of astrovl.h only.
 //
 //     cc -O2 -o astrovl demo.c -lm -pthread
 //     ./astrovl --help
@@ -40,9 +40,8 @@
 #define cut_file(f, size)     _chsize_s(_fileno(f), (long long)(size))
 #define sync_file(f)          _commit(_fileno(f))
 #define strcasecmp            _stricmp
+#define strncasecmp           _strnicmp
 #define CREATE_MODE           "wb"
-#define is_no_plain_file(path) 0
-#define n_processors()        1
 #else
 #include <dirent.h>
 #include <fcntl.h>
@@ -91,8 +90,8 @@ static size_t utf8_next(const char *text, size_t size, unsigned *code, int *vali
 
 static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && code < 0xA0); }
 
-// Text with nothing in it that drives a terminal. quoted: as a JSON string, control codes escaped; otherwise they are dropped,
-// but for newline and tab.
+// Text with nothing in it that drives a terminal. quoted: as a JSON string, control codes escaped; otherwise they are
+// dropped, except newline and tab.
 static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     unsigned code;
     int valid;
@@ -157,9 +156,9 @@ static const char *shape_text(const int64_t *shape, int n_dims, const char *betw
     return text;
 }
 
-// JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a
-// long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
-// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ keys stand for reading: "name x, ..."
+// JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an
+// int, %l a long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes
+// are put in: put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ it is plain text: name x, ...
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
     int plain = *f == '~';
@@ -287,12 +286,12 @@ typedef struct command {
 static int print_around(const char *before, const command *c, const char *after) {
     return fprintf(stderr, "%s%s%s%s", before, c ? " " : "", c ? c->name : "", after), EXIT_USAGE;
 }
-// Says what is wrong with the command line and where to read on. Its value is EXIT_USAGE. (Compilers check what printf gets.)
+// Says what is wrong with the command line and where to read on. Its value is EXIT_USAGE.
 #define usage_error(c, ...) \
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
-// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (The program never calls setlocale, so a point
-// is a point whatever the user's language.)  x, whole: the number, twice
+// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (Since the program never calls
+// setlocale, a point is a point in any language.)  x, whole: the number, twice
 static int parse_number(const char *text, int is_fraction, const option_spec *spec, double *x, uint64_t *whole) {
     char *end;
     errno = 0;
@@ -325,7 +324,8 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     default: break;
     }
     if (!parse_number(text, spec->kind == NUMBER, spec, &x, &whole))
-        return spec->kind == SEED ? usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
+        return spec->kind == SEED ?
+               usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
                usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
                            spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
     if (spec->kind == SEED) *(uint64_t *)field = whole;
@@ -344,7 +344,8 @@ static const option_spec *find_option(const command *c, const char *argument, co
     for (i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
         if (!(spec->commands & c->bit)) continue;
-        if (is_long ? strlen(spec->name) == length && memcmp(spec->name, name, length) == 0 : spec->letter == *name) return spec;
+        if (is_long && strlen(spec->name) == length && memcmp(spec->name, name, length) == 0) return spec;
+        if (!is_long && spec->letter == *name) return spec;
     }
     return NULL;
 }
@@ -374,8 +375,8 @@ static void print_command_help(const command *c) {
         const option_spec *spec = &option_table[i];
         char left[64];
         if (!(spec->commands & c->bit)) continue;
-        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ', spec->name,
-                 spec->value ? spec->value : "");
+        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ',
+                 spec->name, spec->value ? spec->value : "");
         printf("  %-27s %s\n", left, spec->help);
         if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
@@ -395,7 +396,7 @@ struct program {
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
     int                bar_drawn;
-    int                counting;           // the bar shows images done of all, not the layers of each; answers are not printed
+    int                counting;           // the bar counts images, not the layers of each; answers are not printed
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
     union block       *memory;             // what new_memory gave
@@ -417,7 +418,7 @@ static double seconds(void) {              // wall clock, from any moment
 
 static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
-// From here on Ctrl-C ends the work (on: 1) or the program (0); or neither, if it was started so (in the background of a script).
+// From here on Ctrl-C ends the work (on: 1) or the program (0); neither, if it is ignored (in a script's background).
 static void catch_interrupts(int on) {
     if (signal(SIGINT, on ? on_interrupt : SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
 }
@@ -434,7 +435,7 @@ static void clear_bar(program *p) {
 // The same of what the header says in p->err.
 static int failed(program *p) { return clear_bar(p), fail("%s", p->err.message); }
 
-// Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
+// Writes out what is buffered. If that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
     if ((fflush(stdout) == 0 && !ferror(stdout)) || p->stop) return;
     if (errno != EPIPE) fprintf(stderr, "astrovl: standard output cannot be written: %s\n", strerror(errno));
@@ -478,11 +479,12 @@ static void find_shipped(const char *argv0, const char *name, char *path) {
     else path[0] = 0;
 }
 
-// Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
+// Opens the files of -m, or the shipped model. Like other functions below it ends the program where nothing can go on.
 static void open_model(program *p) {
     astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
     if (p->o.models.n == 0 && !p->shipped[0])
-        exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m", SHIPPED_MODEL, ASTROVL_DATA_DIR));
+        exit(fail("the shipped model " SHIPPED_MODEL " is neither beside the program nor in " ASTROVL_DATA_DIR
+                  "; name one with -m"));
     if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
     p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
     if (!p->model) exit(failed(p));
@@ -524,8 +526,10 @@ static int on_text(void *user, const char *text, size_t size) {
 }
 
 // tap, share: may be NULL
-static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user, astrovl_session *share) {
-    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"), share};
+static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *user,
+                                    astrovl_session *share) {
+    const char *isa = getenv("ASTROVL_ISA");
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, isa, share};
     astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
     if (!session) exit(failed(p));
     return session;
@@ -584,7 +588,8 @@ static void finish_answer(program *p, const astrovl_session *s, const char *file
     if (p->o.json) {
         put_json("{");
         if (file) put_json("file:%s", file);
-        put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
+        put_json("prompt:%s text:%s ", prompt, answer);
+        put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
         for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
         put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
                  t.prompt_seconds, t.decode_seconds);
@@ -629,7 +634,8 @@ static char *read_text(program *p, const char *path, size_t *size) {
     size_t capacity = 65536;
     char *text = (char *)new_memory(p, capacity + 1, 1);   // zeros: one ends the text
     if (!in) exit(cannot_open(path));
-    for (*size = 0; (*size += fread(text + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
+    *size = 0;
+    for (; (*size += fread(text + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
         text = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), text, capacity);
     if (ferror(in)) exit(fail("%s: cannot be read: %s", path, strerror(errno)));
     if (*size > limit) exit(fail("%s: is larger than 256 MiB; cut it into parts", path));
@@ -647,7 +653,7 @@ typedef struct lines {
 
 static lines lines_of(const char *path, char *text, size_t size) {
     lines l = {path, text, text + size, text, 0, 0};
-    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) l.at += 3;      // the mark that some editors begin a file with
+    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) l.at += 3;     // a byte order mark
     return l;
 }
 
@@ -714,7 +720,7 @@ static uint64_t count_values(const int64_t *shape, int n_dims) {
     return n;
 }
 
-// Writes a file of numpy's format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes, the values.
+// Writes numpy's format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes, the values.
 // Source: numpy.lib.format's documentation (NEP 1). Returns the values' hash.
 static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, const float *values) {
     char text[256];
@@ -751,12 +757,12 @@ static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, in
 // Asks about images in n fresh conversations, about `each` of them in a turn; the turns are taken together.
 static int answer_images(program *p, const char *const *paths, int n, int each, int with_labels, const char *prompt) {
     astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n * (size_t)each, sizeof *images);
-    astrovl_turn turns[MAX_TURNS], *of[MAX_TURNS];         // of[i] is about paths[i * each]; turns that lack an image stand last
+    astrovl_turn turns[MAX_TURNS], *of[MAX_TURNS];     // of[i] is about paths[i * each]; those without image come last
     int i, k, good = 0, status = EXIT_OK;
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each && load_image(paths[k], &images[k], &t.err) == ASTROVL_OK; k++) t.n_images++;
+        for (k = i * each; t.n_images < each && !load_image(paths[k], &images[k], &t.err); k++) t.n_images++;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
     }
@@ -779,7 +785,8 @@ static int answer_each(program *p, int n_images, const char *prompt) {
     for (i = 1; i < batch && i < n_images; i++) p->more[i] = new_session(p, ASTROVL_FAST, NULL, NULL, p->session);
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
         if (p->counting) draw_bar(p, "images", i, n_images, 0);
-        status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt);
+        status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1,
+                                n_images > 1 && !p->o.json, prompt);
     }
     return status;
 }
@@ -795,9 +802,10 @@ typedef struct chat_state {
     int           n_failed;
 } chat_state;
 
-static const char chat_help[] = "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
-    "  /reset       forget the conversation; the image is shown again with the next question\n  /help        this list\n"
-    "  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
+static const char chat_help[] =
+    "  /image FILE  look at another image, from the next question on; /image alone: none\n"
+    "  /reset       forget the conversation; the image is shown again with the next question\n"
+    "  /help        this list\n  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
 static void chat_image(program *p, chat_state *c, const char *path) {
     astrovl_image image;
@@ -881,7 +889,8 @@ static int32_t *encode_text(program *p, const char *text, size_t size, int flags
 
 static int print_tokens(program *p, const char *word, size_t word_size) {
     int i, n, size;
-    int32_t *tokens = encode_text(p, word, word_size, p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, &n);
+    const int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0;
+    int32_t *tokens = encode_text(p, word, word_size, flags, &n);
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
@@ -964,7 +973,7 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
     uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
     char type[64];
-    snprintf(type, sizeof type, is_array ? "%s[%llu]" : "%s", value_types[kv->item_type], (unsigned long long)kv->count);
+    snprintf(type, sizeof type, is_array ? "%s[%lld]" : "%s", value_types[kv->item_type], (long long)kv->count);
     if (as_json) {
         put_json("%k", kv->key);
         if (shown < kv->count) put_json("{type:%s count:%l first:", value_types[kv->item_type], (long long)kv->count);
@@ -996,7 +1005,7 @@ static void print_tensor(const astrovl_tensor *t, int as_json) {
     }
     printf("  ");
     print_padded(t->name, strlen(t->name), 28);
-    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(shape, n, " x "), (unsigned long long)t->n_bytes);
+    printf("  %-5s %-18s %12lld\n", astrovl_type_name(t->type), shape_text(shape, n, " x "), (long long)t->n_bytes);
 }
 
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
@@ -1017,8 +1026,9 @@ static totals add_up(const astrovl_gguf *file) {
 static void print_totals(const totals *sums) {
     int k;
     for (k = 0; k <= N_TYPES; k++)
-        if (sums->of[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(sums->of[k][2]));
+        if (sums->of[k][0])
+            printf("  %-5s %6d tensors %14lld values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
+                   (int)sums->of[k][0], (long long)sums->of[k][1], human_bytes(sums->of[k][2]));
 }
 
 static void print_file(const program *p, const astrovl_gguf *file) {
@@ -1026,12 +1036,12 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
     totals sums = add_up(file);
     if (as_json) {
-        put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
-                 order, (long long)astrovl_gguf_size(file));
+        put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file),
+                 astrovl_gguf_version(file), order, (long long)astrovl_gguf_size(file));
     } else {
         print_safe(stdout, astrovl_gguf_name(file));
-        printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file), order,
-               human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
+        printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
+               order, human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     }
     for (i = 0; i < n_kv; i++) print_kv(p, file, i);
     if (as_json) put_json("} tensors:[");
@@ -1041,7 +1051,7 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
 }
 
-// Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns whether they have it.
+// Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns `present`.
 static int begin_part(int as_json, const char *part, int present) {
     if (as_json) put_json(present ? "%k {" : "%k %-", part);
     else printf("  %-16s", part);
@@ -1050,21 +1060,23 @@ static int begin_part(int as_json, const char *part, int present) {
 }
 
 // Ends it with its sizes, format as of put_json; the text is "layers 2, width 32".
-#define end_part(as_json, format, ...) ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
+#define end_part(as_json, format, ...) \
+    ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
 
 static void print_parts(int j, const astrovl_info *m) {
-    if (begin_part(j, "vocabulary", m->has_vocab)) end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
+    if (begin_part(j, "vocabulary", m->has_vocab))
+        end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
     if (begin_part(j, "language_model", m->has_text))
-        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer, m->n_embd,
-                 m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
+        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer,
+                 m->n_embd, m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
     if (begin_part(j, "vision_tower", m->has_vision))
-        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d patches:%d",
-                 m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff, m->image_size,
-                 m->patch_size, m->n_patches);
+        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d "
+                 "patches:%d", m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head,
+                 m->vision_n_ff, m->image_size, m->patch_size, m->n_patches);
     if (begin_part(j, "projector", m->has_projector)) end_part(j, "image_tokens:%d", m->n_image_tokens);
     if (begin_part(j, "text_tower", m->clip_text_n_layer > 0))
-        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer, m->clip_text_n_embd,
-                 m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
+        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer,
+                 m->clip_text_n_embd, m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
     if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
         end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
                  m->logit_scale);
@@ -1096,8 +1108,9 @@ static void on_problem(void *user, const char *message) {
 
 // --check: which commands the files can be used with, or all that they lack.
 static int check_model(program *p, const list *paths) {
-    static const struct { const char *command; int use; } rows[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
-        {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
+    static const struct { const char *command; int use; } rows[] = {
+        {"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1}, {"summarize", 1}, {"score", 2}, {"describe", 2},
+        {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
     const astrovl_info *m = &p->info;
     int i, uses[5];
@@ -1107,7 +1120,7 @@ static int check_model(program *p, const list *paths) {
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
     if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
-    else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
+    else printf(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n");
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
         if (uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
     if (p->o.json) put_json("] problems:[");
@@ -1152,7 +1165,7 @@ static int run_inspect(program *p) {
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-#define QUANTIZE_MAX 1e9f                // more than any block can hold (65504 * 128 * 32); its square does not overflow
+#define QUANTIZE_MAX 1e9f                // more than any block holds (65504 * 128 * 32); its square does not overflow
 #define QUANTIZE_MIN 1e-12f              // a K block stores it as 0: its smallest step is the smallest half, 6e-8
 #define F16_LIMIT    65519.99609375f     // the largest float that becomes a finite half (65504)
 #define ROUNDER      12582912.0f         // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to an integer
@@ -1458,18 +1471,6 @@ static void *quantize_part(void *context) {
     return NULL;
 }
 
-#if !defined(_WIN32)
-static int is_no_plain_file(const char *path) {            // a folder or a device, which renaming would replace
-    struct stat s;
-    return stat(path, &s) == 0 && !S_ISREG(s.st_mode);
-}
-
-static int n_processors(void) {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > ASTROVL_MAX_THREADS ? ASTROVL_MAX_THREADS : (int)n;
-}
-#endif
-
 // Expands and rounds all of `whole`, each thread a part of it.
 static void quantize_parts(part whole, int n_threads) {
     const int64_t step = (whole.n / n_threads + 4095) / 4096 * 4096;
@@ -1590,7 +1591,7 @@ static int type_for_rows(int type, int64_t n) {
            type == ASTROVL_TYPE_Q6_K ? ASTROVL_TYPE_Q8_0 : ASTROVL_TYPE_Q4_0;
 }
 
-// ---- the file: GGUF version 3, little-endian, alignment 32. It is called PATH.part until it is complete, so PATH stays
+// ---- the file: GGUF version 3, little-endian, alignment 32. It is called PATH.part until it is complete; PATH stays
 // as it is until then, even if it is the file that is read.
 
 typedef struct gguf_out {
@@ -1682,10 +1683,16 @@ static void put_tensor(gguf_out *out, const astrovl_tensor *t, int type, unsigne
 static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
     unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
     char *part_path = (char *)new_memory(p, strlen(path) + 6, 1);
-    int i, good, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : n_processors();
+    int i, good, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
     gguf_out out = {NULL, 0};
+#if !defined(_WIN32)
+    struct stat s;
+    long n_processors = sysconf(_SC_NPROCESSORS_ONLN);
+    if (!p->o.threads && n_processors > 1)
+        n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
+    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return fail("%s: is a folder or a device; name a file", path);
+#endif
     sprintf(part_path, "%s.part", path);
-    if (is_no_plain_file(path)) return fail("%s: is a folder or a device; name a file", path);
     out.file = fopen(part_path, CREATE_MODE);
     if (!out.file && errno == EEXIST)
         return fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path);
@@ -1816,7 +1823,8 @@ static int count_call(trace_state *t, const char *name) {
 }
 
 // "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
-static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
+static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims,
+                        const float *data) {
     char file[256], path[4096], *c;
     int call = count_call(t, name);
     uint64_t hash;
@@ -1836,8 +1844,8 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
     if (t->folder) {
         save_tensor(t, name, layer, shape, n_dims, data);
     } else {
-        int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
-                            shape_text(shape, n_dims, "x"));
+        int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n),
+                            name, shape_text(shape, n_dims, "x"));
         t->total = fnv1a64(t->total, line, (size_t)size);
         fputs(line, stdout);
     }
@@ -1873,7 +1881,7 @@ static int run_trace(program *p) {
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
     if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error("index.tsv");
     if (!t->folder) {
-        printf("total %016llx of %llu tensors\nanswer ", (unsigned long long)t->total, (unsigned long long)t->n_tensors);
+        printf("total %016llx of %lld tensors\nanswer ", (unsigned long long)t->total, (long long)t->n_tensors);
         print_string(stdout, answer, strlen(answer), 1);
     } else if (!p->o.quiet) {
         fprintf(stderr, "%llu tensors, %s, in %s; index.tsv lists them in the order they were computed\n",
@@ -1889,21 +1897,25 @@ enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256 };
 
 // Opens the model and a session, and says which of the towers that the command needs is missing.
 static void open_towers(program *p, int towers) {
+    const char *model;
     open_model_and_session(p);
+    model = p->o.models.items[0];
     if (p->o.batch == 0) p->o.batch = 4;
     p->started = time(NULL);
     p->counting = 1;
     if ((towers & IMAGE_TOWER) && !p->info.has_joint_image)
-        exit(fail("%s: cannot embed images: no CLIP vision tower with a projection; name one with -m", p->o.models.items[0]));
+        exit(fail("%s: cannot embed images: no CLIP vision tower with a projection; name one with -m", model));
     if ((towers & TEXT_TOWER) && !p->info.has_joint_text)
-        exit(fail("%s: cannot embed texts: no CLIP text tower; name a file that has one with -m", p->o.models.items[0]));
+        exit(fail("%s: cannot embed texts: no CLIP text tower; name a file that has one with -m", model));
 }
 
-static float *new_rows(program *p, int n) { return (float *)new_memory(p, (size_t)n, (size_t)p->info.n_embd_joint * 4); }
+static float *new_rows(program *p, int n) {
+    return (float *)new_memory(p, (size_t)n, (size_t)p->info.n_embd_joint * 4);
+}
 static float *row_of(const program *p, float *rows, int i) { return rows + (size_t)i * (size_t)p->info.n_embd_joint; }
 
-// Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. Of an image that cannot be read, which is reported, ok
-// and the row are zeros. Returns how many could be.
+// Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. An image that cannot be read is reported;
+// its ok and row are zeros. Returns how many could be read.
 static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
     astrovl_image images[MAX_BATCH];
     size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
@@ -1952,7 +1964,7 @@ static void embed_texts(program *p, const char *const *texts, int n, float *rows
     for (i = 0; i < n; i += some) {
         some = n - i < 32 ? n - i : 32;
         draw_bar(p, "texts", i, n, 0);
-        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err) != ASTROVL_OK) exit(failed(p));
+        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err)) exit(failed(p));
     }
     clear_bar(p);
 }
@@ -1987,7 +1999,7 @@ static int by_score(const void *a, const void *b) {
     return x->score < y->score ? 1 : x->score > y->score ? -1 : (int)(x->row - y->row);
 }
 
-// Cosines, and probabilities = softmax(logit_scale * cosine) over the group. best: print so many, best first; 0: all as they stand
+// Cosines, and probabilities = softmax(logit_scale * cosine) over the group. best: print so many, best first; 0: all
 static void print_fits(program *p, const group *g, const float *image, int best) {
     int i, n = g->texts.n;
     astrovl_linear(g->odds, image, g->rows, NULL, 1, p->info.n_embd_joint, n);
@@ -2078,20 +2090,20 @@ static int run_describe(program *p) {
     const char *path = p->o.labels ? p->o.labels : p->labels;
     memset(groups, 0, sizeof groups);
     if (!*path)
-        exit(fail("the list of labels, %s, is neither beside the program nor in %s; name one with --labels", LABELS,
-                  ASTROVL_DATA_DIR));
+        exit(fail("the list of labels, " LABELS ", is neither beside the program nor in " ASTROVL_DATA_DIR
+                  "; name one with --labels"));
     return match_images(p, groups, read_labels(p, path, groups), p->o.best ? p->o.best : 5);
 }
 
 // ==== index, search ==================================================================================================
 //
 // An index file, all numbers little-endian:
-//   header   "AVLINDEX" | version u32 (1) | n_dims u32 | model u64 (see model_fingerprint) | FNV-1a u64 of the 24 bytes before
-//   record   n u32, bytes of the name | ~n u32 | row, n_dims float16, L2-normalised | name, n bytes as the system gave it
-//            (UTF-8 as a rule) | FNV-1a u64 of all the record's bytes before
-// Records follow each other without gaps, one an image. They are appended, those of one pass in one write, then synced: a
-// program that is killed leaves at worst an incomplete record at the end. Whoever reads the file passes over that one, and
-// `astrovl index` cuts it off before it goes on. A broken record anywhere else is an error.
+//   header   "AVLINDEX" | version u32 (1) | n_dims u32 | model_fingerprint u64 | FNV-1a u64 of the 24 bytes before
+//   record   n u32, bytes of the name | ~n u32 | row, n_dims float16, L2-normalized | name, n bytes as the system gave
+//            it (usually UTF-8) | FNV-1a u64 of all the record's bytes before
+// Records follow each other without gaps, one for each image. Those of one pass are appended in one write, then synced:
+// a program that is killed leaves at worst an incomplete record at the end. Readers skip it, and `astrovl index` cuts
+// it off before it goes on. A broken record anywhere else is an error.
 
 enum { INDEX_HEADER = 32, MAX_NAME = 65535 };
 
@@ -2106,8 +2118,8 @@ typedef struct image_index {
     uint64_t       end;                    // where the last whole record ends; behind it lies a torn one, if anything
 } image_index;
 
-// A number that tells models apart whose embeddings differ: the sum of a hash for each tensor but those of the language model and
-// the projector. It covers name, type, shape, and all bytes if there are up to 64 KiB, otherwise 16 pieces of 4 KiB at equal steps.
+// Differs between models whose embeddings differ: the sum of a hash for each tensor but those of the language model and
+// the projector. It covers name, type, shape, and all bytes if there are up to 64 KiB, otherwise 16 pieces of 4 KiB.
 static uint64_t model_fingerprint(const astrovl_model *model) {
     static const char *const others[] = {"blk.", "token_embd", "output", "rope_freqs", "mm.", "model.image_newline"};
     uint64_t sum = 0, h, k;
@@ -2121,8 +2133,9 @@ static uint64_t model_fingerprint(const astrovl_model *model) {
             for (o = 0; o < 6 && strncmp(t->name, others[o], strlen(others[o])) != 0; o++) {}
             if (o < 6) continue;
             h = fnv1a64(FNV_START, t->name, strlen(t->name));
-            h = fnv1a64(h, text, (size_t)snprintf(text, sizeof text, "%d %lld %lld %lld %lld", (int)t->type, (long long)t->ne[0],
-                                                  (long long)t->ne[1], (long long)t->ne[2], (long long)t->ne[3]));
+            snprintf(text, sizeof text, "%d %lld %lld %lld %lld", (int)t->type, (long long)t->ne[0],
+                     (long long)t->ne[1], (long long)t->ne[2], (long long)t->ne[3]);
+            h = fnv1a64(h, text, strlen(text));
             for (k = 0; k < pieces; k++)
                 h = fnv1a64(h, (const char *)t->data + (size_t)((t->n_bytes - piece) / 15 * k), (size_t)piece);
             sum += h;
@@ -2150,11 +2163,12 @@ static size_t read_index_header(image_index *ix) {
     if (memcmp(h, "AVLINDEX", size < 8 ? size : 8) != 0) exit(fail("%s: is no index made by astrovl", ix->path));
     ix->end = size;
     if (size < INDEX_HEADER || memcmp(h, ix->header, INDEX_HEADER) == 0) return size;
-    if (get_le(h + 24, 8) != fnv1a64(FNV_START, h, 24)) exit(fail("%s: its header is damaged; make the index anew", ix->path));
+    if (get_le(h + 24, 8) != fnv1a64(FNV_START, h, 24))
+        exit(fail("%s: its header is damaged; make the index anew", ix->path));
     if (get_le(h + 8, 4) != 1) exit(fail("%s: is of another version of the format", ix->path));
-    exit(fail("%s: was made with another model (%016llx, %u numbers a row; this one is %016llx, %d): name that model with -m, or "
-                "begin another index", ix->path, (unsigned long long)get_le(h + 16, 8), (unsigned)get_le(h + 12, 4),
-                (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
+    exit(fail("%s: was made with another model (%016llx, %u numbers a row; this one is %016llx, %d): name that model "
+              "with -m, or begin another index", ix->path, (unsigned long long)get_le(h + 16, 8),
+              (unsigned)get_le(h + 12, 4), (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
 }
 
 static void keep_record(program *p, image_index *ix, const unsigned char *record, size_t row_size, size_t n) {
@@ -2177,7 +2191,7 @@ static void read_records(program *p, image_index *ix) {
         n = (size_t)get_le(record, 4);
         size = 8 + row_size + n;                           // up to the checksum
         ix->torn = 1;
-        if (got == 8 && get_le(record, 8) == 0) {          // zeros: a machine that lost power may leave them, up to the end
+        if (got == 8 && get_le(record, 8) == 0) {          // a machine that lost power may leave zeros, up to the end
             int c;
             while ((c = getc(ix->file)) == 0) {}
             if (c != EOF) damage = "zeros";
@@ -2192,8 +2206,9 @@ static void read_records(program *p, image_index *ix) {
         }
     }
     if (ferror(ix->file)) exit(fail("%s: cannot be read: %s", ix->path, strerror(errno)));
-    if (damage) exit(fail("%s: the record at byte %llu is damaged (%s) and is not the last one: make the index anew", ix->path,
-                          (unsigned long long)ix->end, damage));
+    if (damage)
+        exit(fail("%s: the record at byte %llu is damaged (%s) and is not the last one: make the index anew", ix->path,
+                  (unsigned long long)ix->end, damage));
 }
 
 // Appends bytes and has them on the disk; on failure takes back what was written.
@@ -2212,12 +2227,13 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
     ix->end += size;
 }
 
-// Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. One program at a time may.
+// Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
     size_t size;
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
-    if (lock_file(ix->file) != 0) exit(fail("%s: another astrovl is writing to this index; wait until it is done", ix->path));
+    if (lock_file(ix->file) != 0)
+        exit(fail("%s: another astrovl is writing to this index; wait until it is done", ix->path));
     rewind(ix->file);
     size = read_index_header(ix);
     if (size < INDEX_HEADER) ix->end = 0;                  // a new file, or one whose making was cut short
@@ -2252,8 +2268,8 @@ static int has_image_ending(const char *name) {
 }
 #endif
 
-// A file as it is named, or the images in a folder and below it. is_found: it was met in a folder. There, links to folders are
-// not followed: they could lead in circles. (On Windows folders are not walked; give their files with -.)
+// A file as it is named, or the images in a folder and below it. is_found: it was met in a folder; links to folders are
+// then not followed, since they could lead in circles. (On Windows folders are not walked; give their files with -.)
 static int add_images(program *p, const char *path, int is_found, list *names) {
 #if !defined(_WIN32)
     struct dirent *entry;
@@ -2277,7 +2293,7 @@ static int add_images(program *p, const char *path, int is_found, list *names) {
     return EXIT_OK;
 }
 
-// What the arguments name ("-": the lines of standard input), sorted, less what the index holds. Says how many that are.
+// What the arguments name ("-": the lines of standard input), sorted, without what the index holds, which is counted.
 static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
     list all = {NULL, 0, 0};
     int i, status = EXIT_OK;
@@ -2292,16 +2308,16 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
             if (l.size) status |= add_images(p, l.line, 0, &all);
         }
     }
-    if (all.n == 0) exit(fail("there are no images to index (in folders only files .png .jpg .jpeg .ppm .pgm .pnm count)"));
+    if (!all.n) exit(fail("there are no images to index (in folders: files .png .jpg .jpeg .ppm .pgm .pnm)"));
     qsort((void *)all.items, (size_t)all.n, sizeof *all.items, by_text);
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
     for (i = 0; i < all.n; i++) {
         const char *name = all.items[i];
-        if ((i && strcmp(name, all.items[i - 1]) == 0) ||
-            (ix->names.n && bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
+        if ((i && strcmp(name, all.items[i - 1]) == 0) || (ix->names.n &&
+            bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
         else list_add(p, todo, name, strlen(name));
     }
-    if (*n_known && !p->o.quiet) fprintf(stderr, "astrovl: %s: has %d of these %d images already\n", ix->path, *n_known, all.n);
+    if (*n_known && !p->o.quiet) fail("%s: has %d of these %d images already", ix->path, *n_known, all.n);
     return status;
 }
 
@@ -2322,10 +2338,10 @@ static int index_images(program *p, image_index *ix, const list *todo, int n_kno
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
-    if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
-                            todo->n - added, ix->names.n + added, rate);
-    else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate, n_known,
-                todo->n - added, ix->names.n + added);
+    if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path,
+                            added, n_known, todo->n - added, ix->names.n + added, rate);
+    else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
+                n_known, todo->n - added, ix->names.n + added);
     return added < todo->n ? EXIT_FAILED : EXIT_OK;
 }
 
@@ -2372,10 +2388,12 @@ static int run_search(program *p) {
     ix = new_index(p, p->o.words.items[0]);
     ix->keep_rows = 1;
     if (!(ix->file = fopen(ix->path, "rb"))) return cannot_open(ix->path);
-    if (read_index_header(ix) < INDEX_HEADER) return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
+    if (read_index_header(ix) < INDEX_HEADER)
+        return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
     read_records(p, ix);
     fclose(ix->file);
-    if (ix->torn && !p->o.quiet) fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", ix->path);
+    if (ix->torn && !p->o.quiet)
+        fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", ix->path);
     status = search_index(p, ix, n == 2 ? p->o.words.items[1] : p->o.image);
     free(ix->rows);
     return status;
@@ -2399,7 +2417,7 @@ static list read_member(program *p, const lines *l, const char *key, int least, 
     int i, n = 0;
     char **texts = astrovl_json_strings(l->line, l->size, key, &n, &p->err);
     if (!texts) line_error(l, p->err.message);
-    snprintf(what, sizeof what, n ? "\"%s\" is to be one text" : "\"%s\" is missing; a line is {\"image\": FILE, ...}", key);
+    snprintf(what, sizeof what, n ? "\"%s\" must be one text" : "\"%s\" is missing; a line is {\"image\": ...}", key);
     if (n < least || n > most) line_error(l, what);
     for (i = 0; i < n; i++) list_add(p, &strings, texts[i], strlen(texts[i]));
     astrovl_free(texts);
@@ -2442,9 +2460,9 @@ typedef struct retrieval {
     float *cosines[2];                     // [pairs, wrong pairs][n], ascending
 } retrieval;
 
-// Row i of queries belongs to row i of items; both [n][n_dims], normalized. shares[k]: how many rows are better than the
-// partner for fewer than floor(k/100 n) queries; of equal rows the earlier is better.
-// Returns the mean of -log softmax(scale * cosines)[i][i].
+// Row i of queries belongs to row i of items; both [n][n_embd_joint], normalized. shares[k]: of queries whose partner
+// is among the best floor(k/100 n) items; of equal items the earlier is better.
+// Returns the mean of -log softmax(logit_scale * cosines)[i][i].
 static double rank_partners(program *p, const float *queries, const float *items, int n, double *shares) {
     const int n_dims = p->info.n_embd_joint;
     const double scale = p->info.logit_scale;
@@ -2478,9 +2496,9 @@ static int by_value(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-// PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). images, texts: [n][n_embd_joint], normalized; row i
-// of one belongs to row i of the other. Wrong pairs are drawn by a fixed sequence, one of each image and each text: a
-// permutation that is one cycle, so that no image keeps its text (Sattolo 1986).
+// PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). images, texts: [n][n_embd_joint], normalized; row
+// i of one belongs to row i of the other. Wrong pairs, one of each image and each text, are drawn by a fixed sequence:
+// a permutation of one cycle, so that no image keeps its text (Sattolo 1986).
 static void measure_retrieval(program *p, const float *images, const float *texts, int n, retrieval *r) {
     int *text_of = (int *)new_memory(p, (size_t)n, sizeof *text_of), i, k;
     const int n_dims = p->info.n_embd_joint;
@@ -2509,22 +2527,25 @@ static void measure_retrieval(program *p, const float *images, const float *text
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
     if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
-    else printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often "
-                "is the partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n,
-                p->info.logit_scale, r->loss, n, log(n), n);
+    else printf("%d pairs, logit scale %.4g\n"
+                "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
+                "how often is the partner among the best k %%?\n"
+                "    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n",
+                n, p->info.logit_scale, r->loss, n, log(n), n);
     for (k = 1; k <= 100; k++) {
         double there = r->share[0][k], back = r->share[1][k];
         best = (int)((int64_t)k * n / 100);
         if (as_json) put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
         else if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
-            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100, 100.0 * best / n,
-                   best ? "" : "  (no rank counts: too few pairs)");
+            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100,
+                   100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
     }
     if (as_json) put_json("]");
     else printf("\ncosines          mean   median\n");
     for (i = 0; i < 2; i++) {
         double mean = r->mean[i], median = r->median[i];
-        if (as_json) put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", mean, median);
+        if (as_json) put_json(i ? "cosines_shuffled:" : "cosines_matched:");
+        if (as_json) put_json("{mean:%f median:%f sorted:[", mean, median);
         else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
         for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
         if (as_json) put_json("]}");
@@ -2541,7 +2562,7 @@ static double plot_y(const panel *a, double y) { return 340 - 270 * y / a->y1; }
 
 static void svg_axes(FILE *f, const panel *a, const char *title, const char *x_label, const char *y_label) {
     int i;
-    fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\" font-weight=\"bold\">%s</text>\n", a->left + 180, title);
+    fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\">%s</text>\n", a->left + 180, title);
     fprintf(f, "<text x=\"%g\" y=\"384\">%s</text>\n<text transform=\"translate(%g 205) rotate(-90)\">%s</text>\n",
             a->left + 180, x_label, a->left - 46, y_label);
     for (i = 0; i <= 5; i++) {
@@ -2574,25 +2595,28 @@ static panel count_cosines(const retrieval *r, double bins[2][BINS]) {
 }
 
 static int save_plot(const char *path, const retrieval *r) {
-    static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
-        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
+    static const char *const style[] = {
+        "stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
+        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"",
+        "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
     double bins[2][BINS] = {{0}};
     const panel a = {70, 0, 100, 100}, b = count_cosines(r, bins);
     int i, k;
     char text[64];
     FILE *f = fopen(path, "wb");
     if (!f) return write_error(path);
-    fputs("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
-          "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n", f);
-    fprintf(f, "<text x=\"475\" y=\"24\" font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; "
-            "contrastive loss %.3f</text>\n", r->n, r->loss);
+    fputs("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\"\n"
+          " fill=\"#222\" font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>", f);
+    fprintf(f, "<text x=\"475\" y=\"24\" font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and "
+            "text; contrastive loss %.3f</text>\n", r->n, r->loss);
     svg_axes(f, &a, "Partner found among the best k %", "k (% of the set)", "accuracy (%)");
     fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
     svg_legend(f, 270, 325, style[3], "chance");
     svg_axes(f, &b, "Cosines of image and text", "cosine", "pairs (%)");
     for (k = 1; k >= 0; k--) {
         fprintf(f, "<g %s stroke-width=\"2\"><path fill=\"none\" d=\"M", style[2 * k]);
-        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
+        for (i = 1; i <= 100; i++)
+            fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
         fprintf(f, "\"/></g>\n<path %s fill-opacity=\"0.3\" stroke-width=\"1.5\" d=\"M560 340", style[k]);
         for (i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
         fputs("V340\"/>\n", f);
@@ -2620,29 +2644,26 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
     return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
 
-// ---- questions about images (AstroLLaVA's benchmark on Galaxy10, arXiv 2504.08583): the model describes each image; what it
-// says is held against the image's class, words that should occur, and a reference description
+// ---- questions about images (AstroLLaVA's benchmark on Galaxy10, arXiv 2504.08583): the model describes each image;
+// its text is compared with the image's class, words that should occur, and a reference description
 
 // A set and the sums over it.
 typedef struct vqa {
     list    classes;
     sample *samples;
-    int     n, right, none, found, features, n_semantic, *confusion;       // [classes][classes + 2]: last none named, and all
+    int     n, right, none, found, features, n_semantic;
+    int    *confusion;                     // [classes][classes + 2]: the last two are none named, and all
     double  semantic;
 } vqa;
 
-// ASCII's letters and digits, the former in lower case; 0: another character
-static int letter(char c) {
-    return c >= 'A' && c <= 'Z' ? c + 32 : (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ? c : 0;
-}
+static int is_letter(char c) { return isalnum((unsigned char)c); }       // or digit; in the C locale, of ASCII
 
 // The bytes of `word` if it stands at text[at] as whole words, in any case; otherwise 0.
 static size_t word_at(const char *text, size_t at, const char *word) {
-    size_t n = strlen(word), i;
-    if (at > 0 && letter(text[at - 1]) && letter(word[0])) return 0;
-    for (i = 0; i < n; i++)
-        if (text[at + i] != word[i] && (!letter(word[i]) || letter(text[at + i]) != letter(word[i]))) return 0;
-    return n && letter(text[at + n]) && letter(word[n - 1]) ? 0 : n;
+    size_t n = strlen(word);
+    if (strncasecmp(text + at, word, n) != 0 || !n) return 0;
+    if (at > 0 && is_letter(text[at - 1]) && is_letter(word[0])) return 0;
+    return is_letter(text[at + n]) && is_letter(word[n - 1]) ? 0 : n;
 }
 
 // Which of n words (or terms of several words) a text names first; of those that begin there the longest. -1: none
@@ -2681,13 +2702,14 @@ static void score_sample(program *p, vqa *t, sample *x) {
 
 static void print_vqa(int as_json, const vqa *t) {
     int c, i, m = t->classes.n;
-    double right = (double)t->right / t->n, found = (double)t->found / t->features, semantic = t->semantic / t->n_semantic;
+    double right = (double)t->right / t->n, found = (double)t->found / t->features;
+    double semantic = t->semantic / t->n_semantic;
     if (as_json) {
-        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right, t->none, found,
-                 semantic);
+        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
+                 t->none, found, semantic);
     } else {
-        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100 * right,
-               t->right, t->n, t->none);
+        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
+               100 * right, t->right, t->n, t->none);
         if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
         if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
         printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
@@ -2700,7 +2722,8 @@ static void print_vqa(int as_json, const vqa *t) {
         double share = (double)named[c] / named[m + 1];
         if (as_json) put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
         else printf("%3d  ", c + 1), print_padded(name, strlen(name), 24), printf("  %5.1f%%", 100 * share);
-        for (i = 0; i <= m; i++) as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
+        for (i = 0; i <= m; i++)
+            as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
         as_json ? put_json("]}") : (void)putchar('\n');
     }
     if (!as_json) return;
@@ -2748,24 +2771,28 @@ static int run_evaluate(program *p) {
 }
 
 // ==== summarize: a language model reads an abstract, and its answer keeps to a form (PAPERCLIP, section 2.3) =========
-#define SOME "{\"type\":\"array\",\"minItems\":1,\"maxItems\":5,\"items\":{\"type\":\"string\",\"minLength\":1,\"maxLength\":80}}"
+#define SOME "{\"type\":\"array\",\"minItems\":1,\"maxItems\":5," \
+             "\"items\":{\"type\":\"string\",\"minLength\":1,\"maxLength\":80}}"
 static const char summary_schema[] = "{\"type\": \"object\", \"properties\": {\"objects_and_phenomena\": " SOME ", "
     "\"science_use_cases\": " SOME "}, \"required\": [\"objects_and_phenomena\", \"science_use_cases\"]}";
 
 static const char summary_prompt[] =
-    "What follows is the abstract of a proposal to observe with a telescope. Think of the images that it will give. Answer in "
-    "JSON with two lists of one to five short entries each. \"objects_and_phenomena\": what the images would show, such as "
-    "\"spiral galaxy\" or \"gravitational lens\". \"science_use_cases\": what they would be good for, such as \"measure the "
-    "distance to supernovae\". Take from the abstract what is specific; leave out the telescope, its instruments and the proposal.";
+    "What follows is the abstract of a proposal to observe with a telescope. Think of the images that it will give. "
+    "Answer in JSON with two lists of one to five short entries each. \"objects_and_phenomena\": what the images would "
+    "show, such as \"spiral galaxy\" or \"gravitational lens\". \"science_use_cases\": what they would be good for, "
+    "such as \"measure the distance to supernovae\". Take from the abstract what is specific; leave out the telescope, "
+    "its instruments and the proposal.";
 static const char relevance_prompt[] =
-    "What follows is the abstract of a proposal to observe with a telescope, and a query that names an object or a concept. Would "
-    "the observations show what the query names? What is merely related to it does not count. Answer true or false.";
+    "What follows is the abstract of a proposal to observe with a telescope, and a query that names an object or a "
+    "concept. Would the observations show what the query names? What is merely related to it does not count. Answer "
+    "true or false.";
 static const char plain_prompt[] =
     "Read this abstract of a proposal to observe with a telescope, and answer in the form that is asked for.";
 
 static int summarize_file(program *p, const char *path) {
-    const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt : p->o.schema || p->o.regex ? plain_prompt :
-                         summary_prompt, *query = p->o.query ? p->o.query : "";
+    const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt :
+                         p->o.schema || p->o.regex ? plain_prompt : summary_prompt;
+    const char *query = p->o.query ? p->o.query : "";
     size_t size = 0, room;
     char *abstract = read_text(p, path, &size), *request, *answer;
     if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
@@ -2787,13 +2814,15 @@ static int run_summarize(program *p) {
     size_t size = strlen(schema);
     int i, status = EXIT_OK;
     astrovl_guide *guide;
-    if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1) return usage_error(p->cmd, "one of --schema, --regex, --bool");
+    if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1)
+        return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 512;
-    if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;        // lists tempt small models to say one thing again
+    if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;     // small models repeat items of a list
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
-    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) : astrovl_guide_schema(p->model, schema, size, &p->err);
+    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) :
+            astrovl_guide_schema(p->model, schema, size, &p->err);
     if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
     p->o.how.guide = guide;
     for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
@@ -2802,16 +2831,15 @@ static int run_summarize(program *p) {
 }
 
 // ==== version, the list of commands, main ============================================================================
-#if defined(__clang__)
-#define COMPILER __VERSION__
-#elif defined(__VERSION__)
-#define COMPILER "gcc " __VERSION__
-#else
-#define COMPILER "a compiler that does not say which"
-#endif
 static int run_version(program *p) {
-    printf("astrovl %s\ncompiled with %s, %d-bit\nshipped model: %s\n", ASTROVL_VERSION, COMPILER, (int)sizeof(void *) * 8,
-           p->shipped[0] ? p->shipped : "not found");
+    printf("astrovl %s\ncompiled with ", ASTROVL_VERSION);
+#if defined(__VERSION__) && !defined(__clang__)
+    printf("gcc ");
+#endif
+#if defined(__VERSION__)
+    printf("%s, ", __VERSION__);
+#endif
+    printf("%d-bit\nshipped model: %s\n", (int)sizeof(void *) * 8, p->shipped[0] ? p->shipped : "not found");
     return EXIT_OK;
 }
 
@@ -2931,7 +2959,8 @@ static void print_overview(FILE *out) {
     fprintf(out, "astrovl %s: looks at astronomical images and says what it sees.\n\n"
             "Usage: astrovl COMMAND [OPTIONS] ...\n\nCommands:\n", ASTROVL_VERSION);
     for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
-    fprintf(out, "\nastrovl COMMAND --help describes a command and its options. For a start:\n  astrovl caption test/images/*\n");
+    fputs("\nastrovl COMMAND --help describes a command and its options. For a start:\n"
+          "  astrovl caption test/images/*\n", out);
 }
 
 static const command *find_command(const char *name) {
@@ -2963,8 +2992,8 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
     if (status == EXIT_OK && p->o.help) print_command_help(c);
-    else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);
-    else if (status == EXIT_OK) status = c->run(p);
+    else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
+    else if (status == EXIT_OK) status = usage_error(c, "%s", c->wanted);
     for (i = 1; i < MAX_TURNS; i++) astrovl_session_free(p->more[i]);
     astrovl_session_free(p->session);
     astrovl_close(p->model);

@@ -3,9 +3,9 @@
 //     make bench          search and the shipped model; with LLAMA_CPP=DIR also beside llama.cpp
 //     cc -O2 -o test/bench test/bench.c -lm -pthread
 //     test/bench [OPTIONS] [search | accuracy TEXTFILE | guided]
-//       (nothing)         a model: encoding one image, reading a prompt, writing after it; then several answers together
+//       (nothing)         a model: encoding one image, reading a prompt, writing after it; then answers together
 //       search            finding the best 10 of random rows in memory, beside reading the same memory once
-//       accuracy FILE     fast mode's logits on a text's first tokens against exact mode's: cosine, difference, perplexity
+//       accuracy FILE     fast mode's logits on a text's first tokens against exact mode's: cosine, perplexity, ...
 //       guided            what an answer that keeps to a JSON schema costs, against free decoding
 //     -m, --model FILE    a GGUF file; again for more parts (else: the shipped model)
 //     --synthetic NAME[:TYPE]   a model of random weights: llava-1.5-7b, smollm2-135m or nano (TYPE: q4_0, f16, ...)
@@ -19,11 +19,11 @@
 //     --json              one JSON object
 //     ASTROVL_ISA=avx2 (portable, avx_vnni, avx512; neon) in the environment measures simpler kernels.
 //
-// A speed says little by itself: machines differ, and a shared one changes from second to second. So each is held against
-// the machine's own limit, measured beside it, in turns. Images and prompts are limited by arithmetic: their operations
-// (two for each product in matrices and attention) a second are compared with what the processor does in registers alone
-// with the instruction that the kernels use. Writing is limited by memory: the weights that a token needs, and the keys
-// and values before it, are compared with merely reading the weights, done after each token.
+// A speed says little by itself: machines differ, and a shared one changes from second to second. So each is compared
+// with the machine's own limit, measured beside it, in turns. Images and prompts are limited by arithmetic: their
+// operations (two for each product in matrices and attention) a second are compared with what the processor does in
+// registers alone with the instruction that the kernels use. Writing is limited by memory: the weights that a token
+// needs, and the keys and values before it, are compared with merely reading the weights, done after each token.
 //
 // It looks inside the header where the public functions do not reach: the kernels' name, the threads, the KV cache.
 #define ASTROVL_IMPLEMENTATION
@@ -108,13 +108,13 @@ static astrovl_session *new_session(const astrovl_model *model, astrovl_mode mod
 typedef struct block { const void *data; size_t n_bytes; } block;
 typedef struct reading {
     const block *blocks;
-    uint64_t     sums[ASTROVL_MAX_THREADS];                // used by nothing; they keep compilers from dropping the loads
+    uint64_t     sums[ASTROVL_MAX_THREADS];                // unused; they keep the loads from being dropped
 } reading;
 
 enum { SLICES = 16 };                                      // of a block, so that all threads end together
 
-// Adds up two words of each 64-byte cache line, which memory delivers as a whole: as few instructions as 32-byte vectors
-// would take, so that memory is the limit.
+// Adds up two words of each 64-byte cache line, which memory delivers as a whole: as few instructions as with 32-byte
+// vectors, so that memory is the limit.
 static void read_slice(void *context, int item, int thread) {
     reading *r = (reading *)context;
     const block *b = &r->blocks[item / SLICES];
@@ -189,7 +189,7 @@ ARITHMETIC(vpdpbusd_256, "avx2", __m256i, _mm256_set1_epi32, NO_CAST,
 ARITHMETIC(vpdpwssd_256, "avx2", __m256i, _mm256_set1_epi32, NO_CAST,
            __asm__(AVL__VNNI("vpdpwssd") : "+x"(a[i]) : "x"(x), "x"(x)), 32)
 ARITHMETIC(vpmaddubsw_256, "avx2", __m256i, _mm256_set1_epi32, NO_CAST,
-           a[i] = _mm256_add_epi16(a[i], _mm256_maddubs_epi16(a[i], x)), 64)     // of a[i]: or it would be made only once
+           a[i] = _mm256_add_epi16(a[i], _mm256_maddubs_epi16(a[i], x)), 64)   // of a[i]: else it is computed once
 ARITHMETIC(vpmaddwd_256, "avx2", __m256i, _mm256_set1_epi32, NO_CAST,
            a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(a[i], x)), 32)
 #endif
@@ -216,8 +216,8 @@ static void peak_item(void *context, int item, int thread) {
     p->operations[item] = p->run(p->n);
 }
 
-// Operations a second of all threads; *name: what was measured. Rounds are doubled until they take 20 ms, so that threads
-// are awake and clocks are up; then the best of five counts.
+// Operations a second of all threads; *name: what was measured. Rounds are doubled until they take 20 ms, so that
+// threads are awake and clocks are up; then the best of five counts.
 static double measure_peak(const astrovl_session *s, int type, const char **name) {
     const int is_float = avl__is_float_type(type), n_items = 8 * avl__pool_n_threads(s->run->pool);
     double best = 0, sum, start, time;
@@ -383,7 +383,8 @@ static void put_vocabulary(FILE *f, int n_vocab) {
     put_array(f, "tokenizer.ggml.scores", ASTROVL_VALUE_F32, n_vocab);
     for (i = 0; i < n_vocab; i++) put_float(f, i < 260 ? 0.0f : (float)(260 - i));
     put_array(f, "tokenizer.ggml.token_type", ASTROVL_VALUE_I32, n_vocab);
-    for (i = 0; i < n_vocab; i++) put(f, i == 0 ? 2 : i < 3 ? 3 : i < 259 ? 6 : 1, 4);   // unknown, control, byte, normal
+    // unknown, control, byte, normal
+    for (i = 0; i < n_vocab; i++) put(f, i == 0 ? 2 : i < 3 ? 3 : i < 259 ? 6 : 1, 4);
 }
 
 enum { N_TEXT_KEYS = 20, N_VISION_KEYS = 19 };             // that put_metadata writes
@@ -432,8 +433,8 @@ static void put_metadata(FILE *f, const shape *m, int file_type, int is_vision) 
     put(f, (uint64_t)m->v_layer, 4);                       // all layers are run
 }
 
-// Numbers at random, in a circle of this many: a prime number of the largest blocks, so that neighboring rows of any length
-// are different stretches of it.
+// Random numbers, in a circle of this many: a prime number of the largest blocks, so that neighboring rows of any
+// length are different stretches of it.
 enum { CIRCLE = 1031 * 256 };
 
 // Blocks of random bits whose scale d makes the numbers' standard deviation about 0.02; m = ratio d centers them on 0.
@@ -593,7 +594,8 @@ static int begins(const char *text, const char *start) { return strncmp(text, st
 
 static int has_tensor(const astrovl_model *model, const char *name) {
     int f, found = 0;
-    for (f = 0; f < astrovl_n_files(model); f++) found |= astrovl_gguf_find_tensor(astrovl_file(model, f), name) != NULL;
+    for (f = 0; f < astrovl_n_files(model); f++)
+        found |= astrovl_gguf_find_tensor(astrovl_file(model, f), name) != NULL;
     return found;
 }
 
@@ -664,7 +666,7 @@ static void measure_image(astrovl_session *s, const astrovl_info *m, float *rows
     free(image.rgb);
 }
 
-// After each token the weights are read once more, alone: a shared machine's memory may be twice as fast a second later.
+// After each token the weights are read again, alone: a shared machine's memory may be twice as fast a second later.
 static void measure_text(astrovl_session *s, const int32_t *tokens, float *logits, speed *v) {
     double start = avl__seconds(), read_seconds = 0, bytes = 0;
     int i;
@@ -718,7 +720,7 @@ typedef struct together {
     double seconds, one_seconds, gain, cache_bytes;        // gain: n * one_seconds / seconds
 } together;
 
-// Seconds that a token of each of n answers takes, which have n_past positions.  logits: scratch, [AVL__STEP_ROWS][n_vocab]
+// Seconds for a token of each of n answers, which have n_past positions.  logits: scratch, [AVL__STEP_ROWS][n_vocab]
 static double measure_step(astrovl_session *s, avl__kv_cache *caches, int n, int n_past, float *logits) {
     const avl__llama *m = &s->model->llama;
     avl__kv_cache *group[AVL__STEP_ROWS];
@@ -736,8 +738,8 @@ static double measure_step(astrovl_session *s, avl__kv_cache *caches, int n, int
     return avl__seconds() - start;
 }
 
-// Each answer has a KV cache of its own whose n_prompt positions are made up: what they hold does not change the time. One
-// alone and all together take turns token by token, so that a ratio is of one moment.
+// Each answer has a KV cache of its own whose n_prompt positions are made up: what they hold does not change the time.
+// One alone and all together take turns token by token, so that a ratio is of one moment.
 static void measure_together(astrovl_session *s, const astrovl_info *m, together *b) {
     avl__kv_cache *caches = (avl__kv_cache *)new_memory((size_t)o.batch, sizeof *caches);
     float *logits = (float *)new_memory((size_t)AVL__STEP_ROWS * (size_t)m->n_vocab, sizeof *logits);
@@ -810,8 +812,9 @@ static void print_speed(const astrovl_info *m, const speed *v, const together *b
     if (v->first_token_seconds > 0)
         printf("  image and question %15.3f s to the first token\n", v->first_token_seconds);
     if (b->n)
-        printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; KV "
-               "caches %.1f MB)\n", b->n, per_second, b->gain, alone, b->n_answer, b->n_prompt, b->cache_bytes * 1e-6);
+        printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions "
+               "each; KV caches %.1f MB)\n", b->n, per_second, b->gain, alone, b->n_answer, b->n_prompt,
+               b->cache_bytes * 1e-6);
     printf("  memory%s: at most %.1f MB; files %.1f MB, KV cache %.1f MB\n", b->n ? " for one" : "", memory * 1e-6,
            v->file_bytes * 1e-6, v->cache_bytes * 1e-6);
 }
@@ -884,8 +887,8 @@ static void bench_search(void) {
         printf("{\"rows\": %d, \"dims\": %d, \"search_seconds\": %.9g, \"read_seconds\": %.9g, \"ratio\": %.9g}\n",
                o.rows, o.dims, median(search, o.rounds), median(read, o.rounds), ratio);
     else
-        printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them "
-               "once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", o.rows, o.dims, o.rounds,
+        printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n"
+               "  reading them once    %9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", o.rows, o.dims, o.rounds,
                median(search, o.rounds) * 1e3, gigabytes / median(search, o.rounds), median(read, o.rounds) * 1e3,
                gigabytes / median(read, o.rounds), ratio);
     avl__pool_free(pool);
@@ -936,9 +939,9 @@ static void compare_logits(likeness *sums, const float *a, const float *b, int n
 static void print_likeness(const likeness *x, int n, int is_steps, double exact) {
     const double perplexity = exp(x->perplexity / (n - 1));
     if (o.json)
-        printf(", \"%s\": {\"mean_cosine\": %.9g, \"least_cosine\": %.9g, \"largest_difference\": %.9g, \"same_token\": "
-               "%.9g, \"perplexity\": %.9g, \"perplexity_ratio\": %.9g}", is_steps ? "steps" : "prompt", x->cosine / n,
-               x->least_cosine, x->difference, x->same / n, perplexity, perplexity / exact);
+        printf(", \"%s\": {\"mean_cosine\": %.9g, \"least_cosine\": %.9g, \"largest_difference\": %.9g, "
+               "\"same_token\": %.9g, \"perplexity\": %.9g, \"perplexity_ratio\": %.9g}", is_steps ? "steps" : "prompt",
+               x->cosine / n, x->least_cosine, x->difference, x->same / n, perplexity, perplexity / exact);
     else
         printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n",
                is_steps ? "one by one, as answers" : "read together, as prompts", x->cosine / n, x->least_cosine,
@@ -995,8 +998,8 @@ static void bench_accuracy(const astrovl_model *model, const char *path) {
         astrovl_session_rewind(fast, i);
         check(astrovl_eval_tokens(fast, tokens + i, some, ours, some, &g_err));
         for (k = 0; k < some; k++)
-            compare_logits(&prompt, ours + (size_t)k * (size_t)m.n_vocab, theirs + (size_t)k * (size_t)m.n_vocab, m.n_vocab,
-                           i + k == n - 1 ? -1 : tokens[i + k + 1]);
+            compare_logits(&prompt, ours + (size_t)k * (size_t)m.n_vocab, theirs + (size_t)k * (size_t)m.n_vocab,
+                           m.n_vocab, i + k == n - 1 ? -1 : tokens[i + k + 1]);
     }
     exact = exp(exact / (n - 1));
     if (o.json) {
@@ -1004,8 +1007,9 @@ static void bench_accuracy(const astrovl_model *model, const char *path) {
         print_json_string(m.name);
         printf(", \"tokens\": %d, \"exact_perplexity\": %.9g", n, exact);
     } else
-        printf("%s, %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s "
-               "%9s\n", m.name, n, exact, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
+        printf("%s, %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n"
+               "%36s %9s %12s %12s %12s %9s\n", m.name, n, exact, "cosine, mean", "least", "difference", "same token",
+               "perplexity", "ratio");
     print_likeness(&prompt, n, 0, exact);
     print_likeness(&steps, n, 1, exact);
     if (o.json) puts("}");
@@ -1030,8 +1034,8 @@ static double measure_answer(astrovl_session *s, astrovl_guide *guide, int round
     how.seed = (uint64_t)round;
     how.guide = guide;
     astrovl_session_reset(s);
-    text = astrovl_chat(s, NULL, 0, "Summarize: we image the arcs around a cluster of galaxies and map its dark matter.",
-                        &how, &g_err);
+    text = astrovl_chat(s, NULL, 0, "Summarize: we image the arcs around a cluster of galaxies and map its dark "
+                        "matter.", &how, &g_err);
     if (!text) die("%s", g_err.message);
     astrovl_free(text);
     astrovl_get_stats(s, &stats);
@@ -1040,7 +1044,8 @@ static double measure_answer(astrovl_session *s, astrovl_guide *guide, int round
 
 // PAPERCLIP's schema against free decoding, in turns
 static void bench_guided(const astrovl_model *model) {
-#define LIST "{\"type\": \"array\", \"items\": {\"type\": \"string\", \"maxLength\": 80}, \"minItems\": 1, \"maxItems\": 5}"
+#define LIST \
+    "{\"type\": \"array\", \"items\": {\"type\": \"string\", \"maxLength\": 80}, \"minItems\": 1, \"maxItems\": 5}"
     static const char schema[] =
         "{\"type\": \"object\", \"required\": [\"objects_and_phenomena\", \"science_use_cases\"], \"properties\": {"
         "\"objects_and_phenomena\": " LIST ", \"science_use_cases\": " LIST "}}";
@@ -1060,8 +1065,8 @@ static void bench_guided(const astrovl_model *model) {
         printf("{\"vocabulary\": %d, \"free_ms\": %.9g, \"guided_ms\": %.9g, \"ratio\": %.9g}\n", m.n_vocab,
                median(free_ms, o.rounds), median(guided_ms, o.rounds), ratio);
     else
-        printf("vocabulary of %d: free %.3f ms a token, guided %.3f, ratio %.3f\n", m.n_vocab, median(free_ms, o.rounds),
-               median(guided_ms, o.rounds), ratio);
+        printf("vocabulary of %d: free %.3f ms a token, guided %.3f, ratio %.3f\n", m.n_vocab,
+               median(free_ms, o.rounds), median(guided_ms, o.rounds), ratio);
     astrovl_guide_free(guide);
     astrovl_session_free(s);
 }
@@ -1100,7 +1105,8 @@ static void parse_options(int argc, char **argv, const char **words, int *n_word
             if (k == 7) die("there is no option %s; test/bench.c begins with a list of options", name);
             *numbers[k].value = atoi(value);
             if (*numbers[k].value < numbers[k].least || *numbers[k].value > numbers[k].most)
-                die("--%s wants a number from %d to %d, not %s", numbers[k].name, numbers[k].least, numbers[k].most, value);
+                die("--%s wants a number from %d to %d, not %s", numbers[k].name, numbers[k].least, numbers[k].most,
+                    value);
         }
     }
 }
