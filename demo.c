@@ -1666,19 +1666,6 @@ static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, con
 
 #define CHUNK_VALUES (1 << 22)
 
-// A tensor's data as `type`.   blocks: scratch, [CHUNK_VALUES] floats
-static void put_tensor(gguf_out *out, const astrovl_tensor *t, int type, unsigned char *blocks, int n_threads) {
-    const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
-    part chunk = {t, type, 0, 0, blocks};
-    if (type == (int)t->type) put_bytes(out, t->data, (size_t)t->n_bytes);
-    else for (; chunk.first < total && !g_interrupted; chunk.first += chunk.n) {
-        chunk.n = total - chunk.first < CHUNK_VALUES ? total - chunk.first : CHUNK_VALUES;
-        quantize_parts(chunk, n_threads);
-        put_bytes(out, blocks, astrovl_type_row_bytes(type, chunk.n));
-    }
-    pad_to_32(out);
-}
-
 // Nothing is left behind of a file that could not be completed.
 static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
     unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
@@ -1699,8 +1686,17 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
     if (!out.file) return fail("%s: cannot be created: %s", part_path, strerror(errno));
     put_header(&out, in, file_type, types);
     for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+        part chunk = {t, types[i], 0, 0, blocks};
         draw_bar(p, "tensors", i, n, 0);
-        put_tensor(&out, astrovl_gguf_tensor(in, i), types[i], blocks, n_threads);
+        if (types[i] == (int)t->type) put_bytes(&out, t->data, (size_t)t->n_bytes);
+        else for (; chunk.first < total && !g_interrupted; chunk.first += chunk.n) {
+            chunk.n = total - chunk.first < CHUNK_VALUES ? total - chunk.first : CHUNK_VALUES;
+            quantize_parts(chunk, n_threads);
+            put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], chunk.n));
+        }
+        pad_to_32(&out);
     }
     clear_bar(p);
     good = fflush(out.file) == 0 && !ferror(out.file) && (sync_file(out.file) == 0 || errno == EINVAL);
@@ -1716,32 +1712,25 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
     return EXIT_FAILED;
 }
 
-// ---- the command
-
-typedef struct quantize_report {
-    int n_tensors, n_changed;              // of all: those whose type is another now
-    int n_fallbacks;                       // rows that are no multiple of the wanted type's block: got another type
-    int n_requantized;                     // quantized before already: what was lost then is not regained
-} quantize_report;
-
-static const recipe *find_recipe(const program *p, const char *name) {
-    int i;
-    for (i = 0; i < N_RECIPES; i++)
-        if (strcasecmp(name, recipes[i].name) == 0) return &recipes[i];
-    print_around("astrovl", p->cmd, ": ");
-    fprintf(stderr, "no quantization is called \"%s\"; there are:", name);
-    for (i = 0; i < N_RECIPES; i++) fprintf(stderr, " %s", recipes[i].name);
-    print_around("\nTry: astrovl", p->cmd, " --help\n");
-    return NULL;
-}
-
-// The type of each tensor, [n_tensors]
-static int *choose_types(program *p, const astrovl_gguf *in, const recipe *r, quantize_report *report) {
-    int n = astrovl_gguf_n_tensors(in), *types = (int *)new_memory(p, (size_t)n, sizeof *types);
-    int n_blocks[3] = {0, 0, 0}, i, tower, number;
-    const char *rest;
+static int run_quantize(program *p) {
+    const char *const *words = p->o.words.items, *rest;
+    int n_changed = 0, n_fallbacks = 0, n_requantized = 0, n_blocks[3] = {0, 0, 0}, i, n, tower, status, *types;
+    double start = seconds(), bits;
+    const recipe *r = recipes;
+    astrovl_gguf *in, *out;
+    totals sums;
+    while (r < recipes + N_RECIPES && strcasecmp(words[2], r->name) != 0) r++;
+    if (r == recipes + N_RECIPES) {
+        print_around("astrovl", p->cmd, ": ");
+        fprintf(stderr, "no quantization is called \"%s\"; there are:", words[2]);
+        for (i = 0; i < N_RECIPES; i++) fprintf(stderr, " %s", recipes[i].name);
+        return print_around("\nTry: astrovl", p->cmd, " --help\n");
+    }
+    if (!(in = astrovl_gguf_open(words[0], 0, &p->err))) return failed(p);
+    n = astrovl_gguf_n_tensors(in);
+    types = (int *)new_memory(p, (size_t)n, sizeof *types);
     for (i = 0; i < n; i++) {
-        number = block_of(astrovl_gguf_tensor(in, i)->name, &tower, &rest);
+        int number = block_of(astrovl_gguf_tensor(in, i)->name, &tower, &rest);
         if (number >= 0 && n_blocks[tower] <= number) n_blocks[tower] = number + 1;
     }
     for (i = 0; i < n; i++) {
@@ -1749,57 +1738,37 @@ static int *choose_types(program *p, const astrovl_gguf *in, const recipe *r, qu
         int wanted = is_quantizable(t) ? recipe_type(r, in, n_blocks, t) : (int)t->type, changed;
         types[i] = type_for_rows(wanted, t->ne[0]);
         changed = types[i] != (int)t->type;
-        report->n_changed += changed;
-        report->n_fallbacks += types[i] != wanted;
-        report->n_requantized += changed && block_values(t->type) > 1 && block_values(types[i]) > 1;
+        n_changed += changed;
+        n_fallbacks += types[i] != wanted;
+        n_requantized += changed && block_values(t->type) > 1 && block_values(types[i]) > 1;
     }
-    report->n_tensors = n;
-    return types;
-}
-
-static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const quantize_report *r,
-                            double time) {
-    totals sums = add_up(out);
-    long long sizes[2] = {(long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out)};
-    double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
-    int k;
-    if (p->o.json) {
-        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
-                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, time, r->n_tensors,
-                 r->n_changed, r->n_fallbacks, r->n_requantized);
-        for (k = 0; k < N_TYPES; k++)
-            if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
-        put_json("}}\n");
-    } else if (!p->o.quiet) {
-        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes((uint64_t)sizes[0]),
-               human_bytes((uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, time);
-        print_totals(&sums);
-    }
-    if (p->o.quiet) return;
-    if (r->n_fallbacks)
-        fail("note: %d tensors got another type, since their rows do not fit its blocks", r->n_fallbacks);
-    if (r->n_requantized)
-        fail("warning: %d tensors were quantized before and lose again; F16 is better", r->n_requantized);
-}
-
-static int run_quantize(program *p) {
-    const char *const *words = p->o.words.items;
-    quantize_report report = {0, 0, 0, 0};
-    const recipe *r = find_recipe(p, words[2]);
-    astrovl_gguf *in, *out = NULL;
-    double start = seconds();
-    int status = EXIT_FAILED;
-    if (!r) return EXIT_USAGE;
-    in = astrovl_gguf_open(words[0], 0, &p->err);
-    if (!in) return failed(p);
     p->started = time(NULL);
     catch_interrupts(1);                   // from here on Ctrl-C leaves no unfinished file
-    status = write_quantized(p, in, words[1], r->file_type, choose_types(p, in, r, &report));
-    if (status == EXIT_OK && !(out = astrovl_gguf_open(words[1], 0, &p->err))) status = failed(p);
-    if (out) print_quantized(p, in, out, &report, seconds() - start);
+    status = write_quantized(p, in, words[1], r->file_type, types);
+    if (status != EXIT_OK) return status;
+    if (!(out = astrovl_gguf_open(words[1], 0, &p->err))) return failed(p);
+    sums = add_up(out);
+    bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
+    if (p->o.json) {
+        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
+                 (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
+        put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
+        for (i = 0; i < N_TYPES; i++)
+            if (sums.of[i][0]) put_json("%k %d", astrovl_type_name(i), (int)sums.of[i][0]);
+        put_json("}}\n");
+    } else if (!p->o.quiet) {
+        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n",
+               human_bytes(astrovl_gguf_size(in)), human_bytes(astrovl_gguf_size(out)), bits, n_changed, n,
+               seconds() - start);
+        print_totals(&sums);
+    }
+    if (n_fallbacks && !p->o.quiet)
+        fail("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
+    if (n_requantized && !p->o.quiet)
+        fail("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
-    return status;
+    return EXIT_OK;
 }
 
 // ==== trace ==========================================================================================================
@@ -2578,33 +2547,27 @@ static void svg_legend(FILE *f, double x, double y, const char *style, const cha
     fprintf(f, "<path d=\"M%g %gh26\" %s/>\n<text x=\"%g\" y=\"%g\">%s</text>\n", x, y - 4, style, x + 32, y, text);
 }
 
-#define BINS 40
-// The right panel: shares of the cosines, in percent.
-static panel count_cosines(const retrieval *r, double bins[2][BINS]) {
+enum { BINS = 40 };
+static int save_plot(const char *path, const retrieval *r) {
+    static const char *const style[] = {
+        "stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
+        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"",
+        "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
     const double low = fmin(r->cosines[0][0], r->cosines[1][0]);
     const double high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]);
-    panel b = {560, floor(10 * low) / 10, ceil(10 * high + 1e-6) / 10, 0};
+    const panel a = {70, 0, 100, 100};                     // shares of queries
+    panel b = {560, floor(10 * low) / 10, ceil(10 * high + 1e-6) / 10, 0};         // shares of the cosines, in percent
+    double bins[2][BINS] = {{0}};
     int i, k;
+    char text[64];
+    FILE *f = fopen(path, "wb");
+    if (!f) return write_error(path);
     for (k = 0; k < 2; k++)
         for (i = 0; i < r->n; i++) {
             double *bin = &bins[k][(int)fmin((r->cosines[k][i] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
             *bin += 100.0 / r->n;
             b.y1 = fmax(b.y1, 5 * ceil(*bin / 4));         // room for the legend
         }
-    return b;
-}
-
-static int save_plot(const char *path, const retrieval *r) {
-    static const char *const style[] = {
-        "stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
-        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"",
-        "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
-    double bins[2][BINS] = {{0}};
-    const panel a = {70, 0, 100, 100}, b = count_cosines(r, bins);
-    int i, k;
-    char text[64];
-    FILE *f = fopen(path, "wb");
-    if (!f) return write_error(path);
     fputs("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\"\n"
           " fill=\"#222\" font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>", f);
     fprintf(f, "<text x=\"475\" y=\"24\" font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and "
