@@ -737,23 +737,6 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
 }
 
 // ==== caption, ask ===================================================================================================
-// Prints what a turn about `each` images has given, or why there is nothing. label: what it is about, or NULL
-static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, int each, const char *label) {
-    int loaded = t->n_images == each;
-    if (loaded && p->counting) print_label(stdout, label);
-    if (t->answer) {
-        if (p->counting && !p->o.json) print_text(p, t->answer, strlen(t->answer));
-        finish_answer(p, t->session, p->o.together ? NULL : paths[0], label, t->text, t->answer);
-        astrovl_free(t->answer);
-        return g_interrupted ? EXIT_FAILED : EXIT_OK;
-    }
-    if (loaded && label) putchar('\n');
-    if (p->o.json) print_error_json(paths[loaded ? 0 : t->n_images], &t->err);
-    flush_output(p);
-    p->err = t->err;
-    return failed(p);
-}
-
 // Asks about images in n fresh conversations, about `each` of them in a turn; the turns are taken together.
 static int answer_images(program *p, const char *const *paths, int n, int each, int with_labels, const char *prompt) {
     astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n * (size_t)each, sizeof *images);
@@ -769,7 +752,23 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
     if (good && !p->counting) print_label(stdout, with_labels ? paths[0] : NULL);
     if (good) say_together(p, turns, good);
     clear_bar(p);
-    for (i = 0; i < n; i++) status |= finish_turn(p, of[i], paths + i * each, each, with_labels ? paths[i] : NULL);
+    for (i = 0; i < n; i++) {
+        const char *label = with_labels ? paths[i] : NULL;
+        const int loaded = of[i]->n_images == each;
+        if (loaded && p->counting) print_label(stdout, label);
+        if (of[i]->answer) {
+            if (p->counting && !p->o.json) print_text(p, of[i]->answer, strlen(of[i]->answer));
+            finish_answer(p, of[i]->session, p->o.together ? NULL : paths[i], label, prompt, of[i]->answer);
+            astrovl_free(of[i]->answer);
+            if (g_interrupted) status = EXIT_FAILED;
+            continue;
+        }
+        if (loaded && label) putchar('\n');
+        if (p->o.json) print_error_json(paths[i * each + (loaded ? 0 : of[i]->n_images)], &of[i]->err);
+        flush_output(p);
+        p->err = of[i]->err;
+        status = failed(p);
+    }
     for (i = 0; i < n * each; i++) astrovl_image_free(&images[i]);
     return status;
 }
@@ -846,29 +845,25 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     return 1;
 }
 
-static void chat_loop(program *p, chat_state *c) {
-    char *line;
-    int go_on = 1;
-    if (c->interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
-    while (go_on && !p->stop) {
-        if (c->interactive) fputs("> ", stderr), fflush(stderr);
-        line = read_line(p, stdin);
-        if (!line && c->interactive) fputc('\n', stderr);
-        if (!line) break;
-        if (line[0] == '/') go_on = chat_command(p, c, line);
-        else if (line[strspn(line, " \t")]) chat_turn(p, c, line);
-    }
-}
-
 static int run_chat(program *p) {
     chat_state c;
+    char *line;
+    int go_on = !p->o.prompt;
     memset(&c, 0, sizeof c);
     open_model_and_session(p);
     if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0]);
-    if (c.n_failed) return EXIT_FAILED;              // the image is none: do not talk about nothing
-    c.interactive = !p->o.prompt && is_terminal(0);
+    if (c.n_failed) return EXIT_FAILED;                    // no image: do not talk about nothing
+    c.interactive = go_on && is_terminal(0);
     if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
-    else chat_loop(p, &c);
+    if (c.interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
+    while (go_on && !p->stop) {
+        if (c.interactive) fputs("> ", stderr), fflush(stderr);
+        line = read_line(p, stdin);
+        if (!line && c.interactive) fputc('\n', stderr);
+        if (!line) break;
+        if (line[0] == '/') go_on = chat_command(p, &c, line);
+        else if (line[strspn(line, " \t")]) chat_turn(p, &c, line);
+    }
     astrovl_image_free(&c.image);
     return c.n_failed && !c.interactive ? EXIT_FAILED : EXIT_OK;
 }
@@ -1450,50 +1445,47 @@ static void quantize_row(int type, const float *values, unsigned char *blocks, i
     }
 }
 
-// A tensor is expanded and rounded in parts, one for each thread. Parts are multiples of every type's block.
-typedef struct part {
+// A chunk of a tensor, which becomes another type. The threads take pieces of 4096 values, whole blocks of every type.
+typedef struct chunk {
     const astrovl_tensor *t;
     int                   type;            // that it becomes
-    int64_t               first, n;        // the values of this part
-    unsigned char        *blocks;          // out: the part's
-} part;
+    int64_t               first, n;        // values
+    unsigned char        *blocks;          // out
+    int                   thread, n_threads;
+} chunk;
 
-static void *quantize_part(void *context) {
-    const part *p = (const part *)context;
+static void *quantize_pieces(void *context) {
+    const chunk *c = (const chunk *)context;
     float x[4096];
     int64_t at, n;
-    for (at = 0; at < p->n; at += n) {
-        const char *from = (const char *)p->t->data + astrovl_type_row_bytes(p->t->type, p->first + at);
-        n = p->n - at < 4096 ? p->n - at : 4096;
-        astrovl_dequantize(p->t->type, from, x, n);
-        quantize_row(p->type, x, p->blocks + astrovl_type_row_bytes(p->type, at), n);
+    for (at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
+        const char *from = (const char *)c->t->data + astrovl_type_row_bytes(c->t->type, c->first + at);
+        n = c->n - at < 4096 ? c->n - at : 4096;
+        astrovl_dequantize(c->t->type, from, x, n);
+        quantize_row(c->type, x, c->blocks + astrovl_type_row_bytes(c->type, at), n);
     }
     return NULL;
 }
 
-// Expands and rounds all of `whole`, each thread a part of it.
-static void quantize_parts(part whole, int n_threads) {
-    const int64_t step = (whole.n / n_threads + 4095) / 4096 * 4096;
-    part parts[ASTROVL_MAX_THREADS];
-    int i, n, n_started = 1;
-    for (n = 0; n < n_threads && n * step < whole.n; n++) {
-        parts[n] = whole;
-        parts[n].first += n * step;
-        parts[n].n = whole.n - n * step < step ? whole.n - n * step : step;
-        parts[n].blocks += astrovl_type_row_bytes(whole.type, n * step);
-    }
-    {
+static void quantize_chunk(chunk c) {
+    chunk parts[ASTROVL_MAX_THREADS];
+    int i, n_started = 1;
 #if defined(HAS_THREADS)
-        pthread_t threads[ASTROVL_MAX_THREADS];
-        while (n_started < n && pthread_create(&threads[n_started], NULL, quantize_part, &parts[n_started]) == 0)
-            n_started++;
+    pthread_t threads[ASTROVL_MAX_THREADS];
 #endif
-        quantize_part(&parts[0]);
-        for (i = n_started; i < n; i++) quantize_part(&parts[i]);      // those for which there is no thread
-#if defined(HAS_THREADS)
-        for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
-#endif
+    for (i = 0; i < c.n_threads; i++) {
+        parts[i] = c;
+        parts[i].thread = i;
     }
+#if defined(HAS_THREADS)
+    while (n_started < c.n_threads &&
+           pthread_create(&threads[n_started], NULL, quantize_pieces, &parts[n_started]) == 0) n_started++;
+#endif
+    quantize_pieces(&parts[0]);
+    for (i = n_started; i < c.n_threads; i++) quantize_pieces(&parts[i]);     // those for which there is no thread
+#if defined(HAS_THREADS)
+    for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
+#endif
 }
 
 // ---- which type each tensor gets: the rules of llama.cpp's llama-quant.cpp, found there by measuring perplexities
@@ -1688,13 +1680,13 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
     for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
         const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
-        part chunk = {t, types[i], 0, 0, blocks};
+        chunk c = {t, types[i], 0, 0, blocks, 0, n_threads};
         draw_bar(p, "tensors", i, n, 0);
         if (types[i] == (int)t->type) put_bytes(&out, t->data, (size_t)t->n_bytes);
-        else for (; chunk.first < total && !g_interrupted; chunk.first += chunk.n) {
-            chunk.n = total - chunk.first < CHUNK_VALUES ? total - chunk.first : CHUNK_VALUES;
-            quantize_parts(chunk, n_threads);
-            put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], chunk.n));
+        else for (; c.first < total && !g_interrupted; c.first += c.n) {
+            c.n = total - c.first < CHUNK_VALUES ? total - c.first : CHUNK_VALUES;
+            quantize_chunk(c);
+            put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], c.n));
         }
         pad_to_32(&out);
     }
@@ -1783,20 +1775,15 @@ typedef struct trace_state {
     uint64_t     n_tensors, n_bytes, total;
 } trace_state;
 
-// How often this name has come, this time included.
-static int count_call(trace_state *t, const char *name) {
-    int i;
-    for (i = 0; i < t->names.n && strcmp(t->names.items[i], name) != 0; i++) {}
-    if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
-    return ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
-}
-
 // "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
 static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims,
                         const float *data) {
     char file[256], path[4096], *c;
-    int call = count_call(t, name);
+    int i = 0, call;
     uint64_t hash;
+    while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
+    if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
+    call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
     snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
     for (c = file; *c; c++)
         if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
@@ -1823,19 +1810,11 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
     t->n_bytes += n * 4;
 }
 
-// Makes the folder and its index before the long work, so that a folder that cannot be written is said at once.
-static void open_trace_folder(program *p, trace_state *t) {
-    char *path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
-    if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
-    if (!(t->index = fopen(path, "w"))) exit(write_error(path));
-    fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
-}
-
 static int run_trace(program *p) {
     trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
     astrovl_image image = {0, 0, NULL, 0};
-    char *answer;
+    char *answer, *path = NULL;
     t->p = p;
     t->folder = p->o.out;
     t->total = FNV_START;
@@ -1843,12 +1822,17 @@ static int run_trace(program *p) {
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
     p->session = new_session(p, ASTROVL_EXACT, on_tensor, t, NULL);
-    if (t->folder) open_trace_folder(p, t);
+    if (t->folder) {                       // before the long work, so that errors are reported at once
+        path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
+        if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
+        if (!(t->index = fopen(path, "w"))) exit(write_error(path));
+        fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
+    }
     if (n_images && load_image(p->o.words.items[0], &image, &p->err) != ASTROVL_OK) return failed(p);
     answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
-    if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error("index.tsv");
+    if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error(path);
     if (!t->folder) {
         printf("total %016llx of %lld tensors\nanswer ", (unsigned long long)t->total, (long long)t->n_tensors);
         print_string(stdout, answer, strlen(answer), 1);
@@ -2140,17 +2124,6 @@ static size_t read_index_header(image_index *ix) {
               (unsigned)get_le(h + 12, 4), (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
 }
 
-static void keep_record(program *p, image_index *ix, const unsigned char *record, size_t row_size, size_t n) {
-    size_t used = (size_t)ix->names.n * row_size;
-    if (ix->keep_rows && used + row_size > ix->capacity) {
-        ix->capacity = used * 2 + 64 * row_size;
-        ix->rows = (unsigned char *)realloc(ix->rows, ix->capacity);
-        if (!ix->rows || ix->capacity < used) exit(fail("%s: out of memory after %d rows", ix->path, ix->names.n));
-    }
-    if (ix->keep_rows) memcpy(ix->rows + used, record + 8, row_size);
-    list_add(p, &ix->names, (const char *)record + 8 + row_size, n);
-}
-
 // Reads all records behind the header. A torn one at the end sets ix->torn and is no error.
 static void read_records(program *p, image_index *ix) {
     size_t row_size = (size_t)ix->n_dims * 2, n, size, got;
@@ -2170,7 +2143,16 @@ static void read_records(program *p, image_index *ix) {
             ix->torn = get_le(record + size, 8) != fnv1a64(FNV_START, record, size);
             if (ix->torn && getc(ix->file) != EOF) damage = "its checksum is wrong";
             if (ix->torn) continue;
-            keep_record(p, ix, record, row_size, n);
+            list_add(p, &ix->names, (const char *)record + 8 + row_size, n);
+            if (ix->keep_rows) {
+                const size_t used = (size_t)(ix->names.n - 1) * row_size;
+                if (used + row_size > ix->capacity) {
+                    ix->capacity = used * 2 + 64 * row_size;
+                    ix->rows = (unsigned char *)realloc(ix->rows, ix->capacity);
+                    if (!ix->rows || ix->capacity < used) exit(fail("%s: out of memory", ix->path));
+                }
+                memcpy(ix->rows + used, record + 8, row_size);
+            }
             ix->end += size + 8;
         }
     }
@@ -2290,69 +2272,50 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
     return status;
 }
 
-static int index_images(program *p, image_index *ix, const list *todo, int n_known) {
+static int run_index(program *p) {
+    list todo = {NULL, 0, 0};
+    int i, k, some, status, n_known = 0, added = 0, batch;
+    double start, rate = 0;
     char ok[MAX_BATCH];
-    unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
-    float *rows = new_rows(p, p->o.batch);
+    unsigned char *records;
+    image_index *ix;
+    float *rows;
     size_t size;
-    double start = seconds(), rate = 0;
-    int i, k, some, added = 0;
-    for (i = 0; i < todo->n && !p->stop; i += some) {
-        some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
-        draw_bar(p, "images", i, todo->n, rate);
-        added += embed_batch(p, todo->items + i, some, rows, ok);
+    if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
+    open_towers(p, IMAGE_TOWER);
+    batch = p->o.batch;
+    ix = new_index(p, p->o.out);
+    open_index(p, ix);
+    status = collect_images(p, ix, &todo, &n_known);
+    records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
+    rows = new_rows(p, batch);
+    start = seconds();
+    for (i = 0; i < todo.n && !p->stop; i += some) {
+        some = todo.n - i < batch ? todo.n - i : batch;
+        draw_bar(p, "images", i, todo.n, rate);
+        added += embed_batch(p, todo.items + i, some, rows, ok);
         for (k = 0, size = 0; k < some; k++)
-            if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
+            if (ok[k]) size += make_record(ix, todo.items[i + k], row_of(p, rows, k), records + size);
         if (size) append_to_index(ix, records, size);
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
     if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path,
-                            added, n_known, todo->n - added, ix->names.n + added, rate);
+                            added, n_known, todo.n - added, ix->names.n + added, rate);
     else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
-                n_known, todo->n - added, ix->names.n + added);
-    return added < todo->n ? EXIT_FAILED : EXIT_OK;
-}
-
-static int run_index(program *p) {
-    list todo = {NULL, 0, 0};
-    image_index *ix;
-    int status, n_known = 0;
-    if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
-    open_towers(p, IMAGE_TOWER);
-    ix = new_index(p, p->o.out);
-    open_index(p, ix);
-    status = collect_images(p, ix, &todo, &n_known);
-    status |= index_images(p, ix, &todo, n_known);
+                n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
-    return status;
-}
-
-static int search_index(program *p, image_index *ix, const char *query) {
-    int i, k = p->o.best ? p->o.best : 10, n = 0;
-    float *row = new_rows(p, 1);
-    astrovl_hit *hits;
-    char ok;
-    if (k > ix->names.n) k = ix->names.n;
-    hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
-    if (!p->o.image) embed_texts(p, &query, 1, row);
-    else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
-    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &p->err);
-    if (n < 0) return failed(p);
-    if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
-    for (i = 0; i < n; i++) {
-        const char *name = ix->names.items[hits[i].row];
-        if (p->o.json) put_json("{score:%f file:%s}", hits[i].score, name);
-        else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
-    }
-    if (p->o.json) put_json("]}\n");
-    return EXIT_OK;
+    return added < todo.n ? EXIT_FAILED : status;
 }
 
 static int run_search(program *p) {
-    int n = p->o.words.n, status;
+    const char *query = p->o.image ? p->o.image : p->o.words.items[1];
+    int i, k = p->o.best ? p->o.best : 10, n = 0;
+    astrovl_hit *hits;
     image_index *ix;
-    if ((n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    float *row;
+    char ok;
+    if ((p->o.words.n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
     open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
     ix = new_index(p, p->o.words.items[0]);
     ix->keep_rows = 1;
@@ -2362,10 +2325,23 @@ static int run_search(program *p) {
     read_records(p, ix);
     fclose(ix->file);
     if (ix->torn && !p->o.quiet)
-        fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", ix->path);
-    status = search_index(p, ix, n == 2 ? p->o.words.items[1] : p->o.image);
+        fail("%s: skipping an incomplete record at the end; `astrovl index` continues there", ix->path);
+    row = new_rows(p, 1);
+    if (!p->o.image) embed_texts(p, &query, 1, row);
+    else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
+    if (k > ix->names.n) k = ix->names.n;
+    hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
+    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &p->err);
+    if (n < 0) return failed(p);
+    if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
+    for (i = 0; i < n; i++) {
+        const char *name = ix->names.items[hits[i].row];
+        if (p->o.json) put_json("{score:%f file:%s}", hits[i].score, name);
+        else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
+    }
+    if (p->o.json) put_json("]}\n");
     free(ix->rows);
-    return status;
+    return EXIT_OK;
 }
 
 // ==== evaluate =======================================================================================================
@@ -2465,34 +2441,6 @@ static int by_value(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-// PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). images, texts: [n][n_embd_joint], normalized; row
-// i of one belongs to row i of the other. Wrong pairs, one of each image and each text, are drawn by a fixed sequence:
-// a permutation of one cycle, so that no image keeps its text (Sattolo 1986).
-static void measure_retrieval(program *p, const float *images, const float *texts, int n, retrieval *r) {
-    int *text_of = (int *)new_memory(p, (size_t)n, sizeof *text_of), i, k;
-    const int n_dims = p->info.n_embd_joint;
-    uint64_t state = 1;
-    memset(r, 0, sizeof *r);
-    r->n = n;
-    r->loss = (rank_partners(p, images, texts, n, r->share[0]) + rank_partners(p, texts, images, n, r->share[1])) / 2;
-    for (i = 0; i < n; i++) text_of[i] = i;
-    for (k = 0; k < 2; k++) {
-        float *cosines = r->cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *cosines);
-        for (i = 0; i < n; i++) {
-            astrovl_linear(&cosines[i], images + (size_t)i * n_dims, texts + (size_t)text_of[i] * n_dims, NULL, 1,
-                           n_dims, 1);
-            r->mean[k] += cosines[i] / (double)n;
-        }
-        qsort(cosines, (size_t)n, sizeof *cosines, by_value);
-        r->median[k] = (cosines[(n - 1) / 2] + cosines[n / 2]) / 2.0;
-        for (i = n - 1; i > 0; i--) {
-            int other = (int)(random_number(&state) * i), text = text_of[i];
-            text_of[i] = text_of[other];
-            text_of[other] = text;
-        }
-    }
-}
-
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
     if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
@@ -2547,7 +2495,7 @@ static void svg_legend(FILE *f, double x, double y, const char *style, const cha
     fprintf(f, "<path d=\"M%g %gh26\" %s/>\n<text x=\"%g\" y=\"%g\">%s</text>\n", x, y - 4, style, x + 32, y, text);
 }
 
-enum { BINS = 40 };
+#define BINS 40
 static int save_plot(const char *path, const retrieval *r) {
     static const char *const style[] = {
         "stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
@@ -2591,18 +2539,40 @@ static int save_plot(const char *path, const retrieval *r) {
     return ferror(f) || fclose(f) != 0 ? write_error(path) : EXIT_OK;
 }
 
+// PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). Wrong pairs, one of each image and each text, are
+// drawn by a fixed sequence: a permutation of one cycle, so that no image keeps its text (Sattolo 1986).
 static int evaluate_retrieval(program *p, sample *samples, int n) {
     const char **names = (const char **)new_memory(p, (size_t)n, sizeof *names);
+    int *text_of = (int *)new_memory(p, (size_t)n, sizeof *text_of), i, k;
     float *images, *texts;
+    uint64_t state = 1;
     retrieval r;
-    int i;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
-    images = new_rows(p, n), texts = new_rows(p, n);
+    images = new_rows(p, n);
+    texts = new_rows(p, n);
     for (i = 0; i < n; i++) names[i] = samples[i].path;
     if (embed_images(p, names, n, images, 0) != EXIT_OK) return fail("nothing is measured, since images are missing");
     for (i = 0; i < n; i++) names[i] = samples[i].label;
     embed_texts(p, names, n, texts);
-    measure_retrieval(p, images, texts, n, &r);
+    memset(&r, 0, sizeof r);
+    r.n = n;
+    r.loss = (rank_partners(p, images, texts, n, r.share[0]) + rank_partners(p, texts, images, n, r.share[1])) / 2;
+    for (i = 0; i < n; i++) text_of[i] = i;
+    for (k = 0; k < 2; k++) {
+        float *cosines = r.cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *cosines);
+        for (i = 0; i < n; i++) {
+            const float *image = row_of(p, images, i), *text = row_of(p, texts, text_of[i]);
+            astrovl_linear(&cosines[i], image, text, NULL, 1, p->info.n_embd_joint, 1);
+            r.mean[k] += cosines[i] / (double)n;
+        }
+        qsort(cosines, (size_t)n, sizeof *cosines, by_value);
+        r.median[k] = (cosines[(n - 1) / 2] + cosines[n / 2]) / 2.0;
+        for (i = n - 1; i > 0; i--) {
+            int other = (int)(random_number(&state) * i), text = text_of[i];
+            text_of[i] = text_of[other];
+            text_of[other] = text;
+        }
+    }
     print_retrieval(p, &r);
     return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
@@ -2640,27 +2610,6 @@ static int first_named(const char *text, const char *const *words, int n) {
                 best = i;
             }
     return best;
-}
-
-static void score_sample(program *p, vqa *t, sample *x) {
-    const char *texts[2] = {x->text, x->reference};
-    float *rows, cosine;
-    int i, *named = t->confusion + x->truth * (t->classes.n + 2);
-    x->named = first_named(x->text, t->classes.items, t->classes.n);
-    for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
-    x->semantic = strtod("nan", NULL);
-    t->right += x->truth == x->named;
-    t->none += x->named < 0;
-    t->found += x->n_found;
-    t->features += x->features.n;
-    named[x->named < 0 ? t->classes.n : x->named]++;
-    named[t->classes.n + 1]++;
-    if (!x->reference || !p->info.has_joint_text) return;
-    rows = new_rows(p, 2);
-    embed_texts(p, texts, 2, rows);
-    astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
-    t->semantic += x->semantic = cosine;
-    t->n_semantic++;
 }
 
 static void print_vqa(int as_json, const vqa *t) {
@@ -2702,8 +2651,11 @@ static void print_vqa(int as_json, const vqa *t) {
 static int evaluate_vqa(program *p, sample *samples, int n) {
     vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
+    float *rows, cosine;
+    int i, *named;
     sample *x;
     open_towers(p, 0);
+    rows = new_rows(p, 2);
     for (x = samples; x < samples + n; x++) {
         for (x->truth = 0; x->truth < t.classes.n && strcmp(t.classes.items[x->truth], x->label) != 0; x->truth++) {}
         if (x->truth == t.classes.n) list_add(p, &t.classes, x->label, strlen(x->label));
@@ -2716,7 +2668,22 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT);
         astrovl_image_free(&image);
         if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));
-        score_sample(p, &t, x);
+        x->named = first_named(x->text, t.classes.items, t.classes.n);
+        for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
+        t.right += x->truth == x->named;
+        t.none += x->named < 0;
+        t.found += x->n_found;
+        t.features += x->features.n;
+        named = t.confusion + x->truth * (t.classes.n + 2);
+        named[x->named < 0 ? t.classes.n : x->named]++;
+        named[t.classes.n + 1]++;
+        x->semantic = strtod("nan", NULL);
+        if (!x->reference || !p->info.has_joint_text) continue;
+        embed_texts(p, (const char **)&x->text, 1, rows);
+        embed_texts(p, &x->reference, 1, row_of(p, rows, 1));
+        astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
+        t.semantic += x->semantic = cosine;
+        t.n_semantic++;
     }
     clear_bar(p);
     print_vqa(p->o.json, &t);
