@@ -569,15 +569,6 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
 
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
-static void print_timings(const astrovl_stats *t, const char *label) {
-    print_label(stderr, label);
-    if (t->encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t->encode_seconds);
-    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t->n_prompt_tokens, t->prompt_seconds,
-            t->n_answer_tokens, t->decode_seconds);
-    if (t->decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t->n_answer_tokens / t->decode_seconds);
-    fprintf(stderr, "%s\n", t->stopped_by_limit ? ", cut short by the token limit" : "");
-}
-
 // Prints one answer's end: the JSON object, or the newline and the timings. file, label: may be NULL
 static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
                           const char *answer) {
@@ -595,7 +586,13 @@ static void finish_answer(program *p, const astrovl_session *s, const char *file
                  t.prompt_seconds, t.decode_seconds);
     } else putchar('\n');
     flush_output(p);
-    if (!p->o.json && !p->o.quiet) print_timings(&t, label);
+    if (p->o.json || p->o.quiet) return;
+    print_label(stderr, label);
+    if (t.encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t.encode_seconds);
+    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t.n_prompt_tokens, t.prompt_seconds,
+            t.n_answer_tokens, t.decode_seconds);
+    if (t.decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t.n_answer_tokens / t.decode_seconds);
+    fprintf(stderr, "%s\n", t.stopped_by_limit ? ", cut short by the token limit" : "");
 }
 
 static void print_error_json(const char *file, const astrovl_error *err) {
@@ -987,22 +984,6 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     else if (!as_json) printf("%s\n", shown < kv->count ? ", ..." : "");
 }
 
-// Shapes are written with the slowest dimension first, as the header's comments and numpy do.
-static void print_tensor(const astrovl_tensor *t, int as_json) {
-    int64_t shape[4];
-    int i, n = t->n_dims;
-    for (i = 0; i < n; i++) shape[i] = t->ne[n - 1 - i];
-    if (as_json) {
-        put_json("{name:%s type:%s shape:[", t->name, astrovl_type_name(t->type));
-        for (i = 0; i < n; i++) put_json("%l", (long long)shape[i]);
-        put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
-        return;
-    }
-    printf("  ");
-    print_padded(t->name, strlen(t->name), 28);
-    printf("  %-5s %-18s %12lld\n", astrovl_type_name(t->type), shape_text(shape, n, " x "), (long long)t->n_bytes);
-}
-
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
 // Tensors, values and bytes of each type, and at the end of all.
 typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
@@ -1027,7 +1008,8 @@ static void print_totals(const totals *sums) {
 }
 
 static void print_file(const program *p, const astrovl_gguf *file) {
-    int i, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
+    int i, k, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
+    int64_t shape[4];
     const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
     totals sums = add_up(file);
     if (as_json) {
@@ -1041,7 +1023,20 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     for (i = 0; i < n_kv; i++) print_kv(p, file, i);
     if (as_json) put_json("} tensors:[");
     else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
-    for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json);
+    for (i = 0; i < n_tensors; i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+        const char *type = astrovl_type_name(t->type);
+        for (k = 0; k < t->n_dims; k++) shape[k] = t->ne[t->n_dims - 1 - k];
+        if (as_json) {
+            put_json("{name:%s type:%s shape:[", t->name, type);
+            for (k = 0; k < t->n_dims; k++) put_json("%l", (long long)shape[k]);
+            put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
+        } else {
+            printf("  ");
+            print_padded(t->name, strlen(t->name), 28);
+            printf("  %-5s %-18s %12lld\n", type, shape_text(shape, t->n_dims, " x "), (long long)t->n_bytes);
+        }
+    }
     if (as_json) put_json("]}");
     else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
 }
@@ -1623,12 +1618,6 @@ static void copy_entry(gguf_out *out, const astrovl_kv *kv) {
     put_bytes(out, kv->data, (size_t)kv->n_bytes);
 }
 
-static void put_u32_entry(gguf_out *out, const char *key, int value) {
-    put_string(out, key, strlen(key));
-    put_number(out, ASTROVL_VALUE_U32, 4);
-    put_number(out, (uint64_t)value, 4);
-}
-
 // All that stands before the tensors' data. types: [n_tensors]
 static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, const int *types) {
     static const char *const ours[] = {"general.alignment", "general.file_type", "general.quantization_version"};
@@ -1642,8 +1631,11 @@ static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, con
         for (k = 0; k < 3 && strcmp(astrovl_gguf_kv(in, i)->key, ours[k]) != 0; k++) {}
         if (k == 3) copy_entry(out, astrovl_gguf_kv(in, i));
     }
-    put_u32_entry(out, "general.file_type", file_type);
-    put_u32_entry(out, "general.quantization_version", 2);
+    for (k = 1; k < 3; k++) {
+        put_string(out, ours[k], strlen(ours[k]));
+        put_number(out, ASTROVL_VALUE_U32, 4);
+        put_number(out, k == 1 ? (uint64_t)file_type : 2, 4);
+    }
     for (i = 0; i < n; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
         put_string(out, t->name, strlen(t->name));
@@ -2194,18 +2186,6 @@ static void open_index(program *p, image_index *ix) {
     if (!ix->end) append_to_index(ix, ix->header, INDEX_HEADER);
 }
 
-// The record of one image. Returns its bytes.
-static size_t make_record(const image_index *ix, const char *name, const float *row, unsigned char *record) {
-    size_t n = strlen(name), at = 8;
-    int k;
-    put_le(record, n, 4);
-    put_le(record + 4, ~(uint64_t)n, 4);
-    for (k = 0; k < ix->n_dims; k++, at += 2) put_le(record + at, astrovl_f32_to_f16(row[k]), 2);
-    memcpy(record + at, name, n);
-    put_le(record + at + n, fnv1a64(FNV_START, record, at + n), 8);
-    return at + n + 8;
-}
-
 static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
 #if !defined(_WIN32)
@@ -2274,13 +2254,12 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
 
 static int run_index(program *p) {
     list todo = {NULL, 0, 0};
-    int i, k, some, status, n_known = 0, added = 0, batch;
+    int i, k, d, some, status, n_known = 0, added = 0, batch;
     double start, rate = 0;
     char ok[MAX_BATCH];
-    unsigned char *records;
+    unsigned char *records, *r;
     image_index *ix;
     float *rows;
-    size_t size;
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
     batch = p->o.batch;
@@ -2294,9 +2273,18 @@ static int run_index(program *p) {
         some = todo.n - i < batch ? todo.n - i : batch;
         draw_bar(p, "images", i, todo.n, rate);
         added += embed_batch(p, todo.items + i, some, rows, ok);
-        for (k = 0, size = 0; k < some; k++)
-            if (ok[k]) size += make_record(ix, todo.items[i + k], row_of(p, rows, k), records + size);
-        if (size) append_to_index(ix, records, size);
+        for (k = 0, r = records; k < some; k++) {
+            const char *name = todo.items[i + k];
+            const size_t n = strlen(name), n_before = 8 + 2 * (size_t)ix->n_dims + n;      // the checksum
+            if (!ok[k]) continue;
+            put_le(r, n, 4);
+            put_le(r + 4, ~(uint64_t)n, 4);
+            for (d = 0; d < ix->n_dims; d++) put_le(r + 8 + 2 * d, astrovl_f32_to_f16(row_of(p, rows, k)[d]), 2);
+            memcpy(r + n_before - n, name, n);
+            put_le(r + n_before, fnv1a64(FNV_START, r, n_before), 8);
+            r += n_before + 8;
+        }
+        if (r > records) append_to_index(ix, records, (size_t)(r - records));
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
