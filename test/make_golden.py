@@ -2263,7 +2263,7 @@ def make_types(folder):
 # =====================================================================================================================
 # Quants
 # What the tensor types make of float32 values, by the gguf package; for the K types, which it does not write, how far from the
-# values llama.cpp's blocks are. Read by test.c's "numbers" tests.
+# values llama.cpp's blocks are. Read by test_convert.py.
 #   quants.gold      u32 n_values, float32 [n_values]; for each type: u32 type, u32 n_bytes, the blocks (little-endian); for the K
 #                    types n_bytes is 4, and what follows is a float32: the root mean square of the errors llama.cpp's
 #                    quantiser makes (without an importance matrix) on quants_gaussian()
@@ -2276,7 +2276,7 @@ QUANTS_N_GAUSSIAN = 64 * 256
 
 
 def quants_gaussian():
-    """Sums of 12 uniform numbers, less 6: nearly normal, of variance 1. test.c computes the same."""
+    """Sums of 12 uniform numbers, less 6: nearly normal, of variance 1. test_convert.py computes the same."""
     state, values = 1, np.empty(QUANTS_N_GAUSSIAN, np.float32)
     for i in range(QUANTS_N_GAUSSIAN):
         total = 0
