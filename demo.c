@@ -2639,6 +2639,7 @@ static void print_vqa(int as_json, const vqa *t) {
 static int evaluate_vqa(program *p, sample *samples, int n) {
     vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
+    const char *texts[2];
     float *rows, cosine;
     int i, *named;
     sample *x;
@@ -2667,8 +2668,9 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         named[t.classes.n + 1]++;
         x->semantic = strtod("nan", NULL);
         if (!x->reference || !p->info.has_joint_text) continue;
-        embed_texts(p, (const char **)&x->text, 1, rows);
-        embed_texts(p, &x->reference, 1, row_of(p, rows, 1));
+        texts[0] = x->text;
+        texts[1] = x->reference;
+        embed_texts(p, texts, 2, rows);
         astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
         t.semantic += x->semantic = cosine;
         t.n_semantic++;
