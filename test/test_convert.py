@@ -624,7 +624,7 @@ class Inspect(Case):
     def test_json_says_what_the_file_holds(self):
         version, metadata, tensors = read_gguf(MODEL)
         seen = json.loads(self.succeeds("inspect", "--json", "--full", MODEL).out)["files"][0]
-        self.assertEqual((seen["version"], seen["byte_order"]), (version, "little"))
+        self.assertEqual(seen["version"], version)
         self.assertEqual(seen["bytes"], os.path.getsize(MODEL))
         self.assertEqual(set(seen["metadata"]), set(metadata))
         for key, value in metadata.items():
