@@ -3792,8 +3792,8 @@ static astrovl_status avl__key_int(avl__weights *w, const char *key, int64_t min
         return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
                             astrovl_gguf_name(w->files[0]), key);
     if (v < min || v > max)
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s is %l; it must lie between %l and %l",
-                            astrovl_gguf_name(file ? file : w->files[0]), key, v, min, max);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s is %lld; it must lie between %lld and %lld",
+                            astrovl_gguf_name(file ? file : w->files[0]), key, (long long)v, (long long)min, (long long)max);
     *value = (int)v;
     return ASTROVL_OK;
 }
@@ -3825,8 +3825,8 @@ static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_
     if (total != count) {
         char shape[96];
         avl__describe_shape(t, shape, sizeof shape);
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %l values",
-                            astrovl_gguf_name(file), name, shape, count);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %lld values",
+                            astrovl_gguf_name(file), name, shape, (long long)count);
     }
     values = avl__alloc_floats((uint64_t)count);
     if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
@@ -4625,8 +4625,8 @@ static astrovl_status avl__vocab_id(const avl__vocab_source *from, const avl__vo
     if (!avl__is_int_type(avl__vocab_type(from, index))) return avl__vocab_fail(from, name, "is no integer");
     value = astrovl_gguf_int(from->file, index, 0);
     if (value < 0 || value >= v->n_tokens) {
-        return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s is %l, but there are %d tokens",
-                         astrovl_gguf_name(from->file), from->prefix, name, value, v->n_tokens);
+        return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s is %lld, but there are %d tokens",
+                         astrovl_gguf_name(from->file), from->prefix, name, (long long)value, v->n_tokens);
     }
     *id = (int)value;
     return ASTROVL_OK;
@@ -4649,8 +4649,8 @@ static astrovl_status avl__vocab_array_of(const avl__vocab_source *from, const a
     if (status != ASTROVL_OK || *index < 0) return status;
     count = avl__vocab_count(from, *index);
     if (count == (uint64_t)v->n_tokens) return ASTROVL_OK;
-    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s has %l elements for %d tokens",
-                     astrovl_gguf_name(from->file), from->prefix, name, (int64_t)count, v->n_tokens);
+    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s has %lld elements for %d tokens",
+                     astrovl_gguf_name(from->file), from->prefix, name, (long long)count, v->n_tokens);
 }
 
 // Which algorithm and which rule.
@@ -4670,8 +4670,8 @@ static astrovl_status avl__vocab_load_kind(avl__vocab *v, const avl__vocab_sourc
     }
     if (!avl__string_is(model, "gpt2")) {
         return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
-                         "%s: the tokenizer model \"%S\" is not supported (llama and gpt2 are)",
-                         astrovl_gguf_name(from->file), model);
+                         "%s: the tokenizer model \"%.*s\" is not supported (llama and gpt2 are)",
+                         astrovl_gguf_name(from->file), AVL__SHOW(model));
     }
     v->kind = AVL__VOCAB_BPE;
     if (avl__string_is(pre, "llama-bpe") || avl__string_is(pre, "llama3") || avl__string_is(pre, "llama-v3")) {
@@ -4683,8 +4683,8 @@ static astrovl_status avl__vocab_load_kind(avl__vocab *v, const avl__vocab_sourc
         v->rule = AVL__WORDS_GPT2;
     } else {
         return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
-                         "%s: the pre-tokenizer \"%S\" is not supported (llama-bpe, smollm and gpt-2 are)",
-                         astrovl_gguf_name(from->file), pre);
+                         "%s: the pre-tokenizer \"%.*s\" is not supported (llama-bpe, smollm and gpt-2 are)",
+                         astrovl_gguf_name(from->file), AVL__SHOW(pre));
     }
     return ASTROVL_OK;
 }
@@ -4917,8 +4917,8 @@ static astrovl_status avl__vocab_load_merges(avl__vocab *v, const avl__vocab_sou
         right = avl__vocab_find(v, b.data, b.size);
         id = avl__vocab_find_joined(v, a, b);
         if (left < 0 || right < 0 || id < 0) {
-            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] \"%S\" names a piece that is no token",
-                             astrovl_gguf_name(from->file), from->prefix, (int)i, text);
+            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] \"%.*s\" names a piece that is no token",
+                             astrovl_gguf_name(from->file), from->prefix, (int)i, AVL__SHOW(text));
         }
         avl__merge_put(v, left, right, id, i);
     }
@@ -5392,7 +5392,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     size_t before = out->size;
     int ok = 1;
     if (size > INT32_MAX / 4) {
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %l bytes is too long", (int64_t)size);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %lld bytes is too long", (long long)size);
     }
     memset(&e, 0, sizeof e);
     e.v = v;
@@ -5403,7 +5403,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     avl__encoder_free(&e);
     if (ok) return ASTROVL_OK;
     out->size = before;
-    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %l bytes", (int64_t)size);
+    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %lld bytes", (long long)size);
 }
 
 // ---- CLIP's vocabulary ---------------------------------------------------------------------------------------------
@@ -5593,11 +5593,11 @@ static astrovl_status avl__image_check(const astrovl_image *image, const void *o
 static astrovl_status avl__image_check_size(const char *format, uint32_t width, uint32_t height, uint64_t max_pixels,
                                             astrovl_error *err) {
     if (width == 0 || height == 0)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "%s: the header gives a size of %l x %l pixels", format,
-                         (int64_t)width, (int64_t)height);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "%s: the header gives a size of %lld x %lld pixels", format,
+                         (long long)width, (long long)height);
     if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height > max_pixels)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: %l x %l pixels are more than the limit of %l", format,
-                         (int64_t)width, (int64_t)height, (int64_t)(max_pixels > INT64_MAX ? INT64_MAX : max_pixels));
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: %lld x %lld pixels are more than the limit of %lld", format,
+                         (long long)width, (long long)height, (long long)(max_pixels > INT64_MAX ? INT64_MAX : max_pixels));
     return ASTROVL_OK;
 }
 
@@ -5712,9 +5712,9 @@ static int avl__inflate_symbol(avl__inflate_state *s, const avl__inflate_code *c
 }
 
 static astrovl_status avl__inflate_fail(const avl__inflate_state *s, const char *what, astrovl_error *err) {
-    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: the compressed data %s, about byte %l of %l in the IDAT chunks",
+    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: the compressed data %s, about byte %lld of %lld in the IDAT chunks",
                      what,
-                     (int64_t)s->at, (int64_t)s->n_in);
+                     (long long)s->at, (long long)s->n_in);
 }
 
 static astrovl_status avl__inflate_stored(avl__inflate_state *s, astrovl_error *err) {
@@ -5928,10 +5928,10 @@ static uint32_t avl__png_crc(const avl__png *png, const uint8_t *p, size_t n) {
 // PNG: chunk "IDAT" at byte 57: `what`
 static astrovl_status avl__png_fail(const avl__png *png, astrovl_status status, const char *what, astrovl_error *err) {
     astrovl_string name;
-    if (png->size - png->at < 8) return avl__fail(err, status, "PNG: at byte %l: %s", (int64_t)png->at, what);
+    if (png->size - png->at < 8) return avl__fail(err, status, "PNG: at byte %lld: %s", (long long)png->at, what);
     name.data = (const char *)png->data + png->at + 4;
     name.size = 4;
-    return avl__fail(err, status, "PNG: chunk \"%S\" at byte %l: %s", name, (int64_t)png->at, what);
+    return avl__fail(err, status, "PNG: chunk \"%.*s\" at byte %lld: %s", AVL__SHOW(name), (long long)png->at, what);
 }
 
 static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t size, uint64_t max_pixels,
@@ -6104,16 +6104,16 @@ static astrovl_status avl__png_inflate(avl__png *png, const avl__png_pass *passe
     int i;
     for (i = 0; i < n_passes; i++) {
         if (passes[i].height > (limit - size) / (passes[i].row_bytes + 1))
-            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: %l bytes of IDAT data cannot hold %l x %l pixels",
-                             (int64_t)png->idat_size,
-                             (int64_t)png->width, (int64_t)png->height);
+            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: %lld bytes of IDAT data cannot hold %lld x %lld pixels",
+                             (long long)png->idat_size,
+                             (long long)png->width, (long long)png->height);
         size += passes[i].height * (passes[i].row_bytes + 1);
     }
     s = (avl__inflate_state *)avl__alloc(1, sizeof *s);
     *raw = (uint8_t *)avl__alloc_raw(size, 1);
     if (!s || !*raw) {
         astrovl_free(s);
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %l bytes of pixels", (int64_t)size);
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %lld bytes of pixels", (long long)size);
     }
     s->in = png->idat;
     s->n_in = png->idat_size;
@@ -6135,8 +6135,8 @@ static astrovl_status avl__png_pixels(const avl__png *png, const avl__png_pass *
         uint32_t y;
         for (y = 0; y < p->height; y++, up = raw + 1, raw += n + 1) {
             if (!avl__png_unfilter(raw + 1, up, n, step, raw[0]))
-                return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: row %l has filter %d, which does not exist",
-                                 (int64_t)y, raw[0]);
+                return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: row %lld has filter %d, which does not exist",
+                                 (long long)y, raw[0]);
             avl__png_row(png, raw + 1, p->width, image->rgb + avl__image_at(image, (int)p->x, (int)(p->y + y * p->dy)),
                          3 * (size_t)p->dx);
         }
@@ -6205,16 +6205,16 @@ static astrovl_status avl__pnm_number(avl__pnm *p, uint32_t limit, uint32_t *val
     size_t start;
     avl__pnm_skip_space(p);
     if (p->at == p->size)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the file ends at byte %l where a number should be",
-                         (int64_t)p->at);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the file ends at byte %lld where a number should be",
+                         (long long)p->at);
     for (start = p->at; p->at < p->size && p->data[p->at] >= '0' && p->data[p->at] <= '9'; p->at++) {
         v = v * 10 + (uint64_t)(p->data[p->at] - '0');
         if (v > limit)
-            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the number at byte %l is above %l", (int64_t)start,
-                             (int64_t)limit);
+            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the number at byte %lld is above %lld", (long long)start,
+                             (long long)limit);
     }
     if (p->at == start || (p->at < p->size && !avl__is_space(p->data[p->at]) && p->data[p->at] != '#'))
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %l is not part of a number", (int64_t)p->at);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %lld is not part of a number", (long long)p->at);
     *value = (uint32_t)v;
     return ASTROVL_OK;
 }
@@ -6239,9 +6239,9 @@ static astrovl_status avl__pnm_header(avl__pnm *p, uint64_t max_pixels, astrovl_
     row_bytes = p->kind == 1 ? p->width : ((uint64_t)p->width * bits[p->kind] * (p->kind > 4 &&
                                                                                  p->maxval > 255 ? 2 : 1) + 7) / 8;
     if (p->height > (p->size - p->at) / row_bytes)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: %l bytes after the header cannot hold %l x %l pixels",
-                         (int64_t)(p->size - p->at),
-                         (int64_t)p->width, (int64_t)p->height);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: %lld bytes after the header cannot hold %lld x %lld pixels",
+                         (long long)(p->size - p->at),
+                         (long long)p->width, (long long)p->height);
     return ASTROVL_OK;
 }
 
@@ -6264,7 +6264,7 @@ static astrovl_status avl__pnm_bits(avl__pnm *p, astrovl_image *image, astrovl_e
             else {
                 avl__pnm_skip_space(p);
                 if (p->at == p->size || (p->data[p->at] != '0' && p->data[p->at] != '1'))
-                    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %l is neither 0 nor 1", (int64_t)p->at);
+                    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %lld is neither 0 nor 1", (long long)p->at);
                 bit = p->data[p->at++] == '1';
             }
             memset(rgb, bit ? 0 : 255, 3);
@@ -6365,7 +6365,7 @@ static const uint8_t avl__zigzag[64] = {   // natural index of the k-th coeffici
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
 static astrovl_status avl__jpeg_fail(const avl__jpeg *j, astrovl_status status, const char *what, astrovl_error *err) {
-    return avl__fail(err, status, "JPEG: at byte %l: %s", (int64_t)j->at, what);
+    return avl__fail(err, status, "JPEG: at byte %lld: %s", (long long)j->at, what);
 }
 
 // Afterwards at least 32 bits are there. FF 00 in the data stands for FF; FF and anything else is a marker, which
@@ -6667,7 +6667,7 @@ static astrovl_status avl__jpeg_allocate(avl__jpeg *j, astrovl_error *err) {
         n_blocks += (uint64_t)c->blocks_x * (uint64_t)c->blocks_y;
     }
     if (n_blocks > 8 * (uint64_t)j->size)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "JPEG: %l bytes cannot hold %d x %d pixels", (int64_t)j->size,
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "JPEG: %lld bytes cannot hold %d x %d pixels", (long long)j->size,
                          j->width, j->height);
     for (i = 0; i < j->n_components; i++) {
         avl__jpeg_component *c = &j->component[i];
@@ -6829,8 +6829,8 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, astrovl_error *err) {
                 return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the scan's data is damaged: no such code", err);
             if (avl__jpeg_overrun(j))
                 return avl__fail(err, ASTROVL_ERROR_FORMAT,
-                                 "JPEG: the scan's data ends at byte %l, in row %d of %d of its blocks: "
-                                 "the file is cut off or damaged", (int64_t)j->at, y, n_y);
+                                 "JPEG: the scan's data ends at byte %lld, in row %d of %d of its blocks: "
+                                 "the file is cut off or damaged", (long long)j->at, y, n_y);
         }
     return ASTROVL_OK;
 }
@@ -7046,8 +7046,8 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, u
     else if (size >= 3 && p[0] == 'P' && p[1] >= '1' && p[1] <= '6' && (avl__is_space(p[2]) || p[2] == '#'))
         status = avl__pnm_decode(p, size, max_pixels, image, err);
     else return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED,
-                          "neither PNG, JPEG nor PNM (P1 to P6): its %l bytes start with none of "
-                          "their signatures", (int64_t)size);
+                          "neither PNG, JPEG nor PNM (P1 to P6): its %lld bytes start with none of "
+                          "their signatures", (long long)size);
     if (status) astrovl_image_free(image);
     return status;
 }
@@ -7474,13 +7474,13 @@ static astrovl_status avl__clip_choose_depth(avl__clip *clip, avl__weights *w, a
     for (i = 0; i < astrovl_gguf_kv(file, index)->count; i++) {
         int64_t layer = astrovl_gguf_int(file, index, i);
         if (layer < 0 || layer > clip->tower.n_layer)
-            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
-                                astrovl_gguf_name(file), layer, clip->tower.n_layer);
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %lld; the tower has %d layers",
+                                astrovl_gguf_name(file), (long long)layer, clip->tower.n_layer);
         if (layer > deepest) deepest = (int)layer;
     }
     if (i > 1)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): "
-                            "LLaVA takes one", astrovl_gguf_name(file), (int64_t)i);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %lld layers (clip.vision.feature_layer): "
+                            "LLaVA takes one", astrovl_gguf_name(file), (long long)i);
     clip->n_run = deepest;
     return ASTROVL_OK;
 }
@@ -7860,8 +7860,8 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     if (avl__string_is(type, "linear"))
         linear_scale = (float)avl__key_float(w, "llama.rope.scaling.factor", 1.0);
     else if (type.size && !avl__string_is(type, "none") && !factors)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and "
-                            "rope_freqs.weight)", astrovl_gguf_name(w->files[0]), type);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %.*s (known: none, linear, and "
+                            "rope_freqs.weight)", astrovl_gguf_name(w->files[0]), AVL__SHOW(type));
     if (!(linear_scale > 0.0f && linear_scale < 1e6f))
         return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range",
                             astrovl_gguf_name(w->files[0]));
@@ -8274,8 +8274,8 @@ static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
     key = astrovl_gguf_find_kv(file, "general.architecture");
     if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
     if (!avl__string_is(architecture, "llama"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\": "
-                         "take a model of that family", astrovl_gguf_name(file), architecture);
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%.*s\"; this runs \"llama\": "
+                         "take a model of that family", astrovl_gguf_name(file), AVL__SHOW(architecture));
     status = avl__llama_load(&m->llama, &m->weights, err);
     if (!status && m->has_vocab && m->llama.n_vocab && m->vocab.n_tokens > m->llama.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
@@ -8335,8 +8335,8 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
     int n_out;
     if (!avl__find_tensor(&m->weights, "mm.0.weight", &file) || !m->has_vision) return ASTROVL_OK;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%S\"; LLaVA's are \"mlp\" and \"linear\"",
-                         astrovl_gguf_name(file), type);
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%.*s\"; LLaVA's are \"mlp\" and \"linear\"",
+                         astrovl_gguf_name(file), AVL__SHOW(type));
     status = avl__load_tall_linear(&m->weights, "mm.0", m->clip.tower.n_embd, &m->projector[0], err);
     m->n_projector = 1;
     if (!status && avl__find_tensor(&m->weights, "mm.2.weight", &file)) {
@@ -9470,7 +9470,7 @@ static void avl__json_free(avl__json *j) {
 }
 
 static astrovl_status avl__json_fail(avl__json *j, const char *what) {
-    return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %l: %s", j->name, (int64_t)j->at, what);
+    return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %lld: %s", j->name, (long long)j->at, what);
 }
 
 static astrovl_status avl__json_no_memory(avl__json *j) {
@@ -9632,7 +9632,7 @@ static astrovl_status avl__json_value(avl__json *j, int *number) {
     kind = c == '{' ? AVL__JSON_OBJECT : c == '[' ? AVL__JSON_ARRAY : c == '"' ? AVL__JSON_STRING : c == 'n' ? AVL__JSON_NULL :
            c == 't' || c == 'f' ? AVL__JSON_BOOLEAN : AVL__JSON_NUMBER;
     if (j->depth == AVL__GUIDE_DEPTH)
-        return avl__fail(j->err, ASTROVL_ERROR_LIMIT, "%s, byte %l: nested more than %d deep", j->name, (int64_t)start, j->depth);
+        return avl__fail(j->err, ASTROVL_ERROR_LIMIT, "%s, byte %lld: nested more than %d deep", j->name, (long long)start, j->depth);
     if (j->n_nodes >= INT32_MAX / 2 || !avl__grow(&j->nodes, &j->capacity, j->n_nodes + 1, sizeof *j->nodes))
         return avl__json_no_memory(j);
     memset(&j->nodes[node], 0, sizeof *j->nodes);
@@ -9713,7 +9713,7 @@ static astrovl_status avl__json_count_strings(avl__json *j, int member, const ch
         astrovl_string s = j->nodes[node].text;
         int is_string = j->nodes[node].kind == AVL__JSON_STRING;
         if (!is_string || memchr(s.data, 0, s.size))
-            return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %l: \"%s\" %s", j->name, (int64_t)j->nodes[node].at, key,
+            return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %lld: \"%s\" %s", j->name, (long long)j->nodes[node].at, key,
                              is_string ? "has a zero character" : "is neither a string nor an array of strings");
         *n_bytes += s.size + 1;
     }
@@ -10548,7 +10548,7 @@ typedef struct avl__regex {
 } avl__regex;
 
 static int avl__regex_fail(avl__regex *r, size_t at, astrovl_status status, const char *what) {   // 0, an expression
-    if (!r->b->status) r->b->status = avl__fail(r->b->err, status, "pattern, byte %l: %s", (int64_t)at, what);
+    if (!r->b->status) r->b->status = avl__fail(r->b->err, status, "pattern, byte %lld: %s", (long long)at, what);
     return 0;
 }
 
@@ -11201,10 +11201,10 @@ static astrovl_status avl__read_prompt(astrovl_session *s, const avl__tokens *to
     double start = avl__seconds();
     float *rows;
     if (n_rows >= s->cache.n_ctx - s->cache.n_past)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn needs %l "
-                         "and room for an answer", s->cache.n_ctx, s->cache.n_past, n_rows);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn needs %lld "
+                         "and room for an answer", s->cache.n_ctx, s->cache.n_past, (long long)n_rows);
     rows = avl__alloc_floats((uint64_t)n_rows * s->model->llama.n_embd);
-    if (!rows) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %l rows", n_rows);
+    if (!rows) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %lld rows", (long long)n_rows);
     status = avl__splice(s, tokens, images, rows, err);
     s->stats.encode_seconds = avl__seconds() - start;
     start = avl__seconds();
@@ -12135,7 +12135,7 @@ ASTROVL_API astrovl_status astrovl_measure_search(int64_t n_rows, int n_dims, in
     all = (double *)avl__alloc((uint64_t)n_rounds, 2 * sizeof *all);
     if (!rows || !query || !all) {
         status = ASTROVL_ERROR_MEMORY;
-        avl__fail(err, status, "out of memory for %l rows", n_rows);
+        avl__fail(err, status, "out of memory for %lld rows", (long long)n_rows);
     }
     if (!status) avl__random_halves(rows, n_rows * n_dims);
     for (i = 0; i < n_dims && !status; i++) query[i] = avl__sin((float)i);
