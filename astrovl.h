@@ -149,7 +149,7 @@
 //   ASTROVL_FREE(memory)
 //   ASTROVL_NO_THREADS            no pthreads: one thread does all
 //   ASTROVL_NO_MMAP               files are read, not mapped
-//   ASTROVL_NO_FILES              no stdio at all: models and images come as memory blocks
+//   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
 //   ASTROVL_BARE                  neither POSIX nor Windows: standard C alone
 //   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
 //   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that does not ask for a size: 4096 tokens (or the model's, if less)
@@ -1043,7 +1043,7 @@ static char *avl__copy_text(const char *text, size_t size) {   // zero-terminate
     return copy;
 }
 
-enum { AVL__LINE = 64 };   // cache-line size: no vector load from a buffer aligned to it straddles two lines
+#define AVL__LINE 64   // cache-line size: no vector load from a buffer aligned to it straddles two lines
 
 // The first multiple of AVL__LINE at or after p
 static void *avl__align(void *p) { return (uint8_t *)p + (AVL__LINE - (uintptr_t)p % AVL__LINE) % AVL__LINE; }
@@ -2661,7 +2661,7 @@ static void avl__apply_shared(avl__run *run, float *const *y, const float *x, co
         for (i = 0; i < n; i++) job.product[i].quants = quants;
     }
     job.chunk = AVL__LINEAR_CHUNK;
-    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
+    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (job.chunk * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
     for (i = 0; i < n; i++) {
         n_items += job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
         job.product[i].ahead = job.chunk * avl__pool_n_threads(run->pool);
@@ -2901,8 +2901,8 @@ typedef struct avl__gguf_reader {
     astrovl_gguf  *f;
     uint64_t       at;            // the next byte
     uint64_t       alignment;     // of the tensors' data
-    uint64_t       field;         // the first byte of what was read last; this and the rest are for messages
-    const char    *kind, *name;   // what is being read: "header", "key" or "tensor", and its name ("": not known yet)
+    uint64_t       field;         // for messages: the first byte of what was read last,
+    const char    *kind, *name;   // what is being read ("header", "key", "tensor") and its name ("": not known yet)
     astrovl_status status;
     astrovl_error *err;
 } avl__gguf_reader;
@@ -2951,11 +2951,10 @@ static char *avl__gguf_name(avl__gguf_reader *r, const char *kind, unsigned long
     if (size < 1 || size > limit)
         avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, limit);
     text = (const char *)avl__gguf_take(r, size, 1);
-    if (!text) return NULL;
-    if (memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
-    copy = avl__copy_text(text, (size_t)size);
+    if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
+    copy = r->status ? NULL : avl__copy_text(text, (size_t)size);
     if (!copy) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-    else r->name = copy;
+    r->name = copy ? copy : "";
     return copy;
 }
 
@@ -3073,7 +3072,7 @@ static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const ch
 // Takes the file over: it is closed on failure too.
 static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_error *err) {
     astrovl_gguf *f = (astrovl_gguf *)avl__alloc(1, sizeof *f);
-    avl__gguf_reader reader, *r = &reader;
+    avl__gguf_reader reader = {f, 4, 32, 0, "header", "", ASTROVL_OK, err}, *r = &reader;
     unsigned long long version, start = 0;
     int i;
     if (f) f->name = avl__copy_text(name, strlen(name));
@@ -3084,15 +3083,8 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
         return NULL;
     }
     f->file = *file;
-    memset(r, 0, sizeof *r);
-    r->f = f;
-    r->err = err;
-    r->kind = "header";
-    r->name = "";
-    r->alignment = 32;
     if (file->size < 4 || memcmp(file->data, "GGUF", 4) != 0)
         avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "this is not a GGUF file: it does not begin with \"GGUF\"");
-    r->at = 4;
     version = avl__gguf_uint(r, 4);
     if (version != 0 && (version & 0xFFFF) == 0)   // a small number in the other byte order
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "this file is big-endian; only little-endian files are supported "
@@ -3194,8 +3186,7 @@ ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64
     case ASTROVL_VALUE_I16: return (int16_t)value;
     case ASTROVL_VALUE_I32: return (int32_t)value;
     case ASTROVL_VALUE_I64: return (int64_t)value;
-    case ASTROVL_VALUE_F32: return avl__double_to_int((double)avl__float_from_bits((uint32_t)value));
-    case ASTROVL_VALUE_F64: return avl__double_to_int(avl__double_from_bits(value));
+    case ASTROVL_VALUE_F32: case ASTROVL_VALUE_F64: return avl__double_to_int(astrovl_gguf_float(file, index, i));
     default: return value > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)value;
     }
 }
@@ -7872,6 +7863,10 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     m->inv_freq = avl__alloc_floats((uint64_t)m->rope_dim / 2);
     if (!m->inv_freq) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     avl__rope_frequencies(m->inv_freq, m->rope_dim, m->rope_theta, factors, linear_scale);
+    for (i = 0; i < m->rope_dim / 2; i++)
+        if (!(m->inv_freq[i] * (float)m->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: in a context of %d tokens, the angles of its rotary "
+                                "embedding reach 2^23", astrovl_gguf_name(w->files[0]), m->n_ctx_train);
     return ASTROVL_OK;
 }
 
