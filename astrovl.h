@@ -864,8 +864,8 @@ ASTROVL_API float astrovl_erff(float x);
 #else
 #define AVL__MMAP 0
 #endif
-// Which kernels section [15] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for other
-// processors one for the vector registers that the compiler may use. They assume little-endian bytes.
+// Which kernels section [15] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
+// other processors one for the vector registers that the compiler may use. They assume little-endian bytes.
 #if defined(ASTROVL_NO_SIMD) || !(defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
 #define AVL__VECTORS 0
 #else
@@ -1220,8 +1220,9 @@ static uint64_t avl__peak_memory(void) {
 
 typedef void (*avl__job)(void *context, int item, int thread);
 
-// A job is handed over by counting `generation` up; n_busy counts the workers that are not through with it. The next job
-// of a pass follows in microseconds, less than the system needs to wake a thread, so whoever waits spins before it sleeps.
+// A job is handed over by counting `generation` up; n_busy counts the workers that are not through with it. The next
+// job of a pass follows within microseconds, sooner than the system wakes a thread, so whoever waits spins before it
+// sleeps.
 typedef struct avl__pool {
     int             n_threads;      // the caller, thread 0, included
 #if AVL__THREADS
@@ -1956,28 +1957,36 @@ static double avl__exp(double x) {
     return sum * avl__power_of_2(n / 2) * avl__power_of_2(n - n / 2);   // two steps: 2^n may be no normal double
 }
 
+static double avl__upper_half(double x) {   // its upper 26 bits
+    double t = 134217729.0 * x;             // 2^27 + 1
+    return t - (t - x);
+}
+
 // a * b = product + *error, exactly (Dekker 1971): halves of 26 bits, whose products need no rounding
 static double avl__two_product(double a, double b, double *error) {
-    double p = a * b, t, a1, a2, b1, b2;
-    t = 134217729.0 * a; a1 = t - (t - a); a2 = a - a1;   // 2^27 + 1
-    t = 134217729.0 * b; b1 = t - (t - b); b2 = b - b1;
+    double p = a * b, a1 = avl__upper_half(a), a2 = a - a1, b1 = avl__upper_half(b), b2 = b - b1;
     *error = ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2;
     return p;
 }
 
 // log(x) = e ln 2 + log(m),  x = 2^e m,  sqrt(1/2) <= m <= sqrt(2)
 // log(m) = 2 (s + s^3/3 + s^5/5 + ... + s^21/21),  s = (m - 1) / (m + 1),  |s| < 0.172: truncation error < 1e-18
-// Returns the result as a sum of two doubles, some 10 bits more than one holds: avl__pow multiplies the logarithm and its
-// error. x > 0 and finite.
+// Returns the result as a sum of two doubles, with some 10 bits more than one holds: avl__pow multiplies the logarithm
+// and its error. x > 0 and finite.
 static double avl__log_parts(double x, double *low) {
     uint64_t bits = avl__double_bits(x);
-    double e, m, f, s, s_low, p, p_low, q, tail, high;
+    double e = -1023, m, f, s, s_low, p, p_low, q, tail, high;
     int k;
-    e = 0;
-    if (bits >> 52 == 0) bits = avl__double_bits(x * 4503599627370496.0), e = -52;   // subnormal: times 2^52
-    e += (double)(int)(bits >> 52) - 1023;
+    if (bits >> 52 == 0) {   // subnormal
+        bits = avl__double_bits(x * 4503599627370496.0);   // 2^52
+        e -= 52;
+    }
+    e += (double)(int)(bits >> 52);
     m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
-    if (m > 1.4142135623730951) m *= 0.5, e += 1;
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        e += 1;
+    }
     f = m - 1;                                         // exact
     s = f / (2 + f);
     p = avl__two_product(s, 2 + f, &p_low);
@@ -2025,10 +2034,10 @@ ASTROVL_API float astrovl_erff(float x) {
         1.0, 1.0 / (1 * 3.0), 1.0 / (2 * 5.0), 1.0 / (6 * 7.0), 1.0 / (24 * 9.0), 1.0 / (120 * 11.0),
         1.0 / (720 * 13.0), 1.0 / (5040 * 15.0), 1.0 / (40320 * 17.0), 1.0 / (362880 * 19.0), 1.0 / (3628800 * 21.0),
         1.0 / (39916800 * 23.0), 1.0 / (479001600 * 25.0), 1.0 / (6227020800.0 * 27), 1.0 / (87178291200.0 * 29),
-        1.0 / (1307674368000.0 * 31),
-        1.0 / (20922789888000.0 * 33), 1.0 / (355687428096000.0 * 35), 1.0 / (6402373705728000.0 * 37),
-        1.0 / (121645100408832000.0 * 39), 1.0 / (2432902008176640000.0 * 41), 1.0 / (51090942171709440000.0 * 43),
-        1.0 / (1124000727777607680000.0 * 45), 1.0 / (25852016738884976640000.0 * 47)
+        1.0 / (1307674368000.0 * 31), 1.0 / (20922789888000.0 * 33), 1.0 / (355687428096000.0 * 35),
+        1.0 / (6402373705728000.0 * 37), 1.0 / (121645100408832000.0 * 39), 1.0 / (2432902008176640000.0 * 41),
+        1.0 / (51090942171709440000.0 * 43), 1.0 / (1124000727777607680000.0 * 45),
+        1.0 / (25852016738884976640000.0 * 47)
     };
     double v = x < 0 ? -(double)x : (double)x, q = v * v, sum;
     int k = v < 1 ? 12 : 23;
@@ -2044,8 +2053,8 @@ ASTROVL_API float astrovl_erff(float x) {
 
 // sin(x + quadrant pi/2) for |x| < 2^23; NaN beyond.
 // x = n pi/2 + r, |r| <= pi/4; by n mod 4 the result is sin r, cos r, -sin r, -cos r.
-//   r: near a multiple of pi/2 nearly all digits of the difference cancel, so pi/2 comes in three parts, the first two of
-//      30 bits: their products with n (at most 23 bits) are exact, and so are the differences (Cody & Waite 1980)
+//   r: near a multiple of pi/2 nearly all digits of the difference cancel, so pi/2 comes in three parts, the first two
+//      of 30 bits: their products with n (at most 23 bits) are exact, and so are the differences (Cody & Waite 1980)
 //   sin r = r - r^3/3! + ... + r^13/13!,   cos r = 1 - r^2/2! + ... + r^12/12!:   truncation error < 1e-12
 static float avl__sin_quadrant(float x, int quadrant) {
     double k, r, q, y;
@@ -2836,8 +2845,12 @@ static void avl__sort(int *order, int n, avl__order compare, const void *context
     while (end > 1) {
         int64_t parent, child;
         int item;
-        if (start > 0) item = order[--start];                   // first a heap is built, largest on top,
-        else item = order[--end], order[end] = order[0];        // then the top is taken off, again and again
+        if (start > 0) {
+            item = order[--start];    // first a heap is built, largest on top,
+        } else {
+            item = order[--end];      // then the top is taken off, again and again
+            order[end] = order[0];
+        }
         for (parent = start; (child = 2 * parent + 1) < end; parent = child) {
             if (child + 1 < end && compare(context, order[child], order[child + 1]) < 0) child++;
             if (compare(context, item, order[child]) >= 0) break;
@@ -3103,11 +3116,12 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
     for (i = 0; i < f->tensor_names.count && !r->status; i++) {   // the data, one tensor's after the other
         astrovl_tensor *t = &f->tensors[i];
         r->name = t->name;
-        r->field = r->at = (r->at + r->alignment - 1) / r->alignment * r->alignment;
+        r->at = (r->at + r->alignment - 1) / r->alignment * r->alignment;
+        r->field = r->at;
         if (i == 0) start = r->at;
         if (t->offset != r->at - start)
-            avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its data is at offset %llu; it must follow what comes before, at %llu",
-                           (unsigned long long)t->offset, r->at - start);
+            avl__gguf_fail(r, ASTROVL_ERROR_FORMAT,
+                           "its data is at offset %llu; it must follow the data before, at %llu", (unsigned long long)t->offset, r->at - start);
         t->offset = r->at;
         t->data = avl__gguf_take(r, t->n_bytes, 1);
     }

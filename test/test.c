@@ -1662,11 +1662,11 @@ static void test_gguf_bad(void) {
         {GGUF_ONE "'abc i4 q1 q0x80000000 q0x80000000 q4 i0 q0 a32 f1", F, "tensor 'abc' at byte 71: ", "needs more"},
         {GGUF_ONE "'abc i1 q1 i0 h0", F, "tensor 'abc' at byte 51: ", "belong here, but the file ends at byte"},
         {GGUF_ONE "'abc i1 q1 i0 q16 a32 z64", F, "tensor 'abc' at byte ",
-         "its data is at offset 16; it must follow what comes before, at 0"},
+         "its data is at offset 16; it must follow the data before, at 0"},
         {GGUF_ONE "'abc i1 q1 i0 q0 a32 z3", F, "tensor 'abc' at byte ",
          "4 x 1 bytes belong here, but the file ends at byte 67 (an incomplete download?)"},
         {GGUF_ONE "'abcd i1 q1 i0 q0", F, "tensor 'abcd' at byte ", "4 x 1 bytes belong here"},   // ends unpadded
-        {GGUF_ONE "'abc i1 q1 i0 q64 a32 z64", F, "tensor 'abc' at byte ", "at offset 64; it must follow what comes before, at 0"},
+        {GGUF_ONE "'abc i1 q1 i0 q64 a32 z64", F, "tensor 'abc' at byte ", "at offset 64; it must follow the data before, at 0"},
         {GGUF_ONE "'abc i1 q1 i0 q-32 a32 z64", F, "tensor 'abc' at byte ", "at offset 18446744073709551584; it must"},
         {GGUF_TWO "'a i1 q9 i0 q0 'b i1 q1 i0 q32 a32 z128", F, "tensor 'b' at byte 160: ", "at offset 32; it must follow"},
         {GGUF_TWO "'a i1 q1 i0 q32 'b i1 q1 i0 q0 a32 z64", F, "tensor 'a' at byte 96: ", "at offset 32; it must follow"},
