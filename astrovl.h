@@ -1089,10 +1089,9 @@ static uint32_t avl__load_u32be(const void *p) {
     const uint8_t *b = (const uint8_t *)p;
     return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | (uint32_t)b[3];
 }
-static uint64_t avl__load_number(const uint8_t *p, int n, int big_endian) {   // n bytes: 0 to 8
+static uint64_t avl__load_number(const uint8_t *p, int n) {   // of n bytes, 0 to 8
     uint64_t value = 0;
-    int i;
-    for (i = 0; i < n; i++) value = value << 8 | p[big_endian ? i : n - 1 - i];
+    while (n > 0) value = value << 8 | p[--n];
     return value;
 }
 static float avl__float_from_bits(uint32_t bits) {
@@ -2950,7 +2949,7 @@ static const uint8_t *avl__gguf_take(avl__gguf_reader *r, unsigned long long cou
 
 static unsigned long long avl__gguf_uint(avl__gguf_reader *r, int n) {   // a number of n bytes
     const uint8_t *p = avl__gguf_take(r, 1, (unsigned)n);
-    return p ? avl__load_number(p, n, 0) : 0;
+    return p ? avl__load_number(p, n) : 0;
 }
 
 // The name of the next key or tensor: 1 to `limit` bytes, none of them zero. Returns a zero-terminated copy, or NULL.
@@ -3193,7 +3192,7 @@ static int64_t avl__double_to_int(double x) {   // towards zero; what does not f
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i) {
     astrovl_value_type type = ASTROVL_VALUE_STRING;
     const uint8_t *p = avl__gguf_element(file, index, i, &type);
-    uint64_t value = avl__load_number(p, avl__value_bytes(type), 0);   // 0 for a string: no bytes are read
+    uint64_t value = avl__load_number(p, avl__value_bytes(type));   // 0 for a string: no bytes are read
     switch (type) {
     case ASTROVL_VALUE_BOOL: return value != 0;
     case ASTROVL_VALUE_I8:  return (int8_t)value;
@@ -3302,7 +3301,10 @@ static void avl__writer_values(astrovl_gguf_writer *w, const char *key, astrovl_
             const astrovl_string *s = (const astrovl_string *)values + i;
             avl__put_string(&w->metadata, s->data, s->size);
         } else {
-            uint64_t value = avl__load_number((const uint8_t *)values + i * (uint64_t)n, n, big_endian);
+            const uint8_t *p = (const uint8_t *)values + i * (uint64_t)n;
+            uint64_t value = 0;
+            int k;
+            for (k = 0; k < n; k++) value = value << 8 | p[big_endian ? k : n - 1 - k];
             avl__put_number(&w->metadata, item_type == ASTROVL_VALUE_BOOL ? value != 0 : value, n);
         }
     }
@@ -3327,7 +3329,7 @@ ASTROVL_API void astrovl_gguf_copy(astrovl_gguf_writer *w, const astrovl_gguf *f
         const uint8_t *p = avl__gguf_element(from, index, i, &type);
         astrovl_string s = astrovl_gguf_string(from, index, i);
         if (type == ASTROVL_VALUE_STRING) avl__put_string(&w->metadata, s.data, s.size);
-        else avl__put_number(&w->metadata, avl__load_number(p, avl__value_bytes(type), 0), avl__value_bytes(type));
+        else avl__put_number(&w->metadata, avl__load_number(p, avl__value_bytes(type)), avl__value_bytes(type));
     }
 }
 

@@ -1749,8 +1749,7 @@ static void test_gguf_sort(void) {
         for (kind = 0; kind < 4; kind++) {   // ascending, descending, random, few different
             int seen = 0;
             for (i = 0; i < n; i++) {
-                state = state * 6364136223846793005ull + 1442695040888963407ull;
-                numbers[i] = kind == 0 ? i : kind == 1 ? -i : (int)(state >> 40) % (kind == 2 ? 1000000 : 3);
+                numbers[i] = kind == 0 ? i : kind == 1 ? -i : (int)random_below(&state, kind == 2 ? 1000000 : 3);
                 order[i] = i;
             }
             avl__sort(order, n, gguf_number_order, numbers);
