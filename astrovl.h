@@ -256,6 +256,8 @@ typedef struct astrovl_kv {
     astrovl_value_type  type;
     astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
     uint64_t            count;   // elements of an array; otherwise 1
+    const void         *data;    // the value, or an array's elements, as in the file: little-endian, a u64 length before
+    uint64_t            n_bytes; // each string's bytes; to copy it
 } astrovl_kv;
 
 // Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it is
@@ -2895,7 +2897,6 @@ static void avl__names_free(avl__names *names) {
 
 typedef struct avl__gguf_entry {
     astrovl_kv      kv;
-    const uint8_t  *values;       // [kv.count] numbers; NULL for strings
     const uint8_t **strings;      // [kv.count], owned: where each string's length stands; NULL for numbers
 } avl__gguf_entry;
 
@@ -2992,8 +2993,9 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
     e->kv.type = (astrovl_value_type)type;
     e->kv.item_type = (astrovl_value_type)item_type;
     start = r->at;
+    e->kv.data = r->f->file.data + start;
     if (item_type != ASTROVL_VALUE_STRING) {
-        e->values = avl__gguf_take(r, e->kv.count, (unsigned)avl__value_bytes(item_type));
+        avl__gguf_take(r, e->kv.count, (unsigned)avl__value_bytes(item_type));
     } else if (avl__gguf_take(r, e->kv.count, 8)) {   // their lengths, at least: this bounds the allocation
         r->at = start;
         e->strings = (const uint8_t **)avl__alloc_raw(e->kv.count, sizeof *e->strings);
@@ -3003,6 +3005,7 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
             avl__gguf_take(r, avl__gguf_uint(r, 8), 1);
         }
     }
+    e->kv.n_bytes = r->at - start;
     if (r->status || strcmp(r->name, "general.alignment") != 0) return;
     r->alignment = (unsigned long long)astrovl_gguf_int(r->f, index, 0);
     if (r->alignment < 1 || r->alignment > AVL__GGUF_MAX_ALIGNMENT || (r->alignment & (r->alignment - 1)) != 0)
@@ -3181,7 +3184,7 @@ static const uint8_t *avl__gguf_element(const astrovl_gguf *f, int index, uint64
     if (!kv || i >= kv->count) return NULL;
     *type = kv->item_type;
     if (*type == ASTROVL_VALUE_STRING) return f->entries[index].strings[i];
-    return f->entries[index].values + i * (uint64_t)avl__value_bytes(*type);
+    return (const uint8_t *)kv->data + i * (uint64_t)avl__value_bytes(*type);
 }
 
 static int64_t avl__double_to_int(double x) {   // towards zero; what does not fit becomes the nearest that does

@@ -1726,6 +1726,8 @@ static void test_gguf_accessors(void) {
         CHECK(astrovl_gguf_int(f, 0, 0) == 0 && astrovl_gguf_int(f, 1, 0) == INT64_MIN
               && astrovl_gguf_int(f, 2, 0) == INT64_MAX, "floats that no integer equals");
         CHECK(!astrovl_gguf_kv(f, -1) && !astrovl_gguf_kv(f, 7), "no such entry");
+        CHECK(astrovl_gguf_kv(f, 4)->n_bytes == 11 && memcmp((const char *)astrovl_gguf_kv(f, 4)->data + 8, "abc", 3) == 0 &&
+              astrovl_gguf_kv(f, 5)->n_bytes == 8 && *(const char *)astrovl_gguf_kv(f, 5)->data == 6, "values as in the file");
         CHECK(!astrovl_gguf_tensor(f, 0) && !astrovl_gguf_tensor(f, -1), "no such tensor");
         CHECK(!astrovl_gguf_find_tensor(f, "x") && !astrovl_gguf_find_tensor(f, NULL), "no such tensor name");
         CHECK(astrovl_gguf_find_kv(f, "") == -1 && astrovl_gguf_find_kv(f, "zzz") == -1
