@@ -1148,7 +1148,8 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
     memset(file, 0, sizeof *file);
     if (!path) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
 #ifdef ASTROVL_NO_FILES
-    (void)no_mmap, (void)limit;
+    (void)no_mmap;
+    (void)limit;
     return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED,
                      "%s: built without files; give the bytes with the _memory or _decode call", path);
 #else
