@@ -3124,7 +3124,8 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
         if (i == 0) start = r->at;
         if (t->offset != r->at - start)
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT,
-                           "its data is at offset %llu; it must follow the data before, at %llu", (unsigned long long)t->offset, r->at - start);
+                           "its data is at offset %llu; it must follow the data before, at %llu",
+                           (unsigned long long)t->offset, r->at - start);
         t->offset = r->at;
         t->data = avl__gguf_take(r, t->n_bytes, 1);
     }
