@@ -142,7 +142,7 @@
 //   ASTROVL_FREE(memory)
 //   ASTROVL_NO_THREADS            no pthreads: one thread does all
 //   ASTROVL_NO_MMAP               files are read, not mapped
-//   ASTROVL_NO_FILES              no stdio at all: models and images come as memory blocks
+//   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
 //   ASTROVL_BARE                  neither POSIX nor Windows: standard C alone
 //   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
 //   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that does not ask for a size: 4096 tokens (or the model's, if less)
@@ -206,7 +206,7 @@ typedef int (*astrovl_progress)(void *user, const char *stage, int done, int tot
 ASTROVL_API void astrovl_free(void *memory);
 
 // ---- GGUF files -------------------------------------------------------------------------------------------------
-// Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little- and big-endian.
+// Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian files on any host.
 
 // Tensor types, with GGUF's numbers.
 typedef enum astrovl_type {
@@ -239,7 +239,7 @@ typedef struct astrovl_tensor {
     int64_t       ne[4];         // unused ones are 1
     uint64_t      offset;        // in the file, from its first byte
     uint64_t      n_bytes;
-    const void   *data;          // little-endian blocks, whatever the file's and the host's order; no alignment is promised
+    const void   *data;          // little-endian blocks on every host; no alignment is promised
 } astrovl_tensor;
 
 // One metadata entry.
@@ -260,7 +260,6 @@ ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size
 ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);                // NULL is allowed
 ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file);
 ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file);         // 2 or 3
-ASTROVL_API int astrovl_gguf_big_endian(const astrovl_gguf *file);
 ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file);       // bytes
 ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file);
 ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index);
@@ -630,7 +629,7 @@ ASTROVL_API void astrovl_gelu(float *x, int64_t n);
 ASTROVL_API void astrovl_quick_gelu(float *x, int64_t n);
 ASTROVL_API void astrovl_silu(float *x, int64_t n);
 // Rotates the pairs (x[2i], x[2i+1]) of one head by position * inv_freq[i] (Su et al. 2021; GGUF's interleaved order).
-// x: [head_dim]; inv_freq: [head_dim / 2]
+// x: [head_dim]; inv_freq: [head_dim / 2]. Angles below 2^23 (beyond: NaN).
 ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq);
 // y[n_rows][n_out] = x[n_rows][n_in] * w[n_out][n_in]^T + bias[n_out]  (bias may be NULL); w float32; exact mode's order
 ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in, int n_out);
@@ -638,8 +637,6 @@ ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const 
 ASTROVL_API float astrovl_expf(float x);
 ASTROVL_API float astrovl_tanhf(float x);
 ASTROVL_API float astrovl_erff(float x);
-ASTROVL_API float astrovl_sinf(float x);
-ASTROVL_API float astrovl_cosf(float x);
 
 #ifdef __cplusplus
 }
@@ -648,8 +645,8 @@ ASTROVL_API float astrovl_cosf(float x);
 
 // ====================================================================================================================
 // [2] Platform
-// What the rest needs from the machine and cannot compute: memory, files, threads, time. Everything below this section is
-// plain arithmetic on arrays. Each part has a fallback in standard C, so the header builds where there is nothing else.
+// What the rest needs from the machine: memory, files, threads, time. Each part has a fallback in standard C, so the
+// header builds where there is nothing else.
 // ====================================================================================================================
 
 #ifdef ASTROVL_IMPLEMENTATION
@@ -666,19 +663,21 @@ ASTROVL_API float astrovl_cosf(float x);
 #define AVL__POSIX 1
 #endif
 
+#include <errno.h>
 #include <float.h>
 #include <limits.h>
 #include <stdarg.h>
+#include <stdio.h>    // vsnprintf; files, unless ASTROVL_NO_FILES
+#include <stdlib.h>
 #include <string.h>
-#ifndef ASTROVL_NO_FILES
-#include <errno.h>
-#include <stdio.h>
+#include <time.h>
 #if AVL__POSIX
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/time.h>
+#include <unistd.h>
 #endif
-#endif
-#if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && defined(__GNUC__)   // clang says so too; for its atomic operations
+#if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && defined(__GNUC__)   // gcc and clang: atomic operations
 #define AVL__THREADS 1
 #include <pthread.h>
 #else
@@ -690,29 +689,21 @@ ASTROVL_API float astrovl_cosf(float x);
 #else
 #define AVL__MMAP 0
 #endif
-#if AVL__POSIX
-#include <sys/time.h>
-#include <unistd.h>
+// Which kernels section [15] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
+// other processors one for the vector registers that the compiler may use. They assume little-endian bytes.
+#if defined(ASTROVL_NO_SIMD) || !(defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
+#define AVL__VECTORS 0
 #else
-#include <time.h>
+#define AVL__VECTORS 1
 #endif
-#if defined(__x86_64__) && !defined(ASTROVL_TEST_GENERIC) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
-#define AVL__X86 1           // instruction sets beyond the build's are compiled per function and chosen at run time
-#if !defined(__clang__)
-#pragma GCC diagnostic push       // gcc 12's own header trips over its idiom for "any value" (gcc bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#if AVL__VECTORS && defined(__x86_64__) && !defined(ASTROVL_TEST_GENERIC)
+#define AVL__X86 1
 #include <immintrin.h>
-#pragma GCC diagnostic pop
-#else
-#include <immintrin.h>
-#endif
 #else
 #define AVL__X86 0
 #endif
-#if defined(__aarch64__) && !defined(__AARCH64EB__) && \
-    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
-#define AVL__NEON 1          // the same on AArch64
+#if AVL__VECTORS && defined(__aarch64__) && !defined(__AARCH64EB__)
+#define AVL__NEON 1
 #include <arm_neon.h>
 #if AVL__POSIX && defined(__linux__)
 #include <sys/auxv.h>
@@ -722,14 +713,10 @@ ASTROVL_API float astrovl_cosf(float x);
 #else
 #define AVL__NEON 0
 #endif
-// Vector extensions of gcc and clang, where there are registers for them; the kernels assume little-endian bytes.
-#if defined(ASTROVL_NO_SIMD)
-#define AVL__SIMD 0
-#elif AVL__X86 || AVL__NEON
-#define AVL__SIMD 1
-#elif ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10)) && \
-    __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && (defined(__SSE2__) || defined(__VSX__) || defined(__loongarch_sx) || \
-    defined(__wasm_simd128__) || (defined(__riscv_vector) && (defined(__clang__) || __GNUC__ >= 14)))
+#if AVL__X86 || AVL__NEON || \
+    (AVL__VECTORS && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && \
+     (defined(__SSE2__) || defined(__VSX__) || defined(__loongarch_sx) || defined(__wasm_simd128__) || \
+      (defined(__riscv_vector) && (defined(__clang__) || __GNUC__ >= 14))))
 #define AVL__SIMD 1
 #else
 #define AVL__SIMD 0
@@ -750,7 +737,6 @@ extern "C" {
 // ---- configuration (the manual describes each) ---------------------------------------------------------------------
 
 #ifndef ASTROVL_MALLOC
-#include <stdlib.h>
 #define ASTROVL_MALLOC(size)           malloc(size)
 #define ASTROVL_REALLOC(memory, size)  realloc(memory, size)
 #define ASTROVL_FREE(memory)           free(memory)
@@ -767,103 +753,86 @@ extern "C" {
 
 // ---- errors --------------------------------------------------------------------------------------------------------
 
-// Appends text to message[capacity] at *at, cutting what does not fit at a character's start.
-static void avl__message_put(char *message, size_t capacity, size_t *at, const char *text, size_t size) {
-    size_t i;
-    for (i = 0; i < size && *at + 1 < capacity; i++) {
-        unsigned char c = (unsigned char)text[i];
-        message[(*at)++] = c < 32 || c == 127 ? '?' : (char)c;   // names from hostile files must not drive a terminal
-    }
-    if (i < size && ((unsigned char)text[i] & 0xC0) == 0x80) {   // cut within a UTF-8 character: its first bytes go too
-        while (*at > 0 && ((unsigned char)message[*at - 1] & 0xC0) == 0x80) (*at)--;
-        if (*at > 0) (*at)--;
-    }
-    message[*at] = 0;
+#if defined(__GNUC__)   // lets the compiler compare a message's format with its arguments
+#define AVL__PRINTF(text, arguments) __attribute__((format(printf, text, arguments)))   // parameters, counted from 1
+#else
+#define AVL__PRINTF(text, arguments)
+#endif
+
+// How many of `size` bytes of UTF-8 are whole characters: less than size if the last character is cut off.
+static size_t avl__utf8_whole(const char *text, size_t size) {
+    size_t i = size;
+    unsigned char lead;
+    while (i > 0 && ((unsigned char)text[i - 1] & 0xC0) == 0x80) i--;   // back over the bytes that continue a character
+    lead = i > 0 ? (unsigned char)text[i - 1] : 0;
+    return size - i < (lead >= 0xF0 ? 3u : lead >= 0xE0 ? 2u : lead >= 0xC0 ? 1u : 0u) ? i - 1 : size;
 }
 
-static void avl__message_put_int(char *message, size_t capacity, size_t *at, int64_t value) {
-    char digits[24];
-    size_t n = sizeof digits;
-    uint64_t v = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
-    do digits[--n] = (char)('0' + v % 10), v /= 10; while (v);
-    if (value < 0) digits[--n] = '-';
-    avl__message_put(message, capacity, at, digits + n, sizeof digits - n);
+// An astrovl_string, which has no zero at its end and may be long, as the arguments of %.*s
+#define AVL__SHOW(s) (int)avl__utf8_whole((s).data, (s).size < 96 ? (s).size : 96), (s).data
+
+// As snprintf, but a text that does not fit is cut between characters, and control characters become '?', so that names
+// from hostile files cannot drive a terminal. Returns the length of what text[capacity] holds then.
+AVL__PRINTF(3, 0) static size_t avl__format_v(char *text, size_t capacity, const char *format, va_list args) {
+    int n = vsnprintf(text, capacity, format, args);
+    size_t i, size = n < 0 ? 0 : (size_t)n < capacity ? (size_t)n : avl__utf8_whole(text, capacity - 1);
+    for (i = 0; i < size; i++)
+        if ((unsigned char)text[i] < 32 || text[i] == 127) text[i] = '?';
+    text[size] = 0;
+    return size;
 }
 
-// Formats like printf, for the few conversions that messages need and no locale can change: %s (char *), %S (astrovl_string),
-// %d (int), %l (int64_t), %c, %%.
-static void avl__format_v(char *message, size_t capacity, const char *format, va_list args) {
-    size_t at = 0;
-    message[0] = 0;
-    for (; *format; format++) {
-        if (*format != '%') { avl__message_put(message, capacity, &at, format, 1); continue; }
-        switch (*++format) {
-        case 's': { const char *s = va_arg(args, const char *); avl__message_put(message, capacity, &at, s, strlen(s)); break; }
-        case 'S': { astrovl_string s = va_arg(args, astrovl_string); avl__message_put(message, capacity, &at, s.data, s.size); break; }
-        case 'd': avl__message_put_int(message, capacity, &at, va_arg(args, int)); break;
-        case 'l': avl__message_put_int(message, capacity, &at, va_arg(args, int64_t)); break;
-        case 'c': { char c = (char)va_arg(args, int); avl__message_put(message, capacity, &at, &c, 1); break; }
-        case '%': avl__message_put(message, capacity, &at, "%", 1); break;
-        default: return;
-        }
-    }
-}
-
-static void avl__format(char *text, size_t capacity, const char *format, ...) {
+AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const char *format, ...) {
     va_list args;
+    size_t size;
     va_start(args, format);
-    avl__format_v(text, capacity, format, args);
+    size = avl__format_v(text, capacity, format, args);
     va_end(args);
+    return size;
 }
 
 // Fills err (if given) and returns status, so that a failing function can end with `return avl__fail(...)`.
-static astrovl_status avl__fail(astrovl_error *err, astrovl_status status, const char *format, ...) {
-    if (err) {
-        va_list args;
-        err->status = status;
-        va_start(args, format);
-        avl__format_v(err->message, sizeof err->message, format, args);
-        va_end(args);
-    }
+AVL__PRINTF(3, 4) static astrovl_status avl__fail(astrovl_error *err, astrovl_status status, const char *format, ...) {
+    va_list args;
+    if (!err) return status;
+    err->status = status;
+    va_start(args, format);
+    avl__format_v(err->message, sizeof err->message, format, args);
+    va_end(args);
     return status;
 }
 
 ASTROVL_API const char *astrovl_status_name(astrovl_status status) {
-    static const char *const names[] = {"ok", "argument", "memory", "file", "format", "unsupported", "model", "limit", "cancelled"};
+    static const char *const names[] = {"ok", "argument", "memory", "file", "format", "unsupported", "model", "limit",
+                                        "cancelled"};
     return (unsigned)status < sizeof names / sizeof *names ? names[status] : "unknown";
 }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
-// Room for count elements of size bytes, all zero; NULL when the product overflows or memory is out. Never a zero-size block.
-static void *avl__alloc(uint64_t count, size_t size) {
-    void *memory;
-    if (size && count > (uint64_t)(SIZE_MAX / 2) / size) return NULL;
-    memory = ASTROVL_MALLOC(count && size ? (size_t)count * size : 1);
-    if (memory) memset(memory, 0, count && size ? (size_t)count * size : 1);
-    return memory;
-}
-
-// The same without zeroing, for buffers that are written before they are read.
+// Room for count elements of size bytes, not zeroed, never 0 bytes; NULL when the product overflows or memory is out.
 static void *avl__alloc_raw(uint64_t count, size_t size) {
     if (size && count > (uint64_t)(SIZE_MAX / 2) / size) return NULL;
     return ASTROVL_MALLOC(count && size ? (size_t)count * size : 1);
 }
 
+static void *avl__alloc(uint64_t count, size_t size) {   // zeroed
+    void *memory = avl__alloc_raw(count, size);
+    if (memory) memset(memory, 0, (size_t)count * size);
+    return memory;
+}
+
 static float *avl__alloc_floats(uint64_t count) { return (float *)avl__alloc_raw(count, sizeof(float)); }
 
-// Grows *array (of element size) to hold at least `needed`, doubling; 0 when memory is out (then *array stays as it was).
+// Grows *array (of elements of size bytes) to hold `needed`, doubling; 0 when memory is out: *array then stays.
 static int avl__grow(void *array, size_t *capacity, size_t needed, size_t size) {
-    void *old, *memory;
+    void *memory;
     size_t wanted = *capacity < 16 ? 16 : *capacity;
     if (needed <= *capacity) return 1;
-    while (wanted < needed) {
-        if (wanted > SIZE_MAX / 4) return 0;
-        wanted *= 2;
-    }
-    if (wanted > SIZE_MAX / 2 / size) return 0;
-    memcpy(&old, array, sizeof old);   // array is the address of a pointer of any type
-    memory = ASTROVL_REALLOC(old, wanted * size);
+    while (wanted < needed && wanted <= SIZE_MAX / 4) wanted *= 2;
+    if (wanted < needed || wanted > SIZE_MAX / 2 / size) return 0;
+    memcpy(&memory, array, sizeof memory);   // array is the address of a pointer of any type
+    memory = ASTROVL_REALLOC(memory, wanted * size);
     if (!memory) return 0;
     memcpy(array, &memory, sizeof memory);
     *capacity = wanted;
@@ -874,7 +843,7 @@ ASTROVL_API void astrovl_free(void *memory) {
     if (memory) ASTROVL_FREE(memory);
 }
 
-// A growing byte string, always zero-terminated once something was put. `failed` sticks, so it is checked once, at the end.
+// A growing byte string, zero-terminated once something was put. `failed` sticks, so it is checked once, at the end.
 typedef struct avl__bytes {
     char  *data;
     size_t size, capacity;
@@ -894,19 +863,17 @@ static void avl__bytes_put(avl__bytes *b, const char *data, size_t size) {
 static void avl__bytes_put_text(avl__bytes *b, const char *text) { avl__bytes_put(b, text, strlen(text)); }
 
 static char *avl__copy_text(const char *text, size_t size) {   // zero-terminated copy, or NULL
-    char *copy = (char *)avl__alloc_raw((uint64_t)size + 1, 1);
-    if (!copy) return NULL;
-    if (size) memcpy(copy, text, size);
-    copy[size] = 0;
+    char *copy = (char *)avl__alloc((uint64_t)size + 1, 1);
+    if (copy && size) memcpy(copy, text, size);
     return copy;
 }
 
-enum { AVL__LINE = 64 };     // bytes of a line of the caches, and of the longest registers: two lines take a processor twice the time
+#define AVL__LINE 64   // cache-line size: no vector load from a buffer aligned to it straddles two lines
 
-// The first line's beginning that is not before p, less than a line on
+// The first multiple of AVL__LINE at or after p
 static void *avl__align(void *p) { return (uint8_t *)p + (AVL__LINE - (uintptr_t)p % AVL__LINE) % AVL__LINE; }
 
-// Asks for the lines of memory that n bytes at p lie in, so that nobody will wait for them later.
+// Starts loading n bytes at p into the cache.
 static void avl__prefetch(const void *p, size_t n) {
 #if defined(__GNUC__)
     const char *at = (const char *)p, *last = at + n - 1;
@@ -932,12 +899,16 @@ static uint64_t avl__load_u64(const void *p) {
     return (uint64_t)avl__load_u32(p) | (uint64_t)avl__load_u32((const uint8_t *)p + 4) << 32;
 }
 static uint16_t avl__load_u16be(const void *p) {
-    const uint8_t *b = (const uint8_t *)p;
-    return (uint16_t)(b[0] << 8 | b[1]);
+    return (uint16_t)(((const uint8_t *)p)[0] << 8 | ((const uint8_t *)p)[1]);
 }
 static uint32_t avl__load_u32be(const void *p) {
     const uint8_t *b = (const uint8_t *)p;
     return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | (uint32_t)b[3];
+}
+static uint64_t avl__load_number(const uint8_t *p, int n) {   // of n bytes, 0 to 8
+    uint64_t value = 0;
+    while (n > 0) value = value << 8 | p[--n];
+    return value;
 }
 static float avl__float_from_bits(uint32_t bits) {
     float f;
@@ -952,108 +923,83 @@ static uint32_t avl__float_bits(float f) {
 
 // ---- files ---------------------------------------------------------------------------------------------------------
 
-// A file's bytes, mapped or read.
+typedef enum avl__file_kind { AVL__FILE_BORROWED, AVL__FILE_READ, AVL__FILE_MAPPED } avl__file_kind;
+
 typedef struct avl__file {
-    const uint8_t *data;
+    uint8_t       *data;        // read-only
     size_t         size;
-    int            mapped;      // 1: release with munmap; 0: with ASTROVL_FREE
+    avl__file_kind kind;        // how data is released: not at all, with ASTROVL_FREE, with munmap
 } avl__file;
 
-#ifndef ASTROVL_NO_FILES
-// Reads a whole stream whose size need not be known (a pipe has none). A device may never end: what has more than `limit` bytes is
-// refused, and what does not begin with `magic` (four bytes, or NULL) is not read on; its parser will say what it thinks of it.
-static astrovl_status avl__read_stream(FILE *stream, const char *path, size_t limit, const char *magic, avl__file *file,
-                                       astrovl_error *err) {
-    uint8_t *data = NULL;
-    size_t size = 0, capacity = 0, n;
-    for (;;) {
-        if (size > limit) {
-            astrovl_free(data);
-            return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: has more than %l bytes (is it a device?)", path, (int64_t)limit);
-        }
-        if (!avl__grow(&data, &capacity, size + 65536, 1)) {
-            astrovl_free(data);
-            return avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory after reading %l bytes", path, (int64_t)size);
-        }
-        n = fread(data + size, 1, capacity - size, stream);
-        size += n;
-        if (n == 0 || (magic && size >= 4 && memcmp(data, magic, 4) != 0)) break;
-    }
-    if (ferror(stream)) {
-        astrovl_free(data);
-        return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be read (is it a folder?)", path);
-    }
-    file->data = data;
-    file->size = size;
-    file->mapped = 0;
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__file_read(const char *path, size_t limit, const char *magic, avl__file *file, astrovl_error *err) {
-    astrovl_status status;
-    FILE *stream = fopen(path, "rb");
-    if (!stream) return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
-    status = avl__read_stream(stream, path, limit, magic, file, err);
-    fclose(stream);
-    return status;
-}
+static void avl__file_close(avl__file *file) {
+#if AVL__MMAP
+    if (file->kind == AVL__FILE_MAPPED) munmap(file->data, file->size);
 #endif
+    if (file->kind == AVL__FILE_READ) ASTROVL_FREE(file->data);
+    memset(file, 0, sizeof *file);
+}
 
 #if AVL__MMAP
-// Maps a regular file; returns 0 where that cannot be done (a pipe, an empty file), and reading is tried instead.
+// Maps a regular file; 0 where that cannot be done (a pipe, an empty file).
 static int avl__file_map(const char *path, avl__file *file) {
     struct stat st;
-    void *data;
+    void *data = MAP_FAILED;
     int fd = open(path, O_RDONLY);
     if (fd < 0) return 0;
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size <= 0 || (uint64_t)st.st_size > SIZE_MAX) {
-        close(fd);
-        return 0;
-    }
-    data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0 && (uint64_t)st.st_size <= SIZE_MAX)
+        data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     close(fd);
     if (data == MAP_FAILED) return 0;
-    file->data = (const uint8_t *)data;
+    file->data = (uint8_t *)data;
     file->size = (size_t)st.st_size;
-    file->mapped = 1;
+    file->kind = AVL__FILE_MAPPED;
     return 1;
 }
 #endif
 
-// limit, magic: as above, for what is read; a file that is mapped may have any size
-static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit, const char *magic, avl__file *file,
-                                     astrovl_error *err) {
+// Maps a file of any size, or reads what cannot be mapped, up to `limit` bytes.
+static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit, avl__file *file, astrovl_error *err) {
     memset(file, 0, sizeof *file);
     if (!path) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no file name was given");
+#ifdef ASTROVL_NO_FILES
+    (void)no_mmap;
+    (void)limit;
+    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED,
+                     "%s: built without files; give the bytes with the _memory or _decode call", path);
+#else
+    astrovl_status status = ASTROVL_OK;
+    size_t capacity = 0, n = 1;
+    FILE *stream;
+#if AVL__POSIX
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISCHR(st.st_mode))
+        return avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a device, not a file", path);
+#endif
 #if AVL__MMAP
     if (!no_mmap && avl__file_map(path, file)) return ASTROVL_OK;
 #endif
     (void)no_mmap;
-    (void)limit;
-    (void)magic;
-#ifndef ASTROVL_NO_FILES
-    return avl__file_read(path, limit, magic, file, err);
-#else
-    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: built without files; give the bytes with the _memory or _decode call", path);
-#endif
-}
-
-static void avl__file_close(avl__file *file) {
-#if AVL__MMAP
-    if (file->mapped) {
-        void *data;
-        memcpy(&data, &file->data, sizeof data);   // munmap takes no const
-        munmap(data, file->size);
-        memset(file, 0, sizeof *file);
-        return;
+    stream = fopen(path, "rb");
+    if (!stream)
+        return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
+    file->kind = AVL__FILE_READ;
+    while (n > 0 && !status) {
+        if (!avl__grow(&file->data, &capacity, file->size + 65536, 1)) {
+            status = avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory after reading %lld bytes", path,
+                               (long long)file->size);
+            break;
+        }
+        n = fread(file->data + file->size, 1, capacity - file->size, stream);
+        file->size += n;
+        if (file->size > limit)
+            status = avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: has more than %lld bytes", path, (long long)limit);
+        else if (n == 0 && ferror(stream))
+            status = avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be read (is it a folder?)", path);
     }
+    fclose(stream);
+    if (status) avl__file_close(file);
+    return status;
 #endif
-    if (file->data) {
-        void *data;
-        memcpy(&data, &file->data, sizeof data);
-        ASTROVL_FREE(data);
-    }
-    memset(file, 0, sizeof *file);
 }
 
 // ---- time ----------------------------------------------------------------------------------------------------------
@@ -1069,44 +1015,54 @@ static double avl__seconds(void) {   // wall clock, for measuring spans
 }
 
 // ---- threads -------------------------------------------------------------------------------------------------------
-// A pool runs one job at a time: job(context, i) for every i below n_items, item i always as a whole by one thread. Results
-// cannot depend on the number of threads, because no job adds up across items.
+// A pool runs one job at a time: job(context, i, thread) for every i below n_items. Results cannot depend on the number
+// of threads, because no job adds up across items. Without threads the pool is a loop.
 
 typedef void (*avl__job)(void *context, int item, int thread);
 
-typedef struct avl__pool avl__pool;
-
+// A job is handed over by counting `generation` up; n_busy counts the workers that are not through with it. The next
+// job of a pass follows within microseconds, sooner than the system wakes a thread, so whoever waits spins before it
+// sleeps.
+typedef struct avl__pool {
+    int             n_threads;      // the caller, thread 0, included
 #if AVL__THREADS
-// A job is handed over by counting `generation` up. Within a pass the next job follows in microseconds, less than the system needs
-// to wake a thread, so whoever waits looks again and again for some ten microseconds before it sleeps. Either side that goes to
-// sleep first says so (n_sleeping, caller_sleeps) and then looks once more, so that no call to wake it is missed.
-struct avl__pool {
-    pthread_t       threads[ASTROVL_MAX_THREADS];
-    int             n_started;      // workers; the caller is one more
-    pthread_mutex_t lock;           // for sleeping alone
-    pthread_cond_t  wake, done;
-    avl__job        job;            // these three belong to the caller until it counts generation up, and again once n_busy is 0
+    pthread_t       threads[ASTROVL_MAX_THREADS];   // from 1 on
+    pthread_mutex_t lock;           // for sleeping only
+    pthread_cond_t  changed;        // generation, or n_busy to 0
+    avl__job        job;            // job, context, n_items: written while no worker is busy
     void           *context;
     int             n_items;
-    int             next_item, n_busy, generation, n_sleeping, caller_sleeps, quit;   // atomic
-};
+    int             next_item, n_busy, n_started, n_sleeping, generation, quit;   // atomic
+#endif
+} avl__pool;
 
-enum { AVL__SPINS = 2000 };
-
+#if AVL__THREADS
 static int avl__atomic_load(const int *value) { return __atomic_load_n(value, __ATOMIC_SEQ_CST); }
 static void avl__atomic_store(int *value, int to) { __atomic_store_n(value, to, __ATOMIC_SEQ_CST); }
-static int avl__atomic_add(int *value, int more) { return __atomic_add_fetch(value, more, __ATOMIC_SEQ_CST); }   // the new value
+static int avl__atomic_add(int *value, int more) { return __atomic_add_fetch(value, more, __ATOMIC_SEQ_CST); }
 
-// Waits a little for *value to become other than `is`. Returns whether it has.
-static int avl__spin_while(const int *value, int is) {
+// Waits for *value to become other than `is`: spins for some ten microseconds, then sleeps. A sleeper counts itself in
+// n_sleeping before its last look at the value, and avl__pool_notify is called after the change: no wake-up is missed.
+static void avl__pool_wait(avl__pool *pool, const int *value, int is) {
     int i;
-    for (i = 0; i < AVL__SPINS; i++) {
-        if (avl__atomic_load(value) != is) return 1;
+    for (i = 0; i < 2000; i++) {
+        if (avl__atomic_load(value) != is) return;
 #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
 #endif
     }
-    return 0;
+    pthread_mutex_lock(&pool->lock);
+    avl__atomic_add(&pool->n_sleeping, 1);
+    while (avl__atomic_load(value) == is) pthread_cond_wait(&pool->changed, &pool->lock);
+    avl__atomic_add(&pool->n_sleeping, -1);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static void avl__pool_notify(avl__pool *pool) {
+    if (avl__atomic_load(&pool->n_sleeping) == 0) return;
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_broadcast(&pool->changed);
+    pthread_mutex_unlock(&pool->lock);
 }
 
 static void avl__pool_work(avl__pool *pool, int thread) {   // takes items until none is left
@@ -1114,134 +1070,90 @@ static void avl__pool_work(avl__pool *pool, int thread) {   // takes items until
     while ((item = avl__atomic_add(&pool->next_item, 1) - 1) < pool->n_items) pool->job(pool->context, item, thread);
 }
 
-typedef struct avl__pool_start { avl__pool *pool; int thread; } avl__pool_start;
-
 static void *avl__pool_main(void *argument) {
-    avl__pool_start start = *(avl__pool_start *)argument;
-    avl__pool *pool = start.pool;
-    int seen = 0;
-    ASTROVL_FREE(argument);
+    avl__pool *pool = (avl__pool *)argument;
+    int thread = avl__atomic_add(&pool->n_started, 1), generation = 0;
     for (;;) {
-        if (!avl__spin_while(&pool->generation, seen)) {
-            pthread_mutex_lock(&pool->lock);
-            avl__atomic_add(&pool->n_sleeping, 1);
-            while (avl__atomic_load(&pool->generation) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
-            avl__atomic_add(&pool->n_sleeping, -1);
-            pthread_mutex_unlock(&pool->lock);
-        }
+        avl__pool_wait(pool, &pool->generation, generation);
         if (avl__atomic_load(&pool->quit)) return NULL;
-        seen = avl__atomic_load(&pool->generation);
-        avl__pool_work(pool, start.thread);
-        if (avl__atomic_add(&pool->n_busy, -1) == 0 && avl__atomic_load(&pool->caller_sleeps)) {
-            pthread_mutex_lock(&pool->lock);
-            pthread_cond_signal(&pool->done);
-            pthread_mutex_unlock(&pool->lock);
-        }
+        generation = avl__atomic_load(&pool->generation);
+        avl__pool_work(pool, thread);
+        if (avl__atomic_add(&pool->n_busy, -1) == 0) avl__pool_notify(pool);
     }
-}
-
-// Tells the workers that something is new.
-static void avl__pool_call(avl__pool *pool) {
-    avl__atomic_add(&pool->generation, 1);
-    if (avl__atomic_load(&pool->n_sleeping) == 0) return;
-    pthread_mutex_lock(&pool->lock);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
-}
-
-static void avl__pool_free(avl__pool *pool) {
-    int i;
-    if (!pool) return;
-    avl__atomic_store(&pool->quit, 1);
-    avl__pool_call(pool);
-    for (i = 0; i < pool->n_started; i++) pthread_join(pool->threads[i], NULL);
-    pthread_cond_destroy(&pool->done);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->lock);
-    ASTROVL_FREE(pool);
-}
-
-static int avl__n_processors(void) {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > ASTROVL_MAX_THREADS ? ASTROVL_MAX_THREADS : (int)n;
-}
-
-// n_threads: the caller included. A thread that the system refuses is done without; NULL only when memory is out.
-static avl__pool *avl__pool_new(int n_threads) {
-    avl__pool *pool = (avl__pool *)avl__alloc(1, sizeof *pool);
-    int i;
-    if (!pool) return NULL;
-    pthread_mutex_init(&pool->lock, NULL);
-    pthread_cond_init(&pool->wake, NULL);
-    pthread_cond_init(&pool->done, NULL);
-    for (i = 1; i < n_threads && i < ASTROVL_MAX_THREADS; i++) {
-        avl__pool_start *start = (avl__pool_start *)avl__alloc(1, sizeof *start);
-        if (!start) {
-            avl__pool_free(pool);
-            return NULL;
-        }
-        start->pool = pool;
-        start->thread = i;
-        if (pthread_create(&pool->threads[pool->n_started], NULL, avl__pool_main, start) != 0) {
-            ASTROVL_FREE(start);
-            break;
-        }
-        pool->n_started++;
-    }
-    return pool;
-}
-
-static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
-    int busy;
-    if (n_items <= 1 || pool->n_started == 0) {
-        int i;
-        for (i = 0; i < n_items; i++) job(context, i, 0);
-        return;
-    }
-    pool->job = job;
-    pool->context = context;
-    pool->n_items = n_items;
-    avl__atomic_store(&pool->next_item, 0);
-    avl__atomic_store(&pool->n_busy, pool->n_started);
-    avl__pool_call(pool);
-    avl__pool_work(pool, 0);
-    for (busy = avl__atomic_load(&pool->n_busy); busy > 0; busy = avl__atomic_load(&pool->n_busy)) {
-        if (avl__spin_while(&pool->n_busy, busy)) continue;
-        pthread_mutex_lock(&pool->lock);
-        avl__atomic_store(&pool->caller_sleeps, 1);
-        while (avl__atomic_load(&pool->n_busy) > 0) pthread_cond_wait(&pool->done, &pool->lock);
-        avl__atomic_store(&pool->caller_sleeps, 0);
-        pthread_mutex_unlock(&pool->lock);
-    }
-}
-
-static int avl__pool_n_threads(const avl__pool *pool) { return pool->n_started + 1; }
-
-#else   // without threads the pool is a loop
-
-struct avl__pool { int unused; };
-static avl__pool *avl__pool_new(int n_threads) { (void)n_threads; return (avl__pool *)avl__alloc(1, sizeof(avl__pool)); }
-static void avl__pool_free(avl__pool *pool) { astrovl_free(pool); }
-static int avl__n_processors(void) { return 1; }
-static int avl__pool_n_threads(const avl__pool *pool) { (void)pool; return 1; }
-static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
-    int i;
-    (void)pool;
-    for (i = 0; i < n_items; i++) job(context, i, 0);
 }
 #endif
 
+static int avl__n_processors(void) {
+#if AVL__THREADS
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > ASTROVL_MAX_THREADS ? ASTROVL_MAX_THREADS : (int)n;
+#else
+    return 1;
+#endif
+}
+
+// n_threads: the caller included; fewer if the system refuses to start as many. NULL when memory is out.
+static avl__pool *avl__pool_new(int n_threads) {
+    avl__pool *pool = (avl__pool *)avl__alloc(1, sizeof *pool);
+    if (!pool) return NULL;
+    pool->n_threads = 1;
+#if AVL__THREADS
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->changed, NULL);
+    for (; pool->n_threads < n_threads && pool->n_threads < ASTROVL_MAX_THREADS; pool->n_threads++)
+        if (pthread_create(&pool->threads[pool->n_threads], NULL, avl__pool_main, pool) != 0) break;
+#else
+    (void)n_threads;
+#endif
+    return pool;
+}
+
+static void avl__pool_free(avl__pool *pool) {
+    if (!pool) return;
+#if AVL__THREADS
+    avl__atomic_store(&pool->quit, 1);
+    avl__atomic_add(&pool->generation, 1);
+    avl__pool_notify(pool);
+    while (pool->n_threads > 1) pthread_join(pool->threads[--pool->n_threads], NULL);
+    pthread_cond_destroy(&pool->changed);
+    pthread_mutex_destroy(&pool->lock);
+#endif
+    ASTROVL_FREE(pool);
+}
+
+static int avl__pool_n_threads(const avl__pool *pool) { return pool->n_threads; }
+
+static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
+    int i;
+#if AVL__THREADS
+    if (n_items > 1 && pool->n_threads > 1) {
+        pool->job = job;
+        pool->context = context;
+        pool->n_items = n_items;
+        avl__atomic_store(&pool->next_item, 0);
+        avl__atomic_store(&pool->n_busy, pool->n_threads - 1);
+        avl__atomic_add(&pool->generation, 1);
+        avl__pool_notify(pool);
+        avl__pool_work(pool, 0);
+        while ((i = avl__atomic_load(&pool->n_busy)) > 0) avl__pool_wait(pool, &pool->n_busy, i);
+        return;
+    }
+#endif
+    (void)pool;
+    for (i = 0; i < n_items; i++) job(context, i, 0);
+}
+
 // ====================================================================================================================
 // [3] Numbers
-// How a model's numbers are written in a file, and what is computed from them with more than + - * /:
+// How a model's numbers are written in a file, and the functions that need more than + - * /:
 // - half precision (IEEE 754 binary16) and bfloat16, to float32 and back;
 // - the GGUF block formats to float32 (layouts: ggml's ggml-common.h; the results are the `gguf` Python package's, bit
 //   for bit);
-// - exp, tanh, erf, sin, cos, and pow for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
+// - exp, tanh, erf, and pow, sin, cos for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
 //   one correct result, so the functions give the same bits on every machine, which no libm promises.
 // ====================================================================================================================
 
-#include <math.h>   // sqrt alone: IEEE 754 fixes their result to the last bit
+#include <math.h>   // only sqrt, whose result IEEE 754 fixes to the last bit
 
 static double avl__sqrt(double x) { return sqrt(x); }
 
@@ -1288,99 +1200,76 @@ ASTROVL_API uint16_t astrovl_f32_to_bf16(float f) {
 //     y = d * q + m, or d * q - m, with small integers q.
 // Q4_0 to Q8_0 have one scale for 32 values; the K formats ("super-blocks" of 256) store the scales of their groups of
 // 16 or 32 as small integers too. Below, "2 qs[16]" is a field of 16 bytes that begins at byte 2, [i:j] are bits i to j
-// of a byte, lowest first, and f16 is 2 bytes of half precision. Each function expands n_blocks blocks. The order of
-// the float operations is part of the format: it decides the last bit.
+// of a byte, lowest first, and f16 is 2 bytes of half precision. Each function expands one block. The order of the
+// float operations is part of the format: it decides the last bit.
 
 static float avl__load_f16(const uint8_t *p) { return astrovl_f16_to_f32(avl__load_u16(p)); }
 
-// F32, 4 bytes: one little-endian float.   F16, BF16, 2 bytes: one little-endian half.
-static void avl__dequantize_f32(const uint8_t *b, float *y, int64_t n_blocks) {
-    for (; n_blocks > 0; n_blocks--, b += 4, y++) *y = avl__float_from_bits(avl__load_u32(b));
-}
-static void avl__dequantize_f16(const uint8_t *b, float *y, int64_t n_blocks) {
-    for (; n_blocks > 0; n_blocks--, b += 2, y++) *y = avl__load_f16(b);
-}
-static void avl__dequantize_bf16(const uint8_t *b, float *y, int64_t n_blocks) {
-    for (; n_blocks > 0; n_blocks--, b += 2, y++) *y = astrovl_bf16_to_f32(avl__load_u16(b));
-}
-
 // Q4_0, 18 bytes for 32 values:   0 d f16 | 2 qs[16]
 //   y[j] = d * (qs[j][0:3] - 8)     y[j + 16] = d * (qs[j][4:7] - 8)     j < 16
-static void avl__dequantize_q4_0(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q4_0(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b);
     int j;
-    for (; n_blocks > 0; n_blocks--, b += 18, y += 32) {
-        float d = avl__load_f16(b);
-        for (j = 0; j < 16; j++) {
-            y[j] = d * (float)((b[2 + j] & 15) - 8);
-            y[j + 16] = d * (float)((b[2 + j] >> 4) - 8);
-        }
+    for (j = 0; j < 16; j++) {
+        y[j] = d * (float)((b[2 + j] & 15) - 8);
+        y[j + 16] = d * (float)((b[2 + j] >> 4) - 8);
     }
 }
 
 // Q4_1, 20 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qs[16]
 //   y[j] = d * qs[j][0:3] + m       y[j + 16] = d * qs[j][4:7] + m
-static void avl__dequantize_q4_1(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q4_1(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b), m = avl__load_f16(b + 2);
     int j;
-    for (; n_blocks > 0; n_blocks--, b += 20, y += 32) {
-        float d = avl__load_f16(b), m = avl__load_f16(b + 2);
-        for (j = 0; j < 16; j++) {
-            y[j] = d * (float)(b[4 + j] & 15) + m;
-            y[j + 16] = d * (float)(b[4 + j] >> 4) + m;
-        }
+    for (j = 0; j < 16; j++) {
+        y[j] = d * (float)(b[4 + j] & 15) + m;
+        y[j + 16] = d * (float)(b[4 + j] >> 4) + m;
     }
 }
 
 // Q5_0, 22 bytes for 32 values:   0 d f16 | 2 qh u32 | 6 qs[16]      bit j of qh is the fifth bit of value j
 //   y[j] = d * (qs[j][0:3] + 16 qh[j] - 16)     y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16] - 16)
-static void avl__dequantize_q5_0(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q5_0(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b);
+    uint32_t qh = avl__load_u32(b + 2);
     int j;
-    for (; n_blocks > 0; n_blocks--, b += 22, y += 32) {
-        float d = avl__load_f16(b);
-        uint32_t qh = avl__load_u32(b + 2);
-        for (j = 0; j < 16; j++) {
-            y[j] = d * (float)((int)((b[6 + j] & 15) | (qh >> j & 1) << 4) - 16);
-            y[j + 16] = d * (float)((int)((uint32_t)(b[6 + j] >> 4) | (qh >> (j + 16) & 1) << 4) - 16);
-        }
+    for (j = 0; j < 16; j++) {
+        y[j] = d * (float)((int)((b[6 + j] & 15) | (qh >> j & 1) << 4) - 16);
+        y[j + 16] = d * (float)((int)((uint32_t)(b[6 + j] >> 4) | (qh >> (j + 16) & 1) << 4) - 16);
     }
 }
 
 // Q5_1, 24 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qh u32 | 8 qs[16]
 //   y[j] = d * (qs[j][0:3] + 16 qh[j]) + m      y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16]) + m
-static void avl__dequantize_q5_1(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q5_1(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b), m = avl__load_f16(b + 2);
+    uint32_t qh = avl__load_u32(b + 4);
     int j;
-    for (; n_blocks > 0; n_blocks--, b += 24, y += 32) {
-        float d = avl__load_f16(b), m = avl__load_f16(b + 2);
-        uint32_t qh = avl__load_u32(b + 4);
-        for (j = 0; j < 16; j++) {
-            y[j] = d * (float)((int)((b[8 + j] & 15) | (qh >> j & 1) << 4)) + m;
-            y[j + 16] = d * (float)((int)((uint32_t)(b[8 + j] >> 4) | (qh >> (j + 16) & 1) << 4)) + m;
-        }
+    for (j = 0; j < 16; j++) {
+        y[j] = d * (float)((int)((b[8 + j] & 15) | (qh >> j & 1) << 4)) + m;
+        y[j + 16] = d * (float)((int)((uint32_t)(b[8 + j] >> 4) | (qh >> (j + 16) & 1) << 4)) + m;
     }
 }
 
 // Q8_0, 34 bytes for 32 values:   0 d f16 | 2 qs i8[32]
 //   y[j] = d * qs[j]
-static void avl__dequantize_q8_0(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q8_0(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b);
     int j;
-    for (; n_blocks > 0; n_blocks--, b += 34, y += 32) {
-        float d = avl__load_f16(b);
-        for (j = 0; j < 32; j++) y[j] = d * (float)(int8_t)b[2 + j];
-    }
+    for (j = 0; j < 32; j++) y[j] = d * (float)(int8_t)b[2 + j];
 }
 
 // Q2_K, 84 bytes for 256 values in 16 groups of 16:   0 scales[16] | 16 qs[64] | 80 d f16 | 82 dmin f16
 // Value i lies in group g = i / 16; its bits are a pair of qs[32 (i / 128) + i % 32], pair (i / 32) % 4.
 //   y[i] = (d * scales[g][0:3]) * q - (dmin * scales[g][4:7])
-static void avl__dequantize_q2_k(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q2_k(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b + 80), dmin = avl__load_f16(b + 82);
     int g, j;
-    for (; n_blocks > 0; n_blocks--, b += 84, y += 256) {
-        float d = avl__load_f16(b + 80), dmin = avl__load_f16(b + 82);
-        for (g = 0; g < 16; g++) {
-            const uint8_t *qs = b + 16 + g / 8 * 32 + g % 2 * 16;
-            float scale = d * (float)(b[g] & 15), minimum = dmin * (float)(b[g] >> 4);
-            int shift = g / 2 % 4 * 2;
-            for (j = 0; j < 16; j++) y[16 * g + j] = scale * (float)(qs[j] >> shift & 3) - minimum;
-        }
+    for (g = 0; g < 16; g++) {
+        const uint8_t *qs = b + 16 + g / 8 * 32 + g % 2 * 16;
+        float scale = d * (float)(b[g] & 15), minimum = dmin * (float)(b[g] >> 4);
+        int shift = g / 2 % 4 * 2;
+        for (j = 0; j < 16; j++) y[16 * g + j] = scale * (float)(qs[j] >> shift & 3) - minimum;
     }
 }
 
@@ -1388,22 +1277,15 @@ static void avl__dequantize_q2_k(const uint8_t *b, float *y, int64_t n_blocks) {
 // The two low bits of value i lie as in Q2_K; bit i / 32 of hmask[i % 32] says that 4 is NOT subtracted.
 // Scale g has 6 bits: low four in nibble g / 8 of scales[g % 8], high two in pair g / 4 of scales[8 + g % 4]; minus 32.
 //   y[i] = (d * (scale[g] - 32)) * (q - (hmask bit ? 0 : 4))
-static int avl__q3_k_scale(const uint8_t *s, int g) {   // s: scales[12]
-    int low = s[g % 8] >> g / 8 * 4 & 15, high = s[8 + g % 4] >> g / 4 * 2 & 3;
-    return (low | high << 4) - 32;
-}
-
-static void avl__dequantize_q3_k(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q3_k(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b + 108);
     int g, j;
-    for (; n_blocks > 0; n_blocks--, b += 110, y += 256) {
-        float d = avl__load_f16(b + 108);
-        for (g = 0; g < 16; g++) {
-            const uint8_t *qs = b + 32 + g / 8 * 32 + g % 2 * 16, *hmask = b + g % 2 * 16;
-            float scale = d * (float)avl__q3_k_scale(b + 96, g);
-            int shift = g / 2 % 4 * 2;
-            for (j = 0; j < 16; j++)
-                y[16 * g + j] = scale * (float)((qs[j] >> shift & 3) - (hmask[j] >> g / 2 & 1 ? 0 : 4));
-        }
+    for (g = 0; g < 16; g++) {
+        const uint8_t *qs = b + 32 + g / 8 * 32 + g % 2 * 16, *hmask = b + g % 2 * 16;
+        int low = b[96 + g % 8] >> g / 8 * 4 & 15, high = b[104 + g % 4] >> g / 4 * 2 & 3, shift = g / 2 % 4 * 2;
+        float scale = d * (float)((low | high << 4) - 32);
+        for (j = 0; j < 16; j++)
+            y[16 * g + j] = scale * (float)((qs[j] >> shift & 3) - (hmask[j] >> g / 2 & 1 ? 0 : 4));
     }
 }
 
@@ -1423,36 +1305,31 @@ static void avl__unpack_scale(const uint8_t *s, int g, int *scale, int *minimum)
 // Q4_K, 144 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qs[128]
 // Groups 2k and 2k + 1 are the low and the high nibbles of qs[32 k] to qs[32 k + 31].
 //   y[i] = (d * scale[g]) * q - (dmin * minimum[g])
-static void avl__dequantize_q4_k(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q4_k(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
     int g, j, scale, minimum;
-    for (; n_blocks > 0; n_blocks--, b += 144, y += 256) {
-        float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
-        for (g = 0; g < 8; g++) {
-            const uint8_t *qs = b + 16 + g / 2 * 32;
-            float dg, mg;
-            avl__unpack_scale(b + 4, g, &scale, &minimum);
-            dg = d * (float)scale;
-            mg = dmin * (float)minimum;
-            for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)(qs[j] >> g % 2 * 4 & 15) - mg;
-        }
+    for (g = 0; g < 8; g++) {
+        const uint8_t *qs = b + 16 + g / 2 * 32;
+        float dg, mg;
+        avl__unpack_scale(b + 4, g, &scale, &minimum);
+        dg = d * (float)scale;
+        mg = dmin * (float)minimum;
+        for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)(qs[j] >> g % 2 * 4 & 15) - mg;
     }
 }
 
 // Q5_K, 176 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qh[32] | 48 qs[128]
 // As Q4_K; bit g of qh[j] is the fifth bit of value 32 g + j.
-static void avl__dequantize_q5_k(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q5_k(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
     int g, j, scale, minimum;
-    for (; n_blocks > 0; n_blocks--, b += 176, y += 256) {
-        float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
-        for (g = 0; g < 8; g++) {
-            const uint8_t *qh = b + 16, *qs = b + 48 + g / 2 * 32;
-            float dg, mg;
-            avl__unpack_scale(b + 4, g, &scale, &minimum);
-            dg = d * (float)scale;
-            mg = dmin * (float)minimum;
-            for (j = 0; j < 32; j++)
-                y[32 * g + j] = dg * (float)((qs[j] >> g % 2 * 4 & 15) | (qh[j] >> g & 1) << 4) - mg;
-        }
+    for (g = 0; g < 8; g++) {
+        const uint8_t *qh = b + 16, *qs = b + 48 + g / 2 * 32;
+        float dg, mg;
+        avl__unpack_scale(b + 4, g, &scale, &minimum);
+        dg = d * (float)scale;
+        mg = dmin * (float)minimum;
+        for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)((qs[j] >> g % 2 * 4 & 15) | (qh[j] >> g & 1) << 4) - mg;
     }
 }
 
@@ -1460,46 +1337,41 @@ static void avl__dequantize_q5_k(const uint8_t *b, float *y, int64_t n_blocks) {
 // Value i: its low four bits are nibble (i / 64) % 2 of ql[64 (i / 128) + i % 64]; its high two lie in qh as Q2_K's do
 // in qs.
 //   y[i] = (d * scales[i / 16]) * (q - 32)
-static void avl__dequantize_q6_k(const uint8_t *b, float *y, int64_t n_blocks) {
+static void avl__dequantize_q6_k(const uint8_t *b, float *y) {
+    float d = avl__load_f16(b + 208);
     int g, j;
-    for (; n_blocks > 0; n_blocks--, b += 210, y += 256) {
-        float d = avl__load_f16(b + 208);
-        for (g = 0; g < 16; g++) {
-            const uint8_t *ql = b + g / 8 * 64 + g % 4 * 16, *qh = b + 128 + g / 8 * 32 + g % 2 * 16;
-            float scale = d * (float)(int8_t)b[192 + g];
-            int low_shift = g / 4 % 2 * 4, high_shift = g / 2 % 4 * 2;
-            for (j = 0; j < 16; j++)
-                y[16 * g + j] = scale * (float)(((ql[j] >> low_shift & 15) | (qh[j] >> high_shift & 3) << 4) - 32);
-        }
+    for (g = 0; g < 16; g++) {
+        const uint8_t *ql = b + g / 8 * 64 + g % 4 * 16, *qh = b + 128 + g / 8 * 32 + g % 2 * 16;
+        float scale = d * (float)(int8_t)b[192 + g];
+        int low_shift = g / 4 % 2 * 4, high_shift = g / 2 % 4 * 2;
+        for (j = 0; j < 16; j++)
+            y[16 * g + j] = scale * (float)(((ql[j] >> low_shift & 15) | (qh[j] >> high_shift & 3) << 4) - 32);
     }
 }
 
 // ---- the table of types --------------------------------------------------------------------------------------------
 
-// What there is to know about a tensor type. A big-endian file has the multi-byte fields of each block in its own
-// order: halves and words say where fields of 2 and 4 bytes lie, {first byte, how many in a row}.
 typedef struct avl__type_info {
     int         type;                       // an astrovl_type
     const char *name;
     int         block_values, block_bytes;
-    uint8_t     halves[2], words[2];
-    void      (*dequantize)(const uint8_t *blocks, float *values, int64_t n_blocks);
+    void      (*dequantize)(const uint8_t *block, float *values);   // one block; NULL: no blocks, just values
 } avl__type_info;
 
 static const avl__type_info avl__types[] = {
-    {ASTROVL_TYPE_F32,  "F32",  1,   4,   {0, 0},   {0, 1}, avl__dequantize_f32},
-    {ASTROVL_TYPE_F16,  "F16",  1,   2,   {0, 1},   {0, 0}, avl__dequantize_f16},
-    {ASTROVL_TYPE_Q4_0, "Q4_0", 32,  18,  {0, 1},   {0, 0}, avl__dequantize_q4_0},
-    {ASTROVL_TYPE_Q4_1, "Q4_1", 32,  20,  {0, 2},   {0, 0}, avl__dequantize_q4_1},
-    {ASTROVL_TYPE_Q5_0, "Q5_0", 32,  22,  {0, 1},   {2, 1}, avl__dequantize_q5_0},
-    {ASTROVL_TYPE_Q5_1, "Q5_1", 32,  24,  {0, 2},   {4, 1}, avl__dequantize_q5_1},
-    {ASTROVL_TYPE_Q8_0, "Q8_0", 32,  34,  {0, 1},   {0, 0}, avl__dequantize_q8_0},
-    {ASTROVL_TYPE_Q2_K, "Q2_K", 256, 84,  {80, 2},  {0, 0}, avl__dequantize_q2_k},
-    {ASTROVL_TYPE_Q3_K, "Q3_K", 256, 110, {108, 1}, {0, 0}, avl__dequantize_q3_k},
-    {ASTROVL_TYPE_Q4_K, "Q4_K", 256, 144, {0, 2},   {0, 0}, avl__dequantize_q4_k},
-    {ASTROVL_TYPE_Q5_K, "Q5_K", 256, 176, {0, 2},   {0, 0}, avl__dequantize_q5_k},
-    {ASTROVL_TYPE_Q6_K, "Q6_K", 256, 210, {208, 1}, {0, 0}, avl__dequantize_q6_k},
-    {ASTROVL_TYPE_BF16, "BF16", 1,   2,   {0, 1},   {0, 0}, avl__dequantize_bf16}
+    {ASTROVL_TYPE_F32,  "F32",  1,   4,   NULL},
+    {ASTROVL_TYPE_F16,  "F16",  1,   2,   NULL},
+    {ASTROVL_TYPE_Q4_0, "Q4_0", 32,  18,  avl__dequantize_q4_0},
+    {ASTROVL_TYPE_Q4_1, "Q4_1", 32,  20,  avl__dequantize_q4_1},
+    {ASTROVL_TYPE_Q5_0, "Q5_0", 32,  22,  avl__dequantize_q5_0},
+    {ASTROVL_TYPE_Q5_1, "Q5_1", 32,  24,  avl__dequantize_q5_1},
+    {ASTROVL_TYPE_Q8_0, "Q8_0", 32,  34,  avl__dequantize_q8_0},
+    {ASTROVL_TYPE_Q2_K, "Q2_K", 256, 84,  avl__dequantize_q2_k},
+    {ASTROVL_TYPE_Q3_K, "Q3_K", 256, 110, avl__dequantize_q3_k},
+    {ASTROVL_TYPE_Q4_K, "Q4_K", 256, 144, avl__dequantize_q4_k},
+    {ASTROVL_TYPE_Q5_K, "Q5_K", 256, 176, avl__dequantize_q5_k},
+    {ASTROVL_TYPE_Q6_K, "Q6_K", 256, 210, avl__dequantize_q6_k},
+    {ASTROVL_TYPE_BF16, "BF16", 1,   2,   NULL}
 };
 
 static const avl__type_info *avl__find_type(int type) {   // NULL: a type this header lacks
@@ -1509,10 +1381,19 @@ static const avl__type_info *avl__find_type(int type) {   // NULL: a type this h
     return NULL;
 }
 
-// The same without checks, for the kernels: type is known, n_values a multiple of its block.
+// type is known, n_values a multiple of its block.  F32: 4 bytes, a little-endian float.  F16, BF16: 2 bytes, a half
 static void avl__dequantize_row(int type, const void *blocks, float *values, int64_t n_values) {
     const avl__type_info *info = avl__find_type(type);
-    info->dequantize((const uint8_t *)blocks, values, n_values / info->block_values);
+    const uint8_t *b = (const uint8_t *)blocks;
+    float *y = values, *end = values + n_values;
+    if (type == ASTROVL_TYPE_F32)
+        for (; y < end; y++, b += 4) *y = avl__float_from_bits(avl__load_u32(b));
+    else if (type == ASTROVL_TYPE_F16)
+        for (; y < end; y++, b += 2) *y = avl__load_f16(b);
+    else if (type == ASTROVL_TYPE_BF16)
+        for (; y < end; y++, b += 2) *y = astrovl_bf16_to_f32(avl__load_u16(b));
+    else
+        for (; y < end; y += info->block_values, b += info->block_bytes) info->dequantize(b, y);
 }
 
 ASTROVL_API const char *astrovl_type_name(int type) {
@@ -1536,17 +1417,16 @@ ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, floa
 }
 
 // ---- exponential and logarithm -------------------------------------------------------------------------------------
-// The float functions compute in double and round once at the end: the error is half a unit in the last place (ulp)
-// plus the double's error, which is below 0.001 ulp of the float. So a result is the float nearest to the true value,
-// but where that lies within 0.001 ulp of the middle between two floats.
+// The float functions compute in double and round once at the end. The double's error is below 0.001 ulp (units in the
+// last place) of the float, so the result is within 0.501 ulp of the true value: nearly always the nearest float.
 
 #define AVL__LN2      0.6931471805599453094172
 #define AVL__LN2_HIGH 0.693147180369123816490    // the upper 32 bits of ln 2: n * LN2_HIGH is exact for |n| < 2^21
 #define AVL__LN2_LOW  1.90821492927058770002e-10 // the rest
 #define AVL__LOG2_E   1.4426950408889634074
 
-// Adding 1.5 * 2^52 pushes a double's fraction out of its 52 bits: what remains is x rounded to an integer (ties to
-// even), which also stands in the low bits of the sum. For |x| < 2^31.
+// Adding 1.5 * 2^52 leaves a double no bits for a fraction: the sum is x rounded to an integer (ties to even), which
+// also stands in its low bits. For |x| < 2^31.
 #define AVL__ROUNDER 6755399441055744.0
 
 static uint64_t avl__double_bits(double x) {
@@ -1568,8 +1448,7 @@ static double avl__round(double x, int *integer) {
 static double avl__power_of_2(int n) { return avl__double_from_bits((uint64_t)(1023 + n) << 52); }   // |n| <= 1022
 
 // exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2,  |r| <= 0.347;   exp(r) = 1 + r + r^2/2! + ... + r^9/9!
-// What the series leaves out is below 1e-11. There are no branches: where x is too small or too large, a limit stands
-// for it that is sure to become 0 or infinity when the double is rounded to float.
+// Truncation error < 1e-11. Instead of branches, x is clamped to limits whose exp rounds to 0 or infinity as a float.
 ASTROVL_API float astrovl_expf(float x) {
     double v = x < -104.0f ? -104.0 : x > 89.0f ? 89.0 : (double)x, r, sum;
     int n;
@@ -1577,7 +1456,7 @@ ASTROVL_API float astrovl_expf(float x) {
     sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
           r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880)))))))));
     sum *= avl__double_from_bits((uint64_t)(1023u + (uint32_t)n) << 52);
-    return x != x ? x : (float)sum;   // a NaN as it came
+    return x != x ? x : (float)sum;
 }
 
 // The same in double: ln 2 in two parts, so that r keeps all its bits, and 13 terms (r^14 / 14! < 5e-18).
@@ -1596,38 +1475,46 @@ static double avl__exp(double x) {
     return sum * avl__power_of_2(n / 2) * avl__power_of_2(n - n / 2);   // two steps: 2^n may be no normal double
 }
 
+static double avl__upper_half(double x) {   // its upper 26 bits
+    double t = 134217729.0 * x;             // 2^27 + 1
+    return t - (t - x);
+}
+
 // a * b = product + *error, exactly (Dekker 1971): halves of 26 bits, whose products need no rounding
 static double avl__two_product(double a, double b, double *error) {
-    double p = a * b, t, a1, a2, b1, b2;
-    t = 134217729.0 * a; a1 = t - (t - a); a2 = a - a1;   // 2^27 + 1
-    t = 134217729.0 * b; b1 = t - (t - b); b2 = b - b1;
+    double p = a * b, a1 = avl__upper_half(a), a2 = a - a1, b1 = avl__upper_half(b), b2 = b - b1;
     *error = ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2;
     return p;
 }
 
 // log(x) = e ln 2 + log(m),  x = 2^e m,  sqrt(1/2) <= m <= sqrt(2)
-// log(m) = 2 (s + s^3/3 + s^5/5 + ... + s^21/21),  s = (m - 1) / (m + 1),  |s| < 0.172: what is left out is below 1e-18
-// Returns the result's double and in *low what that lacks: some 10 bits more, which avl__pow needs because it
-// multiplies the logarithm and its error. x > 0 and finite.
+// log(m) = 2 (s + s^3/3 + s^5/5 + ... + s^21/21),  s = (m - 1) / (m + 1),  |s| < 0.172: truncation error < 1e-18
+// Returns the result as a sum of two doubles, with some 10 bits more than one holds: avl__pow multiplies the logarithm
+// and its error. x > 0 and finite.
 static double avl__log_parts(double x, double *low) {
     uint64_t bits = avl__double_bits(x);
-    double e, m, f, s, s_low, p, p_low, q, tail, high;
+    double e = -1023, m, f, s, s_low, p, p_low, q, tail, high;
     int k;
-    e = 0;
-    if (bits >> 52 == 0) bits = avl__double_bits(x * 4503599627370496.0), e = -52;   // subnormal: times 2^52
-    e += (double)(int)(bits >> 52) - 1023;
+    if (bits >> 52 == 0) {   // subnormal
+        bits = avl__double_bits(x * 4503599627370496.0);   // 2^52
+        e -= 52;
+    }
+    e += (double)(int)(bits >> 52);
     m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
-    if (m > 1.4142135623730951) m *= 0.5, e += 1;
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        e += 1;
+    }
     f = m - 1;                                         // exact
     s = f / (2 + f);
     p = avl__two_product(s, 2 + f, &p_low);
-    s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // what s lacks: the remainder, and that of 2 + f
+    s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // rounding errors of the quotient and of 2 + f
     q = s * s;
     for (tail = 0, k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
     p = e * AVL__LN2_HIGH;                             // exact
     tail = 2 * (s_low + s * tail) + e * AVL__LN2_LOW;
-    high = p + 2 * s;                                  // |p| > |2 s| or p = 0, so what this sum loses is found exactly
-    tail += 2 * s - (high - p);                        // (Dekker's fast two-sum)
+    high = p + 2 * s;
+    tail += 2 * s - (high - p);                        // the sum's rounding error (Dekker): |p| > |2 s| or p = 0
     *low = tail - ((high + tail) - high);
     return high + tail;
 }
@@ -1642,7 +1529,7 @@ static double avl__pow(double x, double y) {
 }
 
 // tanh(x) = 1 - 2 / (exp(2x) + 1);  below 1/16, where that would cancel:  x - x^3/3 + 2 x^5/15 - 17 x^7/315
-// What the series leaves out is below 5e-12 relative; from 1/16 on cancellation costs 4 of a double's 53 bits.
+// Truncation error < 5e-12 relative; from 1/16 on cancellation costs 4 of a double's 53 bits.
 ASTROVL_API float astrovl_tanhf(float x) {
     double v = x < 0 ? -(double)x : (double)x, q = v * v, y;
     if (x != x) return x;
@@ -1652,7 +1539,7 @@ ASTROVL_API float astrovl_tanhf(float x) {
 }
 
 // erf(x) = 2/sqrt(pi) integral_0^x exp(-t^2) dt
-//   |x| < 2    2/sqrt(pi) x sum_k (-x^2)^k / (k! (2k + 1)),  k <= 12 below 1, k <= 23 below 2: leaves out 1e-11
+//   |x| < 2    2/sqrt(pi) x sum_k (-x^2)^k / (k! (2k + 1)),  k <= 12 below 1, k <= 23 below 2: error < 1e-11
 //   |x| >= 2   1 - exp(-x^2) / sqrt(pi) / (x + (1/2)/(x + (2/2)/(x + (3/2)/(x + ...)))), Laplace's continued fraction;
 //              16 levels give the difference from 1, which is below 0.005, to 1e-8
 ASTROVL_API float astrovl_erff(float x) {
@@ -1660,10 +1547,10 @@ ASTROVL_API float astrovl_erff(float x) {
         1.0, 1.0 / (1 * 3.0), 1.0 / (2 * 5.0), 1.0 / (6 * 7.0), 1.0 / (24 * 9.0), 1.0 / (120 * 11.0),
         1.0 / (720 * 13.0), 1.0 / (5040 * 15.0), 1.0 / (40320 * 17.0), 1.0 / (362880 * 19.0), 1.0 / (3628800 * 21.0),
         1.0 / (39916800 * 23.0), 1.0 / (479001600 * 25.0), 1.0 / (6227020800.0 * 27), 1.0 / (87178291200.0 * 29),
-        1.0 / (1307674368000.0 * 31),
-        1.0 / (20922789888000.0 * 33), 1.0 / (355687428096000.0 * 35), 1.0 / (6402373705728000.0 * 37),
-        1.0 / (121645100408832000.0 * 39), 1.0 / (2432902008176640000.0 * 41), 1.0 / (51090942171709440000.0 * 43),
-        1.0 / (1124000727777607680000.0 * 45), 1.0 / (25852016738884976640000.0 * 47)
+        1.0 / (1307674368000.0 * 31), 1.0 / (20922789888000.0 * 33), 1.0 / (355687428096000.0 * 35),
+        1.0 / (6402373705728000.0 * 37), 1.0 / (121645100408832000.0 * 39), 1.0 / (2432902008176640000.0 * 41),
+        1.0 / (51090942171709440000.0 * 43), 1.0 / (1124000727777607680000.0 * 45),
+        1.0 / (25852016738884976640000.0 * 47)
     };
     double v = x < 0 ? -(double)x : (double)x, q = v * v, sum;
     int k = v < 1 ? 12 : 23;
@@ -1677,84 +1564,30 @@ ASTROVL_API float astrovl_erff(float x) {
     return (float)(x < 0 ? -sum : sum);
 }
 
-// ---- sine and cosine -----------------------------------------------------------------------------------------------
-// x = n pi/2 + r, |r| <= pi/4; by n mod 4, sin(x) = sin r, cos r, -sin r, -cos r. The whole care is in r: x close to a
-// multiple of pi/2 cancels nearly all digits of the difference.
-
-// The first 224 bits of 2/pi after the binary point.
-static const uint32_t avl__two_over_pi[7] = {
-    0xA2F9836Eu, 0x4E441529u, 0xFC2757D1u, 0xF534DDC0u, 0xDB629599u, 0x3C439041u, 0xFE5163ABu
-};
-
-// For |x| >= 2^23 (Payne & Hanek 1983). x = m 2^e with an integer m < 2^24 and 0 <= e <= 104. Only x 2/pi modulo 4 is
-// wanted, so the bits of 2^e 2/pi that weigh 4 or more may be left out: the next 96 (2 before the point, 94 after it)
-// times m, modulo 4, give n and a fraction. Of that 64 bits are used; for the float closest to a multiple of pi/2
-// (7.7e28) it begins with 29 zeros, which leaves 35.
-static double avl__reduce_large(float x, int *n) {
-    uint32_t bits = avl__float_bits(x), m = (bits & 0x7FFFFF) | 0x800000, word[3];
-    int first = (int)(bits >> 23 & 255) - 150 - 2, i;   // the window's first bit in avl__two_over_pi; may be -2
-    uint64_t carry = 0;
-    uint32_t high, low;                                 // the first 64 bits of the fraction
-    double fraction;
-    for (i = 2; i >= 0; i--) {
-        int at = first + 32 * i, index = (at + 32) / 32 - 1, shift = (at + 32) % 32;
-        uint64_t pair = (uint64_t)(index < 0 ? 0 : avl__two_over_pi[index]) << 32 | avl__two_over_pi[index + 1];
-        carry += (pair << shift >> 32 & 0xFFFFFFFFu) * m;
-        word[i] = (uint32_t)carry;
-        carry >>= 32;
-    }
-    *n = (int)(word[0] >> 30);
-    high = word[0] << 2 | word[1] >> 30;
-    low = word[1] << 2 | word[2] >> 30;
-    if (high >> 31) {                                   // more than half: the next n, and a negative rest
-        *n += 1;
-        fraction = -((double)~high / 4294967296.0 + (double)~low / 18446744073709551616.0);
-    } else
-        fraction = (double)high / 4294967296.0 + (double)low / 18446744073709551616.0;
-    if (bits >> 31) *n = -*n, fraction = -fraction;
-    return fraction * 1.57079632679489661923;
-}
-
-// x - n pi/2 for |x| < 2^23 (Cody & Waite 1980): pi/2 in three parts, the first two of 30 bits, so that their products
-// with n (at most 23 bits) are exact, and so are the differences as long as they cancel.
-static double avl__reduce(float x, int *n) {
-    double k;
-    if (x >= 8388608.0f || x <= -8388608.0f) return avl__reduce_large(x, n);
-    k = avl__round((double)x * 0.63661977236758134308, n);
-    return (((double)x - k * 1.570796325802803) - k * 9.920935791635221e-10) - k * 5.170182981794105e-19;
-}
-
-// sin r = r - r^3/3! + ... + r^13/13!,   cos r = 1 - r^2/2! + ... + r^12/12!:   right to 1e-12 for |r| <= pi/4
-// quadrant 0: sin r, 1: cos r, 2: -sin r, 3: -cos r
-static float avl__sin_quadrant(double r, int quadrant) {
-    double q = r * r, y;
-    if (quadrant & 1)
+// sin(x + quadrant pi/2) for |x| < 2^23; NaN beyond.
+// x = n pi/2 + r, |r| <= pi/4; by n mod 4 the result is sin r, cos r, -sin r, -cos r.
+//   r: near a multiple of pi/2 nearly all digits of the difference cancel, so pi/2 comes in three parts, the first two
+//      of 30 bits: their products with n (at most 23 bits) are exact, and so are the differences (Cody & Waite 1980)
+//   sin r = r - r^3/3! + ... + r^13/13!,   cos r = 1 - r^2/2! + ... + r^12/12!:   truncation error < 1e-12
+static float avl__sin_quadrant(float x, int quadrant) {
+    double k, r, q, y;
+    int n;
+    if (!(x < 8388608.0f && x > -8388608.0f)) return avl__float_from_bits(0x7FC00000);
+    k = avl__round((double)x * 0.63661977236758134308, &n);   // 2/pi
+    r = (((double)x - k * 1.570796325802803) - k * 9.920935791635221e-10) - k * 5.170182981794105e-19;
+    q = r * r;
+    n += quadrant;
+    if (n & 1)
         y = 1 - q * (1.0 / 2 - q * (1.0 / 24 - q * (1.0 / 720 - q * (1.0 / 40320 - q * (1.0 / 3628800 -
             q * (1.0 / 479001600))))));
     else
         y = r * (1 - q * (1.0 / 6 - q * (1.0 / 120 - q * (1.0 / 5040 - q * (1.0 / 362880 - q * (1.0 / 39916800 -
             q * (1.0 / 6227020800.0)))))));
-    return (float)(quadrant & 2 ? -y : y);
+    return (float)(n & 2 ? -y : y);
 }
 
-// Right to 0.501 ulp for every float; NaN for infinities.
-ASTROVL_API float astrovl_sinf(float x) {
-    int n;
-    double r;
-    if (x != x) return x;
-    if (x > FLT_MAX || x < -FLT_MAX) return avl__float_from_bits(0x7FC00000);
-    r = avl__reduce(x, &n);
-    return avl__sin_quadrant(r, n & 3);
-}
-
-ASTROVL_API float astrovl_cosf(float x) {   // cos x = sin(x + pi/2)
-    int n;
-    double r;
-    if (x != x) return x;
-    if (x > FLT_MAX || x < -FLT_MAX) return avl__float_from_bits(0x7FC00000);
-    r = avl__reduce(x, &n);
-    return avl__sin_quadrant(r, (n + 1) & 3);
-}
+static float avl__sin(float x) { return avl__sin_quadrant(x, 0); }
+static float avl__cos(float x) { return avl__sin_quadrant(x, 1); }
 
 // ---- random numbers ------------------------------------------------------------------------------------------------
 
@@ -1766,7 +1599,6 @@ static double avl__random(uint64_t *state) {
     z ^= z >> 31;
     return (double)(z >> 11) * (1.0 / 9007199254740992.0);
 }
-
 
 // ====================================================================================================================
 // [4] Kernels
@@ -2183,8 +2015,8 @@ static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, co
 
 // turn: out, {cos, sin, -sin} of an angle
 static void avl__rope_turn(float *turn, float angle) {
-    turn[0] = astrovl_cosf(angle);
-    turn[1] = astrovl_sinf(angle);
+    turn[0] = avl__cos(angle);
+    turn[1] = avl__sin(angle);
     turn[2] = -turn[1];
 }
 
@@ -2317,7 +2149,7 @@ static void avl__apply_shared(avl__run *run, float *const *y, const float *x, co
         for (i = 0; i < n; i++) job.product[i].quants = quants;
     }
     job.chunk = AVL__LINEAR_CHUNK;
-    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
+    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (job.chunk * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
     for (i = 0; i < n; i++) {
         n_items += job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
         job.product[i].ahead = job.chunk * avl__pool_n_threads(run->pool);
@@ -2463,18 +2295,17 @@ static uint64_t avl__attention_weights_floats(const avl__run *run, int n_head, i
 
 // ====================================================================================================================
 // [6] GGUF
-// The file format of models (ggml-org/ggml, docs/gguf.md), versions 2 and 3, in either byte order:
+// The file format of models (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian:
 //
 //     "GGUF"   u32 version   u64 n_tensors   u64 n_kv
 //     n_kv times        string key, u32 value type, value                        metadata
 //     n_tensors times   string name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset
-//     zeros up to a multiple of general.alignment (32); tensor data, each at its offset from here
+//     zeros up to a multiple of general.alignment (32); the tensors' data, one after the other, each aligned likewise
 //
 // A string is u64 length and bytes; an array is u32 item type, u64 count and the items. A file comes from anywhere, so
 // each number is checked against the bytes that remain before it is used to read, multiply or allocate; the memory
 // taken is bounded by a small multiple of the file's size. Later sections rely on what is checked here: names are
-// without zero bytes, tensors lie within the file and apart from each other, their rows are whole blocks.
-// A big-endian file's tensors are copied once and brought to little-endian; all others are used where they lie, at any
+// without zero bytes, tensors lie within the file, their rows are whole blocks. Tensors are used where they lie, at any
 // address: `data` promises no alignment.
 // ====================================================================================================================
 
@@ -2482,32 +2313,8 @@ static uint64_t avl__attention_weights_floats(const avl__run *run, int n_head, i
 #define AVL__GGUF_MAX_NAME      1024       // of a tensor; the specification's is 64
 #define AVL__GGUF_MAX_ALIGNMENT (1 << 20)
 
-// Names that can be found: name[i] are zero-terminated copies, order sorts them (strcmp).
-typedef struct avl__names {
-    char **name;
-    int   *order;
-    int    count;
-} avl__names;
-
-typedef struct avl__gguf_entry {
-    astrovl_kv      kv;
-    const uint8_t  *values;       // the first element, in the file's byte order
-    const uint8_t **strings;      // an array's strings, [count]: where each one's length stands; otherwise NULL
-} avl__gguf_entry;
-
-struct astrovl_gguf {
-    avl__file        file;
-    int              owns_file;   // 0: the caller's memory block
-    char            *name;
-    int              version, big_endian;
-    avl__names       keys, tensor_names;
-    avl__gguf_entry *entries;     // [keys.count]
-    astrovl_tensor  *tensors;     // [tensor_names.count]
-    uint8_t         *converted;   // a big-endian file's tensor data as little-endian; otherwise NULL
-};
-
-// ---- sorting and finding -------------------------------------------------------------------------------------------
-// Heapsort and binary search: no input makes them slow, which a hash table cannot say of names that an attacker chose.
+// ---- sorting and finding names -------------------------------------------------------------------------------------
+// Heapsort and binary search: no input makes them slow, as chosen names can make a hash table.
 
 typedef int (*avl__order)(const void *context, int a, int b);   // < 0: item a comes first; > 0: item b
 
@@ -2517,8 +2324,12 @@ static void avl__sort(int *order, int n, avl__order compare, const void *context
     while (end > 1) {
         int64_t parent, child;
         int item;
-        if (start > 0) item = order[--start];                   // first a heap is built, largest on top,
-        else item = order[--end], order[end] = order[0];        // then the top is taken off, again and again
+        if (start > 0) {
+            item = order[--start];    // first a heap is built, largest on top,
+        } else {
+            item = order[--end];      // then the top is taken off, again and again
+            order[end] = order[0];
+        }
         for (parent = start; (child = 2 * parent + 1) < end; parent = child) {
             if (child + 1 < end && compare(context, order[child], order[child + 1]) < 0) child++;
             if (compare(context, item, order[child]) >= 0) break;
@@ -2528,391 +2339,29 @@ static void avl__sort(int *order, int n, avl__order compare, const void *context
     }
 }
 
+static int avl__begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
+
+// The keys, or the names of the tensors
+typedef struct avl__names {
+    char **name;        // [count], zero-terminated, owned, as the file lists them
+    int   *order;       // [count], sorts them
+    int    count;
+} avl__names;
+
 static int avl__names_order(const void *context, int a, int b) {
     const avl__names *names = (const avl__names *)context;
     return strcmp(names->name[a], names->name[b]);
 }
 
-static int avl__begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
-
 static int avl__names_find(const avl__names *names, const char *name) {   // -1: absent
-    int low = 0, high = names->count;
-    if (!name) return -1;
+    int low = 0, high = name ? names->count : 0;
     while (low < high) {
         int middle = low + (high - low) / 2, item = names->order[middle], side = strcmp(name, names->name[item]);
         if (side == 0) return item;
-        if (side < 0) high = middle; else low = middle + 1;
+        if (side < 0) high = middle;
+        else low = middle + 1;
     }
     return -1;
-}
-
-// ---- reading with every step checked -------------------------------------------------------------------------------
-
-// Where reading stands, and what is being read, for messages. The functions below return 0 after filling err.
-typedef struct avl__gguf_reader {
-    astrovl_gguf  *f;
-    uint64_t       at;            // the next byte
-    uint64_t       field;         // where the field in question begins
-    const char    *kind;          // "header", "key" or "tensor"
-    astrovl_string name;          // the key's or tensor's; empty while that is being read
-    astrovl_error *err;
-} avl__gguf_reader;
-
-// At most n bytes of a text's start (n > 0) or end (n < 0), cut between UTF-8 characters.
-static astrovl_string avl__excerpt(const char *text, size_t size, int n) {
-    astrovl_string s;
-    size_t cut = size > (size_t)(n < 0 ? -n : n) ? size - (size_t)(n < 0 ? -n : n) : 0;   // bytes to leave out
-    s.data = text;
-    s.size = size - cut;
-    if (cut == 0) return s;
-    if (n < 0) {
-        for (s.data += cut; s.size > 0 && ((unsigned char)*s.data & 0xC0) == 0x80; s.data++) s.size--;
-    } else
-        while (s.size > 0 && ((unsigned char)text[s.size] & 0xC0) == 0x80) s.size--;
-    return s;
-}
-
-// "model.gguf: key 'llama.block_count' at byte 1234: <reason>"
-static int avl__gguf_fail(const avl__gguf_reader *r, astrovl_status status, const char *format, ...) {
-    const char *path = r->f->name, *quote = r->name.size ? "'" : "", *space = r->name.size ? " " : "";
-    astrovl_string file = avl__excerpt(path, strlen(path), -128), name = avl__excerpt(r->name.data, r->name.size, 96);
-    char reason[200];
-    va_list args;
-    va_start(args, format);
-    avl__format_v(reason, sizeof reason, format, args);
-    va_end(args);
-    avl__fail(r->err, status, "%S: %s%s%s%S%s at byte %l: %s", file, r->kind, space, quote, name, quote,
-              (int64_t)r->field, reason);
-    return 0;
-}
-
-static uint64_t avl__gguf_rest(const avl__gguf_reader *r) { return r->f->file.size - r->at; }
-
-// Are n more bytes there?
-static int avl__gguf_need(const avl__gguf_reader *r, uint64_t n) {
-    if (n <= avl__gguf_rest(r)) return 1;
-    return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the file ends here, after %l bytes (an incomplete download?)",
-                          (int64_t)r->f->file.size);
-}
-
-// An unsigned number of n bytes (1, 2, 4, 8).
-static uint64_t avl__load_number(const uint8_t *p, int n, int big_endian) {
-    uint64_t value = 0;
-    int i;
-    for (i = 0; i < n; i++) value = value << 8 | p[big_endian ? i : n - 1 - i];
-    return value;
-}
-
-static uint64_t avl__gguf_load(const astrovl_gguf *f, const uint8_t *p, int n) { return avl__load_number(p, n, f->big_endian); }
-
-static int avl__gguf_read(avl__gguf_reader *r, int n, uint64_t *value) {
-    r->field = r->at;
-    if (!avl__gguf_need(r, (uint64_t)n)) return 0;
-    *value = avl__gguf_load(r->f, r->f->file.data + r->at, n);
-    r->at += (uint64_t)n;
-    return 1;
-}
-
-static int avl__gguf_read_string(avl__gguf_reader *r, astrovl_string *s) {
-    uint64_t size;
-    if (!avl__gguf_read(r, 8, &size)) return 0;
-    if (size > avl__gguf_rest(r))
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a text reaches past the file's end, at %l bytes (an incomplete "
-                              "download?)", (int64_t)r->f->file.size);
-    s->data = (const char *)r->f->file.data + r->at;
-    s->size = (size_t)size;
-    r->at += size;
-    return 1;
-}
-
-// A key or tensor name: 1 to `limit` bytes, none of them zero. *copy is zero-terminated.
-static int avl__gguf_read_name(avl__gguf_reader *r, const char *kind, size_t limit, char **copy) {
-    astrovl_string s;
-    r->kind = kind;
-    r->name.size = 0;
-    if (!avl__gguf_read_string(r, &s)) return 0;
-    if (s.size == 0) return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name is empty");
-    if (s.size > limit)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %l bytes; %d are allowed", (int64_t)s.size,
-                              (int)limit);
-    r->name = s;
-    if (memchr(s.data, 0, s.size)) return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
-    *copy = avl__copy_text(s.data, s.size);
-    return *copy ? 1 : avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-}
-
-// ---- metadata ------------------------------------------------------------------------------------------------------
-
-static int avl__value_bytes(uint64_t type) {   // 0: of no fixed size; -1: no such type
-    static const signed char bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};   // by astrovl_value_type
-    return type < sizeof bytes ? bytes[type] : -1;
-}
-
-// A value type's number, which must be one of the specification's.
-static int avl__gguf_read_type(avl__gguf_reader *r, astrovl_value_type *type) {
-    uint64_t number;
-    if (!avl__gguf_read(r, 4, &number)) return 0;
-    if (avl__value_bytes(number) < 0)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "there is no value type %l", (int64_t)number);
-    *type = (astrovl_value_type)number;
-    return 1;
-}
-
-// The strings of an array; their places are kept, so that each can be found at once.
-static int avl__gguf_read_strings(avl__gguf_reader *r, avl__gguf_entry *e) {
-    uint64_t i;
-    astrovl_string s;
-    e->strings = (const uint8_t **)avl__alloc_raw(e->kv.count, sizeof *e->strings);
-    if (!e->strings) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory for %l texts", (int64_t)e->kv.count);
-    for (i = 0; i < e->kv.count; i++) {
-        e->strings[i] = r->f->file.data + r->at;
-        if (!avl__gguf_read_string(r, &s)) return 0;
-    }
-    return 1;
-}
-
-static int avl__gguf_read_entry(avl__gguf_reader *r, avl__gguf_entry *e, char **key) {
-    uint64_t i, bytes;
-    astrovl_string s;
-    if (!avl__gguf_read_name(r, "key", AVL__GGUF_MAX_KEY, key)) return 0;
-    e->kv.key = *key;
-    if (!avl__gguf_read_type(r, &e->kv.type)) return 0;
-    e->kv.item_type = e->kv.type;
-    e->kv.count = 1;
-    if (e->kv.type == ASTROVL_VALUE_ARRAY) {
-        if (!avl__gguf_read_type(r, &e->kv.item_type)) return 0;
-        if (e->kv.item_type == ASTROVL_VALUE_ARRAY)
-            return avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "arrays of arrays are not supported");
-        if (!avl__gguf_read(r, 8, &e->kv.count)) return 0;
-    }
-    e->values = r->f->file.data + r->at;
-    if (e->kv.type == ASTROVL_VALUE_STRING) return avl__gguf_read_string(r, &s);
-    bytes = e->kv.item_type == ASTROVL_VALUE_STRING ? 8 : (uint64_t)avl__value_bytes(e->kv.item_type);
-    if (e->kv.type != ASTROVL_VALUE_ARRAY) {
-        r->field = r->at;
-        if (!avl__gguf_need(r, bytes)) return 0;
-    } else if (e->kv.count > avl__gguf_rest(r) / bytes)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "%l values of at least %d bytes reach past the file's end, at "
-                              "%l bytes", (int64_t)e->kv.count, (int)bytes, (int64_t)r->f->file.size);
-    if (e->kv.item_type == ASTROVL_VALUE_STRING) return avl__gguf_read_strings(r, e);
-    for (i = 0; e->kv.item_type == ASTROVL_VALUE_BOOL && i < e->kv.count; i++)
-        if (r->field = r->at + i, e->values[i] > 1)
-            return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a truth value is %d, neither 0 nor 1", e->values[i]);
-    r->at += e->kv.count * bytes;
-    return 1;
-}
-
-// Element i of entry `index`, and its type; NULL where there is none.
-static const uint8_t *avl__gguf_element(const astrovl_gguf *f, int index, uint64_t i, astrovl_value_type *type) {
-    const avl__gguf_entry *e;
-    if (index < 0 || index >= f->keys.count || i >= f->entries[index].kv.count) return NULL;
-    e = &f->entries[index];
-    *type = e->kv.item_type;
-    return e->strings ? e->strings[i] : e->values + i * (uint64_t)avl__value_bytes(*type);
-}
-
-static int64_t avl__double_to_int(double x) {   // towards zero; what does not fit becomes the nearest that does
-    if (x != x) return 0;
-    return x >= 9223372036854775808.0 ? INT64_MAX : x < -9223372036854775808.0 ? INT64_MIN : (int64_t)x;
-}
-
-ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i) {
-    astrovl_value_type type;
-    const uint8_t *p = avl__gguf_element(file, index, i, &type);
-    uint64_t value = p ? avl__gguf_load(file, p, avl__value_bytes(type)) : 0;   // 0 for a string: no bytes are read
-    if (!p) return 0;
-    switch (type) {
-    case ASTROVL_VALUE_I8:  return (int8_t)value;
-    case ASTROVL_VALUE_I16: return (int16_t)value;
-    case ASTROVL_VALUE_I32: return (int32_t)value;
-    case ASTROVL_VALUE_I64: return (int64_t)value;
-    case ASTROVL_VALUE_F32: return avl__double_to_int((double)avl__float_from_bits((uint32_t)value));
-    case ASTROVL_VALUE_F64: return avl__double_to_int(avl__double_from_bits(value));
-    default: return value > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)value;
-    }
-}
-
-ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i) {
-    astrovl_value_type type;
-    const uint8_t *p = avl__gguf_element(file, index, i, &type);
-    if (p && type == ASTROVL_VALUE_F32) return (double)avl__float_from_bits((uint32_t)avl__gguf_load(file, p, 4));
-    if (p && type == ASTROVL_VALUE_F64) return avl__double_from_bits(avl__gguf_load(file, p, 8));
-    if (p && type == ASTROVL_VALUE_U64) return (double)avl__gguf_load(file, p, 8);
-    return (double)astrovl_gguf_int(file, index, i);
-}
-
-ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i) {
-    astrovl_string s = {"", 0};
-    astrovl_value_type type;
-    const uint8_t *p = avl__gguf_element(file, index, i, &type);
-    if (p && type == ASTROVL_VALUE_STRING) {
-        s.data = (const char *)p + 8;
-        s.size = (size_t)avl__gguf_load(file, p, 8);
-    }
-    return s;
-}
-
-// ---- tensors -------------------------------------------------------------------------------------------------------
-
-// Rows of whole blocks, and a size that the file can hold; with that, no later product of dimensions overflows.
-static int avl__gguf_size_tensor(const avl__gguf_reader *r, astrovl_tensor *t) {
-    const avl__type_info *info = avl__find_type(t->type);
-    uint64_t limit = r->f->file.size, bytes = (uint64_t)info->block_bytes;
-    uint64_t counts[4];
-    int i;
-    if (t->ne[0] % info->block_values != 0)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "rows of %l values cannot be of type %s, which has blocks of %d",
-                              t->ne[0], info->name, info->block_values);
-    counts[0] = (uint64_t)(t->ne[0] / info->block_values);
-    for (i = 1; i < 4; i++) counts[i] = (uint64_t)t->ne[i];
-    for (i = 0; i < 4; i++) {
-        if (counts[i] > limit / bytes)
-            return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %l x %l x %l x %l in %s needs more than the "
-                                  "file's %l bytes", t->ne[0], t->ne[1], t->ne[2], t->ne[3], info->name,
-                                  (int64_t)limit);
-        bytes *= counts[i];
-    }
-    t->n_bytes = bytes;
-    return 1;
-}
-
-static int avl__gguf_read_tensor(avl__gguf_reader *r, astrovl_tensor *t, char **name) {
-    uint64_t n_dims, value;
-    int i;
-    if (!avl__gguf_read_name(r, "tensor", AVL__GGUF_MAX_NAME, name)) return 0;
-    t->name = *name;
-    if (!avl__gguf_read(r, 4, &n_dims)) return 0;
-    if (n_dims > 4)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it has %l dimensions; 4 are allowed", (int64_t)n_dims);
-    t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
-    for (i = 0; i < 4; i++) {
-        value = 1;
-        if (i < (int)n_dims && !avl__gguf_read(r, 8, &value)) return 0;
-        if (value == 0 || value > (uint64_t)INT64_MAX)
-            return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is %s", i, value ? "too large" : "0");
-        t->ne[i] = (int64_t)value;
-    }
-    if (!avl__gguf_read(r, 4, &value)) return 0;
-    if (value > INT_MAX || !avl__find_type((int)value))
-        return avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %l, which is not supported: convert it "
-                              "to F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", (int64_t)value);
-    t->type = (astrovl_type)value;
-    return avl__gguf_size_tensor(r, t) && avl__gguf_read(r, 8, &t->offset);
-}
-
-// Turns offsets from the data section's start into the file's, once they are known to lie within it.
-static int avl__gguf_place_tensor(avl__gguf_reader *r, astrovl_tensor *t, uint64_t start, uint64_t alignment) {
-    uint64_t size = r->f->file.size;
-    r->name.data = t->name;
-    r->name.size = strlen(t->name);
-    if (t->offset % alignment != 0)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its data's offset %l is not a multiple of the alignment, %l",
-                              (int64_t)t->offset, (int64_t)alignment);
-    if (start > size || t->offset > size - start || t->n_bytes > size - start - t->offset)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its %l bytes of data at offset %l reach past the file's end, "
-                              "at %l bytes (an incomplete download?)", (int64_t)t->n_bytes, (int64_t)t->offset,
-                              (int64_t)size);
-    t->offset += start;
-    t->data = r->f->file.data + t->offset;
-    return 1;
-}
-
-static int avl__tensor_order(const void *context, int a, int b) {
-    const astrovl_tensor *tensors = (const astrovl_tensor *)context;
-    return tensors[a].offset < tensors[b].offset ? -1 : tensors[a].offset > tensors[b].offset;
-}
-
-// No byte may belong to two tensors. order: scratch, [n_tensors]
-static int avl__gguf_check_overlap(avl__gguf_reader *r, int *order) {
-    const astrovl_tensor *t = r->f->tensors;
-    int i, n = r->f->tensor_names.count;
-    avl__sort(order, n, avl__tensor_order, t);
-    for (i = 1; i < n; i++) {
-        const astrovl_tensor *a = &t[order[i - 1]], *b = &t[order[i]];
-        if (b->offset - a->offset >= a->n_bytes) continue;
-        r->field = b->offset;
-        r->name.data = b->name;
-        r->name.size = strlen(b->name);
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its data overlaps that of '%S'",
-                              avl__excerpt(a->name, strlen(a->name), 96));
-    }
-    return 1;
-}
-
-// Reverses the multi-byte fields of each block (see avl__types).
-static void avl__swap_blocks(const avl__type_info *info, uint8_t *b, uint64_t n_bytes) {
-    uint8_t *end = b + n_bytes, *p, t;
-    int i;
-    for (; b < end; b += info->block_bytes) {
-        for (i = 0, p = b + info->halves[0]; i < info->halves[1]; i++, p += 2) t = p[0], p[0] = p[1], p[1] = t;
-        for (i = 0, p = b + info->words[0]; i < info->words[1]; i++, p += 4) {
-            t = p[0], p[0] = p[3], p[3] = t;
-            t = p[1], p[1] = p[2], p[2] = t;
-        }
-    }
-}
-
-// A big-endian file: all tensors' data, in little-endian order, one after the other in new memory.
-static int avl__gguf_convert(avl__gguf_reader *r) {
-    astrovl_gguf *f = r->f;
-    uint64_t total = 0, at = 0;
-    int i;
-    for (i = 0; i < f->tensor_names.count; i++) total += (f->tensors[i].n_bytes + 63) / 64 * 64;
-    f->converted = (uint8_t *)avl__alloc_raw(total, 1);
-    if (!f->converted)
-        return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory for a copy of %l bytes", (int64_t)total);
-    for (i = 0; i < f->tensor_names.count; i++) {
-        astrovl_tensor *t = &f->tensors[i];
-        memcpy(f->converted + at, t->data, (size_t)t->n_bytes);
-        avl__swap_blocks(avl__find_type(t->type), f->converted + at, t->n_bytes);
-        t->data = f->converted + at;
-        at += (t->n_bytes + 63) / 64 * 64;
-    }
-    return 1;
-}
-
-// ---- the whole file ------------------------------------------------------------------------------------------------
-
-// Magic and version. The version's small number tells the byte order.
-static int avl__gguf_read_version(avl__gguf_reader *r) {
-    const uint8_t *data = r->f->file.data;
-    uint64_t version;
-    r->kind = "header";
-    if (r->f->file.size < 4 || memcmp(data, "GGUF", 4) != 0)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "this is not a GGUF file: it does not begin with \"GGUF\"");
-    r->at = 4;
-    if (!avl__gguf_need(r, 4)) return 0;
-    r->f->big_endian = avl__load_u16(data + 4) == 0;
-    if (!avl__gguf_read(r, 4, &version)) return 0;
-    if (version != 2 && version != 3)
-        return avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "GGUF version %l; 2 and 3 are supported%s",
-                              (int64_t)version, version == 1 ? " (convert the model again, with a new converter)" : "");
-    r->f->version = (int)version;
-    return 1;
-}
-
-// A count of things that take at least n bytes each.
-static int avl__gguf_read_count(avl__gguf_reader *r, const char *things, uint64_t n, int *count) {
-    uint64_t value;
-    if (!avl__gguf_read(r, 8, &value)) return 0;
-    if (value > avl__gguf_rest(r) / n || value > INT_MAX)
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it announces %l %s, too many for a file of %l bytes",
-                              (int64_t)value, things, (int64_t)r->f->file.size);
-    *count = (int)value;
-    return 1;
-}
-
-// Room for the order of all names, which is as yet that in which they came.
-static int avl__names_order_alloc(avl__names *names) {
-    int i;
-    names->order = (int *)avl__alloc((uint64_t)names->count, sizeof *names->order);
-    for (i = 0; names->order && i < names->count; i++) names->order[i] = i;
-    return names->order != NULL;
-}
-
-static int avl__names_alloc(const avl__gguf_reader *r, avl__names *names) {
-    names->name = (char **)avl__alloc((uint64_t)names->count, sizeof *names->name);
-    return (names->name && avl__names_order_alloc(names)) || avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
 }
 
 static void avl__names_free(avl__names *names) {
@@ -2922,119 +2371,257 @@ static void avl__names_free(avl__names *names) {
     astrovl_free(names->order);
 }
 
-// Sorts the names. Returns one that is there twice, or NULL.
-static const char *avl__names_sort(avl__names *names) {
+// ---- the cursor ----------------------------------------------------------------------------------------------------
+
+typedef struct avl__gguf_entry {
+    astrovl_kv      kv;
+    const uint8_t **strings;      // [kv.count], owned: where each string's length stands; NULL for numbers
+} avl__gguf_entry;
+
+struct astrovl_gguf {
+    avl__file        file;
+    char            *name;
+    int              version;
+    avl__names       keys, tensor_names;
+    avl__gguf_entry *entries;     // [keys.count]
+    astrovl_tensor  *tensors;     // [tensor_names.count]
+};
+
+// Where reading stands. The first failure is kept; after it all reads give 0.
+typedef struct avl__gguf_reader {
+    astrovl_gguf  *f;
+    uint64_t       at;            // the next byte
+    uint64_t       alignment;     // of the tensors' data
+    uint64_t       field;         // for messages: the first byte of what was read last,
+    const char    *kind, *name;   // what is being read ("header", "key", "tensor") and its name ("": not known yet)
+    astrovl_status status;
+    astrovl_error *err;
+} avl__gguf_reader;
+
+// "model.gguf: key 'llama.block_count' at byte 1234: <reason>", long names cut between characters
+AVL__PRINTF(3, 4) static void avl__gguf_fail(avl__gguf_reader *r, astrovl_status status, const char *format, ...) {
+    const char *path = r->f->name, *quote = *r->name ? "'" : "";
+    size_t skip = strlen(path) > 128 ? strlen(path) - 128 : 0;
+    char reason[200], name[100];
+    va_list args;
+    if (r->status) return;
+    while (skip && ((unsigned char)path[skip] & 0xC0) == 0x80) skip++;
+    va_start(args, format);
+    avl__format_v(reason, sizeof reason, format, args);
+    va_end(args);
+    avl__format(name, sizeof name, "%s", r->name);
+    r->status = avl__fail(r->err, status, "%s: %s%s%s%s%s at byte %llu: %s", path + skip, r->kind, *quote ? " " : "",
+                          quote, name, quote, (unsigned long long)r->field, reason);
+}
+
+// Takes the next count * size bytes; NULL if the file ends before.
+static const uint8_t *avl__gguf_take(avl__gguf_reader *r, unsigned long long count, unsigned long long size) {
+    unsigned long long end = r->f->file.size;
+    r->field = r->at;
+    if (r->at > end || count > (end - r->at) / size)
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "%llu x %llu bytes belong here, but the file ends at byte %llu "
+                       "(an incomplete download?)", count, size, end);
+    if (r->status) return NULL;
+    r->at += count * size;
+    return r->f->file.data + r->field;
+}
+
+static unsigned long long avl__gguf_uint(avl__gguf_reader *r, int n) {   // a number of n bytes
+    const uint8_t *p = avl__gguf_take(r, 1, (unsigned)n);
+    return p ? avl__load_number(p, n) : 0;
+}
+
+// The name of the next key or tensor: 1 to `limit` bytes, none of them zero. Returns a zero-terminated copy, or NULL.
+static char *avl__gguf_name(avl__gguf_reader *r, const char *kind, unsigned long long limit) {
+    unsigned long long size;
+    const char *text;
+    char *copy;
+    r->kind = kind;
+    r->name = "";
+    size = avl__gguf_uint(r, 8);
+    if (size < 1 || size > limit)
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, limit);
+    text = (const char *)avl__gguf_take(r, size, 1);
+    if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
+    copy = r->status ? NULL : avl__copy_text(text, (size_t)size);
+    if (!copy) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    r->name = copy ? copy : "";
+    return copy;
+}
+
+// ---- metadata and tensors ------------------------------------------------------------------------------------------
+
+static int avl__value_bytes(uint64_t type) {   // 0: of no fixed size; -1: no such type
+    static const signed char bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};   // by astrovl_value_type
+    return type < sizeof bytes ? bytes[type] : -1;
+}
+
+static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
+    avl__gguf_entry *e = &r->f->entries[index];
+    unsigned long long type = avl__gguf_uint(r, 4), item_type = type;
+    uint64_t i, start;
+    e->kv.key = r->name;
+    if (type == ASTROVL_VALUE_ARRAY) item_type = avl__gguf_uint(r, 4);
+    if (avl__value_bytes(item_type) < 0)
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "there is no value type %llu", item_type);
+    if (item_type == ASTROVL_VALUE_ARRAY)
+        avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "arrays of arrays are not supported");
+    e->kv.count = type == ASTROVL_VALUE_ARRAY ? avl__gguf_uint(r, 8) : 1;
+    if (r->status) return;
+    e->kv.type = (astrovl_value_type)type;
+    e->kv.item_type = (astrovl_value_type)item_type;
+    start = r->at;
+    e->kv.data = r->f->file.data + start;
+    if (item_type != ASTROVL_VALUE_STRING) {
+        avl__gguf_take(r, e->kv.count, (unsigned)avl__value_bytes(item_type));
+    } else if (avl__gguf_take(r, e->kv.count, 8)) {   // their lengths, at least: this bounds the allocation
+        r->at = start;
+        e->strings = (const uint8_t **)avl__alloc_raw(e->kv.count, sizeof *e->strings);
+        if (!e->strings) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+        for (i = 0; i < e->kv.count && !r->status; i++) {
+            e->strings[i] = r->f->file.data + r->at;
+            avl__gguf_take(r, avl__gguf_uint(r, 8), 1);
+        }
+    }
+    e->kv.n_bytes = r->at - start;
+    if (r->status || strcmp(r->name, "general.alignment") != 0) return;
+    r->alignment = (unsigned long long)astrovl_gguf_int(r->f, index, 0);
+    if (r->alignment < 1 || r->alignment > AVL__GGUF_MAX_ALIGNMENT || (r->alignment & (r->alignment - 1)) != 0)
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it is %lld, not a power of two up to %d", (long long)r->alignment,
+                       AVL__GGUF_MAX_ALIGNMENT);
+}
+
+static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
+    astrovl_tensor *t = &r->f->tensors[index];
+    unsigned long long ne[4] = {1, 1, 1, 1}, n_dims, type, n, size = r->f->file.size;
+    const avl__type_info *info;
     int i;
+    t->name = r->name;
+    n_dims = avl__gguf_uint(r, 4);
+    if (n_dims > 4) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it has %llu dimensions; 4 are allowed", n_dims);
+    for (i = 0; i < (int)n_dims && !r->status; i++) {
+        ne[i] = avl__gguf_uint(r, 8);
+        if (ne[i] == 0) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is 0", i);
+    }
+    type = avl__gguf_uint(r, 4);
+    info = type > INT_MAX ? NULL : avl__find_type((int)type);
+    if (!info)
+        avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %llu, which is not supported: convert it to "
+                       "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", type);
+    else if (ne[0] % (unsigned)info->block_values != 0)
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "rows of %llu values cannot be of type %s, which has blocks of %d",
+                       ne[0], info->name, info->block_values);
+    if (r->status) return;
+    t->type = (astrovl_type)type;
+    t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
+    t->n_bytes = (unsigned)info->block_bytes;
+    for (i = 0; i < 4; i++) {                    // no product of dimensions overflows that this lets pass
+        n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
+        if (n > size / t->n_bytes) {
+            avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %llu x %llu x %llu x %llu in %s needs more than the "
+                           "file's %llu bytes", ne[0], ne[1], ne[2], ne[3], info->name, size);
+            return;
+        }
+        t->n_bytes *= n;
+        t->ne[i] = (int64_t)ne[i];
+    }
+    t->offset = avl__gguf_uint(r, 8);
+}
+
+// ---- the whole file ------------------------------------------------------------------------------------------------
+
+// Reads how many names follow, each with at least n bytes, and makes room for them.
+static void avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const char *things, unsigned long long n) {
+    unsigned long long count = avl__gguf_uint(r, 8), size = r->f->file.size;
+    if (!r->status && (count > (size - r->at) / n || count > INT_MAX))
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it announces %llu %s, too many for a file of %llu bytes", count,
+                       things, size);
+    if (r->status) return;
+    names->count = (int)count;
+    names->name = (char **)avl__alloc(count, sizeof *names->name);
+    names->order = (int *)avl__alloc(count, sizeof *names->order);
+    if (!names->name || !names->order) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+}
+
+// A list of named things; `read` reads what follows the name of thing i.
+static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const char *kind, unsigned long long max_name,
+                                void (*read)(avl__gguf_reader *r, int i)) {
+    int i;
+    for (i = 0; i < names->count && !r->status; i++) {
+        names->name[i] = avl__gguf_name(r, kind, max_name);
+        names->order[i] = i;
+        read(r, i);
+    }
+    if (r->status) return;
+    r->field = r->at;
     avl__sort(names->order, names->count, avl__names_order, names);
-    for (i = 1; i < names->count; i++)
-        if (avl__names_order(names, names->order[i - 1], names->order[i]) == 0) return names->name[names->order[i]];
-    return NULL;
-}
-
-static int avl__gguf_sort_names(avl__gguf_reader *r, avl__names *names) {
-    const char *twice = avl__names_sort(names);
-    if (!twice) return 1;
-    r->name.data = twice;
-    r->name.size = strlen(twice);
-    return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the same name appears twice in the list that ends here");
-}
-
-static int avl__gguf_read_metadata(avl__gguf_reader *r) {
-    astrovl_gguf *f = r->f;
-    int i;
-    if (!avl__names_alloc(r, &f->keys)) return 0;
-    f->entries = (avl__gguf_entry *)avl__alloc((uint64_t)f->keys.count, sizeof *f->entries);
-    if (!f->entries) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-    for (i = 0; i < f->keys.count; i++) {
-        if (!avl__gguf_read_entry(r, &f->entries[i], &f->keys.name[i])) return 0;
-        f->entries[i].kv.data = f->entries[i].values;
-        f->entries[i].kv.n_bytes = (uint64_t)(f->file.data + r->at - f->entries[i].values);
+    for (i = 1; i < names->count; i++) {
+        r->name = names->name[names->order[i]];
+        if (strcmp(r->name, names->name[names->order[i - 1]]) == 0)
+            avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the same name appears twice in the list that ends here");
     }
-    r->field = r->at;
-    return avl__gguf_sort_names(r, &f->keys);
-}
-
-static int avl__gguf_read_alignment(avl__gguf_reader *r, uint64_t *alignment) {
-    int index = avl__names_find(&r->f->keys, "general.alignment");
-    int64_t value = index < 0 ? 32 : astrovl_gguf_int(r->f, index, 0);
-    if (value < 1 || value > AVL__GGUF_MAX_ALIGNMENT || (value & (value - 1)) != 0) {
-        r->field = (uint64_t)(r->f->entries[index].values - r->f->file.data);
-        r->name.data = "general.alignment";
-        r->name.size = strlen(r->name.data);
-        return avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it is %l, not a power of two up to %d", value,
-                              AVL__GGUF_MAX_ALIGNMENT);
-    }
-    *alignment = (uint64_t)value;
-    return 1;
-}
-
-static int avl__gguf_read_tensors(avl__gguf_reader *r, uint64_t alignment) {
-    astrovl_gguf *f = r->f;
-    uint64_t start;
-    int i, good, *order;
-    if (!avl__names_alloc(r, &f->tensor_names)) return 0;
-    f->tensors = (astrovl_tensor *)avl__alloc((uint64_t)f->tensor_names.count, sizeof *f->tensors);
-    if (!f->tensors) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-    for (i = 0; i < f->tensor_names.count; i++)
-        if (!avl__gguf_read_tensor(r, &f->tensors[i], &f->tensor_names.name[i])) return 0;
-    r->field = r->at;
-    if (!avl__gguf_sort_names(r, &f->tensor_names)) return 0;
-    start = (r->at + alignment - 1) / alignment * alignment;
-    for (i = 0; i < f->tensor_names.count; i++)
-        if (!avl__gguf_place_tensor(r, &f->tensors[i], start, alignment)) return 0;
-    order = (int *)avl__alloc_raw((uint64_t)f->tensor_names.count, sizeof *order);
-    if (!order) return avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-    memcpy(order, f->tensor_names.order, (size_t)f->tensor_names.count * sizeof *order);
-    good = avl__gguf_check_overlap(r, order);
-    astrovl_free(order);
-    return good && (!f->big_endian || avl__gguf_convert(r));
-}
-
-static int avl__gguf_read_all(avl__gguf_reader *r) {
-    uint64_t alignment = 0;
-    return avl__gguf_read_version(r)
-        && avl__gguf_read_count(r, "tensors", 25, &r->f->tensor_names.count)   // 25, 14: the least that one takes
-        && avl__gguf_read_count(r, "metadata entries", 14, &r->f->keys.count)
-        && avl__gguf_read_metadata(r)
-        && avl__gguf_read_alignment(r, &alignment)
-        && avl__gguf_read_tensors(r, alignment);
 }
 
 // Takes the file over: it is closed on failure too.
-static astrovl_gguf *avl__gguf_new(avl__file *file, int owns_file, const char *name, astrovl_error *err) {
+static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_error *err) {
     astrovl_gguf *f = (astrovl_gguf *)avl__alloc(1, sizeof *f);
-    avl__gguf_reader r;
-    memset(&r, 0, sizeof r);
+    avl__gguf_reader reader = {f, 4, 32, 0, "header", "", ASTROVL_OK, err}, *r = &reader;
+    unsigned long long version, start = 0;
+    int i;
     if (f) f->name = avl__copy_text(name, strlen(name));
     if (!f || !f->name) {
-        if (owns_file) avl__file_close(file);
-        astrovl_free(f);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
+        avl__file_close(file);
+        astrovl_free(f);
         return NULL;
     }
     f->file = *file;
-    f->owns_file = owns_file;
-    r.f = f;
-    r.err = err;
-    r.name.data = "";
-    if (avl__gguf_read_all(&r)) return f;
+    if (file->size < 4 || memcmp(file->data, "GGUF", 4) != 0)
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "this is not a GGUF file: it does not begin with \"GGUF\"");
+    version = avl__gguf_uint(r, 4);
+    if (version != 0 && (version & 0xFFFF) == 0)   // a small number in the other byte order
+        avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "this file is big-endian; only little-endian files are supported "
+                       "(convert it with gguf-convert-endian, from the Python package gguf)");
+    if (version != 2 && version != 3)
+        avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "GGUF version %llu; 2 and 3 are supported%s", version,
+                       version == 1 ? " (convert the model again, with a new converter)" : "");
+    f->version = (int)version;
+    avl__gguf_read_count(r, &f->tensor_names, "tensors", 25);     // 25, 14: the least that one takes
+    avl__gguf_read_count(r, &f->keys, "metadata entries", 14);
+    f->entries = (avl__gguf_entry *)avl__alloc((uint64_t)f->keys.count, sizeof *f->entries);
+    f->tensors = (astrovl_tensor *)avl__alloc((uint64_t)f->tensor_names.count, sizeof *f->tensors);
+    if (!f->entries || !f->tensors) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    avl__gguf_read_list(r, &f->keys, "key", AVL__GGUF_MAX_KEY, avl__gguf_read_entry);
+    avl__gguf_read_list(r, &f->tensor_names, "tensor", AVL__GGUF_MAX_NAME, avl__gguf_read_tensor);
+    for (i = 0; i < f->tensor_names.count && !r->status; i++) {   // the data, one tensor's after the other
+        astrovl_tensor *t = &f->tensors[i];
+        r->name = t->name;
+        r->at = (r->at + r->alignment - 1) / r->alignment * r->alignment;
+        r->field = r->at;
+        if (i == 0) start = r->at;
+        if (t->offset != r->at - start)
+            avl__gguf_fail(r, ASTROVL_ERROR_FORMAT,
+                           "its data is at offset %llu; it must follow the data before, at %llu",
+                           (unsigned long long)t->offset, r->at - start);
+        t->offset = r->at;
+        t->data = avl__gguf_take(r, t->n_bytes, 1);
+    }
+    if (!r->status) return f;
     astrovl_gguf_close(f);
     return NULL;
 }
 
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err) {
     avl__file file;
-    if (avl__file_open(path, no_mmap, SIZE_MAX / 4, "GGUF", &file, err) != ASTROVL_OK) return NULL;
-    return avl__gguf_new(&file, 1, path, err);
+    return avl__file_open(path, no_mmap, SIZE_MAX / 4, &file, err) ? NULL : avl__gguf_read(&file, path, err);
 }
 
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name,
                                                    astrovl_error *err) {
-    avl__file file;
-    memset(&file, 0, sizeof file);
-    file.data = (const uint8_t *)data;
+    avl__file file = {NULL, 0, AVL__FILE_BORROWED};
+    file.data = (uint8_t *)data;
     file.size = size;
-    if (data) return avl__gguf_new(&file, 0, name ? name : "(memory)", err);
+    if (data) return avl__gguf_read(&file, name ? name : "(memory)", err);
     avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no memory block was given", name ? name : "(memory)");
     return NULL;
 }
@@ -3047,29 +2634,75 @@ ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file) {
     avl__names_free(&file->tensor_names);
     astrovl_free(file->entries);
     astrovl_free(file->tensors);
-    astrovl_free(file->converted);
-    if (file->owns_file) avl__file_close(&file->file);
+    avl__file_close(&file->file);
     astrovl_free(file->name);
     astrovl_free(file);
 }
 
-ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file) { return file->name; }
-ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file) { return file->version; }
-ASTROVL_API int astrovl_gguf_big_endian(const astrovl_gguf *file) { return file->big_endian; }
-ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file) { return file->file.size; }
-ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file) { return file->tensor_names.count; }
-ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file) { return file->keys.count; }
+ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file) { return file ? file->name : ""; }
+ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file) { return file ? file->version : 0; }
+ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file) { return file ? file->file.size : 0; }
+ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file) { return file ? file->tensor_names.count : 0; }
+ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file) { return file ? file->keys.count : 0; }
 ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index) {
-    return index >= 0 && index < file->tensor_names.count ? &file->tensors[index] : NULL;
+    return index >= 0 && index < astrovl_gguf_n_tensors(file) ? &file->tensors[index] : NULL;
 }
 ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *file, const char *name) {
-    return astrovl_gguf_tensor(file, avl__names_find(&file->tensor_names, name));
+    return file ? astrovl_gguf_tensor(file, avl__names_find(&file->tensor_names, name)) : NULL;
 }
 ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index) {
-    return index >= 0 && index < file->keys.count ? &file->entries[index].kv : NULL;
+    return index >= 0 && index < astrovl_gguf_n_kv(file) ? &file->entries[index].kv : NULL;
 }
 ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key) {
-    return avl__names_find(&file->keys, key);
+    return file ? avl__names_find(&file->keys, key) : -1;
+}
+
+// Element i of entry `index`, and its type; NULL where there is none.
+static const uint8_t *avl__gguf_element(const astrovl_gguf *f, int index, uint64_t i, astrovl_value_type *type) {
+    const astrovl_kv *kv = astrovl_gguf_kv(f, index);
+    if (!kv || i >= kv->count) return NULL;
+    *type = kv->item_type;
+    if (*type == ASTROVL_VALUE_STRING) return f->entries[index].strings[i];
+    return (const uint8_t *)kv->data + i * (uint64_t)avl__value_bytes(*type);
+}
+
+static int64_t avl__double_to_int(double x) {   // towards zero; what does not fit becomes the nearest that does
+    if (x != x) return 0;
+    return x >= 9223372036854775808.0 ? INT64_MAX : x < -9223372036854775808.0 ? INT64_MIN : (int64_t)x;
+}
+
+ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i) {
+    astrovl_value_type type = ASTROVL_VALUE_STRING;
+    const uint8_t *p = avl__gguf_element(file, index, i, &type);
+    uint64_t value = avl__load_number(p, avl__value_bytes(type));   // 0 for a string: no bytes are read
+    switch (type) {
+    case ASTROVL_VALUE_BOOL: return value != 0;
+    case ASTROVL_VALUE_I8:  return (int8_t)value;
+    case ASTROVL_VALUE_I16: return (int16_t)value;
+    case ASTROVL_VALUE_I32: return (int32_t)value;
+    case ASTROVL_VALUE_I64: return (int64_t)value;
+    case ASTROVL_VALUE_F32: case ASTROVL_VALUE_F64: return avl__double_to_int(astrovl_gguf_float(file, index, i));
+    default: return value > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)value;
+    }
+}
+
+ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i) {
+    astrovl_value_type type = ASTROVL_VALUE_STRING;
+    const uint8_t *p = avl__gguf_element(file, index, i, &type);
+    if (type == ASTROVL_VALUE_F32) return (double)avl__float_from_bits(avl__load_u32(p));
+    if (type == ASTROVL_VALUE_F64) return avl__double_from_bits(avl__load_u64(p));
+    if (type == ASTROVL_VALUE_U64) return (double)avl__load_u64(p);
+    return (double)astrovl_gguf_int(file, index, i);
+}
+
+ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i) {
+    astrovl_string s = {"", 0};
+    astrovl_value_type type = ASTROVL_VALUE_STRING;
+    const uint8_t *p = avl__gguf_element(file, index, i, &type);
+    if (!p || type != ASTROVL_VALUE_STRING) return s;
+    s.data = (const char *)p + 8;
+    s.size = (size_t)avl__load_u64(p);
+    return s;
 }
 
 // ---- weights across files ------------------------------------------------------------------------------------------
@@ -3161,22 +2794,19 @@ static astrovl_status avl__key_int(avl__weights *w, const char *key, int64_t min
         return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
                             astrovl_gguf_name(w->files[0]), key);
     if (v < min || v > max)
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s is %l; it must lie between %l and %l",
-                            astrovl_gguf_name(file ? file : w->files[0]), key, v, min, max);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s is %lld; it must lie between %lld and %lld",
+                            astrovl_gguf_name(file ? file : w->files[0]), key, (long long)v, (long long)min, (long long)max);
     *value = (int)v;
     return ASTROVL_OK;
 }
 
 // Writes "[4096, 32]", a tensor's shape slowest first, into text.
 static void avl__describe_shape(const astrovl_tensor *t, char *text, size_t capacity) {
-    char part[32];
     size_t at = 0;
     int d;
-    text[0] = 0;
-    for (d = t->n_dims - 1; d >= 0; d--) {
-        avl__format(part, sizeof part, "%s%l%s", d == t->n_dims - 1 ? "[" : ", ", t->ne[d], d == 0 ? "]" : "");
-        avl__message_put(text, capacity, &at, part, strlen(part));
-    }
+    for (d = t->n_dims - 1; d >= 0; d--)
+        at += avl__format(text + at, capacity - at, "%s%lld%s", d == t->n_dims - 1 ? "[" : ", ", (long long)t->ne[d],
+                          d == 0 ? "]" : "");
 }
 
 static astrovl_status avl__missing_tensor(avl__weights *w, const char *name, astrovl_error *err) {
@@ -3197,8 +2827,8 @@ static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_
     if (total != count) {
         char shape[96];
         avl__describe_shape(t, shape, sizeof shape);
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %l values",
-                            astrovl_gguf_name(file), name, shape, count);
+        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %lld values",
+                            astrovl_gguf_name(file), name, shape, (long long)count);
     }
     values = avl__alloc_floats((uint64_t)count);
     if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
@@ -3997,8 +3627,8 @@ static astrovl_status avl__vocab_id(const avl__vocab_source *from, const avl__vo
     if (!avl__is_int_type(avl__vocab_type(from, index))) return avl__vocab_fail(from, name, "is no integer");
     value = astrovl_gguf_int(from->file, index, 0);
     if (value < 0 || value >= v->n_tokens) {
-        return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s is %l, but there are %d tokens",
-                         astrovl_gguf_name(from->file), from->prefix, name, value, v->n_tokens);
+        return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s is %lld, but there are %d tokens",
+                         astrovl_gguf_name(from->file), from->prefix, name, (long long)value, v->n_tokens);
     }
     *id = (int)value;
     return ASTROVL_OK;
@@ -4021,8 +3651,8 @@ static astrovl_status avl__vocab_array_of(const avl__vocab_source *from, const a
     if (status != ASTROVL_OK || *index < 0) return status;
     count = avl__vocab_count(from, *index);
     if (count == (uint64_t)v->n_tokens) return ASTROVL_OK;
-    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s has %l elements for %d tokens",
-                     astrovl_gguf_name(from->file), from->prefix, name, (int64_t)count, v->n_tokens);
+    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s has %lld elements for %d tokens",
+                     astrovl_gguf_name(from->file), from->prefix, name, (long long)count, v->n_tokens);
 }
 
 // Which algorithm and which rule.
@@ -4042,8 +3672,8 @@ static astrovl_status avl__vocab_load_kind(avl__vocab *v, const avl__vocab_sourc
     }
     if (!avl__string_is(model, "gpt2")) {
         return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
-                         "%s: the tokenizer model \"%S\" is not supported (llama and gpt2 are)",
-                         astrovl_gguf_name(from->file), model);
+                         "%s: the tokenizer model \"%.*s\" is not supported (llama and gpt2 are)",
+                         astrovl_gguf_name(from->file), AVL__SHOW(model));
     }
     v->kind = AVL__VOCAB_BPE;
     if (avl__string_is(pre, "llama-bpe") || avl__string_is(pre, "llama3") || avl__string_is(pre, "llama-v3")) {
@@ -4055,8 +3685,8 @@ static astrovl_status avl__vocab_load_kind(avl__vocab *v, const avl__vocab_sourc
         v->rule = AVL__WORDS_GPT2;
     } else {
         return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
-                         "%s: the pre-tokenizer \"%S\" is not supported (llama-bpe, smollm and gpt-2 are)",
-                         astrovl_gguf_name(from->file), pre);
+                         "%s: the pre-tokenizer \"%.*s\" is not supported (llama-bpe, smollm and gpt-2 are)",
+                         astrovl_gguf_name(from->file), AVL__SHOW(pre));
     }
     return ASTROVL_OK;
 }
@@ -4289,8 +3919,8 @@ static astrovl_status avl__vocab_load_merges(avl__vocab *v, const avl__vocab_sou
         right = avl__vocab_find(v, b.data, b.size);
         id = avl__vocab_find_joined(v, a, b);
         if (left < 0 || right < 0 || id < 0) {
-            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] \"%S\" names a piece that is no token",
-                             astrovl_gguf_name(from->file), from->prefix, (int)i, text);
+            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] \"%.*s\" names a piece that is no token",
+                             astrovl_gguf_name(from->file), from->prefix, (int)i, AVL__SHOW(text));
         }
         avl__merge_put(v, left, right, id, i);
     }
@@ -4764,7 +4394,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     size_t before = out->size;
     int ok = 1;
     if (size > INT32_MAX / 4) {
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %l bytes is too long", (int64_t)size);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %lld bytes is too long", (long long)size);
     }
     memset(&e, 0, sizeof e);
     e.v = v;
@@ -4775,7 +4405,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     avl__encoder_free(&e);
     if (ok) return ASTROVL_OK;
     out->size = before;
-    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %l bytes", (int64_t)size);
+    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %lld bytes", (long long)size);
 }
 
 // ---- CLIP's vocabulary ---------------------------------------------------------------------------------------------
@@ -4965,11 +4595,11 @@ static astrovl_status avl__image_check(const astrovl_image *image, const void *o
 static astrovl_status avl__image_check_size(const char *format, uint32_t width, uint32_t height, uint64_t max_pixels,
                                             astrovl_error *err) {
     if (width == 0 || height == 0)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "%s: the header gives a size of %l x %l pixels", format,
-                         (int64_t)width, (int64_t)height);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "%s: the header gives a size of %lld x %lld pixels", format,
+                         (long long)width, (long long)height);
     if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height > max_pixels)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: %l x %l pixels are more than the limit of %l", format,
-                         (int64_t)width, (int64_t)height, (int64_t)(max_pixels > INT64_MAX ? INT64_MAX : max_pixels));
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: %lld x %lld pixels are more than the limit of %lld", format,
+                         (long long)width, (long long)height, (long long)(max_pixels > INT64_MAX ? INT64_MAX : max_pixels));
     return ASTROVL_OK;
 }
 
@@ -5084,9 +4714,9 @@ static int avl__inflate_symbol(avl__inflate_state *s, const avl__inflate_code *c
 }
 
 static astrovl_status avl__inflate_fail(const avl__inflate_state *s, const char *what, astrovl_error *err) {
-    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: the compressed data %s, about byte %l of %l in the IDAT chunks",
+    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: the compressed data %s, about byte %lld of %lld in the IDAT chunks",
                      what,
-                     (int64_t)s->at, (int64_t)s->n_in);
+                     (long long)s->at, (long long)s->n_in);
 }
 
 static astrovl_status avl__inflate_stored(avl__inflate_state *s, astrovl_error *err) {
@@ -5300,10 +4930,10 @@ static uint32_t avl__png_crc(const avl__png *png, const uint8_t *p, size_t n) {
 // PNG: chunk "IDAT" at byte 57: `what`
 static astrovl_status avl__png_fail(const avl__png *png, astrovl_status status, const char *what, astrovl_error *err) {
     astrovl_string name;
-    if (png->size - png->at < 8) return avl__fail(err, status, "PNG: at byte %l: %s", (int64_t)png->at, what);
+    if (png->size - png->at < 8) return avl__fail(err, status, "PNG: at byte %lld: %s", (long long)png->at, what);
     name.data = (const char *)png->data + png->at + 4;
     name.size = 4;
-    return avl__fail(err, status, "PNG: chunk \"%S\" at byte %l: %s", name, (int64_t)png->at, what);
+    return avl__fail(err, status, "PNG: chunk \"%.*s\" at byte %lld: %s", AVL__SHOW(name), (long long)png->at, what);
 }
 
 static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t size, uint64_t max_pixels,
@@ -5476,16 +5106,16 @@ static astrovl_status avl__png_inflate(avl__png *png, const avl__png_pass *passe
     int i;
     for (i = 0; i < n_passes; i++) {
         if (passes[i].height > (limit - size) / (passes[i].row_bytes + 1))
-            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: %l bytes of IDAT data cannot hold %l x %l pixels",
-                             (int64_t)png->idat_size,
-                             (int64_t)png->width, (int64_t)png->height);
+            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: %lld bytes of IDAT data cannot hold %lld x %lld pixels",
+                             (long long)png->idat_size,
+                             (long long)png->width, (long long)png->height);
         size += passes[i].height * (passes[i].row_bytes + 1);
     }
     s = (avl__inflate_state *)avl__alloc(1, sizeof *s);
     *raw = (uint8_t *)avl__alloc_raw(size, 1);
     if (!s || !*raw) {
         astrovl_free(s);
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %l bytes of pixels", (int64_t)size);
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %lld bytes of pixels", (long long)size);
     }
     s->in = png->idat;
     s->n_in = png->idat_size;
@@ -5507,8 +5137,8 @@ static astrovl_status avl__png_pixels(const avl__png *png, const avl__png_pass *
         uint32_t y;
         for (y = 0; y < p->height; y++, up = raw + 1, raw += n + 1) {
             if (!avl__png_unfilter(raw + 1, up, n, step, raw[0]))
-                return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: row %l has filter %d, which does not exist",
-                                 (int64_t)y, raw[0]);
+                return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: row %lld has filter %d, which does not exist",
+                                 (long long)y, raw[0]);
             avl__png_row(png, raw + 1, p->width, image->rgb + avl__image_at(image, (int)p->x, (int)(p->y + y * p->dy)),
                          3 * (size_t)p->dx);
         }
@@ -5577,16 +5207,16 @@ static astrovl_status avl__pnm_number(avl__pnm *p, uint32_t limit, uint32_t *val
     size_t start;
     avl__pnm_skip_space(p);
     if (p->at == p->size)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the file ends at byte %l where a number should be",
-                         (int64_t)p->at);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the file ends at byte %lld where a number should be",
+                         (long long)p->at);
     for (start = p->at; p->at < p->size && p->data[p->at] >= '0' && p->data[p->at] <= '9'; p->at++) {
         v = v * 10 + (uint64_t)(p->data[p->at] - '0');
         if (v > limit)
-            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the number at byte %l is above %l", (int64_t)start,
-                             (int64_t)limit);
+            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the number at byte %lld is above %lld", (long long)start,
+                             (long long)limit);
     }
     if (p->at == start || (p->at < p->size && !avl__is_space(p->data[p->at]) && p->data[p->at] != '#'))
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %l is not part of a number", (int64_t)p->at);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %lld is not part of a number", (long long)p->at);
     *value = (uint32_t)v;
     return ASTROVL_OK;
 }
@@ -5611,9 +5241,9 @@ static astrovl_status avl__pnm_header(avl__pnm *p, uint64_t max_pixels, astrovl_
     row_bytes = p->kind == 1 ? p->width : ((uint64_t)p->width * bits[p->kind] * (p->kind > 4 &&
                                                                                  p->maxval > 255 ? 2 : 1) + 7) / 8;
     if (p->height > (p->size - p->at) / row_bytes)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: %l bytes after the header cannot hold %l x %l pixels",
-                         (int64_t)(p->size - p->at),
-                         (int64_t)p->width, (int64_t)p->height);
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: %lld bytes after the header cannot hold %lld x %lld pixels",
+                         (long long)(p->size - p->at),
+                         (long long)p->width, (long long)p->height);
     return ASTROVL_OK;
 }
 
@@ -5636,7 +5266,7 @@ static astrovl_status avl__pnm_bits(avl__pnm *p, astrovl_image *image, astrovl_e
             else {
                 avl__pnm_skip_space(p);
                 if (p->at == p->size || (p->data[p->at] != '0' && p->data[p->at] != '1'))
-                    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %l is neither 0 nor 1", (int64_t)p->at);
+                    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %lld is neither 0 nor 1", (long long)p->at);
                 bit = p->data[p->at++] == '1';
             }
             memset(rgb, bit ? 0 : 255, 3);
@@ -5737,7 +5367,7 @@ static const uint8_t avl__zigzag[64] = {   // natural index of the k-th coeffici
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
 static astrovl_status avl__jpeg_fail(const avl__jpeg *j, astrovl_status status, const char *what, astrovl_error *err) {
-    return avl__fail(err, status, "JPEG: at byte %l: %s", (int64_t)j->at, what);
+    return avl__fail(err, status, "JPEG: at byte %lld: %s", (long long)j->at, what);
 }
 
 // Afterwards at least 32 bits are there. FF 00 in the data stands for FF; FF and anything else is a marker, which
@@ -6039,7 +5669,7 @@ static astrovl_status avl__jpeg_allocate(avl__jpeg *j, astrovl_error *err) {
         n_blocks += (uint64_t)c->blocks_x * (uint64_t)c->blocks_y;
     }
     if (n_blocks > 8 * (uint64_t)j->size)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "JPEG: %l bytes cannot hold %d x %d pixels", (int64_t)j->size,
+        return avl__fail(err, ASTROVL_ERROR_FORMAT, "JPEG: %lld bytes cannot hold %d x %d pixels", (long long)j->size,
                          j->width, j->height);
     for (i = 0; i < j->n_components; i++) {
         avl__jpeg_component *c = &j->component[i];
@@ -6201,8 +5831,8 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, astrovl_error *err) {
                 return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the scan's data is damaged: no such code", err);
             if (avl__jpeg_overrun(j))
                 return avl__fail(err, ASTROVL_ERROR_FORMAT,
-                                 "JPEG: the scan's data ends at byte %l, in row %d of %d of its blocks: "
-                                 "the file is cut off or damaged", (int64_t)j->at, y, n_y);
+                                 "JPEG: the scan's data ends at byte %lld, in row %d of %d of its blocks: "
+                                 "the file is cut off or damaged", (long long)j->at, y, n_y);
         }
     return ASTROVL_OK;
 }
@@ -6418,8 +6048,8 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, u
     else if (size >= 3 && p[0] == 'P' && p[1] >= '1' && p[1] <= '6' && (avl__is_space(p[2]) || p[2] == '#'))
         status = avl__pnm_decode(p, size, max_pixels, image, err);
     else return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED,
-                          "neither PNG, JPEG nor PNM (P1 to P6): its %l bytes start with none of "
-                          "their signatures", (int64_t)size);
+                          "neither PNG, JPEG nor PNM (P1 to P6): its %lld bytes start with none of "
+                          "their signatures", (long long)size);
     if (status) astrovl_image_free(image);
     return status;
 }
@@ -6433,7 +6063,7 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pix
     astrovl_status status;
     if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to load into");
     memset(image, 0, sizeof *image);
-    status = avl__file_open(path, 0, AVL__IMAGE_BYTES, NULL, &file, err);
+    status = avl__file_open(path, 0, AVL__IMAGE_BYTES, &file, err);
     if (status) return status;
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
     else status = astrovl_image_decode(file.data, file.size, max_pixels, image, &inner);
@@ -6846,13 +6476,13 @@ static astrovl_status avl__clip_choose_depth(avl__clip *clip, avl__weights *w, a
     for (i = 0; i < astrovl_gguf_kv(file, index)->count; i++) {
         int64_t layer = astrovl_gguf_int(file, index, i);
         if (layer < 0 || layer > clip->tower.n_layer)
-            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %l; the tower has %d layers",
-                                astrovl_gguf_name(file), layer, clip->tower.n_layer);
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %lld; the tower has %d layers",
+                                astrovl_gguf_name(file), (long long)layer, clip->tower.n_layer);
         if (layer > deepest) deepest = (int)layer;
     }
     if (i > 1)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %l layers (clip.vision.feature_layer): "
-                            "LLaVA takes one", astrovl_gguf_name(file), (int64_t)i);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %lld layers (clip.vision.feature_layer): "
+                            "LLaVA takes one", astrovl_gguf_name(file), (long long)i);
     clip->n_run = deepest;
     return ASTROVL_OK;
 }
@@ -7232,8 +6862,8 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     if (avl__string_is(type, "linear"))
         linear_scale = (float)avl__key_float(w, "llama.rope.scaling.factor", 1.0);
     else if (type.size && !avl__string_is(type, "none") && !factors)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %S (known: none, linear, and "
-                            "rope_freqs.weight)", astrovl_gguf_name(w->files[0]), type);
+        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %.*s (known: none, linear, and "
+                            "rope_freqs.weight)", astrovl_gguf_name(w->files[0]), AVL__SHOW(type));
     if (!(linear_scale > 0.0f && linear_scale < 1e6f))
         return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range",
                             astrovl_gguf_name(w->files[0]));
@@ -7244,6 +6874,10 @@ static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astro
     m->inv_freq = avl__alloc_floats((uint64_t)m->rope_dim / 2);
     if (!m->inv_freq) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     avl__rope_frequencies(m->inv_freq, m->rope_dim, m->rope_theta, factors, linear_scale);
+    for (i = 0; i < m->rope_dim / 2; i++)
+        if (!(m->inv_freq[i] * (float)m->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
+            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: in a context of %d tokens, the angles of its rotary "
+                                "embedding reach 2^23", astrovl_gguf_name(w->files[0]), m->n_ctx_train);
     return ASTROVL_OK;
 }
 
@@ -7646,8 +7280,8 @@ static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
     key = astrovl_gguf_find_kv(file, "general.architecture");
     if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
     if (!avl__string_is(architecture, "llama"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%S\"; this runs \"llama\": "
-                         "take a model of that family", astrovl_gguf_name(file), architecture);
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%.*s\"; this runs \"llama\": "
+                         "take a model of that family", astrovl_gguf_name(file), AVL__SHOW(architecture));
     status = avl__llama_load(&m->llama, &m->weights, err);
     if (!status && m->has_vocab && m->llama.n_vocab && m->vocab.n_tokens > m->llama.n_vocab)
         status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
@@ -7707,8 +7341,8 @@ static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) 
     int n_out;
     if (!avl__find_tensor(&m->weights, "mm.0.weight", &file) || !m->has_vision) return ASTROVL_OK;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%S\"; LLaVA's are \"mlp\" and \"linear\"",
-                         astrovl_gguf_name(file), type);
+        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%.*s\"; LLaVA's are \"mlp\" and \"linear\"",
+                         astrovl_gguf_name(file), AVL__SHOW(type));
     status = avl__load_tall_linear(&m->weights, "mm.0", m->clip.tower.n_embd, &m->projector[0], err);
     m->n_projector = 1;
     if (!status && avl__find_tensor(&m->weights, "mm.2.weight", &file)) {
@@ -8555,7 +8189,7 @@ static void avl__json_free(avl__json *j) {
 }
 
 static astrovl_status avl__json_fail(avl__json *j, const char *what) {
-    return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %l: %s", j->name, (int64_t)j->at, what);
+    return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %lld: %s", j->name, (long long)j->at, what);
 }
 
 static astrovl_status avl__json_no_memory(avl__json *j) {
@@ -8717,7 +8351,7 @@ static astrovl_status avl__json_value(avl__json *j, int *number) {
     kind = c == '{' ? AVL__JSON_OBJECT : c == '[' ? AVL__JSON_ARRAY : c == '"' ? AVL__JSON_STRING : c == 'n' ? AVL__JSON_NULL :
            c == 't' || c == 'f' ? AVL__JSON_BOOLEAN : AVL__JSON_NUMBER;
     if (j->depth == AVL__GUIDE_DEPTH)
-        return avl__fail(j->err, ASTROVL_ERROR_LIMIT, "%s, byte %l: nested more than %d deep", j->name, (int64_t)start, j->depth);
+        return avl__fail(j->err, ASTROVL_ERROR_LIMIT, "%s, byte %lld: nested more than %d deep", j->name, (long long)start, j->depth);
     if (j->n_nodes >= INT32_MAX / 2 || !avl__grow(&j->nodes, &j->capacity, j->n_nodes + 1, sizeof *j->nodes))
         return avl__json_no_memory(j);
     memset(&j->nodes[node], 0, sizeof *j->nodes);
@@ -8798,7 +8432,7 @@ static astrovl_status avl__json_count_strings(avl__json *j, int member, const ch
         astrovl_string s = j->nodes[node].text;
         int is_string = j->nodes[node].kind == AVL__JSON_STRING;
         if (!is_string || memchr(s.data, 0, s.size))
-            return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %l: \"%s\" %s", j->name, (int64_t)j->nodes[node].at, key,
+            return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %lld: \"%s\" %s", j->name, (long long)j->nodes[node].at, key,
                              is_string ? "has a zero character" : "is neither a string nor an array of strings");
         *n_bytes += s.size + 1;
     }
@@ -9633,7 +9267,7 @@ typedef struct avl__regex {
 } avl__regex;
 
 static int avl__regex_fail(avl__regex *r, size_t at, astrovl_status status, const char *what) {   // 0, an expression
-    if (!r->b->status) r->b->status = avl__fail(r->b->err, status, "pattern, byte %l: %s", (int64_t)at, what);
+    if (!r->b->status) r->b->status = avl__fail(r->b->err, status, "pattern, byte %lld: %s", (long long)at, what);
     return 0;
 }
 
@@ -10286,10 +9920,10 @@ static astrovl_status avl__read_prompt(astrovl_session *s, const avl__tokens *to
     double start = avl__seconds();
     float *rows;
     if (n_rows >= s->cache.n_ctx - s->cache.n_past)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn needs %l "
-                         "and room for an answer", s->cache.n_ctx, s->cache.n_past, n_rows);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn needs %lld "
+                         "and room for an answer", s->cache.n_ctx, s->cache.n_past, (long long)n_rows);
     rows = avl__alloc_floats((uint64_t)n_rows * s->model->llama.n_embd);
-    if (!rows) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %l rows", n_rows);
+    if (!rows) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %lld rows", (long long)n_rows);
     status = avl__splice(s, tokens, images, rows, err);
     s->stats.encode_seconds = avl__seconds() - start;
     start = avl__seconds();

@@ -1010,15 +1010,14 @@ static void print_totals(const totals *sums) {
 static void print_file(const program *p, const astrovl_gguf *file) {
     int i, k, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
     int64_t shape[4];
-    const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
     totals sums = add_up(file);
     if (as_json) {
-        put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file),
-                 astrovl_gguf_version(file), order, (long long)astrovl_gguf_size(file));
+        put_json("{file:%s version:%d bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
+                 (long long)astrovl_gguf_size(file));
     } else {
         print_safe(stdout, astrovl_gguf_name(file));
-        printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
-               order, human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
+        printf(": GGUF version %d, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
+               human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     }
     for (i = 0; i < n_kv; i++) print_kv(p, file, i);
     if (as_json) put_json("} tensors:[");

@@ -614,7 +614,7 @@ class Inspect(Case):
     def test_json_says_what_the_file_holds(self):
         version, metadata, tensors = read_gguf(MODEL)
         seen = json.loads(self.succeeds("inspect", "--json", "--full", MODEL).out)["files"][0]
-        self.assertEqual((seen["version"], seen["byte_order"]), (version, "little"))
+        self.assertEqual(seen["version"], version)
         self.assertEqual(seen["bytes"], os.path.getsize(MODEL))
         self.assertEqual(set(seen["metadata"]), set(metadata))
         for key, value in metadata.items():
@@ -758,8 +758,8 @@ class Check(Case):
         def tensor(name, rows, columns, kind=0):
             return name + struct.pack("<IQQI", 2, columns, rows, kind)
         gate, up = b"blk.0.ffn_gate.weight", b"blk.1.ffn_up.weight"
-        path = self.changed(self.TEXT, (tensor(gate, 56, 24), tensor(gate, 24, 56)), (tensor(up, 56, 24), tensor(up, 28, 24)))
-        self.lacks(2, ["blk.0.ffn_gate.weight is [24, 56]; the model's keys ask for [56, 24]", "blk.1.ffn_up.weight is [28, 24]"], path)
+        path = self.changed(self.TEXT, (tensor(gate, 56, 24), tensor(gate, 24, 56)), (tensor(up, 56, 24), tensor(up, 42, 32)))
+        self.lacks(2, ["blk.0.ffn_gate.weight is [24, 56]; the model's keys ask for [56, 24]", "blk.1.ffn_up.weight is [42, 32]"], path)
         architecture = b"general.architecture" + struct.pack("<IQ", 8, 5)
         self.lacks(1, ['architecture "qwen2"; this runs "llama": take a model of that family'],
                    self.changed(self.TEXT, (architecture + b"llama", architecture + b"qwen2")))
