@@ -5317,11 +5317,16 @@ static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
     text = v->kind == AVL__VOCAB_CLIP ? e->cleaned.data : e->text.data;
     size = v->kind == AVL__VOCAB_CLIP ? e->cleaned.size : e->text.size;
     for (at = 0; at < size && !e->failed; at = end) {
-        avl__class c = avl__class_at(u, text, at, size, &length);
-        if (at == part && v->kind != AVL__VOCAB_SMOLLM) part = size;
-        else if (at == part) part = c == AVL__CLASS_NUMBER ? at + length : avl__run_end(u, text, at, size, AVL__CLASS_NUMBER, 0);
+        if (at == part) {
+            part = v->kind == AVL__VOCAB_SMOLLM ? avl__run_end(u, text, at, size, AVL__CLASS_NUMBER, 0) : size;
+            if (part == at) {   // a number stands alone
+                avl__utf8_read(text + at, size - at, &length);
+                part += length;
+            }
+        }
         end = avl__word_end(v, text, at, part);
-        if (v->kind != AVL__VOCAB_CLIP || c != AVL__CLASS_SPACE) avl__encode_word(e, text + at, end - at);
+        if (v->kind != AVL__VOCAB_CLIP || avl__class_at(u, text, at, end, &length) != AVL__CLASS_SPACE)
+            avl__encode_word(e, text + at, end - at);
     }
 }
 
@@ -5396,7 +5401,6 @@ static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, i
 // Appends a token's text, of any length, to b.
 static void avl__put_token(const avl__vocab *v, int32_t id, avl__bytes *b) {
     size_t size = avl__vocab_piece(v, id).size;
-    avl__bytes_put(b, "", 0);
     if (b->failed || !avl__grow(&b->data, &b->capacity, b->size + size + 1, 1)) {
         b->failed = 1;
         return;
@@ -8686,6 +8690,7 @@ ASTROVL_API int astrovl_known_sizes(const char *name, astrovl_info *sizes, int *
 // ---- text, by the model's vocabulary -------------------------------------------------------------------------------
 
 static astrovl_status avl__need_vocab(const astrovl_model *m, astrovl_error *err) {
+    if (!m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model is given");
     return m->has_vocab ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no vocabulary (tokenizer.ggml.*) in the model's files",
                                                  astrovl_gguf_name(m->weights.files[0]));
 }
@@ -8694,7 +8699,9 @@ static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size,
                          astrovl_error *err) {
     avl__tokens list = {NULL, 0, 0};
     int n = -1;
-    if (avl__vocab_encode(vocab, text, size, flags, &list, err) == ASTROVL_OK) {
+    if ((size > 0 && !text) || (capacity > 0 && !tokens)) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a text of %l bytes or the room for %d tokens is NULL", (int64_t)size, capacity);
+    } else if (avl__vocab_encode(vocab, text, size, flags, &list, err) == ASTROVL_OK) {
         if (list.size > INT_MAX) {
             avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of more than 2^31 tokens");
         } else {
@@ -8713,15 +8720,15 @@ ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, s
 
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token) {
     astrovl_string none = {"", 0};
-    return model->has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
+    return model && model->has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
 }
 
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity) {
-    return model->has_vocab ? avl__vocab_token_bytes(&model->vocab, token, text, capacity) : 0;
+    return model && model->has_vocab ? avl__vocab_token_bytes(&model->vocab, token, text, capacity) : 0;
 }
 
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token) {
-    return model->has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
+    return model && model->has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
 }
 
 // Does the token begin with the space that SentencePiece puts before a text? A space of its own (<0x20>) does not count.
@@ -8734,6 +8741,10 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
     avl__bytes text = {NULL, 0, 0, 0};
     int i, added_space = 0;
     if (avl__need_vocab(model, err) != ASTROVL_OK) return NULL;
+    if (n_tokens > 0 && !tokens) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens are NULL", n_tokens);
+        return NULL;
+    }
     avl__bytes_put(&text, "", 0);
     for (i = 0; i < n_tokens; i++) {
         size_t before = text.size;
