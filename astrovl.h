@@ -4385,7 +4385,8 @@ typedef struct avl__utf8_gate {
 static void avl__utf8_gate_put(avl__utf8_gate *gate, const char *bytes, size_t size, avl__bytes *out) {
     size_t i = 0, length, start;
     while (i < size) {
-        for (start = i; !gate->n_pending && i < size && avl__utf8_read(bytes + i, size - i, &length) >= 0; ) i += length;
+        start = i;
+        while (!gate->n_pending && i < size && avl__utf8_read(bytes + i, size - i, &length) >= 0) i += length;
         avl__bytes_put(out, bytes + start, i - start);
         if (i == size) break;
         gate->pending[gate->n_pending++] = bytes[i++];
@@ -4527,8 +4528,8 @@ typedef struct avl__pair { uint32_t first, second, whole; } avl__pair;
 typedef struct avl__unicode {
     avl__char_run classes[AVL__CLASS_RUNS], lower[AVL__LOWER_RUNS], marks[AVL__MARK_RUNS];
     uint8_t       ascii[128];      // the classes of the most frequent characters, without a search
-    avl__pair parts[2048];         // hash table by whole: how a character is taken apart. whole 0: empty
-    avl__pair wholes[2048];        // hash table by (first, second): how two are put together
+    avl__pair     parts[2048];     // hash table by whole: how a character is taken apart. whole 0: empty
+    avl__pair     wholes[2048];    // hash table by first and second: how two are put together
 } avl__unicode;
 
 static uint32_t avl__table_number(const char **at) {   // *at moves behind the number
@@ -4568,15 +4569,21 @@ static int32_t avl__run_value(const avl__char_run *runs, int n, uint32_t c) {
     return c % runs[low - 1].stride == 0 && c / runs[low - 1].stride < runs[low - 1].count ? runs[low - 1].value : 0;
 }
 
-// The entry of a pair (whole 0: any) or of a whole character (first 0), or the empty one where it would go.
-static avl__pair *avl__find_pair(avl__pair *table, uint32_t first, uint32_t second, uint32_t whole) {
-    uint32_t at = (first * 0x9E3779B1u ^ second * 0x85EBCA6Bu ^ whole * 0xC2B2AE35u) >> 21;
-    while (table[at].whole && (whole ? table[at].whole != whole : table[at].first != first || table[at].second != second))
-        at = (at + 1) & 2047;
-    return &table[at];
+// The slot of a whole character in u->parts, or of a pair in u->wholes; an empty one if it is not there.
+static uint32_t avl__parts_slot(const avl__unicode *u, uint32_t whole) {
+    uint32_t at = whole * 0x9E3779B1u >> 21;
+    while (u->parts[at].whole && u->parts[at].whole != whole) at = (at + 1) % 2048;
+    return at;
 }
 
-static void avl__unicode_fill(avl__unicode *u) {
+static uint32_t avl__whole_slot(const avl__unicode *u, uint32_t first, uint32_t second) {
+    uint32_t at = (first * 0x9E3779B1u ^ second * 0x85EBCA6Bu) >> 21;
+    while (u->wholes[at].whole && (u->wholes[at].first != first || u->wholes[at].second != second))
+        at = (at + 1) % 2048;
+    return at;
+}
+
+static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
     const char *at = avl__pair_table;
     uint32_t code, n;
     avl__pair pair = {0, 0, 0};
@@ -4584,8 +4591,6 @@ static void avl__unicode_fill(avl__unicode *u) {
     for (n = 0; n < 128; n++) u->ascii[n] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, n);
     avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS);
     avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS);
-    memset(u->parts, 0, sizeof u->parts);
-    memset(u->wholes, 0, sizeof u->wholes);
     for (n = 0; n < AVL__PAIRS; ) {
         pair.second += avl__table_number(&at);
         code = avl__table_number(&at);
@@ -4593,8 +4598,8 @@ static void avl__unicode_fill(avl__unicode *u) {
         for (n += code / 2; code > 1; code -= 2) {
             pair.whole += avl__table_number(&at);
             pair.first += (uint32_t)avl__table_signed(&at);
-            *avl__find_pair(u->parts, 0, 0, pair.whole) = pair;
-            if (code & 1) *avl__find_pair(u->wholes, pair.first, pair.second, 0) = pair;
+            u->parts[avl__parts_slot(u, pair.whole)] = pair;
+            if (code & 1) u->wholes[avl__whole_slot(u, pair.first, pair.second)] = pair;
         }
     }
 }
@@ -4627,7 +4632,7 @@ static int avl__tokens_put(avl__tokens *tokens, int32_t id) {   // 0: memory is 
 // Hangul syllables are made of a lead, a vowel and perhaps a tail, by arithmetic (the Unicode Standard 3.12).
 enum {
     AVL__HANGUL = 0xAC00, AVL__LEAD = 0x1100, AVL__VOWEL = 0x1161, AVL__TAIL = 0x11A7,
-    AVL__N_LEADS = 19, AVL__N_VOWELS = 21, AVL__N_TAILS = 28, AVL__N_SYLLABLES = AVL__N_LEADS * AVL__N_VOWELS * AVL__N_TAILS
+    AVL__N_LEADS = 19, AVL__N_VOWELS = 21, AVL__N_TAILS = 28, AVL__N_SYLLABLES = 19 * 21 * 28
 };
 
 // While a text is composed, the class of a code point stands above its 21 bits.
@@ -4636,7 +4641,7 @@ enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
 // Appends a character taken apart as far as it goes; 0: memory is out. Each mark goes before those of a higher class,
 // but at most 30 places: Unicode's Stream-Safe Text Format has no more on one letter.
 static int avl__decompose(avl__tokens *points, const avl__unicode *u, uint32_t c) {
-    const avl__pair *pair = avl__find_pair((avl__pair *)u->parts, 0, 0, c);
+    const avl__pair *pair = &u->parts[avl__parts_slot(u, c)];
     uint32_t s = c - AVL__HANGUL;
     int32_t rank, point;
     size_t at = points->size;
@@ -4663,7 +4668,7 @@ static uint32_t avl__composed(const avl__unicode *u, uint32_t first, uint32_t se
         return AVL__HANGUL + ((first - AVL__LEAD) * AVL__N_VOWELS + (second - AVL__VOWEL)) * AVL__N_TAILS;
     if (first - AVL__HANGUL < AVL__N_SYLLABLES && (first - AVL__HANGUL) % AVL__N_TAILS == 0 && second > AVL__TAIL &&
         second - AVL__TAIL < AVL__N_TAILS) return first + (second - AVL__TAIL);
-    return avl__find_pair((avl__pair *)u->wholes, first, second, 0)->whole;
+    return u->wholes[avl__whole_slot(u, first, second)].whole;
 }
 
 // Appends text (valid UTF-8), composed and in lower case; 0: memory is out.
@@ -4693,7 +4698,7 @@ static int avl__clean(const avl__unicode *u, const char *text, size_t size, avl_
         uint32_t c = (uint32_t)(points.data[at] & AVL__POINT_MASK);
         uint32_t lower = c == 0x130 ? 'i' : c + (uint32_t)avl__run_value(u->lower, AVL__LOWER_RUNS, c);
         avl__bytes_put(out, utf8, avl__utf8_write(lower, utf8));
-        if (c == 0x130) avl__bytes_put(out, "\xCC\x87", 2);   // the one capital that becomes two characters: i and a dot
+        if (c == 0x130) avl__bytes_put(out, "\xCC\x87", 2);   // becomes two characters, i and a dot above
     }
     astrovl_free(points.data);
     return ok && !out->failed;
@@ -4702,7 +4707,9 @@ static int avl__clean(const avl__unicode *u, const char *text, size_t size, avl_
 // ---- vocabularies --------------------------------------------------------------------------------------------------
 
 // The kind of a vocabulary; all but the first are byte-level, and differ in how a text is cut into words.
-typedef enum avl__vocab_kind { AVL__VOCAB_SPM, AVL__VOCAB_GPT2, AVL__VOCAB_LLAMA3, AVL__VOCAB_SMOLLM, AVL__VOCAB_CLIP } avl__vocab_kind;
+typedef enum avl__vocab_kind {
+    AVL__VOCAB_SPM, AVL__VOCAB_GPT2, AVL__VOCAB_LLAMA3, AVL__VOCAB_SMOLLM, AVL__VOCAB_CLIP
+} avl__vocab_kind;
 
 // tokenizer.ggml.token_type
 enum {
@@ -4711,8 +4718,8 @@ enum {
 };
 
 enum {
-    AVL__MAX_TOKENS = 1 << 26,         // keeps every table's size within 32 bits
-    AVL__MARKERS = 1 << AVL__TOKEN_CONTROL | 1 << AVL__TOKEN_UNKNOWN | 1 << AVL__TOKEN_USER_DEFINED
+    AVL__MARKERS = 1 << AVL__TOKEN_CONTROL | 1 << AVL__TOKEN_UNKNOWN | 1 << AVL__TOKEN_USER_DEFINED,   // found in texts
+    AVL__MAX_TOKENS = 1 << 26          // keeps the size of every table within 32 bits
 };
 
 #define AVL__NEVER    UINT32_MAX       // the rank of a token that no merge makes
@@ -4738,9 +4745,8 @@ typedef struct avl__vocab {
     avl__piece_slot *slots;            // [mask + 1] finds a piece: open addressing, at most half full
     uint32_t         mask;
     int32_t          byte_ids[256];    // the token of a single byte, or -1
-    uint8_t          marker_types[256];        // [byte] 1 << type, of the tokens of AVL__MARKERS that begin with it
-    size_t          *marker_lengths;           // [n_marker_lengths] the lengths that these have, ascending
-    size_t           n_marker_lengths, marker_capacity;
+    uint8_t          marker_types[256];        // [byte] 1 << type, of the AVL__MARKERS that begin with this byte
+    size_t           longest_marker;   // bytes
     avl__unicode    *unicode;          // byte-level kinds
 } avl__vocab;
 
@@ -4750,7 +4756,6 @@ static void avl__vocab_free(avl__vocab *v) {
     astrovl_free(v->ends);
     astrovl_free(v->rank);
     astrovl_free(v->slots);
-    astrovl_free(v->marker_lengths);
     astrovl_free(v->unicode);
     memset(v, 0, sizeof *v);
 }
@@ -4787,7 +4792,8 @@ static avl__piece_slot *avl__vocab_slot(const avl__vocab *v, uint32_t hash, cons
     for (;; at = (at + 1) & v->mask) {
         avl__piece_slot *slot = &v->slots[at];
         if (slot->id < 0) return slot;
-        if (slot->hash == hash && v->pieces[slot->id].size == size && memcmp(v->pieces[slot->id].data, piece, size) == 0) return slot;
+        if (slot->hash != hash || v->pieces[slot->id].size != size) continue;
+        if (memcmp(v->pieces[slot->id].data, piece, size) == 0) return slot;
     }
 }
 
@@ -4799,35 +4805,17 @@ static int32_t avl__vocab_find(const avl__vocab *v, const char *piece, size_t si
 static astrovl_string avl__vocab_piece(const avl__vocab *v, int32_t id) {
     return id < 0 || id >= v->n_tokens ? avl__string(NULL, 0) : v->pieces[id];
 }
-
 static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 && id < v->n_tokens && v->ends[id]; }
 
-// Adds a token to those that are found in running text as they are spelled; 0: memory is out.
-static int avl__markers_add(avl__vocab *v, int32_t id) {
-    size_t size = v->pieces[id].size, i = v->n_marker_lengths;
-    if (size == 0 || !(AVL__MARKERS >> v->types[id] & 1)) return 1;
-    v->marker_types[(uint8_t)v->pieces[id].data[0]] |= (uint8_t)(1 << v->types[id]);
-    while (i > 0 && v->marker_lengths[i - 1] > size) i--;
-    if (i > 0 && v->marker_lengths[i - 1] == size) return 1;
-    if (!avl__grow(&v->marker_lengths, &v->marker_capacity, v->n_marker_lengths + 1, sizeof *v->marker_lengths)) return 0;
-    memmove(v->marker_lengths + i + 1, v->marker_lengths + i, (v->n_marker_lengths - i) * sizeof *v->marker_lengths);
-    v->marker_lengths[i] = size;
-    v->n_marker_lengths++;
-    return 1;
-}
-
-// The longest token of the given types (bits 1 << type) that text starts with, or -1. The text is hashed once, stopping
-// at every length that occurs.
-static int32_t avl__markers_match(const avl__vocab *v, int types, const char *text, size_t size) {
+// The longest token of the given types (bits 1 << type) that text starts with, or -1.
+static int32_t avl__find_marker(const avl__vocab *v, int types, const char *text, size_t size) {
     uint32_t hash = AVL__HASH_START;
-    size_t i, done = 0;
-    int32_t best = -1;
+    int32_t best = -1, id;
+    size_t n;
     if (size == 0 || !(v->marker_types[(uint8_t)text[0]] & types)) return -1;
-    for (i = 0; i < v->n_marker_lengths && v->marker_lengths[i] <= size; i++) {
-        int32_t id;
-        hash = avl__hash(hash, text + done, v->marker_lengths[i] - done);
-        done = v->marker_lengths[i];
-        id = avl__vocab_slot(v, hash, text, done)->id;
+    for (n = 1; n <= v->longest_marker && n <= size; n++) {
+        hash = avl__hash(hash, text + n - 1, 1);
+        id = avl__vocab_slot(v, hash, text, n)->id;
         if (id >= 0 && types >> v->types[id] & 1) best = id;
     }
     return best;
@@ -4835,30 +4823,25 @@ static int32_t avl__markers_match(const avl__vocab *v, int types, const char *te
 
 // ---- loading -------------------------------------------------------------------------------------------------------
 
-// Which kind of vocabulary, and what goes around a text.
+// Which kind of vocabulary, and whether a text begins with BOS or a space unless keys say otherwise.
 static void avl__load_kind(avl__vocab *v, avl__keys *k) {
     static const struct { const char *pre; avl__vocab_kind kind; } rules[] = {
         {"llama-bpe", AVL__VOCAB_LLAMA3}, {"llama3", AVL__VOCAB_LLAMA3}, {"llama-v3", AVL__VOCAB_LLAMA3},
         {"smollm", AVL__VOCAB_SMOLLM}, {"gpt-2", AVL__VOCAB_GPT2}, {"default", AVL__VOCAB_GPT2}, {"", AVL__VOCAB_GPT2}
     };
     astrovl_string model = avl__key_text(k, "model"), pre = avl__key_text(k, "pre");
-    size_t i = 0, n = sizeof rules / sizeof *rules;
+    int i = 0;
     if (model.size == 0) {
         avl__key_fail(k, ASTROVL_ERROR_MODEL, "model", " is missing: the file has no vocabulary");
-    } else if (avl__string_is(model, "llama")) {
-        v->kind = AVL__VOCAB_SPM;
-        v->add_bos = v->add_space_prefix = 1;
     } else if (avl__string_is(model, "gpt2")) {
-        while (i < n && !avl__string_is(pre, rules[i].pre)) i++;
-        if (i == n) {
-            avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%S\"; llama-bpe, smollm and gpt-2 are supported", pre);
-            return;
-        }
-        v->kind = rules[i].kind;
-        v->add_bos = v->kind == AVL__VOCAB_LLAMA3;
-    } else {
-        avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "model", " is \"%S\"; llama and gpt2 are supported", model);
+        while (i < 7 && !avl__string_is(pre, rules[i].pre)) i++;
+        if (i < 7) v->kind = rules[i].kind;
+        else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%S\", not llama-bpe, smollm or gpt-2", pre);
+    } else if (!avl__string_is(model, "llama")) {
+        avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "model", " is \"%S\", not llama or gpt2", model);
     }
+    v->add_space_prefix = v->kind == AVL__VOCAB_SPM;
+    v->add_bos = v->kind == AVL__VOCAB_SPM || v->kind == AVL__VOCAB_LLAMA3;
 }
 
 // The spellings of the tokens and the table that finds them.
@@ -4876,14 +4859,13 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     v->ends = (uint8_t *)avl__alloc(count, 1);
     v->rank = (uint32_t *)avl__alloc_raw(count, sizeof *v->rank);
     v->slots = (avl__piece_slot *)avl__alloc_raw((uint64_t)v->mask + 1, sizeof *v->slots);
-    if (v->kind != AVL__VOCAB_SPM) v->unicode = (avl__unicode *)avl__alloc_raw(1, sizeof *v->unicode);
-    if (!v->pieces || !v->types || !v->ends || !v->rank || !v->slots || (v->kind != AVL__VOCAB_SPM && !v->unicode)) {
-        avl__key_fail(k, ASTROVL_ERROR_MEMORY, "tokens", ": out of memory for the vocabulary");
-        return;
-    }
+    if (v->kind != AVL__VOCAB_SPM) v->unicode = (avl__unicode *)avl__alloc(1, sizeof *v->unicode);
+    if (!v->pieces || !v->types || !v->ends || !v->rank || !v->slots || (v->kind != AVL__VOCAB_SPM && !v->unicode))
+        avl__key_fail(k, ASTROVL_ERROR_MEMORY, "tokens", ": out of memory");
+    if (k->status) return;
     if (v->unicode) avl__unicode_fill(v->unicode);
-    memset(v->rank, 0xFF, count * sizeof *v->rank);                        // every rank is AVL__NEVER
-    memset(v->slots, 0xFF, ((size_t)v->mask + 1) * sizeof *v->slots);      // every id is -1
+    memset(v->rank, 0xFF, (size_t)count * sizeof *v->rank);             // every rank is AVL__NEVER
+    memset(v->slots, 0xFF, ((size_t)v->mask + 1) * sizeof *v->slots);   // every id is -1
     for (i = 0; i < v->n_tokens; i++) {
         astrovl_string s = astrovl_gguf_string(k->file, index, (uint64_t)i);
         uint32_t hash = avl__hash(AVL__HASH_START, s.data, s.size);
@@ -4915,9 +4897,12 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
     int spm = v->kind == AVL__VOCAB_SPM, clip = v->kind == AVL__VOCAB_CLIP, last = v->n_tokens - 1, index, id, byte;
     size_t i;
     if (k->status) return;
-    v->bos = avl__key_number(k, "bos_token_id", 0, last, spm ? avl__vocab_find(v, "<s>", 3) : clip ? avl__vocab_find(v, "<|startoftext|>", 15) : -1);
-    v->eos = avl__key_number(k, "eos_token_id", 0, last, spm ? avl__vocab_find(v, "</s>", 4) : clip ? avl__vocab_find(v, "<|endoftext|>", 13) : -1);
-    v->unk = avl__key_number(k, "unknown_token_id", 0, last, spm ? avl__vocab_find(v, "<unk>", 5) : clip ? v->eos : -1);
+    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : clip ? avl__vocab_find(v, "<|startoftext|>", 15) : -1;
+    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : clip ? avl__vocab_find(v, "<|endoftext|>", 13) : -1;
+    v->bos = avl__key_number(k, "bos_token_id", 0, last, v->bos);
+    v->eos = avl__key_number(k, "eos_token_id", 0, last, v->eos);
+    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : clip ? v->eos : -1;
+    v->unk = avl__key_number(k, "unknown_token_id", 0, last, v->unk);
     v->eot = avl__key_number(k, "eot_token_id", 0, last, -1);
     v->add_bos = avl__key_number(k, "add_bos_token", 0, INT_MAX, v->add_bos) != 0;
     v->add_eos = avl__key_number(k, "add_eos_token", 0, INT_MAX, v->add_eos) != 0;
@@ -4937,7 +4922,10 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
         }
         v->types[id] = type == 0 ? (uint8_t)AVL__TOKEN_NORMAL : (uint8_t)type;   // 0: undefined
         if (type == AVL__TOKEN_BYTE && byte >= 0 && v->byte_ids[byte] < 0) v->byte_ids[byte] = id;
-        if (!avl__markers_add(v, id)) avl__key_fail(k, ASTROVL_ERROR_MEMORY, "tokens", ": out of memory for the vocabulary");
+        if (v->pieces[id].size && AVL__MARKERS >> v->types[id] & 1) {
+            v->marker_types[(uint8_t)v->pieces[id].data[0]] |= (uint8_t)(1 << v->types[id]);
+            if (v->pieces[id].size > v->longest_marker) v->longest_marker = v->pieces[id].size;
+        }
     }
     v->has_bytes = 1;
     for (byte = 0; byte < 256; byte++) v->has_bytes &= v->byte_ids[byte] >= 0;
@@ -5013,7 +5001,7 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         avl__bytes_put(&joined, line.data, size);
         avl__bytes_put(&joined, space + 1, line.size - size - 1);
         if (joined.failed) {
-            avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory for the vocabulary");
+            avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
             break;
         }
         left = avl__vocab_find(v, line.data, size);
@@ -5026,12 +5014,15 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         } else if (v->rank[id] == AVL__NEVER) v->rank[id] = too_early;
     }
     astrovl_free(joined.data);
-    for (i = 0; i < v->n_tokens && !k->status; i++)
-        if (v->rank[i] == too_early) avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " make \"%S\" only of pieces that no earlier merge makes", v->pieces[i]);
+    for (i = 0; i < v->n_tokens; i++) {
+        if (v->rank[i] == too_early)
+            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " make \"%S\" of pieces not made before", v->pieces[i]);
+    }
 }
 
-// prefix: "tokenizer.ggml.", before every key;  clip: 1 for the vocabulary of CLIP's text tower (no key tells its kind),
-// 0 for a language model's. The file must outlive the vocabulary, which points into it.
+//   prefix  before every key: "tokenizer.ggml."
+//   clip    1: the vocabulary of CLIP's text tower, whose kind no key tells
+// The file must outlive the vocabulary, which points into it.
 static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, int clip,
                                       astrovl_error *err) {
     avl__keys k;
@@ -5048,7 +5039,8 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
     avl__load_types(v, &k);
     if (v->kind == AVL__VOCAB_SPM) avl__load_scores(v, &k);
     else avl__load_merges(v, &k);
-    if (clip && (v->bos < 0 || v->eos < 0)) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks %s", v->bos < 0 ? "<|startoftext|>" : "<|endoftext|>");
+    if (clip && v->bos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|>");
+    if (clip && v->eos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|endoftext|>");
     if (k.status) avl__vocab_free(v);
     return k.status;
 }
@@ -5083,7 +5075,7 @@ typedef struct avl__encoder {
     size_t            n_symbols, symbol_capacity;
     avl__candidate   *heap;
     size_t            n_heap, heap_capacity;
-    int32_t           known[4096]; // byte-level: ids + 1 of words that were seen to merge to one token, by the last bits
+    int32_t           known[4096]; // byte-level: [id % 4096] id + 1 of a word that was seen to merge to that one token
     int               failed;
 } avl__encoder;
 
@@ -5195,7 +5187,7 @@ static void avl__encode_spm(avl__encoder *e, const char *text, size_t size) {
     }
     e->failed |= spelling->failed;
     for (at = 0; at < spelling->size && !e->failed; at += length) {
-        int32_t id = avl__markers_match(v, 1 << AVL__TOKEN_USER_DEFINED, spelling->data + at, spelling->size - at);
+        int32_t id = avl__find_marker(v, 1 << AVL__TOKEN_USER_DEFINED, spelling->data + at, spelling->size - at);
         int frozen = id >= 0;   // a user-defined token is found in any text and stays as it is
         if (frozen) length = v->pieces[id].size;
         else {
@@ -5213,10 +5205,10 @@ static void avl__encode_spm(avl__encoder *e, const char *text, size_t size) {
 // \s, \p{L}, \p{N} are classes SPACE, LETTER, NUMBER; [^\s\p{L}\p{N}] is OTHER.
 
 // The end of the run of one class (wanted 1), or of what is not of that class (wanted 0).
-static size_t avl__run_end(const avl__unicode *u, const char *text, size_t at, size_t end, avl__class class_, int wanted) {
+static size_t avl__run_end(const avl__unicode *u, const char *text, size_t at, size_t end, avl__class of, int wanted) {
     avl__class c;
     size_t length;
-    while ((c = avl__class_at(u, text, at, end, &length)) != AVL__CLASS_END && (c == class_) == wanted) at += length;
+    while ((c = avl__class_at(u, text, at, end, &length)) != AVL__CLASS_END && (c == of) == wanted) at += length;
     return at;
 }
 
@@ -5241,7 +5233,7 @@ static size_t avl__contraction(const char *text, size_t size, int fold) {
 //   SmolLM   the same in the parts that are left when every \p{N} has been made a word
 //   LLaMA-3  (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 //            \s*[\r\n]+|\s+(?!\S)|\s+
-//   CLIP     's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+   White space is a word here, which the caller drops.
+//   CLIP     's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+   White space is a word here; the caller drops it.
 static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, size_t end) {
     const avl__unicode *u = v->unicode;
     int llama3 = v->kind == AVL__VOCAB_LLAMA3, i;
@@ -5278,7 +5270,7 @@ static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, si
 // unless there is a token for the unknown (CLIP). LLaMA-3 takes a word that is a token as it stands.
 static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     const avl__vocab *v = e->v;
-    int clip = v->kind == AVL__VOCAB_CLIP, ends_word;
+    int clip = v->kind == AVL__VOCAB_CLIP, ends_word, whole;
     size_t i;
     int32_t id;
     e->failed |= !avl__grow(&e->spelling.data, &e->spelling.capacity, 2 * size + 8, 1) ||
@@ -5295,27 +5287,29 @@ static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     }
     if (e->failed) return;
     id = e->n_symbols == size ? avl__vocab_find(v, e->spelling.data, e->spelling.size) : -1;
-    if (id >= 0 && (e->known[id & 4095] == id + 1 || (v->kind == AVL__VOCAB_LLAMA3 && v->types[id] == AVL__TOKEN_NORMAL))) {
+    whole = v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL;
+    if (whole || (id >= 0 && e->known[id % 4096] == id + 1)) {
         avl__put_id(e, id);
         e->n_symbols = 0;
         e->spelling.size = 0;
         return;
     }
     avl__merge(e);
-    if (id >= 0 && !e->failed && e->out->data[e->out->size - 1] == id) e->known[id & 4095] = id + 1;
+    if (id >= 0 && !e->failed && e->out->data[e->out->size - 1] == id) e->known[id % 4096] = id + 1;
 }
 
 static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
     const avl__unicode *u = v->unicode;
     avl__utf8_gate gate = {{0}, 0};
+    int clip = v->kind == AVL__VOCAB_CLIP;
     size_t at, part = 0, end, length;   // part: how far the word rule may look
     e->text.size = e->cleaned.size = 0;
     avl__utf8_gate_put(&gate, text, size, &e->text);
     avl__utf8_gate_flush(&gate, &e->text);
-    e->failed |= e->text.failed || (v->kind == AVL__VOCAB_CLIP && !avl__clean(u, e->text.data, e->text.size, &e->cleaned));
-    text = v->kind == AVL__VOCAB_CLIP ? e->cleaned.data : e->text.data;
-    size = v->kind == AVL__VOCAB_CLIP ? e->cleaned.size : e->text.size;
+    e->failed |= e->text.failed || (clip && !avl__clean(u, e->text.data, e->text.size, &e->cleaned));
+    text = clip ? e->cleaned.data : e->text.data;
+    size = clip ? e->cleaned.size : e->text.size;
     for (at = 0; at < size && !e->failed; at = end) {
         if (at == part) {
             part = v->kind == AVL__VOCAB_SMOLLM ? avl__run_end(u, text, at, size, AVL__CLASS_NUMBER, 0) : size;
@@ -5325,8 +5319,8 @@ static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
             }
         }
         end = avl__word_end(v, text, at, part);
-        if (v->kind != AVL__VOCAB_CLIP || avl__class_at(u, text, at, end, &length) != AVL__CLASS_SPACE)
-            avl__encode_word(e, text + at, end - at);
+        if (clip && avl__class_at(u, text, at, end, &length) == AVL__CLASS_SPACE) continue;
+        avl__encode_word(e, text + at, end - at);
     }
 }
 
@@ -5350,7 +5344,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     for (at = 0; at < size && !e.failed; ) {
         int32_t id = -1;
         for (end = flags & ASTROVL_PARSE_SPECIAL ? at : size; end < size; end++)
-            if ((id = avl__markers_match(v, types, text + end, size - end)) >= 0) break;
+            if ((id = avl__find_marker(v, types, text + end, size - end)) >= 0) break;
         if (end > at && v->kind == AVL__VOCAB_SPM) avl__encode_spm(&e, text + at, end - at);
         else if (end > at) avl__encode_words(&e, text + at, end - at);
         if (id >= 0) avl__put_id(&e, id);
