@@ -754,18 +754,22 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
 
 // ---- text -------------------------------------------------------------------------------------------------------
 
-#define ASTROVL_ADD_SPECIAL   1    // BOS/EOS as the vocabulary asks
+#define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
 
-// Text to token ids. tokens: out, at most `capacity`; returns how many there are (if more than capacity, the rest was not
-// written), or -1 and err (MODEL: no vocabulary; MEMORY). Any bytes are accepted, valid UTF-8 or not.
+// Text to token ids, as transformers' tokenizers do it.
+//   text      [size] any bytes; what is not UTF-8 counts as U+FFFD
+//   tokens    out, [capacity], the caller's; NULL with capacity 0 to count
+// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: ARGUMENT, MODEL (no
+// vocabulary), LIMIT (a text above 512 MB), MEMORY.
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
-// A token's entry in the vocabulary, as the file spells it ("▁the", "<0x0A>", "Ġthe"); empty for an id out of range.
+// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"); empty for an id out of range. Lives as long as the model.
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token);
-// The bytes a token stands for in running text; special tokens give none. Returns the count (which may exceed capacity).
+// The bytes a token stands for in running text; special tokens give none, a character may be spread over several tokens.
+// Writes at most capacity bytes, without a terminating zero; returns how many there are.
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
-// Token ids to text, zero-terminated (astrovl_free); a leading space that the tokenizer added is removed. NULL and err.
+// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front. NULL and err as above.
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens, astrovl_error *err);
 // 1 if the token ends an answer (EOS, <|im_end|>, <|eot_id|> ...).
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
