@@ -764,13 +764,15 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
 // vocabulary), LIMIT (a text above 512 MB), MEMORY.
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
-// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"); empty for an id out of range. Lives as long as the model.
+// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), the model's; empty for an id out of range.
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token);
-// The bytes a token stands for in running text; special tokens give none, a character may be spread over several tokens.
+// The bytes a token stands for in running text: special tokens give none, and a character may take several tokens.
 // Writes at most capacity bytes, without a terminating zero; returns how many there are.
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
-// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front. NULL and err as above.
-ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens, astrovl_error *err);
+// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front. NULL and err
+// as above.
+ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
+                                     astrovl_error *err);
 // 1 if the token ends an answer (EOS, <|im_end|>, <|eot_id|> ...).
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
 
@@ -5372,7 +5374,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
 // together.
 static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, int capacity) {
     astrovl_string piece = avl__vocab_piece(v, id);
-    int type = piece.size ? v->types[id] : AVL__TOKEN_CONTROL, n = 0, c;
+    int type = piece.size ? v->types[id] : (int)AVL__TOKEN_CONTROL, n = 0, c;
     int literal = type == AVL__TOKEN_USER_DEFINED && v->kind != AVL__VOCAB_SPM;
     size_t i, length;
     if (type == AVL__TOKEN_CONTROL || type == AVL__TOKEN_UNKNOWN || piece.size > INT32_MAX) return 0;
