@@ -579,19 +579,25 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
 
 // ---- text -------------------------------------------------------------------------------------------------------
 
-#define ASTROVL_ADD_SPECIAL   1    // BOS/EOS as the vocabulary asks
+#define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
 
-// Text to token ids. tokens: out, at most `capacity`; returns how many there are (if more than capacity, the rest was not
-// written), or -1 and err (MODEL: no vocabulary; MEMORY). Any bytes are accepted, valid UTF-8 or not.
+// Text to token ids, as transformers' tokenizers do it.
+//   text      [size] any bytes; what is not UTF-8 counts as U+FFFD
+//   tokens    out, [capacity], the caller's; NULL with capacity 0 to count
+// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: ARGUMENT, MODEL (no
+// vocabulary), LIMIT (a text above 512 MB), MEMORY.
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
-// A token's entry in the vocabulary, as the file spells it ("▁the", "<0x0A>", "Ġthe"); empty for an id out of range.
+// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), the model's; empty for an id out of range.
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token);
-// The bytes a token stands for in running text; special tokens give none. Returns the count (which may exceed capacity).
+// The bytes a token stands for in running text: special tokens give none, and a character may take several tokens.
+// Writes at most capacity bytes, without a terminating zero; returns how many there are.
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
-// Token ids to text, zero-terminated (astrovl_free); a leading space that the tokenizer added is removed. NULL and err.
-ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens, astrovl_error *err);
+// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front. NULL and err
+// as above.
+ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
+                                     astrovl_error *err);
 // 1 if the token ends an answer (EOS, <|im_end|>, <|eot_id|> ...).
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
 
@@ -2705,6 +2711,67 @@ ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int ind
     return s;
 }
 
+// ---- metadata keys by kind -----------------------------------------------------------------------------------------
+// Reads entries of one file. The first failure sticks: later calls find nothing, and the caller looks at `status` once.
+
+typedef struct avl__keys {
+    const astrovl_gguf *file;
+    const char         *prefix;     // before every name, such as "tokenizer.ggml."
+    astrovl_error      *err;
+    astrovl_status      status;
+} avl__keys;
+
+typedef enum avl__key_kind { AVL__KEY_INT, AVL__KEY_FLOAT, AVL__KEY_STRING } avl__key_kind;   // booleans are integers
+
+// Fails with "model.gguf: tokenizer.ggml.scores" and the formatted rest.
+static void avl__key_fail(avl__keys *k, astrovl_status status, const char *name, const char *format, ...) {
+    char reason[256];
+    va_list args;
+    if (k->status) return;
+    va_start(args, format);
+    avl__format_v(reason, sizeof reason, format, args);
+    va_end(args);
+    k->status = avl__fail(k->err, status, "%s: %s%s%s", astrovl_gguf_name(k->file), k->prefix, name, reason);
+}
+
+// The index of an entry of the given kind; -1 if it is absent (which is no failure) or anything else (which is).
+//   count   elements of an array; -1: an array of any length; 0: no array
+static int avl__key(avl__keys *k, const char *name, avl__key_kind kind, int64_t count) {
+    static const char *const kinds[] = {"integer", "float", "string"};
+    char key[128];
+    const astrovl_kv *kv;
+    avl__key_kind found;
+    int index;
+    if (k->status) return -1;
+    avl__format(key, sizeof key, "%s%s", k->prefix, name);
+    index = astrovl_gguf_find_kv(k->file, key);
+    if (index < 0) return -1;
+    kv = astrovl_gguf_kv(k->file, index);
+    found = kv->item_type == ASTROVL_VALUE_STRING ? AVL__KEY_STRING :
+            kv->item_type == ASTROVL_VALUE_F32 || kv->item_type == ASTROVL_VALUE_F64 ? AVL__KEY_FLOAT : AVL__KEY_INT;
+    if (found != kind || (kv->type == ASTROVL_VALUE_ARRAY) != (count != 0)) {
+        avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, count ? " is no array of %ss" : " is no %s", kinds[kind]);
+    } else if (count > 0 && kv->count != (uint64_t)count) {
+        avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, " has %lld elements, not %lld", (long long)kv->count, (long long)count);
+    }
+    return k->status ? -1 : index;
+}
+
+static astrovl_string avl__key_text(avl__keys *k, const char *name) {   // empty if the entry is absent
+    int index = avl__key(k, name, AVL__KEY_STRING, 0);
+    astrovl_string none = {"", 0};
+    return index < 0 ? none : astrovl_gguf_string(k->file, index, 0);
+}
+
+// An integer or boolean within low..high; missing: what stands for an absent entry.
+static int avl__key_number(avl__keys *k, const char *name, int low, int high, int missing) {
+    int index = avl__key(k, name, AVL__KEY_INT, 0);
+    int64_t value = index < 0 ? missing : astrovl_gguf_int(k->file, index, 0);
+    if (index < 0 || (value >= low && value <= high)) return (int)value;
+    avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, " is %lld; %d to %d is possible", (long long)value, low, high);
+    return missing;
+}
+
 // ---- weights across files ------------------------------------------------------------------------------------------
 // A model may lie in one file or in several; a tensor or key is looked for in each, in the order they were given. Matrices
 // are used where they lie; vectors and position tables are expanded to float32 once and owned here.
@@ -2890,17 +2957,20 @@ static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix,
 
 // ====================================================================================================================
 // [7] Text
-// Text to token ids and back, by the vocabulary and the rules that a GGUF file carries in its tokenizer.ggml.* keys.
-//   llama  SentencePiece's BPE (Kudo & Richardson 2018): of all adjacent pairs that form a piece of the vocabulary, the
-//          one with the best score is merged, again and again. A space is U+2581; what no piece spells goes as bytes.
-//   gpt2   byte-level BPE (Radford et al. 2019): a regular expression cuts the text into words; in each, the pair that
-//          stands first in a list of merges is merged, again and again. Any byte is a symbol, so nothing is unknown.
-//   CLIP's text tower has a byte-level BPE of its own kind: the text is composed and lower-cased first, white space is
-//          dropped, and a word's last byte is a symbol of its own ("y</w>").
+// Text to token ids and back, by the vocabulary that a GGUF file carries in its tokenizer.ggml.* keys.
+//   llama  SentencePiece's BPE (Kudo & Richardson 2018): a text is spelled with U+2581 for a space, and characters are
+//          merged to pieces. What no piece spells goes as bytes.
+//   gpt2   byte-level BPE (Radford et al. 2019): a regular expression cuts the text into words, and in each word bytes,
+//          spelled as printable characters, are merged to tokens. Nothing is unknown.
+//   CLIP   byte-level BPE of its own kind: the text is composed and lower-cased first, white space is dropped, and the
+//          last byte of a word is a symbol of its own ("y</w>").
+// One rule merges all three, that of tiktoken: of all neighbors whose joined spelling is a token with a rank, the pair
+// with the lowest rank is merged, the leftmost of equals, until there is no such pair. The ranks come from the scores
+// (llama), from the order of the list of merges (gpt2, CLIP), or from the ids (CLIP's files without such a list).
+// For a vocabulary that BPE training made, this is the same as looking for the listed pairs: if a token was learned as
+// "a b" at rank r, then everywhere that it is spelled, ranks below r have made a and b of it, and no other two halves.
 // Ids equal those of transformers: LlamaTokenizer with legacy=True, CLIPTokenizer, and the `tokenizers` package for
-// byte-level BPE.
-// The regular expressions are written out by hand, over tables of Unicode's letters and numbers. Both kinds merge
-// through one heap, so a text of n characters takes O(n log n) time, with spaces in it or without.
+// byte-level BPE. A text of n characters takes O(n log n) time, with spaces in it or without.
 // ====================================================================================================================
 
 // ---- UTF-8 ---------------------------------------------------------------------------------------------------------
@@ -2932,7 +3002,8 @@ static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
         if (i == size) return AVL__UTF8_CUT;
         if (s[i] < low || s[i] > high) return AVL__UTF8_BAD;
         c = c << 6 | (s[i] & 0x3Fu);
-        low = 0x80, high = 0xBF;
+        low = 0x80;
+        high = 0xBF;
     }
     *length = n;
     return (int32_t)c;
@@ -2947,18 +3018,22 @@ static size_t avl__utf8_write(uint32_t c, char *text) {
     return n;
 }
 
-// Tokens end anywhere, characters too: the gate lets whole characters through and holds back the first bytes of one.
-// Bytes that belong to no character come out as U+FFFD, as from Python's incremental decoder with errors="replace".
+// A decoder for text that comes in pieces: holds back the first bytes of a character until it is whole. Bytes that
+// belong to no character become U+FFFD, as in Python's incremental decoder with errors="replace".
 typedef struct avl__utf8_gate {
     char   pending[4];
     size_t n_pending;      // at most 3 between calls
 } avl__utf8_gate;
 
-// Appends to out what may be shown now. A gate starts as all zeros.
+// Appends to out what is whole. A gate starts as all zeros.
 static void avl__utf8_gate_put(avl__utf8_gate *gate, const char *bytes, size_t size, avl__bytes *out) {
-    size_t i, length;
-    for (i = 0; i < size; i++) {
-        gate->pending[gate->n_pending++] = bytes[i];
+    size_t i = 0, length, start;
+    while (i < size) {
+        start = i;
+        while (!gate->n_pending && i < size && avl__utf8_read(bytes + i, size - i, &length) >= 0) i += length;
+        avl__bytes_put(out, bytes + start, i - start);
+        if (i == size) break;
+        gate->pending[gate->n_pending++] = bytes[i++];
         while (gate->n_pending) {
             int32_t c = avl__utf8_read(gate->pending, gate->n_pending, &length);
             if (c == AVL__UTF8_CUT) break;
@@ -2970,85 +3045,216 @@ static void avl__utf8_gate_put(avl__utf8_gate *gate, const char *bytes, size_t s
     }
 }
 
-// The end of the text: a character that never became whole is one U+FFFD.
+// The end of the text: an unfinished character becomes one U+FFFD.
 static void avl__utf8_gate_flush(avl__utf8_gate *gate, avl__bytes *out) {
     if (gate->n_pending) avl__bytes_put(out, AVL__REPLACEMENT, 3);
     gate->n_pending = 0;
 }
 
-// ---- classes of characters -----------------------------------------------------------------------------------------
-// \p{L} and \p{N} of Unicode 16.0, the version of the engine in `tokenizers` 0.23; test/make_golden.py
-// (tokens_class_tables) asked that engine about every code point and wrote these strings. A set of characters is the
-// sorted list of code points where membership changes, from outside to inside and back. Stored are the differences of
-// that list, in base 26: a capital letter is a digit with more to follow, a small letter the last one ("Cn" is 2 * 26 +
-// 13 = 65, the letter A).
+// ---- Unicode -------------------------------------------------------------------------------------------------------
+// Properties of Unicode 16.0, as the engine in `tokenizers` 0.23 has them: test/make_golden.py (tokens_unicode_tables)
+// asked it about every code point and wrote these strings. They hold numbers in base 26: a capital letter is a digit
+// with more to follow, a small letter the last one ("Cn" is 2 * 26 + 13 = 65). A signed number is stored as 0, -1, 1,
+// -2, 2 ... for 0, 1, 2, 3, 4 ...
+//
+// Three tables are runs of characters, `stride` apart, with one value: the gap to the run before, 2 * (count - 1) +
+// (stride - 1), the value (signed). What is in no run has the value 0.
 
-#define AVL__LETTER_BOUNDS 1354
-#define AVL__NUMBER_BOUNDS 288
+#define AVL__CLASS_RUNS 831     // value: an avl__class
+#define AVL__LOWER_RUNS 185     // value: the lower-case letter less the capital
+#define AVL__MARK_RUNS  334     // value: a mark's canonical combining class
 
-static const char avl__letter_table[] =
-    "CnBagBaBvbkbebfxbBfbRqemofhbbbEzfbccebbgbbdbbbubDfbFjiGkbBmcbgBpCtBbeeBtBrBjcbDvbbpchckdcbqbbBeBdDllbyBhjcebfweb"
-    "jbdbxzhlfybgrBqCgCcdbsbhkpqeicccwbhbbdedbqbncbdockbigeccwbhbcbcbcBfebbtdqjbdbwbhbcbfdbsbpcxblicccwbhbcbfdbBecbdp"
-    "brbbgddbedcbbbcdcdddmwbCaibdbxbqdbBadcbccBebeibdbxbkbfdbBfcbcpcrjbdbBpcbqbfdidygfsdybjbbchCgBwbcmhCgcbbbfbybbbkb"
-    "cjbcfbbveBgbClibBkBbfElBrubqgeedbdchdenmbrBmbbfbcBrbMvbechbbbecBpbecBhbechbbbecpbCfbecCpBlqqDicgdXwcrbBafCxgihsn"
-    "tosonbdpCaBjbebCpDlhfcBibbfCskBfBxBecflBseBaCcxjCbDebDpBvriCcBenckBsBaBkBpdkBkclfBrcdBpebgbcdbfHkCmKscgcBmcgcibb"
-    "bbbbbBfcCbbhbbddbhdecgenfdbhEmbnbqnDxbebckbbdfgbbbbbbeblceffebCacDZfIvgedcmBmbbfbcCehbqxjhbhbhbhbhbhbhbhDcbSbcBq"
-    "ffceDigdbDmbefBrbDqrBgBwqTsJToCmBGUfCpBucKjdqkcuBvqBfcCsBxjcDzcCpccbbbivqbdbebxBdCaoByCkgdbbclBckxzBdhBvBcbqfbkk"
-    "fbBpxdbiuxdbdBybbdccfcbbbydclhdmgcgcgjhbhbBrbogElBdQNsmxeBxMNcOccEcBmhmffbbkbnbfbbbcbcbEeBhNzsCmcCcBomEmfbFfBkBa"
-    "gBalDldgcgcgcdBjmbBabtbcbpcoBiEtOzBddBxBvBgnubigBmkBecBkeiBwGcsBkeBkeBoiCamlbpbhbcblbpbhbcdCamLzjwkiygbBqbjCrgcb"
-    "bBsbcdbcxkxjBfCntbckwkBaCsCegcCmbpebdbBdBqBddBdBjibBcBbCckwktnsEgCvCdBznBznBkBmBcjxJqBqgcqdChBdkbiwBqsBuvBbxmCbC"
-    "fccbnBtBgzBaBkBdbcbiBjdbmBwoevbbbBjsbztcClhbbbebpbkhBvBmicccwbhbcbfdbsbmfBekbbcbbBmbbzbbbBsCbseudBeBwucbbHcBvBpe"
-    "BkBwubChBrnbCtBbBlhHdBsEmCmBficbcibcbypbbbDqicBnqbbbBcbkBohbvblButbsCvHrBhBfjbBlrbBxBeEihbcbBmvbzgbcbBgobMptpbbn"
-    "bBiEubDbBJmIwHoDXkDtpBPgrgzFXrfWlKDdBeCPuVxhBfrDbrBesBwqeBfvftQqBtIdCmEyCxfbConCmcbbBcJCaiBVqBpkNFrebhbcbLfpbBdd"
-    "cboeiPgDKuEdfndjhkIWkDhbCtbccbcccebmbbbhbCnbecibhbBcbebfbbdhbNcczbzbBfbzbBfbzbBfbzbBfbzbiCSyBfggKbCkFqBtkhqbMjBe"
-    "sBsSqBcIuBecbTbhbebcbpbHpChCqhbBUiebBbbcbbcbbkbebbbbgbebbbbbbdbcbbcbbbbbbbbbbcbbcebhbebebbbkbrfdbfbrGOaCLFcBgGDu"
-    "gIocINqoLBlpXyDQwUwCFyHHzfGFg";
+static const char avl__class_table[] =
+    "jigsagpsehBycgByckagBaagjachcebacdaeaacbeebBscbCicbBJecewcoichacbacEzicbcccgcbacgacbecbacbBmcbGicbKqciMscbCwccac"
+    "gDccCtCacegcBtDgcvseeccbHocbacpcchccaseaeccacqacbCgcBdGuclacoseaCmcjcceacfBqceacjacdacxBwchucfBucbkcrDecCgEccdac"
+    "sachscesebBeceocccccBqcbmcbacdgcdacqacnccbeceseaccckecacikcecccBqcbmcbccbccbccBfgcbachsececqqcbecbBqcbmcbccbicda"
+    "csacpccesejaclocccccBqcbmcbccbicdacBeccbecesebacakelacbkcdecbgcdccbacbccdccdecdwcwacvyesocbecbBscbBecdacBaeccacc"
+    "cceseimebaceocbecbBscbscbicdacBfccbccesebccrqcbecbDcccacqacfecbmeaeceBkebkcfBicdBucbqcbaccmcBfserDqcbccmmcjseBnc"
+    "cbacbicbBucbacbscbccjaccicbacjsecgcBgacBfBmemocbCscBbicElDgcuacasegkcegcdacdccheceycmacbsegCwcbacfaccDgcbZocbgcc"
+    "mcbacbgccDccbgccCmcbgccmcbacbgccBccbEicbgccFccoBmedBecqGocckcdBVqccBgcaagaBycfFscdeeaochBicnBkcoBicoycbecpDycBja"
+    "ceacdsegsewsegGuchiccCocbacfFickCicBnseaCgcciclDiceBycgueBlBscjEacBrsegsenacDpDocrocdseBpCgcnccaseaDicBaCscBcsed"
+    "ecaseaCsccucfDgccecBpgcbkcbccdacfOscCmVicckccCwcckccocbacbacbacbCiccEacbmcbacdecbmcdgcckceycfecbmcdugBdcgfagBvag"
+    "qaeaacckefacasegycDxaceaccscbacdicgacbacbacbgcbuccgcficeacbDweaccaieBByEoeDaBqeYgCgeBRoRocggcdccjaecCwcbacfaccEg"
+    "chacqBscjmcbmcbmcbmcbmcbmcbmcbmcDcacRwageccaaezqehicceeacceGocgecbGwcbgcfDgcbHecdgekCkcBwBecBgseBeoebBceBgseBnBc"
+    "eMiTNacCmCNOicCpDmccUqcdBecaseaccuDocqCiccFicaseBnqccHwccFcccccbacbocvBecbecbgcbBscnkekDycoDucBcseykcdacbccbseaC"
+    "cckBsczCechDocBcacasegicbscaseaicbDccxecbocesegBscdacdDucbacdccciccacbacyeccuchecmkcckcckcjmcbmcbDgcbBacgIucnseg"
+    "BHBicmBsceDscMNcBCcccIccBmmcmicfacbscbycbicbacbccbccbIgcBhBBwcsEwccEccBowcEmicbKictsehBycgByclGucdkcckcckccecBjw"
+    "cbBycbBkcbccbBcccBacBiJkcmDkemEierceJkCecdDscqCaeeCkcagejBmcaaeaocaaefCwckCgccCsceocbieBqMcccsegCsceCsceDaciDycm"
+    "ucbBccbmcbccbucbBccbmcbccdDycmXwcjBqckocykcbDecbqcCrkccacbDicbccdaccBsccoeaBsccmeaCiciqeBwBkcbccfieaBqcakeeBycCs"
+    "EgceceaccaBeecDmeaacpgcbecbCeckqexCecacebCecaeeBgocbCccgieqEcckBqccoeaBkcfoeaBicxmeDcFocCdDwcnDwchkeaCscmsegseaC"
+    "ccjBscIkCiebDecgccqecChCecaseaaciBqclgeBbBicBuBocameuBscmEacBaCgebcccacnDkcBgBwchsejCscpseeaccaciCqcdacmDqcogcls"
+    "eaacbaceBmelBicbBwctccClmcbacbgcbBccbschDocrselocccccBqcbmcbccbicdacsacmicBescbaccacbCwcbaczacbacBsEacsgcfsefecB"
+    "eDqcuccbaciseGkDocBpgcBkDqcuaclseBmDgcnachsegBmeBcCacvweemcHdDicEmEwcaBkemoccaccocbccbBucpacbacoseCsoccCycqacbac"
+    "BcackDachacvaclDmctacsFocHrCmcpsegqcbCucracpCeefCgcEimcbccbCwcvacjsegkcbccbCkcoachseLyBkcpacbycbCocBcseDiacpBoeB"
+    "rCSwcDyImerPacDXkHkcpDEkcrkczLVgcfBSucKDdCgcsseCOsBRschCicbsegGacbsegCgcsDqcqgcmsebmebBocfBkcQqDkcdseHqEwcaBseEb"
+    "FscfacCoycCmccbacBcSDyciDRecBpscNFrgcbmcbccbWicpacBdeccacogciBEkcDKuIecfycdqchscGEwseCEwBmemBmeEeBweFfGmcbFkcbcc"
+    "cacccccgcbwcbacbmcbEycbgccocbmcbCccbgcbicbacdmcbBAcccBwcbBwcbCicbBwcbCicbBwcbCicbBwcbCicbBwcboccDueCQyCicgkcKbEs"
+    "cFqDkckmccseeacMjCgcsDiceseScCcceseIgCgccacaseSrmcbgcbccbBccbPcccqeBwFechaceseBElEmebeebgeCyDkebBceHmgcbCacbccba"
+    "ccacbscbgcbacbacgaceacbacbacbecbccbaccacbacbacbacbacbccbaccgcbmcbgcbgcbacbscbBgcfecbicbBgcWiyeEDfseBNqEWKccBgMHm"
+    "cgRaccRBecoWCucpBVucDQwBPqcCFyOPwcfMKkc";
 
-static const char avl__number_table[] =
-    "BwkEqcfbcdCDlkFekHqkPwkEokegEekEokEokcgEgnElkihDzkEahhtEfkDskEokCsuKikCskBBruBHxdJfkgkwkLokEylGjkgkHakDikFekgkBO"
-    "gbdggkHqBzcfBByCiDawYgBeCBhbBDxbzjodNfeFikBeibpBgkBnpBRSakHgkMigFykBmkHqkwkDikPqkBFMckSzBtmCfrcNdBbBkeBdbibFefHu"
-    "kBKgizhBnjCxfwgGeccqcBuCmjCacBedCxfEaiyiBphMsgBwkgkKsBfGckBqeEihFeBeEykCikFokhuJrkNekEokOkkDykguCymQetDpkZmkDiBd"
-    "ItkCskQgkDyvBPbEhXAfkDMckDikFekbhUgkKcxBJSzkCEwumuEezBQrByDNckQgkTikJnkBBojEykBElChbdbeCyBtbpBLanEDfk";
+static const char avl__lower_table[] =
+    "CnByCmDxBsCmbmCmBhBvcdfccpccBtcbaJhafcdaQeadcbaPwaacbcPuaaccaGcaaPoaaPqaacbaPuaaPybaQgaaQcaacdaQgaaQkbaQmafcbaQu"
+    "aacbaQucacbaQuaacbcQsadcbaQwaacdachaeaacbaeaacbaearccrccaeadcbaHlaaEhaBncbaJzbrchaBFYkaacbaMnaaBFYecacbaOzaaFiaa"
+    "FmajcLddcdaciaIygaCybeCwbaEybcEwbBgCmbqCmBjaqixcfaEpcacbanaacceJzaBeGeaCkCmBwBhcjCbcbaBeanccDrccCwDsEHdCwVMubaVM"
+    "ufaVMuBBuGcEKZoakqDGlacgDgIXjceIXjMiFtcjaWNtbDrcjopikpkopiopikplhpiopyopiopiopicpacFraarlgGpaarlcpacHrmcpacIpaan"
+    "lcJvacJraarLlaWGfdaYUvaaYLngaCeBtBeBgtacBFmByCaCSuDqDsBwacbaBFUjaaLHjaaBFTdcfcbaBFXfaaBFUvaaBFXlaaBFXjbaccacicBF"
+    "ZxaDvcidceacBTYjBtctBbcFfncdCjckdcbaEANvajceacbaEVChcdcdtcbaEVElaaEVFhaaEVEzaaEVEfaaEVElbaEVApaaEVClaaEVAvaaCTka"
+    "pcbaDraaEVEjaaEARvadcbaEVHdapcbaEVXxyacBHAhByCmBUzDaDcFgCsDcGauDabBcDabmDabcDaCQcDwEyGbBqCmEGoCkCmBGJwCkCmCmBwCc"
+    "BUHzCoCq";
 
-// The next number of a table; *at moves behind it.
-static uint32_t avl__table_number(const char **at) {
+static const char avl__mark_table[] =
+    "BDoBoRsaaRwagQyaaRwaaQqaiQyacPoagQyacPoauQyaicagQyaeRscaRscaSmaaRsaeQyaeRsacQybeRsagQyaaRsaaRwacQyaaRsaaRyacSaaa"
+    "RyacSaaaRyayRsKpiRsKfaQyagRsaaQyaeRsaaRcaaQyakRsakQyacRsaaQyacRsaaRcaaRoaaRsaauaawaayaaBaaaBcaaBeaaBgaaBiaaBkacB"
+    "maaBoaaBqaaBsbaBubaBwaaBybaRsaaQybaBkCuoRsaaCiaaCkaaCmBwaCcaaCeaaCgaaCiaaCkaaCmaaCoaaCqacRsacQyaiRsaaQyacRsaaQyq"
+    "aCsDxmRscgRsaaQyaaRsccRsbaQyacRsaaQyBjaCuBeaRsaaQyacRsaaQyacRsaeQyaaRsacQyaaRsaaQyaeRsaaQyaaRsaaQyaaRsaaQyaaRsaa"
+    "QyacRsGemRsaaQyaaRsBigRsbqRsbeRsbiRsBreQyEqBaRsbaQyacRsaaQyacRsaaQyaeRsaeQyaaCcaaCeaaCgaeRsaaQyacRsacQyaiRsCiaoq"
+    "asdaRsaaQyacRsDzaoqasEgaoqasEgaoqasEgaoqasExasExashaGmaaHaDxaoqasExasEuasEfcHyaasngIgEecJcogJkCycQyBbaQybaQybaQq"
+    "CdaJyaaKabaKefgKacaKabcRsaasbcRsCkaQyEiaobcsDeaQyBBreRsBKmasBfasGbaskaRsHvaRoFnaRcaaRsaaQyIlaRsaaQyCtasuoRscaQyB"
+    "wiRsakQyacRsaaQyEoaopasBmaRsaaQyamRsCccsCgaolcsCpaoFweRsbacaiQyacRsagQyaaRsbmceaQygaRsdcRsHqcRsaaQyamRsaaQyacRsa"
+    "aSaaaQmaaQyaaPoaCuRsfaRsaaRyaaQyaaRsaaQyBBscRsaccagRsaecacRseaRsdccaaRsaaQyaaRsaccagQyaaRsEOceRsFlasDsCkRsViaQua"
+    "aRoaaRwaaRcacRgEbcqBSQeaRsesRsBgcRsDccRsKqasHhasBbBiRsCfeQyBlasDraomasJfaRsbcRsaaQyccRsfcRsbaRsCaasJmasBDZsaCaBD"
+    "pmRsamQyacRsBLlaQyIsaQyFtiRsCMsaQybaRsBoaRsaacaaQyeasGjaRsaaQyCAxasCeasCfasaaoCreRsBwcsCkaoCyasjaoEcasaaoGwaoaas"
+    "DdaoqasymRsdiRsHxasdaoEtasaaoJrasaaoEwasEoasaaoElasBXzasBDUuicChmRsBEVnacHWocQqaecdaRkaiQqioQyciRsacQyBegRsFseRs"
+    "FFfmRsbBgRscmRsbcRsbiRsDHdmQyEfkRsaao";
+
+// What composes (Unicode Standard Annex 15, form C), grouped by the second character: its distance from the group
+// before, 2 * the size of the group + (1 if its pairs compose, 0 if they are only taken apart); for each pair how far
+// the whole lies beyond the one before, and the first character (signed). A second character 0 stands for none. Hangul
+// is done by arithmetic; the 1,002 CJK compatibility ideographs are left out, and stay as they are.
+
+#define AVL__PAIRS 1058
+
+static const char avl__pair_table[] =
+    "aCoBGaCHcbccBkBxGxkBXbjJoKOwCGgcccccccCgccccCkFndDylDtccioiliCyiCpdrbCJxkCKmcgcCEfdXSmbcLhVMheCOhbJkTqBJUsbcBDoG"
+    "nHkFaiieigmhmhyiieigmhmIsHybCmBcNjbCmTzCTyngCpCgngJTfCJzbcChEkbcBvSxbCmBlFubCmjCmbcpEjbCmrBrbCmjNgbcnBcbchBAjbCm"
+    "pXDebchobchobchobchobchobchobchobchobchobchobciqhobchobcfUZvcicececmcmciCkEhoicedVImfVEniDtdVNefVJhiCxdCGvlCGkcu"
+    "bcBGeCHsaJbHlFaiieigmhmdieqiieigmhmdijEdbCmByBtbCmjChbCmqCdbCmfCjbCmBeBxbCmDpHobCmBcNxbCmfHgbCmbCjbCmbBbbCmPaGdb"
+    "CFicibebecmcmbibCoBcBxbibebebBkBcxbmbifsBwFajoCtByjoJSuCPxbCmnDibcxFfbCmbMpbCmnChbCmnIabCmfGsbcbTlbCmBjTcbcjVbbC"
+    "mBhFubCmjCmbcpEjbCmrBrbCmjNgbcnBcbcBbWFgbchobchobchobchobchobchobchobchobchobchobciqhobchobcDtGqqEwbCnHmFaiieigm"
+    "hmhyiieigmhmnDvbCmtCdbCmhCjbCmpChbCmBnBtbCmxCdbCmbChbCmLAnCjbCmBbWVsbczBubcrBmbcbCfHnFaoBaecoBkoBaecBzCxbCmClBnb"
+    "CmLAhCjbCmBtFwbCmjCmbchOpbCmhHubCmrBrbCmjNgbcnBcbcjBAjbCmbDlJwFabCmrCdbCmxCdbCmBhBzbCmBdBzbCmEcHybCmiEhbCmbYubcb"
+    "BBdbCmjUabcCjVhbCmbCnbCmdYcbcbBKdbCmBAlCTibCmlBpbCmJObDAlbCmxWPabcBjCsbcNcUFbiClyDciCliDkiClcCnJyFabCmrCdbCmjChb"
+    "CmnChbCmBhBzbCmBdBzbCmZxCUmlvBgCmBlwDvDlbCmoCxbCmfCbbCmJOvBOjbcFxVOobcJpUKliClyDciCliDkiClbDpKgFebCmlChbCmjChbCm"
+    "pChCxBibCmGoEjbCmhBjbCmKNzDlbCmhChbCmtChbCmdChbCmBdCbbCmdCjbCmrChbCmbChbCmhCjbCmdRubcbkbcbVZebcbWTxbCmBbCfbCmdCj"
+    "bCmdCjbCmmUebEfHoFahieihmgmiyhieihmgmdiErClVqCMabyBfBobyjBaBtFegBdCwDqgCoEtFjbCmhMybcbOzbCmbCjbCmfCjbCmbBzbCmdNc"
+    "bcbOlbCmdDfbCmdCdbCmdCdbCmJNxDAzbCmBnIkbCmBrJabcjVfbCmhCjbCmkhbBxLPqFabCmfHmbCmjCmbchOpbCmhHubCmfMjbCmfBzbCmfHub"
+    "CmjNgbchZnbCmfYebcjBAjbCmbnHpFaBgCmFhxbCmLBdebebnMyGcbCmBfBzbCmBInCUmbCmbCxKiFebCmbCjbCmlCjbCmBiBxbCmjChbCmqCdbC"
+    "mhCjbCmdCjbCmyBzbCmDbEjbCmbBvbCmbBzbCmbBzbCmfHybCmmNxbCmbCdbCmfZobQwbBQlBuCpbCmdBdTsFabCmdCdbCmdCdbCmdBzbCmdCfbC"
+    "mdCfbCmXlDAsbcczTuFabCmdCdbCmdCdbCmdBzbCmdCfbCmdCfbCmcBdLTgCUsiCliCuiCliCqiCliCqiCliCyiCliCyqiiClEuBwbBhLThCUsiC"
+    "liCuiCliCqiCliCqiCliCyiCliCyiCliCuiClEuBwhClhjQaGcbCmoBzbCmiDhLJoFcbCmhChbCmxCdbCmnCfbCmdCjbCmlCjbCmdCjbCmtCdbCm"
+    "hCjbCmjCjbCmrChbCmjCjbCmjCfbCmnEjbCmxCdbCmrCdbCmbBzbCmvXmbcbZnbCmlYebcdBAjbCmbfLNuGobCmbfLJkFabCmbjUqGkbCmbCjbCm"
+    "bBtHrFeBgCmChCdbCmtCdbCmeCjbCmjChbCmqCdbCmhCjbCmdCjbCmHpDpbCmKOtCnbCmxCdbCmbvKaFabCmtCdbCmvCdbCmCpBnbCmEpCxbCmfz"
+    "LKcFgbCmfCjbCmBjBxbCmnChbCmBlBzbCmfCjbCmbfLLaFobCmcnLKkFibCmrCdbCmCtBnbCmbBjLJqFcbCmhChbCmBlBxbCmfCjbCmnChbCmvCd"
+    "bCmpChbCmBlBzbCmbBjhcQGaBGMcaDlMSwZKybeteBfEqbibdCbDufkdgyBwceBbBudodecgxZUjcZWilBnbZUvbebZWmbcdBabcdgbchgbcdobc"
+    "dgbcBjCcbmbcbeBxDpbcbBobchCmbcbcbckChLTmXMmbchobcxBubchobchobchobcxBubciqhobchobcCtUZvlCHtfCIgjVGahVFvbBiiVJkhVJ"
+    "tbmpddExLYeXMmbcbcbcbcbcbcbcbcbcbcbcbcbcbcbcbBibcbcbcbcbcbcbcbcbcbcbcbcbcbcbcbDubcbcbcbcbcbcbcbcbcbcbcbcbcbcbcdc"
+    "bVAjbjdVGefVIfgVDebVAfbrdVHgfVIzBmVDibUZlbkdVImfVLhXzcDRCnELedeDRCpENcpCpbcDRDfEKmbcDREhEKwdBsDRDgEKmbcbcbcbcbcb"
+    "ccebcbcbcbccecebccebccebcbcbcbcdgDREiEKobubsceDRDaEMkcHDWabeDRDbEMkcHDWaFpdCIkERebnCIlERebCoceFyKscBnrBibdCInERe"
+    "BCpqDOaGWwbcbcbkbkbcbsbiahDMfGYiiqdgEygDTcHHqbccBacdDSlHKozdDSmHKoDxmDWlHSudmBjCpbcbkdBeJweEHwILebccdEHfIOcydEHc"
+    "IOcbdEHgIOcDzfEMcIXwbczfEKaITwCeEaExdEQyJHsEedEVyJRothEVoJRahoeibdEVwJRoEafFAwKBkbczdFAyKBkElfFGkKMsdgfdFGmKMsqd"
+    "FGoKMsPncFWdLScccFWfLScmgFWgLXcccjFbCbeFVtLOiDcGecuFUhLOmkufkfkfkCdEgkufkfkfkEpdGDaMFyEEpxKGcUMccecececeeiBpDece"
+    "debccgICqDtSHoBKPacececececececececececedgcecehodgdgdgdgyEbkGsoBccececececececececececedgcecehodgdgdgdgyEbdFqbcb"
+    "cbcewbvSIzBKRudgdgdgdgDgGmdgdgdgdgDGWuhDZGcHYMccepuEffDZLuHYXubcUpdEAGpIAMwzdEAGqIAMwNhdEAUuIBPikdEAUtIBPiddEAUw"
+    "IBPiJifEBEoICIybcCTCgiGUGcNOLqbcDoHmbcjgGUGeNOMgDpHcbcbgGUGfNOMgDqHcbcbcGUGgNOMgbcGUGhNOMgbcGUGiNOMg";
+
+typedef enum avl__class {
+    AVL__CLASS_OTHER, AVL__CLASS_LETTER, AVL__CLASS_NUMBER, AVL__CLASS_SPACE, AVL__CLASS_END   // \p{L}, \p{N}, \s
+} avl__class;
+
+typedef struct avl__char_run {
+    uint32_t first, count, stride;
+    int32_t  value;
+} avl__char_run;
+
+typedef struct avl__pair { uint32_t first, second, whole; } avl__pair;
+
+typedef struct avl__unicode {
+    avl__char_run classes[AVL__CLASS_RUNS], lower[AVL__LOWER_RUNS], marks[AVL__MARK_RUNS];
+    uint8_t       ascii[128];      // the classes of the most frequent characters, without a search
+    avl__pair     parts[2048];     // hash table by whole: how a character is taken apart. whole 0: empty
+    avl__pair     wholes[2048];    // hash table by first and second: how two are put together
+} avl__unicode;
+
+static uint32_t avl__table_number(const char **at) {   // *at moves behind the number
     uint32_t number = 0;
     while (**at >= 'A' && **at <= 'Z') number = number * 26 + (uint32_t)(*(*at)++ - 'A');
     return number * 26 + (uint32_t)(*(*at)++ - 'a');
 }
 
-// The same for numbers of both signs, stored as 0, -1, 1, -2, 2 ...
 static int32_t avl__table_signed(const char **at) {
     uint32_t n = avl__table_number(at);
     return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
 }
 
-// Fills bounds[n] from a table.
-static void avl__expand_table(const char *table, uint32_t *bounds, int n) {
-    uint32_t bound = 0;
+static void avl__table_runs(const char *at, avl__char_run *runs, int n) {
+    uint32_t code, end = 0;
     int i;
-    for (i = 0; i < n; i++) bounds[i] = bound += avl__table_number(&table);
+    for (i = 0; i < n; i++) {
+        runs[i].first = end + avl__table_number(&at);
+        code = avl__table_number(&at);
+        runs[i].count = code / 2 + 1;
+        runs[i].stride = code % 2 + 1;
+        runs[i].value = avl__table_signed(&at);
+        end = runs[i].first + (runs[i].count - 1) * runs[i].stride + 1;
+    }
 }
 
-// A code point is inside if the count of bounds not above it is odd.
-static int avl__in_bounds(uint32_t c, const uint32_t *bounds, int n) {
-    int low = 0, high = n;   // bounds[0..low) <= c < bounds[high..n)
+// The value of the run that a character is in; 0: it is in none.
+static int32_t avl__run_value(const avl__char_run *runs, int n, uint32_t c) {
+    int low = 0, high = n;   // runs[low - 1].first <= c < runs[high].first
     while (low < high) {
         int middle = (low + high) / 2;
-        if (bounds[middle] <= c) low = middle + 1;
+        if (runs[middle].first <= c) low = middle + 1;
         else high = middle;
     }
-    return low & 1;
+    if (low == 0) return 0;
+    c -= runs[low - 1].first;
+    return c % runs[low - 1].stride == 0 && c / runs[low - 1].stride < runs[low - 1].count ? runs[low - 1].value : 0;
 }
 
-typedef enum avl__class {
-    AVL__CLASS_END, AVL__CLASS_OTHER, AVL__CLASS_LETTER, AVL__CLASS_NUMBER, AVL__CLASS_SPACE
-} avl__class;
+// The slot of a whole character in u->parts, or of a pair in u->wholes; an empty one if it is not there.
+static uint32_t avl__parts_slot(const avl__unicode *u, uint32_t whole) {
+    uint32_t at = whole * 0x9E3779B1u >> 21;
+    while (u->parts[at].whole && u->parts[at].whole != whole) at = (at + 1) % 2048;
+    return at;
+}
 
-// \s: Unicode's White_Space property.
-static int avl__is_white_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || c == 32 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+static uint32_t avl__whole_slot(const avl__unicode *u, uint32_t first, uint32_t second) {
+    uint32_t at = (first * 0x9E3779B1u ^ second * 0x85EBCA6Bu) >> 21;
+    while (u->wholes[at].whole && (u->wholes[at].first != first || u->wholes[at].second != second))
+        at = (at + 1) % 2048;
+    return at;
+}
+
+static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
+    const char *at = avl__pair_table;
+    uint32_t code, n;
+    avl__pair pair = {0, 0, 0};
+    avl__table_runs(avl__class_table, u->classes, AVL__CLASS_RUNS);
+    for (n = 0; n < 128; n++) u->ascii[n] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, n);
+    avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS);
+    avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS);
+    for (n = 0; n < AVL__PAIRS; ) {
+        pair.second += avl__table_number(&at);
+        code = avl__table_number(&at);
+        pair.first = pair.whole = 0;
+        for (n += code / 2; code > 1; code -= 2) {
+            pair.whole += avl__table_number(&at);
+            pair.first += (uint32_t)avl__table_signed(&at);
+            u->parts[avl__parts_slot(u, pair.whole)] = pair;
+            if (code & 1) u->wholes[avl__whole_slot(u, pair.first, pair.second)] = pair;
+        }
+    }
+}
+
+// The class of the character at text[at..end), and its length. Valid UTF-8 is expected.
+static avl__class avl__class_at(const avl__unicode *u, const char *text, size_t at, size_t end, size_t *length) {
+    uint32_t c;
+    *length = 0;
+    if (at >= end) return AVL__CLASS_END;
+    c = (uint32_t)avl__utf8_read(text + at, end - at, length);
+    return (avl__class)(c < 128 ? u->ascii[c] : avl__run_value(u->classes, AVL__CLASS_RUNS, c));
 }
 
 // A growing list of token ids (or code points). All zeros is an empty one; release data with astrovl_free.
@@ -3063,318 +3269,91 @@ static int avl__tokens_put(avl__tokens *tokens, int32_t id) {   // 0: memory is 
     return 1;
 }
 
-// ---- cleaning, for CLIP --------------------------------------------------------------------------------------------
-// CLIP's text is composed (Unicode's normalisation form C: "e" and a combining acute become one character; Unicode
-// Standard Annex 15) and lower-cased. Again test/make_golden.py (tokens_clean_tables) asked the engine in `tokenizers`.
-// The tables hold numbers in base 26 as above; a number of either sign is stored as 0, -1, 1, -2, 2 ...
-//   lower case   runs: first (less the last run's), 2 * (count - 1) + (stride - 1), lower less capital (signed)
-//   classes      runs of marks: first (less the last run's), count, canonical combining class
-//   seconds      the characters that stand second in a pair (signed differences)
-//   pairs        whole (less the last one), its first character (signed difference), and 0 if that is all of it, else
-//                1 + 2 * the second's number + (1 if the pair is composed again, which a few are not)
-
-#define AVL__LOWER_RUNS 185
-#define AVL__MARK_RUNS  334
-#define AVL__SECONDS    84
-#define AVL__PAIRS      2060
-
-static const char avl__lower_table[] =
-    "CnByCmExBsCmymCmBoBvcByfchpcrBtcBuaJhbfciaQebdceaPwbacccPucacdaGcbaPobaPqbaccaPubaPycaQgbaQcbaceaQgbaQkcaQmbfcga"
-    "QubaccaQudaccaQubacccQscdceaQwbaceaciaebaccaebaccaebrctrctaebdceaHlbaEhbBncBoaJzcrcyaBFYkbaccaMnbaBFYedaccaOzbaF"
-    "ibaFmbjcLmdcgacjaIyhaCyceCweaEyccEwdBgCmsqCmBsaqjxcBcaEpdaccanbacdeJzdBeGeqCkCmDcBhcBqCbcCcaBebncpDrcDtCwDsEIpCw"
-    "VMuBnaVMugaVMuBBvGcEKZoDckqDGrachDgIXjBteIXjMlFtcGcaWNtcDrcEaopqkpqopqopqkprhppopBgopqopqopqcpccFrcarmgGpearmcpc"
-    "cHrocpccIpcanmcJvccJrcarLmaWGfeaYUvbaYLnhaCeBuBeBgBjacBFnByCaCTuDqDsDsaccaBFUjbaLHjbaBFTddfcgaBFXfbaBFUvbaBFXlba"
-    "BFXjcacdacjcBFZxcDvcEddchacBTYkBtcCmBbcGgncqCjcCtdceaEANvbjcnaccaEVChddcgtcuaEVElbaEVFhbaEVEzbaEVEfbaEVElcaEVApb"
-    "aEVClbaEVAvbaCTkbpcqaDrbaEVEjbaEARvbdceaEVHdbpcqaEVXxzacBHAiByCmBVzDaDcGuCsDcHkuDamBcDaqmDaicDaCQeDwEyIaBqCmEHkC"
-    "kCmBGLcCkCmDsBwCcBUIyCoCq";
-
-static const char avl__mark_table[] =
-    "BDovIwvbIybeImebIybbIibfImfcHuceImecHuclImlfbfeImedIwfbIwdbJgbbIwbdImddIwdcImddIwdeImebIwbbIybcImcbIwbbIzbcJacbI"
-    "zbcJacbIzbnIwLcfIwKkbImbeIwebImbdIwdbIobbImbgIwggImgcIwcbImbcIwcbIobbIubbIwbbkbblbbmbbnbbobbpbbqbbrbbsbctcbubbvb"
-    "bwcbxcbybbzcbIwbbImcbsCviIwibBebbBfbbBgBxbBbbbBcbbBdbbBebbBfbbBgbbBhbbBibcIwccImcfIwfbImbcIwcbImrbBjDyhIwjeIwebI"
-    "mbbIwdcIwdbImbcIwcbImBkbBkBfbIwbbImbcIwcbImbcIwcdImdbIwbcImcbIwbbImbdIwdbImbbIwbbImbbIwbbImbbIwbbImbcIwGghIwhbIm"
-    "bbIwBjeIwfjIwkdIwefIwBwdImEtoIwpbImbcIwcbImbcIwcbImbdIwddImdbBbbbBcbbBdbdIwdbImbcIwccImcfIwCnbhrbjebIwbbImbcIwEb"
-    "bhrbjEhbhrbjEhbhrbjEhbhrbjEybjEybjibDgbbDnDybhrbjEybjEvbjEgcDzcbjoeEdEicEoqeEsDccImBdbImcbImcbIiCebEzbbFacbFcgeF"
-    "agbFaccIwcbjccIwCmbImEjbhccjDgbImBBsdIwBKpbjBgbjGcbjlbIwHwbIuFobIobbIwbbImImbIwbbImCubjviIwkbImBxfIwfgImgcIwcbIm"
-    "EpbhqbjBnbIwbbImbhIwCjcjCibhmcjCrbhFxdIwebbbfImfcIwceImebIwchblbImhbIwecIwHscIwcbImbhIwhbImbcIwcbJabbIgbbImbbHub"
-    "BlIwBqbIwbbIzbbImbbIwbbImBBtcIwccbceIwedbdcIwgbIwecbcbIwbbImbbIwbcbceImebIwEOddIwFobjDtBgIwWobIkbbIubbIybbIobcIq"
-    "EdciBSQgbIwfkIwBqcIwDecIwKsbjHibjBcsIwCxdImBobjDsbhnbjJgbIwccIwcbImdcIwhcIwdbIwCbbjJnbjBDZtbBaBDqhIwhhImhcIwBLnb"
-    "ImItbImFufIwCMxbImcbIwBpbIwbbbbbImfbjGkbIwbbImCAybjCfbjCgbjbbhCsdIwBzcjCmbhCzbjkbhEdbjbbhGxbhbbjDebhrbjzhIwkfIwI"
-    "cbjebhEubjbbhJsbjbbhExbjEpbjbbhEmbjBYabjBDUvfbCmhIwBEVubbHWpcIicdbgbIsbfIiniImkfIwfcImBgeIwFwdIwFFihIwirIwthIwic"
-    "IwdfIwDHihImEmgIwgbh";
-
-static const char avl__second_table[] =
-    "CHcccckeCgCreCqCnkbBgxeBqCKoccCFeKaByCbJwVsBvByCbLyBxLsJucBnJoByIwkBgBKidFdeyNkIJeSFvdBchgdtCbucDogzBIJqcBGMtguc"
-    "tifmHUFmIkBPeByBBitBaSqFMEmscccc";
-
-static const char *const avl__pair_table[] = {   // in parts: C99 promises no string above 4,095 characters
-    "HkFacbaebagbaibakbamceobecbaebagbakbicbaebagbakckibccbaebagbaibakdmcbaebagbakbiedqcbaebagbaibakbamceobecbaebagba"
-    "kbicbaebagbakckibccbaebagbaibakdmcbaebagbakbiecakbEhqbCmqbClsbCmsbClubCmubChebCmebClgbCmgbClwbCmwbClybCmybCjybCm"
-    "ydCjqbCmqbClsbCmsbClwbCmwbClubCmubClybCmybChgbCmgbClsbCmsbClwbCmwbClobCmobCjgbCmgdCjibCmibClqbCmqbClsbCmsbClubCm"
-    "ubClwecgbCmgbCjobCmocCjebCmebClobCmobClybCmyfChebCmebClobCmobClybCmyeCjqbCmqbClsbCmsbClBabCmBadCfebCmebClobCmobC"
-    "lybCmybCjebCmebClgbCmgbClobCmobClybCmybCjobCmobClybCmydCjibCmibClqbCmqbClsbCmsbClmbCmmbClBabCmBabClubCmubChgbCmg"
-    "bChgbCmgbClkbcebCmebClwbCmwbClybCmyBiDhBcbCmBcoBzBcbCmBcBdDzybCmybBvybCmybBzybCmybBzybCmybHyqbCmqbClebCmebClybCm"
-    "ybClcbCmccEhqbCmqbYuqbcqbBBdqbCmqdMfybCmybCdybCmybCdubCmubBDeqbcqbDzybQwybBQlyeCrebCmedBxcbCmcbGsebCmebCjebCmebB"
-    "bebCmebObBebCmBebClBgbCmBgbCdBebCmBebClBgbCmBgbCdBebCmBebClBgbCmBgbBzBebCmBebClBgbCmBgbCfBebCmBebClBgbCmBgbCfBeb"
-    "CmBebClBgbCmBgbCpBibCmBibCjBibCmBidDjybCmyhCzwbCmwbCdobCmobIsqbCmqbCnqbCmqbMtwbCmwbBIkqbcqbBKdqbCmqKjBXuabcacBka"
-    "bvdBwGbakBXbahIkebCFiebCEdabCEmebeebeecmecmebiebCoeBaDtkbykbyebiebeebeebBkeBaBjkbykblebmebiefsebakBsFecbakcdeezk"
-    "fBoebdcbwslvsBgCmsxfcbakcdeeCskfCdebdcbwsyDuBebcBeCwHhsbCmsoCxsbCmsbClkbCmkdCbsbCmsdMokbckbOzkbCmkbCjkbCmkdCjqbC"
-    "mqbClkbCmkbBzkbCmkdNckbckbOlkbCmkbDfqbCmqbClkbCmkbClBabCmBabCdkbCmkdCdkbCmkLlBKqBkbaBmbCoBmbCnBobCsBmFyKsBmcBnBm"
-    "rBiBmXaBUaBqiqBqdgBqBkChBpbcBpbcBpbkBpbkBpbcBpbsBpbiBpEeLsBsbaBuqCxBvbcBvcBaBvDgKcBxdmBxBjCpBxbcBxbkBxdBeBxJaVwC"
-    "adaCcbaCeqCxCfbcCfCdIqCiCcEaCkbcCkbbCiEuJwCmEqJiCohoCobaCqcaCsbiCoExJoCubcCubbCwFmLiCycaDabgCybfDcNtBBuDdkuDdfkD"
-    "dfkDdfkDdnCbDfkDuDhcaDjbFaDlccDljFbDlsCoDdkuDdfkDdfkDdfkDdnCbDfEfLmDoEDcIGeDqceDqceDqceDqceDqeiDqBpDeDqceDqdeDqb"
-    "cDqcgDqBAzULtDsbCmDsbCjwbCmwbClDubCmDubClDwbCmDwbHuebCmebMnwbCmwbClDubCmDubClDwbCmDwbClobCmobClDybCmDybNkcbccbbe"
-    "bcebPvDybCmDybClEabCmEabBIssbcsbBLdwbCmwbCjqbCmqbCjwbCmwbClDubCmDubClkbCmkbClobCmobClEcbCmEcbCjEabCmEabHwebCmebM"
-    "pebCmebClDubCmDubClDwbCmDwbCjDubCmDubWOqqbcqbWRdDwbCmDwbClDybCmDybCjebCmebClwbCmwbClDubCmDubCjwbCmwbClDubCmDubCl"
-    "DwbCmDwbClDybCmDybHyebCmebClkbCmkbGscbccbbebcebTlebCmebClwbCmwbChwbCmwbClDubCmDubWQyqbcqbWTlDwbCmDwbCjwbCmwbClDu"
-    "bCmDubRuwbcwbkwbcwbVZewbcwbWTxwbCmwbClDubCmDubClDwbCmDwbClDybCmDybCjEebCmEebClEabCmEabClDybCmDybSsebcebckbckbVhi"
-    "bCmibClDubCmDubCjcbCmcbClebCmebClkbCmkbClwbCmwbClDubCmDubCjwbCmwbClkbCmkbCjwbCmwbCjgbCmgbClDubCmDubClDwbCmDwbBjD"
-    "wbykbgmbemcUewfYlDubCmDubClEgbCmEgbHmebCmebClcbCmcbClEgbCmEgbClibCmibWNsgbcgbWLhebcebbcbccbbEgbcEgbbibcibWLesbcs"
-    "bWZvDubCmDubClEgbCmEgbClibCmibHuebCmebClcbCmcbClEgbCmEgbClibCmibWOygbcgbXBjEgbCmEgbClDubCmDubBzDubCmDubClEgbCmEg"
-    "bHuebCmebClcbCmcbClEgbCmEgbClibCmibWPsgbcgbWCnebcebbcbccbbEgbcEgbbibcibbDubcDubZnDubCmDubClEgbCmEgbYeebcebbcbccb"
-    "bEgbcEgbbibcibbDubcDubBAjcbCmcbClDubCmDubClEgbCmEgbClibCmihCLkEibaEkbURucbccbbebcebbEmbcEmbUUhEibaEkbUUwcbccbbeb"
-    "cebbEmbcEmbUSdEibaEkbUSscbccbbebcedUVfEibaEkbUVucbccbbebcedUTfEibaEkbUTucbccbbebcebbEmbcEmbUWhEibaEkbUWwcbccbbeb"
-    "cebbEmbcEmbUUhEibaEkbUUwcbccbbebcebbEmbcEmbUXjEibaEkbUXycbccbbebcebbEmbcEmbUVbEibaEkbUVqcbccbbebcedUYdEibaEkbUYs"
-    "cbccbbebcedUVvEibaEkbUWkcbccbbebcebbEmbcEmcUYxEkcUZoccaecaEmbUWtEibaEkbUXicbccbbebcebbEmbcEmbUZvEibaEkbVAkcbccbb"
-    "ebcebbEmbcEmbUZvcbjabscbpabucbrabwcbtabBgcbBaabncbqabhcbkadUPoEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEo"
-    "bcEobcEobcEobBiEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobcEobDuEobcEobcEobcEobcEobcEobcEobcEobc"
-    "EobcEobcEobcEobcEobcEobcEobcEobVAhsbaqbVAkEobVAjEobjEockEmbVFuEobVIfsbaqbacbvabwEocDcadCIjEmbXImEobVAfEobrEocsEm"
-    "bVGoEobVJdcbzabBecbBbabBcEobVImcbaebaEmbVFvsbaqbBicbEladDeEmbBiEmbDtsbaqbacbBdacVOicbaebaEmbVJtsbaqbmcbCbabBiEib"
-    "aEkbiEmbmEmbCxsbaqbacbBtabBmEkbCGncbCEkabCJxadXOqEobUZlEobkEocjEmbVIwEobVMbcbBlabCgcbBzabCaEobCGfadXSmabcaLhVMha"
-    "eCOhabJkaEhYVuEqbeEqteEqBfEqEqbiEqbdEqCbDuEqfkEqdgEqyBwEqceEqBbBuEqdoEqdeEqcgEqxZUjEqcZWiEqlBnEqbZUvEqbeEqbZWmEq"
-    "bcEqdBaEqbcEqdgEqbcEqhgEqbcEqdoEqbcEqdgEqbcEqBjCcEqbmEqbcEqbeEqBxDpEqbcEqbBoEqbcEqhCmEqbcEq",
-    "bcEqbcEqCiKCkabcaCXuDXvEpCBoECyEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsdgEsceEsceEshoEsbaEucgEsbaEucgEsbaE"
-    "ucgEsbaEucgEsbaEuxEbEskGsEsoBcEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsceEsdgEsceEsceEshoEsbaEucgEsbaEucgEsbaEu"
-    "cgEsbaEucgEsbaEuxEbEsdFqEsbcEsbcEsbcEsewEsCXTiCRDuabBCHbabBEEmabBNnabWSbabYSjabEIgabCFJaabaabCBGfabBQUqabBTRfabC"
-    "VyabGOyabPMsabGXkabFCmabBDeabYmabFTmabBDFdabCJaabCVsabCHmabMKkabJZmabGLyabCFDlabDTmabRVyabFJqabPFgabSDmabBXCdabO"
-    "CkabQOyabCSsabBDGfabXNqabETqabBFHxabGHmabEUoabEFsabWPgabBXLnabBReabWsabNOmabEPiabFMoabDRiabGXgabEOoabGqabFTeabHA"
-    "kabDFmabBYcabBCJbabSsabDDiabERiabLNyabIScabOXdabBLVxabERaabWGeabDDcabKRvabEWeabPDgabHTaabBVBhabCRsabKJqabCWkabXu"
-    "abKSeabUiabSGeabBZCrabBIQkabBJJhabBfabBENwabCToabEScabOAqabIHtabBEVhabFLuabYZoabBUArabKJkabDEcabOTeabBLqabBAAjab"
-    "BCSeabBFFzabMBkabNItabXHmabFOhabRYaabBFIrabDMsabXFiabKBoabEVqabXLfabBBGeabBAQhabHFvabYEgabXRtabNLyabBDIjabCBuabH"
-    "kabRFkabPLsabEEyabGJeabFHqabBVPrabZqabDYgabEDuabFEwabHTiabGYqabVPmabDPiabDEgabEgabCFSnabPHeabDOkabBBFiabBLBnabCJ"
-    "gabIqabBZgabHZmabBQiabCMaabDZmabDEaabBWwabLDuabHTfabIMsabCKcabBXJxabKuabBPkabVGgabSEeabBLoabBHGbabXcabCRkabGFmab"
-    "MOeabGQzabBBSbabGDeabDTcabBJyabBUyabOVsabOcabIMkabNgabNPcabDPsabGiabQaabCCYrabBFXuabSFcabDUuabBOUfabNXlabBTwabIK"
-    "eabGgabHCeabDIwabFXoabDJsabLEaabISmabLKsabBREvabBKCiabBZGbabPWmabJgabEAmabBAsabECwabZwabCImabDNmabURsabCBSzabMRy"
-    "abBNPsabCBGjabJUqabMTeabZEuabBKBtabBHyabFEkabIRgabBANeabBZUfabBLkabGIeabHIqabYgabBAqabDFmabFKkabBKqabHGwabHBwabB"
-    "kabGTqabDWeabBZFxabUVeabUEbabWMwabCCuabNEiabMQcabEIiabBSyabBPRrabESeabPGcabFKbabGoabBCmabHLjabBQjabUGsabBTXfabBN"
-    "TcabBLCpabDxabJOoabDEgabTSgabZGbabNIoabEWhabBEScabFGnabKPuabJRfabBGJfabKHhabDKqadBZgacKRsadPPjabZFsabCTkabBWeabC"
-    "qaboabDgabWOkabUDrabCHaacEUsacDSmadDZkabPeaeGAmabBaabDkabDLoabJStabELeabCBUvabYcabHwabBDgabCcabIkabBTgabIcabHoab"
-    "BKiabIaabCVoabuabDDsabQiabCyabHsabCOgabLiabNmabBMmabDTkabMoabUiabBTgabOoabBMsabDJiabNiabwabbabqabmaboabDsabcabNs"
-    "abFaabYoabBRkabBqabEiabXmabLiabBLoabKuabaabBKuabDPaabKiabBByabEiabBFoabEcabCAuabKaabFBiabVwabEqabBQGhabOBLaabNBY"
-    "padBNIxabCScabFxabBLnabBIwabEoabZeabDyabBZyabFnabFgabFqabBWqabGwabLeabBgabUuabPgabCUeaboabLcabFgabXaabJcabFjabKi"
-    "abDnabLgabFcabBEuabGuabEeabUaabWaabMoabiabEoabDDmabFaabBEcabBFoabBfabGsabTkabZwabESoabEDfabJkabJmabZeabLmabEcabR"
-    "kabeabNeabBiabByabGqabtabBEmabBLiabUwabOkabRgabLuabZkabPiabCNaabMcabCRsabBJcabFiabBgabWwabEkabDlabEeabfabBhabFwa"
-    "bGgabBDkabBRcabYeabWsabRaabDBgabHyabIwabKgabCuabyabDsabCDyabDLkabLLKuablabITuabORXfabDKgabCoabPLMeabHZiabZTuabNZ"
-    "FrabFuaCqEMKvEvcByExlrEzbaFbbHDWaEzbaFbbHDXxExbaFdbaFfbcFfbcFfbcFfbcFfbcFfbcFfceFfbcFfbcFfbcFfbcFfceFfceFfbcFfce"
-    "FfbcFfceFfbcFfbcFfbcFfbcFfbBpFhbhFjbuFjbsFjIBsHUAcFmceFmpuFmFbKuFobcFoUuBPaFqbaFsOdBCmFubaFwcaFyJsTqGabcGaCTBnFM"
-    "CqGbbcGbboGdbaGfbaGhbaGjbaGlDjGyGbbcGbbcGdbcGdbbGfbcGfEHLgLHMrabjabsabMRJuabMQNrabGaabBaabFmabJgabCkabGaabBvabVJ"
-    "dabNOQyabMSYbaboabBgabBmabMRYwabNNSvabVSuabCyabMSAuabMRZzabBaabCDzabCEqabsabQUKaabQUFbabBcabWBvabWGeabwabDkabkab"
-    "WGpabWMuabeabCcabBsabwabcabBiabDwabqabsabByabuabeabaabaabMUGoabLYIpabVSdabBqabMUXcabMUWdabmabBqabLsabHvabBgabCma"
-    "bEmabGmabCaabFeabBgabCoabaabBqabBkabqabBeabBAeabUxabVaabPfabCsabDJdabFFyabWdabCyabByabJzabMwabbabJmabMYLsabMYGha"
-    "bkabBeabBoabqabEyabMZGmabFcabMZAxabDqabyabGbabKyabBAWlabBcabBBHwabEeabaabNAFkabMZVdabBqabBeabyabNARiabNAQjaboabC"
-    "NaabCKvabBBThabBBYcabBcabGiabDxabNCIoabNBUnabNBUsabNBRjabfabBiabHuabcabBCOjabBCQmabDiabBqabDkabBCUvabOGMcabOGKba"
-    "bBCYiabgabgabBoabQXWyabQXSxabNEMwabaabMDZjabBAKrabaabBDBhabOTFeabBJSeabOZRbabsabBDEtabBDIkabDyabuabCqabKmabBDTla"
-    "bChabBDXgabNGBgabNFXhabJyabiabeabdabDoabBoabCuabBbabwabDqabBoabiabCaabwabFcabGmabCsabJoabNHEmabNHFxabEzabIiabCca"
-    "bHmabNHKsabNHFxabHdabCdabBFKvabBFZqabBqabCkabCxabBFVxabBGMoabCgabNJJgabNJAbabViabNlabBGSlabBGYaabBGZhabCtabREqab"
-    "gabQFuabHrabTTiabBUBvabBASaabiabmabEsabvabNKTcabOSChabBHWcabIzabPuabDyabNKIqabNKHxabInabSwabBILhabBIOwabHmabFmab"
-    "OqabNKKcabNKGdabBJKvabBJQgabNLOmabNLKnabBJPzabBJSiabDmabCcabcabNMOaabWJbabWRmabNMLbabNNTsa",
-    "bNNKzabBcabHvabNmabDcabEkabEdabDcabBeabBaabNNDiabNNJnabTiabEwabBLHlabBLOqabhabNNMaabNOBvabBCsabNNKaabDsabNNGxabI"
-    "wabCbabfabBMGvabBMKmabDyablabEeabLUIyabLTXfabNOHgabNOAnabNOZuabNOOzabBaabCcabNQGmabNQCtabBqabNQYiabReabNQXvabBia"
-    "bBOBdabBODeabBOCfabaabBOOsabBqabBqabBoabFiabBORdabBOYcabNSUmabNSSlabNSZoabNSVrabMMHyabMLVpabNURqabBuabKuabPKDbab"
-    "yabBPPoabNVAcabbabDaabCaabNVBtabcabaabDiabBPSjabBPXkabBPWjabGeabPMPaabNWJtabEuabEyabBQIzabPNXeabNXDnabNXMmabDiab"
-    "NXLjabHcabBQZfabBRFuabuabkabNYYcabXaabaabNZIvabBRCxabPRFuabNZMfabgabBRQxabPRTiabNZHzabBSBzabBSDsabjabCgabOBMaabO"
-    "BEjabBSFrabBSNkabEoabFeabBSTdabPVGaabCkabPVFnabPVQuabOCCrabOCKmabOCIjabHuabwabODFmabFqabODEbabODOiabODNbabMRKwab"
-    "OLIhabBUCoabGgabBUEpabBUJeabBDEvabPHPkabBcabBNMpabsabMQKrabgabKHwabCEYvabBVBwablabBkabBKHnabBKJcabeabuabDeabOFWm"
-    "abOFWnabEiabFkabFsabKpabLwabDgabIqabTzabJeabeabBgabOFWuabXuabLnabQBVnabBWHwabeabCsabOKRwabOKLvabOGYyabQDLtabiabQ"
-    "DVsabWgabQERdabBXDyabyabwabeabEyabCnabKiabDjabLqabGfabFeabCcabBXTlabBYAmabCmabBYAhabBYHqabgabOKEiabOJVjaboabBYMr"
-    "abBYOwabCLUzabQXGoabOeabQKDzabsabBZKcabFyabMcabPqabOLXuabOLRdabBsabGyabHcabOMZgabDMGrabLAMbabBdabEaabLBAaabLAIla"
-    "bHsabOQRkabCcabOPSrabHeabCmabOQHuabOQGzabVyabMgabcabHbabBDiabCeabORQwabOQObabCFNvabCFRgabOROaabQWYzabCGFqabBRFta"
-    "bBRNeabOTIyabQkabRABvabqabCGQmabOUWyabRBItabRBToabOVEjabaabCiabOVYgabOVJzabCGVtabCHBgabJsabCcabEqabCHFrabRFXsabO"
-    "XWtabXgabOoabCISzabCkabCIYuabPAJmabRJHjabRJLqabUkabKcabPARzabCJQvabCJVqabkaboabuaboabCwabPCXua"};
-
-// Characters first, first + stride, ... with one value: what to add for lower case, or a mark's class.
-typedef struct avl__char_run {
-    uint32_t first, count, stride;
-    int32_t  value;
-} avl__char_run;
-
-typedef struct avl__pair {
-    uint32_t whole, first, second;    // second 0: none
-    int      composes;
-    int      next;                    // the next pair in its bucket, -1: none
-} avl__pair;
-
-typedef struct avl__cleaner {
-    avl__char_run lower[AVL__LOWER_RUNS];
-    avl__char_run marks[AVL__MARK_RUNS];
-    avl__pair     pairs[AVL__PAIRS];             // ascending by whole
-    int           buckets[1024];                 // of pairs that compose, by avl__pair_bucket
-} avl__cleaner;
-
-static uint32_t avl__pair_bucket(uint32_t first, uint32_t second) {
-    return (first * 0x9E3779B1u ^ second * 0x85EBCA6Bu) >> 22;
-}
-
-static void avl__fill_cleaner(avl__cleaner *c) {
-    const char *lower = avl__lower_table, *mark = avl__mark_table, *second = avl__second_table, *pair = avl__pair_table[0];
-    uint32_t seconds[AVL__SECONDS], at = 0, code;
-    int i, part = 0;
-    for (i = 0; i < AVL__LOWER_RUNS; i++) {
-        c->lower[i].first = at += avl__table_number(&lower);
-        code = avl__table_number(&lower);
-        c->lower[i].count = code / 2 + 1;
-        c->lower[i].stride = code % 2 + 1;
-        c->lower[i].value = avl__table_signed(&lower);
-    }
-    for (i = 0, at = 0; i < AVL__MARK_RUNS; i++) {
-        c->marks[i].first = at += avl__table_number(&mark);
-        c->marks[i].count = avl__table_number(&mark);
-        c->marks[i].stride = 1;
-        c->marks[i].value = (int32_t)avl__table_number(&mark);
-    }
-    for (i = 0, at = 0; i < AVL__SECONDS; i++) seconds[i] = at += (uint32_t)avl__table_signed(&second);
-    memset(c->buckets, 0xFF, sizeof c->buckets);   // every bucket is -1
-    for (i = 0, at = 0; i < AVL__PAIRS; i++) {
-        avl__pair *p = &c->pairs[i];
-        if (!*pair) pair = avl__pair_table[++part];
-        p->whole = at += avl__table_number(&pair);
-        p->first = (i ? p[-1].first : 0) + (uint32_t)avl__table_signed(&pair);
-        code = avl__table_number(&pair);
-        p->second = code ? seconds[(code - 1) / 2] : 0;
-        p->composes = code ? (int)((code - 1) % 2) : 0;
-        if (p->composes) {
-            int *bucket = &c->buckets[avl__pair_bucket(p->first, p->second)];
-            p->next = *bucket;
-            *bucket = i;
-        }
-    }
-}
-
-// The value of the run that a character is in; 0: it is in none.
-static int32_t avl__run_value(const avl__char_run *runs, int n, uint32_t point) {
-    int low = 0, high = n;   // runs[low - 1].first <= point < runs[high].first
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (runs[middle].first <= point) low = middle + 1;
-        else high = middle;
-    }
-    if (low == 0) return 0;
-    point -= runs[low - 1].first;
-    return point % runs[low - 1].stride == 0 && point / runs[low - 1].stride < runs[low - 1].count ? runs[low - 1].value : 0;
-}
+// ---- composing and lower case, for CLIP ----------------------------------------------------------------------------
+// Unicode's normalization form C: every character is taken apart, marks are sorted by class, and a letter is put
+// together with the marks behind it ("e" and a combining acute become one character).
 
 // Hangul syllables are made of a lead, a vowel and perhaps a tail, by arithmetic (the Unicode Standard 3.12).
-enum { AVL__HANGUL = 0xAC00, AVL__LEAD = 0x1100, AVL__VOWEL = 0x1161, AVL__TAIL = 0x11A7, AVL__N_LEADS = 19, AVL__N_VOWELS = 21,
-       AVL__N_TAILS = 28, AVL__N_SYLLABLES = AVL__N_LEADS * AVL__N_VOWELS * AVL__N_TAILS };
+enum {
+    AVL__HANGUL = 0xAC00, AVL__LEAD = 0x1100, AVL__VOWEL = 0x1161, AVL__TAIL = 0x11A7,
+    AVL__N_LEADS = 19, AVL__N_VOWELS = 21, AVL__N_TAILS = 28, AVL__N_SYLLABLES = 19 * 21 * 28
+};
 
-// What a pair composes to, or 0.
-static uint32_t avl__composed(const avl__cleaner *c, uint32_t first, uint32_t second) {
-    int i;
+// While a text is composed, the class of a code point stands above its 21 bits.
+enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
+
+// Appends a character taken apart as far as it goes; 0: memory is out. Each mark goes before those of a higher class,
+// but at most 30 places: Unicode's Stream-Safe Text Format has no more on one letter.
+static int avl__decompose(avl__tokens *points, const avl__unicode *u, uint32_t c) {
+    const avl__pair *pair = &u->parts[avl__parts_slot(u, c)];
+    uint32_t s = c - AVL__HANGUL;
+    int32_t rank, point;
+    size_t at = points->size;
+    if (s < AVL__N_SYLLABLES) {
+        return avl__tokens_put(points, (int32_t)(AVL__LEAD + s / (AVL__N_VOWELS * AVL__N_TAILS))) &&
+               avl__tokens_put(points, (int32_t)(AVL__VOWEL + s / AVL__N_TAILS % AVL__N_VOWELS)) &&
+               (s % AVL__N_TAILS == 0 || avl__tokens_put(points, (int32_t)(AVL__TAIL + s % AVL__N_TAILS)));
+    }
+    if (pair->whole) {
+        return avl__decompose(points, u, pair->first) && (!pair->second || avl__decompose(points, u, pair->second));
+    }
+    rank = avl__run_value(u->marks, AVL__MARK_RUNS, c);
+    point = (int32_t)c | rank << AVL__POINT_BITS;
+    if (!avl__tokens_put(points, point)) return 0;
+    for (; rank && at > 0 && points->size - at <= 30 && points->data[at - 1] >> AVL__POINT_BITS > rank; at--)
+        points->data[at] = points->data[at - 1];
+    points->data[at] = point;
+    return 1;
+}
+
+// What two characters compose to, or 0.
+static uint32_t avl__composed(const avl__unicode *u, uint32_t first, uint32_t second) {
     if (first - AVL__LEAD < AVL__N_LEADS && second - AVL__VOWEL < AVL__N_VOWELS)
         return AVL__HANGUL + ((first - AVL__LEAD) * AVL__N_VOWELS + (second - AVL__VOWEL)) * AVL__N_TAILS;
     if (first - AVL__HANGUL < AVL__N_SYLLABLES && (first - AVL__HANGUL) % AVL__N_TAILS == 0 && second > AVL__TAIL &&
         second - AVL__TAIL < AVL__N_TAILS) return first + (second - AVL__TAIL);
-    for (i = c->buckets[avl__pair_bucket(first, second)]; i >= 0; i = c->pairs[i].next)
-        if (c->pairs[i].first == first && c->pairs[i].second == second) return c->pairs[i].whole;
-    return 0;
-}
-
-// A list of code points: the class of each stands above its 21 bits, so that ordering need not look it up again.
-enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
-
-static int avl__points_put(avl__tokens *points, const avl__cleaner *c, uint32_t point) {   // 0: memory is out
-    return avl__tokens_put(points, (int32_t)point | avl__run_value(c->marks, AVL__MARK_RUNS, point) << AVL__POINT_BITS);
-}
-
-// Appends a character taken apart as far as it goes; 0: memory is out.
-static int avl__decompose(avl__tokens *points, const avl__cleaner *c, uint32_t point) {
-    int low = 0, high = AVL__PAIRS;
-    if (point - AVL__HANGUL < AVL__N_SYLLABLES) {
-        uint32_t s = point - AVL__HANGUL, tail = s % AVL__N_TAILS;
-        return avl__points_put(points, c, AVL__LEAD + s / (AVL__N_VOWELS * AVL__N_TAILS)) &&
-               avl__points_put(points, c, AVL__VOWEL + s / AVL__N_TAILS % AVL__N_VOWELS) &&
-               (tail == 0 || avl__points_put(points, c, AVL__TAIL + tail));
-    }
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (c->pairs[middle].whole < point) low = middle + 1;
-        else high = middle;
-    }
-    if (low == AVL__PAIRS || c->pairs[low].whole != point) return avl__points_put(points, c, point);
-    return avl__decompose(points, c, c->pairs[low].first) &&
-           (c->pairs[low].second == 0 || avl__decompose(points, c, c->pairs[low].second));
-}
-
-// Each run of marks sorted by class, equal ones in their order: a counting sort, since a hostile text may be one long run.
-// copy: [n]
-static void avl__order_marks(int32_t *points, int32_t *copy, size_t n) {
-    size_t from, to, i;
-    for (from = 0; from < n; from = to + 1) {
-        size_t starts[257] = {0};
-        int sorted = 1;
-        for (to = from; to < n && points[to] >> AVL__POINT_BITS; to++) {
-            starts[(points[to] >> AVL__POINT_BITS) + 1]++;
-            sorted &= to == from || points[to - 1] >> AVL__POINT_BITS <= points[to] >> AVL__POINT_BITS;
-        }
-        if (sorted) continue;
-        for (i = 1; i < 257; i++) starts[i] += starts[i - 1];
-        for (i = from; i < to; i++) copy[starts[points[i] >> AVL__POINT_BITS]++] = points[i];
-        memcpy(points + from, copy, (to - from) * sizeof *points);
-    }
-}
-
-// Puts characters together with the marks behind them, unless a mark of the same or a higher class stands between. Returns how
-// many are left.
-static size_t avl__compose(const avl__cleaner *c, int32_t *points, size_t n) {
-    size_t i, out = 0, starter = (size_t)-1;
-    int32_t last = 0;   // the class of the point before; 0: one that stands by itself
-    for (i = 0; i < n; i++) {
-        int32_t rank = points[i] >> AVL__POINT_BITS;
-        uint32_t whole = 0;
-        if (starter != (size_t)-1 && (out == starter + 1 || (last > 0 && last < rank)))
-            whole = avl__composed(c, (uint32_t)points[starter], (uint32_t)(points[i] & AVL__POINT_MASK));
-        if (whole) {
-            points[starter] = (int32_t)whole;
-            continue;
-        }
-        if (rank == 0) starter = out;
-        last = rank;
-        points[out++] = points[i];
-    }
-    return out;
+    return u->wholes[avl__whole_slot(u, first, second)].whole;
 }
 
 // Appends text (valid UTF-8), composed and in lower case; 0: memory is out.
-static int avl__clean(const avl__cleaner *c, const char *text, size_t size, avl__bytes *out) {
+static int avl__clean(const avl__unicode *u, const char *text, size_t size, avl__bytes *out) {
     avl__tokens points = {NULL, 0, 0};
-    size_t at, length, i;
-    int32_t *copy = NULL;
+    size_t at, length, starter = (size_t)-1, n = 0;   // the first n points are composed; starter: the last of class 0
+    int32_t last = 0;                                 // the class of point n - 1
     int ok = 1;
-    for (at = 0; at < size && ok; at += length) ok = avl__decompose(&points, c, (uint32_t)avl__utf8_read(text + at, size - at, &length));
-    if (ok) copy = (int32_t *)avl__alloc_raw(points.size, sizeof *copy);
-    if (copy) {
-        avl__order_marks(points.data, copy, points.size);
-        points.size = avl__compose(c, points.data, points.size);
-        for (i = 0; i < points.size; i++) {
-            char utf8[4];
-            uint32_t point = (uint32_t)(points.data[i] & AVL__POINT_MASK);
-            uint32_t lower = point == 0x130 ? 'i' : point + (uint32_t)avl__run_value(c->lower, AVL__LOWER_RUNS, point);
-            avl__bytes_put(out, utf8, avl__utf8_write(lower, utf8));
-            if (point == 0x130) avl__bytes_put(out, "\xCC\x87", 2);   // the one capital that two characters stand for: i and a dot
+    for (at = 0; at < size && ok; at += length)
+        ok = avl__decompose(&points, u, (uint32_t)avl__utf8_read(text + at, size - at, &length));
+    for (at = 0; at < points.size; at++) {
+        int32_t rank = points.data[at] >> AVL__POINT_BITS;
+        uint32_t whole = 0;
+        if (starter != (size_t)-1 && (n == starter + 1 || (last > 0 && last < rank))) {   // nothing stands between
+            whole = avl__composed(u, (uint32_t)points.data[starter], (uint32_t)(points.data[at] & AVL__POINT_MASK));
         }
+        if (whole) {
+            points.data[starter] = (int32_t)whole;
+            continue;
+        }
+        if (rank == 0) starter = n;
+        last = rank;
+        points.data[n++] = points.data[at];
     }
-    ok = copy != NULL && !out->failed;
-    astrovl_free(copy);
+    for (at = 0; at < n; at++) {
+        char utf8[4];
+        uint32_t c = (uint32_t)(points.data[at] & AVL__POINT_MASK);
+        uint32_t lower = c == 0x130 ? 'i' : c + (uint32_t)avl__run_value(u->lower, AVL__LOWER_RUNS, c);
+        avl__bytes_put(out, utf8, avl__utf8_write(lower, utf8));
+        if (c == 0x130) avl__bytes_put(out, "\xCC\x87", 2);   // becomes two characters, i and a dot above
+    }
     astrovl_free(points.data);
-    return ok;
+    return ok && !out->failed;
 }
 
 // ---- vocabularies --------------------------------------------------------------------------------------------------
 
-typedef enum avl__vocab_kind { AVL__VOCAB_SPM = 1, AVL__VOCAB_BPE } avl__vocab_kind;
-
-// How a byte-level BPE text is cut into words.
-typedef enum avl__word_rule { AVL__WORDS_GPT2, AVL__WORDS_LLAMA3, AVL__WORDS_SMOLLM, AVL__WORDS_CLIP } avl__word_rule;
+// The kind of a vocabulary; all but the first are byte-level, and differ in how a text is cut into words.
+typedef enum avl__vocab_kind {
+    AVL__VOCAB_SPM, AVL__VOCAB_GPT2, AVL__VOCAB_LLAMA3, AVL__VOCAB_SMOLLM, AVL__VOCAB_CLIP
+} avl__vocab_kind;
 
 // tokenizer.ggml.token_type
 enum {
@@ -3382,105 +3361,47 @@ enum {
     AVL__TOKEN_BYTE
 };
 
+enum {
+    AVL__MARKERS = 1 << AVL__TOKEN_CONTROL | 1 << AVL__TOKEN_UNKNOWN | 1 << AVL__TOKEN_USER_DEFINED,   // found in texts
+    AVL__MAX_TOKENS = 1 << 26          // keeps the size of every table within 32 bits
+};
+
+#define AVL__NEVER    UINT32_MAX       // the rank of a token that no merge makes
+#define AVL__WORD_END "</w>"           // what CLIP's vocabulary writes after a word's last byte
+
 typedef struct avl__piece_slot {
     uint32_t hash;
-    int32_t  id;              // -1: empty
+    int32_t  id;                       // -1: empty
 } avl__piece_slot;
-
-// left and right become id. An earlier merge (lower rank) goes first.
-typedef struct avl__merge_slot {
-    int32_t  left, right;     // left -1: empty
-    int32_t  id;
-    uint32_t rank;
-} avl__merge_slot;
-
-// A set of tokens that are looked for in running text as they are spelled (their type is in the set).
-typedef struct avl__markers {
-    uint8_t  types[8];        // [type]: 1 if tokens of this type belong to the set
-    uint8_t  first[256];      // [byte]: 1 if one of them starts with it
-    size_t  *lengths;         // [n_lengths] the lengths that occur, ascending
-    size_t   n_lengths, capacity;
-} avl__markers;
 
 typedef struct avl__vocab {
     avl__vocab_kind  kind;
-    avl__word_rule   rule;             // BPE
     int              n_tokens;
-    int              bos, eos, unk, pad, eot;              // -1: none
+    int              bos, eos, unk, eot;       // -1: none
     int              add_bos, add_eos;
-    int              add_space_prefix;                     // SPM: a space goes before every part of a text
-    int              whole_words;                          // BPE: a word that is a piece stays one (ignore_merges)
-    int              has_bytes, has_unused;                // SPM: all <0xNN> are there; there are tokens of type UNUSED
-    astrovl_string  *pieces;           // [n_tokens], pointing into the file
+    int              add_space_prefix;         // SPM: a space goes before every part of a text
+    int              has_bytes;                // SPM: all of <0x00> to <0xFF> are there
+    astrovl_string  *pieces;           // [n_tokens] spellings, pointing into the file
     uint8_t         *types;            // [n_tokens] AVL__TOKEN_*
     uint8_t         *ends;             // [n_tokens] 1: ends an answer
-    uint32_t        *order;            // [n_tokens] SPM: scores as integers, the best score the lowest
+    uint32_t        *rank;             // [n_tokens] which merge goes first, or AVL__NEVER
     size_t           longest;          // bytes of the longest piece
-    avl__piece_slot *piece_slots;      // [piece_mask + 1] open addressing, at most half full
-    uint32_t         piece_mask;
-    avl__merge_slot *merge_slots;      // [merge_mask + 1] the same
-    uint32_t         merge_mask;
+    avl__piece_slot *slots;            // [mask + 1] finds a piece: open addressing, at most half full
+    uint32_t         mask;
     int32_t          byte_ids[256];    // the token of a single byte, or -1
-    int32_t          last_byte_ids[256];   // CLIP: of one that ends a word
-    avl__cleaner    *cleaner;          // CLIP
-    avl__markers     special;          // tokens that PARSE_SPECIAL finds
-    avl__markers     user_defined;     // SPM: tokens that are found in any text
-    uint32_t         letters[AVL__LETTER_BOUNDS], numbers[AVL__NUMBER_BOUNDS];
+    uint8_t          marker_types[256];        // [byte] 1 << type, of the AVL__MARKERS that begin with this byte
+    size_t           longest_marker;   // bytes
+    avl__unicode    *unicode;          // byte-level kinds
 } avl__vocab;
-
-#define AVL__MAX_TOKENS (1 << 26)      // keeps every table's size within 32 bits
 
 static void avl__vocab_free(avl__vocab *v) {
     astrovl_free(v->pieces);
     astrovl_free(v->types);
     astrovl_free(v->ends);
-    astrovl_free(v->order);
-    astrovl_free(v->piece_slots);
-    astrovl_free(v->merge_slots);
-    astrovl_free(v->cleaner);
-    astrovl_free(v->special.lengths);
-    astrovl_free(v->user_defined.lengths);
+    astrovl_free(v->rank);
+    astrovl_free(v->slots);
+    astrovl_free(v->unicode);
     memset(v, 0, sizeof *v);
-}
-
-static int avl__string_is(astrovl_string s, const char *text) {
-    return s.size == strlen(text) && memcmp(s.data, text, s.size) == 0;
-}
-
-// The class of the character at text[at..end), and its length. Valid UTF-8 is expected.
-static avl__class avl__class_at(const avl__vocab *v, const char *text, size_t at, size_t end, size_t *length) {
-    uint32_t c;
-    *length = 0;
-    if (at >= end) return AVL__CLASS_END;
-    c = (uint32_t)avl__utf8_read(text + at, end - at, length);
-    if (avl__is_white_space(c)) return AVL__CLASS_SPACE;
-    if (avl__in_bounds(c, v->letters, AVL__LETTER_BOUNDS)) return AVL__CLASS_LETTER;
-    if (avl__in_bounds(c, v->numbers, AVL__NUMBER_BOUNDS)) return AVL__CLASS_NUMBER;
-    return AVL__CLASS_OTHER;
-}
-
-// ---- finding pieces ------------------------------------------------------------------------------------------------
-
-// FNV-1a; a hash goes on where that of the bytes before it ended.
-#define AVL__HASH_START 2166136261u
-static uint32_t avl__hash(uint32_t hash, const char *data, size_t size) {
-    size_t i;
-    for (i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
-    return hash;
-}
-
-// The slot of the piece a + b, or the empty one where it would go. hash: of both.
-static avl__piece_slot *avl__piece_slot_of(const avl__vocab *v, uint32_t hash, astrovl_string a, astrovl_string b) {
-    uint32_t at = (hash ^ hash >> 15) & v->piece_mask;
-    for (;; at = (at + 1) & v->piece_mask) {
-        avl__piece_slot *slot = &v->piece_slots[at];
-        const astrovl_string *piece;
-        if (slot->id < 0) return slot;
-        if (slot->hash != hash) continue;
-        piece = &v->pieces[slot->id];
-        if (piece->size == a.size + b.size && memcmp(piece->data, a.data, a.size) == 0 &&
-            memcmp(piece->data + a.size, b.data, b.size) == 0) return slot;
-    }
 }
 
 static astrovl_string avl__string(const char *data, size_t size) {
@@ -3490,270 +3411,116 @@ static astrovl_string avl__string(const char *data, size_t size) {
     return s;
 }
 
-// The id of the piece a + b, or -1; of several with one spelling, the first.
-static int avl__vocab_find_joined(const avl__vocab *v, astrovl_string a, astrovl_string b) {
-    uint32_t hash = avl__hash(avl__hash(AVL__HASH_START, a.data, a.size), b.data, b.size);
-    return avl__piece_slot_of(v, hash, a, b)->id;
+static int avl__string_is(astrovl_string s, const char *text) {
+    return s.size == strlen(text) && memcmp(s.data, text, s.size) == 0;
 }
 
-static int avl__vocab_find(const avl__vocab *v, const char *piece, size_t size) {
-    return avl__vocab_find_joined(v, avl__string(piece, size), avl__string(NULL, 0));
+// FNV-1a; a hash goes on where that of the bytes before it ended.
+#define AVL__HASH_START 2166136261u
+static uint32_t avl__hash(uint32_t hash, const char *data, size_t size) {
+    size_t i;
+    for (i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
+    return hash;
 }
 
-static astrovl_string avl__vocab_piece(const avl__vocab *v, int32_t id) {
-    return id < 0 || id >= v->n_tokens ? avl__string(NULL, 0) : v->pieces[id];
-}
-
-static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 && id < v->n_tokens && v->ends[id]; }
-
-// Room for n entries in a table of a power of two slots, at most half full.
+// Slots of a hash table for n entries: a power of two, at most half full.
 static uint32_t avl__table_slots(uint32_t n) {
     uint32_t slots = 16;
     while (slots < 2 * n) slots *= 2;
     return slots;
 }
 
-// The slot of the merge of two ids, or the empty one where it would go.
-static avl__merge_slot *avl__merge_slot_of(const avl__vocab *v, int32_t left, int32_t right) {
-    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    uint32_t at = (uint32_t)(pair * 0x9E3779B97F4A7C15u >> 32) & v->merge_mask;
-    for (;; at = (at + 1) & v->merge_mask) {
-        avl__merge_slot *slot = &v->merge_slots[at];
-        if (slot->left < 0 || (slot->left == left && slot->right == right)) return slot;
+// The slot of a piece, or the empty one where it would go.
+static avl__piece_slot *avl__vocab_slot(const avl__vocab *v, uint32_t hash, const char *piece, size_t size) {
+    uint32_t at = (hash ^ hash >> 15) & v->mask;
+    for (;; at = (at + 1) & v->mask) {
+        avl__piece_slot *slot = &v->slots[at];
+        if (slot->id < 0) return slot;
+        if (slot->hash != hash || v->pieces[slot->id].size != size) continue;
+        if (memcmp(v->pieces[slot->id].data, piece, size) == 0) return slot;
     }
 }
 
-// Adds a token's spelling to a set; 0: memory is out.
-static int avl__markers_add(avl__markers *m, astrovl_string piece) {
-    size_t i = m->n_lengths;
-    if (piece.size == 0) return 1;
-    m->first[(uint8_t)piece.data[0]] = 1;
-    while (i > 0 && m->lengths[i - 1] > piece.size) i--;
-    if (i > 0 && m->lengths[i - 1] == piece.size) return 1;
-    if (!avl__grow(&m->lengths, &m->capacity, m->n_lengths + 1, sizeof *m->lengths)) return 0;
-    memmove(m->lengths + i + 1, m->lengths + i, (m->n_lengths - i) * sizeof *m->lengths);
-    m->lengths[i] = piece.size;
-    m->n_lengths++;
-    return 1;
+// The id of a piece, or -1; of several with one spelling, the first.
+static int32_t avl__vocab_find(const avl__vocab *v, const char *piece, size_t size) {
+    return avl__vocab_slot(v, avl__hash(AVL__HASH_START, piece, size), piece, size)->id;
 }
 
-// The longest token of a set that text starts with, or -1. The text is hashed once, stopping at every length that
-// occurs.
-static int32_t avl__markers_match(const avl__vocab *v, const avl__markers *m, const char *text, size_t size) {
+static astrovl_string avl__vocab_piece(const avl__vocab *v, int32_t id) {
+    return id < 0 || id >= v->n_tokens ? avl__string(NULL, 0) : v->pieces[id];
+}
+static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 && id < v->n_tokens && v->ends[id]; }
+
+// The longest token of the given types (bits 1 << type) that text starts with, or -1.
+static int32_t avl__find_marker(const avl__vocab *v, int types, const char *text, size_t size) {
     uint32_t hash = AVL__HASH_START;
-    size_t i, done = 0;
-    int32_t best = -1;
-    if (size == 0 || !m->first[(uint8_t)text[0]]) return -1;
-    for (i = 0; i < m->n_lengths && m->lengths[i] <= size; i++) {
-        int32_t id;
-        hash = avl__hash(hash, text + done, m->lengths[i] - done);
-        done = m->lengths[i];
-        id = avl__piece_slot_of(v, hash, avl__string(text, done), avl__string(NULL, 0))->id;
-        if (id >= 0 && m->types[v->types[id]]) best = id;
+    int32_t best = -1, id;
+    size_t n;
+    if (size == 0 || !(v->marker_types[(uint8_t)text[0]] & types)) return -1;
+    for (n = 1; n <= v->longest_marker && n <= size; n++) {
+        hash = avl__hash(hash, text + n - 1, 1);
+        id = avl__vocab_slot(v, hash, text, n)->id;
+        if (id >= 0 && types >> v->types[id] & 1) best = id;
     }
     return best;
 }
 
 // ---- loading -------------------------------------------------------------------------------------------------------
 
-// Where a vocabulary is read from, and where errors go.
-typedef struct avl__vocab_source {
-    const astrovl_gguf *file;
-    const char         *prefix;
-    astrovl_error      *err;
-} avl__vocab_source;
-
-typedef struct avl__vocab_key { char text[128]; } avl__vocab_key;
-
-static avl__vocab_key avl__vocab_key_of(const avl__vocab_source *from, const char *name) {
-    avl__vocab_key key;
-    avl__format(key.text, sizeof key.text, "%s%s", from->prefix, name);
-    return key;
-}
-
-static astrovl_status avl__vocab_fail(const avl__vocab_source *from, const char *name, const char *what) {
-    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s %s", astrovl_gguf_name(from->file), from->prefix, name,
-                     what);
-}
-
-static astrovl_status avl__vocab_no_memory(const avl__vocab_source *from) {
-    return avl__fail(from->err, ASTROVL_ERROR_MEMORY, "%s: out of memory for the vocabulary",
-                     astrovl_gguf_name(from->file));
-}
-
-static int avl__is_int_type(astrovl_value_type type) {   // booleans count
-    return type != ASTROVL_VALUE_F32 && type != ASTROVL_VALUE_F64 && type != ASTROVL_VALUE_STRING &&
-           type != ASTROVL_VALUE_ARRAY;
-}
-
-// The entry's index, or -1 if it is absent.
-static int avl__vocab_entry(const avl__vocab_source *from, const char *name) {
-    avl__vocab_key key = avl__vocab_key_of(from, name);
-    return astrovl_gguf_find_kv(from->file, key.text);
-}
-
-static astrovl_value_type avl__vocab_type(const avl__vocab_source *from, int index) {
-    return astrovl_gguf_kv(from->file, index)->type;
-}
-static astrovl_value_type avl__vocab_item_type(const avl__vocab_source *from, int index) {
-    return astrovl_gguf_kv(from->file, index)->item_type;
-}
-static uint64_t avl__vocab_count(const avl__vocab_source *from, int index) {
-    return astrovl_gguf_kv(from->file, index)->count;
-}
-
-static astrovl_status avl__vocab_text(const avl__vocab_source *from, const char *name, astrovl_string *text) {
-    int index = avl__vocab_entry(from, name);
-    *text = avl__string(NULL, 0);
-    if (index < 0) return ASTROVL_OK;
-    if (avl__vocab_type(from, index) != ASTROVL_VALUE_STRING) return avl__vocab_fail(from, name, "is no string");
-    *text = astrovl_gguf_string(from->file, index, 0);
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__vocab_flag(const avl__vocab_source *from, const char *name, int *flag) {
-    int index = avl__vocab_entry(from, name);
-    if (index < 0) return ASTROVL_OK;
-    if (!avl__is_int_type(avl__vocab_type(from, index))) return avl__vocab_fail(from, name, "is no boolean");
-    *flag = astrovl_gguf_int(from->file, index, 0) != 0;
-    return ASTROVL_OK;
-}
-
-// A token's id; *id keeps its value where the key is absent.
-static astrovl_status avl__vocab_id(const avl__vocab_source *from, const avl__vocab *v, const char *name, int *id) {
-    int index = avl__vocab_entry(from, name);
-    int64_t value;
-    if (index < 0) return ASTROVL_OK;
-    if (!avl__is_int_type(avl__vocab_type(from, index))) return avl__vocab_fail(from, name, "is no integer");
-    value = astrovl_gguf_int(from->file, index, 0);
-    if (value < 0 || value >= v->n_tokens) {
-        return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s is %lld, but there are %d tokens",
-                         astrovl_gguf_name(from->file), from->prefix, name, (long long)value, v->n_tokens);
-    }
-    *id = (int)value;
-    return ASTROVL_OK;
-}
-
-// An array's entry; *index is -1 if it is absent.
-static astrovl_status avl__vocab_array(const avl__vocab_source *from, const char *name, int *index) {
-    *index = avl__vocab_entry(from, name);
-    if (*index >= 0 && avl__vocab_type(from, *index) != ASTROVL_VALUE_ARRAY) {
-        return avl__vocab_fail(from, name, "is no array");
-    }
-    return ASTROVL_OK;
-}
-
-// The same for an array with one element per token.
-static astrovl_status avl__vocab_array_of(const avl__vocab_source *from, const avl__vocab *v, const char *name,
-                                          int *index) {
-    astrovl_status status = avl__vocab_array(from, name, index);
-    uint64_t count;
-    if (status != ASTROVL_OK || *index < 0) return status;
-    count = avl__vocab_count(from, *index);
-    if (count == (uint64_t)v->n_tokens) return ASTROVL_OK;
-    return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %s%s has %lld elements for %d tokens",
-                     astrovl_gguf_name(from->file), from->prefix, name, (long long)count, v->n_tokens);
-}
-
-// Which algorithm and which rule.
-static astrovl_status avl__vocab_load_kind(avl__vocab *v, const avl__vocab_source *from) {
-    astrovl_string model, pre;
-    astrovl_status status = avl__vocab_text(from, "model", &model);
-    if (status == ASTROVL_OK) status = avl__vocab_text(from, "pre", &pre);
-    if (status != ASTROVL_OK) return status;
+// Which kind of vocabulary, and whether a text begins with BOS or a space unless keys say otherwise.
+static void avl__load_kind(avl__vocab *v, avl__keys *k) {
+    static const struct { const char *pre; avl__vocab_kind kind; } rules[] = {
+        {"llama-bpe", AVL__VOCAB_LLAMA3}, {"llama3", AVL__VOCAB_LLAMA3}, {"llama-v3", AVL__VOCAB_LLAMA3},
+        {"smollm", AVL__VOCAB_SMOLLM}, {"gpt-2", AVL__VOCAB_GPT2}, {"default", AVL__VOCAB_GPT2}, {"", AVL__VOCAB_GPT2}
+    };
+    astrovl_string model = avl__key_text(k, "model"), pre = avl__key_text(k, "pre");
+    int i = 0;
     if (model.size == 0) {
-        return avl__fail(from->err, ASTROVL_ERROR_MODEL, "%s: has no vocabulary (no %smodel)",
-                         astrovl_gguf_name(from->file), from->prefix);
+        avl__key_fail(k, ASTROVL_ERROR_MODEL, "model", " is missing: the file has no vocabulary");
+    } else if (avl__string_is(model, "gpt2")) {
+        while (i < 7 && !avl__string_is(pre, rules[i].pre)) i++;
+        if (i < 7) v->kind = rules[i].kind;
+        else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%.*s\", not llama-bpe, smollm or gpt-2", AVL__SHOW(pre));
+    } else if (!avl__string_is(model, "llama")) {
+        avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "model", " is \"%.*s\", not llama or gpt2", AVL__SHOW(model));
     }
-    if (avl__string_is(model, "llama")) {
-        v->kind = AVL__VOCAB_SPM;
-        v->add_bos = v->add_space_prefix = 1;
-        return ASTROVL_OK;
-    }
-    if (!avl__string_is(model, "gpt2")) {
-        return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
-                         "%s: the tokenizer model \"%.*s\" is not supported (llama and gpt2 are)",
-                         astrovl_gguf_name(from->file), AVL__SHOW(model));
-    }
-    v->kind = AVL__VOCAB_BPE;
-    if (avl__string_is(pre, "llama-bpe") || avl__string_is(pre, "llama3") || avl__string_is(pre, "llama-v3")) {
-        v->rule = AVL__WORDS_LLAMA3;
-        v->add_bos = v->whole_words = 1;
-    } else if (avl__string_is(pre, "smollm")) {
-        v->rule = AVL__WORDS_SMOLLM;
-    } else if (pre.size == 0 || avl__string_is(pre, "gpt-2") || avl__string_is(pre, "default")) {
-        v->rule = AVL__WORDS_GPT2;
-    } else {
-        return avl__fail(from->err, ASTROVL_ERROR_UNSUPPORTED,
-                         "%s: the pre-tokenizer \"%.*s\" is not supported (llama-bpe, smollm and gpt-2 are)",
-                         astrovl_gguf_name(from->file), AVL__SHOW(pre));
-    }
-    return ASTROVL_OK;
+    v->add_space_prefix = v->kind == AVL__VOCAB_SPM;
+    v->add_bos = v->kind == AVL__VOCAB_SPM || v->kind == AVL__VOCAB_LLAMA3;
 }
 
-// The tokens' spellings and the table that finds them.
-static astrovl_status avl__vocab_load_pieces(avl__vocab *v, const avl__vocab_source *from) {
-    int index, i;
-    uint32_t slots;
-    uint64_t count;
-    astrovl_status status = avl__vocab_array(from, "tokens", &index);
-    if (status != ASTROVL_OK) return status;
-    if (index < 0) {
-        return avl__fail(from->err, ASTROVL_ERROR_MODEL, "%s: has no vocabulary (no %stokens)",
-                         astrovl_gguf_name(from->file), from->prefix);
-    }
-    count = avl__vocab_count(from, index);
-    if (avl__vocab_item_type(from, index) != ASTROVL_VALUE_STRING) {
-        return avl__vocab_fail(from, "tokens", "is no array of strings");
-    }
-    if (count == 0 || count > AVL__MAX_TOKENS) {
-        return avl__vocab_fail(from, "tokens", "is empty, or has more than 2^26 elements");
-    }
-    slots = avl__table_slots((uint32_t)count);
+// The spellings of the tokens and the table that finds them.
+static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
+    int index = avl__key(k, "tokens", AVL__KEY_STRING, -1), i;
+    uint64_t count = index < 0 ? 0 : astrovl_gguf_kv(k->file, index)->count;
+    if (index < 0) avl__key_fail(k, ASTROVL_ERROR_MODEL, "tokens", " is missing: the file has no vocabulary");
+    else if (count == 0 || count > AVL__MAX_TOKENS)
+        avl__key_fail(k, ASTROVL_ERROR_FORMAT, "tokens", " is empty, or has more than 2^26 elements");
+    if (k->status) return;
     v->n_tokens = (int)count;
+    v->mask = avl__table_slots((uint32_t)count) - 1;
     v->pieces = (astrovl_string *)avl__alloc_raw(count, sizeof *v->pieces);
     v->types = (uint8_t *)avl__alloc(count, 1);
     v->ends = (uint8_t *)avl__alloc(count, 1);
-    v->piece_slots = (avl__piece_slot *)avl__alloc_raw(slots, sizeof *v->piece_slots);
-    if (!v->pieces || !v->types || !v->ends || !v->piece_slots) return avl__vocab_no_memory(from);
-    v->piece_mask = slots - 1;
-    memset(v->piece_slots, 0xFF, slots * sizeof *v->piece_slots);   // every id is -1
+    v->rank = (uint32_t *)avl__alloc_raw(count, sizeof *v->rank);
+    v->slots = (avl__piece_slot *)avl__alloc_raw((uint64_t)v->mask + 1, sizeof *v->slots);
+    if (v->kind != AVL__VOCAB_SPM) v->unicode = (avl__unicode *)avl__alloc(1, sizeof *v->unicode);
+    if (!v->pieces || !v->types || !v->ends || !v->rank || !v->slots || (v->kind != AVL__VOCAB_SPM && !v->unicode))
+        avl__key_fail(k, ASTROVL_ERROR_MEMORY, "tokens", ": out of memory");
+    if (k->status) return;
+    if (v->unicode) avl__unicode_fill(v->unicode);
+    memset(v->rank, 0xFF, (size_t)count * sizeof *v->rank);             // every rank is AVL__NEVER
+    memset(v->slots, 0xFF, ((size_t)v->mask + 1) * sizeof *v->slots);   // every id is -1
     for (i = 0; i < v->n_tokens; i++) {
-        astrovl_string piece = astrovl_gguf_string(from->file, index, (uint64_t)i);
-        uint32_t hash = avl__hash(AVL__HASH_START, piece.data, piece.size);
-        avl__piece_slot *slot = avl__piece_slot_of(v, hash, avl__string(piece.data, piece.size), avl__string(NULL, 0));
-        v->pieces[i] = avl__string(piece.data, piece.size);
-        if (piece.size > v->longest) v->longest = piece.size;
+        astrovl_string s = astrovl_gguf_string(k->file, index, (uint64_t)i);
+        uint32_t hash = avl__hash(AVL__HASH_START, s.data, s.size);
+        avl__piece_slot *slot;
+        v->pieces[i] = avl__string(s.data, s.size);
+        if (s.size > v->longest) v->longest = s.size;
+        slot = avl__vocab_slot(v, hash, v->pieces[i].data, s.size);
         if (slot->id >= 0) continue;
         slot->hash = hash;
         slot->id = i;
     }
-    return ASTROVL_OK;
-}
-
-#define AVL__CLIP_START "<|startoftext|>"
-#define AVL__CLIP_END   "<|endoftext|>"
-#define AVL__WORD_END   "</w>"             // what CLIP's vocabulary writes after a word's last byte
-
-// The ids of the special tokens, by key or else by their usual spelling, and whether a text gets some of them.
-static astrovl_status avl__vocab_load_ids(avl__vocab *v, const avl__vocab_source *from) {
-    astrovl_status status;
-    int spm = v->kind == AVL__VOCAB_SPM;
-    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : v->cleaner ? avl__vocab_find(v, AVL__CLIP_START, strlen(AVL__CLIP_START)) : -1;
-    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : v->cleaner ? avl__vocab_find(v, AVL__CLIP_END, strlen(AVL__CLIP_END)) : -1;
-    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : v->cleaner ? v->eos : -1;
-    v->pad = v->eot = -1;
-    status = avl__vocab_id(from, v, "bos_token_id", &v->bos);
-    if (status == ASTROVL_OK) status = avl__vocab_id(from, v, "eos_token_id", &v->eos);
-    if (status == ASTROVL_OK) status = avl__vocab_id(from, v, "unknown_token_id", &v->unk);
-    if (status == ASTROVL_OK) status = avl__vocab_id(from, v, "eot_token_id", &v->eot);
-    if (status == ASTROVL_OK) status = avl__vocab_flag(from, "add_bos_token", &v->add_bos);
-    if (status == ASTROVL_OK) status = avl__vocab_flag(from, "add_eos_token", &v->add_eos);
-    if (status == ASTROVL_OK && spm) status = avl__vocab_flag(from, "add_space_prefix", &v->add_space_prefix);
-    // Some writers give a padding id just past the vocabulary. It is never used here, so that is no reason to refuse
-    // the file.
-    if (status == ASTROVL_OK && avl__vocab_id(from, v, "padding_token_id", &v->pad) != ASTROVL_OK) v->pad = -1;
-    return status;
 }
 
 // "<0x4F>" -> 0x4F; other spellings -> -1
@@ -3766,275 +3533,243 @@ static int avl__byte_piece(astrovl_string piece) {
     return high && low ? (int)(high - digits) * 16 + (int)(low - digits) : -1;
 }
 
-// Types as the file gives them; a file without them is told by spelling.
-static astrovl_status avl__vocab_load_types(avl__vocab *v, const avl__vocab_source *from) {
-    int index, i;
-    astrovl_status status = avl__vocab_array_of(from, v, "token_type", &index);
-    if (status != ASTROVL_OK) return status;
-    if (index >= 0 && !avl__is_int_type(avl__vocab_item_type(from, index))) {
-        return avl__vocab_fail(from, "token_type", "is no array of integers");
-    }
-    for (i = 0; i < v->n_tokens; i++) {
-        int64_t type = AVL__TOKEN_NORMAL;
-        if (index >= 0) type = astrovl_gguf_int(from->file, index, (uint64_t)i);
-        else if (i == v->bos || i == v->eos) type = AVL__TOKEN_CONTROL;
-        else if (i == v->unk) type = AVL__TOKEN_UNKNOWN;
-        else if (v->kind == AVL__VOCAB_SPM && avl__byte_piece(v->pieces[i]) >= 0) type = AVL__TOKEN_BYTE;
-        if (type < 0 || type > AVL__TOKEN_BYTE) {
-            return avl__vocab_fail(from, "token_type", "holds a type outside 0 to 6");
-        }
-        v->types[i] = type == 0 ? (uint8_t)AVL__TOKEN_NORMAL : (uint8_t)type;   // 0: undefined
-        if (v->types[i] == AVL__TOKEN_UNUSED) v->has_unused = 1;
-    }
-    return ASTROVL_OK;
-}
-
-// Which tokens end an answer: by id, and the usual end marks among the special tokens (a model may end its turn with
-// another than its EOS).
-static void avl__vocab_mark_ends(avl__vocab *v) {
+// The special tokens, by key or else by their usual spelling; the types of all tokens; and which end an answer: EOS,
+// EOT, and the usual end marks among the special tokens (a model may end its turn with another than its EOS).
+static void avl__load_types(avl__vocab *v, avl__keys *k) {
     static const char *const marks[] = {"</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
                                         "<|endoftext|>", "<|end|>", "<end_of_turn>", "<EOT>"};
+    int spm = v->kind == AVL__VOCAB_SPM, clip = v->kind == AVL__VOCAB_CLIP, last = v->n_tokens - 1, index, id, byte;
     size_t i;
+    if (k->status) return;
+    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : clip ? avl__vocab_find(v, "<|startoftext|>", 15) : -1;
+    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : clip ? avl__vocab_find(v, "<|endoftext|>", 13) : -1;
+    v->bos = avl__key_number(k, "bos_token_id", 0, last, v->bos);
+    v->eos = avl__key_number(k, "eos_token_id", 0, last, v->eos);
+    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : clip ? v->eos : -1;
+    v->unk = avl__key_number(k, "unknown_token_id", 0, last, v->unk);
+    v->eot = avl__key_number(k, "eot_token_id", 0, last, -1);
+    v->add_bos = avl__key_number(k, "add_bos_token", 0, INT_MAX, v->add_bos) != 0;
+    v->add_eos = avl__key_number(k, "add_eos_token", 0, INT_MAX, v->add_eos) != 0;
+    if (spm) v->add_space_prefix = avl__key_number(k, "add_space_prefix", 0, INT_MAX, v->add_space_prefix) != 0;
+    index = avl__key(k, "token_type", AVL__KEY_INT, v->n_tokens);
+    memset(v->byte_ids, 0xFF, sizeof v->byte_ids);   // every id is -1
+    for (id = 0; id < v->n_tokens && !k->status; id++) {
+        int64_t type = AVL__TOKEN_NORMAL;   // a file without types: told by spelling
+        byte = spm ? avl__byte_piece(v->pieces[id]) : -1;
+        if (index >= 0) type = astrovl_gguf_int(k->file, index, (uint64_t)id);
+        else if (id == v->bos || id == v->eos) type = AVL__TOKEN_CONTROL;
+        else if (id == v->unk) type = AVL__TOKEN_UNKNOWN;
+        else if (byte >= 0) type = AVL__TOKEN_BYTE;
+        if (type < 0 || type > AVL__TOKEN_BYTE) {
+            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "token_type", "[%d] is %lld, outside 0 to 6", id, (long long)type);
+            return;
+        }
+        v->types[id] = type == 0 ? (uint8_t)AVL__TOKEN_NORMAL : (uint8_t)type;   // 0: undefined
+        if (type == AVL__TOKEN_BYTE && byte >= 0 && v->byte_ids[byte] < 0) v->byte_ids[byte] = id;
+        if (v->pieces[id].size && AVL__MARKERS >> v->types[id] & 1) {
+            v->marker_types[(uint8_t)v->pieces[id].data[0]] |= (uint8_t)(1 << v->types[id]);
+            if (v->pieces[id].size > v->longest_marker) v->longest_marker = v->pieces[id].size;
+        }
+    }
+    v->has_bytes = 1;
+    for (byte = 0; byte < 256; byte++) v->has_bytes &= v->byte_ids[byte] >= 0;
     for (i = 0; i < sizeof marks / sizeof *marks; i++) {
-        int id = avl__vocab_find(v, marks[i], strlen(marks[i]));
+        id = avl__vocab_find(v, marks[i], strlen(marks[i]));
         if (id >= 0 && (v->types[id] == AVL__TOKEN_CONTROL || v->types[id] == AVL__TOKEN_USER_DEFINED)) v->ends[id] = 1;
     }
     if (v->eos >= 0) v->ends[v->eos] = 1;
     if (v->eot >= 0) v->ends[v->eot] = 1;
 }
 
-static astrovl_status avl__vocab_load_markers(avl__vocab *v, const avl__vocab_source *from) {
-    int i;
-    v->special.types[AVL__TOKEN_CONTROL] = v->special.types[AVL__TOKEN_UNKNOWN] = 1;
-    // SentencePiece knows its user-defined tokens in any text; in byte-level BPE they are added tokens like the special
-    // ones.
-    if (v->kind == AVL__VOCAB_BPE) v->special.types[AVL__TOKEN_USER_DEFINED] = 1;
-    else v->user_defined.types[AVL__TOKEN_USER_DEFINED] = 1;
-    for (i = 0; i < v->n_tokens; i++) {
-        int type = v->types[i], ok = 1;
-        if (v->special.types[type]) ok = avl__markers_add(&v->special, v->pieces[i]);
-        if (v->user_defined.types[type]) ok = avl__markers_add(&v->user_defined, v->pieces[i]);
-        if (!ok) return avl__vocab_no_memory(from);
-    }
-    return ASTROVL_OK;
-}
-
-// SPM: scores become integers that sort the other way round, so that both kinds of BPE merge the lowest first. The bits
-// of a float sort like the float once a negative one's are inverted and a positive one's sign is set.
-static astrovl_status avl__vocab_load_scores(avl__vocab *v, const avl__vocab_source *from) {
-    int index, i;
-    astrovl_status status = avl__vocab_array_of(from, v, "scores", &index);
-    if (status != ASTROVL_OK) return status;
-    if (index < 0) return avl__vocab_fail(from, "scores", "is missing: a llama vocabulary needs it");
-    if (avl__vocab_item_type(from, index) != ASTROVL_VALUE_F32) {
-        return avl__vocab_fail(from, "scores", "is no array of floats");
-    }
-    v->order = (uint32_t *)avl__alloc_raw((uint64_t)v->n_tokens, sizeof *v->order);
-    if (!v->order) return avl__vocab_no_memory(from);
-    for (i = 0; i < v->n_tokens; i++) {
-        float score = (float)astrovl_gguf_float(from->file, index, (uint64_t)i) + 0.0f;   // no -0
+// SPM's ranks: the scores as integers that sort the other way round. The bits of a float sort like the float once a
+// negative one's are inverted and a positive one's sign is set.
+static void avl__load_scores(avl__vocab *v, avl__keys *k) {
+    int index = avl__key(k, "scores", AVL__KEY_FLOAT, v->n_tokens), i;
+    if (index < 0) avl__key_fail(k, ASTROVL_ERROR_FORMAT, "scores", " is missing: a llama vocabulary needs it");
+    for (i = 0; i < v->n_tokens && !k->status; i++) {
+        float score = (float)astrovl_gguf_float(k->file, index, (uint64_t)i) + 0.0f;   // no -0
         uint32_t bits = avl__float_bits(score);
-        if (score != score) return avl__vocab_fail(from, "scores", "holds a score that is not a number");
-        v->order[i] = ~(bits >> 31 ? ~bits : bits | 0x80000000u);
+        if (score != score) avl__key_fail(k, ASTROVL_ERROR_FORMAT, "scores", "[%d] is not a number", i);
+        if (v->types[i] == AVL__TOKEN_NORMAL || v->types[i] == AVL__TOKEN_USER_DEFINED)
+            v->rank[i] = ~(bits >> 31 ? ~bits : bits | 0x80000000u);
     }
-    return ASTROVL_OK;
-}
-
-static void avl__vocab_find_byte_pieces(avl__vocab *v) {
-    int i;
-    memset(v->byte_ids, 0xFF, sizeof v->byte_ids);
-    for (i = 0; i < v->n_tokens; i++) {
-        int byte = v->types[i] == AVL__TOKEN_BYTE ? avl__byte_piece(v->pieces[i]) : -1;
-        if (byte >= 0 && v->byte_ids[byte] < 0) v->byte_ids[byte] = i;
-    }
-    v->has_bytes = 1;
-    for (i = 0; i < 256; i++) v->has_bytes &= v->byte_ids[i] >= 0;
 }
 
 // Byte-level BPE spells each byte as one printable character (GPT-2's bytes_to_unicode): the printable bytes of Latin-1
-// as themselves, the other 68 in their order as U+0100 and up.
-static uint32_t avl__byte_to_char(uint32_t byte) {
-    if (byte <= 32) return 256 + byte;
-    if (byte >= 127 && byte <= 160) return 289 + (byte - 127);
-    return byte == 173 ? 323 : byte;
+// as themselves, the other 68 in their order as U+0100 and up. CLIP marks a word's last one.
+static size_t avl__spell_byte(uint32_t byte, int ends_word, char spelling[8]) {   // returns its length
+    uint32_t c = byte <= 32 ? 256 + byte : byte >= 127 && byte <= 160 ? 289 + (byte - 127) : byte == 173 ? 323 : byte;
+    size_t n = avl__utf8_write(c, spelling);
+    if (ends_word) memcpy(spelling + n, AVL__WORD_END, 4);
+    return ends_word ? n + 4 : n;
 }
 
 static int avl__char_to_byte(int32_t c) {   // -1: a character that spells no byte
     if (c >= 256 && c <= 288) return c - 256;
     if (c >= 289 && c <= 322) return c - 289 + 127;
     if (c == 323) return 173;
-    return c > 32 && c < 256 && avl__byte_to_char((uint32_t)c) == (uint32_t)c ? c : -1;
+    return (c > 32 && c < 127) || (c > 160 && c < 256 && c != 173) ? c : -1;
 }
 
-static size_t avl__byte_spelling(uint32_t byte, char spelling[4]) {   // its length in UTF-8
-    return avl__utf8_write(avl__byte_to_char(byte), spelling);
-}
-
-static astrovl_status avl__vocab_alloc_merges(avl__vocab *v, const avl__vocab_source *from, uint32_t count) {
-    uint32_t slots = avl__table_slots(count);
-    v->merge_slots = (avl__merge_slot *)avl__alloc_raw(slots, sizeof *v->merge_slots);
-    if (!v->merge_slots) return avl__vocab_no_memory(from);
-    v->merge_mask = slots - 1;
-    memset(v->merge_slots, 0xFF, slots * sizeof *v->merge_slots);   // every left is -1
-    return ASTROVL_OK;
-}
-
-static void avl__merge_put(avl__vocab *v, int32_t left, int32_t right, int32_t id, uint32_t rank) {
-    avl__merge_slot *slot = avl__merge_slot_of(v, left, right);
-    if (slot->left >= 0) return;   // the first of equals counts
-    slot->left = left;
-    slot->right = right;
-    slot->id = id;
-    slot->rank = rank;
-}
-
-// BPE: the merges, "left right" in the order of their rank. Both and what they make must be tokens.
-static astrovl_status avl__vocab_load_merges(avl__vocab *v, const avl__vocab_source *from) {
-    int index;
-    uint32_t count, i;
-    astrovl_status status = avl__vocab_array(from, "merges", &index);
-    if (status != ASTROVL_OK) return status;
-    if (index < 0 && v->cleaner) return avl__vocab_alloc_merges(v, from, (uint32_t)v->n_tokens);   // recovered later
-    if (index < 0) return avl__vocab_fail(from, "merges", "is missing: a gpt2 vocabulary needs it");
-    if (avl__vocab_item_type(from, index) != ASTROVL_VALUE_STRING) {
-        return avl__vocab_fail(from, "merges", "is no array of strings");
+// The ranks of byte-level BPE: the single symbols 0, then the place of a token's merge ("left right") in the list. Both
+// halves and what they make must be tokens, and of each token's merges one must join what earlier lines make.
+static void avl__load_merges(avl__vocab *v, avl__keys *k) {
+    const uint32_t too_early = AVL__NEVER - 1;   // named by a merge, but not made by one yet
+    int clip = v->kind == AVL__VOCAB_CLIP, index = avl__key(k, "merges", AVL__KEY_STRING, -1), i, count, byte, end;
+    avl__bytes joined = {NULL, 0, 0, 0};
+    char spelling[8];
+    if (index < 0 && !clip) avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " is missing: a gpt2 vocabulary needs it");
+    if (index >= 0 && astrovl_gguf_kv(k->file, index)->count > AVL__MAX_TOKENS)
+        avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " has more than 2^26 elements");
+    if (k->status) return;
+    for (byte = 0; byte < 256; byte++) {
+        for (end = 0; end <= clip; end++) {
+            int32_t id = avl__vocab_find(v, spelling, avl__spell_byte((uint32_t)byte, end, spelling));
+            if (id >= 0) v->rank[id] = 0;
+            if (!end) v->byte_ids[byte] = id;
+        }
     }
-    if (avl__vocab_count(from, index) > AVL__MAX_TOKENS) {
-        return avl__vocab_fail(from, "merges", "has more than 2^26 elements");
-    }
-    count = (uint32_t)avl__vocab_count(from, index);
-    status = avl__vocab_alloc_merges(v, from, count);
-    if (status != ASTROVL_OK) return status;
-    for (i = 0; i < count; i++) {
-        astrovl_string text = astrovl_gguf_string(from->file, index, i), a, b;
-        const char *space = text.size > 1 ? (const char *)memchr(text.data + 1, ' ', text.size - 1) : NULL;
+    for (i = 0; index < 0 && i < v->n_tokens; i++)   // clip.cpp's files list no merges, but ids are in their order
+        if (v->types[i] == AVL__TOKEN_NORMAL && v->rank[i]) v->rank[i] = (uint32_t)i + 1;
+    count = index < 0 ? 0 : (int)astrovl_gguf_kv(k->file, index)->count;
+    for (i = 0; i < count && !k->status; i++) {
+        astrovl_string line = astrovl_gguf_string(k->file, index, (uint64_t)i);
+        const char *space = line.size > 1 ? (const char *)memchr(line.data + 1, ' ', line.size - 1) : NULL;
+        size_t size = space ? (size_t)(space - line.data) : 0;
         int32_t left, right, id;
         if (!space) {
-            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] has no space between two pieces",
-                             astrovl_gguf_name(from->file), from->prefix, (int)i);
+            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
+            break;
         }
-        a = avl__string(text.data, (size_t)(space - text.data));
-        b = avl__string(space + 1, text.size - a.size - 1);
-        left = avl__vocab_find(v, a.data, a.size);
-        right = avl__vocab_find(v, b.data, b.size);
-        id = avl__vocab_find_joined(v, a, b);
+        joined.size = 0;
+        avl__bytes_put(&joined, line.data, size);
+        avl__bytes_put(&joined, space + 1, line.size - size - 1);
+        if (joined.failed) {
+            avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
+            break;
+        }
+        left = avl__vocab_find(v, line.data, size);
+        right = avl__vocab_find(v, space + 1, line.size - size - 1);
+        id = avl__vocab_find(v, joined.data, joined.size);
         if (left < 0 || right < 0 || id < 0) {
-            return avl__fail(from->err, ASTROVL_ERROR_FORMAT, "%s: %smerges[%d] \"%.*s\" names a piece that is no token",
-                             astrovl_gguf_name(from->file), from->prefix, (int)i, AVL__SHOW(text));
-        }
-        avl__merge_put(v, left, right, id, i);
+            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] \"%.*s\" names a piece that is no token", i, AVL__SHOW(line));
+        } else if (v->rank[left] < too_early && v->rank[right] < too_early) {
+            if (v->rank[id] >= too_early) v->rank[id] = (uint32_t)i + 1;
+        } else if (v->rank[id] == AVL__NEVER) v->rank[id] = too_early;
     }
-    return ASTROVL_OK;
+    astrovl_free(joined.data);
+    for (i = 0; i < v->n_tokens; i++) {
+        if (v->rank[i] == too_early)
+            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " make \"%.*s\" of pieces not made before", AVL__SHOW(v->pieces[i]));
+    }
 }
 
-// The parts that only byte-level BPE has.
-static astrovl_status avl__vocab_load_bpe(avl__vocab *v, const avl__vocab_source *from) {
-    uint32_t byte;
-    avl__expand_table(avl__letter_table, v->letters, AVL__LETTER_BOUNDS);
-    avl__expand_table(avl__number_table, v->numbers, AVL__NUMBER_BOUNDS);
-    for (byte = 0; byte < 256; byte++) {
-        char spelling[4];
-        astrovl_string s = avl__string(spelling, avl__byte_spelling(byte, spelling));
-        v->byte_ids[byte] = avl__vocab_find(v, s.data, s.size);
-        v->last_byte_ids[byte] = avl__vocab_find_joined(v, s, avl__string(AVL__WORD_END, strlen(AVL__WORD_END)));
-    }
-    return avl__vocab_load_merges(v, from);
-}
-
-// All parts of a vocabulary whose kind is known.
-static astrovl_status avl__vocab_load_parts(avl__vocab *v, const avl__vocab_source *from) {
-    astrovl_status status = avl__vocab_load_pieces(v, from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_ids(v, from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_types(v, from);
-    if (status == ASTROVL_OK) status = avl__vocab_load_markers(v, from);
-    if (status != ASTROVL_OK) return status;
-    avl__vocab_mark_ends(v);
-    if (v->kind == AVL__VOCAB_BPE) return avl__vocab_load_bpe(v, from);
-    avl__vocab_find_byte_pieces(v);
-    return avl__vocab_load_scores(v, from);
+//   prefix  before every key: "tokenizer.ggml."
+//   clip    1: the vocabulary of CLIP's text tower, whose kind no key tells
+// The file must outlive the vocabulary, which points into it.
+static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, int clip,
+                                      astrovl_error *err) {
+    avl__keys k;
+    k.file = file;
+    k.prefix = prefix;
+    k.err = err;
+    k.status = ASTROVL_OK;
+    memset(v, 0, sizeof *v);
+    if (clip) {
+        v->kind = AVL__VOCAB_CLIP;
+        v->add_bos = v->add_eos = 1;
+    } else avl__load_kind(v, &k);
+    avl__load_pieces(v, &k);
+    avl__load_types(v, &k);
+    if (v->kind == AVL__VOCAB_SPM) avl__load_scores(v, &k);
+    else avl__load_merges(v, &k);
+    if (clip && v->bos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|>");
+    if (clip && v->eos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|endoftext|>");
+    if (k.status) avl__vocab_free(v);
+    return k.status;
 }
 
 // ---- merging -------------------------------------------------------------------------------------------------------
-// The symbols of a text are a linked list; a heap holds every adjacent pair that could be merged, the best on top.
-// Merging a pair lets the left symbol grow over the right one and offers the two new pairs. Pairs that a merge has
-// overtaken stay in the heap, and are known, when they come up, by their length.
+// The symbols of a spelling are a linked list; a heap holds every pair of neighbors that could be merged, the best on
+// top. Merging a pair lets the left symbol grow over the right one and offers the two new pairs. Pairs that a merge has
+// overtaken stay in the heap, and are known, when they come up, by their size.
 
 typedef struct avl__symbol {
-    int32_t start, size;    // bytes of the text; size 0: swallowed by the symbol on its left
+    int32_t start, size;    // bytes of the spelling; size 0: swallowed by the symbol on its left
     int32_t prev, next;     // -1: none
     int32_t id;             // -1: not a token (yet)
     int32_t frozen;         // 1: takes part in no merge
 } avl__symbol;
 
 typedef struct avl__candidate {
-    uint32_t order;         // the lowest goes first, of equals the leftmost
+    uint32_t rank;          // the lowest goes first, of equals the leftmost
     int32_t  left;          // index of the left symbol
     int32_t  size;          // bytes of both
     int32_t  id;            // of the token they make
 } avl__candidate;
 
-// Everything that turning one text into tokens needs.
+// Everything that turning one text into tokens needs. `failed` (memory is out) sticks.
 typedef struct avl__encoder {
     const avl__vocab *v;
     avl__tokens      *out;
-    const char       *text;        // what symbols point into
+    avl__bytes        text;        // byte-level: the text in valid UTF-8
+    avl__bytes        cleaned;     // CLIP: the same, composed and in lower case
+    avl__bytes        spelling;    // what symbols stand for: SPM all of the text, byte-level one word
     avl__symbol      *symbols;
     size_t            n_symbols, symbol_capacity;
     avl__candidate   *heap;
     size_t            n_heap, heap_capacity;
-    int32_t          *splits;      // SPM with UNUSED tokens: [n_tokens] bytes of the left half it was merged from
-    avl__bytes        buffer;      // the text as its tokenizer normalises it
-    avl__bytes        cleaned;     // CLIP: the same, composed and in lower case
-    avl__bytes        spelling;    // a word in byte-level spelling
+    int32_t           known[4096]; // byte-level: [id % 4096] id + 1 of a word that was seen to merge to that one token
+    int               failed;
 } avl__encoder;
 
-static void avl__encoder_free(avl__encoder *e) {
-    astrovl_free(e->symbols);
-    astrovl_free(e->heap);
-    astrovl_free(e->splits);
-    astrovl_free(e->buffer.data);
-    astrovl_free(e->cleaned.data);
-    astrovl_free(e->spelling.data);
-}
+static void avl__put_id(avl__encoder *e, int32_t id) { e->failed |= !avl__tokens_put(e->out, id); }
 
-// Appends a symbol to the list; 0: memory is out.
-static int avl__symbol_put(avl__encoder *e, size_t start, size_t size, int32_t id, int frozen) {
-    avl__symbol *s;
-    if (!avl__grow(&e->symbols, &e->symbol_capacity, e->n_symbols + 1, sizeof *e->symbols)) return 0;
-    s = &e->symbols[e->n_symbols];
-    s->start = (int32_t)start;
+// Appends a symbol of the next `size` bytes of the spelling; there must be room for it.
+static void avl__put_symbol(avl__encoder *e, size_t size, int32_t id, int frozen) {
+    int32_t i = (int32_t)e->n_symbols;
+    avl__symbol *s = &e->symbols[e->n_symbols++];
+    s->start = i ? s[-1].start + s[-1].size : 0;
     s->size = (int32_t)size;
-    s->prev = (int32_t)e->n_symbols - 1;
+    s->prev = i - 1;
     s->next = -1;
     s->id = id;
     s->frozen = frozen;
-    if (e->n_symbols) e->symbols[e->n_symbols - 1].next = (int32_t)e->n_symbols;
-    e->n_symbols++;
-    return 1;
+    if (i) s[-1].next = i;
 }
 
-static int avl__candidate_before(const avl__candidate *a, const avl__candidate *b) {
-    return a->order < b->order || (a->order == b->order && a->left < b->left);
+static int avl__before(const avl__candidate *a, const avl__candidate *b) {
+    return a->rank < b->rank || (a->rank == b->rank && a->left < b->left);
 }
 
-static int avl__heap_put(avl__encoder *e, const avl__candidate *candidate) {   // 0: memory is out
+// Puts the pair that starts with symbol `left` on the heap if it makes a token.
+static void avl__offer_pair(avl__encoder *e, int32_t left) {
+    const avl__vocab *v = e->v;
+    const avl__symbol *s = &e->symbols[left < 0 ? 0 : left];
+    avl__candidate c;
     size_t at = e->n_heap;
-    if (!avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap)) return 0;
-    e->n_heap++;
-    while (at > 0 && avl__candidate_before(candidate, &e->heap[(at - 1) / 2])) {
-        e->heap[at] = e->heap[(at - 1) / 2];
-        at = (at - 1) / 2;
+    if (left < 0 || s->next < 0 || s->frozen || e->symbols[s->next].frozen) return;
+    c.left = left;
+    c.size = s->size + e->symbols[s->next].size;
+    if ((size_t)c.size > v->longest) return;
+    c.id = avl__vocab_find(v, e->spelling.data + s->start, (size_t)c.size);
+    if (c.id < 0 || v->rank[c.id] == AVL__NEVER) return;
+    c.rank = v->rank[c.id];
+    if (!avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap)) {
+        e->failed = 1;
+        return;
     }
-    e->heap[at] = *candidate;
-    return 1;
+    for (e->n_heap++; at > 0 && avl__before(&c, &e->heap[(at - 1) / 2]); at = (at - 1) / 2)
+        e->heap[at] = e->heap[(at - 1) / 2];
+    e->heap[at] = c;
 }
 
-static avl__candidate avl__heap_take(avl__encoder *e) {   // the heap is not empty
+static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not empty
     avl__candidate top = e->heap[0], last = e->heap[--e->n_heap];
     size_t at = 0, child;
     while ((child = 2 * at + 1) < e->n_heap) {
-        if (child + 1 < e->n_heap && avl__candidate_before(&e->heap[child + 1], &e->heap[child])) child++;
-        if (!avl__candidate_before(&e->heap[child], &last)) break;
+        if (child + 1 < e->n_heap && avl__before(&e->heap[child + 1], &e->heap[child])) child++;
+        if (!avl__before(&e->heap[child], &last)) break;
         e->heap[at] = e->heap[child];
         at = child;
     }
@@ -4042,512 +3777,274 @@ static avl__candidate avl__heap_take(avl__encoder *e) {   // the heap is not emp
     return top;
 }
 
-// Text can become these by merging; the others are never spelled by accident.
-static int avl__is_mergeable(const avl__vocab *v, int32_t id) {
-    int type = v->types[id];
-    return type == AVL__TOKEN_NORMAL || type == AVL__TOKEN_USER_DEFINED || type == AVL__TOKEN_UNUSED;
-}
-
-// What two adjacent symbols make: 0 if nothing.
-static int avl__merge_of(const avl__encoder *e, const avl__symbol *left, const avl__symbol *right,
-                         avl__candidate *candidate) {
+// Merges the symbols and appends their tokens. A symbol that is no token goes as its bytes, or as the unknown token,
+// once for a run of such symbols.
+static void avl__merge(avl__encoder *e) {
     const avl__vocab *v = e->v;
-    candidate->size = left->size + right->size;
-    if (v->kind == AVL__VOCAB_SPM) {
-        if (left->frozen || right->frozen || (size_t)candidate->size > v->longest) return 0;
-        candidate->id = avl__vocab_find(v, e->text + left->start, (size_t)candidate->size);
-        if (candidate->id < 0 || !avl__is_mergeable(v, candidate->id)) return 0;
-        candidate->order = v->order[candidate->id];
-    } else {
-        const avl__merge_slot *slot = avl__merge_slot_of(v, left->id, right->id);
-        if (slot->left < 0) return 0;
-        candidate->id = slot->id;
-        candidate->order = slot->rank;
-    }
-    return 1;
-}
-
-// Offers the pair that starts with symbol `left`; 0: memory is out.
-static int avl__offer_pair(avl__encoder *e, int32_t left) {
-    avl__candidate candidate;
-    int32_t right = left < 0 ? -1 : e->symbols[left].next;
-    if (right < 0 || !avl__merge_of(e, &e->symbols[left], &e->symbols[right], &candidate)) return 1;
-    candidate.left = left;
-    return avl__heap_put(e, &candidate);
-}
-
-// Merges the symbols until no pair makes a token; 0: memory is out.
-static int avl__merge_symbols(avl__encoder *e) {
-    size_t i;
-    e->n_heap = 0;
-    for (i = 0; i + 1 < e->n_symbols; i++)
-        if (!avl__offer_pair(e, (int32_t)i)) return 0;
+    int32_t index, i;
+    int was_unknown = 0;
+    for (index = 0; index < (int32_t)e->n_symbols; index++) avl__offer_pair(e, index);
     while (e->n_heap) {
-        avl__candidate c = avl__heap_take(e);
+        avl__candidate c = avl__take_pair(e);
         avl__symbol *left = &e->symbols[c.left], *right;
         if (left->size == 0 || left->next < 0) continue;
         right = &e->symbols[left->next];
         if (left->size + right->size != c.size) continue;
-        if (e->splits) e->splits[c.id] = left->size;
         left->size = c.size;
         left->id = c.id;
         left->next = right->next;
         right->size = 0;
         if (left->next >= 0) e->symbols[left->next].prev = c.left;
-        if (!avl__offer_pair(e, left->prev) || !avl__offer_pair(e, c.left)) return 0;
+        avl__offer_pair(e, left->prev);
+        avl__offer_pair(e, c.left);
     }
-    return 1;
+    for (index = e->n_symbols ? 0 : -1; index >= 0; index = e->symbols[index].next) {
+        const avl__symbol *s = &e->symbols[index];
+        if (s->id >= 0) {
+            avl__put_id(e, s->id);
+        } else if (v->has_bytes) {
+            for (i = 0; i < s->size; i++) avl__put_id(e, v->byte_ids[(uint8_t)e->spelling.data[s->start + i]]);
+        } else if (v->unk >= 0 && !was_unknown) {
+            avl__put_id(e, v->unk);
+        }
+        was_unknown = s->id < 0;
+    }
+    e->n_symbols = 0;
+    e->spelling.size = 0;
 }
 
 // ---- SentencePiece -------------------------------------------------------------------------------------------------
 
-// The text as pieces spell it: a space in front, spaces as U+2581, a byte that is not UTF-8 as U+FFFD.
-static void avl__spm_normalize(avl__encoder *e, const char *text, size_t size) {
-    size_t at = 0, length;
-    e->buffer.size = 0;
-    if (e->v->add_space_prefix) avl__bytes_put_text(&e->buffer, AVL__SPACE_MARK);
-    while (at < size) {
-        int32_t c;
-        if (text[at] == ' ') {
-            avl__bytes_put_text(&e->buffer, AVL__SPACE_MARK);
-            at++;
-            continue;
-        }
-        c = avl__utf8_read(text + at, size - at, &length);
-        if (c < 0) {
-            avl__bytes_put_text(&e->buffer, AVL__REPLACEMENT);
-            length = 1;
-        } else avl__bytes_put(&e->buffer, text + at, length);
-        at += length;
-    }
-}
-
-// One symbol per character, or per user-defined token, which stays as it is.
-static int avl__spm_split(avl__encoder *e) {
+static void avl__encode_spm(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
-    size_t at = 0, size = e->buffer.size, length;
-    e->text = e->buffer.data;
-    e->n_symbols = 0;
-    while (at < size) {
-        int32_t id = avl__markers_match(v, &v->user_defined, e->text + at, size - at);
-        int frozen = id >= 0;
+    avl__bytes *spelling = &e->spelling;
+    size_t at, length;
+    if (v->add_space_prefix) avl__bytes_put_text(spelling, AVL__SPACE_MARK);
+    for (at = 0; at < size; at += length) {
+        int32_t c = avl__utf8_read(text + at, size - at, &length);
+        if (c == ' ') avl__bytes_put_text(spelling, AVL__SPACE_MARK);
+        else if (c >= 0) avl__bytes_put(spelling, text + at, length);
+        else {
+            avl__bytes_put_text(spelling, AVL__REPLACEMENT);   // each byte that is not UTF-8
+            length = 1;
+        }
+    }
+    e->failed |= spelling->failed;
+    for (at = 0; at < spelling->size && !e->failed; at += length) {
+        int32_t id = avl__find_marker(v, 1 << AVL__TOKEN_USER_DEFINED, spelling->data + at, spelling->size - at);
+        int frozen = id >= 0;   // a user-defined token is found in any text and stays as it is
         if (frozen) length = v->pieces[id].size;
         else {
-            avl__utf8_read(e->text + at, size - at, &length);
-            id = avl__vocab_find(v, e->text + at, length);
-            if (id >= 0 && !avl__is_mergeable(v, id)) id = -1;
+            avl__utf8_read(spelling->data + at, spelling->size - at, &length);
+            id = avl__vocab_find(v, spelling->data + at, length);
+            if (id >= 0 && v->rank[id] == AVL__NEVER) id = -1;
         }
-        if (!avl__symbol_put(e, at, length, id, frozen)) return 0;
-        at += length;
+        e->failed |= !avl__grow(&e->symbols, &e->symbol_capacity, e->n_symbols + 1, sizeof *e->symbols);
+        if (!e->failed) avl__put_symbol(e, length, id, frozen);
     }
-    return 1;
+    if (!e->failed) avl__merge(e);
 }
 
-// Undoes the last merge of a symbol whose token is UNUSED; 0 if there was none. Its right half is the symbol that stood
-// there.
-static int avl__spm_undo_merge(avl__encoder *e, int32_t index) {
-    avl__symbol *s = &e->symbols[index], *right;
-    int32_t left_size = s->id >= 0 && e->splits && e->v->types[s->id] == AVL__TOKEN_UNUSED ? e->splits[s->id] : 0;
-    int32_t low = index, high = (int32_t)e->n_symbols - 1;
-    if (left_size == 0) return 0;
-    while (low < high) {
-        int32_t middle = low + (high - low + 1) / 2;
-        if (e->symbols[middle].start <= s->start + left_size) low = middle;
-        else high = middle - 1;
-    }
-    right = &e->symbols[low];
-    right->size = s->size - left_size;
-    right->next = s->next;
-    right->id = avl__vocab_find(e->v, e->text + right->start, (size_t)right->size);
-    s->size = left_size;
-    s->next = low;
-    s->id = avl__vocab_find(e->v, e->text + s->start, (size_t)left_size);
-    return 1;
-}
+// ---- byte-level BPE ------------------------------------------------------------------------------------------------
+// \s, \p{L}, \p{N} are classes SPACE, LETTER, NUMBER; [^\s\p{L}\p{N}] is OTHER.
 
-// Appends the tokens of all symbols; 0: memory is out. A symbol that is no token goes as its bytes, or as the unknown
-// token, once for a run of such symbols.
-static int avl__spm_emit(avl__encoder *e) {
-    const avl__vocab *v = e->v;
-    int32_t index = e->n_symbols ? 0 : -1;
-    int was_unknown = 0;
-    for (; index >= 0; index = e->symbols[index].next) {
-        const avl__symbol *s = &e->symbols[index];
-        int32_t i;
-        while (avl__spm_undo_merge(e, index)) {}
-        if (s->id >= 0) {
-            if (!avl__tokens_put(e->out, s->id)) return 0;
-        } else if (v->has_bytes) {
-            for (i = 0; i < s->size; i++)
-                if (!avl__tokens_put(e->out, v->byte_ids[(uint8_t)e->text[s->start + i]])) return 0;
-        } else if (v->unk >= 0 && !was_unknown) {
-            if (!avl__tokens_put(e->out, v->unk)) return 0;
-        }
-        was_unknown = s->id < 0;
-    }
-    return 1;
-}
-
-static int avl__spm_encode(avl__encoder *e, const char *text, size_t size) {   // 0: memory is out
-    if (e->v->has_unused && !e->splits) {
-        e->splits = (int32_t *)avl__alloc((uint64_t)e->v->n_tokens, sizeof *e->splits);
-        if (!e->splits) return 0;
-    }
-    avl__spm_normalize(e, text, size);
-    return !e->buffer.failed && avl__spm_split(e) && avl__merge_symbols(e) && avl__spm_emit(e);
-}
-
-// ---- byte-level BPE: words -----------------------------------------------------------------------------------------
-// Each function returns where the word that starts at text[at] ends, at < end. \s, \p{L}, \p{N} are classes SPACE,
-// LETTER, NUMBER; [^\s\p{L}\p{N}] is OTHER.
-
-// The end of the run of one class.
-static size_t avl__run_end(const avl__vocab *v, const char *text, size_t at, size_t end, avl__class wanted) {
+// The end of the run of one class (wanted 1), or of what is not of that class (wanted 0).
+static size_t avl__run_end(const avl__unicode *u, const char *text, size_t at, size_t end, avl__class of, int wanted) {
+    avl__class c;
     size_t length;
-    while (avl__class_at(v, text, at, end, &length) == wanted) at += length;
+    while ((c = avl__class_at(u, text, at, end, &length)) != AVL__CLASS_END && (c == of) == wanted) at += length;
     return at;
 }
 
 // 's|'t|'re|'ve|'m|'ll|'d: the length of one, or 0. fold: in capitals as well (the long s, U+017F, folds to s too).
 static size_t avl__contraction(const char *text, size_t size, int fold) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
-    size_t i, n;
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\xC5\xBF"};
+    int i, n = fold ? 8 : 7;
     if (size < 2 || text[0] != '\'') return 0;
-    if (fold && size > 2 && memcmp(text + 1, "\xC5\xBF", 2) == 0) return 3;
-    for (i = 0; i < sizeof endings / sizeof *endings; i++) {
-        for (n = 0; endings[i][n] && n + 1 < size; n++) {
-            char c = text[n + 1];
-            if (fold && c >= 'A' && c <= 'Z') c = (char)(c + 32);
-            if (c != endings[i][n]) break;
+    for (i = 0; i < n; i++) {
+        const char *ending = endings[i], *at = text + 1;
+        while (*ending && at < text + size && (*at == *ending || (fold && *at == *ending - 32))) {
+            at++;
+            ending++;
         }
-        if (!endings[i][n]) return n + 1;
+        if (!*ending) return (size_t)(at - text);
     }
     return 0;
 }
 
-// \s+(?!\S)|\s+: white space that ends the text; otherwise all but its last character, which goes to the next word.
-static size_t avl__spaces_end(const avl__vocab *v, const char *text, size_t at, size_t end) {
-    size_t next = at, last = at, length;
-    while (avl__class_at(v, text, next, end, &length) == AVL__CLASS_SPACE) {
-        last = next;
-        next += length;
+// The end of the word that starts at text[at], at < end:
+//   GPT-2    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+//   SmolLM   the same in the parts that are left when every \p{N} has been made a word
+//   LLaMA-3  (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
+//            \s*[\r\n]+|\s+(?!\S)|\s+
+//   CLIP     's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+   White space is a word here; the caller drops it.
+static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, size_t end) {
+    const avl__unicode *u = v->unicode;
+    int llama3 = v->kind == AVL__VOCAB_LLAMA3, i;
+    size_t length, first = at + (text[at] == ' '), last = at, newline = 0;
+    size_t n = avl__contraction(text + at, end - at, llama3);
+    avl__class c = avl__class_at(u, text, at, end, &length);
+    if (n) return at + n;
+    if (v->kind == AVL__VOCAB_CLIP) {
+        return c == AVL__CLASS_NUMBER ? at + length : avl__run_end(u, text, at + length, end, c, 1);
     }
-    return next < end && last > at ? last : next;
-}
-
-// GPT-2: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-static size_t avl__word_gpt2(const avl__vocab *v, const char *text, size_t at, size_t end) {
-    size_t length, n = avl__contraction(text + at, end - at, 0), first = at + (text[at] == ' ');
-    avl__class c = avl__class_at(v, text, first, end, &length);
-    if (n) return at + n;
-    if (c == AVL__CLASS_SPACE || c == AVL__CLASS_END) return avl__spaces_end(v, text, at, end);
-    return avl__run_end(v, text, first, end, c);
-}
-
-// LLaMA-3: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
-//          \s*[\r\n]+|\s+(?!\S)|\s+
-static size_t avl__word_llama3(const avl__vocab *v, const char *text, size_t at, size_t end) {
-    size_t length, next_length, i, newline = 0, n = avl__contraction(text + at, end - at, 1);
-    avl__class c = avl__class_at(v, text, at, end, &length);
-    if (n) return at + n;
-    if (c == AVL__CLASS_LETTER) return avl__run_end(v, text, at, end, c);
-    if (c == AVL__CLASS_NUMBER) {
-        for (i = 0; i < 3 && avl__class_at(v, text, at, end, &length) == AVL__CLASS_NUMBER; i++) at += length;
+    if (llama3 && c == AVL__CLASS_NUMBER) {
+        for (i = 0; i < 3 && avl__class_at(u, text, at, end, &length) == AVL__CLASS_NUMBER; i++) at += length;
         return at;
     }
-    if (text[at] != '\r' && text[at] != '\n' &&
-        avl__class_at(v, text, at + length, end, &next_length) == AVL__CLASS_LETTER) {
-        return avl__run_end(v, text, at + length, end, AVL__CLASS_LETTER);
+    if (llama3 && c != AVL__CLASS_LETTER && text[at] != '\r' && text[at] != '\n') {
+        n = avl__run_end(u, text, at + length, end, AVL__CLASS_LETTER, 1);
+        if (n > at + length) return n;
     }
-    i = at + (text[at] == ' ');
-    if (avl__class_at(v, text, i, end, &next_length) == AVL__CLASS_OTHER) {
-        i = avl__run_end(v, text, i, end, AVL__CLASS_OTHER);
-        while (i < end && (text[i] == '\r' || text[i] == '\n')) i++;
-        return i;
+    c = avl__class_at(u, text, first, end, &length);
+    if (c == AVL__CLASS_OTHER || c == AVL__CLASS_LETTER || (c == AVL__CLASS_NUMBER && !llama3)) {
+        n = avl__run_end(u, text, first + length, end, c, 1);
+        while (llama3 && c == AVL__CLASS_OTHER && n < end && (text[n] == '\r' || text[n] == '\n')) n++;
+        return n;
     }
-    for (i = at; avl__class_at(v, text, i, end, &length) == AVL__CLASS_SPACE; i += length)
-        if (text[i] == '\r' || text[i] == '\n') newline = i + 1;
-    return newline ? newline : avl__spaces_end(v, text, at, end);
+    for (n = at; avl__class_at(u, text, n, end, &length) == AVL__CLASS_SPACE; n += length) {
+        last = n;
+        if (text[n] == '\r' || text[n] == '\n') newline = n + 1;
+    }
+    if (llama3 && newline) return newline;
+    return n < end && last > at ? last : n;   // the last space before a word goes with the word
 }
 
-// CLIP: 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+   White space is a word here, which the caller drops.
-static size_t avl__word_clip(const avl__vocab *v, const char *text, size_t at, size_t end) {
-    size_t length, n = avl__contraction(text + at, end - at, 0);
-    avl__class c = avl__class_at(v, text, at, end, &length);
-    if (n) return at + n;
-    return c == AVL__CLASS_NUMBER ? at + length : avl__run_end(v, text, at, end, c);
-}
-
-// SmolLM: every \p{N} stands alone; GPT-2's rule cuts what lies between, without seeing past it. Returns the end of
-// such a part.
-static size_t avl__digit_part_end(const avl__vocab *v, const char *text, size_t at, size_t end) {
-    size_t length;
-    avl__class c = avl__class_at(v, text, at, end, &length);
-    if (c == AVL__CLASS_NUMBER) return at + length;
-    while (c != AVL__CLASS_NUMBER && c != AVL__CLASS_END) {
-        at += length;
-        c = avl__class_at(v, text, at, end, &length);
-    }
-    return at;
-}
-
-// ---- byte-level BPE: tokens ----------------------------------------------------------------------------------------
-
-// The token that a whole word is, or -1.
-static int32_t avl__whole_word(avl__encoder *e, const char *word, size_t size) {
+// A byte whose symbol the vocabulary lacks (SmolLM2 lacks some control characters) gives nothing, as in `tokenizers`,
+// unless there is a token for the unknown (CLIP). LLaMA-3 takes a word that is a token as it stands.
+static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
+    const avl__vocab *v = e->v;
+    int clip = v->kind == AVL__VOCAB_CLIP, ends_word, whole;
     size_t i;
     int32_t id;
-    if (size > e->v->longest) return -1;
-    e->spelling.size = 0;
-    for (i = 0; i < size; i++) {
-        char spelling[4];
-        size_t n = avl__byte_spelling((uint8_t)word[i], spelling);
-        avl__bytes_put(&e->spelling, spelling, n);
+    e->failed |= !avl__grow(&e->spelling.data, &e->spelling.capacity, 2 * size + 8, 1) ||
+                 !avl__grow(&e->symbols, &e->symbol_capacity, size, sizeof *e->symbols);
+    for (i = 0; i < size && !e->failed; i++) {
+        char *spelling = e->spelling.data + e->spelling.size;
+        size_t n;
+        ends_word = clip && i + 1 == size;
+        n = avl__spell_byte((uint8_t)word[i], ends_word, spelling);
+        id = ends_word ? avl__vocab_find(v, spelling, n) : v->byte_ids[(uint8_t)word[i]];
+        if (id < 0 && (!clip || v->unk < 0)) continue;
+        avl__put_symbol(e, n, id < 0 ? v->unk : id, id < 0);
+        e->spelling.size += n;
     }
-    if (e->spelling.failed) return -1;   // the caller looks at `failed`
-    id = avl__vocab_find(e->v, e->spelling.data, e->spelling.size);
-    return id >= 0 && e->v->types[id] == AVL__TOKEN_NORMAL ? id : -1;
+    if (e->failed) return;
+    id = e->n_symbols == size ? avl__vocab_find(v, e->spelling.data, e->spelling.size) : -1;
+    whole = v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL;
+    if (whole || (id >= 0 && e->known[id % 4096] == id + 1)) {
+        avl__put_id(e, id);
+        e->n_symbols = 0;
+        e->spelling.size = 0;
+        return;
+    }
+    avl__merge(e);
+    if (id >= 0 && !e->failed && e->out->data[e->out->size - 1] == id) e->known[id % 4096] = id + 1;
 }
 
-// A byte whose symbol the vocabulary lacks (SmolLM2 lacks some control characters) gives nothing, as in `tokenizers`, unless
-// there is a token for the unknown (CLIP).
-static int avl__bpe_encode_word(avl__encoder *e, const char *word, size_t size) {   // 0: memory is out
+static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
-    int32_t index, id = v->whole_words ? avl__whole_word(e, word, size) : -1;
-    size_t i;
-    if (e->spelling.failed) return 0;
-    if (id >= 0) return avl__tokens_put(e->out, id);
-    e->n_symbols = 0;
-    for (i = 0; i < size; i++) {
-        id = (v->cleaner && i + 1 == size ? v->last_byte_ids : v->byte_ids)[(uint8_t)word[i]];
-        if (id < 0 && v->cleaner) id = v->unk;
-        if (id >= 0 && !avl__symbol_put(e, i, 1, id, 0)) return 0;
-    }
-    if (e->n_symbols == 0) return 1;
-    if (!avl__merge_symbols(e)) return 0;
-    for (index = 0; index >= 0; index = e->symbols[index].next)
-        if (!avl__tokens_put(e->out, e->symbols[index].id)) return 0;
-    return 1;
-}
-
-static int avl__bpe_encode(avl__encoder *e, const char *text, size_t size) {   // 0: memory is out
-    const avl__vocab *v = e->v;
-    avl__utf8_gate gate;
-    size_t at = 0, part = 0, end;   // part: how far the word rule may look
-    memset(&gate, 0, sizeof gate);
-    e->buffer.size = 0;
-    avl__utf8_gate_put(&gate, text, size, &e->buffer);   // valid UTF-8 from here on
-    avl__utf8_gate_flush(&gate, &e->buffer);
-    if (e->buffer.failed) return 0;
-    text = e->buffer.data;
-    size = e->buffer.size;
-    if (v->cleaner) {
-        e->cleaned.size = 0;
-        if (!avl__clean(v->cleaner, text, size, &e->cleaned)) return 0;
-        text = e->cleaned.data;
-        size = e->cleaned.size;
-    }
-    for (; at < size; at = end) {
-        size_t length;
-        if (v->rule == AVL__WORDS_CLIP) {
-            end = avl__word_clip(v, text, at, size);
-            if (avl__class_at(v, text, at, end, &length) != AVL__CLASS_SPACE && !avl__bpe_encode_word(e, text + at, end - at)) return 0;
-            continue;
+    const avl__unicode *u = v->unicode;
+    avl__utf8_gate gate = {{0}, 0};
+    int clip = v->kind == AVL__VOCAB_CLIP;
+    size_t at, part = 0, end, length;   // part: how far the word rule may look
+    e->text.size = e->cleaned.size = 0;
+    avl__utf8_gate_put(&gate, text, size, &e->text);
+    avl__utf8_gate_flush(&gate, &e->text);
+    e->failed |= e->text.failed || (clip && !avl__clean(u, e->text.data, e->text.size, &e->cleaned));
+    text = clip ? e->cleaned.data : e->text.data;
+    size = clip ? e->cleaned.size : e->text.size;
+    for (at = 0; at < size && !e->failed; at = end) {
+        if (at == part) {
+            part = v->kind == AVL__VOCAB_SMOLLM ? avl__run_end(u, text, at, size, AVL__CLASS_NUMBER, 0) : size;
+            if (part == at) {   // a number stands alone
+                avl__utf8_read(text + at, size - at, &length);
+                part += length;
+            }
         }
-        if (at == part) part = v->rule == AVL__WORDS_SMOLLM ? avl__digit_part_end(v, text, at, size) : size;
-        end = v->rule == AVL__WORDS_LLAMA3 ? avl__word_llama3(v, text, at, part) : avl__word_gpt2(v, text, at, part);
-        if (!avl__bpe_encode_word(e, text + at, end - at)) return 0;
+        end = avl__word_end(v, text, at, part);
+        if (clip && avl__class_at(u, text, at, end, &length) == AVL__CLASS_SPACE) continue;
+        avl__encode_word(e, text + at, end - at);
     }
-    return 1;
 }
 
 // ---- text to tokens ------------------------------------------------------------------------------------------------
 
-// Where the next special token starts (size if there is none), and its id.
-static size_t avl__next_special(const avl__vocab *v, const char *text, size_t at, size_t size, int32_t *id) {
-    for (; at < size; at++)
-        if ((*id = avl__markers_match(v, &v->special, text + at, size - at)) >= 0) return at;
-    *id = -1;
-    return size;
-}
-
-// The text between special tokens is encoded part by part, each as if it stood alone: so in SPM each gets a space in
-// front.
-static int avl__encode_parts(avl__encoder *e, const char *text, size_t size, int parse_special) {   // 0: memory is out
-    size_t at = 0, end;
-    int32_t id = -1;
-    while (at < size) {
-        end = parse_special ? avl__next_special(e->v, text, at, size, &id) : size;
-        if (end > at && !(e->v->kind == AVL__VOCAB_SPM ? avl__spm_encode(e, text + at, end - at)
-                                                       : avl__bpe_encode(e, text + at, end - at))) return 0;
-        if (id >= 0 && !avl__tokens_put(e->out, id)) return 0;
-        at = end + (id >= 0 ? e->v->pieces[id].size : 0);
-    }
-    return 1;
-}
-
 // Appends the tokens of any bytes to out; on failure out is as before. flags: ASTROVL_ADD_SPECIAL |
-// ASTROVL_PARSE_SPECIAL.
+// ASTROVL_PARSE_SPECIAL. The text between special tokens is encoded part by part, each as if it stood alone: so in SPM
+// each gets a space in front. (SPM finds its user-defined tokens in any text, byte-level BPE only with PARSE_SPECIAL.)
 static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, size_t size, int flags, avl__tokens *out,
                                         astrovl_error *err) {
+    int types = AVL__MARKERS & ~(v->kind == AVL__VOCAB_SPM ? 1 << AVL__TOKEN_USER_DEFINED : 0);
+    size_t before = out->size, at, end;
     avl__encoder e;
-    size_t before = out->size;
-    int ok = 1;
     if (size > INT32_MAX / 4) {
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %lld bytes is too long", (long long)size);
     }
     memset(&e, 0, sizeof e);
     e.v = v;
     e.out = out;
-    if ((flags & ASTROVL_ADD_SPECIAL) && v->add_bos && v->bos >= 0) ok = avl__tokens_put(out, v->bos);
-    ok = ok && avl__encode_parts(&e, text, size, flags & ASTROVL_PARSE_SPECIAL);
-    if (ok && (flags & ASTROVL_ADD_SPECIAL) && v->add_eos && v->eos >= 0) ok = avl__tokens_put(out, v->eos);
-    avl__encoder_free(&e);
-    if (ok) return ASTROVL_OK;
+    if ((flags & ASTROVL_ADD_SPECIAL) && v->add_bos && v->bos >= 0) avl__put_id(&e, v->bos);
+    for (at = 0; at < size && !e.failed; ) {
+        int32_t id = -1;
+        for (end = flags & ASTROVL_PARSE_SPECIAL ? at : size; end < size; end++)
+            if ((id = avl__find_marker(v, types, text + end, size - end)) >= 0) break;
+        if (end > at && v->kind == AVL__VOCAB_SPM) avl__encode_spm(&e, text + at, end - at);
+        else if (end > at) avl__encode_words(&e, text + at, end - at);
+        if (id >= 0) avl__put_id(&e, id);
+        at = end + (id >= 0 ? v->pieces[id].size : 0);
+    }
+    if ((flags & ASTROVL_ADD_SPECIAL) && v->add_eos && v->eos >= 0) avl__put_id(&e, v->eos);
+    astrovl_free(e.symbols);
+    astrovl_free(e.heap);
+    astrovl_free(e.text.data);
+    astrovl_free(e.cleaned.data);
+    astrovl_free(e.spelling.data);
+    if (!e.failed) return ASTROVL_OK;
     out->size = before;
     return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %lld bytes", (long long)size);
 }
 
-// ---- CLIP's vocabulary ---------------------------------------------------------------------------------------------
-
-// The symbols that a piece starts from: one per byte's character, the last one with its "</w>". 0: memory is out; *whole: 0 if
-// the piece holds a symbol that is no token.
-static int avl__clip_split_piece(avl__encoder *e, astrovl_string piece, int *whole) {
-    size_t at = 0, length, end = strlen(AVL__WORD_END);
-    size_t text = piece.size > end && memcmp(piece.data + piece.size - end, AVL__WORD_END, end) == 0 ? piece.size - end : piece.size;
-    e->n_symbols = 0;
-    *whole = text > 0 && piece.size < 65536;
-    for (; at < text && *whole; at += length) {
-        int32_t id;
-        avl__utf8_read(piece.data + at, text - at, &length);
-        if (at + length == text) length = piece.size - at;
-        id = avl__vocab_find(e->v, piece.data + at, length);
-        *whole = id >= 0;
-        if (*whole && !avl__symbol_put(e, at, length, id, 0)) return 0;
-    }
-    return 1;
-}
-
-// clip.cpp's files hold no merges. They are recovered from the order of the vocabulary, in which every merge appended the token
-// it makes: a token's own pair is what its characters come to by the merges before it. 0: memory is out.
-static int avl__clip_recover_merges(avl__vocab *v) {
-    avl__encoder e;
-    int32_t id;
-    int ok = 1, whole;
-    memset(&e, 0, sizeof e);
-    e.v = v;
-    for (id = 0; id < v->n_tokens && ok; id++) {
-        const avl__symbol *left, *right;
-        if (v->types[id] != AVL__TOKEN_NORMAL) continue;
-        ok = avl__clip_split_piece(&e, v->pieces[id], &whole);
-        if (!ok || !whole || e.n_symbols < 2) continue;
-        ok = avl__merge_symbols(&e);
-        left = &e.symbols[0];
-        if (!ok || left->next < 0) continue;
-        right = &e.symbols[left->next];
-        if (right->next < 0) avl__merge_put(v, left->id, right->id, id, (uint32_t)id);
-    }
-    avl__encoder_free(&e);
-    return ok;
-}
-
-// CLIP's kind is not told by a key.
-static astrovl_status avl__vocab_load_clip(avl__vocab *v, const avl__vocab_source *from) {
-    astrovl_status status;
-    v->kind = AVL__VOCAB_BPE;
-    v->rule = AVL__WORDS_CLIP;
-    v->add_bos = v->add_eos = 1;
-    v->cleaner = (avl__cleaner *)avl__alloc(1, sizeof *v->cleaner);
-    if (!v->cleaner) return avl__vocab_no_memory(from);
-    avl__fill_cleaner(v->cleaner);
-    status = avl__vocab_load_parts(v, from);
-    if (status != ASTROVL_OK) return status;
-    if (v->bos < 0 || v->eos < 0)
-        return avl__fail(from->err, ASTROVL_ERROR_MODEL, "%s: CLIP's vocabulary lacks %s", astrovl_gguf_name(from->file),
-                         v->bos < 0 ? AVL__CLIP_START : AVL__CLIP_END);
-    return avl__vocab_entry(from, "merges") < 0 && !avl__clip_recover_merges(v) ? avl__vocab_no_memory(from) : ASTROVL_OK;
-}
-
-// ---- a vocabulary as a whole ---------------------------------------------------------------------------------------
-
-// prefix: "tokenizer.ggml.", before every key;  clip: 1 for the vocabulary of CLIP's text tower, 0 for a language model's. The file
-// must outlive the vocabulary, which points into it.
-static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, int clip, astrovl_error *err) {
-    avl__vocab_source from;
-    astrovl_status status;
-    from.file = file;
-    from.prefix = prefix;
-    from.err = err;
-    memset(v, 0, sizeof *v);
-    if (clip) status = avl__vocab_load_clip(v, &from);
-    else {
-        status = avl__vocab_load_kind(v, &from);
-        if (status == ASTROVL_OK) status = avl__vocab_load_parts(v, &from);
-    }
-    if (status != ASTROVL_OK) avl__vocab_free(v);
-    return status;
-}
-
 // ---- tokens to text ------------------------------------------------------------------------------------------------
 
-// Copies what fits and returns how long the whole is.
-typedef struct avl__text_out { char *text; int capacity, size; } avl__text_out;
-
-static void avl__text_put(avl__text_out *out, char c) {
-    if (out->size < out->capacity) out->text[out->size] = c;
-    out->size++;
-}
-
-static void avl__put_literally(avl__text_out *out, astrovl_string piece) {
-    size_t i;
-    for (i = 0; i < piece.size; i++) avl__text_put(out, piece.data[i]);
-}
-
-static void avl__put_spm_piece(avl__text_out *out, astrovl_string piece) {
-    size_t i = 0;
-    while (i < piece.size) {
-        int space = piece.size - i >= 3 && memcmp(piece.data + i, AVL__SPACE_MARK, 3) == 0;
-        avl__text_put(out, space ? ' ' : piece.data[i]);
-        i += space ? 3 : 1;
-    }
-}
-
-// Characters back to bytes; a piece with a character that spells no byte is text as it stands.
-static void avl__put_bpe_piece(avl__text_out *out, astrovl_string piece) {
-    size_t i, length;
-    int size = out->size;
-    for (i = 0; i < piece.size; i += length) {
-        int byte = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length));
-        if (byte < 0) {
-            out->size = size;
-            avl__put_literally(out, piece);
-            return;
-        }
-        avl__text_put(out, (char)byte);
-    }
-}
-
-// The bytes a token stands for in running text: copies at most capacity of them, returns how many there are. Special
-// tokens give none. A character may be spread over several tokens: avl__utf8_gate puts it together.
+// The bytes a token stands for in running text: copies at most capacity of them, returns how many there are, never more
+// than its piece has. Special tokens give none. A character may be spread over several tokens: avl__utf8_gate puts it
+// together.
 static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, int capacity) {
-    avl__text_out out;
     astrovl_string piece = avl__vocab_piece(v, id);
-    out.text = text;
-    out.capacity = capacity;
-    out.size = 0;
-    if (id < 0 || id >= v->n_tokens || piece.size > INT32_MAX) return 0;
-    switch (v->types[id]) {
-    case AVL__TOKEN_CONTROL:
-    case AVL__TOKEN_UNKNOWN: break;
-    case AVL__TOKEN_BYTE:
-        if (avl__byte_piece(piece) >= 0) avl__text_put(&out, (char)avl__byte_piece(piece));
-        break;
-    default:
-        if (v->kind == AVL__VOCAB_SPM) avl__put_spm_piece(&out, piece);
-        else if (v->types[id] == AVL__TOKEN_USER_DEFINED) avl__put_literally(&out, piece);
-        else avl__put_bpe_piece(&out, piece);
+    int type = piece.size ? v->types[id] : (int)AVL__TOKEN_CONTROL, n = 0, c;
+    int literal = type == AVL__TOKEN_USER_DEFINED && v->kind != AVL__VOCAB_SPM;
+    size_t i, length;
+    if (type == AVL__TOKEN_CONTROL || type == AVL__TOKEN_UNKNOWN || piece.size > INT32_MAX) return 0;
+    for (i = 0; i < piece.size && !literal && v->kind != AVL__VOCAB_SPM; i += length)
+        literal = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length)) < 0;
+    for (i = 0; i < piece.size; i += length) {
+        length = 1;
+        c = (uint8_t)piece.data[i];
+        if (type == AVL__TOKEN_BYTE) {
+            c = avl__byte_piece(piece);
+            length = piece.size;
+        } else if (v->kind != AVL__VOCAB_SPM) {
+            if (!literal) c = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length));
+        } else if (piece.size - i >= 3 && memcmp(piece.data + i, AVL__SPACE_MARK, 3) == 0) {
+            c = ' ';
+            length = 3;
+        }
+        if (c >= 0 && n < capacity) text[n] = (char)c;
+        n += c >= 0;
     }
-    return out.size;
+    return n;
+}
+
+// Appends a token's text, of any length, to b.
+static void avl__put_token(const avl__vocab *v, int32_t id, avl__bytes *b) {
+    size_t size = avl__vocab_piece(v, id).size;
+    if (b->failed || !avl__grow(&b->data, &b->capacity, b->size + size + 1, 1)) {
+        b->failed = 1;
+        return;
+    }
+    b->size += (size_t)avl__vocab_token_bytes(v, id, b->data + b->size, (int)size);
+    b->data[b->size] = 0;
 }
 
 // ====================================================================================================================
@@ -7548,6 +7045,7 @@ ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info
 // ---- text, by the model's vocabulary -------------------------------------------------------------------------------
 
 static astrovl_status avl__need_vocab(const astrovl_model *m, astrovl_error *err) {
+    if (!m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model is given");
     return m->has_vocab ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no vocabulary (tokenizer.ggml.*) in the model's files",
                                                  astrovl_gguf_name(m->weights.files[0]));
 }
@@ -7556,7 +7054,9 @@ static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size,
                          astrovl_error *err) {
     avl__tokens list = {NULL, 0, 0};
     int n = -1;
-    if (avl__vocab_encode(vocab, text, size, flags, &list, err) == ASTROVL_OK) {
+    if ((size > 0 && !text) || (capacity > 0 && !tokens)) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a text of %lld bytes or the room for %d tokens is NULL", (long long)size, capacity);
+    } else if (avl__vocab_encode(vocab, text, size, flags, &list, err) == ASTROVL_OK) {
         if (list.size > INT_MAX) {
             avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of more than 2^31 tokens");
         } else {
@@ -7575,15 +7075,15 @@ ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, s
 
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token) {
     astrovl_string none = {"", 0};
-    return model->has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
+    return model && model->has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
 }
 
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity) {
-    return model->has_vocab ? avl__vocab_token_bytes(&model->vocab, token, text, capacity) : 0;
+    return model && model->has_vocab ? avl__vocab_token_bytes(&model->vocab, token, text, capacity) : 0;
 }
 
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token) {
-    return model->has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
+    return model && model->has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
 }
 
 // Does the token begin with the space that SentencePiece puts before a text? A space of its own (<0x20>) does not count.
@@ -7592,25 +7092,14 @@ static int avl__begins_with_mark(const avl__vocab *vocab, int32_t token) {
     return vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
 }
 
-// Appends a token's text, of any length, to b.
-static void avl__put_token(const avl__vocab *vocab, int32_t token, avl__bytes *b) {
-    char small[64];
-    int n = avl__vocab_token_bytes(vocab, token, small, (int)sizeof small);
-    if (n <= (int)sizeof small) {
-        avl__bytes_put(b, small, (size_t)n);
-    } else if (b->failed || !avl__grow(&b->data, &b->capacity, b->size + (size_t)n + 1, 1)) {
-        b->failed = 1;
-    } else {
-        avl__vocab_token_bytes(vocab, token, b->data + b->size, n);
-        b->size += (size_t)n;
-        b->data[b->size] = 0;
-    }
-}
-
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens, astrovl_error *err) {
     avl__bytes text = {NULL, 0, 0, 0};
     int i, added_space = 0;
     if (avl__need_vocab(model, err) != ASTROVL_OK) return NULL;
+    if (n_tokens > 0 && !tokens) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens are NULL", n_tokens);
+        return NULL;
+    }
     avl__bytes_put(&text, "", 0);
     for (i = 0; i < n_tokens; i++) {
         size_t before = text.size;
