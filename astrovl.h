@@ -6045,10 +6045,16 @@ static int avl__huffman_build(avl__huffman *h, int lowest_first) {
     return 1;
 }
 
-// Looks up a code that `fast` does not have. bits: the next 16, the first one highest. Returns symbol * 32 + code
-// length, or 0 if no code begins like that.
-static unsigned avl__huffman_search(const avl__huffman *h, uint32_t bits) {
+// Looks up a code that `fast` does not have. bits: the next 16, the first one lowest or highest. Returns symbol * 32 +
+// code length, or 0 if no code begins like that.
+static unsigned avl__huffman_search(const avl__huffman *h, uint32_t bits, int lowest_first) {
     int length;
+    if (lowest_first) {   // reverse them
+        bits = (bits & 0x5555) << 1 | (bits >> 1 & 0x5555);
+        bits = (bits & 0x3333) << 2 | (bits >> 2 & 0x3333);
+        bits = (bits & 0x0F0F) << 4 | (bits >> 4 & 0x0F0F);
+        bits = (bits & 0x00FF) << 8 | (bits >> 8 & 0x00FF);
+    }
     for (length = AVL__HUFFMAN_FAST + 1; length <= 16; length++)
         if (bits < h->limit[length])
             return (unsigned)h->symbol[h->base[length] + (bits >> (16 - length))] << 5 | (unsigned)length;
@@ -6112,13 +6118,8 @@ static int avl__inflate_code(avl__huffman *h, const uint8_t *lengths, int n) {
 // The next symbol, or -1 for a bit pattern that is no code.
 static int avl__inflate_symbol(avl__inflate *s, const avl__huffman *h) {
     unsigned entry = h->fast[s->bits & ((1u << AVL__HUFFMAN_FAST) - 1)];
-    if (!entry) {
-        uint32_t reversed = 0;
-        int i;
-        for (i = 0; i < 16; i++) reversed = reversed << 1 | (uint32_t)(s->bits >> i & 1);
-        entry = avl__huffman_search(h, reversed);
-        if (!entry) return -1;
-    }
+    if (!entry) entry = avl__huffman_search(h, (uint32_t)s->bits, 1);
+    if (!entry) return -1;
     s->bits >>= entry & 31;
     s->n_bits -= (int)(entry & 31);
     return (int)(entry >> 5);
@@ -6211,7 +6212,7 @@ static const char *avl__inflate_block(avl__inflate *s) {
     for (;;) {
         size_t size, distance;
         int symbol;
-        if (s->n_bits < 48) avl__inflate_refill(s);   // a whole copy takes at most 15 + 5 + 15 + 13 = 48 bits
+        if (s->n_bits < 15) avl__inflate_refill(s);
         symbol = avl__inflate_symbol(s, &s->literals);
         if (s->n_bits < 0) return "ends too early";
         if (symbol == 256) return NULL;
@@ -6222,6 +6223,7 @@ static const char *avl__inflate_block(avl__inflate *s) {
             continue;
         }
         if (symbol < 0 || symbol > 285) return "has an unknown code";
+        avl__inflate_refill(s);   // the rest of a copy takes at most 5 + 15 + 13 bits
         size = length_base[symbol - 257] + avl__inflate_bits(s, length_bits[symbol - 257]);
         symbol = avl__inflate_symbol(s, &s->distances);
         if (symbol < 0 || symbol > 29) return "has an unknown distance code";
@@ -6677,7 +6679,7 @@ static unsigned avl__jpeg_bits(avl__jpeg *j, int n) {   // the next n <= 16 bits
 // The next symbol, or -1 for a bit pattern that is no code.
 static int avl__jpeg_symbol(avl__jpeg *j, const avl__huffman *h) {
     unsigned entry = h->fast[j->bits >> (64 - AVL__HUFFMAN_FAST)];
-    if (!entry) entry = avl__huffman_search(h, (uint32_t)(j->bits >> 48));
+    if (!entry) entry = avl__huffman_search(h, (uint32_t)(j->bits >> 48), 0);
     if (!entry) return -1;
     j->bits <<= entry & 31;
     j->n_bits -= (int)(entry & 31);
@@ -6778,59 +6780,59 @@ static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16
 // have 13 fractional bits, the values in between 2. Sums are unsigned, so that hostile coefficients wrap around
 // instead of overflowing.
 
-// out[i], i = 0..7: the inverse DCT of in[0], in[8], ... in[56], times 2^13 sqrt(8)
-static void avl__idct_8(const int32_t *in, uint32_t out[8]) {
-    uint32_t x0 = (uint32_t)in[0], x1 = (uint32_t)in[8], x2 = (uint32_t)in[16], x3 = (uint32_t)in[24];
-    uint32_t x4 = (uint32_t)in[32], x5 = (uint32_t)in[40], x6 = (uint32_t)in[48], x7 = (uint32_t)in[56];
-    // even half: a rotation by 3 pi / 8 of (x2, x6), and butterflies
-    uint32_t r = (x2 + x6) * 4433u;                  // 0.541196100
-    uint32_t s2 = r - x6 * 15137u;                   // 1.847759065
-    uint32_t s3 = r + x2 * 6270u;                    // 0.765366865
-    uint32_t s0 = (x0 + x4) << 13, s1 = (x0 - x4) << 13;
-    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
-    // odd half
-    uint32_t t = (x7 + x3 + x5 + x1) * 9633u;        // 1.175875602
-    uint32_t a = t - (x7 + x3) * 16069u;             // 1.961570560
-    uint32_t b = t - (x5 + x1) * 3196u;              // 0.390180644
-    uint32_t c = (x7 + x1) * 7373u;                  // 0.899976223
-    uint32_t d = (x5 + x3) * 20995u;                 // 2.562915447
-    uint32_t o0 = x1 * 12299u + b - c;               // 1.501321110
-    uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
-    uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
-    uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
-    out[0] = e0 + o0;
-    out[7] = e0 - o0;
-    out[1] = e1 + o1;
-    out[6] = e1 - o1;
-    out[2] = e2 + o2;
-    out[5] = e2 - o2;
-    out[3] = e3 + o3;
-    out[4] = e3 - o3;
-}
-
 static int32_t avl__idct_round(uint32_t x, int n) { return (int32_t)(x + (1u << (n - 1))) >> n; }
 
-static uint8_t avl__clip8(int32_t x) { return (uint8_t)(x < 0 ? 0 : x > 255 ? 255 : x); }
+// out[i], i = 0..7: the inverse DCT of in[0], in[8], ... in[56], times 2^13 sqrt(8), rounded to units of 2^n_bits
+static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
+    uint32_t x0 = (uint32_t)in[0], x1 = (uint32_t)in[8], x2 = (uint32_t)in[16], x3 = (uint32_t)in[24];
+    uint32_t x4 = (uint32_t)in[32], x5 = (uint32_t)in[40], x6 = (uint32_t)in[48], x7 = (uint32_t)in[56];
+    uint32_t r, s0, s1, s2, s3, e0, e1, e2, e3, t, a, b, c, d, o0, o1, o2, o3;
+    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // very common: constant
+        for (a = 0; a < 8; a++) out[a] = avl__idct_round(x0 << 13, n_bits);
+        return;
+    }
+    // even half: a rotation by 3 pi / 8 of (x2, x6), and butterflies
+    r = (x2 + x6) * 4433u;                  // 0.541196100
+    s2 = r - x6 * 15137u;                   // 1.847759065
+    s3 = r + x2 * 6270u;                    // 0.765366865
+    s0 = (x0 + x4) << 13;
+    s1 = (x0 - x4) << 13;
+    e0 = s0 + s3;
+    e3 = s0 - s3;
+    e1 = s1 + s2;
+    e2 = s1 - s2;
+    // odd half
+    t = (x7 + x3 + x5 + x1) * 9633u;        // 1.175875602
+    a = t - (x7 + x3) * 16069u;             // 1.961570560
+    b = t - (x5 + x1) * 3196u;              // 0.390180644
+    c = (x7 + x1) * 7373u;                  // 0.899976223
+    d = (x5 + x3) * 20995u;                 // 2.562915447
+    o0 = x1 * 12299u + b - c;               // 1.501321110
+    o1 = x3 * 25172u + a - d;               // 3.072711026
+    o2 = x5 * 16819u + b - d;               // 2.053119869
+    o3 = x7 * 2446u + a - c;                // 0.298631336
+    out[0] = avl__idct_round(e0 + o0, n_bits);
+    out[7] = avl__idct_round(e0 - o0, n_bits);
+    out[1] = avl__idct_round(e1 + o1, n_bits);
+    out[6] = avl__idct_round(e1 - o1, n_bits);
+    out[2] = avl__idct_round(e2 + o2, n_bits);
+    out[5] = avl__idct_round(e2 - o2, n_bits);
+    out[3] = avl__idct_round(e3 + o3, n_bits);
+    out[4] = avl__idct_round(e3 - o3, n_bits);
+}
+
+static uint8_t avl__clip8(int32_t x) { return (uint8_t)((uint32_t)x <= 255 ? x : x < 0 ? 0 : 255); }
 
 // Block (x, y) of a component: coefficients, [8][8] in natural order, to samples.
 static void avl__jpeg_transform(avl__jpeg_component *c, int x, int y, const int16_t block[64]) {
     uint8_t *out = c->samples + ((size_t)y * c->stride * 8 + (size_t)x) * 8;
-    int32_t values[64], columns[64];   // columns: after the first pass, transposed
-    uint32_t sums[8];
+    int32_t values[64], columns[64], row[8];   // columns: after the first pass, transposed
     int i, k;
     for (i = 0; i < 64; i++) values[i] = block[i] * c->quant[i];
-    for (k = 0; k < 8; k++) {
-        const int32_t *in = values + k;
-        if (!(in[8] | in[16] | in[24] | in[32] | in[40] | in[48] | in[56])) {   // very common: a constant column
-            for (i = 0; i < 8; i++) columns[k * 8 + i] = (int32_t)((uint32_t)in[0] << 2);
-            continue;
-        }
-        avl__idct_8(in, sums);
-        for (i = 0; i < 8; i++) columns[k * 8 + i] = avl__idct_round(sums[i], 13 - 2);
-    }
+    for (k = 0; k < 8; k++) avl__idct_8(values + k, 13 - 2, columns + 8 * k);
     for (k = 0; k < 8; k++, out += c->stride * 8) {
-        avl__idct_8(columns + k, sums);
-        for (i = 0; i < 8; i++) out[i] = avl__clip8(avl__idct_round(sums[i], 13 + 2 + 3) + 128);
+        avl__idct_8(columns + k, 13 + 2 + 3, row);
+        for (i = 0; i < 8; i++) out[i] = avl__clip8(row[i] + 128);
     }
 }
 
