@@ -6023,11 +6023,18 @@ typedef struct avl__huffman {
     uint32_t base[17];                      // index in symbol of a code of this length, minus the code (mod 2^32)
 } avl__huffman;
 
+static uint32_t avl__reverse16(uint32_t bits) {   // bit 0 becomes bit 15, ...
+    bits = (bits & 0x5555) << 1 | (bits >> 1 & 0x5555);
+    bits = (bits & 0x3333) << 2 | (bits >> 2 & 0x3333);
+    bits = (bits & 0x0F0F) << 4 | (bits >> 4 & 0x0F0F);
+    return (bits & 0x00FF) << 8 | (bits >> 8 & 0x00FF);
+}
+
 // Fills the tables from count and symbol. lowest_first: 1 if a code's first bit is the lowest one of `fast`'s index
 // (deflate), 0 if it is the highest (JPEG). Returns 0 if there are more codes than the lengths have room for.
 static int avl__huffman_build(avl__huffman *h, int lowest_first) {
-    uint32_t code = 0, index = 0, end, at, i;
-    int length, bit;
+    uint32_t code = 0, index = 0, end, i;
+    int length;
     memset(h->fast, 0, sizeof h->fast);
     for (length = 1; length <= 16; length++, code *= 2) {
         h->base[length] = index - code;
@@ -6035,9 +6042,9 @@ static int avl__huffman_build(avl__huffman *h, int lowest_first) {
         if (end > 1u << length) return 0;
         for (; code < end; code++, index++) {
             uint32_t n_fill = length <= AVL__HUFFMAN_FAST ? 1u << (AVL__HUFFMAN_FAST - length) : 0;   // any bits follow
-            for (at = 0, bit = 0; bit < length; bit++) at |= (code >> bit & 1) << (length - 1 - bit);
+            uint32_t reversed = avl__reverse16(code) >> (16 - length);
             for (i = 0; i < n_fill; i++)
-                h->fast[lowest_first ? at | i << length : code * n_fill + i] =
+                h->fast[lowest_first ? reversed | i << length : code * n_fill + i] =
                     (uint16_t)(h->symbol[index] << 5 | length);
         }
         h->limit[length] = code << (16 - length);
@@ -6045,16 +6052,10 @@ static int avl__huffman_build(avl__huffman *h, int lowest_first) {
     return 1;
 }
 
-// Looks up a code that `fast` does not have. bits: the next 16, the first one lowest or highest. Returns symbol * 32 +
-// code length, or 0 if no code begins like that.
-static unsigned avl__huffman_search(const avl__huffman *h, uint32_t bits, int lowest_first) {
+// Looks up a code that `fast` does not have. bits: the next 16, the first one highest. Returns symbol * 32 + code
+// length, or 0 if no code begins like that.
+static unsigned avl__huffman_search(const avl__huffman *h, uint32_t bits) {
     int length;
-    if (lowest_first) {   // reverse them
-        bits = (bits & 0x5555) << 1 | (bits >> 1 & 0x5555);
-        bits = (bits & 0x3333) << 2 | (bits >> 2 & 0x3333);
-        bits = (bits & 0x0F0F) << 4 | (bits >> 4 & 0x0F0F);
-        bits = (bits & 0x00FF) << 8 | (bits >> 8 & 0x00FF);
-    }
     for (length = AVL__HUFFMAN_FAST + 1; length <= 16; length++)
         if (bits < h->limit[length])
             return (unsigned)h->symbol[h->base[length] + (bits >> (16 - length))] << 5 | (unsigned)length;
@@ -6118,7 +6119,7 @@ static int avl__inflate_code(avl__huffman *h, const uint8_t *lengths, int n) {
 // The next symbol, or -1 for a bit pattern that is no code.
 static int avl__inflate_symbol(avl__inflate *s, const avl__huffman *h) {
     unsigned entry = h->fast[s->bits & ((1u << AVL__HUFFMAN_FAST) - 1)];
-    if (!entry) entry = avl__huffman_search(h, (uint32_t)s->bits, 1);
+    if (!entry) entry = avl__huffman_search(h, avl__reverse16((uint32_t)s->bits));
     if (!entry) return -1;
     s->bits >>= entry & 31;
     s->n_bits -= (int)(entry & 31);
@@ -6141,49 +6142,43 @@ static const char *avl__inflate_stored(avl__inflate *s) {   // a block that is n
     return NULL;
 }
 
-static void avl__inflate_fixed_codes(avl__inflate *s) {   // RFC 1951, 3.2.6
-    uint8_t lengths[288];
-    int i;
-    for (i = 0; i < 288; i++) lengths[i] = (uint8_t)(i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : 8);
-    (void)avl__inflate_code(&s->literals, lengths, 288);
-    memset(lengths, 5, 32);
-    (void)avl__inflate_code(&s->distances, lengths, 32);
-}
-
-// Reads a block's own codes (RFC 1951, 3.2.7): their lengths are themselves Huffman-coded, with repeats.
-static const char *avl__inflate_codes(avl__inflate *s) {
+// Prepares the codes of a block. Kind 1 has fixed ones (RFC 1951, 3.2.6); kind 2 brings its own (3.2.7), whose lengths
+// are themselves Huffman-coded, with repeats.
+static const char *avl__inflate_codes(avl__inflate *s, unsigned kind) {
     static const uint8_t order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     uint8_t lengths[288 + 32];
-    int i, n_literals, n_distances, n_lengths;
-    avl__inflate_refill(s);
-    n_literals = (int)avl__inflate_bits(s, 5) + 257;
-    n_distances = (int)avl__inflate_bits(s, 5) + 1;
-    n_lengths = (int)avl__inflate_bits(s, 4) + 4;
-    if (n_literals > 286 || n_distances > 30) return "names too many codes";
-    memset(lengths, 0, sizeof lengths);
-    for (i = 0; i < n_lengths; i++) {
+    int i, n_literals = 288, n_distances = 32, n_lengths;
+    for (i = 0; i < 320; i++) lengths[i] = (uint8_t)(i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5);
+    if (kind == 2) {
         avl__inflate_refill(s);
-        lengths[order[i]] = (uint8_t)avl__inflate_bits(s, 3);
+        n_literals = (int)avl__inflate_bits(s, 5) + 257;
+        n_distances = (int)avl__inflate_bits(s, 5) + 1;
+        n_lengths = (int)avl__inflate_bits(s, 4) + 4;
+        if (n_literals > 286 || n_distances > 30) return "names too many codes";
+        memset(lengths, 0, sizeof lengths);
+        for (i = 0; i < n_lengths; i++) {
+            avl__inflate_refill(s);
+            lengths[order[i]] = (uint8_t)avl__inflate_bits(s, 3);
+        }
+        if (!avl__inflate_code(&s->literals, lengths, 19)) return "has a broken code of code lengths";
+        for (i = 0; i < n_literals + n_distances;) {
+            int symbol, repeat = 1;
+            uint8_t length = 0;
+            avl__inflate_refill(s);
+            symbol = avl__inflate_symbol(s, &s->literals);
+            if (symbol < 0) return "has an unknown code length";
+            if (symbol == 16 && i == 0) return "repeats a code length before the first";
+            if (symbol < 16) length = (uint8_t)symbol;
+            if (symbol == 16) length = lengths[i - 1];
+            if (symbol == 16) repeat = 3 + (int)avl__inflate_bits(s, 2);
+            if (symbol == 17) repeat = 3 + (int)avl__inflate_bits(s, 3);
+            if (symbol == 18) repeat = 11 + (int)avl__inflate_bits(s, 7);
+            if (s->n_bits < 0) return "ends too early";
+            if (repeat > n_literals + n_distances - i) return "repeats a code length too often";
+            while (repeat--) lengths[i++] = length;
+        }
+        if (lengths[256] == 0) return "has a block without an end";
     }
-    if (!avl__inflate_code(&s->literals, lengths, 19)) return "has a broken code of code lengths";
-    memset(lengths, 0, sizeof lengths);
-    for (i = 0; i < n_literals + n_distances;) {
-        int symbol, repeat = 1;
-        uint8_t length = 0;
-        avl__inflate_refill(s);
-        symbol = avl__inflate_symbol(s, &s->literals);
-        if (symbol < 0) return "has an unknown code length";
-        if (symbol < 16) length = (uint8_t)symbol;
-        else if (symbol == 16) {
-            if (i == 0) return "repeats a code length before the first";
-            length = lengths[i - 1];
-            repeat = 3 + (int)avl__inflate_bits(s, 2);
-        } else repeat = symbol == 17 ? 3 + (int)avl__inflate_bits(s, 3) : 11 + (int)avl__inflate_bits(s, 7);
-        if (s->n_bits < 0) return "ends too early";
-        if (repeat > n_literals + n_distances - i) return "repeats a code length too often";
-        while (repeat--) lengths[i++] = length;
-    }
-    if (lengths[256] == 0) return "has a block without an end";
     if (!avl__inflate_code(&s->literals, lengths, n_literals) ||
         !avl__inflate_code(&s->distances, lengths + n_literals, n_distances))
         return "has a broken Huffman code";
@@ -6268,9 +6263,9 @@ static const char *avl__inflate_run(avl__inflate *s) {
         kind = avl__inflate_bits(s, 2);
         if (s->n_bits < 0) return "ends too early";
         if (kind == 3) return "has a block of unknown kind";
-        if (kind == 1) avl__inflate_fixed_codes(s);
-        if (kind == 2) problem = avl__inflate_codes(s);
-        if (!problem) problem = kind == 0 ? avl__inflate_stored(s) : avl__inflate_block(s);
+        if (kind == 0) problem = avl__inflate_stored(s);
+        else problem = avl__inflate_codes(s, kind);
+        if (kind != 0 && !problem) problem = avl__inflate_block(s);
         if (problem) return problem;
     }
     if (s->n < s->n_out) return "holds fewer bytes than the image has";
@@ -6296,6 +6291,8 @@ typedef struct avl__png {
     int             has_palette;
     uint8_t        *idat;               // the contents of the IDAT chunks, joined
     size_t          idat_size, idat_capacity;
+    avl__inflate    inflate;
+    uint8_t        *rows;               // [row_bytes] zeros, then the unpacked rows of all passes
 } avl__png;
 
 // PNG: chunk "IDAT" at byte 57: `what`
@@ -6335,42 +6332,22 @@ static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t si
     return avl__image_check_size(&png->in, "PNG", png->width, png->height);
 }
 
-static astrovl_status avl__png_chunk(avl__png *png, const char *name, const uint8_t *p, size_t size) {
-    if (memcmp(name, "IHDR", 4) == 0) return avl__png_header(png, p, size);
-    if (png->width == 0) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must come first");
-    if (memcmp(name, "PLTE", 4) == 0) {
-        if (size == 0 || size % 3 != 0 || size > 768)
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "not 1 to 256 RGB colors");
-        if (png->color != 3) return ASTROVL_OK;   // for true color it is only a suggestion
-        memcpy(png->colors, p, size);
-        png->has_palette = 1;
-    } else if (memcmp(name, "IDAT", 4) == 0) {
-        if (!avl__grow(&png->idat, &png->idat_capacity, png->idat_size + size, 1))
-            return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory");
-        if (size) memcpy(png->idat + png->idat_size, p, size);
-        png->idat_size += size;
-    } else if (memcmp(name, "eXIf", 4) == 0)
-        png->orientation = avl__exif_orientation(p, size);
-    else if (!(name[0] & 32) && memcmp(name, "IEND", 4) != 0)
-        return avl__png_fail(png, ASTROVL_ERROR_UNSUPPORTED, "a critical chunk of unknown kind");
-    return ASTROVL_OK;
-}
-
 // Walks the chunks (length, name, data, CRC). After the IDAT chunks a broken or cut-off file is accepted: no pixel is
 // missing.
 static astrovl_status avl__png_chunks(avl__png *png) {
     enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
+    astrovl_status status = ASTROVL_OK;
     uint32_t i, k, c;
     for (i = 0; i < 256; i++) {
         for (c = i, k = 0; k < 8; k++) c = c & 1 ? 0xEDB88320u ^ c >> 1 : c >> 1;
         png->crc_table[i] = c;
     }
-    for (png->in.at = 8;;) {
+    for (png->in.at = 8; !status;) {
         const uint8_t *p = png->in.data + png->in.at;
         size_t left = png->in.size - png->in.at, size = left < 8 ? 0 : avl__load_u32be(p);
-        int is_idat = left >= 8 && memcmp(p + 4, "IDAT", 4) == 0;
-        astrovl_status status;
-        if (state == IN_IDAT && !is_idat) state = AFTER_IDAT;
+        char name[5] = "";
+        if (left >= 8) memcpy(name, p + 4, 4);
+        if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
         if (left < 12 || size > left - 12) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
             return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "the file ends inside it");
@@ -6379,13 +6356,30 @@ static astrovl_status avl__png_chunks(avl__png *png) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
             return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "its bytes do not match its check sum (CRC)");
         }
-        if (is_idat && state == AFTER_IDAT)
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IDAT chunks must follow each other");
-        if (is_idat) state = IN_IDAT;
-        status = avl__png_chunk(png, (const char *)p + 4, p + 8, size);
-        if (status || memcmp(p + 4, "IEND", 4) == 0) return status;
+        if (png->width == 0 && strcmp(name, "IHDR") != 0)
+            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must come first");
+        p += 8;
+        if (strcmp(name, "IHDR") == 0) status = avl__png_header(png, p, size);
+        else if (strcmp(name, "IEND") == 0) return ASTROVL_OK;
+        else if (strcmp(name, "eXIf") == 0) png->orientation = avl__exif_orientation(p, size);
+        else if (strcmp(name, "PLTE") == 0) {
+            if (size == 0 || size % 3 != 0 || size > 768)
+                return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "not 1 to 256 RGB colors");
+            png->has_palette = png->color == 3;   // for true color it is only a suggestion
+            if (png->has_palette) memcpy(png->colors, p, size);
+        } else if (strcmp(name, "IDAT") == 0) {
+            if (state == AFTER_IDAT)
+                return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IDAT chunks must follow each other");
+            if (!avl__grow(&png->idat, &png->idat_capacity, png->idat_size + size, 1))
+                return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory");
+            if (size) memcpy(png->idat + png->idat_size, p, size);
+            png->idat_size += size;
+            state = IN_IDAT;
+        } else if (!(name[0] & 32))
+            return avl__png_fail(png, ASTROVL_ERROR_UNSUPPORTED, "a critical chunk of unknown kind");
         png->in.at += size + 12;
     }
+    return status;
 }
 
 // The neighbor whose value is nearest to left + up - up_left (ISO 15948, 9.4).
@@ -6399,10 +6393,9 @@ static int avl__paeth(int left, int up, int up_left) {
 }
 
 // Undoes a row's filter: row[i] += prediction from the bytes a pixel to the left, above, and both (0 outside).
-// up: the row above, or NULL;   step: bytes of a pixel, at least 1
+// up: the row above;   step: bytes of a pixel, at least 1
 static void avl__png_unfilter(uint8_t *row, const uint8_t *up, size_t n, size_t step, int filter) {
     size_t i, first = step < n ? step : n;
-    if (!up) filter = filter == 2 ? 0 : filter == 3 ? 5 : filter == 4 ? 1 : filter;   // 5: half of the left alone
     switch (filter) {
     case 1:
         for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step]);
@@ -6417,9 +6410,6 @@ static void avl__png_unfilter(uint8_t *row, const uint8_t *up, size_t n, size_t 
     case 4:
         for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i]);
         for (; i < n; i++) row[i] = (uint8_t)(row[i] + avl__paeth(row[i - step], up[i], up[i - step]));
-        break;
-    case 5:
-        for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step] / 2);
         break;
     default: break;
     }
@@ -6446,81 +6436,71 @@ static void avl__png_row(const avl__png *png, const uint8_t *row, uint32_t n, ui
         }
 }
 
-// The pixels of an interlaced image are stored as seven images (Adam7), those of others as one: every dx-th pixel of
-// every dy-th row, beginning at (x, y).
+// Pass i (Adam7) of an interlaced image, or the only one of another (7): every dx-th pixel of every dy-th row from
+// (x, y) on, stored as an image of its own.
 typedef struct avl__png_pass {
-    uint32_t x, y, dx, dy, width, height;
-    uint64_t row_bytes;                  // without the filter byte
+    uint32_t x, y, dx, dy, width, height;   // a pass without pixels has no rows
+    uint64_t row_bytes;                     // with the byte that names the row's filter
 } avl__png_pass;
 
-// Fills passes and returns how many there are. A pass without pixels takes no bytes and is left out.
-static int avl__png_passes(const avl__png *png, avl__png_pass passes[7]) {
+static avl__png_pass avl__png_pass_new(const avl__png *png, int i) {
     static const uint8_t grids[8][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
                                         {1, 0, 2, 2}, {0, 1, 1, 2}, {0, 0, 1, 1}};
-    int i, n = 0;
-    for (i = png->interlaced ? 0 : 7; i < (png->interlaced ? 7 : 8); i++) {
-        avl__png_pass *p = &passes[n];
-        p->x = grids[i][0];
-        p->y = grids[i][1];
-        p->dx = grids[i][2];
-        p->dy = grids[i][3];
-        if (png->width <= p->x || png->height <= p->y) continue;
-        p->width = (png->width - p->x + p->dx - 1) / p->dx;
-        p->height = (png->height - p->y + p->dy - 1) / p->dy;
-        p->row_bytes = ((uint64_t)p->width * (uint64_t)(png->depth * png->n_channels) + 7) / 8;
-        n++;
-    }
-    return n;
+    avl__png_pass p;
+    p.x = grids[i][0];
+    p.y = grids[i][1];
+    p.dx = grids[i][2];
+    p.dy = grids[i][3];
+    p.width = (png->width + p.dx - 1 - p.x) / p.dx;
+    p.height = p.width ? (png->height + p.dy - 1 - p.y) / p.dy : 0;
+    p.row_bytes = 1 + ((uint64_t)p.width * (uint64_t)(png->depth * png->n_channels) + 7) / 8;
+    return p;
 }
 
-// Unpacks the IDAT data to the filtered rows of all passes. Deflate expands at most 1032 : 1 (258 bytes from 2 bits),
-// so a small file that claims to be a huge image is refused before memory is allocated.
-static astrovl_status avl__png_inflate(avl__png *png, const avl__png_pass *passes, int n_passes, uint8_t **raw) {
-    uint64_t limit = (uint64_t)png->idat_size * 1032, size = 0;
-    astrovl_status status = ASTROVL_OK;
+// Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1
+// (258 bytes from 2 bits), so a small file that claims to be a huge image is refused before memory is allocated.
+static astrovl_status avl__png_pixels(avl__png *png) {
+    int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8, i;
+    uint64_t row_bytes = 1 + ((uint64_t)png->width * (uint64_t)(png->depth * png->n_channels) + 7) / 8, size = 0;
+    uint8_t *row;
+    uint32_t y;
     const char *problem;
-    avl__inflate *s;
-    int i;
-    for (i = 0; i < n_passes; i++) {
-        if (passes[i].height > (limit - size) / (passes[i].row_bytes + 1))
+    astrovl_status status;
+    for (i = first; i < end; i++) {
+        avl__png_pass p = avl__png_pass_new(png, i);
+        if (p.height > ((uint64_t)png->idat_size * 1032 - size) / p.row_bytes)
             return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT,
                              "PNG: %l bytes of IDAT data cannot hold %l x %l pixels", (int64_t)png->idat_size,
                              (int64_t)png->width, (int64_t)png->height);
-        size += passes[i].height * (passes[i].row_bytes + 1);
+        size += p.height * p.row_bytes;
     }
-    s = (avl__inflate *)avl__alloc(1, sizeof *s);
-    *raw = (uint8_t *)avl__alloc_raw(size, 1);
-    if (s && *raw) {
-        s->in = png->idat;
-        s->n_in = png->idat_size;
-        s->out = *raw;
-        s->n_out = (size_t)size;
-        problem = avl__inflate_run(s);
-        if (problem)
-            status = avl__fail(png->in.err, ASTROVL_ERROR_FORMAT,
-                               "PNG: the compressed data %s, about byte %l of %l in the IDAT chunks", problem,
-                               (int64_t)s->at, (int64_t)s->n_in);
-    } else status = avl__fail(png->in.err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %l bytes of pixels",
-                              (int64_t)size);
-    astrovl_free(s);
-    return status;
-}
-
-static astrovl_status avl__png_pixels(const avl__png *png, const avl__png_pass *passes, int n_passes, uint8_t *raw) {
-    size_t step = (size_t)(png->depth * png->n_channels + 7) / 8;
-    const avl__png_pass *p;
-    uint32_t y;
-    astrovl_status status = avl__image_new(png->in.image, (int)png->width, (int)png->height, png->in.err);
-    for (p = passes; p < passes + n_passes && !status; p++) {
-        size_t n = (size_t)p->row_bytes;
-        const uint8_t *up = NULL;
-        for (y = 0; y < p->height; y++, up = raw + 1, raw += n + 1) {
-            if (raw[0] > 4)
+    png->rows = (uint8_t *)avl__alloc_raw(row_bytes + size, 1);
+    if (!png->rows)
+        return avl__fail(png->in.err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %l bytes of pixels",
+                         (int64_t)size);
+    memset(png->rows, 0, (size_t)row_bytes);   // stands for the row above a pass's first one
+    row = png->rows + row_bytes;
+    png->inflate.in = png->idat;
+    png->inflate.n_in = png->idat_size;
+    png->inflate.out = row;
+    png->inflate.n_out = (size_t)size;
+    problem = avl__inflate_run(&png->inflate);
+    if (problem)
+        return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT,
+                         "PNG: the compressed data %s, about byte %l of %l in the IDAT chunks", problem,
+                         (int64_t)png->inflate.at, (int64_t)png->idat_size);
+    status = avl__image_new(png->in.image, (int)png->width, (int)png->height, png->in.err);
+    for (i = first; i < end && !status; i++) {
+        avl__png_pass p = avl__png_pass_new(png, i);
+        size_t n = (size_t)p.row_bytes, step = (size_t)(png->depth * png->n_channels + 7) / 8;
+        const uint8_t *up = png->rows;
+        for (y = 0; y < p.height; y++, up = row, row += n) {
+            uint8_t *rgb = avl__image_pixel(png->in.image, (int)p.x, (int)(p.y + y * p.dy));
+            if (row[0] > 4)
                 return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT, "PNG: row %l has filter %d, which does not exist",
-                                 (int64_t)y, raw[0]);
-            avl__png_unfilter(raw + 1, up, n, step, raw[0]);
-            avl__png_row(png, raw + 1, p->width, avl__image_pixel(png->in.image, (int)p->x, (int)(p->y + y * p->dy)),
-                         3 * (size_t)p->dx);
+                                 (int64_t)y, row[0]);
+            avl__png_unfilter(row + 1, up + 1, n - 1, step, row[0]);
+            avl__png_row(png, row + 1, p.width, rgb, 3 * (size_t)p.dx);
         }
     }
     png->in.image->orientation = png->orientation;
@@ -6529,9 +6509,6 @@ static astrovl_status avl__png_pixels(const avl__png *png, const avl__png_pass *
 
 static astrovl_status avl__png_decode(const avl__image_file *in) {
     avl__png *png = (avl__png *)avl__alloc(1, sizeof *png);
-    avl__png_pass passes[7];
-    uint8_t *raw = NULL;   // rows as filtered, each after the number of its filter
-    int n_passes = 0;
     astrovl_status status;
     if (!png) return avl__fail(in->err, ASTROVL_ERROR_MEMORY, "PNG: out of memory");
     png->in = *in;
@@ -6539,13 +6516,9 @@ static astrovl_status avl__png_decode(const avl__image_file *in) {
     status = avl__png_chunks(png);
     if (!status && png->color == 3 && !png->has_palette)
         status = avl__fail(in->err, ASTROVL_ERROR_FORMAT, "PNG: an image of color type 3 lacks its palette (PLTE)");
-    if (!status) {
-        n_passes = avl__png_passes(png, passes);
-        status = avl__png_inflate(png, passes, n_passes, &raw);
-    }
+    if (!status) status = avl__png_pixels(png);
     astrovl_free(png->idat);
-    if (!status) status = avl__png_pixels(png, passes, n_passes, raw);
-    astrovl_free(raw);
+    astrovl_free(png->rows);
     astrovl_free(png);
     return status;
 }
@@ -6555,45 +6528,37 @@ static astrovl_status avl__png_decode(const avl__image_file *in) {
 
 static int avl__is_space(int c) { return c == ' ' || (c >= 9 && c <= 13); }
 
-// The next decimal number of the header, up to INT_MAX; comments run from # to the end of the line. -1: no number.
-static int avl__pnm_number(avl__image_file *in) {
-    int64_t value = 0;
-    size_t start;
-    while (in->at < in->size && (avl__is_space(in->data[in->at]) || in->data[in->at] == '#'))
-        if (in->data[in->at++] == '#')
-            while (in->at < in->size && in->data[in->at] != '\n' && in->data[in->at] != '\r') in->at++;
-    for (start = in->at; in->at < in->size && in->data[in->at] >= '0' && in->data[in->at] <= '9'; in->at++) {
-        value = value * 10 + (in->data[in->at] - '0');
-        if (value > INT_MAX) return -1;
-    }
-    return in->at == start ? -1 : (int)value;
-}
-
-static astrovl_status avl__pnm_decode(avl__image_file in) {
-    size_t n_channels = in.data[1] == '6' ? 3 : 1, n, i;
-    int width, height, maxval = -1;
+static astrovl_status avl__pnm_decode(const avl__image_file *in) {
+    const uint8_t *p = in->data;
+    size_t n_channels = p[1] == '6' ? 3 : 1, at = 2, n, i;
+    uint32_t header[3] = {0, 0, 0};   // width, height, maxval
     astrovl_status status;
-    in.at = 2;
-    width = avl__pnm_number(&in);
-    height = width < 0 ? -1 : avl__pnm_number(&in);
-    maxval = height < 0 ? -1 : avl__pnm_number(&in);
-    if (maxval < 0 || in.at == in.size || !avl__is_space(in.data[in.at]))
-        return avl__fail(in.err, ASTROVL_ERROR_FORMAT, "PNM: at byte %l: the header needs a width, a height and a "
-                         "maxval, each followed by white space", (int64_t)in.at);
-    if (maxval != 255)
-        return avl__fail(in.err, ASTROVL_ERROR_UNSUPPORTED, "PNM: maxval %d is not supported, only 255", maxval);
-    in.at++;
-    status = avl__image_check_size(&in, "PNM", (uint32_t)width, (uint32_t)height);
+    for (i = 0; i < 3; i++) {
+        while (at < in->size && (avl__is_space(p[at]) || p[at] == '#'))   // a comment runs from # to its line's end
+            if (p[at++] == '#')
+                while (at < in->size && p[at] != '\n' && p[at] != '\r') at++;
+        for (; at < in->size && p[at] >= '0' && p[at] <= '9' && header[i] < 100000000; at++)
+            header[i] = header[i] * 10 + (uint32_t)(p[at] - '0');
+        if (at == in->size || (!avl__is_space(p[at]) && (p[at] != '#' || i == 2)))
+            return avl__fail(in->err, ASTROVL_ERROR_FORMAT,
+                             "PNM: at byte %l: not a number of the header (width, height, maxval)", (int64_t)at);
+    }
+    at++;
+    if (header[2] != 255)
+        return avl__fail(in->err, ASTROVL_ERROR_UNSUPPORTED, "PNM: maxval %d is not supported, only 255",
+                         (int)header[2]);
+    status = avl__image_check_size(in, "PNM", header[0], header[1]);
     if (status) return status;
-    if ((uint64_t)width * (uint64_t)height > (in.size - in.at) / n_channels)
-        return avl__fail(in.err, ASTROVL_ERROR_FORMAT, "PNM: %l bytes after the header cannot hold %d x %d pixels",
-                         (int64_t)(in.size - in.at), width, height);
-    status = avl__image_new(in.image, width, height, in.err);
+    n = (in->size - at) / n_channels;   // pixels in the file
+    if ((uint64_t)header[0] * header[1] > n)
+        return avl__fail(in->err, ASTROVL_ERROR_FORMAT, "PNM: %l bytes after the header cannot hold %d x %d pixels",
+                         (int64_t)(in->size - at), (int)header[0], (int)header[1]);
+    status = avl__image_new(in->image, (int)header[0], (int)header[1], in->err);
     if (status) return status;
-    n = (size_t)width * (size_t)height;
-    if (n_channels == 3) memcpy(in.image->rgb, in.data + in.at, 3 * n);
+    n = (size_t)header[0] * header[1];
+    if (n_channels == 3) memcpy(in->image->rgb, p + at, 3 * n);
     else
-        for (i = 0; i < n; i++) memset(in.image->rgb + 3 * i, in.data[in.at + i], 3);
+        for (i = 0; i < n; i++) memset(in->image->rgb + 3 * i, p[at + i], 3);
     return ASTROVL_OK;
 }
 
@@ -6608,8 +6573,7 @@ static astrovl_status avl__pnm_decode(avl__image_file in) {
 typedef struct avl__jpeg_component {
     int      id, h, v;                    // h, v: sampling factors, blocks of an MCU across and down
     int      table;                       // number of its quantization table
-    int      has_quant;                   // quant is set: to the table as of the component's first scan
-    uint16_t quant[64];                   // natural order
+    uint16_t quant[64];                   // that table as of the component's first scan; quant[0] is 0 until then
     int      width, height;               // samples
     int      blocks_x, blocks_y;          // blocks that hold samples
     size_t   stride;                      // blocks in a stored row: whole MCUs
@@ -6631,8 +6595,7 @@ typedef struct avl__jpeg {
     int            restart_interval, n_scans;
     int            has_jfif, adobe_transform;        // -1: no Adobe marker
     int            orientation;
-    int            has_table[4];
-    uint16_t       table[4][64];          // quantization tables, natural order
+    uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
 
@@ -6679,7 +6642,7 @@ static unsigned avl__jpeg_bits(avl__jpeg *j, int n) {   // the next n <= 16 bits
 // The next symbol, or -1 for a bit pattern that is no code.
 static int avl__jpeg_symbol(avl__jpeg *j, const avl__huffman *h) {
     unsigned entry = h->fast[j->bits >> (64 - AVL__HUFFMAN_FAST)];
-    if (!entry) entry = avl__huffman_search(h, (uint32_t)(j->bits >> 48), 0);
+    if (!entry) entry = avl__huffman_search(h, (uint32_t)(j->bits >> 48));
     if (!entry) return -1;
     j->bits <<= entry & 31;
     j->n_bits -= (int)(entry & 31);
@@ -6730,48 +6693,41 @@ static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *b
     return 1;
 }
 
-// One more bit for a coefficient that is already known to be non-zero: it moves it away from zero.
-static void avl__jpeg_refine(avl__jpeg *j, int16_t *coefficient) {
-    if (j->n_bits < 32) avl__jpeg_refill(j);
-    if (avl__jpeg_bits(j, 1) && !((*coefficient < 0 ? -*coefficient : *coefficient) >> j->low & 1))
-        *coefficient = (int16_t)(*coefficient + (*coefficient < 0 ? -(1 << j->low) : 1 << j->low));
-}
-
-// Reads a block's part of a later scan. Among the AC coefficients that are new, which all are +1 or -1 at this bit,
-// the known ones get their bit (T.81, G.1.2.3). Returns 0 if the data makes no sense.
+// Reads a block's part of a later scan. Coefficients that are known to be non-zero get one more bit; among them, in AC
+// bands, stand the new ones, which are +1 or -1 at this bit (T.81, G.1.2.3). Returns 0 if the data makes no sense.
 static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
-    int k = j->first, symbol, run, value;
+    int k = j->first, bit = 1 << j->low, symbol, n_zeros, value;
     if (j->n_bits < 32) avl__jpeg_refill(j);
     if (k == 0) {
-        if (avl__jpeg_bits(j, 1)) block[0] = (int16_t)(block[0] | 1 << j->low);
+        if (avl__jpeg_bits(j, 1)) block[0] = (int16_t)(block[0] | bit);
         return 1;
     }
-    while (k <= j->last && j->end_of_band == 0) {
-        if (j->n_bits < 32) avl__jpeg_refill(j);
-        symbol = avl__jpeg_symbol(j, c->ac);
-        if (symbol < 0 || (symbol & 15) > 1) return 0;
-        run = symbol >> 4;
+    while (k <= j->last) {
+        n_zeros = 64;   // to pass before `value`; 64: no new coefficient in this block
         value = 0;
-        if (symbol & 15) value = avl__jpeg_bits(j, 1) ? 1 << j->low : -(1 << j->low);
-        else if (run < 15) {
-            j->end_of_band = (1 << run) + (int)avl__jpeg_bits(j, run);   // this block's rest included
-            break;
-        }
-        for (; k <= j->last; k++) {   // passes `run` zeros, then stands on the zero that becomes `value`
-            int16_t *coefficient = &block[avl__zigzag[k]];
-            if (*coefficient) avl__jpeg_refine(j, coefficient);
-            else if (run-- == 0) {
-                *coefficient = (int16_t)value;
-                k++;
-                break;
+        if (j->end_of_band == 0) {
+            if (j->n_bits < 32) avl__jpeg_refill(j);
+            symbol = avl__jpeg_symbol(j, c->ac);
+            if (symbol < 0 || (symbol & 15) > 1) return 0;
+            n_zeros = symbol >> 4;
+            if (symbol & 15) value = avl__jpeg_bits(j, 1) ? bit : -bit;
+            else if (n_zeros < 15) {
+                j->end_of_band = (1 << n_zeros) + (int)avl__jpeg_bits(j, n_zeros);
+                n_zeros = 64;
             }
         }
+        for (; k <= j->last && n_zeros >= 0; k++) {
+            int16_t *known = &block[avl__zigzag[k]];
+            if (*known == 0) {
+                if (n_zeros-- == 0) *known = (int16_t)value;
+                continue;
+            }
+            if (j->n_bits < 32) avl__jpeg_refill(j);
+            if (avl__jpeg_bits(j, 1) && !((*known < 0 ? -*known : *known) & bit))   // moves away from zero
+                *known = (int16_t)(*known < 0 ? *known - bit : *known + bit);
+        }
     }
-    if (j->end_of_band > 0) {
-        for (; k <= j->last; k++)
-            if (block[avl__zigzag[k]]) avl__jpeg_refine(j, &block[avl__zigzag[k]]);
-        j->end_of_band--;
-    }
+    if (j->end_of_band > 0) j->end_of_band--;
     return 1;
 }
 
@@ -6780,45 +6736,40 @@ static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16
 // have 13 fractional bits, the values in between 2. Sums are unsigned, so that hostile coefficients wrap around
 // instead of overflowing.
 
-static int32_t avl__idct_round(uint32_t x, int n) { return (int32_t)(x + (1u << (n - 1))) >> n; }
-
 // out[i], i = 0..7: the inverse DCT of in[0], in[8], ... in[56], times 2^13 sqrt(8), rounded to units of 2^n_bits
 static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
     uint32_t x0 = (uint32_t)in[0], x1 = (uint32_t)in[8], x2 = (uint32_t)in[16], x3 = (uint32_t)in[24];
     uint32_t x4 = (uint32_t)in[32], x5 = (uint32_t)in[40], x6 = (uint32_t)in[48], x7 = (uint32_t)in[56];
-    uint32_t r, s0, s1, s2, s3, e0, e1, e2, e3, t, a, b, c, d, o0, o1, o2, o3;
-    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // very common: constant
-        for (a = 0; a < 8; a++) out[a] = avl__idct_round(x0 << 13, n_bits);
+    uint32_t half = 1u << (n_bits - 1);
+    // even half: a rotation by 3 pi / 8 of (x2, x6), and butterflies
+    uint32_t r = (x2 + x6) * 4433u;                  // 0.541196100
+    uint32_t s2 = r - x6 * 15137u;                   // 1.847759065
+    uint32_t s3 = r + x2 * 6270u;                    // 0.765366865
+    uint32_t s0 = ((x0 + x4) << 13) + half, s1 = ((x0 - x4) << 13) + half;
+    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
+    // odd half
+    uint32_t t = (x7 + x3 + x5 + x1) * 9633u;        // 1.175875602
+    uint32_t a = t - (x7 + x3) * 16069u;             // 1.961570560
+    uint32_t b = t - (x5 + x1) * 3196u;              // 0.390180644
+    uint32_t c = (x7 + x1) * 7373u;                  // 0.899976223
+    uint32_t d = (x5 + x3) * 20995u;                 // 2.562915447
+    uint32_t o0 = x1 * 12299u + b - c;               // 1.501321110
+    uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
+    uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
+    uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
+    int i;
+    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // very common, and faster than the sums
+        for (i = 0; i < 8; i++) out[i] = (int32_t)s0 >> n_bits;
         return;
     }
-    // even half: a rotation by 3 pi / 8 of (x2, x6), and butterflies
-    r = (x2 + x6) * 4433u;                  // 0.541196100
-    s2 = r - x6 * 15137u;                   // 1.847759065
-    s3 = r + x2 * 6270u;                    // 0.765366865
-    s0 = (x0 + x4) << 13;
-    s1 = (x0 - x4) << 13;
-    e0 = s0 + s3;
-    e3 = s0 - s3;
-    e1 = s1 + s2;
-    e2 = s1 - s2;
-    // odd half
-    t = (x7 + x3 + x5 + x1) * 9633u;        // 1.175875602
-    a = t - (x7 + x3) * 16069u;             // 1.961570560
-    b = t - (x5 + x1) * 3196u;              // 0.390180644
-    c = (x7 + x1) * 7373u;                  // 0.899976223
-    d = (x5 + x3) * 20995u;                 // 2.562915447
-    o0 = x1 * 12299u + b - c;               // 1.501321110
-    o1 = x3 * 25172u + a - d;               // 3.072711026
-    o2 = x5 * 16819u + b - d;               // 2.053119869
-    o3 = x7 * 2446u + a - c;                // 0.298631336
-    out[0] = avl__idct_round(e0 + o0, n_bits);
-    out[7] = avl__idct_round(e0 - o0, n_bits);
-    out[1] = avl__idct_round(e1 + o1, n_bits);
-    out[6] = avl__idct_round(e1 - o1, n_bits);
-    out[2] = avl__idct_round(e2 + o2, n_bits);
-    out[5] = avl__idct_round(e2 - o2, n_bits);
-    out[3] = avl__idct_round(e3 + o3, n_bits);
-    out[4] = avl__idct_round(e3 - o3, n_bits);
+    out[0] = (int32_t)(e0 + o0) >> n_bits;
+    out[7] = (int32_t)(e0 - o0) >> n_bits;
+    out[1] = (int32_t)(e1 + o1) >> n_bits;
+    out[6] = (int32_t)(e1 - o1) >> n_bits;
+    out[2] = (int32_t)(e2 + o2) >> n_bits;
+    out[5] = (int32_t)(e2 - o2) >> n_bits;
+    out[3] = (int32_t)(e3 + o3) >> n_bits;
+    out[4] = (int32_t)(e3 - o3) >> n_bits;
 }
 
 static uint8_t avl__clip8(int32_t x) { return (uint8_t)((uint32_t)x <= 255 ? x : x < 0 ? 0 : 255); }
@@ -6847,7 +6798,6 @@ static astrovl_status avl__jpeg_quantization(avl__jpeg *j, const uint8_t *p, siz
             return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken quantization table (DQT)");
         for (i = 0; i < 64; i++)
             j->table[number][avl__zigzag[i]] = is_wide ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
-        j->has_table[number] = 1;
         p += n_bytes;
         size -= n_bytes;
     }
@@ -6875,7 +6825,6 @@ static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t s
 // SOF: the image's size and components. Allocates the components' memory; a block takes at least one bit of a scan, so
 // a small file that claims to be a huge image is refused first.
 static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
-    uint64_t n_blocks = 0;
     avl__jpeg_component *c, *end;
     astrovl_status status;
     if (marker >= 0xC9)
@@ -6915,6 +6864,7 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
     j->mcus_x = (j->width - 1) / (8 * j->max_h) + 1;
     j->mcus_y = (j->height - 1) / (8 * j->max_v) + 1;
     for (c = j->component; c < end; c++) {
+        uint64_t n_stored = (uint64_t)(j->mcus_x * c->h) * (uint64_t)(j->mcus_y * c->v);
         if (j->max_h % c->h || j->max_v % c->v)
             return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED,
                                   "sampling factors that are no whole multiples are not supported");
@@ -6923,13 +6873,9 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
         c->blocks_x = (c->width + 7) / 8;
         c->blocks_y = (c->height + 7) / 8;
         c->stride = (size_t)(j->mcus_x * c->h);
-        n_blocks += (uint64_t)c->blocks_x * (uint64_t)c->blocks_y;
-    }
-    if (n_blocks > 8 * (uint64_t)j->in.size)
-        return avl__fail(j->in.err, ASTROVL_ERROR_FORMAT, "JPEG: %l bytes cannot hold %d x %d pixels",
-                         (int64_t)j->in.size, j->width, j->height);
-    for (c = j->component; c < end; c++) {
-        uint64_t n_stored = (uint64_t)c->stride * (uint64_t)(j->mcus_y * c->v);
+        if ((uint64_t)c->blocks_x * (uint64_t)c->blocks_y > 8 * (uint64_t)j->in.size)
+            return avl__fail(j->in.err, ASTROVL_ERROR_FORMAT, "JPEG: %l bytes cannot hold %d x %d pixels",
+                             (int64_t)j->in.size, j->width, j->height);
         c->samples = (uint8_t *)avl__alloc_raw(n_stored, 64);
         if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc(n_stored, 64 * sizeof(int16_t));
         if (!c->samples || (j->is_progressive && !c->coefficients))
@@ -6968,10 +6914,9 @@ static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size
         c->ac = &j->code[1][ac];
         if ((j->first == 0 && j->high == 0 && !c->dc->limit[16]) || (j->last > 0 && !c->ac->limit[16]))
             return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose Huffman table is missing");
-        if (!c->has_quant && !j->has_table[c->table])
+        if (!c->quant[0]) memcpy(c->quant, j->table[c->table], sizeof c->quant);
+        if (!c->quant[0])
             return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose quantization table is missing");
-        if (!c->has_quant) memcpy(c->quant, j->table[c->table], sizeof c->quant);
-        c->has_quant = 1;
         j->scan[i] = c;
         n_blocks += c->h * c->v;
     }
@@ -7044,7 +6989,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
         int marker = avl__jpeg_find_marker(j), i, is_complete = j->n_components > 0;
         const uint8_t *p = j->in.data + j->in.at;
         size_t left = j->in.size - j->in.at, size = left < 4 ? 0 : avl__load_u16be(p + 2);
-        for (i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].has_quant;
+        for (i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].quant[0];
         if (is_complete && (!j->is_progressive || marker == 0xD9)) return ASTROVL_OK;
         if (marker == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends before its image does");
         if (marker == 0xD9)
@@ -7111,44 +7056,36 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
     return out;
 }
 
-// R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
-static void avl__jpeg_rgb(const uint8_t *luma, const uint8_t *blue, const uint8_t *red, int n, uint8_t *rgb) {
-    int i;
-    for (i = 0; i < n; i++, rgb += 3) {
-        int y = luma[i], cb = blue[i] - 128, cr = red[i] - 128;
-        rgb[0] = avl__clip8(y + ((91881 * cr + 32768) >> 16));
-        rgb[1] = avl__clip8(y + ((-22554 * cb - 46802 * cr + 32768) >> 16));
-        rgb[2] = avl__clip8(y + ((116130 * cb + 32768) >> 16));
-    }
-}
-
-// What the components mean: libjpeg's rules. Without a marker, three are YCbCr unless they are called R, G and B.
-static int avl__jpeg_is_ycc(const avl__jpeg *j) {
-    const avl__jpeg_component *c = j->component;
-    if (j->n_components == 4) return j->adobe_transform > 0;
-    if (j->has_jfif) return 1;
-    if (j->adobe_transform >= 0) return j->adobe_transform != 0;
-    return !(c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B');
-}
-
-// rows: scratch, [4][width + 8]
-// CMYK to RGB: R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink),
-// whether a marker says so or not.
+// Samples to RGB. rows: scratch, [4][width + 8]
+// YCbCr: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
+// CMYK:  R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink), whether a
+// marker says so or not.
 static void avl__jpeg_pixels(const avl__jpeg *j, uint8_t *rows) {
-    int is_ycc = avl__jpeg_is_ycc(j), n = j->width, i, x, y;
+    const avl__jpeg_component *c = j->component;
+    int n = j->width, i, x, y, is_ycc;   // by libjpeg's rules: without a marker, unless they are called R, G and B
+    if (j->n_components == 4) is_ycc = j->adobe_transform > 0;
+    else if (j->has_jfif) is_ycc = 1;
+    else if (j->adobe_transform >= 0) is_ycc = j->adobe_transform != 0;
+    else is_ycc = !(c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B');
     for (y = 0; y < j->height; y++) {
         uint8_t *rgb = avl__image_pixel(j->in.image, 0, y);
         const uint8_t *row[4];
         for (i = 0; i < j->n_components; i++)
-            row[i] = avl__jpeg_row(j, &j->component[i], y, rows + (size_t)i * ((size_t)n + 8));
+            row[i] = avl__jpeg_row(j, &c[i], y, rows + (size_t)i * ((size_t)n + 8));
         if (j->n_components == 1) row[1] = row[2] = row[0];
-        if (j->n_components > 1 && is_ycc) avl__jpeg_rgb(row[0], row[1], row[2], n, rgb);
-        else
-            for (x = 0; x < n; x++)
-                for (i = 0; i < 3; i++) rgb[3 * x + i] = row[i][x];
-        for (x = 0; x < 3 * n && j->n_components == 4; x++) {
-            int k = row[3][x / 3], product = (is_ycc ? rgb[x] : 255 - rgb[x]) * k + 128;
-            rgb[x] = avl__clip8(k - (((product >> 8) + product) >> 8));
+        for (x = 0; x < n; x++, rgb += 3) {
+            int luma = row[0][x], cb = row[1][x] - 128, cr = row[2][x] - 128;
+            if (j->n_components == 1 || !is_ycc) {
+                for (i = 0; i < 3; i++) rgb[i] = row[i][x];
+            } else {
+                rgb[0] = avl__clip8(luma + ((91881 * cr + 32768) >> 16));
+                rgb[1] = avl__clip8(luma + ((-22554 * cb - 46802 * cr + 32768) >> 16));
+                rgb[2] = avl__clip8(luma + ((116130 * cb + 32768) >> 16));
+            }
+            for (i = 0; i < 3 && j->n_components == 4; i++) {
+                int k = row[3][x], product = (is_ycc ? rgb[i] : 255 - rgb[i]) * k + 128;
+                rgb[i] = avl__clip8(k - (((product >> 8) + product) >> 8));
+            }
         }
     }
 }
@@ -7203,7 +7140,7 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, c
     if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
     else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
     else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6') && (avl__is_space(p[2]) || p[2] == '#'))
-        status = avl__pnm_decode(in);
+        status = avl__pnm_decode(&in);
     else
         status = avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6): its %l bytes "
                            "start with none of their signatures", (int64_t)size);
@@ -7285,19 +7222,16 @@ ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, 
                              out, err);
 }
 
-// floor((size - window) / 2), also where the window is larger than the image
-static int avl__crop_offset(int size, int window) {
-    return size >= window ? (size - window) / 2 : -((window - size + 1) / 2);
-}
-
 ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
                                                      astrovl_image *out, astrovl_error *err) {
+    int dx, dy;
     astrovl_status status = avl__image_check(image, out, err);
     if (status) return status;
     if (width < 1 || height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a crop of %d x %d pixels", width, height);
-    return avl__image_window(image, avl__crop_offset(image->width, width), avl__crop_offset(image->height, height),
-                             width, height, NULL, out, err);
+    dx = image->width - width;
+    dy = image->height - height;
+    return avl__image_window(image, (dx - (dx < 0)) / 2, (dy - (dy < 0)) / 2, width, height, NULL, out, err);   // floor
 }
 
 // ---- resizing -----------------------------------------------------------------------------------------------------
@@ -7313,10 +7247,6 @@ static double avl__bicubic(double x) {
     if (x < 1.0) return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0;
     if (x < 2.0) return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
     return 0.0;
-}
-
-static uint8_t avl__resize_round(int32_t sum) {   // 22 fractional bits, the half already added
-    return sum < 0 ? 0 : avl__clip8(sum >> AVL__RESIZE_BITS);
 }
 
 // Resizes the rows to n_out pixels and transposes: out is image->height wide and n_out high. Two passes resize both
@@ -7354,9 +7284,9 @@ static astrovl_status avl__resize_pass(const astrovl_image *image, int n_out, as
                 g += tap[2 + k] * from[1];
                 b += tap[2 + k] * from[2];
             }
-            to[0] = avl__resize_round(r);
-            to[1] = avl__resize_round(g);
-            to[2] = avl__resize_round(b);
+            to[0] = avl__clip8(r >> AVL__RESIZE_BITS);
+            to[1] = avl__clip8(g >> AVL__RESIZE_BITS);
+            to[2] = avl__clip8(b >> AVL__RESIZE_BITS);
         }
     astrovl_free(taps);
     if (status) astrovl_image_free(out);
