@@ -5977,36 +5977,35 @@ typedef struct avl__image_file {
 static astrovl_status avl__image_check_size(const avl__image_file *in, const char *format, uint32_t width,
                                             uint32_t height) {
     int64_t limit = in->max_pixels > INT64_MAX ? INT64_MAX : (int64_t)in->max_pixels;
-    if (width == 0 || height == 0)
-        return avl__fail(in->err, ASTROVL_ERROR_FORMAT, "%s: the header gives a size of %l x %l pixels", format,
-                         (int64_t)width, (int64_t)height);
-    if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height > in->max_pixels)
-        return avl__fail(in->err, ASTROVL_ERROR_LIMIT, "%s: %l x %l pixels are more than the limit of %l", format,
-                         (int64_t)width, (int64_t)height, limit);
-    return ASTROVL_OK;
+    if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= (uint64_t)limit)
+        return ASTROVL_OK;
+    return avl__fail(in->err, width && height ? ASTROVL_ERROR_LIMIT : ASTROVL_ERROR_FORMAT,
+                     "%s: the size is given as %l x %l pixels; at least 1 and at most %l in all are read", format,
+                     (int64_t)width, (int64_t)height, limit);
 }
 
-static int avl__exif_number(const uint8_t *p, int n, int is_big) {   // n bytes at p; -1: more than an int holds
+static uint32_t avl__exif_number(const uint8_t *p, int n, int is_big) {   // n bytes at p
     uint32_t value = 0;
     int i;
     for (i = 0; i < n; i++) value |= (uint32_t)p[i] << 8 * (is_big ? n - 1 - i : i);
-    return value > INT_MAX ? -1 : (int)value;
+    return value;
 }
 
 // The orientation in EXIF data, which is a small TIFF file: tag 0x0112 of its first directory. 1 (upright) if that is
 // absent or broken.
 static int avl__exif_orientation(const uint8_t *tiff, size_t size) {
-    int is_big, at, n, i;
+    uint32_t at, n, i;
+    int is_big;
     if (size < 8 || (memcmp(tiff, "II*\0", 4) != 0 && memcmp(tiff, "MM\0*", 4) != 0)) return 1;
     is_big = tiff[0] == 'M';
     at = avl__exif_number(tiff + 4, 4, is_big);
-    if (at < 0 || (size_t)at > size - 2) return 1;
+    if (at > size - 2) return 1;
     n = avl__exif_number(tiff + at, 2, is_big);
-    for (i = 0; i < n && size - (size_t)at - 2 >= 12 * ((size_t)i + 1); i++) {
+    for (i = 0; i < n && size - at - 2 >= 12 * ((size_t)i + 1); i++) {
         const uint8_t *entry = tiff + at + 2 + 12 * (size_t)i;   // tag (2 bytes), type (2), count (4), value (4)
-        int type = avl__exif_number(entry + 2, 2, is_big), value = avl__exif_number(entry + 8, 2, is_big);
+        uint32_t type = avl__exif_number(entry + 2, 2, is_big), value = avl__exif_number(entry + 8, 2, is_big);
         if (avl__exif_number(entry, 2, is_big) != 0x0112) continue;
-        return type == 3 && value >= 1 && value <= 8 ? value : 1;   // type 3: 16 bits
+        return type == 3 && value >= 1 && value <= 8 ? (int)value : 1;   // type 3: 16 bits
     }
     return 1;
 }
@@ -6231,25 +6230,11 @@ static const char *avl__inflate_block(avl__inflate *s) {
     }
 }
 
-// a = 1 + sum of bytes, b = sum of the a's, both modulo 65521      Adler-32 (RFC 1950)
-static uint32_t avl__adler32(const uint8_t *data, size_t size) {
-    uint32_t a = 1, b = 0;
-    while (size > 0) {
-        size_t n = size < 5552 ? size : 5552;   // as many as cannot overflow 32 bits
-        size -= n;
-        for (; n > 0; n--) {
-            a += *data++;
-            b += a;
-        }
-        a %= 65521;
-        b %= 65521;
-    }
-    return b << 16 | a;
-}
-
 // Unpacks exactly s->n_out bytes. Fewer in the data is an error; if there are more, the rest is ignored and the check
 // sum, which covers it, is not compared (as Pillow does).
 static const char *avl__inflate_run(avl__inflate *s) {
+    uint32_t a = 1, b = 0;
+    size_t i;
     int last = 0;
     if (s->n_in < 2 || (s->in[0] & 15) != 8 || s->in[0] >> 4 > 7 || (s->in[1] & 32) ||
         avl__load_u16be(s->in) % 31 != 0)
@@ -6272,8 +6257,14 @@ static const char *avl__inflate_run(avl__inflate *s) {
     if (s->too_much) return NULL;
     avl__inflate_align(s);
     if (s->n_in - s->at < 4) return "ends before its check sum";
-    if (avl__load_u32be(s->in + s->at) != avl__adler32(s->out, s->n)) return "does not match its check sum (Adler-32)";
-    return NULL;
+    for (i = 0; i < s->n; i++) {   // Adler-32: a = 1 + sum of bytes, b = sum of the a's, both modulo 65521
+        a += s->out[i];
+        b += a;
+        if (i % 4096 < 4095 && i + 1 < s->n) continue;   // 4,096 bytes cannot overflow 32 bits
+        a %= 65521;
+        b %= 65521;
+    }
+    return avl__load_u32be(s->in + s->at) == (b << 16 | a) ? NULL : "does not match its check sum (Adler-32)";
 }
 
 // ---- PNG ----------------------------------------------------------------------------------------------------------
@@ -6283,7 +6274,6 @@ static const char *avl__inflate_run(avl__inflate *s) {
 
 typedef struct avl__png {
     avl__image_file in;                 // in.at: the chunk being read
-    uint32_t        crc_table[256];
     uint32_t        width, height;
     int             depth, color, interlaced, orientation;
     int             n_channels;
@@ -6302,12 +6292,6 @@ static astrovl_status avl__png_fail(const avl__png *png, astrovl_status status, 
         return avl__fail(png->in.err, status, "PNG: at byte %l: %s", (int64_t)png->in.at, what);
     memcpy(name, png->in.data + png->in.at + 4, 4);
     return avl__fail(png->in.err, status, "PNG: chunk \"%s\" at byte %l: %s", name, (int64_t)png->in.at, what);
-}
-
-static uint32_t avl__png_crc(const avl__png *png, const uint8_t *p, size_t n) {   // ISO 3309
-    uint32_t crc = 0xFFFFFFFFu;
-    for (; n > 0; n--, p++) crc = png->crc_table[(crc ^ *p) & 255] ^ crc >> 8;
-    return ~crc;
 }
 
 static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t size) {
@@ -6337,10 +6321,10 @@ static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t si
 static astrovl_status avl__png_chunks(avl__png *png) {
     enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
     astrovl_status status = ASTROVL_OK;
-    uint32_t i, k, c;
+    uint32_t table[256], crc, i, k;
     for (i = 0; i < 256; i++) {
-        for (c = i, k = 0; k < 8; k++) c = c & 1 ? 0xEDB88320u ^ c >> 1 : c >> 1;
-        png->crc_table[i] = c;
+        for (crc = i, k = 0; k < 8; k++) crc = crc & 1 ? 0xEDB88320u ^ crc >> 1 : crc >> 1;
+        table[i] = crc;
     }
     for (png->in.at = 8; !status;) {
         const uint8_t *p = png->in.data + png->in.at;
@@ -6352,7 +6336,8 @@ static astrovl_status avl__png_chunks(avl__png *png) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
             return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "the file ends inside it");
         }
-        if (avl__png_crc(png, p + 4, size + 4) != avl__load_u32be(p + 8 + size)) {
+        for (crc = 0xFFFFFFFFu, i = 0; i < size + 4; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
+        if (~crc != avl__load_u32be(p + 8 + size)) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
             return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "its bytes do not match its check sum (CRC)");
         }
@@ -6396,22 +6381,16 @@ static int avl__paeth(int left, int up, int up_left) {
 // up: the row above;   step: bytes of a pixel, at least 1
 static void avl__png_unfilter(uint8_t *row, const uint8_t *up, size_t n, size_t step, int filter) {
     size_t i, first = step < n ? step : n;
-    switch (filter) {
-    case 1:
+    if (filter == 1)
         for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step]);
-        break;
-    case 2:
+    else if (filter == 2)
         for (i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + up[i]);
-        break;
-    case 3:
+    else if (filter == 3) {
         for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i] / 2);
         for (; i < n; i++) row[i] = (uint8_t)(row[i] + (row[i - step] + up[i]) / 2);
-        break;
-    case 4:
+    } else if (filter == 4) {
         for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i]);
         for (; i < n; i++) row[i] = (uint8_t)(row[i] + avl__paeth(row[i - step], up[i], up[i - step]));
-        break;
-    default: break;
     }
 }
 
@@ -6426,7 +6405,7 @@ static void avl__png_row(const avl__png *png, const uint8_t *row, uint32_t n, ui
             size_t bit = (size_t)i * (size_t)depth;
             memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
         }
-    else if (png->n_channels == 1)
+    else if (png->n_channels == 1)   // 16-bit gray
         for (i = 0; i < n; i++, rgb += step, row += 2) memset(rgb, row[0] ? 255 : row[1], 3);
     else
         for (i = 0; i < n; i++, rgb += step, row += pixel) {
@@ -6461,7 +6440,7 @@ static avl__png_pass avl__png_pass_new(const avl__png *png, int i) {
 // (258 bytes from 2 bits), so a small file that claims to be a huge image is refused before memory is allocated.
 static astrovl_status avl__png_pixels(avl__png *png) {
     int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8, i;
-    uint64_t row_bytes = 1 + ((uint64_t)png->width * (uint64_t)(png->depth * png->n_channels) + 7) / 8, size = 0;
+    uint64_t row_bytes = avl__png_pass_new(png, 7).row_bytes, size = 0;
     uint8_t *row;
     uint32_t y;
     const char *problem;
@@ -6595,6 +6574,7 @@ typedef struct avl__jpeg {
     int            restart_interval, n_scans;
     int            has_jfif, adobe_transform;        // -1: no Adobe marker
     int            orientation;
+    uint8_t       *rows;                  // scratch of avl__jpeg_pixels, [4][width + 8]; a row has up to width + 3
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
@@ -6791,24 +6771,24 @@ static void avl__jpeg_transform(avl__jpeg_component *c, int x, int y, const int1
 // p, size: a segment's contents, after its marker and length
 
 static astrovl_status avl__jpeg_quantization(avl__jpeg *j, const uint8_t *p, size_t size) {   // DQT
-    while (size > 0) {
-        int is_wide = p[0] >> 4, number = p[0] & 15, i;
-        size_t n_bytes = is_wide ? 129 : 65;
+    size_t n_bytes;
+    int i;
+    for (; size > 0; p += n_bytes, size -= n_bytes) {
+        int is_wide = p[0] >> 4, number = p[0] & 15;
+        n_bytes = is_wide ? 129 : 65;
         if (is_wide > 1 || number > 3 || size < n_bytes)
             return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken quantization table (DQT)");
         for (i = 0; i < 64; i++)
             j->table[number][avl__zigzag[i]] = is_wide ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
-        p += n_bytes;
-        size -= n_bytes;
     }
     return ASTROVL_OK;
 }
 
 static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t size) {   // DHT
-    while (size > 0) {
+    size_t n, i;
+    for (; size > 0; p += 17 + n, size -= 17 + n) {
         avl__huffman *h = &j->code[p[0] >> 4 & 1][p[0] & 3];
-        size_t n = 0, i;
-        for (i = 1; i <= 16 && size >= 17; i++) {
+        for (n = 0, i = 1; i <= 16 && size >= 17; i++) {
             h->count[i] = p[i];
             n += p[i];
         }
@@ -6816,8 +6796,6 @@ static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t s
             return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)");
         for (i = 0; i < n; i++) h->symbol[i] = p[17 + i];
         if (!avl__huffman_build(h, 0)) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)");
-        p += 17 + n;
-        size -= 17 + n;
     }
     return ASTROVL_OK;
 }
@@ -6835,16 +6813,13 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
     if (size < 6 || size != 6 + 3 * (size_t)p[5])
         return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) of wrong length");
     if (p[0] != 8)
-        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d bits per sample are not supported, only 8",
-                         p[0]);
+        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d bits per sample are not supported", p[0]);
     if (p[5] != 1 && p[5] != 3 && p[5] != 4)
-        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED,
-                         "JPEG: %d components are not supported, only 1, 3 or 4", p[5]);
+        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d components are not supported", p[5]);
     j->height = avl__load_u16be(p + 1);
     j->width = avl__load_u16be(p + 3);
     if (j->height == 0 && j->width > 0)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED,
-                              "the height is left to a DNL marker, which is not supported");
+        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "a height that a DNL marker gives is not supported");
     status = avl__image_check_size(&j->in, "JPEG", (uint32_t)j->width, (uint32_t)j->height);
     if (status) return status;
     j->is_progressive = marker == 0xC2;
@@ -6866,8 +6841,7 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
     for (c = j->component; c < end; c++) {
         uint64_t n_stored = (uint64_t)(j->mcus_x * c->h) * (uint64_t)(j->mcus_y * c->v);
         if (j->max_h % c->h || j->max_v % c->v)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED,
-                                  "sampling factors that are no whole multiples are not supported");
+            return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "sampling factors are not whole multiples");
         c->width = (j->width * c->h + j->max_h - 1) / j->max_h;
         c->height = (j->height * c->v + j->max_v - 1) / j->max_v;
         c->blocks_x = (c->width + 7) / 8;
@@ -6879,17 +6853,16 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
         c->samples = (uint8_t *)avl__alloc_raw(n_stored, 64);
         if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc(n_stored, 64 * sizeof(int16_t));
         if (!c->samples || (j->is_progressive && !c->coefficients))
-            return avl__fail(j->in.err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory for %d x %d pixels", j->width,
-                             j->height);
+            return avl__jpeg_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
     }
-    return ASTROVL_OK;
+    j->rows = (uint8_t *)avl__alloc_raw(4, (size_t)j->width + 8);
+    return j->rows ? ASTROVL_OK : avl__jpeg_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
 }
 
 // SOS: which components and coefficients come next, with which codes.
 static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size_t size) {
     int i, k, n = size ? p[0] : 0, n_blocks = 0;
-    if (j->n_components == 0)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) before the frame (SOF)");
+    if (j->n_components == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) before the frame (SOF)");
     if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n)
         return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) of wrong length");
     if (++j->n_scans > AVL__JPEG_MAX_SCANS) return avl__jpeg_fail(j, ASTROVL_ERROR_LIMIT, "too many scans");
@@ -6935,6 +6908,7 @@ static int avl__jpeg_find_marker(avl__jpeg *j) {
     return 0;
 }
 
+// Reads block (x, y) of a component. Progressive: into its coefficients; others: to samples. 0: the data makes no sense.
 static int avl__jpeg_block(avl__jpeg *j, avl__jpeg_component *c, int x, int y) {
     int16_t local[64], *block = local;
     if (j->is_progressive) block = c->coefficients + ((size_t)y * c->stride + (size_t)x) * 64;
@@ -6955,8 +6929,7 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j) {
             if (n % interval == 0) {
                 if (n > 0) {
                     if (avl__jpeg_find_marker(j) != 0xD0 + (n / interval - 1) % 8)
-                        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT,
-                                              "the restart marker (RST) that should be here is missing");
+                        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "not the restart marker (RST) that is due");
                     j->in.at += 2;
                 }
                 j->bits = 0;
@@ -6991,9 +6964,8 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
         size_t left = j->in.size - j->in.at, size = left < 4 ? 0 : avl__load_u16be(p + 2);
         for (i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].quant[0];
         if (is_complete && (!j->is_progressive || marker == 0xD9)) return ASTROVL_OK;
-        if (marker == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends before its image does");
-        if (marker == 0xD9)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the end (EOI) comes before the whole image");
+        if (marker == 0 || marker == 0xD9)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the end of the file (EOI) comes before that of its image");
         if (marker == 0x01 || (marker >= 0xD0 && marker <= 0xD8)) {   // a marker without contents
             j->in.at += 2;
             continue;
@@ -7023,8 +6995,6 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
     }
     return status;
 }
-
-// ---- JPEG: samples to pixels --------------------------------------------------------------------------------------
 
 // Row y of a component at the image's full size: where it lies, if nothing had to be done, or in `out`.
 // A chroma sample that stands for two pixels lies between them: each pixel takes 3/4 of its own sample and 1/4 of the
@@ -7056,11 +7026,11 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
     return out;
 }
 
-// Samples to RGB. rows: scratch, [4][width + 8]
+// Samples to RGB.
 // YCbCr: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
 // CMYK:  R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink), whether a
 // marker says so or not.
-static void avl__jpeg_pixels(const avl__jpeg *j, uint8_t *rows) {
+static void avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
     int n = j->width, i, x, y, is_ycc;   // by libjpeg's rules: without a marker, unless they are called R, G and B
     if (j->n_components == 4) is_ycc = j->adobe_transform > 0;
@@ -7071,7 +7041,7 @@ static void avl__jpeg_pixels(const avl__jpeg *j, uint8_t *rows) {
         uint8_t *rgb = avl__image_pixel(j->in.image, 0, y);
         const uint8_t *row[4];
         for (i = 0; i < j->n_components; i++)
-            row[i] = avl__jpeg_row(j, &c[i], y, rows + (size_t)i * ((size_t)n + 8));
+            row[i] = avl__jpeg_row(j, &c[i], y, j->rows + (size_t)i * ((size_t)n + 8));
         if (j->n_components == 1) row[1] = row[2] = row[0];
         for (x = 0; x < n; x++, rgb += 3) {
             int luma = row[0][x], cb = row[1][x] - 128, cr = row[2][x] - 128;
@@ -7092,7 +7062,6 @@ static void avl__jpeg_pixels(const avl__jpeg *j, uint8_t *rows) {
 
 static astrovl_status avl__jpeg_decode(const avl__image_file *in) {
     avl__jpeg *j = (avl__jpeg *)avl__alloc(1, sizeof *j);
-    uint8_t *rows = NULL;
     astrovl_status status;
     int i, x, y;
     if (!j) return avl__fail(in->err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
@@ -7100,23 +7069,21 @@ static astrovl_status avl__jpeg_decode(const avl__image_file *in) {
     j->adobe_transform = -1;
     status = avl__jpeg_segments(j);
     if (!status) status = avl__image_new(in->image, j->width, j->height, in->err);
-    if (!status) {
-        rows = (uint8_t *)avl__alloc_raw(4, (size_t)j->width + 8);   // a row is at most width + 3 long
-        if (!rows) status = avl__fail(in->err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
-    }
-    for (i = 0; i < 4; i++) {
+    for (i = 0; i < j->n_components && j->is_progressive && !status; i++) {
         avl__jpeg_component *c = &j->component[i];
-        for (y = 0; y < c->blocks_y && j->is_progressive && !status; y++)
+        for (y = 0; y < c->blocks_y; y++)
             for (x = 0; x < c->blocks_x; x++)
                 avl__jpeg_transform(c, x, y, c->coefficients + ((size_t)y * c->stride + (size_t)x) * 64);
-        astrovl_free(c->coefficients);
     }
     if (!status) {
-        avl__jpeg_pixels(j, rows);
+        avl__jpeg_pixels(j);
         in->image->orientation = j->orientation ? j->orientation : 1;
     }
-    for (i = 0; i < 4; i++) astrovl_free(j->component[i].samples);
-    astrovl_free(rows);
+    for (i = 0; i < 4; i++) {
+        astrovl_free(j->component[i].coefficients);
+        astrovl_free(j->component[i].samples);
+    }
+    astrovl_free(j->rows);
     astrovl_free(j);
     return status;
 }
@@ -7139,8 +7106,7 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, c
     in.err = err;
     if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
     else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
-    else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6') && (avl__is_space(p[2]) || p[2] == '#'))
-        status = avl__pnm_decode(&in);
+    else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
     else
         status = avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6): its %l bytes "
                            "start with none of their signatures", (int64_t)size);
@@ -7149,16 +7115,13 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, c
     return status;
 }
 
-#define AVL__IMAGE_BYTES ((size_t)1 << 28)   // limit of an image file that cannot be mapped
-
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
                                               astrovl_image *image, astrovl_error *err) {
     astrovl_error inner;
     avl__file file;
     astrovl_status status;
-    if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to load into");
-    memset(image, 0, sizeof *image);
-    status = avl__file_open(path, 0, AVL__IMAGE_BYTES, NULL, &file, err);
+    if (image) memset(image, 0, sizeof *image);
+    status = avl__file_open(path, 0, (size_t)1 << 28, NULL, &file, err);   // at most 256 MB if it cannot be mapped
     if (status) return status;
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
     else status = astrovl_image_decode(file.data, file.size, options, image, &inner);
@@ -7235,9 +7198,9 @@ ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image,
 }
 
 // ---- resizing -----------------------------------------------------------------------------------------------------
-// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels within `support` of its center, where
-// the kernel is stretched by the reduction (so that it averages when it shrinks), with weights of 22 fractional bits;
-// along the rows, then along the columns, rounding to 8 bits after each.
+// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels within `support` of its center, where the
+// kernel is stretched by the reduction (so that it averages when it shrinks): along the rows, then along the columns,
+// with weights of 22 fractional bits and rounding to 8 bits after each.
 
 #define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
 
