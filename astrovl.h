@@ -5991,8 +5991,7 @@ static uint32_t avl__exif_number(const uint8_t *p, int n, int is_big) {   // n b
     return value;
 }
 
-// The orientation in EXIF data, which is a small TIFF file: tag 0x0112 of its first directory. 1 (upright) if that is
-// absent or broken.
+// The orientation in EXIF data (a small TIFF file): tag 0x0112 of its first directory; 1, upright, if absent or broken.
 static int avl__exif_orientation(const uint8_t *tiff, size_t size) {
     uint32_t at, n, i;
     int is_big;
@@ -6241,15 +6240,14 @@ static const char *avl__inflate_run(avl__inflate *s) {
         return "does not start as zlib data";
     s->at = 2;
     while (!last && !s->too_much) {
-        const char *problem = NULL;
+        const char *problem;
         unsigned kind;
         avl__inflate_refill(s);
         last = (int)avl__inflate_bits(s, 1);
         kind = avl__inflate_bits(s, 2);
         if (s->n_bits < 0) return "ends too early";
         if (kind == 3) return "has a block of unknown kind";
-        if (kind == 0) problem = avl__inflate_stored(s);
-        else problem = avl__inflate_codes(s, kind);
+        problem = kind == 0 ? avl__inflate_stored(s) : avl__inflate_codes(s, kind);
         if (kind != 0 && !problem) problem = avl__inflate_block(s);
         if (problem) return problem;
     }
@@ -6321,25 +6319,23 @@ static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t si
 static astrovl_status avl__png_chunks(avl__png *png) {
     enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
     astrovl_status status = ASTROVL_OK;
-    uint32_t table[256], crc, i, k;
+    uint32_t table[256], crc;
+    size_t i, k;
     for (i = 0; i < 256; i++) {
-        for (crc = i, k = 0; k < 8; k++) crc = crc & 1 ? 0xEDB88320u ^ crc >> 1 : crc >> 1;
+        for (crc = (uint32_t)i, k = 0; k < 8; k++) crc = crc & 1 ? 0xEDB88320u ^ crc >> 1 : crc >> 1;
         table[i] = crc;
     }
     for (png->in.at = 8; !status;) {
         const uint8_t *p = png->in.data + png->in.at;
         size_t left = png->in.size - png->in.at, size = left < 8 ? 0 : avl__load_u32be(p);
+        int is_cut = left < 12 || size > left - 12;
         char name[5] = "";
         if (left >= 8) memcpy(name, p + 4, 4);
         if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
-        if (left < 12 || size > left - 12) {
+        for (crc = 0xFFFFFFFFu, i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
+        if (is_cut || ~crc != avl__load_u32be(p + 8 + size)) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "the file ends inside it");
-        }
-        for (crc = 0xFFFFFFFFu, i = 0; i < size + 4; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
-        if (~crc != avl__load_u32be(p + 8 + size)) {
-            if (state == AFTER_IDAT) return ASTROVL_OK;
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "its bytes do not match its check sum (CRC)");
+            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, is_cut ? "the file ends inside it" : "its CRC is wrong");
         }
         if (png->width == 0 && strcmp(name, "IHDR") != 0)
             return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must come first");
@@ -6436,8 +6432,8 @@ static avl__png_pass avl__png_pass_new(const avl__png *png, int i) {
     return p;
 }
 
-// Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1
-// (258 bytes from 2 bits), so a small file that claims to be a huge image is refused before memory is allocated.
+// Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1 (258 bytes from 2
+// bits), so a small file that claims to be a huge image is refused before memory is allocated.
 static astrovl_status avl__png_pixels(avl__png *png) {
     int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8, i;
     uint64_t row_bytes = avl__png_pass_new(png, 7).row_bytes, size = 0;
@@ -6454,9 +6450,7 @@ static astrovl_status avl__png_pixels(avl__png *png) {
         size += p.height * p.row_bytes;
     }
     png->rows = (uint8_t *)avl__alloc_raw(row_bytes + size, 1);
-    if (!png->rows)
-        return avl__fail(png->in.err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %l bytes of pixels",
-                         (int64_t)size);
+    if (!png->rows) return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory");
     memset(png->rows, 0, (size_t)row_bytes);   // stands for the row above a pass's first one
     row = png->rows + row_bytes;
     png->inflate.in = png->idat;
@@ -6528,8 +6522,7 @@ static astrovl_status avl__pnm_decode(const avl__image_file *in) {
                          (int)header[2]);
     status = avl__image_check_size(in, "PNM", header[0], header[1]);
     if (status) return status;
-    n = (in->size - at) / n_channels;   // pixels in the file
-    if ((uint64_t)header[0] * header[1] > n)
+    if ((uint64_t)header[0] * header[1] > (in->size - at) / n_channels)
         return avl__fail(in->err, ASTROVL_ERROR_FORMAT, "PNM: %l bytes after the header cannot hold %d x %d pixels",
                          (int64_t)(in->size - at), (int)header[0], (int)header[1]);
     status = avl__image_new(in->image, (int)header[0], (int)header[1], in->err);
@@ -6542,12 +6535,9 @@ static astrovl_status avl__pnm_decode(const avl__image_file *in) {
 }
 
 // ---- JPEG: bits ---------------------------------------------------------------------------------------------------
-// Huffman-coded baseline, extended and progressive files of 8 bits. What libjpeg's default decoder computes in
-// integers is computed here in the same integers: inverse DCT "islow", triangle ("fancy") upsampling, YCbCr to RGB in
-// 16-bit fixed point. Damaged or missing scan data is an error (libjpeg fills in gray); junk between segments is
-// skipped.
-
-#define AVL__JPEG_MAX_SCANS 256  // real files have about ten; each one visits the whole image
+// Huffman-coded baseline, extended and progressive files of 8 bits, in the integer arithmetic of libjpeg's default
+// decoder: inverse DCT "islow", triangle ("fancy") upsampling, YCbCr to RGB in 16-bit fixed point. Damaged or missing
+// scan data is an error (libjpeg fills in gray); junk between segments is skipped.
 
 typedef struct avl__jpeg_component {
     int      id, h, v;                    // h, v: sampling factors, blocks of an MCU across and down
@@ -6572,17 +6562,16 @@ typedef struct avl__jpeg {
     int            n_scan, first, last, high, low;   // and its coefficients and bit positions (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
     int            restart_interval, n_scans;
-    int            has_jfif, adobe_transform;        // -1: no Adobe marker
-    int            orientation;
+    int            orientation, has_jfif, adobe_transform;   // -1: no Adobe marker
     uint8_t       *rows;                  // scratch of avl__jpeg_pixels, [4][width + 8]; a row has up to width + 3
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
 
 static const uint8_t avl__zigzag[64] = {   // natural index of the k-th coefficient in the file
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48,
-    41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
-    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21,
+    28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54,
+    47, 55, 62, 63};
 
 static astrovl_status avl__jpeg_fail(const avl__jpeg *j, astrovl_status status, const char *what) {
     return avl__fail(j->in.err, status, "JPEG: at byte %l: %s", (int64_t)j->in.at, what);
@@ -6713,8 +6702,7 @@ static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16
 
 // ---- JPEG: inverse DCT --------------------------------------------------------------------------------------------
 // Loeffler, Ligtenberg and Moschytz (ICASSP 1989): 11 multiplications for 8 points. Columns, then rows; constants
-// have 13 fractional bits, the values in between 2. Sums are unsigned, so that hostile coefficients wrap around
-// instead of overflowing.
+// have 13 fractional bits, the values in between 2. Unsigned, so that hostile coefficients wrap around.
 
 // out[i], i = 0..7: the inverse DCT of in[0], in[8], ... in[56], times 2^13 sqrt(8), rounded to units of 2^n_bits
 static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
@@ -6865,7 +6853,8 @@ static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size
     if (j->n_components == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) before the frame (SOF)");
     if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n)
         return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) of wrong length");
-    if (++j->n_scans > AVL__JPEG_MAX_SCANS) return avl__jpeg_fail(j, ASTROVL_ERROR_LIMIT, "too many scans");
+    if (++j->n_scans > 256)   // files have about ten, and each scan visits the whole image
+        return avl__jpeg_fail(j, ASTROVL_ERROR_LIMIT, "too many scans");
     j->n_scan = n;
     j->first = j->is_progressive ? p[1 + 2 * n] : 0;
     j->last = j->is_progressive ? p[2 + 2 * n] : 63;
@@ -6908,7 +6897,7 @@ static int avl__jpeg_find_marker(avl__jpeg *j) {
     return 0;
 }
 
-// Reads block (x, y) of a component. Progressive: into its coefficients; others: to samples. 0: the data makes no sense.
+// Reads block (x, y) of a component, of a sequential file to samples. Returns 0 if the data makes no sense.
 static int avl__jpeg_block(avl__jpeg *j, avl__jpeg_component *c, int x, int y) {
     int16_t local[64], *block = local;
     if (j->is_progressive) block = c->coefficients + ((size_t)y * c->stride + (size_t)x) * 64;
@@ -6927,11 +6916,9 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j) {
     for (y = 0; y < n_y; y++)
         for (x = 0; x < n_x; x++, n++) {
             if (n % interval == 0) {
-                if (n > 0) {
-                    if (avl__jpeg_find_marker(j) != 0xD0 + (n / interval - 1) % 8)
-                        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "not the restart marker (RST) that is due");
-                    j->in.at += 2;
-                }
+                if (n > 0 && avl__jpeg_find_marker(j) != 0xD0 + (n / interval - 1) % 8)
+                    return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "not the restart marker (RST) that is due");
+                if (n > 0) j->in.at += 2;
                 j->bits = 0;
                 j->n_bits = j->n_invented = 0;
                 j->end_of_band = 0;
@@ -7032,7 +7019,8 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
 // marker says so or not.
 static void avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
-    int n = j->width, i, x, y, is_ycc;   // by libjpeg's rules: without a marker, unless they are called R, G and B
+    int n = j->width, i, x, y, is_ycc;
+    // libjpeg's rules for what the components mean: without a marker, three are YCbCr unless they are called R, G and B
     if (j->n_components == 4) is_ycc = j->adobe_transform > 0;
     else if (j->has_jfif) is_ycc = 1;
     else if (j->adobe_transform >= 0) is_ycc = j->adobe_transform != 0;
@@ -7134,27 +7122,28 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_im
 // EXIF's orientations 1 to 8. Pixel (x, y) of the result is pixel (x, y) of the stored image, with the two exchanged
 // (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted from the far end.
 ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err) {
-    astrovl_image out = {0, 0, NULL, 1};
+    astrovl_image out;
     astrovl_status status = avl__image_check(image, &out, err);
     int o, swap, x, y;
     if (status) return status;
     o = image->orientation;
     if (o < 0 || o > 8) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "orientation %d: EXIF has 1 to 8", o);
-    swap = o >= 5;
-    if (o > 1) {
-        status = avl__image_new(&out, swap ? image->height : image->width, swap ? image->width : image->height, err);
-        if (status) return status;
-        for (y = 0; y < out.height; y++)
-            for (x = 0; x < out.width; x++) {
-                int from_x = swap ? y : x, from_y = swap ? x : y;
-                if (o == 2 || o == 3 || o == 7 || o == 8) from_x = image->width - 1 - from_x;
-                if (o == 3 || o == 4 || o == 6 || o == 7) from_y = image->height - 1 - from_y;
-                memcpy(avl__image_pixel(&out, x, y), avl__image_pixel(image, from_x, from_y), 3);
-            }
-        astrovl_image_free(image);
-        *image = out;
+    if (o <= 1) {
+        image->orientation = 1;
+        return ASTROVL_OK;
     }
-    image->orientation = 1;
+    swap = o >= 5;
+    status = avl__image_new(&out, swap ? image->height : image->width, swap ? image->width : image->height, err);
+    if (status) return status;
+    for (y = 0; y < out.height; y++)
+        for (x = 0; x < out.width; x++) {
+            int from_x = swap ? y : x, from_y = swap ? x : y;
+            if (o == 2 || o == 3 || o == 7 || o == 8) from_x = image->width - 1 - from_x;
+            if (o == 3 || o == 4 || o == 6 || o == 7) from_y = image->height - 1 - from_y;
+            memcpy(avl__image_pixel(&out, x, y), avl__image_pixel(image, from_x, from_y), 3);
+        }
+    astrovl_image_free(image);
+    *image = out;
     return ASTROVL_OK;
 }
 

@@ -722,7 +722,7 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each && astrovl_image_load(paths[k], NULL, &images[k], &t.err) == ASTROVL_OK; k++) t.n_images++;
+        for (k = i * each; t.n_images < each && !astrovl_image_load(paths[k], NULL, &images[k], &t.err); k++) t.n_images++;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
     }
