@@ -5980,8 +5980,8 @@ static astrovl_status avl__image_check_size(const avl__image_file *in, const cha
     if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= (uint64_t)limit)
         return ASTROVL_OK;
     return avl__fail(in->err, width && height ? ASTROVL_ERROR_LIMIT : ASTROVL_ERROR_FORMAT,
-                     "%s: the size is given as %l x %l pixels; at least 1 and at most %l in all are read", format,
-                     (int64_t)width, (int64_t)height, limit);
+                     "%s: %l x %l pixels are not between 1 and the limit of %l", format, (int64_t)width,
+                     (int64_t)height, limit);
 }
 
 static uint32_t avl__exif_number(const uint8_t *p, int n, int is_big) {   // n bytes at p
@@ -6650,7 +6650,7 @@ static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *b
         if (symbol < 0) return 0;
         size = symbol & 15;
         run = symbol >> 4;
-        if (size == 0 && run < 15) {   // the band ends here in this block and the next 2^run - 1 plus `run` bits
+        if (size == 0 && run < 15) {   // the band ends here, and so it does in the next 2^run - 1 + (`run` bits) blocks
             j->end_of_band = (1 << run) - 1 + (int)avl__jpeg_bits(j, run);
             break;
         }

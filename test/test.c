@@ -3143,6 +3143,8 @@ static void test_images_errors(void) {
     CHECK(astrovl_image_load("test/golden/images_ops.txt", NULL, &image, &err) == ASTROVL_ERROR_UNSUPPORTED &&
           strstr(err.message, "images_ops.txt: neither"), "%s", err.message);
     CHECK(astrovl_image_load(NULL, NULL, &image, &err) == ASTROVL_ERROR_ARGUMENT, "no path");
+    CHECK(astrovl_image_load("test/golden/models_1.png", NULL, NULL, &err) == ASTROVL_ERROR_ARGUMENT, "no image");
+    CHECK(astrovl_image_upright(NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "nothing to turn");
     CHECK(astrovl_image_decode(NULL, 5, NULL, &image, NULL) == ASTROVL_ERROR_ARGUMENT, "no data");
     CHECK(astrovl_image_decode("", 0, NULL, NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "no image");
     CHECK(astrovl_image_decode("", 0, NULL, &image, &err) == ASTROVL_ERROR_UNSUPPORTED, "no bytes");
