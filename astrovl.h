@@ -58,7 +58,7 @@
 //     astrovl_generation how = {0};                           // all zeros: greedy, 256 tokens
 //     how.on_text = show;
 //     astrovl_image image;
-//     if (astrovl_image_load("m51.jpg", 0, &image, &err) == ASTROVL_OK) {
+//     if (astrovl_image_load("m51.jpg", NULL, &image, &err) == ASTROVL_OK) {
 //         astrovl_session *s = astrovl_session_new(model, NULL, &err);
 //         astrovl_free(astrovl_chat(s, &image, 1, "What kind of galaxy is this?", &how, &err));
 //         astrovl_free(astrovl_chat(s, NULL, 0, "Is it seen edge-on or face-on?", &how, &err));   // the image is remembered
@@ -361,7 +361,7 @@ ASTROVL_API int astrovl_template_from_name(const char *name);                   
 typedef struct astrovl_image {
     int            width, height;
     unsigned char *rgb;            // [height][width][3], sRGB as in the file
-    int            orientation;    // EXIF tag 0x0112: 1 to 8, 1 when absent (1 = upright)
+    int            orientation;    // EXIF's, 1 to 8; 1: upright, as astrovl_image_load makes it
 } astrovl_image;
 
 // How text is chosen and when it ends. All zeros: greedy, at most 256 tokens.
@@ -602,25 +602,34 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
 
 // ---- images -----------------------------------------------------------------------------------------------------
-// The reference is Pillow: convert("RGB") of PNG is matched to the bit, JPEG within 1 level of libjpeg-turbo's default.
+// The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images that
+// a function makes are new memory; release them with astrovl_image_free.
 
-// Decodes PNG, JPEG or PNM (told by the first bytes) to RGB. max_pixels: 0 means ASTROVL_MAX_PIXELS. The pixels are as stored:
-// apply astrovl_image_upright for EXIF. Release with astrovl_image_free.
-ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pixels, astrovl_image *image, astrovl_error *err);
-ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, uint64_t max_pixels, astrovl_image *image,
-                                                astrovl_error *err);
+// How files are decoded. NULL or all zeros: limited to ASTROVL_MAX_PIXELS, and upright.
+typedef struct astrovl_image_options {
+    uint64_t max_pixels;           // larger images are a LIMIT error; 0: ASTROVL_MAX_PIXELS
+    int      as_stored;            // 1: pixels as the file has them, image->orientation tells how to turn them
+} astrovl_image_options;
+
+// Decodes a PNG, JPEG or PNM file (P5, P6 of 8 bits), told apart by its first bytes, and applies its EXIF orientation.
+// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT, MEMORY: image is empty.
+ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
+                                              astrovl_image *image, astrovl_error *err);
+// The same from a file's bytes in memory.
+ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
+                                                astrovl_image *image, astrovl_error *err);
 ASTROVL_API void astrovl_image_free(astrovl_image *image);
-// Turns and mirrors the pixels in `image` by its EXIF orientation and sets that to 1.
+// Turns and mirrors an image that was loaded as_stored by its orientation, and sets that to 1.
 ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err);
-// Pillow's resize(..., BICUBIC): antialiased, a = -0.5, in 8-bit fixed point. out is new memory; it may not alias image.
+// Pillow's resize(..., BICUBIC): antialiased, a = -0.5, in 8-bit fixed point. out may not be image itself.
 ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int width, int height, astrovl_image *out,
                                                 astrovl_error *err);
-// The image centred on a square of its longer side, filled with `color` (LLaVA's expand2square).
+// The image centered on a square of its longer side, filled with `color` (NULL: black). LLaVA's expand2square.
 ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
                                                     astrovl_image *out, astrovl_error *err);
 // The middle width x height pixels (transformers' center_crop; black outside the image).
-ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height, astrovl_image *out,
-                                                     astrovl_error *err);
+ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
+                                                     astrovl_image *out, astrovl_error *err);
 
 // ---- layers: each operation on plain arrays, one thread, for teaching and auditing ------------------------------
 
@@ -4049,11 +4058,11 @@ static void avl__put_token(const avl__vocab *v, int32_t id, avl__bytes *b) {
 
 // ====================================================================================================================
 // [8] Images
-// Files to 8-bit RGB, and the few whole-image operations that the models' preprocessing needs. The reference is Pillow,
-// because the models learned from pixels that it produced: Image.open(f).convert("RGB") and Image.resize(..., BICUBIC).
-// PNG: ISO/IEC 15948, with zlib and deflate after RFC 1950 and RFC 1951. JPEG: ITU-T T.81 and the JFIF and Adobe
-// conventions, with the integer arithmetic of libjpeg's default decoder. PNM: the netpbm manual pages.
-// A decoder here never allocates more than a small multiple of what the file's bytes could expand to.
+// Files to 8-bit RGB, and the few whole-image operations of the models' preprocessing. The reference is Pillow, which
+// prepared the models' training data: Image.open(f).convert("RGB") and Image.resize(..., BICUBIC).
+// PNG: ISO/IEC 15948, with zlib and deflate of RFC 1950 and RFC 1951. JPEG: ITU-T T.81, JFIF and Adobe's conventions,
+// with the integer arithmetic of libjpeg's default decoder. PNM: the netpbm manual pages.
+// No decoder allocates more than a small multiple of what the file's bytes can expand to.
 // ==================================================================================================================
 
 // ---- whole images -------------------------------------------------------------------------------------------------
@@ -4064,7 +4073,7 @@ ASTROVL_API void astrovl_image_free(astrovl_image *image) {
     memset(image, 0, sizeof *image);
 }
 
-// Fills `image` with width x height pixels of new memory, not yet written.
+// Allocates width x height pixels, not initialized.
 static astrovl_status avl__image_new(astrovl_image *image, int width, int height, astrovl_error *err) {
     memset(image, 0, sizeof *image);
     image->rgb = (unsigned char *)avl__alloc_raw((uint64_t)width * (uint64_t)height, 3);
@@ -4076,73 +4085,133 @@ static astrovl_status avl__image_new(astrovl_image *image, int width, int height
     return ASTROVL_OK;
 }
 
-static size_t avl__image_at(const astrovl_image *image, int x, int y) {   // index of pixel (x, y)'s red in rgb
-    return ((size_t)y * (size_t)image->width + (size_t)x) * 3;
+static unsigned char *avl__image_pixel(const astrovl_image *image, int x, int y) {
+    return image->rgb + ((size_t)y * (size_t)image->width + (size_t)x) * 3;
 }
 
 static astrovl_status avl__image_check(const astrovl_image *image, const void *out, astrovl_error *err) {
     if (!image || !image->rgb || image->width < 1 || image->height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty: no pixels, or a width or height below 1");
     if (!out || out == (const void *)image)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the result needs an image of its own to be put into");
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the result must be an image other than the input");
     return ASTROVL_OK;
 }
 
-// A file's claim about its size, judged before anything is allocated for it.
-static astrovl_status avl__image_check_size(const char *format, uint32_t width, uint32_t height, uint64_t max_pixels,
-                                            astrovl_error *err) {
-    if (width == 0 || height == 0)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "%s: the header gives a size of %lld x %lld pixels", format,
-                         (long long)width, (long long)height);
-    if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height > max_pixels)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: %lld x %lld pixels are more than the limit of %lld", format,
-                         (long long)width, (long long)height, (long long)(max_pixels > INT64_MAX ? INT64_MAX : max_pixels));
-    return ASTROVL_OK;
+// ---- what the decoders share --------------------------------------------------------------------------------------
+
+// The file that a decoder reads, and what its caller wants.
+typedef struct avl__image_file {
+    const uint8_t *data;
+    size_t         size, at;        // at: the byte, chunk or segment to read next
+    uint64_t       max_pixels;
+    astrovl_image *image;           // result
+    astrovl_error *err;
+} avl__image_file;
+
+// Checks the size that a file claims, before anything is allocated for it.
+static astrovl_status avl__image_check_size(const avl__image_file *in, const char *format, uint32_t width,
+                                            uint32_t height) {
+    int64_t limit = in->max_pixels > INT64_MAX ? INT64_MAX : (int64_t)in->max_pixels;
+    if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= (uint64_t)limit)
+        return ASTROVL_OK;
+    return avl__fail(in->err, width && height ? ASTROVL_ERROR_LIMIT : ASTROVL_ERROR_FORMAT,
+                     "%s: %lld x %lld pixels are not between 1 and the limit of %lld", format, (long long)width,
+                     (long long)height, (long long)limit);
 }
 
-// Tag 0x0112 of the first directory of EXIF data (a TIFF file in miniature); 1, upright, where it is absent or broken.
+static uint32_t avl__exif_number(const uint8_t *p, int n, int is_big) {   // n bytes at p
+    uint32_t value = 0;
+    int i;
+    for (i = 0; i < n; i++) value |= (uint32_t)p[i] << 8 * (is_big ? n - 1 - i : i);
+    return value;
+}
+
+// The orientation in EXIF data (a small TIFF file): tag 0x0112 of its first directory; 1, upright, if absent or broken.
 static int avl__exif_orientation(const uint8_t *tiff, size_t size) {
-    uint32_t at, i, n;
-    int big;
+    uint32_t at, n, i;
+    int is_big;
     if (size < 8 || (memcmp(tiff, "II*\0", 4) != 0 && memcmp(tiff, "MM\0*", 4) != 0)) return 1;
-    big = tiff[0] == 'M';
-    at = big ? avl__load_u32be(tiff + 4) : avl__load_u32(tiff + 4);
+    is_big = tiff[0] == 'M';
+    at = avl__exif_number(tiff + 4, 4, is_big);
     if (at > size - 2) return 1;
-    n = big ? avl__load_u16be(tiff + at) : avl__load_u16(tiff + at);
+    n = avl__exif_number(tiff + at, 2, is_big);
     for (i = 0; i < n && size - at - 2 >= 12 * ((size_t)i + 1); i++) {
-        const uint8_t *entry = tiff + at + 2 + 12 * (size_t)i;   // tag, type, count, value
-        int tag = big ? avl__load_u16be(entry) : avl__load_u16(entry);
-        int type = big ? avl__load_u16be(entry + 2) : avl__load_u16(entry + 2);
-        int value = big ? avl__load_u16be(entry + 8) : avl__load_u16(entry + 8);
-        if (tag == 0x0112) return type == 3 && value >= 1 && value <= 8 ? value : 1;
+        const uint8_t *entry = tiff + at + 2 + 12 * (size_t)i;   // tag (2 bytes), type (2), count (4), value (4)
+        uint32_t type = avl__exif_number(entry + 2, 2, is_big), value = avl__exif_number(entry + 8, 2, is_big);
+        if (avl__exif_number(entry, 2, is_big) != 0x0112) continue;
+        return type == 3 && value >= 1 && value <= 8 ? (int)value : 1;   // type 3: 16 bits
     }
     return 1;
 }
 
+// A canonical Huffman code: codes of one length are consecutive numbers and follow those of smaller length (RFC 1951
+// section 3.2.2, T.81 annex C).
+#define AVL__HUFFMAN_FAST 10   // codes up to this many bits take one look-up, the longer and rarer ones a search
+
+typedef struct avl__huffman {
+    uint16_t count[17];                     // input: number of codes of each length, 1 to 16
+    uint16_t symbol[288];                   // input: symbols in the order of their codes
+    uint16_t fast[1 << AVL__HUFFMAN_FAST];  // by the next bits: symbol * 32 + code length; 0: a longer code, or none
+    uint32_t limit[17];                     // all codes of up to this length, padded to 16 bits, are below it
+    uint32_t base[17];                      // index in symbol of a code of this length, minus the code (mod 2^32)
+} avl__huffman;
+
+static uint32_t avl__reverse16(uint32_t bits) {   // bit 0 becomes bit 15, ...
+    bits = (bits & 0x5555) << 1 | (bits >> 1 & 0x5555);
+    bits = (bits & 0x3333) << 2 | (bits >> 2 & 0x3333);
+    bits = (bits & 0x0F0F) << 4 | (bits >> 4 & 0x0F0F);
+    return (bits & 0x00FF) << 8 | (bits >> 8 & 0x00FF);
+}
+
+// Fills the tables from count and symbol. lowest_first: 1 if a code's first bit is the lowest one of `fast`'s index
+// (deflate), 0 if it is the highest (JPEG). Returns 0 if there are more codes than the lengths have room for.
+static int avl__huffman_build(avl__huffman *h, int lowest_first) {
+    uint32_t code = 0, index = 0, end, i;
+    int length;
+    memset(h->fast, 0, sizeof h->fast);
+    for (length = 1; length <= 16; length++, code *= 2) {
+        h->base[length] = index - code;
+        end = code + h->count[length];
+        if (end > 1u << length) return 0;
+        for (; code < end; code++, index++) {
+            uint32_t n_fill = length <= AVL__HUFFMAN_FAST ? 1u << (AVL__HUFFMAN_FAST - length) : 0;   // any bits follow
+            uint32_t reversed = avl__reverse16(code) >> (16 - length);
+            for (i = 0; i < n_fill; i++)
+                h->fast[lowest_first ? reversed | i << length : code * n_fill + i] =
+                    (uint16_t)(h->symbol[index] << 5 | length);
+        }
+        h->limit[length] = code << (16 - length);
+    }
+    return 1;
+}
+
+// Looks up a code that `fast` does not have. bits: the next 16, the first one highest. Returns symbol * 32 + code
+// length, or 0 if no code begins like that.
+static unsigned avl__huffman_search(const avl__huffman *h, uint32_t bits) {
+    int length;
+    for (length = AVL__HUFFMAN_FAST + 1; length <= 16; length++)
+        if (bits < h->limit[length])
+            return (unsigned)h->symbol[h->base[length] + (bits >> (16 - length))] << 5 | (unsigned)length;
+    return 0;
+}
+
 // ---- inflate: zlib data (RFC 1950) of known unpacked size ---------------------------------------------------------
 // Deflate is a sequence of Huffman-coded literals and of (length, distance) copies from what was already written.
+// Functions that can fail return NULL or, in words, what the compressed data does wrong.
 
-#define AVL__INFLATE_FAST 10   // codes up to this many bits are found by one look-up; the longer, rarer ones bit by bit
-
-typedef struct avl__inflate_code {
-    uint16_t fast[1 << AVL__INFLATE_FAST];   // by the next bits: symbol * 16 + code length, or 0: a longer code
-    uint16_t count[16];                      // codes of each length
-    uint16_t symbol[288];                    // in the order of their codes
-} avl__inflate_code;
-
-typedef struct avl__inflate_state {
+typedef struct avl__inflate {
     const uint8_t *in;
-    size_t         n_in, at;       // next byte to read
+    size_t         n_in, at;       // at: next byte to read
     uint64_t       bits;           // read and not yet used; the lowest bit is next
-    int            n_bits;         // how many of them are real; what lies above is zero or a preview of in[at]
+    int            n_bits;         // how many of them are valid; those above are zero or a preview of in[at]
     uint8_t       *out;
-    size_t         n_out, n;       // size and how much is written
+    size_t         n_out, n;       // size, and how much is written
     int            too_much;       // the data goes on when `out` is full
-    avl__inflate_code literals, distances;
-} avl__inflate_state;
+    avl__huffman   literals, distances;
+} avl__inflate;
 
 // Afterwards at least 56 bits are there, unless the input ends.
-static void avl__inflate_refill(avl__inflate_state *s) {
+static void avl__inflate_refill(avl__inflate *s) {
     if (s->n_in - s->at >= 8) {
         s->bits |= avl__load_u64(s->in + s->at) << s->n_bits;
         s->at += (size_t)(63 - s->n_bits) >> 3;
@@ -4152,142 +4221,105 @@ static void avl__inflate_refill(avl__inflate_state *s) {
     for (; s->n_bits <= 56 && s->at < s->n_in; s->n_bits += 8) s->bits |= (uint64_t)s->in[s->at++] << s->n_bits;
 }
 
-// The next n <= 16 bits of what refill made ready. Past the input's end n_bits falls below 0; callers check.
-static unsigned avl__inflate_bits(avl__inflate_state *s, int n) {
+// The next n <= 16 bits, which refill made ready. Past the input's end n_bits falls below 0; callers check.
+static unsigned avl__inflate_bits(avl__inflate *s, int n) {
     unsigned value = (unsigned)(s->bits & (((uint64_t)1 << n) - 1));
     s->bits >>= n;
     s->n_bits -= n;
     return value;
 }
 
-// Builds the canonical code with these lengths (RFC 1951, 3.2.2): codes of one length are consecutive, in symbol
-// order, and follow those of smaller length. Returns 0 if the lengths do not describe a prefix code that uses all bit
-// patterns (a single code of one bit, or none at all, is allowed: that is how few distances are written).
-static int avl__inflate_code_new(avl__inflate_code *code, const uint8_t *lengths, int n) {
-    unsigned first[16], next = 0;
-    int i, length, left = 1, used = 0, place[16];
-    memset(code, 0, sizeof *code);
-    for (i = 0; i < n; i++) code->count[lengths[i]]++;
-    code->count[0] = 0;
-    for (length = 1, place[0] = 0; length < 16; length++) {
-        left = left * 2 - code->count[length];
-        if (left < 0) return 0;
-        next = (next + code->count[length - 1]) * 2;
-        first[length] = next;
-        place[length] = used;
-        used += code->count[length];
-    }
-    if (left > 0 && used > code->count[1]) return 0;
-    for (i = 0; i < n; i++) {
-        unsigned word, reversed = 0, step;
-        length = lengths[i];
-        if (length == 0) continue;
-        code->symbol[place[length]++] = (uint16_t)i;
-        word = first[length]++;
-        if (length > AVL__INFLATE_FAST) continue;
-        for (step = 0; step < (unsigned)length; step++) reversed |= (word >> step & 1) << (length - 1 - (int)step);
-        for (step = reversed; step < 1u << AVL__INFLATE_FAST; step += 1u << length)   // any bits may follow
-            code->fast[step] = (uint16_t)(i * 16 + length);
-    }
-    return 1;
+// Drops the rest of a byte; whole bytes that were read ahead go back to the input.
+static void avl__inflate_align(avl__inflate *s) {
+    s->at -= (size_t)s->n_bits / 8;
+    s->bits = 0;
+    s->n_bits = 0;
+}
+
+// Builds a code from the length of each symbol's code, 0: unused. Returns 0 if they describe no prefix code, or one
+// that leaves bit patterns unused (allowed: a single code of one bit, or none at all, as few distances are written).
+static int avl__inflate_code(avl__huffman *h, const uint8_t *lengths, int n) {
+    int i, length, place[17];   // place: next index in symbol, by length
+    memset(h->count, 0, sizeof h->count);
+    for (i = 0; i < n; i++) h->count[lengths[i]]++;
+    h->count[0] = 0;
+    for (length = 1, place[0] = 0; length <= 16; length++) place[length] = place[length - 1] + h->count[length - 1];
+    for (i = 0; i < n; i++)
+        if (lengths[i]) h->symbol[place[lengths[i]]++] = (uint16_t)i;
+    return avl__huffman_build(h, 1) && (h->limit[16] == 65536 || place[16] == h->count[1]);
 }
 
 // The next symbol, or -1 for a bit pattern that is no code.
-static int avl__inflate_symbol(avl__inflate_state *s, const avl__inflate_code *code) {
-    unsigned entry = code->fast[s->bits & ((1u << AVL__INFLATE_FAST) - 1)];
-    int length, word = 0, first = 0, index = 0;
-    if (entry) {
-        s->bits >>= entry & 15;
-        s->n_bits -= (int)(entry & 15);
-        return (int)(entry >> 4);
-    }
-    for (length = 1; length < 16; length++) {   // word: the bits so far; first: the smallest code of this length
-        word = word * 2 + (int)avl__inflate_bits(s, 1);
-        if (word - first < code->count[length]) return code->symbol[index + word - first];
-        index += code->count[length];
-        first = (first + code->count[length]) * 2;
-    }
-    return -1;
+static int avl__inflate_symbol(avl__inflate *s, const avl__huffman *h) {
+    unsigned entry = h->fast[s->bits & ((1u << AVL__HUFFMAN_FAST) - 1)];
+    if (!entry) entry = avl__huffman_search(h, avl__reverse16((uint32_t)s->bits));
+    if (!entry) return -1;
+    s->bits >>= entry & 31;
+    s->n_bits -= (int)(entry & 31);
+    return (int)(entry >> 5);
 }
 
-static astrovl_status avl__inflate_fail(const avl__inflate_state *s, const char *what, astrovl_error *err) {
-    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: the compressed data %s, about byte %lld of %lld in the IDAT chunks",
-                     what,
-                     (long long)s->at, (long long)s->n_in);
-}
-
-static astrovl_status avl__inflate_stored(avl__inflate_state *s, astrovl_error *err) {
+static const char *avl__inflate_stored(avl__inflate *s) {   // a block that is not compressed
     size_t size;
-    (void)avl__inflate_bits(s, s->n_bits & 7);
-    s->at -= (size_t)s->n_bits / 8;   // whole bytes go back to the input
-    s->bits = 0;
-    s->n_bits = 0;
-    if (s->n_in - s->at < 4) return avl__inflate_fail(s, "ends too early", err);
+    avl__inflate_align(s);
+    if (s->n_in - s->at < 4) return "ends too early";
     size = avl__load_u16(s->in + s->at);
-    if ((size ^ 0xFFFF) != avl__load_u16(s->in + s->at + 2))
-        return avl__inflate_fail(s, "has a broken stored block", err);
+    if ((size ^ 0xFFFF) != avl__load_u16(s->in + s->at + 2)) return "has a broken stored block";
     s->at += 4;
-    if (size > s->n_in - s->at) return avl__inflate_fail(s, "ends too early", err);
+    if (size > s->n_in - s->at) return "ends too early";
     s->too_much = size > s->n_out - s->n;
     if (s->too_much) size = s->n_out - s->n;
     if (size) memcpy(s->out + s->n, s->in + s->at, size);
     s->at += size;
     s->n += size;
-    return ASTROVL_OK;
+    return NULL;
 }
 
-// Reads a block's own codes (RFC 1951, 3.2.7): their lengths are themselves Huffman-coded, with repeats.
-static astrovl_status avl__inflate_codes(avl__inflate_state *s, astrovl_error *err) {
+// Prepares the codes of a block. Kind 1 has fixed ones (RFC 1951, 3.2.6); kind 2 brings its own (3.2.7), whose lengths
+// are themselves Huffman-coded, with repeats.
+static const char *avl__inflate_codes(avl__inflate *s, unsigned kind) {
     static const uint8_t order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     uint8_t lengths[288 + 32];
-    int i, n_literals, n_distances, n_lengths;
-    avl__inflate_refill(s);
-    n_literals = (int)avl__inflate_bits(s, 5) + 257;
-    n_distances = (int)avl__inflate_bits(s, 5) + 1;
-    n_lengths = (int)avl__inflate_bits(s, 4) + 4;
-    if (n_literals > 286 || n_distances > 30) return avl__inflate_fail(s, "names too many codes", err);
-    memset(lengths, 0, sizeof lengths);
-    for (i = 0; i < n_lengths; i++) {
+    int i, n_literals = 288, n_distances = 32, n_lengths;
+    for (i = 0; i < 320; i++) lengths[i] = (uint8_t)(i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5);
+    if (kind == 2) {
         avl__inflate_refill(s);
-        lengths[order[i]] = (uint8_t)avl__inflate_bits(s, 3);
+        n_literals = (int)avl__inflate_bits(s, 5) + 257;
+        n_distances = (int)avl__inflate_bits(s, 5) + 1;
+        n_lengths = (int)avl__inflate_bits(s, 4) + 4;
+        if (n_literals > 286 || n_distances > 30) return "names too many codes";
+        memset(lengths, 0, sizeof lengths);
+        for (i = 0; i < n_lengths; i++) {
+            avl__inflate_refill(s);
+            lengths[order[i]] = (uint8_t)avl__inflate_bits(s, 3);
+        }
+        if (!avl__inflate_code(&s->literals, lengths, 19)) return "has a broken code of code lengths";
+        for (i = 0; i < n_literals + n_distances;) {
+            int symbol, repeat = 1;
+            uint8_t length = 0;
+            avl__inflate_refill(s);
+            symbol = avl__inflate_symbol(s, &s->literals);
+            if (symbol < 0) return "has an unknown code length";
+            if (symbol == 16 && i == 0) return "repeats a code length before the first";
+            if (symbol < 16) length = (uint8_t)symbol;
+            if (symbol == 16) length = lengths[i - 1];
+            if (symbol == 16) repeat = 3 + (int)avl__inflate_bits(s, 2);
+            if (symbol == 17) repeat = 3 + (int)avl__inflate_bits(s, 3);
+            if (symbol == 18) repeat = 11 + (int)avl__inflate_bits(s, 7);
+            if (s->n_bits < 0) return "ends too early";
+            if (repeat > n_literals + n_distances - i) return "repeats a code length too often";
+            while (repeat--) lengths[i++] = length;
+        }
+        if (lengths[256] == 0) return "has a block without an end";
     }
-    if (!avl__inflate_code_new(&s->literals, lengths, 19))
-        return avl__inflate_fail(s, "has a broken code of code lengths", err);
-    memset(lengths, 0, sizeof lengths);
-    for (i = 0; i < n_literals + n_distances;) {
-        int symbol, repeat = 1;
-        uint8_t length = 0;
-        avl__inflate_refill(s);
-        symbol = avl__inflate_symbol(s, &s->literals);
-        if (symbol < 0) return avl__inflate_fail(s, "has an unknown code length", err);
-        if (symbol < 16) length = (uint8_t)symbol;
-        else if (symbol == 16) {
-            if (i == 0) return avl__inflate_fail(s, "repeats a code length before the first", err);
-            length = lengths[i - 1];
-            repeat = 3 + (int)avl__inflate_bits(s, 2);
-        } else repeat = symbol == 17 ? 3 + (int)avl__inflate_bits(s, 3) : 11 + (int)avl__inflate_bits(s, 7);
-        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
-        if (repeat > n_literals + n_distances - i) return avl__inflate_fail(s, "repeats a code length too often", err);
-        while (repeat--) lengths[i++] = length;
-    }
-    if (lengths[256] == 0) return avl__inflate_fail(s, "has a block without an end", err);
-    if (!avl__inflate_code_new(&s->literals, lengths, n_literals) ||
-        !avl__inflate_code_new(&s->distances, lengths + n_literals, n_distances))
-        return avl__inflate_fail(s, "has a broken Huffman code", err);
-    return ASTROVL_OK;
-}
-
-static void avl__inflate_fixed_codes(avl__inflate_state *s) {   // RFC 1951, 3.2.6
-    uint8_t lengths[288];
-    int i;
-    for (i = 0; i < 288; i++) lengths[i] = (uint8_t)(i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : 8);
-    (void)avl__inflate_code_new(&s->literals, lengths, 288);
-    memset(lengths, 5, 32);
-    (void)avl__inflate_code_new(&s->distances, lengths, 32);
+    if (!avl__inflate_code(&s->literals, lengths, n_literals) ||
+        !avl__inflate_code(&s->distances, lengths + n_literals, n_distances))
+        return "has a broken Huffman code";
+    return NULL;
 }
 
 // Copies `size` bytes from `distance` back; the two may overlap, which repeats a pattern. There is room for them.
-static void avl__inflate_copy(avl__inflate_state *s, size_t distance, size_t size) {
+static void avl__inflate_copy(avl__inflate *s, size_t distance, size_t size) {
     uint8_t *to = s->out + s->n, *end = to + size;
     const uint8_t *from = to - distance;
     if (distance >= 8 && s->n_out - s->n >= size + 8)   // may write up to 7 bytes too many: they are overwritten later
@@ -4297,222 +4329,176 @@ static void avl__inflate_copy(avl__inflate_state *s, size_t distance, size_t siz
 }
 
 // Literals and copies until the block ends, or until `out` is full.
-static astrovl_status avl__inflate_block(avl__inflate_state *s, astrovl_error *err) {
+static const char *avl__inflate_block(avl__inflate *s) {
     static const uint16_t length_base[29] = {3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59,
-                                             67, 83,
-                                             99, 115, 131, 163, 195, 227, 258};
-    static const uint8_t length_bits[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5,
-                                            5, 5, 5, 0};
-    static const uint16_t distance_base[30] = {1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385, 513,
-                                               769,
-                                               1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
+                                             67, 83, 99, 115, 131, 163, 195, 227, 258};
+    static const uint8_t length_bits[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4,
+                                            5, 5, 5, 5, 0};
+    static const uint16_t distance_base[30] = {1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385,
+                                               513, 769, 1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385,
+                                               24577};
     for (;;) {
         size_t size, distance;
         int symbol;
-        if (s->n_bits < 48)
-            avl__inflate_refill(s);   // one literal, or a whole copy, takes at most 15 + 5 + 15 + 13 = 48 bits
+        if (s->n_bits < 15) avl__inflate_refill(s);
         symbol = avl__inflate_symbol(s, &s->literals);
-        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
-        if (symbol == 256) return ASTROVL_OK;
+        if (s->n_bits < 0) return "ends too early";
+        if (symbol == 256) return NULL;
         if (symbol >= 0 && symbol < 256) {
             s->too_much = s->n == s->n_out;
-            if (s->too_much) return ASTROVL_OK;
+            if (s->too_much) return NULL;
             s->out[s->n++] = (uint8_t)symbol;
             continue;
         }
-        if (symbol < 0 || symbol > 285) return avl__inflate_fail(s, "has an unknown code", err);
+        if (symbol < 0 || symbol > 285) return "has an unknown code";
+        avl__inflate_refill(s);   // the rest of a copy takes at most 5 + 15 + 13 bits
         size = length_base[symbol - 257] + avl__inflate_bits(s, length_bits[symbol - 257]);
         symbol = avl__inflate_symbol(s, &s->distances);
-        if (symbol < 0 || symbol > 29) return avl__inflate_fail(s, "has an unknown distance code", err);
+        if (symbol < 0 || symbol > 29) return "has an unknown distance code";
         distance = distance_base[symbol] + avl__inflate_bits(s, symbol < 2 ? 0 : symbol / 2 - 1);
-        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
-        if (distance > s->n) return avl__inflate_fail(s, "refers to bytes before its start", err);
+        if (s->n_bits < 0) return "ends too early";
+        if (distance > s->n) return "refers to bytes before its start";
         s->too_much = size > s->n_out - s->n;
         avl__inflate_copy(s, distance, s->too_much ? s->n_out - s->n : size);
-        if (s->too_much) return ASTROVL_OK;
+        if (s->too_much) return NULL;
     }
 }
 
-// a = 1 + sum of bytes, b = sum of the a's, both modulo 65521      Adler-32 (RFC 1950)
-static uint32_t avl__adler32(const uint8_t *data, size_t size) {
+// Unpacks exactly s->n_out bytes. Fewer in the data is an error; if there are more, the rest is ignored and the check
+// sum, which covers it, is not compared (as Pillow does).
+static const char *avl__inflate_run(avl__inflate *s) {
     uint32_t a = 1, b = 0;
-    while (size > 0) {
-        size_t n = size < 5552 ? size : 5552;   // as many as cannot overflow 32 bits
-        size -= n;
-        while (n--) { a += *data++; b += a; }
-        a %= 65521;
-        b %= 65521;
-    }
-    return b << 16 | a;
-}
-
-// The sum of all unpacked bytes stands behind the last block.
-static astrovl_status avl__inflate_check_sum(avl__inflate_state *s, astrovl_error *err) {
-    (void)avl__inflate_bits(s, s->n_bits & 7);
-    s->at -= (size_t)s->n_bits / 8;   // whole bytes go back to the input
-    if (s->n_in - s->at < 4) return avl__inflate_fail(s, "ends before its check sum", err);
-    if (avl__load_u32be(s->in + s->at) != avl__adler32(s->out, s->n))
-        return avl__inflate_fail(s, "does not match its check sum (Adler-32)", err);
-    return ASTROVL_OK;
-}
-
-// Unpacks exactly s->n_out bytes. Fewer in the data is an error; more are left alone, as in Pillow, and not summed.
-static astrovl_status avl__inflate_run(avl__inflate_state *s, astrovl_error *err) {
+    size_t i;
     int last = 0;
-    if (s->n_in < 2 || (s->in[0] & 15) != 8 || s->in[0] >> 4 > 7 || (s->in[1] & 32) || avl__load_u16be(s->in) % 31 != 0)
-        return avl__inflate_fail(s, "does not start as zlib data", err);
+    if (s->n_in < 2 || (s->in[0] & 15) != 8 || s->in[0] >> 4 > 7 || (s->in[1] & 32) ||
+        avl__load_u16be(s->in) % 31 != 0)
+        return "does not start as zlib data";
     s->at = 2;
     while (!last && !s->too_much) {
-        astrovl_status status = ASTROVL_OK;
+        const char *problem;
         unsigned kind;
         avl__inflate_refill(s);
         last = (int)avl__inflate_bits(s, 1);
         kind = avl__inflate_bits(s, 2);
-        if (s->n_bits < 0) return avl__inflate_fail(s, "ends too early", err);
-        if (kind == 3) return avl__inflate_fail(s, "has a block of unknown kind", err);
-        if (kind == 1) avl__inflate_fixed_codes(s);
-        if (kind == 2) status = avl__inflate_codes(s, err);
-        if (!status) status = kind == 0 ? avl__inflate_stored(s, err) : avl__inflate_block(s, err);
-        if (status) return status;
+        if (s->n_bits < 0) return "ends too early";
+        if (kind == 3) return "has a block of unknown kind";
+        problem = kind == 0 ? avl__inflate_stored(s) : avl__inflate_codes(s, kind);
+        if (kind != 0 && !problem) problem = avl__inflate_block(s);
+        if (problem) return problem;
     }
-    if (s->n < s->n_out) return avl__inflate_fail(s, "holds fewer bytes than the image has", err);
-    return s->too_much ? ASTROVL_OK : avl__inflate_check_sum(s, err);
+    if (s->n < s->n_out) return "holds fewer bytes than the image has";
+    if (s->too_much) return NULL;
+    avl__inflate_align(s);
+    if (s->n_in - s->at < 4) return "ends before its check sum";
+    for (i = 0; i < s->n; i++) {   // Adler-32: a = 1 + sum of bytes, b = sum of the a's, both modulo 65521
+        a += s->out[i];
+        b += a;
+        if (i % 4096 < 4095 && i + 1 < s->n) continue;   // 4,096 bytes cannot overflow 32 bits
+        a %= 65521;
+        b %= 65521;
+    }
+    return avl__load_u32be(s->in + s->at) == (b << 16 | a) ? NULL : "does not match its check sum (Adler-32)";
 }
 
 // ---- PNG ----------------------------------------------------------------------------------------------------------
-// As Pillow converts to RGB: alpha and tRNS are dropped without blending; 16-bit colour keeps the high byte, but
+// As Pillow converts to RGB: alpha and tRNS are dropped without blending; 16-bit color keeps the high byte, but
 // 16-bit gray (without alpha) is clipped at 255, so that such files come out nearly white; gray of 1, 2 and 4 bits is
-// scaled to 0..255; a palette index without a colour is black. Gamma and colour profiles are not applied.
+// scaled to 0..255; a palette index without a color is black. Gamma and color profiles are not applied.
 
 typedef struct avl__png {
-    const uint8_t *data;
-    size_t         size, at;            // at: the chunk being read
-    uint32_t       crc_table[8][256];
-    uint32_t       width, height;
-    int            depth, color, interlaced;
-    int            n_channels;
-    uint8_t        colors[256][3];      // RGB of every sample value, for palettes and for gray of up to 8 bits
-    int            has_palette;
-    uint8_t       *idat;                // the contents of the IDAT chunks, joined
-    size_t         idat_size, idat_capacity;
-    int            orientation;
+    avl__image_file in;                 // in.at: the chunk being read
+    uint32_t        width, height;
+    int             depth, color, interlaced, orientation;
+    int             n_channels;
+    uint8_t         colors[256][3];     // RGB of every sample value, for palettes and for gray of up to 8 bits
+    int             has_palette;
+    uint8_t        *idat;               // the contents of the IDAT chunks, joined
+    size_t          idat_size, idat_capacity;
+    avl__inflate    inflate;
+    uint8_t        *rows;               // [row_bytes] zeros, then the unpacked rows of all passes
 } avl__png;
 
-// Tables of the CRC of ISO 3309 for eight bytes at a time: table[k][b] is the effect of byte b with k bytes after it.
-static void avl__png_make_crc_table(avl__png *png) {
-    uint32_t i, k, c;
-    for (i = 0; i < 256; i++) {
-        for (c = i, k = 0; k < 8; k++) c = c & 1 ? 0xEDB88320u ^ c >> 1 : c >> 1;
-        png->crc_table[0][i] = c;
-    }
-    for (k = 1; k < 8; k++)
-        for (i = 0; i < 256; i++) {
-            c = png->crc_table[k - 1][i];
-            png->crc_table[k][i] = png->crc_table[0][c & 255] ^ c >> 8;
-        }
-}
-
-static uint32_t avl__png_crc(const avl__png *png, const uint8_t *p, size_t n) {
-    const uint32_t (*t)[256] = png->crc_table;
-    uint32_t c = 0xFFFFFFFFu;
-    for (; n >= 8; n -= 8, p += 8) {
-        uint32_t a = avl__load_u32(p) ^ c, b = avl__load_u32(p + 4);
-        c = t[7][a & 255] ^ t[6][a >> 8 & 255] ^ t[5][a >> 16 & 255] ^ t[4][a >> 24] ^
-            t[3][b & 255] ^ t[2][b >> 8 & 255] ^ t[1][b >> 16 & 255] ^ t[0][b >> 24];
-    }
-    for (; n > 0; n--, p++) c = t[0][(c ^ *p) & 255] ^ c >> 8;
-    return ~c;
-}
-
 // PNG: chunk "IDAT" at byte 57: `what`
-static astrovl_status avl__png_fail(const avl__png *png, astrovl_status status, const char *what, astrovl_error *err) {
-    astrovl_string name;
-    if (png->size - png->at < 8) return avl__fail(err, status, "PNG: at byte %lld: %s", (long long)png->at, what);
-    name.data = (const char *)png->data + png->at + 4;
-    name.size = 4;
-    return avl__fail(err, status, "PNG: chunk \"%.*s\" at byte %lld: %s", AVL__SHOW(name), (long long)png->at, what);
+static astrovl_status avl__png_fail(const avl__png *png, astrovl_status status, const char *what) {
+    char name[5] = "";
+    if (png->in.size - png->in.at < 8)
+        return avl__fail(png->in.err, status, "PNG: at byte %lld: %s", (long long)png->in.at, what);
+    memcpy(name, png->in.data + png->in.at + 4, 4);
+    return avl__fail(png->in.err, status, "PNG: chunk \"%s\" at byte %lld: %s", name, (long long)png->in.at, what);
 }
 
-static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t size, uint64_t max_pixels,
-                                      astrovl_error *err) {
-    static const uint8_t n_channels[7] = {1, 0, 3, 1, 2, 0, 4};        // by colour type
+static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t size) {
+    static const uint8_t n_channels[7] = {1, 0, 3, 1, 2, 0, 4};        // by color type
     static const uint32_t depths[7] = {0x10116, 0, 0x10100, 0x116, 0x10100, 0, 0x10100};   // bit d: depth d is allowed
     int i;
-    if (size != 13) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must have 13 bytes", err);
+    if (png->width) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "a second header");
+    if (size != 13) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must have 13 bytes");
     png->width = avl__load_u32be(p);
     png->height = avl__load_u32be(p + 4);
     png->depth = p[8];
     png->color = p[9];
     png->interlaced = p[12];
     if (png->color > 6 || png->depth > 16 || !(depths[png->color] >> png->depth & 1))
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: IHDR: colour type %d with %d bits does not exist", png->color,
-                         png->depth);
+        return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT, "PNG: IHDR: color type %d with %d bits does not exist",
+                         png->color, png->depth);
     if (p[10] != 0 || p[11] != 0 || p[12] > 1)
-        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "unknown compression, filter or interlace method", err);
+        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "unknown compression, filter or interlace method");
     png->n_channels = n_channels[png->color];
     if (png->color == 0 && png->depth <= 8)
         for (i = 0; i < 1 << png->depth; i++) memset(png->colors[i], i * 255 / ((1 << png->depth) - 1), 3);
-    return avl__image_check_size("PNG", png->width, png->height, max_pixels, err);
+    return avl__image_check_size(&png->in, "PNG", png->width, png->height);
 }
 
-static astrovl_status avl__png_palette(avl__png *png, const uint8_t *p, size_t size, astrovl_error *err) {
-    if (size == 0 || size % 3 != 0 || size > 768)
-        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "not 1 to 256 RGB colours", err);
-    if (png->color != 3) return ASTROVL_OK;   // for true colour it is only a suggestion
-    memcpy(png->colors, p, size);
-    png->has_palette = 1;
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__png_chunk(avl__png *png, const uint8_t *p, size_t size, uint64_t max_pixels,
-                                     astrovl_error *err) {
-    const char *name = (const char *)p - 4;
-    if (png->width == 0 && memcmp(name, "IHDR", 4) != 0)
-        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must come first", err);
-    if (memcmp(name, "IHDR", 4) == 0) {
-        if (png->width) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "a second header", err);
-        return avl__png_header(png, p, size, max_pixels, err);
+// Walks the chunks (length, name, data, CRC). After the IDAT chunks a broken or cut-off file is accepted: no pixel is
+// missing.
+static astrovl_status avl__png_chunks(avl__png *png) {
+    enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
+    astrovl_status status = ASTROVL_OK;
+    uint32_t table[256], crc;
+    size_t i, k;
+    for (i = 0; i < 256; i++) {
+        for (crc = (uint32_t)i, k = 0; k < 8; k++) crc = crc & 1 ? 0xEDB88320u ^ crc >> 1 : crc >> 1;
+        table[i] = crc;
     }
-    if (memcmp(name, "PLTE", 4) == 0) return avl__png_palette(png, p, size, err);
-    if (memcmp(name, "eXIf", 4) == 0) png->orientation = avl__exif_orientation(p, size);
-    else if (memcmp(name, "IDAT", 4) == 0) {
-        if (!avl__grow(&png->idat, &png->idat_capacity, png->idat_size + size, 1))
-            return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory", err);
-        if (size) memcpy(png->idat + png->idat_size, p, size);
-        png->idat_size += size;
-    } else if (!(name[0] & 32) && memcmp(name, "IEND", 4) != 0)
-        return avl__png_fail(png, ASTROVL_ERROR_UNSUPPORTED, "a critical chunk of unknown kind", err);
-    return ASTROVL_OK;
-}
-
-// Walks the chunks (length, name, data, CRC). Behind the pixels a cut-off file is forgiven: no pixel is missing.
-static astrovl_status avl__png_chunks(avl__png *png, uint64_t max_pixels, astrovl_error *err) {
-    int state = 0;   // 0: before the IDAT chunks, 1: among them, 2: behind
-    for (png->at = 8;;) {
-        const uint8_t *p = png->data + png->at;
-        size_t left = png->size - png->at, size = left < 8 ? 0 : avl__load_u32be(p);
-        int is_idat = left >= 8 && memcmp(p + 4, "IDAT", 4) == 0;
-        astrovl_status status;
-        if (state == 1 && !is_idat) state = 2;
-        if (left < 12 || size > left - 12) {
-            if (state == 2) return ASTROVL_OK;
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "the file ends inside it", err);
+    for (png->in.at = 8; !status;) {
+        const uint8_t *p = png->in.data + png->in.at;
+        size_t left = png->in.size - png->in.at, size = left < 8 ? 0 : avl__load_u32be(p);
+        int is_cut = left < 12 || size > left - 12;
+        char name[5] = "";
+        if (left >= 8) memcpy(name, p + 4, 4);
+        if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
+        for (crc = 0xFFFFFFFFu, i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
+        if (is_cut || ~crc != avl__load_u32be(p + 8 + size)) {
+            if (state == AFTER_IDAT) return ASTROVL_OK;
+            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, is_cut ? "the file ends inside it" : "its CRC is wrong");
         }
-        if (avl__png_crc(png, p + 4, size + 4) != avl__load_u32be(p + 8 + size)) {
-            if (state == 2) return ASTROVL_OK;
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "its bytes do not match its check sum (CRC)", err);
-        }
-        if (is_idat && state == 2)
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IDAT chunks must follow each other", err);
-        if (is_idat) state = 1;
-        status = avl__png_chunk(png, p + 8, size, max_pixels, err);
-        if (status) return status;
-        if (memcmp(p + 4, "IEND", 4) == 0) return ASTROVL_OK;
-        png->at += size + 12;
+        if (png->width == 0 && strcmp(name, "IHDR") != 0)
+            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must come first");
+        p += 8;
+        if (strcmp(name, "IHDR") == 0) status = avl__png_header(png, p, size);
+        else if (strcmp(name, "IEND") == 0) return ASTROVL_OK;
+        else if (strcmp(name, "eXIf") == 0) png->orientation = avl__exif_orientation(p, size);
+        else if (strcmp(name, "PLTE") == 0) {
+            if (size == 0 || size % 3 != 0 || size > 768)
+                return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "not 1 to 256 RGB colors");
+            png->has_palette = png->color == 3;   // for true color it is only a suggestion
+            if (png->has_palette) memcpy(png->colors, p, size);
+        } else if (strcmp(name, "IDAT") == 0) {
+            if (state == AFTER_IDAT)
+                return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IDAT chunks must follow each other");
+            if (!avl__grow(&png->idat, &png->idat_capacity, png->idat_size + size, 1))
+                return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory");
+            if (size) memcpy(png->idat + png->idat_size, p, size);
+            png->idat_size += size;
+            state = IN_IDAT;
+        } else if (!(name[0] & 32))
+            return avl__png_fail(png, ASTROVL_ERROR_UNSUPPORTED, "a critical chunk of unknown kind");
+        png->in.at += size + 12;
     }
+    return status;
 }
 
-// The neighbour whose value is nearest to left + up - up_left (ISO 15948, 9.4).
+// The neighbor whose value is nearest to left + up - up_left (ISO 15948, 9.4).
 static int avl__paeth(int left, int up, int up_left) {
     int to_left = up - up_left, to_up = left - up_left, to_up_left = to_left + to_up;
     to_left = to_left < 0 ? -to_left : to_left;
@@ -4523,26 +4509,20 @@ static int avl__paeth(int left, int up, int up_left) {
 }
 
 // Undoes a row's filter: row[i] += prediction from the bytes a pixel to the left, above, and both (0 outside).
-// up: the row above, or NULL;   step: bytes of a pixel, at least 1
-static int avl__png_unfilter(uint8_t *row, const uint8_t *up, size_t n, size_t step, int filter) {
+// up: the row above;   step: bytes of a pixel, at least 1
+static void avl__png_unfilter(uint8_t *row, const uint8_t *up, size_t n, size_t step, int filter) {
     size_t i, first = step < n ? step : n;
-    if (filter > 4) return 0;
-    if (!up) filter = filter == 2 ? 0 : filter == 3 ? 5 : filter == 4 ? 1 : filter;   // 5: half of the left alone
-    switch (filter) {
-    case 1: for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step]); break;
-    case 2: for (i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + up[i]); break;
-    case 3:
+    if (filter == 1)
+        for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step]);
+    else if (filter == 2)
+        for (i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + up[i]);
+    else if (filter == 3) {
         for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i] / 2);
         for (; i < n; i++) row[i] = (uint8_t)(row[i] + (row[i - step] + up[i]) / 2);
-        break;
-    case 4:
+    } else if (filter == 4) {
         for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i]);
         for (; i < n; i++) row[i] = (uint8_t)(row[i] + avl__paeth(row[i - step], up[i], up[i - step]));
-        break;
-    case 5: for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step] / 2); break;
-    default: break;
     }
-    return 1;
 }
 
 // n pixels of an unfiltered row to RGB; the next pixel's place is `step` bytes on.
@@ -4556,7 +4536,7 @@ static void avl__png_row(const avl__png *png, const uint8_t *row, uint32_t n, ui
             size_t bit = (size_t)i * (size_t)depth;
             memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
         }
-    else if (png->n_channels == 1)
+    else if (png->n_channels == 1)   // 16-bit gray
         for (i = 0; i < n; i++, rgb += step, row += 2) memset(rgb, row[0] ? 255 : row[1], 3);
     else
         for (i = 0; i < n; i++, rgb += step, row += pixel) {
@@ -4566,373 +4546,211 @@ static void avl__png_row(const avl__png *png, const uint8_t *row, uint32_t n, ui
         }
 }
 
-// A grid of pixels that is stored as an image of its own: all of them, or one of Adam7's seven passes.
+// Pass i (Adam7) of an interlaced image, or the only one of another (7): every dx-th pixel of every dy-th row from
+// (x, y) on, stored as an image of its own.
 typedef struct avl__png_pass {
-    uint32_t x, y, dx, dy, width, height;
-    uint64_t row_bytes;                  // without the filter byte
+    uint32_t x, y, dx, dy, width, height;   // a pass without pixels has no rows
+    uint64_t row_bytes;                     // with the byte that names the row's filter
 } avl__png_pass;
 
-static int avl__png_passes(const avl__png *png, avl__png_pass passes[7]) {   // returns how many there are
-    static const uint8_t adam7[7][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
-                                        {1, 0, 2, 2}, {0, 1, 1, 2}};
-    static const uint8_t whole[4] = {0, 0, 1, 1};
-    int i, n = 0;
-    for (i = 0; i < (png->interlaced ? 7 : 1); i++) {
-        const uint8_t *grid = png->interlaced ? adam7[i] : whole;
-        avl__png_pass *p = &passes[n];
-        if (png->width <= grid[0] || png->height <= grid[1]) continue;   // an empty pass takes no bytes
-        p->x = grid[0];
-        p->y = grid[1];
-        p->dx = grid[2];
-        p->dy = grid[3];
-        p->width = (png->width - p->x + p->dx - 1) / p->dx;
-        p->height = (png->height - p->y + p->dy - 1) / p->dy;
-        p->row_bytes = ((uint64_t)p->width * (uint64_t)(png->depth * png->n_channels) + 7) / 8;
-        n++;
-    }
-    return n;
+static avl__png_pass avl__png_pass_new(const avl__png *png, int i) {
+    static const uint8_t grids[8][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
+                                        {1, 0, 2, 2}, {0, 1, 1, 2}, {0, 0, 1, 1}};
+    avl__png_pass p;
+    p.x = grids[i][0];
+    p.y = grids[i][1];
+    p.dx = grids[i][2];
+    p.dy = grids[i][3];
+    p.width = (png->width + p.dx - 1 - p.x) / p.dx;
+    p.height = p.width ? (png->height + p.dy - 1 - p.y) / p.dy : 0;
+    p.row_bytes = 1 + ((uint64_t)p.width * (uint64_t)(png->depth * png->n_channels) + 7) / 8;
+    return p;
 }
 
-// Unpacks the IDAT data to filtered rows: raw, of all passes. Deflate expands at most 1032 : 1 (258 bytes from 2
-// bits), so a small file that claims to be a huge image is found out before memory is taken.
-static astrovl_status avl__png_inflate(avl__png *png, const avl__png_pass *passes, int n_passes, uint8_t **raw,
-                                       astrovl_error *err) {
-    uint64_t limit = (uint64_t)png->idat_size * 1032, size = 0;
-    avl__inflate_state *s;
+// Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1 (258 bytes from 2
+// bits), so a small file that claims to be a huge image is refused before memory is allocated.
+static astrovl_status avl__png_pixels(avl__png *png) {
+    int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8, i;
+    uint64_t row_bytes = avl__png_pass_new(png, 7).row_bytes, size = 0;
+    uint8_t *row;
+    uint32_t y;
+    const char *problem;
     astrovl_status status;
-    int i;
-    for (i = 0; i < n_passes; i++) {
-        if (passes[i].height > (limit - size) / (passes[i].row_bytes + 1))
-            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: %lld bytes of IDAT data cannot hold %lld x %lld pixels",
-                             (long long)png->idat_size,
+    for (i = first; i < end; i++) {
+        avl__png_pass p = avl__png_pass_new(png, i);
+        if (p.height > ((uint64_t)png->idat_size * 1032 - size) / p.row_bytes)
+            return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT,
+                             "PNG: %lld bytes of IDAT data cannot hold %lld x %lld pixels", (long long)png->idat_size,
                              (long long)png->width, (long long)png->height);
-        size += passes[i].height * (passes[i].row_bytes + 1);
+        size += p.height * p.row_bytes;
     }
-    s = (avl__inflate_state *)avl__alloc(1, sizeof *s);
-    *raw = (uint8_t *)avl__alloc_raw(size, 1);
-    if (!s || !*raw) {
-        astrovl_free(s);
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory for %lld bytes of pixels", (long long)size);
-    }
-    s->in = png->idat;
-    s->n_in = png->idat_size;
-    s->out = *raw;
-    s->n_out = (size_t)size;
-    status = avl__inflate_run(s, err);
-    astrovl_free(s);
-    return status;
-}
-
-static astrovl_status avl__png_pixels(const avl__png *png, const avl__png_pass *passes, int n_passes, uint8_t *raw,
-                                      astrovl_image *image, astrovl_error *err) {
-    size_t step = (size_t)(png->depth * png->n_channels + 7) / 8;
-    int i;
-    for (i = 0; i < n_passes; i++) {
-        const avl__png_pass *p = &passes[i];
-        size_t n = (size_t)p->row_bytes;
-        uint8_t *up = NULL;
-        uint32_t y;
-        for (y = 0; y < p->height; y++, up = raw + 1, raw += n + 1) {
-            if (!avl__png_unfilter(raw + 1, up, n, step, raw[0]))
-                return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: row %lld has filter %d, which does not exist",
-                                 (long long)y, raw[0]);
-            avl__png_row(png, raw + 1, p->width, image->rgb + avl__image_at(image, (int)p->x, (int)(p->y + y * p->dy)),
-                         3 * (size_t)p->dx);
+    png->rows = (uint8_t *)avl__alloc_raw(row_bytes + size, 1);
+    if (!png->rows) return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory");
+    memset(png->rows, 0, (size_t)row_bytes);   // stands for the row above a pass's first one
+    row = png->rows + row_bytes;
+    png->inflate.in = png->idat;
+    png->inflate.n_in = png->idat_size;
+    png->inflate.out = row;
+    png->inflate.n_out = (size_t)size;
+    problem = avl__inflate_run(&png->inflate);
+    if (problem)
+        return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT,
+                         "PNG: the compressed data %s, about byte %lld of %lld in the IDAT chunks", problem,
+                         (long long)png->inflate.at, (long long)png->idat_size);
+    status = avl__image_new(png->in.image, (int)png->width, (int)png->height, png->in.err);
+    for (i = first; i < end && !status; i++) {
+        avl__png_pass p = avl__png_pass_new(png, i);
+        size_t n = (size_t)p.row_bytes, step = (size_t)(png->depth * png->n_channels + 7) / 8;
+        const uint8_t *up = png->rows;
+        for (y = 0; y < p.height; y++, up = row, row += n) {
+            uint8_t *rgb = avl__image_pixel(png->in.image, (int)p.x, (int)(p.y + y * p.dy));
+            if (row[0] > 4)
+                return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT, "PNG: row %lld has filter %d, which does not exist",
+                                 (long long)y, row[0]);
+            avl__png_unfilter(row + 1, up + 1, n - 1, step, row[0]);
+            avl__png_row(png, row + 1, p.width, rgb, 3 * (size_t)p.dx);
         }
     }
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__png_decode_in(avl__png *png, uint64_t max_pixels, astrovl_image *image, astrovl_error *err) {
-    avl__png_pass passes[7];
-    uint8_t *raw = NULL;
-    int n_passes;
-    astrovl_status status = avl__png_chunks(png, max_pixels, err);
-    if (status) return status;
-    if (png->color == 3 && !png->has_palette)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNG: an image of colour type 3 lacks its palette (chunk PLTE)");
-    n_passes = avl__png_passes(png, passes);
-    status = avl__png_inflate(png, passes, n_passes, &raw, err);
-    astrovl_free(png->idat);
-    png->idat = NULL;
-    if (!status) status = avl__image_new(image, (int)png->width, (int)png->height, err);
-    if (!status) status = avl__png_pixels(png, passes, n_passes, raw, image, err);
-    if (!status) image->orientation = png->orientation;
-    astrovl_free(raw);
+    png->in.image->orientation = png->orientation;
     return status;
 }
 
-static astrovl_status avl__png_decode(const uint8_t *data, size_t size, uint64_t max_pixels, astrovl_image *image,
-                                      astrovl_error *err) {
+static astrovl_status avl__png_decode(const avl__image_file *in) {
     avl__png *png = (avl__png *)avl__alloc(1, sizeof *png);
     astrovl_status status;
-    if (!png) return avl__fail(err, ASTROVL_ERROR_MEMORY, "PNG: out of memory");
-    png->data = data;
-    png->size = size;
+    if (!png) return avl__fail(in->err, ASTROVL_ERROR_MEMORY, "PNG: out of memory");
+    png->in = *in;
     png->orientation = 1;
-    avl__png_make_crc_table(png);
-    status = avl__png_decode_in(png, max_pixels, image, err);
+    status = avl__png_chunks(png);
+    if (!status && png->color == 3 && !png->has_palette)
+        status = avl__fail(in->err, ASTROVL_ERROR_FORMAT, "PNG: an image of color type 3 lacks its palette (PLTE)");
+    if (!status) status = avl__png_pixels(png);
     astrovl_free(png->idat);
+    astrovl_free(png->rows);
     astrovl_free(png);
     return status;
 }
 
 // ---- PNM ----------------------------------------------------------------------------------------------------------
-// P1 to P3 are text, P4 to P6 binary; bitmap, gray, colour. As Pillow scales them: samples up to maxval become
-// round(sample / maxval * 255), halves to even; gray with maxval above 255 becomes round(sample / maxval * 65535) and
-// is then clipped at 255, so that such files come out nearly white. A comment (# to the end of its line) counts as
-// white space.
-
-typedef struct avl__pnm {
-    const uint8_t *data;
-    size_t         size, at;
-    int            kind;            // 1 to 6
-    uint32_t       width, height, maxval;
-} avl__pnm;
+// P5 (gray) and P6 (RGB), binary, with 8 bits per sample: maxval 255.
 
 static int avl__is_space(int c) { return c == ' ' || (c >= 9 && c <= 13); }
 
-static void avl__pnm_skip_space(avl__pnm *p) {
-    for (; p->at < p->size && (avl__is_space(p->data[p->at]) || p->data[p->at] == '#'); p->at++)
-        if (p->data[p->at] == '#')
-            while (p->at + 1 < p->size && p->data[p->at] != '\n' && p->data[p->at] != '\r') p->at++;
-}
-
-// A decimal number from 0 to limit, and what ends it: white space, a comment or the file's end.
-static astrovl_status avl__pnm_number(avl__pnm *p, uint32_t limit, uint32_t *value, astrovl_error *err) {
-    uint64_t v = 0;
-    size_t start;
-    avl__pnm_skip_space(p);
-    if (p->at == p->size)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the file ends at byte %lld where a number should be",
-                         (long long)p->at);
-    for (start = p->at; p->at < p->size && p->data[p->at] >= '0' && p->data[p->at] <= '9'; p->at++) {
-        v = v * 10 + (uint64_t)(p->data[p->at] - '0');
-        if (v > limit)
-            return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: the number at byte %lld is above %lld", (long long)start,
-                             (long long)limit);
-    }
-    if (p->at == start || (p->at < p->size && !avl__is_space(p->data[p->at]) && p->data[p->at] != '#'))
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %lld is not part of a number", (long long)p->at);
-    *value = (uint32_t)v;
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__pnm_header(avl__pnm *p, uint64_t max_pixels, astrovl_error *err) {
-    // the least that a pixel takes; a text sample takes a byte
-    static const uint8_t bits[7] = {0, 1, 8, 24, 1, 8, 24};
-    int is_bitmap = p->kind == 1 || p->kind == 4;
-    uint64_t row_bytes;
-    astrovl_status status = avl__pnm_number(p, INT_MAX, &p->width, err);
-    if (!status) status = avl__pnm_number(p, INT_MAX, &p->height, err);
-    p->maxval = 1;
-    if (!status && !is_bitmap) status = avl__pnm_number(p, 65535, &p->maxval, err);
-    if (!status) status = avl__image_check_size("PNM", p->width, p->height, max_pixels, err);
-    if (status) return status;
-    if (p->maxval == 0) return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: maxval is 0");
-    if (p->kind >= 4 && p->at < p->size) {   // one character of white space, or a comment, ends a binary file's header
-        if (p->data[p->at] == '#')
-            while (p->at + 1 < p->size && p->data[p->at] != '\n' && p->data[p->at] != '\r') p->at++;
-        p->at++;
-    }
-    row_bytes = p->kind == 1 ? p->width : ((uint64_t)p->width * bits[p->kind] * (p->kind > 4 &&
-                                                                                 p->maxval > 255 ? 2 : 1) + 7) / 8;
-    if (p->height > (p->size - p->at) / row_bytes)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: %lld bytes after the header cannot hold %lld x %lld pixels",
-                         (long long)(p->size - p->at),
-                         (long long)p->width, (long long)p->height);
-    return ASTROVL_OK;
-}
-
-// round(sample / maxval * top) in double, halves to even as Python rounds, then clipped to 8 bits.
-static uint8_t avl__pnm_scale(uint32_t sample, uint32_t maxval, double top) {
-    double v = (double)sample / (double)maxval * top;
-    uint32_t floor_v = (uint32_t)v;
-    double rest = v - (double)floor_v;
-    if (rest > 0.5 || (rest == 0.5 && (floor_v & 1))) floor_v++;
-    return (uint8_t)(floor_v > 255 ? 255 : floor_v);
-}
-
-static astrovl_status avl__pnm_bits(avl__pnm *p, astrovl_image *image, astrovl_error *err) {   // P1, P4: 1 is black
-    int x, y;
-    for (y = 0; y < image->height; y++) {
-        unsigned char *rgb = image->rgb + avl__image_at(image, 0, y);
-        for (x = 0; x < image->width; x++, rgb += 3) {
-            int bit;
-            if (p->kind == 4) bit = p->data[p->at + (size_t)x / 8] >> (7 - x % 8) & 1;
-            else {
-                avl__pnm_skip_space(p);
-                if (p->at == p->size || (p->data[p->at] != '0' && p->data[p->at] != '1'))
-                    return avl__fail(err, ASTROVL_ERROR_FORMAT, "PNM: byte %lld is neither 0 nor 1", (long long)p->at);
-                bit = p->data[p->at++] == '1';
-            }
-            memset(rgb, bit ? 0 : 255, 3);
-        }
-        if (p->kind == 4) p->at += ((size_t)image->width + 7) / 8;
-    }
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__pnm_samples(avl__pnm *p, astrovl_image *image, astrovl_error *err) {   // P2, P3, P5, P6
-    int n_channels = p->kind == 3 || p->kind == 6 ? 3 : 1, is_wide = p->maxval > 255, c;
-    double top = n_channels == 1 && is_wide ? 65535.0 : 255.0;
-    size_t i, n = (size_t)image->width * (size_t)image->height;
-    for (i = 0; i < n; i++) {
-        unsigned char *rgb = image->rgb + 3 * i;
-        for (c = 0; c < n_channels; c++) {
-            uint32_t v;
-            if (p->kind <= 3) {
-                astrovl_status status = avl__pnm_number(p, p->maxval, &v, err);
-                if (status) return status;
-            } else {
-                v = is_wide ? avl__load_u16be(p->data + p->at) : p->data[p->at];
-                p->at += is_wide ? 2 : 1;
-            }
-            rgb[c] = p->maxval == 255 ? (uint8_t)v : avl__pnm_scale(v, p->maxval, top);
-        }
-        if (n_channels == 1) rgb[1] = rgb[2] = rgb[0];
-    }
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__pnm_decode(const uint8_t *data, size_t size, uint64_t max_pixels, astrovl_image *image,
-                                      astrovl_error *err) {
-    avl__pnm p;
+static astrovl_status avl__pnm_decode(const avl__image_file *in) {
+    const uint8_t *p = in->data;
+    size_t n_channels = p[1] == '6' ? 3 : 1, at = 2, n, i;
+    uint32_t header[3] = {0, 0, 0};   // width, height, maxval
     astrovl_status status;
-    memset(&p, 0, sizeof p);
-    p.data = data;
-    p.size = size;
-    p.kind = data[1] - '0';
-    p.at = 2;
-    status = avl__pnm_header(&p, max_pixels, err);
-    if (!status) status = avl__image_new(image, (int)p.width, (int)p.height, err);
+    for (i = 0; i < 3; i++) {
+        while (at < in->size && (avl__is_space(p[at]) || p[at] == '#'))   // a comment runs from # to its line's end
+            if (p[at++] == '#')
+                while (at < in->size && p[at] != '\n' && p[at] != '\r') at++;
+        for (; at < in->size && p[at] >= '0' && p[at] <= '9' && header[i] < 100000000; at++)
+            header[i] = header[i] * 10 + (uint32_t)(p[at] - '0');
+        if (at == in->size || (!avl__is_space(p[at]) && (p[at] != '#' || i == 2)))
+            return avl__fail(in->err, ASTROVL_ERROR_FORMAT,
+                             "PNM: at byte %lld: not a number of the header (width, height, maxval)", (long long)at);
+    }
+    at++;
+    if (header[2] != 255)
+        return avl__fail(in->err, ASTROVL_ERROR_UNSUPPORTED, "PNM: maxval %d is not supported, only 255",
+                         (int)header[2]);
+    status = avl__image_check_size(in, "PNM", header[0], header[1]);
     if (status) return status;
-    return p.kind == 1 || p.kind == 4 ? avl__pnm_bits(&p, image, err) : avl__pnm_samples(&p, image, err);
+    if ((uint64_t)header[0] * header[1] > (in->size - at) / n_channels)
+        return avl__fail(in->err, ASTROVL_ERROR_FORMAT, "PNM: %lld bytes after the header cannot hold %d x %d pixels",
+                         (long long)(in->size - at), (int)header[0], (int)header[1]);
+    status = avl__image_new(in->image, (int)header[0], (int)header[1], in->err);
+    if (status) return status;
+    n = (size_t)header[0] * header[1];
+    if (n_channels == 3) memcpy(in->image->rgb, p + at, 3 * n);
+    else
+        for (i = 0; i < n; i++) memset(in->image->rgb + 3 * i, p[at + i], 3);
+    return ASTROVL_OK;
 }
 
-// ---- JPEG: bits and Huffman codes ---------------------------------------------------------------------------------
-// Huffman-coded baseline, extended and progressive files of 8 bits. What libjpeg's default decoder computes in
-// integers is computed here in the same integers: inverse DCT "islow", triangle ("fancy") upsampling, YCbCr to RGB in
-// 16-bit fixed point. Damaged or missing scan data is an error (libjpeg fills in gray); junk between segments is
-// skipped.
-
-#define AVL__JPEG_FAST 9         // codes up to this many bits are found by one look-up
-#define AVL__JPEG_MAX_SCANS 256  // real files have about ten; each one visits the whole image
-
-typedef struct avl__jpeg_code {
-    uint16_t fast[1 << AVL__JPEG_FAST];   // by the next bits: code length * 256 + symbol, or 0: a longer code, or none
-    uint8_t  count[17];                   // codes of each length
-    uint8_t  symbol[256];                 // in the order of their codes
-    int      is_defined;
-} avl__jpeg_code;
+// ---- JPEG: bits ---------------------------------------------------------------------------------------------------
+// Huffman-coded baseline, extended and progressive files of 8 bits, in the integer arithmetic of libjpeg's default
+// decoder: inverse DCT "islow", triangle ("fancy") upsampling, YCbCr to RGB in 16-bit fixed point. Damaged or missing
+// scan data is an error (libjpeg fills in gray); junk between segments is skipped.
 
 typedef struct avl__jpeg_component {
-    int      id, h, v;                    // sampling factors: blocks per MCU
-    int      table;                       // number of its quantisation table
-    int      is_latched;                  // quant is set: it is the table as of the component's first scan
-    uint16_t quant[64];                   // in zigzag order, as the file has it
+    int      id, h, v;                    // h, v: sampling factors, blocks of an MCU across and down
+    int      table;                       // number of its quantization table
+    uint16_t quant[64];                   // that table as of the component's first scan; quant[0] is 0 until then
     int      width, height;               // samples
     int      blocks_x, blocks_y;          // blocks that hold samples
-    int      stride;                      // blocks in a stored row: whole MCUs
+    size_t   stride;                      // blocks in a stored row: whole MCUs
     uint8_t *samples;                     // [8 * rows of blocks][8 * stride]
     int16_t *coefficients;                // progressive: [rows of blocks][stride][64], natural order
-    const avl__jpeg_code *dc, *ac;        // of the current scan
+    const avl__huffman *dc, *ac;          // of the current scan
     int      predicted;                   // DC value of the block before
 } avl__jpeg_component;
 
 typedef struct avl__jpeg {
-    const uint8_t *data;
-    size_t         size, at;
+    avl__image_file in;
     uint64_t       bits;                  // the highest bit is next
     int            n_bits, n_invented;    // valid bits; how many were added as zeros because the data ended
     int            width, height, n_components, is_progressive, max_h, max_v, mcus_x, mcus_y;
     avl__jpeg_component component[4];
     avl__jpeg_component *scan[4];         // the current scan's components
     int            n_scan, first, last, high, low;   // and its coefficients and bit positions (Ss, Se, Ah, Al)
-    int            end_of_band;           // progressive: blocks without further coefficients still to come (EOBRUN)
+    int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
     int            restart_interval, n_scans;
-    int            has_jfif, adobe_transform;        // -1: no Adobe marker
-    int            orientation;
-    int            has_table[4];
-    uint16_t       table[4][64];
-    avl__jpeg_code code[2][4];            // DC, AC
+    int            orientation, has_jfif, adobe_transform;   // -1: no Adobe marker
+    uint8_t       *rows;                  // scratch of avl__jpeg_pixels, [4][width + 8]; a row has up to width + 3
+    uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
+    avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
 
 static const uint8_t avl__zigzag[64] = {   // natural index of the k-th coefficient in the file
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48,
-    41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
-    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21,
+    28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54,
+    47, 55, 62, 63};
 
-static astrovl_status avl__jpeg_fail(const avl__jpeg *j, astrovl_status status, const char *what, astrovl_error *err) {
-    return avl__fail(err, status, "JPEG: at byte %lld: %s", (long long)j->at, what);
+static astrovl_status avl__jpeg_fail(const avl__jpeg *j, astrovl_status status, const char *what) {
+    return avl__fail(j->in.err, status, "JPEG: at byte %lld: %s", (long long)j->in.at, what);
 }
 
 // Afterwards at least 32 bits are there. FF 00 in the data stands for FF; FF and anything else is a marker, which
 // ends it: from there on zeros are invented, and counted.
 static void avl__jpeg_refill(avl__jpeg *j) {
-    while (j->n_bits <= 32 && j->size - j->at >= 4) {
-        uint32_t x = avl__load_u32be(j->data + j->at);
+    const uint8_t *data = j->in.data;
+    while (j->n_bits <= 32 && j->in.size - j->in.at >= 4) {
+        uint32_t x = avl__load_u32be(data + j->in.at);
         if ((x & ~(x + 0x01010101u)) & 0x80808080u)
             break;   // perhaps an FF: a byte with its high bit set that loses it by + 1
         j->bits |= (uint64_t)x << (32 - j->n_bits);
         j->n_bits += 32;
-        j->at += 4;
+        j->in.at += 4;
     }
     while (j->n_bits <= 56) {
+        size_t at = j->in.at;
         uint64_t byte = 0;
-        if (j->at < j->size && (j->data[j->at] != 0xFF || (j->size - j->at > 1 && j->data[j->at + 1] == 0))) {
-            byte = j->data[j->at];
-            j->at += byte == 0xFF ? 2 : 1;
+        if (at < j->in.size && (data[at] != 0xFF || (j->in.size - at > 1 && data[at + 1] == 0))) {
+            byte = data[at];
+            j->in.at += byte == 0xFF ? 2 : 1;
         } else j->n_invented += 8;
         j->bits |= byte << (56 - j->n_bits);
         j->n_bits += 8;
     }
 }
 
-static unsigned avl__jpeg_bits(avl__jpeg *j, int n) {   // the next n <= 16 bits; refill made them ready
+static unsigned avl__jpeg_bits(avl__jpeg *j, int n) {   // the next n <= 16 bits, which refill made ready
     unsigned value = (unsigned)(j->bits >> 32 >> (32 - n));
     j->bits <<= n;
     j->n_bits -= n;
     return value;
 }
 
-static int avl__jpeg_overrun(const avl__jpeg *j) { return j->n_bits < j->n_invented; }   // were invented bits used?
-
-// T.81 annex C: codes of one length are consecutive and follow those of smaller length. Returns 0 if they do not fit.
-static int avl__jpeg_code_new(avl__jpeg_code *code, const uint8_t count[16], const uint8_t *symbols, int n) {
-    unsigned word = 0, i, k = 0, length;
-    memset(code, 0, sizeof *code);
-    memcpy(code->symbol, symbols, (size_t)n);
-    for (length = 1; length <= 16; length++, word *= 2) {
-        code->count[length] = count[length - 1];
-        for (i = 0; i < count[length - 1]; i++, word++, k++) {
-            unsigned shift = AVL__JPEG_FAST - length, fill;
-            if (word >> length) return 0;
-            if (length > AVL__JPEG_FAST) continue;
-            for (fill = 0; fill < 1u << shift; fill++)
-                code->fast[(word << shift) + fill] = (uint16_t)(length << 8 | code->symbol[k]);
-        }
-    }
-    code->is_defined = 1;
-    return 1;
-}
-
 // The next symbol, or -1 for a bit pattern that is no code.
-static int avl__jpeg_symbol(avl__jpeg *j, const avl__jpeg_code *code) {
-    unsigned entry = code->fast[j->bits >> (64 - AVL__JPEG_FAST)];
-    int length, word = 0, first = 0, index = 0;
-    if (entry) {
-        j->bits <<= entry >> 8;
-        j->n_bits -= (int)(entry >> 8);
-        return (int)(entry & 255);
-    }
-    for (length = 1; length <= 16; length++) {   // word: the bits so far; first: the smallest code of this length
-        word = word * 2 + (int)avl__jpeg_bits(j, 1);
-        if (word - first < code->count[length]) return code->symbol[index + word - first];
-        index += code->count[length];
-        first = (first + code->count[length]) * 2;
-    }
-    return -1;
+static int avl__jpeg_symbol(avl__jpeg *j, const avl__huffman *h) {
+    unsigned entry = h->fast[j->bits >> (64 - AVL__HUFFMAN_FAST)];
+    if (!entry) entry = avl__huffman_search(h, (uint32_t)(j->bits >> 48));
+    if (!entry) return -1;
+    j->bits <<= entry & 31;
+    j->n_bits -= (int)(entry & 31);
+    return (int)(entry >> 5);
 }
 
 // A signed number of n bits (T.81, F.2.2.1): those that begin with 0 stand for the negative ones.
@@ -4942,138 +4760,95 @@ static int avl__jpeg_signed(avl__jpeg *j, int n) {
 }
 
 // ---- JPEG: blocks of coefficients ---------------------------------------------------------------------------------
-// Each function reads one block of the current scan, and returns 0 if the data makes no sense.
+// A scan holds, for each block, the coefficients first to last in zigzag order, without their lowest `low` bits. A
+// sequential file has all 64 and all bits of a component in one scan; a progressive one sends bands, and later scans
+// that add one bit each (high = low + 1).
 
-// The DC value: the difference to the block before is stored.
-static int avl__jpeg_dc(avl__jpeg *j, avl__jpeg_component *c) {
-    int size;
-    avl__jpeg_refill(j);
-    size = avl__jpeg_symbol(j, c->dc);
-    if (size < 0 || size > 15) return 0;
-    c->predicted = (int16_t)(uint16_t)(c->predicted + avl__jpeg_signed(j, size));
-    return 1;
-}
-
-// Sequential files: the whole block (T.81, F.2.2), already multiplied by the quantisation table.
-static int avl__jpeg_block(avl__jpeg *j, avl__jpeg_component *c, int32_t block[64]) {
-    int k;
-    memset(block, 0, 64 * sizeof *block);
-    if (!avl__jpeg_dc(j, c)) return 0;
-    block[0] = c->predicted * c->quant[0];
-    for (k = 1; k < 64; k++) {
-        int symbol, size;
+// Reads a block's part of a band's first scan (T.81, F.2.2 and G.1.2). Returns 0 if the data makes no sense.
+static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
+    int k = j->first, symbol, size, run;
+    if (k == 0) {   // DC: the difference from the block before
         if (j->n_bits < 32) avl__jpeg_refill(j);
-        symbol = avl__jpeg_symbol(j, c->ac);
-        if (symbol < 0) return 0;
-        size = symbol & 15;
-        if (size == 0) {
-            if (symbol != 0xF0) break;   // end of block
-            k += 15;                     // sixteen zeros
-            continue;
-        }
-        k += symbol >> 4;
-        if (k > 63) return 0;
-        block[avl__zigzag[k]] = avl__jpeg_signed(j, size) * c->quant[k];
+        size = avl__jpeg_symbol(j, c->dc);
+        if (size < 0 || size > 15) return 0;
+        c->predicted = (int16_t)(uint16_t)(c->predicted + avl__jpeg_signed(j, size));
+        block[0] = (int16_t)(uint16_t)((unsigned)c->predicted << j->low);
+        k = 1;
     }
-    return 1;
-}
-
-static int avl__jpeg_dc_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
-    if (!avl__jpeg_dc(j, c)) return 0;
-    block[0] = (int16_t)(uint16_t)((unsigned)c->predicted << j->low);
-    return 1;
-}
-
-static int avl__jpeg_dc_refine(avl__jpeg *j, int16_t *block) {
-    avl__jpeg_refill(j);
-    if (avl__jpeg_bits(j, 1)) block[0] = (int16_t)(block[0] | 1 << j->low);
-    return 1;
-}
-
-// The length of a run of blocks that end here: 2^n plus n bits, n < 15; this block is not counted (T.81, G.1.2.2).
-static void avl__jpeg_read_end_of_band(avl__jpeg *j, int n) {
-    j->end_of_band = (1 << n) - 1 + (int)avl__jpeg_bits(j, n);
-}
-
-static int avl__jpeg_ac_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
-    int k;
     if (j->end_of_band > 0) {
         j->end_of_band--;
         return 1;
     }
-    for (k = j->first; k <= j->last; k++) {
-        int symbol, size, run;
+    for (; k <= j->last; k++) {   // AC: `run` zeros, then a number of `size` bits
         if (j->n_bits < 32) avl__jpeg_refill(j);
         symbol = avl__jpeg_symbol(j, c->ac);
         if (symbol < 0) return 0;
         size = symbol & 15;
         run = symbol >> 4;
-        if (size == 0 && run < 15) {
-            avl__jpeg_read_end_of_band(j, run);
+        if (size == 0 && run < 15) {   // the band ends here, and so it does in the next 2^run - 1 + (`run` bits) blocks
+            j->end_of_band = (1 << run) - 1 + (int)avl__jpeg_bits(j, run);
             break;
         }
         k += run;
-        if (size == 0) continue;
+        if (size == 0) continue;   // sixteen zeros
         if (k > j->last) return 0;
         block[avl__zigzag[k]] = (int16_t)(uint16_t)((unsigned)avl__jpeg_signed(j, size) << j->low);
     }
     return 1;
 }
 
-// One more bit for each coefficient that is already known to be non-zero: it moves it away from zero.
-static void avl__jpeg_refine(avl__jpeg *j, int16_t *coefficient) {
+// Reads a block's part of a later scan. Coefficients that are known to be non-zero get one more bit; among them, in AC
+// bands, stand the new ones, which are +1 or -1 at this bit (T.81, G.1.2.3). Returns 0 if the data makes no sense.
+static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
+    int k = j->first, bit = 1 << j->low, symbol, n_zeros, value;
     if (j->n_bits < 32) avl__jpeg_refill(j);
-    if (avl__jpeg_bits(j, 1) && !((*coefficient < 0 ? -*coefficient : *coefficient) >> j->low & 1))
-        *coefficient = (int16_t)(*coefficient + (*coefficient < 0 ? -(1 << j->low) : 1 << j->low));
-}
-
-// Between the new coefficients, which all are +1 or -1 at this bit, the known ones get their bit (T.81, G.1.2.3).
-static int avl__jpeg_ac_refine(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
-    int k = j->first;
-    while (k <= j->last && j->end_of_band == 0) {
-        int symbol, run, value = 0;
-        if (j->n_bits < 32) avl__jpeg_refill(j);
-        symbol = avl__jpeg_symbol(j, c->ac);
-        if (symbol < 0 || (symbol & 15) > 1) return 0;
-        run = symbol >> 4;
-        if (symbol & 15) value = avl__jpeg_bits(j, 1) ? 1 << j->low : -(1 << j->low);
-        else if (run < 15) {
-            avl__jpeg_read_end_of_band(j, run);
-            j->end_of_band++;   // this block's rest is part of it
-            break;
-        }
-        for (; k <= j->last; k++) {   // passes `run` zeros, then stands on the zero that becomes `value`
-            int16_t *coefficient = &block[avl__zigzag[k]];
-            if (*coefficient) avl__jpeg_refine(j, coefficient);
-            else if (run-- == 0) {
-                *coefficient = (int16_t)value;
-                k++;
-                break;
+    if (k == 0) {
+        if (avl__jpeg_bits(j, 1)) block[0] = (int16_t)(block[0] | bit);
+        return 1;
+    }
+    while (k <= j->last) {
+        n_zeros = 64;   // to pass before `value`; 64: no new coefficient in this block
+        value = 0;
+        if (j->end_of_band == 0) {
+            if (j->n_bits < 32) avl__jpeg_refill(j);
+            symbol = avl__jpeg_symbol(j, c->ac);
+            if (symbol < 0 || (symbol & 15) > 1) return 0;
+            n_zeros = symbol >> 4;
+            if (symbol & 15) value = avl__jpeg_bits(j, 1) ? bit : -bit;
+            else if (n_zeros < 15) {
+                j->end_of_band = (1 << n_zeros) + (int)avl__jpeg_bits(j, n_zeros);
+                n_zeros = 64;
             }
         }
+        for (; k <= j->last && n_zeros >= 0; k++) {
+            int16_t *known = &block[avl__zigzag[k]];
+            if (*known == 0) {
+                if (n_zeros-- == 0) *known = (int16_t)value;
+                continue;
+            }
+            if (j->n_bits < 32) avl__jpeg_refill(j);
+            if (avl__jpeg_bits(j, 1) && !((*known < 0 ? -*known : *known) & bit))   // moves away from zero
+                *known = (int16_t)(*known < 0 ? *known - bit : *known + bit);
+        }
     }
-    if (j->end_of_band > 0) {
-        for (; k <= j->last; k++)
-            if (block[avl__zigzag[k]]) avl__jpeg_refine(j, &block[avl__zigzag[k]]);
-        j->end_of_band--;
-    }
+    if (j->end_of_band > 0) j->end_of_band--;
     return 1;
 }
 
 // ---- JPEG: inverse DCT --------------------------------------------------------------------------------------------
 // Loeffler, Ligtenberg and Moschytz (ICASSP 1989): 11 multiplications for 8 points. Columns, then rows; constants
-// have 13 fractional bits, the values in between 2. Sums are unsigned, so that hostile coefficients wrap around
-// instead of overflowing.
+// have 13 fractional bits, the values in between 2. Unsigned, so that hostile coefficients wrap around.
 
-// out[i * 8], i = 0..7: the inverse DCT of in[0], in[8], ... in[56], times 2^13 sqrt(8)
-static void avl__idct_8(const int32_t *in, uint32_t out[8]) {
+// out[i], i = 0..7: the inverse DCT of in[0], in[8], ... in[56], times 2^13 sqrt(8), rounded to units of 2^n_bits
+static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
     uint32_t x0 = (uint32_t)in[0], x1 = (uint32_t)in[8], x2 = (uint32_t)in[16], x3 = (uint32_t)in[24];
     uint32_t x4 = (uint32_t)in[32], x5 = (uint32_t)in[40], x6 = (uint32_t)in[48], x7 = (uint32_t)in[56];
+    uint32_t half = 1u << (n_bits - 1);
     // even half: a rotation by 3 pi / 8 of (x2, x6), and butterflies
     uint32_t r = (x2 + x6) * 4433u;                  // 0.541196100
     uint32_t s2 = r - x6 * 15137u;                   // 1.847759065
     uint32_t s3 = r + x2 * 6270u;                    // 0.765366865
-    uint32_t s0 = (x0 + x4) << 13, s1 = (x0 - x4) << 13;
+    uint32_t s0 = ((x0 + x4) << 13) + half, s1 = ((x0 - x4) << 13) + half;
     uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
     // odd half
     uint32_t t = (x7 + x3 + x5 + x1) * 9633u;        // 1.175875602
@@ -5085,151 +4860,136 @@ static void avl__idct_8(const int32_t *in, uint32_t out[8]) {
     uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
     uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
     uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
-    out[0] = e0 + o0;
-    out[7] = e0 - o0;
-    out[1] = e1 + o1;
-    out[6] = e1 - o1;
-    out[2] = e2 + o2;
-    out[5] = e2 - o2;
-    out[3] = e3 + o3;
-    out[4] = e3 - o3;
+    int i;
+    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // very common, and faster than the sums
+        for (i = 0; i < 8; i++) out[i] = (int32_t)s0 >> n_bits;
+        return;
+    }
+    out[0] = (int32_t)(e0 + o0) >> n_bits;
+    out[7] = (int32_t)(e0 - o0) >> n_bits;
+    out[1] = (int32_t)(e1 + o1) >> n_bits;
+    out[6] = (int32_t)(e1 - o1) >> n_bits;
+    out[2] = (int32_t)(e2 + o2) >> n_bits;
+    out[5] = (int32_t)(e2 - o2) >> n_bits;
+    out[3] = (int32_t)(e3 + o3) >> n_bits;
+    out[4] = (int32_t)(e3 - o3) >> n_bits;
 }
 
-static int32_t avl__idct_round(uint32_t x, int n) { return (int32_t)(x + (1u << (n - 1))) >> n; }
+static uint8_t avl__clip8(int32_t x) { return (uint8_t)((uint32_t)x <= 255 ? x : x < 0 ? 0 : 255); }
 
-static uint8_t avl__clip8(int32_t x) { return (uint8_t)(x < 0 ? 0 : x > 255 ? 255 : x); }
-
-// block: [8][8] coefficients, natural order, multiplied by the quantisation table;   out: 8 rows, `stride` bytes apart
-static void avl__idct(const int32_t block[64], uint8_t *out, size_t stride) {
-    int32_t columns[64];   // after the first pass, transposed
-    uint32_t sums[8];
-    int x, y, i;
-    for (x = 0; x < 8; x++) {
-        const int32_t *in = block + x;
-        if (!(in[8] | in[16] | in[24] | in[32] | in[40] | in[48] | in[56])) {   // very common: a constant column
-            for (i = 0; i < 8; i++) columns[x * 8 + i] = (int32_t)((uint32_t)in[0] << 2);
-            continue;
-        }
-        avl__idct_8(in, sums);
-        for (i = 0; i < 8; i++) columns[x * 8 + i] = avl__idct_round(sums[i], 13 - 2);
-    }
-    for (y = 0; y < 8; y++, out += stride) {
-        avl__idct_8(columns + y, sums);
-        for (i = 0; i < 8; i++) out[i] = avl__clip8(avl__idct_round(sums[i], 13 + 2 + 3) + 128);
+// Block (x, y) of a component: coefficients, [8][8] in natural order, to samples.
+static void avl__jpeg_transform(avl__jpeg_component *c, int x, int y, const int16_t block[64]) {
+    uint8_t *out = c->samples + ((size_t)y * c->stride * 8 + (size_t)x) * 8;
+    int32_t values[64], columns[64], row[8];   // columns: after the first pass, transposed
+    int i, k;
+    for (i = 0; i < 64; i++) values[i] = block[i] * c->quant[i];
+    for (k = 0; k < 8; k++) avl__idct_8(values + k, 13 - 2, columns + 8 * k);
+    for (k = 0; k < 8; k++, out += c->stride * 8) {
+        avl__idct_8(columns + k, 13 + 2 + 3, row);
+        for (i = 0; i < 8; i++) out[i] = avl__clip8(row[i] + 128);
     }
 }
 
 // ---- JPEG: segments and scans -------------------------------------------------------------------------------------
+// p, size: a segment's contents, after its marker and length
 
-static astrovl_status avl__jpeg_quantisation(avl__jpeg *j, const uint8_t *p, size_t size, astrovl_error *err) {   // DQT
-    while (size > 0) {
-        int is_wide = p[0] >> 4, number = p[0] & 15, i;
-        size_t bytes = is_wide ? 129 : 65;
-        if (is_wide > 1 || number > 3 || size < bytes)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken quantisation table (DQT)", err);
-        for (i = 0; i < 64; i++) j->table[number][i] = is_wide ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
-        j->has_table[number] = 1;
-        p += bytes;
-        size -= bytes;
-    }
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t size, astrovl_error *err) {   // DHT
-    while (size > 0) {
-        size_t n = 0;
-        int i;
-        for (i = 1; i <= 16 && size >= 17; i++) n += p[i];
-        if (size < 17 + n || n > 256 || p[0] >> 4 > 1 || (p[0] & 15) > 3 ||
-            !avl__jpeg_code_new(&j->code[p[0] >> 4][p[0] & 3], p + 1, p + 17, (int)n))
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)", err);
-        p += 17 + n;
-        size -= 17 + n;
-    }
-    return ASTROVL_OK;
-}
-
-// The components' sizes in blocks and their memory. A block takes at least one bit of a scan, so a small file that
-// claims to be a huge image is found out first.
-static astrovl_status avl__jpeg_allocate(avl__jpeg *j, astrovl_error *err) {
-    uint64_t n_blocks = 0;
+static astrovl_status avl__jpeg_quantization(avl__jpeg *j, const uint8_t *p, size_t size) {   // DQT
+    size_t n_bytes;
     int i;
-    j->mcus_x = (j->width - 1) / (8 * j->max_h) + 1;
-    j->mcus_y = (j->height - 1) / (8 * j->max_v) + 1;
-    for (i = 0; i < j->n_components; i++) {
-        avl__jpeg_component *c = &j->component[i];
-        c->width = (j->width * c->h + j->max_h - 1) / j->max_h;
-        c->height = (j->height * c->v + j->max_v - 1) / j->max_v;
-        c->blocks_x = (c->width + 7) / 8;
-        c->blocks_y = (c->height + 7) / 8;
-        c->stride = j->mcus_x * c->h;
-        n_blocks += (uint64_t)c->blocks_x * (uint64_t)c->blocks_y;
-    }
-    if (n_blocks > 8 * (uint64_t)j->size)
-        return avl__fail(err, ASTROVL_ERROR_FORMAT, "JPEG: %lld bytes cannot hold %d x %d pixels", (long long)j->size,
-                         j->width, j->height);
-    for (i = 0; i < j->n_components; i++) {
-        avl__jpeg_component *c = &j->component[i];
-        uint64_t blocks = (uint64_t)c->stride * (uint64_t)(j->mcus_y * c->v);
-        c->samples = (uint8_t *)avl__alloc_raw(blocks, 64);
-        if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc(blocks, 64 * sizeof(int16_t));
-        if (!c->samples || (j->is_progressive && !c->coefficients))
-            return avl__fail(err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory for %d x %d pixels", j->width, j->height);
+    for (; size > 0; p += n_bytes, size -= n_bytes) {
+        int is_wide = p[0] >> 4, number = p[0] & 15;
+        n_bytes = is_wide ? 129 : 65;
+        if (is_wide > 1 || number > 3 || size < n_bytes)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken quantization table (DQT)");
+        for (i = 0; i < 64; i++)
+            j->table[number][avl__zigzag[i]] = is_wide ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
     }
     return ASTROVL_OK;
 }
 
-static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p, size_t size, uint64_t max_pixels,
-                                      astrovl_error *err) {   // SOF
-    int i;
+static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t size) {   // DHT
+    size_t n, i;
+    for (; size > 0; p += 17 + n, size -= 17 + n) {
+        avl__huffman *h = &j->code[p[0] >> 4 & 1][p[0] & 3];
+        for (n = 0, i = 1; i <= 16 && size >= 17; i++) {
+            h->count[i] = p[i];
+            n += p[i];
+        }
+        if (size < 17 + n || n > 256 || p[0] >> 4 > 1 || (p[0] & 15) > 3)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)");
+        for (i = 0; i < n; i++) h->symbol[i] = p[17 + i];
+        if (!avl__huffman_build(h, 0)) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)");
+    }
+    return ASTROVL_OK;
+}
+
+// SOF: the image's size and components. Allocates the components' memory; a block takes at least one bit of a scan, so
+// a small file that claims to be a huge image is refused first.
+static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
+    avl__jpeg_component *c, *end;
     astrovl_status status;
     if (marker >= 0xC9)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "arithmetic coding is not supported, only Huffman", err);
+        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "arithmetic coding is not supported, only Huffman");
     if (marker > 0xC2)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "lossless and hierarchical coding are not supported", err);
-    if (j->n_components) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a second frame (SOF)", err);
+        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "lossless and hierarchical coding are not supported");
+    if (j->n_components) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a second frame (SOF)");
     if (size < 6 || size != 6 + 3 * (size_t)p[5])
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) of wrong length", err);
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) of wrong length");
     if (p[0] != 8)
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d bits per sample are not supported, only 8", p[0]);
+        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d bits per sample are not supported", p[0]);
     if (p[5] != 1 && p[5] != 3 && p[5] != 4)
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d components are not supported, only 1, 3 or 4", p[5]);
+        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d components are not supported", p[5]);
     j->height = avl__load_u16be(p + 1);
     j->width = avl__load_u16be(p + 3);
     if (j->height == 0 && j->width > 0)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED,
-                              "the height is left to a DNL marker, which is not supported", err);
-    status = avl__image_check_size("JPEG", (uint32_t)j->width, (uint32_t)j->height, max_pixels, err);
+        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "a height that a DNL marker gives is not supported");
+    status = avl__image_check_size(&j->in, "JPEG", (uint32_t)j->width, (uint32_t)j->height);
     if (status) return status;
     j->is_progressive = marker == 0xC2;
     j->n_components = p[5];
     j->max_h = j->max_v = 1;
-    for (i = 0, p += 6; i < j->n_components; i++, p += 3) {
-        avl__jpeg_component *c = &j->component[i];
+    end = j->component + j->n_components;
+    for (c = j->component, p += 6; c < end; c++, p += 3) {
         c->id = p[0];
         c->h = p[1] >> 4;
         c->v = p[1] & 15;
         c->table = p[2];
         if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4 || c->table > 3)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) with a broken component", err);
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) with a broken component");
         if (c->h > j->max_h) j->max_h = c->h;
         if (c->v > j->max_v) j->max_v = c->v;
     }
-    for (i = 0; i < j->n_components; i++)
-        if (j->max_h % j->component[i].h || j->max_v % j->component[i].v)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED,
-                                  "sampling factors that are no whole multiples are not supported", err);
-    return avl__jpeg_allocate(j, err);
+    j->mcus_x = (j->width - 1) / (8 * j->max_h) + 1;
+    j->mcus_y = (j->height - 1) / (8 * j->max_v) + 1;
+    for (c = j->component; c < end; c++) {
+        uint64_t n_stored = (uint64_t)(j->mcus_x * c->h) * (uint64_t)(j->mcus_y * c->v);
+        if (j->max_h % c->h || j->max_v % c->v)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "sampling factors are not whole multiples");
+        c->width = (j->width * c->h + j->max_h - 1) / j->max_h;
+        c->height = (j->height * c->v + j->max_v - 1) / j->max_v;
+        c->blocks_x = (c->width + 7) / 8;
+        c->blocks_y = (c->height + 7) / 8;
+        c->stride = (size_t)(j->mcus_x * c->h);
+        if ((uint64_t)c->blocks_x * (uint64_t)c->blocks_y > 8 * (uint64_t)j->in.size)
+            return avl__fail(j->in.err, ASTROVL_ERROR_FORMAT, "JPEG: %lld bytes cannot hold %d x %d pixels",
+                             (long long)j->in.size, j->width, j->height);
+        c->samples = (uint8_t *)avl__alloc_raw(n_stored, 64);
+        if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc(n_stored, 64 * sizeof(int16_t));
+        if (!c->samples || (j->is_progressive && !c->coefficients))
+            return avl__jpeg_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
+    }
+    j->rows = (uint8_t *)avl__alloc_raw(4, (size_t)j->width + 8);
+    return j->rows ? ASTROVL_OK : avl__jpeg_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
 }
 
 // SOS: which components and coefficients come next, with which codes.
-static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size_t size, astrovl_error *err) {
+static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size_t size) {
     int i, k, n = size ? p[0] : 0, n_blocks = 0;
-    if (j->n_components == 0)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) before the frame (SOF)", err);
+    if (j->n_components == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) before the frame (SOF)");
     if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) of wrong length", err);
-    if (++j->n_scans > AVL__JPEG_MAX_SCANS) return avl__jpeg_fail(j, ASTROVL_ERROR_LIMIT, "too many scans", err);
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) of wrong length");
+    if (++j->n_scans > 256)   // files have about ten, and each scan visits the whole image
+        return avl__jpeg_fail(j, ASTROVL_ERROR_LIMIT, "too many scans");
     j->n_scan = n;
     j->first = j->is_progressive ? p[1 + 2 * n] : 0;
     j->last = j->is_progressive ? p[2 + 2 * n] : 63;
@@ -5237,7 +4997,7 @@ static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size
     j->low = j->is_progressive ? p[3 + 2 * n] & 15 : 0;
     if (j->is_progressive && (j->last > 63 || j->low > 13 || (j->high && j->high != j->low + 1) ||
                               (j->first == 0 ? j->last != 0 : j->last < j->first || n != 1)))
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with impossible progression parameters", err);
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with impossible progression parameters");
     for (i = 0; i < n; i++) {
         avl__jpeg_component *c = NULL;
         int dc = p[2 + 2 * i] >> 4, ac = p[2 + 2 * i] & 15;
@@ -5246,415 +5006,325 @@ static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size
         for (k = 0; k < i; k++)
             if (j->scan[k] == c) c = NULL;
         if (!c || dc > 3 || ac > 3)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with an unknown component or table", err);
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with an unknown component or table");
         c->dc = &j->code[0][dc];
         c->ac = &j->code[1][ac];
-        if ((j->first == 0 && j->high == 0 && !c->dc->is_defined) || (j->last > 0 && !c->ac->is_defined))
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose Huffman table is missing", err);
-        if (!c->is_latched) {
-            if (!j->has_table[c->table])
-                return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose quantisation table is missing", err);
-            memcpy(c->quant, j->table[c->table], sizeof c->quant);
-            c->is_latched = 1;
-        }
+        if ((j->first == 0 && j->high == 0 && !c->dc->limit[16]) || (j->last > 0 && !c->ac->limit[16]))
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose Huffman table is missing");
+        if (!c->quant[0]) memcpy(c->quant, j->table[c->table], sizeof c->quant);
+        if (!c->quant[0])
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose quantization table is missing");
         j->scan[i] = c;
         n_blocks += c->h * c->v;
     }
     if (n > 1 && n_blocks > 10)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with more than 10 blocks per MCU", err);
+        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with more than 10 blocks per MCU");
     return ASTROVL_OK;
 }
 
-static int avl__jpeg_scan_block(avl__jpeg *j, avl__jpeg_component *c, int x, int y) {
-    size_t at = (size_t)y * (size_t)c->stride + (size_t)x;
-    if (j->is_progressive) {
-        int16_t *block = c->coefficients + at * 64;
-        if (j->first == 0) return j->high ? avl__jpeg_dc_refine(j, block) : avl__jpeg_dc_first(j, c, block);
-        return j->high ? avl__jpeg_ac_refine(j, c, block) : avl__jpeg_ac_first(j, c, block);
-    } else {
-        int32_t block[64];
-        if (!avl__jpeg_block(j, c, block)) return 0;
-        avl__idct(block, c->samples + (size_t)y * (size_t)c->stride * 64 + (size_t)x * 8, (size_t)c->stride * 8);
-        return 1;
-    }
-}
-
-// One MCU: h x v blocks of each component, or a single block if the scan has a single component.
-static int avl__jpeg_mcu(avl__jpeg *j, int x, int y) {
-    int i, bx, by;
-    if (j->n_scan == 1) return avl__jpeg_scan_block(j, j->scan[0], x, y);
-    for (i = 0; i < j->n_scan; i++) {
-        avl__jpeg_component *c = j->scan[i];
-        for (by = 0; by < c->v; by++)
-            for (bx = 0; bx < c->h; bx++)
-                if (!avl__jpeg_scan_block(j, c, x * c->h + bx, y * c->v + by)) return 0;
-    }
-    return 1;
-}
-
-// Forgets what led to here, at a scan's start and at each restart marker.
-static void avl__jpeg_reset(avl__jpeg *j) {
-    int i;
-    j->bits = 0;
-    j->n_bits = j->n_invented = 0;
-    j->end_of_band = 0;
-    for (i = 0; i < j->n_scan; i++) j->scan[i]->predicted = 0;
-}
-
-// Stands on the bytes that the bit buffer has read ahead: moves to the next marker, FF and a byte that is neither 00
-// nor FF.
+// Moves to the next marker, FF and a byte that is neither 00 nor FF, and returns that byte; 0: there is none.
 static int avl__jpeg_find_marker(avl__jpeg *j) {
-    for (; j->size - j->at >= 2; j->at++)
-        if (j->data[j->at] == 0xFF && j->data[j->at + 1] != 0 && j->data[j->at + 1] != 0xFF) return j->data[j->at + 1];
-    j->at = j->size;
+    const uint8_t *data = j->in.data;
+    for (; j->in.size - j->in.at >= 2; j->in.at++)
+        if (data[j->in.at] == 0xFF && data[j->in.at + 1] != 0 && data[j->in.at + 1] != 0xFF)
+            return data[j->in.at + 1];
+    j->in.at = j->in.size;
     return 0;
 }
 
-static astrovl_status avl__jpeg_scan(avl__jpeg *j, astrovl_error *err) {
-    int is_single = j->n_scan == 1, x, y, until_restart = j->restart_interval, n_restarts = 0;
+// Reads block (x, y) of a component, of a sequential file to samples. Returns 0 if the data makes no sense.
+static int avl__jpeg_block(avl__jpeg *j, avl__jpeg_component *c, int x, int y) {
+    int16_t local[64], *block = local;
+    if (j->is_progressive) block = c->coefficients + ((size_t)y * c->stride + (size_t)x) * 64;
+    else memset(local, 0, sizeof local);
+    if (!(j->high ? avl__jpeg_read_refinement(j, c, block) : avl__jpeg_read_first(j, c, block))) return 0;
+    if (!j->is_progressive) avl__jpeg_transform(c, x, y, block);
+    return 1;
+}
+
+// The data of a scan: MCU after MCU, each of h x v blocks of each component, or of a single block if the scan has a
+// single component. Predictions and runs start anew at the beginning and after each restart marker.
+static astrovl_status avl__jpeg_scan(avl__jpeg *j) {
+    int is_single = j->n_scan == 1, interval = j->restart_interval ? j->restart_interval : INT_MAX;
     int n_x = is_single ? j->scan[0]->blocks_x : j->mcus_x, n_y = is_single ? j->scan[0]->blocks_y : j->mcus_y;
-    avl__jpeg_reset(j);
+    int x, y, i, bx, by, n = 0;   // n: MCUs so far
     for (y = 0; y < n_y; y++)
-        for (x = 0; x < n_x; x++) {
-            if (j->restart_interval && until_restart-- == 0) {
-                if (avl__jpeg_find_marker(j) != 0xD0 + (n_restarts++ & 7))
-                    return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT,
-                                          "the restart marker (RST) that should be here is missing", err);
-                j->at += 2;
-                avl__jpeg_reset(j);
-                until_restart = j->restart_interval - 1;
+        for (x = 0; x < n_x; x++, n++) {
+            if (n % interval == 0) {
+                if (n > 0 && avl__jpeg_find_marker(j) != 0xD0 + (n / interval - 1) % 8)
+                    return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "not the restart marker (RST) that is due");
+                if (n > 0) j->in.at += 2;
+                j->bits = 0;
+                j->n_bits = j->n_invented = 0;
+                j->end_of_band = 0;
+                for (i = 0; i < j->n_scan; i++) j->scan[i]->predicted = 0;
             }
-            if (!avl__jpeg_mcu(j, x, y))
-                return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the scan's data is damaged: no such code", err);
-            if (avl__jpeg_overrun(j))
-                return avl__fail(err, ASTROVL_ERROR_FORMAT,
+            for (i = 0; i < j->n_scan; i++) {
+                avl__jpeg_component *c = j->scan[i];
+                int h = is_single ? 1 : c->h, v = is_single ? 1 : c->v;
+                for (by = 0; by < v; by++)
+                    for (bx = 0; bx < h; bx++)
+                        if (!avl__jpeg_block(j, c, x * h + bx, y * v + by))
+                            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT,
+                                                  "the scan's data is damaged: no such code");
+            }
+            if (j->n_bits < j->n_invented)   // invented bits were used
+                return avl__fail(j->in.err, ASTROVL_ERROR_FORMAT,
                                  "JPEG: the scan's data ends at byte %lld, in row %d of %d of its blocks: "
-                                 "the file is cut off or damaged", (long long)j->at, y, n_y);
+                                 "the file is cut off or damaged", (long long)j->in.at, y, n_y);
         }
     return ASTROVL_OK;
-}
-
-static void avl__jpeg_app(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
-    if (marker == 0xE0 && size >= 14 && memcmp(p, "JFIF", 5) == 0) j->has_jfif = 1;
-    if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && j->orientation == 0)
-        j->orientation = avl__exif_orientation(p + 6, size - 6);
-    if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe_transform = p[11];
-}
-
-// One segment: its marker, and size bytes at p. SOS is followed by its scan's data.
-static astrovl_status avl__jpeg_segment(avl__jpeg *j, int marker, const uint8_t *p, size_t size, uint64_t max_pixels,
-                                        astrovl_error *err) {
-    astrovl_status status;
-    if (marker == 0xDB) return avl__jpeg_quantisation(j, p, size, err);
-    if (marker == 0xC4) return avl__jpeg_huffman(j, p, size, err);
-    if (marker == 0xDD && size < 2)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a restart interval (DRI) of wrong length", err);
-    if (marker == 0xDD) j->restart_interval = avl__load_u16be(p);
-    if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC8 && marker != 0xCC)
-        return avl__jpeg_frame(j, marker, p, size, max_pixels, err);
-    if (marker >= 0xE0 && marker <= 0xEF) avl__jpeg_app(j, marker, p, size);
-    if (marker != 0xDA) return ASTROVL_OK;
-    status = avl__jpeg_scan_header(j, p, size, err);
-    if (status) return status;
-    j->at += 2 + 2 + size;
-    return avl__jpeg_scan(j, err);
-}
-
-static int avl__jpeg_is_complete(const avl__jpeg *j) {   // has every component been in a scan?
-    int i;
-    for (i = 0; i < j->n_components; i++)
-        if (!j->component[i].is_latched) return 0;
-    return j->n_components > 0;
 }
 
 // Reads segment after segment: to the end (EOI) of a progressive file, which may improve any pixel until then; of
-// others until all components are there.
-static astrovl_status avl__jpeg_segments(avl__jpeg *j, uint64_t max_pixels, astrovl_error *err) {
-    for (j->at = 2; j->is_progressive || !avl__jpeg_is_complete(j);) {
-        int marker = avl__jpeg_find_marker(j);
-        size_t size, before;
-        astrovl_status status;
-        if (marker == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends before its image does", err);
-        if (marker == 0xD9) break;
-        if (marker == 0x01 || (marker >= 0xD0 && marker <= 0xD8)) { j->at += 2; continue; }   // stand alone
-        size = j->size - j->at < 4 ? 0 : avl__load_u16be(j->data + j->at + 2);
-        if (size < 2 || size > j->size - j->at - 2)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends inside a segment", err);
-        before = j->at;
-        status = avl__jpeg_segment(j, marker, j->data + j->at + 4, size - 2, max_pixels, err);
-        if (status) return status;
-        if (j->at == before) j->at += 2 + size;
-    }
-    if (!avl__jpeg_is_complete(j))
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the end (EOI) comes before the whole image", err);
-    return ASTROVL_OK;
-}
-
-static void avl__jpeg_progressive_samples(avl__jpeg_component *c) {
-    int32_t block[64];
-    int x, y, k;
-    for (y = 0; y < c->blocks_y; y++)
-        for (x = 0; x < c->blocks_x; x++) {
-            const int16_t *in = c->coefficients + ((size_t)y * (size_t)c->stride + (size_t)x) * 64;
-            for (k = 0; k < 64; k++) block[avl__zigzag[k]] = in[avl__zigzag[k]] * c->quant[k];
-            avl__idct(block, c->samples + (size_t)y * (size_t)c->stride * 64 + (size_t)x * 8, (size_t)c->stride * 8);
+// others until each component has been in a scan.
+static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
+    astrovl_status status = ASTROVL_OK;
+    for (j->in.at = 2; !status;) {
+        int marker = avl__jpeg_find_marker(j), i, is_complete = j->n_components > 0;
+        const uint8_t *p = j->in.data + j->in.at;
+        size_t left = j->in.size - j->in.at, size = left < 4 ? 0 : avl__load_u16be(p + 2);
+        for (i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].quant[0];
+        if (is_complete && (!j->is_progressive || marker == 0xD9)) return ASTROVL_OK;
+        if (marker == 0 || marker == 0xD9)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the end of the file (EOI) comes before that of its image");
+        if (marker == 0x01 || (marker >= 0xD0 && marker <= 0xD8)) {   // a marker without contents
+            j->in.at += 2;
+            continue;
         }
-}
-
-// ---- JPEG: samples to pixels --------------------------------------------------------------------------------------
-
-// A chroma sample that stands for two pixels lies between them: each pixel takes 3/4 of its own sample and 1/4 of the
-// neighbour on its side, where there is one. Rounding goes alternately down and up. Other ratios than 2 are repetition.
-//   upright:  v[i] = 3 own[i] + beside[i]       own, beside: the sample rows nearest to the pixel row
-//   across:   out[2i] = 3 v[i] + v[i-1],  out[2i+1] = 3 v[i] + v[i+1]
-
-static void avl__jpeg_widen(const uint8_t *own, int n, uint8_t *out) {   // across alone, in quarters
-    int i;
-    out[0] = own[0];
-    out[2 * n - 1] = own[n - 1];
-    for (i = 0; i < n - 1; i++) {
-        out[2 * i + 1] = (uint8_t)((3 * own[i] + own[i + 1] + 2) >> 2);
-        out[2 * i + 2] = (uint8_t)((3 * own[i + 1] + own[i] + 1) >> 2);
+        if (size < 2 || size > left - 2)
+            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends inside a segment");
+        p += 4;
+        size -= 2;
+        if (marker == 0xDB) status = avl__jpeg_quantization(j, p, size);
+        else if (marker == 0xC4) status = avl__jpeg_huffman(j, p, size);
+        else if (marker == 0xDD && size < 2)
+            status = avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a restart interval (DRI) of wrong length");
+        else if (marker == 0xDD) j->restart_interval = avl__load_u16be(p);
+        else if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC8 && marker != 0xCC)
+            status = avl__jpeg_frame(j, marker, p, size);
+        else if (marker == 0xE0 && size >= 14 && memcmp(p, "JFIF", 5) == 0) j->has_jfif = 1;
+        else if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && j->orientation == 0)
+            j->orientation = avl__exif_orientation(p + 6, size - 6);
+        else if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe_transform = p[11];
+        else if (marker == 0xDA) {
+            status = avl__jpeg_scan_header(j, p, size);
+            j->in.at += 4 + size;
+            if (!status) status = avl__jpeg_scan(j);
+            continue;
+        }
+        j->in.at += 4 + size;
     }
-}
-
-static void avl__jpeg_widen_both(const uint8_t *own, const uint8_t *beside, int n, uint8_t *out) {   // in sixteenths
-    int i, v = 3 * own[0] + beside[0];
-    out[0] = (uint8_t)((4 * v + 8) >> 4);
-    for (i = 0; i < n - 1; i++) {
-        int next = 3 * own[i + 1] + beside[i + 1];
-        out[2 * i + 1] = (uint8_t)((3 * v + next + 7) >> 4);
-        out[2 * i + 2] = (uint8_t)((3 * next + v + 8) >> 4);
-        v = next;
-    }
-    out[2 * n - 1] = (uint8_t)((4 * v + 7) >> 4);
+    return status;
 }
 
 // Row y of a component at the image's full size: where it lies, if nothing had to be done, or in `out`.
+// A chroma sample that stands for two pixels lies between them: each pixel takes 3/4 of its own sample and 1/4 of the
+// neighbor on its side, where there is one. Rounding goes alternately down and up. Other ratios than 2 are repetition.
+//   down:     v[i] = 3 own[i] + beside[i]       own, beside: the sample rows nearest to the pixel row
+//   across:   out[2i] = 3 v[i] + v[i-1],  out[2i+1] = 3 v[i] + v[i+1]       in sixteenths
 static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_component *c, int y, uint8_t *out) {
-    int ratio_x = j->max_h / c->h, ratio_y = j->max_v / c->v, row = y / ratio_y, x, i;
-    int other = y % ratio_y == 0 ? row - 1 : row + 1;   // the row beside, if ratio_y is 2
-    const uint8_t *own = c->samples + (size_t)row * (size_t)c->stride * 8, *beside;
-    other = other < 0 ? 0 : other >= c->height ? c->height - 1 : other;
-    beside = c->samples + (size_t)other * (size_t)c->stride * 8;
+    int ratio_x = j->max_h / c->h, ratio_y = j->max_v / c->v, n = c->width, row = y / ratio_y, x, i;
+    int other = ratio_y != 2 ? row : y % 2 ? row + 1 : row - 1;
+    const uint8_t *own = c->samples + (size_t)row * c->stride * 8, *beside;
+    if (other < 0 || other >= c->height) other = row;
+    beside = c->samples + (size_t)other * c->stride * 8;
     if (ratio_x == 1 && ratio_y == 2)
-        for (x = 0; x < c->width; x++) out[x] = (uint8_t)((3 * own[x] + beside[x] + 1 + y % 2) >> 2);
+        for (x = 0; x < n; x++) out[x] = (uint8_t)((3 * own[x] + beside[x] + 1 + y % 2) >> 2);
     else if (ratio_x == 1) return own;
-    else if (ratio_x == 2 && ratio_y == 1 && c->width > 2) avl__jpeg_widen(own, c->width, out);
-    else if (ratio_x == 2 && ratio_y == 2 && c->width > 2) avl__jpeg_widen_both(own, beside, c->width, out);
-    else
-        for (x = 0; x < c->width; x++)
+    else if (ratio_x == 2 && ratio_y <= 2 && n > 2) {
+        int odd = ratio_y == 1 ? 8 : 7, even = 15 - odd;   // what is added before rounding down
+        int v = 3 * own[0] + beside[0], next;
+        out[0] = (uint8_t)((4 * v + even) >> 4);
+        for (i = 0; i < n - 1; i++, v = next) {
+            next = 3 * own[i + 1] + beside[i + 1];
+            out[2 * i + 1] = (uint8_t)((3 * v + next + odd) >> 4);
+            out[2 * i + 2] = (uint8_t)((3 * next + v + even) >> 4);
+        }
+        out[2 * n - 1] = (uint8_t)((4 * v + odd) >> 4);
+    } else
+        for (x = 0; x < n; x++)
             for (i = 0; i < ratio_x; i++) out[x * ratio_x + i] = own[x];
     return out;
 }
 
-// R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
-static void avl__jpeg_rgb(const uint8_t *luma, const uint8_t *blue, const uint8_t *red, int n, uint8_t *rgb) {
-    int i;
-    for (i = 0; i < n; i++, rgb += 3) {
-        int y = luma[i], cb = blue[i] - 128, cr = red[i] - 128;
-        rgb[0] = avl__clip8(y + ((91881 * cr + 32768) >> 16));
-        rgb[1] = avl__clip8(y + ((-22554 * cb - 46802 * cr + 32768) >> 16));
-        rgb[2] = avl__clip8(y + ((116130 * cb + 32768) >> 16));
-    }
-}
-
-// R = K (255 - C') / 255: Pillow takes four components for Adobe's inverted CMYK, whether a marker says so or not.
-// rgb: holds 255 - C', 255 - M', 255 - Y';   black: K'    (primed: 255 less the ink)
-static void avl__jpeg_apply_black(const uint8_t *black, int n, uint8_t *rgb) {
-    int i;
-    for (i = 0; i < 3 * n; i++) {
-        int k = black[i / 3], product = rgb[i] * k + 128;
-        rgb[i] = avl__clip8(k - (((product >> 8) + product) >> 8));
-    }
-}
-
-// What the components mean: libjpeg's rules. Without a marker, three are YCbCr unless they are called R, G and B.
-static int avl__jpeg_is_ycc(const avl__jpeg *j) {
+// Samples to RGB.
+// YCbCr: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
+// CMYK:  R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink), whether a
+// marker says so or not.
+static void avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
-    if (j->n_components == 4) return j->adobe_transform > 0;
-    if (j->has_jfif) return 1;
-    if (j->adobe_transform >= 0) return j->adobe_transform != 0;
-    return !(c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B');
-}
-
-static void avl__jpeg_pixels(const avl__jpeg *j, uint8_t *scratch, astrovl_image *image) {
-    int is_ycc = avl__jpeg_is_ycc(j), n = j->width, i, x, y;
+    int n = j->width, i, x, y, is_ycc;
+    // libjpeg's rules for what the components mean: without a marker, three are YCbCr unless they are called R, G and B
+    if (j->n_components == 4) is_ycc = j->adobe_transform > 0;
+    else if (j->has_jfif) is_ycc = 1;
+    else if (j->adobe_transform >= 0) is_ycc = j->adobe_transform != 0;
+    else is_ycc = !(c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B');
     for (y = 0; y < j->height; y++) {
-        uint8_t *rgb = image->rgb + avl__image_at(image, 0, y);
+        uint8_t *rgb = avl__image_pixel(j->in.image, 0, y);
         const uint8_t *row[4];
         for (i = 0; i < j->n_components; i++)
-            row[i] = avl__jpeg_row(j, &j->component[i], y, scratch + (size_t)i * ((size_t)n + 8));
+            row[i] = avl__jpeg_row(j, &c[i], y, j->rows + (size_t)i * ((size_t)n + 8));
         if (j->n_components == 1) row[1] = row[2] = row[0];
-        if (j->n_components > 1 && is_ycc) avl__jpeg_rgb(row[0], row[1], row[2], n, rgb);
-        else
-            for (x = 0; x < n; x++)
-                for (i = 0; i < 3; i++) rgb[3 * x + i] = row[i][x];
-        if (j->n_components < 4) continue;
-        for (x = 0; x < 3 * n && !is_ycc; x++) rgb[x] = (uint8_t)(255 - rgb[x]);
-        avl__jpeg_apply_black(row[3], n, rgb);
+        for (x = 0; x < n; x++, rgb += 3) {
+            int luma = row[0][x], cb = row[1][x] - 128, cr = row[2][x] - 128;
+            if (j->n_components == 1 || !is_ycc) {
+                for (i = 0; i < 3; i++) rgb[i] = row[i][x];
+            } else {
+                rgb[0] = avl__clip8(luma + ((91881 * cr + 32768) >> 16));
+                rgb[1] = avl__clip8(luma + ((-22554 * cb - 46802 * cr + 32768) >> 16));
+                rgb[2] = avl__clip8(luma + ((116130 * cb + 32768) >> 16));
+            }
+            for (i = 0; i < 3 && j->n_components == 4; i++) {
+                int k = row[3][x], product = (is_ycc ? rgb[i] : 255 - rgb[i]) * k + 128;
+                rgb[i] = avl__clip8(k - (((product >> 8) + product) >> 8));
+            }
+        }
     }
 }
 
-static astrovl_status avl__jpeg_decode_in(avl__jpeg *j, uint64_t max_pixels, astrovl_image *image, astrovl_error *err) {
-    uint8_t *scratch;
-    int i;
-    astrovl_status status = avl__jpeg_segments(j, max_pixels, err);
-    if (!status) status = avl__image_new(image, j->width, j->height, err);
-    if (status) return status;
-    scratch = (uint8_t *)avl__alloc_raw((uint64_t)j->n_components, (size_t)j->width + 8);   // rows of up to width + 3
-    if (!scratch) return avl__fail(err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
-    for (i = 0; i < j->n_components && j->is_progressive; i++) avl__jpeg_progressive_samples(&j->component[i]);
-    avl__jpeg_pixels(j, scratch, image);
-    astrovl_free(scratch);
-    if (j->orientation) image->orientation = j->orientation;
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__jpeg_decode(const uint8_t *data, size_t size, uint64_t max_pixels, astrovl_image *image,
-                                       astrovl_error *err) {
+static astrovl_status avl__jpeg_decode(const avl__image_file *in) {
     avl__jpeg *j = (avl__jpeg *)avl__alloc(1, sizeof *j);
     astrovl_status status;
-    int i;
-    if (!j) return avl__fail(err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
-    j->data = data;
-    j->size = size;
+    int i, x, y;
+    if (!j) return avl__fail(in->err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
+    j->in = *in;
     j->adobe_transform = -1;
-    status = avl__jpeg_decode_in(j, max_pixels, image, err);
-    for (i = 0; i < 4; i++) {
-        astrovl_free(j->component[i].samples);
-        astrovl_free(j->component[i].coefficients);
+    status = avl__jpeg_segments(j);
+    if (!status) status = avl__image_new(in->image, j->width, j->height, in->err);
+    for (i = 0; i < j->n_components && j->is_progressive && !status; i++) {
+        avl__jpeg_component *c = &j->component[i];
+        for (y = 0; y < c->blocks_y; y++)
+            for (x = 0; x < c->blocks_x; x++)
+                avl__jpeg_transform(c, x, y, c->coefficients + ((size_t)y * c->stride + (size_t)x) * 64);
     }
+    if (!status) {
+        avl__jpeg_pixels(j);
+        in->image->orientation = j->orientation ? j->orientation : 1;
+    }
+    for (i = 0; i < 4; i++) {
+        astrovl_free(j->component[i].coefficients);
+        astrovl_free(j->component[i].samples);
+    }
+    astrovl_free(j->rows);
     astrovl_free(j);
     return status;
 }
 
 // ---- any format ---------------------------------------------------------------------------------------------------
 
-ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, uint64_t max_pixels,
-                                                astrovl_image *image,
-                                                astrovl_error *err) {
+ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
+                                                astrovl_image *image, astrovl_error *err) {
     const uint8_t *p = (const uint8_t *)data;
+    avl__image_file in;
     astrovl_status status;
     if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to decode into");
     memset(image, 0, sizeof *image);
     if (!data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data was given to decode");
-    if (max_pixels == 0) max_pixels = ASTROVL_MAX_PIXELS;
-    if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(p, size, max_pixels, image, err);
-    else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(p, size, max_pixels, image, err);
-    else if (size >= 3 && p[0] == 'P' && p[1] >= '1' && p[1] <= '6' && (avl__is_space(p[2]) || p[2] == '#'))
-        status = avl__pnm_decode(p, size, max_pixels, image, err);
-    else return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED,
-                          "neither PNG, JPEG nor PNM (P1 to P6): its %lld bytes start with none of "
-                          "their signatures", (long long)size);
+    memset(&in, 0, sizeof in);
+    in.data = p;
+    in.size = size;
+    in.max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
+    in.image = image;
+    in.err = err;
+    if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
+    else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
+    else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
+    else
+        status = avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6): its %lld bytes "
+                           "start with none of their signatures", (long long)size);
+    if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
     if (status) astrovl_image_free(image);
     return status;
 }
 
-#define AVL__IMAGE_BYTES ((size_t)1 << 28)   // of an image file that cannot be mapped
-
-ASTROVL_API astrovl_status astrovl_image_load(const char *path, uint64_t max_pixels, astrovl_image *image,
-                                              astrovl_error *err) {
+ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
+                                              astrovl_image *image, astrovl_error *err) {
     astrovl_error inner;
     avl__file file;
     astrovl_status status;
-    if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to load into");
-    memset(image, 0, sizeof *image);
-    status = avl__file_open(path, 0, AVL__IMAGE_BYTES, &file, err);
+    if (image) memset(image, 0, sizeof *image);
+    status = avl__file_open(path, 0, (size_t)1 << 28, &file, err);   // at most 256 MB if it cannot be mapped
     if (status) return status;
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
-    else status = astrovl_image_decode(file.data, file.size, max_pixels, image, &inner);
+    else status = astrovl_image_decode(file.data, file.size, options, image, &inner);
     avl__file_close(&file);
     return status ? avl__fail(err, status, "%s: %s", path, inner.message) : ASTROVL_OK;
 }
 
 // ---- orientation, padding, cropping -------------------------------------------------------------------------------
 
-// EXIF's eight: 2, 3, 6... say how the stored image is to be mirrored and turned. Pixel (x, y) of the result is
-// pixel (x, y) of the stored one, with the two exchanged (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted
-// from the far end.
+// EXIF's orientations 1 to 8. Pixel (x, y) of the result is pixel (x, y) of the stored image, with the two exchanged
+// (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted from the far end.
 ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err) {
-    astrovl_image out = {0, 0, NULL, 1};
+    astrovl_image out;
     astrovl_status status = avl__image_check(image, &out, err);
     int o, swap, x, y;
     if (status) return status;
     o = image->orientation;
     if (o < 0 || o > 8) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "orientation %d: EXIF has 1 to 8", o);
-    image->orientation = 1;
-    if (o <= 1) return ASTROVL_OK;
+    if (o <= 1) {
+        image->orientation = 1;
+        return ASTROVL_OK;
+    }
     swap = o >= 5;
     status = avl__image_new(&out, swap ? image->height : image->width, swap ? image->width : image->height, err);
-    if (status) {
-        image->orientation = o;
-        return status;
-    }
+    if (status) return status;
     for (y = 0; y < out.height; y++)
         for (x = 0; x < out.width; x++) {
             int from_x = swap ? y : x, from_y = swap ? x : y;
             if (o == 2 || o == 3 || o == 7 || o == 8) from_x = image->width - 1 - from_x;
             if (o == 3 || o == 4 || o == 6 || o == 7) from_y = image->height - 1 - from_y;
-            memcpy(out.rgb + avl__image_at(&out, x, y), image->rgb + avl__image_at(image, from_x, from_y), 3);
+            memcpy(avl__image_pixel(&out, x, y), avl__image_pixel(image, from_x, from_y), 3);
         }
     astrovl_image_free(image);
     *image = out;
     return ASTROVL_OK;
 }
 
-// out(x, y) = image(x + left, y + top), `color` outside; left and top may be negative.
-static void avl__image_window(const astrovl_image *image, int left, int top, const unsigned char color[3],
-                              astrovl_image *out) {
-    int x, y, begin = left < 0 ? -left : 0, end = image->width - left < out->width ? image->width - left : out->width;
-    for (y = 0; y < out->height; y++) {
-        unsigned char *row = out->rgb + avl__image_at(out, 0, y);
+// out(x, y) = image(x + left, y + top), `color` outside (NULL: black); left and top may be negative.
+static astrovl_status avl__image_window(const astrovl_image *image, int left, int top, int width, int height,
+                                        const unsigned char color[3], astrovl_image *out, astrovl_error *err) {
+    static const unsigned char black[3] = {0, 0, 0};
+    int x, y, begin = left < 0 ? -left : 0, end = image->width - left < width ? image->width - left : width;
+    astrovl_status status = avl__image_new(out, width, height, err);
+    for (y = 0; y < height && !status; y++) {
         int is_inside = y + top >= 0 && y + top < image->height;
-        for (x = 0; x < out->width; x++)
-            if (!is_inside || x < begin || x >= end) memcpy(row + 3 * (size_t)x, color, 3);
+        for (x = 0; x < width; x++)
+            if (!is_inside || x < begin || x >= end) memcpy(avl__image_pixel(out, x, y), color ? color : black, 3);
         if (is_inside && end > begin)
-            memcpy(row + 3 * (size_t)begin, image->rgb + avl__image_at(image, begin + left, y + top),
+            memcpy(avl__image_pixel(out, begin, y), avl__image_pixel(image, begin + left, y + top),
                    3 * (size_t)(end - begin));
     }
+    return status;
 }
 
 ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
                                                     astrovl_image *out, astrovl_error *err) {
-    static const unsigned char black[3] = {0, 0, 0};
     int side;
     astrovl_status status = avl__image_check(image, out, err);
     if (status) return status;
     side = image->width > image->height ? image->width : image->height;
-    status = avl__image_new(out, side, side, err);
-    if (status) return status;
-    avl__image_window(image, -((side - image->width) / 2), -((side - image->height) / 2), color ? color : black, out);
-    return ASTROVL_OK;
-}
-
-// floor((size - window) / 2), also where the window is larger than the image
-static int avl__crop_offset(int size, int window) {
-    return size >= window ? (size - window) / 2 : -((window - size + 1) / 2);
+    return avl__image_window(image, -((side - image->width) / 2), -((side - image->height) / 2), side, side, color,
+                             out, err);
 }
 
 ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
-                                                     astrovl_image *out,
-                                                     astrovl_error *err) {
-    static const unsigned char black[3] = {0, 0, 0};
+                                                     astrovl_image *out, astrovl_error *err) {
+    int dx, dy;
     astrovl_status status = avl__image_check(image, out, err);
     if (status) return status;
     if (width < 1 || height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a crop of %d x %d pixels", width, height);
-    status = avl__image_new(out, width, height, err);
-    if (status) return status;
-    avl__image_window(image, avl__crop_offset(image->width, width), avl__crop_offset(image->height, height), black,
-                      out);
-    return ASTROVL_OK;
+    dx = image->width - width;
+    dy = image->height - height;
+    return avl__image_window(image, (dx - (dx < 0)) / 2, (dy - (dy < 0)) / 2, width, height, NULL, out, err);   // floor
 }
 
 // ---- resizing -----------------------------------------------------------------------------------------------------
-// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels within `support` of its centre, where
-// the kernel is stretched by the reduction (so that it averages when it shrinks); along the rows, then along the
-// columns, with weights of 22 fractional bits and rounding to 8 bits after each. That is the order of Pillow up to
-// 12, which prepared the models' training data (images over 100 times as high as wide, made lower, go the other way
-// round); Pillow 13 chooses the order by its cost, and where it chooses the other, its pixels differ in their
-// rounding and clipping.
+// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels within `support` of its center, where the
+// kernel is stretched by the reduction (so that it averages when it shrinks): along the rows, then along the columns,
+// with weights of 22 fractional bits and rounding to 8 bits after each.
 
 #define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
 
@@ -5666,143 +5336,71 @@ static double avl__bicubic(double x) {
     return 0.0;
 }
 
-// The weights of one axis: output i is the sum over k < count[i] of weight[i * stride + k] * input[first[i] + k].
-typedef struct avl__resize_axis {
-    int     *first, *count;   // [n_out]
-    int32_t *weight;          // [n_out][stride]
-    size_t   stride;
-} avl__resize_axis;
-
-static void avl__resize_axis_free(avl__resize_axis *axis) {
-    astrovl_free(axis->first);
-    astrovl_free(axis->count);
-    astrovl_free(axis->weight);
-}
-
-// The weights of output i, normalised to a sum of 1 and rounded away from zero at halves. w: scratch, [stride]
-static void avl__resize_weights(avl__resize_axis *axis, int i, int n_in, double scale, double *w) {
-    double stretch = scale < 1.0 ? 1.0 : scale, support = 2.0 * stretch, step = 1.0 / stretch;
-    double centre = ((double)i + 0.5) * scale, sum = 0.0;
-    double low = centre - support + 0.5, high = centre + support + 0.5;
-    int32_t *weight = axis->weight + (size_t)i * axis->stride;
-    int first = low < 0.0 ? 0 : (int)low, end = high > (double)n_in ? n_in : (int)high, k;
-    for (k = 0; k < end - first; k++) {
-        w[k] = avl__bicubic(((double)(k + first) - centre + 0.5) * step);
-        sum += w[k];
+// Resizes the rows to n_out pixels and transposes: out is image->height wide and n_out high. Two passes resize both
+// axes. If n_out is the image's width, every weight is 0 or 1 and the pass only transposes.
+static astrovl_status avl__resize_pass(const astrovl_image *image, int n_out, astrovl_image *out, astrovl_error *err) {
+    double scale = (double)image->width / (double)n_out, stretch = scale < 1.0 ? 1.0 : scale;
+    double support = 2.0 * stretch, step = 1.0 / stretch;
+    size_t stride = 2 + (size_t)support * 2 + 3;
+    int32_t *taps = (int32_t *)avl__alloc_raw((uint64_t)n_out * stride, sizeof(int32_t));
+    int i, k, y;
+    astrovl_status status = avl__image_new(out, image->height, n_out, err);
+    if (!taps && !status) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d", n_out);
+    for (i = 0; i < n_out && !status; i++) {   // taps of output i: first input pixel, how many, their weights
+        double center = ((double)i + 0.5) * scale, low = center - support + 0.5, high = center + support + 0.5;
+        int first = low < 0.0 ? 0 : (int)low, n = (high > (double)image->width ? image->width : (int)high) - first;
+        int32_t *tap = taps + (size_t)i * stride;
+        double sum = 0.0;
+        for (k = 0; k < n; k++) sum += avl__bicubic(((double)(k + first) - center + 0.5) * step);
+        tap[0] = first;
+        tap[1] = n;
+        for (k = 0; k < n; k++) {
+            double w = avl__bicubic(((double)(k + first) - center + 0.5) * step);
+            w = (sum != 0.0 ? w / sum : w) * (double)(1 << AVL__RESIZE_BITS);
+            tap[2 + k] = (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+        }
     }
-    for (k = 0; k < end - first; k++) {
-        double v = (sum != 0.0 ? w[k] / sum : w[k]) * (double)(1 << AVL__RESIZE_BITS);
-        weight[k] = (int32_t)(v < 0.0 ? v - 0.5 : v + 0.5);
-    }
-    axis->first[i] = first;
-    axis->count[i] = end - first;
-}
-
-static astrovl_status avl__resize_axis_new(avl__resize_axis *axis, int n_in, int n_out, astrovl_error *err) {
-    double scale = (double)n_in / (double)n_out;
-    double *w;
-    int i;
-    axis->stride = (size_t)(2.0 * (scale < 1.0 ? 1.0 : scale)) * 2 + 3;   // 2 * support + 1 at least
-    axis->first = (int *)avl__alloc_raw((uint64_t)n_out, sizeof(int));
-    axis->count = (int *)avl__alloc_raw((uint64_t)n_out, sizeof(int));
-    axis->weight = (int32_t *)avl__alloc_raw((uint64_t)n_out * axis->stride, sizeof(int32_t));
-    w = (double *)avl__alloc_raw(axis->stride, sizeof(double));
-    if (!axis->first || !axis->count || !axis->weight || !w) {
-        astrovl_free(w);
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing %d to %d pixels", n_in, n_out);
-    }
-    for (i = 0; i < n_out; i++) avl__resize_weights(axis, i, n_in, scale, w);
-    astrovl_free(w);
-    return ASTROVL_OK;
-}
-
-static uint8_t avl__resize_round(int32_t sum) {   // 22 fractional bits, the half already added
-    return sum < 0 ? 0 : avl__clip8(sum >> AVL__RESIZE_BITS);
-}
-
-static void avl__resize_rows(const astrovl_image *image, const avl__resize_axis *axis, astrovl_image *out) {
-    int x, y, k;
-    for (y = 0; y < out->height; y++) {
-        unsigned char *to = out->rgb + avl__image_at(out, 0, y);
-        for (x = 0; x < out->width; x++, to += 3) {
-            const unsigned char *from = image->rgb + avl__image_at(image, axis->first[x], y);
-            const int32_t *w = axis->weight + (size_t)x * axis->stride;
+    for (y = 0; y < image->height && !status; y++)
+        for (i = 0; i < n_out; i++) {
+            const int32_t *tap = taps + (size_t)i * stride;
+            const unsigned char *from = avl__image_pixel(image, tap[0], y);
+            unsigned char *to = avl__image_pixel(out, y, i);
             int32_t r = 1 << (AVL__RESIZE_BITS - 1), g = r, b = r;
-            for (k = 0; k < axis->count[x]; k++, from += 3) {
-                r += w[k] * from[0];
-                g += w[k] * from[1];
-                b += w[k] * from[2];
+            for (k = 0; k < tap[1]; k++, from += 3) {
+                r += tap[2 + k] * from[0];
+                g += tap[2 + k] * from[1];
+                b += tap[2 + k] * from[2];
             }
-            to[0] = avl__resize_round(r);
-            to[1] = avl__resize_round(g);
-            to[2] = avl__resize_round(b);
+            to[0] = avl__clip8(r >> AVL__RESIZE_BITS);
+            to[1] = avl__clip8(g >> AVL__RESIZE_BITS);
+            to[2] = avl__clip8(b >> AVL__RESIZE_BITS);
         }
-    }
-}
-
-// sums: scratch, [3 * width]
-static void avl__resize_columns(const astrovl_image *image, const avl__resize_axis *axis, int32_t *sums,
-                                astrovl_image *out) {
-    size_t n = 3 * (size_t)out->width, i;
-    int y, k;
-    for (y = 0; y < out->height; y++) {
-        unsigned char *to = out->rgb + avl__image_at(out, 0, y);
-        for (i = 0; i < n; i++) sums[i] = 1 << (AVL__RESIZE_BITS - 1);
-        for (k = 0; k < axis->count[y]; k++) {
-            const unsigned char *from = image->rgb + avl__image_at(image, 0, axis->first[y] + k);
-            int32_t w = axis->weight[(size_t)y * axis->stride + (size_t)k];
-            for (i = 0; i < n; i++) sums[i] += w * from[i];
-        }
-        for (i = 0; i < n; i++) to[i] = avl__resize_round(sums[i]);
-    }
-}
-
-// Each changes one axis, into new memory.
-static astrovl_status avl__resize_width(const astrovl_image *image, int width, astrovl_image *out, astrovl_error *err) {
-    avl__resize_axis axis = {NULL, NULL, NULL, 0};
-    astrovl_status status = avl__resize_axis_new(&axis, image->width, width, err);
-    if (!status) status = avl__image_new(out, width, image->height, err);
-    if (!status) avl__resize_rows(image, &axis, out);
-    avl__resize_axis_free(&axis);
-    return status;
-}
-
-static astrovl_status avl__resize_height(const astrovl_image *image, int height, astrovl_image *out,
-                                         astrovl_error *err) {
-    avl__resize_axis axis = {NULL, NULL, NULL, 0};
-    int32_t *sums = (int32_t *)avl__alloc_raw((uint64_t)image->width * 3, sizeof(int32_t));
-    astrovl_status status = sums ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing");
-    if (!status) status = avl__resize_axis_new(&axis, image->height, height, err);
-    if (!status) status = avl__image_new(out, image->width, height, err);
-    if (!status) avl__resize_columns(image, &axis, sums, out);
-    avl__resize_axis_free(&axis);
-    astrovl_free(sums);
+    astrovl_free(taps);
+    if (status) astrovl_image_free(out);
     return status;
 }
 
 ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int width, int height, astrovl_image *out,
                                                 astrovl_error *err) {
-    astrovl_image half;   // one axis done
-    int columns_first;
+    astrovl_image now, next;   // before and after a pass
+    int sizes[4], i;
     astrovl_status status = avl__image_check(image, out, err);
     if (status) return status;
     memset(out, 0, sizeof *out);
     if (width < 1 || height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a size of %d x %d pixels", width, height);
-    if (width == image->width && height == image->height) {
-        status = avl__image_new(out, width, height, err);
-        if (!status) memcpy(out->rgb, image->rgb, (size_t)width * (size_t)height * 3);
-        return status;
+    // Rows first, as Pillow up to 12, which prepared the training data; but it made images over 100 times as high as
+    // wide lower first: transpose, columns, rows, transpose. (Pillow 13 takes the order that is faster.)
+    sizes[0] = image->width;
+    sizes[1] = sizes[3] = height;
+    sizes[2] = width;
+    now = *image;
+    for (i = image->height > 100 * (int64_t)image->width && height < image->height ? 0 : 2; i < 4 && !status; i++) {
+        status = avl__resize_pass(&now, sizes[i], &next, err);
+        if (now.rgb != image->rgb) astrovl_image_free(&now);
+        now = next;
     }
-    if (width == image->width) return avl__resize_height(image, height, out, err);
-    if (height == image->height) return avl__resize_width(image, width, out, err);
-    columns_first = image->height > 100 * (int64_t)image->width && height < image->height;
-    status = columns_first ? avl__resize_height(image, height, &half, err)
-                           : avl__resize_width(image, width, &half, err);
-    if (status) return status;
-    status = columns_first ? avl__resize_width(&half, width, out, err)
-                           : avl__resize_height(&half, height, out, err);
-    astrovl_image_free(&half);
+    if (!status) *out = now;
     return status;
 }
 
@@ -9612,8 +9210,8 @@ ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image
                                    const astrovl_generation *options, astrovl_error *err) {
     astrovl_image image;
     char *answer = NULL;
-    if (astrovl_image_load(image_path, 0, &image, err) != ASTROVL_OK) return NULL;
-    if (astrovl_image_upright(&image, err) == ASTROVL_OK) answer = astrovl_ask(model, &image, question, options, err);
+    if (astrovl_image_load(image_path, NULL, &image, err) != ASTROVL_OK) return NULL;
+    answer = astrovl_ask(model, &image, question, options, err);
     astrovl_image_free(&image);
     return answer;
 }

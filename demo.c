@@ -540,16 +540,6 @@ static void open_model_and_session(program *p) {
     p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL, NULL);
 }
 
-// Loads an image the right way up.
-static astrovl_status load_image(const char *path, astrovl_image *image, astrovl_error *err) {
-    astrovl_status status;
-    memset(image, 0, sizeof *image);
-    status = astrovl_image_load(path, 0, image, err);
-    if (status == ASTROVL_OK) status = astrovl_image_upright(image, err);
-    if (status != ASTROVL_OK) astrovl_image_free(image);   // which leaves zeros
-    return status;
-}
-
 // Turns of several conversations. Ctrl-C ends them and not the program.
 static void say_together(program *p, astrovl_turn *turns, int n) {
     catch_interrupts(1);
@@ -742,7 +732,7 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each && !load_image(paths[k], &images[k], &t.err); k++) t.n_images++;
+        for (k = i * each; t.n_images < each && !astrovl_image_load(paths[k], NULL, &images[k], &t.err); k++) t.n_images++;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
     }
@@ -806,7 +796,7 @@ static const char chat_help[] =
 static void chat_image(program *p, chat_state *c, const char *path) {
     astrovl_image image;
     memset(&image, 0, sizeof image);
-    if (*path && load_image(path, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
+    if (*path && astrovl_image_load(path, NULL, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
@@ -1819,7 +1809,7 @@ static int run_trace(program *p) {
         if (!(t->index = fopen(path, "w"))) exit(write_error(path));
         fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
     }
-    if (n_images && load_image(p->o.words.items[0], &image, &p->err) != ASTROVL_OK) return failed(p);
+    if (n_images && astrovl_image_load(p->o.words.items[0], NULL, &image, &p->err) != ASTROVL_OK) return failed(p);
     answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
@@ -1865,7 +1855,7 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
     size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
-        ok[i] = load_image(paths[i], &images[good], &p->err) == ASTROVL_OK;
+        ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
         good += ok[i];
         if (ok[i]) continue;
         failed(p);
@@ -2652,7 +2642,7 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
     for (x = samples; x < samples + n; x++) {
         draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
-        if (load_image(x->path, &image, &p->err) != ASTROVL_OK) exit(failed(p));
+        if (astrovl_image_load(x->path, NULL, &image, &p->err) != ASTROVL_OK) exit(failed(p));
         x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT);
         astrovl_image_free(&image);
         if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));

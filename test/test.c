@@ -2188,11 +2188,29 @@ static unsigned long images_pixels_crc(const astrovl_image *image) {
     return images_crc(image->rgb, (size_t)image->width * (size_t)image->height * 3);
 }
 
-// A private copy, so that the sanitizers see a read of one byte too many.
-static unsigned char *images_copy(const images_file *f) {
-    unsigned char *copy = (unsigned char *)malloc(f->size);
-    memcpy(copy, f->data, f->size);
-    return copy;
+// PNM files of kinds that are no longer read; Pillow reads them.
+static int images_is_unsupported(const images_file *f) {
+    return f->data[0] == 'P' && strcmp(f->name, "p5.pgm") && strcmp(f->name, "p5_comments.pgm") && strcmp(f->name, "p6.ppm");
+}
+
+// Decodes as stored, from a copy of exactly `size` bytes, so that the sanitizers see a read of one byte too many. A failure
+// must say why, with a status that fits, and leave no image.
+static astrovl_status images_decode(const char *name, const unsigned char *data, size_t size, uint64_t max_pixels,
+                                    astrovl_image *image, astrovl_error *err) {
+    astrovl_image_options options = {0, 1};
+    unsigned char *copy = (unsigned char *)malloc(size ? size : 1);
+    astrovl_status status;
+    if (size) memcpy(copy, data, size);
+    options.max_pixels = max_pixels;
+    memset(err, 0, sizeof *err);
+    status = astrovl_image_decode(copy, size, &options, image, err);
+    free(copy);
+    if (!status) return status;
+    CHECK(status == ASTROVL_ERROR_FORMAT || status == ASTROVL_ERROR_UNSUPPORTED || status == ASTROVL_ERROR_LIMIT,
+          "%s: %d", name, status);
+    CHECK(err->status == status && err->message[0], "%s: no message", name);
+    CHECK(!image->rgb && !image->width, "%s: an image was left", name);
+    return status;
 }
 
 static astrovl_image images_pattern(int kind, int width, int height) {   // as images_pattern() in the generator
@@ -2217,20 +2235,25 @@ static void test_images_files(void) {
     size_t at = 0;
     int n = 0;
     while (images_next(&at, &f)) {
-        astrovl_image image;
+        astrovl_image image, upright;
         astrovl_error err;
-        unsigned char *copy = images_copy(&f);
+        astrovl_status status = images_decode(f.name, f.data, f.size, 0, &image, &err);
         n++;
-        if (astrovl_image_decode(copy, f.size, 0, &image, &err) != ASTROVL_OK) CHECK(0, "%s: %s", f.name, err.message);
-        else {
-            CHECK(image.width == f.width && image.height == f.height, "%s: %d x %d", f.name, image.width, image.height);
-            CHECK(image.orientation == f.orientation, "%s: orientation %d", f.name, image.orientation);
-            CHECK(images_pixels_crc(&image) == f.crc, "%s: pixels differ from Pillow's", f.name);
-            CHECK(astrovl_image_upright(&image, &err) == ASTROVL_OK && image.orientation == 1, "%s", f.name);
-            CHECK(images_pixels_crc(&image) == f.crc_upright, "%s: upright differs from Pillow's", f.name);
+        if (images_is_unsupported(&f)) {
+            CHECK(status == ASTROVL_ERROR_UNSUPPORTED && strstr(err.message, "PNM"), "%s: %s", f.name, err.message);
+            continue;
         }
+        CHECK(status == ASTROVL_OK, "%s: %s", f.name, err.message);
+        if (status) continue;
+        CHECK(image.width == f.width && image.height == f.height, "%s: %d x %d", f.name, image.width, image.height);
+        CHECK(image.orientation == f.orientation, "%s: orientation %d", f.name, image.orientation);
+        CHECK(images_pixels_crc(&image) == f.crc, "%s: pixels differ from Pillow's", f.name);
+        CHECK(astrovl_image_upright(&image, &err) == ASTROVL_OK && image.orientation == 1, "%s", f.name);
+        CHECK(images_pixels_crc(&image) == f.crc_upright, "%s: upright differs from Pillow's", f.name);
+        CHECK(astrovl_image_decode(f.data, f.size, NULL, &upright, &err) == ASTROVL_OK && upright.orientation == 1 &&
+              images_pixels_crc(&upright) == f.crc_upright, "%s: not upright by default", f.name);
+        astrovl_image_free(&upright);
         astrovl_image_free(&image);
-        free(copy);
     }
     CHECK(n >= 150, "only %d files", n);
 }
@@ -2267,36 +2290,18 @@ static void test_images_operations(void) {
     CHECK(n >= 80, "only %d operations", n);
 }
 
-// A failed decode must say why, with a status that fits, and leave no image.
-static void images_check_failed(const char *name, astrovl_status status, const astrovl_image *image,
-                                const astrovl_error *err) {
-    CHECK(status == ASTROVL_ERROR_FORMAT || status == ASTROVL_ERROR_UNSUPPORTED || status == ASTROVL_ERROR_LIMIT,
-          "%s: %d", name, status);
-    CHECK(err->status == status && err->message[0], "%s: no message", name);
-    CHECK(!image->rgb && !image->width, "%s: an image was left", name);
-}
-
 // Every prefix of every small file is refused, or holds all pixels already.
 static void test_images_truncated(void) {
     images_file f;
     size_t at = 0, size;
     while (images_next(&at, &f)) {
-        unsigned char *copy;
-        if (f.size > 900) continue;
-        for (size = 0; size < f.size; size++) {
+        for (size = 0; size < f.size && f.size <= 900; size++) {
             astrovl_image image;
             astrovl_error err;
-            astrovl_status status;
-            copy = (unsigned char *)malloc(size ? size : 1);
-            if (size) memcpy(copy, f.data, size);
-            status = astrovl_image_decode(copy, size, 0, &image, &err);
-            if (status) images_check_failed(f.name, status, &image, &err);
-            // a text's last number may lose digits unseen
-            else if ((f.data[1] != '2' && f.data[1] != '3') || size + 5 < f.size)
+            if (images_decode(f.name, f.data, size, 0, &image, &err) == ASTROVL_OK)
                 CHECK(images_pixels_crc(&image) == f.crc, "%s: cut off at byte %lu gives other pixels", f.name,
                       (unsigned long)size);
             astrovl_image_free(&image);
-            free(copy);
         }
     }
 }
@@ -2304,15 +2309,14 @@ static void test_images_truncated(void) {
 // Half of a JPEG's scan, or of a PNG's data, is an error: the gray rest is not passed off as an image.
 static void test_images_half(void) {
     static const char *const names[] = {"420_37x29.jpg", "420_37x29_prog.jpg", "restart.jpg", "gray.jpg", "c2_8.png",
-                                        "c3_4_adam7.png", "p3.ppm", "p6.ppm"};
+                                        "c3_4_adam7.png", "p5.pgm", "p6.ppm"};
     size_t i;
     for (i = 0; i < sizeof names / sizeof *names; i++) {
         images_file f = images_find(names[i]);
         astrovl_image image;
         astrovl_error err;
         size_t size = f.size - (names[i][0] == 'p' ? 40 : 120);
-        CHECK(astrovl_image_decode(f.data, size, 0, &image, &err) == ASTROVL_ERROR_FORMAT, "%s", names[i]);
-        astrovl_image_free(&image);
+        CHECK(images_decode(names[i], f.data, size, 0, &image, &err) == ASTROVL_ERROR_FORMAT, "%s", names[i]);
     }
 }
 
@@ -2338,41 +2342,38 @@ static void test_images_mutated(void) {
     int round, i, n_ok = 0, n_bad = 0, n_files = 0;
     size_t at = 0;
     images_file files[400];
-    while (n_files < 400 && images_next(&at, &files[n_files])) if (files[n_files].size < 3000) n_files++;
+    while (n_files < 400 && images_next(&at, &files[n_files]))
+        if (files[n_files].size < 3000 && !images_is_unsupported(&files[n_files])) n_files++;
     for (round = 0; round < 30000; round++) {
         const images_file *f = &files[round % n_files];
-        unsigned char *copy = images_copy(f);
+        unsigned char copy[3000];
         size_t size = f->size;
         astrovl_image image;
         astrovl_error err;
-        astrovl_status status;
         int n = 1 + (int)(images_random(&random) % 4);
+        memcpy(copy, f->data, size);
         for (i = 0; i < n; i++)
             copy[images_random(&random) % size] =
                 (unsigned char)(images_random(&random) % 3 ? images_random(&random) : 255);
         if (images_random(&random) % 8 == 0) size = images_random(&random) % size;
         if (copy[0] == 0x89) images_repair_png(copy, size);
-        status = astrovl_image_decode(copy, size, 1 << 20, &image, &err);
-        if (status) images_check_failed(f->name, status, &image, &err);
-        if (status) n_bad++; else n_ok++;
+        if (images_decode(f->name, copy, size, 1 << 20, &image, &err) == ASTROVL_OK) n_ok++; else n_bad++;
         astrovl_image_free(&image);
-        free(copy);
     }
     CHECK(n_ok > 1000 && n_bad > 1000, "%d decoded, %d refused: the mutations are too strong or too weak", n_ok, n_bad);
 }
 
-// Decodes a file with `n` bytes at `at` replaced; returns the status.
+// Decodes a file with `n` bytes at `at` replaced, a PNG with its check sums repaired; returns the status.
 static astrovl_status images_patched(const char *name, size_t at, const char *bytes, size_t n, uint64_t max_pixels,
                                      astrovl_error *err) {
     images_file f = images_find(name);
-    unsigned char *copy = images_copy(&f);
+    unsigned char *copy = (unsigned char *)malloc(f.size);
     astrovl_image image;
     astrovl_status status;
+    memcpy(copy, f.data, f.size);
     memcpy(copy + at, bytes, n);
     if (copy[0] == 0x89) images_repair_png(copy, f.size);
-    memset(err, 0, sizeof *err);
-    status = astrovl_image_decode(copy, f.size, max_pixels, &image, err);
-    if (status) images_check_failed(name, status, &image, err);
+    status = images_decode(name, copy, f.size, max_pixels, &image, err);
     astrovl_image_free(&image);
     free(copy);
     return status;
@@ -2403,9 +2404,8 @@ static void test_images_bombs(void) {
               err.message);
         CHECK(images_patched("420_37x29_prog.jpg", sof2 + 5, "\xFF\xFF\xFF\xFF", 4, limit, &err) == wanted, "%s",
               err.message);
-        CHECK(images_patched("p6_65535.ppm", 0, "P6 999999 99999 9 ", 18, limit, &err) == wanted, "%s", err.message);
-        CHECK(images_patched("p3_1000.ppm", 0, "P3 999999 99999 9 ", 18, limit, &err) == wanted, "%s", err.message);
-        CHECK(images_patched("p1.pbm", 0, "P1 999999 99999 ", 16, limit, &err) == wanted, "%s", err.message);
+        CHECK(images_patched("p6.ppm", 0, "P6 999999 99999 255 ", 20, limit, &err) == wanted, "%s", err.message);
+        CHECK(images_patched("p5.pgm", 0, "P5 999999 99999 255 ", 20, limit, &err) == wanted, "%s", err.message);
     }
     CHECK(images_patched("c2_8.png", 16, "\xFF\xFF\xFF\xFF\0\0\0\1", 8, UINT64_MAX, &err) == ASTROVL_ERROR_LIMIT, "%s",
           err.message);
@@ -2419,8 +2419,8 @@ static void test_images_bombs(void) {
 static void test_images_errors(void) {
     static const struct { const char *name, *find; size_t n_find,
                          skip; const char *bytes; size_t n; astrovl_status status; const char *words; } cases[] = {
-        {"c2_8.png", "IHDR", 4, 12, "\3", 1, ASTROVL_ERROR_FORMAT, "colour type 2 with 3 bits"},
-        {"c2_8.png", "IHDR", 4, 13, "\5", 1, ASTROVL_ERROR_FORMAT, "colour type 5"},
+        {"c2_8.png", "IHDR", 4, 12, "\3", 1, ASTROVL_ERROR_FORMAT, "color type 2 with 3 bits"},
+        {"c2_8.png", "IHDR", 4, 13, "\5", 1, ASTROVL_ERROR_FORMAT, "color type 5"},
         {"c2_8.png", "IHDR", 4, 14, "\1", 1, ASTROVL_ERROR_FORMAT, "IHDR"},
         {"c2_8.png", "IHDR", 4, 4, "\0\0\0\0", 4, ASTROVL_ERROR_FORMAT, "0 x 21"},
         {"c2_8.png", "IHDR", 4, 0, "JHDR", 4, ASTROVL_ERROR_FORMAT, "must come first"},
@@ -2441,16 +2441,18 @@ static void test_images_errors(void) {
         {"420_37x29.jpg", "\xFF\xDB", 2, 4, "\x07", 1, ASTROVL_ERROR_FORMAT, "DQT"},
         {"420_37x29.jpg", "\xFF\xC4", 2, 5, "\x09", 1, ASTROVL_ERROR_FORMAT, "DHT"},
         {"420_37x29.jpg", "\xFF\xC4", 2, 1, "\xFE", 1, ASTROVL_ERROR_FORMAT, "Huffman table is missing"},
-        {"420_37x29.jpg", "\xFF\xDB", 2, 1, "\xFE", 1, ASTROVL_ERROR_FORMAT, "quantisation table is missing"},
+        {"420_37x29.jpg", "\xFF\xDB", 2, 1, "\xFE", 1, ASTROVL_ERROR_FORMAT, "quantization table is missing"},
         {"420_37x29.jpg", "\xFF\xDA", 2, 5, "\x09", 1, ASTROVL_ERROR_FORMAT, "unknown component"},
         {"420_37x29.jpg", "\xFF\xC0", 2, 1, "\xFE", 1, ASTROVL_ERROR_FORMAT, "before the frame"},
         {"420_37x29_prog.jpg", "\xFF\xDA", 2, 11, "\x77", 1, ASTROVL_ERROR_FORMAT, "progression"},
         {"restart.jpg", "\xFF\xD1", 2, 1, "\xD3", 1, ASTROVL_ERROR_FORMAT, "restart marker"},
-        {"p6.ppm", "P6", 2, 0, "P7", 2, ASTROVL_ERROR_UNSUPPORTED, "neither PNG"},
-        {"p6.ppm", "255", 3, 0, "000", 3, ASTROVL_ERROR_FORMAT, "maxval"},
-        {"p3.ppm", "255", 3, 0, "2z5", 3, ASTROVL_ERROR_FORMAT, "not part of a number"},
-        {"p3_10.ppm", "10\n", 3, 3, "99", 2, ASTROVL_ERROR_FORMAT, "above 10"},
-        {"p1.pbm", "comment\n", 8, 13, "7", 1, ASTROVL_ERROR_FORMAT, "neither 0 nor 1"}};
+        {"p6.ppm", "255", 3, 0, "000", 3, ASTROVL_ERROR_UNSUPPORTED, "maxval 0"},
+        {"p6.ppm", "255", 3, 0, "254", 3, ASTROVL_ERROR_UNSUPPORTED, "maxval 254"},
+        {"p6.ppm", "255", 3, 0, "2z5", 3, ASTROVL_ERROR_FORMAT, "byte 8: not a number"},
+        {"p6.ppm", "255", 3, 3, "#", 1, ASTROVL_ERROR_FORMAT, "byte 10: not a number"},
+        {"p6.ppm", "\r7", 2, 1, "0", 1, ASTROVL_ERROR_FORMAT, "0 x 6"},
+        {"p6.ppm", "7\t6\n255", 7, 0, "2222222", 7, ASTROVL_ERROR_FORMAT, "byte 11"},
+        {"p6.ppm", "P6", 2, 0, "P3", 2, ASTROVL_ERROR_UNSUPPORTED, "neither PNG"}};
     size_t i;
     astrovl_error err;
     astrovl_image image;
@@ -2461,109 +2463,88 @@ static void test_images_errors(void) {
               (int)i, cases[i].name,
               cases[i].words, status, err.message);
     }
-    CHECK(astrovl_image_load("test/no such file.png", 0, &image, &err) == ASTROVL_ERROR_FILE, "%s", err.message);
-    CHECK(astrovl_image_load("/dev/zero", 0, &image, &err) == ASTROVL_ERROR_FILE && strstr(err.message, "/dev/zero"), "%s", err.message);
-    CHECK(astrovl_image_load("test/golden/images_ops.txt", 0, &image, &err) == ASTROVL_ERROR_UNSUPPORTED &&
+    CHECK(astrovl_image_load("test/no such file.png", NULL, &image, &err) == ASTROVL_ERROR_FILE, "%s", err.message);
+    CHECK(astrovl_image_load("/dev/zero", NULL, &image, &err) == ASTROVL_ERROR_FILE && strstr(err.message, "/dev/zero"), "%s", err.message);
+    CHECK(astrovl_image_load("test/golden/images_ops.txt", NULL, &image, &err) == ASTROVL_ERROR_UNSUPPORTED &&
           strstr(err.message, "images_ops.txt: neither"), "%s", err.message);
-    CHECK(astrovl_image_load(NULL, 0, &image, &err) == ASTROVL_ERROR_ARGUMENT, "no path");
-    CHECK(astrovl_image_decode(NULL, 5, 0, &image, NULL) == ASTROVL_ERROR_ARGUMENT, "no data");
-    CHECK(astrovl_image_decode("", 0, 0, NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "no image");
-    CHECK(astrovl_image_decode("", 0, 0, &image, &err) == ASTROVL_ERROR_UNSUPPORTED, "no bytes");
+    CHECK(astrovl_image_load(NULL, NULL, &image, &err) == ASTROVL_ERROR_ARGUMENT, "no path");
+    CHECK(astrovl_image_load("test/golden/models_1.png", NULL, NULL, &err) == ASTROVL_ERROR_ARGUMENT, "no image");
+    CHECK(astrovl_image_upright(NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "nothing to turn");
+    CHECK(astrovl_image_decode(NULL, 5, NULL, &image, NULL) == ASTROVL_ERROR_ARGUMENT, "no data");
+    CHECK(astrovl_image_decode("", 0, NULL, NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "no image");
+    CHECK(astrovl_image_decode("", 0, NULL, &image, &err) == ASTROVL_ERROR_UNSUPPORTED, "no bytes");
 }
 
-// A wrong CRC is an error up to the pixels; behind them, and in a missing end, it is not.
-static void test_images_png_crc(void) {
+// A wrong CRC is an error up to the pixels; behind them, and in a missing end, it is not. A filter that does not exist
+// is found in data whose check sums are right.
+static void test_images_png_sums(void) {
     images_file f = images_find("many_idat.png");
-    unsigned char *copy = images_copy(&f);
+    size_t text = images_offset("many_idat.png", "tEXt", 4) + 4, k;
     astrovl_image image;
     astrovl_error err;
-    size_t at = images_offset("many_idat.png", "tEXt", 4) + 4;
-    copy[at] ^= 1;
-    CHECK(astrovl_image_decode(copy, f.size, 0, &image, &err) == ASTROVL_ERROR_FORMAT && strstr(err.message, "tEXt") &&
-          strstr(err.message, "CRC"),
-          "%s", err.message);
-    copy[at] ^= 1;
+    unsigned char copy[8000];
+    uint32_t a = 1, b = 0;
+    memcpy(copy, f.data, f.size);
+    copy[text] ^= 1;
+    CHECK(images_decode(f.name, copy, f.size, 0, &image, &err) == ASTROVL_ERROR_FORMAT && strstr(err.message, "tEXt") &&
+          strstr(err.message, "CRC"), "%s", err.message);
+    copy[text] ^= 1;
     copy[f.size - 1] ^= 1;
-    CHECK(astrovl_image_decode(copy, f.size, 0, &image, &err) == ASTROVL_OK && images_pixels_crc(&image) == f.crc,
-          "broken end");
-    astrovl_image_free(&image);
-    CHECK(astrovl_image_decode(copy, f.size - 12, 0, &image, &err) == ASTROVL_OK && images_pixels_crc(&image) == f.crc,
-          "no end");
-    astrovl_image_free(&image);
-    free(copy);
-}
-
-// A row with a filter that does not exist, in data whose check sums are right.
-static void test_images_png_filter(void) {
-    images_file f = images_find("stored.png");   // zlib header of 2 bytes, one stored block with 5 before its data, sum
-    size_t at = images_offset("stored.png", "IDAT", 4) + 4, n = 30 * (1 + 40 * 3), k;
-    unsigned char *copy = images_copy(&f);
-    astrovl_image image;
-    astrovl_error err;
-    uint32_t sum;
-    copy[at + 7 + 121] = 7;
-    sum = avl__adler32(copy + at + 7, n);
-    for (k = 0; k < 4; k++) copy[at + 7 + n + k] = (unsigned char)(sum >> (24 - 8 * k));
+    for (k = 0; k <= 12; k += 12) {   // the last chunk, IEND, has 12 bytes
+        CHECK(images_decode(f.name, copy, f.size - k, 0, &image, &err) == ASTROVL_OK && images_pixels_crc(&image) == f.crc,
+              "its end %s", k ? "is missing" : "has a wrong CRC");
+        astrovl_image_free(&image);
+    }
+    f = images_find("stored.png");   // zlib's header of 2 bytes, one stored block: 5 bytes, 30 rows of 1 + 120, Adler-32
+    memcpy(copy, f.data, f.size);
+    text = images_offset("stored.png", "IDAT", 4) + 4 + 7;
+    copy[text + 121] = 7;
+    for (k = 0; k < 30 * 121; k++) {
+        a = (a + copy[text + k]) % 65521;
+        b = (b + a) % 65521;
+    }
+    for (k = 0; k < 4; k++) copy[text + 30 * 121 + k] = (unsigned char)((b << 16 | a) >> (24 - 8 * k));
     images_repair_png(copy, f.size);
-    CHECK(astrovl_image_decode(copy, f.size, 0, &image, &err) == ASTROVL_ERROR_FORMAT &&
+    CHECK(images_decode(f.name, copy, f.size, 0, &image, &err) == ASTROVL_ERROR_FORMAT &&
           strstr(err.message, "row 1 has filter 7"), "%s", err.message);
-    free(copy);
 }
 
 // Each allocation fails in turn: every call reports it and leaves nothing behind (run() counts the blocks).
 static void test_images_out_of_memory(void) {
     static const char *const names[] = {"c2_8.png", "c3_4_adam7.png", "many_idat.png", "420_37x29.jpg",
-                                        "420_37x29_prog.jpg", "ycck.jpg", "p3.ppm", "p6.ppm"};
+                                        "420_37x29_prog.jpg", "ycck.jpg", "exif6.jpg", "p5.pgm", "p6.ppm"};
     static const unsigned char color[3] = {1, 2, 3};
-    size_t i;
+    const int n_names = (int)(sizeof names / sizeof *names);
     long fail;
-    int op;
-    for (i = 0; i < sizeof names / sizeof *names; i++) {
-        images_file f = images_find(names[i]);
-        for (fail = 0;; fail++) {
-            astrovl_image image;
-            astrovl_error err;
-            astrovl_status status;
-            int did_fail;
-            alloc_fail_at(fail);
-            status = astrovl_image_decode(f.data, f.size, 0, &image, &err);
-            did_fail = alloc_did_fail();
-            alloc_fail_at(-1);
-            CHECK(status == (did_fail ? ASTROVL_ERROR_MEMORY : ASTROVL_OK), "%s, allocation %ld: %d", f.name, fail,
-                  status);
-            CHECK(!did_fail == !!image.rgb, "%s, allocation %ld", f.name, fail);
-            astrovl_image_free(&image);
-            if (!did_fail) break;
-        }
-        CHECK(fail >= 1, "%s allocates nothing?", f.name);
-    }
-    for (op = 0; op < 7; op++)
-        for (fail = 0;; fail++) {
+    int op, did_fail;
+    for (op = 0; op < n_names + 5; op++)
+        for (fail = 0, did_fail = 1; did_fail; fail++) {
+            images_file f = images_find(names[op < n_names ? op : 0]);
             astrovl_image from = images_pattern(0, 9, 5), image, out;
             astrovl_error err;
             astrovl_status status = ASTROVL_OK;
-            int did_fail;
             memset(&out, 0, sizeof out);
             (void)astrovl_image_center_crop(&from, 9, 5, &image, &err);   // the same pixels, from our allocator
             free(from.rgb);
             image.orientation = 6;
             alloc_fail_at(fail);
-            if (op == 0) status = astrovl_image_resize(&image, 4, 4, &out, &err);
-            if (op == 1) status = astrovl_image_resize(&image, 9, 4, &out, &err);
-            if (op == 2) status = astrovl_image_resize(&image, 4, 5, &out, &err);
-            if (op == 3) status = astrovl_image_resize(&image, 9, 5, &out, &err);
-            if (op == 4) status = astrovl_image_pad_square(&image, color, &out, &err);
-            if (op == 5) status = astrovl_image_center_crop(&image, 3, 3, &out, &err);
-            if (op == 6) status = astrovl_image_upright(&image, &err);
+            switch (op - n_names) {
+            case 0: status = astrovl_image_resize(&image, 4, 4, &out, &err); break;
+            case 1: status = astrovl_image_resize(&image, 9, 5, &out, &err); break;
+            case 2: status = astrovl_image_pad_square(&image, color, &out, &err); break;
+            case 3: status = astrovl_image_center_crop(&image, 3, 3, &out, &err); break;
+            case 4: status = astrovl_image_upright(&image, &err); break;
+            default: status = astrovl_image_decode(f.data, f.size, NULL, &out, &err);
+            }
             did_fail = alloc_did_fail();
             alloc_fail_at(-1);
-            CHECK(status == (did_fail ? ASTROVL_ERROR_MEMORY : ASTROVL_OK), "operation %d, allocation %ld: %d", op,
-                  fail, status);
-            CHECK(!did_fail || !out.rgb, "operation %d, allocation %ld leaves an image", op, fail);
-            if (op == 6) CHECK(image.rgb && image.orientation == (did_fail ? 6 : 1), "upright, allocation %ld", fail);
+            CHECK(status == (did_fail ? ASTROVL_ERROR_MEMORY : ASTROVL_OK), "%d, allocation %ld: %d", op, fail, status);
+            CHECK(!did_fail || !out.rgb, "%d, allocation %ld leaves an image", op, fail);
+            CHECK(did_fail || fail > 0, "%d allocates nothing?", op);
+            if (op == n_names + 4)
+                CHECK(image.rgb && image.orientation == (did_fail ? 6 : 1), "upright, allocation %ld", fail);
             astrovl_image_free(&image);
             astrovl_image_free(&out);
-            if (!did_fail) break;
         }
 }
 
@@ -2594,8 +2575,7 @@ static void tests_images(void) {
     run("images: 30,000 mutated files", test_images_mutated);
     run("images: pixel bombs", test_images_bombs);
     run("images: errors say what is wrong", test_images_errors);
-    run("images: PNG check sums", test_images_png_crc);
-    run("images: PNG filters", test_images_png_filter);
+    run("images: PNG check sums and filters", test_images_png_sums);
     run("images: allocation failure at every site", test_images_out_of_memory);
     run("images: arguments", test_images_arguments);
     free(g_images_pack);
