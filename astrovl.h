@@ -5257,7 +5257,7 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_im
 // EXIF's orientations 1 to 8. Pixel (x, y) of the result is pixel (x, y) of the stored image, with the two exchanged
 // (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted from the far end.
 ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err) {
-    astrovl_image out;
+    astrovl_image out = {0, 0, NULL, 0};
     astrovl_status status = avl__image_check(image, &out, err);
     int o, swap, x, y;
     if (status) return status;
