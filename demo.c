@@ -386,7 +386,6 @@ struct program {
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
     union block       *memory;             // what new_memory gave
-    list               problems;           // of the files that inspect --check looks at
 };
 
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
@@ -456,7 +455,7 @@ static void find_shipped_model(program *p, const char *argv0) {
 
 // Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
 static void open_model(program *p) {
-    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
+    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template};
     if (p->o.models.n == 0 && !p->shipped[0])
         exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m", SHIPPED_MODEL, ASTROVL_DATA_DIR));
     if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
@@ -499,9 +498,9 @@ static int on_text(void *user, const char *text, size_t size) {
     return g_interrupted || p->stop;
 }
 
-// tap, share: may be NULL
-static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user, astrovl_session *share) {
-    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"), share};
+// tap: may be NULL
+static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user) {
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA")};
     astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
     if (!session) exit(failed(p));
     return session;
@@ -509,7 +508,7 @@ static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap t
 
 static void open_model_and_session(program *p) {
     open_model(p);
-    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL, NULL);
+    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL);
 }
 
 // Loads an image the right way up.
@@ -752,7 +751,8 @@ static int answer_each(program *p, int n_images, const char *prompt) {
     if (p->o.together) return answer_images(p, paths, 1, n_images, 0, prompt);
     p->counting = batch > 1;               // answers are printed when all of their batch are there
     p->started = time(NULL);
-    for (i = 1; i < batch && i < n_images; i++) p->more[i] = new_session(p, ASTROVL_FAST, NULL, NULL, p->session);
+    for (i = 1; i < batch && i < n_images; i++)
+        if (!(p->more[i] = astrovl_session_fork(p->session, p->o.ctx, &p->err))) exit(failed(p));
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
         if (p->counting) draw_bar(p, "images", i, n_images, 0);
         status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt);
@@ -1065,34 +1065,50 @@ static void print_model(program *p, const list *paths) {
     else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
-static void on_problem(void *user, const char *message) {
-    program *p = (program *)user;
-    list_add(p, &p->problems, message, strlen(message));
+// Of files that are whole, what keeps all commands from using them; NULL: nothing.
+static const char *lacking(const astrovl_info *m) {
+    const int images = m->has_joint_image;
+    if (m->has_text && !m->has_vocab)
+        return "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or tokenizer.json "
+               "next to its weights";
+    if (m->has_projector && !m->has_text)
+        return "there is no language model, which answers are made with: give its file as well (-m FILE)";
+    if (m->has_vision && !m->has_projector && !images)
+        return "the vision tower has neither a projector (mm.0.weight) nor a projection (visual_projection.weight): convert it "
+               "again, with that part";
+    if (images && !m->has_joint_text && !m->has_text)
+        return "there is no text tower (t.*), which images are compared with: give its file as well (-m FILE), or convert the model "
+               "again with both towers";
+    if (m->has_joint_text && !images)
+        return "there is no vision tower with a projection (v.*, visual_projection.weight), which texts are compared with: give its "
+               "file as well (-m FILE), or convert the model again with both towers";
+    if (m->has_vocab && !m->has_text && !m->has_vision && !m->has_joint_text)
+        return "there is a vocabulary and nothing else: give the file with the weights as well (-m FILE)";
+    return NULL;
 }
 
-// --check: which commands the files can be used with, or all that they lack.
+// --check: which commands the files can be used with, or the first problem.
 static int check_model(program *p, const list *paths) {
     static const struct { const char *command; int use; } rows[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
         {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
-    astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
     const astrovl_info *m = &p->info;
+    const char *problem;
     int i, uses[5];
-    p->model = astrovl_open_files(paths->items, paths->n, &how, &p->err);
-    if (p->model) astrovl_get_info(p->model, &p->info);
-    else if (!p->problems.n) on_problem(p, p->err.message);
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    astrovl_get_info(p->model, &p->info);
+    problem = p->model ? lacking(m) : p->err.message;
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
-    if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
-    else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
+    if (p->o.json) put_json("{runnable:%b commands:[", !problem);
+    else fputs(problem ? "these files make up no model that astrovl can run:\n- " : "these files can be used with", stdout);
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
-        if (uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
+        if (!problem && uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
     if (p->o.json) put_json("] problems:[");
-    else if (p->model) puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
-    for (i = 0; i < p->problems.n; i++)
-        if (p->o.json) put_json("%s", p->problems.items[i]);
-        else printf("- "), print_safe(stdout, p->problems.items[i]), putchar('\n');
+    if (p->o.json && problem) put_json("%s", problem);
     if (p->o.json) put_json("]}\n");
-    return p->model ? EXIT_OK : EXIT_FAILED;
+    else if (problem) print_safe(stdout, problem), putchar('\n');
+    else puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
+    return problem ? EXIT_FAILED : EXIT_OK;
 }
 
 static int run_inspect(program *p) {
@@ -1225,7 +1241,7 @@ static int run_trace(program *p) {
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
-    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t, NULL);
+    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t);
     if (t->folder) open_trace_folder(p, t);
     if (n_images && load_image(p->o.words.items[0], &image, &p->err) != ASTROVL_OK) return failed(p);
     answer = say(p, &image, n_images, p->o.words.items[n_images]);
@@ -1755,6 +1771,7 @@ static int run_index(program *p) {
 
 static int search_index(program *p, image_index *ix, const char *query) {
     int i, k = p->o.best ? p->o.best : 10, n = 0;
+    const astrovl_rows rows = {ix->rows, ix->names.n, ix->n_dims};
     float *row = new_rows(p, 1);
     astrovl_hit *hits;
     char ok;
@@ -1762,7 +1779,7 @@ static int search_index(program *p, image_index *ix, const char *query) {
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
-    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &p->err);
+    if (k) n = astrovl_search(&rows, row, k, p->o.threads, hits, &p->err);
     if (n < 0) return failed(p);
     if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
@@ -2224,7 +2241,7 @@ static int bench_model(program *p) {
     astrovl_batch_speed batch = {0, 0, 0, 0, 0, 0, 0};
     astrovl_status status;
     if (n > ASTROVL_DEFAULT_CONTEXT) p->o.ctx = n < p->info.n_ctx_train ? n : p->info.n_ctx_train;
-    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
+    p->session = new_session(p, ASTROVL_FAST, NULL, NULL);
     p->started = time(NULL);
     p->counting = 1;                       // rounds: drawing a bar for each layer would take time
     status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &p->err);
@@ -2247,8 +2264,8 @@ static int bench_accuracy(program *p, const char *path) {
     if (n > most) n = most;
     if (n < 2) return fail("%s: two tokens at least are wanted", path);
     p->o.ctx = n;
-    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
-    p->more[1] = new_session(p, ASTROVL_EXACT, NULL, NULL, NULL);
+    p->session = new_session(p, ASTROVL_FAST, NULL, NULL);
+    p->more[1] = new_session(p, ASTROVL_EXACT, NULL, NULL);
     p->started = time(NULL);
     if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &p->err)) return failed(p);
     clear_bar(p);
