@@ -7784,10 +7784,9 @@ typedef struct avl__joint {
 
 typedef struct avl__clip {
     avl__tower tower;
-    avl__joint joint;                         // if has_joint
+    avl__joint joint;                         // zeros where the files have none
     int   image_size, patch_size, n_patches;  // S, P, (S / P)^2
     int   n_run;                              // layers run before LLaVA's features are taken
-    int   has_joint;
     int   pad_square;                         // 1: pad with the mean color (LLaVA); 0: resize and crop (CLIP)
     float mean[3], std[3];
     const float *class_embd;                  // [n_embd]
@@ -7877,14 +7876,14 @@ static int avl__clip_load_depth(avl__weights *w, int n_layer) {
     return avl__load_int(w, 0, n_layer, -1, "clip.vision.feature_layer");
 }
 
-static void avl__clip_load(avl__clip *clip, avl__weights *w) {
+static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info) {
     static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f};
     static const float clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
     const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
     int c, d, p, s;
-    clip->image_size = s = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
-    clip->patch_size = p = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
-    clip->n_patches = (s / p) * (s / p);
+    info->image_size = clip->image_size = s = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
+    info->patch_size = clip->patch_size = p = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
+    info->n_patches = clip->n_patches = (s / p) * (s / p);
     if (clip->n_patches > 65536)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.* asks for %d patches", clip->n_patches);
     avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
@@ -7895,24 +7894,39 @@ static void avl__clip_load(avl__clip *clip, avl__weights *w) {
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
     avl__tower_load(&clip->tower, w, "v", "clip.vision");
-    d = clip->tower.n_embd;
-    clip->n_run = avl__clip_load_depth(w, clip->tower.n_layer);
+    info->vision_n_embd = d = clip->tower.n_embd;
+    info->vision_n_layer = clip->tower.n_layer;
+    info->vision_n_head = clip->tower.n_head;
+    info->vision_n_ff = clip->tower.n_ff;
+    info->vision_feature_layer = clip->n_run = avl__clip_load_depth(w, clip->tower.n_layer);
     clip->class_embd = avl__load_vector(w, d, "v.class_embd");
     clip->patch_embd = avl__load_linear(w, 3 * p * p, d, "v.patch_embd");
     clip->position_embd = avl__load_vector(w, (int64_t)(1 + clip->n_patches) * d, "v.position_embd.weight");
     clip->pre_norm_weight = avl__load_vector(w, d, "v.pre_ln.weight");
     clip->pre_norm_bias = avl__load_vector(w, d, "v.pre_ln.bias");
-    clip->has_joint = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
-    if (clip->has_joint) avl__joint_load(&clip->joint, w, "v", "visual_projection", d);
+    info->has_joint_image = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
+    if (info->has_joint_image) avl__joint_load(&clip->joint, w, "v", "visual_projection", d);
+    info->n_embd_joint = clip->joint.projection.n_out;
 }
 
-static void avl__clip_text_load(avl__clip_text *text, avl__weights *w) {
+static void avl__clip_text_load(avl__clip_text *text, avl__weights *w, astrovl_info *info) {
+    int d;
     avl__tower_load(&text->tower, w, "t", "clip.text");
     text->tower.is_text = 1;
-    text->n_ctx = avl__load_int(w, 2, 65536, -1, "clip.text.context_length");
-    text->token_embd = avl__load_linear(w, text->tower.n_embd, 0, "t.token_embd");
-    text->position_embd = avl__load_vector(w, (int64_t)text->n_ctx * text->tower.n_embd, "t.position_embd.weight");
-    avl__joint_load(&text->joint, w, "t", "text_projection", text->tower.n_embd);
+    info->clip_text_n_embd = d = text->tower.n_embd;
+    info->clip_text_n_layer = text->tower.n_layer;
+    info->clip_text_n_head = text->tower.n_head;
+    info->clip_text_n_ff = text->tower.n_ff;
+    info->clip_text_n_ctx = text->n_ctx = avl__load_int(w, 2, 65536, -1, "clip.text.context_length");
+    text->token_embd = avl__load_linear(w, d, 0, "t.token_embd");
+    info->clip_text_n_vocab = text->token_embd.n_out;
+    text->position_embd = avl__load_vector(w, (int64_t)text->n_ctx * d, "t.position_embd.weight");
+    avl__joint_load(&text->joint, w, "t", "text_projection", d);
+    if (info->has_joint_image && text->joint.projection.n_out != info->n_embd_joint)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "images are embedded in %d numbers, texts in %d; these towers "
+                       "belong to different models", info->n_embd_joint, text->joint.projection.n_out);
+    info->has_joint_text = 1;
+    info->n_embd_joint = text->joint.projection.n_out;
 }
 
 // ---- preprocessing -------------------------------------------------------------------------------------------------
@@ -7953,62 +7967,37 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
 
 // ---- the towers ----------------------------------------------------------------------------------------------------
 
-// The rows of several images or texts, one sequence after the other.
-typedef struct avl__sequences {
-    float     *x;            // [n_rows][n_embd]   the residual stream
-    int        n_rows, n;
-    const int *lengths;      // [n] rows of each sequence; NULL: all the same
-} avl__sequences;
-
-// mixed = softmax(q k^T / sqrt(head_dim)) v, sequence by sequence.  q, k, v, mixed: [n_rows][n_embd];
-// weights: for the tap, which sees one sequence alone: [n_head][n][n]; NULL without
-static void avl__tower_attend(const avl__tower *tower, avl__run *run, const avl__sequences *s, float *mixed,
-                              const float *q, const float *k, const float *v, float *weights, int layer) {
-    const int d = tower->n_embd;
-    size_t at = 0;
-    int i;
-    for (i = 0; i < s->n; i++) {
-        avl__attention a;
-        memset(&a, 0, sizeof a);
-        a.run = run;
-        a.q = q + at;
-        a.k = k + at;
-        a.v = v + at;
-        a.out = mixed + at;
-        a.weights = weights;
-        a.n_rows = s->lengths ? s->lengths[i] : s->n_rows / s->n;
-        a.n_head = tower->n_head;
-        a.n_head_kv = tower->n_head;
-        a.head_dim = d / tower->n_head;
-        a.key_stride = (size_t)d;
-        a.head_stride = (size_t)a.head_dim;
-        a.causal = tower->is_text;
-        a.is_coarse = avl__is_float_type(tower->layers[layer].q.type);
-        avl__attention_run(&a, 1);
-        at += (size_t)a.n_rows * (size_t)d;
-    }
-}
-
-// The sequences through the first n_layers layers, in place:
+// Rows of several images or texts, one sequence after the other, through the first n_layers layers, in place:
 //     x += out attention(q h, k h, v h)    with h = layer_norm1(x)
 //     x += fc2 activation(fc1 h)           with h = layer_norm2(x)
-static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, const avl__sequences *s, int n_layers,
-                                     astrovl_error *err) {
+// x: [n][n_embd], the residual stream;   lengths: [n_sequences] rows of each, n in all; NULL: all the same
+static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, float *x, int n, const int *lengths,
+                                     int n_sequences, int n_layers, astrovl_error *err) {
     const char *name = tower->is_text ? "text_model.encoder.layers" : "vision_model.encoder.layers";
     const char *what = tower->is_text ? "text" : "image";
-    const int n = s->n_rows, d = tower->n_embd, n_ff = tower->n_ff, n_reports = tower->is_text ? 0 : n_layers;
+    const int d = tower->n_embd, n_ff = tower->n_ff, n_reports = tower->is_text ? 0 : n_layers;
     const uint64_t n_wide = (uint64_t)n * d;
-    float *x = s->x;
     float *h = avl__take(run, n_wide);                          // [n][n_embd]
     float *q = avl__take(run, n_wide);                          // [n][n_head][head_dim], and so k, v and mixed
     float *k = avl__take(run, n_wide);
     float *v = avl__take(run, n_wide);
     float *mixed = avl__take(run, n_wide);
     float *hidden = avl__take(run, (uint64_t)n * n_ff);         // [n][n_ff]
-    float *weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;
+    float *weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n], of one sequence
     void (*activation)(float *, int64_t) = tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu;
-    astrovl_status status = ASTROVL_OK;
-    int i;
+    avl__attention a;
+    astrovl_status status;
+    size_t at;
+    int i, j;
+    memset(&a, 0, sizeof a);
+    a.run = run;
+    a.weights = weights;
+    a.n_head = tower->n_head;
+    a.n_head_kv = tower->n_head;
+    a.head_dim = d / tower->n_head;
+    a.key_stride = (size_t)d;
+    a.head_stride = (size_t)a.head_dim;
+    a.causal = tower->is_text;
     for (i = 0; i < n_layers; i++) {
         const avl__tower_layer *layer = &tower->layers[i];
         const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
@@ -8021,7 +8010,15 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, con
         avl__tap(run, name, i, "self_attn.q_proj", q, n, d);
         avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
         avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
-        avl__tower_attend(tower, run, s, mixed, q, k, v, weights, i);
+        a.is_coarse = avl__is_float_type(layer->q.type);
+        for (j = 0, at = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
+            a.n_rows = lengths ? lengths[j] : n / n_sequences;
+            a.q = q + at;
+            a.k = k + at;
+            a.v = v + at;
+            a.out = mixed + at;
+            avl__attention_run(&a, 1);
+        }
         avl__tap3(run, name, i, "self_attn.attn_weights", weights, tower->n_head, n, n);
         avl__tap(run, name, i, "self_attn.context", mixed, n, d);
         avl__apply(run, h, mixed, &layer->out, n);
@@ -8076,25 +8073,24 @@ static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const 
                                     float *x, astrovl_error *err) {
     const int d = clip->tower.n_embd, p = clip->patch_size, s = clip->image_size, n_rows = 1 + clip->n_patches;
     float *patches = avl__take(run, (uint64_t)clip->n_patches * 3 * p * p);    // [n_patches][3][P][P]
-    const avl__sequences images = {x, n * n_rows, n, NULL};
     int i, c, px, py, y;
     if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
-    for (i = 0; i < n; i++, x += (size_t)n_rows * d, pixels += (size_t)3 * s * s) {
-        float *to = patches;
+    for (i = 0; i < n; i++, pixels += (size_t)3 * s * s) {
+        float *row = x + (size_t)i * n_rows * d, *to = patches;
         for (py = 0; py < s / p; py++)         // a convolution with stride P is a product over cut-out patches
             for (px = 0; px < s / p; px++)
                 for (c = 0; c < 3; c++)
                     for (y = 0; y < p; y++, to += p)
                         memcpy(to, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
-        avl__apply(run, x + d, patches, &clip->patch_embd, clip->n_patches);
-        avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", x + d, clip->n_patches, d);
-        memcpy(x, clip->class_embd, (size_t)d * sizeof(float));
-        avl__add(x, clip->position_embd, (int64_t)n_rows * d);
-        avl__tap(run, "vision_model.embeddings", -1, "", x, n_rows, d);
-        avl__norm_rows(run, x, x, clip->pre_norm_weight, clip->pre_norm_bias, n_rows, d, clip->tower.eps);
-        avl__tap(run, "vision_model.pre_layrnorm", -1, "", x, n_rows, d);   // transformers' spelling
+        avl__apply(run, row + d, patches, &clip->patch_embd, clip->n_patches);
+        avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", row + d, clip->n_patches, d);
+        memcpy(row, clip->class_embd, (size_t)d * sizeof(float));
+        avl__add(row, clip->position_embd, (int64_t)n_rows * d);
+        avl__tap(run, "vision_model.embeddings", -1, "", row, n_rows, d);
+        avl__norm_rows(run, row, row, clip->pre_norm_weight, clip->pre_norm_bias, n_rows, d, clip->tower.eps);
+        avl__tap(run, "vision_model.pre_layrnorm", -1, "", row, n_rows, d);   // transformers' spelling
     }
-    return avl__tower_run(&clip->tower, run, &images, n_layers, err);
+    return avl__tower_run(&clip->tower, run, x, n * n_rows, NULL, n, n_layers, err);
 }
 
 // The class rows after all layers, in the shared space.  embeddings: out, [n][n_embd_joint]
@@ -8131,7 +8127,6 @@ static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run
     const avl__joint *joint = &text->joint;
     const int d = text->tower.n_embd;
     int i, j, at, n_rows = 0;
-    avl__sequences texts;
     astrovl_status status;
     float *x, *rows;
     for (i = 0; i < n; i++) n_rows += lengths[i];
@@ -8142,11 +8137,7 @@ static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run
     for (i = 0, at = 0; i < n; at += lengths[i++])
         avl__add(x + (size_t)at * d, text->position_embd, (int64_t)lengths[i] * d);
     avl__tap(run, "text_model.embeddings", -1, "", x, n_rows, d);
-    texts.x = x;
-    texts.n_rows = n_rows;
-    texts.n = n;
-    texts.lengths = lengths;
-    status = avl__tower_run(&text->tower, run, &texts, text->tower.n_layer, err);
+    status = avl__tower_run(&text->tower, run, x, n_rows, lengths, n, text->tower.n_layer, err);
     if (status) return status;
     avl__norm_rows(run, x, x, joint->norm_weight, joint->norm_bias, n_rows, d, text->tower.eps);
     avl__tap(run, "text_model.final_layer_norm", -1, "", x, n_rows, d);
@@ -8173,8 +8164,8 @@ typedef struct avl__llama_layer {
 } avl__llama_layer;
 
 typedef struct avl__llama {
-    int   n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, rope_dim, n_ff;
-    float rope_theta, rms_norm_eps;
+    int   n_vocab, n_embd, n_layer, n_head, n_head_kv, head_dim, rope_dim, n_ff;
+    float rms_norm_eps;
     avl__linear       token_embd;             // [n_vocab][n_embd]
     avl__linear       output;                 // [n_vocab][n_embd]; the same matrix where the file has none ("tied")
     const float      *output_norm;            // [n_embd]
@@ -8182,24 +8173,9 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-static void avl__llama_load_sizes(avl__llama *m, avl__weights *w) {
-    m->n_embd      = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
-    m->n_layer     = avl__load_int(w, 1, 1024, -1, "llama.block_count");
-    m->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
-    m->n_ff        = avl__load_int(w, 1, 1 << 22, -1, "llama.feed_forward_length");
-    m->n_head      = avl__load_int(w, 1, m->n_embd, -1, "llama.attention.head_count");
-    m->n_head_kv   = avl__load_int(w, 1, m->n_head, m->n_head, "llama.attention.head_count_kv");
-    m->head_dim    = avl__load_int(w, 2, 65536, m->n_embd / m->n_head, "llama.attention.key_length");
-    m->rope_dim    = avl__load_int(w, 2, m->head_dim, m->head_dim, "llama.rope.dimension_count");
-    m->rope_theta  = avl__load_float(w, 1e-30f, 1e30f, 10000.0f, "llama.rope.freq_base");
-    m->rms_norm_eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "llama.attention.layer_norm_rms_epsilon");
-    if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
-        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
-                       "them rotated)", m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
-}
-
-// LLaMA-3 stores one divisor per frequency (rope_freqs.weight); "linear" scaling divides every position by one factor.
-static void avl__llama_load_rope(avl__llama *m, avl__weights *w) {
+// 1 / (position of a full turn / 2 pi), by frequency. LLaMA-3 stores one divisor for each (rope_freqs.weight); "linear"
+// scaling divides every position by one factor.
+static void avl__llama_load_rope(avl__llama *m, avl__weights *w, float theta) {
     const astrovl_string type = avl__load_string(w, "llama.rope.scaling.type");
     const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;
     const float *factors = has_factors ? avl__load_vector(w, half, "rope_freqs.weight") : NULL;
@@ -8215,18 +8191,30 @@ static void avl__llama_load_rope(avl__llama *m, avl__weights *w) {
             avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "rope_freqs.weight holds a factor that is not positive");
     m->inv_freq = avl__alloc_floats((uint64_t)half);
     if (!m->inv_freq) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
-    if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, m->rope_theta, factors, linear_scale);
+    if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, theta, factors, linear_scale);
 }
 
-static void avl__llama_load(avl__llama *m, avl__weights *w) {
+static void avl__llama_load(avl__llama *m, avl__weights *w, astrovl_info *info) {
     int i, d, n_q, n_kv;
-    avl__llama_load_sizes(m, w);
-    avl__llama_load_rope(m, w);
-    d = m->n_embd;
+    info->n_embd = m->n_embd = d = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
+    info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
+    info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
+    info->n_ff = m->n_ff = avl__load_int(w, 1, 1 << 22, -1, "llama.feed_forward_length");
+    info->n_head = m->n_head = avl__load_int(w, 1, d, -1, "llama.attention.head_count");
+    info->n_head_kv = m->n_head_kv = avl__load_int(w, 1, m->n_head, m->n_head, "llama.attention.head_count_kv");
+    info->head_dim = m->head_dim = avl__load_int(w, 2, 65536, d / m->n_head, "llama.attention.key_length");
+    m->rope_dim = avl__load_int(w, 2, m->head_dim, m->head_dim, "llama.rope.dimension_count");
+    info->rope_theta = avl__load_float(w, 1e-30f, 1e30f, 10000.0f, "llama.rope.freq_base");
+    m->rms_norm_eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "llama.attention.layer_norm_rms_epsilon");
+    info->rms_norm_eps = m->rms_norm_eps;
+    if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
+                       "them rotated)", m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
+    avl__llama_load_rope(m, w, info->rope_theta);
     n_q = m->n_head * m->head_dim;
     n_kv = m->n_head_kv * m->head_dim;
     m->token_embd = avl__load_linear(w, d, 0, "token_embd");
-    m->n_vocab = m->token_embd.n_out;
+    info->n_vocab = m->n_vocab = m->token_embd.n_out;
     m->output_norm = avl__load_vector(w, d, "output_norm.weight");
     m->output = m->token_embd;
     if (avl__find_tensor(w, "output.weight", NULL)) m->output = avl__load_linear(w, d, m->n_vocab, "output");
@@ -8581,30 +8569,18 @@ static const char *avl__find_text(astrovl_string text, const char *needle) {
 
 static void avl__open_text(astrovl_model *m) {
     avl__weights *w = &m->weights;
-    avl__llama *llama = &m->llama;
-    astrovl_info *info = &m->info;
     const astrovl_gguf *file = avl__find_part(w, "blk.");
     astrovl_string architecture;
     if (!file) return;
     architecture = astrovl_gguf_string(file, astrovl_gguf_find_kv(file, "general.architecture"), 0);
-    info->has_text = 1;
+    m->info.has_text = 1;
     if (!avl__string_is(architecture, "llama"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%S\"; this runs "
                        "\"llama\": take a model of that family", architecture);
-    avl__llama_load(llama, w);
-    if (m->vocab.n_tokens > llama->n_vocab)
+    avl__llama_load(&m->llama, w, &m->info);
+    if (m->vocab.n_tokens > m->llama.n_vocab)
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the vocabulary has %d tokens, token_embd.weight only %d rows",
-                       m->vocab.n_tokens, llama->n_vocab);
-    info->n_vocab = llama->n_vocab;
-    info->n_ctx_train = llama->n_ctx_train;
-    info->n_embd = llama->n_embd;
-    info->n_layer = llama->n_layer;
-    info->n_head = llama->n_head;
-    info->n_head_kv = llama->n_head_kv;
-    info->head_dim = llama->head_dim;
-    info->n_ff = llama->n_ff;
-    info->rope_theta = llama->rope_theta;
-    info->rms_norm_eps = llama->rms_norm_eps;
+                       m->vocab.n_tokens, m->llama.n_vocab);
 }
 
 // mm.0 and mm.2 of an mmproj file (1 is the GELU between them, without weights); mm.0 alone is LLaVA-1.0's linear one.
@@ -8631,41 +8607,19 @@ static void avl__open_projector(astrovl_model *m) {
     m->info.n_image_tokens = m->clip.n_patches;
 }
 
-static void avl__open_vision(astrovl_model *m) {
-    const avl__clip *clip = &m->clip;
-    astrovl_info *info = &m->info;
-    if (!avl__find_part(&m->weights, "v.")) return;
-    info->has_vision = 1;
-    avl__clip_load(&m->clip, &m->weights);
-    info->image_size = clip->image_size;
-    info->patch_size = clip->patch_size;
-    info->n_patches = clip->n_patches;
-    info->vision_n_embd = clip->tower.n_embd;
-    info->vision_n_layer = clip->tower.n_layer;
-    info->vision_n_head = clip->tower.n_head;
-    info->vision_n_ff = clip->tower.n_ff;
-    info->vision_feature_layer = clip->n_run;
-    info->has_joint_image = clip->has_joint;
-    info->n_embd_joint = clip->joint.projection.n_out;
-    avl__open_projector(m);
-}
-
 // The text tower. Its vocabulary stands under keys of its own where the file has a language model as well, else where
 // clip.cpp puts it.
 static void avl__open_clip_text(astrovl_model *m) {
     avl__weights *w = &m->weights;
-    avl__clip_text *text = &m->clip_text;
-    astrovl_info *info = &m->info;
     const float *scale = avl__find_tensor(w, "logit_scale", NULL) ? avl__load_vector(w, 1, "logit_scale") : NULL;
     const astrovl_gguf *part = avl__find_part(w, "t."), *file;
     const char *keys = "clip.text.tokenizer.ggml.";
-    int index, n_dims;
-    info->logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // where CLIP's training ends; clip.cpp leaves it out
-    if (!(info->logit_scale > 0.0f && info->logit_scale <= FLT_MAX))
+    int index;
+    m->info.logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // where CLIP's training ends; clip.cpp leaves it out
+    if (!(m->info.logit_scale > 0.0f && m->info.logit_scale <= FLT_MAX))
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "logit_scale is out of range");
     if (!part) return;
-    avl__clip_text_load(text, w);
-    n_dims = text->joint.projection.n_out;
+    avl__clip_text_load(&m->clip_text, w, &m->info);
     file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
     if (!file) {
         file = part;
@@ -8675,20 +8629,9 @@ static void avl__open_clip_text(astrovl_model *m) {
                            "convert the model again with its tokenizer");
     }
     if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file, keys, 1, w->err);
-    if (m->clip_vocab.n_tokens > text->token_embd.n_out)
+    if (m->clip_vocab.n_tokens > m->clip_text.token_embd.n_out)
         avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower's vocabulary has %d tokens, t.token_embd.weight "
-                       "only %d rows", m->clip_vocab.n_tokens, text->token_embd.n_out);
-    if (info->has_joint_image && n_dims != info->n_embd_joint)
-        avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "images are embedded in %d numbers, texts in %d; these towers "
-                       "belong to different models", info->n_embd_joint, n_dims);
-    info->has_joint_text = 1;
-    info->n_embd_joint = n_dims;
-    info->clip_text_n_ctx = text->n_ctx;
-    info->clip_text_n_embd = text->tower.n_embd;
-    info->clip_text_n_layer = text->tower.n_layer;
-    info->clip_text_n_head = text->tower.n_head;
-    info->clip_text_n_ff = text->tower.n_ff;
-    info->clip_text_n_vocab = text->token_embd.n_out;
+                       "only %d rows", m->clip_vocab.n_tokens, m->clip_text.token_embd.n_out);
 }
 
 // Loads all parts that the files hold.
@@ -8708,7 +8651,9 @@ static void avl__open_parts(astrovl_model *m, astrovl_template chat_template) {
         info->eos_token = m->vocab.eos;
     }
     avl__open_text(m);
-    avl__open_vision(m);
+    info->has_vision = avl__find_part(w, "v.") != NULL;
+    if (info->has_vision) avl__clip_load(&m->clip, w, info);
+    if (info->has_vision) avl__open_projector(m);
     avl__open_clip_text(m);
     if (!info->has_vocab && !info->has_text && !info->has_vision && !info->has_joint_text)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "holds no part of a model that this header knows (no vocabulary, "
@@ -9217,7 +9162,7 @@ static void avl__run_release(avl__run *run) {
 
 // A session with a KV cache of its own for n_ctx positions, that shares `run`.
 static astrovl_session *avl__session_new(const astrovl_model *model, avl__run *run, int n_ctx, astrovl_error *err) {
-    const int n_most = model->llama.n_ctx_train;
+    const int n_most = model->info.n_ctx_train;
     astrovl_session *s;
     if (n_ctx < 0 || (model->info.has_text && n_ctx > n_most)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a context of %d tokens; the model was made for %d", n_ctx, n_most);
@@ -9241,36 +9186,37 @@ ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, con
                                                  astrovl_error *err) {
     astrovl_session_options o;
     astrovl_session *s = NULL;
+    const avl__kernels *kernels;
     avl__run *run;
-    int n_ctx;
+    if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
     memset(&o, 0, sizeof o);
     if (options) o = *options;
-    if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
+    kernels = avl__choose_kernels(o.mode, o.isa);
     if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options: n_threads %d, mode %d", o.n_threads, (int)o.mode);
         return NULL;
     }
-    n_ctx = o.n_ctx ? o.n_ctx : model->llama.n_ctx_train;
-    if (!o.n_ctx && n_ctx > ASTROVL_DEFAULT_CONTEXT) n_ctx = ASTROVL_DEFAULT_CONTEXT;
+    if (!kernels) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o.isa,
+                  AVL__KERNEL_NAMES);
+        return NULL;
+    }
+    if (!o.n_ctx && model->info.n_ctx_train < ASTROVL_DEFAULT_CONTEXT) o.n_ctx = model->info.n_ctx_train;
+    else if (!o.n_ctx) o.n_ctx = ASTROVL_DEFAULT_CONTEXT;
     run = (avl__run *)avl__alloc(1, sizeof *run);
-    if (!run) {
+    if (run) run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
+    if (!run || !run->pool) {
+        astrovl_free(run);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
         return NULL;
     }
     run->n_sessions = 1;                           // held here until the session does
+    run->kernels = kernels;
     run->tap = o.tap;
     run->tap_user = o.tap_user;
     run->progress = o.progress;
     run->progress_user = o.progress_user;
-    run->kernels = avl__choose_kernels(o.mode, o.isa);
-    if (run->kernels) run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
-    if (run->pool)
-        s = avl__session_new(model, run, n_ctx, err);
-    else if (run->kernels)
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
-    else
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o.isa,
-                  AVL__KERNEL_NAMES);
+    s = avl__session_new(model, run, o.n_ctx, err);
     avl__run_release(run);
     return s;
 }
@@ -12165,7 +12111,7 @@ static astrovl_status avl__measure_round(astrovl_session *s, int n_prompt, int n
     if (n_prompt < 1 || n_answer < 1 || (m->info.has_text && s->cache.n_ctx < 2))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "measuring needs a position to read and one to write");
     if (m->info.has_text) avl__measure_prepare(s, n_prompt, n_answer, speed);
-    if ((m->info.has_text && m->n_projector) || (m->info.has_vision && !m->n_projector && m->clip.has_joint)) {
+    if ((m->info.has_text && m->n_projector) || (m->info.has_vision && !m->n_projector && m->info.has_joint_image)) {
         speed->image.n = 1;
         speed->image.work = avl__image_work(m);
         speed->image.type = m->clip.tower.layers[0].fc1.type;
