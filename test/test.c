@@ -4202,6 +4202,145 @@ static void models_arguments(void) {
     models_kit_close(&kit);
 }
 
+// Every public function, given NULL for all that may not be NULL: an error where there is one to be returned, never a crash.
+// The functions on plain arrays (layers, conversions) are like memcpy: of no elements, NULL is an array.
+static void models_nulls(void) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_image image = {0, 0, NULL, 1};
+    astrovl_info info;
+    astrovl_stats stats;
+    astrovl_rows rows = {NULL, 1, 1};
+    astrovl_hit hit;
+    astrovl_fit fit;
+    astrovl_memory block = {NULL, 0, NULL};
+    const char *path = NULL;
+    unsigned char black[3] = {0, 0, 0};
+    float x[8];
+    int n = -1;
+    models_kit_open(&kit, 'a');
+    s = models_small_session(&kit, 0, NULL, NULL);
+    // no model
+    FAILS(!astrovl_open(NULL, NULL, &err), ARGUMENT, "open");
+    FAILS(!astrovl_open_files(NULL, 1, NULL, &err), ARGUMENT, "open_files");
+    FAILS(!astrovl_open_files(&path, 1, NULL, &err), ARGUMENT, "open_files, a path NULL");
+    FAILS(!astrovl_open_memory(NULL, 1, NULL, &err), ARGUMENT, "open_memory");
+    CHECK(!astrovl_open_memory(&block, 1, NULL, &err), "open_memory, a block NULL");
+    astrovl_close(NULL);
+    memset(&info, 0xFF, sizeof info);
+    astrovl_get_info(NULL, &info);
+    astrovl_get_info(kit.model, NULL);
+    CHECK(info.has_text == 0 && info.n_embd == 0 && info.name[0] == 0, "info of no model");
+    CHECK(astrovl_n_files(NULL) == 0 && !astrovl_file(NULL, 0), "files of no model");
+    CHECK(astrovl_template_from_name(NULL) == -1, "a template without name");
+    FAILS(!astrovl_caption(NULL, &kit.images[0], NULL, &err), ARGUMENT, "caption");
+    FAILS(!astrovl_caption_file(NULL, "test/golden/models_1.png", NULL, &err), ARGUMENT, "caption_file");
+    FAILS(!astrovl_caption_file(kit.model, NULL, NULL, &err), ARGUMENT, "caption_file, no path");
+    FAILS(!astrovl_ask(NULL, NULL, "What?", NULL, &err), ARGUMENT, "ask");
+    FAILS(!astrovl_ask(kit.model, NULL, NULL, NULL, &err), ARGUMENT, "ask, no question");
+    FAILS(!astrovl_ask_file(NULL, "test/golden/models_1.png", "What?", NULL, &err), ARGUMENT, "ask_file");
+    FAILS(!astrovl_ask_file(kit.model, "test/golden/models_1.png", NULL, NULL, &err), ARGUMENT, "ask_file, no question");
+    FAILS(astrovl_preprocess(NULL, &kit.images[0], x, &err), ARGUMENT, "preprocess");
+    FAILS(astrovl_preprocess(kit.model, NULL, x, &err), ARGUMENT, "preprocess, no image");
+    FAILS(astrovl_preprocess(kit.model, &kit.images[0], NULL, &err), ARGUMENT, "preprocess, no pixels");
+    FAILS(astrovl_score(NULL, &kit.images[0], &path, 1, &fit, &err), ARGUMENT, "score");
+    FAILS(!astrovl_guide_regex(NULL, "a", &err), ARGUMENT, "guide_regex");
+    FAILS(!astrovl_guide_schema(NULL, "{}", 2, &err), ARGUMENT, "guide_schema");
+    astrovl_guide_free(NULL);
+    // no session
+    FAILS(!astrovl_session_new(NULL, NULL, &err), ARGUMENT, "session_new");
+    FAILS(!astrovl_session_fork(NULL, 0, &err), ARGUMENT, "session_fork");
+    FAILS(astrovl_session_rewind(NULL, 0, &err), ARGUMENT, "session_rewind");
+    astrovl_session_free(NULL);
+    astrovl_session_reset(NULL);
+    CHECK(astrovl_session_n_past(NULL) == 0 && astrovl_session_n_ctx(NULL) == 0, "positions of no session");
+    memset(&stats, 0xFF, sizeof stats);
+    astrovl_get_stats(NULL, &stats);
+    astrovl_get_stats(s, NULL);
+    CHECK(stats.n_answer_tokens == 0 && !astrovl_answer_tokens(NULL, &n) && n == 0, "an answer of no session");
+    astrovl_answer_tokens(s, NULL);
+    FAILS(!astrovl_chat(NULL, NULL, 0, "What?", NULL, &err), ARGUMENT, "chat");
+    FAILS(!astrovl_chat(s, NULL, 0, NULL, NULL, &err), ARGUMENT, "chat, no text");
+    FAILS(!astrovl_chat(s, NULL, 1, "What?", NULL, &err), ARGUMENT, "chat, no images");
+    FAILS(astrovl_chat_batch(NULL, 1, &err), ARGUMENT, "chat_batch");
+    FAILS(astrovl_encode_image(NULL, &kit.images[0], x, &err), ARGUMENT, "encode_image");
+    FAILS(astrovl_encode_image(s, NULL, x, &err), ARGUMENT, "encode_image, no image");
+    FAILS(astrovl_encode_image(s, &kit.images[0], NULL, &err), ARGUMENT, "encode_image, no features");
+    FAILS(astrovl_eval_tokens(NULL, &n, 1, NULL, 0, &err), ARGUMENT, "eval_tokens");
+    FAILS(astrovl_eval_tokens(s, NULL, 1, NULL, 0, &err), ARGUMENT, "eval_tokens, no tokens");
+    FAILS(astrovl_eval_embeddings(NULL, x, 1, NULL, 0, &err), ARGUMENT, "eval_embeddings");
+    FAILS(astrovl_eval_embeddings(s, NULL, 1, NULL, 0, &err), ARGUMENT, "eval_embeddings, no rows");
+    FAILS(astrovl_embed_images(NULL, &kit.images[0], 1, 1, x, &err), ARGUMENT, "embed_images");
+    FAILS(astrovl_embed_texts(NULL, &path, 1, 1, x, &err), ARGUMENT, "embed_texts");
+    CHECK(astrovl_sample(NULL, 0, NULL, NULL, 0, NULL) == -1, "sample of no token");
+    // no text, no tokens
+    FAILS(astrovl_tokenize(NULL, "a", 1, 0, NULL, 0, &err) < 0, ARGUMENT, "tokenize");
+    FAILS(astrovl_tokenize(kit.model, NULL, 1, 0, NULL, 0, &err) < 0, ARGUMENT, "tokenize, no text");
+    FAILS(astrovl_tokenize(kit.model, "a", 1, 0, NULL, 9, &err) < 0, ARGUMENT, "tokenize, no room");
+    FAILS(astrovl_clip_tokenize(NULL, "a", 1, NULL, 0, &err) < 0, ARGUMENT, "clip_tokenize");
+    FAILS(!astrovl_detokenize(NULL, &n, 1, &err), ARGUMENT, "detokenize");
+    FAILS(!astrovl_detokenize(kit.model, NULL, 1, &err), ARGUMENT, "detokenize, no tokens");
+    CHECK(astrovl_token_piece(NULL, 1).size == 0 && astrovl_token_text(NULL, 1, NULL, 0) == 0 && !astrovl_token_is_end(NULL, 1),
+          "a token of no model");
+    CHECK(astrovl_token_text(kit.model, 300, NULL, 9) > 0, "how long a token's text is");
+    // images
+    FAILS(astrovl_image_load(NULL, 0, &image, &err), ARGUMENT, "image_load");
+    CHECK(astrovl_image_decode(NULL, 0, 0, &image, &err) != ASTROVL_OK, "image_decode");
+    FAILS(astrovl_image_resize(NULL, 1, 1, &image, &err), ARGUMENT, "image_resize");
+    FAILS(astrovl_image_pad_square(NULL, black, &image, &err), ARGUMENT, "image_pad_square");
+    FAILS(astrovl_image_center_crop(NULL, 1, 1, &image, &err), ARGUMENT, "image_center_crop");
+    astrovl_image_free(NULL);
+    // search and files
+    FAILS(astrovl_search(NULL, x, 1, 1, &hit, &err) < 0, ARGUMENT, "search");
+    FAILS(astrovl_search(&rows, x, 1, 1, &hit, &err) < 0, ARGUMENT, "search, no data");
+    rows.data = x;
+    FAILS(astrovl_search(&rows, NULL, 1, 1, &hit, &err) < 0, ARGUMENT, "search, no query");
+    FAILS(astrovl_search(&rows, x, 1, 1, NULL, &err) < 0, ARGUMENT, "search, no hits");
+    FAILS(!astrovl_gguf_open(NULL, 0, &err), ARGUMENT, "gguf_open");
+    CHECK(!astrovl_gguf_open_memory(NULL, 0, NULL, &err), "gguf_open_memory");
+    astrovl_gguf_close(NULL);
+    // arrays
+    astrovl_free(NULL);
+    astrovl_layer_norm(NULL, NULL, NULL, NULL, 0, 1.0f);
+    astrovl_rms_norm(NULL, NULL, NULL, 0, 1.0f);
+    astrovl_softmax(NULL, 0);
+    astrovl_gelu(NULL, 0);
+    astrovl_quick_gelu(NULL, 0);
+    astrovl_silu(NULL, 0);
+    astrovl_rope(NULL, 0, 1, NULL);
+    astrovl_linear(NULL, NULL, NULL, NULL, 0, 0, 0);
+    CHECK(astrovl_dequantize(ASTROVL_TYPE_F32, NULL, NULL, 0) == ASTROVL_OK, "no values");
+    CHECK(astrovl_session_n_past(s) == 0, "%d positions", astrovl_session_n_past(s));
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
+// A session that is warm allocates nothing for a pass of a size it has seen.
+static void models_warm(void) {
+    models_kit kit;
+    astrovl_session *s;
+    astrovl_error err = {ASTROVL_OK, ""};
+    int32_t tokens[40];
+    float *logits;
+    int i;
+    models_kit_open(&kit, 'a');
+    logits = models_logits(&kit, 1);
+    models_some_tokens(tokens, 40, 384);
+    s = models_small_session(&kit, 0, NULL, NULL);
+    for (i = 0; i < 4; i++) {
+        if (i == 2) alloc_fail_at(0);          // from the third time on none may be asked for
+        CHECK(astrovl_session_rewind(s, 0, &err) == ASTROVL_OK, "%s", err.message);
+        CHECK(astrovl_eval_tokens(s, tokens, 39, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
+        CHECK(astrovl_eval_tokens(s, tokens + 39, 1, logits, 1, &err) == ASTROVL_OK, "%s", err.message);
+    }
+    CHECK(!alloc_did_fail(), "an allocation in a warm session");
+    alloc_fail_at(-1);
+    free(logits);
+    astrovl_session_free(s);
+    models_kit_close(&kit);
+}
+
 static void models_full_context(void) {
     models_kit kit;
     astrovl_session *s;
@@ -5133,6 +5272,8 @@ static void tests_models(void) {
     run("models: every tensor missing once", models_missing_tensors);
     run("models: parts of a model", models_parts);
     run("models: wrong arguments", models_arguments);
+    run("models: NULL for every argument", models_nulls);
+    run("models: a warm session allocates nothing", models_warm);
     run("models: a full context", models_full_context);
     run("models: A, cancelled turns leave no trace", models_cancelled_a);
     run("models: B, cancelled turns leave no trace", models_cancelled_b);
