@@ -1,4 +1,4 @@
-// astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                       MIT licence
+// astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT licence
 //
 // Runs AstroLLaVA (arXiv 2504.08583) and whatever else is built like LLaVA-1.5: a CLIP vision tower, a projector, and a
 // LLaMA-family language model, out of the GGUF files that llama.cpp uses; and PAPERCLIP (arXiv 2403.08851) and any other CLIP of
@@ -72,7 +72,8 @@
 //
 //     astrovl_turn turns[4] = {{0}};
 //     for (i = 0; i < 4; i++) {
-//         turns[i].session = i ? astrovl_session_fork(turns[0].session, 0, &err) : astrovl_session_new(model, NULL, &err);
+//         turns[i].session = i ? astrovl_session_fork(turns[0].session, 0, &err)
+//                              : astrovl_session_new(model, NULL, &err);
 //         turns[i].images = &images[i], turns[i].n_images = 1, turns[i].text = ASTROVL_CAPTION_PROMPT;
 //     }
 //     astrovl_chat_batch(turns, 4, &err);                     // gives turns[i].answer, or NULL and turns[i].err
@@ -104,7 +105,7 @@
 //     if (file) astrovl_quantize_file(file, "llava-q4_k_m.gguf", "q4_k_m", 0, NULL, NULL, NULL, &err);
 //     astrovl_gguf_close(file);
 //
-// Looking inside: every intermediate tensor of both transformers passes by, under the name that transformers gives it.
+// Looking inside: every intermediate tensor of the transformers passes by.
 //
 //     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
 //         if (strcmp(name, "model.layers.0.self_attn.attn_weights") == 0) ...  // [n_head][n_new][n_keys]
@@ -114,13 +115,31 @@
 //     o.tap = look;
 //     astrovl_session *s = astrovl_session_new(model, &o, &err);
 //
+// The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order in which they pass. I is
+// the layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
+//     image   pixel_values [3][S][S]   vision_model.embeddings.patch_embedding   vision_model.embeddings
+//             vision_model.pre_layrnorm   and for each layer, with vision_model.encoder.layers.I before it,
+//             .layer_norm1   .self_attn.q_proj .k_proj .v_proj .attn_weights [n_head][rows][rows] .context .out_proj
+//             .layer_norm2   .mlp.fc1 .activation_fn [rows][n_ff] .fc2   and the layer's own name: its output
+//     LLaVA   image_features   multi_modal_projector.linear_1 .act [rows][n_hidden] .linear_2   (or .linear alone)
+//     CLIP    vision_model.post_layernorm [1][n_embd]   visual_projection.head (PAPERCLIP's)
+//             visual_projection [1][n_embd_joint]
+//             text_model.embeddings   text_model.encoder.layers.I as above   text_model.final_layer_norm
+//             text_projection.head   text_projection [1][n_embd_joint]
+//     text    model.embed_tokens   and for each layer, with model.layers.I before it,
+//             .input_layernorm   .self_attn.q_proj [rows][n_head head_dim] .k_proj .v_proj [rows][n_head_kv head_dim]
+//             .q_rope .k_rope .attn_weights [n_head][rows][n_past + rows] .context [rows][n_head head_dim] .o_proj
+//             .post_attention_layernorm   .mlp.gate_proj .up_proj .act [rows][n_ff] .down_proj   and its own name
+//             model.norm [n_logits][n_embd]   lm_head [n_logits][n_vocab]
+//
 // The parts by themselves: astrovl_encode_image gives the rows that stand for an image, astrovl_eval_tokens and
 // astrovl_eval_embeddings append to the sequence and give logits, astrovl_sample draws the next token. The layers one by one
 // (astrovl_rms_norm, astrovl_rope, ...) are plain functions on float arrays.
 //
 // ---- Errors ---------------------------------------------------------------------------------------------------------
 // A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given with one line
-// that names the file and the tensor, key or byte. Nothing is printed, no signal raised, no process ended. Input files may be
+// that names the file and the tensor, key or byte. A NULL handle, or NULL where a pointer is needed, is such a failure
+// (ARGUMENT), or gives zeros. Nothing is printed, no signal raised, no process ended. Input files may be
 // hostile: every size in them is checked before it is used. What a failed call had begun is undone: after a failed turn the
 // conversation is what it was before.
 //
@@ -365,7 +384,7 @@ typedef struct astrovl_guide   astrovl_guide;     // what an answer may look lik
 typedef enum astrovl_template {
     ASTROVL_TEMPLATE_AUTO = 0,
     ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
-    ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same but for one word ("human" for "user"; LLaVA's own inference scripts)
+    ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same with "human" for "user" (LLaVA's own inference scripts)
     ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
     ASTROVL_TEMPLATE_LLAMA3,       // <|start_header_id|>user<|end_header_id|>
     ASTROVL_TEMPLATE_CHATML,       // <|im_start|>user: SmolLM2 and many others
@@ -384,14 +403,15 @@ typedef struct astrovl_memory {
     const char *name;              // for messages; may be NULL
 } astrovl_memory;
 
-// Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across all).
-// Any part may be absent; astrovl_get_info says what there is. Weights stay in the mapped file: nothing is copied but the
-// small vectors. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MODEL, MEMORY).
+// Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across
+// all), or of blocks of memory, which must outlive it. Any part may be absent; astrovl_get_info says what there is.
+// Weights stay in the mapped file: only small vectors are copied.
+// Returns NULL and err, the first problem (ARGUMENT, FILE, FORMAT, UNSUPPORTED, MODEL, MEMORY).
 ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_options *options, astrovl_error *err);
-ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths, const astrovl_open_options *options,
-                                              astrovl_error *err);
-ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks, const astrovl_open_options *options,
-                                               astrovl_error *err);
+ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths,
+                                              const astrovl_open_options *options, astrovl_error *err);
+ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks,
+                                               const astrovl_open_options *options, astrovl_error *err);
 ASTROVL_API void astrovl_close(astrovl_model *model);                   // after its sessions; NULL is allowed
 
 // What a model consists of.
@@ -415,7 +435,7 @@ typedef struct astrovl_info {
     uint64_t n_params, n_weight_bytes;
 } astrovl_info;
 
-ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
+ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);      // of no model: zeros
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
 #ifndef ASTROVL_NO_FILES
@@ -483,10 +503,11 @@ typedef enum astrovl_mode {
 } astrovl_mode;
 
 // Sees an intermediate tensor the moment it is computed. It must not call back into the session.
-// name    as transformers names the module: "vision_model.encoder.layers.3.mlp.fc1", "model.layers.0.self_attn.q_proj"
+// name    as transformers names the module: "model.layers.0.self_attn.q_proj"; the manual lists all
 // layer   the layer's number, or -1 outside the layers
-// shape   [n_dims], slowest first;   data   float32, valid during the call
-typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data);
+// shape   [n_dims], slowest first;   name, shape, data (float32)   valid during the call
+typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
+                            const float *data);
 
 typedef struct astrovl_session_options {
     astrovl_mode     mode;
@@ -496,16 +517,16 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512" or
-                                   // "avx512_bf16", on AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm"; NULL: the best
-                                   // for this processor
+    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512"
+                                   // or "avx512_bf16", on AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm";
+                                   // NULL: the best for this processor
 } astrovl_session_options;
 
-// The model must outlive its sessions. Returns NULL and err (ARGUMENT, MEMORY).
+// A conversation, still empty. The model must outlive its sessions. Returns NULL and err (ARGUMENT, MEMORY).
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err);
-// Another conversation, empty, with the parent's mode, threads, scratch memory, tap and progress: it costs its KV cache alone.
-// Of a parent and its forks, one thread uses one at a time; they may be freed in any order.
+// Another conversation, still empty, with the parent's mode, threads, scratch memory, tap and progress: it costs its KV
+// cache alone. A parent and its forks are one thread's, who uses one at a time; they may be freed in any order.
 // n_ctx  as in the options; 0: the parent's.   Returns NULL and err (ARGUMENT, MEMORY).
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err);
 ASTROVL_API void astrovl_session_free(astrovl_session *s);              // NULL is allowed
@@ -534,8 +555,8 @@ typedef struct astrovl_turn {
 // Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after another; then all
 // answers are written together, a token of each per step. A step of one conversation spends its time on fetching the weights from
 // memory; a step of several fetches them as often, once (for every 16 conversations once), and so costs little more.
-// The sessions are distinct, and all are forks of one of them (astrovl_session_fork). Options may differ; a turn that ends
-// early leaves the others to go on, and so does one that fails, whose conversation is then as it was before.
+// The sessions are distinct: one and its forks (astrovl_session_fork). Options may differ; a turn that ends early
+// leaves the others to go on, and so does one that fails, whose conversation is then as it was before.
 // Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if these sessions
 // cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
@@ -576,7 +597,8 @@ ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t
                                                int n_logits, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
                                                    int n_logits, astrovl_error *err);
-// Forgets all positions from n_past on (to branch a conversation or to retry). ARGUMENT if the session holds fewer.
+// Forgets all positions from n_past on (to branch a conversation or to retry). ARGUMENT, and nothing is changed, if the
+// session holds fewer.
 ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past, astrovl_error *err);
 
 // The next token by the rules of `options`; changes logits [n_vocab] in place.
@@ -619,27 +641,30 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
 
 // ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) ------------------------------------------------
 
-// Embeds images (or texts) as rows of n_embd_joint numbers. Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3;
-// transformers' CLIPModel.get_image_features and get_text_features.
+// Embeds images (or texts) as rows of n_embd_joint numbers. Several go through the tower together; the rows are the
+// same as one by one. A text longer than the tower's positions is cut (its last token stays the end token). Any UTF-8;
+// lower-cased and cleaned as transformers' CLIPTokenizer does.
 // normalize   1: each row divided by its length (cosines are then products), 0: as the towers give it
-// embeddings  out, [n][n_embd_joint], caller's memory.  Several images go through the tower together; the rows are the same as
-// one by one. A text longer than the tower's positions is cut (its last token stays the end token). Any UTF-8; lower-cased and
-// cleaned as transformers' CLIPTokenizer does.   Returns MODEL if the model lacks the tower.
-ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images, int normalize,
-                                                float *embeddings, astrovl_error *err);
+// embeddings  out, [n][n_embd_joint], caller's memory
+// Returns MODEL if the model lacks the tower, ARGUMENT, MEMORY, CANCELLED.
+// Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and
+// get_text_features.
+ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
+                                                int normalize, float *embeddings, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
                                                float *embeddings, astrovl_error *err);
 // Token ids of a text for the text tower, start and end token included, not cut: as astrovl_tokenize.
-ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens, int capacity,
-                                      astrovl_error *err);
+ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
+                                      int capacity, astrovl_error *err);
 // How well a text fits an image.
 typedef struct astrovl_fit {
     float cosine;
     float probability;             // softmax(logit_scale * cosine) over all texts
 } astrovl_fit;
 
-// fits: out, [n_texts]. Opens a session of its own (all processors, fast mode), which starts and ends its threads: where speed
-// counts, embed the texts once with a session that is kept.
+// fits: out, [n_texts]. Opens a session of its own (all processors, fast mode), which starts and ends its threads:
+// where speed counts, embed the texts once with a session that is kept.
+// Returns MODEL if a tower is missing, ARGUMENT, MEMORY.
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err);
 
@@ -656,8 +681,8 @@ typedef struct astrovl_hit {
     float   score;
 } astrovl_hit;
 
-// The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are compared:
-// the result is exact. Scores are summed in exact mode's order: the same on every machine.
+// The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are
+// compared: the result is exact. Scores are summed in exact mode's order: the same on every machine.
 // query: [n_dims];   hits: out, [k];   n_threads 0: one per processor.
 // Returns how many there are (fewer than k if there are fewer rows), or -1 (ARGUMENT, MEMORY).
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
@@ -805,9 +830,11 @@ ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image,
                                                      astrovl_error *err);
 
 // ---- layers: each operation on plain arrays, one thread, for teaching and auditing ------------------------------
+// As memcpy, these check nothing: the arrays have to be as long as is said.
 
 // y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
-ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
+ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd,
+                                    float eps);
 // y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]                   RMSNorm (Zhang & Sennrich 2019), LLaMA's norm
 ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps);
 // x[i] = exp(x[i] - max) / sum exp(x - max)
@@ -819,8 +846,9 @@ ASTROVL_API void astrovl_silu(float *x, int64_t n);
 // Rotates the pairs (x[2i], x[2i+1]) of one head by position * inv_freq[i] (Su et al. 2021; GGUF's interleaved order).
 // x: [head_dim]; inv_freq: [head_dim / 2]
 ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq);
-// y[n_rows][n_out] = x[n_rows][n_in] * w[n_out][n_in]^T + bias[n_out]  (bias may be NULL); w float32; exact mode's order
-ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in, int n_out);
+// y[n_rows][n_out] = x[n_rows][n_in] * w[n_out][n_in]^T + bias[n_out]  (bias may be NULL); w float32; exact mode's sums
+ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in,
+                                int n_out);
 // Exact mode's functions: only + - * / and sqrt of IEEE arithmetic, so the same bits everywhere.
 ASTROVL_API float astrovl_expf(float x);
 ASTROVL_API float astrovl_tanhf(float x);
@@ -2561,8 +2589,8 @@ static float *avl__take(avl__run *run, uint64_t n) {
     return (float *)avl__align(block + 1) + (block->n_taken - (size_t)n);
 }
 
-// Room for a product of n_rows rows of n_floats values, or (n_rows 0) for attention that needs n_floats for each thread.
-// 0, and run->failed, when memory is out.
+// Room for a product of n_rows rows of n_floats values, or (n_rows 0) for attention that takes n_floats of each
+// thread's memory. 0, and run->failed, when memory is out.
 static int avl__run_reserve(avl__run *run, uint64_t n_rows, uint64_t n_floats) {
     const uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
     int good = !run->failed && n_floats < SIZE_MAX / 1024 / n_threads;
@@ -7983,7 +8011,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     float *v = avl__take(run, n_wide);
     float *mixed = avl__take(run, n_wide);
     float *hidden = avl__take(run, (uint64_t)n * n_ff);         // [n][n_ff]
-    float *weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n], of one sequence
+    float *weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n]
     void (*activation)(float *, int64_t) = tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu;
     avl__attention a;
     astrovl_status status;
@@ -8615,7 +8643,7 @@ static void avl__open_clip_text(astrovl_model *m) {
     const astrovl_gguf *part = avl__find_part(w, "t."), *file;
     const char *keys = "clip.text.tokenizer.ggml.";
     int index;
-    m->info.logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // where CLIP's training ends; clip.cpp leaves it out
+    m->info.logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // CLIP's own; clip.cpp's files leave it out
     if (!(m->info.logit_scale > 0.0f && m->info.logit_scale <= FLT_MAX))
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "logit_scale is out of range");
     if (!part) return;
@@ -11515,8 +11543,8 @@ static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl
     for (i = 0; i < n; i++) {
         if (!turns[i].session) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch has no session", i);
         if (turns[i].session->run != turns->session->run)
-            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch: its session and turn 0's are not forks of "
-                             "one session (astrovl_session_fork)", i);
+            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch: its session and turn 0's are not forks "
+                             "of one session (astrovl_session_fork)", i);
         for (j = 0; j < i; j++)
             if (turns[i].session == turns[j].session)
                 return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turns %d and %d of a batch are of one session", j, i);

@@ -243,7 +243,7 @@ static const option_spec option_table[] = {
     {"clip", 0, FLAG, F(clip), 0, 0, TOKENS, NULL, "print the ids by the vocabulary of CLIP's text tower (with its --special)"},
     {"decode", 0, FLAG, F(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
     {"full", 0, FLAG, F(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
-    {"check", 0, FLAG, F(check), 0, 0, INSPECT, NULL, "say whether the files together can be run, and all that they lack"},
+    {"check", 0, FLAG, F(check), 0, 0, INSPECT, NULL, "say whether the files together can be run, or what they lack"},
     {"max-tokens", 'n', INTEGER, F(how.max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
     {"temperature", 't', NUMBER, F(how.temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
     {"top-k", 0, INTEGER, F(how.top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
@@ -1065,23 +1065,23 @@ static void print_model(program *p, const list *paths) {
     else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
-// Of files that are whole, what keeps all commands from using them; NULL: nothing.
+// What whole files lack to be of use together; NULL: nothing.
 static const char *lacking(const astrovl_info *m) {
     const int images = m->has_joint_image;
     if (m->has_text && !m->has_vocab)
-        return "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or tokenizer.json "
-               "next to its weights";
+        return "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or "
+               "tokenizer.json next to its weights";
     if (m->has_projector && !m->has_text)
         return "there is no language model, which answers are made with: give its file as well (-m FILE)";
     if (m->has_vision && !m->has_projector && !images)
-        return "the vision tower has neither a projector (mm.0.weight) nor a projection (visual_projection.weight): convert it "
-               "again, with that part";
+        return "the vision tower has neither a projector (mm.0.weight) nor a projection (visual_projection.weight): "
+               "convert it again, with that part";
     if (images && !m->has_joint_text && !m->has_text)
-        return "there is no text tower (t.*), which images are compared with: give its file as well (-m FILE), or convert the model "
-               "again with both towers";
+        return "there is no text tower (t.*), which images are compared with: give its file as well (-m FILE), or "
+               "convert the model again with both towers";
     if (m->has_joint_text && !images)
-        return "there is no vision tower with a projection (v.*, visual_projection.weight), which texts are compared with: give its "
-               "file as well (-m FILE), or convert the model again with both towers";
+        return "there is no vision tower with a projection (v.*, visual_projection.weight), which texts are compared "
+               "with: give its file as well (-m FILE), or convert the model again with both towers";
     if (m->has_vocab && !m->has_text && !m->has_vision && !m->has_joint_text)
         return "there is a vocabulary and nothing else: give the file with the weights as well (-m FILE)";
     return NULL;
@@ -1100,9 +1100,11 @@ static int check_model(program *p, const list *paths) {
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
     if (p->o.json) put_json("{runnable:%b commands:[", !problem);
-    else fputs(problem ? "these files make up no model that astrovl can run:\n- " : "these files can be used with", stdout);
+    else if (problem) printf("these files make up no model that astrovl can run:\n- ");
+    else printf("these files can be used with");
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
-        if (!problem && uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
+        if (!problem && uses[rows[i].use])
+            p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
     if (p->o.json) put_json("] problems:[");
     if (p->o.json && problem) put_json("%s", problem);
     if (p->o.json) put_json("]}\n");
@@ -2342,7 +2344,7 @@ static const command commands[] = {
     {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
      "Lists the metadata and the tensors of GGUF files with their types, shapes and sizes, and says what the files make\n"
      "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.\n"
-     "--check says instead which commands can be used with the files together, or else all that they lack (exit status 1).",
+     "--check says instead which commands can be used with the files together, or what they lack (exit status 1).",
      "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"
      "  astrovl inspect --check model.gguf mmproj.gguf\n"},
     {"quantize", QUANTIZE, run_quantize, 3, 3, "wanted: a GGUF file, the one to be written, and a type such as q4_k_m",
