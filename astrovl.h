@@ -2567,24 +2567,20 @@ static void avl__run_begin(avl__run *run, int always_panels) {
 // n floats of scratch memory, until the next pass begins. NULL when memory is out, and then for the rest of the pass.
 static float *avl__take(avl__run *run, uint64_t n) {
     avl__scratch *block = run->scratch;
-    if (run->failed || n > SIZE_MAX / 16) {
-        run->failed = 1;
-        return NULL;
-    }
     n += AVL__LINE - n % AVL__LINE;                          // the next ones begin at a cache line, too
-    if (!block || n > block->n_floats - block->n_taken) {
+    if (!run->failed && (!block || n > block->n_floats - block->n_taken)) {
         const uint64_t size = n > run->n_wanted ? n : run->n_wanted;
-        block = (avl__scratch *)avl__alloc_raw(size * sizeof(float) + sizeof *block + AVL__LINE, 1);
+        block = (avl__scratch *)avl__alloc_raw(size + sizeof *block + AVL__LINE, sizeof(float));
         run->n_wanted = 0;
-        if (!block) {
-            run->failed = 1;
-            return NULL;
+        run->failed = !block;
+        if (block) {
+            block->older = run->scratch;
+            block->n_floats = (size_t)size;
+            block->n_taken = 0;
+            run->scratch = block;
         }
-        block->older = run->scratch;
-        block->n_floats = (size_t)size;
-        block->n_taken = 0;
-        run->scratch = block;
     }
+    if (run->failed) return NULL;
     block->n_taken += (size_t)n;
     return (float *)avl__align(block + 1) + (block->n_taken - (size_t)n);
 }
@@ -8222,8 +8218,14 @@ static void avl__llama_load_rope(avl__llama *m, avl__weights *w, float theta) {
     if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, theta, factors, linear_scale);
 }
 
-static void avl__llama_load(avl__llama *m, avl__weights *w, astrovl_info *info) {
+// file: the one that holds the layers
+static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *file, astrovl_info *info) {
+    const int key = astrovl_gguf_find_kv(file, "general.architecture");
+    const astrovl_string architecture = astrovl_gguf_string(file, key, 0);
     int i, d, n_q, n_kv;
+    if (!avl__string_is(architecture, "llama"))
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%S\"; this runs "
+                       "\"llama\": take a model of that family", architecture);
     info->n_embd = m->n_embd = d = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
     info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
     info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
@@ -8595,42 +8597,24 @@ static const char *avl__find_text(astrovl_string text, const char *needle) {
 
 // ---- opening a model -----------------------------------------------------------------------------------------------
 
-static void avl__open_text(astrovl_model *m) {
-    avl__weights *w = &m->weights;
-    const astrovl_gguf *file = avl__find_part(w, "blk.");
-    astrovl_string architecture;
-    if (!file) return;
-    architecture = astrovl_gguf_string(file, astrovl_gguf_find_kv(file, "general.architecture"), 0);
-    m->info.has_text = 1;
-    if (!avl__string_is(architecture, "llama"))
-        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%S\"; this runs "
-                       "\"llama\": take a model of that family", architecture);
-    avl__llama_load(&m->llama, w, &m->info);
-    if (m->vocab.n_tokens > m->llama.n_vocab)
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the vocabulary has %d tokens, token_embd.weight only %d rows",
-                       m->vocab.n_tokens, m->llama.n_vocab);
-}
-
 // mm.0 and mm.2 of an mmproj file (1 is the GELU between them, without weights); mm.0 alone is LLaVA-1.0's linear one.
 static void avl__open_projector(astrovl_model *m) {
+    static const char *const names[] = {"mm.0.weight", "mm.2.weight"};
     avl__weights *w = &m->weights;
     const astrovl_gguf *file = NULL;
     const astrovl_string type = avl__load_string(w, "clip.projector_type");
-    int n_out;
+    int n = m->clip.tower.n_embd;
     if (!avl__find_tensor(w, "mm.0.weight", &file)) return;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "a projector of type \"%S\"; LLaVA's are \"mlp\" and "
                        "\"linear\"", type);
-    m->projector[0] = avl__load_linear(w, m->clip.tower.n_embd, 0, "mm.0");
-    m->n_projector = 1;
-    if (avl__find_tensor(w, "mm.2.weight", &file)) {
-        m->projector[1] = avl__load_linear(w, m->projector[0].n_out, 0, "mm.2");
-        m->n_projector = 2;
+    for (; m->n_projector < 2 && avl__find_tensor(w, names[m->n_projector], &file); m->n_projector++) {
+        m->projector[m->n_projector] = avl__load_linear(w, n, 0, "mm.%d", 2 * m->n_projector);
+        n = m->projector[m->n_projector].n_out;
     }
-    n_out = m->projector[m->n_projector - 1].n_out;
-    if (m->info.has_text && n_out != m->llama.n_embd)
+    if (m->info.has_text && n != m->llama.n_embd)
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the projector gives rows of %d values, the language model reads "
-                       "%d; these files belong to different models", n_out, m->llama.n_embd);
+                       "%d; these files belong to different models", n, m->llama.n_embd);
     m->info.has_projector = 1;
     m->info.n_image_tokens = m->clip.n_patches;
 }
@@ -8670,6 +8654,7 @@ static void avl__open_parts(astrovl_model *m, astrovl_template chat_template) {
     const astrovl_string jinja = avl__load_string(w, "tokenizer.chat_template");
     int index, f, i, d;
     const astrovl_gguf *file = avl__find_key(w, "tokenizer.ggml.model", &index);
+    const astrovl_gguf *layers = avl__find_part(w, "blk.");
     info->bos_token = info->eos_token = -1;
     if (file) {
         info->has_vocab = 1;
@@ -8678,7 +8663,11 @@ static void avl__open_parts(astrovl_model *m, astrovl_template chat_template) {
         info->bos_token = m->vocab.bos;
         info->eos_token = m->vocab.eos;
     }
-    avl__open_text(m);
+    info->has_text = layers != NULL;
+    if (layers) avl__llama_load(&m->llama, w, layers, info);
+    if (layers && m->vocab.n_tokens > m->llama.n_vocab)
+        avl__load_fail(w, layers, ASTROVL_ERROR_MODEL, "the vocabulary has %d tokens, token_embd.weight only %d rows",
+                       m->vocab.n_tokens, m->llama.n_vocab);
     info->has_vision = avl__find_part(w, "v.") != NULL;
     if (info->has_vision) avl__clip_load(&m->clip, w, info);
     if (info->has_vision) avl__open_projector(m);
@@ -8779,7 +8768,7 @@ ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info
     if (model) *info = model->info;
 }
 
-// The parts of a model that a call may need.
+// The parts of a model that a call may need, in the order of avl__need's list.
 enum {
     AVL__PART_TEXT = 1, AVL__PART_VOCAB = 2, AVL__PART_VISION = 4, AVL__PART_PROJECTOR = 8,
     AVL__PART_JOINT_IMAGE = 16, AVL__PART_JOINT_TEXT = 32
@@ -8794,15 +8783,16 @@ static astrovl_status avl__need(const astrovl_model *model, int parts, astrovl_e
         "no projector (mm.0.weight) in the model's files",
         "images cannot be embedded: no vision tower with visual_projection.weight in the model's files",
         "texts cannot be embedded: no CLIP text tower (t.*) in the model's files"};
-    const astrovl_info *info;
-    int i, has;
+    int i, has[6];
     if (!model) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model or session was given");
-    info = &model->info;
-    has = (info->has_text ? AVL__PART_TEXT : 0) | (info->has_vocab ? AVL__PART_VOCAB : 0) |
-          (info->has_vision ? AVL__PART_VISION : 0) | (info->has_projector ? AVL__PART_PROJECTOR : 0) |
-          (info->has_joint_image ? AVL__PART_JOINT_IMAGE : 0) | (info->has_joint_text ? AVL__PART_JOINT_TEXT : 0);
-    for (i = 0; parts & ~has; i++)
-        if (parts & ~has & (1 << i))
+    has[0] = model->info.has_text;
+    has[1] = model->info.has_vocab;
+    has[2] = model->info.has_vision;
+    has[3] = model->info.has_projector;
+    has[4] = model->info.has_joint_image;
+    has[5] = model->info.has_joint_text;
+    for (i = 0; i < 6; i++)
+        if ((parts & 1 << i) && !has[i])
             return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(model->weights.files[0]), lacks[i]);
     return ASTROVL_OK;
 }
