@@ -4204,7 +4204,7 @@ static const astrovl_gguf *avl__find_part(const avl__weights *w, const char *sta
     int f, i;
     for (f = 0; f < w->n_files; f++)
         for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++)
-            if (strncmp(astrovl_gguf_tensor(w->files[f], i)->name, start, strlen(start)) == 0) return w->files[f];
+            if (avl__begins(astrovl_gguf_tensor(w->files[f], i)->name, start)) return w->files[f];
     return NULL;
 }
 
