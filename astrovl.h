@@ -8197,8 +8197,8 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-// 1 / (position of a full turn / 2 pi), by frequency. LLaMA-3 stores one divisor for each (rope_freqs.weight); "linear"
-// scaling divides every position by one factor.
+// RoPE's frequencies. LLaMA-3 stores one divisor for each (rope_freqs.weight); "linear" scaling divides every position
+// by one factor.
 static void avl__llama_load_rope(avl__llama *m, avl__weights *w, float theta) {
     const astrovl_string type = avl__load_string(w, "llama.rope.scaling.type");
     const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;

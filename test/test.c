@@ -4290,7 +4290,9 @@ static void models_nulls(void) {
     FAILS(astrovl_image_resize(NULL, 1, 1, &image, &err), ARGUMENT, "image_resize");
     FAILS(astrovl_image_pad_square(NULL, black, &image, &err), ARGUMENT, "image_pad_square");
     FAILS(astrovl_image_center_crop(NULL, 1, 1, &image, &err), ARGUMENT, "image_center_crop");
+    FAILS(astrovl_image_upright(NULL, &err), ARGUMENT, "image_upright");
     astrovl_image_free(NULL);
+    CHECK(!astrovl_json_strings(NULL, 1, "a", &n, &err) && !astrovl_json_strings("{}", 2, NULL, &n, &err), "json_strings");
     // search and files
     FAILS(astrovl_search(NULL, x, 1, 1, &hit, &err) < 0, ARGUMENT, "search");
     FAILS(astrovl_search(&rows, x, 1, 1, &hit, &err) < 0, ARGUMENT, "search, no data");
