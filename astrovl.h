@@ -11726,32 +11726,26 @@ ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astro
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err) {
     astrovl_status status = avl__need(model, AVL__PART_JOINT_IMAGE | AVL__PART_JOINT_TEXT, err);
     astrovl_session *s;
-    float *of_image, *of_texts, *p;
-    uint64_t n_dims;
+    float *rows;                                                 // [1 + n_texts][n_dims], the image's first
+    size_t n_dims;
     int j;
     if (status) return status;
     if (n_texts < 1 || !fits)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their fits was given");
     s = astrovl_session_new(model, NULL, err);
     if (!s) return ASTROVL_ERROR_MEMORY;
-    n_dims = (uint64_t)model->info.n_embd_joint;
-    of_image = avl__alloc_floats(n_dims);
-    of_texts = avl__alloc_floats(n_dims * (uint64_t)n_texts);
-    p = avl__alloc_floats((uint64_t)n_texts);
-    if (!of_image || !of_texts || !p)
-        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
-    if (!status) status = astrovl_embed_images(s, image, 1, 1, of_image, err);
-    if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, of_texts, err);
-    for (j = 0; j < n_texts && !status; j++) {
-        fits[j].cosine = avl__dot_portable(of_image, of_texts + n_dims * (uint64_t)j, (int)n_dims);
-        p[j] = model->info.logit_scale * fits[j].cosine;
-    }
-    if (!status) astrovl_softmax(p, n_texts);
-    for (j = 0; j < n_texts && !status; j++) fits[j].probability = p[j];
+    n_dims = (size_t)model->info.n_embd_joint;
+    rows = avl__alloc_floats(((uint64_t)n_texts + 1) * n_dims);
+    if (!rows) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
+    if (!status) status = astrovl_embed_images(s, image, 1, 1, rows, err);
+    if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, rows + n_dims, err);
+    for (j = 0; j < n_texts && !status; j++)
+        fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
+    for (j = 0; j < n_texts && !status; j++) rows[j] = model->info.logit_scale * fits[j].cosine;   // in their place
+    if (!status) astrovl_softmax(rows, n_texts);
+    for (j = 0; j < n_texts && !status; j++) fits[j].probability = rows[j];
     astrovl_session_free(s);
-    astrovl_free(of_image);
-    astrovl_free(of_texts);
-    astrovl_free(p);
+    astrovl_free(rows);
     return status;
 }
 
