@@ -1,4 +1,4 @@
-// astrovl.h 0.1.0: astronomy's vision-language models in one C header.                                       MIT licence
+// astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT licence
 //
 // Runs AstroLLaVA (arXiv 2504.08583) and whatever else is built like LLaVA-1.5: a CLIP vision tower, a projector, and a
 // LLaMA-family language model, out of the GGUF files that llama.cpp uses; and PAPERCLIP (arXiv 2403.08851) and any other CLIP of
@@ -70,13 +70,13 @@
 // not once for each. The answers are those that astrovl_chat gives.
 //
 //     astrovl_turn turns[4] = {{0}};
-//     astrovl_session_options more = {0};
 //     for (i = 0; i < 4; i++) {
-//         turns[i].session = more.share = astrovl_session_new(model, &more, &err);     // the others share what the first one has
+//         turns[i].session = i ? astrovl_session_fork(turns[0].session, 0, &err)
+//                              : astrovl_session_new(model, NULL, &err);
 //         turns[i].images = &images[i], turns[i].n_images = 1, turns[i].text = ASTROVL_CAPTION_PROMPT;
 //     }
 //     astrovl_chat_batch(turns, 4, &err);                     // gives turns[i].answer, or NULL and turns[i].err
-//     for (i = 3; i >= 0; i--) astrovl_free(turns[i].answer), astrovl_session_free(turns[i].session);
+//     for (i = 0; i < 4; i++) astrovl_free(turns[i].answer), astrovl_session_free(turns[i].session);
 //
 // An answer that a program can read: JSON that keeps to a schema, whatever the model would rather say.
 //
@@ -90,14 +90,15 @@
 // Which words fit an image? And with embeddings kept, which images fit words?
 //
 //     const char *words[] = {"a spiral galaxy", "a globular cluster"};
-//     float cosines[2], probabilities[2];
-//     astrovl_score(model, &image, words, 2, cosines, probabilities, &err);
+//     astrovl_fit fits[2];
+//     astrovl_score(model, &image, words, 2, fits, &err);
 //
 //     astrovl_embed_images(s, images, n, 1, rows, &err);          // [n][n_embd_joint], store them as float16
 //     astrovl_embed_texts(s, words, 1, 1, query, &err);
-//     n_hits = astrovl_search(rows_f16, n, n_embd_joint, query, 10, 0, hits, &err);
+//     astrovl_rows index = {rows_f16, n, n_embd_joint};
+//     n_hits = astrovl_search(&index, query, 10, 0, hits, &err);
 //
-// Looking inside: every intermediate tensor of both transformers passes by, under the name that transformers gives it.
+// Looking inside: every intermediate tensor of the transformers passes by.
 //
 //     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
 //         if (strcmp(name, "model.layers.0.self_attn.attn_weights") == 0) ...  // [n_head][n_new][n_keys]
@@ -107,20 +108,38 @@
 //     o.tap = look;
 //     astrovl_session *s = astrovl_session_new(model, &o, &err);
 //
+// The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order in which they pass. I is
+// the layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
+//     image   pixel_values [3][S][S]   vision_model.embeddings.patch_embedding   vision_model.embeddings
+//             vision_model.pre_layrnorm   and for each layer, with vision_model.encoder.layers.I before it,
+//             .layer_norm1   .self_attn.q_proj .k_proj .v_proj .attn_weights [n_head][rows][rows] .context .out_proj
+//             .layer_norm2   .mlp.fc1 .activation_fn [rows][n_ff] .fc2   and the layer's own name: its output
+//     LLaVA   image_features   multi_modal_projector.linear_1 .act [rows][n_hidden] .linear_2   (or .linear alone)
+//     CLIP    vision_model.post_layernorm [1][n_embd]   visual_projection.head (PAPERCLIP's)
+//             visual_projection [1][n_embd_joint]
+//             text_model.embeddings   text_model.encoder.layers.I as above   text_model.final_layer_norm
+//             text_projection.head   text_projection [1][n_embd_joint]
+//     text    model.embed_tokens   and for each layer, with model.layers.I before it,
+//             .input_layernorm   .self_attn.q_proj [rows][n_head head_dim] .k_proj .v_proj [rows][n_head_kv head_dim]
+//             .q_rope .k_rope .attn_weights [n_head][rows][n_past + rows] .context [rows][n_head head_dim] .o_proj
+//             .post_attention_layernorm   .mlp.gate_proj .up_proj .act [rows][n_ff] .down_proj   and its own name
+//             model.norm [n_logits][n_embd]   lm_head [n_logits][n_vocab]
+//
 // The parts by themselves: astrovl_encode_image gives the rows that stand for an image, astrovl_eval_tokens and
 // astrovl_eval_embeddings append to the sequence and give logits, astrovl_sample draws the next token. The layers one by one
 // (astrovl_rms_norm, astrovl_rope, ...) are plain functions on float arrays.
 //
 // ---- Errors ---------------------------------------------------------------------------------------------------------
 // A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given with one line
-// that names the file and the tensor, key or byte. Nothing is printed, no signal raised, no process ended. Input files may be
+// that names the file and the tensor, key or byte. A NULL handle, or NULL where a pointer is needed, is such a failure
+// (ARGUMENT), or gives zeros. Nothing is printed, no signal raised, no process ended. Input files may be
 // hostile: every size in them is checked before it is used. What a failed call had begun is undone: after a failed turn the
 // conversation is what it was before.
 //
 // ---- Threads and memory ---------------------------------------------------------------------------------------------
 // A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one thread at a
 // time; it runs its own worker threads (n_threads, by default one per processor), which sleep between calls. There is no global
-// state. Results do not depend on the number of threads. Sessions that `share` another's threads and scratch memory count as one.
+// state. Results do not depend on the number of threads. A session and its forks (astrovl_session_fork) count as one.
 // Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are only
 // vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv * head_dim * 8 bytes,
 // of which the system gives only what has been written, and the activations of at most 512 rows.
@@ -175,7 +194,10 @@ extern "C" {
 #define ASTROVL_API extern
 #endif
 
-#define ASTROVL_VERSION "0.1.0"
+#define ASTROVL_VERSION_MAJOR 0
+#define ASTROVL_VERSION_MINOR 2
+#define ASTROVL_VERSION_PATCH 0
+#define ASTROVL_VERSION       "0.2.0"
 
 // ---- status and errors ------------------------------------------------------------------------------------------
 
@@ -295,7 +317,7 @@ typedef struct astrovl_guide   astrovl_guide;     // what an answer may look lik
 typedef enum astrovl_template {
     ASTROVL_TEMPLATE_AUTO = 0,
     ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
-    ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same but for one word ("human" for "user"; LLaVA's own inference scripts)
+    ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same with "human" for "user" (LLaVA's own inference scripts)
     ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
     ASTROVL_TEMPLATE_LLAMA3,       // <|start_header_id|>user<|end_header_id|>
     ASTROVL_TEMPLATE_CHATML,       // <|im_start|>user: SmolLM2 and many others
@@ -305,11 +327,6 @@ typedef enum astrovl_template {
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
     astrovl_template chat_template;  // AUTO: from the file
-    // NULL: opening ends at the first problem. Else this is told each broken file, each missing or misshapen tensor, key and part
-    // of a tokenizer, a line each, and opening goes on to find them all; if there was one, it fails in the end (MODEL). Problems
-    // are then also parts of no use alone: a language model without tokenizer, an mmproj file without language model ...
-    void           (*on_problem)(void *user, const char *message);
-    void            *user;
 } astrovl_open_options;
 
 // A model file that lies in memory.
@@ -319,21 +336,22 @@ typedef struct astrovl_memory {
     const char *name;              // for messages; may be NULL
 } astrovl_memory;
 
-// Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across all).
-// Any part may be absent; astrovl_get_info says what there is. Weights stay in the mapped file: nothing is copied but the
-// small vectors. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MODEL, MEMORY).
+// Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across
+// all), or of blocks of memory, which must outlive it. Any part may be absent; astrovl_get_info says what there is.
+// Weights stay in the mapped file: only small vectors are copied.
+// Returns NULL and err, the first problem (ARGUMENT, FILE, FORMAT, UNSUPPORTED, MODEL, MEMORY).
 ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_options *options, astrovl_error *err);
-ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths, const astrovl_open_options *options,
-                                              astrovl_error *err);
-ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks, const astrovl_open_options *options,
-                                               astrovl_error *err);
+ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths,
+                                              const astrovl_open_options *options, astrovl_error *err);
+ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks,
+                                               const astrovl_open_options *options, astrovl_error *err);
 ASTROVL_API void astrovl_close(astrovl_model *model);                   // after its sessions; NULL is allowed
 
 // What a model consists of.
 typedef struct astrovl_info {
     int has_vocab, has_text, has_vision, has_projector;
     astrovl_template chat_template;
-    const char *name;                                   // general.name, or ""
+    const char *name;                                   // general.name, or ""; valid until astrovl_close
     // language model (LLaMA)
     int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;
     float rope_theta, rms_norm_eps;
@@ -350,7 +368,7 @@ typedef struct astrovl_info {
     uint64_t n_params, n_weight_bytes;
 } astrovl_info;
 
-ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
+ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);      // of no model: zeros
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
 ASTROVL_API const char *astrovl_template_name(astrovl_template t);                      // "vicuna_v1", ...
@@ -405,10 +423,11 @@ typedef enum astrovl_mode {
 } astrovl_mode;
 
 // Sees an intermediate tensor the moment it is computed. It must not call back into the session.
-// name    as transformers names the module: "vision_model.encoder.layers.3.mlp.fc1", "model.layers.0.self_attn.q_proj"
+// name    as transformers names the module: "model.layers.0.self_attn.q_proj"; the manual lists all
 // layer   the layer's number, or -1 outside the layers
-// shape   [n_dims], slowest first;   data   float32, valid during the call
-typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data);
+// shape   [n_dims], slowest first;   name, shape, data (float32)   valid during the call
+typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
+                            const float *data);
 
 typedef struct astrovl_session_options {
     astrovl_mode     mode;
@@ -418,16 +437,18 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512" or
-                                   // "avx512_bf16", on AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm"; NULL: the best
-                                   // for this processor
-    astrovl_session *share;        // another session of the model, freed after this one: its mode, threads, scratch memory, tap and
-                                   // progress serve both, never at the same time, and this one costs its KV cache alone. NULL: none
+    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512"
+                                   // or "avx512_bf16", on AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm";
+                                   // NULL: the best for this processor
 } astrovl_session_options;
 
-// The model must outlive the session. Returns NULL and err (ARGUMENT, MEMORY).
+// A conversation, still empty. The model must outlive its sessions. Returns NULL and err (ARGUMENT, MEMORY).
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err);
+// Another conversation, still empty, with the parent's mode, threads, scratch memory, tap and progress: it costs its KV
+// cache alone. A parent and its forks are one thread's, who uses one at a time; they may be freed in any order.
+// n_ctx  as in the options; 0: the parent's.   Returns NULL and err (ARGUMENT, MEMORY).
+ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err);
 ASTROVL_API void astrovl_session_free(astrovl_session *s);              // NULL is allowed
 ASTROVL_API void astrovl_session_reset(astrovl_session *s);             // forgets the conversation
 ASTROVL_API int astrovl_session_n_past(const astrovl_session *s);       // positions the KV cache holds now
@@ -454,8 +475,8 @@ typedef struct astrovl_turn {
 // Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after another; then all
 // answers are written together, a token of each per step. A step of one conversation spends its time on fetching the weights from
 // memory; a step of several fetches them as often, once (for every 16 conversations once), and so costs little more.
-// The sessions are distinct, and all share one of them (see astrovl_session_options.share). Options may differ; a turn that ends
-// early leaves the others to go on, and so does one that fails, whose conversation is then as it was before.
+// The sessions are distinct: one and its forks (astrovl_session_fork). Options may differ; a turn that ends early
+// leaves the others to go on, and so does one that fails, whose conversation is then as it was before.
 // Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if these sessions
 // cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
@@ -496,8 +517,9 @@ ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t
                                                int n_logits, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
                                                    int n_logits, astrovl_error *err);
-// Forgets all positions from n_past on (to branch a conversation or to retry).
-ASTROVL_API void astrovl_session_rewind(astrovl_session *s, int n_past);
+// Forgets all positions from n_past on (to branch a conversation or to retry). ARGUMENT, and nothing is changed, if the
+// session holds fewer.
+ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past, astrovl_error *err);
 
 // The next token by the rules of `options`; changes logits [n_vocab] in place.
 // history [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
@@ -539,23 +561,39 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
 
 // ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) ------------------------------------------------
 
-// Embeds images (or texts) as rows of n_embd_joint numbers. Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3;
-// transformers' CLIPModel.get_image_features and get_text_features.
+// Embeds images (or texts) as rows of n_embd_joint numbers. Several go through the tower together; the rows are the
+// same as one by one. A text longer than the tower's positions is cut (its last token stays the end token). Any UTF-8;
+// lower-cased and cleaned as transformers' CLIPTokenizer does.
 // normalize   1: each row divided by its length (cosines are then products), 0: as the towers give it
-// embeddings  out, [n][n_embd_joint], caller's memory.  Several images go through the tower together; the rows are the same as
-// one by one. A text longer than the tower's positions is cut (its last token stays the end token). Any UTF-8; lower-cased and
-// cleaned as transformers' CLIPTokenizer does.   Returns MODEL if the model lacks the tower.
-ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images, int normalize,
-                                                float *embeddings, astrovl_error *err);
+// embeddings  out, [n][n_embd_joint], caller's memory
+// Returns MODEL if the model lacks the tower, ARGUMENT, MEMORY, CANCELLED.
+// Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and
+// get_text_features.
+ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
+                                                int normalize, float *embeddings, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
                                                float *embeddings, astrovl_error *err);
 // Token ids of a text for the text tower, start and end token included, not cut: as astrovl_tokenize.
-ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens, int capacity,
-                                      astrovl_error *err);
-// How well each text fits an image: cosines and, if not NULL, probabilities = softmax(logit_scale * cosine) over the texts.
-// cosines, probabilities: out, [n_texts]. Opens a session of its own (all processors, fast mode).
-ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image, const char *const *texts,
-                                         int n_texts, float *cosines, float *probabilities, astrovl_error *err);
+ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
+                                      int capacity, astrovl_error *err);
+// How well a text fits an image.
+typedef struct astrovl_fit {
+    float cosine;
+    float probability;             // softmax(logit_scale * cosine) over all texts
+} astrovl_fit;
+
+// fits: out, [n_texts]. Opens a session of its own (all processors, fast mode), which starts and ends its threads:
+// where speed counts, embed the texts once with a session that is kept.
+// Returns MODEL if a tower is missing, ARGUMENT, MEMORY.
+ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
+                                         const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err);
+
+// Rows to be searched, as in an index file.
+typedef struct astrovl_rows {
+    const void *data;              // [n_rows][n_dims] float16, little-endian, any alignment
+    int64_t     n_rows;
+    int         n_dims;
+} astrovl_rows;
 
 // A row found, and how well it fits.
 typedef struct astrovl_hit {
@@ -563,12 +601,12 @@ typedef struct astrovl_hit {
     float   score;
 } astrovl_hit;
 
-// The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are compared:
-// the result is exact. rows: [n_rows][n_dims] float16, little-endian (as in an index file, any alignment); query: [n_dims].
-// hits: out, [k].  n_threads 0: one per processor.  Returns how many there are (fewer than k if there are fewer rows), or -1.
-// Scores are summed in exact mode's order: the same on every machine.
-ASTROVL_API int astrovl_search(const void *rows, int64_t n_rows, int n_dims, const float *query, int k, int n_threads,
-                               astrovl_hit *hits, astrovl_error *err);
+// The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are
+// compared: the result is exact. Scores are summed in exact mode's order: the same on every machine.
+// query: [n_dims];   hits: out, [k];   n_threads 0: one per processor.
+// Returns how many there are (fewer than k if there are fewer rows), or -1 (ARGUMENT, MEMORY).
+ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
+                               astrovl_error *err);
 
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
@@ -632,9 +670,11 @@ ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image,
                                                      astrovl_image *out, astrovl_error *err);
 
 // ---- layers: each operation on plain arrays, one thread, for teaching and auditing ------------------------------
+// As memcpy, these check nothing: the arrays have to be as long as is said.
 
 // y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
-ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
+ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd,
+                                    float eps);
 // y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]                   RMSNorm (Zhang & Sennrich 2019), LLaMA's norm
 ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps);
 // x[i] = exp(x[i] - max) / sum exp(x - max)
@@ -646,8 +686,9 @@ ASTROVL_API void astrovl_silu(float *x, int64_t n);
 // Rotates the pairs (x[2i], x[2i+1]) of one head by position * inv_freq[i] (Su et al. 2021; GGUF's interleaved order).
 // x: [head_dim]; inv_freq: [head_dim / 2]. Angles below 2^23 (beyond: NaN).
 ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq);
-// y[n_rows][n_out] = x[n_rows][n_in] * w[n_out][n_in]^T + bias[n_out]  (bias may be NULL); w float32; exact mode's order
-ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in, int n_out);
+// y[n_rows][n_out] = x[n_rows][n_in] * w[n_out][n_in]^T + bias[n_out]  (bias may be NULL); w float32; exact mode's sums
+ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in,
+                                int n_out);
 // Exact mode's functions: only + - * / and sqrt of IEEE arithmetic, so the same bits everywhere.
 ASTROVL_API float astrovl_expf(float x);
 ASTROVL_API float astrovl_tanhf(float x);
@@ -1796,98 +1837,148 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 
 // ====================================================================================================================
 // [5] Ops
-// The operations that both transformers are made of, on rows of float32: norms, softmax, activations, RoPE, products with
-// a weight matrix, attention. The public ones work on plain arrays for whoever wants to take a model apart; the ones that
-// are worth several threads take an avl__run, the circumstances under which a pass runs.
+// The operations that both transformers are made of, on rows of float32: norms, softmax, activations, RoPE, products
+// with a weight matrix, attention. The public ones work on plain arrays, for teaching and auditing; those that are
+// worth several threads take an avl__run.
 // ====================================================================================================================
 
 // ---- how a pass is run ---------------------------------------------------------------------------------------------
 
+typedef struct avl__scratch {            // a block of scratch memory; its floats follow
+    struct avl__scratch *older;
+    size_t               n_floats, n_taken;
+} avl__scratch;
+
+// Execution context: kernels, threads, scratch memory, callbacks. A session and its forks share one.
 typedef struct avl__run {
     const avl__kernels *kernels;
     avl__pool          *pool;
-    astrovl_tap         tap;               // NULL: nobody watches
+    int                 n_sessions;
+    astrovl_tap         tap;               // NULL: none
     void               *tap_user;
-    astrovl_progress    progress;          // NULL: nobody waits
+    astrovl_progress    progress;          // NULL: none
     void               *progress_user;
-    float              *rows;              // activations of the pass under way
-    size_t              rows_capacity;
-    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row or panel, or attention scores
+    avl__scratch       *scratch;           // what avl__take has given out in this pass; newest block first
+    size_t              n_wanted;          // floats that the next block holds at least
+    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row or panel, or scores
     size_t              thread_capacity;
     size_t              thread_floats;
     uint8_t            *quants;            // activations as integers, of the product under way
     size_t              quants_capacity;
     int                 always_panels;     // 1: a row's bits must not depend on how many there are
+    int                 failed;            // 1: memory has run out in this pass; no product is computed any more
 } avl__run;
 
-enum { AVL__CARVED = 12 };     // parts that a pass's activations have, at most
-
-// Makes room for a pass, before it starts, so that nothing inside it can fail: n_rows_floats to carve activations from, and
-// n_thread_floats for each thread. No product of the pass has more rows than n_rows or longer ones than n_thread_floats, nor are
-// there more keys or longer heads than that. 0 when memory is out.
-static int avl__run_reserve(avl__run *run, uint64_t n_rows_floats, uint64_t n_thread_floats, uint64_t n_rows) {
-    uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
-    if (run->kernels->multiply) {
-        uint64_t n_blocks = n_thread_floats / 32 + 1;
-        n_rows += 16;                                        // the last group need not be full
-        if (n_blocks > SIZE_MAX / 1024 / n_rows) return 0;
-        if (!avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_rows * n_blocks * AVL__QUANT_BYTES), 1)) return 0;
-        n_thread_floats = n_thread_floats * 64 + 4096;       // attention takes 32 for each key and value of a head, a panel 16 for
-                                                             // each column of whole blocks
+// Frees the blocks; returns how many floats they held.
+static size_t avl__scratch_free(avl__run *run) {
+    size_t n = 0;
+    while (run->scratch) {
+        avl__scratch *older = run->scratch->older;
+        n += run->scratch->n_floats;
+        ASTROVL_FREE(run->scratch);
+        run->scratch = older;
     }
-    if (n_rows_floats > SIZE_MAX / 8 || n_thread_floats > SIZE_MAX / 8 / n_threads) return 0;
-    n_rows_floats += AVL__CARVED * AVL__LINE / sizeof(float);
-    n_thread_floats += AVL__LINE - n_thread_floats % AVL__LINE;
-    if (!avl__grow(&run->rows, &run->rows_capacity, (size_t)n_rows_floats, sizeof(float))) return 0;
-    if (!avl__grow(&run->thread_memory, &run->thread_capacity, (size_t)(n_thread_floats * n_threads + AVL__LINE), sizeof(float))) return 0;
-    run->thread_floats = (size_t)n_thread_floats;
-    return 1;
+    return n;
+}
+
+// Begins a pass: what the one before has taken is free again. Where that was several blocks, the next block is as large
+// as all of them, so that passes of one size allocate nothing from the third on.
+static void avl__run_begin(avl__run *run, int always_panels) {
+    if (run->scratch && run->scratch->older) run->n_wanted = avl__scratch_free(run);
+    if (run->scratch) run->scratch->n_taken = 0;
+    run->always_panels = always_panels;
+    run->failed = 0;
+}
+
+// n floats of scratch memory, until the next pass begins. NULL when memory is out, and then for the rest of the pass.
+static float *avl__take(avl__run *run, uint64_t n) {
+    avl__scratch *block = run->scratch;
+    n += AVL__LINE - n % AVL__LINE;                          // the next ones begin at a cache line, too
+    if (!run->failed && (!block || n > block->n_floats - block->n_taken)) {
+        const uint64_t size = n > run->n_wanted ? n : run->n_wanted;
+        block = (avl__scratch *)avl__alloc_raw(size + sizeof *block + AVL__LINE, sizeof(float));
+        run->n_wanted = 0;
+        run->failed = !block;
+        if (block) {
+            block->older = run->scratch;
+            block->n_floats = (size_t)size;
+            block->n_taken = 0;
+            run->scratch = block;
+        }
+    }
+    if (run->failed) return NULL;
+    block->n_taken += (size_t)n;
+    return (float *)avl__align(block + 1) + (block->n_taken - (size_t)n);
+}
+
+// Room for a product of n_rows rows of n_floats values, or (n_rows 0) for attention that takes n_floats of each
+// thread's memory. 0, and run->failed, when memory is out.
+static int avl__run_reserve(avl__run *run, uint64_t n_rows, uint64_t n_floats) {
+    const uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
+    int good = !run->failed && n_floats < SIZE_MAX / 1024 / n_threads;
+    if (good && run->kernels->multiply) {
+        const uint64_t n_blocks = n_floats / 32 + 1, n_all = n_rows + 16;    // the last group need not be full
+        if (n_rows > 0)
+            good = n_blocks <= SIZE_MAX / 1024 / n_all &&
+                   avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_all * n_blocks * AVL__QUANT_BYTES), 1);
+        n_floats = n_floats * 64 + 4096;                     // attention takes 32 for each key and value of a head, a
+                                                             // panel 16 for each column of whole blocks
+    }
+    n_floats += AVL__LINE - n_floats % AVL__LINE;
+    if (good && n_floats > run->thread_floats) {
+        const size_t n = (size_t)(n_floats * n_threads) + AVL__LINE;
+        good = avl__grow(&run->thread_memory, &run->thread_capacity, n, sizeof(float));
+        if (good) run->thread_floats = (size_t)n_floats;
+    }
+    if (!good) run->failed = 1;
+    return good;
 }
 
 static float *avl__thread_memory(const avl__run *run, int thread) {
     return (float *)avl__align(run->thread_memory) + (size_t)thread * run->thread_floats;
 }
 
-// Takes n floats off a block that avl__run_reserve measured out.
-static float *avl__carve(float **block, uint64_t n) {
-    float *taken = (float *)avl__align(*block);
-    *block = taken + n;
-    return taken;
+static void avl__run_free(avl__run *run) {
+    if (run->pool) avl__pool_free(run->pool);
+    avl__scratch_free(run);
+    astrovl_free(run->thread_memory);
+    astrovl_free(run->quants);
 }
 
-// Reports progress; non-zero when the caller wants to stop.
-static int avl__report(const avl__run *run, const char *stage, int done, int total) {
-    return run->progress ? run->progress(run->progress_user, stage, done, total) : 0;
+// Where a pass stands: MEMORY if a product or avl__take has failed, CANCELLED if the caller wants it.
+// what: "image", "prompt" ...;  total: of `done`, as is reported; 0: nothing is reported
+static astrovl_status avl__pass_status(const avl__run *run, const char *what, int done, int total, astrovl_error *err) {
+    if (run->failed) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the %s", what);
+    if (total && run->progress && run->progress(run->progress_user, what, done, total) && done < total)
+        return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the %s", what);
+    return ASTROVL_OK;
 }
 
 // ---- the audit tap -------------------------------------------------------------------------------------------------
 
-// Shows data [d0][d1][d2] (sizes of 0 at the end are no dimensions) under the name prefix.layer.name, as transformers names
-// modules; empty parts are left out. Costs one comparison when nobody watches.
-static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data, int64_t d0,
-                      int64_t d1, int64_t d2) {
-    char full[160];
-    int64_t shape[3];
-    int n_dims = d2 > 0 ? 3 : d1 > 0 ? 2 : 1;
-    if (!run->tap) return;
-    shape[0] = d0;
-    shape[1] = d1;
-    shape[2] = d2;
-    if (layer < 0) avl__format(full, sizeof full, "%s%s%s", prefix, *prefix && *name ? "." : "", name);
-    else           avl__format(full, sizeof full, "%s.%d%s%s", prefix, layer, *name ? "." : "", name);
-    run->tap(run->tap_user, full, layer, shape, n_dims, data);
+// Shows data [d0][d1][d2] (sizes of 0 at the end are no dimensions) under the name prefix.layer.name, as transformers
+// names modules; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
+static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
+                      int64_t d0, int64_t d1, int64_t d2) {
+    char full[160], number[16] = "";
+    const int64_t shape[3] = {d0, d1, d2};
+    if (!run->tap || run->failed) return;
+    if (layer >= 0) avl__format(number, sizeof number, ".%d", layer);
+    avl__format(full, sizeof full, "%s%s%s%s", prefix, number, *name ? "." : "", name);
+    run->tap(run->tap_user, full, layer, shape, d2 > 0 ? 3 : d1 > 0 ? 2 : 1, data);
 }
 
-static void avl__tap(const avl__run *run, const char *prefix, int layer, const char *name, const float *data, int64_t n_rows,
-                     int64_t n_columns) {
+static void avl__tap(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
+                     int64_t n_rows, int64_t n_columns) {
     avl__tap3(run, prefix, layer, name, data, n_rows, n_columns, 0);
 }
 
 // ---- norms ---------------------------------------------------------------------------------------------------------
-// Sums run in double, first value to last: more digits than a float32 sum of any order, at no cost that can be measured.
+// Sums run in double, first value to last: more digits than a float32 sum of any order, at no measurable cost.
 
-// y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]
-ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps) {
+// y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
+ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd,
+                                    float eps) {
     double sum = 0.0, squares = 0.0;
     float mean, scale;
     int i;
@@ -1901,7 +1992,7 @@ ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weigh
     for (i = 0; i < n_embd; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]
+// y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]                   RMSNorm (Zhang & Sennrich 2019), LLaMA's norm
 ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps) {
     double squares = 0.0;
     float scale;
@@ -1914,7 +2005,7 @@ ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight,
 typedef struct avl__norm_job {
     const avl__run *run;
     float          *y;
-    const float    *x, *weight, *bias;     // bias NULL: an RMS norm
+    const float    *x, *weight, *bias;
     int             n_embd;
     float           eps;
 } avl__norm_job;
@@ -1928,16 +2019,11 @@ static void avl__norm_item(void *context, int r, int thread) {
     else           job->run->kernels->rms_norm(y, x, job->weight, job->n_embd, job->eps);
 }
 
-// x, y: [n_rows][n_embd]
-static void avl__layer_norm_rows(const avl__run *run, float *y, const float *x, const float *weight, const float *bias, int n_rows,
-                                 int n_embd, float eps) {
+// LayerNorm of each row, or RMSNorm if bias is NULL.  x, y: [n_rows][n_embd]
+static void avl__norm_rows(const avl__run *run, float *y, const float *x, const float *weight, const float *bias,
+                           int n_rows, int n_embd, float eps) {
     avl__norm_job job = {run, y, x, weight, bias, n_embd, eps};
     avl__pool_run(run->pool, avl__norm_item, &job, n_rows);
-}
-
-static void avl__rms_norm_rows(const avl__run *run, float *y, const float *x, const float *weight, int n_rows, int n_embd,
-                               float eps) {
-    avl__layer_norm_rows(run, y, x, weight, NULL, n_rows, n_embd, eps);
 }
 
 // ---- softmax and activations ---------------------------------------------------------------------------------------
@@ -1958,13 +2044,13 @@ ASTROVL_API void astrovl_softmax(float *x, int n) {
     for (i = 0; i < n; i++) x[i] *= scale;
 }
 
-// x Phi(x), Phi the normal distribution's integral: x (1 + erf(x / sqrt 2)) / 2
+// x Phi(x), Phi the normal distribution's integral: x (1 + erf(x / sqrt 2)) / 2         GELU (Hendrycks & Gimpel 2016)
 ASTROVL_API void astrovl_gelu(float *x, int64_t n) {
     int64_t i;
     for (i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + astrovl_erff(x[i] * 0.70710678118654752f));
 }
 
-// x sigmoid(1.702 x): OpenAI's CLIP was trained with this approximation, so it is what its weights mean
+// x sigmoid(1.702 x): the approximation that OpenAI's CLIP was trained with, so it is what its weights mean
 ASTROVL_API void astrovl_quick_gelu(float *x, int64_t n) {
     int64_t i;
     for (i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-1.702f * x[i]));
@@ -1976,13 +2062,12 @@ ASTROVL_API void astrovl_silu(float *x, int64_t n) {
     for (i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-x[i]));
 }
 
-// An elementwise activation over many values, in threads.
 typedef struct avl__activation_job {
-    float  *x;
-    int64_t n;
-    void  (*activation)(float *x, int64_t n);
-    void  (*silu_product)(float *x, const float *up, int64_t n);
+    float       *x;
     const float *up;
+    int64_t      n;
+    void       (*activation)(float *x, int64_t n);
+    void       (*silu_product)(float *x, const float *up, int64_t n);
 } avl__activation_job;
 
 enum { AVL__ACTIVATION_CHUNK = 8192 };
@@ -1996,15 +2081,12 @@ static void avl__activation_item(void *context, int item, int thread) {
     else         job->activation(job->x + first, n);
 }
 
-// up: NULL, or what silu(x) is multiplied by
-static void avl__activate(avl__run *run, float *x, int64_t n, void (*activation)(float *x, int64_t n), const float *up) {
-    avl__activation_job job;
-    job.silu_product = run->kernels->silu_product;
-    job.up = up;
-    job.x = x;
-    job.n = n;
-    job.activation = activation;
-    avl__pool_run(run->pool, avl__activation_item, &job, (int)((n + AVL__ACTIVATION_CHUNK - 1) / AVL__ACTIVATION_CHUNK));
+// x = activation(x), or silu(x) * up if up is not NULL.  x, up: [n]
+static void avl__activate(avl__run *run, float *x, int64_t n, void (*activation)(float *x, int64_t n),
+                          const float *up) {
+    avl__activation_job job = {x, up, n, activation, run->kernels->silu_product};
+    const int n_items = (int)((n + AVL__ACTIVATION_CHUNK - 1) / AVL__ACTIVATION_CHUNK);
+    avl__pool_run(run->pool, avl__activation_item, &job, n_items);
 }
 
 static void avl__add(float *y, const float *x, int64_t n) {
@@ -2013,13 +2095,14 @@ static void avl__add(float *y, const float *x, int64_t n) {
 }
 
 // ---- RoPE ----------------------------------------------------------------------------------------------------------
-// Position m turns the pair (x[2i], x[2i+1]) of every head by the angle m * inv_freq[i]: the dot product of a query at m and
-// a key at n then depends on m - n only (Su et al. 2021, equation 34). llama.cpp's converter stores the rows of q and k so
-// that the pairs are neighbours; transformers pairs i with i + head_dim / 2.
+// Position m turns the pair (x[2i], x[2i+1]) of every head by the angle m * inv_freq[i]: the dot product of a query at
+// m and a key at n then depends on m - n only (Su et al. 2021, equation 34). llama.cpp's converter stores the rows of q
+// and k so that the pairs are neighbors; transformers pairs i with i + head_dim / 2.
 
-// inv_freq[i] = theta^(-2i / head_dim) / factor[i], rounded to float32 as transformers does; factors (rope_freqs.weight of
-// LLaMA-3, [head_dim / 2]) may be NULL; linear_scale divides positions (rope.scaling.type = linear), 1 for none
-static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, const float *factors, float linear_scale) {
+// inv_freq[i] = theta^(-2i / head_dim) / factor[i], rounded to float32 as transformers does; factors (rope_freqs.weight
+// of LLaMA-3, [head_dim / 2]) may be NULL; linear_scale divides positions (rope.scaling.type = linear), 1 for none
+static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, const float *factors,
+                                  float linear_scale) {
     int i;
     for (i = 0; i < head_dim / 2; i++) {
         float f = (float)(1.0 / avl__pow(theta, 2.0 * i / head_dim));
@@ -2028,35 +2111,36 @@ static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, co
     }
 }
 
-// turn: out, {cos, sin, -sin} of an angle
-static void avl__rope_turn(float *turn, float angle) {
-    turn[0] = avl__cos(angle);
-    turn[1] = avl__sin(angle);
-    turn[2] = -turn[1];
+// cos_sin: out, {cos, sin, -sin} of an angle
+static void avl__rope_cos_sin(float *cos_sin, float angle) {
+    cos_sin[0] = avl__cos(angle);
+    cos_sin[1] = avl__sin(angle);
+    cos_sin[2] = -cos_sin[1];
 }
 
-// (x0, x1) = (x0 cos - x1 sin, x0 sin + x1 cos), with -sin read from memory and added. As a subtraction beside an addition, gcc
-// 12's vectoriser makes both one fused vfmaddsub even where contraction is switched off, and exact mode's bits would differ.
-static void avl__rope_pair(float *x, const float *turn) {
+// (x0, x1) = (x0 cos - x1 sin, x0 sin + x1 cos), with -sin read from memory and added. Of a subtraction beside an
+// addition, gcc 12's vectorizer makes one fused vfmaddsub even where contraction is switched off, and exact mode's bits
+// would differ.
+static void avl__rope_pair(float *x, const float *cos_sin) {
     float x0 = x[0], x1 = x[1];
-    x[0] = x0 * turn[0] + x1 * turn[2];
-    x[1] = x0 * turn[1] + x1 * turn[0];
+    x[0] = x0 * cos_sin[0] + x1 * cos_sin[2];
+    x[1] = x0 * cos_sin[1] + x1 * cos_sin[0];
 }
 
 ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq) {
-    float turn[3];
+    float cos_sin[3];
     int i;
     for (i = 0; i < head_dim / 2; i++) {
-        avl__rope_turn(turn, (float)position * inv_freq[i]);
-        avl__rope_pair(x + 2 * i, turn);
+        avl__rope_cos_sin(cos_sin, (float)position * inv_freq[i]);
+        avl__rope_pair(x + 2 * i, cos_sin);
     }
 }
 
-// The first rope_dim values of every head of a row x [n_head][head_dim].  turns: its position's, [rope_dim / 2][3]
-static void avl__rope_row(float *x, int n_head, int head_dim, int rope_dim, const float *turns) {
+// The first rope_dim values of every head of a row x [n_head][head_dim].  cos_sin: of its position, [rope_dim / 2][3]
+static void avl__rope_row(float *x, int n_head, int head_dim, int rope_dim, const float *cos_sin) {
     int h, i;
     for (h = 0; h < n_head; h++, x += head_dim)
-        for (i = 0; i < rope_dim / 2; i++) avl__rope_pair(x + 2 * i, turns + 3 * i);
+        for (i = 0; i < rope_dim / 2; i++) avl__rope_pair(x + 2 * i, cos_sin + 3 * i);
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------
@@ -2148,6 +2232,7 @@ static void avl__apply_shared(avl__run *run, float *const *y, const float *x, co
     const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : kernels->n_few) && !run->always_panels;
     int n_out = 0, n_items = 0, i;
     avl__linear_job job;
+    if (!avl__run_reserve(run, (uint64_t)n_rows, (uint64_t)w[0]->n_in)) return;
     memset(&job, 0, sizeof job);
     job.run = run;
     job.columns = kernels->linear;
@@ -2203,7 +2288,7 @@ typedef struct avl__attention {
     float       *out;             // [n_rows][n_head][head_dim]
     float       *weights;         // [n_head][n_rows][n_past + n_rows] for the tap, or NULL
     int          n_rows, n_past, n_head, n_head_kv, head_dim, causal;
-    const avl__run *run;
+    avl__run    *run;
     size_t       key_stride, head_stride;
     int          is_half;
     int          is_coarse;       // 1: rows may be rounded to bfloat16, as the products were that made them
@@ -2300,12 +2385,13 @@ static void avl__attention_item(void *context, int item, int thread) {
 
 // a: [n], of as many rows and heads each
 static void avl__attention_run(avl__attention *a, int n) {
+    int i;
+    for (i = 0; i < n; i++) {
+        const uint64_t n_keys = (uint64_t)a[i].n_past + (uint64_t)a[i].n_rows;
+        const int is_tile = a[i].n_rows > 1 && a->run->kernels->attend;
+        if (!avl__run_reserve(a->run, 0, is_tile ? avl__attend_tile_floats(n_keys, a->head_dim) : n_keys)) return;
+    }
     avl__pool_run(a->run->pool, avl__attention_item, a, n * avl__attention_items(a));
-}
-
-// Floats that the tap's copy of the attention weights takes: none when nobody watches.
-static uint64_t avl__attention_weights_floats(const avl__run *run, int n_head, int n_rows, int n_keys) {
-    return run->tap ? (uint64_t)n_head * n_rows * n_keys : 0;
 }
 
 // ====================================================================================================================
@@ -2782,17 +2868,21 @@ static int avl__key_number(avl__keys *k, const char *name, int low, int high, in
 }
 
 // ---- weights across files ------------------------------------------------------------------------------------------
-// A model may lie in one file or in several; a tensor or key is looked for in each, in the order they were given. Matrices
-// are used where they lie; vectors and position tables are expanded to float32 once and owned here.
+// A model may lie in one file or in several; a tensor or key is looked for in each, in the order they were given.
+// Matrices are used where they lie; vectors and position tables are expanded to float32 once and owned here.
+// The first failure sticks: later calls load nothing and return empty or the least legal values, which are safe to
+// compute with, so that a loader can ask for everything and look at `status` once.
 
 typedef struct avl__weights {
     astrovl_gguf **files;          // [n_files], owned
     int            n_files;
     float        **vectors;        // [n_vectors], owned
     size_t         n_vectors, vectors_capacity;
-    const astrovl_open_options *options;   // while a model is being opened
-    int            n_problems;     // that options->on_problem was told
+    astrovl_status status;         // of loading
+    astrovl_error *err;
 } avl__weights;
+
+#define AVL__ASK_FOR_FILE "is the file that holds it among those given?"
 
 static void avl__weights_free(avl__weights *w) {
     size_t i;
@@ -2804,42 +2894,38 @@ static void avl__weights_free(avl__weights *w) {
     memset(w, 0, sizeof *w);
 }
 
-// As avl__fail, of a model whose parts do not make one. Where the caller wants to know all problems, he is told this one, and
-// loading goes on as if all were well; what is unknown then stays 0.
-static astrovl_status avl__problem(avl__weights *w, astrovl_error *err, astrovl_status status, const char *format, ...) {
-    astrovl_error problem;
+// Fails with "FILE: what the format says".  file: NULL: the first one
+static void avl__load_fail(avl__weights *w, const astrovl_gguf *file, astrovl_status status, const char *format, ...) {
+    char what[400];
     va_list args;
+    if (w->status) return;
     va_start(args, format);
-    avl__format_v(problem.message, sizeof problem.message, format, args);
+    avl__format_v(what, sizeof what, format, args);
     va_end(args);
-    if (!w->options || !w->options->on_problem) return avl__fail(err, status, "%s", problem.message);
-    w->options->on_problem(w->options->user, problem.message);
-    w->n_problems++;
-    return ASTROVL_OK;
+    w->status = avl__fail(w->err, status, "%s: %s", astrovl_gguf_name(file ? file : w->files[0]), what);
 }
 
+// file: out, where the tensor is; may be NULL.  NULL: absent
 static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char *name, const astrovl_gguf **file) {
     int f;
     for (f = 0; f < w->n_files; f++) {
         const astrovl_tensor *t = astrovl_gguf_find_tensor(w->files[f], name);
-        if (t) {
-            if (file) *file = w->files[f];
-            return t;
-        }
+        if (t && file) *file = w->files[f];
+        if (t) return t;
     }
     return NULL;
 }
 
-// The file that has tensors whose names begin so; NULL when none has.
+// The file that has tensors whose names begin so; NULL: none has.
 static const astrovl_gguf *avl__find_part(const avl__weights *w, const char *start) {
     int f, i;
     for (f = 0; f < w->n_files; f++)
-        for (i = 0; i < w->files[f]->tensor_names.count; i++)
-            if (avl__begins(w->files[f]->tensor_names.name[i], start)) return w->files[f];
+        for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++)
+            if (avl__begins(astrovl_gguf_tensor(w->files[f], i)->name, start)) return w->files[f];
     return NULL;
 }
 
-// The file that has a key, with its index there; NULL when none has.
+// The file that has a key, with its index there; NULL: none has.
 static const astrovl_gguf *avl__find_key(const avl__weights *w, const char *key, int *index) {
     int f;
     for (f = 0; f < w->n_files; f++)
@@ -2847,121 +2933,134 @@ static const astrovl_gguf *avl__find_key(const avl__weights *w, const char *key,
     return NULL;
 }
 
-static astrovl_string avl__key_string(const avl__weights *w, const char *key) {
-    astrovl_string none = {"", 0};
+// A text; empty if the key is absent or no text.
+static astrovl_string avl__load_string(const avl__weights *w, const char *key) {
+    const astrovl_string none = {"", 0};
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    return file && astrovl_gguf_kv(file, index)->type == ASTROVL_VALUE_STRING ? astrovl_gguf_string(file, index, 0) : none;
+    if (!file || astrovl_gguf_kv(file, index)->type != ASTROVL_VALUE_STRING) return none;
+    return astrovl_gguf_string(file, index, 0);
 }
 
-static double avl__key_float(const avl__weights *w, const char *key, double fallback) {
+// An integer in min..max.  fallback: for an absent key; -1: the key must be there;  format: of the key
+static int avl__load_int(avl__weights *w, int min, int max, int fallback, const char *format, ...) {
+    char key[96];
     int index;
-    const astrovl_gguf *file = avl__find_key(w, key, &index);
-    return file ? astrovl_gguf_float(file, index, 0) : fallback;
-}
-
-// An integer that must lie in min..max; fallback (if >= 0) stands in for an absent key.
-static astrovl_status avl__key_int(avl__weights *w, const char *key, int64_t min, int64_t max, int64_t fallback, int *value,
-                                   astrovl_error *err) {
-    int index;
-    const astrovl_gguf *file = avl__find_key(w, key, &index);
-    int64_t v = file ? astrovl_gguf_int(file, index, 0) : fallback;
+    int64_t value = fallback;
+    const astrovl_gguf *file;
+    va_list args;
+    va_start(args, format);
+    avl__format_v(key, sizeof key, format, args);
+    va_end(args);
+    file = avl__find_key(w, key, &index);
+    if (file) value = astrovl_gguf_int(file, index, 0);
     if (!file && fallback < 0)
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the key %s is missing; is the file that holds it among those given?",
-                            astrovl_gguf_name(w->files[0]), key);
-    if (v < min || v > max)
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s is %lld; it must lie between %lld and %lld",
-                            astrovl_gguf_name(file ? file : w->files[0]), key, (long long)v, (long long)min, (long long)max);
-    *value = (int)v;
-    return ASTROVL_OK;
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the key %s is missing; " AVL__ASK_FOR_FILE, key);
+    if (value < min || value > max)
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %lld; it must lie between %d and %d", key, (long long)value, min, max);
+    return w->status ? min : (int)value;
 }
 
-// Writes "[4096, 32]", a tensor's shape slowest first, into text.
-static void avl__describe_shape(const astrovl_tensor *t, char *text, size_t capacity) {
+// The same for a float; what is not a number is out of range.
+static float avl__load_float(avl__weights *w, float min, float max, float fallback, const char *format, ...) {
+    char key[96];
+    int index;
+    float value = fallback;
+    const astrovl_gguf *file;
+    va_list args;
+    va_start(args, format);
+    avl__format_v(key, sizeof key, format, args);
+    va_end(args);
+    file = avl__find_key(w, key, &index);
+    if (file) value = (float)astrovl_gguf_float(file, index, 0);
+    if (!(value >= min && value <= max)) avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is out of range", key);
+    return w->status ? fallback : value;
+}
+
+// Writes "[4096, 32]", a tensor's shape slowest first.  text: room for 96 bytes
+static void avl__describe_shape(const astrovl_tensor *t, char *text) {
     size_t at = 0;
     int d;
     for (d = t->n_dims - 1; d >= 0; d--)
-        at += avl__format(text + at, capacity - at, "%s%lld%s", d == t->n_dims - 1 ? "[" : ", ", (long long)t->ne[d],
-                          d == 0 ? "]" : "");
+        at += avl__format(text + at, 96 - at, "%s%lld%s", at ? ", " : "[", (long long)t->ne[d], d ? "" : "]");
 }
 
-static astrovl_status avl__missing_tensor(avl__weights *w, const char *name, astrovl_error *err) {
-    return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: the tensor %s is missing; is the file that holds it among those given?",
-                        astrovl_gguf_name(w->files[0]), name);
+// A tensor that must be there; NULL after a failure.
+static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name, const astrovl_gguf **file) {
+    const astrovl_tensor *t = avl__find_tensor(w, name, file);
+    if (!t) avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the tensor %s is missing; " AVL__ASK_FOR_FILE, name);
+    return w->status ? NULL : t;
 }
 
-// Expands a tensor of `count` values (0: their number is unknown, after problems) to float32.
-static astrovl_status avl__load_vector(avl__weights *w, const char *name, int64_t count, const float **out, astrovl_error *err) {
+// A tensor of `count` values as float32, owned by w; NULL after a failure.  format: of its name
+static const float *avl__load_vector(avl__weights *w, int64_t count, const char *format, ...) {
+    char name[128], shape[96];
     const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t = avl__find_tensor(w, name, &file);
+    const astrovl_tensor *t;
     int64_t total = 1;
     float *values;
     int d;
-    if (!t) return avl__missing_tensor(w, name, err);
-    if (!count) return ASTROVL_OK;
+    va_list args;
+    va_start(args, format);
+    avl__format_v(name, sizeof name, format, args);
+    va_end(args);
+    t = avl__load_tensor(w, name, &file);
+    if (!t) return NULL;
     for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
     if (total != count) {
-        char shape[96];
-        avl__describe_shape(t, shape, sizeof shape);
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for %lld values",
-                            astrovl_gguf_name(file), name, shape, (long long)count);
+        avl__describe_shape(t, shape);
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for %lld values", name, shape,
+                       (long long)count);
+        return NULL;
     }
     values = avl__alloc_floats((uint64_t)count);
     if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
         astrovl_free(values);
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory for tensor %s", astrovl_gguf_name(file), name);
+        avl__load_fail(w, file, ASTROVL_ERROR_MEMORY, "out of memory for tensor %s", name);
+        return NULL;
     }
     w->vectors[w->n_vectors++] = values;
     avl__dequantize_row(t->type, t->data, values, count);
-    *out = values;
-    return ASTROVL_OK;
+    return values;
 }
 
-// The same for a tensor that may be absent: *out is then NULL.
-static astrovl_status avl__load_optional_vector(avl__weights *w, const char *name, int64_t count, const float **out,
-                                                astrovl_error *err) {
-    *out = NULL;
-    return avl__find_tensor(w, name, NULL) ? avl__load_vector(w, name, count, out, err) : ASTROVL_OK;
-}
-
-// Points `linear` at PREFIX.weight [n_out][n_in] (further dimensions folded into n_in) and expands PREFIX.bias, if there is one.
-// A size of 0 is unknown, after problems.
-static astrovl_status avl__load_linear(avl__weights *w, const char *prefix, int n_in, int n_out, avl__linear *linear,
-                                       astrovl_error *err) {
-    char name[128], shape[96];
+// The matrix NAME.weight [n_out][n_in] in place (further dimensions folded into n_in), and NAME.bias [n_out] if there
+// is one. n_out 0: as many rows as the file has; the result says how many.  format: of NAME
+static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const char *format, ...) {
+    char prefix[112], name[128], shape[96];
     const astrovl_gguf *file = NULL;
     const astrovl_tensor *t;
-    int64_t row = 1;
+    avl__linear linear;
+    int64_t row = 1, n_rows;
     int d;
+    va_list args;
+    va_start(args, format);
+    avl__format_v(prefix, sizeof prefix, format, args);
+    va_end(args);
+    memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
-    t = avl__find_tensor(w, name, &file);
-    if (!t) return avl__missing_tensor(w, name, err);
+    t = avl__load_tensor(w, name, &file);
+    if (!t) return linear;
+    n_rows = t->ne[t->n_dims - 1];
     for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
-    if (!n_in || !n_out) return ASTROVL_OK;
-    if (t->n_dims < 2 || row != n_in || t->ne[t->n_dims - 1] != n_out) {
-        avl__describe_shape(t, shape, sizeof shape);
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is %s; the model's keys ask for [%d, %d]",
-                            astrovl_gguf_name(file), name, shape, n_out, n_in);
+    if (t->n_dims < 2 || row != n_in || (n_out ? n_rows != n_out : n_rows > 1 << 20)) {
+        avl__describe_shape(t, shape);
+        if (n_out)
+            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for [%d, %d]", name,
+                           shape, n_out, n_in);
+        else
+            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; it must be a matrix with rows of %d values",
+                           name, shape, n_in);
+        return linear;
     }
-    linear->weight = t->data;
-    linear->type = t->type;
-    linear->n_in = n_in;
-    linear->n_out = n_out;
-    linear->row_bytes = (size_t)(t->n_bytes / (uint64_t)n_out);   // whole blocks: every row of ne[0] is
+    linear.weight = t->data;
+    linear.type = t->type;
+    linear.n_in = n_in;
+    linear.n_out = (int)n_rows;
+    linear.row_bytes = (size_t)(t->n_bytes / (uint64_t)n_rows);   // whole blocks: every row of ne[0] is
     avl__format(name, sizeof name, "%s.bias", prefix);
-    return avl__load_optional_vector(w, name, n_out, &linear->bias, err);
-}
-
-// A matrix whose number of rows only the file knows.
-static astrovl_status avl__load_tall_linear(avl__weights *w, const char *prefix, int n_in, avl__linear *linear, astrovl_error *err) {
-    char name[128];
-    const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t;
-    avl__format(name, sizeof name, "%s.weight", prefix);
-    t = avl__find_tensor(w, name, &file);
-    if (t && (t->n_dims != 2 || t->ne[1] > 1 << 20))
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: tensor %s is no matrix", astrovl_gguf_name(file), name);
-    return avl__load_linear(w, prefix, n_in, t ? (int)t->ne[1] : 0, linear, err);
+    if (avl__find_tensor(w, name, NULL)) linear.bias = avl__load_vector(w, n_rows, "%s", name);
+    return linear;
 }
 
 // ====================================================================================================================
@@ -5409,13 +5508,14 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
 // [9] CLIP
 // Two transformers (Radford et al. 2021), made of the same pre-norm layers:
 //     x += attention(layer_norm1(x));   x += fc2(activation(fc1(layer_norm2(x))))
-// The vision tower (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one row of
-// n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before the layers.
-// LLaVA reads the patches' rows after the last layer but one; for CLIP the class row after all layers stands for the image.
-// The text tower: one row per token, positions added, attention to earlier tokens only; the end token's row after all layers
-// stands for the text. Each goes through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a projection to
-// the length that both share.
-// Names: v.*, t.*, visual_projection, text_projection; clip.vision.* and clip.text.* keys of mmproj and clip.cpp's GGUF files.
+// The vision tower (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one
+// row of n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before
+// the layers. LLaVA reads the patches' rows after the last layer but one; for CLIP the class row after all layers
+// stands for the image.
+// The text tower: one row per token, positions added, attention to earlier tokens only; the end token's row after all
+// layers stands for the text. Each goes through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a
+// projection to the length that both share.
+// Names: v.*, t.*, visual_projection, text_projection; clip.vision.* and clip.text.* of mmproj and clip.cpp's files.
 // ====================================================================================================================
 
 typedef struct avl__tower_layer {
@@ -5426,6 +5526,7 @@ typedef struct avl__tower_layer {
 
 typedef struct avl__tower {
     int   n_embd, n_head, n_ff, n_layer;      // n_layer: layers the file has
+    int   is_text;                            // 1: a row attends to the rows up to its own only
     int   use_gelu;                           // 1: GELU, 0: quick-GELU
     float eps;
     avl__tower_layer *layers;                 // [n_layer], owned
@@ -5435,17 +5536,16 @@ typedef struct avl__tower {
 typedef struct avl__joint {
     const float *norm_weight, *norm_bias;     // [n_embd]
     avl__linear  dense[2];                    // PAPERCLIP's head: W2 gelu(W1 x + b1) + b2
-    int          n_dense;                     // 2, or 0: none
+    int          has_dense;
     avl__linear  projection;                  // [n_embd_joint][n_embd]
 } avl__joint;
 
 typedef struct avl__clip {
     avl__tower tower;
-    avl__joint joint;                         // if has_joint
-    int   image_size, patch_size, n_patches;
+    avl__joint joint;                         // zeros where the files have none
+    int   image_size, patch_size, n_patches;  // S, P, (S / P)^2
     int   n_run;                              // layers run before LLaVA's features are taken
-    int   has_joint;
-    int   pad_square;                         // 1: pad with the mean colour (LLaVA); 0: resize the short side and crop (CLIP)
+    int   pad_square;                         // 1: pad with the mean color (LLaVA); 0: resize and crop (CLIP)
     float mean[3], std[3];
     const float *class_embd;                  // [n_embd]
     const float *position_embd;               // [1 + n_patches][n_embd]
@@ -5456,98 +5556,61 @@ typedef struct avl__clip {
 typedef struct avl__clip_text {
     avl__tower   tower;
     avl__joint   joint;
-    int          n_ctx, n_vocab;
+    int          n_ctx;
     avl__linear  token_embd;                  // [n_vocab][n_embd]
     const float *position_embd;               // [n_ctx][n_embd]
 } avl__clip_text;
 
 // ---- loading -------------------------------------------------------------------------------------------------------
 
-static astrovl_status avl__tower_load_layer(avl__tower *tower, avl__weights *w, const char *prefix, int i, astrovl_error *err) {
-    avl__tower_layer *layer = &tower->layers[i];
-    const struct { const char *name; avl__linear *linear; } square[] = {
-        {"attn_q", &layer->q}, {"attn_k", &layer->k}, {"attn_v", &layer->v}, {"attn_out", &layer->out}};
-    const struct { const char *name; const float **vector; } norms[] = {
-        {"ln1.weight", &layer->norm1_weight}, {"ln1.bias", &layer->norm1_bias},
-        {"ln2.weight", &layer->norm2_weight}, {"ln2.bias", &layer->norm2_bias}};
-    const astrovl_tensor *up;
-    const char *fc1 = "ffn_up", *fc2 = "ffn_down";
-    char name[64];
-    astrovl_status status = ASTROVL_OK;
-    size_t n;
-    for (n = 0; n < 4 && !status; n++) {
-        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, square[n].name);
-        status = avl__load_linear(w, name, tower->n_embd, tower->n_embd, square[n].linear, err);
-    }
-    for (n = 0; n < 4 && !status; n++) {
-        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, norms[n].name);
-        status = avl__load_vector(w, name, tower->n_embd, norms[n].vector, err);
-    }
-    // Converters before 2025 called fc1 "ffn_down" and fc2 "ffn_up"; the shape tells, since fc2 reads n_ff values.
-    avl__format(name, sizeof name, "%s.blk.%d.ffn_up.weight", prefix, i);
-    up = avl__find_tensor(w, name, NULL);
-    if (up && up->ne[0] == tower->n_ff && tower->n_ff != tower->n_embd) {
-        fc1 = "ffn_down";
-        fc2 = "ffn_up";
-    }
-    if (!status) {
-        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, fc1);
-        status = avl__load_linear(w, name, tower->n_embd, tower->n_ff, &layer->fc1, err);
-    }
-    if (!status) {
-        avl__format(name, sizeof name, "%s.blk.%d.%s", prefix, i, fc2);
-        status = avl__load_linear(w, name, tower->n_ff, tower->n_embd, &layer->fc2, err);
-    }
-    return status;
-}
-
-// prefix: "v" or "t", of the tensors; key_prefix: "clip.vision." or "clip.text."
-static astrovl_status avl__tower_load(avl__tower *tower, avl__weights *w, const char *prefix, const char *key_prefix,
-                                      astrovl_error *err) {
-    const struct { const char *name; int max, *value; } sizes[] = {
-        {"embedding_length", 65536, &tower->n_embd}, {"feed_forward_length", 1 << 20, &tower->n_ff},
-        {"block_count", 1024, &tower->n_layer}, {"attention.head_count", 65536, &tower->n_head}};
-    const astrovl_gguf *file;
-    astrovl_status status = ASTROVL_OK;
-    char key[64];
-    int i, index;
-    for (i = 0; i < 4 && !status; i++) {
-        avl__format(key, sizeof key, "%s%s", key_prefix, sizes[i].name);
-        status = avl__key_int(w, key, 1, sizes[i].max, -1, sizes[i].value, err);
-    }
-    if (!status && tower->n_head && tower->n_embd % tower->n_head != 0)
-        status = avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %s* asks for %d heads over %d values",
-                              astrovl_gguf_name(w->files[0]), key_prefix, tower->n_head, tower->n_embd);
-    if (status) return status;
-    avl__format(key, sizeof key, "%sattention.layer_norm_epsilon", key_prefix);
-    tower->eps = (float)avl__key_float(w, key, 1e-5);
-    file = avl__find_key(w, "clip.use_gelu", &index);
-    tower->use_gelu = file ? astrovl_gguf_int(file, index, 0) != 0 : 0;
+// p: "v" or "t", of the tensors' names;  keys: "clip.vision" or "clip.text"
+static void avl__tower_load(avl__tower *tower, avl__weights *w, const char *p, const char *keys) {
+    int i, d, n_ff;
+    tower->n_embd = d = avl__load_int(w, 1, 65536, -1, "%s.embedding_length", keys);
+    tower->n_ff = n_ff = avl__load_int(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
+    tower->n_layer = avl__load_int(w, 1, 1024, -1, "%s.block_count", keys);
+    tower->n_head = avl__load_int(w, 1, 65536, -1, "%s.attention.head_count", keys);
+    tower->eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "%s.attention.layer_norm_epsilon", keys);
+    tower->use_gelu = avl__load_int(w, 0, 255, 0, "clip.use_gelu") != 0;
+    if (d % tower->n_head != 0)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%s.* asks for %d heads over %d values", keys, tower->n_head, d);
     tower->layers = (avl__tower_layer *)avl__alloc((uint64_t)tower->n_layer, sizeof *tower->layers);
-    if (!tower->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a CLIP tower");
-    for (i = 0; i < tower->n_layer && !status; i++) status = avl__tower_load_layer(tower, w, prefix, i, err);
-    return status;
+    if (!tower->layers) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a CLIP tower");
+    for (i = 0; i < tower->n_layer && !w->status; i++) {
+        avl__tower_layer *layer = &tower->layers[i];
+        char name[64];
+        const astrovl_tensor *up;
+        int is_swapped;
+        layer->norm1_weight = avl__load_vector(w, d, "%s.blk.%d.ln1.weight", p, i);
+        layer->norm1_bias   = avl__load_vector(w, d, "%s.blk.%d.ln1.bias", p, i);
+        layer->norm2_weight = avl__load_vector(w, d, "%s.blk.%d.ln2.weight", p, i);
+        layer->norm2_bias   = avl__load_vector(w, d, "%s.blk.%d.ln2.bias", p, i);
+        layer->q   = avl__load_linear(w, d, d, "%s.blk.%d.attn_q", p, i);
+        layer->k   = avl__load_linear(w, d, d, "%s.blk.%d.attn_k", p, i);
+        layer->v   = avl__load_linear(w, d, d, "%s.blk.%d.attn_v", p, i);
+        layer->out = avl__load_linear(w, d, d, "%s.blk.%d.attn_out", p, i);
+        // Converters before 2025 called fc1 "ffn_down" and fc2 "ffn_up"; the shape tells, since fc2 reads n_ff values.
+        avl__format(name, sizeof name, "%s.blk.%d.ffn_up.weight", p, i);
+        up = avl__find_tensor(w, name, NULL);
+        is_swapped = up && up->ne[0] == n_ff && n_ff != d;
+        layer->fc1 = avl__load_linear(w, d, n_ff, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_down" : "ffn_up");
+        layer->fc2 = avl__load_linear(w, n_ff, d, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_up" : "ffn_down");
+    }
 }
 
-// prefix: "v" or "t";   projection: "visual_projection" or "text_projection"
-static astrovl_status avl__joint_load(avl__joint *joint, avl__weights *w, const char *prefix, const char *projection, int n_embd,
-                                      astrovl_error *err) {
+// p: "v" or "t";   projection: "visual_projection" or "text_projection"
+static void avl__joint_load(avl__joint *joint, avl__weights *w, const char *p, const char *projection, int n_embd) {
     char name[64];
-    astrovl_status status;
-    avl__format(name, sizeof name, "%s.post_ln.weight", prefix);
-    status = avl__load_vector(w, name, n_embd, &joint->norm_weight, err);
-    avl__format(name, sizeof name, "%s.post_ln.bias", prefix);
-    if (!status) status = avl__load_vector(w, name, n_embd, &joint->norm_bias, err);
-    avl__format(name, sizeof name, "%s.head.0.weight", prefix);
-    if (!status && avl__find_tensor(w, name, NULL)) {
-        joint->n_dense = 2;
-        avl__format(name, sizeof name, "%s.head.0", prefix);
-        status = avl__load_tall_linear(w, name, n_embd, &joint->dense[0], err);
-        avl__format(name, sizeof name, "%s.head.2", prefix);
-        if (!status) status = avl__load_tall_linear(w, name, joint->dense[0].n_out, &joint->dense[1], err);
+    joint->norm_weight = avl__load_vector(w, n_embd, "%s.post_ln.weight", p);
+    joint->norm_bias = avl__load_vector(w, n_embd, "%s.post_ln.bias", p);
+    avl__format(name, sizeof name, "%s.head.0.weight", p);
+    joint->has_dense = avl__find_tensor(w, name, NULL) != NULL;
+    if (joint->has_dense) {
+        joint->dense[0] = avl__load_linear(w, n_embd, 0, "%s.head.0", p);
+        joint->dense[1] = avl__load_linear(w, joint->dense[0].n_out, 0, "%s.head.2", p);
+        n_embd = joint->dense[1].n_out;
     }
-    if (status) return status;
-    return avl__load_tall_linear(w, projection, joint->n_dense ? joint->dense[1].n_out : n_embd, &joint->projection, err);
+    joint->projection = avl__load_linear(w, n_embd, 0, "%s", projection);
 }
 
 // Three numbers of a key, or OpenAI CLIP's own.
@@ -5558,115 +5621,103 @@ static void avl__clip_load_color(const avl__weights *w, const char *key, const f
     for (c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
 }
 
-// How many layers run before LLaVA takes its features (transformers: vision_feature_layer -2, all but the last layer). A file
-// may say so; else one with the final norm holds the whole tower, one without had its unused last layer dropped by the converter.
-static astrovl_status avl__clip_choose_depth(avl__clip *clip, avl__weights *w, astrovl_error *err) {
-    int index, deepest = 0;
-    uint64_t i;
+// How many layers run before LLaVA takes its features (transformers: vision_feature_layer -2, all but the last layer).
+// A file may say so; else one with the final norm holds the whole tower, one without had its unused last layer dropped
+// by the converter.
+static int avl__clip_load_depth(avl__weights *w, int n_layer) {
+    int index;
     const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
-    if (!file) {
-        clip->n_run = clip->tower.n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && clip->tower.n_layer > 1);
-        return ASTROVL_OK;
-    }
-    for (i = 0; i < astrovl_gguf_kv(file, index)->count; i++) {
-        int64_t layer = astrovl_gguf_int(file, index, i);
-        if (layer < 0 || layer > clip->tower.n_layer)
-            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.feature_layer is %lld; the tower has %d layers",
-                                astrovl_gguf_name(file), (long long)layer, clip->tower.n_layer);
-        if (layer > deepest) deepest = (int)layer;
-    }
-    if (i > 1)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: features joined from %lld layers (clip.vision.feature_layer): "
-                            "LLaVA takes one", astrovl_gguf_name(file), (long long)i);
-    clip->n_run = deepest;
-    return ASTROVL_OK;
+    if (!file) return n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && n_layer > 1);
+    if (astrovl_gguf_kv(file, index)->count > 1)
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "features joined from several layers "
+                       "(clip.vision.feature_layer): LLaVA takes those of one");
+    return avl__load_int(w, 0, n_layer, -1, "clip.vision.feature_layer");
 }
 
-static astrovl_status avl__clip_load_sizes(avl__clip *clip, avl__weights *w, astrovl_error *err) {
-    static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f}, clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
-    astrovl_string aspect = avl__key_string(w, "clip.vision.image_aspect_ratio");
-    int c;
-    astrovl_status status = avl__key_int(w, "clip.vision.image_size", 1, 8192, -1, &clip->image_size, err);
-    if (!status)
-        status = avl__key_int(w, "clip.vision.patch_size", 1, clip->image_size ? clip->image_size : 8192, -1, &clip->patch_size, err);
-    if (status || !clip->image_size || !clip->patch_size) return status;
-    clip->n_patches = (clip->image_size / clip->patch_size) * (clip->image_size / clip->patch_size);
+static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info) {
+    static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f};
+    static const float clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
+    const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
+    int c, d, p, s;
+    info->image_size = clip->image_size = s = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
+    info->patch_size = clip->patch_size = p = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
+    info->n_patches = clip->n_patches = (s / p) * (s / p);
     if (clip->n_patches > 65536)
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.* asks for %d patches", astrovl_gguf_name(w->files[0]),
-                            clip->n_patches);
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.* asks for %d patches", clip->n_patches);
     avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
     avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
     for (c = 0; c < 3; c++)
         if (!(clip->std[c] > 0.0f))
-            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: clip.vision.image_std must be positive",
-                                astrovl_gguf_name(w->files[0]));
+            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.image_std must be positive");
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
-    return ASTROVL_OK;
+    avl__tower_load(&clip->tower, w, "v", "clip.vision");
+    info->vision_n_embd = d = clip->tower.n_embd;
+    info->vision_n_layer = clip->tower.n_layer;
+    info->vision_n_head = clip->tower.n_head;
+    info->vision_n_ff = clip->tower.n_ff;
+    info->vision_feature_layer = clip->n_run = avl__clip_load_depth(w, clip->tower.n_layer);
+    clip->class_embd = avl__load_vector(w, d, "v.class_embd");
+    clip->patch_embd = avl__load_linear(w, 3 * p * p, d, "v.patch_embd");
+    clip->position_embd = avl__load_vector(w, (int64_t)(1 + clip->n_patches) * d, "v.position_embd.weight");
+    clip->pre_norm_weight = avl__load_vector(w, d, "v.pre_ln.weight");
+    clip->pre_norm_bias = avl__load_vector(w, d, "v.pre_ln.bias");
+    info->has_joint_image = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
+    if (info->has_joint_image) avl__joint_load(&clip->joint, w, "v", "visual_projection", d);
+    info->n_embd_joint = clip->joint.projection.n_out;
 }
 
-static astrovl_status avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_error *err) {
-    int patch_values, n_embd, n_rows;
-    astrovl_status status = avl__clip_load_sizes(clip, w, err);
-    if (!status) status = avl__tower_load(&clip->tower, w, "v", "clip.vision.", err);
-    if (!status) status = avl__clip_choose_depth(clip, w, err);
-    if (status) return status;
-    patch_values = 3 * clip->patch_size * clip->patch_size;
-    n_embd = clip->tower.n_embd;
-    n_rows = clip->n_patches ? 1 + clip->n_patches : 0;
-    status = avl__load_vector(w, "v.class_embd", n_embd, &clip->class_embd, err);
-    if (!status) status = avl__load_linear(w, "v.patch_embd", patch_values, n_embd, &clip->patch_embd, err);
-    if (!status) status = avl__load_vector(w, "v.position_embd.weight", (int64_t)n_rows * n_embd, &clip->position_embd, err);
-    if (!status) status = avl__load_vector(w, "v.pre_ln.weight", n_embd, &clip->pre_norm_weight, err);
-    if (!status) status = avl__load_vector(w, "v.pre_ln.bias", n_embd, &clip->pre_norm_bias, err);
-    clip->has_joint = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
-    if (!status && clip->has_joint) status = avl__joint_load(&clip->joint, w, "v", "visual_projection", n_embd, err);
-    return status;
-}
-
-static astrovl_status avl__clip_text_load(avl__clip_text *text, avl__weights *w, astrovl_error *err) {
-    astrovl_status status = avl__tower_load(&text->tower, w, "t", "clip.text.", err);
-    int n_embd = text->tower.n_embd;
-    if (!status) status = avl__key_int(w, "clip.text.context_length", 2, 65536, -1, &text->n_ctx, err);
-    if (!status) status = avl__load_tall_linear(w, "t.token_embd", n_embd, &text->token_embd, err);
-    text->n_vocab = text->token_embd.n_out;
-    if (!status) status = avl__load_vector(w, "t.position_embd.weight", (int64_t)text->n_ctx * n_embd, &text->position_embd, err);
-    if (!status) status = avl__joint_load(&text->joint, w, "t", "text_projection", n_embd, err);
-    return status;
+static void avl__clip_text_load(avl__clip_text *text, avl__weights *w, astrovl_info *info) {
+    int d;
+    avl__tower_load(&text->tower, w, "t", "clip.text");
+    text->tower.is_text = 1;
+    info->clip_text_n_embd = d = text->tower.n_embd;
+    info->clip_text_n_layer = text->tower.n_layer;
+    info->clip_text_n_head = text->tower.n_head;
+    info->clip_text_n_ff = text->tower.n_ff;
+    info->clip_text_n_ctx = text->n_ctx = avl__load_int(w, 2, 65536, -1, "clip.text.context_length");
+    text->token_embd = avl__load_linear(w, d, 0, "t.token_embd");
+    info->clip_text_n_vocab = text->token_embd.n_out;
+    text->position_embd = avl__load_vector(w, (int64_t)text->n_ctx * d, "t.position_embd.weight");
+    avl__joint_load(&text->joint, w, "t", "text_projection", d);
+    if (info->has_joint_image && text->joint.projection.n_out != info->n_embd_joint)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "images are embedded in %d numbers, texts in %d; these towers "
+                       "belong to different models", info->n_embd_joint, text->joint.projection.n_out);
+    info->has_joint_text = 1;
+    info->n_embd_joint = text->joint.projection.n_out;
 }
 
 // ---- preprocessing -------------------------------------------------------------------------------------------------
 
-// pixels[c][y][x] = (rgb / 255 - mean[c]) / std[c], of an image that has the tower's size.  transformers' CLIPImageProcessor
-static void avl__clip_normalize(const avl__clip *clip, const astrovl_image *image, float *pixels) {
-    size_t n = (size_t)clip->image_size * clip->image_size, i;
-    int c;
-    for (c = 0; c < 3; c++)
-        for (i = 0; i < n; i++)
-            pixels[(size_t)c * n + i] = ((float)image->rgb[3 * i + (size_t)c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
-}
-
-// Pads to a square with the mean colour and resizes (LLaVA), or resizes the short side and crops the middle (CLIP).
-static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_image *image, float *pixels, astrovl_error *err) {
+// Brings an image to the tower's size: padded to a square with the mean color and resized (LLaVA), or with the short
+// side resized and the middle cut out (CLIP). Then pixels[c][y][x] = (rgb / 255 - mean[c]) / std[c].
+// pixels: out, [3][S][S].   Source: transformers' CLIPImageProcessor, LLaVA's expand2square
+static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_image *image, float *pixels,
+                                           astrovl_error *err) {
     astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
     int size = clip->image_size, c;
+    size_t n = (size_t)size * size, i;
     astrovl_status status;
     if (!image || !image->rgb || image->width < 1 || image->height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty");
     if (clip->pad_square) {
         unsigned char color[3];
-        for (c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // truncated as LLaVA's int(): 122 116 104
+        for (c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // as LLaVA's int(): 122 116 104
         status = astrovl_image_pad_square(image, color, &shaped, err);
         if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
     } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
         int w = image->width, h = image->height;
         int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
         if (rw > 65535 || rh > 65535)
-            return avl__fail(err, ASTROVL_ERROR_LIMIT, "an image of %d x %d pixels is too narrow to be cropped to a square", w, h);
+            return avl__fail(err, ASTROVL_ERROR_LIMIT, "an image of %d x %d pixels is too narrow to be cropped to "
+                             "a square", w, h);
         status = astrovl_image_resize(image, (int)rw, (int)rh, &shaped, err);
         if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
     }
-    if (!status) avl__clip_normalize(clip, &sized, pixels);
+    for (c = 0; c < 3 && !status; c++)
+        for (i = 0; i < n; i++)
+            pixels[(size_t)c * n + i] =
+                ((float)sized.rgb[3 * i + (size_t)c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
     astrovl_image_free(&shaped);
     astrovl_image_free(&sized);
     return status;
@@ -5674,186 +5725,146 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
 
 // ---- the towers ----------------------------------------------------------------------------------------------------
 
-// One pass through a tower: the rows of several images or texts, one after the other. Only attention knows where each ends.
-typedef struct avl__tower_pass {
-    int        n_rows, n_sequences;
-    const int *lengths;         // [n_sequences] rows of each; NULL: all the same
-    int        causal;
-    const char *prefix;         // for the tap: "vision_model.encoder.layers"
-    // carved from the run's block
-    float *x;                   // [n_rows][n_embd]   the residual stream
-    float *normed;              // [n_rows][n_embd]
-    float *q, *k, *v, *mixed;   // [n_rows][n_embd]
-    float *hidden;              // [n_rows][n_ff], or what else asks for its room
-    float *weights;             // [n_head][n][n], only for the tap, which sees sequences one by one
-} avl__tower_pass;
+// Rows of several images or texts, one sequence after the other, through the first n_layers layers, in place:
+//     x += out attention(q h, k h, v h)    with h = layer_norm1(x)
+//     x += fc2 activation(fc1 h)           with h = layer_norm2(x)
+// x: [n][n_embd], the residual stream;   lengths: [n_sequences] rows of each, n in all; NULL: all the same
+static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, float *x, int n, const int *lengths,
+                                     int n_sequences, int n_layers, astrovl_error *err) {
+    const char *name = tower->is_text ? "text_model.encoder.layers" : "vision_model.encoder.layers";
+    const char *what = tower->is_text ? "text" : "image";
+    const int d = tower->n_embd, n_ff = tower->n_ff, n_reports = tower->is_text ? 0 : n_layers;
+    const uint64_t n_wide = (uint64_t)n * d;
+    float *h = avl__take(run, n_wide);                          // [n][n_embd]
+    float *q = avl__take(run, n_wide);                          // [n][n_head][head_dim], and so k, v and mixed
+    float *k = avl__take(run, n_wide);
+    float *v = avl__take(run, n_wide);
+    float *mixed = avl__take(run, n_wide);
+    float *hidden = avl__take(run, (uint64_t)n * n_ff);         // [n][n_ff]
+    float *weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n]
+    void (*activation)(float *, int64_t) = tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu;
+    avl__attention a;
+    astrovl_status status;
+    size_t at;
+    int i, j;
+    memset(&a, 0, sizeof a);
+    a.run = run;
+    a.weights = weights;
+    a.n_head = tower->n_head;
+    a.n_head_kv = tower->n_head;
+    a.head_dim = d / tower->n_head;
+    a.key_stride = (size_t)d;
+    a.head_stride = (size_t)a.head_dim;
+    a.causal = tower->is_text;
+    for (i = 0; i < n_layers; i++) {
+        const avl__tower_layer *layer = &tower->layers[i];
+        const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
+        float *const qkv[] = {q, k, v};
+        status = avl__pass_status(run, what, i, n_reports, err);
+        if (status) return status;
+        avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
+        avl__tap(run, name, i, "layer_norm1", h, n, d);
+        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
+        avl__tap(run, name, i, "self_attn.q_proj", q, n, d);
+        avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
+        avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
+        a.is_coarse = avl__is_float_type(layer->q.type);
+        for (j = 0, at = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
+            a.n_rows = lengths ? lengths[j] : n / n_sequences;
+            a.q = q + at;
+            a.k = k + at;
+            a.v = v + at;
+            a.out = mixed + at;
+            avl__attention_run(&a, 1);
+        }
+        avl__tap3(run, name, i, "self_attn.attn_weights", weights, tower->n_head, n, n);
+        avl__tap(run, name, i, "self_attn.context", mixed, n, d);
+        avl__apply(run, h, mixed, &layer->out, n);
+        avl__tap(run, name, i, "self_attn.out_proj", h, n, d);
+        avl__add(x, h, (int64_t)n * d);
 
-static uint64_t avl__max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
-
-// n_longest: rows of the longest sequence;   n_hidden, n_thread: floats that the caller needs in `hidden` and for each thread
-static int avl__tower_reserve(const avl__tower *tower, const avl__joint *joint, avl__run *run, avl__tower_pass *pass, int n_longest,
-                              uint64_t n_hidden, uint64_t n_thread) {
-    uint64_t n = (uint64_t)pass->n_rows, wide = n * (uint64_t)tower->n_embd;
-    uint64_t weights = avl__attention_weights_floats(run, tower->n_head, n_longest, n_longest);
-    uint64_t head = joint && joint->n_dense ? avl__max_u64((uint64_t)joint->dense[0].n_out, (uint64_t)joint->dense[1].n_out) : 0;
-    float *block;
-    n_hidden = avl__max_u64(avl__max_u64(n_hidden, n * (uint64_t)tower->n_ff), 2 * (uint64_t)pass->n_sequences * head);
-    n_thread = avl__max_u64(n_thread, avl__attend_tile_floats((uint64_t)n_longest, tower->n_embd / tower->n_head));
-    n_thread = avl__max_u64(n_thread, avl__max_u64(head, (uint64_t)tower->n_embd));
-    n_thread = avl__max_u64(n_thread, (uint64_t)tower->n_ff);
-    if (!avl__run_reserve(run, 6 * wide + n_hidden + weights, n_thread, n)) return 0;
-    run->always_panels = 1;                // an embedding is the same alone and among others
-    block = run->rows;
-    pass->x = avl__carve(&block, wide);
-    pass->normed = avl__carve(&block, wide);
-    pass->q = avl__carve(&block, wide);
-    pass->k = avl__carve(&block, wide);
-    pass->v = avl__carve(&block, wide);
-    pass->mixed = avl__carve(&block, wide);
-    pass->hidden = avl__carve(&block, n_hidden);
-    pass->weights = weights ? avl__carve(&block, weights) : NULL;
-    return 1;
-}
-
-static void avl__tower_attend(const avl__tower *tower, avl__run *run, avl__tower_pass *pass, int layer) {
-    int i, n, d = tower->n_embd;
-    size_t at = 0;
-    for (i = 0; i < pass->n_sequences; i++, at += (size_t)n * (size_t)d) {
-        avl__attention attention = {pass->q + at, pass->k + at, pass->v + at, pass->mixed + at, pass->weights, 0, 0, tower->n_head,
-                                    tower->n_head, d / tower->n_head, pass->causal, run, (size_t)d, (size_t)(d / tower->n_head), 0,
-                                    avl__is_float_type(tower->layers[layer].q.type)};
-        n = pass->lengths ? pass->lengths[i] : pass->n_rows / pass->n_sequences;
-        attention.n_rows = n;
-        avl__attention_run(&attention, 1);
-        avl__tap3(run, pass->prefix, layer, "self_attn.attn_weights", pass->weights, tower->n_head, n, n);
+        avl__norm_rows(run, h, x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
+        avl__tap(run, name, i, "layer_norm2", h, n, d);
+        avl__apply(run, hidden, h, &layer->fc1, n);
+        avl__tap(run, name, i, "mlp.fc1", hidden, n, n_ff);
+        avl__activate(run, hidden, (int64_t)n * n_ff, activation, NULL);
+        avl__tap(run, name, i, "mlp.activation_fn", hidden, n, n_ff);
+        avl__apply(run, h, hidden, &layer->fc2, n);
+        avl__tap(run, name, i, "mlp.fc2", h, n, d);
+        avl__add(x, h, (int64_t)n * d);
+        avl__tap(run, name, i, "", x, n, d);
     }
-}
-
-static void avl__tower_layer_run(const avl__tower *tower, avl__run *run, avl__tower_pass *pass, int i) {
-    const avl__tower_layer *layer = &tower->layers[i];
-    const avl__linear *const weights[] = {&layer->q, &layer->k, &layer->v};
-    float *const qkv[] = {pass->q, pass->k, pass->v};
-    const char *prefix = pass->prefix;
-    int d = tower->n_embd, n = pass->n_rows;
-    avl__layer_norm_rows(run, pass->normed, pass->x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
-    avl__tap(run, prefix, i, "layer_norm1", pass->normed, n, d);
-    avl__apply_each(run, qkv, pass->normed, weights, 3, n);
-    avl__tap(run, prefix, i, "self_attn.q_proj", pass->q, n, d);
-    avl__tap(run, prefix, i, "self_attn.k_proj", pass->k, n, d);
-    avl__tap(run, prefix, i, "self_attn.v_proj", pass->v, n, d);
-    avl__tower_attend(tower, run, pass, i);
-    avl__tap(run, prefix, i, "self_attn.context", pass->mixed, n, d);
-    avl__apply(run, pass->normed, pass->mixed, &layer->out, n);
-    avl__tap(run, prefix, i, "self_attn.out_proj", pass->normed, n, d);
-    avl__add(pass->x, pass->normed, (int64_t)n * d);
-
-    avl__layer_norm_rows(run, pass->normed, pass->x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
-    avl__tap(run, prefix, i, "layer_norm2", pass->normed, n, d);
-    avl__apply(run, pass->hidden, pass->normed, &layer->fc1, n);
-    avl__tap(run, prefix, i, "mlp.fc1", pass->hidden, n, tower->n_ff);
-    avl__activate(run, pass->hidden, (int64_t)n * tower->n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu, NULL);
-    avl__tap(run, prefix, i, "mlp.activation_fn", pass->hidden, n, tower->n_ff);
-    avl__apply(run, pass->normed, pass->hidden, &layer->fc2, n);
-    avl__tap(run, prefix, i, "mlp.fc2", pass->normed, n, d);
-    avl__add(pass->x, pass->normed, (int64_t)n * d);
-    avl__tap(run, prefix, i, "", pass->x, n, d);
+    return avl__pass_status(run, what, n_layers, n_reports, err);
 }
 
 // GELU as flax has it by default, which PAPERCLIP's heads use: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 static void avl__gelu_tanh(float *x, int64_t n) {
     int64_t i;
-    for (i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + astrovl_tanhf(0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+    for (i = 0; i < n; i++)
+        x[i] = 0.5f * x[i] * (1.0f + astrovl_tanhf(0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
 }
 
-// The rows that stand for the sequences, normed already, to the shared space.  rows: [n_sequences][n_embd] in pass->normed;
-// embeddings: out, [n_sequences][n_embd_joint]
-static void avl__joint_run(const avl__joint *joint, avl__run *run, avl__tower_pass *pass, const char *name, float *embeddings) {
-    const float *rows = pass->normed;
-    int n = pass->n_sequences;
-    if (joint->n_dense) {
-        float *out = pass->hidden + (size_t)n * (size_t)joint->dense[0].n_out;
-        avl__apply(run, pass->hidden, rows, &joint->dense[0], n);
-        avl__gelu_tanh(pass->hidden, (int64_t)n * joint->dense[0].n_out);
-        avl__apply(run, out, pass->hidden, &joint->dense[1], n);
-        avl__tap(run, name, -1, "head", out, n, joint->dense[1].n_out);
+// The rows that stand for n images or texts, normed already, to the shared space.
+// rows: [n][n_embd];   embeddings: out, [n][n_embd_joint]
+static astrovl_status avl__joint_run(const avl__joint *joint, avl__run *run, const float *rows, int n, const char *name,
+                                     float *embeddings, astrovl_error *err) {
+    if (joint->has_dense) {
+        const int n_hidden = joint->dense[0].n_out, n_out = joint->dense[1].n_out;
+        float *hidden = avl__take(run, (uint64_t)n * n_hidden);
+        float *out = avl__take(run, (uint64_t)n * n_out);
+        if (run->failed) return avl__pass_status(run, "embeddings", 0, 0, err);
+        avl__apply(run, hidden, rows, &joint->dense[0], n);
+        avl__gelu_tanh(hidden, (int64_t)n * n_hidden);
+        avl__apply(run, out, hidden, &joint->dense[1], n);
+        avl__tap(run, name, -1, "head", out, n, n_out);
         rows = out;
     }
     avl__apply(run, embeddings, rows, &joint->projection, n);
     avl__tap(run, name, -1, "", embeddings, n, joint->projection.n_out);
+    return avl__pass_status(run, "embeddings", 0, 0, err);
 }
 
 // ---- images --------------------------------------------------------------------------------------------------------
 
-// patches[n_patches][3][P][P] from pixels[3][S][S]: a convolution with stride P is a product over cut-out patches
-static void avl__clip_cut_patches(const avl__clip *clip, const float *pixels, float *patches) {
-    int p = clip->patch_size, s = clip->image_size, n = s / p, py, px, c, y;
-    for (py = 0; py < n; py++)
-        for (px = 0; px < n; px++)
-            for (c = 0; c < 3; c++)
-                for (y = 0; y < p; y++, patches += p)
-                    memcpy(patches, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
-}
-
-// One image's rows. x: out, [1 + n_patches][n_embd];   patches: [n_patches][3][P][P], scratch
-static void avl__clip_embed(const avl__clip *clip, avl__run *run, const float *pixels, float *x, float *patches) {
-    int n = 1 + clip->n_patches, d = clip->tower.n_embd;
-    avl__clip_cut_patches(clip, pixels, patches);
-    avl__apply(run, x + d, patches, &clip->patch_embd, clip->n_patches);
-    avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", x + d, clip->n_patches, d);
-    memcpy(x, clip->class_embd, (size_t)d * sizeof(float));
-    avl__add(x, clip->position_embd, (int64_t)n * d);
-    avl__tap(run, "vision_model.embeddings", -1, "", x, n, d);
-    avl__layer_norm_rows(run, x, x, clip->pre_norm_weight, clip->pre_norm_bias, n, d, clip->tower.eps);
-    avl__tap(run, "vision_model.pre_layrnorm", -1, "", x, n, d);   // transformers' spelling
-}
-
-// pixels [n_images][3][S][S] through the first n_layers layers; the rows are left in pass->x [n_images][1 + n_patches][n_embd].
-static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const float *pixels, int n_images, int n_layers,
-                                    avl__tower_pass *pass, astrovl_error *err) {
-    int n = 1 + clip->n_patches, i;
-    size_t s = (size_t)clip->image_size, patch = 3 * (size_t)clip->patch_size * (size_t)clip->patch_size;
-    memset(pass, 0, sizeof *pass);
-    pass->n_rows = n_images * n;
-    pass->n_sequences = n_images;
-    pass->prefix = "vision_model.encoder.layers";
-    if (!avl__tower_reserve(&clip->tower, &clip->joint, run, pass, n, (size_t)clip->n_patches * patch, patch))
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
-    for (i = 0; i < n_images; i++)
-        avl__clip_embed(clip, run, pixels + (size_t)i * 3 * s * s, pass->x + (size_t)i * (size_t)n * (size_t)clip->tower.n_embd, pass->hidden);
-    for (i = 0; i < n_layers; i++) {
-        if (avl__report(run, "image", i, n_layers)) return avl__fail(err, ASTROVL_CANCELLED, "cancelled while encoding an image");
-        avl__tower_layer_run(&clip->tower, run, pass, i);
+// n images through the first n_layers layers.  pixels: [n][3][S][S];   x: out, [n][1 + n_patches][n_embd]
+static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const float *pixels, int n, int n_layers,
+                                    float *x, astrovl_error *err) {
+    const int d = clip->tower.n_embd, p = clip->patch_size, s = clip->image_size, n_rows = 1 + clip->n_patches;
+    float *patches = avl__take(run, (uint64_t)clip->n_patches * 3 * p * p);    // [n_patches][3][P][P]
+    int i, c, px, py, y;
+    if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
+    for (i = 0; i < n; i++, pixels += (size_t)3 * s * s) {
+        float *row = x + (size_t)i * n_rows * d, *to = patches;
+        for (py = 0; py < s / p; py++)         // a convolution with stride P is a product over cut-out patches
+            for (px = 0; px < s / p; px++)
+                for (c = 0; c < 3; c++)
+                    for (y = 0; y < p; y++, to += p)
+                        memcpy(to, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
+        avl__apply(run, row + d, patches, &clip->patch_embd, clip->n_patches);
+        avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", row + d, clip->n_patches, d);
+        memcpy(row, clip->class_embd, (size_t)d * sizeof(float));
+        avl__add(row, clip->position_embd, (int64_t)n_rows * d);
+        avl__tap(run, "vision_model.embeddings", -1, "", row, n_rows, d);
+        avl__norm_rows(run, row, row, clip->pre_norm_weight, clip->pre_norm_bias, n_rows, d, clip->tower.eps);
+        avl__tap(run, "vision_model.pre_layrnorm", -1, "", row, n_rows, d);   // transformers' spelling
     }
-    avl__report(run, "image", n_layers, n_layers);
-    return ASTROVL_OK;
+    return avl__tower_run(&clip->tower, run, x, n * n_rows, NULL, n, n_layers, err);
 }
 
-// LLaVA's features: pixels [3][S][S] to the patches' rows after n_run layers.  features: out, [n_patches][n_embd]
-static astrovl_status avl__clip_encode(const avl__clip *clip, avl__run *run, const float *pixels, float *features,
-                                       astrovl_error *err) {
-    avl__tower_pass pass;
-    size_t d = (size_t)clip->tower.n_embd;
-    astrovl_status status = avl__clip_run(clip, run, pixels, 1, clip->n_run, &pass, err);
-    if (status) return status;
-    memcpy(features, pass.x + d, (size_t)clip->n_patches * d * sizeof(float));
-    avl__tap(run, "image_features", -1, "", features, clip->n_patches, clip->tower.n_embd);
-    return ASTROVL_OK;
-}
-
-// CLIP's: the class rows after all layers, in the shared space.  embeddings: out, [n_images][n_embd_joint]
-static astrovl_status avl__clip_embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n_images, float *embeddings,
-                                             astrovl_error *err) {
-    avl__tower_pass pass;
-    size_t d = (size_t)clip->tower.n_embd, n = 1 + (size_t)clip->n_patches;
+// The class rows after all layers, in the shared space.  embeddings: out, [n][n_embd_joint]
+static astrovl_status avl__clip_embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n,
+                                             float *embeddings, astrovl_error *err) {
+    const int d = clip->tower.n_embd, n_rows = 1 + clip->n_patches;
+    const avl__joint *joint = &clip->joint;
+    float *x = avl__take(run, (uint64_t)n * n_rows * d);
+    float *rows = avl__take(run, (uint64_t)n * d);
     int i;
-    astrovl_status status = avl__clip_run(clip, run, pixels, n_images, clip->tower.n_layer, &pass, err);
+    astrovl_status status = avl__clip_run(clip, run, pixels, n, clip->tower.n_layer, x, err);
     if (status) return status;
-    for (i = 0; i < n_images; i++) memcpy(pass.mixed + (size_t)i * d, pass.x + (size_t)i * n * d, d * sizeof(float));
-    avl__layer_norm_rows(run, pass.normed, pass.mixed, clip->joint.norm_weight, clip->joint.norm_bias, n_images, clip->tower.n_embd,
-                         clip->tower.eps);
-    avl__tap(run, "vision_model.post_layernorm", -1, "", pass.normed, n_images, clip->tower.n_embd);
-    avl__joint_run(&clip->joint, run, &pass, "visual_projection", embeddings);
-    return ASTROVL_OK;
+    for (i = 0; i < n; i++) memcpy(rows + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
+    avl__norm_rows(run, rows, rows, joint->norm_weight, joint->norm_bias, n, d, clip->tower.eps);
+    avl__tap(run, "vision_model.post_layernorm", -1, "", rows, n, d);
+    return avl__joint_run(joint, run, rows, n, "visual_projection", embeddings, err);
 }
 
 // ---- texts ---------------------------------------------------------------------------------------------------------
@@ -5862,48 +5873,46 @@ static astrovl_status avl__clip_embed_images(const avl__clip *clip, avl__run *ru
 static void avl__embed_tokens(const avl__linear *table, const int32_t *tokens, int n, float *x) {
     const uint8_t *rows = (const uint8_t *)table->weight;
     int r;
-    for (r = 0; r < n; r++)
-        avl__dequantize_row(table->type, rows + (size_t)tokens[r] * table->row_bytes, x + (size_t)r * (size_t)table->n_in, table->n_in);
+    for (r = 0; r < n; r++, x += table->n_in)
+        avl__dequantize_row(table->type, rows + (size_t)tokens[r] * table->row_bytes, x, table->n_in);
 }
 
-// tokens: those of n_texts texts, one after the other;   lengths: [n_texts], each 1 to n_ctx;   end: the end token, whose first
-// row stands for a text (the last row, where there is none);   embeddings: out, [n_texts][n_embd_joint]
-static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens, const int *lengths,
-                                            int n_texts, int32_t end, float *embeddings, astrovl_error *err) {
-    avl__tower_pass pass;
-    int i, j, d = text->tower.n_embd, longest = 0, at = 0;
-    memset(&pass, 0, sizeof pass);
-    for (i = 0; i < n_texts; i++) {
-        pass.n_rows += lengths[i];
-        if (lengths[i] > longest) longest = lengths[i];
-    }
-    pass.n_sequences = n_texts;
-    pass.lengths = lengths;
-    pass.causal = 1;
-    pass.prefix = "text_model.encoder.layers";
-    if (!avl__tower_reserve(&text->tower, &text->joint, run, &pass, longest, 0, 0))
-        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding a text");
-    avl__embed_tokens(&text->token_embd, tokens, pass.n_rows, pass.x);
-    for (i = 0; i < n_texts; at += lengths[i++]) avl__add(pass.x + (size_t)at * (size_t)d, text->position_embd, (int64_t)lengths[i] * d);
-    avl__tap(run, "text_model.embeddings", -1, "", pass.x, pass.n_rows, d);
-    for (i = 0; i < text->tower.n_layer; i++) avl__tower_layer_run(&text->tower, run, &pass, i);
-    avl__layer_norm_rows(run, pass.x, pass.x, text->joint.norm_weight, text->joint.norm_bias, pass.n_rows, d, text->tower.eps);
-    avl__tap(run, "text_model.final_layer_norm", -1, "", pass.x, pass.n_rows, d);
-    for (i = 0, at = 0; i < n_texts; at += lengths[i++]) {
+// tokens: those of n texts, one after the other;   lengths: [n], each 1 to n_ctx;   end: the end token, whose first row
+// stands for a text (the last row, where there is none);   embeddings: out, [n][n_embd_joint]
+static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens,
+                                            const int *lengths, int n, int32_t end, float *embeddings,
+                                            astrovl_error *err) {
+    const avl__joint *joint = &text->joint;
+    const int d = text->tower.n_embd;
+    int i, j, at, n_rows = 0;
+    astrovl_status status;
+    float *x, *rows;
+    for (i = 0; i < n; i++) n_rows += lengths[i];
+    x = avl__take(run, (uint64_t)n_rows * d);
+    rows = avl__take(run, (uint64_t)n * d);
+    if (run->failed) return avl__pass_status(run, "text", 0, 0, err);
+    avl__embed_tokens(&text->token_embd, tokens, n_rows, x);
+    for (i = 0, at = 0; i < n; at += lengths[i++])
+        avl__add(x + (size_t)at * d, text->position_embd, (int64_t)lengths[i] * d);
+    avl__tap(run, "text_model.embeddings", -1, "", x, n_rows, d);
+    status = avl__tower_run(&text->tower, run, x, n_rows, lengths, n, text->tower.n_layer, err);
+    if (status) return status;
+    avl__norm_rows(run, x, x, joint->norm_weight, joint->norm_bias, n_rows, d, text->tower.eps);
+    avl__tap(run, "text_model.final_layer_norm", -1, "", x, n_rows, d);
+    for (i = 0, at = 0; i < n; at += lengths[i++]) {
         for (j = 0; j + 1 < lengths[i] && tokens[at + j] != end; j++) {}
-        memcpy(pass.normed + (size_t)i * (size_t)d, pass.x + (size_t)(at + j) * (size_t)d, (size_t)d * sizeof(float));
+        memcpy(rows + (size_t)i * d, x + (size_t)(at + j) * d, (size_t)d * sizeof(float));
     }
-    avl__joint_run(&text->joint, run, &pass, "text_projection", embeddings);
-    return ASTROVL_OK;
+    return avl__joint_run(joint, run, rows, n, "text_projection", embeddings, err);
 }
 
 // ====================================================================================================================
 // [10] LLaMA
 // The language model (Touvron et al. 2023): a decoder of pre-norm layers on rows of n_embd numbers,
-//     x += wo attention(rope(wq n), rope(wk n), wv n)   with n = rms_norm(x), attending to all earlier rows through a cache
-//     x += w_down (silu(w_gate n) * w_up n)             with n = rms_norm(x)                          (SwiGLU, Shazeer 2020)
-// then a norm and a product with the output matrix, which gives a logit for every token of the vocabulary. Names and keys:
-// llama.cpp's GGUF files of architecture "llama" (LLaMA-1/2/3, Vicuna, SmolLM2 and others).
+//     x += wo attention(rope(wq h), rope(wk h), wv h)   with h = rms_norm(x), attending to all earlier rows by a cache
+//     x += w_down (silu(w_gate h) * w_up h)             with h = rms_norm(x)                 (SwiGLU, Shazeer 2020)
+// then a norm and a product with the output matrix, which gives a logit for every token of the vocabulary. Names and
+// keys: llama.cpp's GGUF files of architecture "llama" (LLaMA-1/2/3, Vicuna, SmolLM2 and others).
 // ====================================================================================================================
 
 typedef struct avl__llama_layer {
@@ -5913,8 +5922,8 @@ typedef struct avl__llama_layer {
 } avl__llama_layer;
 
 typedef struct avl__llama {
-    int   n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, rope_dim, n_ff;
-    float rope_theta, rms_norm_eps;
+    int   n_vocab, n_embd, n_layer, n_head, n_head_kv, head_dim, rope_dim, n_ff;
+    float rms_norm_eps;
     avl__linear       token_embd;             // [n_vocab][n_embd]
     avl__linear       output;                 // [n_vocab][n_embd]; the same matrix where the file has none ("tied")
     const float      *output_norm;            // [n_embd]
@@ -5922,108 +5931,83 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-static astrovl_status avl__llama_load_sizes(avl__llama *m, avl__weights *w, astrovl_error *err) {
-    astrovl_status status = avl__key_int(w, "llama.embedding_length", 1, 1 << 20, -1, &m->n_embd, err);
-    if (!status) status = avl__key_int(w, "llama.block_count", 1, 1024, -1, &m->n_layer, err);
-    if (!status) status = avl__key_int(w, "llama.context_length", 1, 1 << 24, -1, &m->n_ctx_train, err);
-    if (!status) status = avl__key_int(w, "llama.feed_forward_length", 1, 1 << 22, -1, &m->n_ff, err);
-    if (!status)
-        status = avl__key_int(w, "llama.attention.head_count", 1, m->n_embd ? m->n_embd : 1 << 20, -1, &m->n_head, err);
-    if (status || !m->n_embd || !m->n_head) return status;
-    status = avl__key_int(w, "llama.attention.head_count_kv", 1, m->n_head, m->n_head, &m->n_head_kv, err);
-    if (!status) status = avl__key_int(w, "llama.attention.key_length", 2, 65536, m->n_embd / m->n_head, &m->head_dim, err);
-    if (status || !m->n_head_kv || !m->head_dim) return status;
-    status = avl__key_int(w, "llama.rope.dimension_count", 2, m->head_dim, m->head_dim, &m->rope_dim, err);
-    if (status || !m->rope_dim) return status;
-    if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: %d query heads cannot share %d key heads of %d values (%d of them "
-                            "rotated)", astrovl_gguf_name(w->files[0]), m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
-    m->rope_theta = (float)avl__key_float(w, "llama.rope.freq_base", 10000.0);
-    m->rms_norm_eps = (float)avl__key_float(w, "llama.attention.layer_norm_rms_epsilon", 1e-5);
-    if (!(m->rope_theta > 0.0f && m->rope_theta < 1e30f) || !(m->rms_norm_eps >= 0.0f && m->rms_norm_eps < 1.0f))
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.freq_base or llama.attention.layer_norm_rms_epsilon is out "
-                            "of range", astrovl_gguf_name(w->files[0]));
-    return ASTROVL_OK;
-}
-
-// LLaMA-3 stores one divisor per frequency (rope_freqs.weight); "linear" scaling divides every position by one factor.
-static astrovl_status avl__llama_load_rope(avl__llama *m, avl__weights *w, astrovl_error *err) {
-    const float *factors = NULL;
+// RoPE's frequencies. LLaMA-3 stores one divisor for each (rope_freqs.weight); "linear" scaling divides every position
+// by one factor.
+static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_info *info) {
+    const astrovl_string type = avl__load_string(w, "llama.rope.scaling.type");
+    const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;
+    const float *factors = has_factors ? avl__load_vector(w, half, "rope_freqs.weight") : NULL;
     float linear_scale = 1.0f;
-    astrovl_string type = avl__key_string(w, "llama.rope.scaling.type");
-    astrovl_status status = avl__load_optional_vector(w, "rope_freqs.weight", m->rope_dim / 2, &factors, err);
     int i;
-    if (status) return status;
     if (avl__string_is(type, "linear"))
-        linear_scale = (float)avl__key_float(w, "llama.rope.scaling.factor", 1.0);
-    else if (type.size && !avl__string_is(type, "none") && !factors)
-        return avl__problem(w, err, ASTROVL_ERROR_UNSUPPORTED, "%s: RoPE scaling of type %.*s (known: none, linear, and "
-                            "rope_freqs.weight)", astrovl_gguf_name(w->files[0]), AVL__SHOW(type));
-    if (!(linear_scale > 0.0f && linear_scale < 1e6f))
-        return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: llama.rope.scaling.factor is out of range",
-                            astrovl_gguf_name(w->files[0]));
-    for (i = 0; factors && i < m->rope_dim / 2; i++)
+        linear_scale = avl__load_float(w, 1e-6f, 1e6f, 1.0f, "llama.rope.scaling.factor");
+    else if (type.size && !avl__string_is(type, "none") && !has_factors)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_UNSUPPORTED, "RoPE scaling of type %.*s (known: none, linear, and "
+                       "rope_freqs.weight)", AVL__SHOW(type));
+    for (i = 0; factors && i < half; i++)
         if (!(factors[i] > 0.0f))
-            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: rope_freqs.weight holds a factor that is not positive",
-                                astrovl_gguf_name(w->files[0]));
-    m->inv_freq = avl__alloc_floats((uint64_t)m->rope_dim / 2);
-    if (!m->inv_freq) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
-    avl__rope_frequencies(m->inv_freq, m->rope_dim, m->rope_theta, factors, linear_scale);
-    for (i = 0; i < m->rope_dim / 2; i++)
-        if (!(m->inv_freq[i] * (float)m->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
-            return avl__problem(w, err, ASTROVL_ERROR_MODEL, "%s: in a context of %d tokens, the angles of its rotary "
-                                "embedding reach 2^23", astrovl_gguf_name(w->files[0]), m->n_ctx_train);
-    return ASTROVL_OK;
+            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "rope_freqs.weight holds a factor that is not positive");
+    m->inv_freq = avl__alloc_floats((uint64_t)half);
+    if (!m->inv_freq) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
+    if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, info->rope_theta, factors, linear_scale);
+    for (i = 0; i < half && !w->status; i++)
+        if (!(m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
+            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary embedding "
+                           "reach 2^23", info->n_ctx_train);
 }
 
-// Weights of 8 bits are exact enough for the rounding of activations to be seen in the logits (SmolLM2, 512 tokens of two texts, cosine
-// with exact mode: 0.9996 and 0.9998). So what comes out of a norm, whose largest values stand out, gets 16 bits where it is large:
-// 0.99993, and reading a prompt takes a ninth more arithmetic. The same for attention's output and ffn_down's input changes little.
-static astrovl_status avl__llama_load_layer(avl__llama *m, avl__weights *w, int i, astrovl_error *err) {
-    avl__llama_layer *layer = &m->layers[i];
-    int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
-    const struct { const char *name; int n_in, n_out, is_normed; avl__linear *linear; } linears[] = {
-        {"attn_q", m->n_embd, n_q, 1, &layer->q},          {"attn_k", m->n_embd, n_kv, 1, &layer->k},
-        {"attn_v", m->n_embd, n_kv, 1, &layer->v},         {"attn_output", n_q, m->n_embd, 0, &layer->o},
-        {"ffn_gate", m->n_embd, m->n_ff, 1, &layer->gate}, {"ffn_up", m->n_embd, m->n_ff, 1, &layer->up},
-        {"ffn_down", m->n_ff, m->n_embd, 0, &layer->down}};
-    char name[64];
-    astrovl_status status = ASTROVL_OK;
-    size_t n;
-    for (n = 0; n < sizeof linears / sizeof *linears && !status; n++) {
-        avl__format(name, sizeof name, "blk.%d.%s", i, linears[n].name);
-        status = avl__load_linear(w, name, linears[n].n_in, linears[n].n_out, linears[n].linear, err);
-    }
-    avl__format(name, sizeof name, "blk.%d.attn_norm.weight", i);
-    if (!status) status = avl__load_vector(w, name, m->n_embd, &layer->attention_norm, err);
-    avl__format(name, sizeof name, "blk.%d.ffn_norm.weight", i);
-    if (!status) status = avl__load_vector(w, name, m->n_embd, &layer->ffn_norm, err);
-    return status;
-}
-
-static astrovl_status avl__llama_load(avl__llama *m, avl__weights *w, astrovl_error *err) {
-    astrovl_status status = avl__llama_load_sizes(m, w, err);
-    int i;
-    if (!status) status = avl__llama_load_rope(m, w, err);
-    if (!status) status = avl__load_tall_linear(w, "token_embd", m->n_embd, &m->token_embd, err);
-    if (!status) status = avl__load_vector(w, "output_norm.weight", m->n_embd, &m->output_norm, err);
-    if (status) return status;
-    m->n_vocab = m->token_embd.n_out;
+// file: the one that holds the layers
+static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *file, astrovl_info *info) {
+    const int key = astrovl_gguf_find_kv(file, "general.architecture");
+    const astrovl_string architecture = astrovl_gguf_string(file, key, 0);
+    int i, d, n_q, n_kv;
+    if (!avl__string_is(architecture, "llama"))
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%.*s\"; this runs "
+                       "\"llama\": take a model of that family", AVL__SHOW(architecture));
+    info->n_embd = m->n_embd = d = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
+    info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
+    info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
+    info->n_ff = m->n_ff = avl__load_int(w, 1, 1 << 22, -1, "llama.feed_forward_length");
+    info->n_head = m->n_head = avl__load_int(w, 1, d, -1, "llama.attention.head_count");
+    info->n_head_kv = m->n_head_kv = avl__load_int(w, 1, m->n_head, m->n_head, "llama.attention.head_count_kv");
+    info->head_dim = m->head_dim = avl__load_int(w, 2, 65536, d / m->n_head, "llama.attention.key_length");
+    m->rope_dim = avl__load_int(w, 2, m->head_dim, m->head_dim, "llama.rope.dimension_count");
+    info->rope_theta = avl__load_float(w, 1e-30f, 1e30f, 10000.0f, "llama.rope.freq_base");
+    m->rms_norm_eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "llama.attention.layer_norm_rms_epsilon");
+    info->rms_norm_eps = m->rms_norm_eps;
+    if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
+                       "them rotated)", m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
+    avl__llama_load_rope(m, w, info);
+    n_q = m->n_head * m->head_dim;
+    n_kv = m->n_head_kv * m->head_dim;
+    m->token_embd = avl__load_linear(w, d, 0, "token_embd");
+    info->n_vocab = m->n_vocab = m->token_embd.n_out;
+    m->output_norm = avl__load_vector(w, d, "output_norm.weight");
     m->output = m->token_embd;
-    if (avl__find_tensor(w, "output.weight", NULL)) status = avl__load_linear(w, "output", m->n_embd, m->n_vocab, &m->output, err);
-    if (status) return status;
+    if (avl__find_tensor(w, "output.weight", NULL)) m->output = avl__load_linear(w, d, m->n_vocab, "output");
     m->layers = (avl__llama_layer *)avl__alloc((uint64_t)m->n_layer, sizeof *m->layers);
-    if (!m->layers) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
-    for (i = 0; i < m->n_layer && !status; i++) status = avl__llama_load_layer(m, w, i, err);
-    return status;
+    if (!m->layers) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
+    for (i = 0; i < m->n_layer && !w->status; i++) {
+        avl__llama_layer *layer = &m->layers[i];
+        layer->q    = avl__load_linear(w, d, n_q, "blk.%d.attn_q", i);
+        layer->k    = avl__load_linear(w, d, n_kv, "blk.%d.attn_k", i);
+        layer->v    = avl__load_linear(w, d, n_kv, "blk.%d.attn_v", i);
+        layer->o    = avl__load_linear(w, n_q, d, "blk.%d.attn_output", i);
+        layer->gate = avl__load_linear(w, d, m->n_ff, "blk.%d.ffn_gate", i);
+        layer->up   = avl__load_linear(w, d, m->n_ff, "blk.%d.ffn_up", i);
+        layer->down = avl__load_linear(w, m->n_ff, d, "blk.%d.ffn_down", i);
+        layer->attention_norm = avl__load_vector(w, d, "blk.%d.attn_norm.weight", i);
+        layer->ffn_norm       = avl__load_vector(w, d, "blk.%d.ffn_norm.weight", i);
+    }
 }
 
 // ---- the KV cache --------------------------------------------------------------------------------------------------
-// Keys (already rotated) and values of every earlier position, so that a new token costs one row and not the whole text.
+// Keys (already rotated) and values of every earlier position, so that a new token costs one row, not the whole text.
 
 typedef struct avl__kv_cache {
-    void  *k, *v;          // [n_layer][n_head_kv][n_ctx][head_dim], touched only as far as n_past: one head's keys follow one another
-    size_t value_bytes;    // 4: float; 2, in fast mode: float16, of which reading takes half the time
+    void  *k, *v;          // [n_layer][n_head_kv][n_ctx][head_dim], touched only as far as n_past
+    size_t value_bytes;    // 4: float32; 2, in fast mode: float16, which takes half the time to read
     int    n_ctx, n_past;
 } avl__kv_cache;
 
@@ -6043,86 +6027,107 @@ static void avl__kv_cache_free(avl__kv_cache *cache) {
     astrovl_free(cache->v);
 }
 
-// Where a layer's keys or values begin.
-static uint8_t *avl__kv_layer(const avl__kv_cache *cache, const avl__llama *m, void *k_or_v, int layer) {
-    return (uint8_t *)avl__align(k_or_v) + (size_t)layer * m->n_head_kv * cache->n_ctx * m->head_dim * cache->value_bytes;
-}
-
-// Where a layer's key or value of a head at a position lies.
-static uint8_t *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, uint8_t *layer, int head, int position) {
-    return layer + ((size_t)head * cache->n_ctx + (size_t)position) * m->head_dim * cache->value_bytes;
-}
-
-// Puts a row's values [n_head_kv][head_dim] at a position of a layer's keys or values.
-static void avl__kv_put(const avl__kernels *kernels, const avl__kv_cache *cache, const avl__llama *m, uint8_t *layer, const float *values,
+// Where the key (or value) [head_dim] of a layer, head and position lies; the next position's follows it.
+// k_or_v: cache->k or cache->v
+static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *k_or_v, int layer, int head,
                         int position) {
-    int head;
-    for (head = 0; head < m->n_head_kv; head++, values += m->head_dim) {
-        uint8_t *to = avl__kv_at(cache, m, layer, head, position);
-        if (cache->value_bytes == 2) kernels->to_halves((uint16_t *)(void *)to, values, m->head_dim);
-        else                         memcpy(to, values, (size_t)m->head_dim * sizeof(float));
-    }
+    const size_t row = ((size_t)layer * m->n_head_kv + head) * cache->n_ctx + position;
+    return (uint8_t *)avl__align(k_or_v) + row * m->head_dim * cache->value_bytes;
 }
 
 // ---- the forward pass ----------------------------------------------------------------------------------------------
-// The rows of a pass follow one another in one cache, or they belong to several conversations, a row each. Only attention can tell:
-// all else is done row by row, so that a step of many conversations reads every weight once, and not once for each.
+// The rows of a pass follow one another in one cache, or they belong to several conversations, a row each. Only
+// attention depends on which cache a row belongs to; all else is done row by row, so that a step of many conversations
+// reads every weight once.
 
-enum { AVL__STEP_ROWS = 16 };   // conversations in a step, at most: up to so many rows the kernels compute every row as if it were
-                                // alone, so an answer does not depend on what is written beside it
+enum { AVL__STEP_ROWS = 16 };   // conversations in a step, at most: up to so many rows, the kernels compute each as if
+                                // it were alone, so an answer does not depend on what is written beside it
 
 typedef struct avl__llama_pass {
     const avl__llama *m;
     avl__run         *run;
-    avl__kv_cache *const *caches;   // [n_caches]: one for all rows, or one for each (then at most AVL__STEP_ROWS)
+    avl__kv_cache *const *caches;   // [n_caches]: one for all rows, or one for each row (then at most AVL__STEP_ROWS)
     int    n_caches, n;
+    int    layer;            // the one under way
     float *x;                // [n][n_embd]   the residual stream
-    float *normed;           // [n][n_embd]
+    float *h;                // [n][n_embd]   what goes into a product or comes out of it
     float *q, *mixed;        // [n][n_head][head_dim]
     float *k, *v;            // [n][n_head_kv][head_dim], on their way into the caches
     float *gate, *up;        // [n][n_ff]
-    float *turns;            // [n][rope_dim / 2][3]   cosine, sine, -sine of each row's angles, for all layers
+    float *cos_sin;          // [n][rope_dim / 2][3]   of each row's angles, in all layers
     float *shown;            // [n][n_head][head_dim], only for the tap
     float *weights;          // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
 } avl__llama_pass;
 
-static int avl__llama_reserve(avl__llama_pass *p) {
-    const avl__llama *m = p->m;
-    avl__run *run = p->run;
-    const int n = p->n;
-    uint64_t wide = (uint64_t)n * m->n_embd, heads = (uint64_t)n * m->n_head * m->head_dim, hidden = (uint64_t)n * m->n_ff;
-    const int is_half = p->caches[0]->value_bytes == 2;
-    uint64_t kv = (uint64_t)n * m->n_head_kv * m->head_dim, turns = (uint64_t)n * (m->rope_dim / 2) * 3;
-    uint64_t weights = avl__attention_weights_floats(run, m->n_head, n, p->caches[0]->n_past + n), shown = run->tap ? heads : 0;
-    uint64_t thread = (uint64_t)m->n_embd, n_keys = 0;
-    float *block;
-    int c;
-    for (c = 0; c < p->n_caches; c++)
-        if (n_keys < (uint64_t)p->caches[c]->n_past + n) n_keys = (uint64_t)p->caches[c]->n_past + n;
-    if (is_half && p->n_caches == 1) n_keys = avl__attend_tile_floats(n_keys, m->head_dim);
-    if (thread < n_keys) thread = n_keys;
-    if (thread < (uint64_t)m->n_ff) thread = (uint64_t)m->n_ff;
-    if (thread < (uint64_t)m->n_head * m->head_dim) thread = (uint64_t)m->n_head * m->head_dim;
-    if (!avl__run_reserve(run, 2 * wide + 2 * heads + 2 * kv + 2 * hidden + turns + shown + weights, thread, (uint64_t)n)) return 0;
-    run->always_panels = 0;
-    block = run->rows;
-    p->x = avl__carve(&block, wide);
-    p->normed = avl__carve(&block, wide);
-    p->q = avl__carve(&block, heads);
-    p->mixed = avl__carve(&block, heads);
-    p->k = avl__carve(&block, kv);
-    p->v = avl__carve(&block, kv);
-    p->gate = avl__carve(&block, hidden);
-    p->up = avl__carve(&block, hidden);
-    p->turns = avl__carve(&block, turns);
-    p->shown = shown ? avl__carve(&block, shown) : NULL;
-    p->weights = weights ? avl__carve(&block, weights) : NULL;
-    return 1;
+// The cache of a row of a pass;  *position: out, the row's in it
+static const avl__kv_cache *avl__llama_place(const avl__llama_pass *p, int row, int *position) {
+    const int n_each = p->n / p->n_caches;
+    *position = p->caches[row / n_each]->n_past + row % n_each;
+    return p->caches[row / n_each];
 }
 
-// Shows heads [n][n_head][head_dim] with each head's rotated values in transformers' order: GGUF keeps the pair (i, i + half)
-// as neighbours, so that value 2i here is i there and 2i + 1 is i + half.
-static void avl__llama_tap_heads(const avl__llama_pass *p, int layer, const char *name, const float *heads, int n_head) {
+// Rotates a row's query and key, and puts key and value into its cache, where each head's lie elsewhere: all are
+// prefetched first, so that they arrive together.
+static void avl__llama_row_item(void *context, int row, int thread) {
+    const avl__llama_pass *p = (const avl__llama_pass *)context;
+    const avl__llama *m = p->m;
+    const int d = m->head_dim;
+    const float *cos_sin = p->cos_sin + (size_t)row * (size_t)(m->rope_dim / 2) * 3;
+    float *k = p->k + (size_t)row * m->n_head_kv * d, *v = p->v + (size_t)row * m->n_head_kv * d;
+    int head, position;
+    const avl__kv_cache *cache = avl__llama_place(p, row, &position);
+    (void)thread;
+    for (head = 0; head < m->n_head_kv; head++) {
+        avl__prefetch(avl__kv_at(cache, m, cache->k, p->layer, head, position), (size_t)d * cache->value_bytes);
+        avl__prefetch(avl__kv_at(cache, m, cache->v, p->layer, head, position), (size_t)d * cache->value_bytes);
+    }
+    avl__rope_row(p->q + (size_t)row * m->n_head * d, m->n_head, d, m->rope_dim, cos_sin);
+    avl__rope_row(k, m->n_head_kv, d, m->rope_dim, cos_sin);
+    for (head = 0; head < m->n_head_kv; head++, k += d, v += d) {
+        void *k_to = avl__kv_at(cache, m, cache->k, p->layer, head, position);
+        void *v_to = avl__kv_at(cache, m, cache->v, p->layer, head, position);
+        if (cache->value_bytes == 2) {
+            p->run->kernels->to_halves((uint16_t *)k_to, k, d);
+            p->run->kernels->to_halves((uint16_t *)v_to, v, d);
+        } else {
+            memcpy(k_to, k, (size_t)d * sizeof(float));
+            memcpy(v_to, v, (size_t)d * sizeof(float));
+        }
+    }
+}
+
+// mixed = softmax(q k^T / sqrt(head_dim)) v over each row's cache, for the rows from `first` on.
+static void avl__llama_attend(const avl__llama_pass *p, int first) {
+    const avl__llama *m = p->m;
+    const size_t q_row = (size_t)m->n_head * m->head_dim;
+    avl__attention attentions[AVL__STEP_ROWS];
+    int c;
+    memset(attentions, 0, sizeof attentions);
+    for (c = 0; c < p->n_caches; c++) {
+        const avl__kv_cache *cache = p->caches[c];
+        avl__attention *a = &attentions[c];
+        a->run = p->run;
+        a->q = p->q + (size_t)(c + first) * q_row;
+        a->k = avl__kv_at(cache, m, cache->k, p->layer, 0, 0);
+        a->v = avl__kv_at(cache, m, cache->v, p->layer, 0, 0);
+        a->out = p->mixed + (size_t)(c + first) * q_row;
+        a->weights = p->weights;
+        a->n_rows = p->n / p->n_caches - first;
+        a->n_past = cache->n_past + first;
+        a->n_head = m->n_head;
+        a->n_head_kv = m->n_head_kv;
+        a->head_dim = m->head_dim;
+        a->key_stride = (size_t)m->head_dim;
+        a->head_stride = (size_t)m->head_dim * (size_t)cache->n_ctx;
+        a->causal = 1;
+        a->is_half = cache->value_bytes == 2;
+    }
+    avl__attention_run(attentions, p->n_caches);
+}
+
+// Shows heads [n][n_head][head_dim] with each head's rotated values in transformers' order: GGUF keeps the pair
+// (i, i + half) as neighbors, so that value 2i here is i there and 2i + 1 is i + half.
+static void avl__llama_tap_heads(const avl__llama_pass *p, const char *name, const float *heads, int n_head) {
     const avl__llama *m = p->m;
     int row, i, half = m->rope_dim / 2;
     if (!p->run->tap) return;
@@ -6132,181 +6137,137 @@ static void avl__llama_tap_heads(const avl__llama_pass *p, int layer, const char
             p->shown[(size_t)row * m->head_dim + i]        = heads[(size_t)row * m->head_dim + 2 * i];
             p->shown[(size_t)row * m->head_dim + i + half] = heads[(size_t)row * m->head_dim + 2 * i + 1];
         }
-    avl__tap(p->run, "model.layers", layer, name, p->shown, p->n, (int64_t)n_head * m->head_dim);
+    avl__tap(p->run, "model.layers", p->layer, name, p->shown, p->n, (int64_t)n_head * m->head_dim);
 }
 
-// Where row `row` of a pass stands.
-static int avl__llama_position(const avl__llama_pass *p, int row) {
-    const int n_each = p->n / p->n_caches;
-    return p->caches[row / n_each]->n_past + row % n_each;
-}
-
-// Every layer turns the rows by the same angles.
-static void avl__llama_turns(const avl__llama_pass *p) {
-    const int half = p->m->rope_dim / 2;
-    float *turn = p->turns;
-    int row, i;
-    for (row = 0; row < p->n; row++)
-        for (i = 0; i < half; i++, turn += 3) avl__rope_turn(turn, (float)avl__llama_position(p, row) * p->m->inv_freq[i]);
-}
-
-typedef struct avl__row_job {
-    const avl__llama_pass *p;
-    int layer, skipped;        // rows without a query
-} avl__row_job;
-
-// Turns a row's query and key, and puts key and value into its cache. Every head's are elsewhere there: all are asked for first, or each
-// would be waited for.
-static void avl__llama_row_item(void *context, int row, int thread) {
-    const avl__row_job *job = (const avl__row_job *)context;
-    const avl__llama_pass *p = job->p;
+// One layer. Keys and values of all rows go into the caches; what follows is done for the last n_wanted rows alone: of
+// the last layer, only the rows that give logits are needed.
+static void avl__llama_layer_run(avl__llama_pass *p, int n_wanted) {
     const avl__llama *m = p->m;
-    const avl__kv_cache *cache = p->caches[row / (p->n / p->n_caches)];
-    const size_t q_row = (size_t)m->n_head * m->head_dim, kv_row = (size_t)m->n_head_kv * m->head_dim;
-    const float *turns = p->turns + (size_t)row * (size_t)(m->rope_dim / 2) * 3;
-    const int position = avl__llama_position(p, row);
-    uint8_t *keys = avl__kv_layer(cache, m, cache->k, job->layer), *values = avl__kv_layer(cache, m, cache->v, job->layer);
-    int head;
-    (void)thread;
-    for (head = 0; head < m->n_head_kv; head++) {
-        avl__prefetch(avl__kv_at(cache, m, keys, head, position), (size_t)m->head_dim * cache->value_bytes);
-        avl__prefetch(avl__kv_at(cache, m, values, head, position), (size_t)m->head_dim * cache->value_bytes);
-    }
-    if (row >= job->skipped) avl__rope_row(p->q + (size_t)(row - job->skipped) * q_row, m->n_head, m->head_dim, m->rope_dim, turns);
-    avl__rope_row(p->k + (size_t)row * kv_row, m->n_head_kv, m->head_dim, m->rope_dim, turns);
-    avl__kv_put(p->run->kernels, cache, m, keys, p->k + (size_t)row * kv_row, position);
-    avl__kv_put(p->run->kernels, cache, m, values, p->v + (size_t)row * kv_row, position);
-}
-
-// Queries of the last n_wanted rows; keys and values of all, into the caches.
-static void avl__llama_qkv(const avl__llama_pass *p, int i, int n_wanted) {
-    const avl__llama *m = p->m;
-    const avl__llama_layer *layer = &m->layers[i];
-    const int skipped = p->n - n_wanted;
-    const avl__linear *const weights[] = {&layer->q, &layer->k, &layer->v};
+    const avl__llama_layer *layer = &m->layers[p->layer];
+    const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
+    const avl__linear *const up_weights[] = {&layer->gate, &layer->up};
     float *const qkv[] = {p->q, p->k, p->v};
-    avl__row_job job = {p, i, skipped};
-    avl__rms_norm_rows(p->run, p->normed, p->x, layer->attention_norm, p->n, m->n_embd, m->rms_norm_eps);
-    avl__tap(p->run, "model.layers", i, "input_layernorm", p->normed, p->n, m->n_embd);
-    if (skipped && n_wanted) avl__apply(p->run, p->q, p->normed + (size_t)skipped * m->n_embd, &layer->q, n_wanted);
-    avl__apply_each(p->run, qkv + (skipped > 0), p->normed, weights + (skipped > 0), 3 - (skipped > 0), p->n);
-    avl__llama_tap_heads(p, i, "self_attn.q_proj", p->q, m->n_head);
-    avl__llama_tap_heads(p, i, "self_attn.k_proj", p->k, m->n_head_kv);
-    avl__tap(p->run, "model.layers", i, "self_attn.v_proj", p->v, p->n, (int64_t)m->n_head_kv * m->head_dim);
-    avl__pool_run(p->run->pool, avl__llama_row_item, &job, p->n);
-    avl__llama_tap_heads(p, i, "self_attn.q_rope", p->q, m->n_head);
-    avl__llama_tap_heads(p, i, "self_attn.k_rope", p->k, m->n_head_kv);
+    float *const up[] = {p->gate, p->up};
+    const char *name = "model.layers";
+    const int i = p->layer, d = m->n_embd, n_kv = m->n_head_kv * m->head_dim, n_q = m->n_head * m->head_dim;
+    const int n = n_wanted, first = p->n - n_wanted;
+    avl__run *run = p->run;
+    float *h = p->h, *x = p->x + (size_t)first * d, *mixed = p->mixed + (size_t)first * n_q;
+
+    avl__norm_rows(run, h, p->x, layer->attention_norm, NULL, p->n, d, m->rms_norm_eps);
+    avl__tap(run, name, i, "input_layernorm", h, p->n, d);
+    avl__apply_each(run, qkv, h, qkv_weights, 3, p->n);
+    avl__llama_tap_heads(p, "self_attn.q_proj", p->q, m->n_head);
+    avl__llama_tap_heads(p, "self_attn.k_proj", p->k, m->n_head_kv);
+    avl__tap(run, name, i, "self_attn.v_proj", p->v, p->n, n_kv);
+    if (run->failed) return;                       // nothing that was not computed goes into a cache
+    avl__pool_run(run->pool, avl__llama_row_item, p, p->n);
+    avl__llama_tap_heads(p, "self_attn.q_rope", p->q, m->n_head);
+    avl__llama_tap_heads(p, "self_attn.k_rope", p->k, m->n_head_kv);
+    if (n == 0) return;
+    avl__llama_attend(p, first);
+    avl__tap3(run, name, i, "self_attn.attn_weights", p->weights, m->n_head, n, p->caches[0]->n_past + n);
+    avl__tap(run, name, i, "self_attn.context", mixed, n, n_q);
+    avl__apply(run, h, mixed, &layer->o, n);
+    avl__tap(run, name, i, "self_attn.o_proj", h, n, d);
+    avl__add(x, h, (int64_t)n * d);
+
+    avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
+    avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
+    avl__apply_each(run, up, h, up_weights, 2, n);
+    avl__tap(run, name, i, "mlp.gate_proj", p->gate, n, m->n_ff);
+    avl__tap(run, name, i, "mlp.up_proj", p->up, n, m->n_ff);
+    avl__activate(run, p->gate, (int64_t)n * m->n_ff, NULL, p->up);
+    avl__tap(run, name, i, "mlp.act", p->gate, n, m->n_ff);
+    avl__apply(run, h, p->gate, &layer->down, n);
+    avl__tap(run, name, i, "mlp.down_proj", h, n, d);
+    avl__add(x, h, (int64_t)n * d);
+    avl__tap(run, name, i, "", x, n, d);
 }
 
-// Leaves the pass with its last n_wanted rows alone: fewer than all (of one cache) where nobody needs the others' output.
-static void avl__llama_attention(avl__llama_pass *p, int i, int n_wanted) {
-    const avl__llama *m = p->m;
-    const size_t q_row = (size_t)m->n_head * m->head_dim;
-    const int n_each = p->n / p->n_caches, skipped = p->n - n_wanted;
-    avl__attention attentions[AVL__STEP_ROWS];
-    int c;
-    avl__llama_qkv(p, i, n_wanted);
-    p->x += (size_t)skipped * m->n_embd;
-    p->n = n_wanted;
-    if (n_wanted == 0) return;
-    for (c = 0; c < p->n_caches; c++) {
-        const avl__kv_cache *cache = p->caches[c];
-        const size_t head_dim = (size_t)m->head_dim, head_stride = head_dim * (size_t)cache->n_ctx;
-        const avl__attention attention = {p->q + c * q_row, avl__kv_layer(cache, m, cache->k, i), avl__kv_layer(cache, m, cache->v, i),
-                                          p->mixed + c * q_row, p->weights, n_each - skipped, cache->n_past + skipped, m->n_head,
-                                          m->n_head_kv, m->head_dim, 1, p->run, head_dim, head_stride, cache->value_bytes == 2, 0};
-        attentions[c] = attention;
-    }
-    avl__attention_run(attentions, p->n_caches);
-    avl__tap3(p->run, "model.layers", i, "self_attn.attn_weights", p->weights, m->n_head, p->n, p->caches[0]->n_past + p->n);
-    avl__tap(p->run, "model.layers", i, "self_attn.context", p->mixed, p->n, (int64_t)q_row);
-    avl__apply(p->run, p->normed, p->mixed, &m->layers[i].o, p->n);
-    avl__tap(p->run, "model.layers", i, "self_attn.o_proj", p->normed, p->n, m->n_embd);
-    avl__add(p->x, p->normed, (int64_t)p->n * m->n_embd);
-}
-
-static void avl__llama_mlp(const avl__llama_pass *p, int i) {
-    const avl__llama *m = p->m;
-    const avl__llama_layer *layer = &m->layers[i];
-    const avl__linear *const weights[] = {&layer->gate, &layer->up};
-    float *const hidden[] = {p->gate, p->up};
-    avl__rms_norm_rows(p->run, p->normed, p->x, layer->ffn_norm, p->n, m->n_embd, m->rms_norm_eps);
-    avl__tap(p->run, "model.layers", i, "post_attention_layernorm", p->normed, p->n, m->n_embd);
-    avl__apply_each(p->run, hidden, p->normed, weights, 2, p->n);
-    avl__tap(p->run, "model.layers", i, "mlp.gate_proj", p->gate, p->n, m->n_ff);
-    avl__tap(p->run, "model.layers", i, "mlp.up_proj", p->up, p->n, m->n_ff);
-    avl__activate(p->run, p->gate, (int64_t)p->n * m->n_ff, NULL, p->up);
-    avl__tap(p->run, "model.layers", i, "mlp.act", p->gate, p->n, m->n_ff);
-    avl__apply(p->run, p->normed, p->gate, &layer->down, p->n);
-    avl__tap(p->run, "model.layers", i, "mlp.down_proj", p->normed, p->n, m->n_embd);
-    avl__add(p->x, p->normed, (int64_t)p->n * m->n_embd);
-    avl__tap(p->run, "model.layers", i, "", p->x, p->n, m->n_embd);
-}
-
-// Appends n positions to one cache, or one to each of n caches (at most AVL__STEP_ROWS); the caller has checked that there is room.
+// Appends n positions to one cache, or one to each of n caches (at most AVL__STEP_ROWS); the caller has checked that
+// there is room. After a failure, the caches hold the positions they held before.
 //   tokens [n], or NULL and embeddings [n][n_embd]
 //   logits  out, [n_logits][n_vocab], of the last n_logits positions; of all if there are several caches
 static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__kv_cache *const *caches, int n_caches,
-                                      const int32_t *tokens, const float *embeddings, int n, float *logits, int n_logits,
-                                      astrovl_error *err) {
+                                      const int32_t *tokens, const float *embeddings, int n, float *logits,
+                                      int n_logits, astrovl_error *err) {
+    const uint64_t rows = (uint64_t)n, n_q = rows * m->n_head * m->head_dim, n_kv = rows * m->n_head_kv * m->head_dim;
+    const int d = m->n_embd, half = m->rope_dim / 2, n_reports = n > n_caches ? m->n_layer : 0;
+    const char *what = n > n_caches ? "prompt" : "answer";
     avl__llama_pass p;
-    const float *last;
-    int is_prompt = n > n_caches, i;
+    astrovl_status status;
+    int row, i, position;
+    avl__run_begin(run, 0);
     memset(&p, 0, sizeof p);
     p.m = m;
     p.run = run;
     p.caches = caches;
     p.n_caches = n_caches;
     p.n = n;
-    if (!avl__llama_reserve(&p)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for reading %d tokens", n);
-    if (embeddings) memcpy(p.x, embeddings, (size_t)n * m->n_embd * sizeof(float));
-    else            avl__embed_tokens(&m->token_embd, tokens, n, p.x);
-    avl__tap(run, "model.embed_tokens", -1, "", p.x, n, m->n_embd);
-    avl__llama_turns(&p);
-    for (i = 0; i < m->n_layer; i++) {
-        if (is_prompt && avl__report(run, "prompt", i, m->n_layer))
-            return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the prompt");
-        avl__llama_attention(&p, i, i + 1 < m->n_layer || run->tap ? n : n_logits);   // of the last layer nobody reads more
-        if (p.n) avl__llama_mlp(&p, i);
+    p.x = avl__take(run, rows * d);
+    p.h = avl__take(run, rows * d);
+    p.q = avl__take(run, n_q);
+    p.mixed = avl__take(run, n_q);
+    p.k = avl__take(run, n_kv);
+    p.v = avl__take(run, n_kv);
+    p.gate = avl__take(run, rows * m->n_ff);
+    p.up = avl__take(run, rows * m->n_ff);
+    p.cos_sin = avl__take(run, rows * half * 3);
+    if (run->tap) {
+        p.shown = avl__take(run, n_q);
+        p.weights = avl__take(run, rows * m->n_head * (caches[0]->n_past + rows));
     }
-    if (is_prompt) avl__report(run, "prompt", m->n_layer, m->n_layer);
-    for (i = 0; i < n_caches; i++) caches[i]->n_past += n / n_caches;
-    if (n_logits == 0) return ASTROVL_OK;
-    last = p.x + (size_t)(p.n - n_logits) * m->n_embd;
-    avl__rms_norm_rows(run, p.normed, last, m->output_norm, n_logits, m->n_embd, m->rms_norm_eps);
-    avl__tap(run, "model.norm", -1, "", p.normed, n_logits, m->n_embd);
-    avl__apply(run, logits, p.normed, &m->output, n_logits);
-    avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
-    return ASTROVL_OK;
+    if (run->failed) return avl__pass_status(run, what, 0, 0, err);
+    if (embeddings) memcpy(p.x, embeddings, (size_t)n * d * sizeof(float));
+    else            avl__embed_tokens(&m->token_embd, tokens, n, p.x);
+    avl__tap(run, "model.embed_tokens", -1, "", p.x, n, d);
+    for (row = 0; row < n; row++) {
+        avl__llama_place(&p, row, &position);
+        for (i = 0; i < half; i++)
+            avl__rope_cos_sin(p.cos_sin + ((size_t)row * half + i) * 3, (float)position * m->inv_freq[i]);
+    }
+    for (i = 0; i < m->n_layer; i++) {
+        status = avl__pass_status(run, what, i, n_reports, err);
+        if (status) return status;
+        p.layer = i;
+        avl__llama_layer_run(&p, i + 1 < m->n_layer || run->tap ? n : n_logits);
+    }
+    if (n_logits > 0) {
+        avl__norm_rows(run, p.h, p.x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
+        avl__tap(run, "model.norm", -1, "", p.h, n_logits, d);
+        avl__apply(run, logits, p.h, &m->output, n_logits);
+        avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
+    }
+    status = avl__pass_status(run, what, m->n_layer, n_reports, err);
+    for (i = 0; i < n_caches && !status; i++) caches[i]->n_past += n / n_caches;
+    return status;
 }
-
 
 // ====================================================================================================================
 // [11] VLM
-// The whole: a model out of files, a session that runs it, and LLaVA (Liu et al. 2023) itself, which is three short steps.
-// The vision tower turns an image into one row per patch; a projector brings each row to the language model's width; the rows
-// stand in the sequence where the prompt says <image>. From there on the language model cannot tell rows from words.
+// The whole: a model out of files, a session that runs it, and LLaVA (Liu et al. 2023) itself, which is three short
+// steps. The vision tower turns an image into one row per patch; a projector brings each row to the language model's
+// width; the rows stand in the sequence where the prompt says <image>. From there on they are read as words are.
 // ====================================================================================================================
 
 struct astrovl_model {
     avl__weights     weights;
+    astrovl_info     info;              // filled while opening
     avl__vocab       vocab;
     avl__llama       llama;
     avl__clip        clip;
     avl__clip_text   clip_text;
     avl__vocab       clip_vocab;        // the text tower's
-    float            logit_scale;       // what cosines are multiplied by before softmax
     avl__linear      projector[2];      // W2 gelu(W1 x + b1) + b2  (mlp2x_gelu), or the first one alone (linear)
     int              n_projector;       // 0: none
-    int              has_vocab, has_text, has_vision, has_clip_text;
-    astrovl_template chat_template;
     char            *name;              // general.name
 };
 
 struct astrovl_session {
     const astrovl_model *model;
-    avl__run             own;
-    avl__run            *run;           // its own, or that of the session it shares
+    avl__run            *run;           // shared with its forks
     avl__kv_cache        cache;         // n_ctx 0: the model has no language model
     avl__tokens          answer;        // the last answer's tokens
     int                  n_unread;      // tokens at the answer's end that the cache does not hold yet
@@ -6315,24 +6276,52 @@ struct astrovl_session {
 };
 
 // ---- templates -----------------------------------------------------------------------------------------------------
+// %s is the system text, %u the user's text with its images, %b and %e the vocabulary's BOS and EOS (nothing where it
+// has none), "% " its token for one space; <|...|> are special tokens. A conversation's first turn is laid out as
+// `first` where there is a system text, else as `turn`; later turns as `between`, then `turn`.
 
-static const struct { const char *name; astrovl_template value; } avl__template_names[] = {
-    {"auto", ASTROVL_TEMPLATE_AUTO},       {"vicuna_v1", ASTROVL_TEMPLATE_VICUNA}, {"llava_v1", ASTROVL_TEMPLATE_LLAVA},
-    {"llava_llama_2", ASTROVL_TEMPLATE_LLAMA2}, {"llama_3", ASTROVL_TEMPLATE_LLAMA3}, {"chatml", ASTROVL_TEMPLATE_CHATML},
-    {"plain", ASTROVL_TEMPLATE_PLAIN}};
+typedef struct avl__template {
+    const char      *name;
+    astrovl_template value;
+    const char      *marker;     // AUTO takes the first row whose marker stands in tokenizer.chat_template
+    const char      *system;     // the template's own system text; NULL: none
+    const char      *first, *turn, *between;
+} avl__template;
 
-enum { AVL__N_TEMPLATES = sizeof avl__template_names / sizeof *avl__template_names };
+static const avl__template avl__templates[] = {
+    {"chatml", ASTROVL_TEMPLATE_CHATML, "<|im_start|>", NULL,
+     "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n",
+     "<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
+    {"llama_3", ASTROVL_TEMPLATE_LLAMA3, "<|start_header_id|>", NULL,
+     "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+     "<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+     "<|eot_id|>"},
+    {"llava_llama_2", ASTROVL_TEMPLATE_LLAMA2, "[INST]",          // LLaVA's conversation.py: conv_llava_llama_2
+     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+     "provides, and assist the user with a variety of tasks using natural language.",
+     "[INST] <<SYS>>\n%s\n<</SYS>>\n\n%u [/INST]", "[INST] %u [/INST]", "% %e%b"},
+    {"llava_v1", ASTROVL_TEMPLATE_LLAVA, "curious human",         // conv_llava_v1
+     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+     "and polite answers to the human's questions.", "%s USER: %u ASSISTANT:", "USER: %u ASSISTANT:", "%e"},
+    {"vicuna_v1", ASTROVL_TEMPLATE_VICUNA, "USER:",               // conv_vicuna_v1
+     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+     "and polite answers to the user's questions.", "%s USER: %u ASSISTANT:", "USER: %u ASSISTANT:", "%e"},
+    {"plain", ASTROVL_TEMPLATE_PLAIN, NULL, NULL, "%u", "%u", ""},
+    {"auto", ASTROVL_TEMPLATE_AUTO, NULL, NULL, "%u", "%u", ""}};  // opening chooses one of the others
+
+enum { AVL__N_TEMPLATES = sizeof avl__templates / sizeof *avl__templates };
 
 ASTROVL_API const char *astrovl_template_name(astrovl_template t) {
     int i;
-    for (i = 0; i < AVL__N_TEMPLATES; i++) if (avl__template_names[i].value == t) return avl__template_names[i].name;
+    for (i = 0; i < AVL__N_TEMPLATES; i++) if (avl__templates[i].value == t) return avl__templates[i].name;
     return "unknown";
 }
 
 ASTROVL_API int astrovl_template_from_name(const char *name) {
     int i;
     for (i = 0; name && i < AVL__N_TEMPLATES; i++)
-        if (strcmp(avl__template_names[i].name, name) == 0) return avl__template_names[i].value;
+        if (strcmp(avl__templates[i].name, name) == 0) return avl__templates[i].value;
     return -1;
 }
 
@@ -6344,221 +6333,151 @@ static const char *avl__find_text(astrovl_string text, const char *needle) {
     return NULL;
 }
 
-// Each family of chat templates writes markers that no other does.
-static astrovl_template avl__recognize_template(const avl__weights *w, int has_projector) {
-    astrovl_string jinja = avl__key_string(w, "tokenizer.chat_template");
-    if (avl__find_text(jinja, "<|im_start|>"))        return ASTROVL_TEMPLATE_CHATML;
-    if (avl__find_text(jinja, "<|start_header_id|>")) return ASTROVL_TEMPLATE_LLAMA3;
-    if (avl__find_text(jinja, "[INST]"))              return ASTROVL_TEMPLATE_LLAMA2;
-    if (avl__find_text(jinja, "curious human"))       return ASTROVL_TEMPLATE_LLAVA;
-    if (avl__find_text(jinja, "USER:"))               return ASTROVL_TEMPLATE_VICUNA;
-    return has_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;   // LLaVA-1.5's files often carry no template
-}
-
 // ---- opening a model -----------------------------------------------------------------------------------------------
 
-static astrovl_status avl__open_vocab(astrovl_model *m, astrovl_error *err) {
-    int index;
-    const astrovl_gguf *file = avl__find_key(&m->weights, "tokenizer.ggml.model", &index);
-    if (!file) return ASTROVL_OK;
-    m->has_vocab = 1;
-    return avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", 0, err);
-}
-
-static astrovl_status avl__open_text(astrovl_model *m, astrovl_error *err) {
-    const astrovl_gguf *file = avl__find_part(&m->weights, "blk.");
-    astrovl_string architecture = {"", 0};
-    astrovl_status status;
-    int key;
-    if (!file) return ASTROVL_OK;
-    m->has_text = 1;
-    key = astrovl_gguf_find_kv(file, "general.architecture");
-    if (key >= 0) architecture = astrovl_gguf_string(file, key, 0);
-    if (!avl__string_is(architecture, "llama"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: the language model is of architecture \"%.*s\"; this runs \"llama\": "
-                         "take a model of that family", astrovl_gguf_name(file), AVL__SHOW(architecture));
-    status = avl__llama_load(&m->llama, &m->weights, err);
-    if (!status && m->has_vocab && m->llama.n_vocab && m->vocab.n_tokens > m->llama.n_vocab)
-        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the vocabulary has %d tokens, token_embd.weight only %d rows",
-                           astrovl_gguf_name(file), m->vocab.n_tokens, m->llama.n_vocab);
-    return status;
-}
-
-static astrovl_status avl__open_vision(astrovl_model *m, astrovl_error *err) {
-    if (!avl__find_part(&m->weights, "v.")) return ASTROVL_OK;
-    m->has_vision = 1;
-    return avl__clip_load(&m->clip, &m->weights, err);
-}
-
-// The text tower's vocabulary: under keys of its own where the file has a language model as well, else where clip.cpp puts it.
-static astrovl_status avl__open_clip_vocab(astrovl_model *m, astrovl_error *err) {
-    static const char *const prefixes[] = {"clip.text.tokenizer.ggml.", "tokenizer.ggml."};
+// mm.0 and mm.2 of an mmproj file (1 is the GELU between them, without weights); mm.0 alone is LLaVA-1.0's linear one.
+static void avl__open_projector(astrovl_model *m) {
+    static const char *const names[] = {"mm.0.weight", "mm.2.weight"};
+    avl__weights *w = &m->weights;
     const astrovl_gguf *file = NULL;
-    char key[64];
-    int i, index;
-    for (i = 0; i < 2; i++) {
-        avl__format(key, sizeof key, "%stokens", prefixes[i]);
-        file = i == 0 ? avl__find_key(&m->weights, key, &index) : avl__find_part(&m->weights, "t.");
-        if (file && astrovl_gguf_find_kv(file, key) >= 0) return avl__vocab_load(&m->clip_vocab, file, prefixes[i], 1, err);
-    }
-    return avl__problem(&m->weights, err, ASTROVL_ERROR_MODEL, "%s: the text tower has no vocabulary (tokenizer.ggml.tokens); convert "
-                        "the model again with its tokenizer", astrovl_gguf_name(file));
-}
-
-static astrovl_status avl__open_clip_text(astrovl_model *m, astrovl_error *err) {
-    const astrovl_gguf *file = NULL;
-    const float *scale = NULL;
-    astrovl_status status = avl__load_optional_vector(&m->weights, "logit_scale", 1, &scale, err);
-    if (status) return status;
-    m->logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // where CLIP's training ends; clip.cpp's files leave it out
-    if (!(m->logit_scale > 0.0f && m->logit_scale <= FLT_MAX))
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: logit_scale is out of range", astrovl_gguf_name(m->weights.files[0]));
-    file = avl__find_part(&m->weights, "t.");
-    if (!file) return ASTROVL_OK;
-    status = avl__clip_text_load(&m->clip_text, &m->weights, err);
-    if (!status) status = avl__open_clip_vocab(m, err);
-    if (!status && m->clip_text.n_vocab && m->clip_vocab.n_tokens > m->clip_text.n_vocab)
-        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the text tower's vocabulary has %d tokens, t.token_embd.weight only %d rows",
-                           astrovl_gguf_name(file), m->clip_vocab.n_tokens, m->clip_text.n_vocab);
-    if (!status && m->clip.joint.projection.n_out && m->clip_text.joint.projection.n_out &&
-        m->clip.joint.projection.n_out != m->clip_text.joint.projection.n_out)
-        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: images are embedded in %d numbers, texts in %d; these towers belong to different "
-                           "models", astrovl_gguf_name(file), m->clip.joint.projection.n_out, m->clip_text.joint.projection.n_out);
-    m->has_clip_text = 1;
-    return status;
-}
-
-// mm.0 and mm.2 of an mmproj file (1 is the GELU between them, which has no weights); mm.0 alone is LLaVA-1.0's linear one.
-static astrovl_status avl__open_projector(astrovl_model *m, astrovl_error *err) {
-    const astrovl_gguf *file = NULL;
-    astrovl_string type = avl__key_string(&m->weights, "clip.projector_type");
-    astrovl_status status;
-    int n_out;
-    if (!avl__find_tensor(&m->weights, "mm.0.weight", &file) || !m->has_vision) return ASTROVL_OK;
+    const astrovl_string type = avl__load_string(w, "clip.projector_type");
+    int n = m->clip.tower.n_embd;
+    if (!avl__find_tensor(w, "mm.0.weight", &file)) return;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
-        return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "%s: a projector of type \"%.*s\"; LLaVA's are \"mlp\" and \"linear\"",
-                         astrovl_gguf_name(file), AVL__SHOW(type));
-    status = avl__load_tall_linear(&m->weights, "mm.0", m->clip.tower.n_embd, &m->projector[0], err);
-    m->n_projector = 1;
-    if (!status && avl__find_tensor(&m->weights, "mm.2.weight", &file)) {
-        status = avl__load_tall_linear(&m->weights, "mm.2", m->projector[0].n_out, &m->projector[1], err);
-        m->n_projector = 2;
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "a projector of type \"%.*s\"; LLaVA's are \"mlp\" and "
+                       "\"linear\"", AVL__SHOW(type));
+    for (; m->n_projector < 2 && avl__find_tensor(w, names[m->n_projector], &file); m->n_projector++) {
+        m->projector[m->n_projector] = avl__load_linear(w, n, 0, "mm.%d", 2 * m->n_projector);
+        n = m->projector[m->n_projector].n_out;
     }
-    n_out = m->projector[m->n_projector - 1].n_out;
-    if (!status && m->llama.n_embd && n_out && n_out != m->llama.n_embd)
-        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the projector gives rows of %d values, the language model reads %d; "
-                           "these files belong to different models", astrovl_gguf_name(file), n_out, m->llama.n_embd);
-    return status;
+    if (m->info.has_text && n != m->llama.n_embd)
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the projector gives rows of %d values, the language model reads "
+                       "%d; these files belong to different models", n, m->llama.n_embd);
+    m->info.has_projector = 1;
+    m->info.n_image_tokens = m->clip.n_patches;
 }
 
-// Parts that are whole, but of no use without others. Opening allows that; who asks for all problems is told.
-static void avl__tell_gaps(astrovl_model *m) {
-    int joint_image = m->clip.has_joint, i;
-    const struct { int is_so; const char *what; } gaps[] = {
-        {m->has_text && !m->has_vocab, "the language model has no tokenizer (tokenizer.ggml.*): convert it again with "
-         "tokenizer.model or tokenizer.json next to its weights"},
-        {m->n_projector && !m->has_text, "there is no language model, which answers are made with: give its file as well (-m FILE)"},
-        {m->has_vision && !m->n_projector && !joint_image, "the vision tower has neither a projector (mm.0.weight) nor a projection "
-         "(visual_projection.weight): convert it again, with that part"},
-        {joint_image && !m->has_clip_text && !m->has_text, "there is no text tower (t.*), which images are compared with: give its "
-         "file as well (-m FILE), or convert the model again with both towers"},
-        {m->has_clip_text && !joint_image, "there is no vision tower with a projection (v.*, visual_projection.weight), which texts "
-         "are compared with: give its file as well (-m FILE), or convert the model again with both towers"},
-        {m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text, "there is a vocabulary and nothing else: give the "
-         "file with the weights as well (-m FILE)"}};
-    for (i = 0; i < (int)(sizeof gaps / sizeof *gaps); i++)
-        if (gaps[i].is_so)
-            avl__problem(&m->weights, NULL, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(m->weights.files[0]), gaps[i].what);
+// The text tower. Its vocabulary stands under keys of its own where the file has a language model as well, else where
+// clip.cpp puts it.
+static void avl__open_clip_text(astrovl_model *m) {
+    avl__weights *w = &m->weights;
+    const float *scale = avl__find_tensor(w, "logit_scale", NULL) ? avl__load_vector(w, 1, "logit_scale") : NULL;
+    const astrovl_gguf *part = avl__find_part(w, "t."), *file;
+    const char *keys = "clip.text.tokenizer.ggml.";
+    int index;
+    m->info.logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // CLIP's own; clip.cpp's files leave it out
+    if (!(m->info.logit_scale > 0.0f && m->info.logit_scale <= FLT_MAX))
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "logit_scale is out of range");
+    if (!part) return;
+    avl__clip_text_load(&m->clip_text, w, &m->info);
+    file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
+    if (!file) {
+        file = part;
+        keys = "tokenizer.ggml.";
+        if (astrovl_gguf_find_kv(file, "tokenizer.ggml.tokens") < 0)
+            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the text tower has no vocabulary (tokenizer.ggml.tokens); "
+                           "convert the model again with its tokenizer");
+    }
+    if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file, keys, 1, w->err);
+    if (m->clip_vocab.n_tokens > m->clip_text.token_embd.n_out)
+        avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower's vocabulary has %d tokens, t.token_embd.weight "
+                       "only %d rows", m->clip_vocab.n_tokens, m->clip_text.token_embd.n_out);
 }
 
-static astrovl_status avl__open_parts(astrovl_model *m, const astrovl_open_options *options, astrovl_error *err) {
-    static astrovl_status (*const parts[])(astrovl_model *, astrovl_error *) = {
-        avl__open_vocab, avl__open_text, avl__open_vision, avl__open_projector, avl__open_clip_text};
-    astrovl_string name = avl__key_string(&m->weights, "general.name");
-    astrovl_status status = ASTROVL_OK;
-    astrovl_error problem;
-    size_t i;
-    for (i = 0; i < sizeof parts / sizeof *parts && !status; i++) {
-        status = parts[i](m, &problem);
-        if (status == ASTROVL_ERROR_MEMORY) return avl__fail(err, status, "%s", problem.message);
-        if (status) status = avl__problem(&m->weights, err, status, "%s", problem.message);
+// Loads all parts that the files hold.
+static void avl__open_parts(astrovl_model *m, astrovl_template chat_template) {
+    avl__weights *w = &m->weights;
+    astrovl_info *info = &m->info;
+    const astrovl_string name = avl__load_string(w, "general.name");
+    const astrovl_string jinja = avl__load_string(w, "tokenizer.chat_template");
+    int index, f, i, d;
+    const astrovl_gguf *file = avl__find_key(w, "tokenizer.ggml.model", &index);
+    const astrovl_gguf *layers = avl__find_part(w, "blk.");
+    info->bos_token = info->eos_token = -1;
+    if (file) {
+        info->has_vocab = 1;
+        w->status = avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", 0, w->err);
+        info->n_vocab = m->vocab.n_tokens;
+        info->bos_token = m->vocab.bos;
+        info->eos_token = m->vocab.eos;
     }
-    if (!status && !m->weights.n_problems && !m->has_vocab && !m->has_text && !m->has_vision && !m->has_clip_text)
-        status = avl__problem(&m->weights, err, ASTROVL_ERROR_MODEL, "%s: holds no part of a model that this header knows (no "
-                              "vocabulary, no LLaMA, no CLIP tower)", astrovl_gguf_name(m->weights.files[0]));
-    if (!status && options && options->on_problem) avl__tell_gaps(m);
-    if (!status && m->weights.n_problems)
-        status = avl__fail(err, ASTROVL_ERROR_MODEL, "%s: the model has %d problems, which were told one by one",
-                           astrovl_gguf_name(m->weights.files[0]), m->weights.n_problems);
-    m->weights.options = NULL;
-    if (status) return status;
-    m->chat_template = options ? options->chat_template : ASTROVL_TEMPLATE_AUTO;
-    if (m->chat_template == ASTROVL_TEMPLATE_AUTO) m->chat_template = avl__recognize_template(&m->weights, m->n_projector);
+    info->has_text = layers != NULL;
+    if (layers) avl__llama_load(&m->llama, w, layers, info);
+    if (layers && m->vocab.n_tokens > m->llama.n_vocab)
+        avl__load_fail(w, layers, ASTROVL_ERROR_MODEL, "the vocabulary has %d tokens, token_embd.weight only %d rows",
+                       m->vocab.n_tokens, m->llama.n_vocab);
+    info->has_vision = avl__find_part(w, "v.") != NULL;
+    if (info->has_vision) avl__clip_load(&m->clip, w, info);
+    if (info->has_vision) avl__open_projector(m);
+    avl__open_clip_text(m);
+    if (!info->has_vocab && !info->has_text && !info->has_vision && !info->has_joint_text)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "holds no part of a model that this header knows (no vocabulary, "
+                       "no LLaMA, no CLIP tower)");
     m->name = avl__copy_text(name.data, name.size);
-    return m->name ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a model");
+    if (!m->name) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a model");
+    info->name = m->name;
+    for (i = 0; chat_template == ASTROVL_TEMPLATE_AUTO && i < AVL__N_TEMPLATES; i++)
+        if (avl__templates[i].marker && avl__find_text(jinja, avl__templates[i].marker))
+            chat_template = avl__templates[i].value;
+    if (chat_template == ASTROVL_TEMPLATE_AUTO)                    // LLaVA-1.5's files often carry no template
+        chat_template = m->n_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;
+    info->chat_template = chat_template;
+    for (f = 0; f < w->n_files; f++)
+        for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++) {
+            const astrovl_tensor *t = astrovl_gguf_tensor(w->files[f], i);
+            uint64_t n = 1;
+            for (d = 0; d < t->n_dims; d++) n *= (uint64_t)t->ne[d];
+            info->n_params += n;
+            info->n_weight_bytes += t->n_bytes;
+        }
 }
 
-// A model with room for n files, still empty; NULL and err.
-static astrovl_model *avl__model_new(int n_files, const astrovl_open_options *options, astrovl_error *err) {
-    astrovl_model *m;
-    if (n_files < 1) {
+// Opens n files by their paths or, if these are NULL, in memory.
+static astrovl_model *avl__open(const char *const *paths, const astrovl_memory *blocks, int n,
+                                const astrovl_open_options *options, astrovl_error *err) {
+    astrovl_model *m = NULL;
+    avl__weights *w;
+    if (n < 1 || (!paths && !blocks)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model file was given");
         return NULL;
     }
     m = (astrovl_model *)avl__alloc(1, sizeof *m);
-    if (m) m->weights.files = (astrovl_gguf **)avl__alloc((uint64_t)n_files, sizeof *m->weights.files);
+    if (m) m->weights.files = (astrovl_gguf **)avl__alloc((uint64_t)n, sizeof *m->weights.files);
     if (!m || !m->weights.files) {
         astrovl_free(m);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a model");
         return NULL;
     }
-    m->weights.options = options;
-    return m;
-}
-
-// Takes a file that was opened, or what was wrong with it. Returns 0 when opening the model ends with it.
-static int avl__model_add(astrovl_model *m, astrovl_gguf *file, const astrovl_error *failure, astrovl_error *err) {
-    if (file) return m->weights.files[m->weights.n_files++] = file, 1;
-    if (failure->status != ASTROVL_ERROR_MEMORY)
-        return avl__problem(&m->weights, err, failure->status, "%s", failure->message) == ASTROVL_OK;
-    avl__fail(err, failure->status, "%s", failure->message);
-    return 0;
-}
-
-// Finishes opening once the files are there, or closes everything.
-static astrovl_model *avl__model_finish(astrovl_model *m, int n_files, const astrovl_open_options *options, astrovl_error *err) {
-    if (m->weights.n_files == n_files && avl__open_parts(m, options, err) == ASTROVL_OK) return m;
-    if (m->weights.n_files < n_files && m->weights.n_problems)   // of what these files lack, nothing can be said
-        avl__fail(err, ASTROVL_ERROR_MODEL, "%d of %d files cannot be used", n_files - m->weights.n_files, n_files);
+    w = &m->weights;
+    w->err = err;
+    for (; w->n_files < n; w->n_files++) {
+        const astrovl_memory *block = paths ? NULL : &blocks[w->n_files];
+        astrovl_gguf *file = paths ? astrovl_gguf_open(paths[w->n_files], options ? options->no_mmap : 0, err)
+                                   : astrovl_gguf_open_memory(block->data, block->size, block->name, err);
+        if (!file) break;
+        w->files[w->n_files] = file;
+    }
+    if (w->n_files == n) {
+        avl__open_parts(m, options ? options->chat_template : ASTROVL_TEMPLATE_AUTO);
+        w->err = NULL;
+        if (!w->status) return m;
+    }
     astrovl_close(m);
     return NULL;
 }
 
-ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths, const astrovl_open_options *options,
-                                              astrovl_error *err) {
-    astrovl_model *m = avl__model_new(paths ? n_paths : 0, options, err);
-    astrovl_error failure;
-    int i;
-    if (!m) return NULL;
-    for (i = 0; paths && i < n_paths; i++)
-        if (!avl__model_add(m, astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, &failure), &failure, err)) break;
-    return avl__model_finish(m, n_paths, options, err);
+ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths,
+                                              const astrovl_open_options *options, astrovl_error *err) {
+    return avl__open(paths, NULL, n_paths, options, err);
 }
 
 ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_options *options, astrovl_error *err) {
-    return astrovl_open_files(&path, 1, options, err);
+    return avl__open(&path, NULL, 1, options, err);
 }
 
-ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks, const astrovl_open_options *options,
-                                               astrovl_error *err) {
-    astrovl_model *m = avl__model_new(blocks ? n_blocks : 0, options, err);
-    astrovl_error failure;
-    int i;
-    if (!m) return NULL;
-    for (i = 0; blocks && i < n_blocks; i++)
-        if (!avl__model_add(m, astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, &failure), &failure, err))
-            break;
-    return avl__model_finish(m, n_blocks, options, err);
+ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks,
+                                               const astrovl_open_options *options, astrovl_error *err) {
+    return avl__open(NULL, blocks, n_blocks, options, err);
 }
 
 ASTROVL_API void astrovl_close(astrovl_model *model) {
@@ -6574,128 +6493,102 @@ ASTROVL_API void astrovl_close(astrovl_model *model) {
     astrovl_free(model);
 }
 
-ASTROVL_API int astrovl_n_files(const astrovl_model *model) { return model->weights.n_files; }
+ASTROVL_API int astrovl_n_files(const astrovl_model *model) { return model ? model->weights.n_files : 0; }
 
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index) {
-    return index >= 0 && index < model->weights.n_files ? model->weights.files[index] : NULL;
-}
-
-static int avl__n_embd_joint(const astrovl_model *m) {
-    return m->has_clip_text ? m->clip_text.joint.projection.n_out : m->clip.has_joint ? m->clip.joint.projection.n_out : 0;
-}
-
-static void avl__count_weights(const avl__weights *w, astrovl_info *info) {
-    int f, i, d;
-    for (f = 0; f < w->n_files; f++)
-        for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++) {
-            const astrovl_tensor *t = astrovl_gguf_tensor(w->files[f], i);
-            uint64_t n = 1;
-            for (d = 0; d < t->n_dims; d++) n *= (uint64_t)t->ne[d];
-            info->n_params += n;
-            info->n_weight_bytes += t->n_bytes;
-        }
+    return index >= 0 && index < astrovl_n_files(model) ? model->weights.files[index] : NULL;
 }
 
 ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info) {
-    const avl__llama *llama = &model->llama;
-    const avl__clip *clip = &model->clip;
+    if (!info) return;
     memset(info, 0, sizeof *info);
-    info->has_vocab = model->has_vocab;
-    info->has_text = model->has_text;
-    info->has_vision = model->has_vision;
-    info->has_projector = model->n_projector > 0;
-    info->chat_template = model->chat_template;
-    info->name = model->name;
-    info->n_vocab = model->has_text ? llama->n_vocab : model->has_vocab ? model->vocab.n_tokens : 0;
-    info->n_ctx_train = llama->n_ctx_train;
-    info->n_embd = llama->n_embd;
-    info->n_layer = llama->n_layer;
-    info->n_head = llama->n_head;
-    info->n_head_kv = llama->n_head_kv;
-    info->head_dim = llama->head_dim;
-    info->n_ff = llama->n_ff;
-    info->rope_theta = llama->rope_theta;
-    info->rms_norm_eps = llama->rms_norm_eps;
-    info->bos_token = model->has_vocab ? model->vocab.bos : -1;
-    info->eos_token = model->has_vocab ? model->vocab.eos : -1;
-    info->image_size = clip->image_size;
-    info->patch_size = clip->patch_size;
-    info->n_patches = clip->n_patches;
-    info->vision_n_embd = clip->tower.n_embd;
-    info->vision_n_layer = clip->tower.n_layer;
-    info->vision_n_head = clip->tower.n_head;
-    info->vision_n_ff = clip->tower.n_ff;
-    info->vision_feature_layer = clip->n_run;
-    info->n_image_tokens = model->n_projector ? clip->n_patches : 0;
-    info->has_joint_image = model->has_vision && clip->has_joint;
-    info->has_joint_text = model->has_clip_text;
-    info->n_embd_joint = avl__n_embd_joint(model);
-    info->logit_scale = model->logit_scale;
-    info->clip_text_n_ctx = model->clip_text.n_ctx;
-    info->clip_text_n_embd = model->clip_text.tower.n_embd;
-    info->clip_text_n_layer = model->clip_text.tower.n_layer;
-    info->clip_text_n_head = model->clip_text.tower.n_head;
-    info->clip_text_n_ff = model->clip_text.tower.n_ff;
-    info->clip_text_n_vocab = model->clip_text.n_vocab;
-    avl__count_weights(&model->weights, info);
+    info->name = "";
+    if (model) *info = model->info;
+}
+
+// The parts of a model that a call may need, in the order of avl__need's list.
+enum {
+    AVL__PART_TEXT = 1, AVL__PART_VOCAB = 2, AVL__PART_VISION = 4, AVL__PART_PROJECTOR = 8,
+    AVL__PART_JOINT_IMAGE = 16, AVL__PART_JOINT_TEXT = 32
+};
+
+// MODEL, with the first part in words that the model lacks.  model: NULL: ARGUMENT
+static astrovl_status avl__need(const astrovl_model *model, int parts, astrovl_error *err) {
+    static const char *const lacks[] = {
+        "no language model (token_embd.weight, blk.*) in the model's files; give the text model's file too",
+        "no vocabulary (tokenizer.ggml.*) in the model's files",
+        "no vision tower (v.* tensors) in the model's files; give the mmproj file too",
+        "no projector (mm.0.weight) in the model's files",
+        "images cannot be embedded: no vision tower with visual_projection.weight in the model's files",
+        "texts cannot be embedded: no CLIP text tower (t.*) in the model's files"};
+    int i, has[6];
+    if (!model) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model or session was given");
+    has[0] = model->info.has_text;
+    has[1] = model->info.has_vocab;
+    has[2] = model->info.has_vision;
+    has[3] = model->info.has_projector;
+    has[4] = model->info.has_joint_image;
+    has[5] = model->info.has_joint_text;
+    for (i = 0; i < 6; i++)
+        if ((parts & 1 << i) && !has[i])
+            return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(model->weights.files[0]), lacks[i]);
+    return ASTROVL_OK;
 }
 
 // ---- text, by the model's vocabulary -------------------------------------------------------------------------------
 
-static astrovl_status avl__need_vocab(const astrovl_model *m, astrovl_error *err) {
-    if (!m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model is given");
-    return m->has_vocab ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no vocabulary (tokenizer.ggml.*) in the model's files",
-                                                 astrovl_gguf_name(m->weights.files[0]));
-}
-
-static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size, int flags, int32_t *tokens, int capacity,
-                         astrovl_error *err) {
+static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size, int flags, int32_t *tokens,
+                         int capacity, astrovl_error *err) {
     avl__tokens list = {NULL, 0, 0};
     int n = -1;
-    if ((size > 0 && !text) || (capacity > 0 && !tokens)) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a text of %lld bytes or the room for %d tokens is NULL", (long long)size, capacity);
+    if ((!text && size) || (!tokens && capacity > 0)) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no text or no room for its tokens was given");
     } else if (avl__vocab_encode(vocab, text, size, flags, &list, err) == ASTROVL_OK) {
         if (list.size > INT_MAX) {
             avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of more than 2^31 tokens");
         } else {
             n = (int)list.size;
-            if (n > 0 && capacity > 0) memcpy(tokens, list.data, (size_t)(n < capacity ? n : capacity) * sizeof *tokens);
+            if (capacity > n) capacity = n;
+            if (capacity > 0) memcpy(tokens, list.data, (size_t)capacity * sizeof *tokens);
         }
     }
     astrovl_free(list.data);
     return n;
 }
 
-ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens, int capacity,
-                                 astrovl_error *err) {
-    return avl__need_vocab(model, err) ? -1 : avl__tokenize(&model->vocab, text, size, flags, tokens, capacity, err);
+ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
+                                 int capacity, astrovl_error *err) {
+    if (avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return -1;
+    return avl__tokenize(&model->vocab, text, size, flags, tokens, capacity, err);
 }
 
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token) {
     astrovl_string none = {"", 0};
-    return model && model->has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
+    return model && model->info.has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
 }
 
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity) {
-    return model && model->has_vocab ? avl__vocab_token_bytes(&model->vocab, token, text, capacity) : 0;
+    if (!model || !model->info.has_vocab) return 0;
+    return avl__vocab_token_bytes(&model->vocab, token, text, text ? capacity : 0);
 }
 
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token) {
-    return model && model->has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
+    return model && model->info.has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
 }
 
-// Does the token begin with the space that SentencePiece puts before a text? A space of its own (<0x20>) does not count.
+// Does the token begin with the space that SentencePiece puts before a text? A space by itself (<0x20>) does not count.
 static int avl__begins_with_mark(const avl__vocab *vocab, int32_t token) {
     astrovl_string piece = avl__vocab_piece(vocab, token);
     return vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
 }
 
-ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens, astrovl_error *err) {
+ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
+                                     astrovl_error *err) {
     avl__bytes text = {NULL, 0, 0, 0};
     int i, added_space = 0;
-    if (avl__need_vocab(model, err) != ASTROVL_OK) return NULL;
-    if (n_tokens > 0 && !tokens) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens are NULL", n_tokens);
+    if (avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return NULL;
+    if (!tokens && n_tokens > 0) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no tokens were given");
         return NULL;
     }
     avl__bytes_put(&text, "", 0);
@@ -6715,143 +6608,170 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
 
 // ---- sessions ------------------------------------------------------------------------------------------------------
 
-static astrovl_status avl__run_init(avl__run *run, const astrovl_session_options *o, astrovl_error *err) {
-    run->kernels = avl__choose_kernels(o->mode, o->isa);
-    if (!run->kernels)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o->isa, AVL__KERNEL_NAMES);
-    run->tap = o->tap;
-    run->tap_user = o->tap_user;
-    run->progress = o->progress;
-    run->progress_user = o->progress_user;
-    run->pool = avl__pool_new(o->n_threads > 0 ? o->n_threads : avl__n_processors());
-    return run->pool ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
+static void avl__run_release(avl__run *run) {
+    if (--run->n_sessions > 0) return;
+    avl__run_free(run);
+    ASTROVL_FREE(run);
 }
 
-static astrovl_status avl__session_init(astrovl_session *s, const astrovl_session_options *o, astrovl_error *err) {
-    const avl__llama *llama = &s->model->llama;
-    int n_ctx = o->n_ctx ? o->n_ctx : llama->n_ctx_train < ASTROVL_DEFAULT_CONTEXT ? llama->n_ctx_train : ASTROVL_DEFAULT_CONTEXT;
-    astrovl_status status;
-    if (o->n_threads < 0 || o->n_ctx < 0 || (o->mode != ASTROVL_FAST && o->mode != ASTROVL_EXACT))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options: n_threads %d, n_ctx %d, mode %d", o->n_threads, o->n_ctx, (int)o->mode);
-    if (s->model->has_text && n_ctx > llama->n_ctx_train)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a context of %d tokens; the model was made for %d", n_ctx, llama->n_ctx_train);
-    if (o->share && o->share->model != s->model)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a session can share only with one of the same model");
-    s->run = o->share ? o->share->run : &s->own;
-    status = o->share ? ASTROVL_OK : avl__run_init(&s->own, o, err);
-    if (!status && s->model->has_text && !avl__kv_cache_init(&s->cache, llama, n_ctx, s->run->kernels->attend ? 2 : 4))
-        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller one",
-                           n_ctx);
-    return status;
+// A session with a KV cache of its own for n_ctx positions, that shares `run`.
+static astrovl_session *avl__session_new(const astrovl_model *model, avl__run *run, int n_ctx, astrovl_error *err) {
+    const int n_most = model->info.n_ctx_train;
+    astrovl_session *s;
+    if (n_ctx < 0 || (model->info.has_text && n_ctx > n_most)) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a context of %d tokens; the model was made for %d", n_ctx, n_most);
+        return NULL;
+    }
+    s = (astrovl_session *)avl__alloc(1, sizeof *s);
+    if (s) {
+        s->model = model;
+        s->run = run;
+        run->n_sessions++;
+        if (!model->info.has_text) return s;
+        if (avl__kv_cache_init(&s->cache, &model->llama, n_ctx, run->kernels->attend ? 2 : 4)) return s;
+        astrovl_session_free(s);
+    }
+    avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller "
+              "one", n_ctx);
+    return NULL;
 }
 
-ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options, astrovl_error *err) {
-    astrovl_session_options defaults;
-    astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
-    if (!s) {
+ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
+                                                 astrovl_error *err) {
+    astrovl_session_options o;
+    astrovl_session *s = NULL;
+    const avl__kernels *kernels;
+    avl__run *run;
+    if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
+    memset(&o, 0, sizeof o);
+    if (options) o = *options;
+    kernels = avl__choose_kernels(o.mode, o.isa);
+    if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT)) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options: n_threads %d, mode %d", o.n_threads, (int)o.mode);
+        return NULL;
+    }
+    if (!kernels) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o.isa,
+                  AVL__KERNEL_NAMES);
+        return NULL;
+    }
+    if (!o.n_ctx && model->info.n_ctx_train < ASTROVL_DEFAULT_CONTEXT) o.n_ctx = model->info.n_ctx_train;
+    else if (!o.n_ctx) o.n_ctx = ASTROVL_DEFAULT_CONTEXT;
+    run = (avl__run *)avl__alloc(1, sizeof *run);
+    if (run) run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
+    if (!run || !run->pool) {
+        astrovl_free(run);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
         return NULL;
     }
-    memset(&defaults, 0, sizeof defaults);
-    s->model = model;
-    if (avl__session_init(s, options ? options : &defaults, err) != ASTROVL_OK) {
-        astrovl_session_free(s);
-        return NULL;
-    }
+    run->n_sessions = 1;                           // held here until the session does
+    run->kernels = kernels;
+    run->tap = o.tap;
+    run->tap_user = o.tap_user;
+    run->progress = o.progress;
+    run->progress_user = o.progress_user;
+    s = avl__session_new(model, run, o.n_ctx, err);
+    avl__run_release(run);
     return s;
+}
+
+ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err) {
+    if (avl__need(parent ? parent->model : NULL, 0, err) != ASTROVL_OK) return NULL;
+    return avl__session_new(parent->model, parent->run, n_ctx ? n_ctx : parent->cache.n_ctx, err);
 }
 
 ASTROVL_API void astrovl_session_free(astrovl_session *s) {
     if (!s) return;
-    if (s->own.pool) avl__pool_free(s->own.pool);   // of a session that shares another's, all these are empty
-    astrovl_free(s->own.rows);
-    astrovl_free(s->own.thread_memory);
-    astrovl_free(s->own.quants);
+    avl__run_release(s->run);
     avl__kv_cache_free(&s->cache);
     astrovl_free(s->answer.data);
-    astrovl_free(s);
+    ASTROVL_FREE(s);
 }
 
-ASTROVL_API void astrovl_session_rewind(astrovl_session *s, int n_past) {
-    if (n_past >= 0 && n_past < s->cache.n_past) {
-        s->cache.n_past = n_past;
-        s->n_unread = 0;
-    }
+ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past, astrovl_error *err) {
+    if (!s || n_past < 0 || n_past > s->cache.n_past)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a rewind to %d positions; the session holds %d", n_past,
+                         astrovl_session_n_past(s));
+    if (n_past < s->cache.n_past) s->n_unread = 0;
+    s->cache.n_past = n_past;
+    return ASTROVL_OK;
 }
 
 ASTROVL_API void astrovl_session_reset(astrovl_session *s) {
+    if (!s) return;
     s->cache.n_past = 0;
     s->n_unread = 0;
     s->n_turns = 0;
     s->answer.size = 0;
 }
 
-ASTROVL_API int astrovl_session_n_past(const astrovl_session *s) { return s->cache.n_past; }
-ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s) { return s->cache.n_ctx; }
-ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stats) { *stats = s->stats; }
+ASTROVL_API int astrovl_session_n_past(const astrovl_session *s) { return s ? s->cache.n_past : 0; }
+ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s) { return s ? s->cache.n_ctx : 0; }
+
+ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stats) {
+    if (stats) memset(stats, 0, sizeof *stats);
+    if (stats && s) *stats = s->stats;
+}
 
 ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *n_tokens) {
-    *n_tokens = (int)s->answer.size;
-    return s->answer.data;
+    if (n_tokens) *n_tokens = s ? (int)s->answer.size : 0;
+    return s ? s->answer.data : NULL;
 }
 
 // ---- images to rows ------------------------------------------------------------------------------------------------
 
-static astrovl_status avl__need_vision(const astrovl_model *m, astrovl_error *err) {
-    return m->has_vision ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no vision tower (v.* tensors) in the model's files; "
-                                                  "give the mmproj file too", astrovl_gguf_name(m->weights.files[0]));
-}
-
-static astrovl_status avl__need_text(const astrovl_model *m, astrovl_error *err) {
-    return m->has_text ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no language model (token_embd.weight, blk.*) in the "
-                                                "model's files; give the text model's file too", astrovl_gguf_name(m->weights.files[0]));
-}
-
-ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels, astrovl_error *err) {
-    astrovl_status status = avl__need_vision(model, err);
+ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
+                                              astrovl_error *err) {
+    astrovl_status status = avl__need(model, AVL__PART_VISION, err);
+    if (!status && !pixels) status = avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no room for the pixels was given");
     return status ? status : avl__clip_preprocess(&model->clip, image, pixels, err);
 }
 
-// features [n_patches][vision n_embd] to rows [n_patches][n_embd]:  W2 gelu(W1 x + b1) + b2   (LLaVA-1.5, section 3.4)
-static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const float *features, float *rows, astrovl_error *err) {
+// rows = W2 gelu(W1 features + b1) + b2        LLaVA-1.5, section 3.4
+// features: [n_patches][vision n_embd];   rows: out, [n_patches][n_embd]
+static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const float *features, float *rows,
+                                   astrovl_error *err) {
+    const char *name = "multi_modal_projector";
     const avl__linear *first = &m->projector[0], *second = &m->projector[1];
-    int n = m->clip.n_patches;
-    uint64_t widest = (uint64_t)(first->n_in > first->n_out ? first->n_in : first->n_out);
-    if (!avl__run_reserve(run, (uint64_t)n * first->n_out, widest, (uint64_t)n)) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the projector");
+    const int n = m->clip.n_patches, n_hidden = first->n_out;
+    float *hidden;
     if (m->n_projector == 1) {
         avl__apply(run, rows, features, first, n);
-        avl__tap(run, "multi_modal_projector", -1, "linear", rows, n, first->n_out);
-        return ASTROVL_OK;
+        avl__tap(run, name, -1, "linear", rows, n, first->n_out);
+        return avl__pass_status(run, "image", 0, 0, err);
     }
-    avl__apply(run, run->rows, features, first, n);
-    avl__tap(run, "multi_modal_projector", -1, "linear_1", run->rows, n, first->n_out);
-    avl__activate(run, run->rows, (int64_t)n * first->n_out, run->kernels->gelu, NULL);
-    avl__tap(run, "multi_modal_projector", -1, "act", run->rows, n, first->n_out);
-    avl__apply(run, rows, run->rows, second, n);
-    avl__tap(run, "multi_modal_projector", -1, "linear_2", rows, n, second->n_out);
-    return ASTROVL_OK;
+    hidden = avl__take(run, (uint64_t)n * n_hidden);         // [n_patches][n_hidden]
+    if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
+    avl__apply(run, hidden, features, first, n);
+    avl__tap(run, name, -1, "linear_1", hidden, n, n_hidden);
+    avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
+    avl__tap(run, name, -1, "act", hidden, n, n_hidden);
+    avl__apply(run, rows, hidden, second, n);
+    avl__tap(run, name, -1, "linear_2", rows, n, second->n_out);
+    return avl__pass_status(run, "image", 0, 0, err);
 }
 
-ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features, astrovl_error *err) {
-    const astrovl_model *m = s->model;
-    astrovl_status status = avl__need_vision(m, err);
-    float *pixels, *rows;
+ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
+                                                astrovl_error *err) {
+    const astrovl_model *m = s ? s->model : NULL;
+    astrovl_status status = avl__need(m, AVL__PART_VISION | AVL__PART_PROJECTOR, err);
+    const avl__clip *clip;
+    float *pixels, *x;
+    if (!status && !features) status = avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no room for the image's rows was given");
     if (status) return status;
-    if (!m->n_projector)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no projector (mm.0.weight) in the model's files", astrovl_gguf_name(m->weights.files[0]));
-    pixels = avl__alloc_floats((uint64_t)3 * m->clip.image_size * m->clip.image_size);
-    rows = avl__alloc_floats((uint64_t)m->clip.n_patches * m->clip.tower.n_embd);
-    if (!pixels || !rows) {
-        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for encoding an image");
-    } else {
-        status = avl__clip_preprocess(&m->clip, image, pixels, err);
-        if (!status) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, m->clip.image_size, m->clip.image_size);
-        if (!status) status = avl__clip_encode(&m->clip, s->run, pixels, rows, err);
-        if (!status) status = avl__project(m, s->run, rows, features, err);
-    }
-    astrovl_free(pixels);
-    astrovl_free(rows);
-    return status;
+    clip = &m->clip;
+    avl__run_begin(s->run, 1);
+    pixels = avl__take(s->run, (uint64_t)3 * clip->image_size * clip->image_size);           // [3][S][S]
+    x = avl__take(s->run, (uint64_t)(1 + clip->n_patches) * clip->tower.n_embd);             // [1 + n_patches][n_embd]
+    if (s->run->failed) return avl__pass_status(s->run, "image", 0, 0, err);
+    status = avl__clip_preprocess(clip, image, pixels, err);
+    if (status) return status;
+    avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
+    status = avl__clip_run(clip, s->run, pixels, 1, clip->n_run, x, err);
+    if (status) return status;
+    x += clip->tower.n_embd;                                                                  // without the class row
+    avl__tap(s->run, "image_features", -1, "", x, clip->n_patches, clip->tower.n_embd);
+    return avl__project(m, s->run, x, features, err);
 }
 
 // ---- rows through the language model -------------------------------------------------------------------------------
@@ -6859,252 +6779,174 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
 // A long prompt is read in blocks, so that memory for activations stays small; the numbers are the same.
 enum { AVL__PROMPT_BLOCK = 512 };
 
-static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const float *rows, int n, float *logits, int n_logits,
-                                astrovl_error *err) {
-    const avl__llama *llama = &s->model->llama;
-    avl__kv_cache *cache = &s->cache;
-    int n_before = cache->n_past, done, i;
-    astrovl_status status = avl__need_text(s->model, err);
+static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const float *rows, int n, float *logits,
+                                int n_logits, astrovl_error *err) {
+    const avl__llama *llama;
+    avl__kv_cache *cache;
+    int n_before, done = 0, i;
+    astrovl_status status = avl__need(s ? s->model : NULL, AVL__PART_TEXT, err);
     if (status) return status;
-    if (n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens to read and %d rows of logits wanted", n, n_logits);
-    if (n > s->cache.n_ctx - s->cache.n_past)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and %d more are needed",
-                         s->cache.n_ctx, s->cache.n_past, n);
+    llama = &s->model->llama;
+    cache = &s->cache;
+    n_before = cache->n_past;
+    if ((!tokens && !rows) || n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens or rows to read and %d rows of logits wanted",
+                         tokens || rows ? n : 0, n_logits);
+    if (n > cache->n_ctx - n_before)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and %d "
+                         "more are needed", cache->n_ctx, n_before, n);
     for (i = 0; tokens && i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= llama->n_vocab)
-            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d at place %d; the model has %d", (int)tokens[i], i, llama->n_vocab);
-    for (done = 0; done < n && !status; ) {
-        int block = n - done < AVL__PROMPT_BLOCK ? n - done : AVL__PROMPT_BLOCK;
-        int skipped = n - n_logits - done;                       // of this block, rows before the first wanted one
-        int wanted = skipped >= block ? 0 : skipped < 0 ? block : block - skipped;
-        status = avl__llama_eval(llama, s->run, &cache, 1, tokens ? tokens + done : NULL, rows ? rows + (size_t)done * llama->n_embd : NULL,
-                                 block, wanted ? logits + (size_t)(done + block - wanted - (n - n_logits)) * llama->n_vocab : NULL, wanted, err);
-        done += block;
+            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d at place %d; the model has %d", (int)tokens[i], i,
+                             llama->n_vocab);
+    while (done < n && !status) {
+        const int n_block = n - done < AVL__PROMPT_BLOCK ? n - done : AVL__PROMPT_BLOCK;
+        int n_wanted = done + n_block - (n - n_logits);          // rows of this block that logits are wanted of
+        n_wanted = n_wanted < 0 ? 0 : n_wanted > n_block ? n_block : n_wanted;
+        status = avl__llama_eval(llama, s->run, &cache, 1, tokens ? tokens + done : NULL,
+                                 rows ? rows + (size_t)done * llama->n_embd : NULL, n_block, logits, n_wanted, err);
+        if (n_wanted) logits += (size_t)n_wanted * llama->n_vocab;
+        done += n_block;
     }
-    if (status) s->cache.n_past = n_before;
+    if (status) cache->n_past = n_before;
     return status;
 }
 
-ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits, int n_logits,
-                                               astrovl_error *err) {
-    if (!tokens) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no tokens were given");
+ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits,
+                                               int n_logits, astrovl_error *err) {
     return avl__eval(s, tokens, NULL, n_tokens, logits, n_logits, err);
 }
 
-ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits, int n_logits,
-                                                   astrovl_error *err) {
-    if (!rows) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no rows were given");
+ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
+                                                   int n_logits, astrovl_error *err) {
     return avl__eval(s, NULL, rows, n_rows, logits, n_logits, err);
 }
 
 // ---- prompts -------------------------------------------------------------------------------------------------------
-// A turn is laid out as the template says, into tokens where -1 - i stands for image i. Text between images and special tokens
-// is tokenised as one part, as LLaVA's tokenizer_image_token does; the template's own special tokens are put in as such, so a
-// user who types "<|im_end|>" has typed ten characters.
+// A turn is laid out as the template says, into tokens where -1 - i stands for image i. Text between images and special
+// tokens is tokenized as one part, as LLaVA's tokenizer_image_token does; the template's own special tokens are put in
+// as such, so a user who types "<|im_end|>" has typed ten characters.
 
 typedef struct avl__prompt {
     const astrovl_session *s;
-    int           parse_special;
-    avl__bytes    text;       // of the part under way
-    avl__tokens   tokens;
+    int            parse_special;
+    avl__bytes     text;      // of the part under way
+    avl__tokens    tokens;
     astrovl_status status;    // the first failure sticks
     astrovl_error *err;
 } avl__prompt;
 
-static void avl__prompt_token(avl__prompt *p, int32_t token) {
-    if (!p->status && !avl__tokens_put(&p->tokens, token)) p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
-}
-
 // Ends the part under way.
 static void avl__prompt_flush(avl__prompt *p) {
-    if (p->text.failed && !p->status) p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
+    const int flags = p->parse_special ? ASTROVL_PARSE_SPECIAL : 0;
+    if (p->text.failed && !p->status)
+        p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
     if (!p->status && p->text.size)
-        p->status = avl__vocab_encode(&p->s->model->vocab, p->text.data, p->text.size, p->parse_special ? ASTROVL_PARSE_SPECIAL : 0,
-                                      &p->tokens, p->err);
+        p->status = avl__vocab_encode(&p->s->model->vocab, p->text.data, p->text.size, flags, &p->tokens, p->err);
     p->text.size = 0;
 }
 
-static void avl__prompt_text(avl__prompt *p, const char *text) { avl__bytes_put_text(&p->text, text); }
-
-static void avl__prompt_special(avl__prompt *p, const char *piece) {
-    int token = avl__vocab_find(&p->s->model->vocab, piece, strlen(piece));
+static void avl__prompt_token(avl__prompt *p, int32_t token) {
     avl__prompt_flush(p);
-    if (token < 0 && !p->status)
-        p->status = avl__fail(p->err, ASTROVL_ERROR_MODEL, "the %s template needs the token %s, which this vocabulary lacks; choose another template",
-                              astrovl_template_name(p->s->model->chat_template), piece);
-    avl__prompt_token(p, token);
-}
-
-// BOS or EOS, where the vocabulary has them.
-static void avl__prompt_mark(avl__prompt *p, int token) {
-    avl__prompt_flush(p);
-    if (token >= 0) avl__prompt_token(p, token);
+    if (!p->status && !avl__tokens_put(&p->tokens, token))
+        p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
 }
 
 #define AVL__IMAGE_MARK "<image>"
 
-static int avl__count_marks(const char *text) {
-    int n = 0;
-    for (; (text = strstr(text, AVL__IMAGE_MARK)) != NULL; text += sizeof AVL__IMAGE_MARK - 1) n++;
-    return n;
-}
-
 // The user's text with its images: at their marks, or all before the text, each on a line of its own.
 static void avl__prompt_user(avl__prompt *p, const char *text, int n_images) {
-    int image, marked = avl__count_marks(text);
+    int image = 0, n_marks = 0;
     const char *mark;
-    if (marked && n_images && marked != n_images) {
-        if (!p->status) p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given", marked, n_images);
-        return;
+    for (mark = text; (mark = strstr(mark, AVL__IMAGE_MARK)) != NULL; mark += strlen(AVL__IMAGE_MARK)) n_marks++;
+    if (n_marks && n_images && n_marks != n_images && !p->status)
+        p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given",
+                              n_marks, n_images);
+    while (!n_marks && image < n_images) {
+        avl__prompt_token(p, -1 - image++);
+        avl__bytes_put_text(&p->text, "\n");
     }
-    for (image = 0; !marked && image < n_images; image++) {
-        avl__prompt_flush(p);
-        avl__prompt_token(p, -1 - image);
-        avl__prompt_text(p, "\n");
-    }
-    for (image = 0; n_images && (mark = strstr(text, AVL__IMAGE_MARK)) != NULL; image++) {
+    while (image < n_images && (mark = strstr(text, AVL__IMAGE_MARK)) != NULL) {
         avl__bytes_put(&p->text, text, (size_t)(mark - text));
-        avl__prompt_flush(p);
-        avl__prompt_token(p, -1 - image);
-        text = mark + sizeof AVL__IMAGE_MARK - 1;
+        avl__prompt_token(p, -1 - image++);
+        text = mark + strlen(AVL__IMAGE_MARK);
     }
-    avl__prompt_text(p, text);
+    avl__bytes_put_text(&p->text, text);
 }
 
-// The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source: what stands
-// there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
-static void avl__prompt_chatml_system(avl__prompt *p) {
+// The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source: what
+// stands there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
+// Empty: none.
+static astrovl_string avl__chatml_system(const avl__weights *w) {
     static const char open[] = "<|im_start|>system";
-    astrovl_string jinja = avl__key_string(&p->s->model->weights, "tokenizer.chat_template"), rest;
+    const astrovl_string jinja = avl__load_string(w, "tokenizer.chat_template"), none = {"", 0};
     const char *start = avl__find_text(jinja, open), *end;
+    astrovl_string rest;
     size_t skip;
-    if (!start) return;
+    if (!start) return none;
     rest.data = start + sizeof open - 1;
     rest.size = jinja.size - (size_t)(rest.data - jinja.data);
-    skip = rest.size > 1 && *rest.data == '\n' ? 1 : rest.size > 2 && rest.data[0] == '\\' && rest.data[1] == 'n' ? 2 : 0;
+    skip = rest.size > 1 && *rest.data == '\n' ? 1 : rest.size > 2 && memcmp(rest.data, "\\n", 2) == 0 ? 2 : 0;
     rest.data += skip;
     rest.size -= skip;
     end = avl__find_text(rest, "<|im_end|>");
-    if (!skip || !end) return;
-    if (memchr(rest.data, '\'', (size_t)(end - rest.data)) || memchr(rest.data, '"', (size_t)(end - rest.data))) return;
-    avl__bytes_put(&p->text, rest.data, (size_t)(end - rest.data));
+    if (!skip || !end) return none;
+    rest.size = (size_t)(end - rest.data);
+    return memchr(rest.data, '\'', rest.size) || memchr(rest.data, '"', rest.size) ? none : rest;
 }
 
-// LLaVA's conversation.py: conv_vicuna_v1 and conv_llava_v1 differ in one word.
-//   SYSTEM USER: text ASSISTANT: answer</s>USER: text ASSISTANT:
-static void avl__prompt_vicuna(avl__prompt *p, const char *text, int n_images, const char *system, const char *person) {
-    if (p->s->n_turns == 0) {
-        if (system) {
-            avl__prompt_text(p, system);
+// Writes out a template's text; the table of templates says what stands for what.
+static void avl__prompt_layout(avl__prompt *p, const char *layout, astrovl_string system, const char *text,
+                               int n_images) {
+    const avl__vocab *vocab = &p->s->model->vocab;
+    for (; *layout && !p->status; layout++) {
+        int token = -1;
+        if (strncmp(layout, "<|", 2) == 0) {
+            const astrovl_string piece = {layout, (size_t)(strstr(layout, "|>") + 2 - layout)};
+            token = avl__vocab_find(vocab, piece.data, piece.size);
+            if (token < 0)
+                p->status = avl__fail(p->err, ASTROVL_ERROR_MODEL, "the %s template needs the token %.*s, which this "
+                                      "vocabulary lacks; choose another template",
+                                      astrovl_template_name(p->s->model->info.chat_template), AVL__SHOW(piece));
+            layout += piece.size - 1;
+        } else if (*layout != '%') {
+            avl__bytes_put(&p->text, layout, 1);
         } else {
-            avl__prompt_text(p, "A chat between a curious ");
-            avl__prompt_text(p, person);
-            avl__prompt_text(p, " and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the ");
-            avl__prompt_text(p, person);
-            avl__prompt_text(p, "'s questions.");
+            switch (*++layout) {
+            case 's': avl__bytes_put(&p->text, system.data, system.size); break;
+            case 'u': avl__prompt_user(p, text, n_images); break;
+            case 'b': token = vocab->bos; break;
+            case 'e': token = vocab->eos; break;
+            default:  token = avl__vocab_find(vocab, AVL__SPACE_MARK, 3); break;
+            }
         }
-        if (!system || *system) avl__prompt_text(p, " ");
-    } else {
-        avl__prompt_mark(p, p->s->model->vocab.eos);
+        if (token >= 0) avl__prompt_token(p, token);
     }
-    avl__prompt_text(p, "USER: ");
-    avl__prompt_user(p, text, n_images);
-    avl__prompt_text(p, " ASSISTANT:");
-}
-
-//   <s>[INST] <<SYS>>\nSYSTEM\n<</SYS>>\n\ntext [/INST] answer </s><s>[INST] text [/INST]      LLaVA's conv_llava_llama_2
-static void avl__prompt_llama2(avl__prompt *p, const char *text, int n_images, const char *system) {
-    int first = p->s->n_turns == 0;
-    if (!system) system = "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-                          "provides, and assist the user with a variety of tasks using natural language.";
-    if (!first) {
-        int space = avl__vocab_find(&p->s->model->vocab, AVL__SPACE_MARK, 3);   // the space before </s> is a part of its own
-        avl__prompt_mark(p, space);
-        avl__prompt_mark(p, p->s->model->vocab.eos);
-        avl__prompt_mark(p, p->s->model->vocab.bos);
-    }
-    avl__prompt_text(p, "[INST] ");
-    if (first && *system) {
-        avl__prompt_text(p, "<<SYS>>\n");
-        avl__prompt_text(p, system);
-        avl__prompt_text(p, "\n<</SYS>>\n\n");
-    }
-    avl__prompt_user(p, text, n_images);
-    avl__prompt_text(p, " [/INST]");
-}
-
-// One message of LLaMA-3:  <|start_header_id|>role<|end_header_id|>\n\n
-static void avl__prompt_llama3_header(avl__prompt *p, const char *role) {
-    avl__prompt_special(p, "<|start_header_id|>");
-    avl__prompt_text(p, role);
-    avl__prompt_special(p, "<|end_header_id|>");
-    avl__prompt_text(p, "\n\n");
-}
-
-static void avl__prompt_llama3(avl__prompt *p, const char *text, int n_images, const char *system) {
-    if (p->s->n_turns > 0) {
-        avl__prompt_special(p, "<|eot_id|>");
-    } else if (system && *system) {
-        avl__prompt_llama3_header(p, "system");
-        avl__prompt_text(p, system);
-        avl__prompt_special(p, "<|eot_id|>");
-    }
-    avl__prompt_llama3_header(p, "user");
-    avl__prompt_user(p, text, n_images);
-    avl__prompt_special(p, "<|eot_id|>");
-    avl__prompt_llama3_header(p, "assistant");
-}
-
-//   <|im_start|>system\nSYSTEM<|im_end|>\n<|im_start|>user\ntext<|im_end|>\n<|im_start|>assistant\n
-static void avl__prompt_chatml(avl__prompt *p, const char *text, int n_images, const char *system) {
-    if (p->s->n_turns > 0) {
-        avl__prompt_special(p, "<|im_end|>");
-        avl__prompt_text(p, "\n");
-    } else {
-        size_t before = p->text.size;
-        if (system) avl__prompt_text(p, system);
-        else        avl__prompt_chatml_system(p);
-        if (p->text.size > before) {   // the text is known now: put its opening before it
-            avl__bytes content = p->text;
-            memset(&p->text, 0, sizeof p->text);
-            avl__prompt_special(p, "<|im_start|>");
-            avl__prompt_text(p, "system\n");
-            avl__bytes_put(&p->text, content.data, content.size);
-            if (content.failed) p->text.failed = 1;
-            astrovl_free(content.data);
-            avl__prompt_special(p, "<|im_end|>");
-            avl__prompt_text(p, "\n");
-        }
-    }
-    avl__prompt_special(p, "<|im_start|>");
-    avl__prompt_text(p, "user\n");
-    avl__prompt_user(p, text, n_images);
-    avl__prompt_special(p, "<|im_end|>");
-    avl__prompt_text(p, "\n");
-    avl__prompt_special(p, "<|im_start|>");
-    avl__prompt_text(p, "assistant\n");
 }
 
 // Lays out one turn; p->tokens is the caller's to free, whatever the status.
-static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system) {
-    const avl__vocab *vocab = &p->s->model->vocab;
-    if (p->s->n_turns == 0 && vocab->add_bos) avl__prompt_mark(p, vocab->bos);
-    switch (p->s->model->chat_template) {
-    case ASTROVL_TEMPLATE_LLAMA2: avl__prompt_llama2(p, text, n_images, system); break;
-    case ASTROVL_TEMPLATE_LLAMA3: avl__prompt_llama3(p, text, n_images, system); break;
-    case ASTROVL_TEMPLATE_CHATML: avl__prompt_chatml(p, text, n_images, system); break;
-    case ASTROVL_TEMPLATE_PLAIN:  avl__prompt_user(p, text, n_images); break;
-    case ASTROVL_TEMPLATE_LLAVA:  avl__prompt_vicuna(p, text, n_images, system, "human"); break;
-    default:                      avl__prompt_vicuna(p, text, n_images, system, "user"); break;
+static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system_text) {
+    const astrovl_model *m = p->s->model;
+    const avl__template *t = avl__templates;
+    astrovl_string system = {"", 0};
+    while (t->value != m->info.chat_template && t->value != ASTROVL_TEMPLATE_AUTO) t++;
+    if (!system_text) system_text = t->system;
+    if (system_text) {
+        system.data = system_text;
+        system.size = strlen(system_text);
+    } else if (t->value == ASTROVL_TEMPLATE_CHATML) {
+        system = avl__chatml_system(&m->weights);
     }
+    if (p->s->n_turns > 0) avl__prompt_layout(p, t->between, system, text, n_images);
+    else if (m->vocab.add_bos && m->vocab.bos >= 0) avl__prompt_token(p, m->vocab.bos);
+    avl__prompt_layout(p, p->s->n_turns == 0 && system.size ? t->first : t->turn, system, text, n_images);
     avl__prompt_flush(p);
     astrovl_free(p->text.data);
     if (!p->status && p->tokens.size == 0) p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the prompt is empty");
     return p->status;
 }
 
-// Tokens of a turn with images spliced in.  rows: out, [n_rows][n_embd], n_rows as counted by avl__count_rows
+// How many rows a turn's tokens are, with images spliced in.
 static int64_t avl__count_rows(const astrovl_model *m, const avl__tokens *tokens) {
     int64_t n = 0;
     size_t i;
@@ -7112,22 +6954,24 @@ static int64_t avl__count_rows(const astrovl_model *m, const avl__tokens *tokens
     return n;
 }
 
-static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens, const astrovl_image *images, float *rows, astrovl_error *err) {
+// rows: out, [n_rows][n_embd], n_rows as counted by avl__count_rows
+static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens, const astrovl_image *images,
+                                  float *rows, astrovl_error *err) {
+    const astrovl_model *m = s->model;
     astrovl_status status = ASTROVL_OK;
     size_t i;
     for (i = 0; i < tokens->size && !status; i++) {
         int32_t token = tokens->data[i];
         if (token >= 0) {
-            avl__embed_tokens(&s->model->llama.token_embd, &token, 1, rows);
-            rows += s->model->llama.n_embd;
+            avl__embed_tokens(&m->llama.token_embd, &token, 1, rows);
+            rows += m->llama.n_embd;
         } else {
             status = astrovl_encode_image(s, &images[-1 - token], rows, err);
-            rows += (size_t)s->model->clip.n_patches * s->model->llama.n_embd;
+            rows += (size_t)m->clip.n_patches * m->llama.n_embd;
         }
     }
     return status;
 }
-
 
 // ====================================================================================================================
 // [12] Generation
@@ -7982,7 +7826,7 @@ static int avl__guide_read_tokens(astrovl_guide *g) {   // 0: memory is out
     avl__bytes bytes = {NULL, 0, 0, 0};
     char text[AVL__GUIDE_TOKEN];
     int id, n;
-    g->n_vocab = g->model->has_text ? g->model->llama.n_vocab : v->n_tokens;
+    g->n_vocab = g->model->info.n_vocab;
     g->tokens = (avl__guide_token *)avl__alloc((uint64_t)v->n_tokens, sizeof *g->tokens);
     for (id = 0; g->tokens && id < v->n_tokens && id < g->n_vocab; id++) {
         n = avl__vocab_is_end(v, id) ? 0 : avl__vocab_token_bytes(v, id, text, AVL__GUIDE_TOKEN);
@@ -8322,7 +8166,7 @@ static void avl__builder_start(avl__builder *b, const astrovl_model *model, cons
     b->name = name;
     b->advice = advice;
     b->err = err;
-    b->status = avl__need_vocab(model, err);
+    b->status = avl__need(model, AVL__PART_VOCAB, err);
     if (!b->status && !(b->guide = (astrovl_guide *)avl__alloc(1, sizeof *b->guide))) avl__build_no_memory(b);
     if (b->status) return;
     b->guide->model = model;
@@ -9033,13 +8877,10 @@ static astrovl_status avl__check_guide(const astrovl_model *m, const astrovl_gen
 static astrovl_status avl__check_turn(const astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                       const astrovl_generation *o, astrovl_error *err) {
     const astrovl_model *m = s->model;
-    astrovl_status status = avl__need_text(m, err);
+    const int of_images = n_images > 0 ? AVL__PART_VISION | AVL__PART_PROJECTOR : 0;
+    astrovl_status status = avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB | of_images, err);
     int i;
-    if (!status) status = avl__need_vocab(m, err);
-    if (!status && n_images > 0) status = avl__need_vision(m, err);
     if (status) return status;
-    if (n_images > 0 && !m->n_projector)
-        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: no projector (mm.0.weight) in the model's files", astrovl_gguf_name(m->weights.files[0]));
     if (!text || n_images < 0 || (n_images > 0 && !images) || n_images > 4096)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
     if (o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) || !(o->temperature >= 0.0f) ||
@@ -9128,8 +8969,8 @@ static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl
     for (i = 0; i < n; i++) {
         if (!turns[i].session) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch has no session", i);
         if (turns[i].session->run != turns->session->run)
-            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch: its session does not share turn 0's "
-                             "(astrovl_session_options.share)", i);
+            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch: its session and turn 0's are not forks "
+                             "of one session (astrovl_session_fork)", i);
         for (j = 0; j < i; j++)
             if (turns[i].session == turns[j].session)
                 return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turns %d and %d of a batch are of one session", j, i);
@@ -9210,6 +9051,7 @@ ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image
                                    const astrovl_generation *options, astrovl_error *err) {
     astrovl_image image;
     char *answer = NULL;
+    if (avl__need(model, AVL__PART_TEXT, err) != ASTROVL_OK) return NULL;
     if (astrovl_image_load(image_path, NULL, &image, err) != ASTROVL_OK) return NULL;
     answer = astrovl_ask(model, &image, question, options, err);
     astrovl_image_free(&image);
@@ -9223,23 +9065,12 @@ ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *i
 
 // ====================================================================================================================
 // [13] Contrastive
-// CLIP (Radford et al. 2021) and PAPERCLIP (Mishra-Sharma et al. 2024): an image and a text that belong together have embeddings
-// that point the same way. So a text can be looked for among images, an image among texts, and both directions be measured.
+// CLIP (Radford et al. 2021) and PAPERCLIP (Mishra-Sharma et al. 2024): an image and a text that belong together have
+// embeddings that point the same way. So a text can be looked for among images, and an image among texts.
 //     cosine(a, b) = a . b / (|a| |b|);    p(text j | image i) = softmax_j(logit_scale * cosine(image_i, text_j))
 // ====================================================================================================================
 
 // ---- embeddings ----------------------------------------------------------------------------------------------------
-
-static astrovl_status avl__need_joint_image(const astrovl_model *m, astrovl_error *err) {
-    if (m->has_vision && m->clip.has_joint) return ASTROVL_OK;
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: images cannot be embedded: no %s in the model's files", astrovl_gguf_name(m->weights.files[0]),
-                     m->has_vision ? "visual_projection.weight" : "vision tower (v.*)");
-}
-
-static astrovl_status avl__need_joint_text(const astrovl_model *m, astrovl_error *err) {
-    return m->has_clip_text ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_MODEL, "%s: texts cannot be embedded: no CLIP text tower (t.*) in "
-                                                     "the model's files", astrovl_gguf_name(m->weights.files[0]));
-}
 
 // x[r] /= |x[r]|, in place; x: [n_rows][n_dims]
 static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
@@ -9250,220 +9081,179 @@ static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
     }
 }
 
-// How many rows go through a tower together: enough to keep all threads busy, little enough to stay near the cache.
+// How many rows go through a tower together: enough to keep all threads busy, and few enough to stay near the cache.
 enum { AVL__JOINT_ROWS = 1024 };
 
-// One pass over n images.  pixels: [n][3][S][S], scratch
-static astrovl_status avl__embed_image_pass(astrovl_session *s, const astrovl_image *images, int n, float *pixels, float *embeddings,
-                                            astrovl_error *err) {
-    const avl__clip *clip = &s->model->clip;
-    size_t size = (size_t)clip->image_size;
-    int i;
-    for (i = 0; i < n; i++) {
-        astrovl_status status = avl__clip_preprocess(clip, &images[i], pixels + 3 * size * size * (size_t)i, err);
-        if (status) return status;
-    }
-    if (n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
-    return avl__clip_embed_images(clip, s->run, pixels, n, embeddings, err);
-}
-
-ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images, int normalize,
-                                                float *embeddings, astrovl_error *err) {
-    const avl__clip *clip = &s->model->clip;
-    int n_pass, i, n, n_dims = avl__n_embd_joint(s->model);
-    float *pixels;
-    astrovl_status status = avl__need_joint_image(s->model, err);
+ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
+                                                int normalize, float *embeddings, astrovl_error *err) {
+    const astrovl_model *m = s ? s->model : NULL;
+    astrovl_status status = avl__need(m, AVL__PART_JOINT_IMAGE, err);
+    const avl__clip *clip;
+    size_t n_pixels;
+    int done, i, n, n_pass;
     if (status) return status;
     if (n_images < 0 || (n_images > 0 && (!images || !embeddings)))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_embed_images needs images and room for their embeddings");
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no images or no room for their embeddings was given");
+    clip = &m->clip;
+    n_pixels = (size_t)3 * clip->image_size * clip->image_size;
     n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);   // the tap sees images one by one
-    if (n_pass > n_images) n_pass = n_images;
-    pixels = avl__alloc_floats((uint64_t)n_pass * 3 * (uint64_t)clip->image_size * (uint64_t)clip->image_size);
-    if (!pixels) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d images", n_pass);
-    for (i = 0; i < n_images && !status; i += n) {
-        n = n_images - i < n_pass ? n_images - i : n_pass;
-        status = avl__embed_image_pass(s, images + i, n, pixels, embeddings + (size_t)i * (size_t)n_dims, err);
+    for (done = 0; done < n_images; done += n) {
+        float *pixels;
+        n = n_images - done < n_pass ? n_images - done : n_pass;
+        avl__run_begin(s->run, 1);
+        pixels = avl__take(s->run, (uint64_t)n * n_pixels);                   // [n][3][S][S]
+        if (!pixels) return avl__pass_status(s->run, "image", 0, 0, err);
+        for (i = 0; i < n; i++) {
+            status = avl__clip_preprocess(clip, &images[done + i], pixels + (size_t)i * n_pixels, err);
+            if (status) return status;
+        }
+        if (n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
+        status = avl__clip_embed_images(clip, s->run, pixels, n, embeddings, err);
+        if (status) return status;
+        if (normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
+        embeddings += (size_t)n * m->info.n_embd_joint;
     }
-    astrovl_free(pixels);
-    if (!status && normalize) avl__normalize_rows(embeddings, n_images, n_dims);
-    return status;
-}
-
-// Appends a text's tokens, cut to the tower's positions.  *length: out, how many
-static astrovl_status avl__clip_tokens(const astrovl_model *m, const char *text, avl__tokens *tokens, int *length, astrovl_error *err) {
-    size_t before = tokens->size, n_ctx = (size_t)m->clip_text.n_ctx;
-    astrovl_status status = avl__vocab_encode(&m->clip_vocab, text, strlen(text), ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL, tokens, err);
-    if (status) return status;
-    if (tokens->size - before > n_ctx) {
-        tokens->size = before + n_ctx;
-        tokens->data[tokens->size - 1] = m->clip_vocab.eos;
-    }
-    *length = (int)(tokens->size - before);
     return ASTROVL_OK;
-}
-
-// One pass over the first texts, as many as fit.  lengths: [n_texts], scratch;   *n_done: out
-static astrovl_status avl__embed_text_pass(astrovl_session *s, const char *const *texts, int n_texts, int *lengths, int *n_done,
-                                           float *embeddings, astrovl_error *err) {
-    const astrovl_model *m = s->model;
-    avl__tokens tokens = {NULL, 0, 0};
-    astrovl_status status = ASTROVL_OK;
-    int n;
-    for (n = 0; n < n_texts && tokens.size < AVL__JOINT_ROWS && !(n > 0 && s->run->tap) && !status; n++)
-        status = texts[n] ? avl__clip_tokens(m, texts[n], &tokens, &lengths[n], err)
-                          : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", n);
-    if (!status) status = avl__clip_embed_texts(&m->clip_text, s->run, tokens.data, lengths, n, m->clip_vocab.eos, embeddings, err);
-    astrovl_free(tokens.data);
-    *n_done = n;
-    return status;
 }
 
 ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
                                                float *embeddings, astrovl_error *err) {
-    int i, n = 0, n_dims = avl__n_embd_joint(s->model), *lengths;
-    astrovl_status status = avl__need_joint_text(s->model, err);
+    const int flags = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL;
+    const astrovl_model *m = s ? s->model : NULL;
+    astrovl_status status = avl__need(m, AVL__PART_JOINT_TEXT, err);
+    avl__tokens tokens = {NULL, 0, 0};
+    int lengths[AVL__JOINT_ROWS], done, n;                       // enough: a text has two tokens at least
     if (status) return status;
     if (n_texts < 0 || (n_texts > 0 && (!texts || !embeddings)))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_embed_texts needs texts and room for their embeddings");
-    lengths = (int *)avl__alloc((uint64_t)n_texts, sizeof *lengths);
-    if (!lengths) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d texts", n_texts);
-    for (i = 0; i < n_texts && !status; i += n)
-        status = avl__embed_text_pass(s, texts + i, n_texts - i, lengths, &n, embeddings + (size_t)i * (size_t)n_dims, err);
-    astrovl_free(lengths);
-    if (!status && normalize) avl__normalize_rows(embeddings, n_texts, n_dims);
-    return status;
-}
-
-ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens, int capacity,
-                                      astrovl_error *err) {
-    if (avl__need_joint_text(model, err) != ASTROVL_OK) return -1;
-    return avl__tokenize(&model->clip_vocab, text, size, ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL, tokens, capacity, err);
-}
-
-// cosines[j] of an image with texts [n_texts], through embeddings [1 + n_texts][n_dims]
-static astrovl_status avl__score(astrovl_session *s, const astrovl_image *image, const char *const *texts, int n_texts, float *embeddings,
-                                 float *cosines, astrovl_error *err) {
-    int n_dims = avl__n_embd_joint(s->model), j;
-    astrovl_status status = astrovl_embed_images(s, image, 1, 1, embeddings, err);
-    if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, embeddings + n_dims, err);
-    for (j = 0; j < n_texts && !status; j++) cosines[j] = avl__dot_portable(embeddings, embeddings + (size_t)(j + 1) * (size_t)n_dims, n_dims);
-    return status;
-}
-
-ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image, const char *const *texts,
-                                         int n_texts, float *cosines, float *probabilities, astrovl_error *err) {
-    astrovl_session *s;
-    float *embeddings;
-    astrovl_status status;
-    int j;
-    if (n_texts < 1 || !cosines) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_score needs texts and room for their cosines");
-    embeddings = avl__alloc_floats(((uint64_t)n_texts + 1) * (uint64_t)avl__n_embd_joint(model));
-    if (!embeddings) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
-    s = astrovl_session_new(model, NULL, err);
-    status = s ? avl__score(s, image, texts, n_texts, embeddings, cosines, err) : ASTROVL_ERROR_MEMORY;
-    astrovl_session_free(s);
-    astrovl_free(embeddings);
-    if (!status && probabilities) {
-        for (j = 0; j < n_texts; j++) probabilities[j] = model->logit_scale * cosines[j];
-        astrovl_softmax(probabilities, n_texts);
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their embeddings was given");
+    for (done = 0; done < n_texts && !status; done += n) {
+        const avl__clip_text *tower = &m->clip_text;
+        const int n_most = s->run->tap ? 1 : n_texts - done;     // the tap sees texts one by one
+        const int32_t end = m->clip_vocab.eos;
+        tokens.size = 0;
+        for (n = 0; n < n_most && tokens.size < AVL__JOINT_ROWS && !status; n++) {
+            const char *text = texts[done + n];
+            const size_t before = tokens.size, most = before + (size_t)tower->n_ctx;
+            status = text ? avl__vocab_encode(&m->clip_vocab, text, strlen(text), flags, &tokens, err)
+                          : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", done + n);
+            if (tokens.size > most) {                            // cut to the tower's positions
+                tokens.size = most;
+                tokens.data[most - 1] = end;
+            }
+            lengths[n] = (int)(tokens.size - before);
+        }
+        avl__run_begin(s->run, 1);
+        if (!status) status = avl__clip_embed_texts(tower, s->run, tokens.data, lengths, n, end, embeddings, err);
+        if (!status && normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
+        embeddings += (size_t)n * m->info.n_embd_joint;
     }
+    astrovl_free(tokens.data);
+    return status;
+}
+
+ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
+                                      int capacity, astrovl_error *err) {
+    const int flags = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL;
+    if (avl__need(model, AVL__PART_JOINT_TEXT, err) != ASTROVL_OK) return -1;
+    return avl__tokenize(&model->clip_vocab, text, size, flags, tokens, capacity, err);
+}
+
+ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
+                                         const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err) {
+    astrovl_status status = avl__need(model, AVL__PART_JOINT_IMAGE | AVL__PART_JOINT_TEXT, err);
+    astrovl_session *s;
+    float *rows;                                                 // [1 + n_texts][n_dims], the image's first
+    size_t n_dims;
+    int j;
+    if (status) return status;
+    if (n_texts < 1 || !fits)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their fits was given");
+    s = astrovl_session_new(model, NULL, err);
+    if (!s) return ASTROVL_ERROR_MEMORY;
+    n_dims = (size_t)model->info.n_embd_joint;
+    rows = avl__alloc_floats(((uint64_t)n_texts + 1) * n_dims);
+    if (!rows) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
+    if (!status) status = astrovl_embed_images(s, image, 1, 1, rows, err);
+    if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, rows + n_dims, err);
+    for (j = 0; j < n_texts && !status; j++)
+        fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
+    for (j = 0; j < n_texts && !status; j++) rows[j] = model->info.logit_scale * fits[j].cosine;   // in their place
+    if (!status) astrovl_softmax(rows, n_texts);
+    for (j = 0; j < n_texts && !status; j++) fits[j].probability = rows[j];
+    astrovl_session_free(s);
+    astrovl_free(rows);
     return status;
 }
 
 // ---- search --------------------------------------------------------------------------------------------------------
-// Each thread goes through its slices of the rows and keeps the best k of each in a heap, the worst on top.
+// Each thread goes through slices of the rows and keeps the best k of each, sorted. Of n rows in random order, about
+// k ln(n / k) get into such a list.
 
-static int avl__hit_is_better(astrovl_hit a, astrovl_hit b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
-
-// Puts `hit` where hits[at] was, the n hits being a heap but for that place.
-static void avl__hits_sink(astrovl_hit *hits, int n, int at, astrovl_hit hit) {
-    int child;
-    while ((child = 2 * at + 1) < n) {
-        if (child + 1 < n && avl__hit_is_better(hits[child], hits[child + 1])) child++;
-        if (!avl__hit_is_better(hit, hits[child])) break;
-        hits[at] = hits[child];
-        at = child;
-    }
+// Puts a hit into a list of *n hits, best first, of which the best k are kept.
+static void avl__hits_insert(astrovl_hit *hits, int *n, int k, astrovl_hit hit) {
+    int at = *n;
+    if (at == k && !(hit.score > hits[k - 1].score)) return;     // rows come in order: of equals, the earlier is there
+    if (at == k) at--;
+    else (*n)++;
+    for (; at > 0 && hit.score > hits[at - 1].score; at--) hits[at] = hits[at - 1];
     hits[at] = hit;
-}
-
-// Keeps the best k of all that were offered.
-static void avl__hits_offer(astrovl_hit *hits, int *n, int k, astrovl_hit hit) {
-    if (*n == k) {
-        if (avl__hit_is_better(hit, hits[0])) avl__hits_sink(hits, k, 0, hit);
-    } else {
-        int at = (*n)++;
-        for (; at > 0 && avl__hit_is_better(hits[(at - 1) / 2], hit); at = (at - 1) / 2) hits[at] = hits[(at - 1) / 2];
-        hits[at] = hit;
-    }
 }
 
 typedef struct avl__search {
     const avl__kernels *kernels;
-    const uint8_t      *rows;
+    astrovl_rows        rows;
     const float        *query;
-    int64_t             n_rows;
-    int                 n_dims, k, n_slices;
+    int                 k, n_slices;
     astrovl_hit        *hits;       // [n_slices][k]
     int                *n_hits;     // [n_slices]
 } avl__search;
 
 static void avl__search_slice(void *context, int slice, int thread) {
-    const avl__search *search = (const avl__search *)context;
-    int64_t row = search->n_rows * slice / search->n_slices, end = search->n_rows * (slice + 1) / search->n_slices;
-    astrovl_hit *hits = search->hits + (size_t)slice * (size_t)search->k, hit;
+    const avl__search *s = (const avl__search *)context;
+    const int64_t end = s->rows.n_rows * (slice + 1) / s->n_slices;
+    const int n_dims = s->rows.n_dims;
+    astrovl_hit *hits = s->hits + (size_t)slice * s->k, hit;
     (void)thread;
-    for (; row < end; row++) {
-        hit.row = row;
-        hit.score = search->kernels->dot_f16(search->rows + (size_t)row * 2 * (size_t)search->n_dims, search->query, search->n_dims);
-        if (!(hit.score >= -FLT_MAX)) hit.score = -FLT_MAX;   // not a number: a row of a damaged index comes last
-        avl__hits_offer(hits, &search->n_hits[slice], search->k, hit);
+    for (hit.row = s->rows.n_rows * slice / s->n_slices; hit.row < end; hit.row++) {
+        hit.score = s->kernels->dot_f16((const uint8_t *)s->rows.data + (size_t)hit.row * 2 * n_dims, s->query, n_dims);
+        if (!(hit.score >= -FLT_MAX)) hit.score = -FLT_MAX;      // NaN, in a damaged index: comes last
+        avl__hits_insert(hits, &s->n_hits[slice], s->k, hit);
     }
 }
 
-// The slices' hits joined into the first slice's, best first; returns how many.
-static int avl__search_join(avl__search *search, astrovl_hit *hits) {
-    int n = 0, slice, i;
-    for (slice = 0; slice < search->n_slices; slice++)
-        for (i = 0; i < search->n_hits[slice]; i++) avl__hits_offer(hits, &n, search->k, search->hits[(size_t)slice * (size_t)search->k + (size_t)i]);
-    for (i = n - 1; i > 0; i--) {   // the worst of the heap goes to its end, again and again
-        astrovl_hit worst = hits[0], last = hits[i];
-        avl__hits_sink(hits, i, 0, last);
-        hits[i] = worst;
-    }
-    return n;
-}
-
-ASTROVL_API int astrovl_search(const void *rows, int64_t n_rows, int n_dims, const float *query, int k, int n_threads,
-                               astrovl_hit *hits, astrovl_error *err) {
-    avl__search search;
-    int64_t slice_rows = k > 4096 ? k : 4096;
-    int n = -1;
+ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
+                               astrovl_error *err) {
+    avl__search s;
     avl__pool *pool;
-    if (n_rows < 0 || n_dims < 1 || k < 1 || n_threads < 0 || !query || !hits || (n_rows > 0 && !rows) ||
-        (uint64_t)n_rows > SIZE_MAX / 2 / (uint64_t)n_dims) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "astrovl_search needs rows, a query and room for k hits");
+    int64_t n_slices;
+    int n = 0, slice, i, good;
+    if (!rows || rows->n_rows < 0 || rows->n_dims < 1 || k < 1 || n_threads < 0 || !query || !hits ||
+        (rows->n_rows > 0 && !rows->data) || (uint64_t)rows->n_rows > SIZE_MAX / 2 / (uint64_t)rows->n_dims) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a search needs rows, a query and room for k hits");
         return -1;
     }
-    memset(&search, 0, sizeof search);
-    search.kernels = avl__choose_kernels(ASTROVL_FAST, NULL);
-    search.rows = (const uint8_t *)rows;
-    search.query = query;
-    search.n_rows = n_rows;
-    search.n_dims = n_dims;
-    search.k = k;
-    search.n_slices = n_rows / slice_rows > 256 ? 256 : n_rows / slice_rows > 1 ? (int)(n_rows / slice_rows) : 1;
+    memset(&s, 0, sizeof s);
+    s.kernels = avl__choose_kernels(ASTROVL_FAST, NULL);
+    s.rows = *rows;
+    s.query = query;
+    s.k = k;
+    n_slices = rows->n_rows / (k > 4096 ? k : 4096);
+    s.n_slices = n_slices > 256 ? 256 : n_slices > 1 ? (int)n_slices : 1;
+    s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)k, sizeof *s.hits);
+    s.n_hits = (int *)avl__alloc((uint64_t)s.n_slices, sizeof *s.n_hits);
     pool = avl__pool_new(n_threads ? n_threads : avl__n_processors());
-    search.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)search.n_slices * (uint64_t)k, sizeof *search.hits);
-    search.n_hits = (int *)avl__alloc((uint64_t)search.n_slices, sizeof *search.n_hits);
-    if (pool && search.hits && search.n_hits) {
-        avl__pool_run(pool, avl__search_slice, &search, search.n_slices);
-        n = avl__search_join(&search, hits);
-    } else avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
-    if (pool) avl__pool_free(pool);
-    astrovl_free(search.hits);
-    astrovl_free(search.n_hits);
-    return n;
+    good = pool && s.hits && s.n_hits;
+    if (good) {
+        avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
+        for (slice = 0; slice < s.n_slices; slice++)
+            for (i = 0; i < s.n_hits[slice]; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * k + i]);
+    } else {
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
+    }
+    avl__pool_free(pool);
+    astrovl_free(s.hits);
+    astrovl_free(s.n_hits);
+    return good ? n : -1;
 }
 
 // ====================================================================================================================

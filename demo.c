@@ -254,7 +254,7 @@ static const option_spec option_table[] = {
     ON("clip", 0, clip, TOKENS, "print the ids by the vocabulary of CLIP's text tower (with its --special)"),
     ON("decode", 0, decode, TOKENS, "the other way: the text is ids, print what they spell"),
     ON("full", 0, full, INSPECT, "print long arrays and strings whole"),
-    ON("check", 0, check, INSPECT, "say whether the files together can be run, and all that they lack"),
+    ON("check", 0, check, INSPECT, "say whether the files together can be run, or what they lack"),
     WHOLE("max-tokens", 'n', how.max_tokens, 1, 1000000, GENERATE, "at most N tokens (256; trace 1, summarize 512)"),
     REAL("temperature", 't', how.temperature, 100, "0: the likeliest token (default); 1: by the model's odds"),
     WHOLE("top-k", 0, how.top_k, 0, 1000000000, GENERATE, "draw from the N likeliest tokens (default 0: all)"),
@@ -400,7 +400,6 @@ struct program {
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
     union block       *memory;             // what new_memory gave
-    list               problems;           // of the files that inspect --check looks at
 };
 
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
@@ -481,7 +480,7 @@ static void find_shipped(const char *argv0, const char *name, char *path) {
 
 // Opens the files of -m, or the shipped model. Like other functions below it ends the program where nothing can go on.
 static void open_model(program *p) {
-    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
+    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template};
     if (p->o.models.n == 0 && !p->shipped[0])
         exit(fail("the shipped model " SHIPPED_MODEL " is neither beside the program nor in " ASTROVL_DATA_DIR
                   "; name one with -m"));
@@ -525,11 +524,10 @@ static int on_text(void *user, const char *text, size_t size) {
     return g_interrupted || p->stop;
 }
 
-// tap, share: may be NULL
-static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *user,
-                                    astrovl_session *share) {
+// tap: may be NULL
+static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *user) {
     const char *isa = getenv("ASTROVL_ISA");
-    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, isa, share};
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, isa};
     astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
     if (!session) exit(failed(p));
     return session;
@@ -537,7 +535,7 @@ static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap t
 
 static void open_model_and_session(program *p) {
     open_model(p);
-    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL, NULL);
+    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL);
 }
 
 // Turns of several conversations. Ctrl-C ends them and not the program.
@@ -768,7 +766,8 @@ static int answer_each(program *p, int n_images, const char *prompt) {
     if (p->o.together) return answer_images(p, paths, 1, n_images, 0, prompt);
     p->counting = batch > 1;               // answers are printed when all of their batch are there
     p->started = time(NULL);
-    for (i = 1; i < batch && i < n_images; i++) p->more[i] = new_session(p, ASTROVL_FAST, NULL, NULL, p->session);
+    for (i = 1; i < batch && i < n_images; i++)
+        if (!(p->more[i] = astrovl_session_fork(p->session, p->o.ctx, &p->err))) exit(failed(p));
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
         if (p->counting) draw_bar(p, "images", i, n_images, 0);
         status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1,
@@ -1080,35 +1079,53 @@ static void print_model(program *p, const list *paths) {
     else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
-static void on_problem(void *user, const char *message) {
-    program *p = (program *)user;
-    list_add(p, &p->problems, message, strlen(message));
+// What whole files lack to be of use together; NULL: nothing.
+static const char *lacking(const astrovl_info *m) {
+    const int images = m->has_joint_image;
+    if (m->has_text && !m->has_vocab)
+        return "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or "
+               "tokenizer.json next to its weights";
+    if (m->has_projector && !m->has_text)
+        return "there is no language model, which answers are made with: give its file as well (-m FILE)";
+    if (m->has_vision && !m->has_projector && !images)
+        return "the vision tower has neither a projector (mm.0.weight) nor a projection (visual_projection.weight): "
+               "convert it again, with that part";
+    if (images && !m->has_joint_text && !m->has_text)
+        return "there is no text tower (t.*), which images are compared with: give its file as well (-m FILE), or "
+               "convert the model again with both towers";
+    if (m->has_joint_text && !images)
+        return "there is no vision tower with a projection (v.*, visual_projection.weight), which texts are compared "
+               "with: give its file as well (-m FILE), or convert the model again with both towers";
+    if (m->has_vocab && !m->has_text && !m->has_vision && !m->has_joint_text)
+        return "there is a vocabulary and nothing else: give the file with the weights as well (-m FILE)";
+    return NULL;
 }
 
-// --check: which commands the files can be used with, or all that they lack.
+// --check: which commands the files can be used with, or the first problem.
 static int check_model(program *p, const list *paths) {
     static const struct { const char *command; int use; } rows[] = {
         {"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1}, {"summarize", 1}, {"score", 2}, {"describe", 2},
         {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
-    astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
     const astrovl_info *m = &p->info;
+    const char *problem;
     int i, uses[5];
-    p->model = astrovl_open_files(paths->items, paths->n, &how, &p->err);
-    if (p->model) astrovl_get_info(p->model, &p->info);
-    else if (!p->problems.n) on_problem(p, p->err.message);
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    astrovl_get_info(p->model, &p->info);
+    problem = p->model ? lacking(m) : p->err.message;
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
-    if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
-    else printf(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n");
+    if (p->o.json) put_json("{runnable:%b commands:[", !problem);
+    else if (problem) printf("these files make up no model that astrovl can run:\n- ");
+    else printf("these files can be used with");
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
-        if (uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
+        if (!problem && uses[rows[i].use])
+            p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
     if (p->o.json) put_json("] problems:[");
-    else if (p->model) puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
-    for (i = 0; i < p->problems.n; i++)
-        if (p->o.json) put_json("%s", p->problems.items[i]);
-        else printf("- "), print_safe(stdout, p->problems.items[i]), putchar('\n');
+    if (p->o.json && problem) put_json("%s", problem);
     if (p->o.json) put_json("]}\n");
-    return p->model ? EXIT_OK : EXIT_FAILED;
+    else if (problem) print_safe(stdout, problem), putchar('\n');
+    else puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
+    return problem ? EXIT_FAILED : EXIT_OK;
 }
 
 static int run_inspect(program *p) {
@@ -1802,7 +1819,7 @@ static int run_trace(program *p) {
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
-    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t, NULL);
+    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t);
     if (t->folder) {                       // before the long work, so that errors are reported at once
         path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
         if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
@@ -2288,6 +2305,7 @@ static int run_index(program *p) {
 static int run_search(program *p) {
     const char *query = p->o.image ? p->o.image : p->o.words.items[1];
     int i, k = p->o.best ? p->o.best : 10, n = 0;
+    astrovl_rows rows;
     astrovl_hit *hits;
     image_index *ix;
     float *row;
@@ -2306,9 +2324,12 @@ static int run_search(program *p) {
     row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
+    rows.data = ix->rows;
+    rows.n_rows = ix->names.n;
+    rows.n_dims = ix->n_dims;
     if (k > ix->names.n) k = ix->names.n;
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
-    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &p->err);
+    if (k) n = astrovl_search(&rows, row, k, p->o.threads, hits, &p->err);
     if (n < 0) return failed(p);
     if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {

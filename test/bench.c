@@ -863,6 +863,7 @@ static void bench_search(void) {
     float *query = (float *)new_memory((size_t)o.dims, sizeof *query);
     avl__pool *pool = avl__pool_new(o.threads ? o.threads : avl__n_processors());
     block whole = {NULL, 2 * n};
+    const astrovl_rows f16 = {rows, o.rows, o.dims};
     double search[99], read[99], start, gigabytes = (double)n * 2e-9, ratio;
     uint64_t state = 1;
     astrovl_hit hits[10];
@@ -878,7 +879,7 @@ static void bench_search(void) {
     for (i = 0; i < o.dims; i++) query[i] = (float)sin(i);
     for (i = 0; i < o.rounds; i++) {
         start = avl__seconds();
-        if (astrovl_search(rows, o.rows, o.dims, query, 10, o.threads, hits, &g_err) < 0) die("%s", g_err.message);
+        if (astrovl_search(&f16, query, 10, o.threads, hits, &g_err) < 0) die("%s", g_err.message);
         search[i] = avl__seconds() - start;
         read[i] = measure_reading(pool, &whole, 1);
     }
@@ -995,7 +996,7 @@ static void bench_accuracy(const astrovl_model *model, const char *path) {
             compare_logits(&steps, ours, row, m.n_vocab, next);
             if (next >= 0) exact += surprise(row, m.n_vocab, next);
         }
-        astrovl_session_rewind(fast, i);
+        check(astrovl_session_rewind(fast, i, &g_err));
         check(astrovl_eval_tokens(fast, tokens + i, some, ours, some, &g_err));
         for (k = 0; k < some; k++)
             compare_logits(&prompt, ours + (size_t)k * (size_t)m.n_vocab, theirs + (size_t)k * (size_t)m.n_vocab,
