@@ -586,14 +586,15 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 
 // ---- guided generation ------------------------------------------------------------------------------------------
 
-// Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text that matches
-// a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so). States are found as
-// answers reach them, and remembered: a guide belongs to one thread at a time, also where it is not const below. Several answers,
-// one after another or in a batch, may share it. The model must outlive it.
+// Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
+// that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
+// States are found as answers reach them, and remembered: a guide belongs to one thread at a time, also where it is not
+// const below. Several answers, one after another or in a batch, may share it. The model must outlive it.
 
-// A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH, groups ( )
-// and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
-// NULL and err: FORMAT or UNSUPPORTED name the byte of the pattern, LIMIT if it is too large, MODEL if the vocabulary lacks bytes.
+// A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
+// groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
+// NULL and err: FORMAT or UNSUPPORTED name the byte of the pattern, LIMIT if it is too large, MODEL if the vocabulary
+// cannot spell any such answer.
 ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err);
 // JSON that validates against a schema (json-schema.org, draft 2020-12), of which this part is understood:
 //   type           object, array, string, integer, number, boolean, null, or a list of these
@@ -602,21 +603,26 @@ ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const
 //   array          items, minItems, maxItems
 //   string         minLength, maxLength (characters)
 //   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
-// Integers have at most 15 digits, other numbers 15 before and after the point. Between the parts stands at most one space.
-// NULL and err: FORMAT or UNSUPPORTED name the place in the schema ("/properties/objects/items"), LIMIT and MODEL as above.
-ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size, astrovl_error *err);
+// Integers have at most 15 digits and are not -0; other numbers have at most 15 digits before and after the point.
+// Between the parts stands at most one space.
+// NULL and err: FORMAT or UNSUPPORTED name the place in the schema ("/properties/objects/items"), LIMIT and MODEL as
+// above.
+ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
+                                                astrovl_error *err);
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);              // NULL is allowed
-// For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in state 0.
-// The state after a token; -1 where the token may not follow, or when memory or a limit ends it (astrovl_guide_mask says so).
+// For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in 0.
+// The state after a token; -1 where the token may not follow, or on a failure, which the next astrovl_guide_mask tells.
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token);
 // 1 if the answer may end here.
 ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);
-// Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state, or as above.
+// Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state.
 ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state);
-// Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those after which
-// n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states. MEMORY; LIMIT if nothing may follow,
-// or if all states ever reached are too many (2^20). These two stick: the guide is then to be freed.
-ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits, astrovl_error *err);
+// Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
+// after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
+// ARGUMENT; LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met
+// exceed 2^20, MEMORY or LIMIT stick: the guide must be freed.
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
+                                              astrovl_error *err);
 
 // ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) ------------------------------------------------
 
@@ -9690,14 +9696,15 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
 
 // ====================================================================================================================
 // [12] Generation
-// From logits to text: penalties, truncation and sampling; answers that keep to a pattern or a JSON schema; stop texts and
-// streaming; then the calls that put it together, from a turn of a conversation to a caption in one line.
+// From logits to text: penalties, truncation and sampling; answers that keep to a pattern or a JSON schema; stop texts
+// and streaming; then the calls that put it together, from a turn of a conversation to a caption in one line.
 // ====================================================================================================================
 
 // ---- sampling ------------------------------------------------------------------------------------------------------
 
 // logits of recent tokens: divided by the penalty if positive, multiplied if negative (Keskar et al. 2019, CTRL)
-static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history, int n_history) {
+static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history,
+                          int n_history) {
     int window = o->repetition_window > 0 ? o->repetition_window : 64;
     int first = n_history > window ? n_history - window : 0, i, j;
     if (!(o->repetition_penalty > 0.0f) || o->repetition_penalty == 1.0f) return;
@@ -9724,11 +9731,11 @@ static double avl__amount_above(const float *p, int n, float threshold, int coun
     return amount;
 }
 
-// Keeps the largest values of p >= 0 until their number or sum reaches `wanted`, among equals the lowest index first, and
-// zeroes the rest. The smallest value to keep is found by bisection over the bits of positive floats, which are ordered
-// like the floats themselves: 31 passes over p, without sorting and without memory.
+// Keeps the largest values of p >= 0 until their number or sum reaches `wanted`, among equals the lowest index first,
+// and zeroes the rest. The smallest value to keep is found by bisection over the bits of positive floats, which are
+// ordered like the floats themselves: 31 passes over p, without sorting and without memory.
 static void avl__keep_largest(float *p, int n, double wanted, int count) {
-    uint32_t low = 1, high = 0x7F800000u;   // the values from `low` on reach `wanted`, or are all; those from `high` on do not
+    uint32_t low = 1, high = 0x7F800000u;   // values from `low` on suffice, or are all; from `high` on not
     float cut;
     double kept;
     int i;
@@ -9746,8 +9753,8 @@ static void avl__keep_largest(float *p, int n, double wanted, int count) {
     }
 }
 
-ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options, const int32_t *history,
-                                   int n_history, uint64_t *random_state) {
+ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options,
+                                   const int32_t *history, int n_history, uint64_t *random_state) {
     float max;
     double total = 0.0, at;
     int32_t last = 0;
@@ -9776,13 +9783,13 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 }
 
 // ---- guided generation: expressions --------------------------------------------------------------------------------
-// A pattern or a schema becomes a regular expression over bytes. The derivative of an expression by a byte describes what
-// may follow that byte (Brzozowski 1964, doi 10.1145/321239.321249; Owens, Reppy & Turon 2009, doi
-// 10.1017/S0956796808007090). So an answer's state is the derivative by the answer's bytes, and a token may follow if the
-// derivative by its bytes matches anything (Willard & Louf 2023, arXiv 2307.09702).
-// Equal expressions are one node, and nodes never change: they stand in a table that only grows, and refer to each other by
-// their numbers. Derivatives are computed when they are first needed, and remembered. The first failure sticks to the guide;
-// from then on all new expressions are NONE.
+// A pattern or a schema becomes a regular expression over bytes. The derivative of an expression by a byte describes
+// what may follow that byte (Brzozowski 1964, doi 10.1145/321239.321249; Owens, Reppy & Turon 2009, doi
+// 10.1017/S0956796808007090). So an answer's state is the derivative by the answer's bytes, and a token may follow if
+// the derivative by its bytes matches anything (Willard & Louf 2023, arXiv 2307.09702).
+// Equal expressions are one node, and nodes never change: they stand in a table that only grows, and refer to each
+// other by their numbers. Derivatives are computed when they are first needed, and remembered. The first failure sticks to
+// the guide; from then on all new expressions are NONE.
 
 #define AVL__GUIDE_NODES  (1 << 20)    // expressions
 #define AVL__GUIDE_TABLE  (1 << 25)    // known derivatives
@@ -9808,16 +9815,16 @@ typedef struct avl__re {
     int32_t  kind, a, b, min, max;
     int32_t  chain;               // the next node of the same place in `heads`; 0: none
     uint32_t mark;                // the last alternative it was put in
-    int32_t  least, first;        // bytes of the shortest text that matches and can be spelled with tokens of one byte, 0: the
-                                  // answer may end here; its first byte
-    int32_t  worst, min_tokens;   // the most that `least` can be later on; tokens that spell that text, -1: not known yet
+    int32_t  least, first;        // bytes of the shortest text that matches and that one-byte tokens can spell (0: the
+                                  // answer may end here); its first byte
+    int32_t  worst, min_tokens;   // the most that `least` can be later on; tokens that spell the text, -1: unknown yet
     int32_t  next;                // the derivatives' place in guide.next; -1: none is known yet
     int32_t  blurred, mask;       // the node whose mask this one has, too; that mask's place, if mask_owner agrees
 } avl__re;
 
 typedef struct avl__guide_token {
     uint32_t start;               // in guide.bytes
-    uint8_t  size, shared;        // 0: it may not stand in an answer; how many of its first bytes the token before has, too
+    uint8_t  size, shared;        // 0: it never follows; how many of its first bytes the token before has, too
 } avl__guide_token;
 
 struct astrovl_guide {
@@ -9829,9 +9836,9 @@ struct astrovl_guide {
     avl__re      *nodes;
     size_t        n_nodes, node_capacity;
     int32_t       heads[AVL__GUIDE_HEADS];        // nodes by their hash
-    avl__tokens   next, stack;                    // next: [...][n_classes], -1: not known; stack: parts of what is being built
+    avl__tokens   next, stack;                    // derivatives, [][n_classes], -1: unknown yet; parts of new nodes
     uint32_t      mark;
-    uint8_t       classes[256], byte_of[256];     // bytes that no RANGE tells apart are a class; the lowest byte of each
+    uint8_t       classes[256], byte_of[256];     // bytes that no RANGE tells apart are a class; its lowest byte
     int           n_classes;
     avl__guide_token *tokens;                     // [n_vocab]
     int          *order, n_order;                 // those with bytes, sorted by them
@@ -9844,8 +9851,9 @@ struct astrovl_guide {
 };
 
 static int avl__guide_fail(astrovl_guide *g, astrovl_status status) {   // MEMORY or LIMIT; returns NONE
-    const char *format = status == ASTROVL_ERROR_MEMORY ? "%s: out of memory" : "%s: needs too many states or steps; %s";
-    if (!g->failure.status) avl__fail(&g->failure, status, format, g->name, g->advice);
+    if (g->failure.status) return AVL__NONE;
+    if (status == ASTROVL_ERROR_MEMORY) avl__fail(&g->failure, status, "%s: out of memory", g->name);
+    else avl__fail(&g->failure, status, "%s: needs too many states or steps; %s", g->name, g->advice);
     return AVL__NONE;
 }
 
@@ -9867,9 +9875,9 @@ static int avl__re_cat(astrovl_guide *g, int a, int b);
 static int avl__re_or(astrovl_guide *g, int a, int b);
 static int avl__re_repeat(astrovl_guide *g, int a, int min, int max);
 
-// What a new node says about the texts it matches, from what its parts say about theirs; and its blurred node. A mask asks
-// what one token can do, so counts above the longest token's bytes make no difference: they become longest + 1 at least and
-// no limit at most. So all states far from the end of a long string share a mask.
+// What a new node says about the texts it matches, from what its parts say about theirs; and its blurred node. A mask
+// asks what one token can do, so counts above the longest token's bytes make no difference: they become longest + 1 at
+// least and no limit at most. So all states far from the end of a long string share a mask.
 static void avl__re_finish(astrovl_guide *g, int node) {
     avl__re x = g->nodes[node];
     const avl__re a = g->nodes[x.kind > AVL__RANGE ? x.a : 0], b = g->nodes[x.kind > AVL__RANGE ? x.b : 0];
@@ -9917,7 +9925,8 @@ static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int m
     head = &g->heads[(hash ^ hash >> 15) % AVL__GUIDE_HEADS];
     for (i = *head; i != 0; i = g->nodes[i].chain, g->work++) if (memcmp(&g->nodes[i], key, sizeof key) == 0) return i;
     if (g->n_nodes == AVL__GUIDE_NODES || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
-    if (!avl__grow(&g->nodes, &g->node_capacity, g->n_nodes + 1, sizeof x)) return avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    if (!avl__grow(&g->nodes, &g->node_capacity, g->n_nodes + 1, sizeof x))
+        return avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
     i = (int)g->n_nodes++;
     x.chain = *head;
     *head = i;
@@ -9935,7 +9944,8 @@ static int avl__re_cat(astrovl_guide *g, int a, int b) {
 static int avl__re_repeat(astrovl_guide *g, int a, int min, int max) {
     if (a == AVL__NONE || (min == 1 && max == 1)) return a;
     if (a == AVL__EMPTY || max == 0) return AVL__EMPTY;
-    return avl__re_make(g, AVL__REPEAT, a, 0, g->nodes[a].least == 0 ? 0 : min, max);   // the empty text fills up the count
+    if (g->nodes[a].least == 0) min = 0;   // the empty text fills up the count
+    return avl__re_make(g, AVL__REPEAT, a, 0, min, max);
 }
 
 static int avl__int_order(const void *context, int a, int b) {
@@ -9981,10 +9991,10 @@ static int avl__re_text(astrovl_guide *g, const char *data, size_t size, int the
     return then;
 }
 
-// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: the encodings of each piece are
-// all combinations of one range for each byte.
+// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: the encodings of each piece
+// are all combinations of one range for each byte.
 static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) {
-    static const uint32_t tops[] = {0x7F, 0x7FF, 0xD7FF, 0xFFFF, 0x10FFFF};   // where encodings get longer, or a gap begins
+    static const uint32_t tops[] = {0x7F, 0x7FF, 0xD7FF, 0xFFFF, 0x10FFFF};   // encodings get longer, or a gap begins
     while (low <= high && !g->failure.status) {
         uint32_t top, last, m = 0;
         char from[4], to[4];
@@ -10000,10 +10010,13 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
             if ((low & m) == 0 && (low | m) <= top) break;
         }
         if (n_free == 0) m = 0;
-        if (n_free < n - 1 && (low | (m << 6 | 0x3F)) < top) top = low | (m << 6 | 0x3F);   // the bytes before stay the same
+        if (n_free < n - 1 && (low | (m << 6 | 0x3F)) < top) top = low | (m << 6 | 0x3F);   // one byte before varies
         last = ((top + 1) & ~m) - 1;
         avl__utf8_write(last, to);
-        for (i = n; i-- > 0;) piece = avl__re_cat(g, avl__re_make(g, AVL__RANGE, (uint8_t)from[i], (uint8_t)to[i], 0, 0), piece);
+        for (i = n; i-- > 0;) {
+            int range = avl__re_make(g, AVL__RANGE, (uint8_t)from[i], (uint8_t)to[i], 0, 0);
+            piece = avl__re_cat(g, range, piece);
+        }
         avl__push(g, piece);
         low = last + 1;
     }
@@ -10012,8 +10025,8 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 // ---- guided generation: derivatives --------------------------------------------------------------------------------
 //   d(RANGE) = EMPTY if the byte is in it, else NONE        d(ALT) = the alternative of the members' derivatives
 //   d(a b) = d(a) b, or also d(b) if a matches ""           d(a{min,max}) = d(a) a{min-1,max-1}
-// d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the pattern
-// has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
+// d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
+// pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
 
 static int avl__re_derive(astrovl_guide *g, int x, int c);
 
@@ -10112,8 +10125,8 @@ static void avl__guide_read_tokens(astrovl_guide *g) {
     }
 }
 
-// The first place in g->order whose token's byte `depth` is at least `byte`, of the places from low to high, whose tokens have
-// the same bytes before.
+// The first place in g->order whose token's byte `depth` is at least `byte`, of the places from low to high, whose
+// tokens have the same bytes before.
 static int avl__guide_narrow(const astrovl_guide *g, int low, int high, int depth, int byte) {
     while (low < high) {
         int middle = low + (high - low) / 2;
@@ -10124,15 +10137,15 @@ static int avl__guide_narrow(const astrovl_guide *g, int low, int high, int dept
     return low;
 }
 
-// The fewest tokens that spell the shortest text from node x to an end, or NEVER. If they are k > 0, some token leads to a node
-// where they are at most k - 1; so an answer that allows a token only where enough are left can always end.
+// The fewest tokens that spell the shortest text from node x to an end, or NEVER. If they are k > 0, some token leads
+// to a node where they are at most k - 1; so an answer that allows a token only where enough are left can always end.
 static int avl__min_tokens(astrovl_guide *g, int x) {
     size_t base = g->stack.size;
     if (g->nodes[x].least == AVL__GUIDE_NEVER) return AVL__GUIDE_NEVER;
     for (; g->nodes[x].min_tokens < 0 && !g->failure.status; x = avl__re_step(g, x, g->classes[g->nodes[x].first]))
         avl__push(g, x);
     while (g->stack.size > base && !g->failure.status) {   // from the end: a token, and those after it
-        int depth, low = 0, high = g->n_order, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size];
+        int depth, low = 0, high = g->n_order, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size], n;
         x = y;
         for (depth = 0; depth < g->longest && g->nodes[y].least > 0; depth++) {
             int byte = g->nodes[y].first;
@@ -10140,7 +10153,8 @@ static int avl__min_tokens(astrovl_guide *g, int x) {
             high = avl__guide_narrow(g, low, high, depth, byte + 1);
             if (low == high) break;
             y = avl__re_step(g, y, g->classes[byte]);
-            if (g->tokens[g->order[low]].size == depth + 1 && g->nodes[y].min_tokens < best) best = g->nodes[y].min_tokens + 1;
+            n = g->nodes[y].min_tokens + 1;
+            if (g->tokens[g->order[low]].size == depth + 1 && n < best) best = n;
         }
         g->nodes[x].min_tokens = best;
     }
@@ -10153,14 +10167,14 @@ static int avl__guide_node(const astrovl_guide *g, int state) {
     return state ? state : g->start;
 }
 
-// SentencePiece vocabularies begin an answer with a token that begins with a space ("_{"): where the answer itself may not,
-// that space is dropped from the first token. Returns the bytes dropped, 0 or 1.
+// SentencePiece vocabularies begin an answer with a token that begins with a space ("_{"): where the answer itself may
+// not, that space is dropped from the first token. Returns the bytes dropped, 0 or 1.
 static size_t avl__guide_skip(astrovl_guide *g, int state, const char *bytes, size_t size) {
     return state == 0 && size > 0 && bytes[0] == ' ' && avl__re_step(g, g->start, g->classes[' ']) == AVL__NONE;
 }
 
-// Bits of the tokens that may follow node x, if `limit` more tokens are to suffice after them. A token's walk begins where
-// that of the token before it passed their last shared byte; if that one was refused earlier, so is this one.
+// Bits of the tokens that may follow node x, if `limit` more tokens are to suffice after them. A token's walk begins
+// where that of the token before it passed their last shared byte; if that one was refused earlier, so is this one.
 static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_t *mask) {
     const avl__vocab *vocab = &g->model->vocab;
     int at[AVL__GUIDE_TOKEN + 1], i, n, reached = 0;
@@ -10179,13 +10193,15 @@ static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_
         }
         reached = n;
         if (n < t->size || (skip && n == 1 && bytes[0] == ' ')) continue;
-        if (g->nodes[at[n]].least <= limit || avl__min_tokens(g, at[n]) <= limit) mask[id / 32] |= (uint32_t)1 << id % 32;
+        if (g->nodes[at[n]].least > limit && avl__min_tokens(g, at[n]) > limit) continue;
+        mask[id / 32] |= (uint32_t)1 << id % 32;
     }
     for (i = 0; g->nodes[x].least == 0 && i < g->n_vocab && i < vocab->n_tokens; i++)
         if (vocab->ends[i]) mask[i / 32] |= (uint32_t)1 << i % 32;
 }
 
-ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits, astrovl_error *err) {
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
+                                              astrovl_error *err) {
     astrovl_guide *g = guide;
     const float never = avl__float_from_bits(0xFF800000u);   // -infinity
     int x = avl__guide_node(g, state), any = 0, skip, owner, slot, i;
@@ -10195,8 +10211,8 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
     g->work = 0;
     if (n_left < g->nodes[x].least && n_left < avl__min_tokens(g, x) && !g->failure.status)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer needs at least %d more tokens; it has %d",
-                         g->nodes[x].min_tokens, n_left);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer needs at least %d more "
+                         "tokens; it has %d", g->nodes[x].min_tokens, n_left);
     skip = (int)avl__guide_skip(g, state, " ", 1);
     mask = g->scratch;
     owner = state ? g->nodes[x].blurred : 0;   // whose mask it is; 0: the start's
@@ -10297,15 +10313,15 @@ static int avl__regex_take(avl__regex *r, int c) {
 static int32_t avl__hex(const char *p, int n) {
     int32_t value = 0;
     for (; n > 0; n--, p++) {
-        int c = *p, digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
-        if (digit < 0) return -1;
-        value = value << 4 | digit;
+        int c = *p >= 'A' && *p <= 'F' ? *p - 'A' + 'a' : *p;
+        if (!(c >= '0' && c <= '9') && !(c >= 'a' && c <= 'f')) return -1;
+        value = value << 4 | (c <= '9' ? c - '0' : c - 'a' + 10);
     }
     return value;
 }
 
-// The code point after \u, written XXXX or as two units of UTF-16, XXXX\uXXXX, and in *size its bytes. Half a surrogate pair is
-// returned as it stands; -1: these are no four digits.
+// The code point after \u, written XXXX or as two units of UTF-16, XXXX\uXXXX, and in *size its bytes. Half a surrogate
+// pair is returned as it stands; -1: these are no four digits.
 static int32_t avl__unicode_escape(const char *p, size_t *size) {
     int32_t unit = avl__hex(p, 4), low;
     *size = 4;
@@ -10335,12 +10351,13 @@ static int avl__regex_char(avl__regex *r) {
         return c < 0xD800 || c > 0xDFFF ? c : avl__regex_wrong(r, start, "half a surrogate pair is no character");
     }
     if (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z'))
-        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: \\d \\w \\s "
-                               "\\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
+        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: "
+                               "\\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
     return c;
 }
 
-// A set of characters is collected on the stack, as numbers that sort: 2 low, and 2 (high + 1) + 1 where a range has ended.
+// A set of characters is collected on the stack, as numbers that sort: 2 low, and 2 (high + 1) + 1 where a range has
+// ended.
 static void avl__set_add(avl__regex *r, int low, int high) {
     avl__push(r->g, 2 * low);
     avl__push(r->g, 2 * high + 3);
@@ -10390,7 +10407,8 @@ static int avl__regex_brackets(avl__regex *r) {   // after [
         int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r), high = low;
         if (r->at + 2 <= r->size && r->text[r->at] == '-' && r->text[r->at + 1] != ']') {
             r->at++;
-            if (is_class || avl__regex_class(r)) return avl__regex_wrong(r, at, "a range goes from a character to another");
+            if (is_class || avl__regex_class(r))
+                return avl__regex_wrong(r, at, "a range goes from a character to another");
             high = avl__regex_char(r);
         }
         if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
@@ -10407,13 +10425,13 @@ static int avl__regex_atom(avl__regex *r) {
     size_t at = r->at, base = r->g->stack.size;
     int c = avl__regex_peek(r), x, negate;
     if (c > 0 && strchr("*+?{", c))
-        return avl__regex_wrong(r, at, "nothing stands here to be repeated (a literal one is written with a \\ before it)");
+        return avl__regex_wrong(r, at, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
     if (c == '^' || c == '$')
         return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the ends of the pattern");
     if (avl__regex_take(r, '[')) return avl__regex_brackets(r);
     if (avl__regex_take(r, '(')) {
         if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
-            return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "of the groups that begin with (? only (?: is understood");
+            return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
         if (++r->depth > AVL__GUIDE_DEPTH)
             return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
         x = avl__regex_alternatives(r);
@@ -10484,8 +10502,8 @@ static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
 }
 
 // ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
-// A text is validated once, in a copy that ends with a zero byte. After that a value is a pointer to its first byte, a member
-// a pointer to its name, and the accessors rely on text that is known to be right.
+// A text is validated once, in a copy that ends with a zero byte. After that a value is a pointer to its first byte, a
+// member a pointer to its name, and the accessors rely on text that is known to be right.
 
 static const char *avl__json_space(const char *p) { return p + strspn(p, " \t\n\r"); }
 
@@ -10495,7 +10513,7 @@ static const char *avl__json_char(const char *p, char utf8[4], size_t *size) {
     const char *letter = *p == '\\' && p[1] ? strchr(letters, p[1]) : NULL;
     size_t length = 0;
     int32_t c;
-    if (*p != '\\') c = (uint8_t)*p < 32 ? -1 : avl__utf8_read(p, 4, &length);   // 4: the final zero ends a character, too
+    if (*p != '\\') c = (uint8_t)*p < 32 ? -1 : avl__utf8_read(p, 4, &length);   // 4: it stops at the final zero
     else if (letter) c = meanings[letter - letters];
     else c = p[1] == 'u' ? avl__unicode_escape(p + 2, &length) : -1;
     if (c < 0 || (c >= 0xD800 && c <= 0xDFFF)) return NULL;
@@ -10544,7 +10562,8 @@ static int avl__json_is(const char *p, const char *text) {   // whether p is a s
 // The value of an object's member; NULL: it has none of that name. Of several, the last, as in Python.
 static const char *avl__json_get(const char *object, const char *name) {
     const char *p, *found = NULL;
-    for (p = avl__json_first(object); p; p = avl__json_next_member(p)) if (avl__json_is(p, name)) found = avl__json_value(p);
+    for (p = avl__json_first(object); p; p = avl__json_next_member(p))
+        if (avl__json_is(p, name)) found = avl__json_value(p);
     return found;
 }
 
@@ -10640,18 +10659,20 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     const char *object, *found = NULL, *p, *at, *wrong = NULL;
     char *copy = NULL, **list = NULL, *text, utf8[4];
     size_t n_strings = 0, length;
+    int is_array;
     if (n) *n = 0;
-    if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: a text, a member's name or a place for the count is missing");
+    if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
     else copy = avl__json_read("JSON", json, size, &failure);
     object = copy ? avl__json_space(copy) : NULL;
     if (object && *object == '{') found = avl__json_get(object, key);
     else if (object) avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
-    for (p = found && *found == '[' ? avl__json_first(found) : found; p; p = *found == '[' ? avl__json_next(p) : NULL) n_strings++;
+    is_array = found && *found == '[';
+    for (p = is_array ? avl__json_first(found) : found; p; p = is_array ? avl__json_next(p) : NULL) n_strings++;
     if (!failure.status && !(list = (char **)avl__alloc_raw(n_strings * sizeof *list + size, 1)))
         avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
     text = list ? (char *)(list + n_strings) : NULL;   // with their quotes the strings were longer in the JSON text
     n_strings = 0;
-    for (p = found && *found == '[' ? avl__json_first(found) : found; p && list; p = *found == '[' ? avl__json_next(p) : NULL) {
+    for (p = is_array ? avl__json_first(found) : found; p && list; p = is_array ? avl__json_next(p) : NULL) {
         if (*p != '"') wrong = "is neither a string nor an array of strings";
         list[n_strings++] = text;
         for (at = p + 1; !wrong && *at != '"'; text += length) {
@@ -10677,7 +10698,8 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
 
 enum { AVL__OBJECT, AVL__ARRAY, AVL__STRING, AVL__INTEGER, AVL__NUMBER, AVL__BOOLEAN, AVL__NULL, AVL__N_KINDS };
 
-static const char *const avl__kinds[AVL__N_KINDS] = {"object", "array", "string", "integer", "number", "boolean", "null"};
+static const char *const avl__kinds[AVL__N_KINDS] = {
+    "object", "array", "string", "integer", "number", "boolean", "null"};
 
 enum { AVL__N_KEYWORDS = 19, AVL__N_NOTES = 7 };
 
@@ -10699,8 +10721,10 @@ static int avl__schema_fail(avl__schema *s, const char *p, astrovl_status status
     size_t n;
     while (value != p && item != p) {   // down to the item or member that p is or lies in
         int is_object = *value == '{', i = 0;
-        for (next = avl__json_first(value); next && next <= p; next = is_object ? avl__json_next_member(next) : avl__json_next(next), i++)
+        for (next = avl__json_first(value); next && next <= p; i++) {
             item = next;
+            next = is_object ? avl__json_next_member(item) : avl__json_next(item);
+        }
         value = is_object ? avl__json_value(item) : item;
         avl__format(text, sizeof text, "/%d", i - 1);
         avl__bytes_put(&path, text, is_object ? 1 : strlen(text));
@@ -10733,7 +10757,7 @@ static int avl__schema_kinds(avl__schema *s, const char *type) {
         kinds |= 1 << i;
     }
     if (kinds > 0 && kinds < 1 << AVL__N_KINDS) return kinds;
-    return avl__schema_wrong(s, type, "a type is object, array, string, integer, number, boolean or null, or an array of these");
+    return avl__schema_wrong(s, type, "a type is object, array, string, integer, number, boolean, null or a list");
 }
 
 static int avl__schema_count(avl__schema *s, const char *value, int absent) {   // a limit, such as minItems
@@ -10746,7 +10770,8 @@ static int avl__schema_count(avl__schema *s, const char *value, int absent) {   
 }
 
 // Items with `between` between them, in brackets or quotes; their number lies between two limits.
-static int avl__schema_list(avl__schema *s, const char *least, const char *most, int item, int between, const char *ends) {
+static int avl__schema_list(avl__schema *s, const char *least, const char *most, int item, int between,
+                            const char *ends) {
     astrovl_guide *g = s->g;
     int min = avl__schema_count(s, least, 0), max = avl__schema_count(s, most, -1), end, more, x;
     if (max >= 0 && min > max) avl__schema_wrong(s, least, "the least (minItems, minLength) is more than the most");
@@ -10778,22 +10803,23 @@ static int avl__schema_literal(avl__schema *s, const char *p) {
         if (!strchr(" \t\n\r", *p)) avl__bytes_put(&text, p, 1);
         p++;
     }
-    x = text.failed ? avl__guide_fail(s->g, ASTROVL_ERROR_MEMORY) : avl__re_text(s->g, text.data, text.size, AVL__EMPTY);
+    if (text.failed) x = avl__guide_fail(s->g, ASTROVL_ERROR_MEMORY);
+    else x = avl__re_text(s->g, text.data, text.size, AVL__EMPTY);
     astrovl_free(text.data);
     return x;
 }
 
 static int avl__schema_expr(avl__schema *s, const char *schema);
 
-// Members in the order of `properties`. They are put together from the last to the first, as two expressions: what follows
-// where nothing is written yet, and what follows a member.
+// Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
+// follows where nothing is written yet, and what follows a member.
 static int avl__schema_object(avl__schema *s, const char *schema) {
     const char *properties = avl__json_get(schema, "properties"), *required = avl__json_get(schema, "required"), *p;
     const char *additional = avl__json_get(schema, "additionalProperties");
     astrovl_guide *g = s->g;
     size_t base = g->stack.size, n, i;
     int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first, name;
-    uint32_t known = g->mark + 1;   // the mark of properties' names (equal texts are one node); known + 1: required, too
+    uint32_t known = g->mark + 1;   // the mark of properties' names (equal texts are one node); + 1: required, too
     g->mark += 2;
     if (properties && *properties != '{') return avl__schema_wrong(s, properties, "properties is an object");
     if (required && *required != '[') return avl__schema_wrong(s, required, "required is an array of names");
@@ -10852,9 +10878,9 @@ static int avl__schema_expr(avl__schema *s, const char *schema) {
     for (p = avl__json_first(schema); p; p = avl__json_next_member(p)) {
         for (i = 0; i < AVL__N_KEYWORDS && !avl__json_is(p, avl__keywords[i]);) i++;
         if (i == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
-            return avl__schema_unknown(s, p, "this keyword is not understood; those that are: type, properties, required, "
-                                       "additionalProperties (true, false), items, minItems, maxItems, minLength, maxLength, enum, "
-                                       "const, anyOf");
+            return avl__schema_unknown(s, p, "this keyword is not understood; those that are: type, properties, "
+                                       "required, additionalProperties (true, false), items, minItems, maxItems, "
+                                       "minLength, maxLength, enum, const, anyOf");
         if (seen >> i & 1) return avl__schema_wrong(s, p, "a second member of the same name");
         seen |= (uint32_t)1 << i;
         n_keywords += i >= AVL__N_NOTES;
@@ -10866,7 +10892,8 @@ static int avl__schema_expr(avl__schema *s, const char *schema) {
     items = avl__json_get(schema, "items");
     kinds = type ? avl__schema_kinds(s, type) : (1 << AVL__N_KINDS) - 1;
     if (values || constant) {
-        if (n_keywords > 1 + (type != NULL)) return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
+        if (n_keywords > 1 + (type != NULL))
+            return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
         if (values && *values != '[') return avl__schema_wrong(s, values, "enum is an array of values");
         for (p = values ? avl__json_first(values) : constant; p; p = values ? avl__json_next(p) : NULL) {
             kind = *p == '{' ? AVL__OBJECT : *p == '[' ? AVL__ARRAY : *p == '"' ? AVL__STRING : *p == 'n' ? AVL__NULL :
@@ -10879,12 +10906,15 @@ static int avl__schema_expr(avl__schema *s, const char *schema) {
     }
     if (any_of) {
         if (n_keywords > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
-        if (*any_of != '[' || !avl__json_first(any_of)) return avl__schema_wrong(s, any_of, "an array of schemas is expected");
-        for (p = avl__json_first(any_of); p && !g->failure.status; p = avl__json_next(p)) avl__push(g, avl__schema_expr(s, p));
+        if (*any_of != '[' || !avl__json_first(any_of))
+            return avl__schema_wrong(s, any_of, "an array of schemas is expected");
+        for (p = avl__json_first(any_of); p && !g->failure.status; p = avl__json_next(p))
+            avl__push(g, avl__schema_expr(s, p));
         return avl__re_alt(g, base);
     }
     if (!type) kinds = avl__json_get(schema, "properties") ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
-    if (!kinds) return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value at all is not understood");
+    if (!kinds)
+        return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
         switch (kind) {
@@ -10892,11 +10922,12 @@ static int avl__schema_expr(avl__schema *s, const char *schema) {
         case AVL__ARRAY:
             if (!items) return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
             x = avl__schema_expr(s, items);
-            x = avl__schema_list(s, avl__json_get(schema, "minItems"), avl__json_get(schema, "maxItems"), x, s->comma, "[]");
+            x = avl__schema_list(s, avl__json_get(schema, "minItems"), avl__json_get(schema, "maxItems"), x, s->comma,
+                                 "[]");
             break;
         case AVL__STRING:
-            x = avl__schema_list(s, avl__json_get(schema, "minLength"), avl__json_get(schema, "maxLength"), s->character,
-                                 AVL__EMPTY, "\"\"");
+            x = avl__schema_list(s, avl__json_get(schema, "minLength"), avl__json_get(schema, "maxLength"),
+                                 s->character, AVL__EMPTY, "\"\"");
             break;
         case AVL__INTEGER: x = s->integer; break;
         case AVL__NUMBER:  x = s->number; break;
@@ -10917,7 +10948,8 @@ static int avl__re_schema(astrovl_guide *g, const char *json, size_t size) {
     if (!copy) return AVL__NONE;
     s.g = g;
     s.text = avl__json_space(copy);
-    s.character = avl__re_pattern(g, "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})");
+    s.character = avl__re_pattern(g, "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|"
+                                "u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})");
     s.integer = avl__re_pattern(g, "0|-?[1-9]\\d{0,14}");
     s.number = avl__re_pattern(g, "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?");
     s.boolean = avl__re_pattern(g, "true|false");
@@ -10973,13 +11005,14 @@ ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const
     return avl__guide_build(model, pattern, 0, 0, err);
 }
 
-ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size, astrovl_error *err) {
+ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
+                                                astrovl_error *err) {
     return avl__guide_build(model, json, size, 1, err);
 }
 
 // ---- turns ---------------------------------------------------------------------------------------------------------
-// One conversation's turn, or turns of several that are written together: one token of each per step, so that the weights, whose
-// way from memory is what a step takes, are read once for all.
+// One conversation's turn, or turns of several that are written together: one token of each per step, so that the
+// weights, whose way from memory is what a step takes, are read once for all.
 
 typedef struct avl__turn {
     astrovl_turn    *asked;
@@ -11027,7 +11060,8 @@ static int avl__put_answer(avl__turn *t, int32_t token) {
         for (at = before > size ? before - size : 0; size && at < end && size <= t->text.size - at; at++)
             if (memcmp(t->text.data + at, o->stop[i], size) == 0) end = at;
         for (n = size; n > held_back; n--)
-            if (n <= t->text.size - t->n_shown && memcmp(t->text.data + t->text.size - n, o->stop[i], n) == 0) held_back = n;
+            if (n <= t->text.size - t->n_shown && memcmp(t->text.data + t->text.size - n, o->stop[i], n) == 0)
+                held_back = n;
     }
     if (end < t->text.size) {
         t->is_cut = 1;
@@ -11039,8 +11073,9 @@ static int avl__put_answer(avl__turn *t, int32_t token) {
     return 1;
 }
 
-// Writes the token after t->logits. Returns 1 if the answer goes on once this token is read; 0 when the model, the guide, a stop
-// text or a limit ends it, or on a failure (asked->err). The last token is left unread: the next turn reads it.
+// Writes the token after t->logits. Returns 1 if the answer goes on once this token is read; 0 when the model, the
+// guide, a stop text or a limit ends it, or on a failure (asked->err). The last token is left unread: the next turn
+// reads it.
 static int avl__write_token(avl__turn *t) {
     astrovl_session *s = t->s;
     const astrovl_generation *o = t->options;
@@ -11049,10 +11084,13 @@ static int avl__write_token(avl__turn *t) {
     int n_left = t->max_tokens - (int)t->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1, is_end, next = 0;
     int32_t token;
     if (guide && avl__guide_node(guide, t->state) == AVL__EMPTY) return 0;
-    if (guide && astrovl_guide_mask(guide, t->state, n_left < n_room ? n_left : n_room, t->logits, err) != ASTROVL_OK) return 0;
-    token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, t->tokens.data, (int)t->tokens.size, &t->random_state);
+    if (n_left > n_room) n_left = n_room;
+    if (guide && astrovl_guide_mask(guide, t->state, n_left, t->logits, err) != ASTROVL_OK) return 0;
+    token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, t->tokens.data, (int)t->tokens.size,
+                           &t->random_state);
     is_end = avl__vocab_is_end(&s->model->vocab, token);
-    if (guide) next = is_end ? astrovl_guide_is_accepting(guide, t->state) - 1 : astrovl_guide_next(guide, t->state, token);
+    if (guide && !is_end) next = astrovl_guide_next(guide, t->state, token);
+    if (guide && is_end && !astrovl_guide_is_accepting(guide, t->state)) next = -1;
     if (guide && guide->failure.status)
         avl__fail(err, guide->failure.status, "%s", guide->failure.message);
     else if (next < 0)
@@ -11099,18 +11137,21 @@ static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
                          astrovl_gguf_name(m->weights.files[0]));
     if (!asked->text || asked->n_images < 0 || (asked->n_images > 0 && !asked->images) || asked->n_images > 4096)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
-    if (o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) || !(o->temperature >= 0.0f) ||
-        !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) || !(o->repetition_penalty >= 0.0f))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, and min_p is at most 1");
+    if (o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) ||
+        !(o->temperature >= 0.0f) || !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) ||
+        !(o->repetition_penalty >= 0.0f))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, and "
+                         "min_p is at most 1");
     for (i = 0; i < o->n_stop; i++)
         if (!o->stop[i]) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "stop text %d is NULL", i);
     if (!o->guide) return ASTROVL_OK;
     if (o->guide->model != m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the guide was made for another model");
-    if (o->n_stop > 0) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guided answer ends as its guide says: give it no stop texts");
+    if (o->n_stop > 0)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guided answer ends as its guide says: give it no stop texts");
     i = astrovl_guide_min_tokens(o->guide, 0);
     if (t->max_tokens < i)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs at least %d tokens to end as its guide asks, and may have %d",
-                         i, t->max_tokens);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs at least %d tokens to end as its guide asks, and "
+                         "may have %d", i, t->max_tokens);
     return ASTROVL_OK;
 }
 
@@ -11145,8 +11186,8 @@ static void avl__begin_turn(avl__turn *t) {
     if (!err->status && t->text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
     if (!err->status) n_rows = avl__count_rows(s->model, &tokens);
     if (!err->status && n_rows >= s->cache.n_ctx - s->cache.n_past)
-        avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn needs %d "
-                  "and room for an answer", s->cache.n_ctx, s->cache.n_past, (int)n_rows);
+        avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn "
+                  "needs %d and room for an answer", s->cache.n_ctx, s->cache.n_past, (int)n_rows);
     if (!err->status && !(rows = avl__alloc_floats((uint64_t)n_rows * s->model->llama.n_embd)))
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %d rows", (int)n_rows);
     if (!err->status) avl__splice(s, &tokens, t->asked->images, rows, err);
@@ -11159,7 +11200,8 @@ static void avl__begin_turn(avl__turn *t) {
     astrovl_free(tokens.data);
 }
 
-// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has failed.
+// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has
+// failed.
 static void avl__end_turn(avl__turn *t) {
     astrovl_session *s = t->s;
     astrovl_error *err = &t->asked->err;
@@ -11280,8 +11322,8 @@ ASTROVL_API char *astrovl_ask(const astrovl_model *model, const astrovl_image *i
     return answer;
 }
 
-ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image, const astrovl_generation *options,
-                                  astrovl_error *err) {
+ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image,
+                                  const astrovl_generation *options, astrovl_error *err) {
     return astrovl_ask(model, image, ASTROVL_CAPTION_PROMPT, options, err);
 }
 
@@ -11295,8 +11337,8 @@ ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image
     return answer;
 }
 
-ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path, const astrovl_generation *options,
-                                       astrovl_error *err) {
+ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path,
+                                       const astrovl_generation *options, astrovl_error *err) {
     return astrovl_ask_file(model, image_path, ASTROVL_CAPTION_PROMPT, options, err);
 }
 
