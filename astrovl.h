@@ -9788,8 +9788,8 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 // 10.1017/S0956796808007090). So an answer's state is the derivative by the answer's bytes, and a token may follow if
 // the derivative by its bytes matches anything (Willard & Louf 2023, arXiv 2307.09702).
 // Equal expressions are one node, and nodes never change: they stand in a table that only grows, and refer to each
-// other by their numbers. Derivatives are computed when they are first needed, and remembered. The first failure sticks to
-// the guide; from then on all new expressions are NONE.
+// other by their numbers. Derivatives are computed when they are first needed, and remembered. The first failure sticks
+// to the guide; from then on all new expressions are NONE.
 
 #define AVL__GUIDE_NODES  (1 << 20)    // expressions
 #define AVL__GUIDE_TABLE  (1 << 25)    // known derivatives
@@ -10170,7 +10170,8 @@ static int avl__guide_node(const astrovl_guide *g, int state) {
 // SentencePiece vocabularies begin an answer with a token that begins with a space ("_{"): where the answer itself may
 // not, that space is dropped from the first token. Returns the bytes dropped, 0 or 1.
 static size_t avl__guide_skip(astrovl_guide *g, int state, const char *bytes, size_t size) {
-    return state == 0 && size > 0 && bytes[0] == ' ' && avl__re_step(g, g->start, g->classes[' ']) == AVL__NONE;
+    if (state != 0 || size == 0 || bytes[0] != ' ') return 0;
+    return avl__re_step(g, g->start, g->classes[(uint8_t)bytes[0]]) == AVL__NONE;
 }
 
 // Bits of the tokens that may follow node x, if `limit` more tokens are to suffice after them. A token's walk begins
