@@ -528,14 +528,15 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 
 // ---- guided generation ------------------------------------------------------------------------------------------
 
-// Keeps an answer inside a regular language: a pattern or a JSON schema becomes a finite automaton over bytes, and in each of
-// its states only those tokens may follow whose bytes it accepts (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries
-// are made so). Which tokens these are is found once per state and remembered, so a guide belongs to one thread at a time.
-// The model must outlive it.
+// Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
+// that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
+// States are found as answers reach them, and remembered: a guide belongs to one thread at a time, also where it is not
+// const below. Several answers, one after another or in a batch, may share it. The model must outlive it.
 
-// A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH, groups ( )
-// and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
-// NULL and err: FORMAT or UNSUPPORTED name the byte of the pattern, LIMIT if it needs too many states.
+// A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
+// groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
+// NULL and err: FORMAT or UNSUPPORTED name the byte of the pattern, LIMIT if it is too large, MODEL if the vocabulary
+// cannot spell any such answer.
 ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err);
 // JSON that validates against a schema (json-schema.org, draft 2020-12), of which this part is understood:
 //   type           object, array, string, integer, number, boolean, null, or a list of these
@@ -544,20 +545,26 @@ ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const
 //   array          items, minItems, maxItems
 //   string         minLength, maxLength (characters)
 //   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
-// Integers have at most 15 digits, other numbers 15 before and after the point. Between the parts stands at most one space.
-// NULL and err: FORMAT or UNSUPPORTED name the place in the schema ("/properties/objects/items"), LIMIT as above.
-ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size, astrovl_error *err);
+// Integers have at most 15 digits and are not -0; other numbers have at most 15 digits before and after the point.
+// Between the parts stands at most one space.
+// NULL and err: FORMAT or UNSUPPORTED name the place in the schema ("/properties/objects/items"), LIMIT and MODEL as
+// above.
+ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
+                                                astrovl_error *err);
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);              // NULL is allowed
-// For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in state 0.
-// The state after a token, or -1 where the token may not follow.
-ASTROVL_API int astrovl_guide_next(const astrovl_guide *guide, int state, int32_t token);
+// For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in 0.
+// The state after a token; -1 where the token may not follow, or on a failure, which the next astrovl_guide_mask tells.
+ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token);
 // 1 if the answer may end here.
-ASTROVL_API int astrovl_guide_is_final(const astrovl_guide *guide, int state);
-// Tokens that suffice to bring the answer to an end from here (0 in a final state).
-ASTROVL_API int astrovl_guide_n_to_end(const astrovl_guide *guide, int state);
-// Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those the automaton refuses, and those after which
-// n_left - 1 more tokens would not suffice to end. End tokens may follow in final states. MEMORY; LIMIT if nothing may follow.
-ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits, astrovl_error *err);
+ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);
+// Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state.
+ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state);
+// Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
+// after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
+// ARGUMENT; LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met
+// exceed 2^20, MEMORY or LIMIT stick: the guide must be freed.
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
+                                              astrovl_error *err);
 
 // ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) ------------------------------------------------
 
@@ -6975,21 +6982,22 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
 
 // ====================================================================================================================
 // [12] Generation
-// Turning logits into text: penalties and truncation of the distribution, the draw, answers kept to a form (and the JSON reader that
-// schemas need), stop rules, and streaming; then the calls that put it all together, from a turn of a conversation to a caption in
-// one line.
+// From logits to text: penalties, truncation and sampling; answers that keep to a pattern or a JSON schema; stop texts
+// and streaming; then the calls that put it together, from a turn of a conversation to a caption in one line.
 // ====================================================================================================================
 
-// ---- the draw ------------------------------------------------------------------------------------------------------
+// ---- sampling ------------------------------------------------------------------------------------------------------
 
-// logits of tokens seen lately: divided by the penalty if positive, multiplied if negative (Keskar et al. 2019, CTRL)
-static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history, int n_history) {
-    int window = o->repetition_window > 0 ? o->repetition_window : 64, first = n_history > window ? n_history - window : 0, i, j;
+// logits of recent tokens: divided by the penalty if positive, multiplied if negative (Keskar et al. 2019, CTRL)
+static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history,
+                          int n_history) {
+    int window = o->repetition_window > 0 ? o->repetition_window : 64;
+    int first = n_history > window ? n_history - window : 0, i, j;
     if (!(o->repetition_penalty > 0.0f) || o->repetition_penalty == 1.0f) return;
     for (i = first; i < n_history; i++) {
         int32_t t = history[i];
         for (j = first; j < i && history[j] != t; j++) {}
-        if (j < i || t < 0 || t >= n_vocab) continue;   // once per token, however often it was said
+        if (j < i || t < 0 || t >= n_vocab) continue;   // each token once
         logits[t] = logits[t] > 0.0f ? logits[t] / o->repetition_penalty : logits[t] * o->repetition_penalty;
     }
 }
@@ -7001,7 +7009,7 @@ static int32_t avl__argmax(const float *x, int n) {
     return best;
 }
 
-// What the values of p that are at least `threshold` amount to: their number (count = 1) or their sum.
+// The number (count = 1) or the sum (count = 0) of the values of p that are at least `threshold`.
 static double avl__amount_above(const float *p, int n, float threshold, int count) {
     double amount = 0.0;
     int i;
@@ -7009,11 +7017,11 @@ static double avl__amount_above(const float *p, int n, float threshold, int coun
     return amount;
 }
 
-// Keeps the largest values of p >= 0 until their number or sum reaches `wanted`, the lowest index first among equals, and zeroes
-// the rest. The smallest value kept is found by bisection over the bits of positive floats, which are ordered like the floats
-// themselves: 31 passes over p, and neither sorting nor memory.
+// Keeps the largest values of p >= 0 until their number or sum reaches `wanted`, among equals the lowest index first,
+// and zeroes the rest. The smallest value to keep is found by bisection over the bits of positive floats, which are
+// ordered like the floats themselves: 31 passes over p, without sorting and without memory.
 static void avl__keep_largest(float *p, int n, double wanted, int count) {
-    uint32_t low = 1, high = 0x7F800000u;   // amount above `low` reaches wanted, or everything positive is kept; above `high` it is 0
+    uint32_t low = 1, high = 0x7F800000u;   // values from `low` on suffice, or are all; from `high` on not
     float cut;
     double kept;
     int i;
@@ -7031,1797 +7039,1356 @@ static void avl__keep_largest(float *p, int n, double wanted, int count) {
     }
 }
 
-ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options, const int32_t *history, int n_history,
-                                   uint64_t *random_state) {
+ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options,
+                                   const int32_t *history, int n_history, uint64_t *random_state) {
     float max;
     double total = 0.0, at;
     int32_t last = 0;
     int i;
-    if (n_vocab < 1) return -1;
+    if (!logits || n_vocab < 1 || (n_history > 0 && !history)) return -1;
     if (options) avl__penalize(logits, n_vocab, options, history, n_history);
     if (!options || !(options->temperature > 0.0f)) return avl__argmax(logits, n_vocab);
+    if (!random_state) return -1;
     max = logits[avl__argmax(logits, n_vocab)];
-    for (i = 0; i < n_vocab; i++) logits[i] = astrovl_expf((logits[i] - max) / options->temperature);   // the likeliest is 1
+    for (i = 0; i < n_vocab; i++) logits[i] = astrovl_expf((logits[i] - max) / options->temperature);
     if (options->top_k > 0 && options->top_k < n_vocab) avl__keep_largest(logits, n_vocab, options->top_k, 1);
     if (options->top_p > 0.0f && options->top_p < 1.0f)
         avl__keep_largest(logits, n_vocab, options->top_p * avl__amount_above(logits, n_vocab, 0.0f, 0), 0);
     for (i = 0; i < n_vocab; i++) {
-        if (!(logits[i] >= options->min_p)) logits[i] = 0.0f;   // NaN too
+        if (!(logits[i] >= options->min_p)) logits[i] = 0.0f;   // the largest is 1; NaN goes, too
         total += logits[i];
     }
     at = avl__random(random_state) * total;
     for (i = 0; i < n_vocab; i++) {
         if (!(logits[i] > 0.0f)) continue;
-        last = i;   // rounding may leave a crumb at the end: the last possible token takes it
+        last = i;   // the last possible token takes what rounding leaves
         at -= logits[i];
         if (at < 0.0) break;
     }
     return last;
 }
 
-// ---- guided generation ---------------------------------------------------------------------------------------------
-// From a pattern or a schema to the tokens that may follow, in five steps:
-//   1. The text is read into expressions: texts, sets of characters, sequences, alternatives, lists.
-//   2. Expressions become a nondeterministic automaton over bytes (Thompson 1968, doi 10.1145/363347.363387).
-//   3. Sets of its states become the states of a deterministic one, a table [n_states][n_classes] (Rabin & Scott 1959). Bytes
-//      that no transition tells apart share a column.
-//   4. The vocabulary is sorted by the tokens' bytes. A token may follow in a state if the automaton can walk along its bytes
-//      (Willard & Louf 2023, arXiv 2307.09702); neighbours in the sorted list share their first bytes' steps.
-//   5. For every state it is found how many tokens suffice to end from there, so that no answer is cut off by max_tokens.
-// A failure sticks to the builder; what is made after it is of no consequence.
+// ---- guided generation: expressions --------------------------------------------------------------------------------
+// A pattern or a schema becomes a regular expression over bytes. The derivative of an expression by a byte describes
+// what may follow that byte (Brzozowski 1964, doi 10.1145/321239.321249; Owens, Reppy & Turon 2009, doi
+// 10.1017/S0956796808007090). So an answer's state is the derivative by the answer's bytes, and a token may follow if
+// the derivative by its bytes matches anything (Willard & Louf 2023, arXiv 2307.09702).
+// Equal expressions are one node, and nodes never change: they stand in a table that only grows, and refer to each
+// other by their numbers. Derivatives are computed when they are first needed, and remembered. The first failure sticks
+// to the guide; from then on all new expressions are NONE.
 
-#define AVL__GUIDE_STATES  65536       // of the deterministic automaton
-#define AVL__GUIDE_NFA     (1 << 20)   // states of the other one
-#define AVL__GUIDE_WORK    (1 << 28)   // steps that finding the former from the latter may take: about a second
-#define AVL__GUIDE_TEXT    (1 << 18)   // bytes of a pattern or schema
-#define AVL__GUIDE_DEPTH   64          // groups in groups, values in values
-#define AVL__GUIDE_TOKEN   32          // bytes; longer tokens (runs of dashes, mostly) never follow
-#define AVL__GUIDE_MASKS   1024        // masks that are remembered
+#define AVL__GUIDE_NODES  (1 << 20)    // expressions
+#define AVL__GUIDE_TABLE  (1 << 25)    // known derivatives
+#define AVL__GUIDE_WORK   (1 << 26)    // steps of one call: a second or two
+#define AVL__GUIDE_FAR    (1 << 18)    // bytes of the shortest answer; counts in patterns and schemas
+#define AVL__GUIDE_NEVER  INT32_MAX    // the vocabulary cannot spell an end
+#define AVL__GUIDE_TEXT   (1 << 18)    // bytes of a pattern or schema
+#define AVL__GUIDE_DEPTH  64           // groups in groups, values in values
+#define AVL__GUIDE_TOKEN  32           // bytes; longer tokens (mostly runs of dashes) never follow
+#define AVL__GUIDE_MASKS  1024         // masks that are kept
+#define AVL__GUIDE_HEADS  (1 << 16)    // of the hash table of nodes
 
-static int avl__compare_strings(astrovl_string a, astrovl_string b) {   // by bytes; what ends first comes first
-    int side = memcmp(a.data, b.data, a.size < b.size ? a.size : b.size);
-    return side ? side : (a.size > b.size) - (a.size < b.size);
-}
-
-static int avl__hex_digit(int c) {   // -1: none
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
-// ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
-
-enum {   // kinds, as a set; INTEGER is a schema's word for some of the numbers
-    AVL__JSON_NULL = 1, AVL__JSON_BOOLEAN = 2, AVL__JSON_NUMBER = 4, AVL__JSON_STRING = 8, AVL__JSON_ARRAY = 16,
-    AVL__JSON_OBJECT = 32, AVL__JSON_INTEGER = 64
+enum {
+    AVL__NONE,       // matches nothing at all: node 0
+    AVL__EMPTY,      // matches the empty text: node 1
+    AVL__RANGE,      // one byte from a to b
+    AVL__CAT,        // a, then b
+    AVL__ALT,        // a or b; a is no ALT, and a larger number than those in b: a set has one node
+    AVL__REPEAT      // min to max times a; max -1: no limit
 };
 
-typedef struct avl__json_node {
-    int            kind;
-    astrovl_string key;          // the name of an object's member
-    astrovl_string text;         // a string's characters; other scalars as they are written
-    int            child, next;  // node numbers, 0: none (0 is the whole text, which is nobody's child)
-    int            n_children;
-    size_t         at;           // where it begins
-} avl__json_node;
+typedef struct avl__re {
+    int32_t  kind, a, b, min, max;
+    int32_t  chain;               // the next node of the same place in `heads`; 0: none
+    uint32_t mark;                // the last alternative it was put in
+    int32_t  least, first;        // bytes of the shortest text that matches and that one-byte tokens can spell (0: the
+                                  // answer may end here); its first byte
+    int32_t  worst, min_tokens;   // the most that `least` can be later on; tokens that spell the text, -1: unknown yet
+    int32_t  next;                // the derivatives' place in guide.next; -1: none is known yet
+    int32_t  blurred, mask;       // the node whose mask this one has, too; that mask's place, if mask_owner agrees
+} avl__re;
 
-typedef struct avl__json {
-    const char     *name, *text;     // name: for messages
-    size_t          size, at;
-    avl__json_node *nodes;
-    size_t          n_nodes, capacity;
-    char           *strings;         // [size] characters of all strings, unescaped: never more than the text has
-    size_t          n_strings;
-    int             depth;
-    astrovl_error  *err;
-} avl__json;
-
-static void avl__json_free(avl__json *j) {
-    astrovl_free(j->nodes);
-    astrovl_free(j->strings);
-}
-
-static astrovl_status avl__json_fail(avl__json *j, const char *what) {
-    return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %lld: %s", j->name, (long long)j->at, what);
-}
-
-static astrovl_status avl__json_no_memory(avl__json *j) {
-    avl__fail(j->err, ASTROVL_ERROR_MEMORY, "%s: out of memory", j->name);
-    return ASTROVL_ERROR_MEMORY;
-}
-
-static int avl__json_peek(const avl__json *j) { return j->at < j->size ? (unsigned char)j->text[j->at] : -1; }
-
-static void avl__json_space(avl__json *j) {
-    int c;
-    while ((c = avl__json_peek(j)) == ' ' || c == '\t' || c == '\n' || c == '\r') j->at++;
-}
-
-static int avl__json_take(avl__json *j, int c) {   // white space, then c; 0: something else stands there
-    avl__json_space(j);
-    if (avl__json_peek(j) != c) return 0;
-    j->at++;
-    return 1;
-}
-
-// The XXXX of \uXXXX, or -1.
-static int32_t avl__json_unit(avl__json *j) {
-    int32_t unit = 0;
-    int i;
-    for (i = 0; i < 4; i++, j->at++) {
-        int digit = avl__hex_digit(avl__json_peek(j));
-        if (digit < 0) return -1;
-        unit = unit << 4 | digit;
-    }
-    return unit;
-}
-
-// After a backslash. Beyond U+FFFF two units of UTF-16 make a character.
-static astrovl_status avl__json_escape(avl__json *j) {
-    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    int c = avl__json_peek(j);
-    const char *letter = c > 0 ? strchr(letters, c) : NULL;
-    int32_t unit, low;
-    j->at++;
-    if (letter) {
-        j->strings[j->n_strings++] = meanings[letter - letters];
-        return ASTROVL_OK;
-    }
-    unit = c == 'u' ? avl__json_unit(j) : -1;
-    if (unit < 0) return avl__json_fail(j, "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX");
-    if (unit >= 0xD800 && unit < 0xE000) {
-        low = -1;
-        if (unit < 0xDC00 && j->at + 2 <= j->size && memcmp(j->text + j->at, "\\u", 2) == 0) j->at += 2, low = avl__json_unit(j);
-        if (low < 0xDC00 || low >= 0xE000) return avl__json_fail(j, "half a surrogate pair is no character");
-        unit = 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
-    }
-    j->n_strings += avl__utf8_write((uint32_t)unit, j->strings + j->n_strings);
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__json_string(avl__json *j, astrovl_string *s) {   // after its first quote
-    size_t start = j->n_strings, length;
-    int c;
-    while ((c = avl__json_peek(j)) != '"') {
-        if (c < 32) return avl__json_fail(j, c < 0 ? "the text ends within a string" : "a control character must be escaped");
-        if (c == '\\') {
-            astrovl_status status = (j->at++, avl__json_escape(j));
-            if (status) return status;
-            continue;
-        }
-        if (avl__utf8_read(j->text + j->at, j->size - j->at, &length) < 0) return avl__json_fail(j, "these bytes are not UTF-8");
-        memcpy(j->strings + j->n_strings, j->text + j->at, length);
-        j->n_strings += length;
-        j->at += length;
-    }
-    j->at++;
-    *s = avl__string(j->strings + start, j->n_strings - start);
-    return ASTROVL_OK;
-}
-
-static int avl__json_digits(avl__json *j) {   // whether there was one
-    int n = 0;
-    for (; avl__json_peek(j) >= '0' && avl__json_peek(j) <= '9'; j->at++) n = 1;
-    return n;
-}
-
-static int avl__json_number(avl__json *j) {   // -?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?
-    if (avl__json_peek(j) == '-') j->at++;
-    if (avl__json_peek(j) == '0') j->at++;
-    else if (!avl__json_digits(j)) return 0;
-    if (avl__json_peek(j) == '.' && (j->at++, !avl__json_digits(j))) return 0;
-    if (avl__json_peek(j) == 'e' || avl__json_peek(j) == 'E') {
-        j->at++;
-        if (avl__json_peek(j) == '+' || avl__json_peek(j) == '-') j->at++;
-        if (!avl__json_digits(j)) return 0;
-    }
-    return 1;
-}
-
-static int avl__json_order(const void *context, int a, int b) {
-    const avl__json_node *nodes = (const avl__json_node *)context;
-    return avl__compare_strings(nodes[a].key, nodes[b].key);
-}
-
-// Two members of an object have two names.
-static astrovl_status avl__json_unique(avl__json *j, int object) {
-    int n = j->nodes[object].n_children, node = j->nodes[object].child, i;
-    astrovl_status status = ASTROVL_OK;
-    int *order;
-    if (n < 2) return ASTROVL_OK;
-    order = (int *)avl__alloc_raw((uint64_t)n, sizeof *order);
-    if (!order) return avl__json_no_memory(j);
-    for (i = 0; i < n; i++, node = j->nodes[node].next) order[i] = node;
-    avl__sort(order, n, avl__json_order, j->nodes);
-    for (i = 1; i < n && !status; i++) {
-        if (avl__json_order(j->nodes, order[i - 1], order[i]) != 0) continue;
-        j->at = j->nodes[order[i - 1] > order[i] ? order[i - 1] : order[i]].at;
-        status = avl__json_fail(j, "a second member of the same name");
-    }
-    astrovl_free(order);
-    return status;
-}
-
-static astrovl_status avl__json_value(avl__json *j, int *number);
-
-// The values of an array or an object, after its first bracket.
-static astrovl_status avl__json_children(avl__json *j, int parent, int close) {
-    astrovl_string key = avl__string(NULL, 0);
-    astrovl_status status = ASTROVL_OK;
-    int node, last = 0;
-    if (avl__json_take(j, close)) return ASTROVL_OK;
-    do {
-        if (close == '}' && !avl__json_take(j, '"')) return avl__json_fail(j, "a member's name is expected");
-        if (close == '}') status = avl__json_string(j, &key);
-        if (status) return status;
-        if (close == '}' && !avl__json_take(j, ':')) return avl__json_fail(j, "a colon is expected");
-        status = avl__json_value(j, &node);
-        if (status) return status;
-        j->nodes[node].key = key;
-        j->nodes[parent].n_children++;
-        if (last) j->nodes[last].next = node;
-        else j->nodes[parent].child = node;
-        last = node;
-    } while (avl__json_take(j, ','));
-    if (!avl__json_take(j, close)) return avl__json_fail(j, close == '}' ? "a comma or } is expected" : "a comma or ] is expected");
-    return close == '}' ? avl__json_unique(j, parent) : ASTROVL_OK;
-}
-
-static astrovl_status avl__json_word(avl__json *j, const char *word) {
-    size_t n = strlen(word);
-    if (j->size - j->at < n || memcmp(j->text + j->at, word, n) != 0) return avl__json_fail(j, "a value is expected");
-    j->at += n;
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__json_value(avl__json *j, int *number) {
-    int node = (int)j->n_nodes, c, kind;
-    size_t start;
-    astrovl_status status = ASTROVL_OK;
-    avl__json_space(j);
-    start = j->at;
-    c = avl__json_peek(j);
-    kind = c == '{' ? AVL__JSON_OBJECT : c == '[' ? AVL__JSON_ARRAY : c == '"' ? AVL__JSON_STRING : c == 'n' ? AVL__JSON_NULL :
-           c == 't' || c == 'f' ? AVL__JSON_BOOLEAN : AVL__JSON_NUMBER;
-    if (j->depth == AVL__GUIDE_DEPTH)
-        return avl__fail(j->err, ASTROVL_ERROR_LIMIT, "%s, byte %lld: nested more than %d deep", j->name, (long long)start, j->depth);
-    if (j->n_nodes >= INT32_MAX / 2 || !avl__grow(&j->nodes, &j->capacity, j->n_nodes + 1, sizeof *j->nodes))
-        return avl__json_no_memory(j);
-    memset(&j->nodes[node], 0, sizeof *j->nodes);
-    j->nodes[node].kind = kind;
-    j->nodes[node].at = start;
-    *number = (int)j->n_nodes++;
-    j->depth++;
-    if (c == '{' || c == '[' || c == '"') j->at++;
-    if (c == '{' || c == '[') status = avl__json_children(j, node, c == '{' ? '}' : ']');
-    else if (c == '"') status = avl__json_string(j, &j->nodes[node].text);
-    else if (c == 't' || c == 'f' || c == 'n') status = avl__json_word(j, c == 't' ? "true" : c == 'f' ? "false" : "null");
-    else if (!avl__json_number(j)) status = avl__json_fail(j, "a value is expected");
-    if (!status && c != '"') j->nodes[node].text = avl__string(j->text + start, j->at - start);
-    j->depth--;
-    return status;
-}
-
-// Reads a whole text. j is to be freed whatever the outcome.
-static astrovl_status avl__json_read(avl__json *j, const char *name, const char *text, size_t size, astrovl_error *err) {
-    int root;
-    astrovl_status status;
-    memset(j, 0, sizeof *j);
-    j->name = name;
-    j->text = text;
-    j->size = size;
-    j->err = err;
-    if (!text) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no text was given", name);
-    j->strings = (char *)avl__alloc_raw(size, 1);
-    if (!j->strings) return avl__json_no_memory(j);
-    status = avl__json_value(j, &root);
-    if (!status && (avl__json_space(j), j->at < size)) status = avl__json_fail(j, "nothing may follow the value");
-    return status;
-}
-
-static void avl__json_write_string(astrovl_string s, avl__bytes *out) {
-    static const char hex[] = "0123456789abcdef";
-    size_t i;
-    avl__bytes_put(out, "\"", 1);
-    for (i = 0; i < s.size; i++) {
-        unsigned char c = (unsigned char)s.data[i];
-        char unit[6] = {'\\', 'u', '0', '0', '0', '0'};
-        unit[4] = hex[c >> 4];
-        unit[5] = hex[c & 15];
-        if (c == '"' || c == '\\') avl__bytes_put(out, "\\", 1);
-        if (c < 32) avl__bytes_put(out, unit, 6);
-        else avl__bytes_put(out, s.data + i, 1);
-    }
-    avl__bytes_put(out, "\"", 1);
-}
-
-static void avl__json_write(const avl__json *j, int number, avl__bytes *out) {   // a value, without white space
-    const avl__json_node *node = &j->nodes[number];
-    int is_object = node->kind == AVL__JSON_OBJECT, child;
-    if (node->kind == AVL__JSON_STRING) avl__json_write_string(node->text, out);
-    else if (!is_object && node->kind != AVL__JSON_ARRAY) avl__bytes_put(out, node->text.data, node->text.size);
-    else {
-        avl__bytes_put(out, is_object ? "{" : "[", 1);
-        for (child = node->child; child; child = j->nodes[child].next) {
-            if (child != node->child) avl__bytes_put(out, ",", 1);
-            if (is_object) avl__json_write_string(j->nodes[child].key, out), avl__bytes_put(out, ":", 1);
-            avl__json_write(j, child, out);
-        }
-        avl__bytes_put(out, is_object ? "}" : "]", 1);
-    }
-}
-
-// The member of that name of the text's object, 0 if there is none; -1: it is no object.
-static int avl__json_member(const avl__json *j, int object, const char *key) {
-    int node = j->nodes[object].kind == AVL__JSON_OBJECT ? j->nodes[object].child : -1;
-    while (node > 0 && !avl__string_is(j->nodes[node].key, key)) node = j->nodes[node].next;
-    return node;
-}
-
-// Checks that a member is a string or an array of strings, and counts them and their bytes.
-static astrovl_status avl__json_count_strings(avl__json *j, int member, const char *key, int *n, size_t *n_bytes) {
-    int is_array = j->nodes[member].kind == AVL__JSON_ARRAY, node = is_array ? j->nodes[member].child : member;
-    for (*n = 0, *n_bytes = 0; node; node = is_array ? j->nodes[node].next : 0, ++*n) {
-        astrovl_string s = j->nodes[node].text;
-        int is_string = j->nodes[node].kind == AVL__JSON_STRING;
-        if (!is_string || memchr(s.data, 0, s.size))
-            return avl__fail(j->err, ASTROVL_ERROR_FORMAT, "%s, byte %lld: \"%s\" %s", j->name, (long long)j->nodes[node].at, key,
-                             is_string ? "has a zero character" : "is neither a string nor an array of strings");
-        *n_bytes += s.size + 1;
-    }
-    return ASTROVL_OK;
-}
-
-ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
-    avl__json j;
-    char **list = NULL, *text;
-    size_t n_bytes = 0;
-    int node = 0, i;
-    astrovl_status status = avl__json_read(&j, "JSON", json, size, err);
-    *n = 0;
-    if (!status && (node = key ? avl__json_member(&j, 0, key) : -1) < 0)
-        status = avl__fail(err, key ? ASTROVL_ERROR_FORMAT : ASTROVL_ERROR_ARGUMENT, key ? "JSON, byte 0: an object is expected"
-                                                                                         : "JSON: no member was named");
-    if (!status && node) status = avl__json_count_strings(&j, node, key, n, &n_bytes);
-    if (!status && !(list = (char **)avl__alloc_raw((uint64_t)*n * sizeof *list + n_bytes, 1))) status = avl__json_no_memory(&j);
-    if (status) *n = 0;
-    if (*n && j.nodes[node].kind == AVL__JSON_ARRAY) node = j.nodes[node].child;
-    for (i = 0, text = (char *)(list + *n); i < *n; i++, node = j.nodes[node].next) {
-        astrovl_string s = j.nodes[node].text;
-        list[i] = text;
-        memcpy(text, s.data, s.size);
-        text[s.size] = 0;
-        text += s.size + 1;
-    }
-    avl__json_free(&j);
-    return list;
-}
-
-// ---- expressions ---------------------------------------------------------------------------------------------------
-
-typedef enum avl__expr_kind {
-    AVL__TEXT,       // bytes a to a + b of builder.text
-    AVL__SET,        // one of the characters in b ranges from builder.bounds[a] on
-    AVL__CAT,        // a, then b
-    AVL__ALT,        // a or b
-    AVL__LIST,       // min to max (-1: any number) times a, with b in between
-    AVL__MEMBER      // an object's members up to this one: those of a (0: none), comma c, and b, which must be there if min is 1
-} avl__expr_kind;
-
-typedef struct avl__expr {
-    avl__expr_kind kind;
-    int            a, b, c, min, max;
-} avl__expr;
-
-// A state of the nondeterministic automaton.
-typedef struct avl__nfa_state {
-    int     out, out2;      // the states after it; out2 -1: none
-    int16_t low, high;      // bytes that lead there; low -1: none is read; low 256: the end
-} avl__nfa_state;
+typedef struct avl__guide_token {
+    uint32_t start;               // in guide.bytes
+    uint8_t  size, shared;        // 0: it never follows; how many of its first bytes the token before has, too
+} avl__guide_token;
 
 struct astrovl_guide {
     const astrovl_model *model;
-    // the automaton
-    int       n_states, n_classes;
-    uint8_t   classes[256];    // [byte] its column
-    int32_t  *table;           // [n_states][n_classes] the next state, or -1. To state 0, the start, nothing leads back
-    uint8_t  *final;           // [n_states] 1: the answer may end here
-    int32_t  *n_to_end;        // [n_states] tokens that suffice; -1: the vocabulary cannot spell an end from here
-    int32_t  *n_to_end_after;  // [n_states] the most that one token can bring about
-    // the vocabulary: tokens that have bytes, sorted by them
-    struct avl__guide_token *tokens;
-    int       n_tokens, n_vocab, longest;
-    char     *bytes;
-    // masks: bit t % 32 of word t / 32 says that token t may follow
-    int       n_words, n_masks;
-    int32_t  *mask_class;      // [n_states] states with the same number share a mask, but for end tokens
-    int       n_mask_classes;
-    uint32_t **masks;          // [n_mask_classes][2: not final, final] those found so far, or NULL
-    uint32_t *scratch;         // [n_words]
+    const char   *name, *advice;                  // for messages
+    astrovl_error failure;                        // the first one
+    uint64_t      work;                           // of the call under way
+    int           start;                          // the whole expression; callers name it state 0
+    avl__re      *nodes;
+    size_t        n_nodes, node_capacity;
+    int32_t       heads[AVL__GUIDE_HEADS];        // nodes by their hash
+    avl__tokens   next, stack;                    // derivatives, [][n_classes], -1: unknown yet; parts of new nodes
+    uint32_t      mark;
+    uint8_t       classes[256], byte_of[256];     // bytes that no RANGE tells apart are a class; its lowest byte
+    int           n_classes;
+    avl__guide_token *tokens;                     // [n_vocab]
+    int          *order, n_order;                 // those with bytes, sorted by them
+    char         *bytes;
+    int           n_vocab, longest;               // longest: bytes of the longest token
+    uint8_t       is_token[256];                  // 1: this byte is a token by itself
+    int           n_words, n_masks;               // bit t % 32 of a mask's word t / 32 says that token t may follow
+    uint32_t     *masks[AVL__GUIDE_MASKS], *scratch;
+    int           mask_owner[AVL__GUIDE_MASKS];   // a blurred node; -1: free
 };
 
-typedef struct avl__guide_token {
-    int32_t  id;
-    uint32_t start;            // in bytes
-    uint8_t  size, shared;     // shared: how many of its first bytes the token before has too
-} avl__guide_token;
-
-typedef struct avl__builder {
-    astrovl_guide  *guide;
-    const char     *name, *advice;         // for messages
-    astrovl_error  *err;
-    astrovl_status  status;
-    avl__expr      *exprs;                 // [0] is the empty text
-    size_t          n_exprs, exprs_capacity;
-    avl__bytes      text;
-    uint32_t       *bounds;                // [2 i], [2 i + 1]: first and last character of a range
-    size_t          n_bounds, bounds_capacity;
-    avl__nfa_state *nfa;                   // [0] is the end
-    size_t          n_nfa, nfa_capacity;
-    uint64_t        work;
-} avl__builder;
-
-static void avl__build_no_memory(avl__builder *b) {
-    if (b->status) return;
-    avl__fail(b->err, ASTROVL_ERROR_MEMORY, "%s: out of memory", b->name);
-    b->status = ASTROVL_ERROR_MEMORY;
+static int avl__guide_fail(astrovl_guide *g, astrovl_status status) {   // MEMORY or LIMIT; returns NONE
+    if (g->failure.status) return AVL__NONE;
+    if (status == ASTROVL_ERROR_MEMORY) avl__fail(&g->failure, status, "%s: out of memory", g->name);
+    else avl__fail(&g->failure, status, "%s: needs too many states or steps; %s", g->name, g->advice);
+    return AVL__NONE;
 }
 
-static void avl__build_too_large(avl__builder *b) {
-    if (b->status) return;
-    b->status = avl__fail(b->err, ASTROVL_ERROR_LIMIT, "%s: needs more than %d states; %s", b->name, AVL__GUIDE_STATES, b->advice);
+static void avl__guide_put(astrovl_guide *g, avl__tokens *list, int x) {
+    if (list->size >= AVL__GUIDE_TABLE) avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
+    else if (!avl__tokens_put(list, x)) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
 }
 
-static int avl__expr_new(avl__builder *b, avl__expr_kind kind, int left, int right, int min, int max) {
-    avl__expr *x;
-    if (b->n_exprs >= INT32_MAX / 2 || !avl__grow(&b->exprs, &b->exprs_capacity, b->n_exprs + 1, sizeof *x)) {
-        avl__build_no_memory(b);
-        return 0;
+static void avl__push(astrovl_guide *g, int x) { avl__guide_put(g, &g->stack, x); }
+
+// n times a bytes and b more
+static int avl__re_bytes(int n, int a, int b) {
+    int64_t sum = (int64_t)n * a + b;
+    if (b == AVL__GUIDE_NEVER || (n > 0 && a == AVL__GUIDE_NEVER)) return AVL__GUIDE_NEVER;
+    return sum < AVL__GUIDE_FAR ? (int)sum : AVL__GUIDE_FAR;
+}
+
+static int avl__re_cat(astrovl_guide *g, int a, int b);
+static int avl__re_or(astrovl_guide *g, int a, int b);
+static int avl__re_repeat(astrovl_guide *g, int a, int min, int max);
+
+// What a new node says about the texts it matches, from what its parts say about theirs; and its blurred node. A mask
+// asks what one token can do, so counts above the longest token's bytes make no difference: they become longest + 1 at
+// least and no limit at most. So all states far from the end of a long string share a mask.
+static void avl__re_finish(astrovl_guide *g, int node) {
+    avl__re x = g->nodes[node];
+    const avl__re a = g->nodes[x.kind > AVL__RANGE ? x.a : 0], b = g->nodes[x.kind > AVL__RANGE ? x.b : 0];
+    int most = g->longest, min = x.min > most ? most + 1 : x.min, max = x.max > most ? -1 : x.max;
+    int same = a.blurred == x.a && b.blurred == x.b;
+    x.blurred = node;
+    x.least = x.kind == AVL__EMPTY ? 0 : AVL__GUIDE_NEVER;
+    if (x.kind == AVL__RANGE) {
+        for (x.first = x.a; x.first < x.b && !g->is_token[x.first];) x.first++;
+        x.worst = g->is_token[x.first];
+        if (x.worst) x.least = 1;
+    } else if (x.kind == AVL__CAT) {
+        x.first = a.least == 0 ? b.first : a.first;
+        x.least = avl__re_bytes(1, a.least, b.least);
+        x.worst = b.least == AVL__GUIDE_NEVER ? 0 : avl__re_bytes(1, a.worst, b.least);
+        if (b.worst > x.worst) x.worst = b.worst;
+        if (!same) x.blurred = avl__re_cat(g, a.blurred, b.blurred);
+    } else if (x.kind == AVL__ALT) {
+        x.first = a.least < b.least ? a.first : b.first;
+        x.least = a.least < b.least ? a.least : b.least;
+        x.worst = a.worst > b.worst ? a.worst : b.worst;
+        if (!same) x.blurred = avl__re_or(g, a.blurred, b.blurred);
+    } else if (x.kind == AVL__REPEAT) {
+        x.first = a.first;
+        x.least = avl__re_bytes(x.min, a.least, 0);
+        x.worst = avl__re_bytes(x.min > 1 && a.least != AVL__GUIDE_NEVER ? x.min - 1 : 0, a.least, a.worst);
+        if (!same || min != x.min || max != x.max) x.blurred = avl__re_repeat(g, a.blurred, min, max);
     }
-    x = &b->exprs[b->n_exprs];
-    x->kind = kind;
-    x->a = left;
-    x->b = right;
-    x->c = 0;
-    x->min = min;
-    x->max = max;
-    return (int)b->n_exprs++;
+    x.min_tokens = x.least == 0 ? 0 : -1;
+    g->nodes[node] = x;
 }
 
-static int avl__expr_text(avl__builder *b, const char *data, size_t size) {
-    size_t at = b->text.size;
-    avl__bytes_put(&b->text, data, size);
-    if (b->text.failed || b->text.size > INT32_MAX / 2) avl__build_no_memory(b);
-    return avl__expr_new(b, AVL__TEXT, (int)at, (int)size, 0, 0);
+// The node of that kind with these parts, a new one if there is none yet.
+static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int max) {
+    const int32_t key[5] = {kind, a, b, min, max};
+    uint32_t hash = AVL__HASH_START;
+    int32_t *head;
+    int i;
+    avl__re x;
+    memset(&x, 0, sizeof x);
+    memcpy(&x, key, sizeof key);
+    x.next = -1;
+    if (g->failure.status) return AVL__NONE;
+    for (i = 0; i < 5; i++) hash = (hash ^ (uint32_t)key[i]) * 16777619u;
+    head = &g->heads[(hash ^ hash >> 15) % AVL__GUIDE_HEADS];
+    for (i = *head; i != 0; i = g->nodes[i].chain, g->work++) if (memcmp(&g->nodes[i], key, sizeof key) == 0) return i;
+    if (g->n_nodes == AVL__GUIDE_NODES || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
+    if (!avl__grow(&g->nodes, &g->node_capacity, g->n_nodes + 1, sizeof x))
+        return avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    i = (int)g->n_nodes++;
+    x.chain = *head;
+    *head = i;
+    g->nodes[i] = x;
+    avl__re_finish(g, i);
+    return i;
 }
 
-static int avl__expr_word(avl__builder *b, const char *text) { return avl__expr_text(b, text, strlen(text)); }
-static int avl__expr_cat(avl__builder *b, int left, int right) { return avl__expr_new(b, AVL__CAT, left, right, 0, 0); }
-static int avl__expr_alt(avl__builder *b, int left, int right) { return avl__expr_new(b, AVL__ALT, left, right, 0, 0); }
-static int avl__expr_list(avl__builder *b, int item, int between, int min, int max) {
-    return avl__expr_new(b, AVL__LIST, item, between, min, max);
+static int avl__re_cat(astrovl_guide *g, int a, int b) {
+    if (a == AVL__NONE || b == AVL__NONE) return AVL__NONE;
+    if (a == AVL__EMPTY || b == AVL__EMPTY) return a == AVL__EMPTY ? b : a;
+    return avl__re_make(g, AVL__CAT, a, b, 0, 0);
 }
 
-// Adds the characters low to high to the set that begins at bounds[start], which is sorted and has no ranges that touch. There are
-// no surrogates in UTF-8.
-static void avl__set_add(avl__builder *b, size_t start, uint32_t low, uint32_t high) {
-    size_t i = start, end;
-    if (low < 0xE000 && high >= 0xD800) {
-        if (low < 0xD800) avl__set_add(b, start, low, 0xD7FF);
-        if (high >= 0xE000) avl__set_add(b, start, 0xE000, high);
-        return;
-    }
-    if (!avl__grow(&b->bounds, &b->bounds_capacity, b->n_bounds + 2, sizeof *b->bounds)) {
-        avl__build_no_memory(b);
-        return;
-    }
-    while (i < b->n_bounds && b->bounds[i + 1] + 1 < low) i += 2;
-    for (end = i; end < b->n_bounds && b->bounds[end] <= high + 1; end += 2) {   // ranges that the new one swallows
-        if (b->bounds[end] < low) low = b->bounds[end];
-        if (b->bounds[end + 1] > high) high = b->bounds[end + 1];
-    }
-    memmove(b->bounds + i + 2, b->bounds + end, (b->n_bounds - end) * sizeof *b->bounds);
-    b->n_bounds += i + 2 - end;
-    b->bounds[i] = low;
-    b->bounds[i + 1] = high;
+static int avl__re_repeat(astrovl_guide *g, int a, int min, int max) {
+    if (a == AVL__NONE || (min == 1 && max == 1)) return a;
+    if (a == AVL__EMPTY || max == 0) return AVL__EMPTY;
+    if (g->nodes[a].least == 0) min = 0;   // the empty text fills up the count
+    return avl__re_make(g, AVL__REPEAT, a, 0, min, max);
 }
 
-// The set from bounds[start] on, or all characters but those, as an expression; 0 if it is empty.
-static int avl__expr_set(avl__builder *b, size_t start, int negate) {
-    size_t end = b->n_bounds, i;
-    uint32_t low = 0;
-    if (negate) {
-        for (i = start; i < end; low = b->bounds[i + 1] + 1, i += 2)
-            if (b->bounds[i] > low) avl__set_add(b, end, low, b->bounds[i] - 1);
-        if (low <= 0x10FFFF) avl__set_add(b, end, low, 0x10FFFF);
-        start = end;
-    }
-    return b->n_bounds > start && !b->status ? avl__expr_new(b, AVL__SET, (int)start, (int)((b->n_bounds - start) / 2), 0, 0) : 0;
+static int avl__int_order(const void *context, int a, int b) {
+    (void)context;
+    return (a > b) - (a < b);
 }
 
-// ---- expressions to a nondeterministic automaton -------------------------------------------------------------------
-// Built from its end: each function is told the state that comes next and returns the one it begins with.
-
-static int avl__nfa(avl__builder *b, int low, int high, int out, int out2) {
-    avl__nfa_state *state;
-    if (b->n_nfa >= AVL__GUIDE_NFA) avl__build_too_large(b);
-    else if (!avl__grow(&b->nfa, &b->nfa_capacity, b->n_nfa + 1, sizeof *b->nfa)) avl__build_no_memory(b);
-    if (b->status) return 0;
-    state = &b->nfa[b->n_nfa];
-    state->low = (int16_t)low;
-    state->high = (int16_t)high;
-    state->out = out;
-    state->out2 = out2;
-    return (int)b->n_nfa++;
-}
-
-static int avl__nfa_fork(avl__builder *b, int out, int out2) { return avl__nfa(b, -1, -1, out, out2); }
-
-// Characters from low to at most high whose encodings are all combinations of one range for each byte; *last: the last of them.
-// Trailing bytes of a set's ranges are mostly the same: the last few states since `first` are looked through for them.
-static int avl__nfa_range(avl__builder *b, uint32_t low, uint32_t high, uint32_t *last, size_t first, int next) {
-    static const uint32_t tops[] = {0x7F, 0x7FF, 0xFFFF, 0x10FFFF};
-    uint32_t m = 0, top;
-    char from[4], to[4];
-    size_t n = avl__utf8_write(low, from), free_bytes, i;
-    for (free_bytes = n - 1; free_bytes > 0; free_bytes--) {   // trailing bytes that run through all their 64 values
-        m = ((uint32_t)1 << 6 * free_bytes) - 1;
-        if ((low & m) == 0 && (low | m) <= high) break;
-    }
-    if (free_bytes == 0) m = 0;
-    top = free_bytes == n - 1 ? tops[n - 1] : low | (m << 6 | 0x3F);
-    if (top > high) top = high;
-    *last = ((top + 1) & ~m) - 1;
-    avl__utf8_write(*last, to);
-    for (i = n; i-- > 0 && !b->status;) {
-        avl__nfa_state x = {0, -1, 0, 0};
-        size_t at = b->n_nfa, end = b->n_nfa - first > 64 ? b->n_nfa - 64 : first;
-        x.out = next;
-        x.low = (unsigned char)from[i];
-        x.high = (unsigned char)to[i];
-        while (at > end && memcmp(&b->nfa[at - 1], &x, sizeof x) != 0) at--;
-        next = at > end ? (int)at - 1 : avl__nfa(b, x.low, x.high, next, -1);
-    }
-    return next;
-}
-
-static int avl__nfa_set(avl__builder *b, const avl__expr *set, int next) {
-    size_t first = b->n_nfa;
-    int state = -1, i;
-    for (i = 0; i < set->b && !b->status; i++) {
-        uint32_t low = b->bounds[set->a + 2 * i], high = b->bounds[set->a + 2 * i + 1], last;
-        for (; low <= high && !b->status; low = last + 1) {
-            int range = avl__nfa_range(b, low, high, &last, first, next);
-            state = state < 0 ? range : avl__nfa_fork(b, range, state);
+// One of the nodes from stack[base] on, which are taken off.
+static int avl__re_alt(astrovl_guide *g, size_t base) {
+    size_t end = g->stack.size, i;
+    int x;
+    g->mark++;
+    for (i = base; i < end; i++)
+        for (x = g->stack.data[i]; x != AVL__NONE; x = g->nodes[x].kind == AVL__ALT ? g->nodes[x].b : AVL__NONE) {
+            int member = g->nodes[x].kind == AVL__ALT ? g->nodes[x].a : x;
+            g->work++;
+            if (g->nodes[member].mark != g->mark) avl__push(g, member);
+            g->nodes[member].mark = g->mark;
         }
+    x = g->stack.size > end ? g->stack.data[end] : AVL__NONE;
+    if (g->stack.size > end + 1) {
+        avl__sort(g->stack.data + end, (int)(g->stack.size - end), avl__int_order, NULL);
+        x = g->stack.data[end];
+        for (i = end + 1; i < g->stack.size; i++) x = avl__re_make(g, AVL__ALT, g->stack.data[i], x, 0, 0);
     }
-    return state;
+    g->stack.size = base;
+    return x;
 }
 
-static int avl__nfa_of(avl__builder *b, int expr, int next);
-
-// Items are numbered from 1. After item k one more may follow, after a comma, unless k is max; or `next`, if k is at least min.
-static int avl__nfa_list(avl__builder *b, const avl__expr *list, int next) {
-    int item, k, last = list->max >= 0 ? list->max : list->min > 1 ? list->min : 1;   // the last item that has states of its own
-    if (list->max == 0) return avl__nfa_fork(b, next, -1);
-    if (list->max < 0) {
-        int loop = avl__nfa_fork(b, next, -1), comma;
-        item = avl__nfa_of(b, list->a, loop);
-        comma = avl__nfa_of(b, list->b, item);
-        if (!b->status) b->nfa[loop].out2 = comma;
-    } else {
-        item = avl__nfa_of(b, list->a, next);
-    }
-    for (k = last - 1; k >= 1 && !b->status; k--) {
-        int after = avl__nfa_of(b, list->b, item);
-        item = avl__nfa_of(b, list->a, k >= list->min ? avl__nfa_fork(b, after, next) : after);
-    }
-    return list->min == 0 ? avl__nfa_fork(b, item, next) : item;
+static int avl__re_or(astrovl_guide *g, int a, int b) {
+    size_t base = g->stack.size;
+    avl__push(g, a);
+    avl__push(g, b);
+    return avl__re_alt(g, base);
 }
 
-// From the last member to the first, two starts are known: where nothing is written yet, and where a comma is due.
-static int avl__nfa_members(avl__builder *b, int expr, int next) {
-    int first = next, later = next;
-    while (expr && !b->status) {
-        avl__expr x = b->exprs[expr];
-        int member = avl__nfa_of(b, x.b, later), comma = avl__nfa_of(b, x.c, member);
-        first = x.min ? member : avl__nfa_fork(b, member, first);
-        later = x.min ? comma : avl__nfa_fork(b, comma, later);
-        expr = x.a;
+// These bytes, then another expression.
+static int avl__re_text(astrovl_guide *g, const char *data, size_t size, int then) {
+    for (; size > 0; size--) {
+        int byte = (uint8_t)data[size - 1];
+        then = avl__re_cat(g, avl__re_make(g, AVL__RANGE, byte, byte, 0, 0), then);
     }
-    return first;
+    return then;
 }
 
-static int avl__nfa_of(avl__builder *b, int expr, int next) {
-    avl__expr x;
-    int i, state;
-    if (b->status) return 0;
-    while (b->exprs[expr].kind == AVL__CAT) {   // long sequences and alternatives lie to the left: no recursion along them
-        next = avl__nfa_of(b, b->exprs[expr].b, next);
-        if (b->status) return 0;
-        expr = b->exprs[expr].a;
-    }
-    x = b->exprs[expr];
-    switch (x.kind) {
-    case AVL__TEXT:
-        if (x.b == 0 && expr != 0) return avl__nfa_fork(b, next, -1);   // so that every repetition counts as states
-        for (i = x.b; i-- > 0 && !b->status;) {
-            int byte = (unsigned char)b->text.data[x.a + i];
-            next = avl__nfa(b, byte, byte, next, -1);
+// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: the encodings of each piece
+// are all combinations of one range for each byte.
+static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) {
+    static const uint32_t tops[] = {0x7F, 0x7FF, 0xD7FF, 0xFFFF, 0x10FFFF};   // encodings get longer, or a gap begins
+    while (low <= high && !g->failure.status) {
+        uint32_t top, last, m = 0;
+        char from[4], to[4];
+        size_t n, n_free, i = 0;
+        int piece = AVL__EMPTY;
+        if (low >= 0xD800 && low < 0xE000) low = 0xE000;
+        while (tops[i] < low) i++;
+        top = tops[i] < high ? tops[i] : high;
+        if (low > top) return;
+        n = avl__utf8_write(low, from);
+        for (n_free = n - 1; n_free > 0; n_free--) {   // trailing bytes that run through all their 64 values
+            m = ((uint32_t)1 << 6 * n_free) - 1;
+            if ((low & m) == 0 && (low | m) <= top) break;
         }
-        return next;
-    case AVL__SET: return avl__nfa_set(b, &x, next);
+        if (n_free == 0) m = 0;
+        if (n_free < n - 1 && (low | (m << 6 | 0x3F)) < top) top = low | (m << 6 | 0x3F);   // one byte before varies
+        last = ((top + 1) & ~m) - 1;
+        avl__utf8_write(last, to);
+        for (i = n; i-- > 0;) {
+            int range = avl__re_make(g, AVL__RANGE, (uint8_t)from[i], (uint8_t)to[i], 0, 0);
+            piece = avl__re_cat(g, range, piece);
+        }
+        avl__push(g, piece);
+        low = last + 1;
+    }
+}
+
+// ---- guided generation: derivatives --------------------------------------------------------------------------------
+//   d(RANGE) = EMPTY if the byte is in it, else NONE        d(ALT) = the alternative of the members' derivatives
+//   d(a b) = d(a) b, or also d(b) if a matches ""           d(a{min,max}) = d(a) a{min-1,max-1}
+// d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
+// pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
+
+static int avl__re_derive(astrovl_guide *g, int x, int c);
+
+// The derivative of node x by the bytes of class c.
+static int avl__re_step(astrovl_guide *g, int x, int c) {
+    int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
+    return known >= 0 ? known : avl__re_derive(g, x, c);
+}
+
+// Pushes d(a) b for each member of d(a).
+static void avl__push_products(astrovl_guide *g, int a, int c, int b) {
+    int d = avl__re_step(g, a, c);
+    for (; g->nodes[d].kind == AVL__ALT; d = g->nodes[d].b) avl__push(g, avl__re_cat(g, g->nodes[d].a, b));
+    avl__push(g, avl__re_cat(g, d, b));
+}
+
+// The derivative where it is not known yet.
+static int avl__re_derive(astrovl_guide *g, int x, int c) {
+    const avl__re e = g->nodes[x];
+    size_t base = g->stack.size;
+    int i, y;
+    if (g->failure.status) return AVL__NONE;
+    switch (e.kind) {
+    case AVL__RANGE: return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
+    case AVL__CAT:
+        // In a row of parts that may all be empty, the last one's derivative comes first: no recursion along the row.
+        for (i = x; g->nodes[i].kind == AVL__CAT && g->nodes[g->nodes[i].a].least == 0; i = g->nodes[i].b) {
+            const avl__re *b = &g->nodes[g->nodes[i].b];
+            if (b->next >= 0 && g->next.data[b->next + c] >= 0) break;
+            avl__push(g, g->nodes[i].b);
+        }
+        while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
+        avl__push_products(g, e.a, c, e.b);
+        if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
+        break;
     case AVL__ALT:
-        for (state = -1; b->exprs[expr].kind == AVL__ALT && !b->status; expr = b->exprs[expr].a) {
-            int right = avl__nfa_of(b, b->exprs[expr].b, next);
-            state = state < 0 ? right : avl__nfa_fork(b, right, state);
-        }
-        i = avl__nfa_of(b, expr, next);
-        return avl__nfa_fork(b, i, state);
-    case AVL__LIST: return avl__nfa_list(b, &x, next);
-    default: return avl__nfa_members(b, expr, next);
+        for (i = x; g->nodes[i].kind == AVL__ALT; i = g->nodes[i].b) avl__push(g, avl__re_step(g, g->nodes[i].a, c));
+        avl__push(g, avl__re_step(g, i, c));
+        break;
+    case AVL__REPEAT:
+        y = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
+        avl__push_products(g, e.a, c, y);
+        break;
+    default: return AVL__NONE;
     }
-}
-
-// ---- a deterministic automaton -------------------------------------------------------------------------------------
-
-typedef struct avl__subsets {
-    int      *pool;              // the states' sets, one after the other; in each, sorted, the states that read a byte, and the end
-    size_t    n_pool, capacity;
-    size_t   *starts;            // [AVL__GUIDE_STATES + 1] in pool
-    int      *slots;             // [2 AVL__GUIDE_STATES] sets by their hash: open addressing; -1: empty
-    int      *list, n_list;      // [n_nfa] the set being put together
-    int      *stack;             // [n_nfa]
-    uint32_t *seen, mark;        // [n_nfa] seen[i] == mark: already met
-} avl__subsets;
-
-static void avl__subsets_free(avl__subsets *d) {
-    astrovl_free(d->pool);
-    astrovl_free(d->starts);
-    astrovl_free(d->slots);
-    astrovl_free(d->list);
-    astrovl_free(d->stack);
-    astrovl_free(d->seen);
-}
-
-static int avl__subsets_start(avl__subsets *d, size_t n_nfa) {   // 0: memory is out
-    memset(d, 0, sizeof *d);
-    d->starts = (size_t *)avl__alloc_raw(AVL__GUIDE_STATES + 1, sizeof *d->starts);
-    d->slots = (int *)avl__alloc_raw(2 * AVL__GUIDE_STATES, sizeof *d->slots);
-    d->list = (int *)avl__alloc_raw(n_nfa, sizeof *d->list);
-    d->stack = (int *)avl__alloc_raw(n_nfa, sizeof *d->stack);
-    d->seen = (uint32_t *)avl__alloc(n_nfa, sizeof *d->seen);
-    if (!d->starts || !d->slots || !d->list || !d->stack || !d->seen) return 0;
-    memset(d->slots, 0xFF, 2 * AVL__GUIDE_STATES * sizeof *d->slots);
-    d->starts[0] = 0;
-    return 1;
-}
-
-// Adds to the list what can be reached from a state without reading a byte.
-static void avl__subset_reach(avl__builder *b, avl__subsets *d, int from) {
-    int n = 0, way;
-    if (d->seen[from] == d->mark) return;
-    d->seen[from] = d->mark;
-    d->stack[n++] = from;
-    while (n > 0) {
-        int state = d->stack[--n];
-        const avl__nfa_state *x = &b->nfa[state];
-        b->work++;
-        if (x->low >= 0) { d->list[d->n_list++] = state; continue; }
-        for (way = 0; way < 2; way++) {
-            int to = way ? x->out2 : x->out;
-            if (to < 0 || d->seen[to] == d->mark) continue;
-            d->seen[to] = d->mark;
-            d->stack[n++] = to;
-        }
+    y = avl__re_alt(g, base);
+    if (g->nodes[x].next < 0) {
+        size_t row = g->next.size;
+        for (i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
+        if (g->failure.status) return AVL__NONE;
+        g->nodes[x].next = (int32_t)row;
     }
+    g->next.data[g->nodes[x].next + c] = y;
+    return y;
 }
 
-static int avl__int_order(const void *context, int a, int b) { (void)context; return (a > b) - (a < b); }
+// ---- guided generation: tokens -------------------------------------------------------------------------------------
 
-// The number of the state with the listed set, a new one if it is new. The start is not looked for: it stays apart.
-static int avl__subset_state(avl__builder *b, avl__subsets *d) {
-    astrovl_guide *g = b->guide;
-    uint32_t hash = AVL__HASH_START, at;
-    size_t n = (size_t)d->n_list;
-    int i, state;
-    avl__sort(d->list, d->n_list, avl__int_order, NULL);
-    for (i = 0; i < d->n_list; i++) hash = (hash ^ (uint32_t)d->list[i]) * 16777619u;
-    for (at = (hash ^ hash >> 15) % (2 * AVL__GUIDE_STATES); (state = d->slots[at]) >= 0; at = (at + 1) % (2 * AVL__GUIDE_STATES)) {
-        size_t start = d->starts[state];
-        b->work++;
-        if (d->starts[state + 1] - start == n && memcmp(d->pool + start, d->list, n * sizeof *d->list) == 0) return state;
-    }
-    if (g->n_states == AVL__GUIDE_STATES) avl__build_too_large(b);
-    if (!avl__grow(&d->pool, &d->capacity, d->n_pool + n, sizeof *d->pool)) avl__build_no_memory(b);
-    if (b->status) return -1;
-    memcpy(d->pool + d->n_pool, d->list, n * sizeof *d->list);
-    d->n_pool += n;
-    state = g->n_states++;
-    d->starts[g->n_states] = d->n_pool;
-    if (state > 0) d->slots[at] = state;
-    return state;
-}
-
-// Bytes between which no transition begins or ends behave alike.
-static void avl__byte_classes(avl__builder *b) {
-    uint8_t begins[257];
-    size_t i;
-    int byte;
-    memset(begins, 0, sizeof begins);
-    for (i = 1; i < b->n_nfa; i++)
-        if (b->nfa[i].low >= 0) begins[b->nfa[i].low] = begins[b->nfa[i].high + 1] = 1;
-    b->guide->n_classes = 1;
-    for (byte = 0; byte < 256; byte++) {
-        if (byte > 0 && begins[byte]) b->guide->n_classes++;
-        b->guide->classes[byte] = (uint8_t)(b->guide->n_classes - 1);
-    }
-}
-
-// The set that a state's set becomes by reading `byte`; its number, or -1 if it is empty.
-static int avl__subset_step(avl__builder *b, avl__subsets *d, int state, int byte) {
-    size_t i;
-    d->mark++;
-    d->n_list = 0;
-    for (i = d->starts[state]; i < d->starts[state + 1]; i++) {
-        const avl__nfa_state *x = &b->nfa[d->pool[i]];
-        if (x->low <= byte && byte <= x->high) avl__subset_reach(b, d, x->out);
-    }
-    b->work += d->starts[state + 1] - d->starts[state] + (uint64_t)d->n_list * 16;   // 16: they are going to be sorted
-    if (b->work > AVL__GUIDE_WORK) avl__build_too_large(b);
-    if (b->status) return -1;
-    return d->n_list ? avl__subset_state(b, d) : -1;
-}
-
-static void avl__subsets_run(avl__builder *b, avl__subsets *d, int start) {
-    astrovl_guide *g = b->guide;
-    size_t capacity = 0;
-    int state, byte;
-    d->mark = 1;
-    avl__subset_reach(b, d, start);
-    avl__subset_state(b, d);
-    for (state = 0; state < g->n_states && !b->status; state++) {
-        if (!avl__grow(&g->table, &capacity, (size_t)(state + 1) * (size_t)g->n_classes, sizeof *g->table)) avl__build_no_memory(b);
-        if (b->status) return;
-        for (byte = 0; byte < 256 && !b->status; byte++)
-            if (byte == 0 || g->classes[byte] != g->classes[byte - 1])
-                g->table[(size_t)state * (size_t)g->n_classes + g->classes[byte]] = avl__subset_step(b, d, state, byte);
-    }
-    g->final = (uint8_t *)avl__alloc((uint64_t)g->n_states, 1);
-    if (!g->final) {
-        avl__build_no_memory(b);
-        return;
-    }
-    for (state = 0; state < g->n_states && !b->status; state++)
-        g->final[state] = d->starts[state + 1] > d->starts[state] && d->pool[d->starts[state]] == 0;   // the end sorts first
-}
-
-static void avl__build_automaton(avl__builder *b, int expr) {
-    avl__subsets d;
-    int start = avl__nfa_of(b, expr, 0);
-    if (b->status) return;
-    avl__byte_classes(b);
-    if (!avl__subsets_start(&d, b->n_nfa)) avl__build_no_memory(b);
-    else avl__subsets_run(b, &d, start);
-    avl__subsets_free(&d);
-}
-
-static int avl__guide_step(const astrovl_guide *g, int state, unsigned char byte) {
-    return g->table[(size_t)state * (size_t)g->n_classes + g->classes[byte]];
-}
-
-// ---- the vocabulary, sorted ----------------------------------------------------------------------------------------
-
-static astrovl_string avl__guide_token_bytes(const astrovl_guide *g, int i) {
-    return avl__string(g->bytes + g->tokens[i].start, g->tokens[i].size);
-}
-
-static int avl__guide_token_order(const void *context, int a, int b) {
+static int avl__guide_token_order(const void *context, int a, int b) {   // by bytes; what ends first comes first
     const astrovl_guide *g = (const astrovl_guide *)context;
-    int side = avl__compare_strings(avl__guide_token_bytes(g, a), avl__guide_token_bytes(g, b));
-    return side ? side : a - b;
+    const avl__guide_token *s = &g->tokens[a], *t = &g->tokens[b];
+    int side = memcmp(g->bytes + s->start, g->bytes + t->start, s->size < t->size ? s->size : t->size);
+    return side ? side : s->size != t->size ? s->size - t->size : a - b;
 }
 
-// The bytes of all tokens that may stand in an answer, by id.
-static int avl__guide_read_tokens(astrovl_guide *g) {   // 0: memory is out
+static void avl__guide_read_tokens(astrovl_guide *g) {
     const avl__vocab *v = &g->model->vocab;
     avl__bytes bytes = {NULL, 0, 0, 0};
+    avl__guide_token *t, *before;
     char text[AVL__GUIDE_TOKEN];
-    int id, n;
+    int i, n;
     g->n_vocab = g->model->info.n_vocab;
-    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)v->n_tokens, sizeof *g->tokens);
-    for (id = 0; g->tokens && id < v->n_tokens && id < g->n_vocab; id++) {
-        n = avl__vocab_is_end(v, id) ? 0 : avl__vocab_token_bytes(v, id, text, AVL__GUIDE_TOKEN);
+    g->n_words = g->n_vocab / 32 + 1;
+    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)g->n_vocab, sizeof *g->tokens);
+    g->order = (int *)avl__alloc_raw((uint64_t)g->n_vocab, sizeof *g->order);
+    g->scratch = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *g->scratch);
+    for (i = 0; g->tokens && g->order && i < g->n_vocab; i++) {   // ids beyond the vocabulary have no bytes
+        n = avl__vocab_is_end(v, i) ? 0 : avl__vocab_token_bytes(v, i, text, AVL__GUIDE_TOKEN);
         if (n < 1 || n > AVL__GUIDE_TOKEN) continue;
-        g->tokens[g->n_tokens].id = id;
-        g->tokens[g->n_tokens].start = (uint32_t)bytes.size;
-        g->tokens[g->n_tokens++].size = (uint8_t)n;
+        g->tokens[i].start = (uint32_t)bytes.size;
+        g->tokens[i].size = (uint8_t)n;
+        g->order[g->n_order++] = i;
         if (n > g->longest) g->longest = n;
+        if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
         avl__bytes_put(&bytes, text, (size_t)n);
     }
     g->bytes = bytes.data;
-    return g->tokens && !bytes.failed;
-}
-
-static int avl__guide_sort_tokens(astrovl_guide *g) {   // 0: memory is out
-    int *order = (int *)avl__alloc_raw((uint64_t)g->n_tokens, sizeof *order), i;
-    avl__guide_token *sorted = (avl__guide_token *)avl__alloc_raw((uint64_t)g->n_tokens, sizeof *sorted);
-    if (order && sorted && g->bytes) {
-        for (i = 0; i < g->n_tokens; i++) order[i] = i;
-        avl__sort(order, g->n_tokens, avl__guide_token_order, g);
-        for (i = 0; i < g->n_tokens; i++) sorted[i] = g->tokens[order[i]];
-        memcpy(g->tokens, sorted, (size_t)g->n_tokens * sizeof *sorted);
-        for (i = 1; i < g->n_tokens; i++) {
-            astrovl_string a = avl__guide_token_bytes(g, i - 1), b = avl__guide_token_bytes(g, i);
-            uint8_t n = 0;
-            while (n < a.size && n < b.size && a.data[n] == b.data[n]) n++;
-            g->tokens[i].shared = n;
-        }
+    if (!g->tokens || !g->order || !g->scratch || bytes.failed) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    if (g->failure.status) return;
+    avl__sort(g->order, g->n_order, avl__guide_token_order, g);
+    for (i = 1; i < g->n_order; i++) {
+        t = &g->tokens[g->order[i]];
+        before = &g->tokens[g->order[i - 1]];
+        while (t->shared < t->size && t->shared < before->size &&
+               g->bytes[t->start + t->shared] == g->bytes[before->start + t->shared]) t->shared++;
     }
-    astrovl_free(order);
-    astrovl_free(sorted);
-    return order && sorted;
 }
 
-// Of the tokens from low to high, which have their first `depth` bytes in common, the first whose next byte is at least `byte`.
+// The first place in g->order whose token's byte `depth` is at least `byte`, of the places from low to high, whose
+// tokens have the same bytes before.
 static int avl__guide_narrow(const astrovl_guide *g, int low, int high, int depth, int byte) {
     while (low < high) {
         int middle = low + (high - low) / 2;
-        const avl__guide_token *t = &g->tokens[middle];
-        if (t->size > depth && (unsigned char)g->bytes[t->start + (uint32_t)depth] >= byte) high = middle;
+        const avl__guide_token *t = &g->tokens[g->order[middle]];
+        if (t->size > depth && (uint8_t)g->bytes[t->start + (uint32_t)depth] >= byte) high = middle;
         else low = middle + 1;
     }
     return low;
 }
 
-// ---- how far it is to the end --------------------------------------------------------------------------------------
-// A way to the end is a chain of bytes that are tokens by themselves, so that it can be spelled; of these the shortest is taken.
-// Along it, longer tokens save steps. n_to_end counts them: if it is k > 0, some token leads to a state where it is at most k - 1.
-// A vocabulary without single bytes may reach states from which no such way leads on: tokens may pass them, not end there.
-
-typedef struct avl__ways {
-    int       spelling[256];   // [class] a byte that is a token, or -1
-    uint32_t *edges;           // the automaton backwards: state * n_classes + class, sorted by the state they lead to
-    uint32_t *starts;          // [n_states + 1] in edges
-    int16_t  *path;            // [n_states] the class that the way goes on with; -1: none, or the end is here
-    int      *order;           // [n_states] states by their distance, nearest first
-    int       n_order;
-} avl__ways;
-
-static void avl__ways_free(avl__ways *w) {
-    astrovl_free(w->edges);
-    astrovl_free(w->starts);
-    astrovl_free(w->path);
-    astrovl_free(w->order);
-}
-
-// Turns the automaton's table round, as far as it can be spelled: counting sort by target.
-static int avl__ways_reverse(const astrovl_guide *g, avl__ways *w) {   // 0: memory is out
-    size_t n = (size_t)g->n_states * (size_t)g->n_classes, i;
-    int state;
-    w->edges = (uint32_t *)avl__alloc_raw(n, sizeof *w->edges);
-    w->starts = (uint32_t *)avl__alloc((uint64_t)g->n_states + 2, sizeof *w->starts);
-    w->path = (int16_t *)avl__alloc_raw((uint64_t)g->n_states, sizeof *w->path);
-    w->order = (int *)avl__alloc_raw((uint64_t)g->n_states, sizeof *w->order);
-    if (!w->edges || !w->starts || !w->path || !w->order) return 0;
-    for (i = 0; i < n; i++)
-        if (g->table[i] >= 0 && w->spelling[i % (size_t)g->n_classes] >= 0) w->starts[g->table[i] + 2]++;
-    for (state = 0; state < g->n_states; state++) w->starts[state + 2] += w->starts[state + 1];
-    for (i = 0; i < n; i++)   // starts[s + 1] moves from the beginning of s's edges to their end
-        if (g->table[i] >= 0 && w->spelling[i % (size_t)g->n_classes] >= 0) w->edges[w->starts[g->table[i] + 1]++] = (uint32_t)i;
-    return 1;
-}
-
-// Breadth first, from the final states backwards.
-static void avl__ways_find(const astrovl_guide *g, avl__ways *w) {
-    int state, i;
-    uint32_t k;
-    for (state = 0; state < g->n_states; state++) {
-        w->path[state] = -1;
-        if (g->final[state]) w->order[w->n_order++] = state;
-    }
-    for (i = 0; i < w->n_order; i++)
-        for (k = w->starts[w->order[i]]; k < w->starts[w->order[i] + 1]; k++) {
-            int from = (int)(w->edges[k] / (uint32_t)g->n_classes);
-            if (g->final[from] || w->path[from] >= 0) continue;
-            w->path[from] = (int16_t)(w->edges[k] % (uint32_t)g->n_classes);
-            w->order[w->n_order++] = from;
+// The fewest tokens that spell the shortest text from node x to an end, or NEVER. If they are k > 0, some token leads
+// to a node where they are at most k - 1; so an answer that allows a token only where enough are left can always end.
+static int avl__min_tokens(astrovl_guide *g, int x) {
+    size_t base = g->stack.size;
+    if (g->nodes[x].least == AVL__GUIDE_NEVER) return AVL__GUIDE_NEVER;
+    for (; g->nodes[x].min_tokens < 0 && !g->failure.status; x = avl__re_step(g, x, g->classes[g->nodes[x].first]))
+        avl__push(g, x);
+    while (g->stack.size > base && !g->failure.status) {   // from the end: a token, and those after it
+        int depth, low = 0, high = g->n_order, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size], n;
+        x = y;
+        for (depth = 0; depth < g->longest && g->nodes[y].least > 0; depth++) {
+            int byte = g->nodes[y].first;
+            low = avl__guide_narrow(g, low, high, depth, byte);
+            high = avl__guide_narrow(g, low, high, depth, byte + 1);
+            if (low == high) break;
+            y = avl__re_step(g, y, g->classes[byte]);
+            n = g->nodes[y].min_tokens + 1;
+            if (g->tokens[g->order[low]].size == depth + 1 && n < best) best = n;
         }
-}
-
-// The fewest tokens from a state along its way: 1 + those from where the best first token ends. Nearer states are known already.
-static int avl__ways_count(const astrovl_guide *g, const avl__ways *w, int state) {
-    int low = 0, high = g->n_tokens, depth, best = INT32_MAX;
-    for (depth = 0; depth < g->longest && w->path[state] >= 0; depth++) {
-        int byte = w->spelling[w->path[state]];
-        low = avl__guide_narrow(g, low, high, depth, byte);
-        high = avl__guide_narrow(g, low, high, depth, byte + 1);
-        if (low == high) break;
-        state = avl__guide_step(g, state, (unsigned char)byte);
-        if (g->tokens[low].size == depth + 1 && g->n_to_end[state] + 1 < best) best = g->n_to_end[state] + 1;
+        g->nodes[x].min_tokens = best;
     }
-    return best;
+    return g->failure.status ? AVL__GUIDE_NEVER : g->nodes[x].min_tokens;
 }
 
-// What one token can lead to: the largest n_to_end within as many bytes as the longest token has.
-static void avl__guide_look_ahead(astrovl_guide *g) {
-    int round, state, c;
-    memcpy(g->n_to_end_after, g->n_to_end, (size_t)g->n_states * sizeof *g->n_to_end);
-    for (round = 0; round < g->longest; round++)
-        for (state = 0; state < g->n_states; state++)
-            for (c = 0; c < g->n_classes; c++) {
-                int to = g->table[(size_t)state * (size_t)g->n_classes + (size_t)c];
-                if (to >= 0 && g->n_to_end_after[to] > g->n_to_end_after[state]) g->n_to_end_after[state] = g->n_to_end_after[to];
-            }
+// The node of a state that a caller names; NONE: there is no such state.
+static int avl__guide_node(const astrovl_guide *g, int state) {
+    if (!g || state < 0 || (size_t)state >= g->n_nodes) return AVL__NONE;
+    return state ? state : g->start;
 }
 
-static void avl__build_ends(avl__builder *b) {
-    astrovl_guide *g = b->guide;
-    avl__ways w;
-    int i;
-    memset(&w, 0, sizeof w);
-    for (i = 0; i < 256; i++) w.spelling[i] = -1;
-    for (i = g->n_tokens; i-- > 0;) {
-        int byte = (unsigned char)g->bytes[g->tokens[i].start];
-        if (g->tokens[i].size == 1) w.spelling[g->classes[byte]] = byte;
-    }
-    g->n_to_end = (int32_t *)avl__alloc((uint64_t)g->n_states, sizeof *g->n_to_end);
-    g->n_to_end_after = (int32_t *)avl__alloc((uint64_t)g->n_states, sizeof *g->n_to_end_after);
-    if (!g->n_to_end || !g->n_to_end_after || !avl__ways_reverse(g, &w)) avl__build_no_memory(b);
-    if (!b->status) {
-        avl__ways_find(g, &w);
-        for (i = 0; i < g->n_states; i++) g->n_to_end[i] = -1;
-        for (i = 0; i < w.n_order; i++) g->n_to_end[w.order[i]] = g->final[w.order[i]] ? 0 : avl__ways_count(g, &w, w.order[i]);
-        avl__guide_look_ahead(g);
-        if (g->n_to_end[0] < 0)
-            b->status = avl__fail(b->err, ASTROVL_ERROR_MODEL, "%s: the model's vocabulary cannot spell any such answer", b->name);
-    }
-    avl__ways_free(&w);
+// SentencePiece vocabularies begin an answer with a token that begins with a space ("_{"): where the answer itself may
+// not, that space is dropped from the first token. Returns the bytes dropped, 0 or 1.
+static size_t avl__guide_skip(astrovl_guide *g, int state, const char *bytes, size_t size) {
+    if (state != 0 || size == 0 || bytes[0] != ' ') return 0;
+    return avl__re_step(g, g->start, g->classes[(uint8_t)bytes[0]]) == AVL__NONE;
 }
 
-// ---- masks ---------------------------------------------------------------------------------------------------------
-// Two states have the same mask if no chain of bytes as long as a token tells them apart, by breaking off in one of them or by
-// ending where no way leads on. So the many states that count a string's characters share one mask until the count nears its end.
-// Found by refining a partition (Moore 1956), one round per byte.
-
-static int avl__mask_class_at(const astrovl_guide *g, const int32_t *class_of, int state, int column) {
-    int to = column < 0 ? state : g->table[(size_t)state * (size_t)g->n_classes + (size_t)column];
-    return to < 0 ? -1 : class_of[to];
-}
-
-// One round: states stay together if they were, and if each byte leads them to states that were. Returns the number of classes.
-static int avl__mask_refine(const astrovl_guide *g, const int32_t *old, int32_t *fresh, int *slots, uint32_t mask) {
-    int n = 0, state, c;
-    memset(slots, 0xFF, ((size_t)mask + 1) * sizeof *slots);
-    for (state = 0; state < g->n_states; state++) {
-        uint32_t hash = AVL__HASH_START, at;
-        int other;
-        for (c = -1; c < g->n_classes; c++) hash = (hash ^ (uint32_t)avl__mask_class_at(g, old, state, c)) * 16777619u;
-        for (at = (hash ^ hash >> 15) & mask; (other = slots[at]) >= 0; at = (at + 1) & mask) {
-            for (c = -1; c < g->n_classes && avl__mask_class_at(g, old, state, c) == avl__mask_class_at(g, old, other, c);) c++;
-            if (c == g->n_classes) break;
-        }
-        if (other < 0) slots[at] = state;
-        fresh[state] = other < 0 ? n++ : fresh[other];
-    }
-    return n;
-}
-
-static void avl__build_masks(avl__builder *b) {
-    astrovl_guide *g = b->guide;
-    uint32_t n_slots = avl__table_slots((uint32_t)g->n_states);
-    int32_t *fresh = (int32_t *)avl__alloc_raw((uint64_t)g->n_states, sizeof *fresh), *swap;
-    int *slots = (int *)avl__alloc_raw(n_slots, sizeof *slots), state, round = 0, before;
-    g->mask_class = (int32_t *)avl__alloc_raw((uint64_t)g->n_states, sizeof *g->mask_class);
-    g->n_words = g->n_vocab / 32 + 1;
-    g->scratch = (uint32_t *)avl__alloc((uint64_t)g->n_words, sizeof *g->scratch);
-    if (fresh && slots && g->mask_class && g->scratch) {
-        for (state = 0; state < g->n_states; state++) g->mask_class[state] = state == 0 ? 2 : g->n_to_end[state] >= 0;
-        do {
-            before = g->n_mask_classes;
-            g->n_mask_classes = avl__mask_refine(g, g->mask_class, fresh, slots, n_slots - 1);
-            swap = fresh, fresh = g->mask_class, g->mask_class = swap;
-        } while (++round < g->longest && g->n_mask_classes != before);
-        g->masks = (uint32_t **)avl__alloc(2 * (uint64_t)g->n_mask_classes, sizeof *g->masks);
-    }
-    if (!fresh || !slots || !g->mask_class || !g->scratch || !g->masks) avl__build_no_memory(b);
-    astrovl_free(fresh);
-    astrovl_free(slots);
-}
-
-// SentencePiece vocabularies like to begin an answer with a token that begins with a space ("_{"): where the answer itself may not,
-// that space is dropped from the first token.
-static size_t avl__guide_skip(const astrovl_guide *g, int state, const char *bytes, size_t size) {   // bytes dropped: 0 or 1
-    return state == 0 && size > 0 && bytes[0] == ' ' && avl__guide_step(g, 0, ' ') < 0;
-}
-
-static int avl__guide_walk(const astrovl_guide *g, int state, const char *bytes, size_t size) {   // -1: the automaton refuses them
-    size_t i;
-    for (i = 0; i < size && state >= 0; i++) state = avl__guide_step(g, state, (unsigned char)bytes[i]);
-    return state;
-}
-
-// Bits of the tokens that may follow, if `limit` more tokens are to suffice after them. A token's walk begins where that of the
-// token before it passed their last shared byte; if that one was refused earlier, so is this one. End tokens follow final states.
-static void avl__mask_fill(const astrovl_guide *g, int state, int limit, uint32_t *mask) {
+// Bits of the tokens that may follow node x, if `limit` more tokens are to suffice after them. A token's walk begins
+// where that of the token before it passed their last shared byte; if that one was refused earlier, so is this one.
+static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_t *mask) {
     const avl__vocab *vocab = &g->model->vocab;
-    int at[AVL__GUIDE_TOKEN + 1], i, n, reached = 0, skip = (int)avl__guide_skip(g, state, " ", 1);
+    int at[AVL__GUIDE_TOKEN + 1], i, n, reached = 0;
     memset(mask, 0, (size_t)g->n_words * sizeof *mask);
-    at[0] = state;
-    for (i = 0; i < g->n_tokens; i++) {
-        const avl__guide_token *t = &g->tokens[i];
+    at[0] = x;
+    for (i = 0; i < g->n_order && !g->failure.status; i++) {
+        const int id = g->order[i];
+        const avl__guide_token *t = &g->tokens[id];
         const char *bytes = g->bytes + t->start;
         if (t->shared > reached) continue;
-        for (n = t->shared; n < t->size; n++) {
-            int next = n == 0 && skip && bytes[0] == ' ' ? state : avl__guide_step(g, at[n], (unsigned char)bytes[n]);
-            if (next < 0) break;
-            at[n + 1] = next;
+        n = t->shared;
+        if (n == 0 && skip && bytes[0] == ' ') at[++n] = x;
+        for (; n < t->size; n++) {
+            at[n + 1] = avl__re_step(g, at[n], g->classes[(uint8_t)bytes[n]]);
+            if (at[n + 1] == AVL__NONE) break;
         }
         reached = n;
-        if (n < t->size || at[n] == 0) continue;   // 0: it was nothing but that space
-        if (g->n_to_end[at[n]] < 0 || g->n_to_end[at[n]] > limit) continue;
-        mask[t->id / 32] |= (uint32_t)1 << t->id % 32;
+        if (n < t->size || (skip && n == 1 && bytes[0] == ' ')) continue;
+        if (g->nodes[at[n]].least > limit && avl__min_tokens(g, at[n]) > limit) continue;
+        mask[id / 32] |= (uint32_t)1 << id % 32;
     }
-    for (i = 0; g->final[state] && i < g->n_vocab && i < vocab->n_tokens; i++)
+    for (i = 0; g->nodes[x].least == 0 && i < g->n_vocab && i < vocab->n_tokens; i++)
         if (vocab->ends[i]) mask[i / 32] |= (uint32_t)1 << i % 32;
 }
 
-// The mask of a state with tokens enough to come, from memory or new; NULL: memory is out.
-static const uint32_t *avl__mask_of(astrovl_guide *g, int state) {
-    int place = 2 * g->mask_class[state] + g->final[state], i;
-    uint32_t *mask = g->masks[place];
-    if (mask) return mask;
-    if (g->n_masks == AVL__GUIDE_MASKS) {   // a long run may come through more than are worth keeping: it starts over
-        for (i = 0; i < 2 * g->n_mask_classes; i++) astrovl_free(g->masks[i]), g->masks[i] = NULL;
-        g->n_masks = 0;
-    }
-    mask = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *mask);
-    if (!mask) return NULL;
-    avl__mask_fill(g, state, INT32_MAX, mask);
-    g->masks[place] = mask;
-    g->n_masks++;
-    return mask;
-}
-
-// Logits without their bit become -infinity.  Returns whether any is left. (With the bits in an array, compilers choose between 32
-// pairs of floats by a few vector instructions: at a tenth of the time that shifting takes.)
-static int avl__mask_apply(const astrovl_guide *g, const uint32_t *mask, float *logits) {
-    const float never = avl__float_from_bits(0xFF800000u);
-    uint32_t bit[32], any = 0;
-    int word, i;
-    for (i = 0; i < 32; i++) bit[i] = (uint32_t)1 << i;
-    for (word = 0; word < g->n_words; word++) {
-        float *x = logits + (size_t)word * 32;
-        uint32_t bits = mask[word];
-        any |= bits;
-        if (bits == 0xFFFFFFFFu) continue;
-        if (g->n_vocab - word * 32 >= 32) for (i = 0; i < 32; i++) x[i] = bits & bit[i] ? x[i] : never;
-        else for (i = 0; i < g->n_vocab - word * 32; i++) x[i] = bits & bit[i] ? x[i] : never;
-    }
-    return any != 0;
-}
-
-ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits, astrovl_error *err) {
-    const uint32_t *mask = guide->scratch;
-    if (state < 0 || state >= guide->n_states || guide->n_to_end[state] < 0)
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
+                                              astrovl_error *err) {
+    astrovl_guide *g = guide;
+    const float never = avl__float_from_bits(0xFF800000u);   // -infinity
+    int x = avl__guide_node(g, state), any = 0, skip, owner, slot, i;
+    uint32_t *mask;
+    if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
+    if (g->nodes[x].least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
-    if (n_left < guide->n_to_end[state])
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer needs at least %d more tokens; it has %d",
-                         guide->n_to_end[state], n_left);
-    if (guide->n_to_end_after[state] < n_left) mask = avl__mask_of(guide, state);
-    else avl__mask_fill(guide, state, n_left - 1, guide->scratch);
-    if (!mask) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens that may follow");
-    if (!avl__mask_apply(guide, mask, logits))
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
-    return ASTROVL_OK;
+    g->work = 0;
+    if (n_left < g->nodes[x].least && n_left < avl__min_tokens(g, x) && !g->failure.status)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer needs at least %d more "
+                         "tokens; it has %d", g->nodes[x].min_tokens, n_left);
+    skip = (int)avl__guide_skip(g, state, " ", 1);
+    mask = g->scratch;
+    owner = state ? g->nodes[x].blurred : 0;   // whose mask it is; 0: the start's
+    slot = g->nodes[owner].mask;
+    if (n_left <= g->nodes[x].worst) {
+        avl__mask_fill(g, x, skip, n_left - 1, mask);
+    } else if (g->mask_owner[slot] == owner) {
+        mask = g->masks[slot];
+    } else {
+        slot = g->n_masks % AVL__GUIDE_MASKS;
+        if (!g->masks[slot]) g->masks[slot] = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *mask);
+        mask = g->masks[slot];
+        g->mask_owner[slot] = -1;
+        if (mask) avl__mask_fill(g, g->nodes[x].blurred, skip, AVL__GUIDE_NEVER - 1, mask);
+        else avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+        if (!g->failure.status) {
+            g->nodes[owner].mask = slot;
+            g->mask_owner[slot] = owner;
+            g->n_masks++;
+        }
+    }
+    if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
+    for (i = 0; i < g->n_vocab; i++) {
+        if (mask[i / 32] >> i % 32 & 1) any = 1;
+        else logits[i] = never;
+    }
+    return any ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
 }
 
-ASTROVL_API int astrovl_guide_next(const astrovl_guide *guide, int state, int32_t token) {
-    const avl__vocab *v = &guide->model->vocab;
-    char text[AVL__GUIDE_TOKEN];
-    size_t n, skip;
-    if (state < 0 || state >= guide->n_states || token >= guide->n_vocab || avl__vocab_is_end(v, token)) return -1;
-    n = (size_t)avl__vocab_token_bytes(v, token, text, AVL__GUIDE_TOKEN);
-    if (n > AVL__GUIDE_TOKEN) return -1;
-    skip = avl__guide_skip(guide, state, text, n);
-    if (n == skip) return -1;
-    state = avl__guide_walk(guide, state, text + skip, n - skip);
-    return state >= 0 && guide->n_to_end[state] >= 0 ? state : -1;
+ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token) {
+    int x = avl__guide_node(guide, state), i, n, skip;
+    const char *text;
+    if (x == AVL__NONE || token < 0 || token >= guide->n_vocab) return -1;
+    text = guide->bytes + guide->tokens[token].start;
+    n = guide->tokens[token].size;
+    guide->work = 0;
+    skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
+    for (i = skip; i < n; i++) x = avl__re_step(guide, x, guide->classes[(uint8_t)text[i]]);
+    return n == skip || guide->nodes[x].least == AVL__GUIDE_NEVER ? -1 : x;
 }
 
-ASTROVL_API int astrovl_guide_is_final(const astrovl_guide *guide, int state) {
-    return state >= 0 && state < guide->n_states && guide->final[state];
+ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state) {
+    int x = avl__guide_node(guide, state);
+    return x != AVL__NONE && guide->nodes[x].least == 0;
 }
 
-ASTROVL_API int astrovl_guide_n_to_end(const astrovl_guide *guide, int state) {
-    return state >= 0 && state < guide->n_states ? guide->n_to_end[state] : -1;
-}
-
-static int avl__guide_is_done(const astrovl_guide *g, int state) {   // final, and nothing may follow but an end token
-    int c;
-    if (!astrovl_guide_is_final(g, state)) return 0;
-    for (c = 0; c < g->n_classes; c++) if (g->table[(size_t)state * (size_t)g->n_classes + (size_t)c] >= 0) return 0;
-    return 1;
+ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state) {
+    int x = avl__guide_node(guide, state), n;
+    if (x == AVL__NONE) return -1;
+    guide->work = 0;
+    n = avl__min_tokens(guide, x);
+    return n == AVL__GUIDE_NEVER ? -1 : n;
 }
 
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
     int i;
     if (!guide) return;
-    for (i = 0; guide->masks && i < 2 * guide->n_mask_classes; i++) astrovl_free(guide->masks[i]);
-    astrovl_free(guide->table);
-    astrovl_free(guide->final);
-    astrovl_free(guide->n_to_end);
-    astrovl_free(guide->n_to_end_after);
+    for (i = 0; i < AVL__GUIDE_MASKS; i++) astrovl_free(guide->masks[i]);
+    astrovl_free(guide->nodes);
+    astrovl_free(guide->next.data);
+    astrovl_free(guide->stack.data);
     astrovl_free(guide->tokens);
+    astrovl_free(guide->order);
     astrovl_free(guide->bytes);
-    astrovl_free(guide->mask_class);
-    astrovl_free(guide->masks);
     astrovl_free(guide->scratch);
     astrovl_free(guide);
-}
-
-// ---- from expressions to a guide -----------------------------------------------------------------------------------
-
-static void avl__builder_start(avl__builder *b, const astrovl_model *model, const char *name, const char *advice,
-                               astrovl_error *err) {
-    memset(b, 0, sizeof *b);
-    b->name = name;
-    b->advice = advice;
-    b->err = err;
-    b->status = avl__need(model, AVL__PART_VOCAB, err);
-    if (!b->status && !(b->guide = (astrovl_guide *)avl__alloc(1, sizeof *b->guide))) avl__build_no_memory(b);
-    if (b->status) return;
-    b->guide->model = model;
-    avl__expr_text(b, "", 0);
-    avl__nfa(b, 256, 255, -1, -1);
-}
-
-static astrovl_guide *avl__builder_finish(avl__builder *b, int expr) {   // NULL if anything failed
-    if (!b->status) avl__build_automaton(b, expr);
-    if (!b->status && (!avl__guide_read_tokens(b->guide) || !avl__guide_sort_tokens(b->guide))) avl__build_no_memory(b);
-    if (!b->status) avl__build_ends(b);
-    if (!b->status) avl__build_masks(b);
-    astrovl_free(b->exprs);
-    astrovl_free(b->text.data);
-    astrovl_free(b->bounds);
-    astrovl_free(b->nfa);
-    if (!b->status) return b->guide;
-    astrovl_guide_free(b->guide);
-    return NULL;
 }
 
 // ---- patterns ------------------------------------------------------------------------------------------------------
 
 typedef struct avl__regex {
-    avl__builder *b;
-    const char   *text;
-    size_t        size, at;
-    int           depth;
+    astrovl_guide *g;
+    const char    *text;      // zero-terminated, but at most `size` bytes are read
+    size_t         size, at;
+    int            depth;
 } avl__regex;
 
-static int avl__regex_fail(avl__regex *r, size_t at, astrovl_status status, const char *what) {   // 0, an expression
-    if (!r->b->status) r->b->status = avl__fail(r->b->err, status, "pattern, byte %lld: %s", (long long)at, what);
-    return 0;
+static int avl__regex_fail(avl__regex *r, size_t at, astrovl_status status, const char *what) {   // returns NONE
+    if (!r->g->failure.status) avl__fail(&r->g->failure, status, "pattern, byte %d: %s", (int)at, what);
+    return AVL__NONE;
 }
 
 static int avl__regex_wrong(avl__regex *r, size_t at, const char *what) {
     return avl__regex_fail(r, at, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__regex_peek(const avl__regex *r) {   // -1: the end, of the pattern or of its being read
-    return r->at < r->size && !r->b->status ? (unsigned char)r->text[r->at] : -1;
+static int avl__regex_peek(const avl__regex *r) {   // -1: the end, or something has failed
+    return r->at < r->size && !r->g->failure.status ? (uint8_t)r->text[r->at] : -1;
 }
 
 static int avl__regex_take(avl__regex *r, int c) {
-    if (avl__regex_peek(r) != c) return 0;
-    r->at++;
-    return 1;
+    int is_here = avl__regex_peek(r) == c;
+    r->at += (size_t)is_here;
+    return is_here;
 }
 
-static uint32_t avl__regex_hex(avl__regex *r, int n) {   // n digits
-    uint32_t value = 0;
-    for (; n > 0; n--, r->at++) {
-        int digit = avl__hex_digit(avl__regex_peek(r));
-        if (digit < 0) return (uint32_t)avl__regex_wrong(r, r->at, "\\x takes two hexadecimal digits, \\u four");
-        value = value << 4 | (uint32_t)digit;
+// n hexadecimal digits of a zero-terminated text, or -1
+static int32_t avl__hex(const char *p, int n) {
+    int32_t value = 0;
+    for (; n > 0; n--, p++) {
+        int c = *p >= 'A' && *p <= 'F' ? *p - 'A' + 'a' : *p;
+        if (!(c >= '0' && c <= '9') && !(c >= 'a' && c <= 'f')) return -1;
+        value = value << 4 | (c <= '9' ? c - '0' : c - 'a' + 10);
     }
     return value;
 }
 
-// A character that stands for itself, or after a backslash.
-static uint32_t avl__regex_char(avl__regex *r) {
-    static const char letters[] = "ntrfv", meanings[] = "\n\t\r\f\v";
-    size_t start = r->at, length;
-    int32_t c = avl__regex_peek(r) < 0 ? AVL__UTF8_BAD : avl__utf8_read(r->text + r->at, r->size - r->at, &length);
-    uint32_t unit;
-    if (c < 0) return (uint32_t)avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
-    r->at += length;
-    if (c != '\\') return (uint32_t)c;
-    c = avl__regex_peek(r);
-    r->at++;
-    if (c > 0 && strchr(letters, c)) return (uint32_t)meanings[strchr(letters, c) - letters];
-    if (c == 'x') return avl__regex_hex(r, 2);
-    if (c == 'u') {
-        unit = avl__regex_hex(r, 4);
-        if (unit >= 0xD800 && unit < 0xDC00 && r->at + 2 <= r->size && memcmp(r->text + r->at, "\\u", 2) == 0) {
-            uint32_t low = (r->at += 2, avl__regex_hex(r, 4));
-            unit = low >= 0xDC00 && low < 0xE000 ? 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00) : unit;
-        }
-        if (unit < 0xD800 || unit > 0xDFFF) return unit;
-        return (uint32_t)avl__regex_wrong(r, start, "half a surrogate pair is no character");
-    }
-    if (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z'))
-        return (uint32_t)avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: \\d "
-                                         "\\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
-    return (uint32_t)c;
+// The code point after \u, written XXXX or as two units of UTF-16, XXXX\uXXXX, and in *size its bytes. Half a surrogate
+// pair is returned as it stands; -1: these are no four digits.
+static int32_t avl__unicode_escape(const char *p, size_t *size) {
+    int32_t unit = avl__hex(p, 4), low;
+    *size = 4;
+    if (unit < 0xD800 || unit >= 0xDC00 || p[4] != '\\' || p[5] != 'u') return unit;
+    low = avl__hex(p + 6, 4);
+    if (low < 0xDC00 || low > 0xDFFF) return unit;
+    *size = 10;
+    return 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// \d, \w, \s or one of their complements: added to the set. ASCII, as JSON schema's patterns have it.  0: something else is here
-static int avl__regex_class(avl__regex *r, size_t start) {
-    static const uint32_t digit[] = {'0', '9'}, word[] = {'0', '9', 'A', 'Z', '_', '_', 'a', 'z'}, space[] = {9, 13, ' ', ' '};
-    int c = avl__regex_peek(r) == '\\' && r->at + 1 < r->size ? r->text[r->at + 1] : 0, kind = c | 0x20, i, n;
-    const uint32_t *bounds = kind == 'd' ? digit : kind == 'w' ? word : space;
-    uint32_t low = 0;
-    if (kind != 'd' && kind != 'w' && kind != 's') return 0;
-    r->at += 2;
-    n = kind == 'd' ? 2 : kind == 'w' ? 8 : 4;
-    for (i = 0; i < n; low = bounds[i + 1] + 1, i += 2) {
-        if (c == kind) avl__set_add(r->b, start, bounds[i], bounds[i + 1]);
-        else if (bounds[i] > low) avl__set_add(r->b, start, low, bounds[i] - 1);
+// A character that stands for itself, or after a backslash.
+static int avl__regex_char(avl__regex *r) {
+    static const char letters[] = "ntrfv", meanings[] = "\n\t\r\f\v";
+    size_t start = r->at, length = 2;
+    int32_t c = avl__regex_peek(r) < 0 ? AVL__UTF8_BAD : avl__utf8_read(r->text + start, r->size - start, &length);
+    if (c < 0) return avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
+    r->at += length;
+    if (c != '\\') return c;
+    c = avl__regex_peek(r);
+    r->at++;
+    if (c > 0 && strchr(letters, c)) return meanings[strchr(letters, c) - letters];
+    if (c == 'x' || c == 'u') {
+        length = 2;
+        c = c == 'x' ? avl__hex(r->text + r->at, 2) : avl__unicode_escape(r->text + r->at, &length);
+        r->at += length;
+        if (c < 0) return avl__regex_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
+        return c < 0xD800 || c > 0xDFFF ? c : avl__regex_wrong(r, start, "half a surrogate pair is no character");
     }
-    if (c != kind) avl__set_add(r->b, start, low, 0x10FFFF);
+    if (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z'))
+        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: "
+                               "\\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
+    return c;
+}
+
+// A set of characters is collected on the stack, as numbers that sort: 2 low, and 2 (high + 1) + 1 where a range has
+// ended.
+static void avl__set_add(avl__regex *r, int low, int high) {
+    avl__push(r->g, 2 * low);
+    avl__push(r->g, 2 * high + 3);
+}
+
+// The set from stack[base] on, or all characters but those, as an expression; NONE if it is empty.
+static int avl__set_finish(avl__regex *r, size_t base, int negate) {
+    astrovl_guide *g = r->g;
+    size_t end = g->stack.size, i;
+    int n_open = 0, from = 0, x;
+    if (g->failure.status) return AVL__NONE;
+    avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
+    for (i = base; i < end && !g->failure.status; i++) {
+        int point = g->stack.data[i] >> 1, was_open = n_open > 0;
+        n_open += g->stack.data[i] & 1 ? -1 : 1;
+        if ((n_open > 0) == was_open) continue;
+        if (was_open != negate && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
+        from = point;
+    }
+    if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
+    x = avl__re_alt(g, end);
+    if (g->stack.size > base) g->stack.size = base;
+    return x;
+}
+
+// Adds \d, \w, \s or one of their complements to a set (ASCII, as in JSON schema's patterns). 0: something else is here
+static int avl__regex_class(avl__regex *r) {
+    static const char *const bounds[] = {"09", "09AZ__az", "\t\r  "};
+    int c = avl__regex_peek(r) == '\\' && r->at + 1 < r->size ? r->text[r->at + 1] : 0, kind = c | 32, low = 0;
+    const char *p = kind == 'd' ? bounds[0] : kind == 'w' ? bounds[1] : kind == 's' ? bounds[2] : NULL;
+    if (!p) return 0;
+    r->at += 2;
+    for (; *p; low = p[1] + 1, p += 2) {
+        if (c == kind) avl__set_add(r, p[0], p[1]);
+        else avl__set_add(r, low, p[0] - 1);
+    }
+    if (c != kind) avl__set_add(r, low, 0x10FFFF);
     return 1;
 }
 
-static int avl__regex_set(avl__regex *r) {   // after its [
-    size_t start = r->b->n_bounds, open = r->at - 1;
-    int negate = avl__regex_take(r, '^'), expr;
+static int avl__regex_brackets(avl__regex *r) {   // after [
+    size_t base = r->g->stack.size, open = r->at - 1;
+    int negate = avl__regex_take(r, '^'), x;
     if (avl__regex_peek(r) == ']') return avl__regex_wrong(r, open, "an empty set (a ] in a set is written \\])");
     while (avl__regex_peek(r) >= 0 && avl__regex_peek(r) != ']') {
         size_t at = r->at;
-        int is_class = avl__regex_class(r, start);
-        uint32_t low = is_class ? 0 : avl__regex_char(r), high = low;
+        int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r), high = low;
         if (r->at + 2 <= r->size && r->text[r->at] == '-' && r->text[r->at + 1] != ']') {
             r->at++;
-            if (is_class || avl__regex_class(r, start)) return avl__regex_wrong(r, at, "a range goes from a character to another");
+            if (is_class || avl__regex_class(r))
+                return avl__regex_wrong(r, at, "a range goes from a character to another");
             high = avl__regex_char(r);
         }
         if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
-        if (!is_class) avl__set_add(r->b, start, low, high);
+        if (!is_class) avl__set_add(r, low, high);
     }
     if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, open, "this [ is not closed");
-    expr = avl__expr_set(r->b, start, negate);
-    return expr ? expr : avl__regex_wrong(r, open, "a set that no character is in");
+    x = avl__set_finish(r, base, negate);
+    return x ? x : avl__regex_wrong(r, open, "a set that no character is in");
 }
 
 static int avl__regex_alternatives(avl__regex *r);
 
-static int avl__regex_group(avl__regex *r) {   // after its (
-    size_t open = r->at - 1;
-    int expr;
-    if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
-        return avl__regex_fail(r, open, ASTROVL_ERROR_UNSUPPORTED, "of the groups that begin with (? only (?: is understood");
-    if (++r->depth > AVL__GUIDE_DEPTH) return avl__regex_fail(r, open, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
-    expr = avl__regex_alternatives(r);
-    r->depth--;
-    return avl__regex_take(r, ')') ? expr : avl__regex_wrong(r, open, "this ( is not closed");
-}
-
 static int avl__regex_atom(avl__regex *r) {
-    size_t start = r->b->n_bounds, at = r->at;
-    char text[4];
-    int c = avl__regex_peek(r);
-    if (c == '*' || c == '+' || c == '?' || c == '{')
-        return avl__regex_wrong(r, at, "nothing stands here to be repeated (a literal one is written with a \\ before it)");
+    size_t at = r->at, base = r->g->stack.size;
+    int c = avl__regex_peek(r), x, negate;
+    if (c > 0 && strchr("*+?{", c))
+        return avl__regex_wrong(r, at, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
     if (c == '^' || c == '$')
         return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the ends of the pattern");
-    if (avl__regex_take(r, '(')) return avl__regex_group(r);
-    if (avl__regex_take(r, '[')) return avl__regex_set(r);
-    if (avl__regex_take(r, '.')) {
-        avl__set_add(r->b, start, '\n', '\n');
-        return avl__expr_set(r->b, start, 1);
+    if (avl__regex_take(r, '[')) return avl__regex_brackets(r);
+    if (avl__regex_take(r, '(')) {
+        if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
+            return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
+        if (++r->depth > AVL__GUIDE_DEPTH)
+            return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
+        x = avl__regex_alternatives(r);
+        r->depth--;
+        return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, at, "this ( is not closed");
     }
-    if (avl__regex_class(r, start)) return avl__expr_set(r->b, start, 0);
-    return avl__expr_text(r->b, text, avl__utf8_write(avl__regex_char(r), text));
+    negate = avl__regex_take(r, '.');
+    if (negate || !avl__regex_class(r)) {
+        c = negate ? '\n' : avl__regex_char(r);
+        avl__set_add(r, c, c);
+    }
+    return avl__set_finish(r, base, negate);
 }
 
 static int avl__regex_count(avl__regex *r) {   // -1: no number is here
     size_t at = r->at;
     int n = 0;
-    if (avl__regex_peek(r) < '0' || avl__regex_peek(r) > '9') return -1;
     for (; avl__regex_peek(r) >= '0' && avl__regex_peek(r) <= '9'; r->at++) {
         n = n * 10 + (avl__regex_peek(r) - '0');
-        if (n > AVL__GUIDE_STATES) return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "a count of more than 65536");
+        if (n > AVL__GUIDE_FAR) return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
     }
-    return n;
+    return r->at > at ? n : -1;
 }
 
-static int avl__regex_repeated(avl__regex *r, int atom) {   // with the quantifier that follows it, if one does
+static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier, if it has one
+    int atom = avl__regex_atom(r), c = avl__regex_peek(r), min = c == '+', max = c == '?' ? 1 : -1;
     size_t at = r->at;
-    int c = avl__regex_peek(r), min = c == '+', max = c == '?' ? 1 : -1;
-    if (c != '*' && c != '+' && c != '?' && c != '{') return atom;
+    if (c < 1 || !strchr("*+?{", c)) return atom;
     r->at++;
     if (c == '{') {
-        min = max = avl__regex_count(r);
-        if (avl__regex_take(r, ',')) max = avl__regex_count(r);
+        min = avl__regex_count(r);
+        max = avl__regex_take(r, ',') ? avl__regex_count(r) : min;
         if (min < 0 || (max >= 0 && max < min) || !avl__regex_take(r, '}'))
             return avl__regex_wrong(r, at, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is written \\{)");
     }
     avl__regex_take(r, '?');   // as few as possible or as many: the same language
     c = avl__regex_peek(r);
-    if (c == '*' || c == '+' || c == '?' || c == '{') return avl__regex_wrong(r, r->at, "a quantifier after a quantifier");
-    return avl__expr_list(r->b, atom, 0, min, max);
-}
-
-static int avl__regex_sequence(avl__regex *r) {
-    int expr = 0, c;
-    while ((c = avl__regex_peek(r)) >= 0 && c != '|' && c != ')') {
-        int item = avl__regex_repeated(r, avl__regex_atom(r));
-        expr = expr ? avl__expr_cat(r->b, expr, item) : item;
-    }
-    return expr ? expr : avl__expr_text(r->b, "", 0);
+    return c > 0 && strchr("*+?{", c) ? avl__regex_wrong(r, r->at, "a quantifier after a quantifier")
+                                      : avl__re_repeat(r->g, atom, min, max);
 }
 
 static int avl__regex_alternatives(avl__regex *r) {
-    int expr = avl__regex_sequence(r);
-    while (avl__regex_take(r, '|')) expr = avl__expr_alt(r->b, expr, avl__regex_sequence(r));
-    return expr;
+    astrovl_guide *g = r->g;
+    size_t base = g->stack.size;
+    do {
+        size_t first = g->stack.size;
+        int x = AVL__EMPTY, c;
+        while ((c = avl__regex_peek(r)) >= 0 && c != '|' && c != ')' && !(c == '$' && r->at + 1 == r->size))
+            avl__push(g, avl__regex_repeated(r));
+        while (g->stack.size > first) x = avl__re_cat(g, g->stack.data[--g->stack.size], x);
+        avl__push(g, x);
+    } while (avl__regex_take(r, '|'));
+    return avl__re_alt(g, base);
 }
 
-// A whole pattern as an expression.
-static int avl__expr_regex(avl__builder *b, const char *pattern) {
-    avl__regex r;
-    size_t slashes = 0;
-    int expr = 0;
-    memset(&r, 0, sizeof r);
-    r.b = b;
+// A whole pattern as an expression. It matches all of an answer, so ^ and $ at its ends say nothing.
+static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
+    avl__regex r = {NULL, NULL, 0, 0, 0};
+    int x;
+    r.g = g;
     r.text = pattern;
     r.size = strlen(pattern);
     if (r.size > AVL__GUIDE_TEXT) return avl__regex_fail(&r, AVL__GUIDE_TEXT, ASTROVL_ERROR_LIMIT, "it is too long");
-    avl__regex_take(&r, '^');   // the whole answer matches in any case
-    if (r.size > r.at && pattern[r.size - 1] == '$') {
-        while (slashes + 1 < r.size && pattern[r.size - 2 - slashes] == '\\') slashes++;
-        if (slashes % 2 == 0) r.size--;
-    }
-    expr = avl__regex_alternatives(&r);
-    return r.at < r.size ? avl__regex_fail(&r, r.at, ASTROVL_ERROR_FORMAT, "this ) closes nothing") : expr;
+    avl__regex_take(&r, '^');
+    x = avl__regex_alternatives(&r);
+    avl__regex_take(&r, '$');
+    return r.at < r.size ? avl__regex_wrong(&r, r.at, "this ) closes nothing") : x;
 }
 
-ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err) {
-    avl__builder b;
-    int expr = 0;
-    avl__builder_start(&b, model, "pattern", "lower the counts in { }", err);
-    if (!pattern && !b.status) b.status = avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no pattern was given");
-    if (!b.status) expr = avl__expr_regex(&b, pattern);
-    return avl__builder_finish(&b, expr);
+// ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
+// A text is validated once, in a copy that ends with a zero byte. After that a value is a pointer to its first byte, a
+// member a pointer to its name, and the accessors rely on text that is known to be right.
+
+static const char *avl__json_space(const char *p) { return p + strspn(p, " \t\n\r"); }
+
+// Reads one character of a string, plain or escaped, as UTF-8. Returns what follows it; NULL: none is here.
+static const char *avl__json_char(const char *p, char utf8[4], size_t *size) {
+    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    const char *letter = *p == '\\' && p[1] ? strchr(letters, p[1]) : NULL;
+    size_t length = 0;
+    int32_t c;
+    if (*p != '\\') c = (uint8_t)*p < 32 ? -1 : avl__utf8_read(p, 4, &length);   // 4: it stops at the final zero
+    else if (letter) c = meanings[letter - letters];
+    else c = p[1] == 'u' ? avl__unicode_escape(p + 2, &length) : -1;
+    if (c < 0 || (c >= 0xD800 && c <= 0xDFFF)) return NULL;
+    *size = avl__utf8_write((uint32_t)c, utf8);
+    return p + length + (*p == '\\' ? 2 : 0);
+}
+
+static const char *avl__json_after(const char *p) {   // what follows a value
+    int depth = 0;
+    if (!strchr("\"{[", *p)) return p + strcspn(p, ",]} \t\n\r");
+    do {
+        if (*p == '"') for (p++; *p != '"'; p++) p += *p == '\\';
+        depth += (*p == '{' || *p == '[') - (*p == '}' || *p == ']');
+        p++;
+    } while (depth > 0);
+    return p;
+}
+
+static const char *avl__json_first(const char *p) {   // item or member; NULL: there is none
+    p = avl__json_space(p + 1);
+    return *p == ']' || *p == '}' ? NULL : p;
+}
+
+static const char *avl__json_next(const char *p) {   // item; NULL: that was the last one
+    p = avl__json_space(avl__json_after(p));
+    return *p == ',' ? avl__json_space(p + 1) : NULL;
+}
+
+static const char *avl__json_value(const char *member) {
+    return avl__json_space(avl__json_space(avl__json_after(member)) + 1);
+}
+
+static const char *avl__json_next_member(const char *p) { return avl__json_next(avl__json_value(p)); }
+
+static int avl__json_is(const char *p, const char *text) {   // whether p is a string that spells text
+    char utf8[4];
+    size_t n;
+    if (*p++ != '"') return 0;
+    for (; *p != '"'; text += n) {
+        p = avl__json_char(p, utf8, &n);
+        if (!*text || strncmp(text, utf8, n) != 0) return 0;
+    }
+    return !*text;
+}
+
+// The value of an object's member; NULL: it has none of that name. Of several, the last, as in Python.
+static const char *avl__json_get(const char *object, const char *name) {
+    const char *p, *found = NULL;
+    for (p = avl__json_first(object); p; p = avl__json_next_member(p))
+        if (avl__json_is(p, name)) found = avl__json_value(p);
+    return found;
+}
+
+typedef struct avl__json {
+    const char    *name, *text, *end, *p;   // name: for messages
+    int            depth;
+    astrovl_error *err;                     // the first failure sticks; p is then at the end, where a zero byte is
+} avl__json;
+
+static void avl__json_fail(avl__json *j, astrovl_status status, const char *what) {
+    if (!j->err->status) avl__fail(j->err, status, "%s, byte %d: %s", j->name, (int)(j->p - j->text), what);
+    j->p = j->end;
+}
+
+static void avl__json_expect(avl__json *j, char c, const char *what) {   // white space, then c
+    j->p = avl__json_space(j->p);
+    if (*j->p == c) j->p++;
+    else avl__json_fail(j, ASTROVL_ERROR_FORMAT, what);
+}
+
+static void avl__json_check_string(avl__json *j, const char *what) {
+    const char *p;
+    char utf8[4];
+    size_t n;
+    avl__json_expect(j, '"', what);
+    for (p = j->p; p && *p != '"'; p = avl__json_char(p, utf8, &n)) j->p = p;
+    if (p) j->p = p + 1;
+    else avl__json_fail(j, ASTROVL_ERROR_FORMAT, j->p == j->end ? "the text ends within a string" :
+                        (uint8_t)*j->p < 32 ? "a control character must be escaped" :
+                        *j->p != '\\' ? "these bytes are not UTF-8" :
+                        j->p[1] == 'u' && avl__hex(j->p + 2, 4) >= 0 ? "half a surrogate pair is no character" :
+                        "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX");
+}
+
+// Validates a value, and moves j->p behind it.
+static void avl__json_check(avl__json *j) {
+    const char *p = j->p = avl__json_space(j->p), *word = *p == 't' ? "true" : *p == 'f' ? "false" : "null";
+    char open = *p, close = open == '{' ? '}' : ']';
+    size_t n = strlen(word);
+    int more;
+    if (open == '"') {
+        avl__json_check_string(j, "");
+    } else if (open == '{' || open == '[') {
+        if (++j->depth > AVL__GUIDE_DEPTH) avl__json_fail(j, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
+        else j->p = avl__json_space(p + 1);
+        more = !j->err->status && *j->p != close;
+        while (more) {
+            if (open == '{') {
+                avl__json_check_string(j, "a member's name is expected");
+                avl__json_expect(j, ':', "a colon is expected");
+            }
+            avl__json_check(j);
+            j->p = avl__json_space(j->p);
+            more = *j->p == ',';
+            j->p += more;
+        }
+        avl__json_expect(j, close, open == '{' ? "a comma or } is expected" : "a comma or ] is expected");
+        j->depth--;
+    } else {
+        if (strncmp(p, word, n) != 0) {   // -?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?
+            p += *p == '-';
+            n = *p == '0' ? 1 : strspn(p, "0123456789");
+            if (n && p[n] == '.') {
+                p += n + 1;
+                n = strspn(p, "0123456789");
+            }
+            if (n && (p[n] == 'e' || p[n] == 'E')) {
+                p += n + 1 + (p[n + 1] == '+' || p[n + 1] == '-');
+                n = strspn(p, "0123456789");
+            }
+        }
+        j->p = p + n;
+        if (n == 0) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a value is expected");
+    }
+}
+
+// Copies and validates a whole text. Returns the copy (astrovl_free), or NULL with *err, which must be zero before.
+static char *avl__json_read(const char *name, const char *text, size_t size, astrovl_error *err) {
+    char *copy = avl__copy_text(text, size);
+    avl__json j = {name, copy, copy ? copy + size : NULL, copy, 0, err};
+    if (!copy) avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
+    if (!copy) return NULL;
+    avl__json_check(&j);
+    j.p = avl__json_space(j.p);
+    if (j.p < j.end) avl__json_fail(&j, ASTROVL_ERROR_FORMAT, "nothing may follow the value");
+    if (!err->status) return copy;
+    astrovl_free(copy);
+    return NULL;
+}
+
+ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
+    astrovl_error failure = {ASTROVL_OK, ""};
+    const char *object, *found = NULL, *p, *at, *wrong = NULL;
+    char *copy = NULL, **list = NULL, *text, utf8[4];
+    size_t n_strings = 0, length;
+    int is_array;
+    if (n) *n = 0;
+    if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
+    else copy = avl__json_read("JSON", json, size, &failure);
+    object = copy ? avl__json_space(copy) : NULL;
+    if (object && *object == '{') found = avl__json_get(object, key);
+    else if (object) avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
+    is_array = found && *found == '[';
+    for (p = is_array ? avl__json_first(found) : found; p; p = is_array ? avl__json_next(p) : NULL) n_strings++;
+    if (!failure.status && !(list = (char **)avl__alloc_raw(n_strings * sizeof *list + size, 1)))
+        avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
+    text = list ? (char *)(list + n_strings) : NULL;   // with their quotes the strings were longer in the JSON text
+    n_strings = 0;
+    for (p = is_array ? avl__json_first(found) : found; p && list; p = is_array ? avl__json_next(p) : NULL) {
+        if (*p != '"') wrong = "is neither a string nor an array of strings";
+        list[n_strings++] = text;
+        for (at = p + 1; !wrong && *at != '"'; text += length) {
+            at = avl__json_char(at, utf8, &length);
+            memcpy(text, utf8, length);
+            if (!*utf8) wrong = "has a zero character";
+        }
+        if (wrong) avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", (int)(p - copy), key, wrong);
+        if (wrong) break;
+        *text++ = 0;
+    }
+    astrovl_free(copy);
+    if (!failure.status) {
+        *n = (int)n_strings;
+        return list;
+    }
+    astrovl_free(list);
+    avl__fail(err, failure.status, "%s", failure.message);
+    return NULL;
 }
 
 // ---- schemas -------------------------------------------------------------------------------------------------------
 
-enum { AVL__TYPE, AVL__PROPERTIES, AVL__REQUIRED, AVL__ADDITIONAL, AVL__ITEMS, AVL__MIN_ITEMS, AVL__MAX_ITEMS, AVL__MIN_LENGTH,
-       AVL__MAX_LENGTH, AVL__ENUM, AVL__CONST, AVL__ANY_OF, AVL__N_KEYWORDS, AVL__N_WORDS = AVL__N_KEYWORDS + 7 };
+enum { AVL__OBJECT, AVL__ARRAY, AVL__STRING, AVL__INTEGER, AVL__NUMBER, AVL__BOOLEAN, AVL__NULL, AVL__N_KINDS };
 
-static const char *const avl__keywords[AVL__N_WORDS] = {   // the last seven say nothing about the values
-    "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "enum",
-    "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
+static const char *const avl__kinds[AVL__N_KINDS] = {
+    "object", "array", "string", "integer", "number", "boolean", "null"};
 
-static const struct { const char *name; int kind; } avl__json_types[] = {
-    {"object", AVL__JSON_OBJECT}, {"array", AVL__JSON_ARRAY}, {"string", AVL__JSON_STRING}, {"integer", AVL__JSON_INTEGER},
-    {"number", AVL__JSON_NUMBER}, {"boolean", AVL__JSON_BOOLEAN}, {"null", AVL__JSON_NULL}};
+enum { AVL__N_KEYWORDS = 19, AVL__N_NOTES = 7 };
+
+static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // the notes say nothing about the values
+    "title", "description", "default", "examples", "$schema", "$id", "$comment", "type", "properties", "required",
+    "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "enum", "const", "anyOf"};
 
 typedef struct avl__schema {
-    avl__builder *b;
-    avl__json     json;
-    avl__bytes    path;                                  // where the reader is, a JSON pointer (RFC 6901)
-    int           character, integer, number, comma, colon;   // expressions that many values share
+    astrovl_guide *g;
+    const char    *text;     // all of it
+    int            character, integer, number, boolean, comma, colon;   // expressions that many values share
 } avl__schema;
 
-static int avl__schema_expr(avl__schema *s, int node);
-
-static int avl__schema_fail(avl__schema *s, astrovl_status status, const char *what) {   // 0, an expression
-    if (!s->b->status)
-        s->b->status = avl__fail(s->b->err, status, "schema, at %s: %s", s->path.size ? s->path.data : "its root", what);
-    return 0;
-}
-
-static int avl__schema_wrong(avl__schema *s, const char *what) { return avl__schema_fail(s, ASTROVL_ERROR_FORMAT, what); }
-static int avl__schema_unknown(avl__schema *s, const char *what) { return avl__schema_fail(s, ASTROVL_ERROR_UNSUPPORTED, what); }
-
-static size_t avl__schema_enter(avl__schema *s, astrovl_string step) {   // returns what leaving takes
-    size_t before = s->path.size, i;
-    avl__bytes_put(&s->path, "/", 1);
-    for (i = 0; i < step.size; i++) {
-        if (step.data[i] == '~' || step.data[i] == '/') avl__bytes_put_text(&s->path, step.data[i] == '~' ? "~0" : "~1");
-        else avl__bytes_put(&s->path, step.data + i, 1);
+// Fails, naming the place of p, a value or a member, as a JSON pointer (RFC 6901). Returns NONE.
+static int avl__schema_fail(avl__schema *s, const char *p, astrovl_status status, const char *what) {
+    const char *value = s->text, *item = NULL, *next;
+    avl__bytes path = {NULL, 0, 0, 0};
+    char text[24];
+    size_t n;
+    while (value != p && item != p) {   // down to the item or member that p is or lies in
+        int is_object = *value == '{', i = 0;
+        for (next = avl__json_first(value); next && next <= p; i++) {
+            item = next;
+            next = is_object ? avl__json_next_member(item) : avl__json_next(item);
+        }
+        value = is_object ? avl__json_value(item) : item;
+        avl__format(text, sizeof text, "/%d", i - 1);
+        avl__bytes_put(&path, text, is_object ? 1 : strlen(text));
+        for (next = item + 1; is_object && *next != '"';) {
+            next = avl__json_char(next, text, &n);
+            if (*text == '~' || *text == '/') avl__bytes_put(&path, *text == '~' ? "~0" : "~1", 2);
+            else avl__bytes_put(&path, text, n);
+        }
     }
-    if (s->path.failed) avl__build_no_memory(s->b);
-    return before;
+    if (!s->g->failure.status)
+        avl__fail(&s->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
+    astrovl_free(path.data);
+    return AVL__NONE;
 }
 
-static size_t avl__schema_enter_word(avl__schema *s, int keyword) {
-    return avl__schema_enter(s, avl__string(avl__keywords[keyword], strlen(avl__keywords[keyword])));
+static int avl__schema_wrong(avl__schema *s, const char *p, const char *what) {
+    return avl__schema_fail(s, p, ASTROVL_ERROR_FORMAT, what);
 }
 
-static void avl__schema_leave(avl__schema *s, size_t before) {
-    s->path.size = before;
-    if (s->path.data) s->path.data[before] = 0;
+static int avl__schema_unknown(avl__schema *s, const char *p, const char *what) {
+    return avl__schema_fail(s, p, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
-// Sorts a schema's members by their names. What is not understood is an error: passed over, it would be broken by the answer.
-static void avl__schema_keywords(avl__schema *s, int schema, int words[AVL__N_WORDS]) {
-    int node, i;
-    memset(words, 0, AVL__N_WORDS * sizeof *words);
-    if (s->json.nodes[schema].kind != AVL__JSON_OBJECT) avl__schema_unknown(s, "a schema is an object here");
-    for (node = s->json.nodes[schema].child; node && !s->b->status; node = s->json.nodes[node].next) {
-        for (i = 0; i < AVL__N_WORDS && !avl__string_is(s->json.nodes[node].key, avl__keywords[i]);) i++;
-        if (i < AVL__N_WORDS) { words[i] = node; continue; }
-        avl__schema_enter(s, s->json.nodes[node].key);
-        avl__schema_unknown(s, "this keyword is not understood; those that are: type, properties, required, additionalProperties "
-                            "(true, false), items, minItems, maxItems, minLength, maxLength, enum, const, anyOf");
+// The kinds of values that a type allows, one bit each.
+static int avl__schema_kinds(avl__schema *s, const char *type) {
+    const char *item;
+    int kinds = 0, i;
+    for (item = *type == '[' ? avl__json_first(type) : type; item; item = *type == '[' ? avl__json_next(item) : NULL) {
+        for (i = 0; i < AVL__N_KINDS && !avl__json_is(item, avl__kinds[i]);) i++;
+        kinds |= 1 << i;
     }
+    if (kinds > 0 && kinds < 1 << AVL__N_KINDS) return kinds;
+    return avl__schema_wrong(s, type, "a type is object, array, string, integer, number, boolean, null or a list");
 }
 
-static int avl__schema_type(avl__schema *s, int node) {   // of one name, its kind
-    int i, n = (int)(sizeof avl__json_types / sizeof *avl__json_types);
-    const avl__json_node *x = &s->json.nodes[node];
-    for (i = 0; i < n; i++)
-        if (x->kind == AVL__JSON_STRING && avl__string_is(x->text, avl__json_types[i].name)) return avl__json_types[i].kind;
-    return avl__schema_wrong(s, "a type is object, array, string, integer, number, boolean or null");
-}
-
-// The kinds of values allowed. Without a type, a schema that describes objects or arrays is taken to mean them.
-static int avl__schema_kinds(avl__schema *s, const int words[AVL__N_WORDS]) {
-    int type = words[AVL__TYPE], kinds = 0, node;
-    size_t before;
-    if (!type) {
-        if (words[AVL__PROPERTIES]) return AVL__JSON_OBJECT;
-        if (words[AVL__ITEMS]) return AVL__JSON_ARRAY;
-        return avl__schema_unknown(s, "a type (or enum, const, anyOf) is needed: any value at all is not understood");
-    }
-    before = avl__schema_enter_word(s, AVL__TYPE);
-    if (s->json.nodes[type].kind != AVL__JSON_ARRAY) kinds = avl__schema_type(s, type);
-    else for (node = s->json.nodes[type].child; node; node = s->json.nodes[node].next) kinds |= avl__schema_type(s, node);
-    if (!kinds) avl__schema_wrong(s, "no type is named");
-    avl__schema_leave(s, before);
-    return kinds;
-}
-
-// A limit, such as minItems; `absent` if there is none.
-static int avl__schema_count(avl__schema *s, const int words[AVL__N_WORDS], int word, int absent) {
-    astrovl_string text = s->json.nodes[words[word]].text;
-    size_t before, i;
+static int avl__schema_count(avl__schema *s, const char *value, int absent) {   // a limit, such as minItems
+    const char *p = value, *end = value ? avl__json_after(value) : NULL;
     int n = 0;
-    if (!words[word]) return absent;
-    before = avl__schema_enter_word(s, word);
-    if (s->json.nodes[words[word]].kind != AVL__JSON_NUMBER) avl__schema_wrong(s, "a whole number, not negative, is expected");
-    for (i = 0; i < text.size && !s->b->status; i++) {
-        if (text.data[i] < '0' || text.data[i] > '9') avl__schema_wrong(s, "a whole number, not negative, is expected");
-        n = n * 10 + (text.data[i] - '0');
-        if (n > AVL__GUIDE_STATES && word != AVL__MAX_ITEMS && word != AVL__MAX_LENGTH) avl__build_too_large(s->b);
-        if (n > AVL__GUIDE_STATES) n = AVL__GUIDE_STATES + 1;   // refused when it is built
+    if (!value) return absent;
+    for (; p < end && *p >= '0' && *p <= '9' && n <= AVL__GUIDE_FAR; p++) n = n * 10 + (*p - '0');
+    if (n > AVL__GUIDE_FAR) return avl__guide_fail(s->g, ASTROVL_ERROR_LIMIT);
+    return p == end ? n : avl__schema_wrong(s, value, "a whole number, not negative, is expected");
+}
+
+// Items with `between` between them, in brackets or quotes; their number lies between two limits.
+static int avl__schema_list(avl__schema *s, const char *least, const char *most, int item, int between,
+                            const char *ends) {
+    astrovl_guide *g = s->g;
+    int min = avl__schema_count(s, least, 0), max = avl__schema_count(s, most, -1), end, more, x;
+    if (max >= 0 && min > max) avl__schema_wrong(s, least, "the least (minItems, minLength) is more than the most");
+    end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
+    more = avl__re_repeat(g, avl__re_cat(g, between, item), min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
+    x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
+    return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
+}
+
+// A value as it stands in the schema, without white space, and its strings without escapes that need not be.
+static int avl__schema_literal(avl__schema *s, const char *p) {
+    static const char hex[] = "0123456789abcdef";
+    const char *end = avl__json_after(p);
+    avl__bytes text = {NULL, 0, 0, 0};
+    char c[4], escaped[] = "\\u00xx";
+    int in_string = 0, x;
+    size_t n;
+    while (p < end) {
+        if (in_string && *p != '"') {
+            p = avl__json_char(p, c, &n);
+            escaped[4] = hex[c[0] >> 4 & 15];
+            escaped[5] = hex[c[0] & 15];
+            if (*c == '"' || *c == '\\') avl__bytes_put(&text, "\\", 1);
+            if ((uint8_t)*c < 32) avl__bytes_put(&text, escaped, 6);
+            else avl__bytes_put(&text, c, n);
+            continue;
+        }
+        in_string ^= *p == '"';
+        if (!strchr(" \t\n\r", *p)) avl__bytes_put(&text, p, 1);
+        p++;
     }
-    avl__schema_leave(s, before);
-    return n;
+    if (text.failed) x = avl__guide_fail(s->g, ASTROVL_ERROR_MEMORY);
+    else x = avl__re_text(s->g, text.data, text.size, AVL__EMPTY);
+    astrovl_free(text.data);
+    return x;
 }
 
-// Items between the two limits that stand at min_word and after it: an array in its brackets, a string in its quotes.
-static int avl__schema_list(avl__schema *s, const int words[AVL__N_WORDS], int min_word, int item, int between, const char *open,
-                            const char *close) {
-    int min = avl__schema_count(s, words, min_word, 0), max = avl__schema_count(s, words, min_word + 1, -1), list;
-    if (max >= 0 && min > max) avl__schema_wrong(s, "the least (minItems, minLength) is more than the most");
-    list = avl__expr_cat(s->b, avl__expr_word(s->b, open), avl__expr_list(s->b, item, between, min, max));
-    return avl__expr_cat(s->b, list, avl__expr_word(s->b, close));
-}
+static int avl__schema_expr(avl__schema *s, const char *schema);
 
-static int avl__schema_array(avl__schema *s, const int words[AVL__N_WORDS]) {
-    size_t before = avl__schema_enter_word(s, AVL__ITEMS);
-    int item = words[AVL__ITEMS] ? avl__schema_expr(s, words[AVL__ITEMS])
-                                 : avl__schema_unknown(s, "an array needs them: one of anything at all is not understood");
-    avl__schema_leave(s, before);
-    return avl__schema_list(s, words, AVL__MIN_ITEMS, item, s->comma, "[", "]");
-}
-
-static int avl__schema_text(avl__schema *s, astrovl_string text, int node) {   // a string, or the value `node`, as it is written
-    avl__bytes bytes = {NULL, 0, 0, 0};
-    int expr;
-    if (node < 0) avl__json_write_string(text, &bytes);
-    else avl__json_write(&s->json, node, &bytes);
-    if (bytes.failed) avl__build_no_memory(s->b);
-    expr = avl__expr_text(s->b, bytes.data ? bytes.data : "", bytes.failed ? 0 : bytes.size);
-    astrovl_free(bytes.data);
-    return expr;
-}
-
-// Whether `required` (0: absent) names a property.
-static int avl__schema_requires(const avl__schema *s, int required, astrovl_string name) {
-    int node = required ? s->json.nodes[required].child : 0;
-    while (node && avl__compare_strings(s->json.nodes[node].text, name) != 0) node = s->json.nodes[node].next;
-    return node != 0;
-}
-
-static void avl__schema_check_object(avl__schema *s, const int words[AVL__N_WORDS]) {
-    const avl__json_node *nodes = s->json.nodes;
-    int properties = words[AVL__PROPERTIES], required = words[AVL__REQUIRED], additional = words[AVL__ADDITIONAL], node, other;
-    size_t before;
-    if (properties && nodes[properties].kind != AVL__JSON_OBJECT) avl__schema_wrong(s, "properties is an object");
-    if (additional && nodes[additional].kind != AVL__JSON_BOOLEAN)
-        avl__schema_unknown(s, "additionalProperties is understood only if true or false (none is ever written)");
-    if (required && nodes[required].kind != AVL__JSON_ARRAY) avl__schema_wrong(s, "required is an array of names");
-    for (node = required ? nodes[required].child : 0; node && !s->b->status; node = nodes[node].next) {
-        if (nodes[node].kind != AVL__JSON_STRING) avl__schema_wrong(s, "required is an array of names");
-        other = properties ? nodes[properties].child : 0;
-        while (other && avl__compare_strings(nodes[other].key, nodes[node].text) != 0) other = nodes[other].next;
-        if (other || s->b->status) continue;
-        before = avl__schema_enter_word(s, AVL__REQUIRED);
-        avl__schema_enter(s, nodes[node].text);
-        avl__schema_unknown(s, "properties says nothing about this one");
-        avl__schema_leave(s, before);
+// Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
+// follows where nothing is written yet, and what follows a member.
+static int avl__schema_object(avl__schema *s, const char *schema) {
+    const char *properties = avl__json_get(schema, "properties"), *required = avl__json_get(schema, "required"), *p;
+    const char *additional = avl__json_get(schema, "additionalProperties");
+    astrovl_guide *g = s->g;
+    size_t base = g->stack.size, n, i;
+    int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first, name;
+    uint32_t known = g->mark + 1;   // the mark of properties' names (equal texts are one node); + 1: required, too
+    g->mark += 2;
+    if (properties && *properties != '{') return avl__schema_wrong(s, properties, "properties is an object");
+    if (required && *required != '[') return avl__schema_wrong(s, required, "required is an array of names");
+    if (additional && *additional != 't' && *additional != 'f')
+        return avl__schema_unknown(s, additional, "only true and false are understood (none is ever written)");
+    for (p = properties ? avl__json_first(properties) : NULL; p; p = avl__json_next_member(p)) {
+        name = avl__schema_literal(s, p);
+        if (g->nodes[name].mark == known) avl__schema_wrong(s, p, "a second member of the same name");
+        g->nodes[name].mark = known;
+        avl__push(g, name);
     }
-}
-
-static int avl__schema_object(avl__schema *s, const int words[AVL__N_WORDS]) {
-    avl__builder *b = s->b;
-    int node, members = 0;
-    size_t before;
-    avl__schema_check_object(s, words);
-    if (b->status) return 0;
-    before = avl__schema_enter_word(s, AVL__PROPERTIES);
-    node = words[AVL__PROPERTIES] ? s->json.nodes[words[AVL__PROPERTIES]].child : 0;
-    for (; node && !b->status; node = s->json.nodes[node].next) {
-        astrovl_string name = s->json.nodes[node].key;
-        size_t here = avl__schema_enter(s, name);
-        int key = avl__expr_cat(b, avl__schema_text(s, name, -1), s->colon);
-        int member = avl__expr_cat(b, key, avl__schema_expr(s, node));
-        members = avl__expr_new(b, AVL__MEMBER, members, member, avl__schema_requires(s, words[AVL__REQUIRED], name), 0);
-        if (!b->status) b->exprs[members].c = s->comma;
-        avl__schema_leave(s, here);
+    for (p = required ? avl__json_first(required) : NULL; p; p = avl__json_next(p)) {
+        name = *p == '"' ? avl__schema_literal(s, p) : AVL__NONE;
+        if (*p != '"') avl__schema_wrong(s, p, "required is an array of names");
+        if (g->nodes[name].mark < known) avl__schema_unknown(s, p, "properties says nothing about this one");
+        g->nodes[name].mark = known + 1;
     }
-    avl__schema_leave(s, before);
-    return avl__expr_cat(b, avl__expr_cat(b, avl__expr_word(b, "{"), members), avl__expr_word(b, "}"));
+    n = g->stack.size - base;
+    for (i = 0; i < n && !g->failure.status; i++) avl__push(g, g->nodes[g->stack.data[base + i]].mark > known);
+    for (p = n > 0 ? avl__json_first(properties) : NULL; p && !g->failure.status; p = avl__json_next_member(p))
+        avl__push(g, avl__schema_expr(s, avl__json_value(p)));
+    for (i = n; i > 0 && !g->failure.status; i--) {   // on the stack: n names, n times whether it is required, n values
+        const int32_t *item = g->stack.data + base + i - 1;
+        int is_required = item[n], member = avl__re_cat(g, item[0], avl__re_cat(g, s->colon, item[2 * n]));
+        int alone = avl__re_cat(g, member, later), after = avl__re_cat(g, s->comma, alone);
+        first = is_required ? alone : avl__re_or(g, alone, first);
+        later = is_required ? after : avl__re_or(g, after, later);
+    }
+    if (g->stack.size > base) g->stack.size = base;
+    return avl__re_text(g, "{", 1, first);
 }
 
 // Whether a number is whole, in any spelling: 3, 3.0, 30e-1.
-static int avl__json_is_whole(astrovl_string text) {
-    int64_t zeros = 0, fraction = 0, exponent = 0, sign = 1;
-    int point = 0, nonzero = 0;
-    size_t i;
-    for (i = 0; i < text.size && (text.data[i] | 0x20) != 'e'; i++) {
-        if (text.data[i] == '.') point = 1;
-        if (text.data[i] < '0' || text.data[i] > '9') continue;
-        zeros = text.data[i] == '0' ? zeros + 1 : 0;   // at the end of the digits
-        fraction += point;
-        nonzero |= text.data[i] != '0';
+static int avl__json_is_whole(const char *p) {
+    int zeros = 0, fraction = 0, exponent = 0, after_point = 0, nonzero = 0, sign;
+    for (p += *p == '-'; *p == '.' || (*p >= '0' && *p <= '9'); p++) {
+        after_point |= *p == '.';
+        if (*p == '.') continue;
+        fraction += after_point;
+        zeros = *p == '0' ? zeros + 1 : 0;   // at the end of the digits
+        nonzero |= *p != '0';
     }
-    for (; i < text.size; i++) {
-        if (text.data[i] == '-') sign = -1;
-        if (text.data[i] >= '0' && text.data[i] <= '9' && exponent < 1000000000) exponent = exponent * 10 + (text.data[i] - '0');
-    }
+    sign = *p && p[1] == '-' ? -1 : 1;
+    if (*p == 'e' || *p == 'E') p += 1 + strspn(p + 1, "+-");
+    for (; *p >= '0' && *p <= '9' && exponent < AVL__GUIDE_TEXT; p++) exponent = exponent * 10 + (*p - '0');
     return !nonzero || sign * exponent - fraction + zeros >= 0;
 }
 
-// The values of enum or const that are of the right kind.
-static int avl__schema_values(avl__schema *s, const int words[AVL__N_WORDS]) {
-    int is_enum = words[AVL__ENUM] != 0, list = is_enum ? words[AVL__ENUM] : words[AVL__CONST], expr = 0, node, i;
-    int kinds = words[AVL__TYPE] ? avl__schema_kinds(s, words) : ~0;
-    for (i = AVL__TYPE + 1; i < AVL__N_KEYWORDS; i++)
-        if (words[i] && words[i] != list) return avl__schema_unknown(s, "beside enum or const only type is understood");
-    if (is_enum && s->json.nodes[list].kind != AVL__JSON_ARRAY) return avl__schema_wrong(s, "enum is an array of values");
-    for (node = is_enum ? s->json.nodes[list].child : list; node && !s->b->status; node = is_enum ? s->json.nodes[node].next : 0) {
-        const avl__json_node *x = &s->json.nodes[node];
-        int whole = x->kind == AVL__JSON_NUMBER && avl__json_is_whole(x->text), text;
-        if (!(kinds & x->kind) && !(whole && (kinds & AVL__JSON_INTEGER))) continue;
-        text = avl__schema_text(s, x->text, node);
-        expr = expr ? avl__expr_alt(s->b, expr, text) : text;
+static int avl__schema_expr(avl__schema *s, const char *schema) {
+    astrovl_guide *g = s->g;
+    const char *p, *type, *values, *constant, *any_of, *items;
+    size_t base = g->stack.size;
+    int n_keywords = 0, kinds, kind, i, x;
+    uint32_t seen = 0;
+    if (*schema != '{') return avl__schema_unknown(s, schema, "a schema is an object here");
+    for (p = avl__json_first(schema); p; p = avl__json_next_member(p)) {
+        for (i = 0; i < AVL__N_KEYWORDS && !avl__json_is(p, avl__keywords[i]);) i++;
+        if (i == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
+            return avl__schema_unknown(s, p, "this keyword is not understood; those that are: type, properties, "
+                                       "required, additionalProperties (true, false), items, minItems, maxItems, "
+                                       "minLength, maxLength, enum, const, anyOf");
+        if (seen >> i & 1) return avl__schema_wrong(s, p, "a second member of the same name");
+        seen |= (uint32_t)1 << i;
+        n_keywords += i >= AVL__N_NOTES;
     }
-    return expr ? expr : avl__schema_wrong(s, "no value is left to choose from");
-}
-
-static int avl__schema_any_of(avl__schema *s, const int words[AVL__N_WORDS]) {
-    int list = words[AVL__ANY_OF], expr = 0, node, i;
-    size_t before = avl__schema_enter_word(s, AVL__ANY_OF);
-    if (s->json.nodes[list].kind != AVL__JSON_ARRAY || !s->json.nodes[list].child) avl__schema_wrong(s, "an array of schemas");
-    for (i = 0; i < AVL__N_KEYWORDS; i++)
-        if (words[i] && i != AVL__ANY_OF) avl__schema_unknown(s, "beside anyOf no other keyword is understood");
-    for (node = s->json.nodes[list].child, i = 0; node && !s->b->status; node = s->json.nodes[node].next, i++) {
-        char index[24];
-        size_t here;
-        int choice;
-        avl__format(index, sizeof index, "%d", i);
-        here = avl__schema_enter(s, avl__string(index, strlen(index)));
-        choice = avl__schema_expr(s, node);
-        expr = expr ? avl__expr_alt(s->b, expr, choice) : choice;
-        avl__schema_leave(s, here);
-    }
-    avl__schema_leave(s, before);
-    return expr;
-}
-
-static int avl__schema_of_kind(avl__schema *s, const int words[AVL__N_WORDS], int kind) {
-    switch (kind) {
-    case AVL__JSON_OBJECT: return avl__schema_object(s, words);
-    case AVL__JSON_ARRAY: return avl__schema_array(s, words);
-    case AVL__JSON_STRING: return avl__schema_list(s, words, AVL__MIN_LENGTH, s->character, 0, "\"", "\"");
-    case AVL__JSON_INTEGER: return s->integer;
-    case AVL__JSON_NUMBER: return s->number;
-    case AVL__JSON_BOOLEAN: return avl__expr_regex(s->b, "true|false");
-    default: return avl__expr_word(s->b, "null");
-    }
-}
-
-static int avl__schema_expr(avl__schema *s, int node) {
-    int words[AVL__N_WORDS], kinds, kind, expr = 0;
-    avl__schema_keywords(s, node, words);
-    if (s->b->status) return 0;
-    if (words[AVL__ENUM] || words[AVL__CONST]) return avl__schema_values(s, words);
-    if (words[AVL__ANY_OF]) return avl__schema_any_of(s, words);
-    kinds = avl__schema_kinds(s, words);
-    for (kind = 1; kind <= AVL__JSON_INTEGER && !s->b->status; kind *= 2)
-        if (kinds & kind) {
-            int choice = avl__schema_of_kind(s, words, kind);
-            expr = expr ? avl__expr_alt(s->b, expr, choice) : choice;
+    type = avl__json_get(schema, "type");
+    values = avl__json_get(schema, "enum");
+    constant = avl__json_get(schema, "const");
+    any_of = avl__json_get(schema, "anyOf");
+    items = avl__json_get(schema, "items");
+    kinds = type ? avl__schema_kinds(s, type) : (1 << AVL__N_KINDS) - 1;
+    if (values || constant) {
+        if (n_keywords > 1 + (type != NULL))
+            return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
+        if (values && *values != '[') return avl__schema_wrong(s, values, "enum is an array of values");
+        for (p = values ? avl__json_first(values) : constant; p; p = values ? avl__json_next(p) : NULL) {
+            kind = *p == '{' ? AVL__OBJECT : *p == '[' ? AVL__ARRAY : *p == '"' ? AVL__STRING : *p == 'n' ? AVL__NULL :
+                   *p == 't' || *p == 'f' ? AVL__BOOLEAN : AVL__NUMBER;
+            i = kind == AVL__NUMBER && avl__json_is_whole(p) ? 1 << AVL__INTEGER : 0;
+            if (kinds & (1 << kind | i)) avl__push(g, avl__schema_literal(s, p));
         }
-    return expr;
+        x = avl__re_alt(g, base);
+        return x ? x : avl__schema_wrong(s, schema, "no value is left to choose from");
+    }
+    if (any_of) {
+        if (n_keywords > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
+        if (*any_of != '[' || !avl__json_first(any_of))
+            return avl__schema_wrong(s, any_of, "an array of schemas is expected");
+        for (p = avl__json_first(any_of); p && !g->failure.status; p = avl__json_next(p))
+            avl__push(g, avl__schema_expr(s, p));
+        return avl__re_alt(g, base);
+    }
+    if (!type) kinds = avl__json_get(schema, "properties") ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
+    if (!kinds)
+        return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
+    for (kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
+        if (!(kinds >> kind & 1)) continue;
+        switch (kind) {
+        case AVL__OBJECT:  x = avl__schema_object(s, schema); break;
+        case AVL__ARRAY:
+            if (!items) return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
+            x = avl__schema_expr(s, items);
+            x = avl__schema_list(s, avl__json_get(schema, "minItems"), avl__json_get(schema, "maxItems"), x, s->comma,
+                                 "[]");
+            break;
+        case AVL__STRING:
+            x = avl__schema_list(s, avl__json_get(schema, "minLength"), avl__json_get(schema, "maxLength"),
+                                 s->character, AVL__EMPTY, "\"\"");
+            break;
+        case AVL__INTEGER: x = s->integer; break;
+        case AVL__NUMBER:  x = s->number; break;
+        case AVL__BOOLEAN: x = s->boolean; break;
+        default:           x = avl__re_text(g, "null", 4, AVL__EMPTY); break;
+        }
+        avl__push(g, x);
+    }
+    return avl__re_alt(g, base);
 }
 
-ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size, astrovl_error *err) {
-    avl__builder b;
+// The whole schema as an expression.
+static int avl__re_schema(astrovl_guide *g, const char *json, size_t size) {
+    char *copy = size > AVL__GUIDE_TEXT ? NULL : avl__json_read("schema", json, size, &g->failure);
     avl__schema s;
-    int expr = 0;
-    avl__builder_start(&b, model, "schema", "lower maxItems and maxLength, or leave them out", err);
-    memset(&s, 0, sizeof s);
-    s.b = &b;
-    if (size > AVL__GUIDE_TEXT) avl__schema_fail(&s, ASTROVL_ERROR_LIMIT, "it has more than 262,144 bytes");
-    if (!b.status) b.status = avl__json_read(&s.json, "schema", json, size, err);
-    if (!b.status) {
-        s.character = avl__expr_regex(&b, "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])"
-                                      "[\\dA-Fa-f]{2})");
-        s.integer = avl__expr_regex(&b, "-?(0|[1-9]\\d{0,14})");
-        s.number = avl__expr_regex(&b, "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?");
-        s.comma = avl__expr_regex(&b, ", ?");
-        s.colon = avl__expr_regex(&b, ": ?");
+    int x;
+    if (size > AVL__GUIDE_TEXT) avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "schema: it has more than 262,144 bytes");
+    if (!copy) return AVL__NONE;
+    s.g = g;
+    s.text = avl__json_space(copy);
+    s.character = avl__re_pattern(g, "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|"
+                                "u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})");
+    s.integer = avl__re_pattern(g, "0|-?[1-9]\\d{0,14}");
+    s.number = avl__re_pattern(g, "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?");
+    s.boolean = avl__re_pattern(g, "true|false");
+    s.comma = avl__re_pattern(g, ", ?");
+    s.colon = avl__re_pattern(g, ": ?");
+    x = avl__schema_expr(&s, s.text);
+    astrovl_free(copy);
+    return x;
+}
+
+// ---- from a pattern or a schema to a guide -------------------------------------------------------------------------
+
+static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *text, size_t size, int is_schema,
+                                       astrovl_error *err) {
+    astrovl_guide *g;
+    uint8_t begins[257] = {0};
+    int byte, least;
+    size_t i;
+    if (!model || !text) avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide needs a model, and a pattern or schema");
+    if (!model || !text || avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return NULL;
+    g = (astrovl_guide *)avl__alloc(1, sizeof *g);
+    if (!g) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a guide");
+    if (!g) return NULL;
+    g->model = model;
+    g->name = is_schema ? "schema" : "pattern";
+    g->advice = is_schema ? "lower maxItems and maxLength, or leave them out" : "lower the counts in { }";
+    memset(g->mask_owner, 0xFF, sizeof g->mask_owner);
+    avl__guide_read_tokens(g);
+    avl__re_make(g, AVL__NONE, 0, 0, 0, 0);
+    avl__re_make(g, AVL__EMPTY, 0, 0, 0, 0);
+    if (!g->failure.status) g->start = is_schema ? avl__re_schema(g, text, size) : avl__re_pattern(g, text);
+    for (i = 0; i < g->n_nodes; i++) {
+        if (g->nodes[i].kind != AVL__RANGE) continue;
+        begins[g->nodes[i].a] = 1;
+        begins[g->nodes[i].b + 1] = 1;
     }
-    if (!b.status) expr = avl__schema_expr(&s, 0);
-    avl__json_free(&s.json);
-    astrovl_free(s.path.data);
-    return avl__builder_finish(&b, expr);
-}
-
-// ---- the answer as it grows ----------------------------------------------------------------------------------------
-
-typedef struct avl__answer {
-    avl__tokens    tokens;
-    int            n_unread;    // of them, at the end, not in the cache yet
-    avl__bytes     text;        // whole characters only
-    size_t         n_shown;     // bytes given to on_text
-    avl__utf8_gate gate;
-    int            state;       // of the guide, if there is one
-    int            is_cut;      // a stop text was met, or on_text wants no more: what is held back is not shown any more
-    const astrovl_generation *options;
-} avl__answer;
-
-// Where a stop text begins, looking from `from` on; the text's size when there is none.
-static size_t avl__find_stop(const avl__answer *a, size_t from) {
-    size_t at;
-    int i;
-    for (at = from; at < a->text.size; at++)
-        for (i = 0; i < a->options->n_stop; i++) {
-            size_t n = strlen(a->options->stop[i]);
-            if (n && n <= a->text.size - at && memcmp(a->text.data + at, a->options->stop[i], n) == 0) return at;
-        }
-    return a->text.size;
-}
-
-// Bytes at the end that may turn out to be the beginning of a stop text: they are not shown yet.
-static size_t avl__held_back(const avl__answer *a) {
-    size_t longest = 0, n;
-    int i;
-    for (i = 0; i < a->options->n_stop; i++)
-        for (n = strlen(a->options->stop[i]); n > longest; n--)
-            if (n <= a->text.size - a->n_shown && memcmp(a->text.data + a->text.size - n, a->options->stop[i], n) == 0) longest = n;
-    return longest;
-}
-
-// Gives on_text what is new up to byte `end`; non-zero when it cancels.
-static int avl__show(avl__answer *a, size_t end) {
-    size_t from = a->n_shown;
-    if (end <= from) return 0;
-    a->n_shown = end;
-    return a->options->on_text ? a->options->on_text(a->options->user, a->text.data + from, end - from) : 0;
-}
-
-// Appends bytes of whole characters, without the white space that a free answer begins with.
-static void avl__answer_put(avl__answer *a, const char *text, size_t size) {
-    while (!a->options->guide && a->text.size == 0 && size && (*text == ' ' || *text == '\n')) text++, size--;
-    avl__bytes_put(&a->text, text, size);
-}
-
-// Takes the text of one more token. Returns 0 when memory is out.
-static int avl__answer_token(avl__answer *a, const avl__vocab *vocab, int32_t token) {
-    avl__bytes piece = {NULL, 0, 0, 0};
-    size_t before = a->text.size, end, longest = 0, skip = 0;
-    int i;
-    avl__put_token(vocab, token, &piece);
-    if (a->options->guide && !piece.failed) {
-        skip = avl__guide_skip(a->options->guide, a->state, piece.data, piece.size);
-        a->state = avl__guide_walk(a->options->guide, a->state, piece.data + skip, piece.size - skip);
+    for (byte = 0; byte < 256; byte++) {
+        if (byte == 0 || begins[byte]) g->byte_of[g->n_classes++] = (uint8_t)byte;
+        g->classes[byte] = (uint8_t)(g->n_classes - 1);
     }
-    if (!piece.failed) {
-        avl__bytes whole = {NULL, 0, 0, 0};
-        avl__utf8_gate_put(&a->gate, piece.data ? piece.data + skip : "", piece.size - skip, &whole);
-        if (whole.failed) a->text.failed = 1;
-        else avl__answer_put(a, whole.data ? whole.data : "", whole.size);
-        astrovl_free(whole.data);
-    }
-    astrovl_free(piece.data);
-    if (piece.failed || a->text.failed) return 0;
-    for (i = 0; i < a->options->n_stop; i++)
-        if (strlen(a->options->stop[i]) > longest) longest = strlen(a->options->stop[i]);
-    end = avl__find_stop(a, before > longest ? before - longest : 0);
-    a->is_cut = end < a->text.size;
-    if (a->is_cut) {
-        a->text.size = end;
-        a->text.data[end] = 0;
-    }
-    if (avl__show(a, a->is_cut ? end : a->text.size - avl__held_back(a))) a->is_cut = 1;
-    return 1;
+    least = g->failure.status ? 0 : g->nodes[g->start].least;
+    if (least == AVL__GUIDE_NEVER)
+        avl__fail(&g->failure, ASTROVL_ERROR_MODEL, "%s: the model's vocabulary cannot spell any such answer", g->name);
+    if (least == AVL__GUIDE_FAR) avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
+    if (!g->failure.status) avl__min_tokens(g, g->start);
+    if (!g->failure.status) return g;
+    avl__fail(err, g->failure.status, "%s", g->failure.message);
+    astrovl_guide_free(g);
+    return NULL;
 }
 
-// What was held back is shown at the answer's end, an unfinished character as U+FFFD. Returns 0 when memory is out.
-static int avl__answer_end(avl__answer *a) {
-    avl__bytes rest = {NULL, 0, 0, 0};
-    int good;
-    if (a->is_cut) return 1;
-    avl__utf8_gate_flush(&a->gate, &rest);
-    if (!rest.failed && rest.size) avl__answer_put(a, rest.data, rest.size);
-    good = !rest.failed && !a->text.failed;
-    astrovl_free(rest.data);
-    if (good) avl__show(a, a->text.size);
-    return good;
+ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err) {
+    return avl__guide_build(model, pattern, 0, 0, err);
+}
+
+ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
+                                                astrovl_error *err) {
+    return avl__guide_build(model, json, size, 1, err);
 }
 
 // ---- turns ---------------------------------------------------------------------------------------------------------
-// One conversation's turn, or turns of several that are written together: one token of each per step, so that the weights, whose
-// way from memory is what a step takes, are read once for all.
+// One conversation's turn, or turns of several that are written together: one token of each per step, so that the
+// weights, whose way from memory is what a step takes, are read once for all.
 
 typedef struct avl__turn {
     astrovl_turn    *asked;
+    const astrovl_generation *options;
     astrovl_session *s;
-    avl__answer      answer;
-    float           *logits;         // [n_vocab], of the position before the next token
+    float           *logits;                 // [n_vocab], of the position before the next token
     uint64_t         random_state;
     int              max_tokens, n_before;   // n_before: positions in the cache before this turn
+    // the answer as it grows
+    avl__tokens      tokens;
+    int              n_unread;               // of them, at the end, not in the cache yet
+    avl__bytes       piece, text;            // the last token's bytes; the answer's whole characters
+    avl__utf8_gate   gate;
+    size_t           n_shown;                // bytes of text given to on_text
+    int              state;                  // of the guide, if there is one
+    int              is_cut;                 // a stop text was met or on_text returned non-zero: nothing more is shown
 } avl__turn;
 
-// Draws the next token, inside the guide if there is one; then there is room for the answer to end as it asks.
-static astrovl_status avl__draw(avl__turn *t, int32_t *token) {
-    const astrovl_session *s = t->s;
-    const avl__answer *a = &t->answer;
-    const astrovl_generation *o = a->options;
-    int n_left = t->max_tokens - (int)a->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1;   // the last is left unread
-    astrovl_status status = ASTROVL_OK;
-    if (n_left > n_room) n_left = n_room;
-    if (o->guide) status = astrovl_guide_mask(o->guide, a->state, n_left, t->logits, &t->asked->err);
-    if (status) return status;
-    *token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, a->tokens.data, (int)a->tokens.size, &t->random_state);
-    if (!o->guide || astrovl_guide_next(o->guide, a->state, *token) >= 0) return ASTROVL_OK;
-    if (avl__vocab_is_end(&s->model->vocab, *token) && astrovl_guide_is_final(o->guide, a->state)) return ASTROVL_OK;
-    return avl__fail(&t->asked->err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
+static void avl__show(avl__turn *t, size_t end) {   // what is new up to that byte
+    size_t from = t->n_shown;
+    if (end <= from) return;
+    t->n_shown = end;
+    if (t->options->on_text && t->options->on_text(t->options->user, t->text.data + from, end - from)) t->is_cut = 1;
 }
 
-static int avl__answer_is_done(const avl__answer *a) { return a->options->guide && avl__guide_is_done(a->options->guide, a->state); }
+// Appends a token's text to the answer, and shows it. Returns 0 when memory is out.
+static int avl__put_answer(avl__turn *t, int32_t token) {
+    const astrovl_generation *o = t->options;
+    size_t before = t->text.size, end, held_back = 0, skip, at, n;
+    int i;
+    t->piece.size = 0;
+    avl__put_token(&t->s->model->vocab, token, &t->piece);
+    if (t->piece.failed) return 0;
+    skip = o->guide ? avl__guide_skip(o->guide, t->state, t->piece.data, t->piece.size) : 0;
+    avl__utf8_gate_put(&t->gate, t->piece.data + skip, t->piece.size - skip, &t->text);
+    if (t->text.failed) return 0;
+    if (before == 0 && !o->guide) {   // a free answer's first white space is dropped
+        n = strspn(t->text.data, " \n");
+        t->text.size -= n;
+        memmove(t->text.data, t->text.data + n, t->text.size + 1);
+    }
+    end = t->text.size;   // or where the first stop text begins; bytes that may turn out to begin one are not shown yet
+    for (i = 0; i < o->n_stop; i++) {
+        size_t size = strlen(o->stop[i]);
+        for (at = before > size ? before - size : 0; size && at < end && size <= t->text.size - at; at++)
+            if (memcmp(t->text.data + at, o->stop[i], size) == 0) end = at;
+        for (n = size; n > held_back; n--)
+            if (n <= t->text.size - t->n_shown && memcmp(t->text.data + t->text.size - n, o->stop[i], n) == 0)
+                held_back = n;
+    }
+    if (end < t->text.size) {
+        t->is_cut = 1;
+        t->text.size = end;
+        t->text.data[end] = 0;
+        held_back = 0;
+    }
+    avl__show(t, t->text.size - held_back);
+    return 1;
+}
 
-// Writes the token after t->logits. Returns 1 if the answer goes on once this token is read; 0 when the model, the guide, a stop text
-// or a limit ends it, or on a failure (asked->err). The last token is left unread: the next turn reads it, or nobody needs it.
+// Writes the token after t->logits. Returns 1 if the answer goes on once this token is read; 0 when the model, the
+// guide, a stop text or a limit ends it, or on a failure (asked->err). The last token is left unread: the next turn
+// reads it.
 static int avl__write_token(avl__turn *t) {
     astrovl_session *s = t->s;
-    avl__answer *a = &t->answer;
+    const astrovl_generation *o = t->options;
+    astrovl_guide *guide = o->guide;
+    astrovl_error *err = &t->asked->err;
+    int n_left = t->max_tokens - (int)t->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1, is_end, next = 0;
     int32_t token;
-    if (avl__answer_is_done(a) || avl__draw(t, &token) || avl__vocab_is_end(&s->model->vocab, token)) return 0;
-    if (!avl__tokens_put(&a->tokens, token) || !avl__answer_token(a, &s->model->vocab, token)) {
-        avl__fail(&t->asked->err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-        return 0;
-    }
-    a->n_unread = 1;
-    if (a->is_cut || avl__answer_is_done(a)) return 0;
-    s->stats.stopped_by_limit = (int)a->tokens.size >= t->max_tokens || s->cache.n_past >= s->cache.n_ctx;
+    if (guide && avl__guide_node(guide, t->state) == AVL__EMPTY) return 0;
+    if (n_left > n_room) n_left = n_room;
+    if (guide && astrovl_guide_mask(guide, t->state, n_left, t->logits, err) != ASTROVL_OK) return 0;
+    token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, t->tokens.data, (int)t->tokens.size,
+                           &t->random_state);
+    is_end = avl__vocab_is_end(&s->model->vocab, token);
+    if (guide && !is_end) next = astrovl_guide_next(guide, t->state, token);
+    if (guide && is_end && !astrovl_guide_is_accepting(guide, t->state)) next = -1;
+    if (guide && guide->failure.status)
+        avl__fail(err, guide->failure.status, "%s", guide->failure.message);
+    else if (next < 0)
+        avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
+    else if (!is_end && (!avl__tokens_put(&t->tokens, token) || !avl__put_answer(t, token)))
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+    if (err->status || is_end) return 0;
+    t->state = next;
+    t->n_unread = 1;
+    if (t->is_cut || (guide && next == AVL__EMPTY)) return 0;
+    s->stats.stopped_by_limit = (int)t->tokens.size >= t->max_tokens || s->cache.n_past >= s->cache.n_ctx;
     return !s->stats.stopped_by_limit;
 }
 
@@ -8833,61 +8400,42 @@ static void avl__read_tokens(avl__turn *turns, int n, float *logits) {
     astrovl_error failure;
     int i;
     for (i = 0; i < n; i++) {
-        const avl__tokens *written = &turns[i].answer.tokens;
+        const avl__tokens *written = &turns[i].tokens;
         caches[i] = &turns[i].s->cache;
         tokens[i] = written->data[written->size - 1];
         turns[i].logits = logits + (size_t)i * llama->n_vocab;
-        turns[i].answer.n_unread = 0;
+        turns[i].n_unread = 0;
     }
     if (avl__llama_eval(llama, turns->s->run, caches, n, tokens, NULL, n, logits, n, &failure) == ASTROVL_OK) return;
     for (i = 0; i < n; i++) turns[i].asked->err = failure;
 }
 
-// Reads the turn's prompt, images spliced in.  logits: out, [n_vocab]
-static astrovl_status avl__read_prompt(astrovl_session *s, const avl__tokens *tokens, const astrovl_image *images, float *logits,
-                                       astrovl_error *err) {
-    int64_t n_rows = avl__count_rows(s->model, tokens);
-    astrovl_status status;
-    double start = avl__seconds();
-    float *rows;
-    if (n_rows >= s->cache.n_ctx - s->cache.n_past)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn needs %lld "
-                         "and room for an answer", s->cache.n_ctx, s->cache.n_past, (long long)n_rows);
-    rows = avl__alloc_floats((uint64_t)n_rows * s->model->llama.n_embd);
-    if (!rows) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %lld rows", (long long)n_rows);
-    status = avl__splice(s, tokens, images, rows, err);
-    s->stats.encode_seconds = avl__seconds() - start;
-    start = avl__seconds();
-    if (!status) status = avl__eval(s, NULL, rows, (int)n_rows, logits, 1, err);
-    s->stats.prompt_seconds = avl__seconds() - start;
-    s->stats.n_prompt_tokens = (int)n_rows;
-    astrovl_free(rows);
-    return status;
-}
-
-static astrovl_status avl__check_guide(const astrovl_model *m, const astrovl_generation *o, astrovl_error *err) {
-    int n = astrovl_guide_n_to_end(o->guide, 0), max_tokens = o->max_tokens > 0 ? o->max_tokens : 256;
-    if (o->guide->model != m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the guide was made for another model");
-    if (o->n_stop > 0) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guided answer ends as its guide says: give it no stop texts");
-    if (max_tokens < n)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs at least %d tokens to end as its guide asks, and may have %d", n, max_tokens);
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__check_turn(const astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
-                                      const astrovl_generation *o, astrovl_error *err) {
-    const astrovl_model *m = s->model;
-    const int of_images = n_images > 0 ? AVL__PART_VISION | AVL__PART_PROJECTOR : 0;
+static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
+    const astrovl_turn *asked = t->asked;
+    const astrovl_generation *o = t->options;
+    const astrovl_model *m = t->s->model;
+    const int of_images = asked->n_images > 0 ? AVL__PART_VISION | AVL__PART_PROJECTOR : 0;
     astrovl_status status = avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB | of_images, err);
     int i;
     if (status) return status;
-    if (!text || n_images < 0 || (n_images > 0 && !images) || n_images > 4096)
+    if (!asked->text || asked->n_images < 0 || (asked->n_images > 0 && !asked->images) || asked->n_images > 4096)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
-    if (o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) || !(o->temperature >= 0.0f) ||
-        !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) || !(o->repetition_penalty >= 0.0f))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, and min_p is at most 1");
-    for (i = 0; i < o->n_stop; i++) if (!o->stop[i]) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "stop text %d is NULL", i);
-    return o->guide ? avl__check_guide(m, o, err) : ASTROVL_OK;
+    if (o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) ||
+        !(o->temperature >= 0.0f) || !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) ||
+        !(o->repetition_penalty >= 0.0f))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, and "
+                         "min_p is at most 1");
+    for (i = 0; i < o->n_stop; i++)
+        if (!o->stop[i]) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "stop text %d is NULL", i);
+    if (!o->guide) return ASTROVL_OK;
+    if (o->guide->model != m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the guide was made for another model");
+    if (o->n_stop > 0)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guided answer ends as its guide says: give it no stop texts");
+    i = astrovl_guide_min_tokens(o->guide, 0);
+    if (t->max_tokens < i)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs at least %d tokens to end as its guide asks, and "
+                         "may have %d", i, t->max_tokens);
+    return ASTROVL_OK;
 }
 
 // The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt.
@@ -8906,56 +8454,77 @@ static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const 
     return status;
 }
 
-// Reads what a turn asks, up to the logits that its answer begins with.
+// Reads what a turn asks, images spliced in, up to the logits that its answer begins with.
 static void avl__begin_turn(avl__turn *t) {
-    const astrovl_turn *asked = t->asked;
+    astrovl_session *s = t->s;
     astrovl_error *err = &t->asked->err;
     avl__tokens tokens = {NULL, 0, 0};
-    memset(&t->s->stats, 0, sizeof t->s->stats);
-    if (avl__check_turn(t->s, asked->images, asked->n_images, asked->text, t->answer.options, err)) return;
-    avl__bytes_put(&t->answer.text, "", 0);
-    if (t->answer.text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-    else if (!avl__lay_out_turn(t->s, asked->n_images, asked->text, t->answer.options, &tokens, err))
-        avl__read_prompt(t->s, &tokens, asked->images, t->logits, err);
+    int64_t n_rows = 0;
+    float *rows = NULL;
+    double start = avl__seconds();
+    memset(&s->stats, 0, sizeof s->stats);
+    if (avl__check_turn(t, err) != ASTROVL_OK) return;
+    avl__lay_out_turn(s, t->asked->n_images, t->asked->text, t->options, &tokens, err);
+    avl__bytes_put(&t->text, "", 0);
+    if (!err->status && t->text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+    if (!err->status) n_rows = avl__count_rows(s->model, &tokens);
+    if (!err->status && n_rows >= s->cache.n_ctx - s->cache.n_past)
+        avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn "
+                  "needs %d and room for an answer", s->cache.n_ctx, s->cache.n_past, (int)n_rows);
+    if (!err->status && !(rows = avl__alloc_floats((uint64_t)n_rows * s->model->llama.n_embd)))
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %d rows", (int)n_rows);
+    if (!err->status) avl__splice(s, &tokens, t->asked->images, rows, err);
+    s->stats.encode_seconds = avl__seconds() - start;
+    start = avl__seconds();
+    if (!err->status) avl__eval(s, NULL, rows, (int)n_rows, t->logits, 1, err);
+    s->stats.prompt_seconds = avl__seconds() - start;
+    s->stats.n_prompt_tokens = (int)n_rows;
+    astrovl_free(rows);
     astrovl_free(tokens.data);
 }
 
-// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has failed.
+// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has
+// failed.
 static void avl__end_turn(avl__turn *t) {
     astrovl_session *s = t->s;
-    avl__answer *a = &t->answer;
     astrovl_error *err = &t->asked->err;
-    if (!err->status && !avl__answer_end(a)) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+    if (!err->status && !t->is_cut) {   // what was held back is shown, an unfinished character as U+FFFD
+        avl__utf8_gate_flush(&t->gate, &t->text);
+        if (t->text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
+        else avl__show(t, t->text.size);
+    }
+    astrovl_free(t->piece.data);
     if (err->status) {
-        astrovl_free(a->text.data);
-        astrovl_free(a->tokens.data);
+        astrovl_free(t->text.data);
+        astrovl_free(t->tokens.data);
         s->cache.n_past = t->n_before;
         return;
     }
     astrovl_free(s->answer.data);
-    s->answer = a->tokens;
-    s->n_unread = a->n_unread;
+    s->answer = t->tokens;
+    s->n_unread = t->n_unread;
     s->n_turns++;
-    s->stats.n_answer_tokens = (int)a->tokens.size;
-    t->asked->answer = a->text.data;
+    s->stats.n_answer_tokens = (int)t->tokens.size;
+    t->asked->answer = t->text.data;
 }
 
-static void avl__swap_turns(avl__turn *a, avl__turn *b) {
-    avl__turn t = *a;
-    *a = *b;
-    *b = t;
-}
-
-// Writes the answers, each to its end.  turns: get another order;  logits: scratch, [n][n_vocab], where the turns' own lie
+// Writes the answers, each to its end. The turns that go on are moved to the front.
+// turns: [n], in any order afterwards;  logits: scratch, [n][n_vocab]
 static void avl__write_answers(avl__turn *turns, int n, float *logits) {
     const int group = turns->s->run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
     const size_t n_vocab = (size_t)turns->s->model->llama.n_vocab;
     double start = avl__seconds(), now;
     int n_going, i;
     for (; n > 0; n = n_going, start = now) {
-        for (i = 0, n_going = 0; i < n; i++)
-            if (!turns[i].asked->err.status && avl__write_token(&turns[i])) avl__swap_turns(&turns[i], &turns[n_going++]);
-            else                                                            avl__end_turn(&turns[i]);
+        for (i = 0, n_going = 0; i < n; i++) {
+            if (!turns[i].asked->err.status && avl__write_token(&turns[i])) {
+                avl__turn going = turns[i];
+                turns[i] = turns[n_going];
+                turns[n_going++] = going;
+            } else {
+                avl__end_turn(&turns[i]);
+            }
+        }
         for (i = 0; i < n_going; i += group)
             avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + i * n_vocab);
         now = avl__seconds();
@@ -8978,45 +8547,39 @@ static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl
     return ASTROVL_OK;
 }
 
-// Takes the turns that were asked for.  turns: [n], zeros;  logits: scratch, [n][n_vocab]
-static void avl__run_turns(astrovl_turn *asked, int n, avl__turn *turns, float *logits) {
+ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err) {
     astrovl_generation defaults;
+    astrovl_error failure;
+    avl__turn *room = NULL;
+    float *logits = NULL;
     int i;
     memset(&defaults, 0, sizeof defaults);
-    for (i = 0; i < n; i++) {
-        avl__turn *t = &turns[i];
-        const astrovl_generation *o = asked[i].options ? asked[i].options : &defaults;
-        t->asked = &asked[i];
-        t->s = asked[i].session;
-        t->answer.options = o;
+    memset(&failure, 0, sizeof failure);
+    if (avl__check_batch(turns, n_turns, &failure) == ASTROVL_OK) {
+        room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
+        logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
+        if (!room || !logits) avl__fail(&failure, ASTROVL_ERROR_MEMORY, "out of memory for %d turns", n_turns);
+    }
+    for (i = 0; turns && i < n_turns; i++) {
+        turns[i].answer = NULL;
+        turns[i].err = failure;
+    }
+    for (i = 0; i < n_turns && !failure.status; i++) {
+        avl__turn *t = &room[i];
+        t->asked = &turns[i];
+        t->s = turns[i].session;
+        t->options = turns[i].options ? turns[i].options : &defaults;
         t->logits = logits + (size_t)i * t->s->model->llama.n_vocab;
-        t->random_state = o->seed;
-        t->max_tokens = o->max_tokens > 0 ? o->max_tokens : 256;
+        t->random_state = t->options->seed;
+        t->max_tokens = t->options->max_tokens > 0 ? t->options->max_tokens : 256;
         t->n_before = t->s->cache.n_past;
         avl__begin_turn(t);
     }
-    avl__write_answers(turns, n, logits);
-}
-
-ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err) {
-    astrovl_error failure;
-    astrovl_status status;
-    avl__turn *room;
-    float *logits;
-    int i;
-    memset(&failure, 0, sizeof failure);
-    status = avl__check_batch(turns, n_turns, &failure);
-    for (i = 0; turns && i < n_turns; i++) turns[i].answer = NULL, turns[i].err = failure;
-    if (status) return avl__fail(err, status, "%s", failure.message);
-    room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
-    logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
-    if (room && logits) avl__run_turns(turns, n_turns, room, logits);
-    else for (i = 0; i < n_turns; i++) avl__fail(&turns[i].err, ASTROVL_ERROR_MEMORY, "out of memory for %d turns", n_turns);
+    if (!failure.status) avl__write_answers(room, n_turns, logits);
     astrovl_free(room);
     astrovl_free(logits);
-    for (i = 0; i < n_turns && !status; i++)
-        if (turns[i].err.status) status = avl__fail(err, turns[i].err.status, "%s", turns[i].err.message);
-    return status;
+    for (i = 0; i < n_turns && !failure.status; i++) failure = turns[i].err;
+    return failure.status ? avl__fail(err, failure.status, "%s", failure.message) : ASTROVL_OK;
 }
 
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
@@ -9042,8 +8605,8 @@ ASTROVL_API char *astrovl_ask(const astrovl_model *model, const astrovl_image *i
     return answer;
 }
 
-ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image, const astrovl_generation *options,
-                                  astrovl_error *err) {
+ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image,
+                                  const astrovl_generation *options, astrovl_error *err) {
     return astrovl_ask(model, image, ASTROVL_CAPTION_PROMPT, options, err);
 }
 
@@ -9058,8 +8621,8 @@ ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image
     return answer;
 }
 
-ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path, const astrovl_generation *options,
-                                       astrovl_error *err) {
+ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path,
+                                       const astrovl_generation *options, astrovl_error *err) {
     return astrovl_ask_file(model, image_path, ASTROVL_CAPTION_PROMPT, options, err);
 }
 

@@ -4614,10 +4614,23 @@ static const char *const guide_vocabularies[] = {"test/golden/vocab_spm.gguf", "
                                                  "test/golden/vocab_llamabpe.gguf", "test/golden/vocab_smollm.gguf"};
 enum { GUIDE_SPM, GUIDE_PLAIN, GUIDE_GPT2, GUIDE_LLAMABPE, GUIDE_SMOLLM, GUIDE_N };
 
+static int32_t guide_bytes[256];   // tokens of one byte, of the vocabulary opened last
+
+static void guide_find_bytes(const astrovl_model *m) {
+    astrovl_info info;
+    int32_t t;
+    char text[8];
+    astrovl_get_info(m, &info);
+    memset(guide_bytes, 0xFF, sizeof guide_bytes);
+    for (t = info.n_vocab - 1; t >= 0; t--)
+        if (astrovl_token_text(m, t, text, sizeof text) == 1 && !astrovl_token_is_end(m, t)) guide_bytes[(uint8_t)text[0]] = t;
+}
+
 static astrovl_model *guide_model(int which) {
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_model *m = astrovl_open(guide_vocabularies[which], NULL, &err);
     if (!m) { fprintf(stderr, "%s\n", err.message); exit(1); }
+    guide_find_bytes(m);
     return m;
 }
 
@@ -4625,9 +4638,14 @@ static astrovl_guide *guide_schema(const astrovl_model *m, const char *schema, a
     return astrovl_guide_schema(m, schema, strlen(schema), err);
 }
 
-static int guide_accepts(const astrovl_guide *g, const char *text, size_t size) {
-    int state = avl__guide_walk(g, 0, text, size);
-    return state >= 0 && astrovl_guide_is_final(g, state);
+static int guide_walk(astrovl_guide *g, int state, const char *text, size_t size) {   // byte by byte; -1: refused
+    size_t i;
+    for (i = 0; i < size && state >= 0; i++) state = astrovl_guide_next(g, state, guide_bytes[(uint8_t)text[i]]);
+    return state;
+}
+
+static int guide_accepts(astrovl_guide *g, const char *text, size_t size) {
+    return astrovl_guide_is_accepting(g, guide_walk(g, 0, text, size));
 }
 
 static uint32_t guide_random(uint64_t *state, uint32_t n) { return (uint32_t)(avl__random(state) * n); }
@@ -4731,7 +4749,7 @@ static int guide_naive_match(const char *pattern, const char *subject, int size)
 }
 
 // Every string of up to `longest` letters, against both.
-static int guide_compare(const astrovl_guide *g, const char *pattern, const char *letters, int longest) {
+static int guide_compare(astrovl_guide *g, const char *pattern, const char *letters, int longest) {
     int n = (int)strlen(letters), size, i, k, bad = 0;
     char text[16];
     for (size = 0; size <= longest; size++) {
@@ -4860,39 +4878,42 @@ static const char guide_small_schema[] =
     "\"maxItems\": 3}, \"n\": {\"type\": [\"integer\", \"null\"]}, \"x\": {\"enum\": [\"a\\\"b\", 1.5, [true]]}}, "
     "\"required\": [\"n\"]}";
 
-// Every state and every token: the mask says what trying the token says; and somewhere it goes on as n_to_end promises.
+// The states reached first, and every token: the mask says what trying the token says; and somewhere it goes on as min_tokens
+// promises.
 static void guide_check_masks(const astrovl_model *m, astrovl_guide *g, const char *what) {
     static const int extra[] = {0, 1, 2, 5, 1000};
+    enum { STATES = 500 };
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_info info;
     float *logits;
-    int state, i, t, bad = 0;
+    int states[STATES] = {0}, n_states = 1, i, k, t, bad = 0;
     astrovl_get_info(m, &info);
     logits = (float *)malloc((size_t)info.n_vocab * sizeof *logits);
-    for (state = 0; state < g->n_states; state++) {
-        int n = astrovl_guide_n_to_end(g, state), promise = n <= 0;
-        if (n < 0) continue;
-        bad += (n == 0) != astrovl_guide_is_final(g, state);
+    for (k = 0; k < n_states; k++) {
+        int state = states[k], n = astrovl_guide_min_tokens(g, state), promise = n == 0;
+        bad += n < 0 || (n == 0) != astrovl_guide_is_accepting(g, state);
         for (i = 0; i < 5; i++) {
             int n_left = n + extra[i], any = 0;
             astrovl_status status;
             for (t = 0; t < info.n_vocab; t++) logits[t] = 1.0f;
             status = astrovl_guide_mask(g, state, n_left, logits, &err);
             for (t = 0; t < info.n_vocab; t++) {
-                int next = astrovl_guide_next(g, state, t), to_end = astrovl_guide_n_to_end(g, next);
+                int next = astrovl_guide_next(g, state, t), to_end = astrovl_guide_min_tokens(g, next), known;
                 int may = astrovl_token_is_end(m, t) ? n == 0 : next >= 0 && to_end <= n_left - 1;
                 bad += (logits[t] == 1.0f) != may || (!may && logits[t] != -INFINITY);
                 bad += astrovl_token_is_end(m, t) && next >= 0;
                 promise |= next >= 0 && to_end == n - 1;
                 bad += next == 0;
                 any |= may;
+                for (known = 0; known < n_states && states[known] != next;) known++;
+                if (next > 0 && known == n_states && n_states < STATES) states[n_states++] = next;
             }
             bad += status != (any ? ASTROVL_OK : ASTROVL_ERROR_LIMIT);
         }
         if (n > 0) bad += astrovl_guide_mask(g, state, n - 1, logits, &err) != ASTROVL_ERROR_LIMIT;
         bad += !promise;
     }
-    CHECK(bad == 0, "%s: %d disagreements in %d states", what, bad, g->n_states);
+    CHECK(bad == 0, "%s: %d disagreements in %d states", what, bad, n_states);
     free(logits);
 }
 
@@ -4920,33 +4941,38 @@ static void test_guide_masks(void) {
 }
 
 // A pattern that repeats itself has few masks, however many states; of one that never does, more are asked for than are kept.
+// Each kept one is a block of memory.
 static void test_guide_many_masks(void) {
     astrovl_model *m = guide_model(GUIDE_SMOLLM);
     astrovl_info info;
     float *logits;
     char pattern[1601] = "([ab]{3}[01]{2}){500}";
     uint64_t seed = 1;
-    int which, state, round, t;
+    int which, round, t;
     astrovl_get_info(m, &info);
     logits = (float *)malloc((size_t)info.n_vocab * sizeof *logits);
     for (which = 0; which < 2; which++) {
         astrovl_error err = {ASTROVL_OK, ""};
         astrovl_guide *g;
-        int bad = 0, n_masks = 0;
+        int bad = 0, n_states = 0;
+        long live;
         for (t = 0; which && t < 1600; t++) pattern[t] = "abcde"[guide_random(&seed, 5)];
         g = astrovl_guide_regex(m, pattern, &err);
         CHECK(g, "%s", err.message);
-        for (round = 0; g && round < 2; round++)
-            for (state = 0; state < g->n_states - 1; state++) {
+        live = g_live;
+        for (round = 0; g && round < 2; round++) {
+            int state = 0;
+            for (n_states = 0; state >= 0 && astrovl_guide_min_tokens(g, state) > 0; n_states++) {
+                char byte = which ? pattern[n_states] : n_states % 5 < 3 ? 'a' : '1';
                 for (t = 0; t < info.n_vocab; t++) logits[t] = 1.0f;
                 bad += astrovl_guide_mask(g, state, 100000, logits, &err) != ASTROVL_OK;
                 for (t = 0; t < info.n_vocab; t++) bad += (logits[t] == 1.0f) != (astrovl_guide_next(g, state, t) >= 0);
-                if (g->n_masks > n_masks) n_masks = g->n_masks;
+                state = guide_walk(g, state, &byte, 1);
             }
+            CHECK(n_states == (which ? 1600 : 2500), "%d states", n_states);
+        }
         CHECK(bad == 0, "%d are wrong", bad);
-        if (g)
-            CHECK(which ? n_masks == AVL__GUIDE_MASKS && g->n_mask_classes > 1500 : n_masks < 50, "%d masks, %d classes", n_masks,
-                  g->n_mask_classes);
+        CHECK(which ? g_live - live > 1000 && g_live - live < 1100 : g_live - live < 100, "%ld masks", g_live - live);
         astrovl_guide_free(g);
     }
     free(logits);
@@ -4958,25 +4984,29 @@ static void test_guide_first_token(void) {
     astrovl_model *m = guide_model(GUIDE_SPM);
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_guide *plain = astrovl_guide_regex(m, "[a-z]{1,30}", &err), *spaced = astrovl_guide_regex(m, "( ?[a-z]){1,30}", &err);
+    astrovl_info info;
     int t, n_dropped = 0, n_kept = 0;
-    for (t = 0; t < m->vocab.n_tokens; t++) {
+    astrovl_get_info(m, &info);
+    for (t = 0; t < info.n_vocab; t++) {
         char text[64];
-        int n = avl__vocab_token_bytes(&m->vocab, t, text, 64), i, letters = n > 1 && n < 30 && text[0] == ' ';
+        int n = astrovl_token_text(m, t, text, 64), i, letters = n > 1 && n < 30 && text[0] == ' ';
         for (i = 1; i < n && i < 64; i++) letters &= text[i] >= 'a' && text[i] <= 'z';
         if (n == 1 && text[0] == ' ') CHECK(astrovl_guide_next(plain, 0, t) < 0, "nothing but a space");
         if (!letters) continue;
-        CHECK(avl__guide_skip(plain, 0, text, (size_t)n) == 1 && avl__guide_skip(spaced, 0, text, (size_t)n) == 0, "token %d", t);
-        CHECK(astrovl_guide_next(plain, 0, t) == avl__guide_walk(plain, 0, text + 1, (size_t)n - 1), "token %d", t);
-        CHECK(astrovl_guide_next(spaced, 0, t) == avl__guide_walk(spaced, 0, text, (size_t)n), "token %d", t);
-        CHECK(astrovl_guide_next(plain, avl__guide_walk(plain, 0, "a", 1), t) < 0, "token %d: a space within", t);
+        CHECK(astrovl_guide_next(plain, 0, t) == guide_walk(plain, 0, text + 1, (size_t)n - 1), "token %d", t);
+        CHECK(astrovl_guide_next(spaced, 0, t) == guide_walk(spaced, 0, text, (size_t)n), "token %d", t);
+        CHECK(astrovl_guide_next(plain, 0, t) >= 0 && astrovl_guide_next(spaced, 0, t) >= 0, "token %d", t);
+        CHECK(astrovl_guide_next(plain, guide_walk(plain, 0, "a", 1), t) < 0, "token %d: a space within", t);
         n_dropped++;
         n_kept += astrovl_guide_next(spaced, astrovl_guide_next(spaced, 0, t), t) >= 0;
     }
     CHECK(n_dropped > 10 && n_kept > 10, "%d tokens begin with a space", n_dropped);
-    CHECK(astrovl_guide_next(plain, -1, 5) < 0 && astrovl_guide_next(plain, plain->n_states, 5) < 0 &&
-          astrovl_guide_next(plain, 0, -1) < 0 &&
-          astrovl_guide_next(plain, 0, 1 << 30) < 0 && astrovl_guide_n_to_end(plain, -1) == -1 && !astrovl_guide_is_final(plain,
-              -1), "out of range");
+    CHECK(astrovl_guide_next(plain, -1, 5) < 0 && astrovl_guide_next(plain, 1 << 30, 5) < 0 &&
+          astrovl_guide_next(plain, 0, -1) < 0 && astrovl_guide_next(plain, 0, 1 << 30) < 0 &&
+          astrovl_guide_min_tokens(plain, -1) == -1 && !astrovl_guide_is_accepting(plain, -1), "out of range");
+    CHECK(astrovl_guide_next(NULL, 0, 5) == -1 && astrovl_guide_min_tokens(NULL, 0) == -1 && !astrovl_guide_is_accepting(NULL, 0) &&
+          astrovl_guide_mask(NULL, 0, 9, NULL, &err) == ASTROVL_ERROR_ARGUMENT &&
+          astrovl_guide_mask(plain, 0, 9, NULL, NULL) == ASTROVL_ERROR_ARGUMENT, "NULL");
     astrovl_guide_free(plain);
     astrovl_guide_free(spaced);
     astrovl_guide_free(NULL);
@@ -5145,23 +5175,22 @@ static char *guide_answer(const astrovl_model *m, astrovl_guide *g, int n_left, 
     memset(&o, 0, sizeof o);
     o.temperature = 0.25f;
     avl__bytes_put(&text, "", 0);
-    for (; n_left > 0 && !avl__guide_is_done(g, state); n_left--) {
+    for (; n_left > 0 && !dead; n_left--) {
         astrovl_error err = {ASTROVL_OK, ""};
         int32_t token;
         char bytes[64];
         size_t n, skip;
         for (i = 0; i < n_vocab; i++) logits[i] = (float)avl__random(seed);
-        dead |= astrovl_guide_mask(g, state, n_left, logits, &err) != ASTROVL_OK;
+        if (astrovl_guide_mask(g, state, n_left, logits, &err) != ASTROVL_OK) break;   // the answer is complete
         token = astrovl_sample(logits, n_vocab, &o, NULL, 0, seed);
         if (astrovl_token_is_end(m, token)) break;
         n = (size_t)astrovl_token_text(m, token, bytes, 64);
-        skip = avl__guide_skip(g, state, bytes, n);
+        skip = state == 0 && bytes[0] == ' ';
         avl__bytes_put(&text, bytes + skip, n - skip);
         state = astrovl_guide_next(g, state, token);
-        dead |= state < 0;
-        if (dead) break;
+        dead = state < 0;
     }
-    if (!dead && astrovl_guide_is_final(g, state)) return text.data;
+    if (!dead && astrovl_guide_is_accepting(g, state)) return text.data;
     fprintf(stderr, "    broken off: %s\n", text.data);
     astrovl_free(text.data);
     return NULL;
@@ -5184,7 +5213,7 @@ static void test_guide_answers(void) {
             astrovl_guide *g = guide_schema(m, guide_schemas[i].schema, &err);
             CHECK(g, "schema %d: %s", i, err.message);
             for (k = 0; g && k < GUIDE_ANSWERS; k++) {
-                int n_left = astrovl_guide_n_to_end(g, 0) + (k % 4 == 3 ? 200 : k / 4 % 20);
+                int n_left = astrovl_guide_min_tokens(g, 0) + (k % 4 == 3 ? 200 : k / 4 % 20);
                 char *text = guide_answer(m, g, n_left, logits, info.n_vocab, &seed);
                 guide_reader r;
                 r.p = text ? text : "";
@@ -5218,15 +5247,14 @@ static void test_guide_bad_patterns(void) {
         {"a*+", FORMAT, "quantifier"}, {"{2}", FORMAT, "byte 0"}, {"a{", FORMAT, "byte 1"}, {"a{2", FORMAT, "byte 1"},
         {"a{,2}", FORMAT, "byte 1"}, {"a{3,2}", FORMAT, "byte 1"}, {"a{x}", FORMAT, "byte 1"}, {"[\\", UNSUPPORTED, "byte 1"},
         {"[a-\\", UNSUPPORTED, "byte 3"}, {"a\\", UNSUPPORTED, "byte 1"}, {"\\x1", FORMAT, "hexadecimal"},
-        {"\\u12g4", FORMAT, "byte 4"}, {"\\ud800", FORMAT, "surrogate"}, {"[\\udc00]", FORMAT, "surrogate"},
+        {"\\u12g4", FORMAT, "hexadecimal"}, {"\\ud800", FORMAT, "surrogate"}, {"[\\udc00]", FORMAT, "surrogate"},
         {"\\ud800\\u0041", FORMAT, "surrogate"}, {"\\bword", UNSUPPORTED, "byte 0"}, {"(a)\\1", UNSUPPORTED, "byte 3"},
         {"\\p{L}", UNSUPPORTED, "byte 0"}, {"(?=a)", UNSUPPORTED, "byte 0"}, {"a(?<!b)", UNSUPPORTED, "byte 1"},
         {"(?P<x>a)", UNSUPPORTED, "byte 0"}, {"a^b", UNSUPPORTED, "byte 1"}, {"(a$)", UNSUPPORTED, "byte 2"},
         {"a\\$$b", UNSUPPORTED, "byte 3"}, {"[^\\d\\D]", FORMAT, "no character"}, {"\xFF", FORMAT, "UTF-8"},
-        {"[\xC3]", FORMAT, "byte 1"}, {"a\xE4\xB8", FORMAT, "byte 1"}, {"a{65537}", LIMIT, "byte 2"},
-        {"a{99999999999999999999}", LIMIT, "byte 2"}, {"(a|b)*a(a|b){17}", LIMIT, "states"},
-        {"(((a{1000}){1000}){1000}){1000}", LIMIT, "states"}, {"(((((){65535}){65535}){65535}){65535})", LIMIT, "states"},
-        {"a{40000}b{40000}", LIMIT, "{ }"}, {"(a?){60000}", LIMIT, "states"}, {"((){60000}(a|b))*a(a|b){14}", LIMIT, "states"}};
+        {"[\xC3]", FORMAT, "byte 1"}, {"a\xE4\xB8", FORMAT, "byte 1"}, {"a{262145}", LIMIT, "byte 2"},
+        {"a{99999999999999999999}", LIMIT, "byte 2"}, {"(((a{1000}){1000}){1000}){1000}", LIMIT, "states"},
+        {"a{200000}b{200000}", LIMIT, "{ }"}};
 #undef FORMAT
 #undef UNSUPPORTED
 #undef LIMIT
@@ -5244,6 +5272,7 @@ static void test_guide_bad_patterns(void) {
         astrovl_guide_free(g);
     }
     FAILS(!(g = astrovl_guide_regex(m, NULL, &err)), ARGUMENT, "NULL");
+    FAILS(!astrovl_guide_regex(NULL, "a", &err), ARGUMENT, "NULL");
     for (i = 0; i < 64; i++) strcat(deep, "(");
     strcat(deep, "a");
     for (i = 0; i < 64; i++) strcat(deep, ")");
@@ -5273,7 +5302,7 @@ static void test_guide_bad_schemas(void) {
         {OBJECT("\"a/b~\": {\"type\": \"array\", \"items\": {\"not\": {}}}"), UNSUPPORTED, "at /properties/a~1b~0/items/not"},
         {OBJECT("\"a\": {\"anyOf\": [{\"type\": \"null\"}, {\"type\": \"x\"}]}"), FORMAT, "at /properties/a/anyOf/1/type"},
         {OBJECT("\"a\": {}"), UNSUPPORTED, "at /properties/a"}, {OBJECT("\"a\": true"), UNSUPPORTED, "at /properties/a"},
-        {"{\"type\": \"array\"}", UNSUPPORTED, "at /items"},
+        {"{\"type\": \"array\"}", UNSUPPORTED, "items"},
         {"{\"type\": \"array\", \"items\": [{\"type\": \"null\"}]}", UNSUPPORTED, "at /items"},
         {"{\"items\": {\"type\": \"null\"}, \"minItems\": 3, \"maxItems\": 2}", FORMAT, "minItems"},
         {"{\"type\": \"string\", \"minLength\": 3, \"maxLength\": 2}", FORMAT, "minLength"},
@@ -5288,20 +5317,19 @@ static void test_guide_bad_schemas(void) {
         {"{\"anyOf\": {}}", FORMAT, "at /anyOf"},
         {"{\"anyOf\": [{\"type\": \"null\"}], \"type\": \"null\"}", UNSUPPORTED, "beside"},
         {"{\"type\": \"object\", \"properties\": []}", FORMAT, "properties"},
-        {"{\"type\": \"object\", \"required\": [\"a\"]}", UNSUPPORTED, "at /required/a"},
+        {"{\"type\": \"object\", \"required\": [\"a\"]}", UNSUPPORTED, "at /required/0"},
         {"{\"type\": \"object\", \"required\": \"a\"}", FORMAT, "required"},
         {"{\"type\": \"object\", \"required\": [1]}", FORMAT, "required"},
         {"{\"type\": \"object\", \"additionalProperties\": {\"type\": \"null\"}}", UNSUPPORTED, "additionalProperties"},
-        {"{\"type\": \"null\", \"type\": \"null\"}", FORMAT, "byte 25"},
-        {"{\"items\": {\"items\": {\"type\": \"string\", \"maxLength\": 500}, \"maxItems\": 20}, \"maxItems\": 20}", LIMIT,
-         "maxItems"}};
+        {"{\"type\": \"null\", \"type\": \"null\"}", FORMAT, "at /type: a second"},
+        {OBJECT("\"a\": {\"type\": \"null\"}, \"\\u0061\": {\"type\": \"null\"}"), FORMAT, "at /properties/a: a second"}};
 #undef OBJECT
 #undef FORMAT
 #undef UNSUPPORTED
 #undef LIMIT
     static const struct { const char *schema, *yes[4], *no[4]; } good[] = {
         {"{\"type\": \"object\"}", {"{}"}, {"{\"a\":1}", "{ }"}},
-        {"{\"type\": [\"integer\", \"boolean\"]}", {"-12", "true", "0", "-0"}, {"01", "1.0", "null", "1234567890123456"}},
+        {"{\"type\": [\"integer\", \"boolean\"]}", {"-12", "true", "0", "9"}, {"01", "-0", "null", "1234567890123456"}},
         {"{\"enum\": [1, 1.0, 20e-1, 2.5, 0.0e5, \"1\", true], \"type\": \"integer\"}", {"1", "1.0", "20e-1", "0.0e5"},
          {"2.5", "\"1\"", "true", "2"}},
         {"{\"type\": \"number\"}", {"1.5e-12", "0", "-0.000000000000001", "123456789012345.123456789012345E+99"},
@@ -5347,6 +5375,7 @@ static void test_guide_bad_schemas(void) {
         astrovl_guide_free(g);
     }
     FAILS(!astrovl_guide_schema(m, NULL, 0, &err), ARGUMENT, "NULL");
+    FAILS(!astrovl_guide_schema(NULL, "{}", 2, &err), ARGUMENT, "NULL");
     free(deep);
     astrovl_close(m);
 }
@@ -5406,8 +5435,8 @@ static void test_guide_no_memory(void) {
             astrovl_guide *g = NULL;
             char **list = NULL;
             astrovl_status status = ASTROVL_OK;
-            if (kind == 3) g = guide_schema(m, guide_small_schema, &err);
             live = g_live;
+            if (kind == 3) g = guide_schema(m, guide_small_schema, &err);
             alloc_fail_at(at);
             if (kind == 0) g = astrovl_guide_regex(m, "[^a-y]{1,3}(b|c.*){2}|x", &err);
             if (kind == 1) g = guide_schema(m, guide_schemas[at % 2 ? 1 : 2].schema, &err);
@@ -5418,13 +5447,14 @@ static void test_guide_no_memory(void) {
             CHECK(kind == 3 ? done == !status : done == (g || list), "kind %d, allocation %ld", kind, at);
             if (!done)
                 CHECK(err.status == ASTROVL_ERROR_MEMORY && err.message[0], "kind %d, allocation %ld: %s", kind, at, err.message);
-            if (!done) CHECK(g_live == live, "kind %d, allocation %ld: %ld blocks leak", kind, at, g_live - live);
+            if (kind == 3 && !done) CHECK(astrovl_guide_mask(g, 0, 1000, logits, &err) == ASTROVL_ERROR_MEMORY, "it sticks");
             if (kind == 1 && at < 200) done = 0;   // two schemas take turns
             if (kind == 1 && at > 400) done = 1;
             astrovl_guide_free(g);
             astrovl_free(list);
+            CHECK(g_live == live, "kind %d, allocation %ld: %ld blocks leak", kind, at, g_live - live);
         }
-        CHECK(at > (kind < 2 ? 20 : kind == 2 ? 3 : 1), "kind %d: only %ld allocations", kind, at);
+        CHECK(at > (kind < 2 ? 15 : kind == 2 ? 2 : 1), "kind %d: only %ld allocations", kind, at);
     }
     free(logits);
     astrovl_close(m);
@@ -5436,7 +5466,7 @@ static void test_json_strings(void) {
     static const struct { const char *json, *key; int n; const char *texts[4]; } good[] = {
         {"{\"a\": \"x\"}", "a", 1, {"x"}}, {" \t\r\n{ \"a\" : [ \"x\" , \"\" ] , \"b\":null}\n", "a", 2, {"x", ""}},
         {"{\"a\": []}", "a", 0, {NULL}}, {"{}", "a", 0, {NULL}}, {"{\"b\": {\"a\": \"no\"}}", "a", 0, {NULL}},
-        {"{\"\": \"empty\"}", "", 1, {"empty"}},
+        {"{\"\": \"empty\"}", "", 1, {"empty"}}, {"{\"a\": 1, \"\\u0061\": \"last\"}", "a", 1, {"last"}},
         {"{\"\\u0061\": \"\\\"\\\\\\/\\b\\f\\n\\r\\t\\u00e4\\ud83d\\ude00\xC3\xA4\"}", "a", 1,
          {"\"\\/\b\f\n\r\t\xC3\xA4\xF0\x9F\x98\x80\xC3\xA4"}},
         {"{\"n\": [-0, 0.5, 1e5, 2E-07, -12.5e+3, true, false, null, [[]], {\"x\":{}}], \"a\": [\"1\",\"2\",\"3\"]}", "a", 3,
@@ -5451,7 +5481,7 @@ static void test_json_strings(void) {
         {"{\"a\":\"\\x\"}", "escape"}, {"{\"a\":\"\\u12\"}", "escape"}, {"{\"a\":\"\\ud800\"}", "surrogate"},
         {"{\"a\":\"\\ude00\\ud83d\"}", "surrogate"}, {"{\"a\":\"\\ud800\\ud800\"}", "surrogate"}, {"{\"a\":\"\xFF\"}", "UTF-8"},
         {"{\"a\":\"\xC0\x80\"}", "UTF-8"}, {"{\"a\":\"\xED\xA0\x80\"}", "UTF-8"}, {"{\"a\":\"\xE4\xB8\"}", "UTF-8"},
-        {"{\"b\":1,\"a\":2,\"b\":3}", "byte 17"}, {"{\"\\u0061\":1,\"a\":2}", "same name"}, {"{\"a\":1}", "\"a\""},
+        {"{\"a\":1}", "\"a\""},
         {"{\"a\":null}", "\"a\""}, {"{\"a\":{}}", "\"a\""}, {"{\"a\":[\"x\",1]}", "byte 10"}, {"{\"a\":\"x\\u0000y\"}", "zero"},
         {"\xEF\xBB\xBF{}", "byte 0"}, {"{\"a\":\"x\"\0}", "byte 8"}, {"{\"a\":1 /* */}", "byte 7"}, {"{\"a\":\"\\", "escape"},
         {"{\"a\":\"\\ud83d\\u", "surrogate"}};
@@ -5494,6 +5524,7 @@ static void test_json_strings(void) {
     }
     FAILS(!astrovl_json_strings(NULL, 0, "a", &n, &err), ARGUMENT, "no text");
     FAILS(!astrovl_json_strings("{}", 2, NULL, &n, &err), ARGUMENT, "no key");
+    FAILS(!astrovl_json_strings("{}", 2, "a", NULL, &err), ARGUMENT, "no count");
 }
 
 // ---- through a conversation
@@ -5518,9 +5549,10 @@ static void test_guide_chat(void) {
         so.n_threads = 1;
         s = astrovl_session_new(m, &so, &err);
         CHECK(m && s, "%s", err.message);
+        guide_find_bytes(m);
         for (i = 0; s && i < GUIDE_N_SCHEMAS; i++) {
             astrovl_guide *g = guide_schema(m, guide_schemas[i].schema, &err);
-            int n = astrovl_guide_n_to_end(g, 0);
+            int n = astrovl_guide_min_tokens(g, 0);
             CHECK(g, "%s", err.message);
             for (extra = -1; g && extra < 6; extra++) {
                 static const int more[] = {0, 1, 3, 8, 30, 60};
@@ -5592,7 +5624,7 @@ static void test_guide_chat(void) {
                 so.n_ctx = n_prompt + i;
                 tight = astrovl_session_new(m, &so, &err);
                 answer = astrovl_chat(tight, NULL, 0, "x", &o, &err);
-                if (i + 1 < astrovl_guide_n_to_end(g, 0)) FAILS(!answer, LIMIT, "%d positions", i);
+                if (i + 1 < astrovl_guide_min_tokens(g, 0)) FAILS(!answer, LIMIT, "%d positions", i);
                 else CHECK(answer && guide_accepts(g, answer, strlen(answer)), "%d positions: %s", i,
                            answer ? answer : err.message);
                 astrovl_free(answer);
