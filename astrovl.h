@@ -726,7 +726,6 @@ ASTROVL_API float astrovl_erff(float x);
 #define AVL__POSIX 1
 #endif
 
-#include <errno.h>
 #include <float.h>
 #include <limits.h>
 #include <stdarg.h>

@@ -3552,6 +3552,9 @@ static void models_nulls(void) {
     FAILS(astrovl_score(NULL, &kit.images[0], &path, 1, &fit, &err), ARGUMENT, "score");
     FAILS(!astrovl_guide_regex(NULL, "a", &err), ARGUMENT, "guide_regex");
     FAILS(!astrovl_guide_schema(NULL, "{}", 2, &err), ARGUMENT, "guide_schema");
+    CHECK(astrovl_guide_next(NULL, 0, 0) == -1 && !astrovl_guide_is_accepting(NULL, 0), "guide: states");
+    CHECK(astrovl_guide_min_tokens(NULL, 0) == -1, "guide: an answer by no guide");
+    FAILS(astrovl_guide_mask(NULL, 0, 1, x, &err), ARGUMENT, "guide_mask");
     astrovl_guide_free(NULL);
     // no session
     FAILS(!astrovl_session_new(NULL, NULL, &err), ARGUMENT, "session_new");
@@ -3590,8 +3593,8 @@ static void models_nulls(void) {
           "a token of no model");
     CHECK(astrovl_token_text(kit.model, 300, NULL, 9) > 0, "how long a token's text is");
     // images
-    FAILS(astrovl_image_load(NULL, 0, &image, &err), ARGUMENT, "image_load");
-    CHECK(astrovl_image_decode(NULL, 0, 0, &image, &err) != ASTROVL_OK, "image_decode");
+    FAILS(astrovl_image_load(NULL, NULL, &image, &err), ARGUMENT, "image_load");
+    CHECK(astrovl_image_decode(NULL, 0, NULL, &image, &err) != ASTROVL_OK, "image_decode");
     FAILS(astrovl_image_resize(NULL, 1, 1, &image, &err), ARGUMENT, "image_resize");
     FAILS(astrovl_image_pad_square(NULL, black, &image, &err), ARGUMENT, "image_pad_square");
     FAILS(astrovl_image_center_crop(NULL, 1, 1, &image, &err), ARGUMENT, "image_center_crop");
@@ -3607,6 +3610,16 @@ static void models_nulls(void) {
     FAILS(!astrovl_gguf_open(NULL, 0, &err), ARGUMENT, "gguf_open");
     CHECK(!astrovl_gguf_open_memory(NULL, 0, NULL, &err), "gguf_open_memory");
     astrovl_gguf_close(NULL);
+    CHECK(astrovl_gguf_name(NULL) && astrovl_gguf_version(NULL) == 0 && astrovl_gguf_size(NULL) == 0,
+          "gguf: what it is");
+    CHECK(astrovl_gguf_n_tensors(NULL) == 0 && !astrovl_gguf_tensor(NULL, 0) &&
+          !astrovl_gguf_find_tensor(NULL, "a"), "gguf: tensors");
+    CHECK(astrovl_gguf_n_kv(NULL) == 0 && !astrovl_gguf_kv(NULL, 0) && astrovl_gguf_find_kv(NULL, "a") == -1,
+          "gguf: keys");
+    CHECK(!astrovl_gguf_find_tensor(astrovl_file(kit.model, 0), NULL) &&
+          astrovl_gguf_find_kv(astrovl_file(kit.model, 0), NULL) == -1, "gguf: no name");
+    CHECK(astrovl_gguf_int(NULL, 0, 0) == 0 && astrovl_gguf_float(NULL, 0, 0) == 0.0, "gguf: numbers");
+    CHECK(astrovl_gguf_string(NULL, 0, 0).size == 0, "gguf: strings");
     // arrays
     astrovl_free(NULL);
     astrovl_layer_norm(NULL, NULL, NULL, NULL, 0, 1.0f);
