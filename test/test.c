@@ -2007,17 +2007,14 @@ static void test_text_damaged(void) {
 static void text_starve(const char *path, const char *text) {
     astrovl_error err;
     int32_t ids[400];
-    long k, failed = 1;
-    for (k = 0; failed; k++) {
-        astrovl_model *m;
-        int n = 0;
-        err.status = ASTROVL_OK;
-        alloc_fail_at(k);
-        m = astrovl_open(path, NULL, &err);
-        if (m) n = astrovl_tokenize(m, text, strlen(text), ASTROVL_PARSE_SPECIAL | ASTROVL_ADD_SPECIAL, ids, 400, &err);
-        failed = alloc_did_fail();
-        alloc_fail_at(-1);
-        CHECK(failed ? (!m || n == -1) && err.status == ASTROVL_ERROR_MEMORY : m && n > 20, "%s: allocation %ld: %s", path, k, err.message);
+    astrovl_model *m;
+    const int flags = ASTROVL_PARSE_SPECIAL | ASTROVL_ADD_SPECIAL;
+    long k;
+    int failed, n;
+    EACH_ALLOCATION(k, failed, m = astrovl_open(path, NULL, &err),
+                    n = m ? astrovl_tokenize(m, text, strlen(text), flags, ids, 400, &err) : -1) {
+        CHECK(failed ? n == -1 && err.status == ASTROVL_ERROR_MEMORY : m && n > 20, "%s: allocation %ld: %s", path, k,
+              err.message);
         astrovl_close(m);
     }
     CHECK(k >= 12, "%s: only %ld allocations", path, k);
@@ -2063,7 +2060,7 @@ static void text_mutate(const char *path, int runs) {
     static const char text[] = "<s> Hello <image>a </s>\nWhat's  12?<|im_end|>\xF0\x9F\x98\x80\xFF   \xE4\xB8\xAD";
     size_t size;
     unsigned char *original = read_file(path, &size), *copy = (unsigned char *)malloc(size);
-    uint32_t random = 7;
+    uint64_t random = 7;
     int run, loaded = 0, i, n;
     for (run = 0; run < runs; run++) {
         astrovl_error err;
@@ -2071,14 +2068,9 @@ static void text_mutate(const char *path, int runs) {
         astrovl_memory block;
         astrovl_model *m;
         memcpy(copy, original, size);
-        random = random * 1664525u + 1013904223u;
-        for (i = 0; i < 1 + (int)(random >> 30); i++) {
-            uint32_t at = random = random * 1664525u + 1013904223u;
-            random = random * 1664525u + 1013904223u;
-            copy[(at >> 8) % size] = random >> 31 ? (unsigned char)(random >> 16) : (unsigned char)(copy[(at >> 8) % size] ^ 1u << (random >> 28 & 7));
-        }
+        mutate(copy, 0, size, &random);
         block.data = copy;
-        block.size = random >> 24 < 16 ? (random >> 4) % size : size;
+        block.size = random_below(&random, 16) ? size : random_below(&random, size);
         block.name = "mutant";
         err.message[0] = 0;
         m = astrovl_open_memory(&block, 1, NULL, &err);
@@ -3768,71 +3760,47 @@ static void models_out_of_memory(int which) {
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_model *m = NULL;
     char question[256], *answer = NULL;
-    long at, live, sites = 0;
-    int done, n_past;
+    long at, live;
+    int failed, n_past;
     models_kit_open(&kit, which);
-    for (at = 0, done = 0; !done; at++, sites++) {
-        live = g_live;
-        alloc_fail_at(at);
-        m = models_open(which, NULL, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (!done) {
-            FAILS(!m, MEMORY, "open, allocation %ld", at);
-            CHECK(g_live == live, "open, allocation %ld: %ld blocks leak", at, g_live - live);
-        }
-        if (m && !done) astrovl_close(m);
+    live = g_live;
+    EACH_ALLOCATION(at, failed, m = models_open(which, NULL, &err)) {
+        if (!failed) break;
+        FAILS(!m, MEMORY, "open, allocation %ld", at);
+        CHECK(g_live == live, "open, allocation %ld: %ld blocks leak", at, g_live - live);
     }
-    CHECK(m && sites > 50, "%ld allocations in open: %s", sites, err.message);
+    CHECK(m && at > 50, "%ld allocations in open: %s", at, err.message);
     astrovl_close(m);
     memset(&options, 0, sizeof options);
     options.mode = ASTROVL_EXACT;
     options.n_threads = 3;
-    for (at = 0, done = 0; !done; at++) {
-        live = g_live;
-        alloc_fail_at(at);
-        s = astrovl_session_new(kit.model, &options, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (!done) {
-            FAILS(!s, MEMORY, "session_new, allocation %ld", at);
-            CHECK(g_live == live, "session_new, allocation %ld: %ld blocks leak", at, g_live - live);
-            astrovl_session_free(s);
-        }
+    live = g_live;
+    EACH_ALLOCATION(at, failed, s = astrovl_session_new(kit.model, &options, &err)) {
+        if (!failed) break;
+        FAILS(!s, MEMORY, "session_new, allocation %ld", at);
+        CHECK(g_live == live, "session_new, allocation %ld: %ld blocks leak", at, g_live - live);
     }
     CHECK(s && at > 4, "%ld allocations in session_new: %s", at, err.message);
     o = models_options(&kit, (int)models_field(&kit.gold, "turn1", "tokens")->count);
     models_text(&kit.gold, "turn1", "question", question, sizeof question);
-    for (at = 0, done = 0, sites = 0; s && !done; at++, sites++) {   // each in a new session: a warm one allocates less
-        astrovl_session_free(s);
+    EACH_ALLOCATION(at, failed, answer = astrovl_chat(s, kit.images, 1, question, &o, &err)) {
+        if (!failed) break;
+        FAILS(!answer, MEMORY, "chat, allocation %ld", at);
+        CHECK(astrovl_session_n_past(s) == 0, "chat, allocation %ld: %d positions", at, astrovl_session_n_past(s));
+        astrovl_session_free(s);               // each in a new session: a warm one allocates less
         s = astrovl_session_new(kit.model, &options, &err);
-        alloc_fail_at(at);
-        answer = astrovl_chat(s, kit.images, 1, question, &o, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (!done) {
-            FAILS(!answer, MEMORY, "chat, allocation %ld", at);
-            CHECK(astrovl_session_n_past(s) == 0, "chat, allocation %ld: %d positions", at, astrovl_session_n_past(s));
-            astrovl_free(answer);
-        }
     }
-    CHECK(sites > 20, "%ld allocations in chat", sites);
+    CHECK(at > 20, "%ld allocations in chat", at);
     models_check_answer(&kit, s, "turn1", answer);
     astrovl_free(answer);
     n_past = astrovl_session_n_past(s);
     o.max_tokens = 64;
     models_text(&kit.gold, "turn2", "question", question, sizeof question);
-    for (at = 0, done = 0; !done; at++) {   // the second turn, tried until it works, in one session
-        alloc_fail_at(at);
-        answer = astrovl_chat(s, NULL, 0, question, &o, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (!done) {
-            FAILS(!answer, MEMORY, "second turn, allocation %ld", at);
-            CHECK(astrovl_session_n_past(s) == n_past, "second turn, allocation %ld: %d positions", at,
-                  astrovl_session_n_past(s));
-            astrovl_free(answer);
-        }
+    EACH_ALLOCATION(at, failed, answer = astrovl_chat(s, NULL, 0, question, &o, &err)) {   // all in one session
+        if (!failed) break;
+        FAILS(!answer, MEMORY, "second turn, allocation %ld", at);
+        CHECK(astrovl_session_n_past(s) == n_past, "second turn, allocation %ld: %d positions", at,
+              astrovl_session_n_past(s));
     }
     models_check_answer(&kit, s, "turn2", answer);
     astrovl_free(answer);
@@ -3995,15 +3963,10 @@ static void models_mutated(void) {
     for (round = 0; round < rounds; round++) {
         unsigned char *copy = (unsigned char *)malloc(size);
         astrovl_model *m;
-        int i, n = 1 + (int)(avl__random(&random) * 2);
+        const size_t where = random_below(&random, 20);
+        const size_t first = where < 15 ? 0 : where < 17 ? keys : metadata;
         memcpy(copy, bytes, size);
-        for (i = 0; i < n; i++) {
-            double where = avl__random(&random);
-            size_t first = where < 0.75 ? 0 : where < 0.85 ? keys : metadata;
-            size_t end = where < 0.75 ? keys : where < 0.85 ? metadata : size;
-            size_t at = first + (size_t)(avl__random(&random) * (double)(end - first));
-            copy[at] = (unsigned char)(avl__random(&random) * 256);
-        }
+        mutate(copy, first, where < 15 ? keys : where < 17 ? metadata : size, &random);
         m = models_open_bytes(copy, size, &err);
         if (m) {
             astrovl_info info;
@@ -6032,7 +5995,7 @@ static void joint_mutated(void) {
         float *out;
         astrovl_info info;
         memcpy(copy, bytes, size);
-        copy[(size_t)(avl__random(&random) * (double)(avl__random(&random) < 0.9 ? metadata : size))] = (unsigned char)(avl__random(&random) * 256);
+        mutate(copy, 0, random_below(&random, 10) ? metadata : size, &random);
         m = models_open_bytes(copy, size, &err);
         if (m) {
             astrovl_session *s;
@@ -6053,45 +6016,35 @@ static void joint_mutated(void) {
 }
 
 static void joint_out_of_memory(int which) {
+    const char *path = which == 'a' ? "test/golden/joint_a.gguf" : "test/golden/joint_b.gguf";
     joint_kit kit;
     astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_model *m;
+    astrovl_session *s;
+    astrovl_status status;
     float out[8 * JOINT_DIMS];
     astrovl_fit fits[JOINT_TEXTS];
     long at, live;
-    int done;
+    int failed;
     joint_kit_open(&kit, which);
-    for (at = 0, done = 0; !done; at++) {
-        astrovl_model *m;
-        live = g_live;
-        alloc_fail_at(at);
-        m = astrovl_open(which == 'a' ? "test/golden/joint_a.gguf" : "test/golden/joint_b.gguf", NULL, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (!done) FAILS(!m, MEMORY, "open, allocation %ld", at);
+    live = g_live;
+    EACH_ALLOCATION(at, failed, m = astrovl_open(path, NULL, &err)) {
+        if (failed) FAILS(!m, MEMORY, "open, allocation %ld", at);
         astrovl_close(m);
         CHECK(g_live == live, "open, allocation %ld: %ld blocks leak", at, g_live - live);
     }
     CHECK(at > 50, "%ld allocations in open", at);
-    for (at = 0, done = 0; !done; at++) {
-        astrovl_session *s = joint_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
-        astrovl_status status;
-        alloc_fail_at(at);
-        status = astrovl_embed_images(s, kit.images, 2, 1, out, &err);
-        if (!status) status = astrovl_embed_texts(s, kit.texts, 2, 1, out, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (!done) FAILS(status, MEMORY, "embedding, allocation %ld", at);
-        astrovl_session_free(s);
+    s = joint_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    EACH_ALLOCATION(at, failed, status = astrovl_embed_images(s, kit.images, 2, 1, out, &err),
+                    status = status ? status : astrovl_embed_texts(s, kit.texts, 2, 1, out, &err)) {
+        if (failed) FAILS(status, MEMORY, "embedding, allocation %ld", at);
+        astrovl_session_free(s);               // each in a new session: a warm one allocates less
+        s = joint_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
     }
+    astrovl_session_free(s);
     CHECK(at > 10, "%ld allocations in embedding", at);
-    for (at = 0, done = 0; !done; at++) {
-        astrovl_status status;
-        alloc_fail_at(at);
-        status = astrovl_score(kit.model, kit.images, kit.texts, JOINT_TEXTS, fits, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (!done) FAILS(status, MEMORY, "score, allocation %ld", at);
-    }
+    EACH_ALLOCATION(at, failed, status = astrovl_score(kit.model, kit.images, kit.texts, JOINT_TEXTS, fits, &err))
+        if (failed) FAILS(status, MEMORY, "score, allocation %ld", at);
     joint_kit_close(&kit);
 }
 
@@ -6152,7 +6105,7 @@ static void joint_search(void) {
     float query[4] = {1, 0, 0, 0};
     uint16_t rows[12] = {0};
     astrovl_rows none = {NULL, 0, 4}, flat = {NULL, 3, 0}, lost = {NULL, 3, 4}, vast = {NULL, INT64_MAX, 4}, three = {NULL, 3, 4};
-    int threads;
+    int threads, failed, n;
     long at;
     none.data = flat.data = vast.data = three.data = rows;
     for (threads = 1; threads <= 8; threads++) joint_search_case(9000, 20, 17, threads, threads % 2);
@@ -6169,15 +6122,8 @@ static void joint_search(void) {
     rows[8] = avl__load_u16("\x00\xbc");   // -1
     CHECK(astrovl_search(&three, query, 3, 1, hits, &err) == 3 && hits[0].row == 0 && hits[1].row == 2 && hits[2].row == 1,
           "%d %d %d", (int)hits[0].row, (int)hits[1].row, (int)hits[2].row);
-    for (at = 0;; at++) {
-        int n, done;
-        alloc_fail_at(at);
-        n = astrovl_search(&three, query, 3, 2, hits, &err);
-        done = !alloc_did_fail();
-        alloc_fail_at(-1);
-        if (done) break;
-        FAILS(n < 0, MEMORY, "search, allocation %ld", at);
-    }
+    EACH_ALLOCATION(at, failed, n = astrovl_search(&three, query, 3, 2, hits, &err))
+        if (failed) FAILS(n < 0, MEMORY, "search, allocation %ld", at);
     CHECK(at > 2, "%ld allocations", at);
 }
 
