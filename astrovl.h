@@ -1,9 +1,10 @@
 // astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT licence
 //
 // Runs AstroLLaVA (arXiv 2504.08583) and whatever else is built like LLaVA-1.5: a CLIP vision tower, a projector, and a
-// LLaMA-family language model, out of the GGUF files that llama.cpp uses; and PAPERCLIP (arXiv 2403.08851) and any other CLIP of
-// two towers, out of the files that clip.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap
-// where there are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every machine.
+// LLaMA-family language model, out of the GGUF files that llama.cpp uses; and PAPERCLIP (arXiv 2403.08851) and any
+// other CLIP of two towers, out of the files that clip.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap
+// where there are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every
+// machine.
 //
 // ====================================================================================================================
 // [0] Manual
@@ -32,8 +33,9 @@
 //     #define ASTROVL_IMPLEMENTATION
 //     #include "astrovl.h"
 //
-// and include it without the define wherever else you call it. Link with -lm, and with -pthread unless ASTROVL_NO_THREADS is
-// defined. Nothing else is needed: no build system, no generated files, no options. -O2 or -O3 matter for speed.
+// and include it without the define wherever else you call it. Link with -lm, and with -pthread unless
+// ASTROVL_NO_THREADS is defined. Nothing else is needed: no build system, no generated files, no options. -O2 or -O3
+// matter for speed.
 //
 // A caption is one call:
 //
@@ -61,13 +63,13 @@
 //     if (astrovl_image_load("m51.jpg", NULL, &image, &err) == ASTROVL_OK) {
 //         astrovl_session *s = astrovl_session_new(model, NULL, &err);
 //         astrovl_free(astrovl_chat(s, &image, 1, "What kind of galaxy is this?", &how, &err));
-//         astrovl_free(astrovl_chat(s, NULL, 0, "Is it seen edge-on or face-on?", &how, &err));   // the image is remembered
+//         astrovl_free(astrovl_chat(s, NULL, 0, "Is it seen edge-on or face-on?", &how, &err));   // (the image stays)
 //         astrovl_session_free(s);
 //         astrovl_image_free(&image);
 //     }
 //
-// Several conversations, here captions, together: one token of each per step, for which the weights are read from memory once and
-// not once for each. The answers are those that astrovl_chat gives.
+// Several conversations, here captions, together: one token of each per step, for which the weights are read from
+// memory once and not once for each. The answers are those that astrovl_chat gives.
 //
 //     astrovl_turn turns[4] = {{0}};
 //     for (i = 0; i < 4; i++) {
@@ -126,36 +128,39 @@
 //             model.norm [n_logits][n_embd]   lm_head [n_logits][n_vocab]
 //
 // The parts by themselves: astrovl_encode_image gives the rows that stand for an image, astrovl_eval_tokens and
-// astrovl_eval_embeddings append to the sequence and give logits, astrovl_sample draws the next token. The layers one by one
-// (astrovl_rms_norm, astrovl_rope, ...) are plain functions on float arrays.
+// astrovl_eval_embeddings append to the sequence and give logits, astrovl_sample draws the next token. The layers one
+// by one (astrovl_rms_norm, astrovl_rope, ...) are plain functions on float arrays.
 //
 // ---- Errors ---------------------------------------------------------------------------------------------------------
-// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given with one line
-// that names the file and the tensor, key or byte. A NULL handle, or NULL where a pointer is needed, is such a failure
-// (ARGUMENT), or gives zeros. Nothing is printed, no signal raised, no process ended. Input files may be
-// hostile: every size in them is checked before it is used. What a failed call had begun is undone: after a failed turn the
-// conversation is what it was before.
+// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given with
+// one line that names the file and the tensor, key or byte. A NULL handle, or NULL where a pointer is needed, is such a
+// failure (ARGUMENT), or gives zeros. Nothing is printed, no signal raised, no process ended. Input files may be
+// hostile: every size in them is checked before it is used. What a failed call had begun is undone: after a failed turn
+// the conversation is what it was before.
 //
 // ---- Threads and memory ---------------------------------------------------------------------------------------------
-// A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one thread at a
-// time; it runs its own worker threads (n_threads, by default one per processor), which sleep between calls. There is no global
-// state. Results do not depend on the number of threads. A session and its forks (astrovl_session_fork) count as one.
-// Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are only
-// vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv * head_dim * 8 bytes,
-// of which the system gives only what has been written, and the activations of at most 512 rows.
+// A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one
+// thread at a time; it runs its own worker threads (n_threads, by default one per processor), which sleep between
+// calls. There is no global state. Results do not depend on the number of threads. A session and its forks
+// (astrovl_session_fork) count as one.
+// Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are
+// only vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
+// head_dim * 8 bytes, of which the system gives only what has been written, and the activations of at most 512 rows.
 //
 // ---- Two modes ------------------------------------------------------------------------------------------------------
-// ASTROVL_FAST (default) uses the best kernels there are for the machine. ASTROVL_EXACT computes in float32 with one fixed order
-// for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the same bits with every
-// compiler, on every processor with IEEE arithmetic, for every number of threads. It needs FLT_EVAL_METHOD == 0 (on 32-bit x86
-// that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math, which is refused.
-// Fast mode rounds activations to integers in blocks of 32 and multiplies integers (weights of a float type: bfloat16 or float32), with
-// what the processor has of AVX2, AVX-VNNI, AVX-512 VNNI and BF16, or of AArch64's NEON, dot products, and matrix products (I8MM and
-// BF16). Elsewhere both modes compute alike. The `isa` of a session's options, or the program's environment variable ASTROVL_ISA,
-// forces simpler kernels: portable, avx2, avx_vnni, avx512, avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
+// ASTROVL_FAST (default) uses the best kernels there are for the machine. ASTROVL_EXACT computes in float32 with one
+// fixed order for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the
+// same bits with every compiler, on every processor with IEEE arithmetic, for every number of threads. It needs
+// FLT_EVAL_METHOD == 0 (on 32-bit x86 that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math,
+// which is refused.
+// Fast mode rounds activations to integers in blocks of 32 and multiplies integers (weights of a float type: bfloat16
+// or float32), with what the processor has of AVX2, AVX-VNNI, AVX-512 VNNI and BF16, or of AArch64's NEON, dot
+// products, and matrix products (I8MM and BF16). Elsewhere both modes compute alike. The `isa` of a session's options,
+// or the program's environment variable ASTROVL_ISA, forces simpler kernels: portable, avx2, avx_vnni, avx512,
+// avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
-//   ASTROVL_API                   put before every public function: extern by default; static, or your DLL's export word
+//   ASTROVL_API                   put before every public function; extern by default
 //   ASTROVL_MALLOC(size)          the allocator, all three or none; a NULL return is handled everywhere
 //   ASTROVL_REALLOC(memory, size)
 //   ASTROVL_FREE(memory)
@@ -164,7 +169,7 @@
 //   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
 //   ASTROVL_BARE                  neither POSIX nor Windows: standard C alone
 //   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
-//   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that does not ask for a size: 4096 tokens (or the model's, if less)
+//   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that names no size: 4096 tokens (or the model's, if less)
 //   ASTROVL_MAX_THREADS           64
 //   ASTROVL_NO_SIMD               portable kernels alone
 //   ASTROVL_HEADER_NAME           this file's name, which it includes itself by: "astrovl.h"
@@ -221,7 +226,8 @@ typedef struct astrovl_error {
 
 ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...: static memory
 
-// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels (but not once done is total).
+// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels (but not once done is
+// total).
 typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
 
 // Releases memory that a function below returned (text, arrays). NULL is allowed.
@@ -234,8 +240,8 @@ ASTROVL_API void astrovl_free(void *memory);
 typedef enum astrovl_type {
     ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1,
     ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6, ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8,
-    ASTROVL_TYPE_Q2_K = 10, ASTROVL_TYPE_Q3_K = 11, ASTROVL_TYPE_Q4_K = 12, ASTROVL_TYPE_Q5_K = 13, ASTROVL_TYPE_Q6_K = 14,
-    ASTROVL_TYPE_BF16 = 30
+    ASTROVL_TYPE_Q2_K = 10, ASTROVL_TYPE_Q3_K = 11, ASTROVL_TYPE_Q4_K = 12, ASTROVL_TYPE_Q5_K = 13,
+    ASTROVL_TYPE_Q6_K = 14, ASTROVL_TYPE_BF16 = 30
 } astrovl_type;
 
 // Metadata value types, with GGUF's numbers.
@@ -253,7 +259,8 @@ typedef struct astrovl_string {
     size_t      size;
 } astrovl_string;
 
-// One tensor of a file. ne is GGUF's order: ne[0] is the length of a row, so a matrix [n_out][n_in] has ne = {n_in, n_out}.
+// One tensor of a file. ne is GGUF's order: ne[0] is the length of a row, so a matrix [n_out][n_in] has ne = {n_in,
+// n_out}.
 typedef struct astrovl_tensor {
     const char   *name;          // zero-terminated, owned by the file's handle
     astrovl_type  type;
@@ -270,12 +277,12 @@ typedef struct astrovl_kv {
     astrovl_value_type  type;
     astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
     uint64_t            count;   // elements of an array; otherwise 1
-    const void         *data;    // the value, or an array's elements, as in the file: little-endian, a u64 length before
-    uint64_t            n_bytes; // each string's bytes; to copy it
+    const void         *data;    // the value, or an array's elements, as in the file: little-endian, a u64 length
+    uint64_t            n_bytes; // before each string's bytes; to copy it
 } astrovl_kv;
 
-// Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it is
-// checked here, once. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MEMORY).
+// Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it
+// is checked here, once. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MEMORY).
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err);
 // The same for a file that lies in memory; the block is not copied and must outlive the handle. name: for messages.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name, astrovl_error *err);
@@ -285,12 +292,12 @@ ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file);         // 2 or 
 ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file);       // bytes
 ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file);
 ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index);
-ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *file, const char *name);   // NULL: absent
+ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *file, const char *name); // NULL: absent
 ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file);
 ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);
-ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key);                          // index, or -1
-// Element `i` of entry `index` (i = 0 for a scalar), converted. A number asked of a string entry is 0; a string asked of a
-// number entry is empty; i out of range likewise. Booleans are 0 and 1.
+ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key);                     // index, or -1
+// Element `i` of entry `index` (i = 0 for a scalar), converted. A number asked of a string entry is 0; a string asked
+// of a number entry is empty; i out of range likewise. Booleans are 0 and 1.
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i);
@@ -395,19 +402,21 @@ typedef struct astrovl_generation {
     const char *const *stop;       // [n_stop] texts that end the answer (and are left out of it)
     int      n_stop;
     const char *system;            // system prompt; NULL: the template's own; "": none
-    astrovl_guide *guide;          // NULL: free text; else the answer keeps to it, and ends as it asks within max_tokens
+    astrovl_guide *guide;          // NULL: free text; else the answer keeps to it, and ends within max_tokens
     int      parse_special;        // 1: special tokens written in the user's text are taken as such (trusted text only)
-    // Called with each new piece of text, never a broken UTF-8 character; a non-zero return cancels (the answer so far is kept).
+    // Called with each new piece of text, never a broken UTF-8 character; a non-zero return cancels (the answer so far
+    // is kept).
     int    (*on_text)(void *user, const char *text, size_t size);
     void    *user;
 } astrovl_generation;
 
-// Each returns the answer, zero-terminated UTF-8, to be freed with astrovl_free; NULL and err on failure. They open a session
-// of their own (all processors, fast mode); use a session to keep it, to talk on, or to choose threads and mode.
-ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image, const astrovl_generation *options,
-                                  astrovl_error *err);
-ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path, const astrovl_generation *options,
-                                       astrovl_error *err);
+// Each returns the answer, zero-terminated UTF-8, to be freed with astrovl_free; NULL and err on failure. They open a
+// session of their own (all processors, fast mode); use a session to keep it, to talk on, or to choose threads and
+// mode.
+ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image,
+                                  const astrovl_generation *options, astrovl_error *err);
+ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path,
+                                       const astrovl_generation *options, astrovl_error *err);
 ASTROVL_API char *astrovl_ask(const astrovl_model *model, const astrovl_image *image, const char *question,
                               const astrovl_generation *options, astrovl_error *err);
 ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image_path, const char *question,
@@ -454,10 +463,11 @@ ASTROVL_API void astrovl_session_reset(astrovl_session *s);             // forge
 ASTROVL_API int astrovl_session_n_past(const astrovl_session *s);       // positions the KV cache holds now
 ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 
-// One turn of a conversation: the user says `text` about `images` (n_images may be 0), the model answers. Where `text` has the
-// marker <image> n_images times, the images stand there; where it has none, they stand before the text, each followed by a
-// newline (LLaVA's habit). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL and err: LIMIT when
-// the context is full, MODEL when a part is missing. A failed turn leaves the conversation as it was before it.
+// One turn of a conversation: the user says `text` about `images` (n_images may be 0), the model answers. Where `text`
+// has the marker <image> n_images times, the images stand there; where it has none, they stand before the text, each
+// followed by a newline (LLaVA's habit). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL
+// and err: LIMIT when the context is full, MODEL when a part is missing. A failed turn leaves the conversation as it
+// was before it.
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
 
@@ -472,17 +482,18 @@ typedef struct astrovl_turn {
     astrovl_error             err;         // out: why; its status is ASTROVL_OK if there is an answer
 } astrovl_turn;
 
-// Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after another; then all
-// answers are written together, a token of each per step. A step of one conversation spends its time on fetching the weights from
-// memory; a step of several fetches them as often, once (for every 16 conversations once), and so costs little more.
-// The sessions are distinct: one and its forks (astrovl_session_fork). Options may differ; a turn that ends early
-// leaves the others to go on, and so does one that fails, whose conversation is then as it was before.
-// Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if these sessions
-// cannot go together.
+// Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after
+// another; then all answers are written together, a token of each per step. A step of one conversation spends its time
+// on fetching the weights from memory; a step of several fetches them as often, once (for every 16 conversations once),
+// and so costs little more. The sessions are distinct: one and its forks (astrovl_session_fork). Options may differ; a
+// turn that ends early leaves the others to go on, and so does one that fails, whose conversation is then as it was
+// before.
+// Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if
+// these sessions cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
 
-// What the last turn took. In a batch, a step's time is shared out evenly among the turns that it served: those of all turns add up
-// to what the batch took.
+// What the last turn took. In a batch, a step's time is shared out evenly among the turns that it served: those of all
+// turns add up to what the batch took.
 typedef struct astrovl_stats {
     double encode_seconds;         // images through the vision tower and projector
     double prompt_seconds;         // reading the prompt
@@ -523,8 +534,8 @@ ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past
 
 // The next token by the rules of `options`; changes logits [n_vocab] in place.
 // history [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
-ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options, const int32_t *history,
-                                   int n_history, uint64_t *random_state);
+ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options,
+                                   const int32_t *history, int n_history, uint64_t *random_state);
 
 // ---- guided generation ------------------------------------------------------------------------------------------
 
@@ -540,8 +551,8 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err);
 // JSON that validates against a schema (json-schema.org, draft 2020-12), of which this part is understood:
 //   type           object, array, string, integer, number, boolean, null, or a list of these
-//   object         properties (written in their order), required (the others may be left out), additionalProperties (none is
-//                  ever written)
+//   object         properties (written in their order), required (the others may be left out), additionalProperties
+//                  (none is ever written)
 //   array          items, minItems, maxItems
 //   string         minLength, maxLength (characters)
 //   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
@@ -561,8 +572,8 @@ ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state
 ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state);
 // Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
 // after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
-// ARGUMENT; LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met
-// exceed 2^20, MEMORY or LIMIT stick: the guide must be freed.
+// ARGUMENT; LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever
+// met exceed 2^20, MEMORY or LIMIT stick: the guide must be freed.
 ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
                                               astrovl_error *err);
 
@@ -617,9 +628,10 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 
 // ---- JSON lines -------------------------------------------------------------------------------------------------
 
-// The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of strings.
-// *n: how many, 0 if there is no such member. One block of memory, texts included (astrovl_free). NULL and err: FORMAT names the
-// byte where the text breaks JSON's rules, or the member that is of another kind.
+// The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of
+// strings.
+// *n: how many, 0 if there is no such member. One block of memory, texts included (astrovl_free). NULL and err: FORMAT
+// names the byte where the text breaks JSON's rules, or the member that is of another kind.
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err);
 
 // ---- text -------------------------------------------------------------------------------------------------------
@@ -647,8 +659,8 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
 
 // ---- images -----------------------------------------------------------------------------------------------------
-// The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images that
-// a function makes are new memory; release them with astrovl_image_free.
+// The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images
+// that a function makes are new memory; release them with astrovl_image_free.
 
 // How files are decoded. NULL or all zeros: limited to ASTROVL_MAX_PIXELS, and upright.
 typedef struct astrovl_image_options {
@@ -2853,7 +2865,8 @@ static int avl__key(avl__keys *k, const char *name, avl__key_kind kind, int64_t 
     if (found != kind || (kv->type == ASTROVL_VALUE_ARRAY) != (count != 0)) {
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, count ? " is no array of %ss" : " is no %s", kinds[kind]);
     } else if (count > 0 && kv->count != (uint64_t)count) {
-        avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, " has %lld elements, not %lld", (long long)kv->count, (long long)count);
+        avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, " has %lld elements, not %lld", (long long)kv->count,
+                      (long long)count);
     }
     return k->status ? -1 : index;
 }
@@ -2963,7 +2976,8 @@ static int avl__load_int(avl__weights *w, int min, int max, int fallback, const 
     if (!file && fallback < 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the key %s is missing; " AVL__ASK_FOR_FILE, key);
     if (value < min || value > max)
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %lld; it must lie between %d and %d", key, (long long)value, min, max);
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %lld; it must lie between %d and %d", key, (long long)value,
+                       min, max);
     return w->status ? min : (int)value;
 }
 
@@ -3015,8 +3029,8 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
     for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
     if (total != count) {
         avl__describe_shape(t, shape);
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for %lld values", name, shape,
-                       (long long)count);
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for %lld values", name,
+                       shape, (long long)count);
         return NULL;
     }
     values = avl__alloc_floats((uint64_t)count);
@@ -3594,7 +3608,8 @@ static void avl__load_kind(avl__vocab *v, avl__keys *k) {
     } else if (avl__string_is(model, "gpt2")) {
         while (i < 7 && !avl__string_is(pre, rules[i].pre)) i++;
         if (i < 7) v->kind = rules[i].kind;
-        else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%.*s\", not llama-bpe, smollm or gpt-2", AVL__SHOW(pre));
+        else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%.*s\", not llama-bpe, smollm or gpt-2",
+                           AVL__SHOW(pre));
     } else if (!avl__string_is(model, "llama")) {
         avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "model", " is \"%.*s\", not llama or gpt2", AVL__SHOW(model));
     }
@@ -3766,7 +3781,8 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         right = avl__vocab_find(v, space + 1, line.size - size - 1);
         id = avl__vocab_find(v, joined.data, joined.size);
         if (left < 0 || right < 0 || id < 0) {
-            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] \"%.*s\" names a piece that is no token", i, AVL__SHOW(line));
+            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] \"%.*s\" names a piece that is no token", i,
+                          AVL__SHOW(line));
         } else if (v->rank[left] < too_early && v->rank[right] < too_early) {
             if (v->rank[id] >= too_early) v->rank[id] = (uint32_t)i + 1;
         } else if (v->rank[id] == AVL__NEVER) v->rank[id] = too_early;
@@ -3774,7 +3790,8 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
     astrovl_free(joined.data);
     for (i = 0; i < v->n_tokens; i++) {
         if (v->rank[i] == too_early)
-            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " make \"%.*s\" of pieces not made before", AVL__SHOW(v->pieces[i]));
+            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " make \"%.*s\" of pieces not made before",
+                          AVL__SHOW(v->pieces[i]));
     }
 }
 
@@ -4116,7 +4133,8 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     astrovl_free(e.spelling.data);
     if (!e.failed) return ASTROVL_OK;
     out->size = before;
-    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %lld bytes", (long long)size);
+    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %lld bytes",
+                         (long long)size);
 }
 
 // ---- tokens to text ------------------------------------------------------------------------------------------------
@@ -5958,8 +5976,8 @@ static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_i
     if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, info->rope_theta, factors, linear_scale);
     for (i = 0; i < half && !w->status; i++)
         if (!(m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
-            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary embedding "
-                           "reach 2^23", info->n_ctx_train);
+            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary "
+                           "embedding reach 2^23", info->n_ctx_train);
 }
 
 // file: the one that holds the layers
