@@ -6,10 +6,10 @@
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
 # make test-real VOCABULARIES=DIR [GGML_LIBRARY=FILE.so]   the tests on real models (test/real_*.py say what they need, and where
 #                   to get it)
-# make bench        how fast search and the shipped model are here, against the machine's own limits
+# make bench        how fast search, the shipped model and guided decoding are here, against the machine's own limits; for other
+#                   models, and accuracy: test/bench (test/bench.c begins with its options)
 # make bench LLAMA_CPP=DIR [MODEL=llava-1.5-7b] [TYPES="q4_0 q8_0 q4_k f16"] [ROUNDS=3] [IMAGES=9] [ISA=avx2]   against llama.cpp,
 #                   too (DIR: its build folder; with ISA=avx2 one that was built for AVX2 only; test/bench_llama_cpp.py says more)
-# make bench-guided MODEL=FILE.gguf   what guided decoding costs, against free decoding
 # make golden       writes test/golden/ anew (needs PyTorch and transformers; see test/make_golden.py)
 
 CC      = cc
@@ -55,7 +55,7 @@ run: astrovl
 
 IMAGE = test/images/spiral.png
 
-test: astrovl test/test
+test: astrovl test/test test/bench
 	@rm -f test/test.log
 	@{ ./test/test 2>&1; echo "(C tests: exit status $$?)"; } | tee test/test.log
 	@{ $(PYTHON) test/test_convert.py 2>&1; echo "(command-line tests: exit status $$?)"; } | tee -a test/test.log
@@ -69,8 +69,9 @@ test/test: test/test.c astrovl.h
 test-sanitize:
 	$(CC) $(SANITIZE) -o test/test-sanitize test/test.c $(LDLIBS)
 	$(CC) $(SANITIZE) -o astrovl-sanitize demo.c $(LDLIBS)
+	$(CC) $(SANITIZE) -o test/bench-sanitize test/bench.c $(LDLIBS)
 	./test/test-sanitize
-	ASTROVL=./astrovl-sanitize $(PYTHON) test/test_convert.py
+	ASTROVL=./astrovl-sanitize BENCH=test/bench-sanitize $(PYTHON) test/test_convert.py
 
 test-real: astrovl
 	$(PYTHON) test/real_models.py
@@ -79,21 +80,21 @@ test-real: astrovl
 	$(if $(GGML_LIBRARY),$(PYTHON) test/real_quants.py $(GGML_LIBRARY))
 	$(PYTHON) test/real_convert.py
 
-bench: astrovl
-	./astrovl bench search
-	./astrovl bench
+bench: test/bench
+	./test/bench search
+	./test/bench
+	./test/bench guided
 	$(if $(LLAMA_CPP),$(PYTHON) test/bench_llama_cpp.py $(LLAMA_CPP) --model $(or $(MODEL),llava-1.5-7b) --types "$(or $(TYPES),q4_0)" \
 	    --rounds $(or $(ROUNDS),3) --images $(or $(IMAGES),0) $(if $(ISA),--isa $(ISA)))
 
-bench-guided:
-	$(CC) $(CFLAGS) -o test/bench_guided test/bench_guided.c $(LDLIBS)
-	./test/bench_guided $(or $(MODEL),test/astrovl-tiny.gguf) $(TOKENS)
+test/bench: test/bench.c astrovl.h
+	$(CC) $(CFLAGS) -o $@ test/bench.c $(LDLIBS)
 
 golden:
 	$(PYTHON) test/make_golden.py
 
 lint:
-	@for cc in gcc clang; do command -v $$cc >/dev/null || continue; for file in demo.c test/test.c; do \
+	@for cc in gcc clang; do command -v $$cc >/dev/null || continue; for file in demo.c test/test.c test/bench.c; do \
 	    echo "$$cc $$file: C99, C++11"; \
 	    $$cc -x c -std=c99 $(WARNINGS) -O1 -c $$file -o /dev/null || exit 1; \
 	    $$cc -x c++ -std=c++11 $(WARNINGS) -fsyntax-only $$file || exit 1; done; done
@@ -110,9 +111,9 @@ install: astrovl
 	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(DATA)
 	cp astrovl $(DESTDIR)$(PREFIX)/bin/
 	cp astrovl.h $(DESTDIR)$(PREFIX)/include/
-	cp test/astrovl-tiny.gguf $(DESTDIR)$(DATA)/
+	cp test/astrovl-tiny.gguf test/labels.txt $(DESTDIR)$(DATA)/
 
 clean:
-	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench_guided test/test.log
+	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/test.log
 
-.PHONY: all run test test-sanitize test-real bench bench-guided golden lint install clean
+.PHONY: all run test test-sanitize test-real bench golden lint install clean

@@ -1,6 +1,6 @@
 // demo.c: the `astrovl` program. It captions images, answers questions about them, talks about them, and shows what
-// happens inside the model while it does: tokens, tensors, every intermediate result. It scores images against texts, searches
-// folders of them, turns abstracts into JSON and quantises models. It uses the public API of astrovl.h only.
+// happens inside the model: tokens, tensors, every intermediate result. It scores images against texts, searches
+// folders of them, turns abstracts into JSON and quantizes models. It uses the public API of astrovl.h only.
 //
 //     cc -O2 -o astrovl demo.c -lm -pthread
 //     ./astrovl --help
@@ -19,6 +19,8 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <float.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,6 +39,9 @@
 #define write_file(f, p, n)   _write(_fileno(f), p, (unsigned)(n))
 #define cut_file(f, size)     _chsize_s(_fileno(f), (long long)(size))
 #define sync_file(f)          _commit(_fileno(f))
+#define strcasecmp            _stricmp
+#define strncasecmp           _strnicmp
+#define CREATE_MODE           "wb"
 #else
 #include <dirent.h>
 #include <fcntl.h>
@@ -53,12 +58,18 @@
 #define write_file(f, p, n)   write(fileno(f), p, n)
 #define cut_file(f, size)     ftruncate(fileno(f), (off_t)(size))
 #define sync_file(f)          fsync(fileno(f))
+#define CREATE_MODE           "wbx"                        // x: fails if the file exists
+#if !defined(ASTROVL_NO_THREADS)
+#include <pthread.h>
+#define HAS_THREADS           1
+#endif
 #endif
 
 #ifndef ASTROVL_DATA_DIR
 #define ASTROVL_DATA_DIR "/usr/local/share/astrovl"   // where `make install` puts the shipped model; the Makefile says
 #endif
 #define SHIPPED_MODEL "astrovl-tiny.gguf"
+#define LABELS        "labels.txt"
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 // ==== Printing =======================================================================================================
@@ -79,8 +90,8 @@ static size_t utf8_next(const char *text, size_t size, unsigned *code, int *vali
 
 static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && code < 0xA0); }
 
-// Text with nothing in it that drives a terminal. quoted: as a JSON string, control codes escaped; otherwise they are dropped,
-// but for newline and tab.
+// Text with nothing in it that drives a terminal. quoted: as a JSON string, control codes escaped; otherwise they are
+// dropped, except newline and tab.
 static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     unsigned code;
     int valid;
@@ -145,9 +156,9 @@ static const char *shape_text(const int64_t *shape, int n_dims, const char *betw
     return text;
 }
 
-// JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a
-// long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
-// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ keys stand for reading: "name x, ..."
+// JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an
+// int, %l a long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes
+// are put in: put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ it is plain text: name x, ...
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
     int plain = *f == '~';
@@ -184,18 +195,18 @@ static void put_json(const char *f, ...) {
 // A table describes every option once: the parser, the checks and the help pages are made from it.
 
 enum { CAPTION = 1, ASK = 2, CHAT = 4, TOKENS = 8, INSPECT = 16, TRACE = 32, VERSION = 64, SCORE = 128, DESCRIBE = 256,
-       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, BENCH = 16384, QUANTIZE = 32768,
-       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 65535,
+       INDEX = 512, SEARCH = 1024, EMBED = 2048, EVALUATE = 4096, SUMMARIZE = 8192, QUANTIZE = 16384,
+       SPEAK = CAPTION | ASK | CHAT | SUMMARIZE, GENERATE = SPEAK | TRACE, ALL = 32767,
        FAST = ALL & ~(TOKENS | INSPECT | VERSION),           // those that compute
        MAX_TURNS = 64 };                                     // of caption --batch
 typedef struct list { const char **items; int n, capacity; } list;
 typedef struct options {
     list        models, stop, texts, words;              // words: the arguments that are no options
     int         threads, exact, ctx, together, json, quiet, help;
-    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, rows, dims, check, rounds, n_prompt, n_tokens;
+    int         ids, special, clip, decode, full, hash, best, batch, raw, boolean, check;
     astrovl_generation how;                              // the answers'
-    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query, *synthetic, *dir;
-    int         chat_template, n_batch;
+    const char *prompt, *out, *labels, *image, *svg, *schema, *regex, *query;
+    int         chat_template;
 } options;
 typedef enum option_kind { FLAG, INTEGER, SEED, NUMBER, TEXT, TEXTS, TEMPLATE } option_kind;
 typedef struct option_spec {
@@ -208,58 +219,58 @@ typedef struct option_spec {
     const char *value, *help;
 } option_spec;
 
-#define F(name) offsetof(options, name)
+// Options of each kind: name, letter, field, (least and largest value,) commands, (name of the value,) help
+#define ON(name, letter, field, commands, help) \
+    {name, letter, FLAG, offsetof(options, field), 0, 0, commands, NULL, help}
+#define STRING(name, letter, kind, field, commands, value, help) \
+    {name, letter, kind, offsetof(options, field), 0, 0, commands, value, help}
+#define WHOLE(name, letter, field, low, high, commands, help) \
+    {name, letter, INTEGER, offsetof(options, field), low, high, commands, "N", help}
+#define REAL(name, letter, field, high, help) \
+    {name, letter, NUMBER, offsetof(options, field), 0, high, GENERATE, "X", help}
 static const option_spec option_table[] = {
-    {"model", 'm', TEXTS, F(models), 0, 0, ALL & ~(VERSION | QUANTIZE), "FILE", "a GGUF file; again for more parts (else: shipped)"},
-    {"out", 'o', TEXT, F(out), 0, 0, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"},
-    {"out", 'o', TEXT, F(out), 0, 0, INDEX, "FILE", "the index; one that exists is continued"},
-    {"out", 'o', TEXT, F(out), 0, 0, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"},
-    {"text", 0, TEXTS, F(texts), 0, 0, SCORE | EMBED, "TEXT", "a text; may be given several times"},
-    {"labels", 'l', TEXT, F(labels), 0, 0, DESCRIBE, "FILE", "texts to choose from, one a line; '#' begins a comment"},
-    {"image", 'i', TEXT, F(image), 0, 0, SEARCH, "FILE", "search for what resembles this image instead of a text"},
-    {"best", 'k', INTEGER, F(best), 1, 1000000000, DESCRIBE | SEARCH, "N", "print the N best (default: 5 of each group, 10 hits)"},
-    {"batch", 'b', INTEGER, F(batch), 1, 256, INDEX | EMBED | EVALUATE, "N", "images in one pass (default 4)"},
-    {"batch", 'b', INTEGER, F(n_batch), 0, MAX_TURNS, BENCH, "N", "answers written together, against one alone (default 8; 0: none)"},
-    {"batch", 'b', INTEGER, F(batch), 1, MAX_TURNS, CAPTION, "N", "describe N images together: faster, printed N at a time (default 1)"},
-    {"raw", 0, FLAG, F(raw), 0, 0, EMBED, NULL, "rows as the towers give them, not divided by their length"},
-    {"svg", 0, TEXT, F(svg), 0, 0, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"},
-    {"schema", 0, TEXT, F(schema), 0, 0, SUMMARIZE, "FILE", "the answer is JSON of this schema, not the paper's"},
-    {"regex", 0, TEXT, F(regex), 0, 0, SUMMARIZE, "PATTERN", "the answer matches this regular expression"},
-    {"bool", 0, FLAG, F(boolean), 0, 0, SUMMARIZE, NULL, "judge: the answer is true or false; see --query"},
-    {"query", 0, TEXT, F(query), 0, 0, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"},
-    {"prompt", 'p', TEXT, F(prompt), 0, 0, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"},
-    {"synthetic", 0, TEXT, F(synthetic), 0, 0, BENCH, "NAME[:TYPE]", "random weights: llava-1.5-7b, smollm2-135m, nano (TYPE: q4_0)"},
-    {"dir", 0, TEXT, F(dir), 0, 0, BENCH, "DIR", "where --synthetic keeps its files (default: $TMPDIR, or /tmp)"},
-    {"prompt", 'p', INTEGER, F(n_prompt), 1, 1000000, BENCH, "N", "positions of the prompt (default 620)"},
-    {"tokens", 'n', INTEGER, F(n_tokens), 1, 1000000, BENCH, "N", "tokens written after it (default 32); accuracy: of the text (512)"},
-    {"rounds", 0, INTEGER, F(rounds), 1, 99, BENCH, "N", "medians are of N rounds (default 3; search 9)"},
-    {"rows", 0, INTEGER, F(rows), 1, 100000000, BENCH, "N", "search: rows (default 1000000)"},
-    {"dims", 0, INTEGER, F(dims), 1, 65536, BENCH, "N", "search: numbers in a row (default 512)"},
-    {"hash", 0, FLAG, F(hash), 0, 0, TRACE, NULL, "write no files; print a hash of each tensor and one of all"},
-    {"together", 0, FLAG, F(together), 0, 0, ASK, NULL, "ask once about all the images instead of once about each"},
-    {"prompt", 'p', TEXT, F(prompt), 0, 0, CHAT, "TEXT", "say this, print the answer and leave"},
-    {"ids", 0, FLAG, F(ids), 0, 0, TOKENS, NULL, "print the ids alone, on one line"},
-    {"special", 0, FLAG, F(special), 0, 0, TOKENS, NULL, "add the tokens that begin (and end) a text; take \"<s>\" as the token"},
-    {"clip", 0, FLAG, F(clip), 0, 0, TOKENS, NULL, "print the ids by the vocabulary of CLIP's text tower (with its --special)"},
-    {"decode", 0, FLAG, F(decode), 0, 0, TOKENS, NULL, "the other way: the text is ids, print what they spell"},
-    {"full", 0, FLAG, F(full), 0, 0, INSPECT, NULL, "print long arrays and strings whole"},
-    {"check", 0, FLAG, F(check), 0, 0, INSPECT, NULL, "say whether the files together can be run, and all that they lack"},
-    {"max-tokens", 'n', INTEGER, F(how.max_tokens), 1, 1000000, GENERATE, "N", "at most N tokens (else 256; trace 1, summarize 512)"},
-    {"temperature", 't', NUMBER, F(how.temperature), 0, 100, GENERATE, "X", "0: the likeliest token (default); 1: by the model's odds"},
-    {"top-k", 0, INTEGER, F(how.top_k), 0, 1000000000, GENERATE, "N", "draw from the N likeliest tokens (default 0: all)"},
-    {"top-p", 0, NUMBER, F(how.top_p), 0, 1, GENERATE, "X", "draw from the likeliest with probability X together (default 1: all)"},
-    {"min-p", 0, NUMBER, F(how.min_p), 0, 1, GENERATE, "X", "drop tokens less likely than X times the likeliest (default 0)"},
-    {"repetition-penalty", 0, NUMBER, F(how.repetition_penalty), 0, 100, GENERATE, "X", "above 1: avoid recent tokens (else 1 or 1.1)"},
-    {"seed", 's', SEED, F(how.seed), 0, 0, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"},
-    {"stop", 0, TEXTS, F(stop), 0, 0, GENERATE, "TEXT", "end the answer before this text; may be given several times"},
-    {"system", 0, TEXT, F(how.system), 0, 0, GENERATE, "TEXT", "the system prompt (default: the template's own; \"\": none)"},
-    {"template", 0, TEMPLATE, F(chat_template), 0, 0, GENERATE, "NAME", "the prompt's form (default: as the file says)"},
-    {"ctx", 'c', INTEGER, F(ctx), 1, 16777216, GENERATE, "N", "tokens a conversation may hold (default: the model's, to 4096)"},
-    {"threads", 'j', INTEGER, F(threads), 1, ASTROVL_MAX_THREADS, FAST, "N", "processors to use (default: all)"},
-    {"exact", 0, FLAG, F(exact), 0, 0, FAST & ~(TRACE | BENCH | QUANTIZE), NULL, "arithmetic with the same bits on every machine; slower"},
-    {"json", 0, FLAG, F(json), 0, 0, ALL & ~(TRACE | VERSION | EMBED), NULL, "print JSON, an object a line for each answer"},
-    {"quiet", 'q', FLAG, F(quiet), 0, 0, FAST & ~BENCH, NULL, "no timings and no progress on standard error"},
-    {"help", 'h', FLAG, F(help), 0, 0, ALL, NULL, "this page"},
+    STRING("model", 'm', TEXTS, models, ALL & ~(VERSION | QUANTIZE), "FILE", "a GGUF file; again for more parts"),
+    STRING("out", 'o', TEXT, out, TRACE, "DIR", "the folder that the .npy files go to (made if missing)"),
+    STRING("out", 'o', TEXT, out, INDEX, "FILE", "the index; one that exists is continued"),
+    STRING("out", 'o', TEXT, out, EMBED, "FILE", "write the rows to a .npy file instead of printing them as JSON"),
+    STRING("text", 0, TEXTS, texts, SCORE | EMBED, "TEXT", "a text; may be given several times"),
+    STRING("labels", 'l', TEXT, labels, DESCRIBE, "FILE", "texts to choose from, one a line; '#' begins a comment"),
+    STRING("image", 'i', TEXT, image, SEARCH, "FILE", "search for what resembles this image instead of a text"),
+    WHOLE("best", 'k', best, 1, 1000000000, DESCRIBE | SEARCH, "print the N best (default: 5 of each group, 10 hits)"),
+    WHOLE("batch", 'b', batch, 1, 256, INDEX | EMBED | EVALUATE, "images in one pass (default 4)"),
+    WHOLE("batch", 'b', batch, 1, MAX_TURNS, CAPTION, "describe N images together, which is faster (default 1)"),
+    ON("raw", 0, raw, EMBED, "rows as the towers give them, not divided by their length"),
+    STRING("svg", 0, TEXT, svg, EVALUATE, "FILE", "retrieval: plot accuracy and cosines into this file"),
+    STRING("schema", 0, TEXT, schema, SUMMARIZE, "FILE", "the answer is JSON of this schema, not the paper's"),
+    STRING("regex", 0, TEXT, regex, SUMMARIZE, "PATTERN", "the answer matches this regular expression"),
+    ON("bool", 0, boolean, SUMMARIZE, "judge: the answer is true or false; see --query"),
+    STRING("query", 0, TEXT, query, SUMMARIZE, "TEXT", "--bool: would they show this object or concept?"),
+    STRING("prompt", 'p', TEXT, prompt, SUMMARIZE, "TEXT", "the instruction before the abstract (default: our own)"),
+    ON("hash", 0, hash, TRACE, "write no files; print a hash of each tensor and one of all"),
+    ON("together", 0, together, ASK, "ask once about all the images instead of once about each"),
+    STRING("prompt", 'p', TEXT, prompt, CHAT, "TEXT", "say this, print the answer and leave"),
+    ON("ids", 0, ids, TOKENS, "print the ids alone, on one line"),
+    ON("special", 0, special, TOKENS, "add the tokens that begin (and end) a text; take \"<s>\" as the token"),
+    ON("clip", 0, clip, TOKENS, "print the ids by the vocabulary of CLIP's text tower (with its --special)"),
+    ON("decode", 0, decode, TOKENS, "the other way: the text is ids, print what they spell"),
+    ON("full", 0, full, INSPECT, "print long arrays and strings whole"),
+    ON("check", 0, check, INSPECT, "say whether the files together can be run, or what they lack"),
+    WHOLE("max-tokens", 'n', how.max_tokens, 1, 1000000, GENERATE, "at most N tokens (256; trace 1, summarize 512)"),
+    REAL("temperature", 't', how.temperature, 100, "0: the likeliest token (default); 1: by the model's odds"),
+    WHOLE("top-k", 0, how.top_k, 0, 1000000000, GENERATE, "draw from the N likeliest tokens (default 0: all)"),
+    REAL("top-p", 0, how.top_p, 1, "draw from the likeliest with probability X together (default 1: all)"),
+    REAL("min-p", 0, how.min_p, 1, "drop tokens less likely than X times the likeliest (default 0)"),
+    REAL("repetition-penalty", 0, how.repetition_penalty, 100, "above 1: avoid recent tokens (else 1 or 1.1)"),
+    STRING("seed", 's', SEED, how.seed, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"),
+    STRING("stop", 0, TEXTS, stop, GENERATE, "TEXT", "end the answer before this text; may be given several times"),
+    STRING("system", 0, TEXT, how.system, GENERATE, "TEXT", "the system prompt (default: the template's; \"\": none)"),
+    STRING("template", 0, TEMPLATE, chat_template, GENERATE, "NAME", "the prompt's form (default: as the file says)"),
+    WHOLE("ctx", 'c', ctx, 1, 16777216, GENERATE, "tokens a conversation may hold (default: the model's, to 4096)"),
+    WHOLE("threads", 'j', threads, 1, ASTROVL_MAX_THREADS, FAST, "processors to use (default: all)"),
+    ON("exact", 0, exact, FAST & ~(TRACE | QUANTIZE), "arithmetic with the same bits on every machine; slower"),
+    ON("json", 0, json, ALL & ~(TRACE | VERSION | EMBED), "print JSON, an object a line for each answer"),
+    ON("quiet", 'q', quiet, FAST, "no timings and no progress on standard error"),
+    ON("help", 'h', help, ALL, "this page"),
 };
 enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table), MANY = 2147483647 };
 typedef struct program program;
@@ -275,12 +286,12 @@ typedef struct command {
 static int print_around(const char *before, const command *c, const char *after) {
     return fprintf(stderr, "%s%s%s%s", before, c ? " " : "", c ? c->name : "", after), EXIT_USAGE;
 }
-// Says what is wrong with the command line and where to read on. Its value is EXIT_USAGE. (Compilers check what printf gets.)
+// Says what is wrong with the command line and where to read on. Its value is EXIT_USAGE.
 #define usage_error(c, ...) \
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
-// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (The program never calls setlocale, so a point
-// is a point whatever the user's language.)  x, whole: the number, twice
+// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (Since the program never calls
+// setlocale, a point is a point in any language.)  x, whole: the number, twice
 static int parse_number(const char *text, int is_fraction, const option_spec *spec, double *x, uint64_t *whole) {
     char *end;
     errno = 0;
@@ -313,7 +324,8 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     default: break;
     }
     if (!parse_number(text, spec->kind == NUMBER, spec, &x, &whole))
-        return spec->kind == SEED ? usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
+        return spec->kind == SEED ?
+               usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
                usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
                            spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
     if (spec->kind == SEED) *(uint64_t *)field = whole;
@@ -332,7 +344,8 @@ static const option_spec *find_option(const command *c, const char *argument, co
     for (i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
         if (!(spec->commands & c->bit)) continue;
-        if (is_long ? strlen(spec->name) == length && memcmp(spec->name, name, length) == 0 : spec->letter == *name) return spec;
+        if (is_long && strlen(spec->name) == length && memcmp(spec->name, name, length) == 0) return spec;
+        if (!is_long && spec->letter == *name) return spec;
     }
     return NULL;
 }
@@ -362,8 +375,8 @@ static void print_command_help(const command *c) {
         const option_spec *spec = &option_table[i];
         char left[64];
         if (!(spec->commands & c->bit)) continue;
-        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ', spec->name,
-                 spec->value ? spec->value : "");
+        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ',
+                 spec->name, spec->value ? spec->value : "");
         printf("  %-27s %s\n", left, spec->help);
         if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
@@ -379,22 +392,32 @@ struct program {
     astrovl_info       info;               // of the model
     astrovl_error      err;                // the last one
     char               shipped[4096];      // the shipped model's path
+    char               labels[4096];       // and that of the labels that `describe` chooses from
     int                safe_output;        // standard output is a terminal: strip control codes
     int                show_progress;      // standard error is one, and nobody asked for quiet
     int                bar_drawn;
-    int                counting;           // the bar shows images done of all, not the layers of each; answers are not printed
+    int                counting;           // the bar counts images, not the layers of each; answers are not printed
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
     union block       *memory;             // what new_memory gave
-    list               problems;           // of the files that inspect --check looks at
 };
 
 // Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
 static volatile sig_atomic_t g_interrupted;
 
+static double seconds(void) {              // wall clock, from any moment
+#if defined(_WIN32)
+    return (double)clock() / CLOCKS_PER_SEC;
+#else
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+#endif
+}
+
 static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
-// From here on Ctrl-C ends the work (on: 1) or the program (0); or neither, if it was started so (in the background of a script).
+// From here on Ctrl-C ends the work (on: 1) or the program (0); neither, if it is ignored (in a script's background).
 static void catch_interrupts(int on) {
     if (signal(SIGINT, on ? on_interrupt : SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
 }
@@ -411,7 +434,7 @@ static void clear_bar(program *p) {
 // The same of what the header says in p->err.
 static int failed(program *p) { return clear_bar(p), fail("%s", p->err.message); }
 
-// Writes out what is buffered. When that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
+// Writes out what is buffered. If that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
     if ((fflush(stdout) == 0 && !ferror(stdout)) || p->stop) return;
     if (errno != EPIPE) fprintf(stderr, "astrovl: standard output cannot be written: %s\n", strerror(errno));
@@ -433,8 +456,9 @@ static void *new_memory(program *p, size_t n, size_t size) {
     return b + 1;
 }
 
-// The shipped model lies beside the program in the source tree, or in the data folder once installed.
-static void find_shipped_model(program *p, const char *argv0) {
+// The shipped files lie beside the program in the source tree, or in the data folder once installed. path: out, [4096],
+// empty if the file is in neither.
+static void find_shipped(const char *argv0, const char *name, char *path) {
     static const char *const places[] = {"test", "../share/astrovl", ASTROVL_DATA_DIR};
     char folder[2048];
     size_t n = 0;
@@ -447,18 +471,19 @@ static void find_shipped_model(program *p, const char *argv0) {
     if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
     while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
     for (i = 0; i < 3 && !f; i++) {
-        snprintf(p->shipped, sizeof p->shipped, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], SHIPPED_MODEL);
-        f = i == 1 && !n ? NULL : fopen(p->shipped, "rb");
+        snprintf(path, 4096, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], name);
+        f = i == 1 && !n ? NULL : fopen(path, "rb");
     }
     if (f) fclose(f);
-    else p->shipped[0] = 0;
+    else path[0] = 0;
 }
 
-// Opens the files of -m, or the shipped model. (Like other functions below it ends the program where nothing can go on.)
+// Opens the files of -m, or the shipped model. Like other functions below it ends the program where nothing can go on.
 static void open_model(program *p) {
-    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template, NULL, NULL};
+    astrovl_open_options how = {0, (astrovl_template)p->o.chat_template};
     if (p->o.models.n == 0 && !p->shipped[0])
-        exit(fail("the shipped model %s is neither beside the program nor in %s; name one with -m", SHIPPED_MODEL, ASTROVL_DATA_DIR));
+        exit(fail("the shipped model " SHIPPED_MODEL " is neither beside the program nor in " ASTROVL_DATA_DIR
+                  "; name one with -m"));
     if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
     p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
     if (!p->model) exit(failed(p));
@@ -480,7 +505,7 @@ static void draw_bar(program *p, const char *stage, int done, int total, double 
 
 static int on_progress(void *user, const char *stage, int done, int total) {
     program *p = (program *)user;
-    if (!p->counting || strcmp(stage, "rounds") == 0) draw_bar(p, stage, done, total, 0);
+    if (!p->counting) draw_bar(p, stage, done, total, 0);
     return g_interrupted || p->stop;
 }
 
@@ -499,9 +524,10 @@ static int on_text(void *user, const char *text, size_t size) {
     return g_interrupted || p->stop;
 }
 
-// tap, share: may be NULL
-static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *tap_user, astrovl_session *share) {
-    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, tap_user, on_progress, p, getenv("ASTROVL_ISA"), share};
+// tap: may be NULL
+static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *user) {
+    const char *isa = getenv("ASTROVL_ISA");
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, isa};
     astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
     if (!session) exit(failed(p));
     return session;
@@ -509,17 +535,7 @@ static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap t
 
 static void open_model_and_session(program *p) {
     open_model(p);
-    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL, NULL);
-}
-
-// Loads an image the right way up.
-static astrovl_status load_image(const char *path, astrovl_image *image, astrovl_error *err) {
-    astrovl_status status;
-    memset(image, 0, sizeof *image);
-    status = astrovl_image_load(path, 0, image, err);
-    if (status == ASTROVL_OK) status = astrovl_image_upright(image, err);
-    if (status != ASTROVL_OK) astrovl_image_free(image);   // which leaves zeros
-    return status;
+    p->session = new_session(p, p->o.exact ? ASTROVL_EXACT : ASTROVL_FAST, NULL, NULL);
 }
 
 // Turns of several conversations. Ctrl-C ends them and not the program.
@@ -541,15 +557,6 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
 
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
-static void print_timings(const astrovl_stats *t, const char *label) {
-    print_label(stderr, label);
-    if (t->encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t->encode_seconds);
-    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t->n_prompt_tokens, t->prompt_seconds,
-            t->n_answer_tokens, t->decode_seconds);
-    if (t->decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t->n_answer_tokens / t->decode_seconds);
-    fprintf(stderr, "%s\n", t->stopped_by_limit ? ", cut short by the token limit" : "");
-}
-
 // Prints one answer's end: the JSON object, or the newline and the timings. file, label: may be NULL
 static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
                           const char *answer) {
@@ -560,13 +567,20 @@ static void finish_answer(program *p, const astrovl_session *s, const char *file
     if (p->o.json) {
         put_json("{");
         if (file) put_json("file:%s", file);
-        put_json("prompt:%s text:%s tokens:{prompt:%d answer:%d ids:[", prompt, answer, t.n_prompt_tokens, t.n_answer_tokens);
+        put_json("prompt:%s text:%s ", prompt, answer);
+        put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
         for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
         put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
                  t.prompt_seconds, t.decode_seconds);
     } else putchar('\n');
     flush_output(p);
-    if (!p->o.json && !p->o.quiet) print_timings(&t, label);
+    if (p->o.json || p->o.quiet) return;
+    print_label(stderr, label);
+    if (t.encode_seconds > 0) fprintf(stderr, "image %.2f s, ", t.encode_seconds);
+    fprintf(stderr, "prompt %d tokens %.2f s, answer %d tokens %.2f s", t.n_prompt_tokens, t.prompt_seconds,
+            t.n_answer_tokens, t.decode_seconds);
+    if (t.decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t.n_answer_tokens / t.decode_seconds);
+    fprintf(stderr, "%s\n", t.stopped_by_limit ? ", cut short by the token limit" : "");
 }
 
 static void print_error_json(const char *file, const astrovl_error *err) {
@@ -605,7 +619,8 @@ static char *read_text(program *p, const char *path, size_t *size) {
     size_t capacity = 65536;
     char *text = (char *)new_memory(p, capacity + 1, 1);   // zeros: one ends the text
     if (!in) exit(cannot_open(path));
-    for (*size = 0; (*size += fread(text + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
+    *size = 0;
+    for (; (*size += fread(text + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
         text = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), text, capacity);
     if (ferror(in)) exit(fail("%s: cannot be read: %s", path, strerror(errno)));
     if (*size > limit) exit(fail("%s: is larger than 256 MiB; cut it into parts", path));
@@ -623,7 +638,7 @@ typedef struct lines {
 
 static lines lines_of(const char *path, char *text, size_t size) {
     lines l = {path, text, text + size, text, 0, 0};
-    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) l.at += 3;      // the mark that some editors begin a file with
+    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) l.at += 3;     // a byte order mark
     return l;
 }
 
@@ -690,7 +705,7 @@ static uint64_t count_values(const int64_t *shape, int n_dims) {
     return n;
 }
 
-// Writes a file of numpy's format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes, the values.
+// Writes numpy's format, version 1.0: magic, version, length, a Python dictionary padded to 64 bytes, the values.
 // Source: numpy.lib.format's documentation (NEP 1). Returns the values' hash.
 static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, const float *values) {
     char text[256];
@@ -707,39 +722,38 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
 }
 
 // ==== caption, ask ===================================================================================================
-// Prints what a turn about `each` images has given, or why there is nothing. label: what it is about, or NULL
-static int finish_turn(program *p, astrovl_turn *t, const char *const *paths, int each, const char *label) {
-    int loaded = t->n_images == each;
-    if (loaded && p->counting) print_label(stdout, label);
-    if (t->answer) {
-        if (p->counting && !p->o.json) print_text(p, t->answer, strlen(t->answer));
-        finish_answer(p, t->session, p->o.together ? NULL : paths[0], label, t->text, t->answer);
-        astrovl_free(t->answer);
-        return g_interrupted ? EXIT_FAILED : EXIT_OK;
-    }
-    if (loaded && label) putchar('\n');
-    if (p->o.json) print_error_json(paths[loaded ? 0 : t->n_images], &t->err);
-    flush_output(p);
-    p->err = t->err;
-    return failed(p);
-}
-
 // Asks about images in n fresh conversations, about `each` of them in a turn; the turns are taken together.
 static int answer_images(program *p, const char *const *paths, int n, int each, int with_labels, const char *prompt) {
     astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n * (size_t)each, sizeof *images);
-    astrovl_turn turns[MAX_TURNS], *of[MAX_TURNS];         // of[i] is about paths[i * each]; turns that lack an image stand last
+    astrovl_turn turns[MAX_TURNS], *of[MAX_TURNS];     // of[i] is about paths[i * each]; those without image come last
     int i, k, good = 0, status = EXIT_OK;
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each && load_image(paths[k], &images[k], &t.err) == ASTROVL_OK; k++) t.n_images++;
+        for (k = i * each; t.n_images < each && !astrovl_image_load(paths[k], NULL, &images[k], &t.err); k++) t.n_images++;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
     }
     if (good && !p->counting) print_label(stdout, with_labels ? paths[0] : NULL);
     if (good) say_together(p, turns, good);
     clear_bar(p);
-    for (i = 0; i < n; i++) status |= finish_turn(p, of[i], paths + i * each, each, with_labels ? paths[i] : NULL);
+    for (i = 0; i < n; i++) {
+        const char *label = with_labels ? paths[i] : NULL;
+        const int loaded = of[i]->n_images == each;
+        if (loaded && p->counting) print_label(stdout, label);
+        if (of[i]->answer) {
+            if (p->counting && !p->o.json) print_text(p, of[i]->answer, strlen(of[i]->answer));
+            finish_answer(p, of[i]->session, p->o.together ? NULL : paths[i], label, prompt, of[i]->answer);
+            astrovl_free(of[i]->answer);
+            if (g_interrupted) status = EXIT_FAILED;
+            continue;
+        }
+        if (loaded && label) putchar('\n');
+        if (p->o.json) print_error_json(paths[i * each + (loaded ? 0 : of[i]->n_images)], &of[i]->err);
+        flush_output(p);
+        p->err = of[i]->err;
+        status = failed(p);
+    }
     for (i = 0; i < n * each; i++) astrovl_image_free(&images[i]);
     return status;
 }
@@ -752,10 +766,12 @@ static int answer_each(program *p, int n_images, const char *prompt) {
     if (p->o.together) return answer_images(p, paths, 1, n_images, 0, prompt);
     p->counting = batch > 1;               // answers are printed when all of their batch are there
     p->started = time(NULL);
-    for (i = 1; i < batch && i < n_images; i++) p->more[i] = new_session(p, ASTROVL_FAST, NULL, NULL, p->session);
+    for (i = 1; i < batch && i < n_images; i++)
+        if (!(p->more[i] = astrovl_session_fork(p->session, p->o.ctx, &p->err))) exit(failed(p));
     for (i = 0; i < n_images && !p->stop && !g_interrupted; i += batch) {
         if (p->counting) draw_bar(p, "images", i, n_images, 0);
-        status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1, n_images > 1 && !p->o.json, prompt);
+        status |= answer_images(p, paths + i, n_images - i < batch ? n_images - i : batch, 1,
+                                n_images > 1 && !p->o.json, prompt);
     }
     return status;
 }
@@ -771,14 +787,15 @@ typedef struct chat_state {
     int           n_failed;
 } chat_state;
 
-static const char chat_help[] = "  /image FILE  look at another image (shown with the next question); /image alone: none\n"
-    "  /reset       forget the conversation; the image is shown again with the next question\n  /help        this list\n"
-    "  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
+static const char chat_help[] =
+    "  /image FILE  look at another image, from the next question on; /image alone: none\n"
+    "  /reset       forget the conversation; the image is shown again with the next question\n"
+    "  /help        this list\n  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
 static void chat_image(program *p, chat_state *c, const char *path) {
     astrovl_image image;
     memset(&image, 0, sizeof image);
-    if (*path && load_image(path, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
+    if (*path && astrovl_image_load(path, NULL, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
@@ -814,29 +831,25 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     return 1;
 }
 
-static void chat_loop(program *p, chat_state *c) {
-    char *line;
-    int go_on = 1;
-    if (c->interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
-    while (go_on && !p->stop) {
-        if (c->interactive) fputs("> ", stderr), fflush(stderr);
-        line = read_line(p, stdin);
-        if (!line && c->interactive) fputc('\n', stderr);
-        if (!line) break;
-        if (line[0] == '/') go_on = chat_command(p, c, line);
-        else if (line[strspn(line, " \t")]) chat_turn(p, c, line);
-    }
-}
-
 static int run_chat(program *p) {
     chat_state c;
+    char *line;
+    int go_on = !p->o.prompt;
     memset(&c, 0, sizeof c);
     open_model_and_session(p);
     if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0]);
-    if (c.n_failed) return EXIT_FAILED;              // the image is none: do not talk about nothing
-    c.interactive = !p->o.prompt && is_terminal(0);
+    if (c.n_failed) return EXIT_FAILED;                    // no image: do not talk about nothing
+    c.interactive = go_on && is_terminal(0);
     if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
-    else chat_loop(p, &c);
+    if (c.interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
+    while (go_on && !p->stop) {
+        if (c.interactive) fputs("> ", stderr), fflush(stderr);
+        line = read_line(p, stdin);
+        if (!line && c.interactive) fputc('\n', stderr);
+        if (!line) break;
+        if (line[0] == '/') go_on = chat_command(p, &c, line);
+        else if (line[strspn(line, " \t")]) chat_turn(p, &c, line);
+    }
     astrovl_image_free(&c.image);
     return c.n_failed && !c.interactive ? EXIT_FAILED : EXIT_OK;
 }
@@ -857,7 +870,8 @@ static int32_t *encode_text(program *p, const char *text, size_t size, int flags
 
 static int print_tokens(program *p, const char *word, size_t word_size) {
     int i, n, size;
-    int32_t *tokens = encode_text(p, word, word_size, p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0, &n);
+    const int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0;
+    int32_t *tokens = encode_text(p, word, word_size, flags, &n);
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
@@ -940,7 +954,7 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
     uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
     char type[64];
-    snprintf(type, sizeof type, is_array ? "%s[%llu]" : "%s", value_types[kv->item_type], (unsigned long long)kv->count);
+    snprintf(type, sizeof type, is_array ? "%s[%lld]" : "%s", value_types[kv->item_type], (long long)kv->count);
     if (as_json) {
         put_json("%k", kv->key);
         if (shown < kv->count) put_json("{type:%s count:%l first:", value_types[kv->item_type], (long long)kv->count);
@@ -957,22 +971,6 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     }
     if (as_json && is_array) put_json(shown < kv->count ? "]}" : "]");
     else if (!as_json) printf("%s\n", shown < kv->count ? ", ..." : "");
-}
-
-// Shapes are written with the slowest dimension first, as the header's comments and numpy do.
-static void print_tensor(const astrovl_tensor *t, int as_json) {
-    int64_t shape[4];
-    int i, n = t->n_dims;
-    for (i = 0; i < n; i++) shape[i] = t->ne[n - 1 - i];
-    if (as_json) {
-        put_json("{name:%s type:%s shape:[", t->name, astrovl_type_name(t->type));
-        for (i = 0; i < n; i++) put_json("%l", (long long)shape[i]);
-        put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
-        return;
-    }
-    printf("  ");
-    print_padded(t->name, strlen(t->name), 28);
-    printf("  %-5s %-18s %12llu\n", astrovl_type_name(t->type), shape_text(shape, n, " x "), (unsigned long long)t->n_bytes);
 }
 
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
@@ -993,31 +991,45 @@ static totals add_up(const astrovl_gguf *file) {
 static void print_totals(const totals *sums) {
     int k;
     for (k = 0; k <= N_TYPES; k++)
-        if (sums->of[k][0]) printf("  %-5s %6d tensors %14llu values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                                   (int)sums->of[k][0], (unsigned long long)sums->of[k][1], human_bytes(sums->of[k][2]));
+        if (sums->of[k][0])
+            printf("  %-5s %6d tensors %14lld values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
+                   (int)sums->of[k][0], (long long)sums->of[k][1], human_bytes(sums->of[k][2]));
 }
 
 static void print_file(const program *p, const astrovl_gguf *file) {
-    int i, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
-    const char *order = astrovl_gguf_big_endian(file) ? "big" : "little";
+    int i, k, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
+    int64_t shape[4];
     totals sums = add_up(file);
     if (as_json) {
-        put_json("{file:%s version:%d byte_order:%s bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
-                 order, (long long)astrovl_gguf_size(file));
+        put_json("{file:%s version:%d bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
+                 (long long)astrovl_gguf_size(file));
     } else {
         print_safe(stdout, astrovl_gguf_name(file));
-        printf(": GGUF version %d, %s-endian, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file), order,
+        printf(": GGUF version %d, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
                human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     }
     for (i = 0; i < n_kv; i++) print_kv(p, file, i);
     if (as_json) put_json("} tensors:[");
     else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
-    for (i = 0; i < n_tensors; i++) print_tensor(astrovl_gguf_tensor(file, i), as_json);
+    for (i = 0; i < n_tensors; i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+        const char *type = astrovl_type_name(t->type);
+        for (k = 0; k < t->n_dims; k++) shape[k] = t->ne[t->n_dims - 1 - k];
+        if (as_json) {
+            put_json("{name:%s type:%s shape:[", t->name, type);
+            for (k = 0; k < t->n_dims; k++) put_json("%l", (long long)shape[k]);
+            put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
+        } else {
+            printf("  ");
+            print_padded(t->name, strlen(t->name), 28);
+            printf("  %-5s %-18s %12lld\n", type, shape_text(shape, t->n_dims, " x "), (long long)t->n_bytes);
+        }
+    }
     if (as_json) put_json("]}");
     else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
 }
 
-// Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns whether they have it.
+// Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns `present`.
 static int begin_part(int as_json, const char *part, int present) {
     if (as_json) put_json(present ? "%k {" : "%k %-", part);
     else printf("  %-16s", part);
@@ -1026,21 +1038,23 @@ static int begin_part(int as_json, const char *part, int present) {
 }
 
 // Ends it with its sizes, format as of put_json; the text is "layers 2, width 32".
-#define end_part(as_json, format, ...) ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
+#define end_part(as_json, format, ...) \
+    ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
 
 static void print_parts(int j, const astrovl_info *m) {
-    if (begin_part(j, "vocabulary", m->has_vocab)) end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
+    if (begin_part(j, "vocabulary", m->has_vocab))
+        end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
     if (begin_part(j, "language_model", m->has_text))
-        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer, m->n_embd,
-                 m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
+        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer,
+                 m->n_embd, m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
     if (begin_part(j, "vision_tower", m->has_vision))
-        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d patches:%d",
-                 m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff, m->image_size,
-                 m->patch_size, m->n_patches);
+        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d "
+                 "patches:%d", m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head,
+                 m->vision_n_ff, m->image_size, m->patch_size, m->n_patches);
     if (begin_part(j, "projector", m->has_projector)) end_part(j, "image_tokens:%d", m->n_image_tokens);
     if (begin_part(j, "text_tower", m->clip_text_n_layer > 0))
-        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer, m->clip_text_n_embd,
-                 m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
+        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer,
+                 m->clip_text_n_embd, m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
     if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
         end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
                  m->logit_scale);
@@ -1065,34 +1079,53 @@ static void print_model(program *p, const list *paths) {
     else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
-static void on_problem(void *user, const char *message) {
-    program *p = (program *)user;
-    list_add(p, &p->problems, message, strlen(message));
+// What whole files lack to be of use together; NULL: nothing.
+static const char *lacking(const astrovl_info *m) {
+    const int images = m->has_joint_image;
+    if (m->has_text && !m->has_vocab)
+        return "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or "
+               "tokenizer.json next to its weights";
+    if (m->has_projector && !m->has_text)
+        return "there is no language model, which answers are made with: give its file as well (-m FILE)";
+    if (m->has_vision && !m->has_projector && !images)
+        return "the vision tower has neither a projector (mm.0.weight) nor a projection (visual_projection.weight): "
+               "convert it again, with that part";
+    if (images && !m->has_joint_text && !m->has_text)
+        return "there is no text tower (t.*), which images are compared with: give its file as well (-m FILE), or "
+               "convert the model again with both towers";
+    if (m->has_joint_text && !images)
+        return "there is no vision tower with a projection (v.*, visual_projection.weight), which texts are compared "
+               "with: give its file as well (-m FILE), or convert the model again with both towers";
+    if (m->has_vocab && !m->has_text && !m->has_vision && !m->has_joint_text)
+        return "there is a vocabulary and nothing else: give the file with the weights as well (-m FILE)";
+    return NULL;
 }
 
-// --check: which commands the files can be used with, or all that they lack.
+// --check: which commands the files can be used with, or the first problem.
 static int check_model(program *p, const list *paths) {
-    static const struct { const char *command; int use; } rows[] = {{"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1},
-        {"summarize", 1}, {"score", 2}, {"describe", 2}, {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
-    astrovl_open_options how = {0, ASTROVL_TEMPLATE_AUTO, on_problem, p};
+    static const struct { const char *command; int use; } rows[] = {
+        {"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1}, {"summarize", 1}, {"score", 2}, {"describe", 2},
+        {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     const astrovl_info *m = &p->info;
+    const char *problem;
     int i, uses[5];
-    p->model = astrovl_open_files(paths->items, paths->n, &how, &p->err);
-    if (p->model) astrovl_get_info(p->model, &p->info);
-    else if (!p->problems.n) on_problem(p, p->err.message);
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    astrovl_get_info(p->model, &p->info);
+    problem = p->model ? lacking(m) : p->err.message;
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
-    if (p->o.json) put_json("{runnable:%b commands:[", p->model != NULL);
-    else fputs(p->model ? "these files can be used with" : "these files make up no model that astrovl can run:\n", stdout);
+    if (p->o.json) put_json("{runnable:%b commands:[", !problem);
+    else if (problem) printf("these files make up no model that astrovl can run:\n- ");
+    else printf("these files can be used with");
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
-        if (uses[rows[i].use]) p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
+        if (!problem && uses[rows[i].use])
+            p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
     if (p->o.json) put_json("] problems:[");
-    else if (p->model) puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
-    for (i = 0; i < p->problems.n; i++)
-        if (p->o.json) put_json("%s", p->problems.items[i]);
-        else printf("- "), print_safe(stdout, p->problems.items[i]), putchar('\n');
+    if (p->o.json && problem) put_json("%s", problem);
     if (p->o.json) put_json("]}\n");
-    return p->model ? EXIT_OK : EXIT_FAILED;
+    else if (problem) print_safe(stdout, problem), putchar('\n');
+    else puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
+    return problem ? EXIT_FAILED : EXIT_OK;
 }
 
 static int run_inspect(program *p) {
@@ -1114,45 +1147,618 @@ static int run_inspect(program *p) {
     return EXIT_OK;
 }
 
-// ==== quantize =======================================================================================================
-static void print_quantized(const program *p, const astrovl_gguf *in, const astrovl_gguf *out, const astrovl_quantize_report *r,
-                            double seconds) {
-    totals sums = add_up(out);
-    long long sizes[2] = {(long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out)};
-    double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
-    int k;
-    if (p->o.json) {
-        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f tensors:%d changed:%d fallbacks:%d "
-                 "requantized:%d types:{", astrovl_gguf_name(out), sizes[0], sizes[1], bits, seconds, r->n_tensors, r->n_changed,
-                 r->n_fallbacks, r->n_requantized);
-        for (k = 0; k < N_TYPES; k++) if (sums.of[k][0]) put_json("%k %d", astrovl_type_name(k), (int)sums.of[k][0]);
-        put_json("}}\n");
-    } else if (!p->o.quiet) {
-        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n", human_bytes((uint64_t)sizes[0]),
-               human_bytes((uint64_t)sizes[1]), bits, r->n_changed, r->n_tensors, seconds);
-        print_totals(&sums);
+// ==== quantize: float32 to the block formats =========================================================================
+// Each function makes one block, in the layout that section [3] of the header describes, of values that are finite and
+// at most QUANTIZE_MAX; quantize_row sees to that. The bytes are the same on every machine.
+//   Q4_0 to Q8_0: the rules, and the bits, of ggml and of the `gguf` Python package.
+//   Q2_K to Q6_K: the format leaves the choice of scales to the writer. Here they minimize the sum of squared errors,
+//   every value counting the same; test/real_quants.py compares with llama.cpp, which gives larger values more weight.
+
+// Products and sums are rounded one by one: no fused multiply-add.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define QUANTIZE_MAX 1e9f                // more than any block holds (65504 * 128 * 32); its square does not overflow
+#define QUANTIZE_MIN 1e-12f              // a K block stores it as 0: its smallest step is the smallest half, 6e-8
+#define F16_LIMIT    65519.99609375f     // the largest float that becomes a finite half (65504)
+#define ROUNDER      12582912.0f         // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to an integer
+
+static float clamp(float x, float low, float high) {   // two steps: compilers make them two instructions
+    float y = x < low ? low : x;
+    return y > high ? high : y;
+}
+
+static float round_between(float x, float low, float high) {   // to the nearest integer of low..high, ties to even
+    return (clamp(x, low, high) + ROUNDER) - ROUNDER;
+}
+
+// The value of largest magnitude (the first of equals), with its sign
+static float extreme_of(const float *x, int n) {
+    float extreme = x[0];
+    int i;
+    for (i = 1; i < n; i++)
+        if (fabsf(x[i]) > fabsf(extreme)) extreme = x[i];
+    return extreme;
+}
+
+static void find_range(const float *x, int n, float *least, float *largest) {
+    int i;
+    *least = x[0];
+    *largest = x[0];
+    for (i = 1; i < n; i++) {
+        if (x[i] < *least) *least = x[i];
+        if (x[i] > *largest) *largest = x[i];
     }
-    if (p->o.quiet) return;
-    if (r->n_fallbacks) fail("note: %d tensors got another type, since their rows do not fit its blocks", r->n_fallbacks);
-    if (r->n_requantized) fail("warning: %d tensors were quantised before and lose again; F16 is better", r->n_requantized);
+}
+
+// Stores d as a finite half. Returns what was stored.
+static float put_half(unsigned char *p, float d) {
+    uint16_t half = astrovl_f32_to_f16(clamp(d, -F16_LIMIT, F16_LIMIT));
+    put_le(p, half, 2);
+    return astrovl_f16_to_f32(half);
+}
+
+// 1 / d; 0 where that is not a finite float: d is then stored as 0
+static float reciprocal(float d) {
+    float r = d == 0 ? 0 : 1 / d;
+    return fabsf(r) <= FLT_MAX ? r : 0;
+}
+
+// Packs bits shift..shift+bits-1 of each code, as all formats do: the first `stride` codes go to the lowest bits of
+// `stride` bytes, the next `stride` codes to the bits above, until the bytes are full; then come the next bytes.
+static void pack(unsigned char *out, const unsigned char *codes, int n, int shift, int bits, int stride) {
+    int mask = (1 << bits) - 1, at, j;
+    memset(out, 0, (size_t)(n * bits / 8));
+    for (; n > 0; n -= stride * 8 / bits, out += stride)
+        for (at = 0; at < 8; at += bits, codes += stride)
+            for (j = 0; j < stride; j++) out[j] = (unsigned char)(out[j] | (codes[j] >> shift & mask) << at);
+}
+
+// Q4_0, Q4_1, Q5_0, Q5_1: d f16 | m f16 (Q4_1, Q5_1) | fifth bits u32 (Q5) | nibbles
+//   Q4_0, Q5_0   d = -x / 2^(bits - 1), x the value of largest magnitude       q = floor(x / d + 2^(bits - 1) + 1/2)
+//   Q4_1, Q5_1   d = (largest - m) / (2^bits - 1), m the least value           q = floor((x - m) / d + 1/2)
+static void quantize_simple(const float *x, unsigned char *b, int bits, int has_minimum) {
+    int top = (1 << bits) - 1, middle = 1 << (bits - 1), j;
+    float least, largest, inverse, d, m = 0, offset = has_minimum ? 0.5f : (float)middle + 0.5f;
+    unsigned char codes[32];
+    find_range(x, 32, &least, &largest);
+    if (has_minimum) m = clamp(least, -F16_LIMIT, F16_LIMIT);
+    d = has_minimum ? (largest - m) / (float)top : extreme_of(x, 32) / (float)-middle;
+    d = clamp(d, -F16_LIMIT, F16_LIMIT);
+    inverse = reciprocal(d);
+    for (j = 0; j < 32; j++) codes[j] = (unsigned char)clamp((x[j] - m) * inverse + offset, 0, (float)top);
+    put_half(b, d);
+    b += 2;
+    if (has_minimum) {
+        put_half(b, m);
+        b += 2;
+    }
+    if (bits == 5) {
+        pack(b, codes, 32, 4, 1, 1);
+        b += 4;
+    }
+    pack(b, codes, 32, 0, 4, 16);
+}
+// Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
+static void quantize_q8_0(const float *x, unsigned char *b) {
+    float d = clamp(fabsf(extreme_of(x, 32)) / 127, 0, F16_LIMIT), inverse = reciprocal(d);
+    int j;
+    put_half(b, d);
+    for (j = 0; j < 32; j++) {
+        float q = clamp(fabsf(x[j] * inverse), 0, 127);
+        int whole = (int)q;
+        whole += q - (float)whole >= 0.5f;
+        b[2 + j] = (unsigned char)(x[j] < 0 ? -whole : whole);
+    }
+}
+
+// The K formats. For given integers q of a group, least squares gives its scale in closed form; for a given scale, the
+// best q is x / scale, rounded. So several scales are tried: q is rounded by each, a scale fitted to these q, and the
+// fit with the least error kept. The tries put the end of the group's range up to 0.9 steps inside or outside the end
+// of q's range: clipping the extreme value can pay, since all others then have finer steps.
+#define GUESSES    3
+#define GUESS_STEP 0.3f
+
+// y = d q, low <= q <= high.   E = sum (x - d q)^2 is least for
+//   d = sum x q / sum q^2       and then E = sum x^2 - (sum x q)^2 / sum q^2
+// Returns that d. It is negative where the value of largest magnitude has the sign that q has one integer less of.
+static float fit_scale(const float *x, int n, int low, int high) {
+    float extreme = extreme_of(x, n), end = (float)(-low > high ? low : high), gain = 0, scale = 0;
+    int guess, i;
+    if (fabsf(extreme) < QUANTIZE_MIN) return 0;
+    for (guess = -GUESSES; guess <= GUESSES; guess++) {
+        float inverse = (end + GUESS_STEP * (float)guess) / extreme, sum_xq = 0, sum_qq = 0;
+        for (i = 0; i < n; i++) {
+            float q = round_between(x[i] * inverse, (float)low, (float)high);
+            sum_xq += x[i] * q;
+            sum_qq += q * q;
+        }
+        if (sum_xq * sum_xq > gain * sum_qq) {
+            gain = sum_xq * sum_xq / sum_qq;
+            scale = sum_xq / sum_qq;
+        }
+    }
+    return scale;
+}
+
+// y = d q - m, 0 <= q <= high, m >= 0.   With low the least of x and 0, u = x - low and r = m + low, which avoids
+// cancellation, E = sum (x - d q + m)^2 = sum (u - d q + r)^2 is least for
+//   d = (n sum u q - sum u sum q) / (n sum q^2 - (sum q)^2)     r = (d sum q - sum u) / n
+// or, where that would make m negative, for r = low and d = sum (u + low) q / sum q^2.
+// Returns that m; d comes from fit_scale, once the minima have been rounded. n is 16 or 32.
+static float fit_minimum(const float *x, int n, int high) {
+    float low, top, u[32], sum_u = 0, minimum;
+    double least = 0;
+    int guess, i;
+    find_range(x, n, &low, &top);
+    if (low > 0) low = 0;
+    minimum = -low;
+    if (top - low < QUANTIZE_MIN) return minimum;
+    for (i = 0; i < n; i++) {
+        u[i] = x[i] - low;
+        sum_u += u[i];
+    }
+    for (guess = -GUESSES; guess <= GUESSES; guess++) {
+        float inverse = ((float)high + GUESS_STEP * (float)guess) / (top - low), sum_q = 0, sum_qq = 0, sum_uq = 0;
+        double determinant, d, r, error;   // error: E less sum u^2, which all tries share
+        for (i = 0; i < n; i++) {
+            float q = round_between(u[i] * inverse, 0, (float)high);
+            sum_q += q;
+            sum_qq += q * q;
+            sum_uq += u[i] * q;
+        }
+        determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;   // 0: all q, so all x, are equal, and m is 0
+        d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
+        r = (d * (double)sum_q - (double)sum_u) / n;
+        if (r < (double)low) {
+            r = (double)low;
+            d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
+        }
+        error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));
+        if (error < least) {
+            least = error;
+            minimum = (float)(r - (double)low);
+        }
+    }
+    return minimum;
+}
+
+// The codes q - low of y = step q - minimum, low <= q <= high.
+static void encode(const float *x, int n, float step, float minimum, int low, int high, unsigned char *codes) {
+    int i;
+    for (i = 0; i < n; i++) {
+        float q = step == 0 ? 0 : (x[i] + minimum) / step;
+        codes[i] = (unsigned char)((int)round_between(q, (float)low, (float)high) - low);
+    }
+}
+
+// The groups' scales (or minima) s become integers the same way: s = d code. Stores d at p; returns what was stored.
+static float encode_scales(const float *s, int n, int low, int high, unsigned char *p, unsigned char *codes) {
+    float d = put_half(p, fit_scale(s, n, low, high));
+    encode(s, n, d, 0, low, high, codes);
+    return d;
+}
+
+// Q3_K, Q6_K:   y = (d scale[g]) q with 16 groups.   out: scales[16] = scale + half_scales, codes[256] = q + half
+static void encode_symmetric(const float *x, int half, int half_scales, unsigned char *d_at, unsigned char *scales,
+                             unsigned char *codes) {
+    float s[16], d;
+    int g;
+    for (g = 0; g < 16; g++) s[g] = fit_scale(x + 16 * g, 16, -half, half - 1);
+    d = encode_scales(s, 16, -half_scales, half_scales - 1, d_at, scales);
+    for (g = 0; g < 16; g++)
+        encode(x + 16 * g, 16, d * (float)(scales[g] - half_scales), 0, -half, half - 1, codes + 16 * g);
+}
+
+// Q2_K, Q4_K, Q5_K:   y = (d scale[g]) q - dmin minimum[g]; dmin is stored behind d.
+// out: scales, [2][n_groups], the minima behind the scales; codes, [256]
+static void encode_affine(const float *x, int n_groups, int high, int high_scale, unsigned char *d_at,
+                          unsigned char *scales, unsigned char *codes) {
+    float m[16] = {0}, s[16] = {0}, u[32] = {0}, d, dmin;
+    unsigned char *minima = scales + n_groups;
+    int n = 256 / n_groups, g, i;
+    for (g = 0; g < n_groups; g++) m[g] = fit_minimum(x + n * g, n, high);
+    dmin = encode_scales(m, n_groups, 0, high_scale, d_at + 2, minima);
+    for (g = 0; g < n_groups; g++) {
+        for (i = 0; i < n; i++) u[i] = x[n * g + i] + dmin * (float)minima[g];
+        s[g] = clamp(fit_scale(u, n, 0, high), 0, QUANTIZE_MAX);   // below 0 only where all u are next to 0
+    }
+    d = encode_scales(s, n_groups, 0, high_scale, d_at, scales);
+    for (g = 0; g < n_groups; g++)
+        encode(x + n * g, n, d * (float)scales[g], dmin * (float)minima[g], 0, high, codes + n * g);
+}
+
+// Eight scales and eight minima of 6 bits in 12 bytes. scales: [2][8]
+static void pack_scales(const unsigned char *scales, unsigned char *s) {
+    const unsigned char *minima = scales + 8;
+    int g;
+    for (g = 0; g < 4; g++) {
+        s[g] = (unsigned char)(scales[g] | scales[g + 4] >> 4 << 6);
+        s[g + 4] = (unsigned char)(minima[g] | minima[g + 4] >> 4 << 6);
+        s[g + 8] = (unsigned char)((scales[g + 4] & 15) | (minima[g + 4] & 15) << 4);
+    }
+}
+
+static int block_values(int type) {
+    return astrovl_type_row_bytes(type, 1) ? 1 : astrovl_type_row_bytes(type, 32) ? 32 : 256;
+}
+
+static void quantize_block(int type, const float *x, unsigned char *b) {
+    unsigned char scales[32], codes[256];
+    uint32_t bits;
+    int g;
+    switch (type) {
+    case ASTROVL_TYPE_F16: put_le(b, astrovl_f32_to_f16(*x), 2); break;
+    case ASTROVL_TYPE_BF16: put_le(b, astrovl_f32_to_bf16(*x), 2); break;
+    case ASTROVL_TYPE_Q4_0: quantize_simple(x, b, 4, 0); break;
+    case ASTROVL_TYPE_Q4_1: quantize_simple(x, b, 4, 1); break;
+    case ASTROVL_TYPE_Q5_0: quantize_simple(x, b, 5, 0); break;
+    case ASTROVL_TYPE_Q5_1: quantize_simple(x, b, 5, 1); break;
+    case ASTROVL_TYPE_Q8_0: quantize_q8_0(x, b); break;
+    case ASTROVL_TYPE_Q2_K:
+        encode_affine(x, 16, 3, 15, b + 80, scales, codes);
+        pack(b, scales, 32, 0, 4, 16);
+        pack(b + 16, codes, 256, 0, 2, 32);
+        break;
+    case ASTROVL_TYPE_Q3_K:
+        encode_symmetric(x, 4, 32, b + 108, scales, codes);
+        pack(b, codes, 256, 2, 1, 32);
+        pack(b + 32, codes, 256, 0, 2, 32);
+        pack(b + 96, scales, 16, 0, 4, 8);
+        pack(b + 104, scales, 16, 4, 2, 4);
+        break;
+    case ASTROVL_TYPE_Q4_K:
+        encode_affine(x, 8, 15, 63, b, scales, codes);
+        pack_scales(scales, b + 4);
+        pack(b + 16, codes, 256, 0, 4, 32);
+        break;
+    case ASTROVL_TYPE_Q5_K:
+        encode_affine(x, 8, 31, 63, b, scales, codes);
+        pack_scales(scales, b + 4);
+        pack(b + 16, codes, 256, 4, 1, 32);
+        pack(b + 48, codes, 256, 0, 4, 32);
+        break;
+    case ASTROVL_TYPE_Q6_K:
+        encode_symmetric(x, 32, 128, b + 208, scales, codes);
+        pack(b, codes, 256, 0, 4, 64);
+        pack(b + 128, codes, 256, 4, 2, 32);
+        for (g = 0; g < 16; g++) b[192 + g] = (unsigned char)(scales[g] - 128);
+        break;
+    default:
+        memcpy(&bits, x, 4);
+        put_le(b, bits, 4);
+    }
+}
+
+// n: whole blocks. Blocks hold no NaN, which counts as 0, and no infinity, which becomes the largest value they hold.
+static void quantize_row(int type, const float *values, unsigned char *blocks, int64_t n) {
+    const int n_values = block_values(type);
+    const size_t block_bytes = astrovl_type_row_bytes(type, n_values);
+    float x[256];
+    int i;
+    for (; n > 0; n -= n_values, values += n_values, blocks += block_bytes) {
+        for (i = 0; i < n_values && n_values > 1; i++)
+            x[i] = values[i] == values[i] ? clamp(values[i], -QUANTIZE_MAX, QUANTIZE_MAX) : 0;
+        quantize_block(type, n_values > 1 ? x : values, blocks);
+    }
+}
+
+// A chunk of a tensor, which becomes another type. The threads take pieces of 4096 values, whole blocks of every type.
+typedef struct chunk {
+    const astrovl_tensor *t;
+    int                   type;            // that it becomes
+    int64_t               first, n;        // values
+    unsigned char        *blocks;          // out
+    int                   thread, n_threads;
+} chunk;
+
+static void *quantize_pieces(void *context) {
+    const chunk *c = (const chunk *)context;
+    float x[4096];
+    int64_t at, n;
+    for (at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
+        const char *from = (const char *)c->t->data + astrovl_type_row_bytes(c->t->type, c->first + at);
+        n = c->n - at < 4096 ? c->n - at : 4096;
+        astrovl_dequantize(c->t->type, from, x, n);
+        quantize_row(c->type, x, c->blocks + astrovl_type_row_bytes(c->type, at), n);
+    }
+    return NULL;
+}
+
+static void quantize_chunk(chunk c) {
+    chunk parts[ASTROVL_MAX_THREADS];
+    int i, n_started = 1;
+#if defined(HAS_THREADS)
+    pthread_t threads[ASTROVL_MAX_THREADS];
+#endif
+    for (i = 0; i < c.n_threads; i++) {
+        parts[i] = c;
+        parts[i].thread = i;
+    }
+#if defined(HAS_THREADS)
+    while (n_started < c.n_threads &&
+           pthread_create(&threads[n_started], NULL, quantize_pieces, &parts[n_started]) == 0) n_started++;
+#endif
+    quantize_pieces(&parts[0]);
+    for (i = n_started; i < c.n_threads; i++) quantize_pieces(&parts[i]);     // those for which there is no thread
+#if defined(HAS_THREADS)
+    for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
+#endif
+}
+
+// ---- which type each tensor gets: the rules of llama.cpp's llama-quant.cpp, found there by measuring perplexities
+
+enum { NO_BLOCK, FIRST_2, FIRST_4, FIRST_16TH, FIRST_8TH, ENDS_AND_THIRDS };   // some of n blocks, by their number
+
+typedef struct recipe {
+    const char *name;
+    int         file_type;                               // general.file_type, llama.cpp's number
+    int         type;                                    // of every matrix but these:
+    struct { int blocks, type, rest; } v, down;          // attn_v, ffn_down: in some of the blocks, and in the rest
+    int         attention_output, output;                // output.weight, or token_embd.weight if it serves as both
+} recipe;
+
+#define TYPE(T) ASTROVL_TYPE_##T
+#define PLAIN(name, number, T) {name, number, TYPE(T), {0, 0, TYPE(T)}, {0, 0, TYPE(T)}, TYPE(T), TYPE(T)}
+#define MIX(name, number, T, v_blocks, V, V_rest, down_blocks, DOWN, DOWN_rest, OUT) \
+    {name, number, TYPE(T), {v_blocks, TYPE(V), TYPE(V_rest)}, {down_blocks, TYPE(DOWN), TYPE(DOWN_rest)}, TYPE(OUT), \
+     TYPE(Q6_K)}
+static const recipe recipes[] = {
+    PLAIN("f32", 0, F32),    PLAIN("f16", 1, F16),    PLAIN("bf16", 32, BF16), PLAIN("q4_0", 2, Q4_0),
+    PLAIN("q4_1", 3, Q4_1),  PLAIN("q5_0", 8, Q5_0),  PLAIN("q5_1", 9, Q5_1),  PLAIN("q8_0", 7, Q8_0),
+    PLAIN("q2_k", 10, Q2_K), PLAIN("q3_k", 11, Q3_K), PLAIN("q4_k", 14, Q4_K), PLAIN("q5_k", 16, Q5_K),
+    PLAIN("q6_k", 18, Q6_K),
+    //                 base  attn_v: these blocks, the rest   ffn_down                      attn_output
+    MIX("q3_k_s", 11, Q3_K, NO_BLOCK, Q3_K, Q3_K,            NO_BLOCK, Q3_K, Q3_K,         Q3_K),
+    MIX("q3_k_m", 12, Q3_K, FIRST_2, Q5_K, Q4_K,             FIRST_16TH, Q5_K, Q4_K,       Q4_K),
+    MIX("q3_k_l", 13, Q3_K, NO_BLOCK, Q5_K, Q5_K,            NO_BLOCK, Q5_K, Q5_K,         Q5_K),
+    MIX("q4_k_s", 14, Q4_K, FIRST_4, Q5_K, Q4_K,             FIRST_8TH, Q5_K, Q4_K,        Q4_K),
+    MIX("q4_k_m", 15, Q4_K, ENDS_AND_THIRDS, Q6_K, Q4_K,     ENDS_AND_THIRDS, Q6_K, Q4_K,  Q4_K),
+    MIX("q5_k_s", 16, Q5_K, NO_BLOCK, Q5_K, Q5_K,            NO_BLOCK, Q5_K, Q5_K,         Q5_K),
+    MIX("q5_k_m", 17, Q5_K, ENDS_AND_THIRDS, Q6_K, Q5_K,     ENDS_AND_THIRDS, Q6_K, Q5_K,  Q5_K)};
+enum { N_RECIPES = (int)(sizeof recipes / sizeof *recipes) };
+
+static int block_is_among(int blocks, int i, int n) {
+    switch (blocks) {
+    case FIRST_2:    return i < 2;
+    case FIRST_4:    return i < 4;
+    case FIRST_16TH: return i < n / 16;
+    case FIRST_8TH:  return i < n / 8;
+    case ENDS_AND_THIRDS: return i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
+    default: return 0;
+    }
+}
+
+// "v.blk.12.attn_v.weight": block 12 of tower 1, *rest "attn_v.weight"; -1 for a tensor outside the blocks. Towers: 0
+// language model, 1 vision, 2 text.
+static int block_of(const char *name, int *tower, const char **rest) {
+    static const char *const prefixes[] = {"blk.", "v.blk.", "t.blk."};
+    int number = 0;
+    for (*tower = 0; *tower < 3; ++*tower) {
+        size_t n = strlen(prefixes[*tower]);
+        if (strncmp(name, prefixes[*tower], n) != 0) continue;
+        for (name += n; *name >= '0' && *name <= '9' && number < 100000; name++) number = number * 10 + (*name - '0');
+        *rest = name + 1;
+        return *name == '.' ? number : -1;
+    }
+    return -1;
+}
+
+// Is it a weight matrix, which may be stored with fewer bits?
+static int is_quantizable(const astrovl_tensor *t) {
+    size_t n = strlen(t->name);
+    return t->ne[1] * t->ne[2] * t->ne[3] > 1 && n > 7 && strcmp(t->name + n - 7, ".weight") == 0 &&
+           !strstr(t->name, "_norm.") && !strstr(t->name, "position_embd") && !strstr(t->name, "patch_embd") &&
+           !strstr(t->name, "ffn_gate_inp");
+}
+
+static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
+
+// What a recipe asks for. n_blocks: [3], of each tower
+static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blocks, const astrovl_tensor *t) {
+    const char *rest = "";
+    int tower, type, heads, shared, number = block_of(t->name, &tower, &rest), n = number < 0 ? 0 : n_blocks[tower];
+    if (strcmp(t->name, "output.weight") == 0) return r->output;
+    if (strcmp(t->name, "token_embd.weight") == 0)
+        return astrovl_gguf_find_tensor(in, "output.weight") ? r->type : r->output;
+    if (number < 0) return r->type;
+    if (begins(rest, "ffn_down")) return block_is_among(r->down.blocks, number, n) ? r->down.type : r->down.rest;
+    if (begins(rest, "attn_out")) return r->attention_output;
+    if (!begins(rest, "attn_v.")) return r->type;
+    type = block_is_among(r->v.blocks, number, n) ? r->v.type : r->v.rest;
+    if (r->output == r->type || type == ASTROVL_TYPE_Q6_K || tower != 0 || n != 80) return type;
+    heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");      // a mix, of a model of 80 blocks: 70B
+    shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
+    if (shared < 0 || astrovl_gguf_int(in, shared, 0) == astrovl_gguf_int(in, heads, 0)) return type;
+    return ASTROVL_TYPE_Q5_K;   // heads share keys and values: attn_v is small, and worth it
+}
+
+// The type itself, or one as good whose blocks fit into rows of n values.
+static int type_for_rows(int type, int64_t n) {
+    if (n % block_values(type) == 0) return type;
+    if (n % 32 != 0) return ASTROVL_TYPE_F16;
+    return type == ASTROVL_TYPE_Q4_K ? ASTROVL_TYPE_Q5_0 : type == ASTROVL_TYPE_Q5_K ? ASTROVL_TYPE_Q5_1 :
+           type == ASTROVL_TYPE_Q6_K ? ASTROVL_TYPE_Q8_0 : ASTROVL_TYPE_Q4_0;
+}
+
+// ---- the file: GGUF version 3, little-endian, alignment 32. It is called PATH.part until it is complete; PATH stays
+// as it is until then, even if it is the file that is read.
+
+typedef struct gguf_out {
+    FILE    *file;                         // remembers errors: ferror
+    uint64_t size;                         // written so far
+} gguf_out;
+
+static void put_bytes(gguf_out *out, const void *bytes, size_t n) {
+    if (n) fwrite(bytes, 1, n, out->file);
+    out->size += n;
+}
+
+static void put_number(gguf_out *out, uint64_t value, int n) {
+    unsigned char bytes[8];
+    put_le(bytes, value, n);
+    put_bytes(out, bytes, (size_t)n);
+}
+
+static void put_string(gguf_out *out, const char *text, size_t size) {
+    put_number(out, size, 8);
+    put_bytes(out, text, size);
+}
+
+static void pad_to_32(gguf_out *out) {
+    static const char zeros[32] = {0};
+    put_bytes(out, zeros, (size_t)(0 - out->size) % 32);
+}
+
+// One metadata entry of another file
+static void copy_entry(gguf_out *out, const astrovl_kv *kv) {
+    put_string(out, kv->key, strlen(kv->key));
+    put_number(out, kv->type, 4);
+    if (kv->type == ASTROVL_VALUE_ARRAY) {
+        put_number(out, kv->item_type, 4);
+        put_number(out, kv->count, 8);
+    }
+    put_bytes(out, kv->data, (size_t)kv->n_bytes);
+}
+
+// All that stands before the tensors' data. types: [n_tensors]
+static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, const int *types) {
+    static const char *const ours[] = {"general.alignment", "general.file_type", "general.quantization_version"};
+    int i, k, n = astrovl_gguf_n_tensors(in), n_kv = astrovl_gguf_n_kv(in), n_old = n_kv;
+    uint64_t offset = 0;
+    for (k = 0; k < 3; k++) n_old -= astrovl_gguf_find_kv(in, ours[k]) >= 0;
+    put_bytes(out, "GGUF\3\0\0", 8);
+    put_number(out, (uint64_t)n, 8);
+    put_number(out, (uint64_t)n_old + 2, 8);
+    for (i = 0; i < n_kv; i++) {
+        for (k = 0; k < 3 && strcmp(astrovl_gguf_kv(in, i)->key, ours[k]) != 0; k++) {}
+        if (k == 3) copy_entry(out, astrovl_gguf_kv(in, i));
+    }
+    for (k = 1; k < 3; k++) {
+        put_string(out, ours[k], strlen(ours[k]));
+        put_number(out, ASTROVL_VALUE_U32, 4);
+        put_number(out, k == 1 ? (uint64_t)file_type : 2, 4);
+    }
+    for (i = 0; i < n; i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        put_string(out, t->name, strlen(t->name));
+        put_number(out, (uint64_t)t->n_dims, 4);
+        for (k = 0; k < t->n_dims; k++) put_number(out, (uint64_t)t->ne[k], 8);
+        put_number(out, (uint64_t)types[i], 4);
+        put_number(out, offset, 8);
+        offset += (astrovl_type_row_bytes(types[i], t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]) + 31) / 32 * 32;
+    }
+    pad_to_32(out);
+}
+
+#define CHUNK_VALUES (1 << 22)
+
+// Nothing is left behind of a file that could not be completed.
+static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
+    unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
+    char *part_path = (char *)new_memory(p, strlen(path) + 6, 1);
+    int i, good, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
+    gguf_out out = {NULL, 0};
+#if !defined(_WIN32)
+    struct stat s;
+    long n_processors = sysconf(_SC_NPROCESSORS_ONLN);
+    if (!p->o.threads && n_processors > 1)
+        n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
+    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return fail("%s: is a folder or a device; name a file", path);
+#endif
+    sprintf(part_path, "%s.part", path);
+    out.file = fopen(part_path, CREATE_MODE);
+    if (!out.file && errno == EEXIST)
+        return fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path);
+    if (!out.file) return fail("%s: cannot be created: %s", part_path, strerror(errno));
+    put_header(&out, in, file_type, types);
+    for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+        chunk c = {t, types[i], 0, 0, blocks, 0, n_threads};
+        draw_bar(p, "tensors", i, n, 0);
+        if (types[i] == (int)t->type) put_bytes(&out, t->data, (size_t)t->n_bytes);
+        else for (; c.first < total && !g_interrupted; c.first += c.n) {
+            c.n = total - c.first < CHUNK_VALUES ? total - c.first : CHUNK_VALUES;
+            quantize_chunk(c);
+            put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], c.n));
+        }
+        pad_to_32(&out);
+    }
+    clear_bar(p);
+    good = fflush(out.file) == 0 && !ferror(out.file) && (sync_file(out.file) == 0 || errno == EINVAL);
+    good = fclose(out.file) == 0 && good;
+#if defined(_WIN32)
+    if (good && !g_interrupted) remove(path);              // there, rename does not replace a file
+#endif
+    if (g_interrupted) fail("%s: quantizing was cancelled", path);
+    else if (!good) fail("%s: cannot be written (is the disk full?)", path);
+    else if (rename(part_path, path) != 0) fail("%s: cannot be given this name (is it a folder, or in use?)", path);
+    else return EXIT_OK;
+    remove(part_path);
+    return EXIT_FAILED;
 }
 
 static int run_quantize(program *p) {
-    const char *const *words = p->o.words.items;
-    astrovl_quantize_report report;
-    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &p->err), *out = NULL;
-    double start = astrovl_seconds();
-    astrovl_status status = in ? ASTROVL_OK : p->err.status;
+    const char *const *words = p->o.words.items, *rest;
+    int n_changed = 0, n_fallbacks = 0, n_requantized = 0, n_blocks[3] = {0, 0, 0}, i, n, tower, status, *types;
+    double start = seconds(), bits;
+    const recipe *r = recipes;
+    astrovl_gguf *in, *out;
+    totals sums;
+    while (r < recipes + N_RECIPES && strcasecmp(words[2], r->name) != 0) r++;
+    if (r == recipes + N_RECIPES) {
+        print_around("astrovl", p->cmd, ": ");
+        fprintf(stderr, "no quantization is called \"%s\"; there are:", words[2]);
+        for (i = 0; i < N_RECIPES; i++) fprintf(stderr, " %s", recipes[i].name);
+        return print_around("\nTry: astrovl", p->cmd, " --help\n");
+    }
+    if (!(in = astrovl_gguf_open(words[0], 0, &p->err))) return failed(p);
+    n = astrovl_gguf_n_tensors(in);
+    types = (int *)new_memory(p, (size_t)n, sizeof *types);
+    for (i = 0; i < n; i++) {
+        int number = block_of(astrovl_gguf_tensor(in, i)->name, &tower, &rest);
+        if (number >= 0 && n_blocks[tower] <= number) n_blocks[tower] = number + 1;
+    }
+    for (i = 0; i < n; i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        int wanted = is_quantizable(t) ? recipe_type(r, in, n_blocks, t) : (int)t->type, changed;
+        types[i] = type_for_rows(wanted, t->ne[0]);
+        changed = types[i] != (int)t->type;
+        n_changed += changed;
+        n_fallbacks += types[i] != wanted;
+        n_requantized += changed && block_values(t->type) > 1 && block_values(types[i]) > 1;
+    }
     p->started = time(NULL);
-    catch_interrupts(1);                   // nothing is left behind
-    if (!status) status = astrovl_quantize_file(in, words[1], words[2], p->o.threads, on_progress, p, &report, &p->err);
-    clear_bar(p);
-    if (!status) out = astrovl_gguf_open(words[1], 0, &p->err);
-    if (out) print_quantized(p, in, out, &report, astrovl_seconds() - start);
+    catch_interrupts(1);                   // from here on Ctrl-C leaves no unfinished file
+    status = write_quantized(p, in, words[1], r->file_type, types);
+    if (status != EXIT_OK) return status;
+    if (!(out = astrovl_gguf_open(words[1], 0, &p->err))) return failed(p);
+    sums = add_up(out);
+    bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
+    if (p->o.json) {
+        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
+                 (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
+        put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
+        for (i = 0; i < N_TYPES; i++)
+            if (sums.of[i][0]) put_json("%k %d", astrovl_type_name(i), (int)sums.of[i][0]);
+        put_json("}}\n");
+    } else if (!p->o.quiet) {
+        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n",
+               human_bytes(astrovl_gguf_size(in)), human_bytes(astrovl_gguf_size(out)), bits, n_changed, n,
+               seconds() - start);
+        print_totals(&sums);
+    }
+    if (n_fallbacks && !p->o.quiet)
+        fail("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
+    if (n_requantized && !p->o.quiet)
+        fail("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
-    if (status == ASTROVL_ERROR_ARGUMENT) return usage_error(p->cmd, "%s", p->err.message);
-    return out ? EXIT_OK : failed(p);
+    return EXIT_OK;
 }
 
 // ==== trace ==========================================================================================================
@@ -1167,19 +1773,15 @@ typedef struct trace_state {
     uint64_t     n_tensors, n_bytes, total;
 } trace_state;
 
-// How often this name has come, this time included.
-static int count_call(trace_state *t, const char *name) {
-    int i;
-    for (i = 0; i < t->names.n && strcmp(t->names.items[i], name) != 0; i++) {}
-    if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
-    return ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
-}
-
 // "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
-static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
+static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims,
+                        const float *data) {
     char file[256], path[4096], *c;
-    int call = count_call(t, name);
+    int i = 0, call;
     uint64_t hash;
+    while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
+    if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
+    call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
     snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
     for (c = file; *c; c++)
         if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
@@ -1196,8 +1798,8 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
     if (t->folder) {
         save_tensor(t, name, layer, shape, n_dims, data);
     } else {
-        int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
-                            shape_text(shape, n_dims, "x"));
+        int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n),
+                            name, shape_text(shape, n_dims, "x"));
         t->total = fnv1a64(t->total, line, (size_t)size);
         fputs(line, stdout);
     }
@@ -1206,34 +1808,31 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
     t->n_bytes += n * 4;
 }
 
-// Makes the folder and its index before the long work, so that a folder that cannot be written is said at once.
-static void open_trace_folder(program *p, trace_state *t) {
-    char *path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
-    if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
-    if (!(t->index = fopen(path, "w"))) exit(write_error(path));
-    fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
-}
-
 static int run_trace(program *p) {
     trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
     astrovl_image image = {0, 0, NULL, 0};
-    char *answer;
+    char *answer, *path = NULL;
     t->p = p;
     t->folder = p->o.out;
     t->total = FNV_START;
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
-    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t, NULL);
-    if (t->folder) open_trace_folder(p, t);
-    if (n_images && load_image(p->o.words.items[0], &image, &p->err) != ASTROVL_OK) return failed(p);
+    p->session = new_session(p, ASTROVL_EXACT, on_tensor, t);
+    if (t->folder) {                       // before the long work, so that errors are reported at once
+        path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
+        if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
+        if (!(t->index = fopen(path, "w"))) exit(write_error(path));
+        fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
+    }
+    if (n_images && astrovl_image_load(p->o.words.items[0], NULL, &image, &p->err) != ASTROVL_OK) return failed(p);
     answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
-    if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error("index.tsv");
+    if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error(path);
     if (!t->folder) {
-        printf("total %016llx of %llu tensors\nanswer ", (unsigned long long)t->total, (unsigned long long)t->n_tensors);
+        printf("total %016llx of %lld tensors\nanswer ", (unsigned long long)t->total, (long long)t->n_tensors);
         print_string(stdout, answer, strlen(answer), 1);
     } else if (!p->o.quiet) {
         fprintf(stderr, "%llu tensors, %s, in %s; index.tsv lists them in the order they were computed\n",
@@ -1249,27 +1848,31 @@ enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256 };
 
 // Opens the model and a session, and says which of the towers that the command needs is missing.
 static void open_towers(program *p, int towers) {
+    const char *model;
     open_model_and_session(p);
+    model = p->o.models.items[0];
     if (p->o.batch == 0) p->o.batch = 4;
     p->started = time(NULL);
     p->counting = 1;
     if ((towers & IMAGE_TOWER) && !p->info.has_joint_image)
-        exit(fail("%s: cannot embed images: no CLIP vision tower with a projection; name one with -m", p->o.models.items[0]));
+        exit(fail("%s: cannot embed images: no CLIP vision tower with a projection; name one with -m", model));
     if ((towers & TEXT_TOWER) && !p->info.has_joint_text)
-        exit(fail("%s: cannot embed texts: no CLIP text tower; name a file that has one with -m", p->o.models.items[0]));
+        exit(fail("%s: cannot embed texts: no CLIP text tower; name a file that has one with -m", model));
 }
 
-static float *new_rows(program *p, int n) { return (float *)new_memory(p, (size_t)n, (size_t)p->info.n_embd_joint * 4); }
+static float *new_rows(program *p, int n) {
+    return (float *)new_memory(p, (size_t)n, (size_t)p->info.n_embd_joint * 4);
+}
 static float *row_of(const program *p, float *rows, int i) { return rows + (size_t)i * (size_t)p->info.n_embd_joint; }
 
-// Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. Of an image that cannot be read, which is reported, ok
-// and the row are zeros. Returns how many could be.
+// Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. An image that cannot be read is reported;
+// its ok and row are zeros. Returns how many could be read.
 static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
     astrovl_image images[MAX_BATCH];
     size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
-        ok[i] = load_image(paths[i], &images[good], &p->err) == ASTROVL_OK;
+        ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
         good += ok[i];
         if (ok[i]) continue;
         failed(p);
@@ -1312,7 +1915,7 @@ static void embed_texts(program *p, const char *const *texts, int n, float *rows
     for (i = 0; i < n; i += some) {
         some = n - i < 32 ? n - i : 32;
         draw_bar(p, "texts", i, n, 0);
-        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err) != ASTROVL_OK) exit(failed(p));
+        if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err)) exit(failed(p));
     }
     clear_bar(p);
 }
@@ -1347,7 +1950,7 @@ static int by_score(const void *a, const void *b) {
     return x->score < y->score ? 1 : x->score > y->score ? -1 : (int)(x->row - y->row);
 }
 
-// Cosines, and probabilities = softmax(logit_scale * cosine) over the group. best: print so many, best first; 0: all as they stand
+// Cosines, and probabilities = softmax(logit_scale * cosine) over the group. best: print so many, best first; 0: all
 static void print_fits(program *p, const group *g, const float *image, int best) {
     int i, n = g->texts.n;
     astrovl_linear(g->odds, image, g->rows, NULL, 1, p->info.n_embd_joint, n);
@@ -1400,108 +2003,58 @@ static int run_score(program *p) {
     return match_images(p, &g, 1, 0);
 }
 
-// What `describe` chooses from by itself: our own list.
-static const char *const built_in_titles[3] = {"astrophysical object classes", "phenomena and structures", "science use cases"};
-static const char *const built_in_labels[3] = {
-    "spiral galaxy\ngrand design spiral galaxy\nflocculent spiral galaxy\nbarred spiral galaxy\ntightly wound spiral galaxy\n"
-    "loosely wound spiral galaxy\nface-on spiral galaxy\nedge-on spiral galaxy\nedge-on galaxy with a central bulge\nedge-on "
-    "galaxy without a bulge\nelliptical galaxy\nround smooth galaxy\nsmooth oval galaxy\nsmooth cigar-shaped galaxy\ngiant "
-    "elliptical galaxy at the centre of a cluster\nlenticular galaxy\nirregular galaxy\ndwarf galaxy\ndwarf spheroidal galaxy\n"
-    "ultra-diffuse galaxy\nring galaxy\npolar ring galaxy\ndisturbed galaxy with a distorted shape\npair of merging galaxies\n"
-    "interacting galaxies\nstarburst galaxy\nblue compact dwarf galaxy\nluminous infrared galaxy\nlow surface brightness galaxy\n"
-    "jellyfish galaxy\nhigh-redshift galaxy\nlyman-alpha emitting galaxy\npost-starburst galaxy\nactive galaxy\nseyfert galaxy\n"
-    "radio galaxy\nquasar\nblazar\ncompact group of galaxies\ncluster of galaxies\nproto-cluster of galaxies\ndeep field full of "
-    "galaxies\ngravitational lens\nstrongly lensed quasar\ngalaxy cluster acting as a lens\nglobular cluster\nextragalactic "
-    "globular cluster\nopen star cluster\nyoung massive star cluster\nnuclear star cluster\nstellar association\nstar field\n"
-    "crowded field of stars\nresolved stars in a nearby galaxy\nstars in the galactic bulge\nmagellanic cloud\nemission nebula\n"
-    "region of ionised hydrogen\nreflection nebula\ndark nebula\nmolecular cloud\nplanetary nebula\nbipolar planetary nebula\n"
-    "protoplanetary nebula\nsupernova remnant\npulsar wind nebula\nwolf-rayet nebula\nbow shock nebula\nherbig-haro object\nyoung "
-    "stellar object\nprotoplanetary disk\ndebris disk\nbrown dwarf\nred dwarf star\nred giant star\nred supergiant star\nluminous "
-    "blue variable star\nwolf-rayet star\nwhite dwarf\nneutron star\nmagnetar\npulsar\nbinary star\ncataclysmic variable star\n"
-    "symbiotic star\ncepheid variable star\nrr lyrae variable star\nnova\ntype ia supernova\ncore-collapse supernova\nkilonova\n"
-    "gamma-ray burst\ntidal disruption event\nblack hole candidate\nsupermassive black hole\nexoplanet\ntransiting hot jupiter\n"
-    "gas giant planet\nbanded giant planet\nringed planet\nice giant planet\nterrestrial planet\ncratered moon\nicy moon\n"
-    "asteroid\nbinary asteroid\nnear-earth object\nkuiper belt object\ndwarf planet\ncentaur\ncomet\nactive asteroid with a tail\n"
-    "interstellar object\n",
-    "spiral arms\nstellar bar in a galaxy\ngalactic bulge\ngalactic disk seen edge-on\ngalaxy halo\ndust lane across a galaxy\n"
-    "rings of star formation in a galaxy\ntidal tails and bridges between galaxies\nstellar streams and shells around a galaxy\n"
-    "warped galactic disk\ngalactic outflow\njet from an active nucleus\naccretion disk\ndusty torus around a nucleus\nextended "
-    "emission lines around a quasar\ncircumgalactic gas\nintergalactic medium\nintracluster light\ngas stripped from a galaxy\n"
-    "arcs of a gravitational lens\neinstein ring\nmultiple images of one quasar\nmicrolensing\nweak lensing shear\ndark matter "
-    "halo\nstar formation\ntriggered star formation at the rim of a nebula\npillars of gas and dust\nionisation front\nglowing "
-    "filaments of gas\nshock waves in gas\nexpanding shell of gas\nlight echo\nstellar wind\nstellar outflow and jet\nmass loss "
-    "from a dying star\nsupernova explosion\nstellar pulsation\nstellar flare\nstellar rotation\nmass transfer in a binary star\n"
-    "blue stragglers\nmain sequence turn-off\nhorizontal branch stars\nmultiple populations in a star cluster\nmass segregation in "
-    "a star cluster\ntidal tails of a star cluster\ninterstellar dust\ninterstellar extinction\ndiffuse interstellar bands\n"
-    "polarised light scattered by dust\ninfrared excess from warm dust\nplanet formation in a disk\ngap in a protoplanetary disk\n"
-    "atmosphere of an exoplanet\nplanetary rings\ncloud bands on a giant planet\nstorm on a giant planet\naurora on a planet\n"
-    "impact craters\nvolcanic activity on a moon\nwater plumes from an icy moon\ntail of a comet\ncoma and nucleus of a comet\n"
-    "break-up of a comet\nzodiacal light\ncosmic reionisation\nlyman-alpha absorption lines\n",
-    "measuring the expansion rate with type ia supernovae\nmeasuring the hubble constant with cepheids\ncalibrating the cosmic "
-    "distance ladder with red giants\nmeasuring time delays of lensed quasars\nmapping dark matter with weak lensing\nmapping mass "
-    "in a galaxy cluster with strong lensing\nfinding faint distant galaxies behind a lens\nsearching for the first galaxies\n"
-    "tracing the history of cosmic star formation\nstudying how galaxies grow by mergers\nclassifying galaxy shapes\nmeasuring the "
-    "light profiles of elliptical galaxies\nstudying how bars drive gas to the centre of galaxies\ntracing the structure of spiral "
-    "arms\nmeasuring the thickness of galactic disks\nmapping dust in galaxies\nresolving stars in nearby galaxies\ndating a "
-    "stellar population from its colours and magnitudes\ndating a globular cluster by its oldest stars\nmeasuring proper motions "
-    "in a star cluster\nweighing a central black hole from the motion of stars\nsearching for intermediate-mass black holes\n"
-    "monitoring the variability of active nuclei\nimaging the host galaxies of quasars\nstudying jets and hot spots of radio "
-    "galaxies\nfinding the afterglow of a gamma-ray burst\nlooking for the light of a gravitational wave source\nidentifying the "
-    "progenitor star of a supernova\nmeasuring the expansion of a supernova remnant\ndetermining the composition of a nebula from "
-    "its emission lines\nstudying how dying stars shed their envelopes\nstudying how massive stars shape their surroundings\n"
-    "surveying young stars in a star-forming region\ncounting low-mass stars to find the initial mass function\nimaging disks "
-    "around young stars\nsearching for planets by transits\nmeasuring starlight through the atmosphere of an exoplanet\ndirectly "
-    "imaging a planet beside its star\nstudying white dwarfs and their cooling\nmeasuring orbits and masses of binary stars\n"
-    "searching for brown dwarfs in young clusters\nmonitoring weather on the giant planets\nobserving aurorae in ultraviolet "
-    "light\nsearching for new moons and rings\ncounting craters to date a surface\nmapping the surface of a dwarf planet\n"
-    "searching for small bodies beyond neptune\ntracking the activity of a comet\nmeasuring the size and shape of an asteroid\n"
-    "watching an impact on a planet\nstudying absorption lines along the line of sight to quasars\nmeasuring the cosmic background "
-    "light\ncalibrating a camera on a standard star field\nparallel imaging of a random field\n"};
+enum { MAX_GROUPS = 64 };
 
-// One label a line; blank lines and those that begin with '#' are passed over.
-static void read_labels(program *p, const char *path, char *text, size_t size, list *labels) {
+// Texts, one a line. Blank lines and those that begin with '#' are skipped; [TITLE] begins a group. Returns the groups.
+static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
+    size_t size = 0, at, n_labels = 0;
+    char *text = read_text(p, path, &size);
     lines l = lines_of(path, text, size);
+    int n = 1;
     unsigned code;
     int valid;
-    size_t at;
     while (next_line(&l)) {
         for (; *l.line == ' ' || *l.line == '\t'; l.size--) l.line++;
-        while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.size--;
+        while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.line[--l.size] = 0;
         if (!l.size || *l.line == '#') continue;
         for (at = 0; at < l.size;) {
             at += utf8_next(l.line + at, l.size - at, &code, &valid);
-            if (!valid || (is_control(code) && code != '\t')) line_error(&l, "this is not UTF-8 text, or holds control characters");
+            if (!valid || (is_control(code) && code != '\t'))
+                line_error(&l, "this is not UTF-8 text, or holds control characters");
         }
         if (l.size > 1000) line_error(&l, "a label of more than 1000 bytes");
-        if (labels->n == 100000) line_error(&l, "more than 100000 labels");
-        list_add(p, labels, l.line, l.size);
+        if (*l.line == '[' && l.line[l.size - 1] == ']') {
+            if (groups[n - 1].texts.n && n++ == MAX_GROUPS) line_error(&l, "more than 64 groups");
+            l.line[l.size - 1] = 0;
+            groups[n - 1].title = l.line + 1;
+            continue;
+        }
+        if (n_labels++ == 100000) line_error(&l, "more than 100000 labels");
+        list_add(p, &groups[n - 1].texts, l.line, l.size);
     }
-    if (!labels->n) exit(fail("%s: there is no label in it; write one a line", path));
+    if (!groups[n - 1].texts.n) exit(fail("%s: there is no label in it, or in its last group; write one a line", path));
+    return n;
 }
 
 static int run_describe(program *p) {
-    const char *path = p->o.labels;
-    group groups[3];
-    int i, n = path ? 1 : 3;
+    group groups[MAX_GROUPS];
+    const char *path = p->o.labels ? p->o.labels : p->labels;
     memset(groups, 0, sizeof groups);
-    for (i = 0; i < n; i++) {
-        size_t size = strlen(built_in_labels[i]);
-        char *text = path ? read_text(p, path, &size) : (char *)memcpy(new_memory(p, size + 1, 1), built_in_labels[i], size);
-        if (!path) groups[i].title = built_in_titles[i];
-        read_labels(p, path ? path : "labels built in", text, size, &groups[i].texts);
-    }
-    return match_images(p, groups, n, p->o.best ? p->o.best : 5);
+    if (!*path)
+        exit(fail("the list of labels, " LABELS ", is neither beside the program nor in " ASTROVL_DATA_DIR
+                  "; name one with --labels"));
+    return match_images(p, groups, read_labels(p, path, groups), p->o.best ? p->o.best : 5);
 }
 
 // ==== index, search ==================================================================================================
 //
 // An index file, all numbers little-endian:
-//   header   "AVLINDEX" | version u32 (1) | n_dims u32 | model u64 (see model_fingerprint) | FNV-1a u64 of the 24 bytes before
-//   record   n u32, bytes of the name | ~n u32 | row, n_dims float16, L2-normalised | name, n bytes as the system gave it
-//            (UTF-8 as a rule) | FNV-1a u64 of all the record's bytes before
-// Records follow each other without gaps, one an image. They are appended, those of one pass in one write, then synced: a
-// program that is killed leaves at worst an incomplete record at the end. Whoever reads the file passes over that one, and
-// `astrovl index` cuts it off before it goes on. A broken record anywhere else is an error.
+//   header   "AVLINDEX" | version u32 (1) | n_dims u32 | model_fingerprint u64 | FNV-1a u64 of the 24 bytes before
+//   record   n u32, bytes of the name | ~n u32 | row, n_dims float16, L2-normalized | name, n bytes as the system gave
+//            it (usually UTF-8) | FNV-1a u64 of all the record's bytes before
+// Records follow each other without gaps, one for each image. Those of one pass are appended in one write, then synced:
+// a program that is killed leaves at worst an incomplete record at the end. Readers skip it, and `astrovl index` cuts
+// it off before it goes on. A broken record anywhere else is an error.
 
 enum { INDEX_HEADER = 32, MAX_NAME = 65535 };
 
@@ -1516,8 +2069,8 @@ typedef struct image_index {
     uint64_t       end;                    // where the last whole record ends; behind it lies a torn one, if anything
 } image_index;
 
-// A number that tells models apart whose embeddings differ: the sum of a hash for each tensor but those of the language model and
-// the projector. It covers name, type, shape, and all bytes if there are up to 64 KiB, otherwise 16 pieces of 4 KiB at equal steps.
+// Differs between models whose embeddings differ: the sum of a hash for each tensor but those of the language model and
+// the projector. It covers name, type, shape, and all bytes if there are up to 64 KiB, otherwise 16 pieces of 4 KiB.
 static uint64_t model_fingerprint(const astrovl_model *model) {
     static const char *const others[] = {"blk.", "token_embd", "output", "rope_freqs", "mm.", "model.image_newline"};
     uint64_t sum = 0, h, k;
@@ -1531,8 +2084,9 @@ static uint64_t model_fingerprint(const astrovl_model *model) {
             for (o = 0; o < 6 && strncmp(t->name, others[o], strlen(others[o])) != 0; o++) {}
             if (o < 6) continue;
             h = fnv1a64(FNV_START, t->name, strlen(t->name));
-            h = fnv1a64(h, text, (size_t)snprintf(text, sizeof text, "%d %lld %lld %lld %lld", (int)t->type, (long long)t->ne[0],
-                                                  (long long)t->ne[1], (long long)t->ne[2], (long long)t->ne[3]));
+            snprintf(text, sizeof text, "%d %lld %lld %lld %lld", (int)t->type, (long long)t->ne[0],
+                     (long long)t->ne[1], (long long)t->ne[2], (long long)t->ne[3]);
+            h = fnv1a64(h, text, strlen(text));
             for (k = 0; k < pieces; k++)
                 h = fnv1a64(h, (const char *)t->data + (size_t)((t->n_bytes - piece) / 15 * k), (size_t)piece);
             sum += h;
@@ -1560,22 +2114,12 @@ static size_t read_index_header(image_index *ix) {
     if (memcmp(h, "AVLINDEX", size < 8 ? size : 8) != 0) exit(fail("%s: is no index made by astrovl", ix->path));
     ix->end = size;
     if (size < INDEX_HEADER || memcmp(h, ix->header, INDEX_HEADER) == 0) return size;
-    if (get_le(h + 24, 8) != fnv1a64(FNV_START, h, 24)) exit(fail("%s: its header is damaged; make the index anew", ix->path));
+    if (get_le(h + 24, 8) != fnv1a64(FNV_START, h, 24))
+        exit(fail("%s: its header is damaged; make the index anew", ix->path));
     if (get_le(h + 8, 4) != 1) exit(fail("%s: is of another version of the format", ix->path));
-    exit(fail("%s: was made with another model (%016llx, %u numbers a row; this one is %016llx, %d): name that model with -m, or "
-                "begin another index", ix->path, (unsigned long long)get_le(h + 16, 8), (unsigned)get_le(h + 12, 4),
-                (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
-}
-
-static void keep_record(program *p, image_index *ix, const unsigned char *record, size_t row_size, size_t n) {
-    size_t used = (size_t)ix->names.n * row_size;
-    if (ix->keep_rows && used + row_size > ix->capacity) {
-        ix->capacity = used * 2 + 64 * row_size;
-        ix->rows = (unsigned char *)realloc(ix->rows, ix->capacity);
-        if (!ix->rows || ix->capacity < used) exit(fail("%s: out of memory after %d rows", ix->path, ix->names.n));
-    }
-    if (ix->keep_rows) memcpy(ix->rows + used, record + 8, row_size);
-    list_add(p, &ix->names, (const char *)record + 8 + row_size, n);
+    exit(fail("%s: was made with another model (%016llx, %u numbers a row; this one is %016llx, %d): name that model "
+              "with -m, or begin another index", ix->path, (unsigned long long)get_le(h + 16, 8),
+              (unsigned)get_le(h + 12, 4), (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
 }
 
 // Reads all records behind the header. A torn one at the end sets ix->torn and is no error.
@@ -1587,7 +2131,7 @@ static void read_records(program *p, image_index *ix) {
         n = (size_t)get_le(record, 4);
         size = 8 + row_size + n;                           // up to the checksum
         ix->torn = 1;
-        if (got == 8 && get_le(record, 8) == 0) {          // zeros: a machine that lost power may leave them, up to the end
+        if (got == 8 && get_le(record, 8) == 0) {          // a machine that lost power may leave zeros, up to the end
             int c;
             while ((c = getc(ix->file)) == 0) {}
             if (c != EOF) damage = "zeros";
@@ -1597,13 +2141,23 @@ static void read_records(program *p, image_index *ix) {
             ix->torn = get_le(record + size, 8) != fnv1a64(FNV_START, record, size);
             if (ix->torn && getc(ix->file) != EOF) damage = "its checksum is wrong";
             if (ix->torn) continue;
-            keep_record(p, ix, record, row_size, n);
+            list_add(p, &ix->names, (const char *)record + 8 + row_size, n);
+            if (ix->keep_rows) {
+                const size_t used = (size_t)(ix->names.n - 1) * row_size;
+                if (used + row_size > ix->capacity) {
+                    ix->capacity = used * 2 + 64 * row_size;
+                    ix->rows = (unsigned char *)realloc(ix->rows, ix->capacity);
+                    if (!ix->rows || ix->capacity < used) exit(fail("%s: out of memory", ix->path));
+                }
+                memcpy(ix->rows + used, record + 8, row_size);
+            }
             ix->end += size + 8;
         }
     }
     if (ferror(ix->file)) exit(fail("%s: cannot be read: %s", ix->path, strerror(errno)));
-    if (damage) exit(fail("%s: the record at byte %llu is damaged (%s) and is not the last one: make the index anew", ix->path,
-                          (unsigned long long)ix->end, damage));
+    if (damage)
+        exit(fail("%s: the record at byte %llu is damaged (%s) and is not the last one: make the index anew", ix->path,
+                  (unsigned long long)ix->end, damage));
 }
 
 // Appends bytes and has them on the disk; on failure takes back what was written.
@@ -1622,12 +2176,13 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
     ix->end += size;
 }
 
-// Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. One program at a time may.
+// Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
     size_t size;
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
-    if (lock_file(ix->file) != 0) exit(fail("%s: another astrovl is writing to this index; wait until it is done", ix->path));
+    if (lock_file(ix->file) != 0)
+        exit(fail("%s: another astrovl is writing to this index; wait until it is done", ix->path));
     rewind(ix->file);
     size = read_index_header(ix);
     if (size < INDEX_HEADER) ix->end = 0;                  // a new file, or one whose making was cut short
@@ -1635,18 +2190,6 @@ static void open_index(program *p, image_index *ix) {
     if (ix->torn) fail("%s: cutting off an incomplete record at the end (a run was stopped)", ix->path);
     if ((ix->torn || !ix->end) && size && cut_file(ix->file, ix->end) != 0) exit(write_error(ix->path));
     if (!ix->end) append_to_index(ix, ix->header, INDEX_HEADER);
-}
-
-// The record of one image. Returns its bytes.
-static size_t make_record(const image_index *ix, const char *name, const float *row, unsigned char *record) {
-    size_t n = strlen(name), at = 8;
-    int k;
-    put_le(record, n, 4);
-    put_le(record + 4, ~(uint64_t)n, 4);
-    for (k = 0; k < ix->n_dims; k++, at += 2) put_le(record + at, astrovl_f32_to_f16(row[k]), 2);
-    memcpy(record + at, name, n);
-    put_le(record + at + n, fnv1a64(FNV_START, record, at + n), 8);
-    return at + n + 8;
 }
 
 static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
@@ -1662,8 +2205,8 @@ static int has_image_ending(const char *name) {
 }
 #endif
 
-// A file as it is named, or the images in a folder and below it. is_found: it was met in a folder. There, links to folders are
-// not followed: they could lead in circles. (On Windows folders are not walked; give their files with -.)
+// A file as it is named, or the images in a folder and below it. is_found: it was met in a folder; links to folders are
+// then not followed, since they could lead in circles. (On Windows folders are not walked; give their files with -.)
 static int add_images(program *p, const char *path, int is_found, list *names) {
 #if !defined(_WIN32)
     struct dirent *entry;
@@ -1687,7 +2230,7 @@ static int add_images(program *p, const char *path, int is_found, list *names) {
     return EXIT_OK;
 }
 
-// What the arguments name ("-": the lines of standard input), sorted, less what the index holds. Says how many that are.
+// What the arguments name ("-": the lines of standard input), sorted, without what the index holds, which is counted.
 static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
     list all = {NULL, 0, 0};
     int i, status = EXIT_OK;
@@ -1702,67 +2245,91 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
             if (l.size) status |= add_images(p, l.line, 0, &all);
         }
     }
-    if (all.n == 0) exit(fail("there are no images to index (in folders only files .png .jpg .jpeg .ppm .pgm .pnm count)"));
+    if (!all.n) exit(fail("there are no images to index (in folders: files .png .jpg .jpeg .ppm .pgm .pnm)"));
     qsort((void *)all.items, (size_t)all.n, sizeof *all.items, by_text);
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
     for (i = 0; i < all.n; i++) {
         const char *name = all.items[i];
-        if ((i && strcmp(name, all.items[i - 1]) == 0) ||
-            (ix->names.n && bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
+        if ((i && strcmp(name, all.items[i - 1]) == 0) || (ix->names.n &&
+            bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
         else list_add(p, todo, name, strlen(name));
     }
-    if (*n_known && !p->o.quiet) fprintf(stderr, "astrovl: %s: has %d of these %d images already\n", ix->path, *n_known, all.n);
+    if (*n_known && !p->o.quiet) fail("%s: has %d of these %d images already", ix->path, *n_known, all.n);
     return status;
-}
-
-static int index_images(program *p, image_index *ix, const list *todo, int n_known) {
-    char ok[MAX_BATCH];
-    unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
-    float *rows = new_rows(p, p->o.batch);
-    size_t size;
-    double start = astrovl_seconds(), rate = 0;
-    int i, k, some, added = 0;
-    for (i = 0; i < todo->n && !p->stop; i += some) {
-        some = todo->n - i < p->o.batch ? todo->n - i : p->o.batch;
-        draw_bar(p, "images", i, todo->n, rate);
-        added += embed_batch(p, todo->items + i, some, rows, ok);
-        for (k = 0, size = 0; k < some; k++)
-            if (ok[k]) size += make_record(ix, todo->items[i + k], row_of(p, rows, k), records + size);
-        if (size) append_to_index(ix, records, size);
-        rate = added / (astrovl_seconds() - start + 1e-9);
-    }
-    clear_bar(p);
-    if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
-                            todo->n - added, ix->names.n + added, rate);
-    else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate, n_known,
-                todo->n - added, ix->names.n + added);
-    return added < todo->n ? EXIT_FAILED : EXIT_OK;
 }
 
 static int run_index(program *p) {
     list todo = {NULL, 0, 0};
+    int i, k, d, some, status, n_known = 0, added = 0, batch;
+    double start, rate = 0;
+    char ok[MAX_BATCH];
+    unsigned char *records, *r;
     image_index *ix;
-    int status, n_known = 0;
+    float *rows;
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
+    batch = p->o.batch;
     ix = new_index(p, p->o.out);
     open_index(p, ix);
     status = collect_images(p, ix, &todo, &n_known);
-    status |= index_images(p, ix, &todo, n_known);
+    records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
+    rows = new_rows(p, batch);
+    start = seconds();
+    for (i = 0; i < todo.n && !p->stop; i += some) {
+        some = todo.n - i < batch ? todo.n - i : batch;
+        draw_bar(p, "images", i, todo.n, rate);
+        added += embed_batch(p, todo.items + i, some, rows, ok);
+        for (k = 0, r = records; k < some; k++) {
+            const char *name = todo.items[i + k];
+            const size_t n = strlen(name), n_before = 8 + 2 * (size_t)ix->n_dims + n;      // the checksum
+            if (!ok[k]) continue;
+            put_le(r, n, 4);
+            put_le(r + 4, ~(uint64_t)n, 4);
+            for (d = 0; d < ix->n_dims; d++) put_le(r + 8 + 2 * d, astrovl_f32_to_f16(row_of(p, rows, k)[d]), 2);
+            memcpy(r + n_before - n, name, n);
+            put_le(r + n_before, fnv1a64(FNV_START, r, n_before), 8);
+            r += n_before + 8;
+        }
+        if (r > records) append_to_index(ix, records, (size_t)(r - records));
+        rate = added / (seconds() - start + 1e-9);
+    }
+    clear_bar(p);
+    if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path,
+                            added, n_known, todo.n - added, ix->names.n + added, rate);
+    else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
+                n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
-    return status;
+    return added < todo.n ? EXIT_FAILED : status;
 }
 
-static int search_index(program *p, image_index *ix, const char *query) {
+static int run_search(program *p) {
+    const char *query = p->o.image ? p->o.image : p->o.words.items[1];
     int i, k = p->o.best ? p->o.best : 10, n = 0;
-    float *row = new_rows(p, 1);
+    astrovl_rows rows;
     astrovl_hit *hits;
+    image_index *ix;
+    float *row;
     char ok;
-    if (k > ix->names.n) k = ix->names.n;
-    hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
+    if ((p->o.words.n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
+    open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
+    ix = new_index(p, p->o.words.items[0]);
+    ix->keep_rows = 1;
+    if (!(ix->file = fopen(ix->path, "rb"))) return cannot_open(ix->path);
+    if (read_index_header(ix) < INDEX_HEADER)
+        return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
+    read_records(p, ix);
+    fclose(ix->file);
+    if (ix->torn && !p->o.quiet)
+        fail("%s: skipping an incomplete record at the end; `astrovl index` continues there", ix->path);
+    row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
-    if (k) n = astrovl_search(ix->rows, ix->names.n, ix->n_dims, row, k, p->o.threads, hits, &p->err);
+    rows.data = ix->rows;
+    rows.n_rows = ix->names.n;
+    rows.n_dims = ix->n_dims;
+    if (k > ix->names.n) k = ix->names.n;
+    hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
+    if (k) n = astrovl_search(&rows, row, k, p->o.threads, hits, &p->err);
     if (n < 0) return failed(p);
     if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
@@ -1771,24 +2338,8 @@ static int search_index(program *p, image_index *ix, const char *query) {
         else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
     }
     if (p->o.json) put_json("]}\n");
-    return EXIT_OK;
-}
-
-static int run_search(program *p) {
-    int n = p->o.words.n, status;
-    image_index *ix;
-    if ((n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
-    ix = new_index(p, p->o.words.items[0]);
-    ix->keep_rows = 1;
-    if (!(ix->file = fopen(ix->path, "rb"))) return cannot_open(ix->path);
-    if (read_index_header(ix) < INDEX_HEADER) return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
-    read_records(p, ix);
-    fclose(ix->file);
-    if (ix->torn && !p->o.quiet) fail("%s: passing over an incomplete record at the end; `astrovl index` goes on there", ix->path);
-    status = search_index(p, ix, n == 2 ? p->o.words.items[1] : p->o.image);
     free(ix->rows);
-    return status;
+    return EXIT_OK;
 }
 
 // ==== evaluate =======================================================================================================
@@ -1809,7 +2360,7 @@ static list read_member(program *p, const lines *l, const char *key, int least, 
     int i, n = 0;
     char **texts = astrovl_json_strings(l->line, l->size, key, &n, &p->err);
     if (!texts) line_error(l, p->err.message);
-    snprintf(what, sizeof what, n ? "\"%s\" is to be one text" : "\"%s\" is missing; a line is {\"image\": FILE, ...}", key);
+    snprintf(what, sizeof what, n ? "\"%s\" must be one text" : "\"%s\" is missing; a line is {\"image\": ...}", key);
     if (n < least || n > most) line_error(l, what);
     for (i = 0; i < n; i++) list_add(p, &strings, texts[i], strlen(texts[i]));
     astrovl_free(texts);
@@ -1845,30 +2396,71 @@ static sample *read_samples(program *p, const char *path, int vqa, int *n) {
 // ---- retrieval
 
 typedef struct retrieval {
-    int               n;
-    astrovl_retrieval of;
-    float            *cosines[2];          // [pairs, wrong pairs][n], ascending
+    int    n;
+    double loss;                           // CLIP's, the whole set as one batch
+    double share[2][101];                  // [image -> text, text -> image][k]: partner among the best k percent
+    double mean[2], median[2];             // cosines of [pairs, wrong pairs]
+    float *cosines[2];                     // [pairs, wrong pairs][n], ascending
 } retrieval;
+
+// Row i of queries belongs to row i of items; both [n][n_embd_joint], normalized. shares[k]: of queries whose partner
+// is among the best floor(k/100 n) items; of equal items the earlier is better.
+// Returns the mean of -log softmax(logit_scale * cosines)[i][i].
+static double rank_partners(program *p, const float *queries, const float *items, int n, double *shares) {
+    const int n_dims = p->info.n_embd_joint;
+    const double scale = p->info.logit_scale;
+    float *cosines = (float *)new_memory(p, (size_t)n, sizeof *cosines);
+    double loss = 0;
+    int i, j, k;
+    for (i = 0; i < n; i++) {
+        double sum = 0;
+        int rank = 0;
+        astrovl_linear(cosines, queries + (size_t)i * n_dims, items, NULL, 1, n_dims, n);
+        for (j = 0; j < n; j++) {
+            sum += exp(scale * cosines[j] - scale * cosines[i]);
+            rank += cosines[j] > cosines[i] || (j < i && !(cosines[j] < cosines[i]));
+        }
+        loss += log(sum) / n;
+        for (k = 1; k <= 100; k++) shares[k] += rank < (int)((int64_t)k * n / 100) ? 1.0 / n : 0;
+    }
+    return loss;
+}
+
+// 53 random bits as a number in [0, 1)   (SplitMix64: Steele, Lea & Flood 2014)
+static double random_number(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;
+}
+
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
 
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
-    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->of.loss);
-    else printf("%d pairs, logit scale %.4g\ncontrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\nhow often "
-                "is the partner among the best k %%?\n    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n", n,
-                p->info.logit_scale, r->of.loss, n, log(n), n);
+    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
+    else printf("%d pairs, logit scale %.4g\n"
+                "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
+                "how often is the partner among the best k %%?\n"
+                "    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n",
+                n, p->info.logit_scale, r->loss, n, log(n), n);
     for (k = 1; k <= 100; k++) {
-        double there = r->of.share[0][k], back = r->of.share[1][k];
+        double there = r->share[0][k], back = r->share[1][k];
         best = (int)((int64_t)k * n / 100);
         if (as_json) put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
         else if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
-            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100, 100.0 * best / n,
-                   best ? "" : "  (no rank counts: too few pairs)");
+            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100,
+                   100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
     }
     if (as_json) put_json("]");
     else printf("\ncosines          mean   median\n");
     for (i = 0; i < 2; i++) {
-        double mean = r->of.mean[i], median = r->of.median[i];
-        if (as_json) put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", mean, median);
+        double mean = r->mean[i], median = r->median[i];
+        if (as_json) put_json(i ? "cosines_shuffled:" : "cosines_matched:");
+        if (as_json) put_json("{mean:%f median:%f sorted:[", mean, median);
         else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
         for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
         if (as_json) put_json("]}");
@@ -1878,22 +2470,22 @@ static void print_retrieval(const program *p, const retrieval *r) {
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
 
-typedef struct panel { double left, x0, x1, x_step, y1, y_step; } panel;   // values at the edges; the bottom is 0
+typedef struct panel { double left, x0, x1, y1; } panel;   // its left edge; the values at its edges; the bottom is 0
 
 static double plot_x(const panel *a, double x) { return a->left + 360 * (x - a->x0) / (a->x1 - a->x0); }
 static double plot_y(const panel *a, double y) { return 340 - 270 * y / a->y1; }
 
 static void svg_axes(FILE *f, const panel *a, const char *title, const char *x_label, const char *y_label) {
-    double v;
     int i;
-    fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\" font-weight=\"bold\">%s</text>\n<text x=\"%g\" y=\"384\">%s"
-            "</text>\n<text transform=\"translate(%g 205) rotate(-90)\">%s</text>\n", a->left + 180, title, a->left + 180, x_label,
-            a->left - 46, y_label);
-    for (i = 0; (v = a->x0 + i * a->x_step) < a->x1 + a->x_step / 2; i++)
-        fprintf(f, "<text x=\"%.1f\" y=\"360\">%.4g</text>\n", plot_x(a, v), fabs(v) < 1e-9 ? 0.0 : v);
-    for (i = 0; (v = i * a->y_step) < a->y1 + a->y_step / 2; i++)
-        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%.4g</text>\n<path d=\"M%g %.1fh360\" stroke=\"%s\"/>\n",
-                a->left - 8, plot_y(a, v) + 4, v, a->left, plot_y(a, v), i ? "#ddd" : "#222");
+    fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\">%s</text>\n", a->left + 180, title);
+    fprintf(f, "<text x=\"%g\" y=\"384\">%s</text>\n<text transform=\"translate(%g 205) rotate(-90)\">%s</text>\n",
+            a->left + 180, x_label, a->left - 46, y_label);
+    for (i = 0; i <= 5; i++) {
+        double x = a->x0 + (a->x1 - a->x0) * i / 5, y = a->y1 * i / 5;
+        fprintf(f, "<text x=\"%.1f\" y=\"360\">%.3g</text>\n", plot_x(a, x), fabs(x) < 1e-9 ? 0 : x);
+        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%.3g</text>\n", a->left - 8, plot_y(a, y) + 4, y);
+        fprintf(f, "<path d=\"M%g %.1fh360\" stroke=\"%s\"/>\n", a->left, plot_y(a, y), i ? "#ddd" : "#222");
+    }
     fprintf(f, "<path d=\"M%g 70V340\" stroke=\"#222\"/>\n</g>\n", a->left);
 }
 
@@ -1901,124 +2493,133 @@ static void svg_legend(FILE *f, double x, double y, const char *style, const cha
     fprintf(f, "<path d=\"M%g %gh26\" %s/>\n<text x=\"%g\" y=\"%g\">%s</text>\n", x, y - 4, style, x + 32, y, text);
 }
 
-// The smallest of 1, 2, 5 times a power of ten that cuts a range into at most seven steps.
-static double tick_step(double range) {
-    double step = 1e-9;
-    int i;
-    for (i = 0; step * 7 < range && i < 60; i++) step *= i % 3 == 1 ? 2.5 : 2;
-    return step;
-}
-
-// The right panel: shares of the cosines, in percent.
 #define BINS 40
-static panel count_cosines(const retrieval *r, double bins[2][BINS]) {
-    panel b = {560, 0, 0, 0, 0, 0};
-    double low = fmin(r->cosines[0][0], r->cosines[1][0]), high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]), *bin;
-    int i;
-    b.x_step = tick_step(high - low + 1e-3);
-    b.x0 = floor(low / b.x_step) * b.x_step;
-    b.x1 = ceil((high + 1e-6) / b.x_step) * b.x_step;
-    for (i = 0; i < 2 * r->n; i++) {
-        bin = &bins[i % 2][(int)fmin((r->cosines[i % 2][i / 2] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
-        b.y1 = fmax(b.y1, *bin += 100.0 / r->n);
-    }
-    b.y_step = tick_step(b.y1);
-    b.y1 = ceil(b.y1 * 1.25 / b.y_step) * b.y_step;        // room for the legend
-    return b;
-}
-
 static int save_plot(const char *path, const retrieval *r) {
-    static const char *const style[] = {"stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
-        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"", "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
+    static const char *const style[] = {
+        "stroke=\"#1f6fb4\" fill=\"#1f6fb4\"", "stroke=\"#888\" fill=\"#888\"",
+        "stroke=\"#c4451c\" fill=\"none\" stroke-dasharray=\"7 3\"",
+        "stroke=\"#888\" fill=\"none\" stroke-dasharray=\"2 4\""};
+    const double low = fmin(r->cosines[0][0], r->cosines[1][0]);
+    const double high = fmax(r->cosines[0][r->n - 1], r->cosines[1][r->n - 1]);
+    const panel a = {70, 0, 100, 100};                     // shares of queries
+    panel b = {560, floor(10 * low) / 10, ceil(10 * high + 1e-6) / 10, 0};         // shares of the cosines, in percent
     double bins[2][BINS] = {{0}};
-    const panel a = {70, 0, 100, 20, 100, 20}, b = count_cosines(r, bins);
     int i, k;
     char text[64];
     FILE *f = fopen(path, "wb");
     if (!f) return write_error(path);
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\" fill=\"#222\" "
-            "font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>\n<text x=\"475\" y=\"24\" "
-            "font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and text; contrastive loss %.3f</text>\n",
-            r->n, r->of.loss);
+    for (k = 0; k < 2; k++)
+        for (i = 0; i < r->n; i++) {
+            double *bin = &bins[k][(int)fmin((r->cosines[k][i] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
+            *bin += 100.0 / r->n;
+            b.y1 = fmax(b.y1, 5 * ceil(*bin / 4));         // room for the legend
+        }
+    fputs("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"950\" height=\"400\" viewBox=\"0 0 950 400\"\n"
+          " fill=\"#222\" font-size=\"13\" font-family=\"sans-serif\">\n<path d=\"M0 0H950V400H0\" fill=\"#fff\"/>", f);
+    fprintf(f, "<text x=\"475\" y=\"24\" font-size=\"16\" text-anchor=\"middle\">Retrieval among %d pairs of image and "
+            "text; contrastive loss %.3f</text>\n", r->n, r->loss);
     svg_axes(f, &a, "Partner found among the best k %", "k (% of the set)", "accuracy (%)");
     fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
     svg_legend(f, 270, 325, style[3], "chance");
     svg_axes(f, &b, "Cosines of image and text", "cosine", "pairs (%)");
     for (k = 1; k >= 0; k--) {
         fprintf(f, "<g %s stroke-width=\"2\"><path fill=\"none\" d=\"M", style[2 * k]);
-        for (i = 1; i <= 100; i++) fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->of.share[k][i] * 100));
+        for (i = 1; i <= 100; i++)
+            fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
         fprintf(f, "\"/></g>\n<path %s fill-opacity=\"0.3\" stroke-width=\"1.5\" d=\"M560 340", style[k]);
         for (i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
         fputs("V340\"/>\n", f);
         svg_legend(f, 270, 285 + 20 * k, style[2 * k], k ? "image for a text" : "text for an image");
-        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->of.mean[k]);
+        snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->mean[k]);
         svg_legend(f, 570, 84 + 20 * k, style[k], text);
     }
     fputs("</svg>\n", f);
     return ferror(f) || fclose(f) != 0 ? write_error(path) : EXIT_OK;
 }
 
+// PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). Wrong pairs, one of each image and each text, are
+// drawn by a fixed sequence: a permutation of one cycle, so that no image keeps its text (Sattolo 1986).
 static int evaluate_retrieval(program *p, sample *samples, int n) {
     const char **names = (const char **)new_memory(p, (size_t)n, sizeof *names);
+    int *text_of = (int *)new_memory(p, (size_t)n, sizeof *text_of), i, k;
     float *images, *texts;
+    uint64_t state = 1;
     retrieval r;
-    int i;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
-    images = new_rows(p, n), texts = new_rows(p, n);
+    images = new_rows(p, n);
+    texts = new_rows(p, n);
     for (i = 0; i < n; i++) names[i] = samples[i].path;
     if (embed_images(p, names, n, images, 0) != EXIT_OK) return fail("nothing is measured, since images are missing");
     for (i = 0; i < n; i++) names[i] = samples[i].label;
     embed_texts(p, names, n, texts);
+    memset(&r, 0, sizeof r);
     r.n = n;
-    r.cosines[0] = (float *)new_memory(p, (size_t)n, 2 * sizeof(float));
-    r.cosines[1] = r.cosines[0] + n;
-    if (astrovl_measure_retrieval(images, texts, n, p->info.n_embd_joint, p->info.logit_scale, r.cosines[0], &r.of, &p->err))
-        return failed(p);
+    r.loss = (rank_partners(p, images, texts, n, r.share[0]) + rank_partners(p, texts, images, n, r.share[1])) / 2;
+    for (i = 0; i < n; i++) text_of[i] = i;
+    for (k = 0; k < 2; k++) {
+        float *cosines = r.cosines[k] = (float *)new_memory(p, (size_t)n, sizeof *cosines);
+        for (i = 0; i < n; i++) {
+            const float *image = row_of(p, images, i), *text = row_of(p, texts, text_of[i]);
+            astrovl_linear(&cosines[i], image, text, NULL, 1, p->info.n_embd_joint, 1);
+            r.mean[k] += cosines[i] / (double)n;
+        }
+        qsort(cosines, (size_t)n, sizeof *cosines, by_value);
+        r.median[k] = (cosines[(n - 1) / 2] + cosines[n / 2]) / 2.0;
+        for (i = n - 1; i > 0; i--) {
+            int other = (int)(random_number(&state) * i), text = text_of[i];
+            text_of[i] = text_of[other];
+            text_of[other] = text;
+        }
+    }
     print_retrieval(p, &r);
     return p->o.svg ? save_plot(p->o.svg, &r) : EXIT_OK;
 }
 
-// ---- questions about images (AstroLLaVA's benchmark on Galaxy10, arXiv 2504.08583): the model describes each image; what it
-// says is held against the image's class, words that should occur, and a reference description
+// ---- questions about images (AstroLLaVA's benchmark on Galaxy10, arXiv 2504.08583): the model describes each image;
+// its text is compared with the image's class, words that should occur, and a reference description
 
 // A set and the sums over it.
 typedef struct vqa {
     list    classes;
     sample *samples;
-    int     n, right, none, found, features, n_semantic, *confusion;       // [classes][classes + 2]: last none named, and all
+    int     n, right, none, found, features, n_semantic;
+    int    *confusion;                     // [classes][classes + 2]: the last two are none named, and all
     double  semantic;
 } vqa;
 
-static void score_sample(program *p, vqa *t, sample *x) {
-    const char *texts[2] = {x->text, x->reference};
-    float *rows, cosine;
-    int i, *named = t->confusion + x->truth * (t->classes.n + 2);
-    x->named = astrovl_first_named(x->text, t->classes.items, t->classes.n);
-    for (i = 0; i < x->features.n; i++) x->n_found += astrovl_first_named(x->text, &x->features.items[i], 1) == 0;
-    x->semantic = strtod("nan", NULL);
-    t->right += x->truth == x->named;
-    t->none += x->named < 0;
-    t->found += x->n_found;
-    t->features += x->features.n;
-    named[x->named < 0 ? t->classes.n : x->named]++;
-    named[t->classes.n + 1]++;
-    if (!x->reference || !p->info.has_joint_text) return;
-    rows = new_rows(p, 2);
-    embed_texts(p, texts, 2, rows);
-    astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
-    t->semantic += x->semantic = cosine;
-    t->n_semantic++;
+static int is_letter(char c) { return isalnum((unsigned char)c); }       // or digit; in the C locale, of ASCII
+
+// The bytes of `word` if it stands at text[at] as whole words, in any case; otherwise 0.
+static size_t word_at(const char *text, size_t at, const char *word) {
+    size_t n = strlen(word);
+    if (strncasecmp(text + at, word, n) != 0 || !n) return 0;
+    if (at > 0 && is_letter(text[at - 1]) && is_letter(word[0])) return 0;
+    return is_letter(text[at + n]) && is_letter(word[n - 1]) ? 0 : n;
+}
+
+// Which of n words (or terms of several words) a text names first; of those that begin there the longest. -1: none
+static int first_named(const char *text, const char *const *words, int n) {
+    size_t at, size, most = 0;
+    int i, best = -1;
+    for (at = 0; text[at] && best < 0; at++)
+        for (i = 0; i < n; i++)
+            if ((size = word_at(text, at, words[i])) > most) {
+                most = size;
+                best = i;
+            }
+    return best;
 }
 
 static void print_vqa(int as_json, const vqa *t) {
     int c, i, m = t->classes.n;
-    double right = (double)t->right / t->n, found = (double)t->found / t->features, semantic = t->semantic / t->n_semantic;
+    double right = (double)t->right / t->n, found = (double)t->found / t->features;
+    double semantic = t->semantic / t->n_semantic;
     if (as_json) {
-        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right, t->none, found,
-                 semantic);
+        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
+                 t->none, found, semantic);
     } else {
-        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m, 100 * right,
-               t->right, t->n, t->none);
+        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
+               100 * right, t->right, t->n, t->none);
         if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
         if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
         printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
@@ -2031,7 +2632,8 @@ static void print_vqa(int as_json, const vqa *t) {
         double share = (double)named[c] / named[m + 1];
         if (as_json) put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
         else printf("%3d  ", c + 1), print_padded(name, strlen(name), 24), printf("  %5.1f%%", 100 * share);
-        for (i = 0; i <= m; i++) as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
+        for (i = 0; i <= m; i++)
+            as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
         as_json ? put_json("]}") : (void)putchar('\n');
     }
     if (!as_json) return;
@@ -2047,8 +2649,12 @@ static void print_vqa(int as_json, const vqa *t) {
 static int evaluate_vqa(program *p, sample *samples, int n) {
     vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
+    const char *texts[2];
+    float *rows, cosine;
+    int i, *named;
     sample *x;
     open_towers(p, 0);
+    rows = new_rows(p, 2);
     for (x = samples; x < samples + n; x++) {
         for (x->truth = 0; x->truth < t.classes.n && strcmp(t.classes.items[x->truth], x->label) != 0; x->truth++) {}
         if (x->truth == t.classes.n) list_add(p, &t.classes, x->label, strlen(x->label));
@@ -2057,11 +2663,27 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
     for (x = samples; x < samples + n; x++) {
         draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
-        if (load_image(x->path, &image, &p->err) != ASTROVL_OK) exit(failed(p));
+        if (astrovl_image_load(x->path, NULL, &image, &p->err) != ASTROVL_OK) exit(failed(p));
         x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT);
         astrovl_image_free(&image);
         if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));
-        score_sample(p, &t, x);
+        x->named = first_named(x->text, t.classes.items, t.classes.n);
+        for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
+        t.right += x->truth == x->named;
+        t.none += x->named < 0;
+        t.found += x->n_found;
+        t.features += x->features.n;
+        named = t.confusion + x->truth * (t.classes.n + 2);
+        named[x->named < 0 ? t.classes.n : x->named]++;
+        named[t.classes.n + 1]++;
+        x->semantic = strtod("nan", NULL);
+        if (!x->reference || !p->info.has_joint_text) continue;
+        texts[0] = x->text;
+        texts[1] = x->reference;
+        embed_texts(p, texts, 2, rows);
+        astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
+        t.semantic += x->semantic = cosine;
+        t.n_semantic++;
     }
     clear_bar(p);
     print_vqa(p->o.json, &t);
@@ -2079,24 +2701,28 @@ static int run_evaluate(program *p) {
 }
 
 // ==== summarize: a language model reads an abstract, and its answer keeps to a form (PAPERCLIP, section 2.3) =========
-#define SOME "{\"type\":\"array\",\"minItems\":1,\"maxItems\":5,\"items\":{\"type\":\"string\",\"minLength\":1,\"maxLength\":80}}"
+#define SOME "{\"type\":\"array\",\"minItems\":1,\"maxItems\":5," \
+             "\"items\":{\"type\":\"string\",\"minLength\":1,\"maxLength\":80}}"
 static const char summary_schema[] = "{\"type\": \"object\", \"properties\": {\"objects_and_phenomena\": " SOME ", "
     "\"science_use_cases\": " SOME "}, \"required\": [\"objects_and_phenomena\", \"science_use_cases\"]}";
 
 static const char summary_prompt[] =
-    "What follows is the abstract of a proposal to observe with a telescope. Think of the images that it will give. Answer in "
-    "JSON with two lists of one to five short entries each. \"objects_and_phenomena\": what the images would show, such as "
-    "\"spiral galaxy\" or \"gravitational lens\". \"science_use_cases\": what they would be good for, such as \"measure the "
-    "distance to supernovae\". Take from the abstract what is specific; leave out the telescope, its instruments and the proposal.";
+    "What follows is the abstract of a proposal to observe with a telescope. Think of the images that it will give. "
+    "Answer in JSON with two lists of one to five short entries each. \"objects_and_phenomena\": what the images would "
+    "show, such as \"spiral galaxy\" or \"gravitational lens\". \"science_use_cases\": what they would be good for, "
+    "such as \"measure the distance to supernovae\". Take from the abstract what is specific; leave out the telescope, "
+    "its instruments and the proposal.";
 static const char relevance_prompt[] =
-    "What follows is the abstract of a proposal to observe with a telescope, and a query that names an object or a concept. Would "
-    "the observations show what the query names? What is merely related to it does not count. Answer true or false.";
+    "What follows is the abstract of a proposal to observe with a telescope, and a query that names an object or a "
+    "concept. Would the observations show what the query names? What is merely related to it does not count. Answer "
+    "true or false.";
 static const char plain_prompt[] =
     "Read this abstract of a proposal to observe with a telescope, and answer in the form that is asked for.";
 
 static int summarize_file(program *p, const char *path) {
-    const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt : p->o.schema || p->o.regex ? plain_prompt :
-                         summary_prompt, *query = p->o.query ? p->o.query : "";
+    const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt :
+                         p->o.schema || p->o.regex ? plain_prompt : summary_prompt;
+    const char *query = p->o.query ? p->o.query : "";
     size_t size = 0, room;
     char *abstract = read_text(p, path, &size), *request, *answer;
     if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
@@ -2118,13 +2744,15 @@ static int run_summarize(program *p) {
     size_t size = strlen(schema);
     int i, status = EXIT_OK;
     astrovl_guide *guide;
-    if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1) return usage_error(p->cmd, "one of --schema, --regex, --bool");
+    if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1)
+        return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 512;
-    if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;        // lists tempt small models to say one thing again
+    if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;     // small models repeat items of a list
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
-    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) : astrovl_guide_schema(p->model, schema, size, &p->err);
+    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) :
+            astrovl_guide_schema(p->model, schema, size, &p->err);
     if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
     p->o.how.guide = guide;
     for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
@@ -2132,282 +2760,125 @@ static int run_summarize(program *p) {
     return status;
 }
 
-// ==== bench: what is measured, and the machine's own limit for it, in turns, since machines change their speed ========
-static int bench_search(program *p) {
-    const int n = p->o.rows ? p->o.rows : 1000000, d = p->o.dims ? p->o.dims : 512, rounds = p->o.rounds ? p->o.rounds : 9;
-    double seconds[2], ratio, gigabytes = (double)n * d * 2e-9;
-    if (astrovl_measure_search(n, d, rounds, p->o.threads, seconds, &p->err)) return failed(p);
-    ratio = seconds[0] / seconds[1];
-    if (p->o.json) put_json("{rows:%d dims:%d search_seconds:%f read_seconds:%f ratio:%f}\n", n, d, seconds[0], seconds[1], ratio);
-    else printf("%d rows of %d float16, medians of %d rounds\n  search, the best 10  %9.2f ms  %6.2f GB/s\n  reading them once    "
-                "%9.2f ms  %6.2f GB/s\n  ratio                %9.2f\n", n, d, rounds, seconds[0] * 1e3, gigabytes / seconds[0],
-                seconds[1] * 1e3, gigabytes / seconds[1], ratio);
-    return EXIT_OK;
-}
-
-static void print_pace(int as_json, const char *key, const char *what, int is_bytes, const astrovl_pace *x) {
-    const char *type = astrovl_type_name(x->type);
-    if (x->n && as_json)
-        put_json("%k {n:%d seconds:%f per_second:%f %k %f limit_per_second:%f reached:%f type:%s}", key, x->n, x->seconds,
-                 x->n / x->seconds, is_bytes ? "bytes" : "operations", x->work, x->limit, x->reached, type);
-    else if (x->n)
-        printf("  %-18s %5d %9.3f s %9.1f /s  %8.1f of %6.1f %s %4.0f %%  %s\n", what, x->n, x->seconds, x->n / x->seconds,
-               x->work / x->seconds * 1e-9, x->limit * 1e-9, is_bytes ? "GB/s " : "GOP/s", 100 * x->reached, type);
-}
-
-static void print_speed(const program *p, const astrovl_speed *x, const astrovl_batch_speed *b, int rounds) {
-    const int as_json = p->o.json;
-    double together = (double)b->n * b->n_answer / b->seconds, alone = b->n_answer / b->one_seconds;
-    if (as_json) put_json("{name:%s rounds:%d", p->info.name, rounds);
-    else print_safe(stdout, p->info.name), printf(", medians of %d rounds; at the right: of what the machine allows\n", rounds);
-    print_pace(as_json, "image", "one image", 0, &x->image);
-    print_pace(as_json, "prompt", "prompt, positions", 0, &x->prompt);
-    print_pace(as_json, "answer", "answer, tokens", 1, &x->answer);
-    if (x->first_token_seconds > 0) as_json ? put_json("first_token_seconds:%f", x->first_token_seconds) :
-                                    (void)printf("  image and question %15.3f s to the first token\n", x->first_token_seconds);
-    if (b->n && as_json) put_json("batch:{n:%d prompt:%d tokens:%d per_second:%f alone_per_second:%f ratio:%f kv_caches:%l}", b->n,
-                                  b->n_prompt, b->n_answer, together, alone, b->gain, (long long)b->cache_bytes);
-    else if (b->n) printf("  %d answers together %15.1f /s, %.2f times the %.1f /s of one alone (%d tokens after %d positions each; "
-                          "KV caches %s)\n", b->n, together, b->gain, alone, b->n_answer, b->n_prompt, human_bytes(b->cache_bytes));
-    if (as_json) put_json("memory:{peak:%l files:%l kv_cache:%l}}\n", (long long)x->peak_bytes, (long long)x->file_bytes,
-                          (long long)x->cache_bytes);
-    else printf("  memory%s: at most %s; files %s, KV cache %s\n", b->n ? " for one" : "",
-                x->peak_bytes ? human_bytes(x->peak_bytes) : "?", human_bytes(x->file_bytes), human_bytes(x->cache_bytes));
-}
-
-// One of the two files, written if it is not there yet. It takes its name when it is whole, so one that opens is.
-static void need_synthetic(program *p, const char *folder, int type, int tied, const astrovl_info *sizes) {
-    char name[96], *path;
-    astrovl_info there;
-    astrovl_model *model;
-    snprintf(name, sizeof name, "astrovl-%s-%s%s.gguf", sizes->name, sizes->has_vision ? "mmproj-" : "", astrovl_type_name(type));
-    path = join_path(p, folder, strlen(folder), name);
-    model = astrovl_open(path, NULL, &p->err);
-    if (model) astrovl_get_info(model, &there);
-    if (!model || strcmp(there.name, sizes->name) != 0) {
-        p->started = time(NULL);
-        catch_interrupts(1);               // nothing is left behind
-        if (astrovl_write_random(path, sizes, (astrovl_type)type, tied, on_progress, p, &p->err)) exit(failed(p));
-        catch_interrupts(0);
-        clear_bar(p);
-    }
-    astrovl_close(model);
-    fprintf(stderr, "%s: a model of random weights, kept for the next time\n", path);
-    list_add(p, &p->o.models, path, strlen(path));
-}
-
-// --synthetic NAME[:TYPE]: its files become the model. EXIT_USAGE when there is no such name or type.
-static int use_synthetic(program *p) {
-    const char *colon = strchr(p->o.synthetic, ':'), *wanted = colon ? colon + 1 : "q4_0", *known;
-    const char *folder = p->o.dir ? p->o.dir : getenv("TMPDIR");
-    char name[32];
-    astrovl_info sizes;
-    int type, has_vision, tied;
-    snprintf(name, sizeof name, "%.*s", (int)strcspn(p->o.synthetic, ":"), p->o.synthetic);
-    for (type = 0; type < N_TYPES; type++)
-        if ((known = astrovl_type_name(type)) && strlen(known) == strlen(wanted) && !astrovl_first_named(wanted, &known, 1)) break;
-    if (type == N_TYPES || !astrovl_known_sizes(name, &sizes, &tied))
-        return usage_error(p->cmd, "--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"",
-                           p->o.synthetic);
-    folder = folder && *folder ? folder : "/tmp";
-    has_vision = sizes.has_vision, sizes.has_vision = 0;
-    need_synthetic(p, folder, type, tied, &sizes);
-    sizes.has_vision = has_vision, sizes.has_text = 0;
-    if (has_vision) need_synthetic(p, folder, ASTROVL_TYPE_F16, 0, &sizes);
-    return EXIT_OK;
-}
-
-static int bench_model(program *p) {
-    int n_prompt = p->o.n_prompt ? p->o.n_prompt : 620, n_tokens = p->o.n_tokens ? p->o.n_tokens : 32;
-    int rounds = p->o.rounds ? p->o.rounds : 3, n = n_prompt + n_tokens;
-    astrovl_speed speed;
-    astrovl_batch_speed batch = {0, 0, 0, 0, 0, 0, 0};
-    astrovl_status status;
-    if (n > ASTROVL_DEFAULT_CONTEXT) p->o.ctx = n < p->info.n_ctx_train ? n : p->info.n_ctx_train;
-    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
-    p->started = time(NULL);
-    p->counting = 1;                       // rounds: drawing a bar for each layer would take time
-    status = astrovl_measure_model(p->session, n_prompt, n_tokens, rounds, on_progress, p, &speed, &p->err);
-    if (!status && p->info.has_text && p->o.n_batch)       // last, since its memory is not the model's
-        status = astrovl_measure_batch(p->session, n_prompt, n_tokens, p->o.n_batch, rounds, on_progress, p, &batch, &p->err);
-    if (status) return failed(p);
-    clear_bar(p);
-    print_speed(p, &speed, &batch, rounds);
-    return EXIT_OK;
-}
-
-// Fast mode's logits, held against exact mode's.
-static int bench_accuracy(program *p, const char *path) {
-    size_t size = 0;
-    char *text = read_text(p, path, &size);
-    int i, n, most = p->o.n_tokens ? p->o.n_tokens : 512;
-    int32_t *tokens = encode_text(p, text, size, ASTROVL_ADD_SPECIAL, &n);
-    astrovl_accuracy a;
-    if (p->info.has_text && most > p->info.n_ctx_train) most = p->info.n_ctx_train;
-    if (n > most) n = most;
-    if (n < 2) return fail("%s: two tokens at least are wanted", path);
-    p->o.ctx = n;
-    p->session = new_session(p, ASTROVL_FAST, NULL, NULL, NULL);
-    p->more[1] = new_session(p, ASTROVL_EXACT, NULL, NULL, NULL);
-    p->started = time(NULL);
-    if (astrovl_measure_accuracy(p->session, p->more[1], tokens, n, &a, &p->err)) return failed(p);
-    clear_bar(p);
-    if (p->o.json) put_json("{name:%s tokens:%d exact_perplexity:%f", p->info.name, n, a.reference_perplexity);
-    else print_safe(stdout, p->info.name),
-         printf(", %d tokens: fast mode's logits against exact mode's, whose perplexity is %.5g\n%36s %9s %12s %12s %12s %9s\n", n,
-                a.reference_perplexity, "cosine, mean", "least", "difference", "same token", "perplexity", "ratio");
-    for (i = 0; i < 2; i++) {
-        const astrovl_likeness *x = i ? &a.steps : &a.prompt;
-        if (p->o.json) put_json("%k {mean_cosine:%f least_cosine:%f largest_difference:%f same_token:%f perplexity:%f "
-                                "perplexity_ratio:%f}", i ? "steps" : "prompt", x->cosine, x->least_cosine, x->difference, x->same,
-                                x->perplexity, x->ratio);
-        else printf("  %-25s %9.6f %9.6f %12.4g %10.2f %% %12.5g %9.5f\n", i ? "one by one, as answers" : "read together, as prompts",
-                    x->cosine, x->least_cosine, x->difference, 100 * x->same, x->perplexity, x->ratio);
-    }
-    if (p->o.json) put_json("}\n");
-    return EXIT_OK;
-}
-
-static int run_bench(program *p) {
-    const options *o = &p->o;
-    const char *kind = o->words.n ? o->words.items[0] : "";
-    int is_search = strcmp(kind, "search") == 0, is_accuracy = strcmp(kind, "accuracy") == 0;
-    if (o->words.n != is_search + 2 * is_accuracy) return usage_error(p->cmd, "%s", p->cmd->wanted);
-    if (is_search && (o->models.n || o->synthetic || o->dir || o->n_prompt || o->n_tokens))
-        return usage_error(p->cmd, "bench search takes --rows, --dims and --rounds, no model");
-    if (!is_search && (o->rows || o->dims)) return usage_error(p->cmd, "--rows and --dims are for: bench search");
-    if (is_search) return bench_search(p);
-    if (o->synthetic && o->models.n) return usage_error(p->cmd, "one of --model and --synthetic");
-    if (o->synthetic && use_synthetic(p) != EXIT_OK) return EXIT_USAGE;
-    open_model(p);
-    return is_accuracy ? bench_accuracy(p, o->words.items[1]) : bench_model(p);
-}
-
 // ==== version, the list of commands, main ============================================================================
-#if defined(__clang__)
-#define COMPILER __VERSION__
-#elif defined(__VERSION__)
-#define COMPILER "gcc " __VERSION__
-#else
-#define COMPILER "a compiler that does not say which"
-#endif
 static int run_version(program *p) {
-    printf("astrovl %s\ncompiled with %s, %d-bit\nshipped model: %s\n", ASTROVL_VERSION, COMPILER, (int)sizeof(void *) * 8,
-           p->shipped[0] ? p->shipped : "not found");
+    printf("astrovl %s\ncompiled with ", ASTROVL_VERSION);
+#if defined(__VERSION__) && !defined(__clang__)
+    printf("gcc ");
+#endif
+#if defined(__VERSION__)
+    printf("%s, ", __VERSION__);
+#endif
+    printf("%d-bit\nshipped model: %s\n", (int)sizeof(void *) * 8, p->shipped[0] ? p->shipped : "not found");
     return EXIT_OK;
 }
 
 static const command commands[] = {
     {"caption", CAPTION, run_caption, 1, MANY, "which image?", "caption [OPTIONS] IMAGE...", "describe images",
-     "Describes what each image shows, in a sentence or two. Images are PNG, JPEG or PNM files. With several, each line\n"
-     "begins with the file's name; one that cannot be read is reported, and the others are still described. --batch N\n"
-     "reads the model's weights once for N images instead of N times: the same answers, sooner where a model is large.",
+     "Describes each image in a sentence or two. Images are PNG, JPEG or PNM files. With several, each line begins\n"
+     "with the file's name; one that cannot be read is reported, and the others are still described. --batch N reads\n"
+     "the model's weights once for N images: the same answers, sooner where a model is large.",
      "  astrovl caption galaxy.png\n  astrovl caption --json *.jpg > captions.jsonl\n"
      "  astrovl caption -m llava-q4_0.gguf -m mmproj.gguf --temperature 0.7 --seed 3 nebula.jpg\n"},
     {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "ask [OPTIONS] IMAGE... \"QUESTION\"",
      "ask a question about an image",
-     "Answers a question about an image. With several images the question is put about each in turn, or about all of\n"
-     "them at once with --together.",
+     "Answers a question about each image in turn, or about all of them at once with --together.",
      "  astrovl ask galaxy.png \"Is there a bar?\"\n  astrovl ask *.png \"What kind of object is this?\"\n"
      "  astrovl ask --together before.png after.png \"What has changed?\"\n"},
-    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]", "talk about an image",
-     "A dialogue: type a question, read the answer, ask on; the model remembers what was said. Lines that begin with a\n"
-     "slash are commands: /image FILE, /reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a\n"
-     "pipe, one a line; standard output then has the answers alone. It works with a language model alone, too.",
-     "  astrovl chat galaxy.png\n  printf 'What is this?\\nWhich colour is it?\\n' | astrovl chat --quiet galaxy.png\n"
+    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]",
+     "talk about an image",
+     "A dialogue: the model remembers what was said. Lines that begin with a slash are commands: /image FILE,\n"
+     "/reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line; standard output\n"
+     "then has the answers alone. It works with a language model alone, too.",
+     "  astrovl chat galaxy.png\n  printf 'What is this?\\nIs there a bar?\\n' | astrovl chat --quiet galaxy.png\n"
      "  astrovl chat -m smollm2.gguf --prompt \"Why is the sky dark at night?\"\n"},
     {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "tokens [OPTIONS] [\"TEXT\" | -]",
      "show how a text is cut into tokens",
-     "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a text (or\n"
-     "with -) it is read from standard input, a last newline included. A file with a vocabulary and no weights is enough.",
+     "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a\n"
+     "text (or with -) it is read from standard input. A file with a vocabulary and no weights is enough.",
      "  astrovl tokens \"a barred spiral galaxy\"\n  printf 'M31' | astrovl tokens --ids -m llama-2.gguf\n"
      "  astrovl tokens --ids \"M31\" | astrovl tokens --decode\n"},
     {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
-     "Lists the metadata and the tensors of GGUF files with their types, shapes and sizes, and says what the files make\n"
-     "up together. Without a file: the shipped model. Shapes are written as numpy does, the slowest dimension first.\n"
-     "--check says instead which commands can be used with the files together, or else all that they lack (exit status 1).",
+     "Lists the metadata and the tensors of GGUF files with their types, shapes (slowest dimension first) and sizes,\n"
+     "and the model that the files make up together. Without a file: the shipped model. --check says instead which\n"
+     "commands can be used with the files together, or what they lack (exit status 1).",
      "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"
      "  astrovl inspect --check model.gguf mmproj.gguf\n"},
-    {"quantize", QUANTIZE, run_quantize, 3, 3, "wanted: a GGUF file, the one to be written, and a type such as q4_k_m",
-     "quantize [OPTIONS] IN OUT TYPE", "make a model file smaller",
-     "Writes a copy of a GGUF file with its weight matrices in another type, which is one of\n"
-     "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k   all matrices alike, in 32 to 2.6 bits a weight\n"
-     "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                 llama.cpp's mixes: more bits where they count\n"
-     "Mixes keep the output matrix in Q6_K, and give attn_v, ffn_down (q3_k: attn_output) in some or all blocks a larger type.\n"
-     "Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256 (32) take a type of\n"
-     "smaller blocks, or F16. Start from F16 or F32: what is quantised already loses again. OUT may be IN. CLIP and mmproj\n"
-     "files can be quantised as well. q8_0 is hardly told from the original; q4_k_m suits large language models.",
-     "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
+    {"quantize", QUANTIZE, run_quantize, 3, 3,
+     "wanted: a GGUF file, the one to be written, and a type such as q4_k_m", "quantize [OPTIONS] IN OUT TYPE",
+     "make a model file smaller",
+     "Writes a copy of a GGUF file (language model, mmproj or CLIP) with its weight matrices in another type:\n"
+     "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k  all matrices alike, 32 to 2.6 bits a weight\n"
+     "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                llama.cpp's mixes: more bits where it pays\n"
+     "Mixes keep the output matrix in Q6_K, and give attn_v and ffn_down (q3_k: attn_output) in some or all blocks a\n"
+     "larger type. Vectors, norms, position and patch embeddings stay as they are. Rows that are no multiple of 256\n"
+     "(32) take a type of smaller blocks, or F16. Start from F16 or F32: quantizing twice loses twice. OUT may be\n"
+     "IN. q8_0 is almost as good as the original; q4_k_m suits large language models.",
+     "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n"
+     "  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
     {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
      "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
-     "Runs one question in exact arithmetic and saves every intermediate tensor of the vision tower, the projector and the\n"
-     "language model as a .npy file, named as transformers names the module; the next time (once a token) as NAME.call2.npy\n"
-     "and so on. DIR/index.tsv lists the files in the order of computation. With --hash nothing is saved: each line has a\n"
-     "tensor's FNV-1a hash, name and shape, the last two a hash over them all and the answer: the same on every machine.",
+     "Runs one question in exact arithmetic and saves every intermediate tensor as a .npy file, named as\n"
+     "transformers names the module; the next time (once a token) as NAME.call2.npy and so on. DIR/index.tsv lists\n"
+     "the files in the order of computation. With --hash nothing is saved: each line has a tensor's FNV-1a hash,\n"
+     "name and shape, the last two a hash of all lines and the answer: the same on every machine.",
      "  astrovl trace galaxy.png \"Is there a bar?\" -o /tmp/trace\n"
      "  python3 -c 'import numpy; print(numpy.load(\"/tmp/trace/model.norm.npy\").shape)'\n"
      "  astrovl trace galaxy.png \"Is there a bar?\" --hash --max-tokens 8 | tail -2\n"},
     {"score", SCORE, run_score, 1, MANY, "which image?", "score [OPTIONS] IMAGE... --text T [--text T...]",
      "say how well texts fit images",
-     "Embeds images and texts with the model's two towers (CLIP, PAPERCLIP) and prints for each pair the cosine, and for each\n"
-     "image the probability of each text among those given: softmax(logit_scale * cosine).",
+     "Embeds images and texts with the model's two towers (CLIP, PAPERCLIP). Prints the cosine of each pair, and for\n"
+     "each image the probability of each text among those given: softmax(logit_scale * cosine).",
      "  astrovl score galaxy.png --text \"a spiral galaxy\" --text \"a globular cluster\"\n"
      "  astrovl score --json *.png --text \"a comet\" --text \"no comet\" > scores.jsonl\n"},
     {"describe", DESCRIBE, run_describe, 1, MANY, "which image?", "describe [OPTIONS] IMAGE...",
      "find the texts of a list that fit an image best",
-     "Prints the descriptions that come closest to each image, with cosine and probability. The list built in has three groups:\n"
-     "classes of objects, phenomena, and what images are used for in science; each is ranked by itself.",
+     "Prints the texts of a list that come closest to each image, with cosine and probability. The shipped list has\n"
+     "three groups, each ranked by itself: classes of objects, phenomena, and uses in science.",
      "  astrovl describe galaxy.png\n  astrovl describe --labels classes.txt -k 1 *.png\n"},
     {"index", INDEX, run_index, 1, MANY, "which images? folders, files, or - for names on standard input",
      "index [OPTIONS] DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
-     "Embeds images and writes their rows to an index file. Folders are walked to the bottom, sorted by name; an image there is\n"
-     "told by its ending (.png .jpg .jpeg .ppm .pgm .pnm), and links to folders are not followed. With - file names are read\n"
-     "from standard input, one a line. Images that are in the index by name are passed over: a run that was stopped or killed\n"
-     "goes on where it ended (at most the images of the pass in flight are lost), and new images can be added later. Images\n"
-     "that cannot be read are reported and left out; the exit status is then 1. An index belongs to the model that made it.",
-     "  astrovl index previews/ -o previews.avl\n  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
+     "Embeds images and writes their rows to an index file. In folders and all folders below, files that end in .png\n"
+     ".jpg .jpeg .ppm .pgm .pnm are taken; links to folders are not followed. With - file names are read from\n"
+     "standard input, one a line. Images whose name is in the index already are skipped: a run that was stopped goes\n"
+     "on where it ended, and images can be added later. Images that cannot be read are reported and left out; the\n"
+     "exit status is then 1. An index belongs to the model that made it.",
+     "  astrovl index previews/ -o previews.avl\n"
+     "  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
     {"search", SEARCH, run_search, 1, 2, "an index and a query are wanted: a text in quotes, or --image FILE",
      "search [OPTIONS] INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
-     "Prints the images of an index that fit a text best, or resemble an image most: cosine and name. All are compared.",
-     "  astrovl search previews.avl \"strong lensing arcs\"\n  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
-    {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...", "print embeddings for other programs",
-     "Prints {\"image\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by their length (see --raw), with digits\n"
-     "enough to read back the same float32. With -o the rows go to a .npy file for numpy, FAISS and others: float32, [n][d], in\n"
-     "the order of the arguments; it is written only if all of them could be embedded.",
+     "Prints the images of an index that fit a text best, or resemble an image most: cosine and name. All are\n"
+     "compared.",
+     "  astrovl search previews.avl \"strong lensing arcs\"\n"
+     "  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
+    {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...",
+     "print embeddings for other programs",
+     "Prints {\"image\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
+     "the digits read back as the same float32. With -o the rows go to a .npy file, float32 [n][d], in the order of\n"
+     "the arguments; it is written only if all of them could be embedded.",
      "  astrovl embed *.png > rows.jsonl\n  astrovl embed *.png -o rows.npy\n"
      "  astrovl embed --text \"a planetary nebula\" -o query.npy\n"},
     {"evaluate", EVALUATE, run_evaluate, 2, 2, "wanted: retrieval PAIRS.jsonl, or vqa SET.jsonl",
      "evaluate [OPTIONS] retrieval PAIRS.jsonl | vqa SET.jsonl", "measure a model on data of yours",
-     "retrieval: each line is {\"image\": FILE, \"caption\": TEXT}. Prints contrastive loss, how often an image's caption (a\n"
-     "caption's image) is among the best k percent, and the cosines of pairs and of wrong pairs, as PAPERCLIP defines them.\n"
-     "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the last two\n"
-     "optional. The model describes each image; counted are the class it names, the feature words it uses, and how close its\n"
-     "text tower sees text and reference (AstroLLaVA's benchmark). Files are named as seen from the .jsonl file's folder.",
-     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
+     "retrieval: each line is {\"image\": FILE, \"caption\": TEXT}. Prints contrastive loss, how often an image's\n"
+     "caption (a caption's image) is among the best k percent, and the cosines of pairs and wrong pairs, as\n"
+     "PAPERCLIP defines them.\n"
+     "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the\n"
+     "last two optional. The model describes each image; counted are the class it names, the feature words it uses,\n"
+     "and how close its text tower sees text and reference (AstroLLaVA's benchmark). File names are relative to the\n"
+     ".jsonl file's folder.",
+     "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
+     "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
      "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
-     "A language model reads a text and answers in a form that it cannot leave: by default the schema that PAPERCLIP trains on,\n"
-     "{\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes another JSON schema,\n"
-     "--regex a pattern; --bool makes it judge whether the observations would show what --query names. What the model is told\n"
-     "to do can be replaced with --prompt. The shipped model is too small for sensible content; take a larger one with -m.",
-     "  astrovl summarize -m instruct-model.gguf abstract.txt\n  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
+     "A language model reads a text; its answer is always of a given form: by default the schema that PAPERCLIP\n"
+     "uses, {\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes\n"
+     "another JSON schema, --regex a pattern; --bool asks whether the observations would show what --query names.\n"
+     "--prompt replaces the instruction. The shipped model is too small for sensible content; take a larger one with\n"
+     "-m.",
+     "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
+     "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"bench", BENCH, run_bench, 0, 2, "wanted: bench, bench search, or bench accuracy TEXTFILE", "bench [OPTIONS] [search | accuracy TEXTFILE]", "measure how fast a model is here",
-     "Measures a model, and what this machine could do at most, in turns: encoding one image, reading a prompt, writing after it.\n"
-     "The first two are bound by arithmetic. Their operations (two for each product in matrices and attention) a second are held\n"
-     "against what the processor does in registers alone with the instruction in use. Writing is bound by memory: the weights that\n"
-     "each token needs, and the keys and values before it, are held against merely reading weights, done after each token, since a\n"
-     "shared machine's memory may be twice as fast a second later. Tokens are fixed, so answers do not matter: --synthetic makes\n"
-     "files of random weights in the shapes of known models. The KV cache is part of the peak memory, files as far as they were\n"
-     "read. ASTROVL_ISA=avx2 (portable, avx_vnni, avx512; neon) in the environment measures simpler kernels.\n"
-     "Last, --batch answers are written together, as caption --batch does, and one alone, token by token in turns, each after\n"
-     "--prompt positions that are made up: the ratio is that of the tokens a second.\n"
-     "search: finds the best 10 of random rows in memory, and reads the same memory once, in turns; prints medians and ratio.\n"
-     "accuracy: reads a text's first tokens in exact and in fast mode, in that together and one by one, and compares the logits at\n"
-     "each: their cosine (mean, least), the largest difference, how often the likeliest token is the same, and the perplexity.",
-     "  astrovl bench\n  astrovl bench -m llava-q4_k_m.gguf -m mmproj.gguf --rounds 5\n"
-     "  astrovl bench --synthetic llava-1.5-7b:q8_0 --dir /data --json\n  astrovl bench search --rows 200000 --dims 768\n"
-     "  astrovl bench accuracy -m smollm2-q8_0.gguf README.md --tokens 1024\n"},
     {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
@@ -2418,7 +2889,8 @@ static void print_overview(FILE *out) {
     fprintf(out, "astrovl %s: looks at astronomical images and says what it sees.\n\n"
             "Usage: astrovl COMMAND [OPTIONS] ...\n\nCommands:\n", ASTROVL_VERSION);
     for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
-    fprintf(out, "\nastrovl COMMAND --help describes a command and its options. For a start:\n  astrovl caption test/images/*\n");
+    fputs("\nastrovl COMMAND --help describes a command and its options. For a start:\n"
+          "  astrovl caption test/images/*\n", out);
 }
 
 static const command *find_command(const char *name) {
@@ -2442,7 +2914,6 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
     int i, status;
     p->cmd = c;
-    p->o.n_batch = 8;
     p->o.how.on_text = on_text;
     p->o.how.user = p;
     for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
@@ -2451,8 +2922,8 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
     if (status == EXIT_OK && p->o.help) print_command_help(c);
-    else if (status == EXIT_OK && (p->o.words.n < c->least || p->o.words.n > c->most)) status = usage_error(c, "%s", c->wanted);
-    else if (status == EXIT_OK) status = c->run(p);
+    else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
+    else if (status == EXIT_OK) status = usage_error(c, "%s", c->wanted);
     for (i = 1; i < MAX_TURNS; i++) astrovl_session_free(p->more[i]);
     astrovl_session_free(p->session);
     astrovl_close(p->model);
@@ -2469,7 +2940,8 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);              // a reader that leaves is a failed write, handled where it happens
 #endif
     p.safe_output = is_terminal(1);
-    find_shipped_model(&p, argv[0]);
+    find_shipped(argv[0], SHIPPED_MODEL, p.shipped);
+    find_shipped(argv[0], LABELS, p.labels);
     if (c && is_help) print_command_help(c);
     else if (c) status = run_command(&p, c, argc - 2, argv + 2);
     else if (strcmp(name, "--version") == 0) printf("astrovl %s\n", ASTROVL_VERSION);

@@ -1,4 +1,4 @@
-"""Compares astrovl's speed with llama.cpp's on the same files of random weights (astrovl bench --synthetic), in turns.
+"""Compares astrovl's speed with llama.cpp's on the same files of random weights (test/bench --synthetic), in turns.
 
     make bench LLAMA_CPP=DIR        DIR: a build folder with bin/llama-bench and bin/llama-mtmd-cli
     python3 test/bench_llama_cpp.py DIR [--model smollm2-135m] [--types "q4_0 f16"] [--rounds 5] [--images 9]
@@ -19,7 +19,7 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ASTROVL = os.path.join(ROOT, "astrovl")
+BENCH = os.path.join(ROOT, "test", "bench")
 IMAGE = os.path.join(ROOT, "test", "images", "spiral.png")
 # what is compared, in which unit, and whether less is better
 ROWS = (("image", "s", True), ("prompt", "tokens/s", False), ("answer", "tokens/s", False), ("memory", "GB", True))
@@ -41,7 +41,7 @@ def run(command, **environment):
 
 
 def astrovl(options, kind, prompt, tokens, batch):
-    command = [ASTROVL, "bench", "--json", "--rounds", "1", "--synthetic", "%s:%s" % (options.model, kind), "--prompt",
+    command = [BENCH, "--json", "--rounds", "1", "--synthetic", "%s:%s" % (options.model, kind), "--prompt",
                str(prompt), "--tokens", str(tokens), "--threads", str(options.threads), "--batch", str(batch)]
     if options.dir:
         command += ["--dir", options.dir]

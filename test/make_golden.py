@@ -1352,67 +1352,56 @@ def tokens_print_table(comment, text):
         print('    "%s"' % text[i:i + 112])
 
 
-def tokens_class_tables():
-    """Prints the tables of section 7: what the engine in `tokenizers` takes for \\p{L} and \\p{N}, as differences in base 26."""
-    for pattern in (r"\p{L}", r"\p{N}"):
-        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
-        inside = [not 0xD800 <= c < 0xE000 and not split.pre_tokenize_str(chr(c)) for c in range(0x110000)]
-        bounds = [c for c in range(0x110000) if inside[c] != (c > 0 and inside[c - 1])]
-        tokens_print_table("%s: %d bounds, %d code points" % (pattern, len(bounds), sum(inside)),
-                           "".join(tokens_number(b - a) for a, b in zip([0] + bounds, bounds)))
+def tokens_print_runs(title, values, strides=(1,)):
+    """Prints {code point: value} as runs: gap to the run before, 2 * (count - 1) + (stride - 1), value."""
+    runs, text, end = [], "", 0                                      # runs: first, count, stride, value
+    for c, value in sorted(values.items()):
+        last = runs[-1] if runs else [0, 0, 0, 0]
+        step = c - last[0] - (last[1] - 1) * last[2]
+        if last[3] == value and step in strides and (last[1] == 1 or step == last[2]):
+            last[1:3] = last[1] + 1, step
+        else:
+            runs.append([c, 1, 1, value])
+    for first, count, stride, value in runs:
+        text += tokens_number(first - end) + tokens_number(2 * (count - 1) + stride - 1) + tokens_signed(value)
+        end = first + (count - 1) * stride + 1
+    tokens_print_table("%s: %d runs" % (title, len(runs)), text)
 
 
-def tokens_clean_tables():
-    """Prints the tables that CLIP's cleaning needs: lower case and canonical composition as the engine in `tokenizers` has them."""
+def tokens_unicode_tables():
+    """Prints the tables of the section on text: Unicode's properties as the engine in `tokenizers` has them."""
     lower, decompose, compose = normalizers.Lowercase(), normalizers.NFD(), normalizers.NFC()
     points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    runs = []                                                        # first, count, stride, shift
-    for c in points:
-        small = lower.normalize_str(chr(c))
-        if small == chr(c) or len(small) > 1:                        # U+0130 becomes two characters: written out in the code
-            continue
-        shift = ord(small) - c
-        if runs and runs[-1][3] == shift and (c - runs[-1][0] in (1, 2) if runs[-1][1] == 1 else
-                                              c == runs[-1][0] + runs[-1][1] * runs[-1][2]):
-            runs[-1][2] = c - runs[-1][0] if runs[-1][1] == 1 else runs[-1][2]
-            runs[-1][1] += 1
-        else:
-            runs.append([c, 1, 1, shift])
-    tokens_print_table("lower case: %d runs" % len(runs), "".join(
-        tokens_number(c - p) + tokens_number(2 * (n - 1) + stride - 1) + tokens_signed(shift)
-        for p, (c, n, stride, shift) in zip([0] + [r[0] for r in runs], runs)))
+    classes = {}
+    for value, pattern in ((1, r"\p{L}"), (2, r"\p{N}"), (3, r"\s")):
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
+        classes.update((c, value) for c in points if not split.pre_tokenize_str(chr(c)))
+    tokens_print_runs("classes", classes)
 
-    runs = []                                                        # first, count, class; the engine's Unicode is older than
-    for c in points:                                                 # Python's: what it does not reorder has no class for it
+    small = {c: lower.normalize_str(chr(c)) for c in points}         # U+0130 becomes two characters: written out in the code
+    tokens_print_runs("lower case", {c: ord(s) - c for c, s in small.items() if s != chr(c) and len(s) == 1}, (1, 2))
+
+    marks = {}                                                       # the engine's Unicode is older than Python's: what it
+    for c in points:                                                 # does not reorder has no class for it
         rank = unicodedata.combining(chr(c))
-        if not rank or decompose.normalize_str(chr(c)) != chr(c):
-            continue
-        known = decompose.normalize_str("a\u0345" + chr(c)) == "a" + chr(c) + "\u0345" if rank < 240 else \
-            decompose.normalize_str("a" + chr(c) + "\u0334") == "a\u0334" + chr(c)
-        if not known:
-            continue
-        if runs and runs[-1][0] + runs[-1][1] == c and runs[-1][2] == rank:
-            runs[-1][1] += 1
-        else:
-            runs.append([c, 1, rank])
-    tokens_print_table("classes: %d runs" % len(runs), "".join(
-        tokens_number(c - p) + tokens_number(n) + tokens_number(rank)
-        for p, (c, n, rank) in zip([0] + [r[0] for r in runs], runs)))
+        if rank and decompose.normalize_str(chr(c)) == chr(c):
+            before, behind = ("a\u0345" + chr(c), "a" + chr(c) + "\u0345") if rank < 240 else ("a" + chr(c) + "\u0334", "a\u0334" + chr(c))
+            if decompose.normalize_str(before) == behind:
+                marks[c] = rank
+    tokens_print_runs("marks", marks)
 
-    pairs, seconds = [], []
+    groups, text, last = {}, "", 0                                   # (second, composes): [(whole, first)]
     for c in points:
-        if decompose.normalize_str(chr(c)) == chr(c) or 0xAC00 <= c < 0xD7A4:
-            continue
-        parts = [int(x, 16) for x in unicodedata.decomposition(chr(c)).split()]
-        if len(parts) == 2 and parts[1] not in seconds:
-            seconds.append(parts[1])
-        code = 0 if len(parts) == 1 else 1 + 2 * seconds.index(parts[1]) + (compose.normalize_str(chr(c)) == chr(c))
-        pairs.append((c, parts[0], code))
-    tokens_print_table("second characters: %d" % len(seconds),
-                       "".join(tokens_signed(b - a) for a, b in zip([0] + seconds, seconds)))
-    tokens_print_table("pairs: %d" % len(pairs), "".join(
-        tokens_number(c - p[0]) + tokens_signed(first - p[1]) + tokens_number(code)
-        for p, (c, first, code) in zip([(0, 0, 0)] + pairs, pairs)))
+        hangul, cjk = 0xAC00 <= c < 0xD7A4, 0xF900 <= c < 0xFB00 or 0x2F800 <= c < 0x2FA20
+        if decompose.normalize_str(chr(c)) != chr(c) and not hangul and not cjk:
+            parts = [int(x, 16) for x in unicodedata.decomposition(chr(c)).split()] + [0]
+            groups.setdefault((parts[1], compose.normalize_str(chr(c)) == chr(c)), []).append((c, parts[0]))
+    for (second, composes), pairs in sorted(groups.items()):
+        text += tokens_number(second - last) + tokens_number(2 * len(pairs) + composes)
+        for before, (whole, first) in zip([(0, 0)] + pairs, pairs):
+            text += tokens_number(whole - before[0]) + tokens_signed(first - before[1])
+        last = second
+    tokens_print_table("pairs: %d" % sum(map(len, groups.values())), text)
 
 
 def make_tokens(folder):
@@ -2263,7 +2252,7 @@ def make_types(folder):
 # =====================================================================================================================
 # Quants
 # What the tensor types make of float32 values, by the gguf package; for the K types, which it does not write, how far from the
-# values llama.cpp's blocks are. Read by test.c's "numbers" tests.
+# values llama.cpp's blocks are. Read by test_convert.py.
 #   quants.gold      u32 n_values, float32 [n_values]; for each type: u32 type, u32 n_bytes, the blocks (little-endian); for the K
 #                    types n_bytes is 4, and what follows is a float32: the root mean square of the errors llama.cpp's
 #                    quantiser makes (without an importance matrix) on quants_gaussian()
@@ -2276,7 +2265,7 @@ QUANTS_N_GAUSSIAN = 64 * 256
 
 
 def quants_gaussian():
-    """Sums of 12 uniform numbers, less 6: nearly normal, of variance 1. test.c computes the same."""
+    """Sums of 12 uniform numbers, less 6: nearly normal, of variance 1. test_convert.py computes the same."""
     state, values = 1, np.empty(QUANTS_N_GAUSSIAN, np.float32)
     for i in range(QUANTS_N_GAUSSIAN):
         total = 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""astrovl_quantize against llama.cpp and gguf-py: on random numbers and on a real model's weights.
+"""`astrovl quantize`'s blocks against llama.cpp and gguf-py: on random numbers and on a real model's weights.
 
     python3 test/real_quants.py LIBGGML_BASE [MODEL.gguf] [--values N]
 
@@ -38,10 +38,14 @@ class Quantizers:
         self.values = collections.Counter()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "astrovl.so")
-            subprocess.run(["cc", "-x", "c", "-O2", "-shared", "-fPIC", "-DASTROVL_IMPLEMENTATION", "-o", path,
-                            os.path.join(ROOT, "astrovl.h"), "-lm", "-pthread"], check=True)
-            self.astrovl = ctypes.CDLL(path).astrovl_quantize
+            code = '#include "%s"\nvoid quantize(int type, const float *x, void *blocks, int64_t n);\n' \
+                   'void quantize(int type, const float *x, void *blocks, int64_t n) {' \
+                   ' quantize_row(type, x, (unsigned char *)blocks, n); }\n' % os.path.join(ROOT, "demo.c")
+            subprocess.run(["cc", "-x", "c", "-O2", "-shared", "-fPIC", "-Dmain=astrovl_main", "-o", path, "-", "-lm", "-pthread"],
+                           input=code.encode(), check=True)
+            self.astrovl = ctypes.CDLL(path).quantize
         self.astrovl.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        self.astrovl.restype = None
         self.ggml = ctypes.CDLL(ggml).ggml_quantize_chunk
         self.ggml.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
         self.ggml.restype = ctypes.c_size_t
@@ -51,7 +55,7 @@ class Quantizers:
         out = np.zeros(x.size // block * size, np.uint8)
         start = time.thread_time()
         if who == "astrovl":
-            assert self.astrovl(int(kind), pointer(x), pointer(out), x.size) == 0
+            self.astrovl(int(kind), pointer(x), pointer(out), x.size)
         else:
             assert self.ggml(int(kind), pointer(x), pointer(out), 0, 1, x.size, None) == out.size
         self.seconds[who, kind] += time.thread_time() - start

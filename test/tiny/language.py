@@ -292,8 +292,8 @@ FITTING = {
         field""",
 }
 FITTING = {cls: [" ".join(label.split()) for label in text.split(";")] for cls, text in FITTING.items()}
-LABELS = [line.strip() for line in open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "labels.txt"))
-          if not line.startswith("#")]
+LABELS = [line.strip() for line in open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "labels.txt"))
+          if not line.startswith(("#", "["))]
 assert all(label in LABELS for some in FITTING.values() for label in some)
 
 
