@@ -1721,7 +1721,7 @@ typedef struct avl__product {
     avl__quants        quants; // x rounded, where `multiply` is used
 } avl__product;
 
-// Attention of one head for some neighboring queries. Rows of q and out lie q_stride floats apart, of k and v kv_stride.
+// Attention of one head for neighboring queries. Rows of q and out lie q_stride floats apart, of k and v kv_stride.
 typedef struct avl__tile {
     float       *out;          // [n][head_dim]
     const float *q, *k, *v;    // [n][head_dim], [n_keys][head_dim] twice
@@ -1793,7 +1793,8 @@ static float avl__dot_f16_portable(const void *half, const float *x, int n) {
     float lane[AVL__LANES] = {0};
     int i, j;
     for (i = 0; i < n; i += AVL__LANES)
-        for (j = 0; j < AVL__LANES && i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
+        for (j = 0; j < AVL__LANES && i + j < n; j++)
+            lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
     return avl__fold_lanes(lane);
 }
 
@@ -1822,7 +1823,8 @@ static void avl__silu_product(float *x, const float *up, int64_t n) {
 
 static const avl__kernels avl__kernels_portable = {
     "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, astrovl_rms_norm,
-    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 0, 1, 0, 0};
+    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    1, 0, 1, 0, 0};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -1865,7 +1867,7 @@ typedef struct avl__run {
     void               *progress_user;
     avl__scratch       *scratch;           // what avl__take has given out in this pass; newest block first
     size_t              n_wanted;          // floats that the next block holds at least
-    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row or panel, or scores
+    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row, a pack, or scores
     size_t              thread_capacity;
     size_t              thread_floats;
     uint8_t            *quants;            // activations as integers, of the product under way
@@ -1926,8 +1928,8 @@ static int avl__run_reserve(avl__run *run, uint64_t n_rows, uint64_t n_floats) {
         if (n_rows > 0)
             good = n_blocks <= SIZE_MAX / 1024 / n_all &&
                    avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_all * n_blocks * AVL__QUANT_BYTES), 1);
-        n_floats = n_floats * 64 + 4096;                     // attention takes 32 for each key and value of a head, a
-                                                             // panel 16 for each column of whole blocks
+        n_floats = n_floats * 64 + 8192;                     // attention takes 32 for each key and value of a head, a
+                                                             // pack 64 for each column at most, of 16 blocks at least
     }
     n_floats += AVL__LINE - n_floats % AVL__LINE;
     if (good && n_floats > run->thread_floats) {
@@ -2150,23 +2152,25 @@ static void avl__rope_row(float *x, int n_head, int head_dim, int rope_dim, cons
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-enum { AVL__SHARED_PRODUCTS = 3 };  // with the same activations: queries, keys and values
+enum {
+    AVL__SHARED_PRODUCTS = 3,      // products of the same activations: queries, keys and values
+    AVL__QUANTIZE_BLOCKS = 256,    // fewer blocks of activations than this are rounded by one thread
+    AVL__LINEAR_CHUNK = 32,        // columns of y that a thread takes at a time, or a multiple of it:
+    AVL__STREAM_ROWS = 32,         //   for so many rows or fewer, reading the weights is the limit,
+    AVL__LINEAR_CHUNKS = 16,       //   and each thread takes about so many chunks
+    AVL__FEW_FLOAT_ROWS = 16       // so many rows or fewer are multiplied with weights of a float type in float32. More
+                                   // are rounded first, with other bits, so that all rows that are decoded together
+                                   // (AVL__STEP_ROWS) must count as few.
+};
 
 typedef struct avl__linear_job {
     const avl__run *run;
     avl__product    product[AVL__SHARED_PRODUCTS];
     int             n_items[AVL__SHARED_PRODUCTS];
-    int             n_parts;       // of a group of rows that are rounded, a thread's each
+    int             n_parts;       // a group of rows is rounded in so many parts
     int             chunk;         // columns of y that a thread takes at a time
     void          (*columns)(const avl__product *p, int first, int last, float *scratch);
 } avl__linear_job;
-
-enum { AVL__QUANTIZE_BLOCKS = 256 };   // fewer than so many are rounded by one thread sooner than handed to several
-enum { AVL__LINEAR_CHUNK = 32 };    // columns of y that a thread takes at a time, or a multiple of it
-enum { AVL__STREAM_ROWS = 32, AVL__LINEAR_CHUNKS = 16 };   // up to so many rows weights are streamed: so many parts for each thread
-// Up to so many rows fast mode multiplies weights as they lie; more are worth a panel. For quantised weights both ways give the same
-// bits. For floats they do not, so all rows that are decoded together (AVL__STEP_ROWS) must go the same way as one alone.
-enum { AVL__FEW_FLOAT_ROWS = 16 };
 
 static void avl__linear_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
@@ -2179,46 +2183,30 @@ static void avl__linear_item(void *context, int item, int thread) {
     job->columns(p, first, last < p->w->n_out ? last : p->w->n_out, avl__thread_memory(job->run, thread));
 }
 
-// How many rows there are of the group of activations that begins with row `first`.
-static int avl__group_rows(const avl__product *p, int first) {
-    return p->n_rows - first < p->quants.group ? p->n_rows - first : p->quants.group;
-}
-
 static void avl__quantize_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
     const avl__product *p = job->product;
     const int first = item / job->n_parts * p->quants.group, n_blocks = p->quants.n_blocks;
+    const int n_rows = p->n_rows - first < p->quants.group ? p->n_rows - first : p->quants.group;
     const int size = (n_blocks + job->n_parts - 1) / job->n_parts, begin = item % job->n_parts * size;
     (void)thread;
-    job->run->kernels->quantize(p, first, avl__group_rows(p, first), begin, begin + size < n_blocks ? begin + size : n_blocks);
+    job->run->kernels->quantize(p, first, n_rows, begin, begin + size < n_blocks ? begin + size : n_blocks);
 }
 
-// Rounds x of a job's products. Few rows make few groups, but they may be long.
-static void avl__quantize_all(avl__linear_job *job) {
-    const avl__quants *quants = &job->product[0].quants;
-    const int n_threads = avl__pool_n_threads(job->run->pool), n = quants->n_groups;
-    job->n_parts = n < n_threads && quants->n_blocks * job->product[0].n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
-    avl__pool_run(job->run->pool, avl__quantize_item, job, n * job->n_parts);
-}
-
-// Rows of activations of a tile, at most `most`, so that all groups are about as large.
-static int avl__tile_rows(int n_rows, int most) {
-    static const int sizes[] = {4, 6, 12};
-    const int n_groups = (n_rows + most - 1) / most, n = (n_rows + n_groups - 1) / n_groups;
-    int i = 0;
-    while (sizes[i] < n) i++;
-    return sizes[i];
-}
-
-// Where x of a product is to be rounded to, in run->quants.
+// Lays out run->quants for the activations of a product. Its groups are as large as tiles, about equal, or few.
 static avl__quants avl__quants_for(const avl__run *run, const avl__product *p) {
+    static const int sizes[] = {4, 6, 12};
     const avl__kernels *kernels = run->kernels;
+    const int most = avl__is_float_type(p->w->type) ? kernels->float_group : kernels->group;
+    const int n_groups = (p->n_rows + most - 1) / most, n_rows = (p->n_rows + n_groups - 1) / n_groups;
     avl__quants q;
     size_t n;
-    q.n_blocks = (p->w->n_in + 31) / 32;
-    q.group = avl__tile_rows(p->n_rows, avl__is_float_type(p->w->type) ? kernels->float_group : kernels->group);
+    int i = 0;
+    while (sizes[i] < n_rows) i++;
+    q.group = sizes[i];
     if (p->few) q.group = p->n_rows == 1 ? 1 : kernels->few_group;
     q.n_groups = (p->n_rows + q.group - 1) / q.group;
+    q.n_blocks = (p->w->n_in + 31) / 32;
     q.float_kind = kernels->float_kind;
     n = (size_t)q.n_blocks * (size_t)q.n_groups * (size_t)q.group;
     q.scale = (float *)(void *)run->quants;
@@ -2230,34 +2218,38 @@ static avl__quants avl__quants_for(const avl__run *run, const avl__product *p) {
 
 // n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type:
 //     y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
-// Rows are rounded once for all, and the threads meet once.
-static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
+// x is rounded once for all of them, and threads are started once.
+static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n,
+                              int n_rows) {
     const avl__kernels *kernels = run->kernels;
-    const int is_float = avl__is_float_type(w[0]->type);
+    const int is_float = avl__is_float_type(w[0]->type), n_threads = avl__pool_n_threads(run->pool);
     const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : kernels->n_few) && !run->always_panels;
+    const int is_rounded = kernels->multiply && !(few && is_float);
     int n_out = 0, n_items = 0, i;
     avl__linear_job job;
     if (!avl__run_reserve(run, (uint64_t)n_rows, (uint64_t)w[0]->n_in)) return;
     memset(&job, 0, sizeof job);
     job.run = run;
-    job.columns = kernels->linear;
-    for (i = 0; i < n; i++) {
-        const avl__product product = {y[i], x, w[i], n_rows, few, 0, {NULL, NULL, NULL, NULL, 0, 0, 0, 0}};
-        job.product[i] = product;
-        n_out += w[i]->n_out;
-    }
-    if (kernels->multiply && !(few && is_float)) {
-        const avl__quants quants = avl__quants_for(run, job.product);
-        job.columns = kernels->multiply;
-        job.product[0].quants = quants;
-        avl__quantize_all(&job);
-        for (i = 0; i < n; i++) job.product[i].quants = quants;
-    }
+    job.columns = is_rounded ? kernels->multiply : kernels->linear;
+    for (i = 0; i < n; i++) n_out += w[i]->n_out;
     job.chunk = AVL__LINEAR_CHUNK;
-    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (job.chunk * AVL__LINEAR_CHUNKS * avl__pool_n_threads(run->pool));
+    if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * n_threads);
     for (i = 0; i < n; i++) {
-        n_items += job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
-        job.product[i].ahead = job.chunk * avl__pool_n_threads(run->pool);
+        avl__product *p = &job.product[i];
+        p->y = y[i];
+        p->x = x;
+        p->w = w[i];
+        p->n_rows = n_rows;
+        p->few = few;
+        p->ahead = job.chunk * n_threads;
+        if (is_rounded) p->quants = avl__quants_for(run, p);
+        job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
+        n_items += job.n_items[i];
+    }
+    if (is_rounded) {                  // few rows make few groups; long ones are rounded in parts
+        const avl__quants *q = &job.product[0].quants;
+        job.n_parts = q->n_groups < n_threads && q->n_blocks * n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
+        avl__pool_run(run->pool, avl__quantize_item, &job, q->n_groups * job.n_parts);
     }
     avl__pool_run(run->pool, avl__linear_item, &job, n_items);
 }
@@ -2267,8 +2259,9 @@ static void avl__apply(avl__run *run, float *y, const float *x, const avl__linea
     avl__apply_shared(run, &y, x, &w, 1, n_rows);
 }
 
-// The same for two or three weights and outputs; what their types allow is shared.
-static void avl__apply_each(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n, int n_rows) {
+// n such products of the same x. Those with weights of one type share what they can.
+static void avl__apply_each(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n,
+                            int n_rows) {
     int i, end;
     for (i = 0; i < n; i = end) {
         for (end = i + 1; end < n && w[end]->type == w[i]->type; end++) {}
@@ -2276,72 +2269,89 @@ static void avl__apply_each(avl__run *run, float *const *y, const float *x, cons
     }
 }
 
-ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in, int n_out) {
+ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in,
+                                int n_out) {
     int r, o;
-    for (r = 0; r < n_rows; r++)
+    for (r = 0; r < n_rows; r++, x += n_in, y += n_out)
         for (o = 0; o < n_out; o++)
-            y[(size_t)r * n_out + o] = avl__dot_portable(x + (size_t)r * n_in, w + (size_t)o * n_in, n_in) + (bias ? bias[o] : 0.0f);
+            y[o] = avl__dot_portable(x, w + (size_t)o * n_in, n_in) + (bias ? bias[o] : 0.0f);
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
-// out = softmax(q k^T / sqrt(head_dim)) v for every head (Vaswani et al. 2017, equation 1). With fewer key than query heads,
-// n_head / n_head_kv neighbouring query heads share one (Ainslie et al. 2023). A causal row sees the keys up to its own place.
+// out = softmax(q k^T / sqrt(head_dim)) v for every head (Vaswani et al. 2017, equation 1). With fewer key than query
+// heads, n_head / n_head_kv neighboring query heads share one (Ainslie et al. 2023). A causal row sees the keys up to
+// its own position.
 typedef struct avl__attention {
     const float *q;               // [n_rows][n_head][head_dim]
-    const void  *k, *v;           // [n_past + n_rows][n_head_kv][head_dim], float or, if is_half, float16; key_stride values from
-                                  // one key of a head to the next, head_stride from one head to the next
+    const void  *k, *v;           // [n_past + n_rows][n_head_kv][head_dim], float or, if is_half, float16
+    size_t       key_stride;      // values from one key of a head to the next
+    size_t       head_stride;     // from one head to the next
     float       *out;             // [n_rows][n_head][head_dim]
     float       *weights;         // [n_head][n_rows][n_past + n_rows] for the tap, or NULL
     int          n_rows, n_past, n_head, n_head_kv, head_dim, causal;
-    avl__run    *run;
-    size_t       key_stride, head_stride;
     int          is_half;
     int          is_coarse;       // 1: rows may be rounded to bfloat16, as the products were that made them
+    avl__run    *run;
 } avl__attention;
 
-// Where the keys and values of a query head begin.
-static size_t avl__head_begin(const avl__attention *a, int head) { return (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_stride; }
+// Where the keys and values of a query head begin
+static size_t avl__head_begin(const avl__attention *a, int head) {
+    return (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_stride;
+}
 
 // One query row of one head.  scores: [n_past + n_rows]
 static void avl__attend(const avl__attention *a, int head, int row, float *scores) {
     const avl__kernels *kernels = a->run->kernels;
-    int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows, j;
-    size_t kv_head = avl__head_begin(a, head), at = ((size_t)row * a->n_head + head) * a->head_dim;
-    if (a->is_half)
-        kernels->attend_one(a->out + at, a->q + at, (const uint16_t *)a->k + kv_head, (const uint16_t *)a->v + kv_head, a->key_stride, n_keys,
-                            a->head_dim, scores);
-    else {
+    const int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows;
+    const size_t kv_head = avl__head_begin(a, head), at = ((size_t)row * a->n_head + head) * a->head_dim;
+    const float *q = a->q + at;
+    float *out = a->out + at;
+    int j;
+    if (a->is_half) {
+        const uint16_t *k = (const uint16_t *)a->k + kv_head, *v = (const uint16_t *)a->v + kv_head;
+        kernels->attend_one(out, q, k, v, a->key_stride, n_keys, a->head_dim, scores);
+    } else {
         const float *k = (const float *)a->k + kv_head, *v = (const float *)a->v + kv_head;
         const float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
-        for (j = 0; j < n_keys; j++) scores[j] = kernels->dot(a->q + at, k + (size_t)j * a->key_stride, a->head_dim) * scale;
+        for (j = 0; j < n_keys; j++) scores[j] = kernels->dot(q, k + (size_t)j * a->key_stride, a->head_dim) * scale;
         astrovl_softmax(scores, n_keys);
-        memset(a->out + at, 0, (size_t)a->head_dim * sizeof(float));
-        for (j = 0; j < n_keys; j++) kernels->axpy(a->out + at, scores[j], v + (size_t)j * a->key_stride, a->head_dim);
+        memset(out, 0, (size_t)a->head_dim * sizeof(float));
+        for (j = 0; j < n_keys; j++) kernels->axpy(out, scores[j], v + (size_t)j * a->key_stride, a->head_dim);
     }
     if (a->weights) {
-        size_t n_all = (size_t)a->n_past + a->n_rows;
+        const size_t n_all = (size_t)a->n_past + a->n_rows;
         float *weights = a->weights + ((size_t)head * a->n_rows + row) * n_all;
         memset(weights, 0, n_all * sizeof(float));
         memcpy(weights, scores, (size_t)n_keys * sizeof(float));
     }
 }
 
-// What avl__attend_tile takes of a thread's memory: floats, of which avl__run_reserve makes 64 times as many in fast mode.
+// Floats of a thread's memory for avl__attend_tile; avl__run_reserve makes 64 times as many in fast mode.
 static uint64_t avl__attend_tile_floats(uint64_t n_keys, int head_dim) {
     return n_keys * (2 + (uint64_t)head_dim / 32) + (uint64_t)head_dim;
 }
 
-// n query rows of one head, from row `first` on. Float16 becomes float; and since a head's rows lie as far apart as all heads' are wide,
-// which is often a power of two and then puts them all into the same few places of a cache, they are first laid side by side.
+// n query rows of one head, from row `first` on. A head's keys lie as far apart as all heads are wide, often a power of
+// two, so that they would share a few lines of a cache: they are copied side by side first, as floats.
 static void avl__attend_tile(const avl__attention *a, int head, int first, int n, float *scratch) {
     const avl__kernels *kernels = a->run->kernels;
-    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_head = avl__head_begin(a, head), dim = (size_t)a->head_dim;
-    const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim;
-    const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows, is_coarse = a->is_coarse && kernels->attend_coarsely;
-    avl__tile tile = {a->out + at, a->q + at, NULL, NULL, q_stride, dim, n, n_keys, a->causal ? a->n_past + first + 1 : n_keys, a->head_dim};
+    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_head = avl__head_begin(a, head);
+    const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim, dim = (size_t)a->head_dim;
+    const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
+    const int is_coarse = a->is_coarse && kernels->attend_coarsely;
+    avl__tile tile;
     int i, j;
-    if (is_coarse && !a->is_half) {             // which lays them side by side as it rounds them
-        tile.k = (const float *)a->k + kv_head, tile.v = (const float *)a->v + kv_head, tile.kv_stride = a->key_stride;
+    tile.out = a->out + at;
+    tile.q = a->q + at;
+    tile.q_stride = q_stride;
+    tile.n = n;
+    tile.n_keys = n_keys;
+    tile.n_visible = a->causal ? a->n_past + first + 1 : n_keys;
+    tile.head_dim = a->head_dim;
+    if (is_coarse && !a->is_half) {             // attend_coarsely copies them itself
+        tile.k = (const float *)a->k + kv_head;
+        tile.v = (const float *)a->v + kv_head;
+        tile.kv_stride = a->key_stride;
     } else {
         float *k = scratch, *v = k + (size_t)n_keys * dim;
         for (j = 0; j < n_keys; j++) {
@@ -2354,7 +2364,9 @@ static void avl__attend_tile(const avl__attention *a, int head, int first, int n
                 memcpy(v + to, (const float *)a->v + key, dim * sizeof(float));
             }
         }
-        tile.k = k, tile.v = v;
+        tile.k = k;
+        tile.v = v;
+        tile.kv_stride = dim;
         scratch = v + (size_t)n_keys * dim;
     }
     if (is_coarse) {
@@ -2372,20 +2384,22 @@ static void avl__attend_tile(const avl__attention *a, int head, int first, int n
     }
 }
 
-enum { AVL__ITEM_QUERIES = 10 * AVL__TILE_QUERIES };     // queries of a head that a thread takes at a time: they share the head's keys
+enum { AVL__ITEM_QUERIES = 10 * AVL__TILE_QUERIES };     // queries of a head that a thread takes at a time
 
 static int avl__attention_items(const avl__attention *a) {
     return (a->n_rows + AVL__ITEM_QUERIES - 1) / AVL__ITEM_QUERIES * a->n_head;
 }
 
 static void avl__attention_item(void *context, int item, int thread) {
-    const avl__attention *first_one = (const avl__attention *)context, *a = first_one + item / avl__attention_items(first_one);
-    int rest = item % avl__attention_items(a), head = rest % a->n_head, first = rest / a->n_head * AVL__ITEM_QUERIES;
-    int n = a->n_rows - first, row;
-    if (n > AVL__ITEM_QUERIES) n = AVL__ITEM_QUERIES;
-    if (a->run->kernels->attend && !a->weights && a->n_rows > 1) avl__attend_tile(a, head, first, n, avl__thread_memory(a->run, thread));
+    const avl__attention *all = (const avl__attention *)context, *a = all + item / avl__attention_items(all);
+    const int rest = item % avl__attention_items(a), head = rest % a->n_head;
+    const int first = rest / a->n_head * AVL__ITEM_QUERIES;
+    const int n = a->n_rows - first < AVL__ITEM_QUERIES ? a->n_rows - first : AVL__ITEM_QUERIES;
+    float *memory = avl__thread_memory(a->run, thread);
+    int row;
+    if (a->run->kernels->attend && !a->weights && a->n_rows > 1) avl__attend_tile(a, head, first, n, memory);
     else
-        for (row = first; row < first + n; row++) avl__attend(a, head, row, avl__thread_memory(a->run, thread));
+        for (row = first; row < first + n; row++) avl__attend(a, head, row, memory);
 }
 
 // a: [n], of as many rows and heads each
