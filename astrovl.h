@@ -9343,6 +9343,14 @@ AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
 }
 AVL__DEFINE(avl__vi, dot_signed, (avl__vi acc, avl__vu w, avl__vu a), AVL_(dot_bytes)(acc, w, a))
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
+#elif AVL__NEON       // products of eight bytes are eight int16; neighbors are added up
+AVL__DEFINE(avl__vs, products, (int8x16_t w, int8x16_t a),
+            vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a)))
+AVL__DEFINE(avl__vi, widen, (avl__vi acc), vpaddlq_s16((int16x8_t)acc))
+AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
+            (avl__vs)acc + AVL_(products)((int8x16_t)w, (int8x16_t)a))
+AVL__DEFINE(avl__vi, dot_signed, (avl__vi acc, avl__vu w, avl__vu a),
+            vpadalq_s16((int32x4_t)acc, (int16x8_t)AVL_(products)((int8x16_t)w, (int8x16_t)a)))
 #else
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), (acc << 16 >> 16) + (acc >> 16))
 AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
