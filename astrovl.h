@@ -1,10 +1,9 @@
 // astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT licence
 //
-// Runs AstroLLaVA (arXiv 2504.08583) and whatever else is built like LLaVA-1.5: a CLIP vision tower, a projector, and a
-// LLaMA-family language model, out of the GGUF files that llama.cpp uses; and PAPERCLIP (arXiv 2403.08851) and any
-// other CLIP of two towers, out of the files that clip.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap
-// where there are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every
-// machine.
+// Runs AstroLLaVA (arXiv 2504.08583) and other models built like LLaVA-1.5 (a CLIP vision tower, a projector, a
+// LLaMA-family language model) from the GGUF files that llama.cpp uses, and PAPERCLIP (arXiv 2403.08851) and other
+// two-tower CLIPs from the files that clip.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap where there
+// are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every machine.
 //
 // ====================================================================================================================
 // [0] Manual
@@ -15,7 +14,7 @@
 //   [1] API          every public declaration, documented where it stands
 //   [2] platform     configuration, errors, memory, byte order, files, time, threads
 //   [3] numbers      f16, bf16 and the block formats to float32; exp, tanh, erf, sin, cos that are the same everywhere
-//   [4] kernels      the inner loops, one table per instruction set
+//   [4] kernels      the inner loops behind one table of functions, in portable C
 //   [5] ops          the audit tap; norms, softmax, activations, RoPE, products, attention
 //   [6] GGUF         reading the files; weights across several files
 //   [7] text         SentencePiece, byte-level BPE and CLIP tokenizers
@@ -27,15 +26,14 @@
 //   [13] contrastive embeddings of images and texts, scores, search
 //   [15] SIMD        the kernels for vector registers: one template, and the choice at run time
 //
-// ---- How to use it ------------------------------------------------------------------------------------------------
+// ---- How to use it -------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
 //
 //     #define ASTROVL_IMPLEMENTATION
 //     #include "astrovl.h"
 //
-// and include it without the define wherever else you call it. Link with -lm, and with -pthread unless
-// ASTROVL_NO_THREADS is defined. Nothing else is needed: no build system, no generated files, no options. -O2 or -O3
-// matter for speed.
+// and include it without the define wherever else you call it. Compile with -O2 or -O3; link with -lm, and with
+// -pthread unless ASTROVL_NO_THREADS is defined.
 //
 // A caption is one call:
 //
@@ -51,7 +49,7 @@
 //     const char *files[] = {"astrollava-q4_0.gguf", "astrollava-mmproj-f16.gguf"};
 //     model = astrovl_open_files(files, 2, NULL, &err);
 //
-// A conversation, streamed to the terminal as it is written:
+// A conversation, streamed to the terminal as it is written (astrovl_chat_batch runs several at once, which is faster):
 //
 //     static int show(void *user, const char *text, size_t size) {
 //         (void)user;
@@ -68,26 +66,11 @@
 //         astrovl_image_free(&image);
 //     }
 //
-// Several conversations, here captions, together: one token of each per step, for which the weights are read from
-// memory once and not once for each. The answers are those that astrovl_chat gives.
+// An answer of a given form: here a regular expression's, with astrovl_guide_schema JSON that keeps to a schema.
 //
-//     astrovl_turn turns[4] = {{0}};
-//     for (i = 0; i < 4; i++) {
-//         turns[i].session = i ? astrovl_session_fork(turns[0].session, 0, &err)
-//                              : astrovl_session_new(model, NULL, &err);
-//         turns[i].images = &images[i], turns[i].n_images = 1, turns[i].text = ASTROVL_CAPTION_PROMPT;
-//     }
-//     astrovl_chat_batch(turns, 4, &err);                     // gives turns[i].answer, or NULL and turns[i].err
-//     for (i = 0; i < 4; i++) astrovl_free(turns[i].answer), astrovl_session_free(turns[i].session);
-//
-// An answer that a program can read: JSON that keeps to a schema, whatever the model would rather say.
-//
-//     const char *schema = "{\"type\": \"object\", \"required\": [\"class\", \"arms\"], \"properties\": {"
-//                          " \"class\": {\"enum\": [\"spiral\", \"elliptical\"]}, \"arms\": {\"type\": \"integer\"}}}";
-//     astrovl_guide *guide = astrovl_guide_schema(model, schema, strlen(schema), &err);
-//     how.guide = guide;
+//     how.guide = astrovl_guide_regex(model, "(spiral|elliptical|irregular), [0-9] arms", &err);
 //     text = astrovl_ask_file(model, "m51.jpg", "Which class of galaxy, and how many arms?", &how, &err);
-//     astrovl_guide_free(guide);
+//     astrovl_guide_free(how.guide);
 //
 // Which words fit an image? And with embeddings kept, which images fit words?
 //
@@ -100,18 +83,17 @@
 //     astrovl_rows index = {rows_f16, n, n_embd_joint};
 //     n_hits = astrovl_search(&index, query, 10, 0, hits, &err);
 //
-// Looking inside: every intermediate tensor of the transformers passes by.
+// Looking inside: a callback, the tap, gets every intermediate tensor of the transformers.
 //
 //     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
 //         if (strcmp(name, "model.layers.0.self_attn.attn_weights") == 0) ...  // [n_head][n_new][n_keys]
 //     }
 //     astrovl_session_options o = {0};
-//     o.mode = ASTROVL_EXACT;
 //     o.tap = look;
 //     astrovl_session *s = astrovl_session_new(model, &o, &err);
 //
-// The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order in which they pass. I is
-// the layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
+// The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order of the calls. I is the
+// layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
 //     image   pixel_values [3][S][S]   vision_model.embeddings.patch_embedding   vision_model.embeddings
 //             vision_model.pre_layrnorm   and for each layer, with vision_model.encoder.layers.I before it,
 //             .layer_norm1   .self_attn.q_proj .k_proj .v_proj .attn_weights [n_head][rows][rows] .context .out_proj
@@ -127,62 +109,55 @@
 //             .post_attention_layernorm   .mlp.gate_proj .up_proj .act [rows][n_ff] .down_proj   and its own name
 //             model.norm [n_logits][n_embd]   lm_head [n_logits][n_vocab]
 //
-// The parts by themselves: astrovl_encode_image gives the rows that stand for an image, astrovl_eval_tokens and
-// astrovl_eval_embeddings append to the sequence and give logits, astrovl_sample draws the next token. The layers one
-// by one (astrovl_rms_norm, astrovl_rope, ...) are plain functions on float arrays.
-//
 // ---- Errors ---------------------------------------------------------------------------------------------------------
-// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given with
-// one line that names the file and the tensor, key or byte. A NULL handle, or NULL where a pointer is needed, is such a
-// failure (ARGUMENT), or gives zeros. Nothing is printed, no signal raised, no process ended. Input files may be
-// hostile: every size in them is checked before it is used. What a failed call had begun is undone: after a failed turn
-// the conversation is what it was before.
+// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given. A
+// NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is printed, no
+// signal raised, no process ended. Input files may be hostile: every size in them is checked before it is used.
 //
 // ---- Threads and memory ---------------------------------------------------------------------------------------------
-// A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one
-// thread at a time; it runs its own worker threads (n_threads, by default one per processor), which sleep between
-// calls. There is no global state. Results do not depend on the number of threads. A session and its forks
-// (astrovl_session_fork) count as one.
-// Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are
-// only vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
-// head_dim * 8 bytes, of which the system gives only what has been written, and the activations of at most 512 rows.
+// A model is read-only once it is open: any number of threads and sessions may share it. A session, together with its
+// forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Only vectors
+// (norms, biases) and position tables are expanded. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
+// head_dim * 4 bytes (exact mode: 8), of which the system gives only what has been written, and the activations of at
+// most 512 rows.
 //
 // ---- Two modes ------------------------------------------------------------------------------------------------------
-// ASTROVL_FAST (default) uses the best kernels there are for the machine. ASTROVL_EXACT computes in float32 with one
-// fixed order for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the
-// same bits with every compiler, on every processor with IEEE arithmetic, for every number of threads. It needs
-// FLT_EVAL_METHOD == 0 (on 32-bit x86 that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math,
-// which is refused.
-// Fast mode rounds activations to integers in blocks of 32 and multiplies integers (weights of a float type: bfloat16
-// or float32), with what the processor has of AVX2, AVX-VNNI, AVX-512 VNNI and BF16, or of AArch64's NEON, dot
-// products, and matrix products (I8MM and BF16). Elsewhere both modes compute alike. The `isa` of a session's options,
-// or the program's environment variable ASTROVL_ISA, forces simpler kernels: portable, avx2, avx_vnni, avx512,
-// avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
+// ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
+// sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
+// needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse) and no -ffast-math, which is refused.
+// ASTROVL_FAST (default) uses vector instructions, rounds activations to 8-bit integers in blocks of 32, and keeps the
+// KV cache in float16. Weights of a float type meet activations of bfloat16 (AVX-512 BF16), of 14-bit integers (other
+// x86-64 processors) or of float32 (all others). In neither mode do results depend on the number of threads.
+// The best kernels for the processor are chosen at run time; `isa` in a session's options (for the astrovl program, the
+// environment variable ASTROVL_ISA) sets an upper limit. From the simplest to the best:
+//     x86-64    portable, avx2, avx_vnni, avx512 (with VNNI), avx512_bf16
+//     AArch64   portable, neon, neon_dotprod
+//     others    portable, generic: gcc's and clang's vector types, where the target has vector registers
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function; extern by default
-//   ASTROVL_MALLOC(size)          the allocator, all three or none; a NULL return is handled everywhere
-//   ASTROVL_REALLOC(memory, size)
-//   ASTROVL_FREE(memory)
+//   ASTROVL_MALLOC(size), ASTROVL_REALLOC(memory, size), ASTROVL_FREE(memory)
+//                                 the allocator, all three or none; a NULL return is handled everywhere
 //   ASTROVL_NO_THREADS            no pthreads: one thread does all
 //   ASTROVL_NO_MMAP               files are read, not mapped
 //   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
+//   ASTROVL_NO_SIMD               portable kernels alone
 //   ASTROVL_BARE                  neither POSIX nor Windows: standard C alone
 //   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
 //   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that names no size: 4096 tokens (or the model's, if less)
 //   ASTROVL_MAX_THREADS           64
-//   ASTROVL_NO_SIMD               portable kernels alone
-//   ASTROVL_HEADER_NAME           this file's name, which it includes itself by: "astrovl.h"
-//
+//   ASTROVL_HEADER_NAME           this file's name if it is not "astrovl.h": the file includes itself by it
 
 // ====================================================================================================================
 // [1] API
 // The public declarations. Conventions for all of them:
-// - a function that can fail takes `astrovl_error *err` last; err may be NULL. On success err is left alone.
-// - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd].
+// - a function that can fail takes `astrovl_error *err` last; err may be NULL. On success err is left alone. Failures
+//   are named below without ASTROVL_ERROR_; ARGUMENT and MEMORY, which are possible wherever there is an err, are not.
+// - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd]. "out" is the caller's memory.
 // - option structs may be all zeros (or the pointer NULL): zero always means the sensible default.
-// - memory that a function returns is released with astrovl_free(), handles with their own function.
-// ==================================================================================================================
+// - memory that a function returns is released with astrovl_free(), handles with their own function. Both allow NULL.
+// ====================================================================================================================
 
 #ifndef AVL__ISA        // section [15] includes this file again for each instruction set
 #ifndef ASTROVL_H
@@ -204,13 +179,13 @@ extern "C" {
 #define ASTROVL_VERSION_PATCH 0
 #define ASTROVL_VERSION       "0.2.0"
 
-// ---- status and errors ------------------------------------------------------------------------------------------
+// ---- status and errors ---------------------------------------------------------------------------------------------
 
 typedef enum astrovl_status {
     ASTROVL_OK = 0,
     ASTROVL_ERROR_ARGUMENT,      // the caller's mistake: a parameter is missing or out of range
     ASTROVL_ERROR_MEMORY,        // an allocation failed
-    ASTROVL_ERROR_FILE,          // a file cannot be opened, read or written
+    ASTROVL_ERROR_FILE,          // a file cannot be opened or read
     ASTROVL_ERROR_FORMAT,        // a file's bytes break its format's rules
     ASTROVL_ERROR_UNSUPPORTED,   // well-formed, but of a kind this header does not implement
     ASTROVL_ERROR_MODEL,         // the files lack a part that the call needs, or their shapes do not fit together
@@ -218,25 +193,23 @@ typedef enum astrovl_status {
     ASTROVL_CANCELLED            // a callback asked to stop
 } astrovl_status;
 
-// What went wrong, in words: names the file, tensor, key or byte offset, and where it can, what to do about it.
+// What went wrong: names the file, tensor, key or byte offset, and where possible what to do about it.
 typedef struct astrovl_error {
     astrovl_status status;
-    char message[480];           // one line, zero-terminated, UTF-8
+    char message[480];           // one line of UTF-8
 } astrovl_error;
 
-ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...: static memory
-
-// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels (but not once done is
-// total).
-typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
-
-// Releases memory that a function below returned (text, arrays). NULL is allowed.
+ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...
 ASTROVL_API void astrovl_free(void *memory);
 
-// ---- GGUF files -------------------------------------------------------------------------------------------------
+// Long work reports `done` of `total` layers; stage is "image" or "prompt". A non-zero return cancels (unless all is
+// done).
+typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
+
+// ---- GGUF files ----------------------------------------------------------------------------------------------------
 // Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian files on any host.
 
-// Tensor types, with GGUF's numbers.
+// Types of tensors and of metadata values, with GGUF's numbers.
 typedef enum astrovl_type {
     ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1,
     ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6, ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8,
@@ -244,7 +217,6 @@ typedef enum astrovl_type {
     ASTROVL_TYPE_Q6_K = 14, ASTROVL_TYPE_BF16 = 30
 } astrovl_type;
 
-// Metadata value types, with GGUF's numbers.
 typedef enum astrovl_value_type {
     ASTROVL_VALUE_U8 = 0, ASTROVL_VALUE_I8 = 1, ASTROVL_VALUE_U16 = 2, ASTROVL_VALUE_I16 = 3, ASTROVL_VALUE_U32 = 4,
     ASTROVL_VALUE_I32 = 5, ASTROVL_VALUE_F32 = 6, ASTROVL_VALUE_BOOL = 7, ASTROVL_VALUE_STRING = 8,
@@ -253,40 +225,38 @@ typedef enum astrovl_value_type {
 
 typedef struct astrovl_gguf astrovl_gguf;
 
-// Bytes with a length; not zero-terminated.
-typedef struct astrovl_string {
+typedef struct astrovl_string {  // not zero-terminated
     const char *data;
     size_t      size;
 } astrovl_string;
 
-// One tensor of a file. ne is GGUF's order: ne[0] is the length of a row, so a matrix [n_out][n_in] has ne = {n_in,
-// n_out}.
+// One tensor of a file, owned by the file's handle.
 typedef struct astrovl_tensor {
-    const char   *name;          // zero-terminated, owned by the file's handle
+    const char   *name;
     astrovl_type  type;
     int           n_dims;        // 1 to 4
-    int64_t       ne[4];         // unused ones are 1
+    int64_t       ne[4];         // GGUF's order, rows' length first: [n_out][n_in] has ne = {n_in, n_out}; unused: 1
     uint64_t      offset;        // in the file, from its first byte
     uint64_t      n_bytes;
     const void   *data;          // little-endian blocks on every host; no alignment is promised
 } astrovl_tensor;
 
-// One metadata entry.
+// One metadata entry, owned by the file's handle.
 typedef struct astrovl_kv {
-    const char         *key;     // zero-terminated, owned by the handle
+    const char         *key;
     astrovl_value_type  type;
     astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
-    uint64_t            count;   // elements of an array; otherwise 1
-    const void         *data;    // the value, or an array's elements, as in the file: little-endian, a u64 length
-    uint64_t            n_bytes; // before each string's bytes; to copy it
+    uint64_t            count;       // elements of an array; otherwise 1
+    const void         *data;        // the value, or an array's elements, as in the file: little-endian, a u64 length
+    uint64_t            n_bytes;     // before each string's bytes
 } astrovl_kv;
 
 // Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it
-// is checked here, once. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MEMORY).
+// is checked. NULL and err: FILE, FORMAT, UNSUPPORTED.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err);
 // The same for a file that lies in memory; the block is not copied and must outlive the handle. name: for messages.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name, astrovl_error *err);
-ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);                // NULL is allowed
+ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);
 ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file);
 ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file);         // 2 or 3
 ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file);       // bytes
@@ -296,17 +266,16 @@ ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *f
 ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file);
 ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);
 ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key);                     // index, or -1
-// Element `i` of entry `index` (i = 0 for a scalar), converted. A number asked of a string entry is 0; a string asked
-// of a number entry is empty; i out of range likewise. Booleans are 0 and 1.
+// Element `i` of entry `index` (i = 0 for a scalar), converted; a boolean is 0 or 1. 0, or an empty string, for an
+// element that does not exist, a number asked of a string or a string asked of a number.
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i);
 
-ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K", or NULL for a type this header lacks
+ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K"; NULL for an unknown type
 // Bytes of a row of n_values; 0 if the type is unknown or n_values is not a multiple of its block.
 ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values);
-// Expands n_values (a multiple of the type's block) to float32, exactly as the format defines them.
-// Source: ggml's ggml-common.h block layouts. Returns ARGUMENT for an unknown type or a broken block count.
+// Expands n_values (a multiple of the type's block) to float32, exactly as the format defines them (ggml-common.h).
 ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, float *values, int64_t n_values);
 // IEEE half precision and bfloat16, as bits; to the nearest value, ties to even, when narrowing.
 ASTROVL_API float astrovl_f16_to_f32(uint16_t half);
@@ -314,15 +283,14 @@ ASTROVL_API float astrovl_bf16_to_f32(uint16_t half);
 ASTROVL_API uint16_t astrovl_f32_to_f16(float value);
 ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
 
-// ---- models -----------------------------------------------------------------------------------------------------
+// ---- models --------------------------------------------------------------------------------------------------------
 
 typedef struct astrovl_model   astrovl_model;     // weights, vocabulary, settings: immutable, shared by threads
 typedef struct astrovl_session astrovl_session;   // KV cache, scratch memory, threads: one caller at a time
 typedef struct astrovl_guide   astrovl_guide;     // what an answer may look like: a regular expression or a JSON schema
 
-// Prompt templates. AUTO reads tokenizer.chat_template (recognised by its markers, not interpreted).
-typedef enum astrovl_template {
-    ASTROVL_TEMPLATE_AUTO = 0,
+typedef enum astrovl_template {    // of prompts
+    ASTROVL_TEMPLATE_AUTO = 0,     // by tokenizer.chat_template (recognized by its markers, not interpreted)
     ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
     ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same with "human" for "user" (LLaVA's own inference scripts)
     ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
@@ -333,7 +301,7 @@ typedef enum astrovl_template {
 
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
-    astrovl_template chat_template;  // AUTO: from the file
+    astrovl_template chat_template;
 } astrovl_open_options;
 
 // A model file that lies in memory.
@@ -345,16 +313,14 @@ typedef struct astrovl_memory {
 
 // Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across
 // all), or of blocks of memory, which must outlive it. Any part may be absent; astrovl_get_info says what there is.
-// Weights stay in the mapped file: only small vectors are copied.
-// Returns NULL and err, the first problem (ARGUMENT, FILE, FORMAT, UNSUPPORTED, MODEL, MEMORY).
+// NULL and err, the first problem: FILE, FORMAT, UNSUPPORTED, MODEL.
 ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_options *options, astrovl_error *err);
 ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths,
                                               const astrovl_open_options *options, astrovl_error *err);
 ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks,
                                                const astrovl_open_options *options, astrovl_error *err);
-ASTROVL_API void astrovl_close(astrovl_model *model);                   // after its sessions; NULL is allowed
+ASTROVL_API void astrovl_close(astrovl_model *model);                   // after its sessions
 
-// What a model consists of.
 typedef struct astrovl_info {
     int has_vocab, has_text, has_vision, has_projector;
     astrovl_template chat_template;
@@ -375,13 +341,13 @@ typedef struct astrovl_info {
     uint64_t n_params, n_weight_bytes;
 } astrovl_info;
 
-ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);      // of no model: zeros
+ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
 ASTROVL_API const char *astrovl_template_name(astrovl_template t);                      // "vicuna_v1", ...
 ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
 
-// ---- one-call API -----------------------------------------------------------------------------------------------
+// ---- one-call API --------------------------------------------------------------------------------------------------
 
 typedef struct astrovl_image {
     int            width, height;
@@ -389,10 +355,10 @@ typedef struct astrovl_image {
     int            orientation;    // EXIF's, 1 to 8; 1: upright, as astrovl_image_load makes it
 } astrovl_image;
 
-// How text is chosen and when it ends. All zeros: greedy, at most 256 tokens.
+// How text is chosen and when it ends.
 typedef struct astrovl_generation {
     int      max_tokens;           // 0: 256
-    float    temperature;          // 0: greedy (the rest of this block is then unused but repetition_penalty)
+    float    temperature;          // 0: greedy (then top_k, top_p, min_p and seed are unused)
     int      top_k;                // keep the k likeliest; 0: all
     float    top_p;                // keep the smallest set with this probability (Holtzman et al. 2020); 0 or 1: all
     float    min_p;                // drop what is less likely than min_p * the likeliest; 0: none
@@ -403,16 +369,14 @@ typedef struct astrovl_generation {
     int      n_stop;
     const char *system;            // system prompt; NULL: the template's own; "": none
     astrovl_guide *guide;          // NULL: free text; else the answer keeps to it, and ends within max_tokens
-    int      parse_special;        // 1: special tokens written in the user's text are taken as such (trusted text only)
-    // Called with each new piece of text, never a broken UTF-8 character; a non-zero return cancels (the answer so far
-    // is kept).
+    int      parse_special;        // 1: special tokens in the user's text are taken as such (trusted text only)
+    // Called with each new piece of text, whole UTF-8 characters; a non-zero return cancels (the answer so far is kept).
     int    (*on_text)(void *user, const char *text, size_t size);
     void    *user;
 } astrovl_generation;
 
-// Each returns the answer, zero-terminated UTF-8, to be freed with astrovl_free; NULL and err on failure. They open a
-// session of their own (all processors, fast mode); use a session to keep it, to talk on, or to choose threads and
-// mode.
+// Each returns the answer, zero-terminated UTF-8 (astrovl_free), or NULL and err. They open a session of their own (all
+// processors, fast mode); use a session to keep it, to talk on, or to choose threads and mode.
 ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image,
                                   const astrovl_generation *options, astrovl_error *err);
 ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path,
@@ -424,17 +388,17 @@ ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image
 
 #define ASTROVL_CAPTION_PROMPT "Describe this image."
 
-// ---- sessions ---------------------------------------------------------------------------------------------------
+// ---- sessions ------------------------------------------------------------------------------------------------------
 
-typedef enum astrovl_mode {
-    ASTROVL_FAST = 0,              // the best kernels this machine has; repeatable here, whatever the thread count
-    ASTROVL_EXACT                  // the same bits on every machine, compiler and thread count
+typedef enum astrovl_mode {        // see the manual
+    ASTROVL_FAST = 0,
+    ASTROVL_EXACT
 } astrovl_mode;
 
-// Sees an intermediate tensor the moment it is computed. It must not call back into the session.
+// Gets an intermediate tensor the moment it is computed. It must not call back into the session.
 // name    as transformers names the module: "model.layers.0.self_attn.q_proj"; the manual lists all
 // layer   the layer's number, or -1 outside the layers
-// shape   [n_dims], slowest first;   name, shape, data (float32)   valid during the call
+// shape   [n_dims], slowest first;   name, shape, data   valid during the call
 typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
                             const float *data);
 
@@ -446,19 +410,17 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512"
-                                   // or "avx512_bf16", on AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm";
-                                   // NULL: the best for this processor
+    const char      *isa;          // fast mode's best kernels, such as "avx2": the manual; NULL: the processor's best
 } astrovl_session_options;
 
-// A conversation, still empty. The model must outlive its sessions. Returns NULL and err (ARGUMENT, MEMORY).
+// A conversation, still empty. The model must outlive its sessions.
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err);
-// Another conversation, still empty, with the parent's mode, threads, scratch memory, tap and progress: it costs its KV
-// cache alone. A parent and its forks are one thread's, who uses one at a time; they may be freed in any order.
-// n_ctx  as in the options; 0: the parent's.   Returns NULL and err (ARGUMENT, MEMORY).
+// Another conversation, still empty, which shares the parent's mode, threads, scratch memory, tap and progress: it
+// costs only its KV cache. One thread at a time may use a parent and its forks; they may be freed in any order.
+// n_ctx  as in the options; 0: the parent's
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err);
-ASTROVL_API void astrovl_session_free(astrovl_session *s);              // NULL is allowed
+ASTROVL_API void astrovl_session_free(astrovl_session *s);
 ASTROVL_API void astrovl_session_reset(astrovl_session *s);             // forgets the conversation
 ASTROVL_API int astrovl_session_n_past(const astrovl_session *s);       // positions the KV cache holds now
 ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
@@ -466,8 +428,7 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 // One turn of a conversation: the user says `text` about `images` (n_images may be 0), the model answers. Where `text`
 // has the marker <image> n_images times, the images stand there; where it has none, they stand before the text, each
 // followed by a newline (LLaVA's habit). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL
-// and err: LIMIT when the context is full, MODEL when a part is missing. A failed turn leaves the conversation as it
-// was before it.
+// and err (LIMIT when the context is full, MODEL when a part is missing); the conversation is then what it was before.
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
 
@@ -478,22 +439,19 @@ typedef struct astrovl_turn {
     int                       n_images;
     const char               *text;
     const astrovl_generation *options;
-    char                     *answer;      // out: to be freed with astrovl_free; NULL if this turn failed
+    char                     *answer;      // out (astrovl_free); NULL if this turn failed
     astrovl_error             err;         // out: why; its status is ASTROVL_OK if there is an answer
 } astrovl_turn;
 
 // Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after
-// another; then all answers are written together, a token of each per step. A step of one conversation spends its time
-// on fetching the weights from memory; a step of several fetches them as often, once (for every 16 conversations once),
-// and so costs little more. The sessions are distinct: one and its forks (astrovl_session_fork). Options may differ; a
-// turn that ends early leaves the others to go on, and so does one that fails, whose conversation is then as it was
-// before.
-// Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if
+// another; then all answers are written together, a token of each per step, so that a step reads the weights from
+// memory once (for every 16 conversations) and costs little more than a step of one conversation. The sessions are
+// distinct: one and its forks. Options may differ; turns that end early or fail do not disturb the others.
+// Returns ASTROVL_OK if every turn has its answer, else the first failed turn's status; ARGUMENT, for all turns, if
 // these sessions cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
 
-// What the last turn took. In a batch, a step's time is shared out evenly among the turns that it served: those of all
-// turns add up to what the batch took.
+// What the last turn took. In a batch, a step's time is divided evenly among the turns that it served.
 typedef struct astrovl_stats {
     double encode_seconds;         // images through the vision tower and projector
     double prompt_seconds;         // reading the prompt
@@ -506,43 +464,36 @@ ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stat
 // The last answer's tokens, owned by the session, valid until the next turn.
 ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *n_tokens);
 
-// ---- the parts of a session, one by one -------------------------------------------------------------------------
+// ---- the parts of a session, one by one ----------------------------------------------------------------------------
 
-// Brings an image to the vision tower's input as the model's files say (pad to square or centre crop, bicubic resize,
+// Brings an image to the vision tower's input as the model's files say (pad to square or center crop, bicubic resize,
 // 1/255, mean and standard deviation). pixels: out, [3][image_size][image_size].
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
-
-// Encodes one image to the rows that the language model reads in its place.
-// image     8-bit RGB, any size; padded or cropped as the model's files say
-// features  out, [n_image_tokens][n_embd], caller's memory
-// Returns MODEL if the model has no vision tower or projector (err says what is missing).
+// Encodes one image (of any size: it is preprocessed first) to the rows that the language model reads in its place.
+// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
-
-// Appends tokens (or rows of embeddings, [n][n_embd]) to the sequence.
-// logits    out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits = 0 to compute none
-// Returns LIMIT when the context would overflow (the sequence is then unchanged).
+// Appends tokens (or rows of embeddings, [n_rows][n_embd]) to the sequence.
+// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits = 0 to compute none
+// LIMIT when the context would overflow. After any failure the sequence is what it was before.
 ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits,
                                                int n_logits, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
                                                    int n_logits, astrovl_error *err);
-// Forgets all positions from n_past on (to branch a conversation or to retry). ARGUMENT, and nothing is changed, if the
-// session holds fewer.
+// Forgets all positions from n_past on (to branch a conversation or to retry). ARGUMENT if the session holds fewer.
 ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past, astrovl_error *err);
-
 // The next token by the rules of `options`; changes logits [n_vocab] in place.
-// history [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
+// history: [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
 ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options,
                                    const int32_t *history, int n_history, uint64_t *random_state);
 
-// ---- guided generation ------------------------------------------------------------------------------------------
-
+// ---- guided generation ---------------------------------------------------------------------------------------------
 // Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
 // that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
-// States are found as answers reach them, and remembered: a guide belongs to one thread at a time, also where it is not
-// const below. Several answers, one after another or in a batch, may share it. The model must outlive it.
+// States are found as answers reach them, and remembered: a guide belongs to one thread at a time. Several answers, one
+// after another or in a batch, may share it. The model must outlive it.
 
 // A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
 // groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
@@ -557,34 +508,30 @@ ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const
 //   string         minLength, maxLength (characters)
 //   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
 // Integers have at most 15 digits and are not -0; other numbers have at most 15 digits before and after the point.
-// Between the parts stands at most one space.
-// NULL and err: FORMAT or UNSUPPORTED name the place in the schema ("/properties/objects/items"), LIMIT and MODEL as
-// above.
+// Between the parts stands at most one space. NULL and err: FORMAT or UNSUPPORTED name the place in the schema
+// ("/properties/objects/items"), LIMIT and MODEL as above.
 ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
                                                 astrovl_error *err);
-ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);              // NULL is allowed
+ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);
 // For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in 0.
 // The state after a token; -1 where the token may not follow, or on a failure, which the next astrovl_guide_mask tells.
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token);
-// 1 if the answer may end here.
-ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);
+ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);      // 1: the answer may end here
 // Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state.
 ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state);
 // Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
 // after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
-// ARGUMENT; LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever
-// met exceed 2^20, MEMORY or LIMIT stick: the guide must be freed.
+// LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met exceed
+// 2^20, MEMORY or LIMIT stick: the guide must be freed.
 ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
                                               astrovl_error *err);
 
-// ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) ------------------------------------------------
+// ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) --------------------------------------------------
 
-// Embeds images (or texts) as rows of n_embd_joint numbers. Several go through the tower together; the rows are the
-// same as one by one. A text longer than the tower's positions is cut (its last token stays the end token). Any UTF-8;
-// lower-cased and cleaned as transformers' CLIPTokenizer does.
-// normalize   1: each row divided by its length (cosines are then products), 0: as the towers give it
-// embeddings  out, [n][n_embd_joint], caller's memory
-// Returns MODEL if the model lacks the tower, ARGUMENT, MEMORY, CANCELLED.
+// Embeds images (or texts: UTF-8, lower-cased and cleaned as by transformers' CLIPTokenizer, cut at the tower's number
+// of positions). Several go through the tower together; the rows are the same as one by one.
+// normalize: 1: each row divided by its length (cosines are then products);   embeddings: out, [n][n_embd_joint]
+// MODEL if the model lacks the tower; CANCELLED.
 // Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and
 // get_text_features.
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
@@ -594,26 +541,23 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
 // Token ids of a text for the text tower, start and end token included, not cut: as astrovl_tokenize.
 ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
                                       int capacity, astrovl_error *err);
-// How well a text fits an image.
-typedef struct astrovl_fit {
+
+typedef struct astrovl_fit {       // of a text to an image
     float cosine;
     float probability;             // softmax(logit_scale * cosine) over all texts
 } astrovl_fit;
 
-// fits: out, [n_texts]. Opens a session of its own (all processors, fast mode), which starts and ends its threads:
-// where speed counts, embed the texts once with a session that is kept.
-// Returns MODEL if a tower is missing, ARGUMENT, MEMORY.
+// fits: out, [n_texts]. Opens a session of its own, as astrovl_caption does: where speed counts, keep a session and
+// embed the texts once. MODEL if a tower is missing.
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err);
 
-// Rows to be searched, as in an index file.
-typedef struct astrovl_rows {
+typedef struct astrovl_rows {      // to be searched
     const void *data;              // [n_rows][n_dims] float16, little-endian, any alignment
     int64_t     n_rows;
     int         n_dims;
 } astrovl_rows;
 
-// A row found, and how well it fits.
 typedef struct astrovl_hit {
     int64_t row;
     float   score;
@@ -622,57 +566,51 @@ typedef struct astrovl_hit {
 // The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are
 // compared: the result is exact. Scores are summed in exact mode's order: the same on every machine.
 // query: [n_dims];   hits: out, [k];   n_threads 0: one per processor.
-// Returns how many there are (fewer than k if there are fewer rows), or -1 (ARGUMENT, MEMORY).
+// Returns how many there are (fewer than k if there are fewer rows), or -1.
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err);
 
-// ---- JSON lines -------------------------------------------------------------------------------------------------
-
 // The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of
-// strings.
-// *n: how many, 0 if there is no such member. One block of memory, texts included (astrovl_free). NULL and err: FORMAT
-// names the byte where the text breaks JSON's rules, or the member that is of another kind.
+// strings. One block of memory, texts included (astrovl_free).   *n: how many, 0 if there is no such member
+// NULL and err: FORMAT names the byte where the text breaks JSON's rules, or the member that is of another kind.
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err);
 
-// ---- text -------------------------------------------------------------------------------------------------------
+// ---- text ----------------------------------------------------------------------------------------------------------
 
 #define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
 
 // Text to token ids, as transformers' tokenizers do it.
 //   text      [size] any bytes; what is not UTF-8 counts as U+FFFD
-//   tokens    out, [capacity], the caller's; NULL with capacity 0 to count
-// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: ARGUMENT, MODEL (no
-// vocabulary), LIMIT (a text above 512 MB), MEMORY.
+//   tokens    out, [capacity]; NULL with capacity 0 to count
+// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: MODEL (no
+// vocabulary), LIMIT (a text above 512 MB).
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
-// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), the model's; empty for an id out of range.
+// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), owned by the model; empty for an id out of range.
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token);
 // The bytes a token stands for in running text: special tokens give none, and a character may take several tokens.
 // Writes at most capacity bytes, without a terminating zero; returns how many there are.
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
-// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front. NULL and err
-// as above.
+// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front.
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
                                      astrovl_error *err);
 // 1 if the token ends an answer (EOS, <|im_end|>, <|eot_id|> ...).
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
 
-// ---- images -----------------------------------------------------------------------------------------------------
+// ---- images --------------------------------------------------------------------------------------------------------
 // The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images
-// that a function makes are new memory; release them with astrovl_image_free.
+// that a function makes are new memory (astrovl_image_free).
 
-// How files are decoded. NULL or all zeros: limited to ASTROVL_MAX_PIXELS, and upright.
 typedef struct astrovl_image_options {
     uint64_t max_pixels;           // larger images are a LIMIT error; 0: ASTROVL_MAX_PIXELS
     int      as_stored;            // 1: pixels as the file has them, image->orientation tells how to turn them
 } astrovl_image_options;
 
 // Decodes a PNG, JPEG or PNM file (P5, P6 of 8 bits), told apart by its first bytes, and applies its EXIF orientation.
-// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT, MEMORY: image is empty.
+// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty.
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
                                               astrovl_image *image, astrovl_error *err);
-// The same from a file's bytes in memory.
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
                                                 astrovl_image *image, astrovl_error *err);
 ASTROVL_API void astrovl_image_free(astrovl_image *image);
@@ -688,7 +626,7 @@ ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, 
 ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
                                                      astrovl_image *out, astrovl_error *err);
 
-// ---- layers: each operation on plain arrays, one thread, for teaching and auditing ------------------------------
+// ---- layers: each operation on plain arrays, one thread, for teaching and auditing ---------------------------------
 // As memcpy, these check nothing: the arrays have to be as long as is said.
 
 // y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
