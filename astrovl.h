@@ -370,7 +370,7 @@ typedef struct astrovl_generation {
     const char *system;            // system prompt; NULL: the template's own; "": none
     astrovl_guide *guide;          // NULL: free text; else the answer keeps to it, and ends within max_tokens
     int      parse_special;        // 1: special tokens in the user's text are taken as such (trusted text only)
-    // Called with each new piece of text, whole UTF-8 characters; a non-zero return cancels (the answer so far is kept).
+    // Called with each new piece of text, whole characters; a non-zero return cancels (the answer so far is kept).
     int    (*on_text)(void *user, const char *text, size_t size);
     void    *user;
 } astrovl_generation;
@@ -410,7 +410,7 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's best kernels, such as "avx2": the manual; NULL: the processor's best
+    const char      *isa;          // fast mode uses none better than these (see the manual); NULL: no limit
 } astrovl_session_options;
 
 // A conversation, still empty. The model must outlive its sessions.
@@ -803,14 +803,20 @@ AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const c
     return size;
 }
 
+// In a function with the parameters (..., const char *format, ...): formats them into the array `text`.
+#define AVL__FORMAT_PARAMETERS(text, format) \
+    do { \
+        va_list args; \
+        va_start(args, format); \
+        avl__format_v(text, sizeof text, format, args); \
+        va_end(args); \
+    } while (0)
+
 // Fills err (if given) and returns status, so that a failing function can end with `return avl__fail(...)`.
 AVL__PRINTF(3, 4) static astrovl_status avl__fail(astrovl_error *err, astrovl_status status, const char *format, ...) {
-    va_list args;
     if (!err) return status;
     err->status = status;
-    va_start(args, format);
-    avl__format_v(err->message, sizeof err->message, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(err->message, format);
     return status;
 }
 
@@ -2447,12 +2453,9 @@ AVL__PRINTF(3, 4) static void avl__gguf_fail(avl__gguf_reader *r, astrovl_status
     const char *path = r->f->name, *quote = *r->name ? "'" : "";
     size_t skip = strlen(path) > 128 ? strlen(path) - 128 : 0;
     char reason[200], name[100];
-    va_list args;
     if (r->status) return;
     while (skip && ((unsigned char)path[skip] & 0xC0) == 0x80) skip++;
-    va_start(args, format);
-    avl__format_v(reason, sizeof reason, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(reason, format);
     avl__format(name, sizeof name, "%s", r->name);
     r->status = avl__fail(r->err, status, "%s: %s%s%s%s%s at byte %llu: %s", path + skip, r->kind, *quote ? " " : "",
                           quote, name, quote, (unsigned long long)r->field, reason);
@@ -2473,24 +2476,6 @@ static const uint8_t *avl__gguf_take(avl__gguf_reader *r, unsigned long long cou
 static unsigned long long avl__gguf_uint(avl__gguf_reader *r, int n) {   // a number of n bytes
     const uint8_t *p = avl__gguf_take(r, 1, (unsigned)n);
     return p ? avl__load_number(p, n) : 0;
-}
-
-// The name of the next key or tensor: 1 to `limit` bytes, none of them zero. Returns a zero-terminated copy, or NULL.
-static char *avl__gguf_name(avl__gguf_reader *r, const char *kind, unsigned long long limit) {
-    unsigned long long size;
-    const char *text;
-    char *copy;
-    r->kind = kind;
-    r->name = "";
-    size = avl__gguf_uint(r, 8);
-    if (size < 1 || size > limit)
-        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, limit);
-    text = (const char *)avl__gguf_take(r, size, 1);
-    if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
-    copy = r->status ? NULL : avl__copy_text(text, (size_t)size);
-    if (!copy) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-    r->name = copy ? copy : "";
-    return copy;
 }
 
 // ---- metadata and tensors ------------------------------------------------------------------------------------------
@@ -2587,12 +2572,23 @@ static void avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const c
     if (!names->name || !names->order) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
 }
 
-// A list of named things; `read` reads what follows the name of thing i.
+// A list of named things: names of 1 to max_name bytes, none of them zero; `read` reads what follows name i.
 static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const char *kind, unsigned long long max_name,
                                 void (*read)(avl__gguf_reader *r, int i)) {
+    unsigned long long size;
+    const char *text;
     int i;
     for (i = 0; i < names->count && !r->status; i++) {
-        names->name[i] = avl__gguf_name(r, kind, max_name);
+        r->kind = kind;
+        r->name = "";
+        size = avl__gguf_uint(r, 8);
+        if (size < 1 || size > max_name)
+            avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, max_name);
+        text = (const char *)avl__gguf_take(r, size, 1);
+        if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
+        if (!r->status) names->name[i] = avl__copy_text(text, (size_t)size);
+        if (!names->name[i]) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+        else r->name = names->name[i];
         names->order[i] = i;
         read(r, i);
     }
@@ -2764,11 +2760,8 @@ typedef enum avl__key_kind { AVL__KEY_INT, AVL__KEY_FLOAT, AVL__KEY_STRING } avl
 // Fails with "model.gguf: tokenizer.ggml.scores" and the formatted rest.
 static void avl__key_fail(avl__keys *k, astrovl_status status, const char *name, const char *format, ...) {
     char reason[256];
-    va_list args;
     if (k->status) return;
-    va_start(args, format);
-    avl__format_v(reason, sizeof reason, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(reason, format);
     k->status = avl__fail(k->err, status, "%s: %s%s%s", astrovl_gguf_name(k->file), k->prefix, name, reason);
 }
 
@@ -2841,11 +2834,8 @@ static void avl__weights_free(avl__weights *w) {
 // Fails with "FILE: what the format says".  file: NULL: the first one
 static void avl__load_fail(avl__weights *w, const astrovl_gguf *file, astrovl_status status, const char *format, ...) {
     char what[400];
-    va_list args;
     if (w->status) return;
-    va_start(args, format);
-    avl__format_v(what, sizeof what, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(what, format);
     w->status = avl__fail(w->err, status, "%s: %s", astrovl_gguf_name(file ? file : w->files[0]), what);
 }
 
@@ -2892,10 +2882,7 @@ static int avl__load_int(avl__weights *w, int min, int max, int fallback, const 
     int index;
     int64_t value = fallback;
     const astrovl_gguf *file;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(key, sizeof key, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(key, format);
     file = avl__find_key(w, key, &index);
     if (file) value = astrovl_gguf_int(file, index, 0);
     if (!file && fallback < 0)
@@ -2912,10 +2899,7 @@ static float avl__load_float(avl__weights *w, float min, float max, float fallba
     int index;
     float value = fallback;
     const astrovl_gguf *file;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(key, sizeof key, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(key, format);
     file = avl__find_key(w, key, &index);
     if (file) value = (float)astrovl_gguf_float(file, index, 0);
     if (!(value >= min && value <= max)) avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is out of range", key);
@@ -2945,10 +2929,7 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
     int64_t total = 1;
     float *values;
     int d;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(name, sizeof name, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(name, format);
     t = avl__load_tensor(w, name, &file);
     if (!t) return NULL;
     for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
@@ -2978,10 +2959,7 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
     avl__linear linear;
     int64_t row = 1, n_rows;
     int d;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(prefix, sizeof prefix, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(prefix, format);
     memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
     t = avl__load_tensor(w, name, &file);
@@ -6225,39 +6203,37 @@ struct astrovl_session {
 };
 
 // ---- templates -----------------------------------------------------------------------------------------------------
-// %s is the system text, %u the user's text with its images, %b and %e the vocabulary's BOS and EOS (nothing where it
-// has none), "% " its token for one space; <|...|> are special tokens. A conversation's first turn is laid out as
-// `first` where there is a system text, else as `turn`; later turns as `between`, then `turn`.
+// A turn is laid out as `turn`; before those after the first stands `between`. %p is `system_part` in a first turn with
+// a system text, else nothing; %s the system text, %u the user's text with its images; %b and %e are the vocabulary's
+// BOS and EOS (nothing where it has none), "% " its token for one space; <|...|> are special tokens.
 
 typedef struct avl__template {
     const char      *name;
     astrovl_template value;
     const char      *marker;     // AUTO takes the first row whose marker stands in tokenizer.chat_template
     const char      *system;     // the template's own system text; NULL: none
-    const char      *first, *turn, *between;
+    const char      *system_part, *turn, *between;
 } avl__template;
 
 static const avl__template avl__templates[] = {
-    {"chatml", ASTROVL_TEMPLATE_CHATML, "<|im_start|>", NULL,
-     "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n",
-     "<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
+    {"chatml", ASTROVL_TEMPLATE_CHATML, "<|im_start|>", NULL, "<|im_start|>system\n%s<|im_end|>\n",
+     "%p<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
     {"llama_3", ASTROVL_TEMPLATE_LLAMA3, "<|start_header_id|>", NULL,
-     "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>"
-     "<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-     "<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+     "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>",
+     "%p<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
      "<|eot_id|>"},
     {"llava_llama_2", ASTROVL_TEMPLATE_LLAMA2, "[INST]",          // LLaVA's conversation.py: conv_llava_llama_2
      "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
      "provides, and assist the user with a variety of tasks using natural language.",
-     "[INST] <<SYS>>\n%s\n<</SYS>>\n\n%u [/INST]", "[INST] %u [/INST]", "% %e%b"},
+     "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b"},
     {"llava_v1", ASTROVL_TEMPLATE_LLAVA, "curious human",         // conv_llava_v1
      "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the human's questions.", "%s USER: %u ASSISTANT:", "USER: %u ASSISTANT:", "%e"},
+     "and polite answers to the human's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
     {"vicuna_v1", ASTROVL_TEMPLATE_VICUNA, "USER:",               // conv_vicuna_v1
      "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the user's questions.", "%s USER: %u ASSISTANT:", "USER: %u ASSISTANT:", "%e"},
-    {"plain", ASTROVL_TEMPLATE_PLAIN, NULL, NULL, "%u", "%u", ""},
-    {"auto", ASTROVL_TEMPLATE_AUTO, NULL, NULL, "%u", "%u", ""}};  // opening chooses one of the others
+     "and polite answers to the user's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
+    {"plain", ASTROVL_TEMPLATE_PLAIN, NULL, NULL, "", "%u", ""},
+    {"auto", ASTROVL_TEMPLATE_AUTO, NULL, NULL, "", "%u", ""}};   // opening chooses one of the others
 
 enum { AVL__N_TEMPLATES = sizeof avl__templates / sizeof *avl__templates };
 
@@ -6682,21 +6658,18 @@ static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const 
                                    astrovl_error *err) {
     const char *name = "multi_modal_projector";
     const avl__linear *first = &m->projector[0], *second = &m->projector[1];
-    const int n = m->clip.n_patches, n_hidden = first->n_out;
-    float *hidden;
-    if (m->n_projector == 1) {
-        avl__apply(run, rows, features, first, n);
-        avl__tap(run, name, -1, "linear", rows, n, first->n_out);
-        return avl__pass_status(run, "image", 0, 0, err);
+    const int n = m->clip.n_patches, n_hidden = first->n_out, is_mlp = m->n_projector == 2;
+    float *hidden = is_mlp ? avl__take(run, (uint64_t)n * n_hidden) : rows;      // [n_patches][n_hidden]
+    if (!run->failed) {
+        avl__apply(run, hidden, features, first, n);
+        avl__tap(run, name, -1, is_mlp ? "linear_1" : "linear", hidden, n, n_hidden);
     }
-    hidden = avl__take(run, (uint64_t)n * n_hidden);         // [n_patches][n_hidden]
-    if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
-    avl__apply(run, hidden, features, first, n);
-    avl__tap(run, name, -1, "linear_1", hidden, n, n_hidden);
-    avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
-    avl__tap(run, name, -1, "act", hidden, n, n_hidden);
-    avl__apply(run, rows, hidden, second, n);
-    avl__tap(run, name, -1, "linear_2", rows, n, second->n_out);
+    if (!run->failed && is_mlp) {
+        avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
+        avl__tap(run, name, -1, "act", hidden, n, n_hidden);
+        avl__apply(run, rows, hidden, second, n);
+        avl__tap(run, name, -1, "linear_2", rows, n, second->n_out);
+    }
     return avl__pass_status(run, "image", 0, 0, err);
 }
 
@@ -6779,6 +6752,10 @@ ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const flo
 typedef struct avl__prompt {
     const astrovl_session *s;
     int            parse_special;
+    const char    *user;      // the user's text
+    int            n_images;
+    astrovl_string system;    // the system text; empty: none
+    const char    *system_part;
     avl__bytes     text;      // of the part under way
     avl__tokens    tokens;
     astrovl_status status;    // the first failure sticks
@@ -6804,9 +6781,10 @@ static void avl__prompt_token(avl__prompt *p, int32_t token) {
 #define AVL__IMAGE_MARK "<image>"
 
 // The user's text with its images: at their marks, or all before the text, each on a line of its own.
-static void avl__prompt_user(avl__prompt *p, const char *text, int n_images) {
+static void avl__prompt_user(avl__prompt *p) {
+    const int n_images = p->n_images;
     int image = 0, n_marks = 0;
-    const char *mark;
+    const char *text = p->user, *mark;
     for (mark = text; (mark = strstr(mark, AVL__IMAGE_MARK)) != NULL; mark += strlen(AVL__IMAGE_MARK)) n_marks++;
     if (n_marks && n_images && n_marks != n_images && !p->status)
         p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given",
@@ -6844,9 +6822,8 @@ static astrovl_string avl__chatml_system(const avl__weights *w) {
     return memchr(rest.data, '\'', rest.size) || memchr(rest.data, '"', rest.size) ? none : rest;
 }
 
-// Writes out a template's text; the table of templates says what stands for what.
-static void avl__prompt_layout(avl__prompt *p, const char *layout, astrovl_string system, const char *text,
-                               int n_images) {
+// Writes out a part of a template; the table of templates says what stands for what.
+static void avl__prompt_layout(avl__prompt *p, const char *layout) {
     const avl__vocab *vocab = &p->s->model->vocab;
     for (; *layout && !p->status; layout++) {
         int token = -1;
@@ -6862,8 +6839,9 @@ static void avl__prompt_layout(avl__prompt *p, const char *layout, astrovl_strin
             avl__bytes_put(&p->text, layout, 1);
         } else {
             switch (*++layout) {
-            case 's': avl__bytes_put(&p->text, system.data, system.size); break;
-            case 'u': avl__prompt_user(p, text, n_images); break;
+            case 'p': avl__prompt_layout(p, p->system_part); break;
+            case 's': avl__bytes_put(&p->text, p->system.data, p->system.size); break;
+            case 'u': avl__prompt_user(p); break;
             case 'b': token = vocab->bos; break;
             case 'e': token = vocab->eos; break;
             default:  token = avl__vocab_find(vocab, AVL__SPACE_MARK, 3); break;
@@ -6874,21 +6852,23 @@ static void avl__prompt_layout(avl__prompt *p, const char *layout, astrovl_strin
 }
 
 // Lays out one turn; p->tokens is the caller's to free, whatever the status.
-static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system_text) {
+static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system) {
     const astrovl_model *m = p->s->model;
     const avl__template *t = avl__templates;
-    astrovl_string system = {"", 0};
     while (t->value != m->info.chat_template && t->value != ASTROVL_TEMPLATE_AUTO) t++;
-    if (!system_text) system_text = t->system;
-    if (system_text) {
-        system.data = system_text;
-        system.size = strlen(system_text);
+    if (!system) system = t->system;
+    if (system) {
+        p->system.data = system;
+        p->system.size = strlen(system);
     } else if (t->value == ASTROVL_TEMPLATE_CHATML) {
-        system = avl__chatml_system(&m->weights);
+        p->system = avl__chatml_system(&m->weights);
     }
-    if (p->s->n_turns > 0) avl__prompt_layout(p, t->between, system, text, n_images);
+    p->user = text;
+    p->n_images = n_images;
+    p->system_part = p->s->n_turns == 0 && p->system.size ? t->system_part : "";
+    if (p->s->n_turns > 0) avl__prompt_layout(p, t->between);
     else if (m->vocab.add_bos && m->vocab.bos >= 0) avl__prompt_token(p, m->vocab.bos);
-    avl__prompt_layout(p, p->s->n_turns == 0 && system.size ? t->first : t->turn, system, text, n_images);
+    avl__prompt_layout(p, t->turn);
     avl__prompt_flush(p);
     astrovl_free(p->text.data);
     if (!p->status && p->tokens.size == 0) p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the prompt is empty");
