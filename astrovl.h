@@ -6446,14 +6446,11 @@ static astrovl_status avl__need(const astrovl_model *model, int parts, astrovl_e
         "no projector (mm.0.weight) in the model's files",
         "images cannot be embedded: no vision tower with visual_projection.weight in the model's files",
         "texts cannot be embedded: no CLIP text tower (t.*) in the model's files"};
-    int i, has[6];
+    int i;
     if (!model) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model or session was given");
-    has[0] = model->info.has_text;
-    has[1] = model->info.has_vocab;
-    has[2] = model->info.has_vision;
-    has[3] = model->info.has_projector;
-    has[4] = model->info.has_joint_image;
-    has[5] = model->info.has_joint_text;
+    const astrovl_info *info = &model->info;
+    const int has[] = {info->has_text, info->has_vocab, info->has_vision, info->has_projector, info->has_joint_image,
+                       info->has_joint_text};
     for (i = 0; i < 6; i++)
         if ((parts & 1 << i) && !has[i])
             return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(model->weights.files[0]), lacks[i]);
@@ -6501,15 +6498,10 @@ ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token) 
     return model && model->info.has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
 }
 
-// Does the token begin with the space that SentencePiece puts before a text? A space by itself (<0x20>) does not count.
-static int avl__begins_with_mark(const avl__vocab *vocab, int32_t token) {
-    astrovl_string piece = avl__vocab_piece(vocab, token);
-    return vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
-}
-
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
                                      astrovl_error *err) {
     avl__bytes text = {NULL, 0, 0, 0};
+    astrovl_string piece;
     int i, added_space = 0;
     if (avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return NULL;
     if (!tokens && n_tokens > 0) {
@@ -6520,7 +6512,9 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
     for (i = 0; i < n_tokens; i++) {
         size_t before = text.size;
         avl__put_token(&model->vocab, tokens[i], &text);
-        if (before == 0 && text.size > 0) added_space = avl__begins_with_mark(&model->vocab, tokens[i]);
+        if (before > 0 || text.size == 0 || !model->vocab.add_space_prefix) continue;
+        piece = avl__vocab_piece(&model->vocab, tokens[i]);      // with the space put before a text? (<0x20> is another)
+        added_space = piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
     }
     if (text.failed) {
         astrovl_free(text.data);
@@ -8566,7 +8560,7 @@ static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
     }
 }
 
-// How many rows go through a tower together: enough to keep all threads busy, and few enough to stay near the cache.
+// Rows that go through a tower together: enough to keep all threads busy, few enough for the caches
 enum { AVL__JOINT_ROWS = 1024 };
 
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
