@@ -202,8 +202,7 @@ typedef struct astrovl_error {
 ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...
 ASTROVL_API void astrovl_free(void *memory);
 
-// Long work reports `done` of `total` layers; stage is "image" or "prompt". A non-zero return cancels (unless all is
-// done).
+// Long work reports layers, stage is "image" or "prompt". A non-zero return cancels (unless done is total).
 typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
 
 // ---- GGUF files ----------------------------------------------------------------------------------------------------
@@ -247,8 +246,8 @@ typedef struct astrovl_kv {
     astrovl_value_type  type;
     astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
     uint64_t            count;       // elements of an array; otherwise 1
-    const void         *data;        // the value, or an array's elements, as in the file: little-endian, a u64 length
-    uint64_t            n_bytes;     // before each string's bytes
+    const void         *data;        // as in the file: little-endian; a string is its u64 length and its bytes
+    uint64_t            n_bytes;
 } astrovl_kv;
 
 // Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it
@@ -275,7 +274,7 @@ ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int ind
 ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K"; NULL for an unknown type
 // Bytes of a row of n_values; 0 if the type is unknown or n_values is not a multiple of its block.
 ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values);
-// Expands n_values (a multiple of the type's block) to float32, exactly as the format defines them (ggml-common.h).
+// Expands n_values to float32, exactly as ggml does. ARGUMENT: an unknown type, or a part of a block.
 ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, float *values, int64_t n_values);
 // IEEE half precision and bfloat16, as bits; to the nearest value, ties to even, when narrowing.
 ASTROVL_API float astrovl_f16_to_f32(uint16_t half);
