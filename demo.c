@@ -21,7 +21,6 @@
 #include <stdarg.h>
 #include <float.h>
 #include <math.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -725,7 +724,8 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each && !astrovl_image_load(paths[k], NULL, &images[k], &t.err); k++) t.n_images++;
+        for (k = i * each; t.n_images < each; k++, t.n_images++)
+            if (astrovl_image_load(paths[k], NULL, &images[k], &t.err) != ASTROVL_OK) break;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
     }
@@ -1029,7 +1029,21 @@ static int begin_part(int as_json, const char *part, int present) {
 #define end_part(as_json, format, ...) \
     ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
 
-static void print_parts(int j, const astrovl_info *m) {
+// What the files are together; that they are no model this program can run is an answer, not a failure.
+static void print_model(program *p, const list *paths) {
+    const astrovl_info *m = &p->info;
+    const int j = p->o.json;
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    if (!p->model) {
+        if (j) put_json("model:{error:%s}", p->err.message);
+        else printf("no model that astrovl can run: %s\n", p->err.message);
+        return;
+    }
+    astrovl_get_info(p->model, &p->info);
+    if (j) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+                    (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
+    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
+                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
     if (begin_part(j, "vocabulary", m->has_vocab))
         end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
     if (begin_part(j, "language_model", m->has_text))
@@ -1046,24 +1060,7 @@ static void print_parts(int j, const astrovl_info *m) {
     if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
         end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
                  m->logit_scale);
-}
-
-// What the files are together; that they are no model this program can run is an answer, not a failure.
-static void print_model(program *p, const list *paths) {
-    const astrovl_info *m = &p->info;
-    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
-    if (!p->model) {
-        if (p->o.json) put_json("model:{error:%s}", p->err.message);
-        else printf("no model that astrovl can run: %s\n", p->err.message);
-        return;
-    }
-    astrovl_get_info(p->model, &p->info);
-    if (p->o.json) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
-                            (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
-    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
-                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
-    print_parts(p->o.json, m);
-    if (p->o.json) put_json("}");
+    if (j) put_json("}");
     else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
@@ -1756,34 +1753,26 @@ typedef struct trace_state {
     uint64_t     n_tensors, n_bytes, total;
 } trace_state;
 
-// "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
-static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims,
-                        const float *data) {
-    char file[256], path[4096], *c;
-    int i = 0, call;
-    uint64_t hash;
-    while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
-    if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
-    call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
-    snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
-    for (c = file; *c; c++)
-        if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
-    snprintf(path, sizeof path, "%s/%s", t->folder, file);
-    hash = save_npy(path, shape, n_dims, data);
-    fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call, shape_text(shape, n_dims, "x"),
-            (unsigned long long)hash);
-}
-
+// A tensor becomes a file ("model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy") or a line.
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
     uint64_t n = count_values(shape, n_dims);
-    char line[512];
+    char line[512], file[256], path[4096], *c;
+    int i = 0, call;
     if (t->folder) {
-        save_tensor(t, name, layer, shape, n_dims, data);
+        while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
+        if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
+        call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
+        snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
+        for (c = file; *c; c++)
+            if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
+        snprintf(path, sizeof path, "%s/%s", t->folder, file);
+        fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t", file, name, layer, call, shape_text(shape, n_dims, "x"));
+        fprintf(t->index, "%016llx\n", (unsigned long long)save_npy(path, shape, n_dims, data));
     } else {
-        int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n),
-                            name, shape_text(shape, n_dims, "x"));
-        t->total = fnv1a64(t->total, line, (size_t)size);
+        i = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
+                     shape_text(shape, n_dims, "x"));
+        t->total = fnv1a64(t->total, line, (size_t)i);
         fputs(line, stdout);
     }
     flush_output(t->p);
@@ -1827,7 +1816,7 @@ static int run_trace(program *p) {
 }
 
 // ==== score, describe, embed: images and texts in one space ==========================================================
-enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256 };
+enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256, MAX_GROUPS = 64 };
 
 // Opens the model and a session, and says which of the towers that the command needs is missing.
 static void open_towers(program *p, int towers) {
@@ -1985,8 +1974,6 @@ static int run_score(program *p) {
     if (p->o.texts.n < 1) return usage_error(p->cmd, "against which texts? --text TEXT");
     return match_images(p, &g, 1, 0);
 }
-
-enum { MAX_GROUPS = 64 };
 
 // Texts, one a line. Blank lines and those that begin with '#' are skipped; [TITLE] begins a group. Returns the groups.
 static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
@@ -2738,11 +2725,10 @@ static int run_summarize(program *p) {
 // ==== version, the list of commands, main ============================================================================
 static int run_version(program *p) {
     printf("astrovl %s\ncompiled with ", ASTROVL_VERSION);
-#if defined(__VERSION__) && !defined(__clang__)
-    printf("gcc ");
-#endif
-#if defined(__VERSION__)
+#if defined(__clang__)
     printf("%s, ", __VERSION__);
+#elif defined(__VERSION__)
+    printf("gcc %s, ", __VERSION__);
 #endif
     printf("%d-bit\nshipped model: %s\n", (int)sizeof(void *) * 8, p->shipped[0] ? p->shipped : "not found");
     return EXIT_OK;
@@ -2837,8 +2823,7 @@ static const command commands[] = {
      "PAPERCLIP defines them.\n"
      "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the\n"
      "last two optional. The model describes each image; counted are the class it names, the feature words it uses,\n"
-     "and how close its text tower sees text and reference (AstroLLaVA's benchmark). File names are relative to the\n"
-     ".jsonl file's folder.",
+     "and the cosine of text and reference (AstroLLaVA's benchmark). Names of files are relative to the .jsonl file.",
      "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
      "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
