@@ -119,13 +119,13 @@
 // forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
 // Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Only vectors
 // (norms, biases) and position tables are expanded. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
-// head_dim * 4 bytes (exact mode: 8), of which the system gives only what has been written, and the activations of at
-// most 512 rows.
+// head_dim * 4 bytes (8 with portable kernels, as in exact mode), of which the system gives only what has been written,
+// and the activations of at most 512 rows.
 //
 // ---- Two modes ------------------------------------------------------------------------------------------------------
 // ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
 // sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
-// needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse) and no -ffast-math, which is refused.
+// needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
 // ASTROVL_FAST (default) uses vector instructions, rounds activations to 8-bit integers in blocks of 32, and keeps the
 // KV cache in float16. Weights of a float type meet activations of bfloat16 (AVX-512 BF16), of 14-bit integers (other
 // x86-64 processors) or of float32 (all others). In neither mode do results depend on the number of threads.
@@ -594,8 +594,7 @@ ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, ch
 // Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front.
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
                                      astrovl_error *err);
-// 1 if the token ends an answer (EOS, <|im_end|>, <|eot_id|> ...).
-ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
+ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);    // 1: EOS, <|im_end|>, <|eot_id|> ...
 
 // ---- images --------------------------------------------------------------------------------------------------------
 // The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images
@@ -2905,12 +2904,16 @@ static float avl__load_float(avl__weights *w, float min, float max, float fallba
     return w->status ? fallback : value;
 }
 
-// Writes "[4096, 32]", a tensor's shape slowest first.  text: room for 96 bytes
-static void avl__describe_shape(const astrovl_tensor *t, char *text) {
+// Fails with "FILE: tensor NAME is [4096, 32]; what the format says", the shape slowest first.
+static void avl__load_misfit(avl__weights *w, const astrovl_gguf *file, const astrovl_tensor *t, const char *format,
+                             ...) {
+    char wanted[128], shape[96];
     size_t at = 0;
     int d;
+    AVL__FORMAT_PARAMETERS(wanted, format);
     for (d = t->n_dims - 1; d >= 0; d--)
-        at += avl__format(text + at, 96 - at, "%s%lld%s", at ? ", " : "[", (long long)t->ne[d], d ? "" : "]");
+        at += avl__format(shape + at, 96 - at, "%s%lld%s", at ? ", " : "[", (long long)t->ne[d], d ? "" : "]");
+    avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; %s", t->name, shape, wanted);
 }
 
 // A tensor that must be there; NULL after a failure.
@@ -2922,7 +2925,7 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
 
 // A tensor of `count` values as float32, owned by w; NULL after a failure.  format: of its name
 static const float *avl__load_vector(avl__weights *w, int64_t count, const char *format, ...) {
-    char name[128], shape[96];
+    char name[128];
     const astrovl_gguf *file = NULL;
     const astrovl_tensor *t;
     int64_t total = 1;
@@ -2933,9 +2936,7 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
     if (!t) return NULL;
     for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
     if (total != count) {
-        avl__describe_shape(t, shape);
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for %lld values", name,
-                       shape, (long long)count);
+        avl__load_misfit(w, file, t, "the model's keys ask for %lld values", (long long)count);
         return NULL;
     }
     values = avl__alloc_floats((uint64_t)count);
@@ -2952,7 +2953,7 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
 // The matrix NAME.weight [n_out][n_in] in place (further dimensions folded into n_in), and NAME.bias [n_out] if there
 // is one. n_out 0: as many rows as the file has; the result says how many.  format: of NAME
 static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const char *format, ...) {
-    char prefix[112], name[128], shape[96];
+    char prefix[112], name[128];
     const astrovl_gguf *file = NULL;
     const astrovl_tensor *t;
     avl__linear linear;
@@ -2966,13 +2967,8 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
     n_rows = t->ne[t->n_dims - 1];
     for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
     if (t->n_dims < 2 || row != n_in || (n_out ? n_rows != n_out : n_rows > 1 << 20)) {
-        avl__describe_shape(t, shape);
-        if (n_out)
-            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for [%d, %d]", name,
-                           shape, n_out, n_in);
-        else
-            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; it must be a matrix with rows of %d values",
-                           name, shape, n_in);
+        if (n_out) avl__load_misfit(w, file, t, "the model's keys ask for [%d, %d]", n_out, n_in);
+        else       avl__load_misfit(w, file, t, "it must be a matrix with rows of %d values", n_in);
         return linear;
     }
     linear.weight = t->data;
