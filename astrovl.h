@@ -594,7 +594,7 @@ ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, ch
 // Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front.
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
                                      astrovl_error *err);
-ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);    // 1: EOS, <|im_end|>, <|eot_id|> ...
+ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);   // 1: EOS, <|im_end|>, <|eot_id|>...
 
 // ---- images --------------------------------------------------------------------------------------------------------
 // The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images
@@ -6508,7 +6508,7 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
         size_t before = text.size;
         avl__put_token(&model->vocab, tokens[i], &text);
         if (before > 0 || text.size == 0 || !model->vocab.add_space_prefix) continue;
-        piece = avl__vocab_piece(&model->vocab, tokens[i]);      // with the space put before a text? (<0x20> is another)
+        piece = avl__vocab_piece(&model->vocab, tokens[i]);     // with the space put before a text? (not <0x20>)
         added_space = piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
     }
     if (text.failed) {
