@@ -1,10 +1,9 @@
 // astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT licence
 //
-// Runs AstroLLaVA (arXiv 2504.08583) and whatever else is built like LLaVA-1.5: a CLIP vision tower, a projector, and a
-// LLaMA-family language model, out of the GGUF files that llama.cpp uses; and PAPERCLIP (arXiv 2403.08851) and any
-// other CLIP of two towers, out of the files that clip.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap
-// where there are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every
-// machine.
+// Runs AstroLLaVA (arXiv 2504.08583) and other models built like LLaVA-1.5 (a CLIP vision tower, a projector, a
+// LLaMA-family language model) from the GGUF files that llama.cpp uses, and PAPERCLIP (arXiv 2403.08851) and other
+// two-tower CLIPs from the files that clip.cpp uses. C99 or C++11, libc and libm; POSIX threads and mmap where there
+// are any. The reference is transformers in float32 and Pillow; exact mode gives the same bits on every machine.
 //
 // ====================================================================================================================
 // [0] Manual
@@ -15,7 +14,7 @@
 //   [1] API          every public declaration, documented where it stands
 //   [2] platform     configuration, errors, memory, byte order, files, time, threads
 //   [3] numbers      f16, bf16 and the block formats to float32; exp, tanh, erf, sin, cos that are the same everywhere
-//   [4] kernels      the inner loops, one table per instruction set
+//   [4] kernels      the inner loops behind one table of functions, in portable C
 //   [5] ops          the audit tap; norms, softmax, activations, RoPE, products, attention
 //   [6] GGUF         reading the files; weights across several files
 //   [7] text         SentencePiece, byte-level BPE and CLIP tokenizers
@@ -27,15 +26,14 @@
 //   [13] contrastive embeddings of images and texts, scores, search
 //   [15] SIMD        the kernels for vector registers: one template, and the choice at run time
 //
-// ---- How to use it ------------------------------------------------------------------------------------------------
+// ---- How to use it -------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
 //
 //     #define ASTROVL_IMPLEMENTATION
 //     #include "astrovl.h"
 //
-// and include it without the define wherever else you call it. Link with -lm, and with -pthread unless
-// ASTROVL_NO_THREADS is defined. Nothing else is needed: no build system, no generated files, no options. -O2 or -O3
-// matter for speed.
+// and include it without the define wherever else you call it. Compile with -O2 or -O3; link with -lm, and with
+// -pthread unless ASTROVL_NO_THREADS is defined.
 //
 // A caption is one call:
 //
@@ -51,7 +49,7 @@
 //     const char *files[] = {"astrollava-q4_0.gguf", "astrollava-mmproj-f16.gguf"};
 //     model = astrovl_open_files(files, 2, NULL, &err);
 //
-// A conversation, streamed to the terminal as it is written:
+// A conversation, streamed to the terminal as it is written (astrovl_chat_batch runs several at once, which is faster):
 //
 //     static int show(void *user, const char *text, size_t size) {
 //         (void)user;
@@ -68,26 +66,11 @@
 //         astrovl_image_free(&image);
 //     }
 //
-// Several conversations, here captions, together: one token of each per step, for which the weights are read from
-// memory once and not once for each. The answers are those that astrovl_chat gives.
+// An answer of a given form: here a regular expression's, with astrovl_guide_schema JSON that keeps to a schema.
 //
-//     astrovl_turn turns[4] = {{0}};
-//     for (i = 0; i < 4; i++) {
-//         turns[i].session = i ? astrovl_session_fork(turns[0].session, 0, &err)
-//                              : astrovl_session_new(model, NULL, &err);
-//         turns[i].images = &images[i], turns[i].n_images = 1, turns[i].text = ASTROVL_CAPTION_PROMPT;
-//     }
-//     astrovl_chat_batch(turns, 4, &err);                     // gives turns[i].answer, or NULL and turns[i].err
-//     for (i = 0; i < 4; i++) astrovl_free(turns[i].answer), astrovl_session_free(turns[i].session);
-//
-// An answer that a program can read: JSON that keeps to a schema, whatever the model would rather say.
-//
-//     const char *schema = "{\"type\": \"object\", \"required\": [\"class\", \"arms\"], \"properties\": {"
-//                          " \"class\": {\"enum\": [\"spiral\", \"elliptical\"]}, \"arms\": {\"type\": \"integer\"}}}";
-//     astrovl_guide *guide = astrovl_guide_schema(model, schema, strlen(schema), &err);
-//     how.guide = guide;
+//     how.guide = astrovl_guide_regex(model, "(spiral|elliptical|irregular), [0-9] arms", &err);
 //     text = astrovl_ask_file(model, "m51.jpg", "Which class of galaxy, and how many arms?", &how, &err);
-//     astrovl_guide_free(guide);
+//     astrovl_guide_free(how.guide);
 //
 // Which words fit an image? And with embeddings kept, which images fit words?
 //
@@ -100,18 +83,17 @@
 //     astrovl_rows index = {rows_f16, n, n_embd_joint};
 //     n_hits = astrovl_search(&index, query, 10, 0, hits, &err);
 //
-// Looking inside: every intermediate tensor of the transformers passes by.
+// Looking inside: a callback, the tap, gets every intermediate tensor of the transformers.
 //
 //     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
 //         if (strcmp(name, "model.layers.0.self_attn.attn_weights") == 0) ...  // [n_head][n_new][n_keys]
 //     }
 //     astrovl_session_options o = {0};
-//     o.mode = ASTROVL_EXACT;
 //     o.tap = look;
 //     astrovl_session *s = astrovl_session_new(model, &o, &err);
 //
-// The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order in which they pass. I is
-// the layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
+// The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order of the calls. I is the
+// layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
 //     image   pixel_values [3][S][S]   vision_model.embeddings.patch_embedding   vision_model.embeddings
 //             vision_model.pre_layrnorm   and for each layer, with vision_model.encoder.layers.I before it,
 //             .layer_norm1   .self_attn.q_proj .k_proj .v_proj .attn_weights [n_head][rows][rows] .context .out_proj
@@ -127,62 +109,55 @@
 //             .post_attention_layernorm   .mlp.gate_proj .up_proj .act [rows][n_ff] .down_proj   and its own name
 //             model.norm [n_logits][n_embd]   lm_head [n_logits][n_vocab]
 //
-// The parts by themselves: astrovl_encode_image gives the rows that stand for an image, astrovl_eval_tokens and
-// astrovl_eval_embeddings append to the sequence and give logits, astrovl_sample draws the next token. The layers one
-// by one (astrovl_rms_norm, astrovl_rope, ...) are plain functions on float arrays.
-//
 // ---- Errors ---------------------------------------------------------------------------------------------------------
-// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given with
-// one line that names the file and the tensor, key or byte. A NULL handle, or NULL where a pointer is needed, is such a
-// failure (ARGUMENT), or gives zeros. Nothing is printed, no signal raised, no process ended. Input files may be
-// hostile: every size in them is checked before it is used. What a failed call had begun is undone: after a failed turn
-// the conversation is what it was before.
+// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given. A
+// NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is printed, no
+// signal raised, no process ended. Input files may be hostile: every size in them is checked before it is used.
 //
 // ---- Threads and memory ---------------------------------------------------------------------------------------------
-// A model is read-only once it is open: any number of threads and sessions may share it. A session belongs to one
-// thread at a time; it runs its own worker threads (n_threads, by default one per processor), which sleep between
-// calls. There is no global state. Results do not depend on the number of threads. A session and its forks
-// (astrovl_session_fork) count as one.
-// Weights are used where they lie, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Expanded are
-// only vectors (norms, biases) and position tables. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
-// head_dim * 8 bytes, of which the system gives only what has been written, and the activations of at most 512 rows.
+// A model is read-only once it is open: any number of threads and sessions may share it. A session, together with its
+// forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Only vectors
+// (norms, biases) and position tables are expanded. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
+// head_dim * 4 bytes (8 with portable kernels, as in exact mode), of which the system gives only what has been written,
+// and the activations of at most 512 rows.
 //
 // ---- Two modes ------------------------------------------------------------------------------------------------------
-// ASTROVL_FAST (default) uses the best kernels there are for the machine. ASTROVL_EXACT computes in float32 with one
-// fixed order for every sum, no fused multiply-add, and its own exp, erf, sin and cos made of + - * / and sqrt: the
-// same bits with every compiler, on every processor with IEEE arithmetic, for every number of threads. It needs
-// FLT_EVAL_METHOD == 0 (on 32-bit x86 that is -msse2 -mfpmath=sse; the x87 rounds differently) and no -ffast-math,
-// which is refused.
-// Fast mode rounds activations to integers in blocks of 32 and multiplies integers (weights of a float type: bfloat16
-// or float32), with what the processor has of AVX2, AVX-VNNI, AVX-512 VNNI and BF16, or of AArch64's NEON, dot
-// products, and matrix products (I8MM and BF16). Elsewhere both modes compute alike. The `isa` of a session's options,
-// or the program's environment variable ASTROVL_ISA, forces simpler kernels: portable, avx2, avx_vnni, avx512,
-// avx512_bf16; on AArch64 portable, neon, neon_dotprod, neon_i8mm.
+// ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
+// sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
+// needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
+// ASTROVL_FAST (default) uses vector instructions, rounds activations to 8-bit integers in blocks of 32, and keeps the
+// KV cache in float16. Weights of a float type meet activations of bfloat16 (AVX-512 BF16), of 14-bit integers (other
+// x86-64 processors) or of float32 (all others). In neither mode do results depend on the number of threads.
+// The best kernels for the processor are chosen at run time; `isa` in a session's options (for the astrovl program, the
+// environment variable ASTROVL_ISA) sets an upper limit. From the simplest to the best:
+//     x86-64    portable, avx2, avx_vnni, avx512 (with VNNI), avx512_bf16
+//     AArch64   portable, neon, neon_dotprod
+//     others    portable, generic: gcc's and clang's vector types, where the target has vector registers
 //
 // ---- Configuration: define before the implementation ----------------------------------------------------------------
 //   ASTROVL_API                   put before every public function; extern by default
-//   ASTROVL_MALLOC(size)          the allocator, all three or none; a NULL return is handled everywhere
-//   ASTROVL_REALLOC(memory, size)
-//   ASTROVL_FREE(memory)
+//   ASTROVL_MALLOC(size), ASTROVL_REALLOC(memory, size), ASTROVL_FREE(memory)
+//                                 the allocator, all three or none; a NULL return is handled everywhere
 //   ASTROVL_NO_THREADS            no pthreads: one thread does all
 //   ASTROVL_NO_MMAP               files are read, not mapped
 //   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
+//   ASTROVL_NO_SIMD               portable kernels alone
 //   ASTROVL_BARE                  neither POSIX nor Windows: standard C alone
 //   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
 //   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that names no size: 4096 tokens (or the model's, if less)
 //   ASTROVL_MAX_THREADS           64
-//   ASTROVL_NO_SIMD               portable kernels alone
-//   ASTROVL_HEADER_NAME           this file's name, which it includes itself by: "astrovl.h"
-//
+//   ASTROVL_HEADER_NAME           this file's name if it is not "astrovl.h": the file includes itself by it
 
 // ====================================================================================================================
 // [1] API
 // The public declarations. Conventions for all of them:
-// - a function that can fail takes `astrovl_error *err` last; err may be NULL. On success err is left alone.
-// - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd].
+// - a function that can fail takes `astrovl_error *err` last; err may be NULL. On success err is left alone. Failures
+//   are named below without ASTROVL_ERROR_; ARGUMENT and MEMORY, which are possible wherever there is an err, are not.
+// - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd]. "out" is the caller's memory.
 // - option structs may be all zeros (or the pointer NULL): zero always means the sensible default.
-// - memory that a function returns is released with astrovl_free(), handles with their own function.
-// ==================================================================================================================
+// - memory that a function returns is released with astrovl_free(), handles with their own function. Both allow NULL.
+// ====================================================================================================================
 
 #ifndef AVL__ISA        // section [15] includes this file again for each instruction set
 #ifndef ASTROVL_H
@@ -204,13 +179,13 @@ extern "C" {
 #define ASTROVL_VERSION_PATCH 0
 #define ASTROVL_VERSION       "0.2.0"
 
-// ---- status and errors ------------------------------------------------------------------------------------------
+// ---- status and errors ---------------------------------------------------------------------------------------------
 
 typedef enum astrovl_status {
     ASTROVL_OK = 0,
     ASTROVL_ERROR_ARGUMENT,      // the caller's mistake: a parameter is missing or out of range
     ASTROVL_ERROR_MEMORY,        // an allocation failed
-    ASTROVL_ERROR_FILE,          // a file cannot be opened, read or written
+    ASTROVL_ERROR_FILE,          // a file cannot be opened or read
     ASTROVL_ERROR_FORMAT,        // a file's bytes break its format's rules
     ASTROVL_ERROR_UNSUPPORTED,   // well-formed, but of a kind this header does not implement
     ASTROVL_ERROR_MODEL,         // the files lack a part that the call needs, or their shapes do not fit together
@@ -218,25 +193,22 @@ typedef enum astrovl_status {
     ASTROVL_CANCELLED            // a callback asked to stop
 } astrovl_status;
 
-// What went wrong, in words: names the file, tensor, key or byte offset, and where it can, what to do about it.
+// What went wrong: names the file, tensor, key or byte offset, and where possible what to do about it.
 typedef struct astrovl_error {
     astrovl_status status;
-    char message[480];           // one line, zero-terminated, UTF-8
+    char message[480];           // one line of UTF-8
 } astrovl_error;
 
-ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...: static memory
-
-// Long work reports: stage "image" or "prompt", layers done of all. A non-zero return cancels (but not once done is
-// total).
-typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
-
-// Releases memory that a function below returned (text, arrays). NULL is allowed.
+ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...
 ASTROVL_API void astrovl_free(void *memory);
 
-// ---- GGUF files -------------------------------------------------------------------------------------------------
+// Long work reports layers, stage is "image" or "prompt". A non-zero return cancels (unless done is total).
+typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
+
+// ---- GGUF files ----------------------------------------------------------------------------------------------------
 // Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian files on any host.
 
-// Tensor types, with GGUF's numbers.
+// Types of tensors and of metadata values, with GGUF's numbers.
 typedef enum astrovl_type {
     ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1,
     ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6, ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8,
@@ -244,7 +216,6 @@ typedef enum astrovl_type {
     ASTROVL_TYPE_Q6_K = 14, ASTROVL_TYPE_BF16 = 30
 } astrovl_type;
 
-// Metadata value types, with GGUF's numbers.
 typedef enum astrovl_value_type {
     ASTROVL_VALUE_U8 = 0, ASTROVL_VALUE_I8 = 1, ASTROVL_VALUE_U16 = 2, ASTROVL_VALUE_I16 = 3, ASTROVL_VALUE_U32 = 4,
     ASTROVL_VALUE_I32 = 5, ASTROVL_VALUE_F32 = 6, ASTROVL_VALUE_BOOL = 7, ASTROVL_VALUE_STRING = 8,
@@ -253,40 +224,38 @@ typedef enum astrovl_value_type {
 
 typedef struct astrovl_gguf astrovl_gguf;
 
-// Bytes with a length; not zero-terminated.
-typedef struct astrovl_string {
+typedef struct astrovl_string {  // not zero-terminated
     const char *data;
     size_t      size;
 } astrovl_string;
 
-// One tensor of a file. ne is GGUF's order: ne[0] is the length of a row, so a matrix [n_out][n_in] has ne = {n_in,
-// n_out}.
+// One tensor of a file, owned by the file's handle.
 typedef struct astrovl_tensor {
-    const char   *name;          // zero-terminated, owned by the file's handle
+    const char   *name;
     astrovl_type  type;
     int           n_dims;        // 1 to 4
-    int64_t       ne[4];         // unused ones are 1
+    int64_t       ne[4];         // GGUF's order, rows' length first: [n_out][n_in] has ne = {n_in, n_out}; unused: 1
     uint64_t      offset;        // in the file, from its first byte
     uint64_t      n_bytes;
     const void   *data;          // little-endian blocks on every host; no alignment is promised
 } astrovl_tensor;
 
-// One metadata entry.
+// One metadata entry, owned by the file's handle.
 typedef struct astrovl_kv {
-    const char         *key;     // zero-terminated, owned by the handle
+    const char         *key;
     astrovl_value_type  type;
     astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
-    uint64_t            count;   // elements of an array; otherwise 1
-    const void         *data;    // the value, or an array's elements, as in the file: little-endian, a u64 length
-    uint64_t            n_bytes; // before each string's bytes; to copy it
+    uint64_t            count;       // elements of an array; otherwise 1
+    const void         *data;        // as in the file: little-endian; a string is its u64 length and its bytes
+    uint64_t            n_bytes;
 } astrovl_kv;
 
 // Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it
-// is checked here, once. Returns NULL and err (FILE, FORMAT, UNSUPPORTED, MEMORY).
+// is checked. NULL and err: FILE, FORMAT, UNSUPPORTED.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err);
 // The same for a file that lies in memory; the block is not copied and must outlive the handle. name: for messages.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name, astrovl_error *err);
-ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);                // NULL is allowed
+ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);
 ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file);
 ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file);         // 2 or 3
 ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file);       // bytes
@@ -296,17 +265,16 @@ ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *f
 ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file);
 ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);
 ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key);                     // index, or -1
-// Element `i` of entry `index` (i = 0 for a scalar), converted. A number asked of a string entry is 0; a string asked
-// of a number entry is empty; i out of range likewise. Booleans are 0 and 1.
+// Element `i` of entry `index` (i = 0 for a scalar), converted; a boolean is 0 or 1. 0, or an empty string, for an
+// element that does not exist, a number asked of a string or a string asked of a number.
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i);
 
-ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K", or NULL for a type this header lacks
+ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K"; NULL for an unknown type
 // Bytes of a row of n_values; 0 if the type is unknown or n_values is not a multiple of its block.
 ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values);
-// Expands n_values (a multiple of the type's block) to float32, exactly as the format defines them.
-// Source: ggml's ggml-common.h block layouts. Returns ARGUMENT for an unknown type or a broken block count.
+// Expands n_values to float32, exactly as ggml does. ARGUMENT: an unknown type, or a part of a block.
 ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, float *values, int64_t n_values);
 // IEEE half precision and bfloat16, as bits; to the nearest value, ties to even, when narrowing.
 ASTROVL_API float astrovl_f16_to_f32(uint16_t half);
@@ -314,15 +282,14 @@ ASTROVL_API float astrovl_bf16_to_f32(uint16_t half);
 ASTROVL_API uint16_t astrovl_f32_to_f16(float value);
 ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
 
-// ---- models -----------------------------------------------------------------------------------------------------
+// ---- models --------------------------------------------------------------------------------------------------------
 
 typedef struct astrovl_model   astrovl_model;     // weights, vocabulary, settings: immutable, shared by threads
 typedef struct astrovl_session astrovl_session;   // KV cache, scratch memory, threads: one caller at a time
 typedef struct astrovl_guide   astrovl_guide;     // what an answer may look like: a regular expression or a JSON schema
 
-// Prompt templates. AUTO reads tokenizer.chat_template (recognised by its markers, not interpreted).
-typedef enum astrovl_template {
-    ASTROVL_TEMPLATE_AUTO = 0,
+typedef enum astrovl_template {    // of prompts
+    ASTROVL_TEMPLATE_AUTO = 0,     // by tokenizer.chat_template (recognized by its markers, not interpreted)
     ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
     ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same with "human" for "user" (LLaVA's own inference scripts)
     ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
@@ -333,7 +300,7 @@ typedef enum astrovl_template {
 
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
-    astrovl_template chat_template;  // AUTO: from the file
+    astrovl_template chat_template;
 } astrovl_open_options;
 
 // A model file that lies in memory.
@@ -345,16 +312,14 @@ typedef struct astrovl_memory {
 
 // Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across
 // all), or of blocks of memory, which must outlive it. Any part may be absent; astrovl_get_info says what there is.
-// Weights stay in the mapped file: only small vectors are copied.
-// Returns NULL and err, the first problem (ARGUMENT, FILE, FORMAT, UNSUPPORTED, MODEL, MEMORY).
+// NULL and err, the first problem: FILE, FORMAT, UNSUPPORTED, MODEL.
 ASTROVL_API astrovl_model *astrovl_open(const char *path, const astrovl_open_options *options, astrovl_error *err);
 ASTROVL_API astrovl_model *astrovl_open_files(const char *const *paths, int n_paths,
                                               const astrovl_open_options *options, astrovl_error *err);
 ASTROVL_API astrovl_model *astrovl_open_memory(const astrovl_memory *blocks, int n_blocks,
                                                const astrovl_open_options *options, astrovl_error *err);
-ASTROVL_API void astrovl_close(astrovl_model *model);                   // after its sessions; NULL is allowed
+ASTROVL_API void astrovl_close(astrovl_model *model);                   // after its sessions
 
-// What a model consists of.
 typedef struct astrovl_info {
     int has_vocab, has_text, has_vision, has_projector;
     astrovl_template chat_template;
@@ -375,13 +340,13 @@ typedef struct astrovl_info {
     uint64_t n_params, n_weight_bytes;
 } astrovl_info;
 
-ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);      // of no model: zeros
+ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
 ASTROVL_API const char *astrovl_template_name(astrovl_template t);                      // "vicuna_v1", ...
 ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
 
-// ---- one-call API -----------------------------------------------------------------------------------------------
+// ---- one-call API --------------------------------------------------------------------------------------------------
 
 typedef struct astrovl_image {
     int            width, height;
@@ -389,10 +354,10 @@ typedef struct astrovl_image {
     int            orientation;    // EXIF's, 1 to 8; 1: upright, as astrovl_image_load makes it
 } astrovl_image;
 
-// How text is chosen and when it ends. All zeros: greedy, at most 256 tokens.
+// How text is chosen and when it ends.
 typedef struct astrovl_generation {
     int      max_tokens;           // 0: 256
-    float    temperature;          // 0: greedy (the rest of this block is then unused but repetition_penalty)
+    float    temperature;          // 0: greedy (then top_k, top_p, min_p and seed are unused)
     int      top_k;                // keep the k likeliest; 0: all
     float    top_p;                // keep the smallest set with this probability (Holtzman et al. 2020); 0 or 1: all
     float    min_p;                // drop what is less likely than min_p * the likeliest; 0: none
@@ -403,16 +368,14 @@ typedef struct astrovl_generation {
     int      n_stop;
     const char *system;            // system prompt; NULL: the template's own; "": none
     astrovl_guide *guide;          // NULL: free text; else the answer keeps to it, and ends within max_tokens
-    int      parse_special;        // 1: special tokens written in the user's text are taken as such (trusted text only)
-    // Called with each new piece of text, never a broken UTF-8 character; a non-zero return cancels (the answer so far
-    // is kept).
+    int      parse_special;        // 1: special tokens in the user's text are taken as such (trusted text only)
+    // Called with each new piece of text, whole characters; a non-zero return cancels (the answer so far is kept).
     int    (*on_text)(void *user, const char *text, size_t size);
     void    *user;
 } astrovl_generation;
 
-// Each returns the answer, zero-terminated UTF-8, to be freed with astrovl_free; NULL and err on failure. They open a
-// session of their own (all processors, fast mode); use a session to keep it, to talk on, or to choose threads and
-// mode.
+// Each returns the answer, zero-terminated UTF-8 (astrovl_free), or NULL and err. They open a session of their own (all
+// processors, fast mode); use a session to keep it, to talk on, or to choose threads and mode.
 ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image,
                                   const astrovl_generation *options, astrovl_error *err);
 ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *image_path,
@@ -424,17 +387,17 @@ ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image
 
 #define ASTROVL_CAPTION_PROMPT "Describe this image."
 
-// ---- sessions ---------------------------------------------------------------------------------------------------
+// ---- sessions ------------------------------------------------------------------------------------------------------
 
-typedef enum astrovl_mode {
-    ASTROVL_FAST = 0,              // the best kernels this machine has; repeatable here, whatever the thread count
-    ASTROVL_EXACT                  // the same bits on every machine, compiler and thread count
+typedef enum astrovl_mode {        // see the manual
+    ASTROVL_FAST = 0,
+    ASTROVL_EXACT
 } astrovl_mode;
 
-// Sees an intermediate tensor the moment it is computed. It must not call back into the session.
+// Gets an intermediate tensor the moment it is computed. It must not call back into the session.
 // name    as transformers names the module: "model.layers.0.self_attn.q_proj"; the manual lists all
 // layer   the layer's number, or -1 outside the layers
-// shape   [n_dims], slowest first;   name, shape, data (float32)   valid during the call
+// shape   [n_dims], slowest first;   name, shape, data   valid during the call
 typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
                             const float *data);
 
@@ -446,19 +409,17 @@ typedef struct astrovl_session_options {
     void            *tap_user;
     astrovl_progress progress;     // NULL: none
     void            *progress_user;
-    const char      *isa;          // fast mode's kernels are none better than "portable", "avx2", "avx_vnni", "avx512"
-                                   // or "avx512_bf16", on AArch64 "portable", "neon", "neon_dotprod" or "neon_i8mm";
-                                   // NULL: the best for this processor
+    const char      *isa;          // fast mode uses none better than these (see the manual); NULL: no limit
 } astrovl_session_options;
 
-// A conversation, still empty. The model must outlive its sessions. Returns NULL and err (ARGUMENT, MEMORY).
+// A conversation, still empty. The model must outlive its sessions.
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err);
-// Another conversation, still empty, with the parent's mode, threads, scratch memory, tap and progress: it costs its KV
-// cache alone. A parent and its forks are one thread's, who uses one at a time; they may be freed in any order.
-// n_ctx  as in the options; 0: the parent's.   Returns NULL and err (ARGUMENT, MEMORY).
+// Another conversation, still empty, which shares the parent's mode, threads, scratch memory, tap and progress: it
+// costs only its KV cache. One thread at a time may use a parent and its forks; they may be freed in any order.
+// n_ctx  as in the options; 0: the parent's
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err);
-ASTROVL_API void astrovl_session_free(astrovl_session *s);              // NULL is allowed
+ASTROVL_API void astrovl_session_free(astrovl_session *s);
 ASTROVL_API void astrovl_session_reset(astrovl_session *s);             // forgets the conversation
 ASTROVL_API int astrovl_session_n_past(const astrovl_session *s);       // positions the KV cache holds now
 ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
@@ -466,8 +427,7 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 // One turn of a conversation: the user says `text` about `images` (n_images may be 0), the model answers. Where `text`
 // has the marker <image> n_images times, the images stand there; where it has none, they stand before the text, each
 // followed by a newline (LLaVA's habit). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL
-// and err: LIMIT when the context is full, MODEL when a part is missing. A failed turn leaves the conversation as it
-// was before it.
+// and err (LIMIT when the context is full, MODEL when a part is missing); the conversation is then what it was before.
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
 
@@ -478,22 +438,19 @@ typedef struct astrovl_turn {
     int                       n_images;
     const char               *text;
     const astrovl_generation *options;
-    char                     *answer;      // out: to be freed with astrovl_free; NULL if this turn failed
+    char                     *answer;      // out (astrovl_free); NULL if this turn failed
     astrovl_error             err;         // out: why; its status is ASTROVL_OK if there is an answer
 } astrovl_turn;
 
 // Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after
-// another; then all answers are written together, a token of each per step. A step of one conversation spends its time
-// on fetching the weights from memory; a step of several fetches them as often, once (for every 16 conversations once),
-// and so costs little more. The sessions are distinct: one and its forks (astrovl_session_fork). Options may differ; a
-// turn that ends early leaves the others to go on, and so does one that fails, whose conversation is then as it was
-// before.
-// Returns ASTROVL_OK if every turn has its answer, else what the first one without says: ARGUMENT, for all of them, if
+// another; then all answers are written together, a token of each per step, so that a step reads the weights from
+// memory once (for every 16 conversations) and costs little more than a step of one conversation. The sessions are
+// distinct: one and its forks. Options may differ; turns that end early or fail do not disturb the others.
+// Returns ASTROVL_OK if every turn has its answer, else the first failed turn's status; ARGUMENT, for all turns, if
 // these sessions cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
 
-// What the last turn took. In a batch, a step's time is shared out evenly among the turns that it served: those of all
-// turns add up to what the batch took.
+// What the last turn took. In a batch, a step's time is divided evenly among the turns that it served.
 typedef struct astrovl_stats {
     double encode_seconds;         // images through the vision tower and projector
     double prompt_seconds;         // reading the prompt
@@ -506,43 +463,36 @@ ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stat
 // The last answer's tokens, owned by the session, valid until the next turn.
 ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *n_tokens);
 
-// ---- the parts of a session, one by one -------------------------------------------------------------------------
+// ---- the parts of a session, one by one ----------------------------------------------------------------------------
 
-// Brings an image to the vision tower's input as the model's files say (pad to square or centre crop, bicubic resize,
+// Brings an image to the vision tower's input as the model's files say (pad to square or center crop, bicubic resize,
 // 1/255, mean and standard deviation). pixels: out, [3][image_size][image_size].
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
-
-// Encodes one image to the rows that the language model reads in its place.
-// image     8-bit RGB, any size; padded or cropped as the model's files say
-// features  out, [n_image_tokens][n_embd], caller's memory
-// Returns MODEL if the model has no vision tower or projector (err says what is missing).
+// Encodes one image (of any size: it is preprocessed first) to the rows that the language model reads in its place.
+// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
-
-// Appends tokens (or rows of embeddings, [n][n_embd]) to the sequence.
-// logits    out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits = 0 to compute none
-// Returns LIMIT when the context would overflow (the sequence is then unchanged).
+// Appends tokens (or rows of embeddings, [n_rows][n_embd]) to the sequence.
+// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits = 0 to compute none
+// LIMIT when the context would overflow. After any failure the sequence is what it was before.
 ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits,
                                                int n_logits, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
                                                    int n_logits, astrovl_error *err);
-// Forgets all positions from n_past on (to branch a conversation or to retry). ARGUMENT, and nothing is changed, if the
-// session holds fewer.
+// Forgets all positions from n_past on (to branch a conversation or to retry). ARGUMENT if the session holds fewer.
 ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past, astrovl_error *err);
-
 // The next token by the rules of `options`; changes logits [n_vocab] in place.
-// history [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
+// history: [n_history] the tokens generated so far;   random_state: set it to the seed before the first call
 ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options,
                                    const int32_t *history, int n_history, uint64_t *random_state);
 
-// ---- guided generation ------------------------------------------------------------------------------------------
-
+// ---- guided generation ---------------------------------------------------------------------------------------------
 // Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
 // that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
-// States are found as answers reach them, and remembered: a guide belongs to one thread at a time, also where it is not
-// const below. Several answers, one after another or in a batch, may share it. The model must outlive it.
+// States are found as answers reach them, and remembered: a guide belongs to one thread at a time. Several answers, one
+// after another or in a batch, may share it. The model must outlive it.
 
 // A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
 // groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
@@ -557,34 +507,30 @@ ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const
 //   string         minLength, maxLength (characters)
 //   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
 // Integers have at most 15 digits and are not -0; other numbers have at most 15 digits before and after the point.
-// Between the parts stands at most one space.
-// NULL and err: FORMAT or UNSUPPORTED name the place in the schema ("/properties/objects/items"), LIMIT and MODEL as
-// above.
+// Between the parts stands at most one space. NULL and err: FORMAT or UNSUPPORTED name the place in the schema
+// ("/properties/objects/items"), LIMIT and MODEL as above.
 ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
                                                 astrovl_error *err);
-ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);              // NULL is allowed
+ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);
 // For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in 0.
 // The state after a token; -1 where the token may not follow, or on a failure, which the next astrovl_guide_mask tells.
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token);
-// 1 if the answer may end here.
-ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);
+ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);      // 1: the answer may end here
 // Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state.
 ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state);
 // Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
 // after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
-// ARGUMENT; LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever
-// met exceed 2^20, MEMORY or LIMIT stick: the guide must be freed.
+// LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met exceed
+// 2^20, MEMORY or LIMIT stick: the guide must be freed.
 ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
                                               astrovl_error *err);
 
-// ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) ------------------------------------------------
+// ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) --------------------------------------------------
 
-// Embeds images (or texts) as rows of n_embd_joint numbers. Several go through the tower together; the rows are the
-// same as one by one. A text longer than the tower's positions is cut (its last token stays the end token). Any UTF-8;
-// lower-cased and cleaned as transformers' CLIPTokenizer does.
-// normalize   1: each row divided by its length (cosines are then products), 0: as the towers give it
-// embeddings  out, [n][n_embd_joint], caller's memory
-// Returns MODEL if the model lacks the tower, ARGUMENT, MEMORY, CANCELLED.
+// Embeds images (or texts: UTF-8, lower-cased and cleaned as by transformers' CLIPTokenizer, cut at the tower's number
+// of positions). Several go through the tower together; the rows are the same as one by one.
+// normalize: 1: each row divided by its length (cosines are then products);   embeddings: out, [n][n_embd_joint]
+// MODEL if the model lacks the tower; CANCELLED.
 // Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and
 // get_text_features.
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
@@ -594,26 +540,23 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
 // Token ids of a text for the text tower, start and end token included, not cut: as astrovl_tokenize.
 ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
                                       int capacity, astrovl_error *err);
-// How well a text fits an image.
-typedef struct astrovl_fit {
+
+typedef struct astrovl_fit {       // of a text to an image
     float cosine;
     float probability;             // softmax(logit_scale * cosine) over all texts
 } astrovl_fit;
 
-// fits: out, [n_texts]. Opens a session of its own (all processors, fast mode), which starts and ends its threads:
-// where speed counts, embed the texts once with a session that is kept.
-// Returns MODEL if a tower is missing, ARGUMENT, MEMORY.
+// fits: out, [n_texts]. Opens a session of its own, as astrovl_caption does: where speed counts, keep a session and
+// embed the texts once. MODEL if a tower is missing.
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err);
 
-// Rows to be searched, as in an index file.
-typedef struct astrovl_rows {
+typedef struct astrovl_rows {      // to be searched
     const void *data;              // [n_rows][n_dims] float16, little-endian, any alignment
     int64_t     n_rows;
     int         n_dims;
 } astrovl_rows;
 
-// A row found, and how well it fits.
 typedef struct astrovl_hit {
     int64_t row;
     float   score;
@@ -622,57 +565,50 @@ typedef struct astrovl_hit {
 // The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are
 // compared: the result is exact. Scores are summed in exact mode's order: the same on every machine.
 // query: [n_dims];   hits: out, [k];   n_threads 0: one per processor.
-// Returns how many there are (fewer than k if there are fewer rows), or -1 (ARGUMENT, MEMORY).
+// Returns how many there are (fewer than k if there are fewer rows), or -1.
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err);
 
-// ---- JSON lines -------------------------------------------------------------------------------------------------
-
 // The strings of one member of a JSON object (RFC 8259), such as a line of a .jsonl file: a string, or an array of
-// strings.
-// *n: how many, 0 if there is no such member. One block of memory, texts included (astrovl_free). NULL and err: FORMAT
-// names the byte where the text breaks JSON's rules, or the member that is of another kind.
+// strings. One block of memory, texts included (astrovl_free).   *n: how many, 0 if there is no such member
+// NULL and err: FORMAT names the byte where the text breaks JSON's rules, or the member that is of another kind.
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err);
 
-// ---- text -------------------------------------------------------------------------------------------------------
+// ---- text ----------------------------------------------------------------------------------------------------------
 
 #define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
 
 // Text to token ids, as transformers' tokenizers do it.
 //   text      [size] any bytes; what is not UTF-8 counts as U+FFFD
-//   tokens    out, [capacity], the caller's; NULL with capacity 0 to count
-// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: ARGUMENT, MODEL (no
-// vocabulary), LIMIT (a text above 512 MB), MEMORY.
+//   tokens    out, [capacity]; NULL with capacity 0 to count
+// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: MODEL (no
+// vocabulary), LIMIT (a text above 512 MB).
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
-// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), the model's; empty for an id out of range.
+// A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), owned by the model; empty for an id out of range.
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token);
 // The bytes a token stands for in running text: special tokens give none, and a character may take several tokens.
 // Writes at most capacity bytes, without a terminating zero; returns how many there are.
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
-// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front. NULL and err
-// as above.
+// Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front.
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
                                      astrovl_error *err);
-// 1 if the token ends an answer (EOS, <|im_end|>, <|eot_id|> ...).
-ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);
+ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);   // 1: EOS, <|im_end|>, <|eot_id|>...
 
-// ---- images -----------------------------------------------------------------------------------------------------
+// ---- images --------------------------------------------------------------------------------------------------------
 // The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images
-// that a function makes are new memory; release them with astrovl_image_free.
+// that a function makes are new memory (astrovl_image_free).
 
-// How files are decoded. NULL or all zeros: limited to ASTROVL_MAX_PIXELS, and upright.
 typedef struct astrovl_image_options {
     uint64_t max_pixels;           // larger images are a LIMIT error; 0: ASTROVL_MAX_PIXELS
     int      as_stored;            // 1: pixels as the file has them, image->orientation tells how to turn them
 } astrovl_image_options;
 
 // Decodes a PNG, JPEG or PNM file (P5, P6 of 8 bits), told apart by its first bytes, and applies its EXIF orientation.
-// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT, MEMORY: image is empty.
+// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty.
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
                                               astrovl_image *image, astrovl_error *err);
-// The same from a file's bytes in memory.
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
                                                 astrovl_image *image, astrovl_error *err);
 ASTROVL_API void astrovl_image_free(astrovl_image *image);
@@ -688,7 +624,7 @@ ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, 
 ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
                                                      astrovl_image *out, astrovl_error *err);
 
-// ---- layers: each operation on plain arrays, one thread, for teaching and auditing ------------------------------
+// ---- layers: each operation on plain arrays, one thread, for teaching and auditing ---------------------------------
 // As memcpy, these check nothing: the arrays have to be as long as is said.
 
 // y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
@@ -865,14 +801,20 @@ AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const c
     return size;
 }
 
+// In a function with the parameters (..., const char *format, ...): formats them into the array `text`.
+#define AVL__FORMAT_PARAMETERS(text, format) \
+    do { \
+        va_list args; \
+        va_start(args, format); \
+        avl__format_v(text, sizeof text, format, args); \
+        va_end(args); \
+    } while (0)
+
 // Fills err (if given) and returns status, so that a failing function can end with `return avl__fail(...)`.
 AVL__PRINTF(3, 4) static astrovl_status avl__fail(astrovl_error *err, astrovl_status status, const char *format, ...) {
-    va_list args;
     if (!err) return status;
     err->status = status;
-    va_start(args, format);
-    avl__format_v(err->message, sizeof err->message, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(err->message, format);
     return status;
 }
 
@@ -2523,12 +2465,9 @@ AVL__PRINTF(3, 4) static void avl__gguf_fail(avl__gguf_reader *r, astrovl_status
     const char *path = r->f->name, *quote = *r->name ? "'" : "";
     size_t skip = strlen(path) > 128 ? strlen(path) - 128 : 0;
     char reason[200], name[100];
-    va_list args;
     if (r->status) return;
     while (skip && ((unsigned char)path[skip] & 0xC0) == 0x80) skip++;
-    va_start(args, format);
-    avl__format_v(reason, sizeof reason, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(reason, format);
     avl__format(name, sizeof name, "%s", r->name);
     r->status = avl__fail(r->err, status, "%s: %s%s%s%s%s at byte %llu: %s", path + skip, r->kind, *quote ? " " : "",
                           quote, name, quote, (unsigned long long)r->field, reason);
@@ -2549,24 +2488,6 @@ static const uint8_t *avl__gguf_take(avl__gguf_reader *r, unsigned long long cou
 static unsigned long long avl__gguf_uint(avl__gguf_reader *r, int n) {   // a number of n bytes
     const uint8_t *p = avl__gguf_take(r, 1, (unsigned)n);
     return p ? avl__load_number(p, n) : 0;
-}
-
-// The name of the next key or tensor: 1 to `limit` bytes, none of them zero. Returns a zero-terminated copy, or NULL.
-static char *avl__gguf_name(avl__gguf_reader *r, const char *kind, unsigned long long limit) {
-    unsigned long long size;
-    const char *text;
-    char *copy;
-    r->kind = kind;
-    r->name = "";
-    size = avl__gguf_uint(r, 8);
-    if (size < 1 || size > limit)
-        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, limit);
-    text = (const char *)avl__gguf_take(r, size, 1);
-    if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
-    copy = r->status ? NULL : avl__copy_text(text, (size_t)size);
-    if (!copy) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-    r->name = copy ? copy : "";
-    return copy;
 }
 
 // ---- metadata and tensors ------------------------------------------------------------------------------------------
@@ -2663,12 +2584,23 @@ static void avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const c
     if (!names->name || !names->order) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
 }
 
-// A list of named things; `read` reads what follows the name of thing i.
+// A list of named things: names of 1 to max_name bytes, none of them zero; `read` reads what follows name i.
 static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const char *kind, unsigned long long max_name,
                                 void (*read)(avl__gguf_reader *r, int i)) {
+    unsigned long long size;
+    const char *text;
     int i;
     for (i = 0; i < names->count && !r->status; i++) {
-        names->name[i] = avl__gguf_name(r, kind, max_name);
+        r->kind = kind;
+        r->name = "";
+        size = avl__gguf_uint(r, 8);
+        if (size < 1 || size > max_name)
+            avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, max_name);
+        text = (const char *)avl__gguf_take(r, size, 1);
+        if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
+        if (!r->status) names->name[i] = avl__copy_text(text, (size_t)size);
+        if (!names->name[i]) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+        else r->name = names->name[i];
         names->order[i] = i;
         read(r, i);
     }
@@ -2840,11 +2772,8 @@ typedef enum avl__key_kind { AVL__KEY_INT, AVL__KEY_FLOAT, AVL__KEY_STRING } avl
 // Fails with "model.gguf: tokenizer.ggml.scores" and the formatted rest.
 static void avl__key_fail(avl__keys *k, astrovl_status status, const char *name, const char *format, ...) {
     char reason[256];
-    va_list args;
     if (k->status) return;
-    va_start(args, format);
-    avl__format_v(reason, sizeof reason, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(reason, format);
     k->status = avl__fail(k->err, status, "%s: %s%s%s", astrovl_gguf_name(k->file), k->prefix, name, reason);
 }
 
@@ -2917,11 +2846,8 @@ static void avl__weights_free(avl__weights *w) {
 // Fails with "FILE: what the format says".  file: NULL: the first one
 static void avl__load_fail(avl__weights *w, const astrovl_gguf *file, astrovl_status status, const char *format, ...) {
     char what[400];
-    va_list args;
     if (w->status) return;
-    va_start(args, format);
-    avl__format_v(what, sizeof what, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(what, format);
     w->status = avl__fail(w->err, status, "%s: %s", astrovl_gguf_name(file ? file : w->files[0]), what);
 }
 
@@ -2968,10 +2894,7 @@ static int avl__load_int(avl__weights *w, int min, int max, int fallback, const 
     int index;
     int64_t value = fallback;
     const astrovl_gguf *file;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(key, sizeof key, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(key, format);
     file = avl__find_key(w, key, &index);
     if (file) value = astrovl_gguf_int(file, index, 0);
     if (!file && fallback < 0)
@@ -2988,22 +2911,23 @@ static float avl__load_float(avl__weights *w, float min, float max, float fallba
     int index;
     float value = fallback;
     const astrovl_gguf *file;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(key, sizeof key, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(key, format);
     file = avl__find_key(w, key, &index);
     if (file) value = (float)astrovl_gguf_float(file, index, 0);
     if (!(value >= min && value <= max)) avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is out of range", key);
     return w->status ? fallback : value;
 }
 
-// Writes "[4096, 32]", a tensor's shape slowest first.  text: room for 96 bytes
-static void avl__describe_shape(const astrovl_tensor *t, char *text) {
+// Fails with "FILE: tensor NAME is [4096, 32]; what the format says", the shape slowest first.
+static void avl__load_misfit(avl__weights *w, const astrovl_gguf *file, const astrovl_tensor *t, const char *format,
+                             ...) {
+    char wanted[128], shape[96];
     size_t at = 0;
     int d;
+    AVL__FORMAT_PARAMETERS(wanted, format);
     for (d = t->n_dims - 1; d >= 0; d--)
-        at += avl__format(text + at, 96 - at, "%s%lld%s", at ? ", " : "[", (long long)t->ne[d], d ? "" : "]");
+        at += avl__format(shape + at, 96 - at, "%s%lld%s", at ? ", " : "[", (long long)t->ne[d], d ? "" : "]");
+    avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; %s", t->name, shape, wanted);
 }
 
 // A tensor that must be there; NULL after a failure.
@@ -3015,23 +2939,18 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
 
 // A tensor of `count` values as float32, owned by w; NULL after a failure.  format: of its name
 static const float *avl__load_vector(avl__weights *w, int64_t count, const char *format, ...) {
-    char name[128], shape[96];
+    char name[128];
     const astrovl_gguf *file = NULL;
     const astrovl_tensor *t;
     int64_t total = 1;
     float *values;
     int d;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(name, sizeof name, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(name, format);
     t = avl__load_tensor(w, name, &file);
     if (!t) return NULL;
     for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
     if (total != count) {
-        avl__describe_shape(t, shape);
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for %lld values", name,
-                       shape, (long long)count);
+        avl__load_misfit(w, file, t, "the model's keys ask for %lld values", (long long)count);
         return NULL;
     }
     values = avl__alloc_floats((uint64_t)count);
@@ -3048,16 +2967,13 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
 // The matrix NAME.weight [n_out][n_in] in place (further dimensions folded into n_in), and NAME.bias [n_out] if there
 // is one. n_out 0: as many rows as the file has; the result says how many.  format: of NAME
 static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const char *format, ...) {
-    char prefix[112], name[128], shape[96];
+    char prefix[112], name[128];
     const astrovl_gguf *file = NULL;
     const astrovl_tensor *t;
     avl__linear linear;
     int64_t row = 1, n_rows;
     int d;
-    va_list args;
-    va_start(args, format);
-    avl__format_v(prefix, sizeof prefix, format, args);
-    va_end(args);
+    AVL__FORMAT_PARAMETERS(prefix, format);
     memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
     t = avl__load_tensor(w, name, &file);
@@ -3065,13 +2981,8 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
     n_rows = t->ne[t->n_dims - 1];
     for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
     if (t->n_dims < 2 || row != n_in || (n_out ? n_rows != n_out : n_rows > 1 << 20)) {
-        avl__describe_shape(t, shape);
-        if (n_out)
-            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; the model's keys ask for [%d, %d]", name,
-                           shape, n_out, n_in);
-        else
-            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; it must be a matrix with rows of %d values",
-                           name, shape, n_in);
+        if (n_out) avl__load_misfit(w, file, t, "the model's keys ask for [%d, %d]", n_out, n_in);
+        else       avl__load_misfit(w, file, t, "it must be a matrix with rows of %d values", n_in);
         return linear;
     }
     linear.weight = t->data;
@@ -6301,39 +6212,37 @@ struct astrovl_session {
 };
 
 // ---- templates -----------------------------------------------------------------------------------------------------
-// %s is the system text, %u the user's text with its images, %b and %e the vocabulary's BOS and EOS (nothing where it
-// has none), "% " its token for one space; <|...|> are special tokens. A conversation's first turn is laid out as
-// `first` where there is a system text, else as `turn`; later turns as `between`, then `turn`.
+// A turn is laid out as `turn`; before those after the first stands `between`. %p is `system_part` in a first turn with
+// a system text, else nothing; %s the system text, %u the user's text with its images; %b and %e are the vocabulary's
+// BOS and EOS (nothing where it has none), "% " its token for one space; <|...|> are special tokens.
 
 typedef struct avl__template {
     const char      *name;
     astrovl_template value;
     const char      *marker;     // AUTO takes the first row whose marker stands in tokenizer.chat_template
     const char      *system;     // the template's own system text; NULL: none
-    const char      *first, *turn, *between;
+    const char      *system_part, *turn, *between;
 } avl__template;
 
 static const avl__template avl__templates[] = {
-    {"chatml", ASTROVL_TEMPLATE_CHATML, "<|im_start|>", NULL,
-     "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n",
-     "<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
+    {"chatml", ASTROVL_TEMPLATE_CHATML, "<|im_start|>", NULL, "<|im_start|>system\n%s<|im_end|>\n",
+     "%p<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
     {"llama_3", ASTROVL_TEMPLATE_LLAMA3, "<|start_header_id|>", NULL,
-     "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>"
-     "<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-     "<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+     "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>",
+     "%p<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
      "<|eot_id|>"},
     {"llava_llama_2", ASTROVL_TEMPLATE_LLAMA2, "[INST]",          // LLaVA's conversation.py: conv_llava_llama_2
      "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
      "provides, and assist the user with a variety of tasks using natural language.",
-     "[INST] <<SYS>>\n%s\n<</SYS>>\n\n%u [/INST]", "[INST] %u [/INST]", "% %e%b"},
+     "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b"},
     {"llava_v1", ASTROVL_TEMPLATE_LLAVA, "curious human",         // conv_llava_v1
      "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the human's questions.", "%s USER: %u ASSISTANT:", "USER: %u ASSISTANT:", "%e"},
+     "and polite answers to the human's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
     {"vicuna_v1", ASTROVL_TEMPLATE_VICUNA, "USER:",               // conv_vicuna_v1
      "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the user's questions.", "%s USER: %u ASSISTANT:", "USER: %u ASSISTANT:", "%e"},
-    {"plain", ASTROVL_TEMPLATE_PLAIN, NULL, NULL, "%u", "%u", ""},
-    {"auto", ASTROVL_TEMPLATE_AUTO, NULL, NULL, "%u", "%u", ""}};  // opening chooses one of the others
+     "and polite answers to the user's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
+    {"plain", ASTROVL_TEMPLATE_PLAIN, NULL, NULL, "", "%u", ""},
+    {"auto", ASTROVL_TEMPLATE_AUTO, NULL, NULL, "", "%u", ""}};   // opening chooses one of the others
 
 enum { AVL__N_TEMPLATES = sizeof avl__templates / sizeof *avl__templates };
 
@@ -6546,14 +6455,11 @@ static astrovl_status avl__need(const astrovl_model *model, int parts, astrovl_e
         "no projector (mm.0.weight) in the model's files",
         "images cannot be embedded: no vision tower with visual_projection.weight in the model's files",
         "texts cannot be embedded: no CLIP text tower (t.*) in the model's files"};
-    int i, has[6];
+    int i;
     if (!model) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model or session was given");
-    has[0] = model->info.has_text;
-    has[1] = model->info.has_vocab;
-    has[2] = model->info.has_vision;
-    has[3] = model->info.has_projector;
-    has[4] = model->info.has_joint_image;
-    has[5] = model->info.has_joint_text;
+    const astrovl_info *info = &model->info;
+    const int has[] = {info->has_text, info->has_vocab, info->has_vision, info->has_projector, info->has_joint_image,
+                       info->has_joint_text};
     for (i = 0; i < 6; i++)
         if ((parts & 1 << i) && !has[i])
             return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(model->weights.files[0]), lacks[i]);
@@ -6601,15 +6507,10 @@ ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token) 
     return model && model->info.has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
 }
 
-// Does the token begin with the space that SentencePiece puts before a text? A space by itself (<0x20>) does not count.
-static int avl__begins_with_mark(const avl__vocab *vocab, int32_t token) {
-    astrovl_string piece = avl__vocab_piece(vocab, token);
-    return vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
-}
-
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
                                      astrovl_error *err) {
     avl__bytes text = {NULL, 0, 0, 0};
+    astrovl_string piece;
     int i, added_space = 0;
     if (avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return NULL;
     if (!tokens && n_tokens > 0) {
@@ -6620,7 +6521,9 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
     for (i = 0; i < n_tokens; i++) {
         size_t before = text.size;
         avl__put_token(&model->vocab, tokens[i], &text);
-        if (before == 0 && text.size > 0) added_space = avl__begins_with_mark(&model->vocab, tokens[i]);
+        if (before > 0 || text.size == 0 || !model->vocab.add_space_prefix) continue;
+        piece = avl__vocab_piece(&model->vocab, tokens[i]);     // with the space put before a text? (not <0x20>)
+        added_space = piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
     }
     if (text.failed) {
         astrovl_free(text.data);
@@ -6758,21 +6661,18 @@ static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const 
                                    astrovl_error *err) {
     const char *name = "multi_modal_projector";
     const avl__linear *first = &m->projector[0], *second = &m->projector[1];
-    const int n = m->clip.n_patches, n_hidden = first->n_out;
-    float *hidden;
-    if (m->n_projector == 1) {
-        avl__apply(run, rows, features, first, n);
-        avl__tap(run, name, -1, "linear", rows, n, first->n_out);
-        return avl__pass_status(run, "image", 0, 0, err);
+    const int n = m->clip.n_patches, n_hidden = first->n_out, is_mlp = m->n_projector == 2;
+    float *hidden = is_mlp ? avl__take(run, (uint64_t)n * n_hidden) : rows;      // [n_patches][n_hidden]
+    if (!run->failed) {
+        avl__apply(run, hidden, features, first, n);
+        avl__tap(run, name, -1, is_mlp ? "linear_1" : "linear", hidden, n, n_hidden);
     }
-    hidden = avl__take(run, (uint64_t)n * n_hidden);         // [n_patches][n_hidden]
-    if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
-    avl__apply(run, hidden, features, first, n);
-    avl__tap(run, name, -1, "linear_1", hidden, n, n_hidden);
-    avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
-    avl__tap(run, name, -1, "act", hidden, n, n_hidden);
-    avl__apply(run, rows, hidden, second, n);
-    avl__tap(run, name, -1, "linear_2", rows, n, second->n_out);
+    if (!run->failed && is_mlp) {
+        avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
+        avl__tap(run, name, -1, "act", hidden, n, n_hidden);
+        avl__apply(run, rows, hidden, second, n);
+        avl__tap(run, name, -1, "linear_2", rows, n, second->n_out);
+    }
     return avl__pass_status(run, "image", 0, 0, err);
 }
 
@@ -6855,6 +6755,10 @@ ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const flo
 typedef struct avl__prompt {
     const astrovl_session *s;
     int            parse_special;
+    const char    *user;      // the user's text
+    int            n_images;
+    astrovl_string system;    // the system text; empty: none
+    const char    *system_part;
     avl__bytes     text;      // of the part under way
     avl__tokens    tokens;
     astrovl_status status;    // the first failure sticks
@@ -6880,9 +6784,10 @@ static void avl__prompt_token(avl__prompt *p, int32_t token) {
 #define AVL__IMAGE_MARK "<image>"
 
 // The user's text with its images: at their marks, or all before the text, each on a line of its own.
-static void avl__prompt_user(avl__prompt *p, const char *text, int n_images) {
+static void avl__prompt_user(avl__prompt *p) {
+    const int n_images = p->n_images;
     int image = 0, n_marks = 0;
-    const char *mark;
+    const char *text = p->user, *mark;
     for (mark = text; (mark = strstr(mark, AVL__IMAGE_MARK)) != NULL; mark += strlen(AVL__IMAGE_MARK)) n_marks++;
     if (n_marks && n_images && n_marks != n_images && !p->status)
         p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given",
@@ -6920,9 +6825,8 @@ static astrovl_string avl__chatml_system(const avl__weights *w) {
     return memchr(rest.data, '\'', rest.size) || memchr(rest.data, '"', rest.size) ? none : rest;
 }
 
-// Writes out a template's text; the table of templates says what stands for what.
-static void avl__prompt_layout(avl__prompt *p, const char *layout, astrovl_string system, const char *text,
-                               int n_images) {
+// Writes out a part of a template; the table of templates says what stands for what.
+static void avl__prompt_layout(avl__prompt *p, const char *layout) {
     const avl__vocab *vocab = &p->s->model->vocab;
     for (; *layout && !p->status; layout++) {
         int token = -1;
@@ -6938,8 +6842,9 @@ static void avl__prompt_layout(avl__prompt *p, const char *layout, astrovl_strin
             avl__bytes_put(&p->text, layout, 1);
         } else {
             switch (*++layout) {
-            case 's': avl__bytes_put(&p->text, system.data, system.size); break;
-            case 'u': avl__prompt_user(p, text, n_images); break;
+            case 'p': avl__prompt_layout(p, p->system_part); break;
+            case 's': avl__bytes_put(&p->text, p->system.data, p->system.size); break;
+            case 'u': avl__prompt_user(p); break;
             case 'b': token = vocab->bos; break;
             case 'e': token = vocab->eos; break;
             default:  token = avl__vocab_find(vocab, AVL__SPACE_MARK, 3); break;
@@ -6950,21 +6855,23 @@ static void avl__prompt_layout(avl__prompt *p, const char *layout, astrovl_strin
 }
 
 // Lays out one turn; p->tokens is the caller's to free, whatever the status.
-static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system_text) {
+static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system) {
     const astrovl_model *m = p->s->model;
     const avl__template *t = avl__templates;
-    astrovl_string system = {"", 0};
     while (t->value != m->info.chat_template && t->value != ASTROVL_TEMPLATE_AUTO) t++;
-    if (!system_text) system_text = t->system;
-    if (system_text) {
-        system.data = system_text;
-        system.size = strlen(system_text);
+    if (!system) system = t->system;
+    if (system) {
+        p->system.data = system;
+        p->system.size = strlen(system);
     } else if (t->value == ASTROVL_TEMPLATE_CHATML) {
-        system = avl__chatml_system(&m->weights);
+        p->system = avl__chatml_system(&m->weights);
     }
-    if (p->s->n_turns > 0) avl__prompt_layout(p, t->between, system, text, n_images);
+    p->user = text;
+    p->n_images = n_images;
+    p->system_part = p->s->n_turns == 0 && p->system.size ? t->system_part : "";
+    if (p->s->n_turns > 0) avl__prompt_layout(p, t->between);
     else if (m->vocab.add_bos && m->vocab.bos >= 0) avl__prompt_token(p, m->vocab.bos);
-    avl__prompt_layout(p, p->s->n_turns == 0 && system.size ? t->first : t->turn, system, text, n_images);
+    avl__prompt_layout(p, t->turn);
     avl__prompt_flush(p);
     astrovl_free(p->text.data);
     if (!p->status && p->tokens.size == 0) p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the prompt is empty");
@@ -8662,7 +8569,7 @@ static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
     }
 }
 
-// How many rows go through a tower together: enough to keep all threads busy, and few enough to stay near the cache.
+// Rows that go through a tower together: enough to keep all threads busy, few enough for the caches
 enum { AVL__JOINT_ROWS = 1024 };
 
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,

@@ -21,7 +21,6 @@
 #include <stdarg.h>
 #include <float.h>
 #include <math.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -290,17 +289,6 @@ static int print_around(const char *before, const command *c, const char *after)
 #define usage_error(c, ...) \
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
-// Digits, and in a fraction at most one point; no signs, exponents, names or blanks. (Since the program never calls
-// setlocale, a point is a point in any language.)  x, whole: the number, twice
-static int parse_number(const char *text, int is_fraction, const option_spec *spec, double *x, uint64_t *whole) {
-    char *end;
-    errno = 0;
-    *x = strtod(text, &end);
-    if (!*text || text[strspn(text, is_fraction ? "0123456789." : "0123456789")] || *end) return 0;
-    *whole = is_fraction ? 0 : strtoull(text, NULL, 10);
-    return errno == 0 && *x >= spec->low && (*x <= spec->high || spec->kind == SEED);
-}
-
 static void print_templates(FILE *out) {
     int t;
     for (t = ASTROVL_TEMPLATE_AUTO; t <= ASTROVL_TEMPLATE_PLAIN; t++)
@@ -309,7 +297,9 @@ static void print_templates(FILE *out) {
 
 // Stores one option's value; `text` is NULL for a flag.
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
+    const char *digits = spec->kind == NUMBER ? "0123456789." : "0123456789";
     void *field = (char *)o + spec->field;
+    char *end;
     uint64_t whole;
     double x;
     switch (spec->kind) {
@@ -323,7 +313,11 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
         return EXIT_USAGE;
     default: break;
     }
-    if (!parse_number(text, spec->kind == NUMBER, spec, &x, &whole))
+    errno = 0;
+    whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
+    x = strtod(text, &end);                // the program never calls setlocale, so a point is a point in any language
+    if (!*text || text[strspn(text, digits)] || *end || errno || !(x >= spec->low) ||
+        (x > spec->high && spec->kind != SEED))
         return spec->kind == SEED ?
                usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
                usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
@@ -730,7 +724,8 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each && !astrovl_image_load(paths[k], NULL, &images[k], &t.err); k++) t.n_images++;
+        for (k = i * each; t.n_images < each; k++, t.n_images++)
+            if (astrovl_image_load(paths[k], NULL, &images[k], &t.err) != ASTROVL_OK) break;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
     }
@@ -855,23 +850,16 @@ static int run_chat(program *p) {
 }
 
 // ==== tokens =========================================================================================================
-// Returns the tokens of a text, *n of them.
-static int32_t *encode_text(program *p, const char *text, size_t size, int flags, int *n) {
+static int print_tokens(program *p, const char *word, size_t word_size) {
+    const int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0;
+    int i, n, size, room = 0;
     int32_t *tokens;
-    int room = 0;
     do {
         tokens = (int32_t *)new_memory(p, (size_t)room, sizeof *tokens);
-        *n = p->o.clip ? astrovl_clip_tokenize(p->model, text, size, tokens, room, &p->err) :
-                         astrovl_tokenize(p->model, text, size, flags, tokens, room, &p->err);
-        if (*n < 0) exit(failed(p));
-    } while (*n > room && (room = *n));
-    return tokens;
-}
-
-static int print_tokens(program *p, const char *word, size_t word_size) {
-    int i, n, size;
-    const int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0;
-    int32_t *tokens = encode_text(p, word, word_size, flags, &n);
+        n = p->o.clip ? astrovl_clip_tokenize(p->model, word, word_size, tokens, room, &p->err) :
+                        astrovl_tokenize(p->model, word, word_size, flags, tokens, room, &p->err);
+        if (n < 0) return failed(p);
+    } while (n > room && (room = n));
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
         for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
@@ -1041,7 +1029,21 @@ static int begin_part(int as_json, const char *part, int present) {
 #define end_part(as_json, format, ...) \
     ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
 
-static void print_parts(int j, const astrovl_info *m) {
+// What the files are together; that they are no model this program can run is an answer, not a failure.
+static void print_model(program *p, const list *paths) {
+    const astrovl_info *m = &p->info;
+    const int j = p->o.json;
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    if (!p->model) {
+        if (j) put_json("model:{error:%s}", p->err.message);
+        else printf("no model that astrovl can run: %s\n", p->err.message);
+        return;
+    }
+    astrovl_get_info(p->model, &p->info);
+    if (j) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+                    (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
+    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
+                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
     if (begin_part(j, "vocabulary", m->has_vocab))
         end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
     if (begin_part(j, "language_model", m->has_text))
@@ -1058,24 +1060,7 @@ static void print_parts(int j, const astrovl_info *m) {
     if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
         end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
                  m->logit_scale);
-}
-
-// What the files are together; that they are no model this program can run is an answer, not a failure.
-static void print_model(program *p, const list *paths) {
-    const astrovl_info *m = &p->info;
-    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
-    if (!p->model) {
-        if (p->o.json) put_json("model:{error:%s}", p->err.message);
-        else printf("no model that astrovl can run: %s\n", p->err.message);
-        return;
-    }
-    astrovl_get_info(p->model, &p->info);
-    if (p->o.json) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
-                            (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
-    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
-                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
-    print_parts(p->o.json, m);
-    if (p->o.json) put_json("}");
+    if (j) put_json("}");
     else printf("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
@@ -1471,14 +1456,12 @@ static void *quantize_pieces(void *context) {
 static void quantize_chunk(chunk c) {
     chunk parts[ASTROVL_MAX_THREADS];
     int i, n_started = 1;
-#if defined(HAS_THREADS)
-    pthread_t threads[ASTROVL_MAX_THREADS];
-#endif
     for (i = 0; i < c.n_threads; i++) {
         parts[i] = c;
         parts[i].thread = i;
     }
 #if defined(HAS_THREADS)
+    pthread_t threads[ASTROVL_MAX_THREADS];
     while (n_started < c.n_threads &&
            pthread_create(&threads[n_started], NULL, quantize_pieces, &parts[n_started]) == 0) n_started++;
 #endif
@@ -1613,17 +1596,6 @@ static void pad_to_32(gguf_out *out) {
     put_bytes(out, zeros, (size_t)(0 - out->size) % 32);
 }
 
-// One metadata entry of another file
-static void copy_entry(gguf_out *out, const astrovl_kv *kv) {
-    put_string(out, kv->key, strlen(kv->key));
-    put_number(out, kv->type, 4);
-    if (kv->type == ASTROVL_VALUE_ARRAY) {
-        put_number(out, kv->item_type, 4);
-        put_number(out, kv->count, 8);
-    }
-    put_bytes(out, kv->data, (size_t)kv->n_bytes);
-}
-
 // All that stands before the tensors' data. types: [n_tensors]
 static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, const int *types) {
     static const char *const ours[] = {"general.alignment", "general.file_type", "general.quantization_version"};
@@ -1634,8 +1606,16 @@ static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, con
     put_number(out, (uint64_t)n, 8);
     put_number(out, (uint64_t)n_old + 2, 8);
     for (i = 0; i < n_kv; i++) {
-        for (k = 0; k < 3 && strcmp(astrovl_gguf_kv(in, i)->key, ours[k]) != 0; k++) {}
-        if (k == 3) copy_entry(out, astrovl_gguf_kv(in, i));
+        const astrovl_kv *kv = astrovl_gguf_kv(in, i);
+        for (k = 0; k < 3 && strcmp(kv->key, ours[k]) != 0; k++) {}
+        if (k < 3) continue;
+        put_string(out, kv->key, strlen(kv->key));
+        put_number(out, kv->type, 4);
+        if (kv->type == ASTROVL_VALUE_ARRAY) {
+            put_number(out, kv->item_type, 4);
+            put_number(out, kv->count, 8);
+        }
+        put_bytes(out, kv->data, (size_t)kv->n_bytes);
     }
     for (k = 1; k < 3; k++) {
         put_string(out, ours[k], strlen(ours[k]));
@@ -1773,34 +1753,26 @@ typedef struct trace_state {
     uint64_t     n_tensors, n_bytes, total;
 } trace_state;
 
-// "model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy"
-static void save_tensor(trace_state *t, const char *name, int layer, const int64_t *shape, int n_dims,
-                        const float *data) {
-    char file[256], path[4096], *c;
-    int i = 0, call;
-    uint64_t hash;
-    while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
-    if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
-    call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
-    snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
-    for (c = file; *c; c++)
-        if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
-    snprintf(path, sizeof path, "%s/%s", t->folder, file);
-    hash = save_npy(path, shape, n_dims, data);
-    fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call, shape_text(shape, n_dims, "x"),
-            (unsigned long long)hash);
-}
-
+// A tensor becomes a file ("model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy") or a line.
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
     uint64_t n = count_values(shape, n_dims);
-    char line[512];
+    char line[512], file[256], path[4096], *c;
+    int i = 0, call;
     if (t->folder) {
-        save_tensor(t, name, layer, shape, n_dims, data);
+        while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
+        if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
+        call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
+        snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
+        for (c = file; *c; c++)
+            if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
+        snprintf(path, sizeof path, "%s/%s", t->folder, file);
+        fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t", file, name, layer, call, shape_text(shape, n_dims, "x"));
+        fprintf(t->index, "%016llx\n", (unsigned long long)save_npy(path, shape, n_dims, data));
     } else {
-        int size = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n),
-                            name, shape_text(shape, n_dims, "x"));
-        t->total = fnv1a64(t->total, line, (size_t)size);
+        i = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
+                     shape_text(shape, n_dims, "x"));
+        t->total = fnv1a64(t->total, line, (size_t)i);
         fputs(line, stdout);
     }
     flush_output(t->p);
@@ -1844,7 +1816,7 @@ static int run_trace(program *p) {
 }
 
 // ==== score, describe, embed: images and texts in one space ==========================================================
-enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256 };
+enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256, MAX_GROUPS = 64 };
 
 // Opens the model and a session, and says which of the towers that the command needs is missing.
 static void open_towers(program *p, int towers) {
@@ -2003,8 +1975,6 @@ static int run_score(program *p) {
     return match_images(p, &g, 1, 0);
 }
 
-enum { MAX_GROUPS = 64 };
-
 // Texts, one a line. Blank lines and those that begin with '#' are skipped; [TITLE] begins a group. Returns the groups.
 static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
     size_t size = 0, at, n_labels = 0;
@@ -2048,13 +2018,12 @@ static int run_describe(program *p) {
 
 // ==== index, search ==================================================================================================
 //
-// An index file, all numbers little-endian:
+// An index file, all numbers little-endian (README: The index file):
 //   header   "AVLINDEX" | version u32 (1) | n_dims u32 | model_fingerprint u64 | FNV-1a u64 of the 24 bytes before
-//   record   n u32, bytes of the name | ~n u32 | row, n_dims float16, L2-normalized | name, n bytes as the system gave
-//            it (usually UTF-8) | FNV-1a u64 of all the record's bytes before
-// Records follow each other without gaps, one for each image. Those of one pass are appended in one write, then synced:
-// a program that is killed leaves at worst an incomplete record at the end. Readers skip it, and `astrovl index` cuts
-// it off before it goes on. A broken record anywhere else is an error.
+//   records, without gaps, one for each image:
+//     n u32, bytes of the name | ~n u32 | row, n_dims float16, L2-normalized | name, n bytes | FNV-1a u64 of all before
+// Those of one pass are appended in one write, then synced: a program that is killed leaves at worst an incomplete
+// record at the end, which readers skip and `astrovl index` cuts off.
 
 enum { INDEX_HEADER = 32, MAX_NAME = 65535 };
 
@@ -2194,25 +2163,17 @@ static void open_index(program *p, image_index *ix) {
 
 static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
-#if !defined(_WIN32)
-// An image by its ending, in any case.
-static int has_image_ending(const char *name) {
-    static const char *const endings[] = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm"};
-    const char *dot = strrchr(name, '.');
-    int i = 0;
-    while (dot && i < 6 && strcasecmp(dot, endings[i]) != 0) i++;
-    return dot && i < 6;
-}
-#endif
-
-// A file as it is named, or the images in a folder and below it. is_found: it was met in a folder; links to folders are
-// then not followed, since they could lead in circles. (On Windows folders are not walked; give their files with -.)
+// A file as it is named, or the images (by their endings) in a folder and below it. is_found: it was met in a folder;
+// links to folders are then not followed, since they could lead in circles. (On Windows folders are not walked; give
+// their files with -.)
 static int add_images(program *p, const char *path, int is_found, list *names) {
 #if !defined(_WIN32)
+    static const char *const endings[] = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm"};
+    const char *dot = strrchr(path, '.');
     struct dirent *entry;
     struct stat s, target;
     DIR *folder;
-    int status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
+    int i = 0, status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
     if (found && S_ISDIR(s.st_mode)) {
         folder = opendir(path);
         if (!folder) return cannot_open(path);
@@ -2222,7 +2183,8 @@ static int add_images(program *p, const char *path, int is_found, list *names) {
         closedir(folder);
         return status;
     }
-    if (is_found && (!has_image_ending(path) || stat(path, &target) != 0 || !S_ISREG(target.st_mode))) return EXIT_OK;
+    while (dot && i < 6 && strcasecmp(dot, endings[i]) != 0) i++;
+    if (is_found && (!dot || i == 6 || stat(path, &target) != 0 || !S_ISREG(target.st_mode))) return EXIT_OK;
 #else
     (void)is_found;
 #endif
@@ -2763,11 +2725,10 @@ static int run_summarize(program *p) {
 // ==== version, the list of commands, main ============================================================================
 static int run_version(program *p) {
     printf("astrovl %s\ncompiled with ", ASTROVL_VERSION);
-#if defined(__VERSION__) && !defined(__clang__)
-    printf("gcc ");
-#endif
-#if defined(__VERSION__)
+#if defined(__clang__)
     printf("%s, ", __VERSION__);
+#elif defined(__VERSION__)
+    printf("gcc %s, ", __VERSION__);
 #endif
     printf("%d-bit\nshipped model: %s\n", (int)sizeof(void *) * 8, p->shipped[0] ? p->shipped : "not found");
     return EXIT_OK;
@@ -2775,9 +2736,8 @@ static int run_version(program *p) {
 
 static const command commands[] = {
     {"caption", CAPTION, run_caption, 1, MANY, "which image?", "caption [OPTIONS] IMAGE...", "describe images",
-     "Describes each image in a sentence or two. Images are PNG, JPEG or PNM files. With several, each line begins\n"
-     "with the file's name; one that cannot be read is reported, and the others are still described. --batch N reads\n"
-     "the model's weights once for N images: the same answers, sooner where a model is large.",
+     "Describes each image (PNG, JPEG or PNM) in a sentence or two. With several, each line begins with the file's\n"
+     "name. --batch N reads the weights once for N images: the same answers, sooner where a model is large.",
      "  astrovl caption galaxy.png\n  astrovl caption --json *.jpg > captions.jsonl\n"
      "  astrovl caption -m llava-q4_0.gguf -m mmproj.gguf --temperature 0.7 --seed 3 nebula.jpg\n"},
     {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "ask [OPTIONS] IMAGE... \"QUESTION\"",
@@ -2838,17 +2798,15 @@ static const command commands[] = {
      "  astrovl describe galaxy.png\n  astrovl describe --labels classes.txt -k 1 *.png\n"},
     {"index", INDEX, run_index, 1, MANY, "which images? folders, files, or - for names on standard input",
      "index [OPTIONS] DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
-     "Embeds images and writes their rows to an index file. In folders and all folders below, files that end in .png\n"
-     ".jpg .jpeg .ppm .pgm .pnm are taken; links to folders are not followed. With - file names are read from\n"
-     "standard input, one a line. Images whose name is in the index already are skipped: a run that was stopped goes\n"
-     "on where it ended, and images can be added later. Images that cannot be read are reported and left out; the\n"
-     "exit status is then 1. An index belongs to the model that made it.",
+     "Embeds images and writes their rows to an index file. In folders and below, files that end in .png .jpg .jpeg\n"
+     ".ppm .pgm .pnm are taken; links to folders are not followed. With - file names are read from standard input,\n"
+     "one a line. Names that are in the index already are skipped, so a run that was stopped can be continued.\n"
+     "Images that cannot be read are left out; the exit status is then 1. An index belongs to the model that made it.",
      "  astrovl index previews/ -o previews.avl\n"
      "  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
     {"search", SEARCH, run_search, 1, 2, "an index and a query are wanted: a text in quotes, or --image FILE",
      "search [OPTIONS] INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
-     "Prints the images of an index that fit a text best, or resemble an image most: cosine and name. All are\n"
-     "compared.",
+     "Prints the images of an index that fit a text best, or resemble an image most: cosine and name.",
      "  astrovl search previews.avl \"strong lensing arcs\"\n"
      "  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
     {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...",
@@ -2865,8 +2823,7 @@ static const command commands[] = {
      "PAPERCLIP defines them.\n"
      "vqa: each line is {\"image\": FILE, \"class\": NAME, \"description\": TEXT, \"features\": [WORD, ...]}, the\n"
      "last two optional. The model describes each image; counted are the class it names, the feature words it uses,\n"
-     "and how close its text tower sees text and reference (AstroLLaVA's benchmark). File names are relative to the\n"
-     ".jsonl file's folder.",
+     "and the cosine of text and reference (AstroLLaVA's benchmark). Names of files are relative to the .jsonl file.",
      "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
      "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
@@ -2874,8 +2831,7 @@ static const command commands[] = {
      "A language model reads a text; its answer is always of a given form: by default the schema that PAPERCLIP\n"
      "uses, {\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes\n"
      "another JSON schema, --regex a pattern; --bool asks whether the observations would show what --query names.\n"
-     "--prompt replaces the instruction. The shipped model is too small for sensible content; take a larger one with\n"
-     "-m.",
+     "--prompt replaces the instruction. The shipped model is too small for sensible content: name one with -m.",
      "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
      "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
@@ -2891,22 +2847,6 @@ static void print_overview(FILE *out) {
     for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
     fputs("\nastrovl COMMAND --help describes a command and its options. For a start:\n"
           "  astrovl caption test/images/*\n", out);
-}
-
-static const command *find_command(const char *name) {
-    int i;
-    for (i = 0; i < N_COMMANDS; i++)
-        if (strcmp(commands[i].name, name) == 0) return &commands[i];
-    return NULL;
-}
-
-// A program started without standard streams would get its files numbered 0 to 2, and print into them.
-static void occupy_standard_streams(void) {
-#if !defined(_WIN32)
-    int fd;
-    while ((fd = open("/dev/null", O_RDONLY)) >= 0 && fd <= 2) {}
-    if (fd > 2) close(fd);
-#endif
 }
 
 // Runs a command with room for every argument in each list.
@@ -2934,11 +2874,18 @@ int main(int argc, char **argv) {
     static program p;        // static: it starts as zeros, and is large for a small stack
     const char *name = argc > 1 ? argv[1] : "";
     int is_help = strcmp(name, "help") == 0 || strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0, status = EXIT_OK;
-    const command *c = find_command(is_help && argc > 2 ? (name = argv[2]) : name);
-    occupy_standard_streams();
+    const command *c = commands;
+#if !defined(_WIN32)
+    int fd;                  // a program started without standard streams would get its files numbered 0 to 2
+    while ((fd = open("/dev/null", O_RDONLY)) >= 0 && fd <= 2) {}
+    if (fd > 2) close(fd);
+#endif
 #if defined(SIGPIPE)
     signal(SIGPIPE, SIG_IGN);              // a reader that leaves is a failed write, handled where it happens
 #endif
+    if (is_help && argc > 2) name = argv[2];
+    while (c < commands + N_COMMANDS && strcmp(c->name, name) != 0) c++;
+    if (c == commands + N_COMMANDS) c = NULL;
     p.safe_output = is_terminal(1);
     find_shipped(argv[0], SHIPPED_MODEL, p.shipped);
     find_shipped(argv[0], LABELS, p.labels);
