@@ -24,7 +24,7 @@
 //   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
 //   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
 //   [13] contrastive embeddings of images and texts, scores, search
-//   [15] SIMD        the kernels for vector registers: one template, and the choice at run time
+//   [14] SIMD        the kernels for vector registers: one template, and the choice at run time
 //
 // ---- How to use it -------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -159,7 +159,7 @@
 // - memory that a function returns is released with astrovl_free(), handles with their own function. Both allow NULL.
 // ====================================================================================================================
 
-#ifndef AVL__ISA        // section [15] includes this file again for each instruction set
+#ifndef AVL__ISA        // section [14] includes this file again for each instruction set
 #ifndef ASTROVL_H
 #define ASTROVL_H
 
@@ -699,7 +699,7 @@ ASTROVL_API float astrovl_erff(float x);
 #else
 #define AVL__MMAP 0
 #endif
-// Which kernels section [15] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
+// Which kernels section [14] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
 // other processors one for the vector registers that the compiler may use. They assume little-endian bytes.
 #if defined(ASTROVL_NO_SIMD) || !(defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
 #define AVL__VECTORS 0
@@ -1620,14 +1620,14 @@ static double avl__random(uint64_t *state) {
 // [4] Kernels
 // The few loops in which all the time goes, behind one table of function pointers: products of activations with a
 // weight matrix in any stored format, attention, norms and activations. Here are the structures and the portable table,
-// which exact mode uses; the tables for vector registers come last, in section [15].
+// which exact mode uses; the tables for vector registers come last, in section [14].
 //
 // Exact mode fixes the order of every sum. A dot product of n values keeps 16 partial sums; value i goes to sum i % 16,
 // in order of i, as a rounded product then a rounded addition; then the 16 are folded 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 // Sixteen because that is one AVX-512 register, two of AVX, four of SSE or NEON, or sixteen plain variables: each
 // computes the same bits.
 //
-// Fast mode rounds activations to small integers, 32 values at a time, and multiplies integers (algebra: section [15]).
+// Fast mode rounds activations to small integers, 32 values at a time, and multiplies integers (algebra: section [14]).
 // ====================================================================================================================
 
 // A weight matrix in place, in its stored format:  y = x W^T + bias
@@ -1639,7 +1639,7 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
-// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [15]), x = e q for 32 values. Weights
+// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [14]), x = e q for 32 values. Weights
 // meet `group` rows at a time, whose words lie side by side: rows that lay a power of two apart would evict each other
 // from the L1 cache.
 typedef struct avl__quants {
@@ -1782,7 +1782,7 @@ static int avl__is_float_type(int type) {
 #define AVL__KERNEL_NAMES "portable, generic"
 #endif
 
-static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa);      // section [15]
+static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa);      // section [14]
 
 // ====================================================================================================================
 // [5] Ops
@@ -8745,7 +8745,7 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 }
 
 // ====================================================================================================================
-// [15] SIMD kernels
+// [14] SIMD kernels
 // The kernels of section [4] for processors with vector registers, written once. The second half of this section is a
 // template: the header includes itself for each instruction set, with AVL__ISA (the suffix of every name) and AVL__W
 // (32-bit lanes of a register) defined. Registers are the vector extensions of gcc and clang; an instruction set adds
@@ -9074,7 +9074,7 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 #else   // AVL__ISA
 
 // ====================================================================================================================
-// The template of [15]: included once for each instance (AVL__ISA). AVL__WIDE: the byte product adds up in 32 bits.
+// The template of [14]: included once for each instance (AVL__ISA). AVL__WIDE: the byte product adds up in 32 bits.
 // ====================================================================================================================
 
 #ifndef AVL__BASE
