@@ -7113,8 +7113,9 @@ typedef struct avl__re {
 } avl__re;
 
 typedef struct avl__guide_token {
+    int32_t  id;
     uint32_t start;               // in guide.bytes
-    uint8_t  size, shared;        // 0: it never follows; how many of its first bytes the token before has, too
+    uint8_t  size, shared;        // shared: how many of its first bytes the token before has, too
 } avl__guide_token;
 
 struct astrovl_guide {
@@ -7130,10 +7131,9 @@ struct astrovl_guide {
     uint32_t      mark;
     uint8_t       classes[256], byte_of[256];     // bytes that no RANGE tells apart are a class; its lowest byte
     int           n_classes;
-    avl__guide_token *tokens;                     // [n_vocab]
-    int          *order, n_order;                 // those with bytes, sorted by them
+    avl__guide_token *tokens;                     // [n_tokens] those with bytes, sorted by them
     char         *bytes;
-    int           n_vocab, longest;               // longest: bytes of the longest token
+    int           n_vocab, n_tokens, longest;     // longest: bytes of the longest token
     uint8_t       is_token[256];                  // 1: this byte is a token by itself
     int           n_words, n_masks;               // bit t % 32 of a mask's word t / 32 says that token t may follow
     uint32_t     *masks[AVL__GUIDE_MASKS], *scratch;
@@ -7375,6 +7375,13 @@ static int avl__re_derive(astrovl_guide *g, int x, int c) {
 
 // ---- guided generation: tokens -------------------------------------------------------------------------------------
 
+// A token's bytes; returns how many, 0: it never follows
+static int avl__guide_token_bytes(const astrovl_guide *g, int32_t token, char text[AVL__GUIDE_TOKEN]) {
+    const avl__vocab *v = &g->model->vocab;
+    int n = avl__vocab_is_end(v, token) ? 0 : avl__vocab_token_bytes(v, token, text, AVL__GUIDE_TOKEN);
+    return n <= AVL__GUIDE_TOKEN ? n : 0;
+}
+
 static int avl__guide_token_order(const void *context, int a, int b) {   // by bytes; what ends first comes first
     const astrovl_guide *g = (const astrovl_guide *)context;
     const avl__guide_token *s = &g->tokens[a], *t = &g->tokens[b];
@@ -7383,44 +7390,46 @@ static int avl__guide_token_order(const void *context, int a, int b) {   // by b
 }
 
 static void avl__guide_read_tokens(astrovl_guide *g) {
-    const avl__vocab *v = &g->model->vocab;
+    const int n_vocab = g->n_vocab = g->model->info.n_vocab;
     avl__bytes bytes = {NULL, 0, 0, 0};
-    avl__guide_token *t, *before;
+    avl__guide_token *t, *sorted = (avl__guide_token *)avl__alloc((uint64_t)n_vocab, sizeof *sorted);
+    int *order = (int *)avl__alloc_raw((uint64_t)n_vocab, sizeof *order), i, n;
     char text[AVL__GUIDE_TOKEN];
-    int i, n;
-    g->n_vocab = g->model->info.n_vocab;
-    g->n_words = g->n_vocab / 32 + 1;
-    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)g->n_vocab, sizeof *g->tokens);
-    g->order = (int *)avl__alloc_raw((uint64_t)g->n_vocab, sizeof *g->order);
+    g->n_words = n_vocab / 32 + 1;
+    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)n_vocab, sizeof *g->tokens);
     g->scratch = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *g->scratch);
-    for (i = 0; g->tokens && g->order && i < g->n_vocab; i++) {   // ids beyond the vocabulary have no bytes
-        n = avl__vocab_is_end(v, i) ? 0 : avl__vocab_token_bytes(v, i, text, AVL__GUIDE_TOKEN);
-        if (n < 1 || n > AVL__GUIDE_TOKEN) continue;
-        g->tokens[i].start = (uint32_t)bytes.size;
-        g->tokens[i].size = (uint8_t)n;
-        g->order[g->n_order++] = i;
+    for (i = 0; sorted && order && g->tokens && i < n_vocab; i++) {   // ids beyond the vocabulary have no bytes
+        n = avl__guide_token_bytes(g, i, text);
+        if (n == 0) continue;
+        t = &g->tokens[g->n_tokens];
+        t->id = i;
+        t->start = (uint32_t)bytes.size;
+        t->size = (uint8_t)n;
+        order[g->n_tokens] = g->n_tokens;
+        g->n_tokens++;
         if (n > g->longest) g->longest = n;
         if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
         avl__bytes_put(&bytes, text, (size_t)n);
     }
     g->bytes = bytes.data;
-    if (!g->tokens || !g->order || !g->scratch || bytes.failed) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-    if (g->failure.status) return;
-    avl__sort(g->order, g->n_order, avl__guide_token_order, g);
-    for (i = 1; i < g->n_order; i++) {
-        t = &g->tokens[g->order[i]];
-        before = &g->tokens[g->order[i - 1]];
-        while (t->shared < t->size && t->shared < before->size &&
-               g->bytes[t->start + t->shared] == g->bytes[before->start + t->shared]) t->shared++;
+    if (!sorted || !order || !g->tokens || !g->scratch || bytes.failed) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    else avl__sort(order, g->n_tokens, avl__guide_token_order, g);
+    for (i = 0; i < g->n_tokens && !g->failure.status; i++) {
+        t = &sorted[i];
+        *t = g->tokens[order[i]];
+        while (i > 0 && t->shared < t->size && t->shared < t[-1].size &&
+               g->bytes[t->start + t->shared] == g->bytes[t[-1].start + t->shared]) t->shared++;
     }
+    astrovl_free(order);
+    astrovl_free(g->tokens);
+    g->tokens = sorted;
 }
 
-// The first place in g->order whose token's byte `depth` is at least `byte`, of the places from low to high, whose
-// tokens have the same bytes before.
+// The first token whose byte `depth` is at least `byte`, of those from low to high, which have the same bytes before.
 static int avl__guide_narrow(const astrovl_guide *g, int low, int high, int depth, int byte) {
     while (low < high) {
         int middle = low + (high - low) / 2;
-        const avl__guide_token *t = &g->tokens[g->order[middle]];
+        const avl__guide_token *t = &g->tokens[middle];
         if (t->size > depth && (uint8_t)g->bytes[t->start + (uint32_t)depth] >= byte) high = middle;
         else low = middle + 1;
     }
@@ -7435,7 +7444,7 @@ static int avl__min_tokens(astrovl_guide *g, int x) {
     for (; g->nodes[x].min_tokens < 0 && !g->failure.status; x = avl__re_step(g, x, g->classes[g->nodes[x].first]))
         avl__push(g, x);
     while (g->stack.size > base && !g->failure.status) {   // from the end: a token, and those after it
-        int depth, low = 0, high = g->n_order, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size], n;
+        int depth, low = 0, high = g->n_tokens, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size], n;
         x = y;
         for (depth = 0; depth < g->longest && g->nodes[y].least > 0; depth++) {
             int byte = g->nodes[y].first;
@@ -7444,7 +7453,7 @@ static int avl__min_tokens(astrovl_guide *g, int x) {
             if (low == high) break;
             y = avl__re_step(g, y, g->classes[byte]);
             n = g->nodes[y].min_tokens + 1;
-            if (g->tokens[g->order[low]].size == depth + 1 && n < best) best = n;
+            if (g->tokens[low].size == depth + 1 && n < best) best = n;
         }
         g->nodes[x].min_tokens = best;
     }
@@ -7471,9 +7480,8 @@ static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_
     int at[AVL__GUIDE_TOKEN + 1], i, n, reached = 0;
     memset(mask, 0, (size_t)g->n_words * sizeof *mask);
     at[0] = x;
-    for (i = 0; i < g->n_order && !g->failure.status; i++) {
-        const int id = g->order[i];
-        const avl__guide_token *t = &g->tokens[id];
+    for (i = 0; i < g->n_tokens && !g->failure.status; i++) {
+        const avl__guide_token *t = &g->tokens[i];
         const char *bytes = g->bytes + t->start;
         if (t->shared > reached) continue;
         n = t->shared;
@@ -7485,7 +7493,7 @@ static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_
         reached = n;
         if (n < t->size || (skip && n == 1 && bytes[0] == ' ')) continue;
         if (g->nodes[at[n]].least > limit && avl__min_tokens(g, at[n]) > limit) continue;
-        mask[id / 32] |= (uint32_t)1 << id % 32;
+        mask[t->id / 32] |= (uint32_t)1 << t->id % 32;
     }
     for (i = 0; g->nodes[x].least == 0 && i < g->n_vocab && i < vocab->n_tokens; i++)
         if (vocab->ends[i]) mask[i / 32] |= (uint32_t)1 << i % 32;
@@ -7495,8 +7503,8 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
                                               astrovl_error *err) {
     astrovl_guide *g = guide;
     const float never = avl__float_from_bits(0xFF800000u);   // -infinity
-    int x = avl__guide_node(g, state), any = 0, skip, owner, slot, i;
-    uint32_t *mask;
+    int x = avl__guide_node(g, state), skip, owner, slot, i, j;
+    uint32_t *mask, bit[32], any = 0;
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
     if (g->nodes[x].least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
@@ -7526,19 +7534,22 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
         }
     }
     if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
-    for (i = 0; i < g->n_vocab; i++) {
-        if (mask[i / 32] >> i % 32 & 1) any = 1;
-        else logits[i] = never;
+    for (i = 0; i < 32; i++) bit[i] = (uint32_t)1 << i;
+    for (i = 0; i < g->n_words; i++) {   // compilers make a few vector instructions of 32 choices
+        const uint32_t bits = mask[i];
+        float *of_word = logits + 32 * (size_t)i;
+        any |= bits;
+        if (i + 1 < g->n_words) for (j = 0; j < 32; j++) of_word[j] = bits & bit[j] ? of_word[j] : never;
+        else for (j = 0; j < g->n_vocab % 32; j++) if (!(bits & bit[j])) of_word[j] = never;
     }
     return any ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
 }
 
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token) {
     int x = avl__guide_node(guide, state), i, n, skip;
-    const char *text;
-    if (x == AVL__NONE || token < 0 || token >= guide->n_vocab) return -1;
-    text = guide->bytes + guide->tokens[token].start;
-    n = guide->tokens[token].size;
+    char text[AVL__GUIDE_TOKEN];
+    if (x == AVL__NONE) return -1;
+    n = avl__guide_token_bytes(guide, token, text);
     guide->work = 0;
     skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
     for (i = skip; i < n; i++) x = avl__re_step(guide, x, guide->classes[(uint8_t)text[i]]);
@@ -7566,7 +7577,6 @@ ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
     astrovl_free(guide->next.data);
     astrovl_free(guide->stack.data);
     astrovl_free(guide->tokens);
-    astrovl_free(guide->order);
     astrovl_free(guide->bytes);
     astrovl_free(guide->scratch);
     astrovl_free(guide);
@@ -7689,10 +7699,35 @@ static int avl__regex_class(avl__regex *r) {
     return 1;
 }
 
-static int avl__regex_brackets(avl__regex *r) {   // after [
-    size_t base = r->g->stack.size, open = r->at - 1;
-    int negate = avl__regex_take(r, '^'), x;
-    if (avl__regex_peek(r) == ']') return avl__regex_wrong(r, open, "an empty set (a ] in a set is written \\])");
+static int avl__regex_alternatives(avl__regex *r);
+
+static int avl__regex_atom(avl__regex *r) {
+    size_t start = r->at, base = r->g->stack.size;
+    int c = avl__regex_peek(r), is_dot, negate, x;
+    if (c > 0 && strchr("*+?{", c))
+        return avl__regex_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
+    if (c == '^' || c == '$')
+        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED,
+                               "^ and $ may stand only at the ends of the pattern");
+    if (avl__regex_take(r, '(')) {
+        if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
+            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
+        if (++r->depth > AVL__GUIDE_DEPTH)
+            return avl__regex_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
+        x = avl__regex_alternatives(r);
+        r->depth--;
+        return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, start, "this ( is not closed");
+    }
+    if (!avl__regex_take(r, '[')) {
+        is_dot = avl__regex_take(r, '.');
+        if (is_dot || !avl__regex_class(r)) {
+            c = is_dot ? '\n' : avl__regex_char(r);
+            avl__set_add(r, c, c);
+        }
+        return avl__set_finish(r, base, is_dot);
+    }
+    negate = avl__regex_take(r, '^');
+    if (avl__regex_peek(r) == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
     while (avl__regex_peek(r) >= 0 && avl__regex_peek(r) != ']') {
         size_t at = r->at;
         int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r), high = low;
@@ -7705,36 +7740,9 @@ static int avl__regex_brackets(avl__regex *r) {   // after [
         if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
         if (!is_class) avl__set_add(r, low, high);
     }
-    if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, open, "this [ is not closed");
+    if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
     x = avl__set_finish(r, base, negate);
-    return x ? x : avl__regex_wrong(r, open, "a set that no character is in");
-}
-
-static int avl__regex_alternatives(avl__regex *r);
-
-static int avl__regex_atom(avl__regex *r) {
-    size_t at = r->at, base = r->g->stack.size;
-    int c = avl__regex_peek(r), x, negate;
-    if (c > 0 && strchr("*+?{", c))
-        return avl__regex_wrong(r, at, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
-    if (c == '^' || c == '$')
-        return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the ends of the pattern");
-    if (avl__regex_take(r, '[')) return avl__regex_brackets(r);
-    if (avl__regex_take(r, '(')) {
-        if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
-            return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
-        if (++r->depth > AVL__GUIDE_DEPTH)
-            return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
-        x = avl__regex_alternatives(r);
-        r->depth--;
-        return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, at, "this ( is not closed");
-    }
-    negate = avl__regex_take(r, '.');
-    if (negate || !avl__regex_class(r)) {
-        c = negate ? '\n' : avl__regex_char(r);
-        avl__set_add(r, c, c);
-    }
-    return avl__set_finish(r, base, negate);
+    return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
 }
 
 static int avl__regex_count(avl__regex *r) {   // -1: no number is here
@@ -7780,11 +7788,8 @@ static int avl__regex_alternatives(avl__regex *r) {
 
 // A whole pattern as an expression. It matches all of an answer, so ^ and $ at its ends say nothing.
 static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
-    avl__regex r = {NULL, NULL, 0, 0, 0};
+    avl__regex r = {g, pattern, strlen(pattern), 0, 0};
     int x;
-    r.g = g;
-    r.text = pattern;
-    r.size = strlen(pattern);
     if (r.size > AVL__GUIDE_TEXT) return avl__regex_fail(&r, AVL__GUIDE_TEXT, ASTROVL_ERROR_LIMIT, "it is too long");
     avl__regex_take(&r, '^');
     x = avl__regex_alternatives(&r);
@@ -8396,24 +8401,6 @@ static int avl__write_token(avl__turn *t) {
     return !s->stats.stopped_by_limit;
 }
 
-// Reads the token that each of n turns has just written, n at most AVL__STEP_ROWS.  logits: out, [n][n_vocab]
-static void avl__read_tokens(avl__turn *turns, int n, float *logits) {
-    const avl__llama *llama = &turns->s->model->llama;
-    avl__kv_cache *caches[AVL__STEP_ROWS];
-    int32_t tokens[AVL__STEP_ROWS];
-    astrovl_error failure;
-    int i;
-    for (i = 0; i < n; i++) {
-        const avl__tokens *written = &turns[i].tokens;
-        caches[i] = &turns[i].s->cache;
-        tokens[i] = written->data[written->size - 1];
-        turns[i].logits = logits + (size_t)i * llama->n_vocab;
-        turns[i].n_unread = 0;
-    }
-    if (avl__llama_eval(llama, turns->s->run, caches, n, tokens, NULL, n, logits, n, &failure) == ASTROVL_OK) return;
-    for (i = 0; i < n; i++) turns[i].asked->err = failure;
-}
-
 static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
     const astrovl_turn *asked = t->asked;
     const astrovl_generation *o = t->options;
@@ -8445,17 +8432,12 @@ static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
 // The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt.
 static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const char *text, const astrovl_generation *o,
                                         avl__tokens *tokens, astrovl_error *err) {
-    avl__prompt p;
-    astrovl_status status;
+    avl__prompt p = {s, o->parse_special, {NULL, 0, 0, 0}, {NULL, 0, 0}, ASTROVL_OK, err};
     int i;
-    memset(&p, 0, sizeof p);
-    p.s = s;
-    p.parse_special = o->parse_special;
-    p.err = err;
     for (i = s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - (size_t)i]);
-    status = avl__prompt_turn(&p, text, n_images, o->system);
+    avl__prompt_turn(&p, text, n_images, o->system);
     *tokens = p.tokens;
-    return status;
+    return p.status;
 }
 
 // Reads what a turn asks, images spliced in, up to the logits that its answer begins with.
@@ -8512,13 +8494,17 @@ static void avl__end_turn(avl__turn *t) {
     t->asked->answer = t->text.data;
 }
 
-// Writes the answers, each to its end. The turns that go on are moved to the front.
+// Writes the answers, each to its end. The turns that go on are moved to the front, and read the token just written,
+// up to AVL__STEP_ROWS in one pass.
 // turns: [n], in any order afterwards;  logits: scratch, [n][n_vocab]
 static void avl__write_answers(avl__turn *turns, int n, float *logits) {
-    const int group = turns->s->run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
-    const size_t n_vocab = (size_t)turns->s->model->llama.n_vocab;
+    const avl__llama *llama = &turns->s->model->llama;
+    avl__run *run = turns->s->run;
+    avl__kv_cache *caches[AVL__STEP_ROWS];
+    int32_t tokens[AVL__STEP_ROWS];
+    astrovl_error failure;
     double start = avl__seconds(), now;
-    int n_going, i;
+    int n_going, first, rows, i;
     for (; n > 0; n = n_going, start = now) {
         for (i = 0, n_going = 0; i < n; i++) {
             if (!turns[i].asked->err.status && avl__write_token(&turns[i])) {
@@ -8529,8 +8515,20 @@ static void avl__write_answers(avl__turn *turns, int n, float *logits) {
                 avl__end_turn(&turns[i]);
             }
         }
-        for (i = 0; i < n_going; i += group)
-            avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + i * n_vocab);
+        for (first = 0; first < n_going; first += rows) {
+            avl__turn *t = turns + first;
+            rows = run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
+            if (rows > n_going - first) rows = n_going - first;
+            for (i = 0; i < rows; i++) {
+                caches[i] = &t[i].s->cache;
+                tokens[i] = t[i].tokens.data[t[i].tokens.size - 1];
+                t[i].logits = logits + (size_t)(first + i) * llama->n_vocab;
+                t[i].n_unread = 0;
+            }
+            if (avl__llama_eval(llama, run, caches, rows, tokens, NULL, rows, t->logits, rows, &failure) == ASTROVL_OK)
+                continue;
+            for (i = 0; i < rows; i++) t[i].asked->err = failure;
+        }
         now = avl__seconds();
         for (i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
     }
@@ -8552,13 +8550,12 @@ static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl
 }
 
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err) {
+    astrovl_error failure = {ASTROVL_OK, ""};
     astrovl_generation defaults;
-    astrovl_error failure;
     avl__turn *room = NULL;
     float *logits = NULL;
     int i;
     memset(&defaults, 0, sizeof defaults);
-    memset(&failure, 0, sizeof failure);
     if (avl__check_batch(turns, n_turns, &failure) == ASTROVL_OK) {
         room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
         logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
@@ -8588,13 +8585,7 @@ ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, 
 
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err) {
-    astrovl_turn turn;
-    memset(&turn, 0, sizeof turn);
-    turn.session = s;
-    turn.images = images;
-    turn.n_images = n_images;
-    turn.text = text;
-    turn.options = options;
+    astrovl_turn turn = {s, images, n_images, text, options, NULL, {ASTROVL_OK, ""}};
     astrovl_chat_batch(&turn, 1, err);
     return turn.answer;
 }
