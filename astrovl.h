@@ -7833,16 +7833,15 @@ static const char *avl__json_first(const char *p) {   // item or member; NULL: t
     return *p == ']' || *p == '}' ? NULL : p;
 }
 
-static const char *avl__json_next(const char *p) {   // item; NULL: that was the last one
-    p = avl__json_space(avl__json_after(p));
-    return *p == ',' ? avl__json_space(p + 1) : NULL;
-}
-
 static const char *avl__json_value(const char *member) {
     return avl__json_space(avl__json_space(avl__json_after(member)) + 1);
 }
 
-static const char *avl__json_next_member(const char *p) { return avl__json_next(avl__json_value(p)); }
+static const char *avl__json_next(const char *p) {   // item or member; NULL: that was the last one
+    const char *after = avl__json_space(avl__json_after(p));
+    if (*after == ':') after = avl__json_space(avl__json_after(avl__json_value(p)));
+    return *after == ',' ? avl__json_space(after + 1) : NULL;
+}
 
 static int avl__json_is(const char *p, const char *text) {   // whether p is a string that spells text
     char utf8[4];
@@ -7853,14 +7852,6 @@ static int avl__json_is(const char *p, const char *text) {   // whether p is a s
         if (!*text || strncmp(text, utf8, n) != 0) return 0;
     }
     return !*text;
-}
-
-// The value of an object's member; NULL: it has none of that name. Of several, the last, as in Python.
-static const char *avl__json_get(const char *object, const char *name) {
-    const char *p, *found = NULL;
-    for (p = avl__json_first(object); p; p = avl__json_next_member(p))
-        if (avl__json_is(p, name)) found = avl__json_value(p);
-    return found;
 }
 
 typedef struct avl__json {
@@ -7960,8 +7951,9 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
     else copy = avl__json_read("JSON", json, size, &failure);
     object = copy ? avl__json_space(copy) : NULL;
-    if (object && *object == '{') found = avl__json_get(object, key);
-    else if (object) avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
+    if (object && *object != '{') avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
+    for (p = object && *object == '{' ? avl__json_first(object) : NULL; p; p = avl__json_next(p))
+        if (avl__json_is(p, key)) found = avl__json_value(p);   // of several members the last, as in Python
     is_array = found && *found == '[';
     for (p = is_array ? avl__json_first(found) : found; p; p = is_array ? avl__json_next(p) : NULL) n_strings++;
     if (!failure.status && !(list = (char **)avl__alloc_raw(n_strings * sizeof *list + size, 1)))
@@ -7997,16 +7989,22 @@ enum { AVL__OBJECT, AVL__ARRAY, AVL__STRING, AVL__INTEGER, AVL__NUMBER, AVL__BOO
 static const char *const avl__kinds[AVL__N_KINDS] = {
     "object", "array", "string", "integer", "number", "boolean", "null"};
 
-enum { AVL__N_KEYWORDS = 19, AVL__N_NOTES = 7 };
+static const char *const avl__kind_patterns[AVL__N_KINDS] = {   // string: a character
+    "", "", "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})",
+    "0|-?[1-9]\\d{0,14}", "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?", "true|false", "null"};
 
-static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // the notes say nothing about the values
-    "title", "description", "default", "examples", "$schema", "$id", "$comment", "type", "properties", "required",
-    "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "enum", "const", "anyOf"};
+enum { AVL__KEY_TYPE, AVL__KEY_PROPERTIES, AVL__KEY_REQUIRED, AVL__KEY_ADDITIONAL, AVL__KEY_ITEMS, AVL__KEY_MIN_ITEMS,
+       AVL__KEY_MAX_ITEMS, AVL__KEY_MIN_LENGTH, AVL__KEY_MAX_LENGTH, AVL__KEY_ENUM, AVL__KEY_CONST, AVL__KEY_ANY_OF,
+       AVL__N_RULES, AVL__N_KEYWORDS = AVL__N_RULES + 7 };
+
+static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules, notes: they do not restrict the values
+    "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength",
+    "enum", "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
 
 typedef struct avl__schema {
     astrovl_guide *g;
     const char    *text;     // all of it
-    int            character, integer, number, boolean, comma, colon;   // expressions that many values share
+    int            kinds[AVL__N_KINDS], comma, colon;   // expressions that many values share
 } avl__schema;
 
 // Fails, naming the place of p, a value or a member, as a JSON pointer (RFC 6901). Returns NONE.
@@ -8017,10 +8015,7 @@ static int avl__schema_fail(avl__schema *s, const char *p, astrovl_status status
     size_t n;
     while (value != p && item != p) {   // down to the item or member that p is or lies in
         int is_object = *value == '{', i = 0;
-        for (next = avl__json_first(value); next && next <= p; i++) {
-            item = next;
-            next = is_object ? avl__json_next_member(item) : avl__json_next(item);
-        }
+        for (next = avl__json_first(value); next && next <= p; next = avl__json_next(next), i++) item = next;
         value = is_object ? avl__json_value(item) : item;
         avl__format(text, sizeof text, "/%d", i - 1);
         avl__bytes_put(&path, text, is_object ? 1 : strlen(text));
@@ -8066,11 +8061,10 @@ static int avl__schema_count(avl__schema *s, const char *value, int absent) {   
 }
 
 // Items with `between` between them, in brackets or quotes; their number lies between two limits.
-static int avl__schema_list(avl__schema *s, const char *least, const char *most, int item, int between,
-                            const char *ends) {
+static int avl__schema_list(avl__schema *s, const char *const limits[2], int item, int between, const char *ends) {
     astrovl_guide *g = s->g;
-    int min = avl__schema_count(s, least, 0), max = avl__schema_count(s, most, -1), end, more, x;
-    if (max >= 0 && min > max) avl__schema_wrong(s, least, "the least (minItems, minLength) is more than the most");
+    int min = avl__schema_count(s, limits[0], 0), max = avl__schema_count(s, limits[1], -1), end, more, x;
+    if (max >= 0 && min > max) avl__schema_wrong(s, limits[0], "the least (minItems, minLength) is more than the most");
     end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
     more = avl__re_repeat(g, avl__re_cat(g, between, item), min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
     x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
@@ -8109,9 +8103,9 @@ static int avl__schema_expr(avl__schema *s, const char *schema);
 
 // Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
 // follows where nothing is written yet, and what follows a member.
-static int avl__schema_object(avl__schema *s, const char *schema) {
-    const char *properties = avl__json_get(schema, "properties"), *required = avl__json_get(schema, "required"), *p;
-    const char *additional = avl__json_get(schema, "additionalProperties");
+static int avl__schema_object(avl__schema *s, const char *const *rules) {
+    const char *properties = rules[AVL__KEY_PROPERTIES], *required = rules[AVL__KEY_REQUIRED], *p;
+    const char *additional = rules[AVL__KEY_ADDITIONAL];
     astrovl_guide *g = s->g;
     size_t base = g->stack.size, n, i;
     int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first, name;
@@ -8121,7 +8115,7 @@ static int avl__schema_object(avl__schema *s, const char *schema) {
     if (required && *required != '[') return avl__schema_wrong(s, required, "required is an array of names");
     if (additional && *additional != 't' && *additional != 'f')
         return avl__schema_unknown(s, additional, "only true and false are understood (none is ever written)");
-    for (p = properties ? avl__json_first(properties) : NULL; p; p = avl__json_next_member(p)) {
+    for (p = properties ? avl__json_first(properties) : NULL; p; p = avl__json_next(p)) {
         name = avl__schema_literal(s, p);
         if (g->nodes[name].mark == known) avl__schema_wrong(s, p, "a second member of the same name");
         g->nodes[name].mark = known;
@@ -8135,7 +8129,7 @@ static int avl__schema_object(avl__schema *s, const char *schema) {
     }
     n = g->stack.size - base;
     for (i = 0; i < n && !g->failure.status; i++) avl__push(g, g->nodes[g->stack.data[base + i]].mark > known);
-    for (p = n > 0 ? avl__json_first(properties) : NULL; p && !g->failure.status; p = avl__json_next_member(p))
+    for (p = n > 0 ? avl__json_first(properties) : NULL; p && !g->failure.status; p = avl__json_next(p))
         avl__push(g, avl__schema_expr(s, avl__json_value(p)));
     for (i = n; i > 0 && !g->failure.status; i--) {   // on the stack: n names, n times whether it is required, n values
         const int32_t *item = g->stack.data + base + i - 1;
@@ -8166,29 +8160,28 @@ static int avl__json_is_whole(const char *p) {
 
 static int avl__schema_expr(avl__schema *s, const char *schema) {
     astrovl_guide *g = s->g;
-    const char *p, *type, *values, *constant, *any_of, *items;
+    const char *rules[AVL__N_KEYWORDS] = {NULL}, *p, *type, *values, *constant, *any_of, *items;
     size_t base = g->stack.size;
-    int n_keywords = 0, kinds, kind, i, x;
-    uint32_t seen = 0;
+    int n_rules = 0, kinds, kind, i, x;
     if (*schema != '{') return avl__schema_unknown(s, schema, "a schema is an object here");
-    for (p = avl__json_first(schema); p; p = avl__json_next_member(p)) {
+    for (p = avl__json_first(schema); p; p = avl__json_next(p)) {
         for (i = 0; i < AVL__N_KEYWORDS && !avl__json_is(p, avl__keywords[i]);) i++;
         if (i == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
             return avl__schema_unknown(s, p, "this keyword is not understood; those that are: type, properties, "
                                        "required, additionalProperties (true, false), items, minItems, maxItems, "
                                        "minLength, maxLength, enum, const, anyOf");
-        if (seen >> i & 1) return avl__schema_wrong(s, p, "a second member of the same name");
-        seen |= (uint32_t)1 << i;
-        n_keywords += i >= AVL__N_NOTES;
+        if (rules[i]) return avl__schema_wrong(s, p, "a second member of the same name");
+        rules[i] = avl__json_value(p);
+        n_rules += i < AVL__N_RULES;
     }
-    type = avl__json_get(schema, "type");
-    values = avl__json_get(schema, "enum");
-    constant = avl__json_get(schema, "const");
-    any_of = avl__json_get(schema, "anyOf");
-    items = avl__json_get(schema, "items");
+    type = rules[AVL__KEY_TYPE];
+    values = rules[AVL__KEY_ENUM];
+    constant = rules[AVL__KEY_CONST];
+    any_of = rules[AVL__KEY_ANY_OF];
+    items = rules[AVL__KEY_ITEMS];
     kinds = type ? avl__schema_kinds(s, type) : (1 << AVL__N_KINDS) - 1;
     if (values || constant) {
-        if (n_keywords > 1 + (type != NULL))
+        if (n_rules > 1 + (type != NULL))
             return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
         if (values && *values != '[') return avl__schema_wrong(s, values, "enum is an array of values");
         for (p = values ? avl__json_first(values) : constant; p; p = values ? avl__json_next(p) : NULL) {
@@ -8201,35 +8194,25 @@ static int avl__schema_expr(avl__schema *s, const char *schema) {
         return x ? x : avl__schema_wrong(s, schema, "no value is left to choose from");
     }
     if (any_of) {
-        if (n_keywords > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
+        if (n_rules > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
         if (*any_of != '[' || !avl__json_first(any_of))
             return avl__schema_wrong(s, any_of, "an array of schemas is expected");
         for (p = avl__json_first(any_of); p && !g->failure.status; p = avl__json_next(p))
             avl__push(g, avl__schema_expr(s, p));
         return avl__re_alt(g, base);
     }
-    if (!type) kinds = avl__json_get(schema, "properties") ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
+    if (!type) kinds = rules[AVL__KEY_PROPERTIES] ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
     if (!kinds)
         return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
-        switch (kind) {
-        case AVL__OBJECT:  x = avl__schema_object(s, schema); break;
-        case AVL__ARRAY:
-            if (!items) return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
-            x = avl__schema_expr(s, items);
-            x = avl__schema_list(s, avl__json_get(schema, "minItems"), avl__json_get(schema, "maxItems"), x, s->comma,
-                                 "[]");
-            break;
-        case AVL__STRING:
-            x = avl__schema_list(s, avl__json_get(schema, "minLength"), avl__json_get(schema, "maxLength"),
-                                 s->character, AVL__EMPTY, "\"\"");
-            break;
-        case AVL__INTEGER: x = s->integer; break;
-        case AVL__NUMBER:  x = s->number; break;
-        case AVL__BOOLEAN: x = s->boolean; break;
-        default:           x = avl__re_text(g, "null", 4, AVL__EMPTY); break;
-        }
+        x = s->kinds[kind];
+        if (kind == AVL__OBJECT) x = avl__schema_object(s, rules);
+        if (kind == AVL__ARRAY && !items)
+            return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
+        if (kind == AVL__ARRAY)
+            x = avl__schema_list(s, rules + AVL__KEY_MIN_ITEMS, avl__schema_expr(s, items), s->comma, "[]");
+        if (kind == AVL__STRING) x = avl__schema_list(s, rules + AVL__KEY_MIN_LENGTH, x, AVL__EMPTY, "\"\"");
         avl__push(g, x);
     }
     return avl__re_alt(g, base);
@@ -8244,11 +8227,7 @@ static int avl__re_schema(astrovl_guide *g, const char *json, size_t size) {
     if (!copy) return AVL__NONE;
     s.g = g;
     s.text = avl__json_space(copy);
-    s.character = avl__re_pattern(g, "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|"
-                                "u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})");
-    s.integer = avl__re_pattern(g, "0|-?[1-9]\\d{0,14}");
-    s.number = avl__re_pattern(g, "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?");
-    s.boolean = avl__re_pattern(g, "true|false");
+    for (x = 0; x < AVL__N_KINDS; x++) s.kinds[x] = avl__re_pattern(g, avl__kind_patterns[x]);
     s.comma = avl__re_pattern(g, ", ?");
     s.colon = avl__re_pattern(g, ": ?");
     x = avl__schema_expr(&s, s.text);
@@ -8337,7 +8316,7 @@ static void avl__show(avl__turn *t, size_t end) {   // what is new up to that by
 // Appends a token's text to the answer, and shows it. Returns 0 when memory is out.
 static int avl__put_answer(avl__turn *t, int32_t token) {
     const astrovl_generation *o = t->options;
-    size_t before = t->text.size, end, held_back = 0, skip, at, n;
+    size_t before = t->text.size, end, n_clear, skip, at, n;
     int i;
     t->piece.size = 0;
     avl__put_token(&t->s->model->vocab, token, &t->piece);
@@ -8350,22 +8329,21 @@ static int avl__put_answer(avl__turn *t, int32_t token) {
         t->text.size -= n;
         memmove(t->text.data, t->text.data + n, t->text.size + 1);
     }
-    end = t->text.size;   // or where the first stop text begins; bytes that may turn out to begin one are not shown yet
+    end = t->text.size;      // or where the first stop text begins
+    n_clear = t->text.size;  // from here on, bytes may turn out to begin one; so none begins before n_shown
     for (i = 0; i < o->n_stop; i++) {
         size_t size = strlen(o->stop[i]);
-        for (at = before > size ? before - size : 0; size && at < end && size <= t->text.size - at; at++)
-            if (memcmp(t->text.data + at, o->stop[i], size) == 0) end = at;
-        for (n = size; n > held_back; n--)
-            if (n <= t->text.size - t->n_shown && memcmp(t->text.data + t->text.size - n, o->stop[i], n) == 0)
-                held_back = n;
+        for (at = t->n_shown; size && at < end; at++) {
+            n = size < t->text.size - at ? size : t->text.size - at;
+            if (memcmp(t->text.data + at, o->stop[i], n) != 0) continue;
+            if (n == size) end = at;
+            else if (at < n_clear) n_clear = at;
+        }
     }
-    if (end < t->text.size) {
-        t->is_cut = 1;
-        t->text.size = end;
-        t->text.data[end] = 0;
-        held_back = 0;
-    }
-    avl__show(t, t->text.size - held_back);
+    t->is_cut = end < t->text.size;
+    t->text.size = end;
+    t->text.data[end] = 0;
+    avl__show(t, t->is_cut ? end : n_clear);
     return 1;
 }
 
