@@ -7255,12 +7255,9 @@ static int avl__re_alt(astrovl_guide *g, size_t base) {
             if (g->nodes[member].mark != g->mark) avl__push(g, member);
             g->nodes[member].mark = g->mark;
         }
-    x = g->stack.size > end ? g->stack.data[end] : AVL__NONE;
-    if (g->stack.size > end + 1) {
-        avl__sort(g->stack.data + end, (int)(g->stack.size - end), avl__int_order, NULL);
-        x = g->stack.data[end];
-        for (i = end + 1; i < g->stack.size; i++) x = avl__re_make(g, AVL__ALT, g->stack.data[i], x, 0, 0);
-    }
+    if (g->stack.size > end + 1) avl__sort(g->stack.data + end, (int)(g->stack.size - end), avl__int_order, NULL);
+    for (i = end, x = AVL__NONE; i < g->stack.size; i++)
+        x = i > end ? avl__re_make(g, AVL__ALT, g->stack.data[i], x, 0, 0) : g->stack.data[i];
     g->stack.size = base;
     return x;
 }
@@ -7281,27 +7278,26 @@ static int avl__re_text(astrovl_guide *g, const char *data, size_t size, int the
     return then;
 }
 
-// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: the encodings of each piece
-// are all combinations of one range for each byte.
+// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: in each piece, the bytes
+// before the one that varies are fixed, and those after it take all their 64 values.
 static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) {
     static const uint32_t tops[] = {0x7F, 0x7FF, 0xD7FF, 0xFFFF, 0x10FFFF};   // encodings get longer, or a gap begins
     while (low <= high && !g->failure.status) {
-        uint32_t top, last, m = 0;
         char from[4], to[4];
-        size_t n, n_free, i = 0;
+        size_t n, i = 0;
+        uint32_t last;   // of the piece
         int piece = AVL__EMPTY;
         if (low >= 0xD800 && low < 0xE000) low = 0xE000;
         while (tops[i] < low) i++;
-        top = tops[i] < high ? tops[i] : high;
-        if (low > top) return;
+        last = tops[i] < high ? tops[i] : high;
+        if (low > last) return;
         n = avl__utf8_write(low, from);
-        for (n_free = n - 1; n_free > 0; n_free--) {   // trailing bytes that run through all their 64 values
-            m = ((uint32_t)1 << 6 * n_free) - 1;
-            if ((low & m) == 0 && (low | m) <= top) break;
+        for (i = 1; i < n; i++) {
+            uint32_t m = ((uint32_t)1 << 6 * i) - 1;   // the last i bytes
+            if ((low & ~m) == (last & ~m)) break;
+            if (low & m) last = low | m;
+            else if ((last & m) != m) last = (last & ~m) - 1;
         }
-        if (n_free == 0) m = 0;
-        if (n_free < n - 1 && (low | (m << 6 | 0x3F)) < top) top = low | (m << 6 | 0x3F);   // one byte before varies
-        last = ((top + 1) & ~m) - 1;
         avl__utf8_write(last, to);
         for (i = n; i-- > 0;) {
             int range = avl__re_make(g, AVL__RANGE, (uint8_t)from[i], (uint8_t)to[i], 0, 0);
