@@ -7344,7 +7344,7 @@ static int avl__re_derive(astrovl_guide *g, int x, int c) {
             if (b->next >= 0 && g->next.data[b->next + c] >= 0) break;
             avl__push(g, g->nodes[i].b);
         }
-        while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
+        while (g->stack.size > base) avl__re_derive(g, g->stack.data[--g->stack.size], c);
         avl__push_products(g, e.a, c, e.b);
         if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
         break;
@@ -7941,7 +7941,7 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     astrovl_error failure = {ASTROVL_OK, ""};
     const char *object, *found = NULL, *p, *at, *wrong = NULL;
     char *copy = NULL, **list = NULL, *text, utf8[4];
-    size_t n_strings = 0, length;
+    size_t n_strings = 0, capacity = size / 3 + 1, length;   // an array's string takes three bytes of JSON at least
     int is_array;
     if (n) *n = 0;
     if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
@@ -7951,11 +7951,9 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     for (p = object && *object == '{' ? avl__json_first(object) : NULL; p; p = avl__json_next(p))
         if (avl__json_is(p, key)) found = avl__json_value(p);   // of several members the last, as in Python
     is_array = found && *found == '[';
-    for (p = is_array ? avl__json_first(found) : found; p; p = is_array ? avl__json_next(p) : NULL) n_strings++;
-    if (!failure.status && !(list = (char **)avl__alloc_raw(n_strings * sizeof *list + size, 1)))
+    if (!failure.status && !(list = (char **)avl__alloc_raw(capacity * sizeof *list + size, 1)))
         avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
-    text = list ? (char *)(list + n_strings) : NULL;   // with their quotes the strings were longer in the JSON text
-    n_strings = 0;
+    text = list ? (char *)(list + capacity) : NULL;   // with their quotes the strings were longer in the JSON text
     for (p = is_array ? avl__json_first(found) : found; p && list; p = is_array ? avl__json_next(p) : NULL) {
         if (*p != '"') wrong = "is neither a string nor an array of strings";
         list[n_strings++] = text;
