@@ -7544,7 +7544,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token) {
     int x = avl__guide_node(guide, state), i, n, skip;
     char text[AVL__GUIDE_TOKEN];
-    if (x == AVL__NONE) return -1;
+    if (x == AVL__NONE || token >= guide->n_vocab) return -1;
     n = avl__guide_token_bytes(guide, token, text);
     guide->work = 0;
     skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
@@ -8324,7 +8324,7 @@ static int avl__put_answer(avl__turn *t, int32_t token) {
         memmove(t->text.data, t->text.data + n, t->text.size + 1);
     }
     end = t->text.size;      // or where the first stop text begins
-    n_clear = t->text.size;  // from here on, bytes may turn out to begin one; so none begins before n_shown
+    n_clear = t->text.size;  // bytes from here on may begin one, and are not shown yet: so none begins before n_shown
     for (i = 0; i < o->n_stop; i++) {
         size_t size = strlen(o->stop[i]);
         for (at = t->n_shown; size && at < end; at++) {
