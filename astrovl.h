@@ -7034,8 +7034,9 @@ typedef struct avl__re {
 } avl__re;
 
 typedef struct avl__guide_token {
+    int32_t  id;
     uint32_t start;               // in guide.bytes
-    uint8_t  size, shared;        // 0: it never follows; how many of its first bytes the token before has, too
+    uint8_t  size, shared;        // shared: how many of its first bytes the token before has, too
 } avl__guide_token;
 
 struct astrovl_guide {
@@ -7051,10 +7052,9 @@ struct astrovl_guide {
     uint32_t      mark;
     uint8_t       classes[256], byte_of[256];     // bytes that no RANGE tells apart are a class; its lowest byte
     int           n_classes;
-    avl__guide_token *tokens;                     // [n_vocab]
-    int          *order, n_order;                 // those with bytes, sorted by them
+    avl__guide_token *tokens;                     // [n_tokens] those with bytes, sorted by them
     char         *bytes;
-    int           n_vocab, longest;               // longest: bytes of the longest token
+    int           n_vocab, n_tokens, longest;     // longest: bytes of the longest token
     uint8_t       is_token[256];                  // 1: this byte is a token by itself
     int           n_words, n_masks;               // bit t % 32 of a mask's word t / 32 says that token t may follow
     uint32_t     *masks[AVL__GUIDE_MASKS], *scratch;
@@ -7176,12 +7176,9 @@ static int avl__re_alt(astrovl_guide *g, size_t base) {
             if (g->nodes[member].mark != g->mark) avl__push(g, member);
             g->nodes[member].mark = g->mark;
         }
-    x = g->stack.size > end ? g->stack.data[end] : AVL__NONE;
-    if (g->stack.size > end + 1) {
-        avl__sort(g->stack.data + end, (int)(g->stack.size - end), avl__int_order, NULL);
-        x = g->stack.data[end];
-        for (i = end + 1; i < g->stack.size; i++) x = avl__re_make(g, AVL__ALT, g->stack.data[i], x, 0, 0);
-    }
+    if (g->stack.size > end + 1) avl__sort(g->stack.data + end, (int)(g->stack.size - end), avl__int_order, NULL);
+    for (i = end, x = AVL__NONE; i < g->stack.size; i++)
+        x = i > end ? avl__re_make(g, AVL__ALT, g->stack.data[i], x, 0, 0) : g->stack.data[i];
     g->stack.size = base;
     return x;
 }
@@ -7202,27 +7199,26 @@ static int avl__re_text(astrovl_guide *g, const char *data, size_t size, int the
     return then;
 }
 
-// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: the encodings of each piece
-// are all combinations of one range for each byte.
+// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: in each piece, the bytes
+// before the one that varies are fixed, and those after it take all their 64 values.
 static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) {
     static const uint32_t tops[] = {0x7F, 0x7FF, 0xD7FF, 0xFFFF, 0x10FFFF};   // encodings get longer, or a gap begins
     while (low <= high && !g->failure.status) {
-        uint32_t top, last, m = 0;
         char from[4], to[4];
-        size_t n, n_free, i = 0;
+        size_t n, i = 0;
+        uint32_t last;   // of the piece
         int piece = AVL__EMPTY;
         if (low >= 0xD800 && low < 0xE000) low = 0xE000;
         while (tops[i] < low) i++;
-        top = tops[i] < high ? tops[i] : high;
-        if (low > top) return;
+        last = tops[i] < high ? tops[i] : high;
+        if (low > last) return;
         n = avl__utf8_write(low, from);
-        for (n_free = n - 1; n_free > 0; n_free--) {   // trailing bytes that run through all their 64 values
-            m = ((uint32_t)1 << 6 * n_free) - 1;
-            if ((low & m) == 0 && (low | m) <= top) break;
+        for (i = 1; i < n; i++) {
+            uint32_t m = ((uint32_t)1 << 6 * i) - 1;   // the last i bytes
+            if ((low & ~m) == (last & ~m)) break;
+            if (low & m) last = low | m;
+            else if ((last & m) != m) last = (last & ~m) - 1;
         }
-        if (n_free == 0) m = 0;
-        if (n_free < n - 1 && (low | (m << 6 | 0x3F)) < top) top = low | (m << 6 | 0x3F);   // one byte before varies
-        last = ((top + 1) & ~m) - 1;
         avl__utf8_write(last, to);
         for (i = n; i-- > 0;) {
             int range = avl__re_make(g, AVL__RANGE, (uint8_t)from[i], (uint8_t)to[i], 0, 0);
@@ -7269,7 +7265,7 @@ static int avl__re_derive(astrovl_guide *g, int x, int c) {
             if (b->next >= 0 && g->next.data[b->next + c] >= 0) break;
             avl__push(g, g->nodes[i].b);
         }
-        while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
+        while (g->stack.size > base) avl__re_derive(g, g->stack.data[--g->stack.size], c);
         avl__push_products(g, e.a, c, e.b);
         if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
         break;
@@ -7296,6 +7292,13 @@ static int avl__re_derive(astrovl_guide *g, int x, int c) {
 
 // ---- guided generation: tokens -------------------------------------------------------------------------------------
 
+// A token's bytes; returns how many, 0: it never follows
+static int avl__guide_token_bytes(const astrovl_guide *g, int32_t token, char text[AVL__GUIDE_TOKEN]) {
+    const avl__vocab *v = &g->model->vocab;
+    int n = avl__vocab_is_end(v, token) ? 0 : avl__vocab_token_bytes(v, token, text, AVL__GUIDE_TOKEN);
+    return n <= AVL__GUIDE_TOKEN ? n : 0;
+}
+
 static int avl__guide_token_order(const void *context, int a, int b) {   // by bytes; what ends first comes first
     const astrovl_guide *g = (const astrovl_guide *)context;
     const avl__guide_token *s = &g->tokens[a], *t = &g->tokens[b];
@@ -7304,44 +7307,46 @@ static int avl__guide_token_order(const void *context, int a, int b) {   // by b
 }
 
 static void avl__guide_read_tokens(astrovl_guide *g) {
-    const avl__vocab *v = &g->model->vocab;
+    const int n_vocab = g->n_vocab = g->model->info.n_vocab;
     avl__bytes bytes = {NULL, 0, 0, 0};
-    avl__guide_token *t, *before;
+    avl__guide_token *t, *sorted = (avl__guide_token *)avl__alloc((uint64_t)n_vocab, sizeof *sorted);
+    int *order = (int *)avl__alloc_raw((uint64_t)n_vocab, sizeof *order), i, n;
     char text[AVL__GUIDE_TOKEN];
-    int i, n;
-    g->n_vocab = g->model->info.n_vocab;
-    g->n_words = g->n_vocab / 32 + 1;
-    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)g->n_vocab, sizeof *g->tokens);
-    g->order = (int *)avl__alloc_raw((uint64_t)g->n_vocab, sizeof *g->order);
+    g->n_words = n_vocab / 32 + 1;
+    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)n_vocab, sizeof *g->tokens);
     g->scratch = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *g->scratch);
-    for (i = 0; g->tokens && g->order && i < g->n_vocab; i++) {   // ids beyond the vocabulary have no bytes
-        n = avl__vocab_is_end(v, i) ? 0 : avl__vocab_token_bytes(v, i, text, AVL__GUIDE_TOKEN);
-        if (n < 1 || n > AVL__GUIDE_TOKEN) continue;
-        g->tokens[i].start = (uint32_t)bytes.size;
-        g->tokens[i].size = (uint8_t)n;
-        g->order[g->n_order++] = i;
+    for (i = 0; sorted && order && g->tokens && i < n_vocab; i++) {   // ids beyond the vocabulary have no bytes
+        n = avl__guide_token_bytes(g, i, text);
+        if (n == 0) continue;
+        t = &g->tokens[g->n_tokens];
+        t->id = i;
+        t->start = (uint32_t)bytes.size;
+        t->size = (uint8_t)n;
+        order[g->n_tokens] = g->n_tokens;
+        g->n_tokens++;
         if (n > g->longest) g->longest = n;
         if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
         avl__bytes_put(&bytes, text, (size_t)n);
     }
     g->bytes = bytes.data;
-    if (!g->tokens || !g->order || !g->scratch || bytes.failed) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-    if (g->failure.status) return;
-    avl__sort(g->order, g->n_order, avl__guide_token_order, g);
-    for (i = 1; i < g->n_order; i++) {
-        t = &g->tokens[g->order[i]];
-        before = &g->tokens[g->order[i - 1]];
-        while (t->shared < t->size && t->shared < before->size &&
-               g->bytes[t->start + t->shared] == g->bytes[before->start + t->shared]) t->shared++;
+    if (!sorted || !order || !g->tokens || !g->scratch || bytes.failed) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    else avl__sort(order, g->n_tokens, avl__guide_token_order, g);
+    for (i = 0; i < g->n_tokens && !g->failure.status; i++) {
+        t = &sorted[i];
+        *t = g->tokens[order[i]];
+        while (i > 0 && t->shared < t->size && t->shared < t[-1].size &&
+               g->bytes[t->start + t->shared] == g->bytes[t[-1].start + t->shared]) t->shared++;
     }
+    astrovl_free(order);
+    astrovl_free(g->tokens);
+    g->tokens = sorted;
 }
 
-// The first place in g->order whose token's byte `depth` is at least `byte`, of the places from low to high, whose
-// tokens have the same bytes before.
+// The first token whose byte `depth` is at least `byte`, of those from low to high, which have the same bytes before.
 static int avl__guide_narrow(const astrovl_guide *g, int low, int high, int depth, int byte) {
     while (low < high) {
         int middle = low + (high - low) / 2;
-        const avl__guide_token *t = &g->tokens[g->order[middle]];
+        const avl__guide_token *t = &g->tokens[middle];
         if (t->size > depth && (uint8_t)g->bytes[t->start + (uint32_t)depth] >= byte) high = middle;
         else low = middle + 1;
     }
@@ -7356,7 +7361,7 @@ static int avl__min_tokens(astrovl_guide *g, int x) {
     for (; g->nodes[x].min_tokens < 0 && !g->failure.status; x = avl__re_step(g, x, g->classes[g->nodes[x].first]))
         avl__push(g, x);
     while (g->stack.size > base && !g->failure.status) {   // from the end: a token, and those after it
-        int depth, low = 0, high = g->n_order, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size], n;
+        int depth, low = 0, high = g->n_tokens, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size], n;
         x = y;
         for (depth = 0; depth < g->longest && g->nodes[y].least > 0; depth++) {
             int byte = g->nodes[y].first;
@@ -7365,7 +7370,7 @@ static int avl__min_tokens(astrovl_guide *g, int x) {
             if (low == high) break;
             y = avl__re_step(g, y, g->classes[byte]);
             n = g->nodes[y].min_tokens + 1;
-            if (g->tokens[g->order[low]].size == depth + 1 && n < best) best = n;
+            if (g->tokens[low].size == depth + 1 && n < best) best = n;
         }
         g->nodes[x].min_tokens = best;
     }
@@ -7392,9 +7397,8 @@ static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_
     int at[AVL__GUIDE_TOKEN + 1], i, n, reached = 0;
     memset(mask, 0, (size_t)g->n_words * sizeof *mask);
     at[0] = x;
-    for (i = 0; i < g->n_order && !g->failure.status; i++) {
-        const int id = g->order[i];
-        const avl__guide_token *t = &g->tokens[id];
+    for (i = 0; i < g->n_tokens && !g->failure.status; i++) {
+        const avl__guide_token *t = &g->tokens[i];
         const char *bytes = g->bytes + t->start;
         if (t->shared > reached) continue;
         n = t->shared;
@@ -7406,7 +7410,7 @@ static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_
         reached = n;
         if (n < t->size || (skip && n == 1 && bytes[0] == ' ')) continue;
         if (g->nodes[at[n]].least > limit && avl__min_tokens(g, at[n]) > limit) continue;
-        mask[id / 32] |= (uint32_t)1 << id % 32;
+        mask[t->id / 32] |= (uint32_t)1 << t->id % 32;
     }
     for (i = 0; g->nodes[x].least == 0 && i < g->n_vocab && i < vocab->n_tokens; i++)
         if (vocab->ends[i]) mask[i / 32] |= (uint32_t)1 << i % 32;
@@ -7416,8 +7420,8 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
                                               astrovl_error *err) {
     astrovl_guide *g = guide;
     const float never = avl__float_from_bits(0xFF800000u);   // -infinity
-    int x = avl__guide_node(g, state), any = 0, skip, owner, slot, i;
-    uint32_t *mask;
+    int x = avl__guide_node(g, state), skip, owner, slot, i, j;
+    uint32_t *mask, bit[32], any = 0;
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
     if (g->nodes[x].least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
@@ -7447,19 +7451,22 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
         }
     }
     if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
-    for (i = 0; i < g->n_vocab; i++) {
-        if (mask[i / 32] >> i % 32 & 1) any = 1;
-        else logits[i] = never;
+    for (i = 0; i < 32; i++) bit[i] = (uint32_t)1 << i;
+    for (i = 0; i < g->n_words; i++) {   // compilers make a few vector instructions of 32 choices
+        const uint32_t bits = mask[i];
+        float *of_word = logits + 32 * (size_t)i;
+        any |= bits;
+        if (i + 1 < g->n_words) for (j = 0; j < 32; j++) of_word[j] = bits & bit[j] ? of_word[j] : never;
+        else for (j = 0; j < g->n_vocab % 32; j++) if (!(bits & bit[j])) of_word[j] = never;
     }
     return any ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
 }
 
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token) {
     int x = avl__guide_node(guide, state), i, n, skip;
-    const char *text;
-    if (x == AVL__NONE || token < 0 || token >= guide->n_vocab) return -1;
-    text = guide->bytes + guide->tokens[token].start;
-    n = guide->tokens[token].size;
+    char text[AVL__GUIDE_TOKEN];
+    if (x == AVL__NONE || token >= guide->n_vocab) return -1;
+    n = avl__guide_token_bytes(guide, token, text);
     guide->work = 0;
     skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
     for (i = skip; i < n; i++) x = avl__re_step(guide, x, guide->classes[(uint8_t)text[i]]);
@@ -7487,7 +7494,6 @@ ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
     astrovl_free(guide->next.data);
     astrovl_free(guide->stack.data);
     astrovl_free(guide->tokens);
-    astrovl_free(guide->order);
     astrovl_free(guide->bytes);
     astrovl_free(guide->scratch);
     astrovl_free(guide);
@@ -7610,10 +7616,35 @@ static int avl__regex_class(avl__regex *r) {
     return 1;
 }
 
-static int avl__regex_brackets(avl__regex *r) {   // after [
-    size_t base = r->g->stack.size, open = r->at - 1;
-    int negate = avl__regex_take(r, '^'), x;
-    if (avl__regex_peek(r) == ']') return avl__regex_wrong(r, open, "an empty set (a ] in a set is written \\])");
+static int avl__regex_alternatives(avl__regex *r);
+
+static int avl__regex_atom(avl__regex *r) {
+    size_t start = r->at, base = r->g->stack.size;
+    int c = avl__regex_peek(r), is_dot, negate, x;
+    if (c > 0 && strchr("*+?{", c))
+        return avl__regex_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
+    if (c == '^' || c == '$')
+        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED,
+                               "^ and $ may stand only at the ends of the pattern");
+    if (avl__regex_take(r, '(')) {
+        if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
+            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
+        if (++r->depth > AVL__GUIDE_DEPTH)
+            return avl__regex_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
+        x = avl__regex_alternatives(r);
+        r->depth--;
+        return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, start, "this ( is not closed");
+    }
+    if (!avl__regex_take(r, '[')) {
+        is_dot = avl__regex_take(r, '.');
+        if (is_dot || !avl__regex_class(r)) {
+            c = is_dot ? '\n' : avl__regex_char(r);
+            avl__set_add(r, c, c);
+        }
+        return avl__set_finish(r, base, is_dot);
+    }
+    negate = avl__regex_take(r, '^');
+    if (avl__regex_peek(r) == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
     while (avl__regex_peek(r) >= 0 && avl__regex_peek(r) != ']') {
         size_t at = r->at;
         int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r), high = low;
@@ -7626,36 +7657,9 @@ static int avl__regex_brackets(avl__regex *r) {   // after [
         if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
         if (!is_class) avl__set_add(r, low, high);
     }
-    if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, open, "this [ is not closed");
+    if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
     x = avl__set_finish(r, base, negate);
-    return x ? x : avl__regex_wrong(r, open, "a set that no character is in");
-}
-
-static int avl__regex_alternatives(avl__regex *r);
-
-static int avl__regex_atom(avl__regex *r) {
-    size_t at = r->at, base = r->g->stack.size;
-    int c = avl__regex_peek(r), x, negate;
-    if (c > 0 && strchr("*+?{", c))
-        return avl__regex_wrong(r, at, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
-    if (c == '^' || c == '$')
-        return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the ends of the pattern");
-    if (avl__regex_take(r, '[')) return avl__regex_brackets(r);
-    if (avl__regex_take(r, '(')) {
-        if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
-            return avl__regex_fail(r, at, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
-        if (++r->depth > AVL__GUIDE_DEPTH)
-            return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
-        x = avl__regex_alternatives(r);
-        r->depth--;
-        return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, at, "this ( is not closed");
-    }
-    negate = avl__regex_take(r, '.');
-    if (negate || !avl__regex_class(r)) {
-        c = negate ? '\n' : avl__regex_char(r);
-        avl__set_add(r, c, c);
-    }
-    return avl__set_finish(r, base, negate);
+    return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
 }
 
 static int avl__regex_count(avl__regex *r) {   // -1: no number is here
@@ -7701,11 +7705,8 @@ static int avl__regex_alternatives(avl__regex *r) {
 
 // A whole pattern as an expression. It matches all of an answer, so ^ and $ at its ends say nothing.
 static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
-    avl__regex r = {NULL, NULL, 0, 0, 0};
+    avl__regex r = {g, pattern, strlen(pattern), 0, 0};
     int x;
-    r.g = g;
-    r.text = pattern;
-    r.size = strlen(pattern);
     if (r.size > AVL__GUIDE_TEXT) return avl__regex_fail(&r, AVL__GUIDE_TEXT, ASTROVL_ERROR_LIMIT, "it is too long");
     avl__regex_take(&r, '^');
     x = avl__regex_alternatives(&r);
@@ -7749,16 +7750,15 @@ static const char *avl__json_first(const char *p) {   // item or member; NULL: t
     return *p == ']' || *p == '}' ? NULL : p;
 }
 
-static const char *avl__json_next(const char *p) {   // item; NULL: that was the last one
-    p = avl__json_space(avl__json_after(p));
-    return *p == ',' ? avl__json_space(p + 1) : NULL;
-}
-
 static const char *avl__json_value(const char *member) {
     return avl__json_space(avl__json_space(avl__json_after(member)) + 1);
 }
 
-static const char *avl__json_next_member(const char *p) { return avl__json_next(avl__json_value(p)); }
+static const char *avl__json_next(const char *p) {   // item or member; NULL: that was the last one
+    const char *after = avl__json_space(avl__json_after(p));
+    if (*after == ':') after = avl__json_space(avl__json_after(avl__json_value(p)));
+    return *after == ',' ? avl__json_space(after + 1) : NULL;
+}
 
 static int avl__json_is(const char *p, const char *text) {   // whether p is a string that spells text
     char utf8[4];
@@ -7769,14 +7769,6 @@ static int avl__json_is(const char *p, const char *text) {   // whether p is a s
         if (!*text || strncmp(text, utf8, n) != 0) return 0;
     }
     return !*text;
-}
-
-// The value of an object's member; NULL: it has none of that name. Of several, the last, as in Python.
-static const char *avl__json_get(const char *object, const char *name) {
-    const char *p, *found = NULL;
-    for (p = avl__json_first(object); p; p = avl__json_next_member(p))
-        if (avl__json_is(p, name)) found = avl__json_value(p);
-    return found;
 }
 
 typedef struct avl__json {
@@ -7870,20 +7862,19 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     astrovl_error failure = {ASTROVL_OK, ""};
     const char *object, *found = NULL, *p, *at, *wrong = NULL;
     char *copy = NULL, **list = NULL, *text, utf8[4];
-    size_t n_strings = 0, length;
+    size_t n_strings = 0, capacity = size / 3 + 1, length;   // an array's string takes three bytes of JSON at least
     int is_array;
     if (n) *n = 0;
     if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
     else copy = avl__json_read("JSON", json, size, &failure);
     object = copy ? avl__json_space(copy) : NULL;
-    if (object && *object == '{') found = avl__json_get(object, key);
-    else if (object) avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
+    if (object && *object != '{') avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
+    for (p = object && *object == '{' ? avl__json_first(object) : NULL; p; p = avl__json_next(p))
+        if (avl__json_is(p, key)) found = avl__json_value(p);   // of several members the last, as in Python
     is_array = found && *found == '[';
-    for (p = is_array ? avl__json_first(found) : found; p; p = is_array ? avl__json_next(p) : NULL) n_strings++;
-    if (!failure.status && !(list = (char **)avl__alloc_raw(n_strings * sizeof *list + size, 1)))
+    if (!failure.status && !(list = (char **)avl__alloc_raw(capacity * sizeof *list + size, 1)))
         avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
-    text = list ? (char *)(list + n_strings) : NULL;   // with their quotes the strings were longer in the JSON text
-    n_strings = 0;
+    text = list ? (char *)(list + capacity) : NULL;   // with their quotes the strings were longer in the JSON text
     for (p = is_array ? avl__json_first(found) : found; p && list; p = is_array ? avl__json_next(p) : NULL) {
         if (*p != '"') wrong = "is neither a string nor an array of strings";
         list[n_strings++] = text;
@@ -7913,16 +7904,22 @@ enum { AVL__OBJECT, AVL__ARRAY, AVL__STRING, AVL__INTEGER, AVL__NUMBER, AVL__BOO
 static const char *const avl__kinds[AVL__N_KINDS] = {
     "object", "array", "string", "integer", "number", "boolean", "null"};
 
-enum { AVL__N_KEYWORDS = 19, AVL__N_NOTES = 7 };
+static const char *const avl__kind_patterns[AVL__N_KINDS] = {   // string: a character
+    "", "", "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})",
+    "0|-?[1-9]\\d{0,14}", "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?", "true|false", "null"};
 
-static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // the notes say nothing about the values
-    "title", "description", "default", "examples", "$schema", "$id", "$comment", "type", "properties", "required",
-    "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "enum", "const", "anyOf"};
+enum { AVL__KEY_TYPE, AVL__KEY_PROPERTIES, AVL__KEY_REQUIRED, AVL__KEY_ADDITIONAL, AVL__KEY_ITEMS, AVL__KEY_MIN_ITEMS,
+       AVL__KEY_MAX_ITEMS, AVL__KEY_MIN_LENGTH, AVL__KEY_MAX_LENGTH, AVL__KEY_ENUM, AVL__KEY_CONST, AVL__KEY_ANY_OF,
+       AVL__N_RULES, AVL__N_KEYWORDS = AVL__N_RULES + 7 };
+
+static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules, notes: they do not restrict the values
+    "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength",
+    "enum", "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
 
 typedef struct avl__schema {
     astrovl_guide *g;
     const char    *text;     // all of it
-    int            character, integer, number, boolean, comma, colon;   // expressions that many values share
+    int            kinds[AVL__N_KINDS], comma, colon;   // expressions that many values share
 } avl__schema;
 
 // Fails, naming the place of p, a value or a member, as a JSON pointer (RFC 6901). Returns NONE.
@@ -7933,10 +7930,7 @@ static int avl__schema_fail(avl__schema *s, const char *p, astrovl_status status
     size_t n;
     while (value != p && item != p) {   // down to the item or member that p is or lies in
         int is_object = *value == '{', i = 0;
-        for (next = avl__json_first(value); next && next <= p; i++) {
-            item = next;
-            next = is_object ? avl__json_next_member(item) : avl__json_next(item);
-        }
+        for (next = avl__json_first(value); next && next <= p; next = avl__json_next(next), i++) item = next;
         value = is_object ? avl__json_value(item) : item;
         avl__format(text, sizeof text, "/%d", i - 1);
         avl__bytes_put(&path, text, is_object ? 1 : strlen(text));
@@ -7982,11 +7976,10 @@ static int avl__schema_count(avl__schema *s, const char *value, int absent) {   
 }
 
 // Items with `between` between them, in brackets or quotes; their number lies between two limits.
-static int avl__schema_list(avl__schema *s, const char *least, const char *most, int item, int between,
-                            const char *ends) {
+static int avl__schema_list(avl__schema *s, const char *const limits[2], int item, int between, const char *ends) {
     astrovl_guide *g = s->g;
-    int min = avl__schema_count(s, least, 0), max = avl__schema_count(s, most, -1), end, more, x;
-    if (max >= 0 && min > max) avl__schema_wrong(s, least, "the least (minItems, minLength) is more than the most");
+    int min = avl__schema_count(s, limits[0], 0), max = avl__schema_count(s, limits[1], -1), end, more, x;
+    if (max >= 0 && min > max) avl__schema_wrong(s, limits[0], "the least (minItems, minLength) is more than the most");
     end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
     more = avl__re_repeat(g, avl__re_cat(g, between, item), min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
     x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
@@ -8025,9 +8018,9 @@ static int avl__schema_expr(avl__schema *s, const char *schema);
 
 // Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
 // follows where nothing is written yet, and what follows a member.
-static int avl__schema_object(avl__schema *s, const char *schema) {
-    const char *properties = avl__json_get(schema, "properties"), *required = avl__json_get(schema, "required"), *p;
-    const char *additional = avl__json_get(schema, "additionalProperties");
+static int avl__schema_object(avl__schema *s, const char *const *rules) {
+    const char *properties = rules[AVL__KEY_PROPERTIES], *required = rules[AVL__KEY_REQUIRED], *p;
+    const char *additional = rules[AVL__KEY_ADDITIONAL];
     astrovl_guide *g = s->g;
     size_t base = g->stack.size, n, i;
     int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first, name;
@@ -8037,7 +8030,7 @@ static int avl__schema_object(avl__schema *s, const char *schema) {
     if (required && *required != '[') return avl__schema_wrong(s, required, "required is an array of names");
     if (additional && *additional != 't' && *additional != 'f')
         return avl__schema_unknown(s, additional, "only true and false are understood (none is ever written)");
-    for (p = properties ? avl__json_first(properties) : NULL; p; p = avl__json_next_member(p)) {
+    for (p = properties ? avl__json_first(properties) : NULL; p; p = avl__json_next(p)) {
         name = avl__schema_literal(s, p);
         if (g->nodes[name].mark == known) avl__schema_wrong(s, p, "a second member of the same name");
         g->nodes[name].mark = known;
@@ -8051,7 +8044,7 @@ static int avl__schema_object(avl__schema *s, const char *schema) {
     }
     n = g->stack.size - base;
     for (i = 0; i < n && !g->failure.status; i++) avl__push(g, g->nodes[g->stack.data[base + i]].mark > known);
-    for (p = n > 0 ? avl__json_first(properties) : NULL; p && !g->failure.status; p = avl__json_next_member(p))
+    for (p = n > 0 ? avl__json_first(properties) : NULL; p && !g->failure.status; p = avl__json_next(p))
         avl__push(g, avl__schema_expr(s, avl__json_value(p)));
     for (i = n; i > 0 && !g->failure.status; i--) {   // on the stack: n names, n times whether it is required, n values
         const int32_t *item = g->stack.data + base + i - 1;
@@ -8082,29 +8075,28 @@ static int avl__json_is_whole(const char *p) {
 
 static int avl__schema_expr(avl__schema *s, const char *schema) {
     astrovl_guide *g = s->g;
-    const char *p, *type, *values, *constant, *any_of, *items;
+    const char *rules[AVL__N_KEYWORDS] = {NULL}, *p, *type, *values, *constant, *any_of, *items;
     size_t base = g->stack.size;
-    int n_keywords = 0, kinds, kind, i, x;
-    uint32_t seen = 0;
+    int n_rules = 0, kinds, kind, i, x;
     if (*schema != '{') return avl__schema_unknown(s, schema, "a schema is an object here");
-    for (p = avl__json_first(schema); p; p = avl__json_next_member(p)) {
+    for (p = avl__json_first(schema); p; p = avl__json_next(p)) {
         for (i = 0; i < AVL__N_KEYWORDS && !avl__json_is(p, avl__keywords[i]);) i++;
         if (i == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
             return avl__schema_unknown(s, p, "this keyword is not understood; those that are: type, properties, "
                                        "required, additionalProperties (true, false), items, minItems, maxItems, "
                                        "minLength, maxLength, enum, const, anyOf");
-        if (seen >> i & 1) return avl__schema_wrong(s, p, "a second member of the same name");
-        seen |= (uint32_t)1 << i;
-        n_keywords += i >= AVL__N_NOTES;
+        if (rules[i]) return avl__schema_wrong(s, p, "a second member of the same name");
+        rules[i] = avl__json_value(p);
+        n_rules += i < AVL__N_RULES;
     }
-    type = avl__json_get(schema, "type");
-    values = avl__json_get(schema, "enum");
-    constant = avl__json_get(schema, "const");
-    any_of = avl__json_get(schema, "anyOf");
-    items = avl__json_get(schema, "items");
+    type = rules[AVL__KEY_TYPE];
+    values = rules[AVL__KEY_ENUM];
+    constant = rules[AVL__KEY_CONST];
+    any_of = rules[AVL__KEY_ANY_OF];
+    items = rules[AVL__KEY_ITEMS];
     kinds = type ? avl__schema_kinds(s, type) : (1 << AVL__N_KINDS) - 1;
     if (values || constant) {
-        if (n_keywords > 1 + (type != NULL))
+        if (n_rules > 1 + (type != NULL))
             return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
         if (values && *values != '[') return avl__schema_wrong(s, values, "enum is an array of values");
         for (p = values ? avl__json_first(values) : constant; p; p = values ? avl__json_next(p) : NULL) {
@@ -8117,35 +8109,25 @@ static int avl__schema_expr(avl__schema *s, const char *schema) {
         return x ? x : avl__schema_wrong(s, schema, "no value is left to choose from");
     }
     if (any_of) {
-        if (n_keywords > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
+        if (n_rules > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
         if (*any_of != '[' || !avl__json_first(any_of))
             return avl__schema_wrong(s, any_of, "an array of schemas is expected");
         for (p = avl__json_first(any_of); p && !g->failure.status; p = avl__json_next(p))
             avl__push(g, avl__schema_expr(s, p));
         return avl__re_alt(g, base);
     }
-    if (!type) kinds = avl__json_get(schema, "properties") ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
+    if (!type) kinds = rules[AVL__KEY_PROPERTIES] ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
     if (!kinds)
         return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
-        switch (kind) {
-        case AVL__OBJECT:  x = avl__schema_object(s, schema); break;
-        case AVL__ARRAY:
-            if (!items) return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
-            x = avl__schema_expr(s, items);
-            x = avl__schema_list(s, avl__json_get(schema, "minItems"), avl__json_get(schema, "maxItems"), x, s->comma,
-                                 "[]");
-            break;
-        case AVL__STRING:
-            x = avl__schema_list(s, avl__json_get(schema, "minLength"), avl__json_get(schema, "maxLength"),
-                                 s->character, AVL__EMPTY, "\"\"");
-            break;
-        case AVL__INTEGER: x = s->integer; break;
-        case AVL__NUMBER:  x = s->number; break;
-        case AVL__BOOLEAN: x = s->boolean; break;
-        default:           x = avl__re_text(g, "null", 4, AVL__EMPTY); break;
-        }
+        x = s->kinds[kind];
+        if (kind == AVL__OBJECT) x = avl__schema_object(s, rules);
+        if (kind == AVL__ARRAY && !items)
+            return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
+        if (kind == AVL__ARRAY)
+            x = avl__schema_list(s, rules + AVL__KEY_MIN_ITEMS, avl__schema_expr(s, items), s->comma, "[]");
+        if (kind == AVL__STRING) x = avl__schema_list(s, rules + AVL__KEY_MIN_LENGTH, x, AVL__EMPTY, "\"\"");
         avl__push(g, x);
     }
     return avl__re_alt(g, base);
@@ -8160,11 +8142,7 @@ static int avl__re_schema(astrovl_guide *g, const char *json, size_t size) {
     if (!copy) return AVL__NONE;
     s.g = g;
     s.text = avl__json_space(copy);
-    s.character = avl__re_pattern(g, "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|"
-                                "u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})");
-    s.integer = avl__re_pattern(g, "0|-?[1-9]\\d{0,14}");
-    s.number = avl__re_pattern(g, "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?");
-    s.boolean = avl__re_pattern(g, "true|false");
+    for (x = 0; x < AVL__N_KINDS; x++) s.kinds[x] = avl__re_pattern(g, avl__kind_patterns[x]);
     s.comma = avl__re_pattern(g, ", ?");
     s.colon = avl__re_pattern(g, ": ?");
     x = avl__schema_expr(&s, s.text);
@@ -8253,7 +8231,7 @@ static void avl__show(avl__turn *t, size_t end) {   // what is new up to that by
 // Appends a token's text to the answer, and shows it. Returns 0 when memory is out.
 static int avl__put_answer(avl__turn *t, int32_t token) {
     const astrovl_generation *o = t->options;
-    size_t before = t->text.size, end, held_back = 0, skip, at, n;
+    size_t before = t->text.size, end, n_clear, skip, at, n;
     int i;
     t->piece.size = 0;
     avl__put_token(&t->s->model->vocab, token, &t->piece);
@@ -8266,22 +8244,21 @@ static int avl__put_answer(avl__turn *t, int32_t token) {
         t->text.size -= n;
         memmove(t->text.data, t->text.data + n, t->text.size + 1);
     }
-    end = t->text.size;   // or where the first stop text begins; bytes that may turn out to begin one are not shown yet
+    end = t->text.size;      // or where the first stop text begins
+    n_clear = t->text.size;  // bytes from here on may begin one, and are not shown yet: so none begins before n_shown
     for (i = 0; i < o->n_stop; i++) {
         size_t size = strlen(o->stop[i]);
-        for (at = before > size ? before - size : 0; size && at < end && size <= t->text.size - at; at++)
-            if (memcmp(t->text.data + at, o->stop[i], size) == 0) end = at;
-        for (n = size; n > held_back; n--)
-            if (n <= t->text.size - t->n_shown && memcmp(t->text.data + t->text.size - n, o->stop[i], n) == 0)
-                held_back = n;
+        for (at = t->n_shown; size && at < end; at++) {
+            n = size < t->text.size - at ? size : t->text.size - at;
+            if (memcmp(t->text.data + at, o->stop[i], n) != 0) continue;
+            if (n == size) end = at;
+            else if (at < n_clear) n_clear = at;
+        }
     }
-    if (end < t->text.size) {
-        t->is_cut = 1;
-        t->text.size = end;
-        t->text.data[end] = 0;
-        held_back = 0;
-    }
-    avl__show(t, t->text.size - held_back);
+    t->is_cut = end < t->text.size;
+    t->text.size = end;
+    t->text.data[end] = 0;
+    avl__show(t, t->is_cut ? end : n_clear);
     return 1;
 }
 
@@ -8317,24 +8294,6 @@ static int avl__write_token(avl__turn *t) {
     return !s->stats.stopped_by_limit;
 }
 
-// Reads the token that each of n turns has just written, n at most AVL__STEP_ROWS.  logits: out, [n][n_vocab]
-static void avl__read_tokens(avl__turn *turns, int n, float *logits) {
-    const avl__llama *llama = &turns->s->model->llama;
-    avl__kv_cache *caches[AVL__STEP_ROWS];
-    int32_t tokens[AVL__STEP_ROWS];
-    astrovl_error failure;
-    int i;
-    for (i = 0; i < n; i++) {
-        const avl__tokens *written = &turns[i].tokens;
-        caches[i] = &turns[i].s->cache;
-        tokens[i] = written->data[written->size - 1];
-        turns[i].logits = logits + (size_t)i * llama->n_vocab;
-        turns[i].n_unread = 0;
-    }
-    if (avl__llama_eval(llama, turns->s->run, caches, n, tokens, NULL, n, logits, n, &failure) == ASTROVL_OK) return;
-    for (i = 0; i < n; i++) turns[i].asked->err = failure;
-}
-
 static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
     const astrovl_turn *asked = t->asked;
     const astrovl_generation *o = t->options;
@@ -8366,17 +8325,12 @@ static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
 // The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt.
 static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const char *text, const astrovl_generation *o,
                                         avl__tokens *tokens, astrovl_error *err) {
-    avl__prompt p;
-    astrovl_status status;
+    avl__prompt p = {s, o->parse_special, {NULL, 0, 0, 0}, {NULL, 0, 0}, ASTROVL_OK, err};
     int i;
-    memset(&p, 0, sizeof p);
-    p.s = s;
-    p.parse_special = o->parse_special;
-    p.err = err;
     for (i = s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - (size_t)i]);
-    status = avl__prompt_turn(&p, text, n_images, o->system);
+    avl__prompt_turn(&p, text, n_images, o->system);
     *tokens = p.tokens;
-    return status;
+    return p.status;
 }
 
 // Reads what a turn asks, images spliced in, up to the logits that its answer begins with.
@@ -8433,13 +8387,17 @@ static void avl__end_turn(avl__turn *t) {
     t->asked->answer = t->text.data;
 }
 
-// Writes the answers, each to its end. The turns that go on are moved to the front.
+// Writes the answers, each to its end. The turns that go on are moved to the front, and read the token just written,
+// up to AVL__STEP_ROWS in one pass.
 // turns: [n], in any order afterwards;  logits: scratch, [n][n_vocab]
 static void avl__write_answers(avl__turn *turns, int n, float *logits) {
-    const int group = turns->s->run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
-    const size_t n_vocab = (size_t)turns->s->model->llama.n_vocab;
+    const avl__llama *llama = &turns->s->model->llama;
+    avl__run *run = turns->s->run;
+    avl__kv_cache *caches[AVL__STEP_ROWS];
+    int32_t tokens[AVL__STEP_ROWS];
+    astrovl_error failure;
     double start = avl__seconds(), now;
-    int n_going, i;
+    int n_going, first, rows, i;
     for (; n > 0; n = n_going, start = now) {
         for (i = 0, n_going = 0; i < n; i++) {
             if (!turns[i].asked->err.status && avl__write_token(&turns[i])) {
@@ -8450,8 +8408,20 @@ static void avl__write_answers(avl__turn *turns, int n, float *logits) {
                 avl__end_turn(&turns[i]);
             }
         }
-        for (i = 0; i < n_going; i += group)
-            avl__read_tokens(turns + i, n_going - i < group ? n_going - i : group, logits + i * n_vocab);
+        for (first = 0; first < n_going; first += rows) {
+            avl__turn *t = turns + first;
+            rows = run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
+            if (rows > n_going - first) rows = n_going - first;
+            for (i = 0; i < rows; i++) {
+                caches[i] = &t[i].s->cache;
+                tokens[i] = t[i].tokens.data[t[i].tokens.size - 1];
+                t[i].logits = logits + (size_t)(first + i) * llama->n_vocab;
+                t[i].n_unread = 0;
+            }
+            if (avl__llama_eval(llama, run, caches, rows, tokens, NULL, rows, t->logits, rows, &failure) == ASTROVL_OK)
+                continue;
+            for (i = 0; i < rows; i++) t[i].asked->err = failure;
+        }
         now = avl__seconds();
         for (i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
     }
@@ -8473,13 +8443,12 @@ static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl
 }
 
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err) {
+    astrovl_error failure = {ASTROVL_OK, ""};
     astrovl_generation defaults;
-    astrovl_error failure;
     avl__turn *room = NULL;
     float *logits = NULL;
     int i;
     memset(&defaults, 0, sizeof defaults);
-    memset(&failure, 0, sizeof failure);
     if (avl__check_batch(turns, n_turns, &failure) == ASTROVL_OK) {
         room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
         logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
@@ -8509,13 +8478,7 @@ ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, 
 
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err) {
-    astrovl_turn turn;
-    memset(&turn, 0, sizeof turn);
-    turn.session = s;
-    turn.images = images;
-    turn.n_images = n_images;
-    turn.text = text;
-    turn.options = options;
+    astrovl_turn turn = {s, images, n_images, text, options, NULL, {ASTROVL_OK, ""}};
     astrovl_chat_batch(&turn, 1, err);
     return turn.answer;
 }
