@@ -8325,8 +8325,12 @@ static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
 // The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt.
 static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const char *text, const astrovl_generation *o,
                                         avl__tokens *tokens, astrovl_error *err) {
-    avl__prompt p = {s, o->parse_special, {NULL, 0, 0, 0}, {NULL, 0, 0}, ASTROVL_OK, err};
+    avl__prompt p;
     int i;
+    memset(&p, 0, sizeof p);
+    p.s = s;
+    p.parse_special = o->parse_special;
+    p.err = err;
     for (i = s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - (size_t)i]);
     avl__prompt_turn(&p, text, n_images, o->system);
     *tokens = p.tokens;
