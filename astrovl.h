@@ -9387,7 +9387,7 @@ AVL__INLINE void AVL_(add_block)(int type, int n, int m, const avl__vu *u, const
                 if (run) some[r] = AVL_(splat_int)(0);
             if (AVL__W > 4 || n * m == 1)
                 AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
-            else                                               // unrolled, gcc's scheduler for NEON runs out of registers
+            else                                          // unrolled, gcc's scheduler for NEON runs out of registers
                 for (k = 0; k < n_run; k++) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
             AVL__EACH(r, n * m)
                 if (run) sum[r] += AVL_(widen)(some[r]);
@@ -9799,7 +9799,7 @@ typedef struct AVL_(tile) {
     size_t             at;         // in x: the group's first block, counted through all groups, times its rows
     AVL_(blocks)       pack;
     int                n_blocks;
-    const char        *next;       // prefetched meanwhile: `step` bytes, whole lines, with each of the first n_ahead blocks
+    const char        *next;       // prefetched meanwhile: `step` bytes with each of n_ahead blocks
     size_t             step;
     int                n_ahead;
 } AVL_(tile);
@@ -9925,7 +9925,7 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
             const int skip = b - avl__group_begin(w->type, b, x->n_blocks);          // blocks in front, packed before
             const size_t n_tiles = (size_t)x->n_groups * N_PAIRS;
             t.n_blocks = x->n_blocks - b < slice ? x->n_blocks - b : slice;
-            ahead = AVL__PACK_ROWS * w->row_bytes * (size_t)t.n_blocks / ((size_t)x->n_blocks * n_tiles);      // of a tile
+            ahead = AVL__PACK_ROWS * w->row_bytes * (size_t)t.n_blocks / ((size_t)x->n_blocks * n_tiles);  // of a tile
             t.step = 64 * (ahead / (64 * (size_t)t.n_blocks) + 1);
             t.n_ahead = (int)((ahead + t.step - 1) / t.step);
             for (i = 0; i < N_REGISTERS && out + AVL__W * i < last; i++)
