@@ -14,17 +14,16 @@
 //   [1] API          every public declaration, documented where it stands
 //   [2] platform     configuration, errors, memory, byte order, files, time, threads
 //   [3] numbers      f16, bf16 and the block formats to float32; exp, tanh, erf, sin, cos that are the same everywhere
-//   [4] kernels      the inner loops behind one table of functions, in portable C
-//   [5] ops          the audit tap; norms, softmax, activations, RoPE, products, attention
-//   [6] GGUF         reading the files; weights across several files
-//   [7] text         SentencePiece, byte-level BPE and CLIP tokenizers
-//   [8] images       PNG, JPEG, PNM; resize, pad, crop
-//   [9] CLIP         the vision tower and its preprocessing, the text tower
-//   [10] LLaMA       the language model and its KV cache
-//   [11] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
-//   [12] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
-//   [13] contrastive embeddings of images and texts, scores, search
-//   [14] SIMD        the kernels for vector registers: one template, and the choice at run time
+//   [4] ops          the audit tap; norms, softmax, activations, RoPE, products, attention: plain C, in one fixed order
+//   [5] GGUF         reading the files; weights across several files
+//   [6] text         SentencePiece, byte-level BPE and CLIP tokenizers
+//   [7] images       PNG, JPEG, PNM; resize, pad, crop
+//   [8] CLIP         the vision tower and its preprocessing, the text tower
+//   [9] LLaMA        the language model and its KV cache
+//   [10] VLM         models, sessions, the projector, prompt templates, images spliced into the sequence
+//   [11] generation  sampling, guided answers (JSON schemas, patterns), stop rules, streaming, turns, captions
+//   [12] contrastive embeddings of images and texts, scores, search
+//   [13] SIMD        the kernels for vector registers: one template, and the choice at run time
 //
 // ---- How to use it -------------------------------------------------------------------------------------------------
 // Copy this file into your project. In exactly one .c or .cpp file write
@@ -159,7 +158,7 @@
 // - memory that a function returns is released with astrovl_free(), handles with their own function. Both allow NULL.
 // ====================================================================================================================
 
-#ifndef AVL__ISA        // section [14] includes this file again for each instruction set
+#ifndef AVL__ISA        // section [13] includes this file again for each instruction set
 #ifndef ASTROVL_H
 #define ASTROVL_H
 
@@ -699,7 +698,7 @@ ASTROVL_API float astrovl_erff(float x);
 #else
 #define AVL__MMAP 0
 #endif
-// Which kernels section [14] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
+// Which kernels section [13] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
 // other processors one for the vector registers that the compiler may use. They assume little-endian bytes.
 #if defined(ASTROVL_NO_SIMD) || !(defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
 #define AVL__VECTORS 0
@@ -1617,18 +1616,21 @@ static double avl__random(uint64_t *state) {
 }
 
 // ====================================================================================================================
-// [4] Kernels
-// The few loops in which all the time goes, behind one table of function pointers: products of activations with a
-// weight matrix in any stored format, attention, norms and activations. Here are the structures and the portable table,
-// which exact mode uses; the tables for vector registers come last, in section [14].
+// [4] Ops
+// The operations that both transformers are made of, on rows of float32: norms, softmax, activations, RoPE, products
+// with a weight matrix, attention. The public ones work on plain arrays, for teaching and auditing; those that are
+// worth several threads take an avl__run.
+//
+// The few loops in which all the time goes stand behind one table of function pointers. Here are its structures and the
+// portable table, which exact mode uses; the tables for vector registers come last, in section [13].
 //
 // Exact mode fixes the order of every sum. A dot product of n values keeps 16 partial sums; value i goes to sum i % 16,
 // in order of i, as a rounded product then a rounded addition; then the 16 are folded 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 // Sixteen because that is one AVX-512 register, two of AVX, four of SSE or NEON, or sixteen plain variables: each
-// computes the same bits.
-//
-// Fast mode rounds activations to small integers, 32 values at a time, and multiplies integers (algebra: section [14]).
+// computes the same bits. Fast mode rounds activations to small integers, 32 at a time, and multiplies integers.
 // ====================================================================================================================
+
+// ---- the table of kernels ------------------------------------------------------------------------------------------
 
 // A weight matrix in place, in its stored format:  y = x W^T + bias
 typedef struct avl__linear {
@@ -1639,7 +1641,7 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
-// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [14]), x = e q for 32 values. Weights
+// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [13]), x = e q for 32 values. Weights
 // meet `group` rows at a time, whose words lie side by side: rows that lay a power of two apart would evict each other
 // from the L1 cache.
 typedef struct avl__quants {
@@ -1685,7 +1687,7 @@ typedef struct avl__kernels {
     void (*linear)(const avl__product *p, int first, int last, float *scratch);
     // sum over i of half[i] * x[i], half: little-endian float16 at any address. The same bits in every table
     float (*dot_f16)(const void *half, const float *x, int n);
-    // the operations of section [5] that the public functions describe; x = silu(x) * up
+    // the operations that the public functions describe; x = silu(x) * up
     void (*rms_norm)(float *y, const float *x, const float *weight, int n_embd, float eps);
     void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n_embd, float eps);
     void (*gelu)(float *x, int64_t n);
@@ -1782,14 +1784,7 @@ static int avl__is_float_type(int type) {
 #define AVL__KERNEL_NAMES "portable, generic"
 #endif
 
-static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa);      // section [14]
-
-// ====================================================================================================================
-// [5] Ops
-// The operations that both transformers are made of, on rows of float32: norms, softmax, activations, RoPE, products
-// with a weight matrix, attention. The public ones work on plain arrays, for teaching and auditing; those that are
-// worth several threads take an avl__run.
-// ====================================================================================================================
+static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa);      // section [13]
 
 // ---- how a pass is run ---------------------------------------------------------------------------------------------
 
@@ -2356,7 +2351,7 @@ static void avl__attention_run(avl__attention *a, int n) {
 }
 
 // ====================================================================================================================
-// [6] GGUF
+// [5] GGUF
 // The file format of models (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian:
 //
 //     "GGUF"   u32 version   u64 n_tensors   u64 n_kv
@@ -2996,7 +2991,7 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
 }
 
 // ====================================================================================================================
-// [7] Text
+// [6] Text
 // Text to token ids and back, by the vocabulary that a GGUF file carries in its tokenizer.ggml.* keys.
 //   llama  SentencePiece's BPE (Kudo & Richardson 2018): a text is spelled with U+2581 for a space, and characters are
 //          merged to pieces. What no piece spells goes as bytes.
@@ -4092,7 +4087,7 @@ static void avl__put_token(const avl__vocab *v, int32_t id, avl__bytes *b) {
 }
 
 // ====================================================================================================================
-// [8] Images
+// [7] Images
 // Files to 8-bit RGB, and the few whole-image operations of the models' preprocessing. The reference is Pillow, which
 // prepared the models' training data: Image.open(f).convert("RGB") and Image.resize(..., BICUBIC).
 // PNG: ISO/IEC 15948, with zlib and deflate of RFC 1950 and RFC 1951. JPEG: ITU-T T.81, JFIF and Adobe's conventions,
@@ -5441,7 +5436,7 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
 
 
 // ====================================================================================================================
-// [9] CLIP
+// [8] CLIP
 // Two transformers (Radford et al. 2021), made of the same pre-norm layers:
 //     x += attention(layer_norm1(x));   x += fc2(activation(fc1(layer_norm2(x))))
 // The vision tower (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one
@@ -5843,7 +5838,7 @@ static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run
 }
 
 // ====================================================================================================================
-// [10] LLaMA
+// [9] LLaMA
 // The language model (Touvron et al. 2023): a decoder of pre-norm layers on rows of n_embd numbers,
 //     x += wo attention(rope(wq h), rope(wk h), wv h)   with h = rms_norm(x), attending to all earlier rows by a cache
 //     x += w_down (silu(w_gate h) * w_up h)             with h = rms_norm(x)                 (SwiGLU, Shazeer 2020)
@@ -6182,7 +6177,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
 }
 
 // ====================================================================================================================
-// [11] VLM
+// [10] VLM
 // The whole: a model out of files, a session that runs it, and LLaVA (Liu et al. 2023) itself, which is three short
 // steps. The vision tower turns an image into one row per patch; a projector brings each row to the language model's
 // width; the rows stand in the sequence where the prompt says <image>. From there on they are read as words are.
@@ -6906,7 +6901,7 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
 }
 
 // ====================================================================================================================
-// [12] Generation
+// [11] Generation
 // From logits to text: penalties, truncation and sampling; answers that keep to a pattern or a JSON schema; stop texts
 // and streaming; then the calls that put it together, from a turn of a conversation to a caption in one line.
 // ====================================================================================================================
@@ -8519,7 +8514,7 @@ ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *i
 }
 
 // ====================================================================================================================
-// [13] Contrastive
+// [12] Contrastive
 // CLIP (Radford et al. 2021) and PAPERCLIP (Mishra-Sharma et al. 2024): an image and a text that belong together have
 // embeddings that point the same way. So a text can be looked for among images, and an image among texts.
 //     cosine(a, b) = a . b / (|a| |b|);    p(text j | image i) = softmax_j(logit_scale * cosine(image_i, text_j))
@@ -8712,7 +8707,7 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 }
 
 // ====================================================================================================================
-// [14] SIMD kernels
+// [13] SIMD kernels
 // The kernels of section [4] for processors with vector registers, written once. The second half of this section is a
 // template: the header includes itself for each instruction set, with AVL__ISA (the suffix of every name) and AVL__W
 // (32-bit lanes of a register) defined. Registers are the vector extensions of gcc and clang; an instruction set adds
@@ -9041,7 +9036,7 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 #else   // AVL__ISA
 
 // ====================================================================================================================
-// The template of [14]: included once for each instance (AVL__ISA). AVL__WIDE: the byte product adds up in 32 bits.
+// The template of [13]: included once for each instance (AVL__ISA). AVL__WIDE: the byte product adds up in 32 bits.
 // ====================================================================================================================
 
 #ifndef AVL__BASE
