@@ -841,13 +841,13 @@ static float *avl__alloc_floats(uint64_t count) { return (float *)avl__alloc_raw
 
 // Grows *array (of elements of size bytes) to hold `needed`, doubling; 0 when memory is out: *array then stays.
 static int avl__grow(void *array, size_t *capacity, size_t needed, size_t size) {
-    void *memory;
+    void *old, *memory;
     size_t wanted = *capacity < 16 ? 16 : *capacity;
     if (needed <= *capacity) return 1;
     while (wanted < needed && wanted <= SIZE_MAX / 4) wanted *= 2;
     if (wanted < needed || wanted > SIZE_MAX / 2 / size) return 0;
-    memcpy(&memory, array, sizeof memory);   // array is the address of a pointer of any type
-    memory = ASTROVL_REALLOC(memory, wanted * size);
+    memcpy(&old, array, sizeof old);         // array is the address of a pointer of any type
+    memory = ASTROVL_REALLOC(old, wanted * size);
     if (!memory) return 0;
     memcpy(array, &memory, sizeof memory);
     *capacity = wanted;

@@ -2382,7 +2382,7 @@ static double rank_partners(program *p, const float *queries, const float *items
             sum += exp(scale * cosines[j] - scale * cosines[i]);
             rank += cosines[j] > cosines[i] || (j < i && !(cosines[j] < cosines[i]));
         }
-        loss += log(sum) / n;
+        loss += log(sum) / n;          // cppcheck-suppress invalidFunctionArg ; sum >= 1, by j = i
         for (k = 1; k <= 100; k++) shares[k] += rank < (int)((int64_t)k * n / 100) ? 1.0 / n : 0;
     }
     return loss;
