@@ -805,7 +805,7 @@ AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const c
     do { \
         va_list args; \
         va_start(args, format); \
-        avl__format_v(text, sizeof text, format, args); \
+        avl__format_v(text, sizeof(text), format, args); \
         va_end(args); \
     } while (0)
 
@@ -8753,7 +8753,7 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 #else
 #define AVL__UNROLL _Pragma("GCC unroll 16")
 #endif
-#define AVL__EACH(i, n) AVL__UNROLL for (i = 0; i < n; i++)
+#define AVL__EACH(i, n) AVL__UNROLL for ((i) = 0; (i) < (n); (i)++)
 
 // How the 32-bit words of weights and activations are multiplied
 enum {
