@@ -112,9 +112,8 @@ static void print_safe(FILE *out, const char *text) { print_string(out, text, st
 static void print_padded(const char *text, size_t size, int width) {
     unsigned code;
     int valid;
-    size_t at;
     print_string(stdout, text, size, 0);
-    for (at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code, &valid);
+    for (size_t at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code, &valid);
     printf("%*s", width > 0 ? width : 0, "");
 }
 
@@ -134,12 +133,10 @@ static const char *human_bytes(uint64_t bytes) {
 // The shortest decimal that reads back as the same number. JSON has no infinities: null.
 static void print_number(FILE *out, double value, int is_float32) {
     char text[40];
-    int digits;
     if (!(value - value == 0)) { fputs("null", out); return; }
-    for (digits = 6; digits <= 17; digits++) {
-        double back;
+    for (int digits = 6; digits <= 17; digits++) {
         snprintf(text, sizeof text, "%.*g", digits, value);
-        back = strtod(text, NULL);
+        double back = strtod(text, NULL);
         if (is_float32 ? (float)back == (float)value : !(back < value || back > value)) break;
     }
     fputs(strcmp(text, "-0") == 0 ? "-0.0" : text, out);      // JSON readers take -0 for an integer
@@ -290,8 +287,7 @@ static int print_around(const char *before, const command *c, const char *after)
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
 static void print_templates(FILE *out) {
-    int t;
-    for (t = ASTROVL_TEMPLATE_AUTO; t <= ASTROVL_TEMPLATE_PLAIN; t++)
+    for (int t = ASTROVL_TEMPLATE_AUTO; t <= ASTROVL_TEMPLATE_PLAIN; t++)
         fprintf(out, "%s%s", t ? ", " : "", astrovl_template_name((astrovl_template)t));
 }
 
@@ -333,9 +329,8 @@ static const option_spec *find_option(const command *c, const char *argument, co
     const int is_long = argument[1] == '-';
     const char *name = argument + 1 + is_long;
     size_t length = is_long ? strcspn(name, "=") : 1;
-    int i;
     *value = name[length] ? name + length + is_long : NULL;
-    for (i = 0; i < N_OPTIONS; i++) {
+    for (int i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
         if (!(spec->commands & c->bit)) continue;
         if (is_long && strlen(spec->name) == length && memcmp(spec->name, name, length) == 0) return spec;
@@ -363,9 +358,8 @@ static int parse_options(const command *c, options *o, int argc, char **argv) {
 }
 
 static void print_command_help(const command *c) {
-    int i;
     printf("Usage: astrovl %s\n\n%s\n\nOptions:\n", c->usage, c->about);
-    for (i = 0; i < N_OPTIONS; i++) {
+    for (int i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
         char left[64];
         if (!(spec->commands & c->bit)) continue;
@@ -674,8 +668,7 @@ static uint64_t get_le(const unsigned char *bytes, int n) {
 #define FNV_START 14695981039346656037ULL
 static uint64_t fnv1a64(uint64_t h, const void *data, size_t size) {
     const unsigned char *bytes = (const unsigned char *)data;
-    size_t i;
-    for (i = 0; i < size; i++) h = (h ^ bytes[i]) * 1099511628211ULL;
+    for (size_t i = 0; i < size; i++) h = (h ^ bytes[i]) * 1099511628211ULL;
     return h;
 }
 
@@ -707,10 +700,9 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
                         shape_text(shape, n_dims, ", "), n_dims == 1 ? "," : "");
     int size = (10 + used + 1 + 63) / 64 * 64 - 10;
     FILE *f = fopen(path, "wb");
-    uint64_t hash;
     if (!f) exit(write_error(path));
     fprintf(f, "\x93NUMPY%c%c%c%c%-*s\n", 1, 0, size & 0xFF, size >> 8, size - 1, text);
-    hash = put_values(f, values, count_values(shape, n_dims));
+    uint64_t hash = put_values(f, values, count_values(shape, n_dims));
     if (ferror(f) || fclose(f) != 0) exit(write_error(path));
     return hash;
 }
@@ -887,7 +879,7 @@ static int decode_ids(program *p, const char *text, size_t size) {
     static const char separators[] = " ,\t\r\n";
     int32_t *ids = (int32_t *)new_memory(p, size / 2 + 1, sizeof *ids);
     int n = 0;
-    char *end, *decoded;
+    char *end;
     for (text += strspn(text, separators); *text; text = end + strspn(end, separators)) {
         unsigned long long value = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || !strchr(separators, *end) || value > INT32_MAX ||
@@ -895,7 +887,7 @@ static int decode_ids(program *p, const char *text, size_t size) {
             return fail("\"%.*s\" is no token of this vocabulary", (int)strcspn(text, separators), text);
         ids[n++] = (int32_t)value;
     }
-    decoded = astrovl_detokenize(p->model, ids, n, &p->err);
+    char *decoded = astrovl_detokenize(p->model, ids, n, &p->err);
     if (!decoded) return failed(p);
     print_text(p, decoded, strlen(decoded));
     if (p->safe_output) putchar('\n');       // a terminal's next line; a pipe gets the bytes as they are
@@ -967,8 +959,7 @@ typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
 
 static totals add_up(const astrovl_gguf *file) {
     totals sums = {{{0}}};
-    int i;
-    for (i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
+    for (int i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i / 2);
         uint64_t *sum = sums.of[i % 2 ? N_TYPES : (int)t->type];
         sum[0]++, sum[1] += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]), sum[2] += t->n_bytes;
@@ -977,8 +968,7 @@ static totals add_up(const astrovl_gguf *file) {
 }
 
 static void print_totals(const totals *sums) {
-    int k;
-    for (k = 0; k <= N_TYPES; k++)
+    for (int k = 0; k <= N_TYPES; k++)
         if (sums->of[k][0])
             printf("  %-5s %6d tensors %14lld values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
                    (int)sums->of[k][0], (long long)sums->of[k][1], human_bytes(sums->of[k][2]));
@@ -1092,11 +1082,10 @@ static int check_model(program *p, const list *paths) {
         {"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1}, {"summarize", 1}, {"score", 2}, {"describe", 2},
         {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     const astrovl_info *m = &p->info;
-    const char *problem;
     int i, uses[5];
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     astrovl_get_info(p->model, &p->info);
-    problem = p->model ? lacking(m) : p->err.message;
+    const char *problem = p->model ? lacking(m) : p->err.message;
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
     if (p->o.json) put_json("{runnable:%b commands:[", !problem);
@@ -1116,16 +1105,16 @@ static int check_model(program *p, const list *paths) {
 static int run_inspect(program *p) {
     list *paths = p->o.words.n ? &p->o.words : &p->o.models;
     astrovl_gguf **files;
-    int i;
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
     if (paths->n == 0) return usage_error(p->cmd, "which file? (the shipped model was not found)");
     if (p->o.check) return check_model(p, paths);
     files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
-    for (i = 0; i < paths->n; i++)                         // all, before anything is printed: half a JSON text is none
+    // All are opened before anything is printed: half a JSON text is none.
+    for (int i = 0; i < paths->n; i++)
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
     if (p->o.json) put_json("{files:[");
-    for (i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
+    for (int i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     if (p->o.json) put_json("]");
     print_model(p, paths);
     if (p->o.json) put_json("}\n");
@@ -1163,17 +1152,15 @@ static float round_between(float x, float low, float high) {   // to the nearest
 // The value of largest magnitude (the first of equals), with its sign
 static float extreme_of(const float *x, int n) {
     float extreme = x[0];
-    int i;
-    for (i = 1; i < n; i++)
+    for (int i = 1; i < n; i++)
         if (fabsf(x[i]) > fabsf(extreme)) extreme = x[i];
     return extreme;
 }
 
 static void find_range(const float *x, int n, float *least, float *largest) {
-    int i;
     *least = x[0];
     *largest = x[0];
-    for (i = 1; i < n; i++) {
+    for (int i = 1; i < n; i++) {
         if (x[i] < *least) *least = x[i];
         if (x[i] > *largest) *largest = x[i];
     }
@@ -1230,9 +1217,8 @@ static void quantize_simple(const float *x, unsigned char *b, int bits, int has_
 // Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
 static void quantize_q8_0(const float *x, unsigned char *b) {
     float d = clamp(fabsf(extreme_of(x, 32)) / 127, 0, F16_LIMIT), inverse = reciprocal(d);
-    int j;
     put_half(b, d);
-    for (j = 0; j < 32; j++) {
+    for (int j = 0; j < 32; j++) {
         float q = clamp(fabsf(x[j] * inverse), 0, 127);
         int whole = (int)q;
         whole += q - (float)whole >= 0.5f;
@@ -1252,11 +1238,10 @@ static void quantize_q8_0(const float *x, unsigned char *b) {
 // Returns that d. It is negative where the value of largest magnitude has the sign that q has one integer less of.
 static float fit_scale(const float *x, int n, int low, int high) {
     float extreme = extreme_of(x, n), end = (float)(-low > high ? low : high), gain = 0, scale = 0;
-    int guess, i;
     if (fabsf(extreme) < QUANTIZE_MIN) return 0;
-    for (guess = -GUESSES; guess <= GUESSES; guess++) {
+    for (int guess = -GUESSES; guess <= GUESSES; guess++) {
         float inverse = (end + GUESS_STEP * (float)guess) / extreme, sum_xq = 0, sum_qq = 0;
-        for (i = 0; i < n; i++) {
+        for (int i = 0; i < n; i++) {
             float q = round_between(x[i] * inverse, (float)low, (float)high);
             sum_xq += x[i] * q;
             sum_qq += q * q;
@@ -1277,19 +1262,18 @@ static float fit_scale(const float *x, int n, int low, int high) {
 static float fit_minimum(const float *x, int n, int high) {
     float low, top, u[32], sum_u = 0, minimum;
     double least = 0;
-    int guess, i;
     find_range(x, n, &low, &top);
     if (low > 0) low = 0;
     minimum = -low;
     if (top - low < QUANTIZE_MIN) return minimum;
-    for (i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         u[i] = x[i] - low;
         sum_u += u[i];
     }
-    for (guess = -GUESSES; guess <= GUESSES; guess++) {
+    for (int guess = -GUESSES; guess <= GUESSES; guess++) {
         float inverse = ((float)high + GUESS_STEP * (float)guess) / (top - low), sum_q = 0, sum_qq = 0, sum_uq = 0;
         double determinant, d, r, error;   // error: E less sum u^2, which all tries share
-        for (i = 0; i < n; i++) {
+        for (int i = 0; i < n; i++) {
             float q = round_between(u[i] * inverse, 0, (float)high);
             sum_q += q;
             sum_qq += q * q;
@@ -1313,8 +1297,7 @@ static float fit_minimum(const float *x, int n, int high) {
 
 // The codes q - low of y = step q - minimum, low <= q <= high.
 static void encode(const float *x, int n, float step, float minimum, int low, int high, unsigned char *codes) {
-    int i;
-    for (i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         float q = step == 0 ? 0 : (x[i] + minimum) / step;
         codes[i] = (unsigned char)((int)round_between(q, (float)low, (float)high) - low);
     }
@@ -1331,10 +1314,9 @@ static float encode_scales(const float *s, int n, int low, int high, unsigned ch
 static void encode_symmetric(const float *x, int half, int half_scales, unsigned char *d_at, unsigned char *scales,
                              unsigned char *codes) {
     float s[16], d;
-    int g;
-    for (g = 0; g < 16; g++) s[g] = fit_scale(x + 16 * g, 16, -half, half - 1);
+    for (int g = 0; g < 16; g++) s[g] = fit_scale(x + 16 * g, 16, -half, half - 1);
     d = encode_scales(s, 16, -half_scales, half_scales - 1, d_at, scales);
-    for (g = 0; g < 16; g++)
+    for (int g = 0; g < 16; g++)
         encode(x + 16 * g, 16, d * (float)(scales[g] - half_scales), 0, -half, half - 1, codes + 16 * g);
 }
 
@@ -1359,8 +1341,7 @@ static void encode_affine(const float *x, int n_groups, int high, int high_scale
 // Eight scales and eight minima of 6 bits in 12 bytes. scales: [2][8]
 static void pack_scales(const unsigned char *scales, unsigned char *s) {
     const unsigned char *minima = scales + 8;
-    int g;
-    for (g = 0; g < 4; g++) {
+    for (int g = 0; g < 4; g++) {
         s[g] = (unsigned char)(scales[g] | scales[g + 4] >> 4 << 6);
         s[g + 4] = (unsigned char)(minima[g] | minima[g + 4] >> 4 << 6);
         s[g + 8] = (unsigned char)((scales[g + 4] & 15) | (minima[g + 4] & 15) << 4);
@@ -1374,7 +1355,6 @@ static int block_values(int type) {
 static void quantize_block(int type, const float *x, unsigned char *b) {
     unsigned char scales[32], codes[256];
     uint32_t bits;
-    int g;
     switch (type) {
     case ASTROVL_TYPE_F16: put_le(b, astrovl_f32_to_f16(*x), 2); break;
     case ASTROVL_TYPE_BF16: put_le(b, astrovl_f32_to_bf16(*x), 2); break;
@@ -1410,7 +1390,7 @@ static void quantize_block(int type, const float *x, unsigned char *b) {
         encode_symmetric(x, 32, 128, b + 208, scales, codes);
         pack(b, codes, 256, 0, 4, 64);
         pack(b + 128, codes, 256, 4, 2, 32);
-        for (g = 0; g < 16; g++) b[192 + g] = (unsigned char)(scales[g] - 128);
+        for (int g = 0; g < 16; g++) b[192 + g] = (unsigned char)(scales[g] - 128);
         break;
     default:
         memcpy(&bits, x, 4);
@@ -1423,9 +1403,8 @@ static void quantize_row(int type, const float *values, unsigned char *blocks, i
     const int n_values = block_values(type);
     const size_t block_bytes = astrovl_type_row_bytes(type, n_values);
     float x[256];
-    int i;
     for (; n > 0; n -= n_values, values += n_values, blocks += block_bytes) {
-        for (i = 0; i < n_values && n_values > 1; i++)
+        for (int i = 0; i < n_values && n_values > 1; i++)
             x[i] = values[i] == values[i] ? clamp(values[i], -QUANTIZE_MAX, QUANTIZE_MAX) : 0;
         quantize_block(type, n_values > 1 ? x : values, blocks);
     }
@@ -1443,8 +1422,8 @@ typedef struct chunk {
 static void *quantize_pieces(void *context) {
     const chunk *c = (const chunk *)context;
     float x[4096];
-    int64_t at, n;
-    for (at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
+    int64_t n;
+    for (int64_t at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
         const char *from = (const char *)c->t->data + astrovl_type_row_bytes(c->t->type, c->first + at);
         n = c->n - at < 4096 ? c->n - at : 4096;
         astrovl_dequantize(c->t->type, from, x, n);
@@ -1820,9 +1799,8 @@ enum { IMAGE_TOWER = 1, TEXT_TOWER = 2, MAX_BATCH = 256, MAX_GROUPS = 64 };
 
 // Opens the model and a session, and says which of the towers that the command needs is missing.
 static void open_towers(program *p, int towers) {
-    const char *model;
     open_model_and_session(p);
-    model = p->o.models.items[0];
+    const char *model = p->o.models.items[0];
     if (p->o.batch == 0) p->o.batch = 4;
     p->started = time(NULL);
     p->counting = 1;
@@ -1860,9 +1838,8 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
 
 // {"image": path, "embedding": [...]}; every number reads back as the same float32
 static void print_embedding(program *p, const char *key, const char *name, const float *row) {
-    int k;
     put_json("{%k %s embedding:[", key, name);
-    for (k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
+    for (int k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
     put_json("]}\n");
 }
 
@@ -1883,8 +1860,8 @@ static int embed_images(program *p, const char *const *paths, int n, float *rows
 }
 
 static void embed_texts(program *p, const char *const *texts, int n, float *rows) {
-    int i, some;
-    for (i = 0; i < n; i += some) {
+    int some;
+    for (int i = 0; i < n; i += some) {
         some = n - i < 32 ? n - i : 32;
         draw_bar(p, "texts", i, n, 0);
         if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err)) exit(failed(p));
@@ -1896,10 +1873,9 @@ static int run_embed(program *p) {
     list *images = &p->o.words, *texts = &p->o.texts;
     int i, n = images->n + texts->n, status = EXIT_OK;
     int64_t shape[2];
-    float *rows;
     if ((images->n == 0) == (texts->n == 0)) return usage_error(p->cmd, "images are wanted, or --text TEXT (not both)");
     open_towers(p, images->n ? IMAGE_TOWER : TEXT_TOWER);
-    rows = new_rows(p, n);
+    float *rows = new_rows(p, n);
     if (images->n) status = embed_images(p, images->items, n, rows, !p->o.out);
     else embed_texts(p, texts->items, n, rows);
     shape[0] = n, shape[1] = p->info.n_embd_joint;
@@ -1946,9 +1922,8 @@ static void print_fits(program *p, const group *g, const float *image, int best)
 
 static int match_images(program *p, group *groups, int n_groups, int best) {
     int i, k, status = EXIT_OK;
-    float *row;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
-    row = new_rows(p, 1);
+    float *row = new_rows(p, 1);
     for (i = 0; i < n_groups; i++) {
         group *g = &groups[i];
         g->rows = new_rows(p, g->texts.n);
@@ -2044,10 +2019,10 @@ static uint64_t model_fingerprint(const astrovl_model *model) {
     static const char *const others[] = {"blk.", "token_embd", "output", "rope_freqs", "mm.", "model.image_newline"};
     uint64_t sum = 0, h, k;
     char text[128];
-    int f, i, o;
-    for (f = 0; f < astrovl_n_files(model); f++) {
+    int o;
+    for (int f = 0; f < astrovl_n_files(model); f++) {
         const astrovl_gguf *file = astrovl_file(model, f);
-        for (i = 0; i < astrovl_gguf_n_tensors(file); i++) {
+        for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
             const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
             uint64_t pieces = t->n_bytes <= 65536 ? 1 : 16, piece = pieces == 1 ? t->n_bytes : 4096;
             for (o = 0; o < 6 && strncmp(t->name, others[o], strlen(others[o])) != 0; o++) {}
@@ -2147,13 +2122,12 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
 
 // Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
-    size_t size;
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
     if (lock_file(ix->file) != 0)
         exit(fail("%s: another astrovl is writing to this index; wait until it is done", ix->path));
     rewind(ix->file);
-    size = read_index_header(ix);
+    size_t size = read_index_header(ix);
     if (size < INDEX_HEADER) ix->end = 0;                  // a new file, or one whose making was cut short
     else read_records(p, ix);
     if (ix->torn) fail("%s: cutting off an incomplete record at the end (a run was stopped)", ix->path);
@@ -2199,10 +2173,9 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
     for (i = 0; i < p->o.words.n; i++) {
         size_t size = 0;
         char *text = NULL;
-        lines l;
         if (strcmp(p->o.words.items[i], "-") != 0) { status |= add_images(p, p->o.words.items[i], 0, &all); continue; }
         text = read_text(p, "-", &size);
-        for (l = lines_of("standard input", text, size); next_line(&l);) {
+        for (lines l = lines_of("standard input", text, size); next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
             if (l.size) status |= add_images(p, l.line, 0, &all);
         }
@@ -2225,17 +2198,15 @@ static int run_index(program *p) {
     int i, k, d, some, status, n_known = 0, added = 0, batch;
     double start, rate = 0;
     char ok[MAX_BATCH];
-    unsigned char *records, *r;
-    image_index *ix;
-    float *rows;
+    unsigned char *r;
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
     batch = p->o.batch;
-    ix = new_index(p, p->o.out);
+    image_index *ix = new_index(p, p->o.out);
     open_index(p, ix);
     status = collect_images(p, ix, &todo, &n_known);
-    records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
-    rows = new_rows(p, batch);
+    unsigned char *records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
+    float *rows = new_rows(p, batch);
     start = seconds();
     for (i = 0; i < todo.n && !p->stop; i += some) {
         some = todo.n - i < batch ? todo.n - i : batch;
@@ -2269,12 +2240,10 @@ static int run_search(program *p) {
     int i, k = p->o.best ? p->o.best : 10, n = 0;
     astrovl_rows rows;
     astrovl_hit *hits;
-    image_index *ix;
-    float *row;
     char ok;
     if ((p->o.words.n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
     open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
-    ix = new_index(p, p->o.words.items[0]);
+    image_index *ix = new_index(p, p->o.words.items[0]);
     ix->keep_rows = 1;
     if (!(ix->file = fopen(ix->path, "rb"))) return cannot_open(ix->path);
     if (read_index_header(ix) < INDEX_HEADER)
@@ -2283,7 +2252,7 @@ static int run_search(program *p) {
     fclose(ix->file);
     if (ix->torn && !p->o.quiet)
         fail("%s: skipping an incomplete record at the end; `astrovl index` continues there", ix->path);
-    row = new_rows(p, 1);
+    float *row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
     rows.data = ix->rows;
@@ -2373,17 +2342,16 @@ static double rank_partners(program *p, const float *queries, const float *items
     const double scale = p->info.logit_scale;
     float *cosines = (float *)new_memory(p, (size_t)n, sizeof *cosines);
     double loss = 0;
-    int i, j, k;
-    for (i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         double sum = 0;
         int rank = 0;
         astrovl_linear(cosines, queries + (size_t)i * n_dims, items, NULL, 1, n_dims, n);
-        for (j = 0; j < n; j++) {
+        for (int j = 0; j < n; j++) {
             sum += exp(scale * cosines[j] - scale * cosines[i]);
             rank += cosines[j] > cosines[i] || (j < i && !(cosines[j] < cosines[i]));
         }
         loss += log(sum) / n;          // cppcheck-suppress invalidFunctionArg ; sum >= 1, by j = i
-        for (k = 1; k <= 100; k++) shares[k] += rank < (int)((int64_t)k * n / 100) ? 1.0 / n : 0;
+        for (int k = 1; k <= 100; k++) shares[k] += rank < (int)((int64_t)k * n / 100) ? 1.0 / n : 0;
     }
     return loss;
 }
@@ -2438,11 +2406,10 @@ static double plot_x(const panel *a, double x) { return a->left + 360 * (x - a->
 static double plot_y(const panel *a, double y) { return 340 - 270 * y / a->y1; }
 
 static void svg_axes(FILE *f, const panel *a, const char *title, const char *x_label, const char *y_label) {
-    int i;
     fprintf(f, "<g text-anchor=\"middle\">\n<text x=\"%g\" y=\"52\">%s</text>\n", a->left + 180, title);
     fprintf(f, "<text x=\"%g\" y=\"384\">%s</text>\n<text transform=\"translate(%g 205) rotate(-90)\">%s</text>\n",
             a->left + 180, x_label, a->left - 46, y_label);
-    for (i = 0; i <= 5; i++) {
+    for (int i = 0; i <= 5; i++) {
         double x = a->x0 + (a->x1 - a->x0) * i / 5, y = a->y1 * i / 5;
         fprintf(f, "<text x=\"%.1f\" y=\"360\">%.3g</text>\n", plot_x(a, x), fabs(x) < 1e-9 ? 0 : x);
         fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%.3g</text>\n", a->left - 8, plot_y(a, y) + 4, y);
@@ -2466,12 +2433,11 @@ static int save_plot(const char *path, const retrieval *r) {
     const panel a = {70, 0, 100, 100};                     // shares of queries
     panel b = {560, floor(10 * low) / 10, ceil(10 * high + 1e-6) / 10, 0};         // shares of the cosines, in percent
     double bins[2][BINS] = {{0}};
-    int i, k;
     char text[64];
     FILE *f = fopen(path, "wb");
     if (!f) return write_error(path);
-    for (k = 0; k < 2; k++)
-        for (i = 0; i < r->n; i++) {
+    for (int k = 0; k < 2; k++)
+        for (int i = 0; i < r->n; i++) {
             double *bin = &bins[k][(int)fmin((r->cosines[k][i] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
             *bin += 100.0 / r->n;
             b.y1 = fmax(b.y1, 5 * ceil(*bin / 4));         // room for the legend
@@ -2484,12 +2450,12 @@ static int save_plot(const char *path, const retrieval *r) {
     fprintf(f, "<path d=\"M70 340L430 70\" %s/>\n", style[3]);
     svg_legend(f, 270, 325, style[3], "chance");
     svg_axes(f, &b, "Cosines of image and text", "cosine", "pairs (%)");
-    for (k = 1; k >= 0; k--) {
+    for (int k = 1; k >= 0; k--) {
         fprintf(f, "<g %s stroke-width=\"2\"><path fill=\"none\" d=\"M", style[2 * k]);
-        for (i = 1; i <= 100; i++)
+        for (int i = 1; i <= 100; i++)
             fprintf(f, "%s%.1f %.1f", i > 1 ? "L" : "", plot_x(&a, i), plot_y(&a, r->share[k][i] * 100));
         fprintf(f, "\"/></g>\n<path %s fill-opacity=\"0.3\" stroke-width=\"1.5\" d=\"M560 340", style[k]);
-        for (i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
+        for (int i = 0; i < BINS; i++) fprintf(f, "V%.1fh9", plot_y(&b, bins[k][i]));
         fputs("V340\"/>\n", f);
         svg_legend(f, 270, 285 + 20 * k, style[2 * k], k ? "image for a text" : "text for an image");
         snprintf(text, sizeof text, "%s (mean %.3f)", k ? "wrong pairs" : "pairs", r->mean[k]);
@@ -2504,12 +2470,11 @@ static int save_plot(const char *path, const retrieval *r) {
 static int evaluate_retrieval(program *p, sample *samples, int n) {
     const char **names = (const char **)new_memory(p, (size_t)n, sizeof *names);
     int *text_of = (int *)new_memory(p, (size_t)n, sizeof *text_of), i, k;
-    float *images, *texts;
     uint64_t state = 1;
     retrieval r;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
-    images = new_rows(p, n);
-    texts = new_rows(p, n);
+    float *images = new_rows(p, n);
+    float *texts = new_rows(p, n);
     for (i = 0; i < n; i++) names[i] = samples[i].path;
     if (embed_images(p, names, n, images, 0) != EXIT_OK) return fail("nothing is measured, since images are missing");
     for (i = 0; i < n; i++) names[i] = samples[i].label;
@@ -2612,17 +2577,16 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
     vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
     const char *texts[2];
-    float *rows, cosine;
-    int i, *named;
-    sample *x;
+    float cosine;
+    int *named;
     open_towers(p, 0);
-    rows = new_rows(p, 2);
-    for (x = samples; x < samples + n; x++) {
+    float *rows = new_rows(p, 2);
+    for (sample *x = samples; x < samples + n; x++) {
         for (x->truth = 0; x->truth < t.classes.n && strcmp(t.classes.items[x->truth], x->label) != 0; x->truth++) {}
         if (x->truth == t.classes.n) list_add(p, &t.classes, x->label, strlen(x->label));
     }
     t.confusion = (int *)new_memory(p, (size_t)t.classes.n, ((size_t)t.classes.n + 2) * sizeof(int));
-    for (x = samples; x < samples + n; x++) {
+    for (sample *x = samples; x < samples + n; x++) {
         draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
         if (astrovl_image_load(x->path, NULL, &image, &p->err) != ASTROVL_OK) exit(failed(p));
@@ -2630,7 +2594,7 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         astrovl_image_free(&image);
         if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));
         x->named = first_named(x->text, t.classes.items, t.classes.n);
-        for (i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
+        for (int i = 0; i < x->features.n; i++) x->n_found += first_named(x->text, &x->features.items[i], 1) == 0;
         t.right += x->truth == x->named;
         t.none += x->named < 0;
         t.found += x->n_found;
@@ -2841,10 +2805,9 @@ static const command commands[] = {
 enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
 
 static void print_overview(FILE *out) {
-    int i;
     fprintf(out, "astrovl %s: looks at astronomical images and says what it sees.\n\n"
             "Usage: astrovl COMMAND [OPTIONS] ...\n\nCommands:\n", ASTROVL_VERSION);
-    for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
+    for (int i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
     fputs("\nastrovl COMMAND --help describes a command and its options. For a start:\n"
           "  astrovl caption test/images/*\n", out);
 }
@@ -2852,11 +2815,11 @@ static void print_overview(FILE *out) {
 // Runs a command with room for every argument in each list.
 static int run_command(program *p, const command *c, int argc, char **argv) {
     list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
-    int i, status;
+    int status;
     p->cmd = c;
     p->o.how.on_text = on_text;
     p->o.how.user = p;
-    for (i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
+    for (int i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
     status = parse_options(c, &p->o, argc, argv);
     p->o.how.stop = p->o.stop.items;
     p->o.how.n_stop = p->o.stop.n;
@@ -2864,7 +2827,7 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
     else if (status == EXIT_OK) status = usage_error(c, "%s", c->wanted);
-    for (i = 1; i < MAX_TURNS; i++) astrovl_session_free(p->more[i]);
+    for (int i = 1; i < MAX_TURNS; i++) astrovl_session_free(p->more[i]);
     astrovl_session_free(p->session);
     astrovl_close(p->model);
     return status;

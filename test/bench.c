@@ -92,13 +92,12 @@ static double peak_memory(void) {
 
 static astrovl_session *new_session(const astrovl_model *model, astrovl_mode mode, int n_ctx) {
     astrovl_session_options options;
-    astrovl_session *s;
     memset(&options, 0, sizeof options);
     options.mode = mode;
     options.n_threads = o.threads;
     options.n_ctx = n_ctx;
     options.isa = getenv("ASTROVL_ISA");
-    s = astrovl_session_new(model, &options, &g_err);
+    astrovl_session *s = astrovl_session_new(model, &options, &g_err);
     if (!s) die("%s", g_err.message);
     return s;
 }
@@ -121,13 +120,12 @@ static void read_slice(void *context, int item, int thread) {
     size_t step = b->n_bytes / SLICES, at = step * (size_t)(item % SLICES);
     size_t end = item % SLICES == SLICES - 1 ? b->n_bytes : at + step;
     uint64_t sum[4] = {0}, word;                           // four sums: the additions do not wait for each other
-    int i;
     for (; at + 128 <= end; at += 128)
-        for (i = 0; i < 4; i++) {
+        for (int i = 0; i < 4; i++) {
             memcpy(&word, (const char *)b->data + at + 32 * i, 8);
             sum[i] += word;
         }
-    for (i = 0; i < 4; i++) r->sums[thread] += sum[i];
+    for (int i = 0; i < 4; i++) r->sums[thread] += sum[i];
 }
 
 // Seconds that reading the blocks once takes
@@ -149,15 +147,13 @@ typedef double (*arithmetic)(int64_t n);
 static double float32_arithmetic(int64_t n) {
     volatile float keep = 0.999f;                          // unknown at compile time
     float sums[12][16], x = keep;
-    int64_t r;
-    int i, j;
-    for (i = 0; i < 12; i++)
-        for (j = 0; j < 16; j++) sums[i][j] = (float)(i + j);
-    for (r = 0; r < n; r++)
-        for (i = 0; i < 12; i++)
-            for (j = 0; j < 16; j++) sums[i][j] = sums[i][j] * x + x;
-    for (i = 0; i < 12; i++)
-        for (j = 0; j < 16; j++) keep = sums[i][j];
+    for (int i = 0; i < 12; i++)
+        for (int j = 0; j < 16; j++) sums[i][j] = (float)(i + j);
+    for (int64_t r = 0; r < n; r++)
+        for (int i = 0; i < 12; i++)
+            for (int j = 0; j < 16; j++) sums[i][j] = sums[i][j] * x + x;
+    for (int i = 0; i < 12; i++)
+        for (int j = 0; j < 16; j++) keep = sums[i][j];
     return (double)n * 12 * 16 * 2;
 }
 
@@ -292,12 +288,11 @@ static void add_language_model(const shape *m, int type) {
         {"attn_output", m->n_embd, m->n_embd}, {"ffn_gate", m->n_embd, m->n_ff}, {"ffn_up", m->n_embd, m->n_ff},
         {"ffn_down", m->n_ff, m->n_embd}, {"attn_norm", m->n_embd, 0}, {"ffn_norm", m->n_embd, 0}};
     char name[48];
-    int i, k;
     add_matrix("token_embd.weight", type, m->n_embd, m->n_vocab);
     add_tensor("output_norm.weight", ASTROVL_TYPE_F32, 1, 1, m->n_embd, 1);
     if (!m->tied) add_matrix("output.weight", type, m->n_embd, m->n_vocab);
-    for (i = 0; i < m->n_layer; i++)
-        for (k = 0; k < 9; k++) {
+    for (int i = 0; i < m->n_layer; i++)
+        for (int k = 0; k < 9; k++) {
             snprintf(name, sizeof name, "blk.%d.%s.weight", i, parts[k].part);
             if (parts[k].n_out) add_matrix(name, type, parts[k].n_in, parts[k].n_out);
             else add_tensor(name, ASTROVL_TYPE_F32, 1, 1, parts[k].n_in, 1);
@@ -310,7 +305,6 @@ static void add_vision_tower(const shape *m) {
         {"attn_q", n, n}, {"attn_k", n, n}, {"attn_v", n, n}, {"attn_out", n, n}, {"ffn_up", n, m->v_ff},
         {"ffn_down", m->v_ff, n}, {"ln1", 0, n}, {"ln2", 0, n}};
     char name[48];
-    int i, k;
     add_tensor("v.class_embd", f32, NAN, 1, n, 1);
     add_tensor("v.patch_embd.weight", f16, NAN, 4, m->patch_size, m->patch_size);
     g_tensors[g_n_tensors - 1].ne[2] = 3;
@@ -318,15 +312,15 @@ static void add_vision_tower(const shape *m) {
     add_tensor("v.position_embd.weight", f32, NAN, 2, n, side * side + 1);
     add_tensor("v.pre_ln.weight", f32, 1, 1, n, 1);
     add_tensor("v.pre_ln.bias", f32, 0, 1, n, 1);
-    for (i = 0; i < m->v_layer; i++)
-        for (k = 0; k < 8; k++) {
+    for (int i = 0; i < m->v_layer; i++)
+        for (int k = 0; k < 8; k++) {
             snprintf(name, sizeof name, "v.blk.%d.%s.weight", i, parts[k].part);
             if (parts[k].n_in) add_matrix(name, f16, parts[k].n_in, parts[k].n_out);
             else add_tensor(name, f32, 1, 1, parts[k].n_out, 1);
             snprintf(name, sizeof name, "v.blk.%d.%s.bias", i, parts[k].part);
             add_tensor(name, f32, 0, 1, parts[k].n_out, 1);
         }
-    for (k = 0; k < 3; k += 2) {                           // the projector
+    for (int k = 0; k < 3; k += 2) {                           // the projector
         snprintf(name, sizeof name, "mm.%d.weight", k);
         add_matrix(name, f16, k ? m->n_embd : n, m->n_embd);
         snprintf(name, sizeof name, "mm.%d.bias", k);
@@ -358,8 +352,7 @@ static void put_array(FILE *f, const char *key, int item_type, int n) {
 
 typedef struct number { const char *key; int value; } number;
 static void put_numbers(FILE *f, const number *numbers, int n) {
-    int i;
-    for (i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         put_key(f, numbers[i].key, ASTROVL_VALUE_U32);
         put(f, (uint64_t)numbers[i].value, 4);
     }
@@ -369,22 +362,21 @@ static void put_numbers(FILE *f, const number *numbers, int n) {
 static void put_vocabulary(FILE *f, int n_vocab) {
     static const char *const special[3] = {"<unk>", "<s>", "</s>"};
     char text[16];
-    int i, k;
     put_key(f, "tokenizer.ggml.model", ASTROVL_VALUE_STRING);
     put_text(f, "llama");
     put_array(f, "tokenizer.ggml.tokens", ASTROVL_VALUE_STRING, n_vocab);
-    for (i = 0; i < n_vocab; i++) {
+    for (int i = 0; i < n_vocab; i++) {
         char *at = text + sizeof text - 1;
         *at = 0;
-        for (k = i - 259; k > 0; k = (k - 1) / 26) *--at = (char)('a' + (k - 1) % 26);
+        for (int k = i - 259; k > 0; k = (k - 1) / 26) *--at = (char)('a' + (k - 1) % 26);
         if (i >= 3 && i < 259) snprintf(at = text, sizeof text, "<0x%02X>", (unsigned)i - 3);
         put_text(f, i < 3 ? special[i] : i == 259 ? "\xE2\x96\x81" : at);
     }
     put_array(f, "tokenizer.ggml.scores", ASTROVL_VALUE_F32, n_vocab);
-    for (i = 0; i < n_vocab; i++) put_float(f, i < 260 ? 0.0f : (float)(260 - i));
+    for (int i = 0; i < n_vocab; i++) put_float(f, i < 260 ? 0.0f : (float)(260 - i));
     put_array(f, "tokenizer.ggml.token_type", ASTROVL_VALUE_I32, n_vocab);
     // unknown, control, byte, normal
-    for (i = 0; i < n_vocab; i++) put(f, i == 0 ? 2 : i < 3 ? 3 : i < 259 ? 6 : 1, 4);
+    for (int i = 0; i < n_vocab; i++) put(f, i == 0 ? 2 : i < 3 ? 3 : i < 259 ? 6 : 1, 4);
 }
 
 enum { N_TEXT_KEYS = 20, N_VISION_KEYS = 19 };             // that put_metadata writes
@@ -404,7 +396,6 @@ static void put_metadata(FILE *f, const shape *m, int file_type, int is_vision) 
         {"clip.vision.projection_dim", m->n_embd}};
     static const char *const flags[] = {"clip.has_vision_encoder", "clip.has_llava_projector", "clip.use_gelu"};
     static const char *const halves[] = {"clip.vision.image_mean", "clip.vision.image_std"};
-    int i, k;
     put_key(f, "general.architecture", ASTROVL_VALUE_STRING);
     put_text(f, is_vision ? "clip" : "llama");
     put_key(f, "general.name", ASTROVL_VALUE_STRING);
@@ -418,16 +409,16 @@ static void put_metadata(FILE *f, const shape *m, int file_type, int is_vision) 
         put_vocabulary(f, m->n_vocab);
         return;
     }
-    for (i = 0; i < 3; i++) {
+    for (int i = 0; i < 3; i++) {
         put_key(f, flags[i], ASTROVL_VALUE_BOOL);
         put(f, i < 2, 1);
     }
     put_key(f, "clip.projector_type", ASTROVL_VALUE_STRING);
     put_text(f, "mlp");
     put_numbers(f, vision, 7);
-    for (i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i++) {
         put_array(f, halves[i], ASTROVL_VALUE_F32, 3);
-        for (k = 0; k < 3; k++) put_float(f, 0.5f);
+        for (int k = 0; k < 3; k++) put_float(f, 0.5f);
     }
     put_array(f, "clip.vision.feature_layer", ASTROVL_VALUE_I32, 1);
     put(f, (uint64_t)m->v_layer, 4);                       // all layers are run
@@ -501,7 +492,6 @@ static void write_model(const char *path, const shape *m, int file_type, int is_
     char part[4096];
     uint64_t offset = 0;
     FILE *f;
-    int i, k, failed;
     snprintf(part, sizeof part, "%s.part", path);
     if (!(f = fopen(part, "wb"))) die("%s: cannot be created (no such folder, or no permission)", part);
     put(f, 0x46554747, 4);                                 // "GGUF"
@@ -509,21 +499,21 @@ static void write_model(const char *path, const shape *m, int file_type, int is_
     put(f, (uint64_t)g_n_tensors, 8);
     put(f, is_vision ? N_VISION_KEYS : N_TEXT_KEYS, 8);
     put_metadata(f, m, file_type, is_vision);
-    for (i = 0; i < g_n_tensors; i++) {
+    for (int i = 0; i < g_n_tensors; i++) {
         const tensor *t = &g_tensors[i];
         put_text(f, t->name);
         put(f, (uint64_t)t->n_dims, 4);
-        for (k = 0; k < t->n_dims; k++) put(f, (uint64_t)t->ne[k], 8);
+        for (int k = 0; k < t->n_dims; k++) put(f, (uint64_t)t->ne[k], 8);
         put(f, (uint64_t)t->type, 4);
         put(f, offset, 8);
         offset += (tensor_bytes(t) + 31) / 32 * 32;
     }
     pad(f, (uint64_t)ftell(f));
-    for (i = 0; i < g_n_tensors && !ferror(f); i++) {
+    for (int i = 0; i < g_n_tensors && !ferror(f); i++) {
         put_data(f, &g_tensors[i], i);
         pad(f, tensor_bytes(&g_tensors[i]));
     }
-    failed = ferror(f) != 0;
+    int failed = ferror(f) != 0;
     failed |= fclose(f) != 0;
     if (failed) remove(part);
     if (failed || rename(part, path) != 0) die("%s: cannot be written (is the disk full?)", path);
@@ -541,19 +531,19 @@ static void use_synthetic(void) {
     const char *colon = strchr(o.synthetic, ':'), *dir = o.dir ? o.dir : getenv("TMPDIR");
     const size_t length = colon ? (size_t)(colon - o.synthetic) : strlen(o.synthetic);
     char wanted[8] = "Q4_0";
-    int i, m, t;
+    int m, t;
     if (colon) snprintf(wanted, sizeof wanted, "%.7s", colon + 1);
-    for (i = 0; wanted[i]; i++) wanted[i] = (char)(wanted[i] >= 'a' && wanted[i] <= 'z' ? wanted[i] - 32 : wanted[i]);
+    for (char *c = wanted; *c; c++)
+        if (*c >= 'a' && *c <= 'z') *c = (char)(*c - 32);
     for (t = 0; t < 13 && strcmp(types[t].name, wanted) != 0; t++) {}
     for (m = 0; m < 3 && (strlen(shapes[m].name) != length || memcmp(shapes[m].name, o.synthetic, length) != 0); m++) {}
     if (t == 13 || m == 3)
         die("--synthetic wants llava-1.5-7b, smollm2-135m or nano, and perhaps :q8_0 or so, not \"%s\"", o.synthetic);
-    for (i = 0; i < (shapes[m].image_size ? 2 : 1); i++) { // the language model, the vision tower
-        astrovl_model *model;
+    for (int i = 0; i < (shapes[m].image_size ? 2 : 1); i++) { // the language model, the vision tower
         astrovl_info info;
         snprintf(paths[i], sizeof paths[i], "%s/astrovl-%s-%s%s.gguf", dir && *dir ? dir : "/tmp", shapes[m].name,
                  i ? "mmproj-" : "", i ? "F16" : wanted);
-        model = astrovl_open(paths[i], NULL, NULL);
+        astrovl_model *model = astrovl_open(paths[i], NULL, NULL);
         if (model) astrovl_get_info(model, &info);
         if (!model || strcmp(info.name, shapes[m].name) != 0) {
             g_n_tensors = 0;
@@ -615,11 +605,10 @@ static void count_work(const astrovl_session *s, const astrovl_info *m, speed *v
     const double rows = m->n_patches + 1.0, n = v->prompt.n, n_answer = v->answer.n;
     const int n_layer = m->has_projector ? m->vision_feature_layer : m->vision_n_layer;
     double layers = 0, output = 0, image = 0, bytes = 0;
-    int f, i;
-    for (f = 0; f < astrovl_n_files(s->model); f++) {
+    for (int f = 0; f < astrovl_n_files(s->model); f++) {
         const astrovl_gguf *file = astrovl_file(s->model, f);
         v->file_bytes += (double)astrovl_gguf_size(file);
-        for (i = 0; i < astrovl_gguf_n_tensors(file); i++) {
+        for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
             const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
             const double values = (double)t->ne[0] * (double)t->ne[1] * (double)t->ne[2] * (double)t->ne[3];
             int is_output = strcmp(t->name, "output.weight") == 0;
@@ -649,12 +638,10 @@ static void count_work(const astrovl_session *s, const astrovl_info *m, speed *v
 static void measure_image(astrovl_session *s, const astrovl_info *m, float *rows, float *logits, speed *v) {
     const int n = m->n_image_tokens + QUESTION;
     astrovl_image image = {640, 480, NULL, 1};
-    double start;
-    int i;
     image.rgb = (unsigned char *)new_memory(640 * 480, 3);
-    for (i = 0; i < 640 * 480 * 3; i++) image.rgb[i] = (unsigned char)(i >> 8 ^ i);       // any picture
+    for (int i = 0; i < 640 * 480 * 3; i++) image.rgb[i] = (unsigned char)(i >> 8 ^ i);       // any picture
     astrovl_session_reset(s);
-    start = avl__seconds();
+    double start = avl__seconds();
     if (m->has_projector) check(astrovl_encode_image(s, &image, rows, &g_err));
     else check(astrovl_embed_images(s, &image, 1, 0, rows, &g_err));
     v->image.seconds = avl__seconds() - start;
@@ -669,16 +656,15 @@ static void measure_image(astrovl_session *s, const astrovl_info *m, float *rows
 // After each token the weights are read again, alone: a shared machine's memory may be twice as fast a second later.
 static void measure_text(astrovl_session *s, const int32_t *tokens, float *logits, speed *v) {
     double start = avl__seconds(), read_seconds = 0, bytes = 0;
-    int i;
     check(astrovl_eval_tokens(s, tokens, v->prompt.n, logits, 1, &g_err));
     v->prompt.seconds = avl__seconds() - start;
-    for (i = 0; i < v->answer.n; i++) {
+    for (int i = 0; i < v->answer.n; i++) {
         start = avl__seconds();
         check(astrovl_eval_tokens(s, tokens + i % v->prompt.n, 1, logits, 1, &g_err));
         v->answer.seconds += avl__seconds() - start;
         read_seconds += measure_reading(s->run->pool, v->weights, v->n_weights);
     }
-    for (i = 0; i < v->n_weights; i++) bytes += (double)v->weights[i].n_bytes;
+    for (int i = 0; i < v->n_weights; i++) bytes += (double)v->weights[i].n_bytes;
     v->answer.limit = v->answer.n * bytes / read_seconds;
     v->answer.limit_name = "reading weights";
     astrovl_session_reset(s);
@@ -726,8 +712,8 @@ static double measure_step(astrovl_session *s, avl__kv_cache *caches, int n, int
     avl__kv_cache *group[AVL__STEP_ROWS];
     int32_t tokens[AVL__STEP_ROWS];
     double start = avl__seconds();
-    int i, k;
-    for (i = 0; i < n; i += k) {
+    int k;
+    for (int i = 0; i < n; i += k) {
         for (k = 0; k < AVL__STEP_ROWS && i + k < n; k++) {
             group[k] = &caches[i + k];
             group[k]->n_past = n_past;
@@ -744,24 +730,22 @@ static void measure_together(astrovl_session *s, const astrovl_info *m, together
     avl__kv_cache *caches = (avl__kv_cache *)new_memory((size_t)o.batch, sizeof *caches);
     float *logits = (float *)new_memory((size_t)AVL__STEP_ROWS * (size_t)m->n_vocab, sizeof *logits);
     double one[99], all[99], gain[99];
-    size_t size;
-    int i, step;
     memset(b, 0, sizeof *b);
     b->n = o.batch;
     b->n_prompt = o.prompt;
     b->n_answer = o.tokens;
     cut_to_context(astrovl_session_n_ctx(s), &b->n_prompt, &b->n_answer);
-    size = (size_t)(position_bytes(s, m) / 2) * (size_t)(b->n_prompt + b->n_answer);
+    size_t size = (size_t)(position_bytes(s, m) / 2) * (size_t)(b->n_prompt + b->n_answer);
     b->cache_bytes = 2.0 * (double)size * b->n;
-    for (i = 0; i < b->n; i++) {
+    for (int i = 0; i < b->n; i++) {
         if (!avl__kv_cache_init(&caches[i], &s->model->llama, b->n_prompt + b->n_answer, s->cache.value_bytes))
             die("out of memory for the KV caches of %d answers", b->n);
         memset(caches[i].k, 0x3C, size);                   // middling numbers, as float16 (1.06) and as float (0.01)
         memset(caches[i].v, 0x3C, size);
     }
-    for (i = 0; i < o.rounds; i++) {
+    for (int i = 0; i < o.rounds; i++) {
         one[i] = all[i] = 0;
-        for (step = b->n_prompt; step < b->n_prompt + b->n_answer; step++) {
+        for (int step = b->n_prompt; step < b->n_prompt + b->n_answer; step++) {
             one[i] += measure_step(s, caches, 1, step, logits);
             all[i] += measure_step(s, caches, b->n, step, logits);
         }
@@ -770,7 +754,7 @@ static void measure_together(astrovl_session *s, const astrovl_info *m, together
     b->one_seconds = median(one, o.rounds);
     b->seconds = median(all, o.rounds);
     b->gain = median(gain, o.rounds);
-    for (i = 0; i < b->n; i++) avl__kv_cache_free(&caches[i]);
+    for (int i = 0; i < b->n; i++) avl__kv_cache_free(&caches[i]);
     free(caches);
     free(logits);
 }
@@ -827,14 +811,12 @@ static void bench_model(const astrovl_model *model) {
     astrovl_info m;
     astrovl_session *s;
     together b;
-    double memory;
-    int i, k;
     astrovl_get_info(model, &m);
     s = new_session(model, ASTROVL_FAST,
                     n <= ASTROVL_DEFAULT_CONTEXT || !m.has_text ? 0 : n < m.n_ctx_train ? n : m.n_ctx_train);
-    for (i = 0; i < o.rounds; i++) {
+    for (int i = 0; i < o.rounds; i++) {
         measure_round(s, &m, &v);
-        for (k = 0; k < 3; k++) {
+        for (int k = 0; k < 3; k++) {
             if (!paces[k]->n) continue;
             all[3 * k][i] = paces[k]->seconds;
             all[3 * k + 1][i] = paces[k]->limit;
@@ -842,13 +824,13 @@ static void bench_model(const astrovl_model *model) {
         }
         all[9][i] = v.first_token_seconds;
     }
-    for (k = 0; k < 3; k++) {
+    for (int k = 0; k < 3; k++) {
         paces[k]->seconds = median(all[3 * k], o.rounds);
         paces[k]->limit = median(all[3 * k + 1], o.rounds);
         paces[k]->reached = median(all[3 * k + 2], o.rounds);
     }
     v.first_token_seconds = median(all[9], o.rounds);
-    memory = peak_memory();                                // before the next, whose memory is not one answer's
+    double memory = peak_memory();                                // before the next, whose memory is not one answer's
     memset(&b, 0, sizeof b);
     if (m.has_text && o.batch) measure_together(s, &m, &b);
     print_speed(&m, &v, &b, memory);
@@ -867,17 +849,15 @@ static void bench_search(void) {
     double search[99], read[99], start, gigabytes = (double)n * 2e-9, ratio;
     uint64_t state = 1;
     astrovl_hit hits[10];
-    size_t k;
-    int i;
     if (!pool) die("out of memory");
     whole.data = rows;
-    for (k = 0; k < n; k++) {                              // float16 of both signs, from 0.1 to 2
+    for (size_t k = 0; k < n; k++) {                              // float16 of both signs, from 0.1 to 2
         int half = 0x2E00 + (int)(avl__random(&state) * 0xE00) + (avl__random(&state) < 0.5 ? 0x8000 : 0);
         rows[2 * k] = (unsigned char)(half & 0xFF);
         rows[2 * k + 1] = (unsigned char)(half >> 8);
     }
-    for (i = 0; i < o.dims; i++) query[i] = (float)sin(i);
-    for (i = 0; i < o.rounds; i++) {
+    for (int i = 0; i < o.dims; i++) query[i] = (float)sin(i);
+    for (int i = 0; i < o.rounds; i++) {
         start = avl__seconds();
         if (astrovl_search(&f16, query, 10, o.threads, hits, &g_err) < 0) die("%s", g_err.message);
         search[i] = avl__seconds() - start;
@@ -910,10 +890,9 @@ typedef struct likeness {
 // -log softmax(logits)[token]
 static double surprise(const float *logits, int n, int32_t token) {
     double most = logits[0], sum = 0;
-    int i;
-    for (i = 1; i < n; i++)
+    for (int i = 1; i < n; i++)
         if (logits[i] > most) most = logits[i];
-    for (i = 0; i < n; i++) sum += exp(logits[i] - most);
+    for (int i = 0; i < n; i++) sum += exp(logits[i] - most);
     return log(sum) + most - logits[token];
 }
 
@@ -951,11 +930,10 @@ static void print_likeness(const likeness *x, int n, int is_steps, double exact)
 
 static char *read_file(const char *path, size_t *size) {
     FILE *f = fopen(path, "rb");
-    char *text;
     long n;
     if (!f || fseek(f, 0, SEEK_END) != 0 || (n = ftell(f)) < 0) die("%s: cannot be read", path);
     rewind(f);
-    text = (char *)new_memory((size_t)n + 1, 1);
+    char *text = (char *)new_memory((size_t)n + 1, 1);
     *size = fread(text, 1, (size_t)n, f);
     if (ferror(f)) die("%s: cannot be read", path);
     fclose(f);
@@ -967,14 +945,14 @@ static void bench_accuracy(const astrovl_model *model, const char *path) {
     likeness prompt = {0, 1, 0, 0, 0}, steps = {0, 1, 0, 0, 0};
     double exact = 0;                                      // exact mode's perplexity
     astrovl_info m;
-    astrovl_session *fast, *reference;
+    astrovl_session *fast;
     float *ours, *theirs;
     int32_t *tokens;
     size_t size;
     char *text = read_file(path, &size);
-    int i, k, n, some;
+    int some;
     astrovl_get_info(model, &m);
-    n = astrovl_tokenize(model, text, size, ASTROVL_ADD_SPECIAL, NULL, 0, &g_err);
+    int n = astrovl_tokenize(model, text, size, ASTROVL_ADD_SPECIAL, NULL, 0, &g_err);
     if (n < 0) die("%s", g_err.message);
     if (!m.has_text) die("%s: there is no language model in it", o.models[0]);
     tokens = (int32_t *)new_memory((size_t)n, sizeof *tokens);
@@ -983,13 +961,13 @@ static void bench_accuracy(const astrovl_model *model, const char *path) {
     if (n > m.n_ctx_train) n = m.n_ctx_train;
     if (n < 2) die("%s: two tokens at least are wanted", path);
     fast = new_session(model, ASTROVL_FAST, n);
-    reference = new_session(model, ASTROVL_EXACT, n);
+    astrovl_session *reference = new_session(model, ASTROVL_EXACT, n);
     ours = (float *)new_memory((size_t)BLOCK * (size_t)m.n_vocab, sizeof *ours);
     theirs = (float *)new_memory((size_t)BLOCK * (size_t)m.n_vocab, sizeof *theirs);
-    for (i = 0; i < n; i += some) {
+    for (int i = 0; i < n; i += some) {
         some = n - i < BLOCK ? n - i : BLOCK;
         check(astrovl_eval_tokens(reference, tokens + i, some, theirs, some, &g_err));
-        for (k = 0; k < some; k++) {
+        for (int k = 0; k < some; k++) {
             const float *row = theirs + (size_t)k * (size_t)m.n_vocab;
             const int32_t next = i + k == n - 1 ? -1 : tokens[i + k + 1];
             check(astrovl_eval_tokens(fast, tokens + i + k, 1, ours, 1, &g_err));
@@ -998,7 +976,7 @@ static void bench_accuracy(const astrovl_model *model, const char *path) {
         }
         check(astrovl_session_rewind(fast, i, &g_err));
         check(astrovl_eval_tokens(fast, tokens + i, some, ours, some, &g_err));
-        for (k = 0; k < some; k++)
+        for (int k = 0; k < some; k++)
             compare_logits(&prompt, ours + (size_t)k * (size_t)m.n_vocab, theirs + (size_t)k * (size_t)m.n_vocab,
                            m.n_vocab, i + k == n - 1 ? -1 : tokens[i + k + 1]);
     }
@@ -1054,9 +1032,8 @@ static void bench_guided(const astrovl_model *model) {
     astrovl_guide *guide = astrovl_guide_schema(model, schema, strlen(schema), &g_err);
     double free_ms[99], guided_ms[99], ratio;
     astrovl_info m;
-    int i;
     if (!guide) die("%s", g_err.message);
-    for (i = 0; i < o.rounds; i++) {
+    for (int i = 0; i < o.rounds; i++) {
         free_ms[i] = measure_answer(s, NULL, i);
         guided_ms[i] = measure_answer(s, guide, i);
     }
@@ -1079,8 +1056,8 @@ static void parse_options(int argc, char **argv, const char **words, int *n_word
         {"prompt", 'p', &o.prompt, 1, 1000000}, {"tokens", 'n', &o.tokens, 1, 1000000}, {"batch", 'b', &o.batch, 0, 64},
         {"rounds", 0, &o.rounds, 1, 99}, {"rows", 0, &o.rows, 1, 100000000}, {"dims", 0, &o.dims, 1, 65536},
         {"threads", 'j', &o.threads, 1, ASTROVL_MAX_THREADS}};
-    int i, k;
-    for (i = 1; i < argc; i++) {
+    int k;
+    for (int i = 1; i < argc; i++) {
         const char *name = argv[i], *value = argv[i + 1];
         if (*name != '-') {
             if (*n_words == 2) die("too many words; test/bench.c begins with a list of options");
@@ -1116,7 +1093,6 @@ int main(int argc, char **argv) {
     static char shipped[4096];
     const char *words[2] = {"", ""};
     int n_words = 0, n, is_search, is_accuracy, is_guided;
-    astrovl_model *model;
     parse_options(argc, argv, words, &n_words);
     is_search = strcmp(words[0], "search") == 0;
     is_accuracy = strcmp(words[0], "accuracy") == 0;
@@ -1136,7 +1112,7 @@ int main(int argc, char **argv) {
         snprintf(shipped, sizeof shipped, "%.*sastrovl-tiny.gguf", n, argv[0]);
         o.models[o.n_models++] = shipped;
     }
-    model = astrovl_open_files(o.models, o.n_models, NULL, &g_err);
+    astrovl_model *model = astrovl_open_files(o.models, o.n_models, NULL, &g_err);
     if (!model) die("%s", g_err.message);
     if (is_accuracy) bench_accuracy(model, words[1]);
     else if (is_guided) bench_guided(model);
