@@ -8751,7 +8751,7 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 #if defined(__clang__)
 #define AVL__UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define AVL__UNROLL _Pragma("GCC unroll 16")
+#define AVL__UNROLL _Pragma("GCC unroll 24")
 #endif
 #define AVL__EACH(i, n) AVL__UNROLL for ((i) = 0; (i) < (n); (i)++)
 
