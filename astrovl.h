@@ -716,8 +716,6 @@ ASTROVL_API float astrovl_erff(float x);
 #include <arm_neon.h>
 #if AVL__POSIX && defined(__linux__)
 #include <sys/auxv.h>
-#elif AVL__POSIX && defined(__APPLE__)
-#include <sys/sysctl.h>
 #endif
 #else
 #define AVL__NEON 0
@@ -8773,12 +8771,6 @@ enum {
 
 AVL__INLINE int avl__words_of(int kind) { return kind == AVL__AS_F32 ? 32 : kind >= AVL__AS_PAIRS ? 16 : 8; }
 
-AVL__INLINE uint32_t avl__word_at(const void *p) {
-    uint32_t word;
-    memcpy(&word, p, 4);
-    return word;
-}
-
 // The formats: name, type, bytes of eight blocks (of a super-block), and
 //   offset    see above
 //   n_parts   2: each half of a block has its own d and m
@@ -8799,6 +8791,7 @@ AVL__INLINE uint32_t avl__word_at(const void *p) {
     F(f32, ASTROVL_TYPE_F32, 8 * 128, 0, 1, 0, 0) \
     F(f16, ASTROVL_TYPE_F16, 8 * 64, 0, 1, 0, 0) \
     F(bf16, ASTROVL_TYPE_BF16, 8 * 64, 0, 1, 0, 0)
+#define AVL__ALL_TYPES(F) AVL__BLOCK_TYPES(F) AVL__FLOAT_TYPES(F)
 
 typedef struct avl__block_form {
     size_t bytes;
@@ -8813,8 +8806,7 @@ AVL__INLINE avl__block_form avl__block_form_of(int type) {
         return form; \
     }
     switch (type) {
-    AVL__BLOCK_TYPES(AVL__FORM)
-    AVL__FLOAT_TYPES(AVL__FORM)
+    AVL__ALL_TYPES(AVL__FORM)
     default: return none;
     }
 }
@@ -8823,38 +8815,19 @@ AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && 
 
 // How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before.
 AVL__INLINE int avl__group_of(int type) { return avl__is_k_quant(type) ? 8 : avl__is_float_type(type) ? 1 : 4; }
-AVL__INLINE size_t avl__group_bytes(int type, int n_rows) {
-    return (size_t)n_rows * avl__block_form_of(type).bytes * (size_t)avl__group_of(type) / 8;
-}
 AVL__INLINE int avl__group_begin(int type, int b, int n_blocks) {
     const int n = avl__group_of(type);
     return b + n <= n_blocks || n_blocks < n ? b : n_blocks - n;
 }
 
-// Stores the n words of block b of row r of the activations.
-AVL__INLINE void avl__store_words(const avl__quants *to, int r, int b, const void *words, int n) {
-    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, stride = 4 * (size_t)to->group;
-    int8_t *q = to->q + stride * (size_t)n * block + 4 * (r % to->group);
-    AVL__EACH(i, n) memcpy(q + stride * (size_t)i, (const uint8_t *)words + 4 * i, 4);
-}
-
-AVL__INLINE void avl__prefetch_lines(const char *p, size_t n) {
-    for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
+AVL__INLINE void avl__prefetch_lines(const void *p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
 }
 
 // Hardware prefetching stops at the end of a 4 KB page: if p lies in a page's first n bytes, the next page's first
 // lines are asked for.
 AVL__INLINE void avl__prefetch_page(const void *p, size_t n) {
-    if (((uintptr_t)p & 4095) < n) avl__prefetch_lines((const char *)(((uintptr_t)p | 4095) + 1), 256);
-}
-
-// Where n sums of each of n_rows rows will be stored, y[n_rows][stride]
-AVL__INLINE void avl__prefetch_sums(const float *y, size_t stride, int n_rows, int n) {
-    for (int r = 0; r < n_rows; r++, y += stride) {
-        __builtin_prefetch(y, 0, 3);
-        __builtin_prefetch(y + n / 2, 0, 3);
-        __builtin_prefetch(y + n - 1, 0, 3);
-    }
+    if (((uintptr_t)p & 4095) < n) avl__prefetch_lines((const void *)(((uintptr_t)p | 4095) + 1), 256);
 }
 
 // The n weight rows to prefetch while rows out..out+n-1, of rows first..last-1, are multiplied: the next ones, or the
@@ -8874,6 +8847,11 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
     AVL__INLINE result AVL_(name) parameters { return (result)(__VA_ARGS__); }
 #define AVL__DEFINE_VOID(name, parameters, ...) \
     AVL__INLINE void AVL_(name) parameters { __VA_ARGS__; }
+#define AVL__DEFINE_DOT(name, assembly, r) \
+    AVL__INLINE avl__vi AVL_(name)(avl__vi acc, avl__vu w, avl__vu a) { \
+        __asm__(assembly : "+" r(acc) : r(w), r(a)); \
+        return acc; \
+    }
 #define AVL__STRING_2(text)    #text
 #define AVL__STRING(text)      AVL__STRING_2(text)
 #define avl__vf                AVL_(vf)                        // a register of float32, uint32, int32, int16
@@ -8988,19 +8966,14 @@ static int avl__kernels_run(int i) {
 #if AVL__SIMD && AVL__X86
     if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (i == 2) return avl__kernels_run(1) && avl__has_avx_vnni();
-    if (i == 3)
-        return avl__kernels_run(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni");
+    if (i == 3)            // which implies avx512f
+        return avl__kernels_run(1) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     if (i == 4) return avl__kernels_run(3) && __builtin_cpu_supports("avx512bf16");
+#elif AVL__SIMD && AVL__NEON && defined(__ARM_FEATURE_DOTPROD)      // as all processors of Macs have it
+    return 1;
 #elif AVL__SIMD && AVL__NEON && AVL__POSIX && defined(__linux__)
     if (i == 2) return (int)(getauxval(AT_HWCAP) >> 20 & 1);     // HWCAP_ASIMDDP
-#elif AVL__SIMD && AVL__NEON && AVL__POSIX && defined(__APPLE__)
-    if (i == 2) {
-        int has = 0;
-        size_t size = sizeof has;
-        return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
-    }
 #endif
     return i < 2;
 }
@@ -9050,12 +9023,14 @@ AVL__INLINE avl__vf AVL_(load)(const void *p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
-AVL__DEFINE(avl__vu, load_words, (const void *p), AVL_(load)(p))
 AVL__DEFINE_VOID(store, (void *p, avl__vf v), memcpy(p, &v, sizeof v))
-AVL__DEFINE_VOID(store_words, (void *p, avl__vu v), memcpy(p, &v, sizeof v))
 AVL__DEFINE(avl__vf, splat, (float x), x - __extension__(avl__vf){0})
 AVL__DEFINE(avl__vi, splat_int, (int32_t x), x + __extension__(avl__vi){0})
-AVL__DEFINE(avl__vu, splat_word, (const void *p), AVL_(splat_int)((int32_t)avl__word_at(p)))
+AVL__INLINE avl__vu AVL_(splat_word)(const void *p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return (avl__vu)AVL_(splat_int)(word);
+}
 AVL__DEFINE(avl__vf, to_float, (avl__vi v), __builtin_convertvector(v, avl__vf))
 
 // ---- what instruction sets do by themselves ------------------------------------------------------------------------
@@ -9086,9 +9061,9 @@ AVL__DEFINE(avl__vi, dot_pairs, (avl__vi acc, avl__vu w, avl__vu a),
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
 AVL__DEFINE(avl__vf, dot_bf16, (avl__vf acc, avl__vu w, avl__vu a), _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a))
 AVL__DEFINE(avl__vu, to_bf16, (avl__vf first, avl__vf second), _mm512_cvtne2ps_pbh(second, first))
-AVL__DEFINE(__mmask16, first_lanes, (int n), n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0)
-AVL__DEFINE(avl__vf, load_some, (const float *p, int n), _mm512_maskz_loadu_ps(AVL_(first_lanes)(n), p))
-AVL__DEFINE_VOID(store_some, (float *p, int n, avl__vf v), _mm512_mask_storeu_ps(p, AVL_(first_lanes)(n), v))
+AVL__DEFINE(__mmask16, first_lanes, (int64_t n), n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0)
+AVL__DEFINE(avl__vf, load_some, (const float *p, int64_t n), _mm512_maskz_loadu_ps(AVL_(first_lanes)(n), p))
+AVL__DEFINE_VOID(store_some, (float *p, int64_t n, avl__vf v), _mm512_mask_storeu_ps(p, AVL_(first_lanes)(n), v))
 AVL__DEFINE(float, add_lanes, (avl__vf v), _mm512_reduce_add_ps(v))
 AVL__DEFINE(float, max_lanes, (avl__vf v), _mm512_reduce_max_ps(v))
 AVL__DEFINE(avl__vf, round, (avl__vf x), _mm512_roundscale_ps(x, 8))
@@ -9130,38 +9105,29 @@ AVL__INLINE avl__vu AVL_(load_16)(const uint8_t *p, size_t stride) {
 
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), _mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)))
 #if AVL__WIDE
-AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
-    __asm__(AVL__VNNI("vpdpbusd") : "+x"(acc) : "x"(w), "x"(a));
-    return acc;
+AVL__DEFINE_DOT(dot_bytes, AVL__VNNI("vpdpbusd"), "x")
+AVL__DEFINE_DOT(dot_pairs, AVL__VNNI("vpdpwssd"), "x")
+#else
+AVL__INLINE avl__vi AVL_(now)(__m256i sum) {      // or gcc computes a block's products first and runs out of registers
+    __asm__("" : "+x"(sum));
+    return (avl__vi)sum;
 }
-AVL__INLINE avl__vi AVL_(dot_pairs)(avl__vi acc, avl__vu w, avl__vu a) {
-    __asm__(AVL__VNNI("vpdpwssd") : "+x"(acc) : "x"(w), "x"(a));
-    return acc;
-}
-#else           // empty assembly: add now, or gcc computes a block's products first and runs out of registers
-AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
-    acc = (avl__vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
-    __asm__("" : "+x"(acc));
-    return acc;
-}
-AVL__INLINE avl__vi AVL_(dot_pairs)(avl__vi acc, avl__vu w, avl__vu a) {
-    acc += (avl__vi)_mm256_madd_epi16((__m256i)w, (__m256i)a);
-    __asm__("" : "+x"(acc));
-    return acc;
-}
+AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
+            AVL_(now)(_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)a))))
+AVL__DEFINE(avl__vi, dot_pairs, (avl__vi acc, avl__vu w, avl__vu a),
+            AVL_(now)(_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16((__m256i)w, (__m256i)a))))
 AVL__INLINE avl__vi AVL_(dot_signed)(avl__vi acc, avl__vu w, avl__vu a) {   // |w| (a sign(w)): two of them fit in int16
     const __m256i signed_a = _mm256_sign_epi8((__m256i)a, (__m256i)w);
     acc += AVL_(widen)((avl__vi)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), signed_a));
-    __asm__("" : "+x"(acc));
-    return acc;
+    return AVL_(now)((__m256i)acc);
 }
 #endif
 AVL__DEFINE(__m256i, first_lanes, (int n),
             _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
-AVL__DEFINE(avl__vf, load_some, (const float *p, int n),
-            n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, AVL_(first_lanes)(n)))
-AVL__DEFINE_VOID(store_some, (float *p, int n, avl__vf v),
-            n >= 8 ? _mm256_storeu_ps(p, v) : _mm256_maskstore_ps(p, AVL_(first_lanes)(n), v))
+AVL__DEFINE(avl__vf, load_some, (const float *p, int64_t n),
+            n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, AVL_(first_lanes)((int)n)))
+AVL__DEFINE_VOID(store_some, (float *p, int64_t n, avl__vf v),
+                 n >= 8 ? _mm256_storeu_ps(p, v) : _mm256_maskstore_ps(p, AVL_(first_lanes)((int)n), v))
 AVL__INLINE float AVL_(add_lanes)(avl__vf v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -9200,10 +9166,7 @@ AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride),
 #define AVL__TILE_SIZES(F) F(4) F(6)
 
 #if AVL__WIDE
-AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
-    __asm__(AVL__SDOT : "+w"(acc) : "w"(w), "w"(a));
-    return acc;
-}
+AVL__DEFINE_DOT(dot_bytes, AVL__SDOT, "w")
 AVL__DEFINE(avl__vi, dot_signed, (avl__vi acc, avl__vu w, avl__vu a), AVL_(dot_bytes)(acc, w, a))
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
 #elif AVL__NEON       // products of eight bytes are eight int16; neighbors are added up
@@ -9227,13 +9190,13 @@ AVL__INLINE avl__vi AVL_(dot_signed)(avl__vi acc, avl__vu w, avl__vu a) {
     return acc + AVL_(widen)((avl__vi)(even + odd));
 }
 #endif
-AVL__INLINE avl__vf AVL_(load_some)(const float *p, int n) {
+AVL__INLINE avl__vf AVL_(load_some)(const float *p, int64_t n) {
     avl__vf v = {0};
     if (n >= 4) memcpy(&v, p, sizeof v);
     else if (n > 0) memcpy(&v, p, 4 * (size_t)n);
     return v;
 }
-AVL__INLINE void AVL_(store_some)(float *p, int n, avl__vf v) {
+AVL__INLINE void AVL_(store_some)(float *p, int64_t n, avl__vf v) {
     if (n >= 4) memcpy(p, &v, sizeof v);
     else if (n > 0) memcpy(p, &v, 4 * (size_t)n);
 }
@@ -9246,7 +9209,7 @@ AVL__INLINE float AVL_(max_lanes)(avl__vf v) {
 }
 AVL__DEFINE(avl__vf, round, (avl__vf x), (x + 12582912.0f) - 12582912.0f)                 // floats of 2^23 are integers
 AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b), a >> 16 | b << 16)
-AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride), AVL_(load_words)(p + 0 * stride))
+AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride), AVL_(load)(p + 0 * stride))
 AVL__DEFINE(avl__vu, add_bits, (avl__vu u, avl__vu bits, int i),
             u | ((bits >> 4 * i & 15) * 0x02040810u & 0x10101010u))
 AVL__DEFINE(avl__vu, zip_low32, (avl__vu a, avl__vu b), __extension__(avl__vu){a[0], b[0], a[1], b[1]})
@@ -9368,15 +9331,12 @@ AVL__INLINE void AVL_(add_block)(int type, int n, int m, const avl__vu *u, const
             AVL__EACH(c, m) sum[m * r + c] = AVL_(splat_int)(f.has_min || kind != AVL__AS_BYTES ? 0 : bias[r]);
         AVL__UNROLL
         for (int i = 0; i < n_words; i += n_run) {
-            avl__vi *to = run ? some : sum;
-            AVL__EACH(r, n * m)
-                if (run) some[r] = AVL_(splat_int)(0);
+            AVL__EACH(r, n * m) some[r] = run ? AVL_(splat_int)(0) : sum[r];
             if (AVL__W > 4 || n * m == 1)
-                AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
+                AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, some);
             else                                          // unrolled, gcc's scheduler for NEON runs out of registers
-                for (int k = 0; k < n_run; k++) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
-            AVL__EACH(r, n * m)
-                if (run) sum[r] += AVL_(widen)(some[r]);
+                for (int k = 0; k < n_run; k++) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, some);
+            AVL__EACH(r, n * m) sum[r] = run ? sum[r] + AVL_(widen)(some[r]) : some[r];
             u += m * n_run;
             q += 4 * n * n_run;
         }
@@ -9413,8 +9373,8 @@ typedef struct AVL_(rows) {
     int            n;             // how many there are; others are taken for zeros
 } AVL_(rows);
 
-// Where the blocks of AVL__W weight rows go: into a pack of two such registers (x NULL), or at once, without being
-// stored, into products with a few rows of activations.
+// Where the blocks of AVL__W weight rows go: into a pack of two such registers (u, d, min, kind), or at once, without
+// being stored, into products with a few rows of activations (acc).
 typedef struct AVL_(blocks) {
     avl__vu *u;                   // [blocks][words][2]
     avl__vf *d, *min;             // [blocks][n_parts][2]
@@ -9427,12 +9387,12 @@ typedef struct AVL_(blocks) {
 
 // Transposes the 16 bytes from byte `at` on of AVL__W rows: w[i] is word i of every row.
 AVL__INLINE void AVL_(transpose)(AVL_(rows) rows, int at, avl__vu *w) {
-    const uint8_t *p = rows.at + at;
-    const size_t s = rows.stride;
-    const avl__vu v0 = AVL_(load_16)(p, s), v1 = AVL_(load_16)(p + s, s);
-    const avl__vu v2 = AVL_(load_16)(p + 2 * s, s), v3 = AVL_(load_16)(p + 3 * s, s);
-    const avl__vu low01 = AVL_(zip_low32)(v0, v1), low23 = AVL_(zip_low32)(v2, v3);
-    const avl__vu high01 = AVL_(zip_high32)(v0, v1), high23 = AVL_(zip_high32)(v2, v3);
+    avl__vu v[4], low01, low23, high01, high23;
+    AVL__EACH(i, 4) v[i] = AVL_(load_16)(rows.at + at + rows.stride * (size_t)i, rows.stride);
+    low01 = AVL_(zip_low32)(v[0], v[1]);
+    low23 = AVL_(zip_low32)(v[2], v[3]);
+    high01 = AVL_(zip_high32)(v[0], v[1]);
+    high23 = AVL_(zip_high32)(v[2], v[3]);
     w[0] = AVL_(zip_low64)(low01, low23);
     w[1] = AVL_(zip_high64)(low01, low23);
     w[2] = AVL_(zip_low64)(high01, high23);
@@ -9469,7 +9429,7 @@ AVL__INLINE void AVL_(unpack_simple)(int n, int type, AVL_(rows) rows, int first
     const avl__block_form f = avl__block_form_of(type);
     const int size = (int)f.bytes / 8, is_8_bits = type == ASTROVL_TYPE_Q8_0, last = 4 * size - 16;
     const int has_5_bits = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
-    const size_t step = avl__group_bytes(type, AVL__W) / (size_t)((size + 3) / 4);            // prefetched with a piece
+    const size_t step = f.bytes * AVL__W / 2 / (size_t)((size + 3) / 4);                      // prefetched with a piece
     avl__vu t[36], w[8];
     AVL__EACH(j, 4) {
         const int begin = size * j, end = begin + size;
@@ -9497,8 +9457,7 @@ AVL__INLINE void AVL_(unpack_simple)(int n, int type, AVL_(rows) rows, int first
 AVL__INLINE void AVL_(unpack_scales)(int type, AVL_(rows) rows, avl__vu *scales, avl__vu *mins, avl__vf *d,
                                      avl__vf *min) {
     avl__vu w[4], last[4], halves;
-    switch (type) {
-    case ASTROVL_TYPE_Q2_K:
+    if (type == ASTROVL_TYPE_Q2_K) {
         AVL_(transpose)(rows, 0, w);
         AVL_(transpose)(rows, 68, last);
         halves = last[3];
@@ -9506,8 +9465,7 @@ AVL__INLINE void AVL_(unpack_scales)(int type, AVL_(rows) rows, avl__vu *scales,
             scales[i] = w[i] & 0x0F0F0F0Fu;
             mins[i] = w[i] >> 4 & 0x0F0F0F0Fu;
         }
-        break;
-    case ASTROVL_TYPE_Q3_K:                                   // 12 bytes from 96 on, then d, then the super-block ends
+    } else if (type == ASTROVL_TYPE_Q3_K) {                   // 12 bytes from 96 on, then d, then the super-block ends
         AVL_(transpose)(rows, 94, w);
         AVL__EACH(i, 3) w[i] = AVL_(middle)(w[i], w[i + 1]);
         halves = w[3] >> 16;
@@ -9515,20 +9473,17 @@ AVL__INLINE void AVL_(unpack_scales)(int type, AVL_(rows) rows, avl__vu *scales,
             scales[i] = (w[i % 2] >> i / 2 * 4 & 0x0F0F0F0Fu) | (w[2] >> 2 * i & 0x03030303u) << 4;
             scales[i] = ((scales[i] | 0x80808080u) - 0x20202020u) ^ 0x80808080u;      // - 32 in each byte
         }
-        break;
-    case ASTROVL_TYPE_Q6_K:
+    } else if (type == ASTROVL_TYPE_Q6_K) {
         AVL_(transpose)(rows, 192, scales);
         AVL_(transpose)(rows, 194, last);
         halves = last[3] >> 16;
-        break;
-    default:                                                  // Q4_K and Q5_K
+    } else {                                                  // Q4_K and Q5_K
         AVL_(transpose)(rows, 0, w);
         halves = w[0];
         scales[0] = w[1] & 0x3F3F3F3Fu;
         scales[1] = (w[3] & 0x0F0F0F0Fu) | (w[1] >> 2 & 0x30303030u);
         mins[0] = w[2] & 0x3F3F3F3Fu;
         mins[1] = (w[3] >> 4 & 0x0F0F0F0Fu) | (w[2] >> 2 & 0x30303030u);
-        break;
     }
     *d = AVL_(half)(halves);
     *min = -AVL_(half)(halves >> 16);
@@ -9627,95 +9582,68 @@ AVL__INLINE void AVL_(unpack)(int n, int type, AVL_(rows) rows, int b, int first
     else                            AVL_(unpack_simple)(n, type, rows, first, to);
 }
 
-// AVL__W weight rows times n rows of activations, while the rows at `next` are prefetched.  sum: out, [n]
-AVL__INLINE void AVL_(dot_rows)(int n, int type, AVL_(rows) rows, int n_in, const avl__quants *x, const char *next,
-                                avl__vf *sum) {
-    avl__vf acc[AVL__FEW];
-    AVL_(blocks) to = {NULL, NULL, NULL, x, AVL__AS_BYTES, 0, acc, next};
-    AVL__EACH(r, n) acc[r] = AVL_(splat)(0.0f);
-    for (int done = 0; done < x->n_blocks; done += avl__group_of(type)) {
-        to.b = avl__group_begin(type, done, x->n_blocks);
-        avl__prefetch_page(to.next, avl__group_bytes(type, AVL__W));
-        AVL_(unpack)(n, type, rows, to.b, done - to.b, n_in, to);
-        to.next += avl__group_bytes(type, AVL__W);
-    }
-    AVL__EACH(r, n) sum[r] = acc[r];
-}
-
 // A function for each type: compilers take long over one that holds them all.
 #define AVL__UNPACK(name, type, ...) \
     AVL__APART void AVL_(unpack_##name)(AVL_(rows) rows, int b, int first, int n_in, AVL_(blocks) to) { \
         AVL_(unpack)(0, type, rows, b, first, n_in, to); \
     }
-#define AVL__DOT(name, type, ...) \
-    AVL__APART void AVL_(dot_##name)(AVL_(rows) rows, int n_in, const avl__quants *x, const char *next, \
-                                     avl__vf *sum) { \
-        if (x->group == 1)     AVL_(dot_rows)(1, type, rows, n_in, x, next, sum); \
-        else if (AVL__W == 16) AVL_(dot_rows)(AVL__FEW, type, rows, n_in, x, next, sum); \
-    }
 #define AVL__UNPACK_CASE(name, type, ...) case type: AVL_(unpack_##name)(rows, begin, j - begin, w->n_in, to); break;
-#define AVL__DOT_CASE(name, type, ...)    case type: AVL_(dot_##name)(rows, w->n_in, x, next, sum); break;
-
-AVL__BLOCK_TYPES(AVL__UNPACK)
-AVL__FLOAT_TYPES(AVL__UNPACK)
-AVL__BLOCK_TYPES(AVL__DOT)
+AVL__ALL_TYPES(AVL__UNPACK)
 
 // ---- rounding activations ------------------------------------------------------------------------------------------
 
 // Block b of row r: x = e q with q of 8 or 16 bits, or bfloat16, or float32
-static void AVL_(quantize_block)(int kind, const avl__product *p, int r, int b) {
+AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, int b) {
     enum { N = 32 / AVL__W };
     const avl__block_form f = avl__block_form_of(p->w->type);
     const avl__quants *to = &p->quants;
     const float *from = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-    const int is_float = avl__is_float_type(p->w->type);
+    const size_t group = (size_t)to->group, place = (size_t)r % group;
+    const size_t block = (size_t)r / group * (size_t)to->n_blocks + (size_t)b;
+    const int is_float = avl__is_float_type(p->w->type), n_words = avl__words_of(kind);
     const float limit = is_float ? 8191.0f : 127.0f;
-    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
     avl__vf x[N], max = {0}, sums[2] = {{0}, {0}};
     avl__vi q[N];
+    union {
+        avl__vf floats[N];
+        int16_t pairs[32];
+        int8_t  bytes[32];
+    } words;
     int32_t wide[32];
-    int16_t pairs[32];
-    int8_t bytes[32];
-    float top;
+    int8_t *out = to->q + 4 * (group * (size_t)n_words * block + place);
     AVL__EACH(i, N) {
         x[i] = AVL_(load_some)(from + AVL__W * i, p->w->n_in - 32 * b - AVL__W * i);
         max = AVL_(max)(max, AVL_(abs)(x[i]));
     }
-    if (kind == AVL__AS_F32) {
-        avl__store_words(to, r, b, x, 32);
-        return;
-    }
-#if AVL__W == 16
-    if (kind == AVL__AS_BF16) {
-        const avl__vu words = AVL_(to_bf16)(x[0], x[1]);
-        avl__store_words(to, r, b, &words, 16);
-        return;
-    }
-#endif
-    top = AVL_(max_lanes)(max);
-    to->scale[block * to->group + place] = top / limit;
-    AVL__EACH(i, N) {
-        q[i] = AVL_(to_int)(x[i] * (top > 1e-30f ? limit / top : 0.0f));
-        sums[2 * i / N] += AVL_(to_float)(q[i]);
-    }
-    memcpy(wide, q, sizeof wide);
-    if (kind == AVL__AS_PAIRS) {
-        for (int i = 0; i < 32; i++) {               // of Q8_0 columns 0 and 2, 1 and 3: see put_block
-            const int other = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
-            pairs[i] = (int16_t)wide[is_float ? i : other];
+    if (kind < AVL__AS_BF16) {
+        const float top = AVL_(max_lanes)(max), e = top / limit, inverse = top > 1e-30f ? limit / top : 0.0f;
+        to->scale[block * group + place] = e;
+        AVL__EACH(i, N) {
+            q[i] = AVL_(to_int)(x[i] * inverse);
+            sums[2 * i / N] += AVL_(to_float)(q[i]);
         }
-        avl__store_words(to, r, b, pairs, 16);
-        return;
+        if (f.n_parts == 1) sums[0] += sums[1];
+        for (int i = 0; i < f.n_parts; i++) {
+            const size_t at = (block * f.n_parts + (size_t)i) * group + place;
+            const float sum = AVL_(add_lanes)(sums[i]);
+            to->bias[at] = -f.offset * (int)sum;
+            to->sum[at] = e * sum;
+        }
+        memcpy(wide, q, sizeof wide);
+        if (kind != AVL__AS_PAIRS)
+            for (int i = 0; i < 32; i++) words.bytes[i] = (int8_t)wide[i];
+        else
+            for (int i = 0; i < 32; i++) {                    // of Q8_0 columns 0 and 2, 1 and 3: see put_block
+                const int other = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
+                words.pairs[i] = (int16_t)wide[is_float ? i : other];
+            }
+    } else {
+#if AVL__W == 16
+        x[0] = (avl__vf)AVL_(to_bf16)(x[0], x[1]);
+#endif
+        memcpy(words.floats, x, sizeof x);
     }
-    for (int i = 0; i < 32; i++) bytes[i] = (int8_t)wide[i];
-    avl__store_words(to, r, b, bytes, 8);
-    if (f.n_parts == 1) sums[0] += sums[1];
-    for (int i = 0; i < f.n_parts; i++) {
-        const size_t at = (block * f.n_parts + (size_t)i) * to->group + place;
-        const float sum = AVL_(add_lanes)(sums[i]);
-        to->bias[at] = -f.offset * (int)sum;
-        to->sum[at] = top / limit * sum;
-    }
+    for (int i = 0; i < n_words; i++) memcpy(out + 4 * group * (size_t)i, (const int8_t *)&words + 4 * i, 4);
 }
 
 static void AVL_(quantize)(const avl__product *p, int first, int n_rows, int begin, int end) {
@@ -9726,32 +9654,20 @@ static void AVL_(quantize)(const avl__product *p, int first, int n_rows, int beg
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// n_blocks blocks of a group of rows of activations times two registers of packed weight rows
-typedef struct AVL_(tile) {
-    const avl__quants *x;
-    size_t             at;         // in x: the group's first block, counted through all groups, times its rows
-    AVL_(blocks)       pack;
-    int                n_blocks;
-    const char        *next;       // prefetched meanwhile: `step` bytes with each of n_ahead blocks
-    size_t             step;
-    int                n_ahead;
-} AVL_(tile);
-
-// A tile of n rows, of blocks that are multiplied as `type`'s are: F16 stands for pairs of int16, F32 for words that are
-// floats.  acc: [n][2]
-AVL__INLINE void AVL_(tile_of)(int type, int n, const AVL_(tile) *t, avl__vf *acc) {
+// A tile: n_blocks packed blocks of two registers of weight rows, of a type that is multiplied as `type` is (F16: pairs
+// of int16, F32: words of floats), times n rows of activations, whose blocks are x's from `at` on. Meanwhile, `ahead`
+// bytes at `next` are prefetched.  acc: [n][2]
+AVL__INLINE void AVL_(tile_of)(int type, int n, AVL_(blocks) pack, int n_blocks, size_t at, const char *next,
+                               size_t ahead, avl__vf *acc) {
     const int is_float = type == ASTROVL_TYPE_F32, n_parts = avl__block_form_of(type).n_parts;
     const int kind = !is_float ? AVL_(kind_of)(type) : AVL__W == 16 ? AVL__AS_BF16 : AVL__AS_F32;
     const int n_words = avl__words_of(kind);
-    AVL_(blocks) pack = t->pack;
-    size_t at = t->at;
-    for (int b = 0; b < t->n_blocks; b++, at += (size_t)n) {
-        const int8_t *q = t->x->q + 4 * (size_t)n_words * at;
-        const char *next = t->next + t->step * (size_t)b;
-        if (b < t->n_ahead) avl__prefetch_lines(next, t->step);
-        if (b < t->n_ahead) avl__prefetch_page(next, t->step);
+    const size_t step = 64 * (ahead / (64 * (size_t)n_blocks) + 1);              // prefetched with a block
+    for (int b = 0; b < n_blocks; b++, at += (size_t)n) {
+        const int8_t *q = pack.x->q + 4 * (size_t)n_words * at;
+        if (step * (size_t)b < ahead) avl__prefetch_lines(next + step * (size_t)b, step);
         if (is_float) AVL_(add_floats)(kind, n, n_words, q, 1, (size_t)n, pack.u, 2 * AVL__W, 2 * AVL__W, acc);
-        else          AVL_(add_block)(type, n, 2, pack.u, pack.d, pack.min, t->x, at, acc);
+        else          AVL_(add_block)(type, n, 2, pack.u, pack.d, pack.min, pack.x, at, acc);
         pack.u += 2 * n_words;
         pack.d += 2 * n_parts;
         pack.min += 2 * n_parts;
@@ -9759,28 +9675,27 @@ AVL__INLINE void AVL_(tile_of)(int type, int n, const AVL_(tile) *t, avl__vf *ac
 }
 
 // sum[n][2] += a tile of n rows. Types of the same form share code.
-AVL__INLINE void AVL_(tile_rows)(int n, int type, const AVL_(tile) *t, avl__vf *sum) {
-    const avl__block_form f = avl__block_form_of(type);
-    const int kind = t->pack.kind, is_wide = AVL__WIDE || f.run != 4;
-    avl__vf acc[2 * AVL__MAX_TILE];
-    AVL__EACH(r, 2 * n) acc[r] = sum[r];
-    if (n > AVL__TILE || (AVL__W != 8 && kind >= AVL__AS_BF16)) AVL_(tile_of)(ASTROVL_TYPE_F32, n, t, acc);
-    else if (AVL__W > 4 && kind == AVL__AS_PAIRS)               AVL_(tile_of)(ASTROVL_TYPE_F16, n, t, acc);
-    else if (type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8)       AVL_(tile_of)(ASTROVL_TYPE_Q8_0, n, t, acc);
-    else if (type == ASTROVL_TYPE_Q2_K)                         AVL_(tile_of)(ASTROVL_TYPE_Q2_K, n, t, acc);
-    else if (f.n_parts == 2)                                    AVL_(tile_of)(ASTROVL_TYPE_Q6_K, n, t, acc);
-    else if (!is_wide && f.has_min)                             AVL_(tile_of)(ASTROVL_TYPE_Q5_1, n, t, acc);
-    else if (!is_wide)                                          AVL_(tile_of)(ASTROVL_TYPE_Q5_0, n, t, acc);
-    else if (f.has_min)                                         AVL_(tile_of)(ASTROVL_TYPE_Q4_1, n, t, acc);
-    else                                                        AVL_(tile_of)(ASTROVL_TYPE_Q4_0, n, t, acc);
-    AVL__EACH(r, 2 * n) sum[r] = acc[r];
-}
-
+#define AVL__TILE_OF(type) AVL_(tile_of)(type, N, *pack, n_blocks, at, next, ahead, acc)
 #define AVL__TILE_FUNCTION(n) \
-    AVL__APART void AVL_(tile_##n)(int type, const AVL_(tile) *t, avl__vf *sum) { \
-        AVL_(tile_rows)(n, type, t, sum); \
+    AVL__APART void AVL_(tile_##n)(int type, const AVL_(blocks) *pack, int n_blocks, size_t at, const char *next, \
+                                   size_t ahead, avl__vf *sum) { \
+        enum { N = n }; \
+        const avl__block_form f = avl__block_form_of(type); \
+        const int kind = pack->kind, is_wide = AVL__WIDE || f.run != 4; \
+        avl__vf acc[2 * N]; \
+        AVL__EACH(r, 2 * N) acc[r] = sum[r]; \
+        if (N > AVL__TILE || (AVL__W != 8 && kind >= AVL__AS_BF16)) AVL__TILE_OF(ASTROVL_TYPE_F32); \
+        else if (AVL__W > 4 && kind == AVL__AS_PAIRS)               AVL__TILE_OF(ASTROVL_TYPE_F16); \
+        else if (type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8)       AVL__TILE_OF(ASTROVL_TYPE_Q8_0); \
+        else if (type == ASTROVL_TYPE_Q2_K)                         AVL__TILE_OF(ASTROVL_TYPE_Q2_K); \
+        else if (f.n_parts == 2)                                    AVL__TILE_OF(ASTROVL_TYPE_Q6_K); \
+        else if (!is_wide && f.has_min)                             AVL__TILE_OF(ASTROVL_TYPE_Q5_1); \
+        else if (!is_wide)                                          AVL__TILE_OF(ASTROVL_TYPE_Q5_0); \
+        else if (f.has_min)                                         AVL__TILE_OF(ASTROVL_TYPE_Q4_1); \
+        else                                                        AVL__TILE_OF(ASTROVL_TYPE_Q4_0); \
+        AVL__EACH(r, 2 * N) sum[r] = acc[r]; \
     }
-#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(w->type, &t, sum); break;
+#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(w->type, &pack[c], n_blocks, at, next, ahead, sum); break;
 AVL__TILE_SIZES(AVL__TILE_FUNCTION)
 
 // AVL__W weight rows from row `out` on, of those before row `last`
@@ -9801,21 +9716,33 @@ AVL__INLINE void AVL_(store_sums)(const avl__product *p, int row, int n_rows, in
     for (int r = 0; r < n_rows; r++, y += p->w->n_out) AVL_(store_some)(y, last - out, sum[stride * r] + bias);
 }
 
-// A few rows of activations: columns first..last-1. Weights are multiplied as they are unpacked.
-static void AVL_(multiply_few)(const avl__product *p, int first, int last) {
-    const avl__linear *w = p->w;
-    const avl__quants *x = &p->quants;
-    avl__vf sum[AVL__FEW];
+// n rows of activations: columns first..last-1. Weights are multiplied as they are unpacked.
+AVL__INLINE void AVL_(multiply_few)(int n, int type, const avl__product *p, int first, int last) {
+    const size_t bytes = avl__block_form_of(type).bytes * AVL__W * (size_t)avl__group_of(type) / 8;      // of a group
+    const int n_blocks = p->quants.n_blocks;
     for (int out = first; out < last; out += AVL__W) {
-        const AVL_(rows) rows = AVL_(weight_rows)(w, out, last);
-        const char *next = avl__next_rows(p, first, last, out, AVL__W);
-        switch (w->type) {
-        AVL__BLOCK_TYPES(AVL__DOT_CASE)
-        default: break;
+        const AVL_(rows) rows = AVL_(weight_rows)(p->w, out, last);
+        avl__vf acc[AVL__FEW], sum[AVL__FEW];                 // acc stays in registers: no index of it varies
+        AVL_(blocks) to = {NULL, NULL, NULL, &p->quants, AVL__AS_BYTES, 0, acc, NULL};
+        to.next = avl__next_rows(p, first, last, out, AVL__W);
+        AVL__EACH(r, n) acc[r] = AVL_(splat)(0.0f);
+        for (int b = 0; b < n_blocks; b += avl__group_of(type), to.next += bytes) {
+            to.b = avl__group_begin(type, b, n_blocks);
+            avl__prefetch_page(to.next, bytes);
+            AVL_(unpack)(n, type, rows, to.b, b - to.b, p->w->n_in, to);
         }
+        AVL__EACH(r, n) sum[r] = acc[r];
         AVL_(store_sums)(p, 0, p->n_rows, out, last, sum, 1);
     }
 }
+
+#define AVL__FEW_FUNCTION(name, type, ...) \
+    AVL__APART void AVL_(few_##name)(const avl__product *p, int first, int last) { \
+        if (p->n_rows == 1)    AVL_(multiply_few)(1, type, p, first, last); \
+        else if (AVL__W == 16) AVL_(multiply_few)(AVL__FEW, type, p, first, last); \
+    }
+#define AVL__FEW_CASE(name, type, ...) case type: AVL_(few_##name)(p, first, last); return;
+AVL__BLOCK_TYPES(AVL__FEW_FUNCTION)
 
 // Columns first..last-1. 32 weight rows are packed, whole or (p->few) sixteen blocks at a time; all groups of rows of
 // activations meet the pack, while the next 32 weight rows are prefetched.
@@ -9828,28 +9755,25 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
     const size_t u_size = 2 * (size_t)(slice * n_words), d_size = 2 * (size_t)(slice * n_parts);
     const size_t n_tiles = (size_t)x->n_groups * N_PAIRS;
     AVL_(blocks) pack[N_PAIRS];
-    AVL_(tile) t;
     avl__vf sums[2][N_PAIRS][2 * AVL__MAX_TILE];              // of all groups, where their sums have to wait for slices
-    if (p->few && (x->group == 1 || AVL__W == 16)) {
-        AVL_(multiply_few)(p, first, last);
-        return;
-    }
+    if (p->few && (x->group == 1 || AVL__W == 16))
+        switch (w->type) {
+        AVL__BLOCK_TYPES(AVL__FEW_CASE)
+        default: return;
+        }
     memset(pack, 0, sizeof pack);
     for (int c = 0; c < N_PAIRS; c++) {
         pack[c].u = (avl__vu *)(void *)scratch + u_size * (size_t)c;
         pack[c].d = (avl__vf *)(void *)scratch + u_size * N_PAIRS + d_size * (size_t)c;
         pack[c].min = pack[c].d + d_size * N_PAIRS;
         pack[c].kind = kind;
+        pack[c].x = x;
     }
-    t.x = x;
     for (int out = first; out < last; out += AVL__PACK_ROWS) {
-        t.next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
+        const char *next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
         for (int b = 0; b < x->n_blocks; b += slice) {
             const int n_blocks = x->n_blocks - b < slice ? x->n_blocks - b : slice;
             const size_t ahead = AVL__PACK_ROWS * w->row_bytes * (size_t)n_blocks / ((size_t)x->n_blocks * n_tiles);
-            t.n_blocks = n_blocks;
-            t.step = 64 * (ahead / (64 * (size_t)n_blocks) + 1);
-            t.n_ahead = (int)((ahead + t.step - 1) / t.step);
             for (int i = 0; i < N_REGISTERS && out + AVL__W * i < last; i++)
                 for (int j = b; j < b + n_blocks; j += group) {
                     const int begin = avl__group_begin(w->type, j, x->n_blocks);
@@ -9860,20 +9784,18 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
                     to.min += i % 2;
                     to.b = begin - b;
                     switch (w->type) {
-                    AVL__BLOCK_TYPES(AVL__UNPACK_CASE)
-                    AVL__FLOAT_TYPES(AVL__UNPACK_CASE)
+                    AVL__ALL_TYPES(AVL__UNPACK_CASE)
                     default: break;
                     }
                 }
             for (int g = 0; g < x->n_groups; g++) {
                 const int row = g * x->group, n_rows = p->n_rows - row < x->group ? p->n_rows - row : x->group;
-                avl__prefetch_sums(p->y + (size_t)row * w->n_out + out, (size_t)w->n_out, n_rows,
-                                   last - out < AVL__PACK_ROWS ? last - out : AVL__PACK_ROWS);
-                t.at = (size_t)x->group * ((size_t)x->n_blocks * (size_t)g + (size_t)b);
-                for (int c = 0; c < N_PAIRS && out + 2 * AVL__W * c < last; c++, t.next += ahead) {
+                const size_t at = (size_t)x->group * ((size_t)x->n_blocks * (size_t)g + (size_t)b);
+                const float *y = p->y + (size_t)row * w->n_out + out;
+                for (int r = 0; r < n_rows; r++, y += w->n_out) avl__prefetch_lines(y, 4 * AVL__PACK_ROWS + 1);
+                for (int c = 0; c < N_PAIRS && out + 2 * AVL__W * c < last; c++, next += ahead) {
                     avl__vf *sum = sums[p->few ? g : 0][c];
                     if (b == 0) memset(sum, 0, 2 * (size_t)x->group * sizeof *sum);
-                    t.pack = pack[c];
                     switch (x->group) {
                     AVL__TILE_SIZES(AVL__TILE_CASE)
                     default: break;
@@ -9987,29 +9909,24 @@ AVL__INLINE avl__vf AVL_(exp)(avl__vf x) {
 AVL__INLINE avl__vf AVL_(sigmoid_product)(avl__vf x, float a) { return x / (1.0f + AVL_(exp)(x * -a)); }
 
 static void AVL_(quick_gelu)(float *x, int64_t n) {
-    for (; n > 0; n -= AVL__W, x += AVL__W) {
-        const int m = n < AVL__W ? (int)n : AVL__W;
-        AVL_(store_some)(x, m, AVL_(sigmoid_product)(AVL_(load_some)(x, m), 1.702f));
-    }
+    for (; n > 0; n -= AVL__W, x += AVL__W)
+        AVL_(store_some)(x, n, AVL_(sigmoid_product)(AVL_(load_some)(x, n), 1.702f));
 }
 
 static void AVL_(silu_product)(float *x, const float *up, int64_t n) {
-    for (; n > 0; n -= AVL__W, x += AVL__W, up += AVL__W) {
-        const int m = n < AVL__W ? (int)n : AVL__W;
-        AVL_(store_some)(x, m, AVL_(sigmoid_product)(AVL_(load_some)(x, m), 1.0f) * AVL_(load_some)(up, m));
-    }
+    for (; n > 0; n -= AVL__W, x += AVL__W, up += AVL__W)
+        AVL_(store_some)(x, n, AVL_(sigmoid_product)(AVL_(load_some)(x, n), 1.0f) * AVL_(load_some)(up, n));
 }
 
 // x Phi(x), with 1 - Phi by formula 7.1.26 of Abramowitz and Stegun, whose error is below 1.5e-7
 static void AVL_(gelu)(float *x, int64_t n) {
     static const float term[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
     for (; n > 0; n -= AVL__W, x += AVL__W) {
-        const int m = n < AVL__W ? (int)n : AVL__W;
-        const avl__vf v = AVL_(load_some)(x, m), z = AVL_(abs)(v) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+        const avl__vf v = AVL_(load_some)(x, n), z = AVL_(abs)(v) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
         avl__vf p = AVL_(splat)(1.061405429f);
         AVL__EACH(i, 4) p = AVL_(fma)(p, t, AVL_(splat)(term[i]));
         p = p * t * AVL_(exp)(-z * z) * 0.5f;
-        AVL_(store_some)(x, m, AVL_(max)(v, AVL_(splat)(0.0f)) - AVL_(abs)(v) * p);     // x (1 - p), or x p if x < 0
+        AVL_(store_some)(x, n, AVL_(max)(v, AVL_(splat)(0.0f)) - AVL_(abs)(v) * p);     // x (1 - p), or x p if x < 0
     }
 }
 
@@ -10091,8 +10008,8 @@ AVL__INLINE void AVL_(float_tile)(int kind, int n, int n_columns, int n_words, c
         AVL__EACH(c, 2) AVL_(store_some)(y + y_row * (size_t)r + AVL__W * c, n_columns - AVL__W * c, acc[2 * r + c]);
 }
 
-// y[n_rows][n_columns] = a b, matrices of words. Rows of a lie a_row words apart, the n_words words of a row a_word; rows
-// of b and y lie b_row and y_row apart.
+// y[n_rows][n_columns] = a b, matrices of words. Rows of a lie a_row words apart, the n_words words of a row a_word;
+// rows of b and y lie b_row and y_row apart.
 AVL__INLINE void AVL_(multiply_floats)(int kind, int n_rows, int n_columns, int n_words, const float *a, size_t a_row,
                                        size_t a_word, const float *b, size_t b_row, float *y, size_t y_row) {
     enum { MANY = AVL__W == 16 ? 8 : AVL__TILE, WIDTH = 2 * AVL__W };           // a tile whose sums fit in registers
@@ -10110,13 +10027,12 @@ AVL__INLINE void AVL_(multiply_floats)(int kind, int n_rows, int n_columns, int 
         }
 }
 
-// rows[n][32] to bfloat16, pairs of rows: [(n + 1) / 2][32]
-AVL__INLINE void AVL_(pair_rows)(float *rows, int n) {
-    for (int i = 0; i < n; i += 2)
-        for (int c = 0; c < 32; c += AVL__W) {
-            const float *row = rows + 32 * (size_t)i + c;
-            const avl__vf second = i + 1 < n ? AVL_(load)(row + 32) : AVL_(splat)(0.0f);
-            AVL_(store_words)(rows + 32 * (size_t)(i / 2) + c, AVL_(pair_bf16)(AVL_(load)(row), second));
+// Pairs of rows to words of two bfloat16, which may be stored where the rows were: [(n_rows + 1) / 2][n_padded]
+AVL__INLINE void AVL_(pair_rows)(float *to, const float *from, size_t stride, int n_rows, int n_columns, int n_padded) {
+    for (int i = 0; i < n_rows; i += 2, from += 2 * stride, to += n_padded)
+        for (int c = 0; c < n_padded; c += AVL__W) {
+            const avl__vf second = AVL_(load_some)(from + stride + c, i + 1 < n_rows ? n_columns - c : 0);
+            AVL_(store)(to + c, (avl__vf)AVL_(pair_bf16)(AVL_(load_some)(from + c, n_columns - c), second));
         }
 }
 
@@ -10150,12 +10066,12 @@ AVL__INLINE void AVL_(attend_as)(int kind, const avl__tile *t, const float *keys
                 const size_t at = (size_t)(first + i) * t->q_stride + (size_t)d;
                 queries[32 * d + i] = d < t->head_dim && i < n_queries ? t->q[at] * scale : 0.0f;
             }
-        if (is_bf16) AVL_(pair_rows)(queries, n_padded);
+        if (is_bf16) AVL_(pair_rows)(queries, queries, 32, n_padded, 32, 32);
         AVL_(multiply_floats)(kind, t->n_keys, 32, n_words, keys, key_stride, 1, queries, 32, scores, 32);
         for (int j = t->n_visible + first; j < t->n_keys; j++)       // causal: key n_visible + i from query i + 1 on
             for (int i = 0; i < 32 && i <= j - t->n_visible - first; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
         AVL_(softmax_columns)(scores, t->n_keys, inverse);
-        if (is_bf16) AVL_(pair_rows)(scores, t->n_keys);
+        if (is_bf16) AVL_(pair_rows)(scores, scores, 32, t->n_keys, 32, 32);
         AVL_(multiply_floats)(kind, n_queries, t->head_dim, n_values, scores, 1, 32, values, v_stride, out,
                               t->q_stride);
         for (int i = 0; i < n_queries; i++, out += t->q_stride)
@@ -10179,15 +10095,9 @@ static void AVL_(attend_coarsely)(const avl__tile *t, float *scratch) {
             const float *k = t->k + (size_t)j * t->kv_stride + d;
             const int left = t->head_dim - d;
             const avl__vf low = AVL_(load_some)(k, left), high = AVL_(load_some)(k + 16, left - 16);
-            AVL_(store_words)(keys + ((size_t)j * n + d) / 2, AVL_(to_bf16)(low, high));
+            AVL_(store)(keys + ((size_t)j * n + d) / 2, (avl__vf)AVL_(to_bf16)(low, high));
         }
-    for (int j = 0; j < t->n_keys; j += 2)
-        for (int d = 0; d < n; d += 16) {
-            const float *v = t->v + (size_t)j * t->kv_stride + d;
-            const int left = t->head_dim - d, is_pair = j + 1 < t->n_keys;
-            const avl__vf second = AVL_(load_some)(v + (is_pair ? t->kv_stride : 0), is_pair ? left : 0);
-            AVL_(store_words)(values + (size_t)n * (j / 2) + d, AVL_(pair_bf16)(AVL_(load_some)(v, left), second));
-        }
+    AVL_(pair_rows)(values, t->v, t->kv_stride, t->n_keys, t->head_dim, n);
     AVL_(attend_as)(AVL__AS_BF16, t, keys, (size_t)n / 2, values, (size_t)n, scratch);
 }
 #endif
