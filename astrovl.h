@@ -716,8 +716,6 @@ ASTROVL_API float astrovl_erff(float x);
 #include <arm_neon.h>
 #if AVL__POSIX && defined(__linux__)
 #include <sys/auxv.h>
-#elif AVL__POSIX && defined(__APPLE__)
-#include <sys/sysctl.h>
 #endif
 #else
 #define AVL__NEON 0
@@ -8751,9 +8749,9 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 #if defined(__clang__)
 #define AVL__UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define AVL__UNROLL _Pragma("GCC unroll 32")
+#define AVL__UNROLL _Pragma("GCC unroll 24")
 #endif
-#define AVL__EACH(i, n) AVL__UNROLL for ((i) = 0; (i) < (n); (i)++)
+#define AVL__EACH(i, n) AVL__UNROLL for (int i = 0; i < (n); i++)
 
 // How the 32-bit words of weights and activations are multiplied
 enum {
@@ -8772,12 +8770,6 @@ enum {
 };
 
 AVL__INLINE int avl__words_of(int kind) { return kind == AVL__AS_F32 ? 32 : kind >= AVL__AS_PAIRS ? 16 : 8; }
-
-AVL__INLINE uint32_t avl__word_at(const void *p) {
-    uint32_t word;
-    memcpy(&word, p, 4);
-    return word;
-}
 
 // The formats: name, type, bytes of eight blocks (of a super-block), and
 //   offset    see above
@@ -8799,6 +8791,7 @@ AVL__INLINE uint32_t avl__word_at(const void *p) {
     F(f32, ASTROVL_TYPE_F32, 8 * 128, 0, 1, 0, 0) \
     F(f16, ASTROVL_TYPE_F16, 8 * 64, 0, 1, 0, 0) \
     F(bf16, ASTROVL_TYPE_BF16, 8 * 64, 0, 1, 0, 0)
+#define AVL__ALL_TYPES(F) AVL__BLOCK_TYPES(F) AVL__FLOAT_TYPES(F)
 
 typedef struct avl__block_form {
     size_t bytes;
@@ -8813,8 +8806,7 @@ AVL__INLINE avl__block_form avl__block_form_of(int type) {
         return form; \
     }
     switch (type) {
-    AVL__BLOCK_TYPES(AVL__FORM)
-    AVL__FLOAT_TYPES(AVL__FORM)
+    AVL__ALL_TYPES(AVL__FORM)
     default: return none;
     }
 }
@@ -8822,45 +8814,20 @@ AVL__INLINE avl__block_form avl__block_form_of(int type) {
 AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K; }
 
 // How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before.
-AVL__INLINE int avl__group_of(int type) { return avl__is_k_quant(type) ? 8 : 4; }
-AVL__INLINE size_t avl__group_bytes(int type, int n_rows) {
-    return (size_t)n_rows * avl__block_form_of(type).bytes * (size_t)avl__group_of(type) / 8;
-}
+AVL__INLINE int avl__group_of(int type) { return avl__is_k_quant(type) ? 8 : avl__is_float_type(type) ? 1 : 4; }
 AVL__INLINE int avl__group_begin(int type, int b, int n_blocks) {
     const int n = avl__group_of(type);
     return b + n <= n_blocks || n_blocks < n ? b : n_blocks - n;
 }
 
-// Stores the n words of block b of row r of the activations.
-AVL__INLINE void avl__store_words(const avl__quants *to, int r, int b, const void *words, int n) {
-    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, stride = 4 * (size_t)to->group;
-    int8_t *q = to->q + stride * (size_t)n * block + 4 * (r % to->group);
-    int i;
-    AVL__EACH(i, n) memcpy(q + stride * (size_t)i, (const uint8_t *)words + 4 * i, 4);
+AVL__INLINE void avl__prefetch_lines(const void *p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
 }
 
 // Hardware prefetching stops at the end of a 4 KB page: if p lies in a page's first n bytes, the next page's first
 // lines are asked for.
 AVL__INLINE void avl__prefetch_page(const void *p, size_t n) {
-    const char *next = (const char *)(((uintptr_t)p | 4095) + 1);
-    int i;
-    for (i = 0; i < 4 && ((uintptr_t)p & 4095) < n; i++) __builtin_prefetch(next + 64 * i, 0, 2);
-}
-
-AVL__INLINE void avl__prefetch_bytes(const char *p, size_t n) {
-    size_t i;
-    for (i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
-    avl__prefetch_page(p, n);
-}
-
-// Where n sums of each of n_rows rows will be stored, y[n_rows][stride]
-AVL__INLINE void avl__prefetch_sums(const float *y, size_t stride, int n_rows, int n) {
-    int r;
-    for (r = 0; r < n_rows; r++, y += stride) {
-        __builtin_prefetch(y, 0, 3);
-        __builtin_prefetch(y + n / 2, 0, 3);
-        __builtin_prefetch(y + n - 1, 0, 3);
-    }
+    if (((uintptr_t)p & 4095) < n) avl__prefetch_lines((const void *)(((uintptr_t)p | 4095) + 1), 256);
 }
 
 // The n weight rows to prefetch while rows out..out+n-1, of rows first..last-1, are multiplied: the next ones, or the
@@ -8880,6 +8847,11 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
     AVL__INLINE result AVL_(name) parameters { return (result)(__VA_ARGS__); }
 #define AVL__DEFINE_VOID(name, parameters, ...) \
     AVL__INLINE void AVL_(name) parameters { __VA_ARGS__; }
+#define AVL__DEFINE_DOT(name, assembly, r) \
+    AVL__INLINE avl__vi AVL_(name)(avl__vi acc, avl__vu w, avl__vu a) { \
+        __asm__(assembly : "+" r(acc) : r(w), r(a)); \
+        return acc; \
+    }
 #define AVL__STRING_2(text)    #text
 #define AVL__STRING(text)      AVL__STRING_2(text)
 #define avl__vf                AVL_(vf)                        // a register of float32, uint32, int32, int16
@@ -8994,19 +8966,14 @@ static int avl__kernels_run(int i) {
 #if AVL__SIMD && AVL__X86
     if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (i == 2) return avl__kernels_run(1) && avl__has_avx_vnni();
-    if (i == 3)
-        return avl__kernels_run(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni");
+    if (i == 3)            // which implies avx512f
+        return avl__kernels_run(1) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     if (i == 4) return avl__kernels_run(3) && __builtin_cpu_supports("avx512bf16");
+#elif AVL__SIMD && AVL__NEON && defined(__ARM_FEATURE_DOTPROD)      // as all processors of Macs have it
+    return 1;
 #elif AVL__SIMD && AVL__NEON && AVL__POSIX && defined(__linux__)
     if (i == 2) return (int)(getauxval(AT_HWCAP) >> 20 & 1);     // HWCAP_ASIMDDP
-#elif AVL__SIMD && AVL__NEON && AVL__POSIX && defined(__APPLE__)
-    if (i == 2) {
-        int has = 0;
-        size_t size = sizeof has;
-        return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
-    }
 #endif
     return i < 2;
 }
@@ -9056,12 +9023,14 @@ AVL__INLINE avl__vf AVL_(load)(const void *p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
-AVL__DEFINE(avl__vu, load_words, (const void *p), AVL_(load)(p))
 AVL__DEFINE_VOID(store, (void *p, avl__vf v), memcpy(p, &v, sizeof v))
-AVL__DEFINE_VOID(store_words, (void *p, avl__vu v), memcpy(p, &v, sizeof v))
 AVL__DEFINE(avl__vf, splat, (float x), x - __extension__(avl__vf){0})
 AVL__DEFINE(avl__vi, splat_int, (int32_t x), x + __extension__(avl__vi){0})
-AVL__DEFINE(avl__vu, splat_word, (const void *p), AVL_(splat_int)((int32_t)avl__word_at(p)))
+AVL__INLINE avl__vu AVL_(splat_word)(const void *p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return (avl__vu)AVL_(splat_int)(word);
+}
 AVL__DEFINE(avl__vf, to_float, (avl__vi v), __builtin_convertvector(v, avl__vf))
 
 // ---- what instruction sets do by themselves ------------------------------------------------------------------------
@@ -9092,9 +9061,9 @@ AVL__DEFINE(avl__vi, dot_pairs, (avl__vi acc, avl__vu w, avl__vu a),
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
 AVL__DEFINE(avl__vf, dot_bf16, (avl__vf acc, avl__vu w, avl__vu a), _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a))
 AVL__DEFINE(avl__vu, to_bf16, (avl__vf first, avl__vf second), _mm512_cvtne2ps_pbh(second, first))
-AVL__DEFINE(__mmask16, first_lanes, (int n), n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0)
-AVL__DEFINE(avl__vf, load_some, (const float *p, int n), _mm512_maskz_loadu_ps(AVL_(first_lanes)(n), p))
-AVL__DEFINE_VOID(store_some, (float *p, int n, avl__vf v), _mm512_mask_storeu_ps(p, AVL_(first_lanes)(n), v))
+AVL__DEFINE(__mmask16, first_lanes, (int64_t n), n >= 16 ? 0xFFFF : n > 0 ? (1 << n) - 1 : 0)
+AVL__DEFINE(avl__vf, load_some, (const float *p, int64_t n), _mm512_maskz_loadu_ps(AVL_(first_lanes)(n), p))
+AVL__DEFINE_VOID(store_some, (float *p, int64_t n, avl__vf v), _mm512_mask_storeu_ps(p, AVL_(first_lanes)(n), v))
 AVL__DEFINE(float, add_lanes, (avl__vf v), _mm512_reduce_add_ps(v))
 AVL__DEFINE(float, max_lanes, (avl__vf v), _mm512_reduce_max_ps(v))
 AVL__DEFINE(avl__vf, round, (avl__vf x), _mm512_roundscale_ps(x, 8))
@@ -9136,38 +9105,29 @@ AVL__INLINE avl__vu AVL_(load_16)(const uint8_t *p, size_t stride) {
 
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), _mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)))
 #if AVL__WIDE
-AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
-    __asm__(AVL__VNNI("vpdpbusd") : "+x"(acc) : "x"(w), "x"(a));
-    return acc;
+AVL__DEFINE_DOT(dot_bytes, AVL__VNNI("vpdpbusd"), "x")
+AVL__DEFINE_DOT(dot_pairs, AVL__VNNI("vpdpwssd"), "x")
+#else
+AVL__INLINE avl__vi AVL_(now)(__m256i sum) {      // or gcc computes a block's products first and runs out of registers
+    __asm__("" : "+x"(sum));
+    return (avl__vi)sum;
 }
-AVL__INLINE avl__vi AVL_(dot_pairs)(avl__vi acc, avl__vu w, avl__vu a) {
-    __asm__(AVL__VNNI("vpdpwssd") : "+x"(acc) : "x"(w), "x"(a));
-    return acc;
-}
-#else           // empty assembly: add now, or gcc computes a block's products first and runs out of registers
-AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
-    acc = (avl__vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
-    __asm__("" : "+x"(acc));
-    return acc;
-}
-AVL__INLINE avl__vi AVL_(dot_pairs)(avl__vi acc, avl__vu w, avl__vu a) {
-    acc += (avl__vi)_mm256_madd_epi16((__m256i)w, (__m256i)a);
-    __asm__("" : "+x"(acc));
-    return acc;
-}
+AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
+            AVL_(now)(_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)a))))
+AVL__DEFINE(avl__vi, dot_pairs, (avl__vi acc, avl__vu w, avl__vu a),
+            AVL_(now)(_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16((__m256i)w, (__m256i)a))))
 AVL__INLINE avl__vi AVL_(dot_signed)(avl__vi acc, avl__vu w, avl__vu a) {   // |w| (a sign(w)): two of them fit in int16
     const __m256i signed_a = _mm256_sign_epi8((__m256i)a, (__m256i)w);
     acc += AVL_(widen)((avl__vi)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), signed_a));
-    __asm__("" : "+x"(acc));
-    return acc;
+    return AVL_(now)((__m256i)acc);
 }
 #endif
 AVL__DEFINE(__m256i, first_lanes, (int n),
             _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
-AVL__DEFINE(avl__vf, load_some, (const float *p, int n),
-            n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, AVL_(first_lanes)(n)))
-AVL__DEFINE_VOID(store_some, (float *p, int n, avl__vf v),
-            n >= 8 ? _mm256_storeu_ps(p, v) : _mm256_maskstore_ps(p, AVL_(first_lanes)(n), v))
+AVL__DEFINE(avl__vf, load_some, (const float *p, int64_t n),
+            n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, AVL_(first_lanes)((int)n)))
+AVL__DEFINE_VOID(store_some, (float *p, int64_t n, avl__vf v),
+                 n >= 8 ? _mm256_storeu_ps(p, v) : _mm256_maskstore_ps(p, AVL_(first_lanes)((int)n), v))
 AVL__INLINE float AVL_(add_lanes)(avl__vf v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -9206,10 +9166,7 @@ AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride),
 #define AVL__TILE_SIZES(F) F(4) F(6)
 
 #if AVL__WIDE
-AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
-    __asm__(AVL__SDOT : "+w"(acc) : "w"(w), "w"(a));
-    return acc;
-}
+AVL__DEFINE_DOT(dot_bytes, AVL__SDOT, "w")
 AVL__DEFINE(avl__vi, dot_signed, (avl__vi acc, avl__vu w, avl__vu a), AVL_(dot_bytes)(acc, w, a))
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
 #elif AVL__NEON       // products of eight bytes are eight int16; neighbors are added up
@@ -9233,13 +9190,13 @@ AVL__INLINE avl__vi AVL_(dot_signed)(avl__vi acc, avl__vu w, avl__vu a) {
     return acc + AVL_(widen)((avl__vi)(even + odd));
 }
 #endif
-AVL__INLINE avl__vf AVL_(load_some)(const float *p, int n) {
+AVL__INLINE avl__vf AVL_(load_some)(const float *p, int64_t n) {
     avl__vf v = {0};
     if (n >= 4) memcpy(&v, p, sizeof v);
     else if (n > 0) memcpy(&v, p, 4 * (size_t)n);
     return v;
 }
-AVL__INLINE void AVL_(store_some)(float *p, int n, avl__vf v) {
+AVL__INLINE void AVL_(store_some)(float *p, int64_t n, avl__vf v) {
     if (n >= 4) memcpy(p, &v, sizeof v);
     else if (n > 0) memcpy(p, &v, 4 * (size_t)n);
 }
@@ -9252,7 +9209,7 @@ AVL__INLINE float AVL_(max_lanes)(avl__vf v) {
 }
 AVL__DEFINE(avl__vf, round, (avl__vf x), (x + 12582912.0f) - 12582912.0f)                 // floats of 2^23 are integers
 AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b), a >> 16 | b << 16)
-AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride), AVL_(load_words)(p + 0 * stride))
+AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride), AVL_(load)(p + 0 * stride))
 AVL__DEFINE(avl__vu, add_bits, (avl__vu u, avl__vu bits, int i),
             u | ((bits >> 4 * i & 15) * 0x02040810u & 0x10101010u))
 AVL__DEFINE(avl__vu, zip_low32, (avl__vu a, avl__vu b), __extension__(avl__vu){a[0], b[0], a[1], b[1]})
@@ -9280,8 +9237,7 @@ AVL__INLINE avl__vf AVL_(load_halves)(const void *p) {
 }
 AVL__INLINE void AVL_(store_halves)(void *p, avl__vf v) {
     uint16_t h[4];
-    int i;
-    for (i = 0; i < 4; i++) h[i] = astrovl_f32_to_f16(v[i]);
+    for (int i = 0; i < 4; i++) h[i] = astrovl_f32_to_f16(v[i]);
     memcpy(p, h, sizeof h);
 }
 #endif
@@ -9350,7 +9306,6 @@ AVL__INLINE int AVL_(pack_kind)(const avl__product *p) {
 // One word of m registers of weight rows times that of n rows of activations.  acc: [n][m]
 AVL__INLINE void AVL_(add_word)(int kind, int n, int m, const avl__vu *u, const int8_t *q, avl__vi *acc) {
     avl__vu w[2];
-    int r, c;
     AVL__EACH(c, m) w[c] = u[c];                               // or gcc loads them for each row
     AVL__EACH(r, n) {
         const avl__vu a = AVL_(splat_word)(q + 4 * r);
@@ -9369,23 +9324,19 @@ AVL__INLINE void AVL_(add_block)(int type, int n, int m, const avl__vu *u, const
     const int run = AVL__WIDE ? 0 : f.run, n_run = run && run < n_words ? run : n_words;
     const int8_t *q = x->q + 4 * (size_t)avl__words_of(kind) * at;
     avl__vi sum[2 * AVL__FEW], some[2 * AVL__FEW];
-    int part, i, k, r, c;
     AVL__EACH(part, f.n_parts) {
         const int32_t *bias = x->bias + f.n_parts * at + n * part;
         const float *q_sum = x->sum + f.n_parts * at + n * part;
         AVL__EACH(r, n)
             AVL__EACH(c, m) sum[m * r + c] = AVL_(splat_int)(f.has_min || kind != AVL__AS_BYTES ? 0 : bias[r]);
         AVL__UNROLL
-        for (i = 0; i < n_words; i += n_run) {
-            avl__vi *to = run ? some : sum;
-            AVL__EACH(r, n * m)
-                if (run) some[r] = AVL_(splat_int)(0);
+        for (int i = 0; i < n_words; i += n_run) {
+            AVL__EACH(r, n * m) some[r] = run ? AVL_(splat_int)(0) : sum[r];
             if (AVL__W > 4 || n * m == 1)
-                AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
+                AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, some);
             else                                          // unrolled, gcc's scheduler for NEON runs out of registers
-                for (k = 0; k < n_run; k++) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, to);
-            AVL__EACH(r, n * m)
-                if (run) sum[r] += AVL_(widen)(some[r]);
+                for (int k = 0; k < n_run; k++) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, some);
+            AVL__EACH(r, n * m) sum[r] = run ? sum[r] + AVL_(widen)(some[r]) : some[r];
             u += m * n_run;
             q += 4 * n * n_run;
         }
@@ -9398,14 +9349,12 @@ AVL__INLINE void AVL_(add_block)(int type, int n, int m, const avl__vu *u, const
     }
 }
 
-// The micro-kernel for floats: n_words words of n rows, a, times those of two registers, b. In memory the rows of a lie
-// a_row bytes apart and their words a_word; the words of b b_word floats, n_columns of which exist.  acc: [n][2]
+// The micro-kernel for floats: n_words words of n rows of a times those of two registers of b, n_columns lanes of which
+// exist. In memory, the rows of a lie a_row words apart, their words a_word, those of b b_word.  acc: [n][2]
 AVL__INLINE void AVL_(add_floats)(int kind, int n, int n_words, const void *a, size_t a_row, size_t a_word,
                                   const void *b, size_t b_word, int n_columns, avl__vf *acc) {
-    int i, r, c;
-    for (i = 0; i < n_words; i++) {
-        const char *word = (const char *)a + a_word * (size_t)i;
-        const float *words = (const float *)b + b_word * (size_t)i;
+    for (int i = 0; i < n_words; i++) {
+        const float *word = (const float *)a + a_word * (size_t)i, *words = (const float *)b + b_word * (size_t)i;
         avl__vf w[2];
         AVL__EACH(c, 2) w[c] = AVL_(load_some)(words + AVL__W * c, n_columns - AVL__W * c);
         AVL__EACH(r, n) {
@@ -9424,26 +9373,26 @@ typedef struct AVL_(rows) {
     int            n;             // how many there are; others are taken for zeros
 } AVL_(rows);
 
-// Where the blocks of AVL__W weight rows go: into a pack of two such registers (x NULL), or at once, without being
-// stored, into products with a few rows of activations.
+// Where the blocks of AVL__W weight rows go: into a pack of two such registers (u, d, min, kind), or at once, without
+// being stored, into products with a few rows of activations (acc).
 typedef struct AVL_(blocks) {
     avl__vu *u;                   // [blocks][words][2]
     avl__vf *d, *min;             // [blocks][n_parts][2]
     const avl__quants *x;
     int      kind;
-    int      b;                   // which block of x is the first one here
+    int      b;                   // which block of x, or of the pack, is the first one here
     avl__vf *acc;                 // [n]
     const char *next;             // the rows to prefetch meanwhile
 } AVL_(blocks);
 
 // Transposes the 16 bytes from byte `at` on of AVL__W rows: w[i] is word i of every row.
-AVL__INLINE void AVL_(transpose)(AVL_(rows) rows, size_t at, avl__vu *w) {
-    const uint8_t *p = rows.at + at;
-    const size_t s = rows.stride;
-    const avl__vu v0 = AVL_(load_16)(p, s), v1 = AVL_(load_16)(p + s, s);
-    const avl__vu v2 = AVL_(load_16)(p + 2 * s, s), v3 = AVL_(load_16)(p + 3 * s, s);
-    const avl__vu low01 = AVL_(zip_low32)(v0, v1), low23 = AVL_(zip_low32)(v2, v3);
-    const avl__vu high01 = AVL_(zip_high32)(v0, v1), high23 = AVL_(zip_high32)(v2, v3);
+AVL__INLINE void AVL_(transpose)(AVL_(rows) rows, int at, avl__vu *w) {
+    avl__vu v[4], low01, low23, high01, high23;
+    AVL__EACH(i, 4) v[i] = AVL_(load_16)(rows.at + at + rows.stride * (size_t)i, rows.stride);
+    low01 = AVL_(zip_low32)(v[0], v[1]);
+    low23 = AVL_(zip_low32)(v[2], v[3]);
+    high01 = AVL_(zip_high32)(v[0], v[1]);
+    high23 = AVL_(zip_high32)(v[2], v[3]);
     w[0] = AVL_(zip_low64)(low01, low23);
     w[1] = AVL_(zip_high64)(low01, low23);
     w[2] = AVL_(zip_low64)(high01, high23);
@@ -9454,27 +9403,20 @@ AVL__INLINE void AVL_(transpose)(AVL_(rows) rows, size_t at, avl__vu *w) {
 AVL__INLINE void AVL_(put_block)(int n, int type, AVL_(blocks) to, int j, const avl__vu *w, const avl__vf *d,
                                  const avl__vf *min) {
     const avl__block_form f = avl__block_form_of(type);
-    int i;
+    const int b = to.b + j;
     if (n) {
-        AVL_(add_block)(type, n, 1, w, d, min, to.x, (size_t)n * (size_t)(to.b + j), to.acc);
+        AVL_(add_block)(type, n, 1, w, d, min, to.x, (size_t)n * (size_t)b, to.acc);
         return;
     }
     AVL__EACH(i, 8)
         if (type == ASTROVL_TYPE_Q8_0 && to.kind == AVL__AS_PAIRS) {
-            to.u[2 * (16 * j + 2 * i)] = (avl__vu)((avl__vs)(w[i] << 8) >> 8);
-            to.u[2 * (16 * j + 2 * i + 1)] = (avl__vu)((avl__vs)w[i] >> 8);
-        } else to.u[2 * (8 * j + i)] = w[i];
+            to.u[2 * (16 * b + 2 * i)] = (avl__vu)((avl__vs)(w[i] << 8) >> 8);
+            to.u[2 * (16 * b + 2 * i + 1)] = (avl__vu)((avl__vs)w[i] >> 8);
+        } else to.u[2 * (8 * b + i)] = w[i];
     AVL__EACH(i, f.n_parts) {
-        to.d[2 * (f.n_parts * j + i)] = d[i];
-        if (f.has_min) to.min[2 * (f.n_parts * j + i)] = min[i];
+        to.d[2 * (f.n_parts * b + i)] = d[i];
+        if (f.has_min) to.min[2 * (f.n_parts * b + i)] = min[i];
     }
-}
-
-// Prefetches part `part` of n of what comes after these blocks.
-AVL__INLINE void AVL_(prefetch_part)(int type, AVL_(blocks) to, int part, int n) {
-    const size_t step = avl__group_bytes(type, AVL__W) / (size_t)n;
-    size_t i;
-    for (i = 0; i < step; i += 64) __builtin_prefetch(to.next + step * (size_t)part + i, 0, 2);
 }
 
 // The transposed word at byte p of four blocks, p a multiple of 4; the same for an even p
@@ -9483,19 +9425,19 @@ AVL__INLINE void AVL_(prefetch_part)(int type, AVL_(blocks) to, int part, int n)
 
 // Four blocks of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, without those before block `first`. Pieces of 16 bytes are transposed
 // just before the first block that needs them; the last piece ends where the blocks do.
-AVL__INLINE void AVL_(unpack_simple)(int n, int type, AVL_(rows) rows, size_t at, int first, AVL_(blocks) to) {
+AVL__INLINE void AVL_(unpack_simple)(int n, int type, AVL_(rows) rows, int first, AVL_(blocks) to) {
     const avl__block_form f = avl__block_form_of(type);
     const int size = (int)f.bytes / 8, is_8_bits = type == ASTROVL_TYPE_Q8_0, last = 4 * size - 16;
     const int has_5_bits = type == ASTROVL_TYPE_Q5_0 || type == ASTROVL_TYPE_Q5_1;
+    const size_t step = f.bytes * AVL__W / 2 / (size_t)((size + 3) / 4);                      // prefetched with a piece
     avl__vu t[36], w[8];
-    int i, j;
     AVL__EACH(j, 4) {
         const int begin = size * j, end = begin + size;
         avl__vf d, min = {0};
         AVL__UNROLL
-        for (i = (begin + 15) / 16; i < (end + 15) / 16; i++) {
-            if (n) AVL_(prefetch_part)(type, to, i, (size + 3) / 4);
-            AVL_(transpose)(rows, at + (size_t)(16 * i < last ? 16 * i : last), t + 4 * i);
+        for (int i = (begin + 15) / 16; i < (end + 15) / 16; i++) {
+            if (n) avl__prefetch_lines(to.next + step * (size_t)i, step);
+            AVL_(transpose)(rows, 16 * i < last ? 16 * i : last, t + 4 * i);
         }
         if (j < first) continue;
         d = AVL_(half)(AVL__EVEN(begin));
@@ -9512,42 +9454,36 @@ AVL__INLINE void AVL_(unpack_simple)(int n, int type, AVL_(rows) rows, size_t at
 
 // The d and m of a super-block: d and m of the whole times small integers, bytes of transposed words.  scales, mins:
 // out, a byte for each of the parts;  d, min: out
-AVL__INLINE void AVL_(unpack_scales)(int type, AVL_(rows) rows, size_t at, avl__vu *scales, avl__vu *mins,
-                                     avl__vf *d, avl__vf *min) {
+AVL__INLINE void AVL_(unpack_scales)(int type, AVL_(rows) rows, avl__vu *scales, avl__vu *mins, avl__vf *d,
+                                     avl__vf *min) {
     avl__vu w[4], last[4], halves;
-    int i;
-    switch (type) {
-    case ASTROVL_TYPE_Q2_K:
-        AVL_(transpose)(rows, at, w);
-        AVL_(transpose)(rows, at + 68, last);
+    if (type == ASTROVL_TYPE_Q2_K) {
+        AVL_(transpose)(rows, 0, w);
+        AVL_(transpose)(rows, 68, last);
         halves = last[3];
         AVL__EACH(i, 4) {
             scales[i] = w[i] & 0x0F0F0F0Fu;
             mins[i] = w[i] >> 4 & 0x0F0F0F0Fu;
         }
-        break;
-    case ASTROVL_TYPE_Q3_K:                                   // 12 bytes from 96 on, then d, then the super-block ends
-        AVL_(transpose)(rows, at + 94, w);
+    } else if (type == ASTROVL_TYPE_Q3_K) {                   // 12 bytes from 96 on, then d, then the super-block ends
+        AVL_(transpose)(rows, 94, w);
         AVL__EACH(i, 3) w[i] = AVL_(middle)(w[i], w[i + 1]);
         halves = w[3] >> 16;
         AVL__EACH(i, 4) {
             scales[i] = (w[i % 2] >> i / 2 * 4 & 0x0F0F0F0Fu) | (w[2] >> 2 * i & 0x03030303u) << 4;
             scales[i] = ((scales[i] | 0x80808080u) - 0x20202020u) ^ 0x80808080u;      // - 32 in each byte
         }
-        break;
-    case ASTROVL_TYPE_Q6_K:
-        AVL_(transpose)(rows, at + 192, scales);
-        AVL_(transpose)(rows, at + 194, last);
+    } else if (type == ASTROVL_TYPE_Q6_K) {
+        AVL_(transpose)(rows, 192, scales);
+        AVL_(transpose)(rows, 194, last);
         halves = last[3] >> 16;
-        break;
-    default:                                                  // Q4_K and Q5_K
-        AVL_(transpose)(rows, at, w);
+    } else {                                                  // Q4_K and Q5_K
+        AVL_(transpose)(rows, 0, w);
         halves = w[0];
         scales[0] = w[1] & 0x3F3F3F3Fu;
         scales[1] = (w[3] & 0x0F0F0F0Fu) | (w[1] >> 2 & 0x30303030u);
         mins[0] = w[2] & 0x3F3F3F3Fu;
         mins[1] = (w[3] >> 4 & 0x0F0F0F0Fu) | (w[2] >> 2 & 0x30303030u);
-        break;
     }
     *d = AVL_(half)(halves);
     *min = -AVL_(half)(halves >> 16);
@@ -9555,32 +9491,31 @@ AVL__INLINE void AVL_(unpack_scales)(int type, AVL_(rows) rows, size_t at, avl__
 
 // A super-block of a K-quant (layouts: section [3]). Blocks share bytes: words `low` of low bits, `high` of those
 // above, transposed just before the first block that needs them.
-AVL__INLINE void AVL_(unpack_super)(int n, int type, AVL_(rows) rows, size_t at, AVL_(blocks) to) {
+AVL__INLINE void AVL_(unpack_super)(int n, int type, AVL_(rows) rows, AVL_(blocks) to) {
     const avl__block_form f = avl__block_form_of(type);
     const int is_2_bits = type == ASTROVL_TYPE_Q2_K, is_3_bits = type == ASTROVL_TYPE_Q3_K;
     const int is_5_bits = type == ASTROVL_TYPE_Q5_K, is_6_bits = type == ASTROVL_TYPE_Q6_K;
     const int n_shared = is_2_bits || is_3_bits ? 4 : 2;      // blocks that share 32 bytes of low bits
     const uint32_t mask = n_shared == 4 ? 0x03030303u : 0x0F0F0F0Fu;
     const uint32_t high_mask = is_3_bits ? 0x04040404u : is_5_bits ? 0x10101010u : is_6_bits ? 0x30303030u : 0;
-    const size_t low_bits = at + (is_6_bits ? 0 : is_3_bits ? 32 : is_5_bits ? 48 : 16);
-    const size_t high_bits = at + (is_6_bits ? 128 : is_5_bits ? 16 : 0);
+    const int low_bits = is_6_bits ? 0 : is_3_bits ? 32 : is_5_bits ? 48 : 16;
+    const int high_bits = is_6_bits ? 128 : is_5_bits ? 16 : 0;
+    const size_t step = f.bytes * AVL__W / 8;                 // prefetched with a block
     avl__vu low[2][8], high[8], w[8], scales[4], mins[4];
     avl__vf d, min, part_d[2], part_min[2];
-    int half, i, j, k;
-    AVL_(unpack_scales)(type, rows, at, scales, mins, &d, &min);
+    AVL_(unpack_scales)(type, rows, scales, mins, &d, &min);
     if (is_3_bits || is_5_bits)
-        AVL__EACH(i, 2) AVL_(transpose)(rows, high_bits + 16 * (size_t)i, high + 4 * i);
-    for (half = 0; half < 2; half++)
+        AVL__EACH(i, 2) AVL_(transpose)(rows, high_bits + 16 * i, high + 4 * i);
+    for (int half = 0; half < 2; half++)
         AVL__EACH(j, 4) {
             const int piece = is_6_bits ? j % 2 : j / n_shared;
             const int shift = 8 / n_shared * (is_6_bits ? j / 2 : j % n_shared);
             const int up = (is_3_bits ? 2 : 4) - (is_6_bits ? 2 * j : j);          // high bits: shifted to their place
-            const size_t place = 32 * (size_t)(half * 4 / n_shared + piece);
-            if (n) AVL_(prefetch_part)(type, to, 4 * half + j, 8);
+            const int place = low_bits + 32 * (half * 4 / n_shared + piece);
+            if (n) avl__prefetch_lines(to.next + step * (size_t)(4 * half + j), step);
             AVL__EACH(i, 2) {
-                if (shift == 0) AVL_(transpose)(rows, low_bits + place + 16 * (size_t)i, low[piece] + 4 * i);
-                if (is_6_bits && j == 0)
-                    AVL_(transpose)(rows, high_bits + 32 * (size_t)half + 16 * (size_t)i, high + 4 * i);
+                if (shift == 0) AVL_(transpose)(rows, place + 16 * i, low[piece] + 4 * i);
+                if (is_6_bits && j == 0) AVL_(transpose)(rows, high_bits + 32 * half + 16 * i, high + 4 * i);
             }
             AVL__EACH(i, 8) {
                 w[i] = low[piece][i] >> shift & mask;
@@ -9599,84 +9534,52 @@ AVL__INLINE void AVL_(unpack_super)(int n, int type, AVL_(rows) rows, size_t at,
         }
 }
 
-// 32 columns of a float type, to words of `kind`.  u: out, [words][2];  d: out, one register
-AVL__INLINE void AVL_(unpack_floats)(int type, int kind, AVL_(rows) rows, size_t at, avl__vu *u, avl__vf *d) {
+// 32 columns of a float type, to a pack
+AVL__INLINE void AVL_(unpack_floats)(int type, AVL_(rows) rows, AVL_(blocks) to) {
+    avl__vu *u = to.u + 2 * avl__words_of(to.kind) * to.b, w[4];
     avl__vf x[32], max = {0}, inverse;
-    avl__vu w[4];
-    int i, k;
-    for (k = 0; k < (type == ASTROVL_TYPE_F32 ? 8 : 4); k++) {
-        AVL_(transpose)(rows, at + 16 * (size_t)k, w);
+    for (int k = 0; k < (type == ASTROVL_TYPE_F32 ? 8 : 4); k++) {
+        AVL_(transpose)(rows, 16 * k, w);
         AVL__EACH(i, 4)
             if (type == ASTROVL_TYPE_F32) x[4 * k + i] = (avl__vf)w[i];
-            else if (type == ASTROVL_TYPE_F16) {
-                x[8 * k + 2 * i] = AVL_(half)(w[i]);
-                x[8 * k + 2 * i + 1] = AVL_(half)(w[i] >> 16);
-            } else {
-                x[8 * k + 2 * i] = (avl__vf)(w[i] << 16);
-                x[8 * k + 2 * i + 1] = (avl__vf)(w[i] & 0xFFFF0000u);
+            else {
+                const int is_half = type == ASTROVL_TYPE_F16;
+                x[8 * k + 2 * i] = is_half ? AVL_(half)(w[i]) : (avl__vf)(w[i] << 16);
+                x[8 * k + 2 * i + 1] = is_half ? AVL_(half)(w[i] >> 16) : (avl__vf)(w[i] & 0xFFFF0000u);
             }
     }
-    if (kind == AVL__AS_F32)
-        for (i = 0; i < 32; i++) u[2 * i] = (avl__vu)x[i];
-    else if (kind == AVL__AS_BF16)
-        for (i = 0; i < 16; i++) u[2 * i] = AVL_(pair_bf16)(x[2 * i], x[2 * i + 1]);
+    if (to.kind == AVL__AS_F32)
+        for (int i = 0; i < 32; i++) u[2 * i] = (avl__vu)x[i];
+    else if (to.kind == AVL__AS_BF16)
+        for (int i = 0; i < 16; i++) u[2 * i] = AVL_(pair_bf16)(x[2 * i], x[2 * i + 1]);
     else {
-        for (i = 0; i < 32; i++) max = AVL_(max)(max, AVL_(abs)(x[i]));
-        *d = max * (1.0f / 8191.0f);
+        for (int i = 0; i < 32; i++) max = AVL_(max)(max, AVL_(abs)(x[i]));
+        to.d[2 * to.b] = max * (1.0f / 8191.0f);
         inverse = (avl__vf)((avl__vi)(8191.0f / max) & (avl__vi)(max > 1e-30f));
-        for (i = 0; i < 16; i++) {
+        for (int i = 0; i < 16; i++) {
             const avl__vi low = AVL_(to_int)(x[2 * i] * inverse), high = AVL_(to_int)(x[2 * i + 1] * inverse);
             u[2 * i] = (avl__vu)((low & 0xFFFF) | high << 16);
         }
     }
 }
 
-// Columns 32 (b + first) to 32 (b + 8), as many as there are of n_in, of AVL__W weight rows. Nothing beyond the end of
-// a row or of the matrix is read: the last eight blocks overlap those before (avl__group_begin), and what is fewer than
-// eight blocks, than 32 floats or than AVL__W rows is copied, with zeros in place of what is not there.
+// The group of blocks (avl__group_of) from block b on, without those before block `first` of it, of AVL__W weight rows.
+// Nothing beyond the end of a row or of the matrix is read: a group that is shorter, or has fewer rows, is copied, with
+// zeros in place of what is not there.
 AVL__INLINE void AVL_(unpack)(int n, int type, AVL_(rows) rows, int b, int first, int n_in, AVL_(blocks) to) {
-    const size_t size = avl__block_form_of(type).bytes, value = type == ASTROVL_TYPE_F32 ? 4 : 2;    // of eight blocks
+    const int group = avl__group_of(type), is_whole = n_in - 32 * b >= 32 * group;
+    const size_t size = avl__block_form_of(type).bytes, n_columns = (size_t)(is_whole ? 32 * group : n_in - 32 * b);
     uint8_t copy[AVL__W][8 * 34];
-    int j, r;
-    const int group = avl__group_of(type);
-    for (j = first; j < group && 32 * (b + j) < n_in; j++) {                    // floats: block by block, others: once
-        const int left = n_in - 32 * (b + j), is_float = avl__is_float_type(type);
-        size_t at = size * (size_t)(is_float ? b + j : b) / 8;
-        AVL_(rows) from = rows;
-        if (rows.n < AVL__W || (is_float ? left < 32 : n_in < 32 * group)) {
-            size_t bytes = size * (size_t)group / 8;
-            if (is_float) bytes = value * (size_t)(left < 32 ? left : 32);
-            else if (n_in < 32 * group) bytes = size * (size_t)(n_in / 32) / 8;
-            memset(copy, 0, sizeof copy);
-            for (r = 0; r < rows.n; r++) memcpy(copy[r], rows.at + (size_t)r * rows.stride + at, bytes);
-            from.at = copy[0];
-            from.stride = sizeof copy[0];
-            at = 0;
-        }
-        if (is_float) {
-            AVL_(unpack_floats)(type, to.kind, from, at, to.u + 2 * avl__words_of(to.kind) * j, to.d + 2 * j);
-            continue;
-        }
-        if (avl__is_k_quant(type)) AVL_(unpack_super)(n, type, from, at, to);
-        else                       AVL_(unpack_simple)(n, type, from, at, first, to);
-        break;
+    rows.at += size * (size_t)b / 8;
+    if (rows.n < AVL__W || !is_whole) {
+        memset(copy, 0, sizeof copy);
+        for (int r = 0; r < rows.n; r++) memcpy(copy[r], rows.at + (size_t)r * rows.stride, size * n_columns / 256);
+        rows.at = copy[0];
+        rows.stride = sizeof copy[0];
     }
-}
-
-// AVL__W weight rows times n rows of activations, while the rows at `next` are prefetched.  sum: out, [n]
-AVL__INLINE void AVL_(dot_rows)(int n, int type, AVL_(rows) rows, int n_in, const avl__quants *x, const char *next,
-                                avl__vf *sum) {
-    avl__vf acc[AVL__FEW];
-    AVL_(blocks) to = {NULL, NULL, NULL, x, AVL__AS_BYTES, 0, acc, next};
-    int done, r;
-    AVL__EACH(r, n) acc[r] = AVL_(splat)(0.0f);
-    for (done = 0; done < x->n_blocks; done += avl__group_of(type)) {
-        to.b = avl__group_begin(type, done, x->n_blocks);
-        avl__prefetch_page(to.next, avl__group_bytes(type, AVL__W));
-        AVL_(unpack)(n, type, rows, to.b, done - to.b, n_in, to);
-        to.next += avl__group_bytes(type, AVL__W);
-    }
-    AVL__EACH(r, n) sum[r] = acc[r];
+    if (avl__is_float_type(type))   AVL_(unpack_floats)(type, rows, to);
+    else if (avl__is_k_quant(type)) AVL_(unpack_super)(n, type, rows, to);
+    else                            AVL_(unpack_simple)(n, type, rows, first, to);
 }
 
 // A function for each type: compilers take long over one that holds them all.
@@ -9684,39 +9587,10 @@ AVL__INLINE void AVL_(dot_rows)(int n, int type, AVL_(rows) rows, int n_in, cons
     AVL__APART void AVL_(unpack_##name)(AVL_(rows) rows, int b, int first, int n_in, AVL_(blocks) to) { \
         AVL_(unpack)(0, type, rows, b, first, n_in, to); \
     }
-#define AVL__DOT(name, type, ...) \
-    AVL__APART void AVL_(dot_##name)(AVL_(rows) rows, int n_in, const avl__quants *x, const char *next, \
-                                     avl__vf *sum) { \
-        if (x->group == 1)     AVL_(dot_rows)(1, type, rows, n_in, x, next, sum); \
-        else if (AVL__W == 16) AVL_(dot_rows)(AVL__FEW, type, rows, n_in, x, next, sum); \
-    }
 #define AVL__UNPACK_CASE(name, type, ...) case type: AVL_(unpack_##name)(rows, begin, j - begin, w->n_in, to); break;
-#define AVL__DOT_CASE(name, type, ...)    case type: AVL_(dot_##name)(rows, w->n_in, x, next, sum); break;
-
-AVL__BLOCK_TYPES(AVL__UNPACK)
-AVL__FLOAT_TYPES(AVL__UNPACK)
-AVL__BLOCK_TYPES(AVL__DOT)
+AVL__ALL_TYPES(AVL__UNPACK)
 
 // ---- rounding activations ------------------------------------------------------------------------------------------
-
-// 32 integers to int8
-#if AVL__W == 8
-AVL__INLINE void AVL_(narrow_8)(const avl__vi *q, void *to) {           // gcc converts these one by one
-    const __m256i low = _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]);
-    const __m256i high = _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
-}
-#else
-AVL__INLINE void AVL_(narrow_8)(const avl__vi *q, void *to) {
-    typedef int8_t bytes __attribute__((vector_size(AVL__W)));
-    int i;
-    for (i = 0; i < 32 / AVL__W; i++) {
-        const bytes low = __builtin_convertvector(q[i], bytes);
-        memcpy((int8_t *)to + AVL__W * i, &low, sizeof low);
-    }
-}
-#endif
 
 // Block b of row r: x = e q with q of 8 or 16 bits, or bfloat16, or float32
 AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, int b) {
@@ -9724,132 +9598,104 @@ AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, in
     const avl__block_form f = avl__block_form_of(p->w->type);
     const avl__quants *to = &p->quants;
     const float *from = p->x + (size_t)r * p->w->n_in + 32 * (size_t)b;
-    const float limit = avl__is_float_type(p->w->type) ? 8191.0f : 127.0f;
-    const size_t block = (size_t)(r / to->group) * to->n_blocks + (size_t)b, place = (size_t)(r % to->group);
+    const size_t group = (size_t)to->group, place = (size_t)r % group;
+    const size_t block = (size_t)r / group * (size_t)to->n_blocks + (size_t)b;
+    const int is_float = avl__is_float_type(p->w->type), n_words = avl__words_of(kind);
+    const float limit = is_float ? 8191.0f : 127.0f;
     avl__vf x[N], max = {0}, sums[2] = {{0}, {0}};
     avl__vi q[N];
-    float top, e, sum;
-    uint32_t words[8];
-    int i;
-    for (i = 0; i < N; i++) {
+    union {
+        avl__vf floats[N];
+        int16_t pairs[32];
+        int8_t  bytes[32];
+    } words;
+    int32_t wide[32];
+    int8_t *out = to->q + 4 * (group * (size_t)n_words * block + place);
+    AVL__EACH(i, N) {
         x[i] = AVL_(load_some)(from + AVL__W * i, p->w->n_in - 32 * b - AVL__W * i);
         max = AVL_(max)(max, AVL_(abs)(x[i]));
     }
-    if (kind == AVL__AS_F32) {
-        avl__store_words(to, r, b, x, 32);
-        return;
-    }
-#if AVL__W == 16
-    if (kind == AVL__AS_BF16) {
-        const avl__vu pairs = AVL_(to_bf16)(x[0], x[1]);
-        avl__store_words(to, r, b, &pairs, 16);
-        return;
-    }
-#endif
-    top = AVL_(max_lanes)(max);
-    e = top / limit;
-    to->scale[block * to->group + place] = e;
-    for (i = 0; i < N; i++) {
-        q[i] = AVL_(to_int)(x[i] * (top > 1e-30f ? limit / top : 0.0f));
-        sums[2 * i / N] += AVL_(to_float)(q[i]);
-    }
-    if (kind == AVL__AS_PAIRS) {
-        int32_t wide[32];
-        int16_t pairs[32];
-        memcpy(wide, q, sizeof wide);
-        for (i = 0; i < 32; i++) {                   // of Q8_0 columns 0 and 2, 1 and 3: see put_block
-            const int other = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
-            pairs[i] = (int16_t)wide[avl__is_float_type(p->w->type) ? i : other];
+    if (kind < AVL__AS_BF16) {
+        const float top = AVL_(max_lanes)(max), e = top / limit, inverse = top > 1e-30f ? limit / top : 0.0f;
+        to->scale[block * group + place] = e;
+        AVL__EACH(i, N) {
+            q[i] = AVL_(to_int)(x[i] * inverse);
+            sums[2 * i / N] += AVL_(to_float)(q[i]);
         }
-        avl__store_words(to, r, b, pairs, 16);
-        return;
+        if (f.n_parts == 1) sums[0] += sums[1];
+        for (int i = 0; i < f.n_parts; i++) {
+            const size_t at = (block * f.n_parts + (size_t)i) * group + place;
+            const float sum = AVL_(add_lanes)(sums[i]);
+            to->bias[at] = -f.offset * (int)sum;
+            to->sum[at] = e * sum;
+        }
+        memcpy(wide, q, sizeof wide);
+        if (kind != AVL__AS_PAIRS)
+            for (int i = 0; i < 32; i++) words.bytes[i] = (int8_t)wide[i];
+        else
+            for (int i = 0; i < 32; i++) {                    // of Q8_0 columns 0 and 2, 1 and 3: see put_block
+                const int other = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
+                words.pairs[i] = (int16_t)wide[is_float ? i : other];
+            }
+    } else {
+#if AVL__W == 16
+        x[0] = (avl__vf)AVL_(to_bf16)(x[0], x[1]);
+#endif
+        memcpy(words.floats, x, sizeof x);
     }
-    AVL_(narrow_8)(q, words);
-    avl__store_words(to, r, b, words, 8);
-    if (f.n_parts == 1) sums[0] += sums[1];
-    for (i = 0; i < f.n_parts; i++) {
-        const size_t at = (block * f.n_parts + (size_t)i) * to->group + place;
-        sum = AVL_(add_lanes)(sums[i]);
-        to->bias[at] = -f.offset * (int)sum;
-        to->sum[at] = e * sum;
-    }
+    for (int i = 0; i < n_words; i++) memcpy(out + 4 * group * (size_t)i, (const int8_t *)&words + 4 * i, 4);
 }
 
 static void AVL_(quantize)(const avl__product *p, int first, int n_rows, int begin, int end) {
     const int kind = AVL_(pack_kind)(p);
-    int r, b;
-    for (b = begin; b < end; b++)
-        for (r = first; r < first + n_rows; r++)
-            if (kind == AVL__AS_BYTES)      AVL_(quantize_block)(AVL__AS_BYTES, p, r, b);
-            else if (kind == AVL__AS_PAIRS) AVL_(quantize_block)(AVL__AS_PAIRS, p, r, b);
-            else if (AVL__W == 16)          AVL_(quantize_block)(AVL__AS_BF16, p, r, b);
-            else                            AVL_(quantize_block)(AVL__AS_F32, p, r, b);
+    for (int b = begin; b < end; b++)
+        for (int r = first; r < first + n_rows; r++) AVL_(quantize_block)(kind, p, r, b);
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// n_blocks blocks of a group of rows of activations times two registers of packed weight rows
-typedef struct AVL_(tile) {
-    const avl__quants *x;
-    size_t             at;         // in x: the group's first block, counted through all groups, times its rows
-    AVL_(blocks)       pack;
-    int                n_blocks;
-    const char        *next;       // prefetched meanwhile: `step` bytes with each of n_ahead blocks
-    size_t             step;
-    int                n_ahead;
-} AVL_(tile);
-
-// The tile of n rows for integers.  acc: [n][2]
-AVL__INLINE void AVL_(tile_integers)(int type, int n, const AVL_(tile) *t, avl__vf *acc) {
-    const int n_words = avl__words_of(AVL_(kind_of)(type)), n_parts = avl__block_form_of(type).n_parts;
-    AVL_(blocks) pack = t->pack;
-    size_t at = t->at;
-    int b;
-    for (b = 0; b < t->n_blocks; b++, at += (size_t)n) {
-        if (b < t->n_ahead) avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
-        AVL_(add_block)(type, n, 2, pack.u, pack.d, pack.min, t->x, at, acc);
+// A tile: n_blocks packed blocks of two registers of weight rows, of a type that is multiplied as `type` is (F16: pairs
+// of int16, F32: words of floats), times n rows of activations, whose blocks are x's from `at` on. Meanwhile, `ahead`
+// bytes at `next` are prefetched.  acc: [n][2]
+AVL__INLINE void AVL_(tile_of)(int type, int n, AVL_(blocks) pack, int n_blocks, size_t at, const char *next,
+                               size_t ahead, avl__vf *acc) {
+    const int is_float = type == ASTROVL_TYPE_F32, n_parts = avl__block_form_of(type).n_parts;
+    const int kind = !is_float ? AVL_(kind_of)(type) : AVL__W == 16 ? AVL__AS_BF16 : AVL__AS_F32;
+    const int n_words = avl__words_of(kind);
+    const size_t step = 64 * (ahead / (64 * (size_t)n_blocks) + 1);              // prefetched with a block
+    for (int b = 0; b < n_blocks; b++, at += (size_t)n) {
+        const int8_t *q = pack.x->q + 4 * (size_t)n_words * at;
+        if (step * (size_t)b < ahead) avl__prefetch_lines(next + step * (size_t)b, step);
+        if (is_float) AVL_(add_floats)(kind, n, n_words, q, 1, (size_t)n, pack.u, 2 * AVL__W, 2 * AVL__W, acc);
+        else          AVL_(add_block)(type, n, 2, pack.u, pack.d, pack.min, pack.x, at, acc);
         pack.u += 2 * n_words;
         pack.d += 2 * n_parts;
         pack.min += 2 * n_parts;
     }
 }
 
-// The tile for words of bfloat16 and float32
-AVL__INLINE void AVL_(tile_floats)(int kind, int n, const AVL_(tile) *t, avl__vf *acc) {
-    const int n_words = avl__words_of(kind);
-    const int8_t *q = t->x->q + 4 * (size_t)n_words * t->at;
-    const avl__vu *u = t->pack.u;
-    int b;
-    for (b = 0; b < t->n_blocks; b++, u += 2 * n_words, q += 4 * n * n_words) {
-        if (b < t->n_ahead) avl__prefetch_bytes(t->next + t->step * (size_t)b, t->step);
-        AVL_(add_floats)(kind, n, n_words, q, 4, 4 * (size_t)n, u, 2 * AVL__W, 2 * AVL__W, acc);
-    }
-}
-
 // sum[n][2] += a tile of n rows. Types of the same form share code.
-AVL__INLINE void AVL_(tile_rows)(int n, int type, const AVL_(tile) *t, avl__vf *sum) {
-    const avl__block_form f = avl__block_form_of(type);
-    avl__vf acc[2 * AVL__MAX_TILE];
-    int r;
-    AVL__EACH(r, 2 * n) acc[r] = sum[r];
-    if (n > AVL__TILE || (AVL__W != 8 && t->pack.kind >= AVL__AS_BF16))
-        AVL_(tile_floats)(AVL__W == 16 ? AVL__AS_BF16 : AVL__AS_F32, n, t, acc);
-    else if (AVL__W > 4 && t->pack.kind == AVL__AS_PAIRS)         AVL_(tile_integers)(ASTROVL_TYPE_F16, n, t, acc);
-    else if (type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8)         AVL_(tile_integers)(ASTROVL_TYPE_Q8_0, n, t, acc);
-    else if (type == ASTROVL_TYPE_Q2_K)                           AVL_(tile_integers)(ASTROVL_TYPE_Q2_K, n, t, acc);
-    else if (f.n_parts == 2)                                      AVL_(tile_integers)(ASTROVL_TYPE_Q6_K, n, t, acc);
-    else if (!AVL__WIDE && f.run == 4 && f.has_min)               AVL_(tile_integers)(ASTROVL_TYPE_Q5_1, n, t, acc);
-    else if (!AVL__WIDE && f.run == 4)                            AVL_(tile_integers)(ASTROVL_TYPE_Q5_0, n, t, acc);
-    else if (f.has_min)                                           AVL_(tile_integers)(ASTROVL_TYPE_Q4_1, n, t, acc);
-    else                                                          AVL_(tile_integers)(ASTROVL_TYPE_Q4_0, n, t, acc);
-    AVL__EACH(r, 2 * n) sum[r] = acc[r];
-}
-
+#define AVL__TILE_OF(type) AVL_(tile_of)(type, N, *pack, n_blocks, at, next, ahead, acc)
 #define AVL__TILE_FUNCTION(n) \
-    AVL__APART void AVL_(tile_##n)(int type, const AVL_(tile) *t, avl__vf *sum) { \
-        AVL_(tile_rows)(n, type, t, sum); \
+    AVL__APART void AVL_(tile_##n)(int type, const AVL_(blocks) *pack, int n_blocks, size_t at, const char *next, \
+                                   size_t ahead, avl__vf *sum) { \
+        enum { N = n }; \
+        const avl__block_form f = avl__block_form_of(type); \
+        const int kind = pack->kind, is_wide = AVL__WIDE || f.run != 4; \
+        avl__vf acc[2 * N]; \
+        AVL__EACH(r, 2 * N) acc[r] = sum[r]; \
+        if (N > AVL__TILE || (AVL__W != 8 && kind >= AVL__AS_BF16)) AVL__TILE_OF(ASTROVL_TYPE_F32); \
+        else if (AVL__W > 4 && kind == AVL__AS_PAIRS)               AVL__TILE_OF(ASTROVL_TYPE_F16); \
+        else if (type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8)       AVL__TILE_OF(ASTROVL_TYPE_Q8_0); \
+        else if (type == ASTROVL_TYPE_Q2_K)                         AVL__TILE_OF(ASTROVL_TYPE_Q2_K); \
+        else if (f.n_parts == 2)                                    AVL__TILE_OF(ASTROVL_TYPE_Q6_K); \
+        else if (!is_wide && f.has_min)                             AVL__TILE_OF(ASTROVL_TYPE_Q5_1); \
+        else if (!is_wide)                                          AVL__TILE_OF(ASTROVL_TYPE_Q5_0); \
+        else if (f.has_min)                                         AVL__TILE_OF(ASTROVL_TYPE_Q4_1); \
+        else                                                        AVL__TILE_OF(ASTROVL_TYPE_Q4_0); \
+        AVL__EACH(r, 2 * N) sum[r] = acc[r]; \
     }
-#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(w->type, &t, sum); break;
+#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(w->type, &pack[c], n_blocks, at, next, ahead, sum); break;
 AVL__TILE_SIZES(AVL__TILE_FUNCTION)
 
 // AVL__W weight rows from row `out` on, of those before row `last`
@@ -9866,27 +9712,37 @@ AVL__INLINE void AVL_(store_sums)(const avl__product *p, int row, int n_rows, in
                                   int stride) {
     float *y = p->y + (size_t)row * p->w->n_out + out;
     avl__vf bias = {0};
-    int r;
     if (p->w->bias) bias = AVL_(load_some)(p->w->bias + out, last - out);
-    for (r = 0; r < n_rows; r++, y += p->w->n_out) AVL_(store_some)(y, last - out, sum[stride * r] + bias);
+    for (int r = 0; r < n_rows; r++, y += p->w->n_out) AVL_(store_some)(y, last - out, sum[stride * r] + bias);
 }
 
-// A few rows of activations: columns first..last-1. Weights are multiplied as they are unpacked.
-static void AVL_(multiply_few)(const avl__product *p, int first, int last) {
-    const avl__linear *w = p->w;
-    const avl__quants *x = &p->quants;
-    avl__vf sum[AVL__FEW];
-    int out;
-    for (out = first; out < last; out += AVL__W) {
-        const AVL_(rows) rows = AVL_(weight_rows)(w, out, last);
-        const char *next = avl__next_rows(p, first, last, out, AVL__W);
-        switch (w->type) {
-        AVL__BLOCK_TYPES(AVL__DOT_CASE)
-        default: break;
+// n rows of activations: columns first..last-1. Weights are multiplied as they are unpacked.
+AVL__INLINE void AVL_(multiply_few)(int n, int type, const avl__product *p, int first, int last) {
+    const size_t bytes = avl__block_form_of(type).bytes * AVL__W * (size_t)avl__group_of(type) / 8;      // of a group
+    const int n_blocks = p->quants.n_blocks;
+    for (int out = first; out < last; out += AVL__W) {
+        const AVL_(rows) rows = AVL_(weight_rows)(p->w, out, last);
+        avl__vf acc[AVL__FEW], sum[AVL__FEW];                 // acc stays in registers: no index of it varies
+        AVL_(blocks) to = {NULL, NULL, NULL, &p->quants, AVL__AS_BYTES, 0, acc, NULL};
+        to.next = avl__next_rows(p, first, last, out, AVL__W);
+        AVL__EACH(r, n) acc[r] = AVL_(splat)(0.0f);
+        for (int b = 0; b < n_blocks; b += avl__group_of(type), to.next += bytes) {
+            to.b = avl__group_begin(type, b, n_blocks);
+            avl__prefetch_page(to.next, bytes);
+            AVL_(unpack)(n, type, rows, to.b, b - to.b, p->w->n_in, to);
         }
+        AVL__EACH(r, n) sum[r] = acc[r];
         AVL_(store_sums)(p, 0, p->n_rows, out, last, sum, 1);
     }
 }
+
+#define AVL__FEW_FUNCTION(name, type, ...) \
+    AVL__APART void AVL_(few_##name)(const avl__product *p, int first, int last) { \
+        if (p->n_rows == 1)    AVL_(multiply_few)(1, type, p, first, last); \
+        else if (AVL__W == 16) AVL_(multiply_few)(AVL__FEW, type, p, first, last); \
+    }
+#define AVL__FEW_CASE(name, type, ...) case type: AVL_(few_##name)(p, first, last); return;
+AVL__BLOCK_TYPES(AVL__FEW_FUNCTION)
 
 // Columns first..last-1. 32 weight rows are packed, whole or (p->few) sixteen blocks at a time; all groups of rows of
 // activations meet the pack, while the next 32 weight rows are prefetched.
@@ -9897,64 +9753,54 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
     const int kind = AVL_(pack_kind)(p), n_words = avl__words_of(kind), n_parts = avl__block_form_of(w->type).n_parts;
     const int group = avl__group_of(w->type), slice = p->few ? 16 : x->n_blocks;                 // blocks of a pack
     const size_t u_size = 2 * (size_t)(slice * n_words), d_size = 2 * (size_t)(slice * n_parts);
+    const size_t n_tiles = (size_t)x->n_groups * N_PAIRS;
     AVL_(blocks) pack[N_PAIRS];
-    AVL_(tile) t;
     avl__vf sums[2][N_PAIRS][2 * AVL__MAX_TILE];              // of all groups, where their sums have to wait for slices
-    size_t ahead;
-    int out, b, j, c, g, i;
-    if (p->few && (x->group == 1 || AVL__W == 16)) {
-        AVL_(multiply_few)(p, first, last);
-        return;
-    }
+    if (p->few && (x->group == 1 || AVL__W == 16))
+        switch (w->type) {
+        AVL__BLOCK_TYPES(AVL__FEW_CASE)
+        default: return;
+        }
     memset(pack, 0, sizeof pack);
-    for (c = 0; c < N_PAIRS; c++) {
+    for (int c = 0; c < N_PAIRS; c++) {
         pack[c].u = (avl__vu *)(void *)scratch + u_size * (size_t)c;
         pack[c].d = (avl__vf *)(void *)scratch + u_size * N_PAIRS + d_size * (size_t)c;
         pack[c].min = pack[c].d + d_size * N_PAIRS;
         pack[c].kind = kind;
+        pack[c].x = x;
     }
-    t.x = x;
-    for (out = first; out < last; out += AVL__PACK_ROWS) {
-        t.next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
-        for (b = 0; b < x->n_blocks; b += slice) {
-            const int skip = b - avl__group_begin(w->type, b, x->n_blocks);          // blocks in front, packed before
-            const size_t n_tiles = (size_t)x->n_groups * N_PAIRS;
-            t.n_blocks = x->n_blocks - b < slice ? x->n_blocks - b : slice;
-            ahead = AVL__PACK_ROWS * w->row_bytes * (size_t)t.n_blocks / ((size_t)x->n_blocks * n_tiles);  // of a tile
-            t.step = 64 * (ahead / (64 * (size_t)t.n_blocks) + 1);
-            t.n_ahead = (int)((ahead + t.step - 1) / t.step);
-            for (i = 0; i < N_REGISTERS && out + AVL__W * i < last; i++)
-                for (j = b; j < b + t.n_blocks; j += group) {
-                    const int begin = avl__group_begin(w->type, j, x->n_blocks), at = begin + skip - b;
+    for (int out = first; out < last; out += AVL__PACK_ROWS) {
+        const char *next = avl__next_rows(p, first, last, out, AVL__PACK_ROWS);
+        for (int b = 0; b < x->n_blocks; b += slice) {
+            const int n_blocks = x->n_blocks - b < slice ? x->n_blocks - b : slice;
+            const size_t ahead = AVL__PACK_ROWS * w->row_bytes * (size_t)n_blocks / ((size_t)x->n_blocks * n_tiles);
+            for (int i = 0; i < N_REGISTERS && out + AVL__W * i < last; i++)
+                for (int j = b; j < b + n_blocks; j += group) {
+                    const int begin = avl__group_begin(w->type, j, x->n_blocks);
                     const AVL_(rows) rows = AVL_(weight_rows)(w, out + AVL__W * i, last);
                     AVL_(blocks) to = pack[i / 2];
-                    to.u += 2 * n_words * at + i % 2;
-                    to.d += 2 * n_parts * at + i % 2;
-                    to.min += 2 * n_parts * at + i % 2;
+                    to.u += i % 2;
+                    to.d += i % 2;
+                    to.min += i % 2;
+                    to.b = begin - b;
                     switch (w->type) {
-                    AVL__BLOCK_TYPES(AVL__UNPACK_CASE)
-                    AVL__FLOAT_TYPES(AVL__UNPACK_CASE)
+                    AVL__ALL_TYPES(AVL__UNPACK_CASE)
                     default: break;
                     }
                 }
-            for (g = 0; g < x->n_groups; g++) {
+            for (int g = 0; g < x->n_groups; g++) {
                 const int row = g * x->group, n_rows = p->n_rows - row < x->group ? p->n_rows - row : x->group;
-                avl__prefetch_sums(p->y + (size_t)row * w->n_out + out, (size_t)w->n_out, n_rows,
-                                   last - out < AVL__PACK_ROWS ? last - out : AVL__PACK_ROWS);
-                t.at = (size_t)x->group * ((size_t)x->n_blocks * (size_t)g + (size_t)b);
-                for (c = 0; c < N_PAIRS && out + 2 * AVL__W * c < last; c++) {
+                const size_t at = (size_t)x->group * ((size_t)x->n_blocks * (size_t)g + (size_t)b);
+                const float *y = p->y + (size_t)row * w->n_out + out;
+                for (int r = 0; r < n_rows; r++, y += w->n_out) avl__prefetch_lines(y, 4 * AVL__PACK_ROWS + 1);
+                for (int c = 0; c < N_PAIRS && out + 2 * AVL__W * c < last; c++, next += ahead) {
                     avl__vf *sum = sums[p->few ? g : 0][c];
                     if (b == 0) memset(sum, 0, 2 * (size_t)x->group * sizeof *sum);
-                    t.pack = pack[c];
-                    t.pack.u += 2 * n_words * skip;
-                    t.pack.d += 2 * n_parts * skip;
-                    t.pack.min += 2 * n_parts * skip;
                     switch (x->group) {
                     AVL__TILE_SIZES(AVL__TILE_CASE)
                     default: break;
                     }
-                    t.next += ahead;
-                    for (i = 0; i < 2 && b + t.n_blocks == x->n_blocks; i++)
+                    for (int i = 0; i < 2 && b + n_blocks == x->n_blocks; i++)
                         AVL_(store_sums)(p, row, n_rows, out + AVL__W * (2 * c + i), last, sum + i, 2);
                 }
             }
@@ -9972,7 +9818,7 @@ AVL__INLINE avl__vf AVL_(load_numbers)(int type, const void *p, int n) {
     shorts some = {0};
     if (type == ASTROVL_TYPE_F32) return AVL_(load_some)((const float *)p, n);
     if (type == ASTROVL_TYPE_F16 && n >= AVL__W) return AVL_(load_halves)(p);
-    memcpy(&some, p, n < AVL__W ? 2 * (size_t)n : sizeof some);
+    if (n > 0) memcpy(&some, p, n < AVL__W ? 2 * (size_t)n : sizeof some);
     if (type == ASTROVL_TYPE_F16) return AVL_(load_halves)(&some);
     return (avl__vf)(__builtin_convertvector(some, avl__vu) << 16);
 }
@@ -9982,7 +9828,6 @@ AVL__INLINE void AVL_(add_columns)(int type, int n_rows, int m, const avl__linea
                                    const float *x, int i, int n, avl__vf (*acc)[2]) {
     const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
     avl__vf v[2];
-    int r, o;
     AVL__EACH(o, m) v[o] = AVL_(load_numbers)(type, row + (size_t)o * w->row_bytes + size * (size_t)i, n);
     AVL__EACH(r, n_rows) {
         const avl__vf a = AVL_(load_some)(x + (size_t)r * w->n_in + i, n);
@@ -9990,44 +9835,39 @@ AVL__INLINE void AVL_(add_columns)(int type, int n_rows, int m, const avl__linea
     }
 }
 
-// n_rows rows of activations, from row r0 on, times m weight rows, from row `out` on. Every sum is made in the same
-// order, whatever is computed beside it.
-AVL__INLINE void AVL_(linear_rows)(int type, int n_rows, int m, const avl__product *p, int r0, int out,
-                                   const char *next) {
+// n rows of activations, from row r0 on, times m weight rows, from row `out` on, while those at `next` (NULL: none) are
+// prefetched. Every sum is made in the same order, whatever is computed beside it.
+AVL__INLINE void AVL_(linear_rows)(int type, int n, int m, const avl__product *p, int r0, int out, const char *next) {
     const avl__linear *w = p->w;
     const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
     const float *x = p->x + (size_t)r0 * w->n_in;
     const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
-    avl__vf even[4][2], odd[4][2];
-    int i, k, r, o;
-    AVL__EACH(r, n_rows)
-        AVL__EACH(o, m) even[r][o] = odd[r][o] = AVL_(splat)(0.0f);
+    avl__vf even[4][2] = {{{0}}}, odd[4][2] = {{{0}}};
+    int i;
     for (i = 0; i + 32 <= w->n_in; i += 32) {
-        for (o = 0; next && o < m; o++)
-            avl__prefetch_bytes(next + size * (size_t)i + (size_t)o * w->row_bytes, 32 * size);
+        for (int o = 0; next && o < m; o++) {
+            avl__prefetch_lines(next + size * (size_t)i + (size_t)o * w->row_bytes, 32 * size);
+            avl__prefetch_page(next + size * (size_t)i + (size_t)o * w->row_bytes, 32 * size);
+        }
         AVL__EACH(k, 32 / AVL__W)
-            AVL_(add_columns)(type, n_rows, m, w, row, x, i + AVL__W * k, AVL__W, k % 2 ? odd : even);
+            AVL_(add_columns)(type, n, m, w, row, x, i + AVL__W * k, AVL__W, k % 2 ? odd : even);
     }
-    for (; i < w->n_in; i += AVL__W) AVL_(add_columns)(type, n_rows, m, w, row, x, i, w->n_in - i, even);
-    AVL__EACH(r, n_rows)
+    for (; i < w->n_in; i += AVL__W) AVL_(add_columns)(type, n, m, w, row, x, i, w->n_in - i, even);
+    AVL__EACH(r, n)
         AVL__EACH(o, m)
             p->y[(size_t)(r0 + r) * w->n_out + out + o] =
                 AVL_(add_lanes)(even[r][o] + odd[r][o]) + (w->bias ? w->bias[out + o] : 0.0f);
 }
 
 AVL__INLINE void AVL_(linear_of)(int type, const avl__product *p, int first, int last) {
-    int out, r, m;
-    for (out = first; out < last; out += m) {
-        const char *next = (const char *)p->w->weight + (size_t)out * p->w->row_bytes + AVL__AHEAD;
+    for (int out = first, m; out < last; out += m) {
+        const char *ahead = (const char *)p->w->weight + (size_t)out * p->w->row_bytes + AVL__AHEAD;
+        int r = 0;
         m = p->n_rows >= 4 && last - out >= 2 ? 2 : 1;
-        if (m == 2) next = avl__next_rows(p, first, last, out, 2);
-        for (r = 0; r < p->n_rows; next = NULL) {
-            const int n = m == 2 && p->n_rows - r >= 4 ? 4 : 1;
-            if (n == 4)      AVL_(linear_rows)(type, 4, 2, p, r, out, next);
-            else if (m == 2) AVL_(linear_rows)(type, 1, 2, p, r, out, next);
-            else             AVL_(linear_rows)(type, 1, 1, p, r, out, next);
-            r += n;
-        }
+        for (; m == 2 && r + 4 <= p->n_rows; r += 4)
+            AVL_(linear_rows)(type, 4, 2, p, r, out, r ? NULL : avl__next_rows(p, first, last, out, 2));
+        for (; r < p->n_rows; r++)
+            for (int o = 0; o < m; o++) AVL_(linear_rows)(type, 1, 1, p, r, out + o, r ? NULL : ahead);
     }
 }
 
@@ -10043,16 +9883,17 @@ static void AVL_(linear)(const avl__product *p, int first, int last, float *scra
 // The sixteen sums of exact mode, without fused multiply-adds: the same bits in every table
 static float AVL_(dot_f16)(const void *half, const float *x, int n) {
     enum { N = AVL__LANES / AVL__W };
-    const uint8_t *h = (const uint8_t *)half;
     avl__vf sum[N];
-    float lane[AVL__LANES];
-    int i, j;
-    memset(sum, 0, sizeof sum);
-    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES)
-        AVL__EACH(j, N) sum[j] += AVL_(load_halves)(h + 2 * (i + AVL__W * j)) * AVL_(load)(x + i + AVL__W * j);
-    memcpy(lane, sum, sizeof lane);
-    for (j = 0; i + j < n; j++) lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
-    return avl__fold_lanes(lane);
+    AVL__EACH(j, N) sum[j] = AVL_(splat)(0.0f);
+    for (int i = 0; i < n; i += AVL__LANES)
+        AVL__EACH(j, N) {
+            const int at = i + AVL__W * j;
+            const avl__vf h = AVL_(load_numbers)(ASTROVL_TYPE_F16, (const uint8_t *)half + 2 * at, n - at);
+            sum[j] += h * AVL_(load_some)(x + at, n - at);
+        }
+    for (int m = N / 2; m > 0; m /= 2)
+        for (int j = 0; j < m; j++) sum[j] += sum[j + m];
+    return AVL_(add_lanes)(sum[0]);
 }
 
 // e^x to about 2e-7: 2^n 2^f, n the integer nearest to x / ln 2, 2^f by its Taylor series
@@ -10060,7 +9901,6 @@ AVL__INLINE avl__vf AVL_(exp)(avl__vf x) {
     static const float term[] = {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
     const avl__vf t = AVL_(max)(x, AVL_(splat)(-104.0f)) * 1.44269504f, n = AVL_(round)(t), f = t - n;
     avl__vf p = AVL_(splat)(1.54035304e-4f);                  // ln(2)^6 / 6!
-    int i;
     AVL__EACH(i, 6) p = AVL_(fma)(p, f, AVL_(splat)(term[i]));
     return AVL_(scale_2)(p, n);
 }
@@ -10069,59 +9909,57 @@ AVL__INLINE avl__vf AVL_(exp)(avl__vf x) {
 AVL__INLINE avl__vf AVL_(sigmoid_product)(avl__vf x, float a) { return x / (1.0f + AVL_(exp)(x * -a)); }
 
 static void AVL_(quick_gelu)(float *x, int64_t n) {
-    for (; n > 0; n -= AVL__W, x += AVL__W) {
-        const int m = n < AVL__W ? (int)n : AVL__W;
-        AVL_(store_some)(x, m, AVL_(sigmoid_product)(AVL_(load_some)(x, m), 1.702f));
-    }
+    for (; n > 0; n -= AVL__W, x += AVL__W)
+        AVL_(store_some)(x, n, AVL_(sigmoid_product)(AVL_(load_some)(x, n), 1.702f));
 }
 
 static void AVL_(silu_product)(float *x, const float *up, int64_t n) {
-    for (; n > 0; n -= AVL__W, x += AVL__W, up += AVL__W) {
-        const int m = n < AVL__W ? (int)n : AVL__W;
-        AVL_(store_some)(x, m, AVL_(sigmoid_product)(AVL_(load_some)(x, m), 1.0f) * AVL_(load_some)(up, m));
-    }
+    for (; n > 0; n -= AVL__W, x += AVL__W, up += AVL__W)
+        AVL_(store_some)(x, n, AVL_(sigmoid_product)(AVL_(load_some)(x, n), 1.0f) * AVL_(load_some)(up, n));
 }
 
 // x Phi(x), with 1 - Phi by formula 7.1.26 of Abramowitz and Stegun, whose error is below 1.5e-7
 static void AVL_(gelu)(float *x, int64_t n) {
     static const float term[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
-    int i;
     for (; n > 0; n -= AVL__W, x += AVL__W) {
-        const int m = n < AVL__W ? (int)n : AVL__W;
-        const avl__vf v = AVL_(load_some)(x, m), z = AVL_(abs)(v) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+        const avl__vf v = AVL_(load_some)(x, n), z = AVL_(abs)(v) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
         avl__vf p = AVL_(splat)(1.061405429f);
         AVL__EACH(i, 4) p = AVL_(fma)(p, t, AVL_(splat)(term[i]));
         p = p * t * AVL_(exp)(-z * z) * 0.5f;
-        AVL_(store_some)(x, m, AVL_(max)(v, AVL_(splat)(0.0f)) - AVL_(abs)(v) * p);     // x (1 - p), or x p if x < 0
+        AVL_(store_some)(x, n, AVL_(max)(v, AVL_(splat)(0.0f)) - AVL_(abs)(v) * p);     // x (1 - p), or x p if x < 0
     }
 }
 
 static void AVL_(rms_norm)(float *y, const float *x, const float *weight, int n, float eps) {
-    avl__vf squares[2] = {{0}, {0}};
+    avl__vf squares = AVL_(splat)(0.0f);
     float scale;
-    int i;
-    for (i = 0; i < n; i += AVL__W) {
+    for (int i = 0; i < n; i += AVL__W) {
         const avl__vf v = AVL_(load_some)(x + i, n - i);
-        squares[i / AVL__W % 2] = AVL_(fma)(v, v, squares[i / AVL__W % 2]);
+        squares = AVL_(fma)(v, v, squares);
     }
-    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares[0] + squares[1]) / n + eps));
-    for (i = 0; i < n; i += AVL__W)
+    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
+    for (int i = 0; i < n; i += AVL__W)
         AVL_(store_some)(y + i, n - i, AVL_(load_some)(x + i, n - i) * scale * AVL_(load_some)(weight + i, n - i));
+}
+
+// The first n lanes of v; x in the others
+AVL__INLINE avl__vf AVL_(fill)(avl__vf v, int n, float x) {
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const avl__vi is_first = (avl__vi)((avl__vi)AVL_(load)(lanes) < AVL_(splat_int)(n));
+    return (avl__vf)(((avl__vi)v & is_first) | ((avl__vi)AVL_(splat)(x) & ~is_first));
 }
 
 static void AVL_(layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
     avl__vf sum = AVL_(splat)(0.0f), squares = sum;
-    float mean, scale, rest = 0.0f;
-    int i;
-    for (i = 0; i < n; i += AVL__W) sum += AVL_(load_some)(x + i, n - i);
+    float mean, scale;
+    for (int i = 0; i < n; i += AVL__W) sum += AVL_(load_some)(x + i, n - i);
     mean = AVL_(add_lanes)(sum) / (float)n;
-    for (i = 0; i + AVL__W <= n; i += AVL__W) {
-        const avl__vf d = AVL_(load)(x + i) - mean;
+    for (int i = 0; i < n; i += AVL__W) {
+        const avl__vf d = AVL_(fill)(AVL_(load_some)(x + i, n - i) - mean, n - i, 0.0f);
         squares = AVL_(fma)(d, d, squares);
     }
-    for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
-    scale = (float)(1.0 / avl__sqrt((double)(AVL_(add_lanes)(squares) + rest) / n + eps));
-    for (i = 0; i < n; i += AVL__W) {
+    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
+    for (int i = 0; i < n; i += AVL__W) {
         const avl__vf d = (AVL_(load_some)(x + i, n - i) - mean) * scale;
         const avl__vf v = AVL_(fma)(d, AVL_(load_some)(weight + i, n - i), AVL_(load_some)(bias + i, n - i));
         AVL_(store_some)(y + i, n - i, v);
@@ -10131,19 +9969,17 @@ static void AVL_(layer_norm)(float *y, const float *x, const float *weight, cons
 // x = softmax(scale x)
 static void AVL_(softmax)(float *x, int n, float scale) {
     avl__vf sum = AVL_(splat)(0.0f), max = AVL_(splat)(-FLT_MAX);
-    float top = -FLT_MAX, rest = 0.0f;
-    int i;
-    for (i = 0; i + AVL__W <= n; i += AVL__W) max = AVL_(max)(max, AVL_(load)(x + i));
-    for (; i < n; i++) top = top > x[i] ? top : x[i];
-    top = top > AVL_(max_lanes)(max) ? top : AVL_(max_lanes)(max);
-    for (i = 0; i < n; i += AVL__W) {
+    float top, inverse;
+    for (int i = 0; i < n; i += AVL__W)
+        max = AVL_(max)(max, AVL_(fill)(AVL_(load_some)(x + i, n - i), n - i, -FLT_MAX));
+    top = AVL_(max_lanes)(max);
+    for (int i = 0; i < n; i += AVL__W) {
         const avl__vf p = AVL_(exp)((AVL_(load_some)(x + i, n - i) - top) * scale);
         AVL_(store_some)(x + i, n - i, p);
-        if (n - i >= AVL__W) sum += p;
+        sum += AVL_(fill)(p, n - i, 0.0f);
     }
-    for (i = n / AVL__W * AVL__W; i < n; i++) rest += x[i];
-    rest = 1.0f / (AVL_(add_lanes)(sum) + rest);
-    for (i = 0; i < n; i += AVL__W) AVL_(store_some)(x + i, n - i, AVL_(load_some)(x + i, n - i) * rest);
+    inverse = 1.0f / AVL_(add_lanes)(sum);
+    for (int i = 0; i < n; i += AVL__W) AVL_(store_some)(x + i, n - i, AVL_(load_some)(x + i, n - i) * inverse);
 }
 
 static void AVL_(to_halves)(uint16_t *y, const float *x, int64_t n) {
@@ -10153,9 +9989,8 @@ static void AVL_(to_halves)(uint16_t *y, const float *x, int64_t n) {
 }
 
 static void AVL_(from_halves)(float *y, const uint16_t *x, int n) {
-    int i = 0;
-    for (; i + AVL__W <= n; i += AVL__W) AVL_(store)(y + i, AVL_(load_halves)(x + i));
-    for (; i < n; i++) y[i] = astrovl_f16_to_f32(x[i]);
+    for (int i = 0; i < n; i += AVL__W)
+        AVL_(store_some)(y + i, n - i, AVL_(load_numbers)(ASTROVL_TYPE_F16, x + i, n - i));
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
@@ -10163,98 +9998,85 @@ static void AVL_(from_halves)(float *y, const uint16_t *x, int n) {
 // down a column, and nothing is added across a register. Then out = P V with the columns of V across the lanes. All in
 // words of float32, or of two bfloat16: of columns in K q^T, of keys in P V.
 
-// scores[n][32] of n keys [n][stride], n_words each, with two registers of queries.  queries: [n_words][32]
-AVL__INLINE void AVL_(score_keys)(int kind, int n, const float *keys, size_t stride, int n_words, const float *queries,
-                                  float scale, float *scores) {
+// A tile of the product below: n rows, at most two registers of columns
+AVL__INLINE void AVL_(float_tile)(int kind, int n, int n_columns, int n_words, const float *a, size_t a_row,
+                                  size_t a_word, const float *b, size_t b_word, float *y, size_t y_row) {
     avl__vf acc[2 * 8];
-    int j, c;
-    AVL__EACH(j, 2 * n) acc[j] = AVL_(splat)(0.0f);
-    AVL_(add_floats)(kind, n, n_words, keys, 4 * stride, 4, queries, 32, 2 * AVL__W, acc);
-    AVL__EACH(j, n)
-        AVL__EACH(c, 2) AVL_(store)(scores + 32 * j + AVL__W * c, acc[2 * j + c] * scale);
+    AVL__EACH(i, 2 * n) acc[i] = AVL_(splat)(0.0f);
+    AVL_(add_floats)(kind, n, n_words, a, a_row, a_word, b, b_word, n_columns, acc);
+    AVL__EACH(r, n)
+        AVL__EACH(c, 2) AVL_(store_some)(y + y_row * (size_t)r + AVL__W * c, n_columns - AVL__W * c, acc[2 * r + c]);
 }
 
-// scores[n_keys][32] to e^(score - largest), bfloat16 in pairs of keys; inverse: out, [32], 1 over each column's sum
-AVL__INLINE void AVL_(softmax_columns)(int kind, float *scores, int n_keys, float *inverse) {
-    const int n = kind == AVL__AS_BF16 ? 2 : 1;
-    int i, j, c;
-    for (c = 0; c < 32; c += AVL__W) {
-        avl__vf max = AVL_(splat)(-FLT_MAX), sum = AVL_(splat)(0.0f), p[2];
-        for (j = 0; j < n_keys; j++) max = AVL_(max)(max, AVL_(load)(scores + 32 * (size_t)j + c));
-        for (j = 0; j < n_keys; j += n) {
-            float *to = scores + 32 * (size_t)(j / n) + c;
-            AVL__EACH(i, n) {
-                p[i] = AVL_(splat)(0.0f);
-                if (i == 0 || j + i < n_keys) p[i] = AVL_(exp)(AVL_(load)(scores + 32 * (size_t)(j + i) + c) - max);
-                sum += p[i];
+// y[n_rows][n_columns] = a b, matrices of words. Rows of a lie a_row words apart, the n_words words of a row a_word;
+// rows of b and y lie b_row and y_row apart.
+AVL__INLINE void AVL_(multiply_floats)(int kind, int n_rows, int n_columns, int n_words, const float *a, size_t a_row,
+                                       size_t a_word, const float *b, size_t b_row, float *y, size_t y_row) {
+    enum { MANY = AVL__W == 16 ? 8 : AVL__TILE, WIDTH = 2 * AVL__W };           // a tile whose sums fit in registers
+    for (int c = 0; c < n_columns; c += WIDTH)
+        for (int r = 0; r < n_rows;) {
+            const float *from = a + a_row * (size_t)r;
+            float *to = y + y_row * (size_t)r + c;
+            if (n_rows - r >= MANY && n_columns - c >= WIDTH) {
+                AVL_(float_tile)(kind, MANY, WIDTH, n_words, from, a_row, a_word, b + c, b_row, to, y_row);
+                r += MANY;
+            } else {
+                AVL_(float_tile)(kind, 1, n_columns - c, n_words, from, a_row, a_word, b + c, b_row, to, y_row);
+                r++;
             }
-            if (n == 1) AVL_(store)(to, p[0]);
-            else        AVL_(store_words)(to, AVL_(pair_bf16)(p[0], p[1]));
+        }
+}
+
+// Pairs of rows to words of two bfloat16, which may be stored where the rows were: [(n_rows + 1) / 2][n_padded]
+AVL__INLINE void AVL_(pair_rows)(float *to, const float *from, size_t stride, int n_rows, int n_columns, int n_padded) {
+    for (int i = 0; i < n_rows; i += 2, from += 2 * stride, to += n_padded)
+        for (int c = 0; c < n_padded; c += AVL__W) {
+            const avl__vf second = AVL_(load_some)(from + stride + c, i + 1 < n_rows ? n_columns - c : 0);
+            AVL_(store)(to + c, (avl__vf)AVL_(pair_bf16)(AVL_(load_some)(from + c, n_columns - c), second));
+        }
+}
+
+// scores[n_keys][32] to e^(score - largest);  inverse: out, [32], 1 over each column's sum
+AVL__INLINE void AVL_(softmax_columns)(float *scores, int n_keys, float *inverse) {
+    for (int c = 0; c < 32; c += AVL__W) {
+        avl__vf max = AVL_(splat)(-FLT_MAX), sum = AVL_(splat)(0.0f);
+        for (int j = 0; j < n_keys; j++) max = AVL_(max)(max, AVL_(load)(scores + 32 * (size_t)j + c));
+        for (int j = 0; j < n_keys; j++) {
+            const avl__vf p = AVL_(exp)(AVL_(load)(scores + 32 * (size_t)j + c) - max);
+            AVL_(store)(scores + 32 * (size_t)j + c, p);
+            sum += p;
         }
         AVL_(store)(inverse + c, 1.0f / sum);
     }
-}
-
-// Two registers of columns, n_columns of which exist, of the outputs of n queries.  values: [n_words][stride]
-AVL__INLINE void AVL_(mix_values)(int kind, int n, float *out, size_t out_stride, const float *values, size_t stride,
-                                  int n_words, int n_columns, const float *scores, const float *inverse) {
-    avl__vf acc[2 * 8];
-    int i, c;
-    AVL__EACH(i, 2 * n) acc[i] = AVL_(splat)(0.0f);
-    AVL_(add_floats)(kind, n, n_words, scores, 4, 4 * 32, values, stride, n_columns, acc);
-    AVL__EACH(i, n)
-        AVL__EACH(c, 2)
-            AVL_(store_some)(out + (size_t)i * out_stride + AVL__W * c, n_columns - AVL__W * c,
-                             acc[2 * i + c] * inverse[i]);
 }
 
 // keys: [n_keys][key_stride], values: [n_keys, or of bfloat16 half as many][v_stride], words of `kind`;
 // scratch: [n_keys][32] and [head_dim][32]
 AVL__INLINE void AVL_(attend_as)(int kind, const avl__tile *t, const float *keys, size_t key_stride,
                                  const float *values, size_t v_stride, float *scratch) {
-    enum { MANY = AVL__W == 16 ? 8 : AVL__TILE };              // keys, or queries, whose accumulators fit in registers
     const float scale = (float)(1.0 / avl__sqrt((double)t->head_dim));
-    const int n_padded = kind == AVL__AS_BF16 ? (t->head_dim + 31) / 32 * 32 : t->head_dim;
-    const int n_words = kind == AVL__AS_BF16 ? n_padded / 2 : n_padded;
-    const int n_values = kind == AVL__AS_BF16 ? (t->n_keys + 1) / 2 : t->n_keys;
+    const int is_bf16 = kind == AVL__AS_BF16, n_padded = is_bf16 ? (t->head_dim + 31) / 32 * 32 : t->head_dim;
+    const int n_words = is_bf16 ? n_padded / 2 : n_padded, n_values = is_bf16 ? (t->n_keys + 1) / 2 : t->n_keys;
     float *queries = scratch, *scores = queries + 32 * (size_t)n_padded, inverse[32];
-    int first, i, j, d, c, n;
-    for (first = 0; first < t->n; first += 32) {
+    for (int first = 0; first < t->n; first += 32) {
         const int n_queries = t->n - first < 32 ? t->n - first : 32;
-        for (d = 0; d < n_padded; d++)
-            for (i = 0; i < 32; i++) {
+        float *out = t->out + (size_t)first * t->q_stride;
+        for (int d = 0; d < n_padded; d++)
+            for (int i = 0; i < 32; i++) {
                 const size_t at = (size_t)(first + i) * t->q_stride + (size_t)d;
-                queries[32 * d + i] = d < t->head_dim && i < n_queries ? t->q[at] : 0.0f;
+                queries[32 * d + i] = d < t->head_dim && i < n_queries ? t->q[at] * scale : 0.0f;
             }
-        for (d = 0; d < n_words && kind == AVL__AS_BF16; d++)
-            for (c = 0; c < 32; c += AVL__W) {
-                const float *two = queries + 64 * (size_t)d + c;
-                AVL_(store_words)(queries + 32 * d + c, AVL_(pair_bf16)(AVL_(load)(two), AVL_(load)(two + 32)));
-            }
-        for (j = 0; j < t->n_keys; j += n) {
-            const float *k = keys + (size_t)j * key_stride;
-            float *s = scores + 32 * (size_t)j;
-            n = t->n_keys - j >= MANY ? MANY : 1;
-            for (c = 0; c < 32; c += 2 * AVL__W)
-                if (n == MANY) AVL_(score_keys)(kind, MANY, k, key_stride, n_words, queries + c, scale, s + c);
-                else           AVL_(score_keys)(kind, 1, k, key_stride, n_words, queries + c, scale, s + c);
-        }
-        for (j = t->n_visible + first; j < t->n_keys; j++)           // causal: key n_visible + i from query i + 1 on
-            for (i = 0; i < 32 && i <= j - t->n_visible - first; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
-        AVL_(softmax_columns)(kind, scores, t->n_keys, inverse);
-        for (d = 0; d < t->head_dim; d += 2 * AVL__W)
-            for (i = 0; i < n_queries; i += n) {
-                float *out = t->out + (size_t)(first + i) * t->q_stride + d;
-                const float *v = values + d, *s = scores + i;
-                const int left = t->head_dim - d, is_whole = left >= 2 * AVL__W;
-                n = n_queries - i >= MANY ? MANY : 1;
-                if (n == MANY && is_whole)
-                    AVL_(mix_values)(kind, MANY, out, t->q_stride, v, v_stride, n_values, 2 * AVL__W, s, inverse + i);
-                else if (n == MANY)
-                    AVL_(mix_values)(kind, MANY, out, t->q_stride, v, v_stride, n_values, left, s, inverse + i);
-                else
-                    AVL_(mix_values)(kind, 1, out, t->q_stride, v, v_stride, n_values, left, s, inverse + i);
-            }
+        if (is_bf16) AVL_(pair_rows)(queries, queries, 32, n_padded, 32, 32);
+        AVL_(multiply_floats)(kind, t->n_keys, 32, n_words, keys, key_stride, 1, queries, 32, scores, 32);
+        for (int j = t->n_visible + first; j < t->n_keys; j++)       // causal: key n_visible + i from query i + 1 on
+            for (int i = 0; i < 32 && i <= j - t->n_visible - first; i++) scores[32 * (size_t)j + (size_t)i] = -FLT_MAX;
+        AVL_(softmax_columns)(scores, t->n_keys, inverse);
+        if (is_bf16) AVL_(pair_rows)(scores, scores, 32, t->n_keys, 32, 32);
+        AVL_(multiply_floats)(kind, n_queries, t->head_dim, n_values, scores, 1, 32, values, v_stride, out,
+                              t->q_stride);
+        for (int i = 0; i < n_queries; i++, out += t->q_stride)
+            for (int d = 0; d < t->head_dim; d += AVL__W)
+                AVL_(store_some)(out + d, t->head_dim - d, AVL_(load_some)(out + d, t->head_dim - d) * inverse[i]);
     }
 }
 
@@ -10268,21 +10090,14 @@ static void AVL_(attend)(const avl__tile *t, float *scratch) {
 static void AVL_(attend_coarsely)(const avl__tile *t, float *scratch) {
     const int n = (t->head_dim + 31) / 32 * 32;
     float *keys = scratch + 32 * (size_t)(t->n_keys + n), *values = keys + (size_t)t->n_keys * n / 2;
-    int j, d;
-    for (j = 0; j < t->n_keys; j++)
-        for (d = 0; d < n; d += 32) {
+    for (int j = 0; j < t->n_keys; j++)
+        for (int d = 0; d < n; d += 32) {
             const float *k = t->k + (size_t)j * t->kv_stride + d;
             const int left = t->head_dim - d;
             const avl__vf low = AVL_(load_some)(k, left), high = AVL_(load_some)(k + 16, left - 16);
-            AVL_(store_words)(keys + ((size_t)j * n + d) / 2, AVL_(to_bf16)(low, high));
+            AVL_(store)(keys + ((size_t)j * n + d) / 2, (avl__vf)AVL_(to_bf16)(low, high));
         }
-    for (j = 0; j < t->n_keys; j += 2)
-        for (d = 0; d < n; d += 16) {
-            const float *v = t->v + (size_t)j * t->kv_stride + d;
-            const int left = t->head_dim - d, is_pair = j + 1 < t->n_keys;
-            const avl__vf second = AVL_(load_some)(v + (is_pair ? t->kv_stride : 0), is_pair ? left : 0);
-            AVL_(store_words)(values + (size_t)n * (j / 2) + d, AVL_(pair_bf16)(AVL_(load_some)(v, left), second));
-        }
+    AVL_(pair_rows)(values, t->v, t->kv_stride, t->n_keys, t->head_dim, n);
     AVL_(attend_as)(AVL__AS_BF16, t, keys, (size_t)n / 2, values, (size_t)n, scratch);
 }
 #endif
@@ -10292,9 +10107,8 @@ static void AVL_(attend_coarsely)(const avl__tile *t, float *scratch) {
 AVL__INLINE void AVL_(one_columns)(int is_mix, int n, int left, float *out, const float *q, const uint16_t *kv,
                                    size_t stride, int n_keys, float *weights) {
     avl__vf acc[8];
-    int i, j;
     AVL__EACH(i, n) acc[i] = AVL_(load_some)((is_mix ? out : q) + AVL__W * i, i + 1 < n ? AVL__W : left);
-    for (j = 0; j < n_keys; j++, kv += stride) {
+    for (int j = 0; j < n_keys; j++, kv += stride) {
         avl__vf score = AVL_(splat)(0.0f);
         avl__prefetch_page(kv, 2 * stride);
         AVL__EACH(i, n) {
@@ -10312,9 +10126,8 @@ AVL__INLINE void AVL_(one_columns)(int is_mix, int n, int left, float *out, cons
 // wanted
 AVL__INLINE void AVL_(one_pass)(int is_mix, float *out, const float *q, const uint16_t *kv, size_t stride, int n_keys,
                                 int head_dim, float *weights) {
-    int d, j, n;
-    for (j = 0; j < n_keys; j += 16)
-        for (d = 0; d < head_dim; d += AVL__W * n) {
+    for (int j = 0; j < n_keys; j += 16)
+        for (int d = 0, n; d < head_dim; d += AVL__W * n) {
             const int m = n_keys - j < 16 ? n_keys - j : 16, left = head_dim - d, last = left < AVL__W ? left : AVL__W;
             const uint16_t *from = kv + (size_t)j * stride + d;
             n = left >= 8 * AVL__W ? 8 : left >= 4 * AVL__W ? 4 : 1;
