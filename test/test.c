@@ -805,7 +805,7 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
             avl__product p;
             memset(&p, 0, sizeof p);
             p.y = to, p.x = x + r * n_in, p.w = &w, p.n_rows = rows[i], p.few = 1;
-            if (is_float && avl__run_reserve(&run, N_ROWS, (uint64_t)n_in)) kernels->linear(&p, 0, N_OUT, run.thread_memory);
+            if (is_float && avl__run_reserve(&run, (uint64_t)n_in, 0)) kernels->linear(&p, 0, N_OUT, avl__thread_memory(&run, 0));
             else          avl__apply(&run, to, p.x, &w, rows[i]);
             CHECK(memcmp(to, all + r * N_OUT, sizeof(float) * (size_t)(rows[i] * N_OUT)) == 0,
                   "%s, %s: %d rows from row %d on differ from single ones", kernels->name, astrovl_type_name(type), rows[i], r);
@@ -1030,7 +1030,6 @@ static void test_fast_vector_ends(const avl__kernels *kernels, int n) {
     float dot, portable;
     int i;
     test_fill(x, n, 1), test_fill(y, n, 2);
-    kernels->axpy(y, 0.5f, x, n);
     kernels->rms_norm(y, y, x, n, 1e-5f), kernels->layer_norm(y, y, x, x, n, 1e-5f);
     kernels->gelu(y, n), kernels->quick_gelu(y, n), kernels->silu_product(y, x, n);
     if (kernels->attend) {
