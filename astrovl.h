@@ -771,9 +771,8 @@ extern "C" {
 // How many of `size` bytes of UTF-8 are whole characters: less than size if the last character is cut off.
 static size_t avl__utf8_whole(const char *text, size_t size) {
     size_t i = size;
-    unsigned char lead;
     while (i > 0 && ((unsigned char)text[i - 1] & 0xC0) == 0x80) i--;   // back over the bytes that continue a character
-    lead = i > 0 ? (unsigned char)text[i - 1] : 0;
+    const unsigned char lead = i > 0 ? (unsigned char)text[i - 1] : 0;
     return size - i < (lead >= 0xF0 ? 3u : lead >= 0xE0 ? 2u : lead >= 0xC0 ? 1u : 0u) ? i - 1 : size;
 }
 
@@ -784,8 +783,8 @@ static size_t avl__utf8_whole(const char *text, size_t size) {
 // from hostile files cannot drive a terminal. Returns the length of what text[capacity] holds then.
 AVL__PRINTF(3, 0) static size_t avl__format_v(char *text, size_t capacity, const char *format, va_list args) {
     int n = vsnprintf(text, capacity, format, args);
-    size_t i, size = n < 0 ? 0 : (size_t)n < capacity ? (size_t)n : avl__utf8_whole(text, capacity - 1);
-    for (i = 0; i < size; i++)
+    const size_t size = n < 0 ? 0 : (size_t)n < capacity ? (size_t)n : avl__utf8_whole(text, capacity - 1);
+    for (size_t i = 0; i < size; i++)
         if ((unsigned char)text[i] < 32 || text[i] == 127) text[i] = '?';
     text[size] = 0;
     return size;
@@ -793,9 +792,8 @@ AVL__PRINTF(3, 0) static size_t avl__format_v(char *text, size_t capacity, const
 
 AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const char *format, ...) {
     va_list args;
-    size_t size;
     va_start(args, format);
-    size = avl__format_v(text, capacity, format, args);
+    const size_t size = avl__format_v(text, capacity, format, args);
     va_end(args);
     return size;
 }
@@ -818,8 +816,8 @@ AVL__PRINTF(3, 4) static astrovl_status avl__fail(astrovl_error *err, astrovl_st
 }
 
 ASTROVL_API const char *astrovl_status_name(astrovl_status status) {
-    static const char *const names[] = {"ok", "argument", "memory", "file", "format", "unsupported", "model", "limit",
-                                        "cancelled"};
+    static const char *const names[] = {
+        "ok", "argument", "memory", "file", "format", "unsupported", "model", "limit", "cancelled"};
     return (unsigned)status < sizeof names / sizeof *names ? names[status] : "unknown";
 }
 
@@ -910,16 +908,9 @@ static uint32_t avl__load_u32(const void *p) {
     const uint8_t *b = (const uint8_t *)p;
     return (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
-static uint64_t avl__load_u64(const void *p) {
-    return (uint64_t)avl__load_u32(p) | (uint64_t)avl__load_u32((const uint8_t *)p + 4) << 32;
-}
-static uint16_t avl__load_u16be(const void *p) {
-    return (uint16_t)(((const uint8_t *)p)[0] << 8 | ((const uint8_t *)p)[1]);
-}
-static uint32_t avl__load_u32be(const void *p) {
-    const uint8_t *b = (const uint8_t *)p;
-    return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | (uint32_t)b[3];
-}
+static uint64_t avl__load_u64(const uint8_t *p) { return avl__load_u32(p) | (uint64_t)avl__load_u32(p + 4) << 32; }
+static uint16_t avl__load_u16be(const uint8_t *p) { return (uint16_t)(p[0] << 8 | p[1]); }
+static uint32_t avl__load_u32be(const uint8_t *p) { return (uint32_t)avl__load_u16be(p) << 16 | avl__load_u16be(p + 2); }
 static uint64_t avl__load_number(const uint8_t *p, int n) {   // of n bytes, 0 to 8
     uint64_t value = 0;
     while (n > 0) value = value << 8 | p[--n];
@@ -954,24 +945,6 @@ static void avl__file_close(avl__file *file) {
     memset(file, 0, sizeof *file);
 }
 
-#if AVL__MMAP
-// Maps a regular file; 0 where that cannot be done (a pipe, an empty file).
-static int avl__file_map(const char *path, avl__file *file) {
-    struct stat st;
-    void *data = MAP_FAILED;
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) return 0;
-    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0 && (uint64_t)st.st_size <= SIZE_MAX)
-        data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    close(fd);
-    if (data == MAP_FAILED) return 0;
-    file->data = (uint8_t *)data;
-    file->size = (size_t)st.st_size;
-    file->kind = AVL__FILE_MAPPED;
-    return 1;
-}
-#endif
-
 // Maps a file of any size, or reads what cannot be mapped, up to `limit` bytes.
 static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit, avl__file *file, astrovl_error *err) {
     memset(file, 0, sizeof *file);
@@ -984,19 +957,28 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
 #else
     astrovl_status status = ASTROVL_OK;
     size_t capacity = 0, n = 1;
-    FILE *stream;
 #if AVL__POSIX
     struct stat st;
     if (stat(path, &st) == 0 && S_ISCHR(st.st_mode))
         return avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a device, not a file", path);
 #endif
-#if AVL__MMAP
-    if (!no_mmap && avl__file_map(path, file)) return ASTROVL_OK;
+#if AVL__MMAP                                     // a pipe and an empty file cannot be mapped
+    const int fd = no_mmap ? -1 : open(path, O_RDONLY);
+    void *data = MAP_FAILED;
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0 && (uint64_t)st.st_size <= SIZE_MAX)
+        data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fd >= 0) close(fd);
+    if (data != MAP_FAILED) {
+        file->data = (uint8_t *)data;
+        file->size = (size_t)st.st_size;
+        file->kind = AVL__FILE_MAPPED;
+        return ASTROVL_OK;
+    }
 #endif
-    (void)no_mmap;
-    stream = fopen(path, "rb");
+    FILE *stream = fopen(path, "rb");
     if (!stream)
         return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
+    (void)no_mmap;
     file->kind = AVL__FILE_READ;
     while (n > 0 && !status) {
         if (!avl__grow(&file->data, &capacity, file->size + 65536, 1)) {
@@ -1059,8 +1041,7 @@ static int avl__atomic_add(int *value, int more) { return __atomic_add_fetch(val
 // Waits for *value to become other than `is`: spins for some ten microseconds, then sleeps. A sleeper counts itself in
 // n_sleeping before its last look at the value, and avl__pool_notify is called after the change: no wake-up is missed.
 static void avl__pool_wait(avl__pool *pool, const int *value, int is) {
-    int i;
-    for (i = 0; i < 2000; i++) {
+    for (int i = 0; i < 2000; i++) {
         if (avl__atomic_load(value) != is) return;
 #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -1098,28 +1079,20 @@ static void *avl__pool_main(void *argument) {
 }
 #endif
 
-static int avl__n_processors(void) {
-#if AVL__THREADS
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > ASTROVL_MAX_THREADS ? ASTROVL_MAX_THREADS : (int)n;
-#else
-    return 1;
-#endif
-}
-
-// n_threads: the caller included; fewer if the system refuses to start as many. NULL when memory is out.
+// n_threads: the caller included, 0: one for each processor; fewer if the system refuses to start as many. NULL when
+// memory is out.
 static avl__pool *avl__pool_new(int n_threads) {
     avl__pool *pool = (avl__pool *)avl__alloc(1, sizeof *pool);
     if (!pool) return NULL;
     pool->n_threads = 1;
 #if AVL__THREADS
+    const long n = n_threads ? n_threads : sysconf(_SC_NPROCESSORS_ONLN);
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->changed, NULL);
-    for (; pool->n_threads < n_threads && pool->n_threads < ASTROVL_MAX_THREADS; pool->n_threads++)
+    for (; pool->n_threads < n && pool->n_threads < ASTROVL_MAX_THREADS; pool->n_threads++)
         if (pthread_create(&pool->threads[pool->n_threads], NULL, avl__pool_main, pool) != 0) break;
-#else
-    (void)n_threads;
 #endif
+    (void)n_threads;
     return pool;
 }
 
@@ -1136,10 +1109,7 @@ static void avl__pool_free(avl__pool *pool) {
     ASTROVL_FREE(pool);
 }
 
-static int avl__pool_n_threads(const avl__pool *pool) { return pool->n_threads; }
-
 static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
-    int i;
 #if AVL__THREADS
     if (n_items > 1 && pool->n_threads > 1) {
         pool->job = job;
@@ -1150,12 +1120,12 @@ static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_it
         avl__atomic_add(&pool->generation, 1);
         avl__pool_notify(pool);
         avl__pool_work(pool, 0);
-        while ((i = avl__atomic_load(&pool->n_busy)) > 0) avl__pool_wait(pool, &pool->n_busy, i);
+        for (int n; (n = avl__atomic_load(&pool->n_busy)) > 0;) avl__pool_wait(pool, &pool->n_busy, n);
         return;
     }
 #endif
     (void)pool;
-    for (i = 0; i < n_items; i++) job(context, i, 0);
+    for (int i = 0; i < n_items; i++) job(context, i, 0);
 }
 
 // ====================================================================================================================
@@ -1222,69 +1192,45 @@ static float avl__load_f16(const uint8_t *p) { return astrovl_f16_to_f32(avl__lo
 
 // Q4_0, 18 bytes for 32 values:   0 d f16 | 2 qs[16]
 //   y[j] = d * (qs[j][0:3] - 8)     y[j + 16] = d * (qs[j][4:7] - 8)     j < 16
-static void avl__dequantize_q4_0(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)((b[2 + j] & 15) - 8);
-        y[j + 16] = d * (float)((b[2 + j] >> 4) - 8);
-    }
-}
-
 // Q4_1, 20 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qs[16]
 //   y[j] = d * qs[j][0:3] + m       y[j + 16] = d * qs[j][4:7] + m
-static void avl__dequantize_q4_1(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), m = avl__load_f16(b + 2);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)(b[4 + j] & 15) + m;
-        y[j + 16] = d * (float)(b[4 + j] >> 4) + m;
-    }
-}
-
 // Q5_0, 22 bytes for 32 values:   0 d f16 | 2 qh u32 | 6 qs[16]      bit j of qh is the fifth bit of value j
 //   y[j] = d * (qs[j][0:3] + 16 qh[j] - 16)     y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16] - 16)
-static void avl__dequantize_q5_0(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b);
-    uint32_t qh = avl__load_u32(b + 2);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)((int)((b[6 + j] & 15) | (qh >> j & 1) << 4) - 16);
-        y[j + 16] = d * (float)((int)((uint32_t)(b[6 + j] >> 4) | (qh >> (j + 16) & 1) << 4) - 16);
-    }
-}
-
 // Q5_1, 24 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qh u32 | 8 qs[16]
 //   y[j] = d * (qs[j][0:3] + 16 qh[j]) + m      y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16]) + m
-static void avl__dequantize_q5_1(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), m = avl__load_f16(b + 2);
-    uint32_t qh = avl__load_u32(b + 4);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)((int)((b[8 + j] & 15) | (qh >> j & 1) << 4)) + m;
-        y[j + 16] = d * (float)((int)((uint32_t)(b[8 + j] >> 4) | (qh >> (j + 16) & 1) << 4)) + m;
+static void avl__dequantize_32(const uint8_t *b, float *y, int has_min, int has_5_bits) {
+    const uint8_t *qh = b + (has_min ? 4 : 2), *qs = qh + (has_5_bits ? 4 : 0);
+    const float d = avl__load_f16(b), m = has_min ? avl__load_f16(b + 2) : 0.0f;
+    const uint32_t high = has_5_bits ? avl__load_u32(qh) : 0;
+    const int offset = has_min ? 0 : has_5_bits ? 16 : 8;
+    for (int j = 0; j < 32; j++) {
+        const int low = j < 16 ? qs[j] & 15 : qs[j - 16] >> 4;
+        y[j] = d * (float)((low | (int)(high >> j & 1) << 4) - offset);
+        if (has_min) y[j] += m;                                          // not "+ 0": that would turn -0 into 0
     }
 }
+static void avl__dequantize_q4_0(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 0, 0); }
+static void avl__dequantize_q4_1(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 1, 0); }
+static void avl__dequantize_q5_0(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 0, 1); }
+static void avl__dequantize_q5_1(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 1, 1); }
 
 // Q8_0, 34 bytes for 32 values:   0 d f16 | 2 qs i8[32]
 //   y[j] = d * qs[j]
 static void avl__dequantize_q8_0(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b);
-    int j;
-    for (j = 0; j < 32; j++) y[j] = d * (float)(int8_t)b[2 + j];
+    const float d = avl__load_f16(b);
+    for (int j = 0; j < 32; j++) y[j] = d * (float)(int8_t)b[2 + j];
 }
 
 // Q2_K, 84 bytes for 256 values in 16 groups of 16:   0 scales[16] | 16 qs[64] | 80 d f16 | 82 dmin f16
 // Value i lies in group g = i / 16; its bits are a pair of qs[32 (i / 128) + i % 32], pair (i / 32) % 4.
 //   y[i] = (d * scales[g][0:3]) * q - (dmin * scales[g][4:7])
 static void avl__dequantize_q2_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b + 80), dmin = avl__load_f16(b + 82);
-    int g, j;
-    for (g = 0; g < 16; g++) {
+    const float d = avl__load_f16(b + 80), dmin = avl__load_f16(b + 82);
+    for (int g = 0; g < 16; g++) {
         const uint8_t *qs = b + 16 + g / 8 * 32 + g % 2 * 16;
         float scale = d * (float)(b[g] & 15), minimum = dmin * (float)(b[g] >> 4);
         int shift = g / 2 % 4 * 2;
-        for (j = 0; j < 16; j++) y[16 * g + j] = scale * (float)(qs[j] >> shift & 3) - minimum;
+        for (int j = 0; j < 16; j++) y[16 * g + j] = scale * (float)(qs[j] >> shift & 3) - minimum;
     }
 }
 
@@ -1293,73 +1239,50 @@ static void avl__dequantize_q2_k(const uint8_t *b, float *y) {
 // Scale g has 6 bits: low four in nibble g / 8 of scales[g % 8], high two in pair g / 4 of scales[8 + g % 4]; minus 32.
 //   y[i] = (d * (scale[g] - 32)) * (q - (hmask bit ? 0 : 4))
 static void avl__dequantize_q3_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b + 108);
-    int g, j;
-    for (g = 0; g < 16; g++) {
+    const float d = avl__load_f16(b + 108);
+    for (int g = 0; g < 16; g++) {
         const uint8_t *qs = b + 32 + g / 8 * 32 + g % 2 * 16, *hmask = b + g % 2 * 16;
         int low = b[96 + g % 8] >> g / 8 * 4 & 15, high = b[104 + g % 4] >> g / 4 * 2 & 3, shift = g / 2 % 4 * 2;
         float scale = d * (float)((low | high << 4) - 32);
-        for (j = 0; j < 16; j++)
+        for (int j = 0; j < 16; j++)
             y[16 * g + j] = scale * (float)((qs[j] >> shift & 3) - (hmask[j] >> g / 2 & 1 ? 0 : 4));
     }
 }
 
-// The 6-bit scale and minimum of group g (of 8) that Q4_K and Q5_K pack into 12 bytes s:
+// Q4_K, 144 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 s[12] | 16 qs[128]
+// Q5_K, 176 bytes:                                    0 d f16 | 2 dmin f16 | 4 s[12] | 16 qh[32] | 48 qs[128]
+// Groups 2k and 2k + 1 are the low and the high nibbles of qs[32 k] to qs[32 k + 31]; bit g of qh[j] is the fifth bit
+// of value 32 g + j. s packs the 6-bit scale and minimum of group g:
 //   g < 4:    scale = s[g][0:5]                         minimum = s[g + 4][0:5]
 //   g >= 4:   scale = s[g + 4][0:3], s[g - 4][6:7]      minimum = s[g + 4][4:7], s[g][6:7]
-static void avl__unpack_scale(const uint8_t *s, int g, int *scale, int *minimum) {
-    if (g < 4) {
-        *scale = s[g] & 63;
-        *minimum = s[g + 4] & 63;
-    } else {
-        *scale = (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
-        *minimum = s[g + 4] >> 4 | s[g] >> 6 << 4;
-    }
-}
-
-// Q4_K, 144 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qs[128]
-// Groups 2k and 2k + 1 are the low and the high nibbles of qs[32 k] to qs[32 k + 31].
 //   y[i] = (d * scale[g]) * q - (dmin * minimum[g])
-static void avl__dequantize_q4_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
-    int g, j, scale, minimum;
-    for (g = 0; g < 8; g++) {
-        const uint8_t *qs = b + 16 + g / 2 * 32;
-        float dg, mg;
-        avl__unpack_scale(b + 4, g, &scale, &minimum);
-        dg = d * (float)scale;
-        mg = dmin * (float)minimum;
-        for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)(qs[j] >> g % 2 * 4 & 15) - mg;
+static void avl__dequantize_k(const uint8_t *b, float *y, int has_5_bits) {
+    const float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
+    const uint8_t *s = b + 4, *qh = b + 16, *qs = qh + (has_5_bits ? 32 : 0);
+    for (int g = 0; g < 8; g++, y += 32) {
+        const int scale = g < 4 ? s[g] & 63 : (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
+        const int minimum = g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4 | s[g] >> 6 << 4;
+        const float dg = d * (float)scale, mg = dmin * (float)minimum;
+        for (int j = 0; j < 32; j++) {
+            const int high = has_5_bits ? qh[j] >> g & 1 : 0;
+            y[j] = dg * (float)((qs[g / 2 * 32 + j] >> g % 2 * 4 & 15) | high << 4) - mg;
+        }
     }
 }
-
-// Q5_K, 176 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qh[32] | 48 qs[128]
-// As Q4_K; bit g of qh[j] is the fifth bit of value 32 g + j.
-static void avl__dequantize_q5_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
-    int g, j, scale, minimum;
-    for (g = 0; g < 8; g++) {
-        const uint8_t *qh = b + 16, *qs = b + 48 + g / 2 * 32;
-        float dg, mg;
-        avl__unpack_scale(b + 4, g, &scale, &minimum);
-        dg = d * (float)scale;
-        mg = dmin * (float)minimum;
-        for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)((qs[j] >> g % 2 * 4 & 15) | (qh[j] >> g & 1) << 4) - mg;
-    }
-}
+static void avl__dequantize_q4_k(const uint8_t *b, float *y) { avl__dequantize_k(b, y, 0); }
+static void avl__dequantize_q5_k(const uint8_t *b, float *y) { avl__dequantize_k(b, y, 1); }
 
 // Q6_K, 210 bytes for 256 values in 16 groups of 16:   0 ql[128] | 128 qh[64] | 192 scales i8[16] | 208 d f16
 // Value i: its low four bits are nibble (i / 64) % 2 of ql[64 (i / 128) + i % 64]; its high two lie in qh as Q2_K's do
 // in qs.
 //   y[i] = (d * scales[i / 16]) * (q - 32)
 static void avl__dequantize_q6_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b + 208);
-    int g, j;
-    for (g = 0; g < 16; g++) {
+    const float d = avl__load_f16(b + 208);
+    for (int g = 0; g < 16; g++) {
         const uint8_t *ql = b + g / 8 * 64 + g % 4 * 16, *qh = b + 128 + g / 8 * 32 + g % 2 * 16;
         float scale = d * (float)(int8_t)b[192 + g];
         int low_shift = g / 4 % 2 * 4, high_shift = g / 2 % 4 * 2;
-        for (j = 0; j < 16; j++)
+        for (int j = 0; j < 16; j++)
             y[16 * g + j] = scale * (float)(((ql[j] >> low_shift & 15) | (qh[j] >> high_shift & 3) << 4) - 32);
     }
 }
@@ -1390,8 +1313,7 @@ static const avl__type_info avl__types[] = {
 };
 
 static const avl__type_info *avl__find_type(int type) {   // NULL: a type this header lacks
-    size_t i;
-    for (i = 0; i < sizeof avl__types / sizeof *avl__types; i++)
+    for (size_t i = 0; i < sizeof avl__types / sizeof *avl__types; i++)
         if (avl__types[i].type == type) return &avl__types[i];
     return NULL;
 }
@@ -1465,10 +1387,10 @@ static double avl__power_of_2(int n) { return avl__double_from_bits((uint64_t)(1
 // exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2,  |r| <= 0.347;   exp(r) = 1 + r + r^2/2! + ... + r^9/9!
 // Truncation error < 1e-11. Instead of branches, x is clamped to limits whose exp rounds to 0 or infinity as a float.
 ASTROVL_API float astrovl_expf(float x) {
-    double v = x < -104.0f ? -104.0 : x > 89.0f ? 89.0 : (double)x, r, sum;
+    const double v = x < -104.0f ? -104.0 : x > 89.0f ? 89.0 : (double)x;
     int n;
-    r = v - avl__round(v * AVL__LOG2_E, &n) * AVL__LN2;
-    sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
+    const double r = v - avl__round(v * AVL__LOG2_E, &n) * AVL__LN2;
+    double sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
           r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880)))))))));
     sum *= avl__double_from_bits((uint64_t)(1023u + (uint32_t)n) << 52);
     return x != x ? x : (float)sum;
@@ -1477,14 +1399,12 @@ ASTROVL_API float astrovl_expf(float x) {
 // The same in double: ln 2 in two parts, so that r keeps all its bits, and 13 terms (r^14 / 14! < 5e-18).
 // Relative error below 3e-16 where the result is a normal number.
 static double avl__exp(double x) {
-    double k, r, sum;
     int n;
     if (x != x) return x;
     if (x > 709.79) return HUGE_VAL;
     if (x < -745.2) return 0;
-    k = avl__round(x * AVL__LOG2_E, &n);
-    r = (x - k * AVL__LN2_HIGH) - k * AVL__LN2_LOW;
-    sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
+    const double k = avl__round(x * AVL__LOG2_E, &n), r = (x - k * AVL__LN2_HIGH) - k * AVL__LN2_LOW;
+    const double sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
           r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800 +
           r * (1.0 / 479001600 + r * (1.0 / 6227020800.0)))))))))))));
     return sum * avl__power_of_2(n / 2) * avl__power_of_2(n - n / 2);   // two steps: 2^n may be no normal double
@@ -1508,27 +1428,24 @@ static double avl__two_product(double a, double b, double *error) {
 // and its error. x > 0 and finite.
 static double avl__log_parts(double x, double *low) {
     uint64_t bits = avl__double_bits(x);
-    double e = -1023, m, f, s, s_low, p, p_low, q, tail, high;
-    int k;
+    double e = -1023, p_low, tail = 0;
     if (bits >> 52 == 0) {   // subnormal
         bits = avl__double_bits(x * 4503599627370496.0);   // 2^52
         e -= 52;
     }
     e += (double)(int)(bits >> 52);
-    m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
+    double m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
     if (m > 1.4142135623730951) {
         m *= 0.5;
         e += 1;
     }
-    f = m - 1;                                         // exact
-    s = f / (2 + f);
-    p = avl__two_product(s, 2 + f, &p_low);
-    s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // rounding errors of the quotient and of 2 + f
-    q = s * s;
-    for (tail = 0, k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
-    p = e * AVL__LN2_HIGH;                             // exact
+    const double f = m - 1, s = f / (2 + f), q = s * s;            // m - 1 is exact
+    double p = avl__two_product(s, 2 + f, &p_low);
+    const double s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // errors of the quotient and of 2 + f
+    for (int k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
+    p = e * AVL__LN2_HIGH;                                         // exact
     tail = 2 * (s_low + s * tail) + e * AVL__LN2_LOW;
-    high = p + 2 * s;
+    const double high = p + 2 * s;
     tail += 2 * s - (high - p);                        // the sum's rounding error (Dekker): |p| > |2 s| or p = 0
     *low = tail - ((high + tail) - high);
     return high + tail;
@@ -1585,12 +1502,12 @@ ASTROVL_API float astrovl_erff(float x) {
 //      of 30 bits: their products with n (at most 23 bits) are exact, and so are the differences (Cody & Waite 1980)
 //   sin r = r - r^3/3! + ... + r^13/13!,   cos r = 1 - r^2/2! + ... + r^12/12!:   truncation error < 1e-12
 static float avl__sin_quadrant(float x, int quadrant) {
-    double k, r, q, y;
+    double y;
     int n;
     if (!(x < 8388608.0f && x > -8388608.0f)) return avl__float_from_bits(0x7FC00000);
-    k = avl__round((double)x * 0.63661977236758134308, &n);   // 2/pi
-    r = (((double)x - k * 1.570796325802803) - k * 9.920935791635221e-10) - k * 5.170182981794105e-19;
-    q = r * r;
+    const double k = avl__round((double)x * 0.63661977236758134308, &n);   // 2/pi
+    const double r = (((double)x - k * 1.570796325802803) - k * 9.920935791635221e-10) - k * 5.170182981794105e-19;
+    const double q = r * r;
     n += quadrant;
     if (n & 1)
         y = 1 - q * (1.0 / 2 - q * (1.0 / 24 - q * (1.0 / 720 - q * (1.0 / 40320 - q * (1.0 / 3628800 -
@@ -1743,8 +1660,7 @@ static void avl__linear_portable(const avl__product *p, int first, int last, flo
 }
 
 static void avl__silu_product(float *x, const float *up, int64_t n) {
-    astrovl_silu(x, n);
-    for (int64_t i = 0; i < n; i++) x[i] *= up[i];
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-x[i])) * up[i];
 }
 
 static const avl__kernels avl__kernels_portable = {
@@ -6429,7 +6345,7 @@ ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, con
     if (!o.n_ctx && model->info.n_ctx_train < ASTROVL_DEFAULT_CONTEXT) o.n_ctx = model->info.n_ctx_train;
     else if (!o.n_ctx) o.n_ctx = ASTROVL_DEFAULT_CONTEXT;
     run = (avl__run *)avl__alloc(1, sizeof *run);
-    if (run) run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
+    if (run) run->pool = avl__pool_new(o.n_threads);
     if (!run || !run->pool) {
         astrovl_free(run);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
@@ -8539,7 +8455,7 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
     s.n_slices = n_slices > 256 ? 256 : n_slices > 1 ? (int)n_slices : 1;
     s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)k, sizeof *s.hits);
     s.n_hits = (int *)avl__alloc((uint64_t)s.n_slices, sizeof *s.n_hits);
-    pool = avl__pool_new(n_threads ? n_threads : avl__n_processors());
+    pool = avl__pool_new(n_threads);
     good = pool && s.hits && s.n_hits;
     if (good) {
         avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
