@@ -839,13 +839,13 @@ static float *avl__alloc_floats(uint64_t count) { return (float *)avl__alloc_raw
 
 // Grows *array (of elements of size bytes) to hold `needed`, doubling; 0 when memory is out: *array then stays.
 static int avl__grow(void *array, size_t *capacity, size_t needed, size_t size) {
-    void *old, *memory;
+    void *old;
     size_t wanted = *capacity < 16 ? 16 : *capacity;
     if (needed <= *capacity) return 1;
     while (wanted < needed && wanted <= SIZE_MAX / 4) wanted *= 2;
     if (wanted < needed || wanted > SIZE_MAX / 2 / size) return 0;
     memcpy(&old, array, sizeof old);         // array is the address of a pointer of any type
-    memory = ASTROVL_REALLOC(old, wanted * size);
+    void *memory = ASTROVL_REALLOC(old, wanted * size);
     if (!memory) return 0;
     memcpy(array, &memory, sizeof memory);
     *capacity = wanted;
@@ -889,28 +889,23 @@ static void *avl__align(void *p) { return (uint8_t *)p + (AVL__LINE - (uintptr_t
 // Starts loading n bytes at p into the cache.
 static void avl__prefetch(const void *p, size_t n) {
 #if defined(__GNUC__)
-    const char *at = (const char *)p, *last = at + n - 1;
-    for (; at < last; at += AVL__LINE) __builtin_prefetch(at);
-    __builtin_prefetch(last);
-#else
-    (void)p, (void)n;
+    for (size_t i = 0; i < n; i += AVL__LINE) __builtin_prefetch((const char *)p + i);
 #endif
+    (void)p, (void)n;
 }
 
 // ---- byte order ----------------------------------------------------------------------------------------------------
 // Values are put together from single bytes: right on every host, and compilers turn it into one load.
 
-static uint16_t avl__load_u16(const void *p) {
-    const uint8_t *b = (const uint8_t *)p;
-    return (uint16_t)(b[0] | b[1] << 8);
-}
-static uint32_t avl__load_u32(const void *p) {
-    const uint8_t *b = (const uint8_t *)p;
-    return (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+static uint16_t avl__load_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static uint32_t avl__load_u32(const uint8_t *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 static uint64_t avl__load_u64(const uint8_t *p) { return avl__load_u32(p) | (uint64_t)avl__load_u32(p + 4) << 32; }
 static uint16_t avl__load_u16be(const uint8_t *p) { return (uint16_t)(p[0] << 8 | p[1]); }
-static uint32_t avl__load_u32be(const uint8_t *p) { return (uint32_t)avl__load_u16be(p) << 16 | avl__load_u16be(p + 2); }
+static uint32_t avl__load_u32be(const uint8_t *p) {
+    return (uint32_t)avl__load_u16be(p) << 16 | avl__load_u16be(p + 2);
+}
 static uint64_t avl__load_number(const uint8_t *p, int n) {   // of n bytes, 0 to 8
     uint64_t value = 0;
     while (n > 0) value = value << 8 | p[--n];
@@ -1610,7 +1605,7 @@ typedef struct avl__kernels {
     // columns first..last-1 of the product with p->quants.  scratch: [n_in][64] + 8192 floats
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
     // attention; in bfloat16, NULL where the processor does not multiply it.
-    // scratch: [n_keys][32] + [head_dim][32] floats; in bfloat16, with head_dim rounded up to 32s, [n_keys][head_dim] more
+    // scratch: [n_keys][32] + [head_dim][32] floats; in bfloat16 [n_keys][head_dim] more, head_dim rounded up to 32s
     void (*attend)(const avl__tile *t, float *scratch);
     void (*attend_coarsely)(const avl__tile *t, float *scratch);
     // attention of one query [head_dim] over n_keys keys and values in float16, `stride` from one to the next.
@@ -1694,7 +1689,7 @@ typedef struct avl__run {
     void               *tap_user;
     astrovl_progress    progress;          // NULL: none
     void               *progress_user;
-    void              **taken;             // the newest block of avl__take in this pass; each begins with the one before
+    void              **taken;             // avl__take's blocks of this pass, the newest: each holds the one before
     float              *work;              // [n_threads][thread_floats]: an expanded weight row, a pack, or scores;
     size_t              work_capacity;     //   behind them, the rounded activations of the product under way
     size_t              thread_floats;
@@ -1713,8 +1708,7 @@ static void avl__run_begin(avl__run *run, int always_panels) {
     run->failed = 0;
 }
 
-// n floats, aligned to a cache line, until the next pass begins. NULL when memory is out, and then for the rest of the
-// pass.
+// n floats, aligned to a cache line, until the next pass begins. NULL when memory has run out in this pass.
 static float *avl__take(avl__run *run, uint64_t n) {
     void **block = run->failed ? NULL : (void **)avl__alloc_raw(n + AVL__LINE, sizeof(float));
     run->failed = !block;
@@ -2021,10 +2015,7 @@ typedef struct avl__attention {
     avl__run    *run;
 } avl__attention;
 
-enum {
-    AVL__TILE_QUERIES = 32,
-    AVL__ITEM_QUERIES = 10 * AVL__TILE_QUERIES     // queries of a head that a thread takes at a time
-};
+enum { AVL__TILE_QUERIES = 32, AVL__ITEM_QUERIES = 320 };   // of a head: of a tile; that a thread takes at a time
 
 // One query row of one head.  kv_head: where the head's keys and values begin;  scores: [n_past + n_rows]
 static void avl__attend(const avl__attention *a, int head, size_t kv_head, int row, float *scores) {
