@@ -769,9 +769,8 @@ extern "C" {
 // How many of `size` bytes of UTF-8 are whole characters: less than size if the last character is cut off.
 static size_t avl__utf8_whole(const char *text, size_t size) {
     size_t i = size;
-    unsigned char lead;
     while (i > 0 && ((unsigned char)text[i - 1] & 0xC0) == 0x80) i--;   // back over the bytes that continue a character
-    lead = i > 0 ? (unsigned char)text[i - 1] : 0;
+    const unsigned char lead = i > 0 ? (unsigned char)text[i - 1] : 0;
     return size - i < (lead >= 0xF0 ? 3u : lead >= 0xE0 ? 2u : lead >= 0xC0 ? 1u : 0u) ? i - 1 : size;
 }
 
@@ -782,8 +781,8 @@ static size_t avl__utf8_whole(const char *text, size_t size) {
 // from hostile files cannot drive a terminal. Returns the length of what text[capacity] holds then.
 AVL__PRINTF(3, 0) static size_t avl__format_v(char *text, size_t capacity, const char *format, va_list args) {
     int n = vsnprintf(text, capacity, format, args);
-    size_t i, size = n < 0 ? 0 : (size_t)n < capacity ? (size_t)n : avl__utf8_whole(text, capacity - 1);
-    for (i = 0; i < size; i++)
+    const size_t size = n < 0 ? 0 : (size_t)n < capacity ? (size_t)n : avl__utf8_whole(text, capacity - 1);
+    for (size_t i = 0; i < size; i++)
         if ((unsigned char)text[i] < 32 || text[i] == 127) text[i] = '?';
     text[size] = 0;
     return size;
@@ -791,9 +790,8 @@ AVL__PRINTF(3, 0) static size_t avl__format_v(char *text, size_t capacity, const
 
 AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const char *format, ...) {
     va_list args;
-    size_t size;
     va_start(args, format);
-    size = avl__format_v(text, capacity, format, args);
+    const size_t size = avl__format_v(text, capacity, format, args);
     va_end(args);
     return size;
 }
@@ -816,8 +814,8 @@ AVL__PRINTF(3, 4) static astrovl_status avl__fail(astrovl_error *err, astrovl_st
 }
 
 ASTROVL_API const char *astrovl_status_name(astrovl_status status) {
-    static const char *const names[] = {"ok", "argument", "memory", "file", "format", "unsupported", "model", "limit",
-                                        "cancelled"};
+    static const char *const names[] = {
+        "ok", "argument", "memory", "file", "format", "unsupported", "model", "limit", "cancelled"};
     return (unsigned)status < sizeof names / sizeof *names ? names[status] : "unknown";
 }
 
@@ -839,13 +837,13 @@ static float *avl__alloc_floats(uint64_t count) { return (float *)avl__alloc_raw
 
 // Grows *array (of elements of size bytes) to hold `needed`, doubling; 0 when memory is out: *array then stays.
 static int avl__grow(void *array, size_t *capacity, size_t needed, size_t size) {
-    void *old, *memory;
+    void *old;
     size_t wanted = *capacity < 16 ? 16 : *capacity;
     if (needed <= *capacity) return 1;
     while (wanted < needed && wanted <= SIZE_MAX / 4) wanted *= 2;
     if (wanted < needed || wanted > SIZE_MAX / 2 / size) return 0;
     memcpy(&old, array, sizeof old);         // array is the address of a pointer of any type
-    memory = ASTROVL_REALLOC(old, wanted * size);
+    void *memory = ASTROVL_REALLOC(old, wanted * size);
     if (!memory) return 0;
     memcpy(array, &memory, sizeof memory);
     *capacity = wanted;
@@ -889,34 +887,22 @@ static void *avl__align(void *p) { return (uint8_t *)p + (AVL__LINE - (uintptr_t
 // Starts loading n bytes at p into the cache.
 static void avl__prefetch(const void *p, size_t n) {
 #if defined(__GNUC__)
-    const char *at = (const char *)p, *last = at + n - 1;
-    for (; at < last; at += AVL__LINE) __builtin_prefetch(at);
-    __builtin_prefetch(last);
-#else
-    (void)p, (void)n;
+    for (size_t i = 0; i < n; i += AVL__LINE) __builtin_prefetch((const char *)p + i);
 #endif
+    (void)p, (void)n;
 }
 
 // ---- byte order ----------------------------------------------------------------------------------------------------
 // Values are put together from single bytes: right on every host, and compilers turn it into one load.
 
-static uint16_t avl__load_u16(const void *p) {
-    const uint8_t *b = (const uint8_t *)p;
-    return (uint16_t)(b[0] | b[1] << 8);
+static uint16_t avl__load_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static uint32_t avl__load_u32(const uint8_t *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
-static uint32_t avl__load_u32(const void *p) {
-    const uint8_t *b = (const uint8_t *)p;
-    return (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
-}
-static uint64_t avl__load_u64(const void *p) {
-    return (uint64_t)avl__load_u32(p) | (uint64_t)avl__load_u32((const uint8_t *)p + 4) << 32;
-}
-static uint16_t avl__load_u16be(const void *p) {
-    return (uint16_t)(((const uint8_t *)p)[0] << 8 | ((const uint8_t *)p)[1]);
-}
-static uint32_t avl__load_u32be(const void *p) {
-    const uint8_t *b = (const uint8_t *)p;
-    return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | (uint32_t)b[3];
+static uint64_t avl__load_u64(const uint8_t *p) { return avl__load_u32(p) | (uint64_t)avl__load_u32(p + 4) << 32; }
+static uint16_t avl__load_u16be(const uint8_t *p) { return (uint16_t)(p[0] << 8 | p[1]); }
+static uint32_t avl__load_u32be(const uint8_t *p) {
+    return (uint32_t)avl__load_u16be(p) << 16 | avl__load_u16be(p + 2);
 }
 static uint64_t avl__load_number(const uint8_t *p, int n) {   // of n bytes, 0 to 8
     uint64_t value = 0;
@@ -952,24 +938,6 @@ static void avl__file_close(avl__file *file) {
     memset(file, 0, sizeof *file);
 }
 
-#if AVL__MMAP
-// Maps a regular file; 0 where that cannot be done (a pipe, an empty file).
-static int avl__file_map(const char *path, avl__file *file) {
-    struct stat st;
-    void *data = MAP_FAILED;
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) return 0;
-    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0 && (uint64_t)st.st_size <= SIZE_MAX)
-        data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    close(fd);
-    if (data == MAP_FAILED) return 0;
-    file->data = (uint8_t *)data;
-    file->size = (size_t)st.st_size;
-    file->kind = AVL__FILE_MAPPED;
-    return 1;
-}
-#endif
-
 // Maps a file of any size, or reads what cannot be mapped, up to `limit` bytes.
 static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit, avl__file *file, astrovl_error *err) {
     memset(file, 0, sizeof *file);
@@ -982,19 +950,28 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
 #else
     astrovl_status status = ASTROVL_OK;
     size_t capacity = 0, n = 1;
-    FILE *stream;
 #if AVL__POSIX
     struct stat st;
     if (stat(path, &st) == 0 && S_ISCHR(st.st_mode))
         return avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a device, not a file", path);
 #endif
-#if AVL__MMAP
-    if (!no_mmap && avl__file_map(path, file)) return ASTROVL_OK;
+#if AVL__MMAP                                     // a pipe and an empty file cannot be mapped
+    const int fd = no_mmap ? -1 : open(path, O_RDONLY);
+    void *data = MAP_FAILED;
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0 && (uint64_t)st.st_size <= SIZE_MAX)
+        data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fd >= 0) close(fd);
+    if (data != MAP_FAILED) {
+        file->data = (uint8_t *)data;
+        file->size = (size_t)st.st_size;
+        file->kind = AVL__FILE_MAPPED;
+        return ASTROVL_OK;
+    }
 #endif
-    (void)no_mmap;
-    stream = fopen(path, "rb");
+    FILE *stream = fopen(path, "rb");
     if (!stream)
         return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
+    (void)no_mmap;
     file->kind = AVL__FILE_READ;
     while (n > 0 && !status) {
         if (!avl__grow(&file->data, &capacity, file->size + 65536, 1)) {
@@ -1057,8 +1034,7 @@ static int avl__atomic_add(int *value, int more) { return __atomic_add_fetch(val
 // Waits for *value to become other than `is`: spins for some ten microseconds, then sleeps. A sleeper counts itself in
 // n_sleeping before its last look at the value, and avl__pool_notify is called after the change: no wake-up is missed.
 static void avl__pool_wait(avl__pool *pool, const int *value, int is) {
-    int i;
-    for (i = 0; i < 2000; i++) {
+    for (int i = 0; i < 2000; i++) {
         if (avl__atomic_load(value) != is) return;
 #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -1096,28 +1072,20 @@ static void *avl__pool_main(void *argument) {
 }
 #endif
 
-static int avl__n_processors(void) {
-#if AVL__THREADS
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > ASTROVL_MAX_THREADS ? ASTROVL_MAX_THREADS : (int)n;
-#else
-    return 1;
-#endif
-}
-
-// n_threads: the caller included; fewer if the system refuses to start as many. NULL when memory is out.
+// n_threads: the caller included, 0: one for each processor; fewer if the system refuses to start as many. NULL when
+// memory is out.
 static avl__pool *avl__pool_new(int n_threads) {
     avl__pool *pool = (avl__pool *)avl__alloc(1, sizeof *pool);
     if (!pool) return NULL;
     pool->n_threads = 1;
 #if AVL__THREADS
+    const long n = n_threads ? n_threads : sysconf(_SC_NPROCESSORS_ONLN);
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->changed, NULL);
-    for (; pool->n_threads < n_threads && pool->n_threads < ASTROVL_MAX_THREADS; pool->n_threads++)
+    for (; pool->n_threads < n && pool->n_threads < ASTROVL_MAX_THREADS; pool->n_threads++)
         if (pthread_create(&pool->threads[pool->n_threads], NULL, avl__pool_main, pool) != 0) break;
-#else
-    (void)n_threads;
 #endif
+    (void)n_threads;
     return pool;
 }
 
@@ -1134,10 +1102,7 @@ static void avl__pool_free(avl__pool *pool) {
     ASTROVL_FREE(pool);
 }
 
-static int avl__pool_n_threads(const avl__pool *pool) { return pool->n_threads; }
-
 static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_items) {
-    int i;
 #if AVL__THREADS
     if (n_items > 1 && pool->n_threads > 1) {
         pool->job = job;
@@ -1148,12 +1113,12 @@ static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_it
         avl__atomic_add(&pool->generation, 1);
         avl__pool_notify(pool);
         avl__pool_work(pool, 0);
-        while ((i = avl__atomic_load(&pool->n_busy)) > 0) avl__pool_wait(pool, &pool->n_busy, i);
+        for (int n; (n = avl__atomic_load(&pool->n_busy)) > 0;) avl__pool_wait(pool, &pool->n_busy, n);
         return;
     }
 #endif
     (void)pool;
-    for (i = 0; i < n_items; i++) job(context, i, 0);
+    for (int i = 0; i < n_items; i++) job(context, i, 0);
 }
 
 // ====================================================================================================================
@@ -1220,69 +1185,45 @@ static float avl__load_f16(const uint8_t *p) { return astrovl_f16_to_f32(avl__lo
 
 // Q4_0, 18 bytes for 32 values:   0 d f16 | 2 qs[16]
 //   y[j] = d * (qs[j][0:3] - 8)     y[j + 16] = d * (qs[j][4:7] - 8)     j < 16
-static void avl__dequantize_q4_0(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)((b[2 + j] & 15) - 8);
-        y[j + 16] = d * (float)((b[2 + j] >> 4) - 8);
-    }
-}
-
 // Q4_1, 20 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qs[16]
 //   y[j] = d * qs[j][0:3] + m       y[j + 16] = d * qs[j][4:7] + m
-static void avl__dequantize_q4_1(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), m = avl__load_f16(b + 2);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)(b[4 + j] & 15) + m;
-        y[j + 16] = d * (float)(b[4 + j] >> 4) + m;
-    }
-}
-
 // Q5_0, 22 bytes for 32 values:   0 d f16 | 2 qh u32 | 6 qs[16]      bit j of qh is the fifth bit of value j
 //   y[j] = d * (qs[j][0:3] + 16 qh[j] - 16)     y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16] - 16)
-static void avl__dequantize_q5_0(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b);
-    uint32_t qh = avl__load_u32(b + 2);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)((int)((b[6 + j] & 15) | (qh >> j & 1) << 4) - 16);
-        y[j + 16] = d * (float)((int)((uint32_t)(b[6 + j] >> 4) | (qh >> (j + 16) & 1) << 4) - 16);
-    }
-}
-
 // Q5_1, 24 bytes for 32 values:   0 d f16 | 2 m f16 | 4 qh u32 | 8 qs[16]
 //   y[j] = d * (qs[j][0:3] + 16 qh[j]) + m      y[j + 16] = d * (qs[j][4:7] + 16 qh[j + 16]) + m
-static void avl__dequantize_q5_1(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), m = avl__load_f16(b + 2);
-    uint32_t qh = avl__load_u32(b + 4);
-    int j;
-    for (j = 0; j < 16; j++) {
-        y[j] = d * (float)((int)((b[8 + j] & 15) | (qh >> j & 1) << 4)) + m;
-        y[j + 16] = d * (float)((int)((uint32_t)(b[8 + j] >> 4) | (qh >> (j + 16) & 1) << 4)) + m;
+static void avl__dequantize_32(const uint8_t *b, float *y, int has_min, int has_5_bits) {
+    const uint8_t *qh = b + (has_min ? 4 : 2), *qs = qh + (has_5_bits ? 4 : 0);
+    const float d = avl__load_f16(b), m = has_min ? avl__load_f16(b + 2) : 0.0f;
+    const uint32_t high = has_5_bits ? avl__load_u32(qh) : 0;
+    const int offset = has_min ? 0 : has_5_bits ? 16 : 8;
+    for (int j = 0; j < 32; j++) {
+        const int low = j < 16 ? qs[j] & 15 : qs[j - 16] >> 4;
+        y[j] = d * (float)((low | (int)(high >> j & 1) << 4) - offset);
+        if (has_min) y[j] += m;                                          // not "+ 0": that would turn -0 into 0
     }
 }
+static void avl__dequantize_q4_0(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 0, 0); }
+static void avl__dequantize_q4_1(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 1, 0); }
+static void avl__dequantize_q5_0(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 0, 1); }
+static void avl__dequantize_q5_1(const uint8_t *b, float *y) { avl__dequantize_32(b, y, 1, 1); }
 
 // Q8_0, 34 bytes for 32 values:   0 d f16 | 2 qs i8[32]
 //   y[j] = d * qs[j]
 static void avl__dequantize_q8_0(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b);
-    int j;
-    for (j = 0; j < 32; j++) y[j] = d * (float)(int8_t)b[2 + j];
+    const float d = avl__load_f16(b);
+    for (int j = 0; j < 32; j++) y[j] = d * (float)(int8_t)b[2 + j];
 }
 
 // Q2_K, 84 bytes for 256 values in 16 groups of 16:   0 scales[16] | 16 qs[64] | 80 d f16 | 82 dmin f16
 // Value i lies in group g = i / 16; its bits are a pair of qs[32 (i / 128) + i % 32], pair (i / 32) % 4.
 //   y[i] = (d * scales[g][0:3]) * q - (dmin * scales[g][4:7])
 static void avl__dequantize_q2_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b + 80), dmin = avl__load_f16(b + 82);
-    int g, j;
-    for (g = 0; g < 16; g++) {
+    const float d = avl__load_f16(b + 80), dmin = avl__load_f16(b + 82);
+    for (int g = 0; g < 16; g++) {
         const uint8_t *qs = b + 16 + g / 8 * 32 + g % 2 * 16;
         float scale = d * (float)(b[g] & 15), minimum = dmin * (float)(b[g] >> 4);
         int shift = g / 2 % 4 * 2;
-        for (j = 0; j < 16; j++) y[16 * g + j] = scale * (float)(qs[j] >> shift & 3) - minimum;
+        for (int j = 0; j < 16; j++) y[16 * g + j] = scale * (float)(qs[j] >> shift & 3) - minimum;
     }
 }
 
@@ -1291,73 +1232,50 @@ static void avl__dequantize_q2_k(const uint8_t *b, float *y) {
 // Scale g has 6 bits: low four in nibble g / 8 of scales[g % 8], high two in pair g / 4 of scales[8 + g % 4]; minus 32.
 //   y[i] = (d * (scale[g] - 32)) * (q - (hmask bit ? 0 : 4))
 static void avl__dequantize_q3_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b + 108);
-    int g, j;
-    for (g = 0; g < 16; g++) {
+    const float d = avl__load_f16(b + 108);
+    for (int g = 0; g < 16; g++) {
         const uint8_t *qs = b + 32 + g / 8 * 32 + g % 2 * 16, *hmask = b + g % 2 * 16;
         int low = b[96 + g % 8] >> g / 8 * 4 & 15, high = b[104 + g % 4] >> g / 4 * 2 & 3, shift = g / 2 % 4 * 2;
         float scale = d * (float)((low | high << 4) - 32);
-        for (j = 0; j < 16; j++)
+        for (int j = 0; j < 16; j++)
             y[16 * g + j] = scale * (float)((qs[j] >> shift & 3) - (hmask[j] >> g / 2 & 1 ? 0 : 4));
     }
 }
 
-// The 6-bit scale and minimum of group g (of 8) that Q4_K and Q5_K pack into 12 bytes s:
+// Q4_K, 144 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 s[12] | 16 qs[128]
+// Q5_K, 176 bytes:                                    0 d f16 | 2 dmin f16 | 4 s[12] | 16 qh[32] | 48 qs[128]
+// Groups 2k and 2k + 1 are the low and the high nibbles of qs[32 k] to qs[32 k + 31]; bit g of qh[j] is the fifth bit
+// of value 32 g + j. s packs the 6-bit scale and minimum of group g:
 //   g < 4:    scale = s[g][0:5]                         minimum = s[g + 4][0:5]
 //   g >= 4:   scale = s[g + 4][0:3], s[g - 4][6:7]      minimum = s[g + 4][4:7], s[g][6:7]
-static void avl__unpack_scale(const uint8_t *s, int g, int *scale, int *minimum) {
-    if (g < 4) {
-        *scale = s[g] & 63;
-        *minimum = s[g + 4] & 63;
-    } else {
-        *scale = (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
-        *minimum = s[g + 4] >> 4 | s[g] >> 6 << 4;
-    }
-}
-
-// Q4_K, 144 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qs[128]
-// Groups 2k and 2k + 1 are the low and the high nibbles of qs[32 k] to qs[32 k + 31].
 //   y[i] = (d * scale[g]) * q - (dmin * minimum[g])
-static void avl__dequantize_q4_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
-    int g, j, scale, minimum;
-    for (g = 0; g < 8; g++) {
-        const uint8_t *qs = b + 16 + g / 2 * 32;
-        float dg, mg;
-        avl__unpack_scale(b + 4, g, &scale, &minimum);
-        dg = d * (float)scale;
-        mg = dmin * (float)minimum;
-        for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)(qs[j] >> g % 2 * 4 & 15) - mg;
+static void avl__dequantize_k(const uint8_t *b, float *y, int has_5_bits) {
+    const float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
+    const uint8_t *s = b + 4, *qh = b + 16, *qs = qh + (has_5_bits ? 32 : 0);
+    for (int g = 0; g < 8; g++, y += 32) {
+        const int scale = g < 4 ? s[g] & 63 : (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
+        const int minimum = g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4 | s[g] >> 6 << 4;
+        const float dg = d * (float)scale, mg = dmin * (float)minimum;
+        for (int j = 0; j < 32; j++) {
+            const int high = has_5_bits ? qh[j] >> g & 1 : 0;
+            y[j] = dg * (float)((qs[g / 2 * 32 + j] >> g % 2 * 4 & 15) | high << 4) - mg;
+        }
     }
 }
-
-// Q5_K, 176 bytes for 256 values in 8 groups of 32:   0 d f16 | 2 dmin f16 | 4 scales[12] | 16 qh[32] | 48 qs[128]
-// As Q4_K; bit g of qh[j] is the fifth bit of value 32 g + j.
-static void avl__dequantize_q5_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b), dmin = avl__load_f16(b + 2);
-    int g, j, scale, minimum;
-    for (g = 0; g < 8; g++) {
-        const uint8_t *qh = b + 16, *qs = b + 48 + g / 2 * 32;
-        float dg, mg;
-        avl__unpack_scale(b + 4, g, &scale, &minimum);
-        dg = d * (float)scale;
-        mg = dmin * (float)minimum;
-        for (j = 0; j < 32; j++) y[32 * g + j] = dg * (float)((qs[j] >> g % 2 * 4 & 15) | (qh[j] >> g & 1) << 4) - mg;
-    }
-}
+static void avl__dequantize_q4_k(const uint8_t *b, float *y) { avl__dequantize_k(b, y, 0); }
+static void avl__dequantize_q5_k(const uint8_t *b, float *y) { avl__dequantize_k(b, y, 1); }
 
 // Q6_K, 210 bytes for 256 values in 16 groups of 16:   0 ql[128] | 128 qh[64] | 192 scales i8[16] | 208 d f16
 // Value i: its low four bits are nibble (i / 64) % 2 of ql[64 (i / 128) + i % 64]; its high two lie in qh as Q2_K's do
 // in qs.
 //   y[i] = (d * scales[i / 16]) * (q - 32)
 static void avl__dequantize_q6_k(const uint8_t *b, float *y) {
-    float d = avl__load_f16(b + 208);
-    int g, j;
-    for (g = 0; g < 16; g++) {
+    const float d = avl__load_f16(b + 208);
+    for (int g = 0; g < 16; g++) {
         const uint8_t *ql = b + g / 8 * 64 + g % 4 * 16, *qh = b + 128 + g / 8 * 32 + g % 2 * 16;
         float scale = d * (float)(int8_t)b[192 + g];
         int low_shift = g / 4 % 2 * 4, high_shift = g / 2 % 4 * 2;
-        for (j = 0; j < 16; j++)
+        for (int j = 0; j < 16; j++)
             y[16 * g + j] = scale * (float)(((ql[j] >> low_shift & 15) | (qh[j] >> high_shift & 3) << 4) - 32);
     }
 }
@@ -1388,8 +1306,7 @@ static const avl__type_info avl__types[] = {
 };
 
 static const avl__type_info *avl__find_type(int type) {   // NULL: a type this header lacks
-    size_t i;
-    for (i = 0; i < sizeof avl__types / sizeof *avl__types; i++)
+    for (size_t i = 0; i < sizeof avl__types / sizeof *avl__types; i++)
         if (avl__types[i].type == type) return &avl__types[i];
     return NULL;
 }
@@ -1463,10 +1380,10 @@ static double avl__power_of_2(int n) { return avl__double_from_bits((uint64_t)(1
 // exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2,  |r| <= 0.347;   exp(r) = 1 + r + r^2/2! + ... + r^9/9!
 // Truncation error < 1e-11. Instead of branches, x is clamped to limits whose exp rounds to 0 or infinity as a float.
 ASTROVL_API float astrovl_expf(float x) {
-    double v = x < -104.0f ? -104.0 : x > 89.0f ? 89.0 : (double)x, r, sum;
+    const double v = x < -104.0f ? -104.0 : x > 89.0f ? 89.0 : (double)x;
     int n;
-    r = v - avl__round(v * AVL__LOG2_E, &n) * AVL__LN2;
-    sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
+    const double r = v - avl__round(v * AVL__LOG2_E, &n) * AVL__LN2;
+    double sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
           r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880)))))))));
     sum *= avl__double_from_bits((uint64_t)(1023u + (uint32_t)n) << 52);
     return x != x ? x : (float)sum;
@@ -1475,14 +1392,12 @@ ASTROVL_API float astrovl_expf(float x) {
 // The same in double: ln 2 in two parts, so that r keeps all its bits, and 13 terms (r^14 / 14! < 5e-18).
 // Relative error below 3e-16 where the result is a normal number.
 static double avl__exp(double x) {
-    double k, r, sum;
     int n;
     if (x != x) return x;
     if (x > 709.79) return HUGE_VAL;
     if (x < -745.2) return 0;
-    k = avl__round(x * AVL__LOG2_E, &n);
-    r = (x - k * AVL__LN2_HIGH) - k * AVL__LN2_LOW;
-    sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
+    const double k = avl__round(x * AVL__LOG2_E, &n), r = (x - k * AVL__LN2_HIGH) - k * AVL__LN2_LOW;
+    const double sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
           r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800 +
           r * (1.0 / 479001600 + r * (1.0 / 6227020800.0)))))))))))));
     return sum * avl__power_of_2(n / 2) * avl__power_of_2(n - n / 2);   // two steps: 2^n may be no normal double
@@ -1506,27 +1421,24 @@ static double avl__two_product(double a, double b, double *error) {
 // and its error. x > 0 and finite.
 static double avl__log_parts(double x, double *low) {
     uint64_t bits = avl__double_bits(x);
-    double e = -1023, m, f, s, s_low, p, p_low, q, tail, high;
-    int k;
+    double e = -1023, p_low, tail = 0;
     if (bits >> 52 == 0) {   // subnormal
         bits = avl__double_bits(x * 4503599627370496.0);   // 2^52
         e -= 52;
     }
     e += (double)(int)(bits >> 52);
-    m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
+    double m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
     if (m > 1.4142135623730951) {
         m *= 0.5;
         e += 1;
     }
-    f = m - 1;                                         // exact
-    s = f / (2 + f);
-    p = avl__two_product(s, 2 + f, &p_low);
-    s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // rounding errors of the quotient and of 2 + f
-    q = s * s;
-    for (tail = 0, k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
-    p = e * AVL__LN2_HIGH;                             // exact
+    const double f = m - 1, s = f / (2 + f), q = s * s;            // m - 1 is exact
+    double p = avl__two_product(s, 2 + f, &p_low);
+    const double s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // errors of the quotient and of 2 + f
+    for (int k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
+    p = e * AVL__LN2_HIGH;                                         // exact
     tail = 2 * (s_low + s * tail) + e * AVL__LN2_LOW;
-    high = p + 2 * s;
+    const double high = p + 2 * s;
     tail += 2 * s - (high - p);                        // the sum's rounding error (Dekker): |p| > |2 s| or p = 0
     *low = tail - ((high + tail) - high);
     return high + tail;
@@ -1583,12 +1495,12 @@ ASTROVL_API float astrovl_erff(float x) {
 //      of 30 bits: their products with n (at most 23 bits) are exact, and so are the differences (Cody & Waite 1980)
 //   sin r = r - r^3/3! + ... + r^13/13!,   cos r = 1 - r^2/2! + ... + r^12/12!:   truncation error < 1e-12
 static float avl__sin_quadrant(float x, int quadrant) {
-    double k, r, q, y;
+    double y;
     int n;
     if (!(x < 8388608.0f && x > -8388608.0f)) return avl__float_from_bits(0x7FC00000);
-    k = avl__round((double)x * 0.63661977236758134308, &n);   // 2/pi
-    r = (((double)x - k * 1.570796325802803) - k * 9.920935791635221e-10) - k * 5.170182981794105e-19;
-    q = r * r;
+    const double k = avl__round((double)x * 0.63661977236758134308, &n);   // 2/pi
+    const double r = (((double)x - k * 1.570796325802803) - k * 9.920935791635221e-10) - k * 5.170182981794105e-19;
+    const double q = r * r;
     n += quadrant;
     if (n & 1)
         y = 1 - q * (1.0 / 2 - q * (1.0 / 24 - q * (1.0 / 720 - q * (1.0 / 40320 - q * (1.0 / 3628800 -
@@ -1650,7 +1562,7 @@ typedef struct avl__quants {
     int      n_blocks, n_groups, group, float_kind;
 } avl__quants;
 
-enum { AVL__QUANT_BYTES = 4 + 8 + 8 + 128 };   // of a block: scale, bias, sum, and at most 32 words
+enum { AVL__QUANT_FLOATS = 1 + 2 + 2 + 32 };   // of a block: scale, bias, sum, and at most 32 words
 
 // One product:  y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 typedef struct avl__product {
@@ -1668,19 +1580,12 @@ typedef struct avl__tile {
     float       *out;          // [n][head_dim]
     const float *q, *k, *v;    // [n][head_dim], [n_keys][head_dim] twice
     size_t       q_stride, kv_stride;
-    int          n;            // for attend at most AVL__TILE_QUERIES
-    int          n_keys, n_visible;   // query i sees the first n_visible + i keys, at most all
+    int          n, n_keys, n_visible;   // query i sees the first n_visible + i keys, at most all
     int          head_dim;
 } avl__tile;
 
-enum { AVL__TILE_QUERIES = 32 };
-
 typedef struct avl__kernels {
     const char *name;
-    // sum over i of a[i] * b[i]
-    float (*dot)(const float *a, const float *b, int n);
-    // y[i] += a * x[i]
-    void (*axpy)(float *y, float a, const float *x, int n);
     // columns first..last-1 of a product.  scratch: this thread's memory, at least [n_in] floats
     void (*linear)(const avl__product *p, int first, int last, float *scratch);
     // sum over i of half[i] * x[i], half: little-endian float16 at any address. The same bits in every table
@@ -1695,9 +1600,10 @@ typedef struct avl__kernels {
     // The rest is NULL or 0 in the portable table.
     // blocks begin..end-1 of rows first..first+n_rows-1 of x to p->quants
     void (*quantize)(const avl__product *p, int first, int n_rows, int begin, int end);
-    // columns first..last-1 of the product with p->quants
+    // columns first..last-1 of the product with p->quants.  scratch: [n_in][64] + 8192 floats
     void (*multiply)(const avl__product *p, int first, int last, float *scratch);
-    // attention; in bfloat16 (for any number of queries), NULL where the processor does not multiply it
+    // attention; in bfloat16, NULL where the processor does not multiply it.
+    // scratch: [n_keys][32] + [head_dim][32] floats; in bfloat16 [n_keys][head_dim] more, head_dim rounded up to 32s
     void (*attend)(const avl__tile *t, float *scratch);
     void (*attend_coarsely)(const avl__tile *t, float *scratch);
     // attention of one query [head_dim] over n_keys keys and values in float16, `stride` from one to the next.
@@ -1715,58 +1621,44 @@ typedef struct avl__kernels {
 #define AVL__LANES 16
 
 static float avl__fold_lanes(float *lane) {
-    int half, i;
-    for (half = AVL__LANES / 2; half > 0; half /= 2)
-        for (i = 0; i < half; i++) lane[i] += lane[i + half];
+    for (int half = AVL__LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
     return lane[0];
 }
 
 static float avl__dot_portable(const float *a, const float *b, int n) {
     float lane[AVL__LANES] = {0};
-    int i, j;
-    for (i = 0; i + AVL__LANES <= n; i += AVL__LANES)
-        for (j = 0; j < AVL__LANES; j++) lane[j] += a[i + j] * b[i + j];
-    for (j = 0; i + j < n; j++) lane[j] += a[i + j] * b[i + j];
+    int i = 0;
+    for (; i + AVL__LANES <= n; i += AVL__LANES)
+        for (int j = 0; j < AVL__LANES; j++) lane[j] += a[i + j] * b[i + j];
+    for (int j = 0; i + j < n; j++) lane[j] += a[i + j] * b[i + j];
     return avl__fold_lanes(lane);
 }
 
 static float avl__dot_f16_portable(const void *half, const float *x, int n) {
-    const uint8_t *h = (const uint8_t *)half;
     float lane[AVL__LANES] = {0};
-    int i, j;
-    for (i = 0; i < n; i += AVL__LANES)
-        for (j = 0; j < AVL__LANES && i + j < n; j++)
-            lane[j] += astrovl_f16_to_f32(avl__load_u16(h + 2 * (i + j))) * x[i + j];
+    for (int i = 0; i < n; i++) lane[i % AVL__LANES] += avl__load_f16((const uint8_t *)half + 2 * (size_t)i) * x[i];
     return avl__fold_lanes(lane);
-}
-
-static void avl__axpy_portable(float *y, float a, const float *x, int n) {
-    int i;
-    for (i = 0; i < n; i++) y[i] += a * x[i];
 }
 
 // Each weight row is expanded once and then meets every row of x while it is in the cache.
 static void avl__linear_portable(const avl__product *p, int first, int last, float *scratch) {
     const avl__linear *w = p->w;
-    int out, r;
-    for (out = first; out < last; out++) {
+    for (int out = first; out < last; out++) {
         float bias = w->bias ? w->bias[out] : 0.0f;
         avl__dequantize_row(w->type, (const uint8_t *)w->weight + (size_t)out * w->row_bytes, scratch, w->n_in);
-        for (r = 0; r < p->n_rows; r++)
+        for (int r = 0; r < p->n_rows; r++)
             p->y[(size_t)r * w->n_out + out] = avl__dot_portable(p->x + (size_t)r * w->n_in, scratch, w->n_in) + bias;
     }
 }
 
 static void avl__silu_product(float *x, const float *up, int64_t n) {
-    int64_t i;
-    astrovl_silu(x, n);
-    for (i = 0; i < n; i++) x[i] *= up[i];
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-x[i])) * up[i];
 }
 
 static const avl__kernels avl__kernels_portable = {
-    "portable", avl__dot_portable, avl__axpy_portable, avl__linear_portable, avl__dot_f16_portable, astrovl_rms_norm,
-    astrovl_layer_norm, astrovl_gelu, astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-    1, 0, 1, 0, 0};
+    "portable", avl__linear_portable, avl__dot_f16_portable, astrovl_rms_norm, astrovl_layer_norm, astrovl_gelu,
+    astrovl_quick_gelu, avl__silu_product, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 0, 1, 0, 0};
 
 static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
@@ -1786,12 +1678,7 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 
 // ---- how a pass is run ---------------------------------------------------------------------------------------------
 
-typedef struct avl__scratch {            // a block of scratch memory; its floats follow
-    struct avl__scratch *older;
-    size_t               n_floats, n_taken;
-} avl__scratch;
-
-// Execution context: kernels, threads, scratch memory, callbacks. A session and its forks share one.
+// Execution context: kernels, threads, memory, callbacks. A session and its forks share one.
 typedef struct avl__run {
     const avl__kernels *kernels;
     avl__pool          *pool;
@@ -1800,91 +1687,52 @@ typedef struct avl__run {
     void               *tap_user;
     astrovl_progress    progress;          // NULL: none
     void               *progress_user;
-    avl__scratch       *scratch;           // what avl__take has given out in this pass; newest block first
-    size_t              n_wanted;          // floats that the next block holds at least
-    float              *thread_memory;     // [n_threads][thread_floats]: an expanded weight row, a pack, or scores
-    size_t              thread_capacity;
+    void              **taken;             // avl__take's blocks of this pass, the newest: each holds the one before
+    float              *work;              // [n_threads][thread_floats]: an expanded weight row, a pack, or scores;
+    size_t              work_capacity;     //   behind them, the rounded activations of the product under way
     size_t              thread_floats;
-    uint8_t            *quants;            // activations as integers, of the product under way
-    size_t              quants_capacity;
     int                 always_panels;     // 1: a row's bits must not depend on how many there are
     int                 failed;            // 1: memory has run out in this pass; no product is computed any more
 } avl__run;
 
-// Frees the blocks; returns how many floats they held.
-static size_t avl__scratch_free(avl__run *run) {
-    size_t n = 0;
-    while (run->scratch) {
-        avl__scratch *older = run->scratch->older;
-        n += run->scratch->n_floats;
-        ASTROVL_FREE(run->scratch);
-        run->scratch = older;
-    }
-    return n;
-}
-
-// Begins a pass: what the one before has taken is free again. Where that was several blocks, the next block is as large
-// as all of them, so that passes of one size allocate nothing from the third on.
+// Begins a pass: what the one before has taken is freed.
 static void avl__run_begin(avl__run *run, int always_panels) {
-    if (run->scratch && run->scratch->older) run->n_wanted = avl__scratch_free(run);
-    if (run->scratch) run->scratch->n_taken = 0;
+    while (run->taken) {
+        void **block = run->taken;
+        run->taken = (void **)*block;
+        ASTROVL_FREE(block);
+    }
     run->always_panels = always_panels;
     run->failed = 0;
 }
 
-// n floats of scratch memory, until the next pass begins. NULL when memory is out, and then for the rest of the pass.
+// n floats, aligned to a cache line, until the next pass begins. NULL when memory has run out in this pass.
 static float *avl__take(avl__run *run, uint64_t n) {
-    avl__scratch *block = run->scratch;
-    n += AVL__LINE - n % AVL__LINE;                          // the next ones begin at a cache line, too
-    if (!run->failed && (!block || n > block->n_floats - block->n_taken)) {
-        const uint64_t size = n > run->n_wanted ? n : run->n_wanted;
-        block = (avl__scratch *)avl__alloc_raw(size + sizeof *block + AVL__LINE, sizeof(float));
-        run->n_wanted = 0;
-        run->failed = !block;
-        if (block) {
-            block->older = run->scratch;
-            block->n_floats = (size_t)size;
-            block->n_taken = 0;
-            run->scratch = block;
-        }
-    }
-    if (run->failed) return NULL;
-    block->n_taken += (size_t)n;
-    return (float *)avl__align(block + 1) + (block->n_taken - (size_t)n);
+    void **block = run->failed ? NULL : (void **)avl__alloc_raw(n + AVL__LINE, sizeof(float));
+    run->failed = !block;
+    if (!block) return NULL;
+    *block = run->taken;
+    run->taken = block;
+    return (float *)avl__align(block + 1);
 }
 
-// Room for a product of n_rows rows of n_floats values, or (n_rows 0) for attention that takes n_floats of each
-// thread's memory. 0, and run->failed, when memory is out.
-static int avl__run_reserve(avl__run *run, uint64_t n_rows, uint64_t n_floats) {
-    const uint64_t n_threads = (uint64_t)avl__pool_n_threads(run->pool);
-    int good = !run->failed && n_floats < SIZE_MAX / 1024 / n_threads;
-    if (good && run->kernels->multiply) {
-        const uint64_t n_blocks = n_floats / 32 + 1, n_all = n_rows + 16;    // the last group need not be full
-        if (n_rows > 0)
-            good = n_blocks <= SIZE_MAX / 1024 / n_all &&
-                   avl__grow(&run->quants, &run->quants_capacity, (size_t)(n_all * n_blocks * AVL__QUANT_BYTES), 1);
-        n_floats = n_floats * 64 + 8192;                     // attention takes 32 for each key and value of a head, a
-                                                             // pack 64 for each column at most, of 16 blocks at least
-    }
-    n_floats += AVL__LINE - n_floats % AVL__LINE;
-    if (good && n_floats > run->thread_floats) {
-        const size_t n = (size_t)(n_floats * n_threads) + AVL__LINE;
-        good = avl__grow(&run->thread_memory, &run->thread_capacity, n, sizeof(float));
-        if (good) run->thread_floats = (size_t)n_floats;
-    }
-    if (!good) run->failed = 1;
-    return good;
+// Room for n_floats of each thread, and for n_shared behind them. 0, and run->failed, when memory is out.
+static int avl__run_reserve(avl__run *run, uint64_t n_floats, uint64_t n_shared) {
+    const uint64_t each = n_floats + AVL__LINE - n_floats % AVL__LINE;
+    const uint64_t n = each * (uint64_t)run->pool->n_threads + n_shared + 2 * AVL__LINE;
+    if (n > SIZE_MAX / 8 || !avl__grow(&run->work, &run->work_capacity, (size_t)n, sizeof(float))) run->failed = 1;
+    if (!run->failed) run->thread_floats = (size_t)each;
+    return !run->failed;
 }
 
-static float *avl__thread_memory(const avl__run *run, int thread) {
-    return (float *)avl__align(run->thread_memory) + (size_t)thread * run->thread_floats;
+static float *avl__thread_memory(const avl__run *run, int thread) {   // thread n_threads: what is behind them
+    return (float *)avl__align(run->work) + (size_t)thread * run->thread_floats;
 }
 
 static void avl__run_free(avl__run *run) {
     if (run->pool) avl__pool_free(run->pool);
-    avl__scratch_free(run);
-    astrovl_free(run->thread_memory);
-    astrovl_free(run->quants);
+    avl__run_begin(run, 0);
+    astrovl_free(run->work);
 }
 
 // Where a pass stands: MEMORY if a product or avl__take has failed, CANCELLED if the caller wants it.
@@ -1902,8 +1750,8 @@ static astrovl_status avl__pass_status(const avl__run *run, const char *what, in
 // names modules; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
 static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
                       int64_t d0, int64_t d1, int64_t d2) {
-    char full[160], number[16] = "";
     const int64_t shape[3] = {d0, d1, d2};
+    char full[160], number[16] = "";
     if (!run->tap || run->failed) return;
     if (layer >= 0) avl__format(number, sizeof number, ".%d", layer);
     avl__format(full, sizeof full, "%s%s%s%s", prefix, number, *name ? "." : "", name);
@@ -1915,125 +1763,91 @@ static void avl__tap(const avl__run *run, const char *prefix, int layer, const c
     avl__tap3(run, prefix, layer, name, data, n_rows, n_columns, 0);
 }
 
-// ---- norms ---------------------------------------------------------------------------------------------------------
+// ---- norms, softmax, activations (formulas: section [1]) -----------------------------------------------------------
 // Sums run in double, first value to last: more digits than a float32 sum of any order, at no measurable cost.
 
-// y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
 ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd,
                                     float eps) {
     double sum = 0.0, squares = 0.0;
-    float mean, scale;
-    int i;
-    for (i = 0; i < n_embd; i++) sum += x[i];
-    mean = (float)(sum / n_embd);
-    for (i = 0; i < n_embd; i++) {
+    for (int i = 0; i < n_embd; i++) sum += x[i];
+    const float mean = (float)(sum / n_embd);
+    for (int i = 0; i < n_embd; i++) {
         double d = (double)x[i] - mean;
         squares += d * d;
     }
-    scale = (float)(1.0 / avl__sqrt(squares / n_embd + eps));
-    for (i = 0; i < n_embd; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+    const float scale = (float)(1.0 / avl__sqrt(squares / n_embd + eps));
+    for (int i = 0; i < n_embd; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]                   RMSNorm (Zhang & Sennrich 2019), LLaMA's norm
 ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps) {
     double squares = 0.0;
-    float scale;
-    int i;
-    for (i = 0; i < n_embd; i++) squares += (double)x[i] * x[i];
-    scale = (float)(1.0 / avl__sqrt(squares / n_embd + eps));
-    for (i = 0; i < n_embd; i++) y[i] = x[i] * scale * weight[i];
+    for (int i = 0; i < n_embd; i++) squares += (double)x[i] * x[i];
+    const float scale = (float)(1.0 / avl__sqrt(squares / n_embd + eps));
+    for (int i = 0; i < n_embd; i++) y[i] = x[i] * scale * weight[i];
 }
 
-typedef struct avl__norm_job {
-    const avl__run *run;
-    float          *y;
-    const float    *x, *weight, *bias;
-    int             n_embd;
-    float           eps;
-} avl__norm_job;
+ASTROVL_API void astrovl_softmax(float *x, int n) {   // subtracting the maximum keeps exp in range
+    float max = n > 0 ? x[0] : 0.0f;
+    double sum = 0.0;
+    for (int i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
+    for (int i = 0; i < n; i++) {
+        x[i] = astrovl_expf(x[i] - max);
+        sum += x[i];
+    }
+    const float scale = (float)(1.0 / sum);
+    for (int i = 0; i < n; i++) x[i] *= scale;
+}
 
-static void avl__norm_item(void *context, int r, int thread) {
-    avl__norm_job *job = (avl__norm_job *)context;
-    float *y = job->y + (size_t)r * job->n_embd;
-    const float *x = job->x + (size_t)r * job->n_embd;
+ASTROVL_API void astrovl_gelu(float *x, int64_t n) {   // Phi(x) = (1 + erf(x / sqrt 2)) / 2
+    for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + astrovl_erff(x[i] * 0.70710678118654752f));
+}
+
+ASTROVL_API void astrovl_quick_gelu(float *x, int64_t n) {   // what OpenAI's CLIP was trained with
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-1.702f * x[i]));
+}
+
+ASTROVL_API void astrovl_silu(float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-x[i]));
+}
+
+// A norm or an activation by several threads: y and x [n], of which an item is n_item values (or what is left)
+typedef struct avl__row_job {
+    const avl__kernels *kernels;
+    float              *y;
+    const float        *x, *weight, *bias;   // of a norm: [n_item]
+    float               eps;
+    const float        *up;
+    void              (*activation)(float *x, int64_t n);
+    int64_t             n, n_item;
+} avl__row_job;
+
+static void avl__row_item(void *context, int item, int thread) {
+    const avl__row_job *job = (const avl__row_job *)context;
+    const int64_t first = item * job->n_item, left = job->n - first, n = left < job->n_item ? left : job->n_item;
+    float *y = job->y + first;
     (void)thread;
-    if (job->bias) job->run->kernels->layer_norm(y, x, job->weight, job->bias, job->n_embd, job->eps);
-    else           job->run->kernels->rms_norm(y, x, job->weight, job->n_embd, job->eps);
+    if (job->up)              job->kernels->silu_product(y, job->up + first, n);
+    else if (job->activation) job->activation(y, n);
+    else if (job->bias)       job->kernels->layer_norm(y, job->x + first, job->weight, job->bias, (int)n, job->eps);
+    else                      job->kernels->rms_norm(y, job->x + first, job->weight, (int)n, job->eps);
 }
 
 // LayerNorm of each row, or RMSNorm if bias is NULL.  x, y: [n_rows][n_embd]
 static void avl__norm_rows(const avl__run *run, float *y, const float *x, const float *weight, const float *bias,
                            int n_rows, int n_embd, float eps) {
-    avl__norm_job job = {run, y, x, weight, bias, n_embd, eps};
-    avl__pool_run(run->pool, avl__norm_item, &job, n_rows);
-}
-
-// ---- softmax and activations ---------------------------------------------------------------------------------------
-
-// x[i] = exp(x[i] - max x) / sum of the same. Subtracting the maximum changes nothing but keeps exp in range.
-ASTROVL_API void astrovl_softmax(float *x, int n) {
-    double sum = 0.0;
-    float max, scale;
-    int i;
-    if (n <= 0) return;
-    max = x[0];
-    for (i = 1; i < n; i++) if (x[i] > max) max = x[i];
-    for (i = 0; i < n; i++) {
-        x[i] = astrovl_expf(x[i] - max);
-        sum += x[i];
-    }
-    scale = (float)(1.0 / sum);
-    for (i = 0; i < n; i++) x[i] *= scale;
-}
-
-// x Phi(x), Phi the normal distribution's integral: x (1 + erf(x / sqrt 2)) / 2         GELU (Hendrycks & Gimpel 2016)
-ASTROVL_API void astrovl_gelu(float *x, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + astrovl_erff(x[i] * 0.70710678118654752f));
-}
-
-// x sigmoid(1.702 x): the approximation that OpenAI's CLIP was trained with, so it is what its weights mean
-ASTROVL_API void astrovl_quick_gelu(float *x, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-1.702f * x[i]));
-}
-
-// x sigmoid(x)
-ASTROVL_API void astrovl_silu(float *x, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i++) x[i] = x[i] / (1.0f + astrovl_expf(-x[i]));
-}
-
-typedef struct avl__activation_job {
-    float       *x;
-    const float *up;
-    int64_t      n;
-    void       (*activation)(float *x, int64_t n);
-    void       (*silu_product)(float *x, const float *up, int64_t n);
-} avl__activation_job;
-
-enum { AVL__ACTIVATION_CHUNK = 8192 };
-
-static void avl__activation_item(void *context, int item, int thread) {
-    avl__activation_job *job = (avl__activation_job *)context;
-    int64_t first = (int64_t)item * AVL__ACTIVATION_CHUNK, n = job->n - first;
-    (void)thread;
-    if (n > (int64_t)AVL__ACTIVATION_CHUNK) n = (int64_t)AVL__ACTIVATION_CHUNK;
-    if (job->up) job->silu_product(job->x + first, job->up + first, n);
-    else         job->activation(job->x + first, n);
+    avl__row_job job = {run->kernels, y, x, weight, bias, eps, NULL, NULL, (int64_t)n_rows * n_embd, n_embd};
+    avl__pool_run(run->pool, avl__row_item, &job, n_rows);
 }
 
 // x = activation(x), or silu(x) * up if up is not NULL.  x, up: [n]
 static void avl__activate(avl__run *run, float *x, int64_t n, void (*activation)(float *x, int64_t n),
                           const float *up) {
-    avl__activation_job job = {x, up, n, activation, run->kernels->silu_product};
-    const int n_items = (int)((n + AVL__ACTIVATION_CHUNK - 1) / AVL__ACTIVATION_CHUNK);
-    avl__pool_run(run->pool, avl__activation_item, &job, n_items);
+    avl__row_job job = {run->kernels, x, x, NULL, NULL, 0.0f, up, activation, n, 8192};
+    avl__pool_run(run->pool, avl__row_item, &job, (int)((n + job.n_item - 1) / job.n_item));
 }
 
 static void avl__add(float *y, const float *x, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i++) y[i] += x[i];
+    for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
 // ---- RoPE ----------------------------------------------------------------------------------------------------------
@@ -2045,8 +1859,7 @@ static void avl__add(float *y, const float *x, int64_t n) {
 // of LLaMA-3, [head_dim / 2]) may be NULL; linear_scale divides positions (rope.scaling.type = linear), 1 for none
 static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, const float *factors,
                                   float linear_scale) {
-    int i;
-    for (i = 0; i < head_dim / 2; i++) {
+    for (int i = 0; i < head_dim / 2; i++) {
         float f = (float)(1.0 / avl__pow(theta, 2.0 * i / head_dim));
         if (factors) f /= factors[i];
         inv_freq[i] = f / linear_scale;
@@ -2060,29 +1873,25 @@ static void avl__rope_cos_sin(float *cos_sin, float angle) {
     cos_sin[2] = -cos_sin[1];
 }
 
-// (x0, x1) = (x0 cos - x1 sin, x0 sin + x1 cos), with -sin read from memory and added. Of a subtraction beside an
+// Rotates the first rope_dim values of every head of a row x [n_head][head_dim].  cos_sin: [rope_dim / 2][3]
+//   (x0, x1) = (x0 cos - x1 sin, x0 sin + x1 cos), with -sin read from memory and added. Of a subtraction beside an
 // addition, gcc 12's vectorizer makes one fused vfmaddsub even where contraction is switched off, and exact mode's bits
 // would differ.
-static void avl__rope_pair(float *x, const float *cos_sin) {
-    float x0 = x[0], x1 = x[1];
-    x[0] = x0 * cos_sin[0] + x1 * cos_sin[2];
-    x[1] = x0 * cos_sin[1] + x1 * cos_sin[0];
+static void avl__rope_row(float *x, int n_head, int head_dim, int rope_dim, const float *cos_sin) {
+    for (int h = 0; h < n_head; h++, x += head_dim)
+        for (int i = 0; i < rope_dim / 2; i++) {
+            const float x0 = x[2 * i], x1 = x[2 * i + 1], *c = cos_sin + 3 * i;
+            x[2 * i] = x0 * c[0] + x1 * c[2];
+            x[2 * i + 1] = x0 * c[1] + x1 * c[0];
+        }
 }
 
 ASTROVL_API void astrovl_rope(float *x, int head_dim, int position, const float *inv_freq) {
-    float cos_sin[3];
-    int i;
-    for (i = 0; i < head_dim / 2; i++) {
+    for (int i = 0; i < head_dim / 2; i++) {
+        float cos_sin[3];
         avl__rope_cos_sin(cos_sin, (float)position * inv_freq[i]);
-        avl__rope_pair(x + 2 * i, cos_sin);
+        avl__rope_row(x + 2 * i, 1, 2, 2, cos_sin);   // one pair, as a head of its own
     }
-}
-
-// The first rope_dim values of every head of a row x [n_head][head_dim].  cos_sin: of its position, [rope_dim / 2][3]
-static void avl__rope_row(float *x, int n_head, int head_dim, int rope_dim, const float *cos_sin) {
-    int h, i;
-    for (h = 0; h < n_head; h++, x += head_dim)
-        for (i = 0; i < rope_dim / 2; i++) avl__rope_pair(x + 2 * i, cos_sin + 3 * i);
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------
@@ -2110,105 +1919,80 @@ typedef struct avl__linear_job {
 static void avl__linear_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
     const avl__product *p = job->product;
-    const int *n_items = job->n_items;
-    int first, last;
-    for (; item >= *n_items; p++) item -= *n_items++;
-    first = item * job->chunk;
-    last = first + job->chunk;
+    for (const int *n_items = job->n_items; item >= *n_items; p++) item -= *n_items++;
+    const int first = item * job->chunk, last = first + job->chunk;
     job->columns(p, first, last < p->w->n_out ? last : p->w->n_out, avl__thread_memory(job->run, thread));
 }
 
 static void avl__quantize_item(void *context, int item, int thread) {
     const avl__linear_job *job = (const avl__linear_job *)context;
     const avl__product *p = job->product;
-    const int first = item / job->n_parts * p->quants.group, n_blocks = p->quants.n_blocks;
-    const int n_rows = p->n_rows - first < p->quants.group ? p->n_rows - first : p->quants.group;
+    const int first = item / job->n_parts * p->quants.group, left = p->n_rows - first, n_blocks = p->quants.n_blocks;
     const int size = (n_blocks + job->n_parts - 1) / job->n_parts, begin = item % job->n_parts * size;
     (void)thread;
-    job->run->kernels->quantize(p, first, n_rows, begin, begin + size < n_blocks ? begin + size : n_blocks);
+    job->run->kernels->quantize(p, first, left < p->quants.group ? left : p->quants.group, begin,
+                                begin + size < n_blocks ? begin + size : n_blocks);
 }
 
-// Lays out run->quants for the activations of a product. Its groups are as large as tiles, about equal, or few.
-static avl__quants avl__quants_for(const avl__run *run, const avl__product *p) {
-    static const int sizes[] = {4, 6, 12};
+// n (at most AVL__SHARED_PRODUCTS) products of the same x:  y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
+// For weights of one type x is rounded once, and threads are started once.
+static void avl__apply_each(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n,
+                            int n_rows) {
+    static const int group_sizes[] = {4, 6, 12};
     const avl__kernels *kernels = run->kernels;
-    const int most = avl__is_float_type(p->w->type) ? kernels->float_group : kernels->group;
-    const int n_groups = (p->n_rows + most - 1) / most, n_rows = (p->n_rows + n_groups - 1) / n_groups;
-    avl__quants q;
-    size_t n;
-    int i = 0;
-    while (sizes[i] < n_rows) i++;
-    q.group = sizes[i];
-    if (p->few) q.group = p->n_rows == 1 ? 1 : kernels->few_group;
-    q.n_groups = (p->n_rows + q.group - 1) / q.group;
-    q.n_blocks = (p->w->n_in + 31) / 32;
-    q.float_kind = kernels->float_kind;
-    n = (size_t)q.n_blocks * (size_t)q.n_groups * (size_t)q.group;
-    q.scale = (float *)(void *)run->quants;
-    q.bias = (int32_t *)(void *)(q.scale + n);
-    q.sum = (float *)(void *)(q.bias + 2 * n);
-    q.q = (int8_t *)avl__align(q.sum + 2 * n);
-    return q;
-}
-
-// n (at most AVL__SHARED_PRODUCTS) products of the same x with weights of one type:
-//     y[i][n_rows][n_out] = x[n_rows][n_in] W[i]^T + bias.
-// x is rounded once for all of them, and threads are started once.
-static void avl__apply_shared(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n,
-                              int n_rows) {
-    const avl__kernels *kernels = run->kernels;
-    const int is_float = avl__is_float_type(w[0]->type), n_threads = avl__pool_n_threads(run->pool);
+    const int is_float = avl__is_float_type(w[0]->type), n_threads = run->pool->n_threads, n_in = w[0]->n_in;
     const int few = n_rows <= (is_float ? AVL__FEW_FLOAT_ROWS : kernels->n_few) && !run->always_panels;
     const int is_rounded = kernels->multiply && !(few && is_float);
-    int n_out = 0, n_items = 0, i;
+    int n_shared = 0, n_out = 0, n_items = 0;
+    avl__quants q;
     avl__linear_job job;
-    if (!avl__run_reserve(run, (uint64_t)n_rows, (uint64_t)w[0]->n_in)) return;
+    memset(&q, 0, sizeof q);
     memset(&job, 0, sizeof job);
+    q.n_blocks = (n_in + 31) / 32;
+    const uint64_t n_quants = ((uint64_t)n_rows + 16) * (uint64_t)q.n_blocks;        // the last group need not be full
+    if (!avl__run_reserve(run, is_rounded ? (uint64_t)n_in * 64 + 8192 : (uint64_t)n_in,
+                          is_rounded ? n_quants * AVL__QUANT_FLOATS : 0)) return;
+    if (is_rounded) {                  // groups are as large as tiles, about equal, or few
+        const int most = is_float ? kernels->float_group : kernels->group, n_tiles = (n_rows + most - 1) / most;
+        const int *size = group_sizes;
+        while (*size < (n_rows + n_tiles - 1) / n_tiles) size++;
+        q.group = !few ? *size : n_rows == 1 ? 1 : kernels->few_group;
+        q.n_groups = (n_rows + q.group - 1) / q.group;
+        q.float_kind = kernels->float_kind;
+        const size_t n_scales = (size_t)q.n_blocks * (size_t)q.n_groups * (size_t)q.group;
+        q.scale = avl__thread_memory(run, n_threads);
+        q.bias = (int32_t *)(void *)(q.scale + n_scales);
+        q.sum = (float *)(void *)(q.bias + 2 * n_scales);
+        q.q = (int8_t *)avl__align(q.sum + 2 * n_scales);
+    }
+    for (; n_shared < n && w[n_shared]->type == w[0]->type; n_shared++) n_out += w[n_shared]->n_out;
     job.run = run;
     job.columns = is_rounded ? kernels->multiply : kernels->linear;
-    for (i = 0; i < n; i++) n_out += w[i]->n_out;
     job.chunk = AVL__LINEAR_CHUNK;
     if (n_rows <= AVL__STREAM_ROWS) job.chunk *= 1 + n_out / (AVL__LINEAR_CHUNK * AVL__LINEAR_CHUNKS * n_threads);
-    for (i = 0; i < n; i++) {
-        avl__product *p = &job.product[i];
-        p->y = y[i];
-        p->x = x;
-        p->w = w[i];
-        p->n_rows = n_rows;
-        p->few = few;
-        p->ahead = job.chunk * n_threads;
-        if (is_rounded) p->quants = avl__quants_for(run, p);
+    for (int i = 0; i < n_shared; i++) {
+        const avl__product p = {y[i], x, w[i], n_rows, few, job.chunk * n_threads, q};
+        job.product[i] = p;
         job.n_items[i] = (w[i]->n_out + job.chunk - 1) / job.chunk;
         n_items += job.n_items[i];
     }
     if (is_rounded) {                  // few rows make few groups; long ones are rounded in parts
-        const avl__quants *q = &job.product[0].quants;
-        job.n_parts = q->n_groups < n_threads && q->n_blocks * n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
-        avl__pool_run(run->pool, avl__quantize_item, &job, q->n_groups * job.n_parts);
+        job.n_parts = q.n_groups < n_threads && q.n_blocks * n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
+        avl__pool_run(run->pool, avl__quantize_item, &job, q.n_groups * job.n_parts);
     }
     avl__pool_run(run->pool, avl__linear_item, &job, n_items);
+    if (n_shared < n) avl__apply_each(run, y + n_shared, x, w + n_shared, n - n_shared, n_rows);   // of other types
 }
 
 // y[n_rows][n_out] = x[n_rows][n_in] W^T + bias
 static void avl__apply(avl__run *run, float *y, const float *x, const avl__linear *w, int n_rows) {
-    avl__apply_shared(run, &y, x, &w, 1, n_rows);
-}
-
-// n such products of the same x. Those with weights of one type share what they can.
-static void avl__apply_each(avl__run *run, float *const *y, const float *x, const avl__linear *const *w, int n,
-                            int n_rows) {
-    int i, end;
-    for (i = 0; i < n; i = end) {
-        for (end = i + 1; end < n && w[end]->type == w[i]->type; end++) {}
-        avl__apply_shared(run, y + i, x, w + i, end - i, n_rows);
-    }
+    avl__apply_each(run, &y, x, &w, 1, n_rows);
 }
 
 ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const float *bias, int n_rows, int n_in,
                                 int n_out) {
-    int r, o;
-    for (r = 0; r < n_rows; r++, x += n_in, y += n_out)
-        for (o = 0; o < n_out; o++)
+    for (int r = 0; r < n_rows; r++, x += n_in, y += n_out)
+        for (int o = 0; o < n_out; o++)
             y[o] = avl__dot_portable(x, w + (size_t)o * n_in, n_in) + (bias ? bias[o] : 0.0f);
 }
 
@@ -2229,29 +2013,24 @@ typedef struct avl__attention {
     avl__run    *run;
 } avl__attention;
 
-// Where the keys and values of a query head begin
-static size_t avl__head_begin(const avl__attention *a, int head) {
-    return (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_stride;
-}
+enum { AVL__TILE_QUERIES = 32, AVL__ITEM_QUERIES = 320 };   // of a head: of a tile; that a thread takes at a time
 
-// One query row of one head.  scores: [n_past + n_rows]
-static void avl__attend(const avl__attention *a, int head, int row, float *scores) {
-    const avl__kernels *kernels = a->run->kernels;
-    const int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows;
-    const size_t kv_head = avl__head_begin(a, head), at = ((size_t)row * a->n_head + head) * a->head_dim;
-    const float *q = a->q + at;
-    float *out = a->out + at;
-    int j;
+// One query row of one head.  kv_head: where the head's keys and values begin;  scores: [n_past + n_rows]
+static void avl__attend(const avl__attention *a, int head, size_t kv_head, int row, float *scores) {
+    const int n_keys = a->causal ? a->n_past + row + 1 : a->n_past + a->n_rows, d = a->head_dim;
+    const float *q = a->q + ((size_t)row * a->n_head + head) * d;
+    float *out = a->out + (q - a->q);
     if (a->is_half) {
         const uint16_t *k = (const uint16_t *)a->k + kv_head, *v = (const uint16_t *)a->v + kv_head;
-        kernels->attend_one(out, q, k, v, a->key_stride, n_keys, a->head_dim, scores);
+        a->run->kernels->attend_one(out, q, k, v, a->key_stride, n_keys, d, scores);
     } else {
         const float *k = (const float *)a->k + kv_head, *v = (const float *)a->v + kv_head;
-        const float scale = (float)(1.0 / avl__sqrt((double)a->head_dim));
-        for (j = 0; j < n_keys; j++) scores[j] = kernels->dot(q, k + (size_t)j * a->key_stride, a->head_dim) * scale;
+        const float scale = (float)(1.0 / avl__sqrt((double)d));
+        for (int j = 0; j < n_keys; j++) scores[j] = avl__dot_portable(q, k + (size_t)j * a->key_stride, d) * scale;
         astrovl_softmax(scores, n_keys);
-        memset(out, 0, (size_t)a->head_dim * sizeof(float));
-        for (j = 0; j < n_keys; j++) kernels->axpy(out, scores[j], v + (size_t)j * a->key_stride, a->head_dim);
+        memset(out, 0, (size_t)d * sizeof(float));
+        for (int j = 0; j < n_keys; j++, v += a->key_stride)
+            for (int i = 0; i < d; i++) out[i] += scores[j] * v[i];
     }
     if (a->weights) {
         const size_t n_all = (size_t)a->n_past + a->n_rows;
@@ -2261,89 +2040,65 @@ static void avl__attend(const avl__attention *a, int head, int row, float *score
     }
 }
 
-// Floats of a thread's memory for avl__attend_tile; avl__run_reserve makes 64 times as many in fast mode.
-static uint64_t avl__attend_tile_floats(uint64_t n_keys, int head_dim) {
-    return n_keys * (2 + (uint64_t)head_dim / 32) + (uint64_t)head_dim;
-}
-
 // n query rows of one head, from row `first` on. A head's keys lie as far apart as all heads are wide, often a power of
 // two, so that they would share a few lines of a cache: they are copied side by side first, as floats.
-static void avl__attend_tile(const avl__attention *a, int head, int first, int n, float *scratch) {
+static void avl__attend_tile(const avl__attention *a, int head, size_t kv_head, int first, int n, float *scratch) {
     const avl__kernels *kernels = a->run->kernels;
-    const size_t q_stride = (size_t)a->n_head * a->head_dim, kv_head = avl__head_begin(a, head);
-    const size_t at = (size_t)first * q_stride + (size_t)head * a->head_dim, dim = (size_t)a->head_dim;
+    const size_t dim = (size_t)a->head_dim, q_stride = (size_t)a->n_head * dim;
+    const size_t at = (size_t)first * q_stride + (size_t)head * dim;
     const int n_keys = a->causal ? a->n_past + first + n : a->n_past + a->n_rows;
-    const int is_coarse = a->is_coarse && kernels->attend_coarsely;
-    avl__tile tile;
-    int i, j;
-    tile.out = a->out + at;
-    tile.q = a->q + at;
-    tile.q_stride = q_stride;
-    tile.n = n;
-    tile.n_keys = n_keys;
-    tile.n_visible = a->causal ? a->n_past + first + 1 : n_keys;
-    tile.head_dim = a->head_dim;
-    if (is_coarse && !a->is_half) {             // attend_coarsely copies them itself
+    const int n_visible = a->causal ? a->n_past + first + 1 : n_keys;
+    float *k = scratch, *v = k + (size_t)n_keys * dim;
+    avl__tile tile = {a->out + at, a->q + at, k, v, q_stride, dim, n, n_keys, n_visible, a->head_dim};
+    if (a->is_coarse && !a->is_half && kernels->attend_coarsely) {     // copies them itself
         tile.k = (const float *)a->k + kv_head;
         tile.v = (const float *)a->v + kv_head;
         tile.kv_stride = a->key_stride;
-    } else {
-        float *k = scratch, *v = k + (size_t)n_keys * dim;
-        for (j = 0; j < n_keys; j++) {
-            const size_t key = kv_head + (size_t)j * a->key_stride, to = (size_t)j * dim;
-            if (a->is_half) {
-                kernels->from_halves(k + to, (const uint16_t *)a->k + key, a->head_dim);
-                kernels->from_halves(v + to, (const uint16_t *)a->v + key, a->head_dim);
-            } else {
-                memcpy(k + to, (const float *)a->k + key, dim * sizeof(float));
-                memcpy(v + to, (const float *)a->v + key, dim * sizeof(float));
-            }
-        }
-        tile.k = k;
-        tile.v = v;
-        tile.kv_stride = dim;
-        scratch = v + (size_t)n_keys * dim;
-    }
-    if (is_coarse) {
         kernels->attend_coarsely(&tile, scratch);
         return;
     }
-    for (i = 0; i < n; i += AVL__TILE_QUERIES) {
-        avl__tile some = tile;
-        some.out += (size_t)i * q_stride;
-        some.q += (size_t)i * q_stride;
-        some.n = n - i < AVL__TILE_QUERIES ? n - i : AVL__TILE_QUERIES;
-        some.n_visible = tile.n_visible + i < n_keys ? tile.n_visible + i : n_keys;
-        if (a->causal) some.n_keys = some.n_visible + some.n - 1;
-        kernels->attend(&some, scratch);
+    for (int j = 0; j < n_keys; j++, k += dim, v += dim) {
+        const size_t key = kv_head + (size_t)j * a->key_stride;
+        if (a->is_half) {
+            kernels->from_halves(k, (const uint16_t *)a->k + key, a->head_dim);
+            kernels->from_halves(v, (const uint16_t *)a->v + key, a->head_dim);
+        } else {
+            memcpy(k, (const float *)a->k + key, dim * sizeof(float));
+            memcpy(v, (const float *)a->v + key, dim * sizeof(float));
+        }
+    }
+    for (int i = 0; i < n; i += AVL__TILE_QUERIES) {                   // each with the keys that it sees
+        tile.n = n - i < AVL__TILE_QUERIES ? n - i : AVL__TILE_QUERIES;
+        if (a->causal) tile.n_visible = n_visible + i;
+        if (a->causal) tile.n_keys = tile.n_visible + tile.n - 1;
+        kernels->attend(&tile, v);
+        tile.out += AVL__TILE_QUERIES * q_stride;
+        tile.q += AVL__TILE_QUERIES * q_stride;
     }
 }
-
-enum { AVL__ITEM_QUERIES = 10 * AVL__TILE_QUERIES };     // queries of a head that a thread takes at a time
 
 static int avl__attention_items(const avl__attention *a) {
     return (a->n_rows + AVL__ITEM_QUERIES - 1) / AVL__ITEM_QUERIES * a->n_head;
 }
 
 static void avl__attention_item(void *context, int item, int thread) {
-    const avl__attention *all = (const avl__attention *)context, *a = all + item / avl__attention_items(all);
-    const int rest = item % avl__attention_items(a), head = rest % a->n_head;
-    const int first = rest / a->n_head * AVL__ITEM_QUERIES;
-    const int n = a->n_rows - first < AVL__ITEM_QUERIES ? a->n_rows - first : AVL__ITEM_QUERIES;
-    float *memory = avl__thread_memory(a->run, thread);
-    int row;
-    if (a->run->kernels->attend && !a->weights && a->n_rows > 1) avl__attend_tile(a, head, first, n, memory);
+    const avl__attention *a = (const avl__attention *)context;
+    const int n_items = avl__attention_items(a), head = item % n_items % a->n_head;
+    const int first = item % n_items / a->n_head * AVL__ITEM_QUERIES, left = a->n_rows - first;
+    const int n = left < AVL__ITEM_QUERIES ? left : AVL__ITEM_QUERIES;
+    const size_t kv_head = (size_t)(head / (a->n_head / a->n_head_kv)) * a->head_stride;
+    float *scratch = avl__thread_memory(a->run, thread);
+    a += item / n_items;
+    if (a->run->kernels->attend && !a->weights && a->n_rows > 1) avl__attend_tile(a, head, kv_head, first, n, scratch);
     else
-        for (row = first; row < first + n; row++) avl__attend(a, head, row, memory);
+        for (int row = first; row < first + n; row++) avl__attend(a, head, kv_head, row, scratch);
 }
 
 // a: [n], of as many rows and heads each
 static void avl__attention_run(avl__attention *a, int n) {
-    int i;
-    for (i = 0; i < n; i++) {
-        const uint64_t n_keys = (uint64_t)a[i].n_past + (uint64_t)a[i].n_rows;
-        const int is_tile = a[i].n_rows > 1 && a->run->kernels->attend;
-        if (!avl__run_reserve(a->run, 0, is_tile ? avl__attend_tile_floats(n_keys, a->head_dim) : n_keys)) return;
+    for (int i = 0; i < n; i++) {      // scores, or what avl__attend_tile copies and the kernels' scratch memory
+        const uint64_t n_keys = (uint64_t)a[i].n_past + (uint64_t)a[i].n_rows, dim = (uint64_t)a->head_dim + 32;
+        if (!avl__run_reserve(a->run, a->run->kernels->attend ? (2 * n_keys + 32) * dim : n_keys, 0)) return;
     }
     avl__pool_run(a->run->pool, avl__attention_item, a, n * avl__attention_items(a));
 }
@@ -6579,7 +6334,7 @@ ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, con
     if (!o.n_ctx && model->info.n_ctx_train < ASTROVL_DEFAULT_CONTEXT) o.n_ctx = model->info.n_ctx_train;
     else if (!o.n_ctx) o.n_ctx = ASTROVL_DEFAULT_CONTEXT;
     run = (avl__run *)avl__alloc(1, sizeof *run);
-    if (run) run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
+    if (run) run->pool = avl__pool_new(o.n_threads);
     if (!run || !run->pool) {
         astrovl_free(run);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
@@ -8689,7 +8444,7 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
     s.n_slices = n_slices > 256 ? 256 : n_slices > 1 ? (int)n_slices : 1;
     s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)k, sizeof *s.hits);
     s.n_hits = (int *)avl__alloc((uint64_t)s.n_slices, sizeof *s.n_hits);
-    pool = avl__pool_new(n_threads ? n_threads : avl__n_processors());
+    pool = avl__pool_new(n_threads);
     good = pool && s.hits && s.n_hits;
     if (good) {
         avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
@@ -10152,7 +9907,7 @@ static void AVL_(attend_one)(float *out, const float *q, const uint16_t *k, cons
 
 #define AVL__TABLE(isa, coarsely, float_kind, float_group) \
     static const avl__kernels AVL__JOIN(kernels, isa) = { \
-        AVL__STRING(isa), avl__dot_portable, avl__axpy_portable, AVL_BASE_(linear), AVL_BASE_(dot_f16), \
+        AVL__STRING(isa), AVL_BASE_(linear), AVL_BASE_(dot_f16), \
         AVL_BASE_(rms_norm), AVL_BASE_(layer_norm), AVL_BASE_(gelu), AVL_BASE_(quick_gelu), AVL_BASE_(silu_product), \
         AVL_(quantize), AVL_(multiply), AVL_BASE_(attend), coarsely, AVL_BASE_(attend_one), AVL_BASE_(to_halves), \
         AVL_BASE_(from_halves), AVL__TILE, float_kind, float_group, AVL__FEW, AVL__W == 16 ? AVL__FEW : 4};

@@ -215,7 +215,7 @@ static void peak_item(void *context, int item, int thread) {
 // Operations a second of all threads; *name: what was measured. Rounds are doubled until they take 20 ms, so that
 // threads are awake and clocks are up; then the best of five counts.
 static double measure_peak(const astrovl_session *s, int type, const char **name) {
-    const int is_float = avl__is_float_type(type), n_items = 8 * avl__pool_n_threads(s->run->pool);
+    const int is_float = avl__is_float_type(type), n_items = 8 * s->run->pool->n_threads;
     double best = 0, sum, start, time;
     int i = 0, left = 5;
     peak p;
@@ -843,7 +843,7 @@ static void bench_search(void) {
     const size_t n = (size_t)o.rows * (size_t)o.dims;
     unsigned char *rows = (unsigned char *)new_memory(n, 2);
     float *query = (float *)new_memory((size_t)o.dims, sizeof *query);
-    avl__pool *pool = avl__pool_new(o.threads ? o.threads : avl__n_processors());
+    avl__pool *pool = avl__pool_new(o.threads);
     block whole = {NULL, 2 * n};
     const astrovl_rows f16 = {rows, o.rows, o.dims};
     double search[99], read[99], start, gigabytes = (double)n * 2e-9, ratio;

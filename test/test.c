@@ -208,6 +208,12 @@ static void test_types(void) {
     uint8_t block[256] = {0};
     float values[256];
     int i, type, n = 0;
+#if AVL__SIMD                          // section [13] has the sizes once more, as constants: of 256 values
+#define TEST_FORM(name, type, bytes, ...) \
+    CHECK(avl__find_type(type)->block_bytes * 256 / avl__find_type(type)->block_values == bytes, "%s", #name);
+    AVL__BLOCK_TYPES(TEST_FORM)
+    AVL__FLOAT_TYPES(TEST_FORM)
+#endif
     for (i = 0; i < 13; i++) {
         int count = expected[i].values, bytes = expected[i].bytes;
         type = expected[i].type;
@@ -805,7 +811,7 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
             avl__product p;
             memset(&p, 0, sizeof p);
             p.y = to, p.x = x + r * n_in, p.w = &w, p.n_rows = rows[i], p.few = 1;
-            if (is_float && avl__run_reserve(&run, N_ROWS, (uint64_t)n_in)) kernels->linear(&p, 0, N_OUT, run.thread_memory);
+            if (is_float && avl__run_reserve(&run, (uint64_t)n_in, 0)) kernels->linear(&p, 0, N_OUT, avl__thread_memory(&run, 0));
             else          avl__apply(&run, to, p.x, &w, rows[i]);
             CHECK(memcmp(to, all + r * N_OUT, sizeof(float) * (size_t)(rows[i] * N_OUT)) == 0,
                   "%s, %s: %d rows from row %d on differ from single ones", kernels->name, astrovl_type_name(type), rows[i], r);
@@ -1030,7 +1036,6 @@ static void test_fast_vector_ends(const avl__kernels *kernels, int n) {
     float dot, portable;
     int i;
     test_fill(x, n, 1), test_fill(y, n, 2);
-    kernels->axpy(y, 0.5f, x, n);
     kernels->rms_norm(y, y, x, n, 1e-5f), kernels->layer_norm(y, y, x, x, n, 1e-5f);
     kernels->gelu(y, n), kernels->quick_gelu(y, n), kernels->silu_product(y, x, n);
     if (kernels->attend) {
@@ -6118,8 +6123,8 @@ static void joint_search(void) {
     FAILS(astrovl_search(&three, query, 0, 1, hits, &err) < 0, ARGUMENT, "k 0");
     FAILS(astrovl_search(&lost, query, 1, 1, hits, &err) < 0, ARGUMENT, "no rows' address");
     FAILS(astrovl_search(&vast, query, 1, 1, hits, &err) < 0, ARGUMENT, "more rows than there is memory");
-    rows[4] = avl__load_u16("\x00\x7e");   // NaN: the last
-    rows[8] = avl__load_u16("\x00\xbc");   // -1
+    rows[4] = 0x7E00;   // NaN: the last
+    rows[8] = 0xBC00;   // -1
     CHECK(astrovl_search(&three, query, 3, 1, hits, &err) == 3 && hits[0].row == 0 && hits[1].row == 2 && hits[2].row == 1,
           "%d %d %d", (int)hits[0].row, (int)hits[1].row, (int)hits[2].row);
     EACH_ALLOCATION(at, failed, n = astrovl_search(&three, query, 3, 2, hits, &err))
