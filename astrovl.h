@@ -6238,14 +6238,12 @@ static const avl__template avl__templates[] = {                     // in the or
      "%p<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
     {"plain", NULL, NULL, "", "%u", ""}};
 
-enum { AVL__N_TEMPLATES = sizeof avl__templates / sizeof *avl__templates };
-
 ASTROVL_API const char *astrovl_template_name(astrovl_template t) {
-    return (unsigned)t < AVL__N_TEMPLATES ? avl__templates[t].name : "unknown";
+    return (unsigned)t <= ASTROVL_TEMPLATE_PLAIN ? avl__templates[t].name : "unknown";
 }
 
 ASTROVL_API int astrovl_template_from_name(const char *name) {
-    for (int t = 0; name && t < AVL__N_TEMPLATES; t++)
+    for (int t = 0; name && t <= ASTROVL_TEMPLATE_PLAIN; t++)
         if (strcmp(avl__templates[t].name, name) == 0) return t;
     return -1;
 }
@@ -6254,14 +6252,11 @@ ASTROVL_API int astrovl_template_from_name(const char *name) {
 // stands there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
 // It is zero-terminated in place.  NULL: none
 static const char *avl__chatml_system(char *jinja) {
-    static const char *const openings[] = {"<|im_start|>system\n", "<|im_start|>system\\n"};
-    for (int i = 0; i < 2; i++) {
-        char *start = strstr(jinja, openings[i]), *end = start ? strstr(start, "<|im_end|>") : NULL;
-        if (!end) continue;
-        *end = 0;
-        return strpbrk(start, "'\"") ? NULL : start + strlen(openings[i]);
-    }
-    return NULL;
+    char *text = strstr(jinja, "<|im_start|>system"), *end = text ? strstr(text, "<|im_end|>") : NULL;
+    if (!end || text + strcspn(text, "'\"") < end) return NULL;
+    *end = 0;
+    text += strlen("<|im_start|>system");
+    return *text == '\n' ? text + 1 : strncmp(text, "\\n", 2) == 0 ? text + 2 : NULL;
 }
 
 // ---- opening a model -----------------------------------------------------------------------------------------------
@@ -6302,9 +6297,6 @@ static void avl__open_clip_text(astrovl_model *m) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
     const char *keys = file ? "clip.text.tokenizer.ggml." : "tokenizer.ggml.";
-    if (!file && astrovl_gguf_find_kv(part, "tokenizer.ggml.tokens") < 0)
-        avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower has no vocabulary (tokenizer.ggml.tokens); "
-                       "convert the model again with its tokenizer");
     if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file ? file : part, keys, 1, w->err);
     if (m->clip_vocab.n_tokens > m->clip_text.token_embd.n_out)
         avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower's vocabulary has %d tokens, t.token_embd.weight "
@@ -6317,14 +6309,11 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     astrovl_info *info = &m->info;
     int index;
     const astrovl_gguf *file = avl__find_key(w, "tokenizer.ggml.model", &index);
-    info->bos_token = info->eos_token = -1;
-    if (file) {
-        info->has_vocab = 1;
-        w->status = avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", 0, w->err);
-        info->n_vocab = m->vocab.n_tokens;
-        info->bos_token = m->vocab.bos;
-        info->eos_token = m->vocab.eos;
-    }
+    if (file) w->status = avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", 0, w->err);
+    info->has_vocab = file != NULL;
+    info->n_vocab = m->vocab.n_tokens;
+    info->bos_token = file ? m->vocab.bos : -1;
+    info->eos_token = file ? m->vocab.eos : -1;
     const astrovl_gguf *layers = avl__find_part(w, "blk.");
     info->has_text = layers != NULL;
     if (layers) avl__llama_load(&m->llama, w, layers, info);
@@ -6343,7 +6332,7 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     info->name = avl__copy_text(name.data, name.size);
     m->jinja = avl__copy_text(jinja.data, jinja.size);
     if (!info->name || !m->jinja) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a model");
-    for (int t = AVL__N_TEMPLATES - 1; t > 0 && m->jinja && chat_template == ASTROVL_TEMPLATE_AUTO; t--)
+    for (int t = ASTROVL_TEMPLATE_PLAIN; t > 0 && m->jinja && chat_template == ASTROVL_TEMPLATE_AUTO; t--)
         if (avl__templates[t].marker && strstr(m->jinja, avl__templates[t].marker)) chat_template = t;
     if (chat_template == ASTROVL_TEMPLATE_AUTO)                    // LLaVA-1.5's files often carry no template
         chat_template = m->n_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;
@@ -6362,8 +6351,7 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
 static astrovl_model *avl__open(const char *const *paths, const astrovl_memory *blocks, int n,
                                 const astrovl_open_options *options, astrovl_error *err) {
     const int chat_template = options ? options->chat_template : ASTROVL_TEMPLATE_AUTO;
-    const int no_mmap = options ? options->no_mmap : 0;
-    if (n < 1 || (!paths && !blocks) || (unsigned)chat_template >= AVL__N_TEMPLATES) {
+    if (n < 1 || (!paths && !blocks) || (unsigned)chat_template > ASTROVL_TEMPLATE_PLAIN) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model file was given, or chat_template is %d", chat_template);
         return NULL;
     }
@@ -6377,7 +6365,7 @@ static astrovl_model *avl__open(const char *const *paths, const astrovl_memory *
     avl__weights *w = &m->weights;
     w->err = err;
     for (int i = 0; i < n && !w->status; i++) {
-        w->files[i] = paths ? astrovl_gguf_open(paths[i], no_mmap, err)
+        w->files[i] = paths ? astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, err)
                             : astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, err);
         if (w->files[i]) w->n_files++;
         else w->status = ASTROVL_ERROR_FILE;                       // or another, which err has
@@ -6517,21 +6505,22 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
 
 // ---- sessions ------------------------------------------------------------------------------------------------------
 
-// A session with a KV cache of its own.  parent: whose run it shares; NULL: none
+// A session with a KV cache of its own.  parent: whose run it shares; NULL: none;   n_ctx: 0: the default
 static astrovl_session *avl__session_new(const astrovl_model *model, const astrovl_session *parent,
-                                         const astrovl_session_options *o, astrovl_error *err) {
+                                         const astrovl_session_options *options, int n_ctx, astrovl_error *err) {
+    astrovl_session_options o;
+    if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
     const int n_train = model->info.n_ctx_train;
-    const int n_ctx = o->n_ctx ? o->n_ctx : n_train < ASTROVL_DEFAULT_CONTEXT ? n_train : ASTROVL_DEFAULT_CONTEXT;
-    const avl__kernels *kernels = avl__choose_kernels(o->mode, o->isa);
-    if (o->n_threads < 0 || (o->mode != ASTROVL_FAST && o->mode != ASTROVL_EXACT) || n_ctx < 0 ||
+    memset(&o, 0, sizeof o);
+    if (options) o = *options;
+    if (!n_ctx && parent) n_ctx = parent->cache.n_ctx;
+    else if (!n_ctx) n_ctx = n_train < ASTROVL_DEFAULT_CONTEXT ? n_train : ASTROVL_DEFAULT_CONTEXT;
+    const avl__kernels *kernels = avl__choose_kernels(o.mode, o.isa);
+    if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT) || !kernels || n_ctx < 0 ||
         (model->info.has_text && n_ctx > n_train)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options out of range: mode %d, n_threads %d, n_ctx %d (the "
-                  "model was made for %d)", (int)o->mode, o->n_threads, n_ctx, n_train);
-        return NULL;
-    }
-    if (!kernels) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o->isa,
-                  AVL__KERNEL_NAMES);
+                  "model was made for %d), isa %s (this build has %s)", (int)o.mode, o.n_threads, n_ctx, n_train,
+                  o.isa ? o.isa : "NULL", AVL__KERNEL_NAMES);
         return NULL;
     }
     astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
@@ -6540,11 +6529,11 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
         avl__run *run = s->run;
         if (!parent) {
             run->kernels = kernels;
-            run->tap = o->tap;
-            run->tap_user = o->tap_user;
-            run->progress = o->progress;
-            run->progress_user = o->progress_user;
-            run->pool = avl__pool_new(o->n_threads ? o->n_threads : avl__n_processors());
+            run->tap = o.tap;
+            run->tap_user = o.tap_user;
+            run->progress = o.progress;
+            run->progress_user = o.progress_user;
+            run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
         }
         run->n_sessions++;
         s->model = model;
@@ -6559,18 +6548,11 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
 
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err) {
-    astrovl_session_options defaults;
-    memset(&defaults, 0, sizeof defaults);
-    if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
-    return avl__session_new(model, NULL, options ? options : &defaults, err);
+    return avl__session_new(model, NULL, options, options ? options->n_ctx : 0, err);
 }
 
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err) {
-    astrovl_session_options o;
-    if (avl__need(parent ? parent->model : NULL, 0, err) != ASTROVL_OK) return NULL;
-    memset(&o, 0, sizeof o);
-    o.n_ctx = n_ctx ? n_ctx : parent->cache.n_ctx;
-    return avl__session_new(parent->model, parent, &o, err);
+    return avl__session_new(parent ? parent->model : NULL, parent, NULL, n_ctx, err);
 }
 
 ASTROVL_API void astrovl_session_free(astrovl_session *s) {
@@ -6595,8 +6577,7 @@ ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past
 
 ASTROVL_API void astrovl_session_reset(astrovl_session *s) {
     if (!s) return;
-    s->cache.n_past = 0;
-    s->n_unread = 0;
+    astrovl_session_rewind(s, 0, NULL);
     s->n_turns = 0;
     s->answer.size = 0;
 }
@@ -6661,10 +6642,8 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
 
 // ---- rows through the language model -------------------------------------------------------------------------------
 
-// A long prompt is read in blocks, so that memory for activations stays small; the numbers are the same.
-enum { AVL__PROMPT_BLOCK = 512 };
-
-// tokens, rows: one of them is NULL
+// A long prompt is read in blocks of 512 positions, so that memory for activations stays small; the numbers are the
+// same.   tokens, rows: one of them is NULL
 static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const float *rows, int n, float *logits,
                                 int n_logits, astrovl_error *err) {
     astrovl_status status = avl__need(s ? s->model : NULL, AVL__PART_TEXT, err);
@@ -6683,7 +6662,7 @@ static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const
             return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d at place %d; the model has %d", (int)tokens[i], i,
                              llama->n_vocab);
     for (int done = 0, n_block; done < n && !status; done += n_block) {
-        n_block = n - done < AVL__PROMPT_BLOCK ? n - done : AVL__PROMPT_BLOCK;
+        n_block = n - done < 512 ? n - done : 512;
         int n_wanted = done + n_block - (n - n_logits);          // rows of this block that logits are wanted of
         n_wanted = n_wanted < 0 ? 0 : n_wanted > n_block ? n_block : n_wanted;
         status = avl__llama_eval(llama, s->run, &cache, 1, tokens ? tokens + done : NULL,
@@ -6709,9 +6688,6 @@ ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const flo
 // tokens is tokenized as one part, as LLaVA's tokenizer_image_token does; the template's own special tokens are put in
 // as such, so a user who types "<|im_end|>" has typed ten characters.
 
-#define AVL__IMAGE_MARK "<image>"
-#define AVL__NO_TOKEN   INT32_MIN
-
 typedef struct avl__prompt {
     astrovl_turn *turn;       // whose err keeps the first failure
     const astrovl_generation *options;
@@ -6720,7 +6696,7 @@ typedef struct avl__prompt {
     avl__tokens  *tokens;
 } avl__prompt;
 
-// Ends the part under way, and puts a token (or AVL__NO_TOKEN) after it.
+// Ends the part under way, and puts a token after it.  INT32_MIN: none
 static void avl__prompt_token(avl__prompt *p, int32_t token) {
     const int flags = p->options->parse_special ? ASTROVL_PARSE_SPECIAL : 0;
     astrovl_error *err = &p->turn->err;
@@ -6728,24 +6704,23 @@ static void avl__prompt_token(avl__prompt *p, int32_t token) {
     if (p->text.size)
         avl__vocab_encode(&p->turn->session->model->vocab, p->text.data, p->text.size, flags, p->tokens, err);
     p->text.size = 0;
-    if (p->text.failed || (token != AVL__NO_TOKEN && !avl__tokens_put(p->tokens, token)))
+    if (p->text.failed || (token != INT32_MIN && !avl__tokens_put(p->tokens, token)))
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
 }
 
 // The user's text with its images: at their marks, or all before the text, each on a line of its own.
 static void avl__prompt_user(avl__prompt *p) {
+    static const char image[] = "<image>";
     const char *text = p->turn->text;
-    const size_t size = strlen(AVL__IMAGE_MARK);
+    const size_t size = strlen(image);
     const int n_images = p->turn->n_images;
     int n_marks = 0;
-    for (const char *mark = text; (mark = strstr(mark, AVL__IMAGE_MARK)) != NULL; mark += size) n_marks++;
-    if (n_marks && n_images && n_marks != n_images) {
+    for (const char *mark = text; (mark = strstr(mark, image)) != NULL; mark += size) n_marks++;
+    if (n_marks && n_images && n_marks != n_images)
         avl__fail(&p->turn->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given",
                   n_marks, n_images);
-        return;
-    }
-    for (int i = 0; i < n_images; i++) {
-        const char *mark = n_marks ? strstr(text, AVL__IMAGE_MARK) : text;
+    for (int i = 0; i < n_images && !p->turn->err.status; i++) {
+        const char *mark = n_marks ? strstr(text, image) : text;
         avl__bytes_put(&p->text, text, (size_t)(mark - text));
         avl__prompt_token(p, -1 - i);
         if (n_marks) text = mark + size;
@@ -6795,10 +6770,8 @@ static void avl__lay_out_turn(astrovl_turn *turn, const astrovl_generation *o, a
     if (s->n_turns > 0) avl__prompt_layout(&p, t->between);
     else if (m->vocab.add_bos && m->vocab.bos >= 0) avl__prompt_token(&p, m->vocab.bos);
     avl__prompt_layout(&p, t->turn);
-    avl__prompt_token(&p, AVL__NO_TOKEN);
+    avl__prompt_token(&p, INT32_MIN);
     astrovl_free(p.text.data);
-    if (!turn->err.status && tokens->size == 0)
-        avl__fail(&turn->err, ASTROVL_ERROR_ARGUMENT, "the prompt is empty");
 }
 
 // ====================================================================================================================
@@ -6820,14 +6793,11 @@ static double avl__amount_above(const float *p, int n, float threshold, int coun
 // and zeroes the rest. The smallest value to keep is found by bisection over the bits of positive floats, which are
 // ordered like the floats themselves: 31 passes over p, without sorting and without memory.
 static void avl__keep_largest(float *p, int n, double wanted, int count) {
-    uint32_t low = 1, high = 0x7F800000u;   // values from `low` on suffice, or are all; from `high` on not
-    while (high - low > 1) {
-        const uint32_t middle = low + (high - low) / 2;
-        if (avl__amount_above(p, n, avl__float_from_bits(middle), count) >= wanted) low = middle;
-        else high = middle;
-    }
-    const float cut = avl__float_from_bits(low);
-    double kept = avl__amount_above(p, n, avl__float_from_bits(high), count);
+    uint32_t bits = 0;   // of the largest value from which on they suffice; 0: all do not
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1)
+        if (avl__amount_above(p, n, avl__float_from_bits(bits | bit), count) >= wanted) bits |= bit;
+    const float cut = avl__float_from_bits(bits);
+    double kept = avl__amount_above(p, n, avl__float_from_bits(bits + 1), count);
     for (int i = 0; i < n; i++) {
         if (p[i] > cut) continue;
         if (p[i] < cut || kept >= wanted) p[i] = 0.0f;
@@ -8085,7 +8055,6 @@ ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, cons
 typedef struct avl__turn {
     astrovl_turn    *asked;
     const astrovl_generation *options;
-    astrovl_session *s;
     float           *logits;                 // [n_vocab], of the position before the next token
     uint64_t         random_state;
     int              max_tokens, n_before;   // n_before: positions in the cache before this turn
@@ -8098,12 +8067,16 @@ typedef struct avl__turn {
     int              is_cut;                 // a stop text was met or on_text returned non-zero: nothing more is shown
 } avl__turn;
 
-static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
-    const astrovl_turn *asked = t->asked;
+// Reads what a turn asks, images spliced in, up to the logits that its answer begins with. asked->err has a failure.
+static astrovl_status avl__begin_turn(avl__turn *t) {
+    astrovl_turn *asked = t->asked;
     const astrovl_generation *o = t->options;
-    const int of_images = asked->n_images > 0 ? AVL__PART_VISION | AVL__PART_PROJECTOR : 0;
-    const astrovl_status status = avl__need(t->s->model, AVL__PART_TEXT | AVL__PART_VOCAB | of_images, err);
-    if (status) return status;
+    astrovl_session *s = asked->session;
+    astrovl_error *err = &asked->err;
+    const astrovl_model *m = s->model;
+    double start = avl__seconds();
+    memset(&s->stats, 0, sizeof s->stats);
+    if (avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB, err) != ASTROVL_OK) return err->status;
     if (!asked->text || asked->n_images < 0 || asked->n_images > 4096 || (asked->n_images > 0 && !asked->images))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
     int is_wrong = o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) ||
@@ -8111,41 +8084,23 @@ static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
                    !(o->repetition_penalty >= 0.0f);
     for (int i = 0; i < o->n_stop && !is_wrong; i++) is_wrong = !o->stop[i];
     if (is_wrong)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, min_p is "
-                         "at most 1, and stop texts are not NULL");
-    if (!o->guide) return ASTROVL_OK;
-    if (o->guide->model != t->s->model || o->n_stop > 0)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the guide was made for another model, or there are stop texts: "
-                         "a guided answer ends as its guide says");
-    const int n = astrovl_guide_min_tokens(o->guide, 0);
-    if (t->max_tokens < n)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs at least %d tokens to end as its guide asks, and "
-                         "may have %d", n, t->max_tokens);
-    return ASTROVL_OK;
-}
-
-// Reads what a turn asks, images spliced in, up to the logits that its answer begins with.
-static void avl__begin_turn(avl__turn *t) {
-    astrovl_session *s = t->s;
-    astrovl_error *err = &t->asked->err;
-    const astrovl_model *m = s->model;
-    const int n_embd = m->llama.n_embd, n_patches = m->clip.n_patches;
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options: negative, min_p above 1, a stop text NULL");
+    if (o->guide && (o->guide->model != m || o->n_stop > 0))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide made for another model, or beside stop texts");
     avl__tokens tokens = {NULL, 0, 0};
-    double start = avl__seconds();
-    memset(&s->stats, 0, sizeof s->stats);
-    if (avl__check_turn(t, err) != ASTROVL_OK) return;
-    avl__lay_out_turn(t->asked, t->options, &tokens);
-    const int64_t n_rows = (int64_t)tokens.size + (int64_t)t->asked->n_images * (n_patches - 1);
+    avl__lay_out_turn(asked, o, &tokens);
+    const int n_embd = m->llama.n_embd, n_patches = m->clip.n_patches;
+    const int64_t n_rows = (int64_t)tokens.size + (int64_t)asked->n_images * (n_patches - 1);
     if (!err->status && n_rows >= s->cache.n_ctx - s->cache.n_past)
         avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn "
                   "needs %lld and room for an answer", s->cache.n_ctx, s->cache.n_past, (long long)n_rows);
     float *rows = err->status ? NULL : avl__alloc_floats((uint64_t)n_rows * n_embd), *row = rows;
-    if (!err->status && !rows)
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %d rows", (int)n_rows);
+    avl__bytes_put(&t->text, "", 0);
+    if (!err->status && !rows) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
     for (size_t i = 0; i < tokens.size && !err->status; i++) {
         const int32_t token = tokens.data[i];
         if (token >= 0) avl__embed_tokens(&m->llama.token_embd, &token, 1, row);
-        else astrovl_encode_image(s, &t->asked->images[-1 - token], row, err);
+        else astrovl_encode_image(s, &asked->images[-1 - token], row, err);
         row += (size_t)(token >= 0 ? 1 : n_patches) * n_embd;
     }
     s->stats.encode_seconds = avl__seconds() - start;
@@ -8153,23 +8108,23 @@ static void avl__begin_turn(avl__turn *t) {
     if (!err->status) avl__eval(s, NULL, rows, (int)n_rows, t->logits, 1, err);
     s->stats.prompt_seconds = avl__seconds() - start;
     s->stats.n_prompt_tokens = (int)n_rows;
-    avl__bytes_put(&t->text, "", 0);
     astrovl_free(rows);
     astrovl_free(tokens.data);
+    return err->status;
 }
 
 static void avl__show(avl__turn *t, size_t end) {   // what is new up to that byte
-    const size_t from = t->n_shown;
-    if (end <= from) return;
+    const astrovl_generation *o = t->options;
+    const char *text = t->text.data + t->n_shown;
+    if (end > t->n_shown && o->on_text && o->on_text(o->user, text, end - t->n_shown)) t->is_cut = 1;
     t->n_shown = end;
-    if (t->options->on_text && t->options->on_text(t->options->user, t->text.data + from, end - from)) t->is_cut = 1;
 }
 
 // Writes the token after t->logits, and shows its text. Returns 1 if the answer goes on once this token is read; 0 when
 // the model, the guide, a stop text or a limit ends it, or on a failure (asked->err). The last token is left unread:
 // the next turn reads it.
 static int avl__write_token(avl__turn *t) {
-    astrovl_session *s = t->s;
+    astrovl_session *s = t->asked->session;
     const astrovl_generation *o = t->options;
     astrovl_guide *guide = o->guide;
     astrovl_error *err = &t->asked->err;
@@ -8182,27 +8137,18 @@ static int avl__write_token(avl__turn *t) {
     int next = 0;
     if (guide && !is_end) next = astrovl_guide_next(guide, t->state, token);
     if (guide && is_end && !astrovl_guide_is_accepting(guide, t->state)) next = -1;
-    if (guide && guide->failure.status)
-        avl__fail(err, guide->failure.status, "%s", guide->failure.message);
-    else if (next < 0)
-        avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
+    if (next < 0) avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
+    if (guide && guide->failure.status) *err = guide->failure;
     if (err->status || is_end) return 0;
-    const size_t before = t->text.size;
     t->piece.size = 0;
     avl__put_token(&s->model->vocab, token, &t->piece);
-    if (!t->piece.failed) {
-        const size_t skip = guide ? avl__guide_skip(guide, t->state, t->piece.data, t->piece.size) : 0;
-        avl__utf8_gate_put(&t->gate, t->piece.data + skip, t->piece.size - skip, &t->text);
-    }
-    if (t->piece.failed || t->text.failed || !avl__tokens_put(&t->tokens, token)) {
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-        return 0;
-    }
-    if (before == 0 && !guide) {         // a free answer's first white space is dropped
-        const size_t n = strspn(t->text.data, " \n");
-        t->text.size -= n;
-        memmove(t->text.data, t->text.data + n, t->text.size + 1);
-    }
+    t->text.failed |= t->piece.failed || !avl__tokens_put(&t->tokens, token);   // what avl__end_turn looks at
+    if (t->text.failed) return 0;
+    size_t skip = 0;
+    if (guide) skip = avl__guide_skip(guide, t->state, t->piece.data, t->piece.size);
+    else if (t->text.size + t->gate.n_pending == 0) skip = strspn(t->piece.data, " \n");   // the first white space
+    avl__utf8_gate_put(&t->gate, t->piece.data + skip, t->piece.size - skip, &t->text);
+    if (t->text.failed) return 0;
     size_t n_clear = t->text.size;       // bytes from here on may begin a stop text, and are not shown yet
     for (size_t at = t->n_shown; at < t->text.size; at++)
         for (int i = 0; i < o->n_stop; i++) {
@@ -8221,10 +8167,9 @@ static int avl__write_token(avl__turn *t) {
     return n_left > 1;
 }
 
-// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has
-// failed.
+// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn failed.
 static void avl__end_turn(avl__turn *t) {
-    astrovl_session *s = t->s;
+    astrovl_session *s = t->asked->session;
     astrovl_error *err = &t->asked->err;
     if (!err->status && !t->is_cut) {   // what was held back is shown, an unfinished character as U+FFFD
         avl__utf8_gate_flush(&t->gate, &t->text);
@@ -8232,26 +8177,24 @@ static void avl__end_turn(avl__turn *t) {
         else avl__show(t, t->text.size);
     }
     astrovl_free(t->piece.data);
+    astrovl_free(err->status ? t->text.data : NULL);
+    astrovl_free(err->status ? t->tokens.data : s->answer.data);
     if (err->status) {
-        astrovl_free(t->text.data);
-        astrovl_free(t->tokens.data);
         s->cache.n_past = t->n_before;
         return;
     }
-    astrovl_free(s->answer.data);
+    t->asked->answer = t->text.data;
     s->answer = t->tokens;
     s->n_unread = t->n_before + s->stats.n_prompt_tokens + (int)t->tokens.size - s->cache.n_past;
     s->n_turns++;
     s->stats.n_answer_tokens = (int)t->tokens.size;
-    t->asked->answer = t->text.data;
 }
 
-// Writes the answers, each to its end. The turns that go on are moved to the front, and read the token just written,
-// up to AVL__STEP_ROWS in one pass.
-// turns: [n], in any order afterwards;  logits: scratch, [n][n_vocab]
+// Writes the answers, each to its end. Those that go on are moved to the front, and read the token just written, up to
+// AVL__STEP_ROWS in one pass.   turns: [n], in any order afterwards;  logits: scratch, [n][n_vocab]
 static void avl__write_answers(avl__turn *turns, int n, float *logits) {
-    const avl__llama *llama = &turns->s->model->llama;
-    avl__run *run = turns->s->run;
+    const avl__llama *llama = &turns->asked->session->model->llama;
+    avl__run *run = turns->asked->session->run;
     const int n_most = run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
     double start = avl__seconds();
     for (int n_going; n > 0; n = n_going) {
@@ -8272,7 +8215,7 @@ static void avl__write_answers(avl__turn *turns, int n, float *logits) {
             int32_t tokens[AVL__STEP_ROWS];
             astrovl_error failure = {ASTROVL_OK, ""};
             for (int i = 0; i < n_rows; i++) {
-                caches[i] = &t[i].s->cache;
+                caches[i] = &t[i].asked->session->cache;
                 tokens[i] = t[i].tokens.data[t[i].tokens.size - 1];
                 t[i].logits = logits + (size_t)(first + i) * llama->n_vocab;
             }
@@ -8280,7 +8223,7 @@ static void avl__write_answers(avl__turn *turns, int n, float *logits) {
             for (int i = 0; i < n_rows; i++) t[i].asked->err = failure;
         }
         const double now = avl__seconds();
-        for (int i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
+        for (int i = 0; i < n; i++) turns[i].asked->session->stats.decode_seconds += (now - start) / n;
         start = now;
     }
 }
@@ -8294,28 +8237,24 @@ ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, 
         int is_wrong = !turns[i].session || turns[i].session->run != turns->session->run;
         for (int j = 0; j < i; j++) is_wrong |= turns[j].session == turns[i].session;
         if (is_wrong)
-            avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "turn %d has no session, or that of an earlier turn, or one that "
-                      "is no fork of turn 0's (astrovl_session_fork)", i);
+            avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "turn %d has no session, an earlier turn's, or one that shares "
+                      "nothing with turn 0's (astrovl_session_fork)", i);
     }
-    avl__turn *room = NULL;
-    float *logits = NULL;
-    if (!failure.status) {
-        room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
-        logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
-        if (!room || !logits) avl__fail(&failure, ASTROVL_ERROR_MEMORY, "out of memory for %d turns", n_turns);
-    }
+    const int n_vocab = failure.status ? 0 : turns->session->model->llama.n_vocab;
+    avl__turn *room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
+    float *logits = avl__alloc_floats((uint64_t)n_turns * n_vocab);
+    if (!failure.status && (!room || !logits)) avl__fail(&failure, ASTROVL_ERROR_MEMORY, "out of memory for a batch");
     for (int i = 0; i < n_turns; i++) {
         turns[i].answer = NULL;
         turns[i].err = failure;
         if (failure.status) continue;
         avl__turn *t = &room[i];
         t->asked = &turns[i];
-        t->s = turns[i].session;
         t->options = turns[i].options ? turns[i].options : &defaults;
-        t->logits = logits + (size_t)i * t->s->model->llama.n_vocab;
+        t->logits = logits + (size_t)i * n_vocab;
         t->random_state = t->options->seed;
         t->max_tokens = t->options->max_tokens > 0 ? t->options->max_tokens : 256;
-        t->n_before = t->s->cache.n_past;
+        t->n_before = turns[i].session->cache.n_past;
         avl__begin_turn(t);
     }
     if (!failure.status) avl__write_answers(room, n_turns, logits);
