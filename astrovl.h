@@ -6541,8 +6541,7 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
         if (run->pool && avl__kv_cache_init(&s->cache, &model->llama, n_ctx, run->kernels->attend ? 2 : 4)) return s;
     }
     astrovl_session_free(s);
-    avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller "
-              "one", n_ctx);
+    avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session; ask for less context than %d tokens", n_ctx);
     return NULL;
 }
 
@@ -6568,8 +6567,7 @@ ASTROVL_API void astrovl_session_free(astrovl_session *s) {
 
 ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past, astrovl_error *err) {
     if (!s || n_past < 0 || n_past > s->cache.n_past)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a rewind to %d positions; the session holds %d", n_past,
-                         astrovl_session_n_past(s));
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "rewind to %d of %d tokens", n_past, astrovl_session_n_past(s));
     if (n_past < s->cache.n_past) s->n_unread = 0;
     s->cache.n_past = n_past;
     return ASTROVL_OK;
@@ -6652,15 +6650,13 @@ static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const
     avl__kv_cache *cache = &s->cache;
     const int n_before = cache->n_past;
     if ((!tokens && !rows) || n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens or rows to read and %d rows of logits wanted",
-                         tokens || rows ? n : 0, n_logits);
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens or rows, %d rows of logits, or NULL", n, n_logits);
     if (n > cache->n_ctx - n_before)
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and %d "
                          "more are needed", cache->n_ctx, n_before, n);
     for (int i = 0; tokens && i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= llama->n_vocab)
-            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d at place %d; the model has %d", (int)tokens[i], i,
-                             llama->n_vocab);
+            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d; the model has %d", (int)tokens[i], llama->n_vocab);
     for (int done = 0, n_block; done < n && !status; done += n_block) {
         n_block = n - done < 512 ? n - done : 512;
         int n_wanted = done + n_block - (n - n_logits);          // rows of this block that logits are wanted of
@@ -6698,11 +6694,11 @@ typedef struct avl__prompt {
 
 // Ends the part under way, and puts a token after it.  INT32_MIN: none
 static void avl__prompt_token(avl__prompt *p, int32_t token) {
-    const int flags = p->options->parse_special ? ASTROVL_PARSE_SPECIAL : 0;
     astrovl_error *err = &p->turn->err;
     if (err->status) return;
     if (p->text.size)
-        avl__vocab_encode(&p->turn->session->model->vocab, p->text.data, p->text.size, flags, p->tokens, err);
+        avl__vocab_encode(&p->turn->session->model->vocab, p->text.data, p->text.size,
+                          p->options->parse_special ? ASTROVL_PARSE_SPECIAL : 0, p->tokens, err);
     p->text.size = 0;
     if (p->text.failed || (token != INT32_MIN && !avl__tokens_put(p->tokens, token)))
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
@@ -6717,8 +6713,7 @@ static void avl__prompt_user(avl__prompt *p) {
     int n_marks = 0;
     for (const char *mark = text; (mark = strstr(mark, image)) != NULL; mark += size) n_marks++;
     if (n_marks && n_images && n_marks != n_images)
-        avl__fail(&p->turn->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given",
-                  n_marks, n_images);
+        avl__fail(&p->turn->err, ASTROVL_ERROR_ARGUMENT, "%d <image> marks in the text, %d images", n_marks, n_images);
     for (int i = 0; i < n_images && !p->turn->err.status; i++) {
         const char *mark = n_marks ? strstr(text, image) : text;
         avl__bytes_put(&p->text, text, (size_t)(mark - text));
@@ -8079,10 +8074,9 @@ static astrovl_status avl__begin_turn(avl__turn *t) {
     if (avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB, err) != ASTROVL_OK) return err->status;
     if (!asked->text || asked->n_images < 0 || asked->n_images > 4096 || (asked->n_images > 0 && !asked->images))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
-    int is_wrong = o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) ||
-                   !(o->temperature >= 0.0f) || !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) ||
-                   !(o->repetition_penalty >= 0.0f);
-    for (int i = 0; i < o->n_stop && !is_wrong; i++) is_wrong = !o->stop[i];
+    int is_wrong = o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || !(o->temperature >= 0.0f && o->top_p >= 0.0f &&
+                   o->min_p >= 0.0f && o->min_p <= 1.0f && o->repetition_penalty >= 0.0f);
+    for (int i = 0; i < o->n_stop && !is_wrong; i++) is_wrong = !o->stop || !o->stop[i];
     if (is_wrong)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options: negative, min_p above 1, a stop text NULL");
     if (o->guide && (o->guide->model != m || o->n_stop > 0))
