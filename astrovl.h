@@ -6297,6 +6297,9 @@ static void avl__open_clip_text(astrovl_model *m) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
     const char *keys = file ? "clip.text.tokenizer.ggml." : "tokenizer.ggml.";
+    if (!file && astrovl_gguf_find_kv(part, "tokenizer.ggml.tokens") < 0)
+        avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower has no vocabulary (tokenizer.ggml.tokens); "
+                       "convert the model again with its tokenizer");
     if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file ? file : part, keys, 1, w->err);
     if (m->clip_vocab.n_tokens > m->clip_text.token_embd.n_out)
         avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower's vocabulary has %d tokens, t.token_embd.weight "
@@ -8081,6 +8084,9 @@ static astrovl_status avl__begin_turn(avl__turn *t) {
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options: negative, min_p above 1, a stop text NULL");
     if (o->guide && (o->guide->model != m || o->n_stop > 0))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide made for another model, or beside stop texts");
+    const int n_least = o->guide ? astrovl_guide_min_tokens(o->guide, 0) : 0;
+    if (t->max_tokens < n_least)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs %d tokens to end, not %d", n_least, t->max_tokens);
     avl__tokens tokens = {NULL, 0, 0};
     avl__lay_out_turn(asked, o, &tokens);
     const int n_embd = m->llama.n_embd, n_patches = m->clip.n_patches;
