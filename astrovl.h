@@ -6522,7 +6522,7 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
     if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT) || !kernels || n_ctx < 0 ||
         (model->info.has_text && n_ctx > n_train)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options out of range: mode %d, n_threads %d, n_ctx %d (the "
-                  "model was made for %d), isa %s (this build has %s)", (int)o.mode, o.n_threads, n_ctx, n_train,
+                  "model was made for %d), isa \"%s\" (this build has %s)", (int)o.mode, o.n_threads, n_ctx, n_train,
                   o.isa ? o.isa : "NULL", AVL__KERNEL_NAMES);
         return NULL;
     }
