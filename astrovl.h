@@ -5946,7 +5946,8 @@ struct astrovl_model {
     avl__vocab       clip_vocab;        // the text tower's
     avl__linear      projector[2];      // W2 gelu(W1 x + b1) + b2  (mlp2x_gelu), or the first one alone (linear)
     int              n_projector;       // 0: none
-    char            *name;              // general.name
+    char            *jinja;             // tokenizer.chat_template
+    const char      *system;            // the system text of a conversation that brings none; NULL: none
 };
 
 struct astrovl_session {
@@ -5965,54 +5966,50 @@ struct astrovl_session {
 // BOS and EOS (nothing where it has none), "% " its token for one space; <|...|> are special tokens.
 
 typedef struct avl__template {
-    const char      *name;
-    astrovl_template value;
-    const char      *marker;     // AUTO takes the first row whose marker stands in tokenizer.chat_template
-    const char      *system;     // the template's own system text; NULL: none
-    const char      *system_part, *turn, *between;
+    const char *name;
+    const char *marker;          // AUTO takes the last row whose marker stands in tokenizer.chat_template
+    const char *system;          // the template's own system text; NULL: none
+    const char *system_part, *turn, *between;
 } avl__template;
 
-static const avl__template avl__templates[] = {
-    {"chatml", ASTROVL_TEMPLATE_CHATML, "<|im_start|>", NULL, "<|im_start|>system\n%s<|im_end|>\n",
-     "%p<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
-    {"llama_3", ASTROVL_TEMPLATE_LLAMA3, "<|start_header_id|>", NULL,
-     "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>",
-     "%p<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-     "<|eot_id|>"},
-    {"llava_llama_2", ASTROVL_TEMPLATE_LLAMA2, "[INST]",          // LLaVA's conversation.py: conv_llava_llama_2
+static const avl__template avl__templates[] = {                     // in the order of astrovl_template
+    {"auto", NULL, NULL, NULL, NULL, NULL},                         // opening chooses one of the others
+    {"vicuna_v1", "USER:",                                          // LLaVA's conversation.py: conv_vicuna_v1
+     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+     "and polite answers to the user's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
+    {"llava_v1", "curious human",                                   // conv_llava_v1
+     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+     "and polite answers to the human's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
+    {"llava_llama_2", "[INST]",                                     // conv_llava_llama_2
      "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
      "provides, and assist the user with a variety of tasks using natural language.",
      "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b"},
-    {"llava_v1", ASTROVL_TEMPLATE_LLAVA, "curious human",         // conv_llava_v1
-     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the human's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
-    {"vicuna_v1", ASTROVL_TEMPLATE_VICUNA, "USER:",               // conv_vicuna_v1
-     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the user's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
-    {"plain", ASTROVL_TEMPLATE_PLAIN, NULL, NULL, "", "%u", ""},
-    {"auto", ASTROVL_TEMPLATE_AUTO, NULL, NULL, "", "%u", ""}};   // opening chooses one of the others
-
-enum { AVL__N_TEMPLATES = sizeof avl__templates / sizeof *avl__templates };
+    {"llama_3", "<|start_header_id|>", NULL, "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>",
+     "%p<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+     "<|eot_id|>"},
+    {"chatml", "<|im_start|>", NULL, "<|im_start|>system\n%s<|im_end|>\n",
+     "%p<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
+    {"plain", NULL, NULL, "", "%u", ""}};
 
 ASTROVL_API const char *astrovl_template_name(astrovl_template t) {
-    int i;
-    for (i = 0; i < AVL__N_TEMPLATES; i++) if (avl__templates[i].value == t) return avl__templates[i].name;
-    return "unknown";
+    return (unsigned)t <= ASTROVL_TEMPLATE_PLAIN ? avl__templates[t].name : "unknown";
 }
 
 ASTROVL_API int astrovl_template_from_name(const char *name) {
-    int i;
-    for (i = 0; name && i < AVL__N_TEMPLATES; i++)
-        if (strcmp(avl__templates[i].name, name) == 0) return avl__templates[i].value;
+    for (int t = 0; name && t <= ASTROVL_TEMPLATE_PLAIN; t++)
+        if (strcmp(avl__templates[t].name, name) == 0) return t;
     return -1;
 }
 
-// Where `needle` begins in text, or NULL.
-static const char *avl__find_text(astrovl_string text, const char *needle) {
-    size_t n = strlen(needle), i;
-    for (i = 0; n <= text.size && i <= text.size - n; i++)
-        if (memcmp(text.data + i, needle, n) == 0) return text.data + i;
-    return NULL;
+// The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source: what
+// stands there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
+// It is zero-terminated in place.  NULL: none
+static const char *avl__chatml_system(char *jinja) {
+    char *text = strstr(jinja, "<|im_start|>system"), *end = text ? strstr(text, "<|im_end|>") : NULL;
+    if (!end || text + strcspn(text, "'\"") < end) return NULL;
+    *end = 0;
+    text += strlen("<|im_start|>system");
+    return *text == '\n' ? text + 1 : strncmp(text, "\\n", 2) == 0 ? text + 2 : NULL;
 }
 
 // ---- opening a model -----------------------------------------------------------------------------------------------
@@ -6021,13 +6018,13 @@ static const char *avl__find_text(astrovl_string text, const char *needle) {
 static void avl__open_projector(astrovl_model *m) {
     static const char *const names[] = {"mm.0.weight", "mm.2.weight"};
     avl__weights *w = &m->weights;
-    const astrovl_gguf *file = NULL;
     const astrovl_string type = avl__load_string(w, "clip.projector_type");
-    int n = m->clip.tower.n_embd;
-    if (!avl__find_tensor(w, "mm.0.weight", &file)) return;
+    const astrovl_gguf *file = NULL;
+    if (!avl__find_tensor(w, names[0], &file)) return;
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "a projector of type \"%.*s\"; LLaVA's are \"mlp\" and "
                        "\"linear\"", AVL__SHOW(type));
+    int n = m->clip.tower.n_embd;
     for (; m->n_projector < 2 && avl__find_tensor(w, names[m->n_projector], &file); m->n_projector++) {
         m->projector[m->n_projector] = avl__load_linear(w, n, 0, "mm.%d", 2 * m->n_projector);
         n = m->projector[m->n_projector].n_out;
@@ -6044,45 +6041,36 @@ static void avl__open_projector(astrovl_model *m) {
 static void avl__open_clip_text(astrovl_model *m) {
     avl__weights *w = &m->weights;
     const float *scale = avl__find_tensor(w, "logit_scale", NULL) ? avl__load_vector(w, 1, "logit_scale") : NULL;
-    const astrovl_gguf *part = avl__find_part(w, "t."), *file;
-    const char *keys = "clip.text.tokenizer.ggml.";
-    int index;
     m->info.logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // CLIP's own; clip.cpp's files leave it out
     if (!(m->info.logit_scale > 0.0f && m->info.logit_scale <= FLT_MAX))
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "logit_scale is out of range");
+    const astrovl_gguf *part = avl__find_part(w, "t.");
     if (!part) return;
     avl__clip_text_load(&m->clip_text, w, &m->info);
-    file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
-    if (!file) {
-        file = part;
-        keys = "tokenizer.ggml.";
-        if (astrovl_gguf_find_kv(file, "tokenizer.ggml.tokens") < 0)
-            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the text tower has no vocabulary (tokenizer.ggml.tokens); "
-                           "convert the model again with its tokenizer");
-    }
-    if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file, keys, 1, w->err);
+    int index;
+    const astrovl_gguf *file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
+    const char *keys = file ? "clip.text.tokenizer.ggml." : "tokenizer.ggml.";
+    if (!file && astrovl_gguf_find_kv(part, "tokenizer.ggml.tokens") < 0)
+        avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower has no vocabulary (tokenizer.ggml.tokens); "
+                       "convert the model again with its tokenizer");
+    if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file ? file : part, keys, 1, w->err);
     if (m->clip_vocab.n_tokens > m->clip_text.token_embd.n_out)
         avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower's vocabulary has %d tokens, t.token_embd.weight "
                        "only %d rows", m->clip_vocab.n_tokens, m->clip_text.token_embd.n_out);
 }
 
 // Loads all parts that the files hold.
-static void avl__open_parts(astrovl_model *m, astrovl_template chat_template) {
+static void avl__open_parts(astrovl_model *m, int chat_template) {
     avl__weights *w = &m->weights;
     astrovl_info *info = &m->info;
-    const astrovl_string name = avl__load_string(w, "general.name");
-    const astrovl_string jinja = avl__load_string(w, "tokenizer.chat_template");
-    int index, f, i, d;
+    int index;
     const astrovl_gguf *file = avl__find_key(w, "tokenizer.ggml.model", &index);
+    if (file) w->status = avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", 0, w->err);
+    info->has_vocab = file != NULL;
+    info->n_vocab = m->vocab.n_tokens;
+    info->bos_token = file ? m->vocab.bos : -1;
+    info->eos_token = file ? m->vocab.eos : -1;
     const astrovl_gguf *layers = avl__find_part(w, "blk.");
-    info->bos_token = info->eos_token = -1;
-    if (file) {
-        info->has_vocab = 1;
-        w->status = avl__vocab_load(&m->vocab, file, "tokenizer.ggml.", 0, w->err);
-        info->n_vocab = m->vocab.n_tokens;
-        info->bos_token = m->vocab.bos;
-        info->eos_token = m->vocab.eos;
-    }
     info->has_text = layers != NULL;
     if (layers) avl__llama_load(&m->llama, w, layers, info);
     if (layers && m->vocab.n_tokens > m->llama.n_vocab)
@@ -6095,21 +6083,22 @@ static void avl__open_parts(astrovl_model *m, astrovl_template chat_template) {
     if (!info->has_vocab && !info->has_text && !info->has_vision && !info->has_joint_text)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "holds no part of a model that this header knows (no vocabulary, "
                        "no LLaMA, no CLIP tower)");
-    m->name = avl__copy_text(name.data, name.size);
-    if (!m->name) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a model");
-    info->name = m->name;
-    for (i = 0; chat_template == ASTROVL_TEMPLATE_AUTO && i < AVL__N_TEMPLATES; i++)
-        if (avl__templates[i].marker && avl__find_text(jinja, avl__templates[i].marker))
-            chat_template = avl__templates[i].value;
+    const astrovl_string name = avl__load_string(w, "general.name");
+    const astrovl_string jinja = avl__load_string(w, "tokenizer.chat_template");
+    info->name = avl__copy_text(name.data, name.size);
+    m->jinja = avl__copy_text(jinja.data, jinja.size);
+    if (!info->name || !m->jinja) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a model");
+    for (int t = ASTROVL_TEMPLATE_PLAIN; t > 0 && m->jinja && chat_template == ASTROVL_TEMPLATE_AUTO; t--)
+        if (avl__templates[t].marker && strstr(m->jinja, avl__templates[t].marker)) chat_template = t;
     if (chat_template == ASTROVL_TEMPLATE_AUTO)                    // LLaVA-1.5's files often carry no template
         chat_template = m->n_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;
-    info->chat_template = chat_template;
-    for (f = 0; f < w->n_files; f++)
-        for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++) {
+    info->chat_template = (astrovl_template)chat_template;
+    m->system = avl__templates[chat_template].system;
+    if (m->jinja && chat_template == ASTROVL_TEMPLATE_CHATML) m->system = avl__chatml_system(m->jinja);
+    for (int f = 0; f < w->n_files; f++)
+        for (int i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++) {
             const astrovl_tensor *t = astrovl_gguf_tensor(w->files[f], i);
-            uint64_t n = 1;
-            for (d = 0; d < t->n_dims; d++) n *= (uint64_t)t->ne[d];
-            info->n_params += n;
+            info->n_params += (uint64_t)t->ne[0] * (uint64_t)t->ne[1] * (uint64_t)t->ne[2] * (uint64_t)t->ne[3];
             info->n_weight_bytes += t->n_bytes;
         }
 }
@@ -6117,33 +6106,29 @@ static void avl__open_parts(astrovl_model *m, astrovl_template chat_template) {
 // Opens n files by their paths or, if these are NULL, in memory.
 static astrovl_model *avl__open(const char *const *paths, const astrovl_memory *blocks, int n,
                                 const astrovl_open_options *options, astrovl_error *err) {
-    astrovl_model *m = NULL;
-    avl__weights *w;
-    if (n < 1 || (!paths && !blocks)) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model file was given");
+    const int chat_template = options ? options->chat_template : ASTROVL_TEMPLATE_AUTO;
+    if (n < 1 || (!paths && !blocks) || (unsigned)chat_template > ASTROVL_TEMPLATE_PLAIN) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model file was given, or chat_template is %d", chat_template);
         return NULL;
     }
-    m = (astrovl_model *)avl__alloc(1, sizeof *m);
+    astrovl_model *m = (astrovl_model *)avl__alloc(1, sizeof *m);
     if (m) m->weights.files = (astrovl_gguf **)avl__alloc((uint64_t)n, sizeof *m->weights.files);
     if (!m || !m->weights.files) {
         astrovl_free(m);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a model");
         return NULL;
     }
-    w = &m->weights;
+    avl__weights *w = &m->weights;
     w->err = err;
-    for (; w->n_files < n; w->n_files++) {
-        const astrovl_memory *block = paths ? NULL : &blocks[w->n_files];
-        astrovl_gguf *file = paths ? astrovl_gguf_open(paths[w->n_files], options ? options->no_mmap : 0, err)
-                                   : astrovl_gguf_open_memory(block->data, block->size, block->name, err);
-        if (!file) break;
-        w->files[w->n_files] = file;
+    for (int i = 0; i < n && !w->status; i++) {
+        w->files[i] = paths ? astrovl_gguf_open(paths[i], options ? options->no_mmap : 0, err)
+                            : astrovl_gguf_open_memory(blocks[i].data, blocks[i].size, blocks[i].name, err);
+        if (w->files[i]) w->n_files++;
+        else w->status = ASTROVL_ERROR_FILE;                       // or another, which err has
     }
-    if (w->n_files == n) {
-        avl__open_parts(m, options ? options->chat_template : ASTROVL_TEMPLATE_AUTO);
-        w->err = NULL;
-        if (!w->status) return m;
-    }
+    if (!w->status) avl__open_parts(m, chat_template);
+    w->err = NULL;
+    if (!w->status) return m;
     astrovl_close(m);
     return NULL;
 }
@@ -6170,7 +6155,8 @@ ASTROVL_API void astrovl_close(astrovl_model *model) {
     avl__vocab_free(&model->clip_vocab);
     astrovl_free(model->clip.tower.layers);
     astrovl_free(model->clip_text.tower.layers);
-    astrovl_free(model->name);
+    astrovl_free((void *)model->info.name);
+    astrovl_free(model->jinja);
     avl__weights_free(&model->weights);
     astrovl_free(model);
 }
@@ -6203,12 +6189,11 @@ static astrovl_status avl__need(const astrovl_model *model, int parts, astrovl_e
         "no projector (mm.0.weight) in the model's files",
         "images cannot be embedded: no vision tower with visual_projection.weight in the model's files",
         "texts cannot be embedded: no CLIP text tower (t.*) in the model's files"};
-    int i;
     if (!model) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no model or session was given");
     const astrovl_info *info = &model->info;
     const int has[] = {info->has_text, info->has_vocab, info->has_vision, info->has_projector, info->has_joint_image,
                        info->has_joint_text};
-    for (i = 0; i < 6; i++)
+    for (int i = 0; i < 6; i++)
         if ((parts & 1 << i) && !has[i])
             return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: %s", astrovl_gguf_name(model->weights.files[0]), lacks[i]);
     return ASTROVL_OK;
@@ -6219,20 +6204,15 @@ static astrovl_status avl__need(const astrovl_model *model, int parts, astrovl_e
 static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size, int flags, int32_t *tokens,
                          int capacity, astrovl_error *err) {
     avl__tokens list = {NULL, 0, 0};
-    int n = -1;
     if ((!text && size) || (!tokens && capacity > 0)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no text or no room for its tokens was given");
-    } else if (avl__vocab_encode(vocab, text, size, flags, &list, err) == ASTROVL_OK) {
-        if (list.size > INT_MAX) {
-            avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of more than 2^31 tokens");
-        } else {
-            n = (int)list.size;
-            if (capacity > n) capacity = n;
-            if (capacity > 0) memcpy(tokens, list.data, (size_t)capacity * sizeof *tokens);
-        }
+        return -1;
     }
+    const astrovl_status status = avl__vocab_encode(vocab, text, size, flags, &list, err);
+    const int n = (int)list.size;                      // a byte gives at most 3 tokens, and 2^29 bytes are the limit
+    if (n && capacity > 0) memcpy(tokens, list.data, (size_t)(n < capacity ? n : capacity) * sizeof *tokens);
     astrovl_free(list.data);
-    return n;
+    return status ? -1 : n;
 }
 
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
@@ -6242,132 +6222,108 @@ ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, s
 }
 
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token) {
-    astrovl_string none = {"", 0};
-    return model && model->info.has_vocab ? avl__vocab_piece(&model->vocab, token) : none;
+    return model ? avl__vocab_piece(&model->vocab, token) : avl__string("", 0);
 }
 
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity) {
-    if (!model || !model->info.has_vocab) return 0;
-    return avl__vocab_token_bytes(&model->vocab, token, text, text ? capacity : 0);
+    return model ? avl__vocab_token_bytes(&model->vocab, token, text, text ? capacity : 0) : 0;
 }
 
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token) {
-    return model && model->info.has_vocab ? avl__vocab_is_end(&model->vocab, token) : 0;
+    return model ? avl__vocab_is_end(&model->vocab, token) : 0;
 }
 
 ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
                                      astrovl_error *err) {
-    avl__bytes text = {NULL, 0, 0, 0};
-    astrovl_string piece;
-    int i, added_space = 0;
     if (avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return NULL;
     if (!tokens && n_tokens > 0) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no tokens were given");
         return NULL;
     }
+    const avl__vocab *vocab = &model->vocab;
+    avl__bytes text = {NULL, 0, 0, 0};
+    int32_t first = -1;                                // the first token that gives text
     avl__bytes_put(&text, "", 0);
-    for (i = 0; i < n_tokens; i++) {
-        size_t before = text.size;
-        avl__put_token(&model->vocab, tokens[i], &text);
-        if (before > 0 || text.size == 0 || !model->vocab.add_space_prefix) continue;
-        piece = avl__vocab_piece(&model->vocab, tokens[i]);     // with the space put before a text? (not <0x20>)
-        added_space = piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0;
+    for (int i = 0; i < n_tokens; i++) {
+        if (text.size == 0) first = tokens[i];
+        avl__put_token(vocab, tokens[i], &text);
     }
     if (text.failed) {
         astrovl_free(text.data);
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the text of %d tokens", n_tokens);
         return NULL;
     }
-    if (added_space) memmove(text.data, text.data + 1, text.size);
+    const astrovl_string piece = avl__vocab_piece(vocab, first);
+    if (text.size && vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0)
+        memmove(text.data, text.data + 1, text.size);  // without the space put before a text (which is not <0x20>)
     return text.data;
 }
 
 // ---- sessions ------------------------------------------------------------------------------------------------------
 
-static void avl__run_release(avl__run *run) {
-    if (--run->n_sessions > 0) return;
-    avl__run_free(run);
-    ASTROVL_FREE(run);
-}
-
-// A session with a KV cache of its own for n_ctx positions, that shares `run`.
-static astrovl_session *avl__session_new(const astrovl_model *model, avl__run *run, int n_ctx, astrovl_error *err) {
-    const int n_most = model->info.n_ctx_train;
-    astrovl_session *s;
-    if (n_ctx < 0 || (model->info.has_text && n_ctx > n_most)) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a context of %d tokens; the model was made for %d", n_ctx, n_most);
+// A session with a KV cache of its own.  parent: whose run it shares; NULL: none;   n_ctx: 0: the default
+static astrovl_session *avl__session_new(const astrovl_model *model, const astrovl_session *parent,
+                                         const astrovl_session_options *options, int n_ctx, astrovl_error *err) {
+    astrovl_session_options o;
+    if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
+    const int n_train = model->info.n_ctx_train;
+    memset(&o, 0, sizeof o);
+    if (options) o = *options;
+    if (!n_ctx && parent) n_ctx = parent->cache.n_ctx;
+    else if (!n_ctx) n_ctx = n_train < ASTROVL_DEFAULT_CONTEXT ? n_train : ASTROVL_DEFAULT_CONTEXT;
+    const avl__kernels *kernels = avl__choose_kernels(o.mode, o.isa);
+    if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT) || !kernels || n_ctx < 0 ||
+        (model->info.has_text && n_ctx > n_train)) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options out of range: mode %d, n_threads %d, n_ctx %d (the "
+                  "model was made for %d), isa \"%s\" (this build has %s)", (int)o.mode, o.n_threads, n_ctx, n_train,
+                  o.isa ? o.isa : "NULL", AVL__KERNEL_NAMES);
         return NULL;
     }
-    s = (astrovl_session *)avl__alloc(1, sizeof *s);
-    if (s) {
-        s->model = model;
-        s->run = run;
+    astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
+    if (s) s->run = parent ? parent->run : (avl__run *)avl__alloc(1, sizeof *s->run);
+    if (s && s->run) {
+        avl__run *run = s->run;
+        if (!parent) {
+            run->kernels = kernels;
+            run->tap = o.tap;
+            run->tap_user = o.tap_user;
+            run->progress = o.progress;
+            run->progress_user = o.progress_user;
+            run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
+        }
         run->n_sessions++;
-        if (!model->info.has_text) return s;
-        if (avl__kv_cache_init(&s->cache, &model->llama, n_ctx, run->kernels->attend ? 2 : 4)) return s;
-        astrovl_session_free(s);
+        s->model = model;
+        if (run->pool && !model->info.has_text) return s;
+        if (run->pool && avl__kv_cache_init(&s->cache, &model->llama, n_ctx, run->kernels->attend ? 2 : 4)) return s;
     }
-    avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session with a context of %d tokens; ask for a smaller "
-              "one", n_ctx);
+    astrovl_session_free(s);
+    avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session; ask for less context than %d tokens", n_ctx);
     return NULL;
 }
 
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err) {
-    astrovl_session_options o;
-    astrovl_session *s = NULL;
-    const avl__kernels *kernels;
-    avl__run *run;
-    if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
-    memset(&o, 0, sizeof o);
-    if (options) o = *options;
-    kernels = avl__choose_kernels(o.mode, o.isa);
-    if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT)) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options: n_threads %d, mode %d", o.n_threads, (int)o.mode);
-        return NULL;
-    }
-    if (!kernels) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "there are no kernels called \"%s\"; this build has %s", o.isa,
-                  AVL__KERNEL_NAMES);
-        return NULL;
-    }
-    if (!o.n_ctx && model->info.n_ctx_train < ASTROVL_DEFAULT_CONTEXT) o.n_ctx = model->info.n_ctx_train;
-    else if (!o.n_ctx) o.n_ctx = ASTROVL_DEFAULT_CONTEXT;
-    run = (avl__run *)avl__alloc(1, sizeof *run);
-    if (run) run->pool = avl__pool_new(o.n_threads);
-    if (!run || !run->pool) {
-        astrovl_free(run);
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session");
-        return NULL;
-    }
-    run->n_sessions = 1;                           // held here until the session does
-    run->kernels = kernels;
-    run->tap = o.tap;
-    run->tap_user = o.tap_user;
-    run->progress = o.progress;
-    run->progress_user = o.progress_user;
-    s = avl__session_new(model, run, o.n_ctx, err);
-    avl__run_release(run);
-    return s;
+    return avl__session_new(model, NULL, options, options ? options->n_ctx : 0, err);
 }
 
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err) {
-    if (avl__need(parent ? parent->model : NULL, 0, err) != ASTROVL_OK) return NULL;
-    return avl__session_new(parent->model, parent->run, n_ctx ? n_ctx : parent->cache.n_ctx, err);
+    return avl__session_new(parent ? parent->model : NULL, parent, NULL, n_ctx, err);
 }
 
 ASTROVL_API void astrovl_session_free(astrovl_session *s) {
     if (!s) return;
-    avl__run_release(s->run);
+    if (s->run && --s->run->n_sessions == 0) {
+        avl__run_free(s->run);
+        astrovl_free(s->run);
+    }
     avl__kv_cache_free(&s->cache);
     astrovl_free(s->answer.data);
-    ASTROVL_FREE(s);
+    astrovl_free(s);
 }
 
 ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past, astrovl_error *err) {
     if (!s || n_past < 0 || n_past > s->cache.n_past)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a rewind to %d positions; the session holds %d", n_past,
-                         astrovl_session_n_past(s));
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "rewind to %d of %d tokens", n_past, astrovl_session_n_past(s));
     if (n_past < s->cache.n_past) s->n_unread = 0;
     s->cache.n_past = n_past;
     return ASTROVL_OK;
@@ -6375,8 +6331,7 @@ ASTROVL_API astrovl_status astrovl_session_rewind(astrovl_session *s, int n_past
 
 ASTROVL_API void astrovl_session_reset(astrovl_session *s) {
     if (!s) return;
-    s->cache.n_past = 0;
-    s->n_unread = 0;
+    astrovl_session_rewind(s, 0, NULL);
     s->n_turns = 0;
     s->answer.size = 0;
 }
@@ -6403,83 +6358,68 @@ ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const 
     return status ? status : avl__clip_preprocess(&model->clip, image, pixels, err);
 }
 
-// rows = W2 gelu(W1 features + b1) + b2        LLaVA-1.5, section 3.4
-// features: [n_patches][vision n_embd];   rows: out, [n_patches][n_embd]
-static astrovl_status avl__project(const astrovl_model *m, avl__run *run, const float *features, float *rows,
-                                   astrovl_error *err) {
-    const char *name = "multi_modal_projector";
-    const avl__linear *first = &m->projector[0], *second = &m->projector[1];
-    const int n = m->clip.n_patches, n_hidden = first->n_out, is_mlp = m->n_projector == 2;
-    float *hidden = is_mlp ? avl__take(run, (uint64_t)n * n_hidden) : rows;      // [n_patches][n_hidden]
-    if (!run->failed) {
-        avl__apply(run, hidden, features, first, n);
-        avl__tap(run, name, -1, is_mlp ? "linear_1" : "linear", hidden, n, n_hidden);
-    }
-    if (!run->failed && is_mlp) {
-        avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
-        avl__tap(run, name, -1, "act", hidden, n, n_hidden);
-        avl__apply(run, rows, hidden, second, n);
-        avl__tap(run, name, -1, "linear_2", rows, n, second->n_out);
-    }
-    return avl__pass_status(run, "image", 0, 0, err);
-}
-
+// features = W2 gelu(W1 x + b1) + b2, x the tower's rows of the patches        LLaVA-1.5, section 3.4
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err) {
     const astrovl_model *m = s ? s->model : NULL;
     astrovl_status status = avl__need(m, AVL__PART_VISION | AVL__PART_PROJECTOR, err);
-    const avl__clip *clip;
-    float *pixels, *x;
     if (!status && !features) status = avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no room for the image's rows was given");
     if (status) return status;
-    clip = &m->clip;
-    avl__run_begin(s->run, 1);
-    pixels = avl__take(s->run, (uint64_t)3 * clip->image_size * clip->image_size);           // [3][S][S]
-    x = avl__take(s->run, (uint64_t)(1 + clip->n_patches) * clip->tower.n_embd);             // [1 + n_patches][n_embd]
-    if (s->run->failed) return avl__pass_status(s->run, "image", 0, 0, err);
+    const avl__clip *clip = &m->clip;
+    const avl__linear *first = &m->projector[0], *second = &m->projector[1];
+    const int size = clip->image_size, n = clip->n_patches, n_embd = clip->tower.n_embd, n_hidden = first->n_out;
+    const int is_mlp = m->n_projector == 2;
+    const char *name = "multi_modal_projector";
+    avl__run *run = s->run;
+    avl__run_begin(run, 1);
+    float *pixels = avl__take(run, (uint64_t)3 * size * size);         // [3][size][size]
+    float *x = avl__take(run, (uint64_t)(1 + n) * n_embd);             // [1 + n][n_embd]
+    float *hidden = is_mlp ? avl__take(run, (uint64_t)n * n_hidden) : features;   // [n][n_hidden]
+    if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
     status = avl__clip_preprocess(clip, image, pixels, err);
     if (status) return status;
-    avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
-    status = avl__clip_run(clip, s->run, pixels, 1, clip->n_run, x, err);
+    avl__tap3(run, "pixel_values", -1, "", pixels, 3, size, size);
+    status = avl__clip_run(clip, run, pixels, 1, clip->n_run, x, err);
     if (status) return status;
-    x += clip->tower.n_embd;                                                                  // without the class row
-    avl__tap(s->run, "image_features", -1, "", x, clip->n_patches, clip->tower.n_embd);
-    return avl__project(m, s->run, x, features, err);
+    x += n_embd;                                                       // without the class row
+    avl__tap(run, "image_features", -1, "", x, n, n_embd);
+    avl__apply(run, hidden, x, first, n);
+    avl__tap(run, name, -1, is_mlp ? "linear_1" : "linear", hidden, n, n_hidden);
+    if (is_mlp) {
+        avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
+        avl__tap(run, name, -1, "act", hidden, n, n_hidden);
+        avl__apply(run, features, hidden, second, n);
+        avl__tap(run, name, -1, "linear_2", features, n, second->n_out);
+    }
+    return avl__pass_status(run, "image", 0, 0, err);
 }
 
 // ---- rows through the language model -------------------------------------------------------------------------------
 
-// A long prompt is read in blocks, so that memory for activations stays small; the numbers are the same.
-enum { AVL__PROMPT_BLOCK = 512 };
-
+// A long prompt is read in blocks of 512 positions, so that memory for activations stays small; the numbers are the
+// same.   tokens, rows: one of them is NULL
 static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const float *rows, int n, float *logits,
                                 int n_logits, astrovl_error *err) {
-    const avl__llama *llama;
-    avl__kv_cache *cache;
-    int n_before, done = 0, i;
     astrovl_status status = avl__need(s ? s->model : NULL, AVL__PART_TEXT, err);
     if (status) return status;
-    llama = &s->model->llama;
-    cache = &s->cache;
-    n_before = cache->n_past;
+    const avl__llama *llama = &s->model->llama;
+    avl__kv_cache *cache = &s->cache;
+    const int n_before = cache->n_past;
     if ((!tokens && !rows) || n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens or rows to read and %d rows of logits wanted",
-                         tokens || rows ? n : 0, n_logits);
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens or rows, %d rows of logits, or NULL", n, n_logits);
     if (n > cache->n_ctx - n_before)
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and %d "
                          "more are needed", cache->n_ctx, n_before, n);
-    for (i = 0; tokens && i < n; i++)
+    for (int i = 0; tokens && i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= llama->n_vocab)
-            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d at place %d; the model has %d", (int)tokens[i], i,
-                             llama->n_vocab);
-    while (done < n && !status) {
-        const int n_block = n - done < AVL__PROMPT_BLOCK ? n - done : AVL__PROMPT_BLOCK;
+            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d; the model has %d", (int)tokens[i], llama->n_vocab);
+    for (int done = 0, n_block; done < n && !status; done += n_block) {
+        n_block = n - done < 512 ? n - done : 512;
         int n_wanted = done + n_block - (n - n_logits);          // rows of this block that logits are wanted of
         n_wanted = n_wanted < 0 ? 0 : n_wanted > n_block ? n_block : n_wanted;
         status = avl__llama_eval(llama, s->run, &cache, 1, tokens ? tokens + done : NULL,
                                  rows ? rows + (size_t)done * llama->n_embd : NULL, n_block, logits, n_wanted, err);
         if (n_wanted) logits += (size_t)n_wanted * llama->n_vocab;
-        done += n_block;
     }
     if (status) cache->n_past = n_before;
     return status;
@@ -6501,156 +6441,88 @@ ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const flo
 // as such, so a user who types "<|im_end|>" has typed ten characters.
 
 typedef struct avl__prompt {
-    const astrovl_session *s;
-    int            parse_special;
-    const char    *user;      // the user's text
-    int            n_images;
-    astrovl_string system;    // the system text; empty: none
-    const char    *system_part;
-    avl__bytes     text;      // of the part under way
-    avl__tokens    tokens;
-    astrovl_status status;    // the first failure sticks
-    astrovl_error *err;
+    astrovl_turn *turn;       // whose err keeps the first failure
+    const astrovl_generation *options;
+    const char   *system, *system_part;
+    avl__bytes    text;       // of the part under way
+    avl__tokens  *tokens;
 } avl__prompt;
 
-// Ends the part under way.
-static void avl__prompt_flush(avl__prompt *p) {
-    const int flags = p->parse_special ? ASTROVL_PARSE_SPECIAL : 0;
-    if (p->text.failed && !p->status)
-        p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
-    if (!p->status && p->text.size)
-        p->status = avl__vocab_encode(&p->s->model->vocab, p->text.data, p->text.size, flags, &p->tokens, p->err);
-    p->text.size = 0;
-}
-
+// Ends the part under way, and puts a token after it.  INT32_MIN: none
 static void avl__prompt_token(avl__prompt *p, int32_t token) {
-    avl__prompt_flush(p);
-    if (!p->status && !avl__tokens_put(&p->tokens, token))
-        p->status = avl__fail(p->err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
+    astrovl_error *err = &p->turn->err;
+    if (err->status) return;
+    if (p->text.size)
+        avl__vocab_encode(&p->turn->session->model->vocab, p->text.data, p->text.size,
+                          p->options->parse_special ? ASTROVL_PARSE_SPECIAL : 0, p->tokens, err);
+    p->text.size = 0;
+    if (p->text.failed || (token != INT32_MIN && !avl__tokens_put(p->tokens, token)))
+        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
 }
-
-#define AVL__IMAGE_MARK "<image>"
 
 // The user's text with its images: at their marks, or all before the text, each on a line of its own.
 static void avl__prompt_user(avl__prompt *p) {
-    const int n_images = p->n_images;
-    int image = 0, n_marks = 0;
-    const char *text = p->user, *mark;
-    for (mark = text; (mark = strstr(mark, AVL__IMAGE_MARK)) != NULL; mark += strlen(AVL__IMAGE_MARK)) n_marks++;
-    if (n_marks && n_images && n_marks != n_images && !p->status)
-        p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the text has %d <image> marks, and %d images were given",
-                              n_marks, n_images);
-    while (!n_marks && image < n_images) {
-        avl__prompt_token(p, -1 - image++);
-        avl__bytes_put_text(&p->text, "\n");
-    }
-    while (image < n_images && (mark = strstr(text, AVL__IMAGE_MARK)) != NULL) {
+    static const char image[] = "<image>";
+    const char *text = p->turn->text;
+    const size_t size = strlen(image);
+    const int n_images = p->turn->n_images;
+    int n_marks = 0;
+    for (const char *mark = text; (mark = strstr(mark, image)) != NULL; mark += size) n_marks++;
+    if (n_marks && n_images && n_marks != n_images)
+        avl__fail(&p->turn->err, ASTROVL_ERROR_ARGUMENT, "%d <image> marks in the text, %d images", n_marks, n_images);
+    for (int i = 0; i < n_images && !p->turn->err.status; i++) {
+        const char *mark = n_marks ? strstr(text, image) : text;
         avl__bytes_put(&p->text, text, (size_t)(mark - text));
-        avl__prompt_token(p, -1 - image++);
-        text = mark + strlen(AVL__IMAGE_MARK);
+        avl__prompt_token(p, -1 - i);
+        if (n_marks) text = mark + size;
+        else avl__bytes_put_text(&p->text, "\n");
     }
     avl__bytes_put_text(&p->text, text);
 }
 
-// The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source: what
-// stands there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
-// Empty: none.
-static astrovl_string avl__chatml_system(const avl__weights *w) {
-    static const char open[] = "<|im_start|>system";
-    const astrovl_string jinja = avl__load_string(w, "tokenizer.chat_template"), none = {"", 0};
-    const char *start = avl__find_text(jinja, open), *end;
-    astrovl_string rest;
-    size_t skip;
-    if (!start) return none;
-    rest.data = start + sizeof open - 1;
-    rest.size = jinja.size - (size_t)(rest.data - jinja.data);
-    skip = rest.size > 1 && *rest.data == '\n' ? 1 : rest.size > 2 && memcmp(rest.data, "\\n", 2) == 0 ? 2 : 0;
-    rest.data += skip;
-    rest.size -= skip;
-    end = avl__find_text(rest, "<|im_end|>");
-    if (!skip || !end) return none;
-    rest.size = (size_t)(end - rest.data);
-    return memchr(rest.data, '\'', rest.size) || memchr(rest.data, '"', rest.size) ? none : rest;
-}
-
 // Writes out a part of a template; the table of templates says what stands for what.
 static void avl__prompt_layout(avl__prompt *p, const char *layout) {
-    const avl__vocab *vocab = &p->s->model->vocab;
-    for (; *layout && !p->status; layout++) {
-        int token = -1;
+    const astrovl_model *m = p->turn->session->model;
+    for (; *layout && !p->turn->err.status; layout++) {
+        int32_t token = -1;
         if (strncmp(layout, "<|", 2) == 0) {
             const astrovl_string piece = {layout, (size_t)(strstr(layout, "|>") + 2 - layout)};
-            token = avl__vocab_find(vocab, piece.data, piece.size);
+            token = avl__vocab_find(&m->vocab, piece.data, piece.size);
             if (token < 0)
-                p->status = avl__fail(p->err, ASTROVL_ERROR_MODEL, "the %s template needs the token %.*s, which this "
-                                      "vocabulary lacks; choose another template",
-                                      astrovl_template_name(p->s->model->info.chat_template), AVL__SHOW(piece));
+                avl__fail(&p->turn->err, ASTROVL_ERROR_MODEL, "the %s template needs the token %.*s, which this "
+                          "vocabulary lacks; choose another template", astrovl_template_name(m->info.chat_template),
+                          AVL__SHOW(piece));
             layout += piece.size - 1;
         } else if (*layout != '%') {
             avl__bytes_put(&p->text, layout, 1);
         } else {
             switch (*++layout) {
             case 'p': avl__prompt_layout(p, p->system_part); break;
-            case 's': avl__bytes_put(&p->text, p->system.data, p->system.size); break;
+            case 's': avl__bytes_put_text(&p->text, p->system); break;
             case 'u': avl__prompt_user(p); break;
-            case 'b': token = vocab->bos; break;
-            case 'e': token = vocab->eos; break;
-            default:  token = avl__vocab_find(vocab, AVL__SPACE_MARK, 3); break;
+            case 'b': token = m->vocab.bos; break;
+            case 'e': token = m->vocab.eos; break;
+            default:  token = avl__vocab_find(&m->vocab, AVL__SPACE_MARK, 3); break;
             }
         }
         if (token >= 0) avl__prompt_token(p, token);
     }
 }
 
-// Lays out one turn; p->tokens is the caller's to free, whatever the status.
-static astrovl_status avl__prompt_turn(avl__prompt *p, const char *text, int n_images, const char *system) {
-    const astrovl_model *m = p->s->model;
-    const avl__template *t = avl__templates;
-    while (t->value != m->info.chat_template && t->value != ASTROVL_TEMPLATE_AUTO) t++;
-    if (!system) system = t->system;
-    if (system) {
-        p->system.data = system;
-        p->system.size = strlen(system);
-    } else if (t->value == ASTROVL_TEMPLATE_CHATML) {
-        p->system = avl__chatml_system(&m->weights);
-    }
-    p->user = text;
-    p->n_images = n_images;
-    p->system_part = p->s->n_turns == 0 && p->system.size ? t->system_part : "";
-    if (p->s->n_turns > 0) avl__prompt_layout(p, t->between);
-    else if (m->vocab.add_bos && m->vocab.bos >= 0) avl__prompt_token(p, m->vocab.bos);
-    avl__prompt_layout(p, t->turn);
-    avl__prompt_flush(p);
-    astrovl_free(p->text.data);
-    if (!p->status && p->tokens.size == 0) p->status = avl__fail(p->err, ASTROVL_ERROR_ARGUMENT, "the prompt is empty");
-    return p->status;
-}
-
-// How many rows a turn's tokens are, with images spliced in.
-static int64_t avl__count_rows(const astrovl_model *m, const avl__tokens *tokens) {
-    int64_t n = 0;
-    size_t i;
-    for (i = 0; i < tokens->size; i++) n += tokens->data[i] < 0 ? m->clip.n_patches : 1;
-    return n;
-}
-
-// rows: out, [n_rows][n_embd], n_rows as counted by avl__count_rows
-static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens, const astrovl_image *images,
-                                  float *rows, astrovl_error *err) {
+// The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt. Failures
+// stand in turn->err.   tokens: out, empty before
+static void avl__lay_out_turn(astrovl_turn *turn, const astrovl_generation *o, avl__tokens *tokens) {
+    const astrovl_session *s = turn->session;
     const astrovl_model *m = s->model;
-    astrovl_status status = ASTROVL_OK;
-    size_t i;
-    for (i = 0; i < tokens->size && !status; i++) {
-        int32_t token = tokens->data[i];
-        if (token >= 0) {
-            avl__embed_tokens(&m->llama.token_embd, &token, 1, rows);
-            rows += m->llama.n_embd;
-        } else {
-            status = astrovl_encode_image(s, &images[-1 - token], rows, err);
-            rows += (size_t)m->clip.n_patches * m->llama.n_embd;
-        }
-    }
-    return status;
+    const avl__template *t = &avl__templates[m->info.chat_template];
+    avl__prompt p = {turn, o, o->system ? o->system : m->system, "", {NULL, 0, 0, 0}, tokens};
+    if (s->n_turns == 0 && p.system && *p.system) p.system_part = t->system_part;
+    for (size_t i = (size_t)s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - i]);
+    if (s->n_turns > 0) avl__prompt_layout(&p, t->between);
+    else if (m->vocab.add_bos && m->vocab.bos >= 0) avl__prompt_token(&p, m->vocab.bos);
+    avl__prompt_layout(&p, t->turn);
+    avl__prompt_token(&p, INT32_MIN);
+    astrovl_free(p.text.data);
 }
 
 // ====================================================================================================================
@@ -6661,32 +6533,10 @@ static astrovl_status avl__splice(astrovl_session *s, const avl__tokens *tokens,
 
 // ---- sampling ------------------------------------------------------------------------------------------------------
 
-// logits of recent tokens: divided by the penalty if positive, multiplied if negative (Keskar et al. 2019, CTRL)
-static void avl__penalize(float *logits, int n_vocab, const astrovl_generation *o, const int32_t *history,
-                          int n_history) {
-    int window = o->repetition_window > 0 ? o->repetition_window : 64;
-    int first = n_history > window ? n_history - window : 0, i, j;
-    if (!(o->repetition_penalty > 0.0f) || o->repetition_penalty == 1.0f) return;
-    for (i = first; i < n_history; i++) {
-        int32_t t = history[i];
-        for (j = first; j < i && history[j] != t; j++) {}
-        if (j < i || t < 0 || t >= n_vocab) continue;   // each token once
-        logits[t] = logits[t] > 0.0f ? logits[t] / o->repetition_penalty : logits[t] * o->repetition_penalty;
-    }
-}
-
-static int32_t avl__argmax(const float *x, int n) {
-    int32_t best = 0;
-    int i;
-    for (i = 1; i < n; i++) if (x[i] > x[best]) best = i;
-    return best;
-}
-
 // The number (count = 1) or the sum (count = 0) of the values of p that are at least `threshold`.
 static double avl__amount_above(const float *p, int n, float threshold, int count) {
     double amount = 0.0;
-    int i;
-    for (i = 0; i < n; i++) if (p[i] >= threshold) amount += count ? 1.0 : (double)p[i];
+    for (int i = 0; i < n; i++) if (p[i] >= threshold) amount += count ? 1.0 : (double)p[i];
     return amount;
 }
 
@@ -6694,18 +6544,12 @@ static double avl__amount_above(const float *p, int n, float threshold, int coun
 // and zeroes the rest. The smallest value to keep is found by bisection over the bits of positive floats, which are
 // ordered like the floats themselves: 31 passes over p, without sorting and without memory.
 static void avl__keep_largest(float *p, int n, double wanted, int count) {
-    uint32_t low = 1, high = 0x7F800000u;   // values from `low` on suffice, or are all; from `high` on not
-    float cut;
-    double kept;
-    int i;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (avl__amount_above(p, n, avl__float_from_bits(middle), count) >= wanted) low = middle;
-        else high = middle;
-    }
-    cut = avl__float_from_bits(low);
-    kept = avl__amount_above(p, n, avl__float_from_bits(high), count);
-    for (i = 0; i < n; i++) {
+    uint32_t bits = 0;   // of the largest value from which on they suffice; 0: all do not
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1)
+        if (avl__amount_above(p, n, avl__float_from_bits(bits | bit), count) >= wanted) bits |= bit;
+    const float cut = avl__float_from_bits(bits);
+    double kept = avl__amount_above(p, n, avl__float_from_bits(bits + 1), count);
+    for (int i = 0; i < n; i++) {
         if (p[i] > cut) continue;
         if (p[i] < cut || kept >= wanted) p[i] = 0.0f;
         else kept += count ? 1.0 : (double)p[i];
@@ -6714,31 +6558,38 @@ static void avl__keep_largest(float *p, int n, double wanted, int count) {
 
 ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_generation *options,
                                    const int32_t *history, int n_history, uint64_t *random_state) {
-    float max;
-    double total = 0.0, at;
-    int32_t last = 0;
-    int i;
     if (!logits || n_vocab < 1 || (n_history > 0 && !history)) return -1;
-    if (options) avl__penalize(logits, n_vocab, options, history, n_history);
-    if (!options || !(options->temperature > 0.0f)) return avl__argmax(logits, n_vocab);
+    const float penalty = options ? options->repetition_penalty : 0.0f;
+    const int window = options && options->repetition_window > 0 ? options->repetition_window : 64;
+    const int first = n_history > window ? n_history - window : 0;
+    for (int i = first; i < n_history && penalty > 0.0f; i++) {
+        const int32_t t = history[i];
+        int j = first;
+        while (history[j] != t) j++;
+        if (j == i && t >= 0 && t < n_vocab)   // each token once
+            logits[t] = logits[t] > 0.0f ? logits[t] / penalty : logits[t] * penalty;
+    }
+    int32_t token = 0;
+    for (int i = 1; i < n_vocab; i++) if (logits[i] > logits[token]) token = i;
+    if (!options || !(options->temperature > 0.0f)) return token;
     if (!random_state) return -1;
-    max = logits[avl__argmax(logits, n_vocab)];
-    for (i = 0; i < n_vocab; i++) logits[i] = astrovl_expf((logits[i] - max) / options->temperature);
+    const float max = logits[token];
+    for (int i = 0; i < n_vocab; i++) logits[i] = astrovl_expf((logits[i] - max) / options->temperature);
     if (options->top_k > 0 && options->top_k < n_vocab) avl__keep_largest(logits, n_vocab, options->top_k, 1);
     if (options->top_p > 0.0f && options->top_p < 1.0f)
         avl__keep_largest(logits, n_vocab, options->top_p * avl__amount_above(logits, n_vocab, 0.0f, 0), 0);
-    for (i = 0; i < n_vocab; i++) {
+    double total = 0.0;
+    for (int i = 0; i < n_vocab; i++) {
         if (!(logits[i] >= options->min_p)) logits[i] = 0.0f;   // the largest is 1; NaN goes, too
         total += logits[i];
     }
-    at = avl__random(random_state) * total;
-    for (i = 0; i < n_vocab; i++) {
+    double at = avl__random(random_state) * total;
+    for (int i = 0; i < n_vocab && at >= 0.0; i++) {
         if (!(logits[i] > 0.0f)) continue;
-        last = i;   // the last possible token takes what rounding leaves
+        token = i;   // the last possible token takes what rounding leaves
         at -= logits[i];
-        if (at < 0.0) break;
     }
-    return last;
+    return token;
 }
 
 // ---- guided generation: expressions --------------------------------------------------------------------------------
@@ -7955,13 +7806,11 @@ ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, cons
 typedef struct avl__turn {
     astrovl_turn    *asked;
     const astrovl_generation *options;
-    astrovl_session *s;
     float           *logits;                 // [n_vocab], of the position before the next token
     uint64_t         random_state;
     int              max_tokens, n_before;   // n_before: positions in the cache before this turn
     // the answer as it grows
     avl__tokens      tokens;
-    int              n_unread;               // of them, at the end, not in the cache yet
     avl__bytes       piece, text;            // the last token's bytes; the answer's whole characters
     avl__utf8_gate   gate;
     size_t           n_shown;                // bytes of text given to on_text
@@ -7969,142 +7818,44 @@ typedef struct avl__turn {
     int              is_cut;                 // a stop text was met or on_text returned non-zero: nothing more is shown
 } avl__turn;
 
-static void avl__show(avl__turn *t, size_t end) {   // what is new up to that byte
-    size_t from = t->n_shown;
-    if (end <= from) return;
-    t->n_shown = end;
-    if (t->options->on_text && t->options->on_text(t->options->user, t->text.data + from, end - from)) t->is_cut = 1;
-}
-
-// Appends a token's text to the answer, and shows it. Returns 0 when memory is out.
-static int avl__put_answer(avl__turn *t, int32_t token) {
+// Reads what a turn asks, images spliced in, up to the logits that its answer begins with. asked->err has a failure.
+static astrovl_status avl__begin_turn(avl__turn *t) {
+    astrovl_turn *asked = t->asked;
     const astrovl_generation *o = t->options;
-    size_t before = t->text.size, end, n_clear, skip, at, n;
-    int i;
-    t->piece.size = 0;
-    avl__put_token(&t->s->model->vocab, token, &t->piece);
-    if (t->piece.failed) return 0;
-    skip = o->guide ? avl__guide_skip(o->guide, t->state, t->piece.data, t->piece.size) : 0;
-    avl__utf8_gate_put(&t->gate, t->piece.data + skip, t->piece.size - skip, &t->text);
-    if (t->text.failed) return 0;
-    if (before == 0 && !o->guide) {   // a free answer's first white space is dropped
-        n = strspn(t->text.data, " \n");
-        t->text.size -= n;
-        memmove(t->text.data, t->text.data + n, t->text.size + 1);
-    }
-    end = t->text.size;      // or where the first stop text begins
-    n_clear = t->text.size;  // bytes from here on may begin one, and are not shown yet: so none begins before n_shown
-    for (i = 0; i < o->n_stop; i++) {
-        size_t size = strlen(o->stop[i]);
-        for (at = t->n_shown; size && at < end; at++) {
-            n = size < t->text.size - at ? size : t->text.size - at;
-            if (memcmp(t->text.data + at, o->stop[i], n) != 0) continue;
-            if (n == size) end = at;
-            else if (at < n_clear) n_clear = at;
-        }
-    }
-    t->is_cut = end < t->text.size;
-    t->text.size = end;
-    t->text.data[end] = 0;
-    avl__show(t, t->is_cut ? end : n_clear);
-    return 1;
-}
-
-// Writes the token after t->logits. Returns 1 if the answer goes on once this token is read; 0 when the model, the
-// guide, a stop text or a limit ends it, or on a failure (asked->err). The last token is left unread: the next turn
-// reads it.
-static int avl__write_token(avl__turn *t) {
-    astrovl_session *s = t->s;
-    const astrovl_generation *o = t->options;
-    astrovl_guide *guide = o->guide;
-    astrovl_error *err = &t->asked->err;
-    int n_left = t->max_tokens - (int)t->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1, is_end, next = 0;
-    int32_t token;
-    if (guide && avl__guide_node(guide, t->state) == AVL__EMPTY) return 0;
-    if (n_left > n_room) n_left = n_room;
-    if (guide && astrovl_guide_mask(guide, t->state, n_left, t->logits, err) != ASTROVL_OK) return 0;
-    token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, t->tokens.data, (int)t->tokens.size,
-                           &t->random_state);
-    is_end = avl__vocab_is_end(&s->model->vocab, token);
-    if (guide && !is_end) next = astrovl_guide_next(guide, t->state, token);
-    if (guide && is_end && !astrovl_guide_is_accepting(guide, t->state)) next = -1;
-    if (guide && guide->failure.status)
-        avl__fail(err, guide->failure.status, "%s", guide->failure.message);
-    else if (next < 0)
-        avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
-    else if (!is_end && (!avl__tokens_put(&t->tokens, token) || !avl__put_answer(t, token)))
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-    if (err->status || is_end) return 0;
-    t->state = next;
-    t->n_unread = 1;
-    if (t->is_cut || (guide && next == AVL__EMPTY)) return 0;
-    s->stats.stopped_by_limit = (int)t->tokens.size >= t->max_tokens || s->cache.n_past >= s->cache.n_ctx;
-    return !s->stats.stopped_by_limit;
-}
-
-static astrovl_status avl__check_turn(const avl__turn *t, astrovl_error *err) {
-    const astrovl_turn *asked = t->asked;
-    const astrovl_generation *o = t->options;
-    const astrovl_model *m = t->s->model;
-    const int of_images = asked->n_images > 0 ? AVL__PART_VISION | AVL__PART_PROJECTOR : 0;
-    astrovl_status status = avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB | of_images, err);
-    int i;
-    if (status) return status;
-    if (!asked->text || asked->n_images < 0 || (asked->n_images > 0 && !asked->images) || asked->n_images > 4096)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
-    if (o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || (o->n_stop > 0 && !o->stop) ||
-        !(o->temperature >= 0.0f) || !(o->top_p >= 0.0f) || !(o->min_p >= 0.0f && o->min_p <= 1.0f) ||
-        !(o->repetition_penalty >= 0.0f))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options out of range: none may be negative, and "
-                         "min_p is at most 1");
-    for (i = 0; i < o->n_stop; i++)
-        if (!o->stop[i]) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "stop text %d is NULL", i);
-    if (!o->guide) return ASTROVL_OK;
-    if (o->guide->model != m) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the guide was made for another model");
-    if (o->n_stop > 0)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guided answer ends as its guide says: give it no stop texts");
-    i = astrovl_guide_min_tokens(o->guide, 0);
-    if (t->max_tokens < i)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs at least %d tokens to end as its guide asks, and "
-                         "may have %d", i, t->max_tokens);
-    return ASTROVL_OK;
-}
-
-// The tokens of a turn: first the end of the last answer that the cache does not hold yet, then the prompt.
-static astrovl_status avl__lay_out_turn(astrovl_session *s, int n_images, const char *text, const astrovl_generation *o,
-                                        avl__tokens *tokens, astrovl_error *err) {
-    avl__prompt p;
-    int i;
-    memset(&p, 0, sizeof p);
-    p.s = s;
-    p.parse_special = o->parse_special;
-    p.err = err;
-    for (i = s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - (size_t)i]);
-    avl__prompt_turn(&p, text, n_images, o->system);
-    *tokens = p.tokens;
-    return p.status;
-}
-
-// Reads what a turn asks, images spliced in, up to the logits that its answer begins with.
-static void avl__begin_turn(avl__turn *t) {
-    astrovl_session *s = t->s;
-    astrovl_error *err = &t->asked->err;
-    avl__tokens tokens = {NULL, 0, 0};
-    int64_t n_rows = 0;
-    float *rows = NULL;
+    astrovl_session *s = asked->session;
+    astrovl_error *err = &asked->err;
+    const astrovl_model *m = s->model;
     double start = avl__seconds();
     memset(&s->stats, 0, sizeof s->stats);
-    if (avl__check_turn(t, err) != ASTROVL_OK) return;
-    avl__lay_out_turn(s, t->asked->n_images, t->asked->text, t->options, &tokens, err);
-    avl__bytes_put(&t->text, "", 0);
-    if (!err->status && t->text.failed) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the answer");
-    if (!err->status) n_rows = avl__count_rows(s->model, &tokens);
+    if (avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB, err) != ASTROVL_OK) return err->status;
+    if (!asked->text || asked->n_images < 0 || asked->n_images > 4096 || (asked->n_images > 0 && !asked->images))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
+    int is_wrong = o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || !(o->temperature >= 0.0f && o->top_p >= 0.0f &&
+                   o->min_p >= 0.0f && o->min_p <= 1.0f && o->repetition_penalty >= 0.0f);
+    for (int i = 0; i < o->n_stop && !is_wrong; i++) is_wrong = !o->stop || !o->stop[i];
+    if (is_wrong)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options: negative, min_p above 1, a stop text NULL");
+    if (o->guide && (o->guide->model != m || o->n_stop > 0))
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide made for another model, or beside stop texts");
+    const int n_least = o->guide ? astrovl_guide_min_tokens(o->guide, 0) : 0;
+    if (t->max_tokens < n_least)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs %d tokens to end, not %d", n_least, t->max_tokens);
+    avl__tokens tokens = {NULL, 0, 0};
+    avl__lay_out_turn(asked, o, &tokens);
+    const int n_embd = m->llama.n_embd, n_patches = m->clip.n_patches;
+    const int64_t n_rows = (int64_t)tokens.size + (int64_t)asked->n_images * (n_patches - 1);
     if (!err->status && n_rows >= s->cache.n_ctx - s->cache.n_past)
         avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn "
-                  "needs %d and room for an answer", s->cache.n_ctx, s->cache.n_past, (int)n_rows);
-    if (!err->status && !(rows = avl__alloc_floats((uint64_t)n_rows * s->model->llama.n_embd)))
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a prompt of %d rows", (int)n_rows);
-    if (!err->status) avl__splice(s, &tokens, t->asked->images, rows, err);
+                  "needs %lld and room for an answer", s->cache.n_ctx, s->cache.n_past, (long long)n_rows);
+    float *rows = err->status ? NULL : avl__alloc_floats((uint64_t)n_rows * n_embd), *row = rows;
+    avl__bytes_put(&t->text, "", 0);
+    if (!err->status && !rows) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
+    for (size_t i = 0; i < tokens.size && !err->status; i++) {
+        const int32_t token = tokens.data[i];
+        if (token >= 0) avl__embed_tokens(&m->llama.token_embd, &token, 1, row);
+        else astrovl_encode_image(s, &asked->images[-1 - token], row, err);
+        row += (size_t)(token >= 0 ? 1 : n_patches) * n_embd;
+    }
     s->stats.encode_seconds = avl__seconds() - start;
     start = avl__seconds();
     if (!err->status) avl__eval(s, NULL, rows, (int)n_rows, t->logits, 1, err);
@@ -8112,12 +7863,66 @@ static void avl__begin_turn(avl__turn *t) {
     s->stats.n_prompt_tokens = (int)n_rows;
     astrovl_free(rows);
     astrovl_free(tokens.data);
+    return err->status;
 }
 
-// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn has
-// failed.
+static void avl__show(avl__turn *t, size_t end) {   // what is new up to that byte
+    const astrovl_generation *o = t->options;
+    const char *text = t->text.data + t->n_shown;
+    if (end > t->n_shown && o->on_text && o->on_text(o->user, text, end - t->n_shown)) t->is_cut = 1;
+    t->n_shown = end;
+}
+
+// Writes the token after t->logits, and shows its text. Returns 1 if the answer goes on once this token is read; 0 when
+// the model, the guide, a stop text or a limit ends it, or on a failure (asked->err). The last token is left unread:
+// the next turn reads it.
+static int avl__write_token(avl__turn *t) {
+    astrovl_session *s = t->asked->session;
+    const astrovl_generation *o = t->options;
+    astrovl_guide *guide = o->guide;
+    astrovl_error *err = &t->asked->err;
+    const int n_most = t->max_tokens - (int)t->tokens.size, n_room = s->cache.n_ctx - s->cache.n_past + 1;
+    const int n_left = n_most < n_room ? n_most : n_room;
+    if (guide && astrovl_guide_mask(guide, t->state, n_left, t->logits, err) != ASTROVL_OK) return 0;
+    const int32_t token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, t->tokens.data, (int)t->tokens.size,
+                                         &t->random_state);
+    const int is_end = avl__vocab_is_end(&s->model->vocab, token);
+    int next = 0;
+    if (guide && !is_end) next = astrovl_guide_next(guide, t->state, token);
+    if (guide && is_end && !astrovl_guide_is_accepting(guide, t->state)) next = -1;
+    if (next < 0) avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
+    if (guide && guide->failure.status) *err = guide->failure;
+    if (err->status || is_end) return 0;
+    t->piece.size = 0;
+    avl__put_token(&s->model->vocab, token, &t->piece);
+    t->text.failed |= t->piece.failed || !avl__tokens_put(&t->tokens, token);   // what avl__end_turn looks at
+    if (t->text.failed) return 0;
+    size_t skip = 0;
+    if (guide) skip = avl__guide_skip(guide, t->state, t->piece.data, t->piece.size);
+    else if (t->text.size + t->gate.n_pending == 0) skip = strspn(t->piece.data, " \n");   // the first white space
+    avl__utf8_gate_put(&t->gate, t->piece.data + skip, t->piece.size - skip, &t->text);
+    if (t->text.failed) return 0;
+    size_t n_clear = t->text.size;       // bytes from here on may begin a stop text, and are not shown yet
+    for (size_t at = t->n_shown; at < t->text.size; at++)
+        for (int i = 0; i < o->n_stop; i++) {
+            const size_t size = strlen(o->stop[i]), rest = t->text.size - at;
+            if (!size || memcmp(t->text.data + at, o->stop[i], size < rest ? size : rest) != 0) continue;
+            if (at < n_clear) n_clear = at;
+            if (size > rest) continue;
+            t->is_cut = 1;               // the answer ends before it
+            t->text.size = n_clear = at;
+            t->text.data[at] = 0;
+        }
+    avl__show(t, n_clear);
+    t->state = next;
+    if (t->is_cut || (guide && next == AVL__EMPTY)) return 0;
+    s->stats.stopped_by_limit = n_left <= 1;
+    return n_left > 1;
+}
+
+// Hands the answer over and keeps its tokens in the conversation; or puts the conversation back, if the turn failed.
 static void avl__end_turn(avl__turn *t) {
-    astrovl_session *s = t->s;
+    astrovl_session *s = t->asked->session;
     astrovl_error *err = &t->asked->err;
     if (!err->status && !t->is_cut) {   // what was held back is shown, an unfinished character as U+FFFD
         avl__utf8_gate_flush(&t->gate, &t->text);
@@ -8125,106 +7930,90 @@ static void avl__end_turn(avl__turn *t) {
         else avl__show(t, t->text.size);
     }
     astrovl_free(t->piece.data);
+    astrovl_free(err->status ? t->text.data : NULL);
+    astrovl_free(err->status ? t->tokens.data : s->answer.data);
     if (err->status) {
-        astrovl_free(t->text.data);
-        astrovl_free(t->tokens.data);
         s->cache.n_past = t->n_before;
         return;
     }
-    astrovl_free(s->answer.data);
+    t->asked->answer = t->text.data;
     s->answer = t->tokens;
-    s->n_unread = t->n_unread;
+    s->n_unread = t->n_before + s->stats.n_prompt_tokens + (int)t->tokens.size - s->cache.n_past;
     s->n_turns++;
     s->stats.n_answer_tokens = (int)t->tokens.size;
-    t->asked->answer = t->text.data;
 }
 
-// Writes the answers, each to its end. The turns that go on are moved to the front, and read the token just written,
-// up to AVL__STEP_ROWS in one pass.
-// turns: [n], in any order afterwards;  logits: scratch, [n][n_vocab]
+// Writes the answers, each to its end. Those that go on are moved to the front, and read the token just written, up to
+// AVL__STEP_ROWS in one pass.   turns: [n], in any order afterwards;  logits: scratch, [n][n_vocab]
 static void avl__write_answers(avl__turn *turns, int n, float *logits) {
-    const avl__llama *llama = &turns->s->model->llama;
-    avl__run *run = turns->s->run;
-    avl__kv_cache *caches[AVL__STEP_ROWS];
-    int32_t tokens[AVL__STEP_ROWS];
-    astrovl_error failure;
-    double start = avl__seconds(), now;
-    int n_going, first, rows, i;
-    for (; n > 0; n = n_going, start = now) {
-        for (i = 0, n_going = 0; i < n; i++) {
+    const avl__llama *llama = &turns->asked->session->model->llama;
+    avl__run *run = turns->asked->session->run;
+    const int n_most = run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
+    double start = avl__seconds();
+    for (int n_going; n > 0; n = n_going) {
+        n_going = 0;
+        for (int i = 0; i < n; i++) {
             if (!turns[i].asked->err.status && avl__write_token(&turns[i])) {
-                avl__turn going = turns[i];
+                const avl__turn going = turns[i];
                 turns[i] = turns[n_going];
                 turns[n_going++] = going;
             } else {
                 avl__end_turn(&turns[i]);
             }
         }
-        for (first = 0; first < n_going; first += rows) {
+        for (int first = 0; first < n_going; first += n_most) {
+            const int n_rows = n_going - first < n_most ? n_going - first : n_most;
             avl__turn *t = turns + first;
-            rows = run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
-            if (rows > n_going - first) rows = n_going - first;
-            for (i = 0; i < rows; i++) {
-                caches[i] = &t[i].s->cache;
+            avl__kv_cache *caches[AVL__STEP_ROWS];
+            int32_t tokens[AVL__STEP_ROWS];
+            astrovl_error failure = {ASTROVL_OK, ""};
+            for (int i = 0; i < n_rows; i++) {
+                caches[i] = &t[i].asked->session->cache;
                 tokens[i] = t[i].tokens.data[t[i].tokens.size - 1];
                 t[i].logits = logits + (size_t)(first + i) * llama->n_vocab;
-                t[i].n_unread = 0;
             }
-            if (avl__llama_eval(llama, run, caches, rows, tokens, NULL, rows, t->logits, rows, &failure) == ASTROVL_OK)
-                continue;
-            for (i = 0; i < rows; i++) t[i].asked->err = failure;
+            avl__llama_eval(llama, run, caches, n_rows, tokens, NULL, n_rows, t->logits, n_rows, &failure);
+            for (int i = 0; i < n_rows; i++) t[i].asked->err = failure;
         }
-        now = avl__seconds();
-        for (i = 0; i < n; i++) turns[i].s->stats.decode_seconds += (now - start) / n;
+        const double now = avl__seconds();
+        for (int i = 0; i < n; i++) turns[i].asked->session->stats.decode_seconds += (now - start) / n;
+        start = now;
     }
-}
-
-static astrovl_status avl__check_batch(const astrovl_turn *turns, int n, astrovl_error *err) {
-    int i, j;
-    if (!turns || n < 1) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a batch of %d turns", turns ? n : 0);
-    for (i = 0; i < n; i++) {
-        if (!turns[i].session) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch has no session", i);
-        if (turns[i].session->run != turns->session->run)
-            return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turn %d of a batch: its session and turn 0's are not forks "
-                             "of one session (astrovl_session_fork)", i);
-        for (j = 0; j < i; j++)
-            if (turns[i].session == turns[j].session)
-                return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "turns %d and %d of a batch are of one session", j, i);
-    }
-    return ASTROVL_OK;
 }
 
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err) {
     astrovl_error failure = {ASTROVL_OK, ""};
     astrovl_generation defaults;
-    avl__turn *room = NULL;
-    float *logits = NULL;
-    int i;
     memset(&defaults, 0, sizeof defaults);
-    if (avl__check_batch(turns, n_turns, &failure) == ASTROVL_OK) {
-        room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
-        logits = avl__alloc_floats((uint64_t)n_turns * turns->session->model->llama.n_vocab);
-        if (!room || !logits) avl__fail(&failure, ASTROVL_ERROR_MEMORY, "out of memory for %d turns", n_turns);
+    if (!turns || n_turns < 1) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a batch of no turns");
+    for (int i = 0; i < n_turns && !failure.status; i++) {
+        int is_wrong = !turns[i].session || turns[i].session->run != turns->session->run;
+        for (int j = 0; j < i; j++) is_wrong |= turns[j].session == turns[i].session;
+        if (is_wrong)
+            avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "turn %d has no session, an earlier turn's, or one that shares "
+                      "nothing with turn 0's (astrovl_session_fork)", i);
     }
-    for (i = 0; turns && i < n_turns; i++) {
+    const int n_vocab = failure.status ? 0 : turns->session->model->llama.n_vocab;
+    avl__turn *room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
+    float *logits = avl__alloc_floats((uint64_t)n_turns * n_vocab);
+    if (!failure.status && (!room || !logits)) avl__fail(&failure, ASTROVL_ERROR_MEMORY, "out of memory for a batch");
+    for (int i = 0; i < n_turns; i++) {
         turns[i].answer = NULL;
         turns[i].err = failure;
-    }
-    for (i = 0; i < n_turns && !failure.status; i++) {
+        if (failure.status) continue;
         avl__turn *t = &room[i];
         t->asked = &turns[i];
-        t->s = turns[i].session;
         t->options = turns[i].options ? turns[i].options : &defaults;
-        t->logits = logits + (size_t)i * t->s->model->llama.n_vocab;
+        t->logits = logits + (size_t)i * n_vocab;
         t->random_state = t->options->seed;
         t->max_tokens = t->options->max_tokens > 0 ? t->options->max_tokens : 256;
-        t->n_before = t->s->cache.n_past;
+        t->n_before = turns[i].session->cache.n_past;
         avl__begin_turn(t);
     }
     if (!failure.status) avl__write_answers(room, n_turns, logits);
     astrovl_free(room);
     astrovl_free(logits);
-    for (i = 0; i < n_turns && !failure.status; i++) failure = turns[i].err;
+    for (int i = 0; i < n_turns && !failure.status; i++) failure = turns[i].err;
     return failure.status ? avl__fail(err, failure.status, "%s", failure.message) : ASTROVL_OK;
 }
 
@@ -8253,10 +8042,8 @@ ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_imag
 ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image_path, const char *question,
                                    const astrovl_generation *options, astrovl_error *err) {
     astrovl_image image;
-    char *answer = NULL;
-    if (avl__need(model, AVL__PART_TEXT, err) != ASTROVL_OK) return NULL;
     if (astrovl_image_load(image_path, NULL, &image, err) != ASTROVL_OK) return NULL;
-    answer = astrovl_ask(model, &image, question, options, err);
+    char *answer = astrovl_ask(model, &image, question, options, err);
     astrovl_image_free(&image);
     return answer;
 }

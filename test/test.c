@@ -2999,6 +2999,7 @@ static void models_layouts(void) {
         astrovl_error err = {ASTROVL_OK, ""};
         astrovl_model *m;
         astrovl_session *s;
+        astrovl_turn turn;
         avl__tokens tokens = {NULL, 0, 0};
         size_t t;
         snprintf(number, sizeof number, "%d", i);
@@ -3020,7 +3021,12 @@ static void models_layouts(void) {
         o.system = models_int(options, 0) ? system : NULL;
         o.parse_special = models_int(options, 3);
         s->n_turns = models_int(options, 1);
-        CHECK(avl__lay_out_turn(s, models_int(options, 2), text, &o, &tokens, &err) == ASTROVL_OK, "%s", err.message);
+        memset(&turn, 0, sizeof turn);
+        turn.session = s;
+        turn.text = text;
+        turn.n_images = models_int(options, 2);
+        avl__lay_out_turn(&turn, &o, &tokens);
+        CHECK(!turn.err.status, "%s", turn.err.message);
         for (t = 0; t < tokens.size && t < (size_t)expected->count; t++) {
             int32_t id = models_int(expected, (int64_t)t);
             if (id == MODELS_IMAGE ? tokens.data[t] >= 0 : tokens.data[t] != id) break;
