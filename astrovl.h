@@ -4479,20 +4479,21 @@ static int avl__paeth(int left, int up, int up_left) {
 // Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1 (258 bytes from 2
 // bits), so a small file that claims to be a huge image is refused before memory is allocated.
 static astrovl_status avl__png_pixels(avl__png *png) {
-    // Passes 0 to 6 (Adam7) of an interlaced image, or the only one of another (7): every dx-th pixel of every dy-th
-    // row from (x, y) on, stored as an image of its own.   {x, y, dx, dy}
+    // {x, y, dx, dy}: passes 0 to 6 (Adam7) of an interlaced image, or the only one of another (7), are every dx-th
+    // pixel of every dy-th row from (x, y) on, stored as an image of its own
     static const uint8_t passes[8][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
                                          {1, 0, 2, 2}, {0, 1, 1, 2}, {0, 0, 1, 1}};
     const avl__image_file *in = png->in;
     avl__inflate *inflate = &png->inflate;
     int depth = png->depth, n_channels = png->n_channels;
     int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8;
+    if (png->color == 3 && !png->has_palette) return AVL__BROKEN(in, "color type 3, but no palette (PLTE)");
     uint32_t width[8], height[8];
     uint64_t row_bytes[8], longest = 0, size = 0;
     for (int i = first; i < end; i++) {
         const uint8_t *pass = passes[i];
-        width[i] = (png->width - pass[0] + pass[2] - 1) / pass[2];
-        height[i] = width[i] ? (png->height - pass[1] + pass[3] - 1) / pass[3] : 0;   // no pixels: no rows
+        width[i] = (png->width + pass[2] - 1 - pass[0]) / pass[2];
+        height[i] = width[i] ? (png->height + pass[3] - 1 - pass[1]) / pass[3] : 0;   // no pixels: no rows
         row_bytes[i] = 1 + ((uint64_t)width[i] * (uint64_t)(depth * n_channels) + 7) / 8;   // 1: the row's filter
         if (height[i] > ((uint64_t)png->idat.size * 1032 - size) / row_bytes[i])
             return AVL__BROKEN(in, "%lld bytes of IDAT data cannot hold %lld x %lld pixels", (long long)png->idat.size,
@@ -4516,8 +4517,8 @@ static astrovl_status avl__png_pixels(avl__png *png) {
                            (long long)inflate->bits.at, (long long)png->idat.size);
     astrovl_status status = avl__image_new(in->image, (int)png->width, (int)png->height, in->err);
     int bytes = depth == 16 ? 2 : 1, pixel = bytes * n_channels, mask = (1 << depth) - 1;
-    int green = n_channels >= 3 ? bytes : 0;   // offset from a pixel's first byte; gray is its own green
-    size_t before = (size_t)(depth * n_channels + 7) / 8;   // distance to the same byte of the pixel on the left
+    int next = n_channels >= 3 ? bytes : 0;                 // from a color to the next; 0: all are the gray
+    size_t before = (size_t)(depth * n_channels + 7) / 8;   // from a byte of the pixel on the left to this one's
     for (int i = first; i < end && !status; i++) {
         const uint8_t *pass = passes[i], *up = png->rows;
         for (uint32_t y = 0; y < height[i]; y++) {
@@ -4538,8 +4539,8 @@ static astrovl_status avl__png_pixels(avl__png *png) {
                 else if (n_channels == 1) memset(rgb, p[0] ? 255 : p[1], 3);   // 16-bit gray
                 else {
                     rgb[0] = p[0];
-                    rgb[1] = p[green];
-                    rgb[2] = p[2 * green];
+                    rgb[1] = p[next];
+                    rgb[2] = p[2 * next];
                 }
             }
             up = row;
@@ -4553,9 +4554,8 @@ static astrovl_status avl__png_decode(avl__image_file *in) {
     avl__png png;
     memset(&png, 0, sizeof png);
     png.in = in;
+    in->format = "PNG";
     astrovl_status status = avl__png_chunks(&png);
-    if (!status && png.color == 3 && !png.has_palette)
-        status = AVL__BROKEN(in, "an image of color type 3 lacks its palette (PLTE)");
     if (!status) status = avl__png_pixels(&png);
     astrovl_free(png.idat.data);
     astrovl_free(png.rows);
@@ -4571,6 +4571,7 @@ static astrovl_status avl__pnm_decode(avl__image_file *in) {
     const uint8_t *p = in->data;
     size_t n_channels = p[1] == '6' ? 3 : 1;
     uint32_t header[3] = {0, 0, 0};   // width, height, maxval
+    in->format = "PNM";
     in->at = 2;
     for (int i = 0; i < 3; i++) {
         while (in->at < in->size && (avl__is_space(p[in->at]) || p[in->at] == '#'))
@@ -4843,13 +4844,11 @@ static void avl__jpeg_unpack(avl__jpeg *j) {
     avl__image_file *in = j->in;
     memset(&j->bits, 0, sizeof j->bits);
     j->bits.data = j->packed;
-    for (; in->at < in->size; in->at++) {
-        uint8_t byte = in->data[in->at];
-        if (byte == 0xFF) {
-            if (in->size - in->at < 2 || in->data[in->at + 1] != 0) return;
-            in->at++;
-        }
-        j->packed[j->bits.size++] = byte;
+    while (in->at < in->size) {
+        int is_stuffed = in->size - in->at >= 2 && in->data[in->at] == 0xFF && in->data[in->at + 1] == 0;
+        if (in->data[in->at] == 0xFF && !is_stuffed) return;
+        j->packed[j->bits.size++] = in->data[in->at];
+        in->at += is_stuffed ? 2 : 1;
     }
 }
 
@@ -5025,6 +5024,7 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
     avl__jpeg j;
     memset(&j, 0, sizeof j);
     j.in = in;
+    in->format = "JPEG";
     j.adobe_transform = -1;
     astrovl_status status = avl__jpeg_segments(&j);
     for (int i = 0; i < j.n_components && j.is_progressive && !status; i++) {
@@ -5050,16 +5050,12 @@ ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, c
     if (image) memset(image, 0, sizeof *image);
     if (!image || !data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data to decode, or no image for the result");
     uint64_t max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
-    avl__image_file in = {"PNG", p, size, 0, max_pixels, 0, image, err};
+    avl__image_file in = {NULL, p, size, 0, max_pixels, 0, image, err};
     astrovl_status status;
     if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
-    else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) {
-        in.format = "JPEG";
-        status = avl__jpeg_decode(&in);
-    } else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) {
-        in.format = "PNM";
-        status = avl__pnm_decode(&in);
-    } else
+    else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
+    else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
+    else
         status = avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6): its %lld bytes "
                            "start with none of their signatures", (long long)size);
     if (!status && in.orientation) image->orientation = in.orientation;
