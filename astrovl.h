@@ -3846,7 +3846,7 @@ static void avl__put_token(const avl__vocab *v, int32_t id, avl__bytes *b) {
 // PNG: ISO/IEC 15948, with zlib and deflate of RFC 1950 and RFC 1951. JPEG: ITU-T T.81, JFIF and Adobe's conventions,
 // with the integer arithmetic of libjpeg's default decoder. PNM: the netpbm manual pages.
 // No decoder allocates more than a small multiple of what the file's bytes can expand to.
-// ==================================================================================================================
+// ====================================================================================================================
 
 // ---- whole images -------------------------------------------------------------------------------------------------
 
@@ -3872,11 +3872,15 @@ static unsigned char *avl__image_pixel(const astrovl_image *image, int x, int y)
     return image->rgb + ((size_t)y * (size_t)image->width + (size_t)x) * 3;
 }
 
-static astrovl_status avl__image_check(const astrovl_image *image, const void *out, astrovl_error *err) {
+// Checks the arguments of an operation that makes `out`, of width x height pixels, from `image`.
+static astrovl_status avl__image_check(const astrovl_image *image, int width, int height, const astrovl_image *out,
+                                       astrovl_error *err) {
     if (!image || !image->rgb || image->width < 1 || image->height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty: no pixels, or a width or height below 1");
-    if (!out || out == (const void *)image)
+    if (!out || out == image)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the result must be an image other than the input");
+    if (width < 1 || height < 1)
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a result of %d x %d pixels", width, height);
     return ASTROVL_OK;
 }
 
@@ -3884,48 +3888,50 @@ static astrovl_status avl__image_check(const astrovl_image *image, const void *o
 
 // The file that a decoder reads, and what its caller wants.
 typedef struct avl__image_file {
+    const char    *format;          // "PNG", "JPEG" or "PNM", for messages
     const uint8_t *data;
     size_t         size, at;        // at: the byte, chunk or segment to read next
     uint64_t       max_pixels;
+    int            orientation;     // 0: the file does not say
     astrovl_image *image;           // result
     astrovl_error *err;
 } avl__image_file;
 
+// "JPEG: at byte 57: " and the message
+AVL__PRINTF(3, 4) static astrovl_status avl__image_fail(const avl__image_file *in, astrovl_status status,
+                                                        const char *format, ...) {
+    astrovl_error what;
+    AVL__FORMAT_PARAMETERS(what.message, format);
+    return avl__fail(in->err, status, "%s: at byte %lld: %s", in->format, (long long)in->at, what.message);
+}
+
+#define AVL__BROKEN(in, ...) avl__image_fail(in, ASTROVL_ERROR_FORMAT, __VA_ARGS__)
+
 // Checks the size that a file claims, before anything is allocated for it.
-static astrovl_status avl__image_check_size(const avl__image_file *in, const char *format, uint32_t width,
-                                            uint32_t height) {
+static astrovl_status avl__image_check_size(const avl__image_file *in, uint32_t width, uint32_t height) {
     int64_t limit = in->max_pixels > INT64_MAX ? INT64_MAX : (int64_t)in->max_pixels;
     if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= (uint64_t)limit)
         return ASTROVL_OK;
-    return avl__fail(in->err, width && height ? ASTROVL_ERROR_LIMIT : ASTROVL_ERROR_FORMAT,
-                     "%s: %lld x %lld pixels are not between 1 and the limit of %lld", format, (long long)width,
-                     (long long)height, (long long)limit);
-}
-
-static uint32_t avl__exif_number(const uint8_t *p, int n, int is_big) {   // n bytes at p
-    uint32_t value = 0;
-    int i;
-    for (i = 0; i < n; i++) value |= (uint32_t)p[i] << 8 * (is_big ? n - 1 - i : i);
-    return value;
+    return avl__image_fail(in, width && height ? ASTROVL_ERROR_LIMIT : ASTROVL_ERROR_FORMAT,
+                           "%lld x %lld pixels are not between 1 and the limit of %lld", (long long)width,
+                           (long long)height, (long long)limit);
 }
 
 // The orientation in EXIF data (a small TIFF file): tag 0x0112 of its first directory; 1, upright, if absent or broken.
 static int avl__exif_orientation(const uint8_t *tiff, size_t size) {
-    uint32_t at, n, i;
-    int is_big;
     if (size < 8 || (memcmp(tiff, "II*\0", 4) != 0 && memcmp(tiff, "MM\0*", 4) != 0)) return 1;
-    is_big = tiff[0] == 'M';
-    at = avl__exif_number(tiff + 4, 4, is_big);
+    uint16_t (*number)(const void *) = tiff[0] == 'M' ? avl__load_u16be : avl__load_u16;
+    size_t at = tiff[0] == 'M' ? avl__load_u32be(tiff + 4) : avl__load_u32(tiff + 4);
     if (at > size - 2) return 1;
-    n = avl__exif_number(tiff + at, 2, is_big);
-    for (i = 0; i < n && size - at - 2 >= 12 * ((size_t)i + 1); i++) {
-        const uint8_t *entry = tiff + at + 2 + 12 * (size_t)i;   // tag (2 bytes), type (2), count (4), value (4)
-        uint32_t type = avl__exif_number(entry + 2, 2, is_big), value = avl__exif_number(entry + 8, 2, is_big);
-        if (avl__exif_number(entry, 2, is_big) != 0x0112) continue;
-        return type == 3 && value >= 1 && value <= 8 ? (int)value : 1;   // type 3: 16 bits
+    const uint8_t *entry = tiff + at + 2;   // tag (2 bytes), type (2), count (4), value (4)
+    for (int n = number(tiff + at); n > 0 && tiff + size - entry >= 12; n--, entry += 12) {
+        int value = number(entry + 8);
+        if (number(entry) == 0x0112) return number(entry + 2) == 3 && value >= 1 && value <= 8 ? value : 1;
     }
     return 1;
 }
+
+// ---- bits and Huffman codes ---------------------------------------------------------------------------------------
 
 // A canonical Huffman code: codes of one length are consecutive numbers and follow those of smaller length (RFC 1951
 // section 3.2.2, T.81 annex C).
@@ -3939,248 +3945,202 @@ typedef struct avl__huffman {
     uint32_t base[17];                      // index in symbol of a code of this length, minus the code (mod 2^32)
 } avl__huffman;
 
-static uint32_t avl__reverse16(uint32_t bits) {   // bit 0 becomes bit 15, ...
+// Fills the tables from count and symbol. Returns 0 if there are more codes than the lengths have room for.
+static int avl__huffman_build(avl__huffman *h) {
+    uint32_t code = 0, index = 0;
+    memset(h->fast, 0, sizeof h->fast);
+    for (int length = 1; length <= 16; length++, code *= 2) {
+        uint32_t end = code + h->count[length];
+        uint32_t n_fill = length <= AVL__HUFFMAN_FAST ? 1u << (AVL__HUFFMAN_FAST - length) : 0;   // any bits may follow
+        if (end > 1u << length) return 0;
+        h->base[length] = index - code;
+        for (; code < end; code++, index++)
+            for (uint32_t i = 0; i < n_fill; i++)
+                h->fast[code * n_fill + i] = (uint16_t)(h->symbol[index] << 5 | length);
+        h->limit[length] = code << (16 - length);
+    }
+    return 1;
+}
+
+// Bytes, read bit by bit from the highest bit of each to the lowest.
+typedef struct avl__bits {
+    const uint8_t *data;
+    size_t         size, at;       // at: next byte to read
+    uint64_t       bits;           // read and not yet used; the highest bit is next
+    int            n;              // how many of them are valid; below 0: zeros beyond the data's end were used
+} avl__bits;
+
+// Afterwards at least 56 bits are valid, unless the data ends.
+static void avl__bits_refill(avl__bits *b) {
+    const uint8_t *p = b->data + b->at;
+    if (b->size - b->at >= 8) {
+        b->bits |= ((uint64_t)avl__load_u32be(p) << 32 | avl__load_u32be(p + 4)) >> b->n;
+        b->at += (size_t)(63 - b->n) >> 3;
+        b->n |= 56;
+    } else
+        for (; b->n <= 56 && b->at < b->size; b->n += 8) b->bits |= (uint64_t)b->data[b->at++] << (56 - b->n);
+}
+
+static unsigned avl__bits_take(avl__bits *b, int n) {   // the next 0 to 16 bits
+    if (b->n < n) avl__bits_refill(b);
+    unsigned value = (unsigned)(b->bits >> 32 >> (32 - n));
+    b->bits <<= n;
+    b->n -= n;
+    return value;
+}
+
+// The next symbol, or -1 for a bit pattern that is no code.
+static int avl__bits_symbol(avl__bits *b, const avl__huffman *h) {
+    if (b->n < 16) avl__bits_refill(b);
+    unsigned entry = h->fast[b->bits >> (64 - AVL__HUFFMAN_FAST)];
+    if (!entry) {
+        uint32_t next = (uint32_t)(b->bits >> 48);
+        int length = AVL__HUFFMAN_FAST + 1;
+        while (length <= 16 && next >= h->limit[length]) length++;
+        if (length > 16) return -1;
+        entry = (unsigned)h->symbol[h->base[length] + (next >> (16 - length))] << 5 | (unsigned)length;
+    }
+    b->bits <<= entry & 31;
+    b->n -= (int)(entry & 31);
+    return (int)(entry >> 5);
+}
+
+// ---- inflate: zlib data (RFC 1950) of known unpacked size ---------------------------------------------------------
+// Deflate is a sequence of Huffman-coded literals and of (length, distance) copies from what was already written. Its
+// codes start with their first bit but its numbers with their lowest, and bytes fill from the lowest bit: the input
+// has the bits of every byte reversed, and numbers are turned back.
+// Functions that can fail return NULL or, in words, what the compressed data does wrong.
+
+typedef struct avl__inflate {
+    avl__bits    bits;
+    uint8_t     *out;              // [n_out + 266]: a copy may run over the end
+    size_t       n_out, n;         // n: how much is written; above n_out if the data goes on when `out` is full
+    avl__huffman literals, distances;
+} avl__inflate;
+
+static unsigned avl__reverse16(unsigned bits) {   // bit 0 becomes bit 15, ...
     bits = (bits & 0x5555) << 1 | (bits >> 1 & 0x5555);
     bits = (bits & 0x3333) << 2 | (bits >> 2 & 0x3333);
     bits = (bits & 0x0F0F) << 4 | (bits >> 4 & 0x0F0F);
     return (bits & 0x00FF) << 8 | (bits >> 8 & 0x00FF);
 }
 
-// Fills the tables from count and symbol. lowest_first: 1 if a code's first bit is the lowest one of `fast`'s index
-// (deflate), 0 if it is the highest (JPEG). Returns 0 if there are more codes than the lengths have room for.
-static int avl__huffman_build(avl__huffman *h, int lowest_first) {
-    uint32_t code = 0, index = 0, end, i;
-    int length;
-    memset(h->fast, 0, sizeof h->fast);
-    for (length = 1; length <= 16; length++, code *= 2) {
-        h->base[length] = index - code;
-        end = code + h->count[length];
-        if (end > 1u << length) return 0;
-        for (; code < end; code++, index++) {
-            uint32_t n_fill = length <= AVL__HUFFMAN_FAST ? 1u << (AVL__HUFFMAN_FAST - length) : 0;   // any bits follow
-            uint32_t reversed = avl__reverse16(code) >> (16 - length);
-            for (i = 0; i < n_fill; i++)
-                h->fast[lowest_first ? reversed | i << length : code * n_fill + i] =
-                    (uint16_t)(h->symbol[index] << 5 | length);
-        }
-        h->limit[length] = code << (16 - length);
-    }
-    return 1;
+static unsigned avl__inflate_number(avl__inflate *s, int n) {   // of n <= 16 bits
+    return avl__reverse16(avl__bits_take(&s->bits, n)) >> (16 - n);
 }
 
-// Looks up a code that `fast` does not have. bits: the next 16, the first one highest. Returns symbol * 32 + code
-// length, or 0 if no code begins like that.
-static unsigned avl__huffman_search(const avl__huffman *h, uint32_t bits) {
-    int length;
-    for (length = AVL__HUFFMAN_FAST + 1; length <= 16; length++)
-        if (bits < h->limit[length])
-            return (unsigned)h->symbol[h->base[length] + (bits >> (16 - length))] << 5 | (unsigned)length;
-    return 0;
-}
-
-// ---- inflate: zlib data (RFC 1950) of known unpacked size ---------------------------------------------------------
-// Deflate is a sequence of Huffman-coded literals and of (length, distance) copies from what was already written.
-// Functions that can fail return NULL or, in words, what the compressed data does wrong.
-
-typedef struct avl__inflate {
-    const uint8_t *in;
-    size_t         n_in, at;       // at: next byte to read
-    uint64_t       bits;           // read and not yet used; the lowest bit is next
-    int            n_bits;         // how many of them are valid; those above are zero or a preview of in[at]
-    uint8_t       *out;
-    size_t         n_out, n;       // size, and how much is written
-    int            too_much;       // the data goes on when `out` is full
-    avl__huffman   literals, distances;
-} avl__inflate;
-
-// Afterwards at least 56 bits are there, unless the input ends.
-static void avl__inflate_refill(avl__inflate *s) {
-    if (s->n_in - s->at >= 8) {
-        s->bits |= avl__load_u64(s->in + s->at) << s->n_bits;
-        s->at += (size_t)(63 - s->n_bits) >> 3;
-        s->n_bits |= 56;
-        return;
-    }
-    for (; s->n_bits <= 56 && s->at < s->n_in; s->n_bits += 8) s->bits |= (uint64_t)s->in[s->at++] << s->n_bits;
-}
-
-// The next n <= 16 bits, which refill made ready. Past the input's end n_bits falls below 0; callers check.
-static unsigned avl__inflate_bits(avl__inflate *s, int n) {
-    unsigned value = (unsigned)(s->bits & (((uint64_t)1 << n) - 1));
-    s->bits >>= n;
-    s->n_bits -= n;
-    return value;
-}
-
-// Drops the rest of a byte; whole bytes that were read ahead go back to the input.
-static void avl__inflate_align(avl__inflate *s) {
-    s->at -= (size_t)s->n_bits / 8;
-    s->bits = 0;
-    s->n_bits = 0;
+// Lengths and distances are written as floats are: their symbol has an exponent and n bits below the leading one,
+// the remaining bits follow (RFC 1951, 3.2.5).
+static unsigned avl__inflate_float(avl__inflate *s, unsigned symbol, int n) {
+    int exponent = (int)(symbol >> n) - 1;
+    if (exponent <= 0) return symbol;
+    return ((symbol & ((1u << n) - 1)) | 1u << n) << exponent | avl__inflate_number(s, exponent);
 }
 
 // Builds a code from the length of each symbol's code, 0: unused. Returns 0 if they describe no prefix code, or one
 // that leaves bit patterns unused (allowed: a single code of one bit, or none at all, as few distances are written).
-static int avl__inflate_code(avl__huffman *h, const uint8_t *lengths, int n) {
-    int i, length, place[17];   // place: next index in symbol, by length
+static int avl__inflate_code(avl__huffman *h, const uint8_t *lengths, int n_symbols) {
+    int n = 0;
     memset(h->count, 0, sizeof h->count);
-    for (i = 0; i < n; i++) h->count[lengths[i]]++;
-    h->count[0] = 0;
-    for (length = 1, place[0] = 0; length <= 16; length++) place[length] = place[length - 1] + h->count[length - 1];
-    for (i = 0; i < n; i++)
-        if (lengths[i]) h->symbol[place[lengths[i]]++] = (uint16_t)i;
-    return avl__huffman_build(h, 1) && (h->limit[16] == 65536 || place[16] == h->count[1]);
+    for (int length = 1; length <= 16; length++)
+        for (int i = 0; i < n_symbols; i++)
+            if (lengths[i] == length) {
+                h->symbol[n++] = (uint16_t)i;
+                h->count[length]++;
+            }
+    return avl__huffman_build(h) && (h->limit[16] == 65536 || n == h->count[1]);
 }
 
-// The next symbol, or -1 for a bit pattern that is no code.
-static int avl__inflate_symbol(avl__inflate *s, const avl__huffman *h) {
-    unsigned entry = h->fast[s->bits & ((1u << AVL__HUFFMAN_FAST) - 1)];
-    if (!entry) entry = avl__huffman_search(h, avl__reverse16((uint32_t)s->bits));
-    if (!entry) return -1;
-    s->bits >>= entry & 31;
-    s->n_bits -= (int)(entry & 31);
-    return (int)(entry >> 5);
-}
-
-static const char *avl__inflate_stored(avl__inflate *s) {   // a block that is not compressed
-    size_t size;
-    avl__inflate_align(s);
-    if (s->n_in - s->at < 4) return "ends too early";
-    size = avl__load_u16(s->in + s->at);
-    if ((size ^ 0xFFFF) != avl__load_u16(s->in + s->at + 2)) return "has a broken stored block";
-    s->at += 4;
-    if (size > s->n_in - s->at) return "ends too early";
-    s->too_much = size > s->n_out - s->n;
-    if (s->too_much) size = s->n_out - s->n;
-    if (size) memcpy(s->out + s->n, s->in + s->at, size);
-    s->at += size;
-    s->n += size;
-    return NULL;
-}
-
-// Prepares the codes of a block. Kind 1 has fixed ones (RFC 1951, 3.2.6); kind 2 brings its own (3.2.7), whose lengths
-// are themselves Huffman-coded, with repeats.
-static const char *avl__inflate_codes(avl__inflate *s, unsigned kind) {
+// A block's codes, fixed ones (kind 1: RFC 1951, 3.2.6) or its own (kind 2: 3.2.7), whose lengths are themselves
+// Huffman-coded, with repeats. Then literals and copies until the block ends, or until `out` is full.
+static const char *avl__inflate_block(avl__inflate *s, unsigned kind) {
     static const uint8_t order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     uint8_t lengths[288 + 32];
-    int i, n_literals = 288, n_distances = 32, n_lengths;
-    for (i = 0; i < 320; i++) lengths[i] = (uint8_t)(i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5);
+    int n_literals = 288, n_distances = 32;
+    for (int i = 0; i < 320; i++) lengths[i] = (uint8_t)(i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5);
     if (kind == 2) {
-        avl__inflate_refill(s);
-        n_literals = (int)avl__inflate_bits(s, 5) + 257;
-        n_distances = (int)avl__inflate_bits(s, 5) + 1;
-        n_lengths = (int)avl__inflate_bits(s, 4) + 4;
-        if (n_literals > 286 || n_distances > 30) return "names too many codes";
         memset(lengths, 0, sizeof lengths);
-        for (i = 0; i < n_lengths; i++) {
-            avl__inflate_refill(s);
-            lengths[order[i]] = (uint8_t)avl__inflate_bits(s, 3);
-        }
+        n_literals = 257 + (int)avl__inflate_number(s, 5);
+        n_distances = 1 + (int)avl__inflate_number(s, 5);
+        int n_lengths = 4 + (int)avl__inflate_number(s, 4);
+        if (n_literals > 286 || n_distances > 30) return "names too many codes";
+        for (int i = 0; i < n_lengths; i++) lengths[order[i]] = (uint8_t)avl__inflate_number(s, 3);
         if (!avl__inflate_code(&s->literals, lengths, 19)) return "has a broken code of code lengths";
-        for (i = 0; i < n_literals + n_distances;) {
-            int symbol, repeat = 1;
-            uint8_t length = 0;
-            avl__inflate_refill(s);
-            symbol = avl__inflate_symbol(s, &s->literals);
-            if (symbol < 0) return "has an unknown code length";
-            if (symbol == 16 && i == 0) return "repeats a code length before the first";
-            if (symbol < 16) length = (uint8_t)symbol;
-            if (symbol == 16) length = lengths[i - 1];
-            if (symbol == 16) repeat = 3 + (int)avl__inflate_bits(s, 2);
-            if (symbol == 17) repeat = 3 + (int)avl__inflate_bits(s, 3);
-            if (symbol == 18) repeat = 11 + (int)avl__inflate_bits(s, 7);
-            if (s->n_bits < 0) return "ends too early";
+        for (int i = 0; i < n_literals + n_distances;) {
+            int symbol = avl__bits_symbol(&s->bits, &s->literals);
+            if (symbol < 0 || (symbol == 16 && i == 0)) return "has a code length that means nothing";
+            int length = symbol < 16 ? symbol : symbol == 16 ? lengths[i - 1] : 0, repeat = 1;
+            if (symbol == 16) repeat = 3 + (int)avl__inflate_number(s, 2);
+            if (symbol == 17) repeat = 3 + (int)avl__inflate_number(s, 3);
+            if (symbol == 18) repeat = 11 + (int)avl__inflate_number(s, 7);
+            if (s->bits.n < 0) return "ends too early";
             if (repeat > n_literals + n_distances - i) return "repeats a code length too often";
-            while (repeat--) lengths[i++] = length;
+            while (repeat--) lengths[i++] = (uint8_t)length;
         }
         if (lengths[256] == 0) return "has a block without an end";
     }
     if (!avl__inflate_code(&s->literals, lengths, n_literals) ||
         !avl__inflate_code(&s->distances, lengths + n_literals, n_distances))
         return "has a broken Huffman code";
-    return NULL;
-}
-
-// Copies `size` bytes from `distance` back; the two may overlap, which repeats a pattern. There is room for them.
-static void avl__inflate_copy(avl__inflate *s, size_t distance, size_t size) {
-    uint8_t *to = s->out + s->n, *end = to + size;
-    const uint8_t *from = to - distance;
-    if (distance >= 8 && s->n_out - s->n >= size + 8)   // may write up to 7 bytes too many: they are overwritten later
-        for (; to < end; to += 8, from += 8) memcpy(to, from, 8);
-    else while (to < end) *to++ = *from++;
-    s->n += size;
-}
-
-// Literals and copies until the block ends, or until `out` is full.
-static const char *avl__inflate_block(avl__inflate *s) {
-    static const uint16_t length_base[29] = {3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59,
-                                             67, 83, 99, 115, 131, 163, 195, 227, 258};
-    static const uint8_t length_bits[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4,
-                                            5, 5, 5, 5, 0};
-    static const uint16_t distance_base[30] = {1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385,
-                                               513, 769, 1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385,
-                                               24577};
-    for (;;) {
-        size_t size, distance;
-        int symbol;
-        if (s->n_bits < 15) avl__inflate_refill(s);
-        symbol = avl__inflate_symbol(s, &s->literals);
-        if (s->n_bits < 0) return "ends too early";
+    while (s->n <= s->n_out) {
+        int symbol = avl__bits_symbol(&s->bits, &s->literals);
+        if (s->bits.n < 0) return "ends too early";
+        if (symbol < 0 || symbol > 285) return "has an unknown code";
         if (symbol == 256) return NULL;
-        if (symbol >= 0 && symbol < 256) {
-            s->too_much = s->n == s->n_out;
-            if (s->too_much) return NULL;
+        if (symbol < 256) {
             s->out[s->n++] = (uint8_t)symbol;
             continue;
         }
-        if (symbol < 0 || symbol > 285) return "has an unknown code";
-        avl__inflate_refill(s);   // the rest of a copy takes at most 5 + 15 + 13 bits
-        size = length_base[symbol - 257] + avl__inflate_bits(s, length_bits[symbol - 257]);
-        symbol = avl__inflate_symbol(s, &s->distances);
+        size_t size = symbol == 285 ? 258 : 3 + avl__inflate_float(s, (unsigned)symbol - 257, 2);
+        symbol = avl__bits_symbol(&s->bits, &s->distances);
         if (symbol < 0 || symbol > 29) return "has an unknown distance code";
-        distance = distance_base[symbol] + avl__inflate_bits(s, symbol < 2 ? 0 : symbol / 2 - 1);
-        if (s->n_bits < 0) return "ends too early";
+        size_t distance = 1 + avl__inflate_float(s, (unsigned)symbol, 1);
+        if (s->bits.n < 0) return "ends too early";
         if (distance > s->n) return "refers to bytes before its start";
-        s->too_much = size > s->n_out - s->n;
-        avl__inflate_copy(s, distance, s->too_much ? s->n_out - s->n : size);
-        if (s->too_much) return NULL;
+        uint8_t *to = s->out + s->n, *end = to + size;
+        s->n += size;
+        if (distance >= 8)   // writes up to 7 bytes too many, which are overwritten later
+            for (; to < end; to += 8) memcpy(to, to - distance, 8);
+        else   // the two overlap, which repeats a pattern
+            for (; to < end; to++) *to = *(to - distance);
     }
+    return NULL;
 }
 
 // Unpacks exactly s->n_out bytes. Fewer in the data is an error; if there are more, the rest is ignored and the check
 // sum, which covers it, is not compared (as Pillow does).
 static const char *avl__inflate_run(avl__inflate *s) {
-    uint32_t a = 1, b = 0;
-    size_t i;
-    int last = 0;
-    if (s->n_in < 2 || (s->in[0] & 15) != 8 || s->in[0] >> 4 > 7 || (s->in[1] & 32) ||
-        avl__load_u16be(s->in) % 31 != 0)
+    unsigned method = avl__inflate_number(s, 8), flags = avl__inflate_number(s, 8), is_last = 0;
+    if ((method & 15) != 8 || method >> 4 > 7 || (flags & 32) || (method << 8 | flags) % 31 != 0)
         return "does not start as zlib data";
-    s->at = 2;
-    while (!last && !s->too_much) {
-        const char *problem;
-        unsigned kind;
-        avl__inflate_refill(s);
-        last = (int)avl__inflate_bits(s, 1);
-        kind = avl__inflate_bits(s, 2);
-        if (s->n_bits < 0) return "ends too early";
+    while (!is_last && s->n <= s->n_out) {
+        is_last = avl__inflate_number(s, 1);
+        unsigned kind = avl__inflate_number(s, 2);
+        if (s->bits.n < 0) return "ends too early";
         if (kind == 3) return "has a block of unknown kind";
-        problem = kind == 0 ? avl__inflate_stored(s) : avl__inflate_codes(s, kind);
-        if (kind != 0 && !problem) problem = avl__inflate_block(s);
-        if (problem) return problem;
+        if (kind > 0) {
+            const char *problem = avl__inflate_block(s, kind);
+            if (problem) return problem;
+            continue;
+        }
+        avl__bits_take(&s->bits, s->bits.n & 7);   // stored bytes, from the next whole byte on
+        int64_t size = avl__inflate_number(s, 16);
+        if ((size ^ 0xFFFF) != avl__inflate_number(s, 16)) return "has a broken stored block";
+        if (size > (int64_t)(s->bits.size - s->bits.at) + s->bits.n / 8) return "ends too early";
+        for (; size > 0 && s->n <= s->n_out; size--) s->out[s->n++] = (uint8_t)avl__inflate_number(s, 8);
     }
     if (s->n < s->n_out) return "holds fewer bytes than the image has";
-    if (s->too_much) return NULL;
-    avl__inflate_align(s);
-    if (s->n_in - s->at < 4) return "ends before its check sum";
-    for (i = 0; i < s->n; i++) {   // Adler-32: a = 1 + sum of bytes, b = sum of the a's, both modulo 65521
+    if (s->n > s->n_out) return NULL;
+    uint64_t a = 1, b = 0, sum = 0;
+    for (size_t i = 0; i < s->n; i++) {   // Adler-32: a = 1 + sum of bytes, b = sum of the a's, both modulo 65521
         a += s->out[i];
         b += a;
-        if (i % 4096 < 4095 && i + 1 < s->n) continue;   // 4,096 bytes cannot overflow 32 bits
-        a %= 65521;
-        b %= 65521;
+        if (i % 65536 == 0) b %= 65521;   // before it overflows
     }
-    return avl__load_u32be(s->in + s->at) == (b << 16 | a) ? NULL : "does not match its check sum (Adler-32)";
+    avl__bits_take(&s->bits, s->bits.n & 7);
+    for (int i = 0; i < 4; i++) sum = sum << 8 | avl__inflate_number(s, 8);
+    if (s->bits.n < 0) return "ends before its check sum";
+    return sum == (b % 65521 << 16 | a % 65521) ? NULL : "does not match its check sum (Adler-32)";
 }
 
 // ---- PNG ----------------------------------------------------------------------------------------------------------
@@ -4189,228 +4149,169 @@ static const char *avl__inflate_run(avl__inflate *s) {
 // scaled to 0..255; a palette index without a color is black. Gamma and color profiles are not applied.
 
 typedef struct avl__png {
-    avl__image_file in;                 // in.at: the chunk being read
-    uint32_t        width, height;
-    int             depth, color, interlaced, orientation;
-    int             n_channels;
-    uint8_t         colors[256][3];     // RGB of every sample value, for palettes and for gray of up to 8 bits
-    int             has_palette;
-    uint8_t        *idat;               // the contents of the IDAT chunks, joined
-    size_t          idat_size, idat_capacity;
-    avl__inflate    inflate;
-    uint8_t        *rows;               // [row_bytes] zeros, then the unpacked rows of all passes
+    avl__image_file *in;                // in->at: the chunk being read
+    uint32_t         width, height;
+    int              depth, color, interlaced, n_channels, has_palette;
+    uint8_t          colors[256][3];    // RGB of every sample value, for palettes and for gray of up to 8 bits
+    avl__bytes       idat;              // the contents of the IDAT chunks, joined
+    avl__inflate     inflate;
+    uint8_t         *rows;              // a row of zeros, then the unpacked rows of all passes
 } avl__png;
-
-// PNG: chunk "IDAT" at byte 57: `what`
-static astrovl_status avl__png_fail(const avl__png *png, astrovl_status status, const char *what) {
-    char name[5] = "";
-    if (png->in.size - png->in.at < 8)
-        return avl__fail(png->in.err, status, "PNG: at byte %lld: %s", (long long)png->in.at, what);
-    memcpy(name, png->in.data + png->in.at + 4, 4);
-    return avl__fail(png->in.err, status, "PNG: chunk \"%s\" at byte %lld: %s", name, (long long)png->in.at, what);
-}
 
 static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t size) {
     static const uint8_t n_channels[7] = {1, 0, 3, 1, 2, 0, 4};        // by color type
     static const uint32_t depths[7] = {0x10116, 0, 0x10100, 0x116, 0x10100, 0, 0x10100};   // bit d: depth d is allowed
-    int i;
-    if (png->width) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "a second header");
-    if (size != 13) return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must have 13 bytes");
+    if (size != 13 || png->width) return AVL__BROKEN(png->in, "IHDR must have 13 bytes and come once");
     png->width = avl__load_u32be(p);
     png->height = avl__load_u32be(p + 4);
     png->depth = p[8];
     png->color = p[9];
     png->interlaced = p[12];
     if (png->color > 6 || png->depth > 16 || !(depths[png->color] >> png->depth & 1))
-        return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT, "PNG: IHDR: color type %d with %d bits does not exist",
-                         png->color, png->depth);
+        return AVL__BROKEN(png->in, "IHDR: color type %d with %d bits does not exist", png->color, png->depth);
     if (p[10] != 0 || p[11] != 0 || p[12] > 1)
-        return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "unknown compression, filter or interlace method");
+        return AVL__BROKEN(png->in, "IHDR: unknown compression, filter or interlace method");
     png->n_channels = n_channels[png->color];
     if (png->color == 0 && png->depth <= 8)
-        for (i = 0; i < 1 << png->depth; i++) memset(png->colors[i], i * 255 / ((1 << png->depth) - 1), 3);
-    return avl__image_check_size(&png->in, "PNG", png->width, png->height);
+        for (int i = 0; i < 1 << png->depth; i++) memset(png->colors[i], i * 255 / ((1 << png->depth) - 1), 3);
+    return avl__image_check_size(png->in, png->width, png->height);
 }
 
 // Walks the chunks (length, name, data, CRC). After the IDAT chunks a broken or cut-off file is accepted: no pixel is
 // missing.
 static astrovl_status avl__png_chunks(avl__png *png) {
     enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
+    avl__image_file *in = png->in;
     astrovl_status status = ASTROVL_OK;
-    uint32_t table[256], crc;
-    size_t i, k;
-    for (i = 0; i < 256; i++) {
-        for (crc = (uint32_t)i, k = 0; k < 8; k++) crc = crc & 1 ? 0xEDB88320u ^ crc >> 1 : crc >> 1;
-        table[i] = crc;
+    uint32_t table[256];
+    for (uint32_t i = 0; i < 256; i++) {
+        table[i] = i;
+        for (int k = 0; k < 8; k++) table[i] = table[i] & 1 ? 0xEDB88320u ^ table[i] >> 1 : table[i] >> 1;
     }
-    for (png->in.at = 8; !status;) {
-        const uint8_t *p = png->in.data + png->in.at;
-        size_t left = png->in.size - png->in.at, size = left < 8 ? 0 : avl__load_u32be(p);
+    for (in->at = 8; !status;) {
+        const uint8_t *p = in->data + in->at;
+        size_t left = in->size - in->at, size = left < 8 ? 0 : avl__load_u32be(p);
         int is_cut = left < 12 || size > left - 12;
         char name[5] = "";
         if (left >= 8) memcpy(name, p + 4, 4);
         if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
-        for (crc = 0xFFFFFFFFu, i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
+        uint32_t crc = 0xFFFFFFFFu;
+        for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
         if (is_cut || ~crc != avl__load_u32be(p + 8 + size)) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, is_cut ? "the file ends inside it" : "its CRC is wrong");
+            return AVL__BROKEN(in, "chunk \"%s\": %s", name, is_cut ? "the file ends inside it" : "its CRC is wrong");
         }
-        if (png->width == 0 && strcmp(name, "IHDR") != 0)
-            return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IHDR must come first");
         p += 8;
+        if (png->width == 0 && strcmp(name, "IHDR") != 0) return AVL__BROKEN(in, "IHDR must come first");
         if (strcmp(name, "IHDR") == 0) status = avl__png_header(png, p, size);
         else if (strcmp(name, "IEND") == 0) return ASTROVL_OK;
-        else if (strcmp(name, "eXIf") == 0) png->orientation = avl__exif_orientation(p, size);
+        else if (strcmp(name, "eXIf") == 0) in->orientation = avl__exif_orientation(p, size);
         else if (strcmp(name, "PLTE") == 0) {
-            if (size == 0 || size % 3 != 0 || size > 768)
-                return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "not 1 to 256 RGB colors");
+            if (size == 0 || size % 3 != 0 || size > 768) return AVL__BROKEN(in, "PLTE: not 1 to 256 RGB colors");
             png->has_palette = png->color == 3;   // for true color it is only a suggestion
             if (png->has_palette) memcpy(png->colors, p, size);
         } else if (strcmp(name, "IDAT") == 0) {
-            if (state == AFTER_IDAT)
-                return avl__png_fail(png, ASTROVL_ERROR_FORMAT, "IDAT chunks must follow each other");
-            if (!avl__grow(&png->idat, &png->idat_capacity, png->idat_size + size, 1))
-                return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory");
-            if (size) memcpy(png->idat + png->idat_size, p, size);
-            png->idat_size += size;
+            if (state == AFTER_IDAT) return AVL__BROKEN(in, "IDAT chunks must follow each other");
             state = IN_IDAT;
+            avl__bytes_put(&png->idat, (const char *)p, size);
+            if (png->idat.failed) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
         } else if (!(name[0] & 32))
-            return avl__png_fail(png, ASTROVL_ERROR_UNSUPPORTED, "a critical chunk of unknown kind");
-        png->in.at += size + 12;
+            return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "\"%s\": a critical chunk of unknown kind", name);
+        in->at += size + 12;
     }
     return status;
 }
 
 // The neighbor whose value is nearest to left + up - up_left (ISO 15948, 9.4).
 static int avl__paeth(int left, int up, int up_left) {
-    int to_left = up - up_left, to_up = left - up_left, to_up_left = to_left + to_up;
-    to_left = to_left < 0 ? -to_left : to_left;
-    to_up = to_up < 0 ? -to_up : to_up;
-    to_up_left = to_up_left < 0 ? -to_up_left : to_up_left;
+    int to_left = abs(up - up_left), to_up = abs(left - up_left), to_up_left = abs(left + up - 2 * up_left);
     up = to_up <= to_up_left ? up : up_left;
     return to_left <= to_up && to_left <= to_up_left ? left : up;
-}
-
-// Undoes a row's filter: row[i] += prediction from the bytes a pixel to the left, above, and both (0 outside).
-// up: the row above;   step: bytes of a pixel, at least 1
-static void avl__png_unfilter(uint8_t *row, const uint8_t *up, size_t n, size_t step, int filter) {
-    size_t i, first = step < n ? step : n;
-    if (filter == 1)
-        for (i = first; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step]);
-    else if (filter == 2)
-        for (i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + up[i]);
-    else if (filter == 3) {
-        for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i] / 2);
-        for (; i < n; i++) row[i] = (uint8_t)(row[i] + (row[i - step] + up[i]) / 2);
-    } else if (filter == 4) {
-        for (i = 0; i < first; i++) row[i] = (uint8_t)(row[i] + up[i]);
-        for (; i < n; i++) row[i] = (uint8_t)(row[i] + avl__paeth(row[i - step], up[i], up[i - step]));
-    }
-}
-
-// n pixels of an unfiltered row to RGB; the next pixel's place is `step` bytes on.
-static void avl__png_row(const avl__png *png, const uint8_t *row, uint32_t n, uint8_t *rgb, size_t step) {
-    int depth = png->depth, mask = (1 << depth) - 1, is_rgb = png->color == 2 || png->color == 6;
-    size_t sample = depth == 16 ? 2 : 1, pixel = sample * (size_t)png->n_channels;
-    uint32_t i;
-    if (png->color == 2 && depth == 8 && step == 3) memcpy(rgb, row, (size_t)n * 3);
-    else if (png->n_channels == 1 && depth <= 8)
-        for (i = 0; i < n; i++, rgb += step) {
-            size_t bit = (size_t)i * (size_t)depth;
-            memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
-        }
-    else if (png->n_channels == 1)   // 16-bit gray
-        for (i = 0; i < n; i++, rgb += step, row += 2) memset(rgb, row[0] ? 255 : row[1], 3);
-    else
-        for (i = 0; i < n; i++, rgb += step, row += pixel) {
-            rgb[0] = row[0];
-            rgb[1] = row[is_rgb ? sample : 0];
-            rgb[2] = row[is_rgb ? 2 * sample : 0];
-        }
-}
-
-// Pass i (Adam7) of an interlaced image, or the only one of another (7): every dx-th pixel of every dy-th row from
-// (x, y) on, stored as an image of its own.
-typedef struct avl__png_pass {
-    uint32_t x, y, dx, dy, width, height;   // a pass without pixels has no rows
-    uint64_t row_bytes;                     // with the byte that names the row's filter
-} avl__png_pass;
-
-static avl__png_pass avl__png_pass_new(const avl__png *png, int i) {
-    static const uint8_t grids[8][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
-                                        {1, 0, 2, 2}, {0, 1, 1, 2}, {0, 0, 1, 1}};
-    avl__png_pass p;
-    p.x = grids[i][0];
-    p.y = grids[i][1];
-    p.dx = grids[i][2];
-    p.dy = grids[i][3];
-    p.width = (png->width + p.dx - 1 - p.x) / p.dx;
-    p.height = p.width ? (png->height + p.dy - 1 - p.y) / p.dy : 0;
-    p.row_bytes = 1 + ((uint64_t)p.width * (uint64_t)(png->depth * png->n_channels) + 7) / 8;
-    return p;
 }
 
 // Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1 (258 bytes from 2
 // bits), so a small file that claims to be a huge image is refused before memory is allocated.
 static astrovl_status avl__png_pixels(avl__png *png) {
-    int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8, i;
-    uint64_t row_bytes = avl__png_pass_new(png, 7).row_bytes, size = 0;
-    uint8_t *row;
-    uint32_t y;
-    const char *problem;
-    astrovl_status status;
-    for (i = first; i < end; i++) {
-        avl__png_pass p = avl__png_pass_new(png, i);
-        if (p.height > ((uint64_t)png->idat_size * 1032 - size) / p.row_bytes)
-            return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT,
-                             "PNG: %lld bytes of IDAT data cannot hold %lld x %lld pixels", (long long)png->idat_size,
-                             (long long)png->width, (long long)png->height);
-        size += p.height * p.row_bytes;
+    // {x, y, dx, dy}: passes 0 to 6 (Adam7) of an interlaced image, or the only one of another (7), are every dx-th
+    // pixel of every dy-th row from (x, y) on, stored as an image of its own
+    static const uint8_t passes[8][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
+                                         {1, 0, 2, 2}, {0, 1, 1, 2}, {0, 0, 1, 1}};
+    const avl__image_file *in = png->in;
+    avl__inflate *inflate = &png->inflate;
+    int depth = png->depth, n_channels = png->n_channels;
+    int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8;
+    if (png->color == 3 && !png->has_palette) return AVL__BROKEN(in, "color type 3, but no palette (PLTE)");
+    uint32_t width[8], height[8];
+    uint64_t row_bytes[8], longest = 0, size = 0;
+    for (int i = first; i < end; i++) {
+        const uint8_t *pass = passes[i];
+        width[i] = (png->width + pass[2] - 1 - pass[0]) / pass[2];
+        height[i] = width[i] ? (png->height + pass[3] - 1 - pass[1]) / pass[3] : 0;   // no pixels: no rows
+        row_bytes[i] = 1 + ((uint64_t)width[i] * (uint64_t)(depth * n_channels) + 7) / 8;   // 1: the row's filter
+        if (height[i] > ((uint64_t)png->idat.size * 1032 - size) / row_bytes[i])
+            return AVL__BROKEN(in, "%lld bytes of IDAT data cannot hold %lld x %lld pixels", (long long)png->idat.size,
+                               (long long)png->width, (long long)png->height);
+        size += height[i] * row_bytes[i];
+        if (row_bytes[i] > longest) longest = row_bytes[i];
     }
-    png->rows = (uint8_t *)avl__alloc_raw(row_bytes + size, 1);
-    if (!png->rows) return avl__png_fail(png, ASTROVL_ERROR_MEMORY, "out of memory");
-    memset(png->rows, 0, (size_t)row_bytes);   // stands for the row above a pass's first one
-    row = png->rows + row_bytes;
-    png->inflate.in = png->idat;
-    png->inflate.n_in = png->idat_size;
-    png->inflate.out = row;
-    png->inflate.n_out = (size_t)size;
-    problem = avl__inflate_run(&png->inflate);
+    png->rows = (uint8_t *)avl__alloc_raw(longest + size + 266, 1);
+    if (!png->rows) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
+    memset(png->rows, 0, (size_t)longest);
+    uint8_t *row = png->rows + longest, *packed = (uint8_t *)png->idat.data, reversed[256];
+    for (unsigned i = 0; i < 256; i++) reversed[i] = (uint8_t)(avl__reverse16(i) >> 8);
+    for (size_t i = 0; i < png->idat.size; i++) packed[i] = reversed[packed[i]];
+    inflate->bits.data = packed;
+    inflate->bits.size = png->idat.size;
+    inflate->out = row;
+    inflate->n_out = (size_t)size;
+    const char *problem = avl__inflate_run(inflate);
     if (problem)
-        return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT,
-                         "PNG: the compressed data %s, about byte %lld of %lld in the IDAT chunks", problem,
-                         (long long)png->inflate.at, (long long)png->idat_size);
-    status = avl__image_new(png->in.image, (int)png->width, (int)png->height, png->in.err);
-    for (i = first; i < end && !status; i++) {
-        avl__png_pass p = avl__png_pass_new(png, i);
-        size_t n = (size_t)p.row_bytes, step = (size_t)(png->depth * png->n_channels + 7) / 8;
-        const uint8_t *up = png->rows;
-        for (y = 0; y < p.height; y++, up = row, row += n) {
-            uint8_t *rgb = avl__image_pixel(png->in.image, (int)p.x, (int)(p.y + y * p.dy));
-            if (row[0] > 4)
-                return avl__fail(png->in.err, ASTROVL_ERROR_FORMAT, "PNG: row %lld has filter %d, which does not exist",
-                                 (long long)y, row[0]);
-            avl__png_unfilter(row + 1, up + 1, n - 1, step, row[0]);
-            avl__png_row(png, row + 1, p.width, rgb, 3 * (size_t)p.dx);
+        return AVL__BROKEN(in, "the compressed data %s, about byte %lld of %lld in the IDAT chunks", problem,
+                           (long long)inflate->bits.at, (long long)png->idat.size);
+    astrovl_status status = avl__image_new(in->image, (int)png->width, (int)png->height, in->err);
+    int bytes = depth == 16 ? 2 : 1, pixel = bytes * n_channels, mask = (1 << depth) - 1;
+    int next = n_channels >= 3 ? bytes : 0;                 // from a color to the next; 0: all are the gray
+    size_t before = (size_t)(depth * n_channels + 7) / 8;   // from a byte of the pixel on the left to this one's
+    for (int i = first; i < end && !status; i++) {
+        const uint8_t *pass = passes[i], *up = png->rows;
+        for (uint32_t y = 0; y < height[i]; y++) {
+            int filter = *row++;
+            if (filter > 4)
+                return AVL__BROKEN(in, "row %lld has filter %d, which does not exist", (long long)y, filter);
+            for (size_t k = 0; k < row_bytes[i] - 1 && filter; k++) {   // bytes minus a prediction from others
+                int left = k < before ? 0 : row[k - before], up_left = k < before ? 0 : up[k - before];
+                row[k] = (uint8_t)(row[k] + (filter == 1 ? left : filter == 2 ? up[k] : filter == 3 ?
+                                             (left + up[k]) / 2 : avl__paeth(left, up[k], up_left)));
+            }
+            uint8_t *rgb = avl__image_pixel(in->image, pass[0], (int)(pass[1] + y * pass[3]));
+            for (size_t x = 0; x < width[i]; x++, rgb += 3 * pass[2]) {
+                const uint8_t *p = row + x * (size_t)pixel;
+                size_t bit = x * (size_t)depth;
+                if (n_channels == 1 && depth <= 8)
+                    memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
+                else if (n_channels == 1) memset(rgb, p[0] ? 255 : p[1], 3);   // 16-bit gray
+                else {
+                    rgb[0] = p[0];
+                    rgb[1] = p[next];
+                    rgb[2] = p[2 * next];
+                }
+            }
+            up = row;
+            row += row_bytes[i] - 1;
         }
     }
-    png->in.image->orientation = png->orientation;
     return status;
 }
 
-static astrovl_status avl__png_decode(const avl__image_file *in) {
-    avl__png *png = (avl__png *)avl__alloc(1, sizeof *png);
-    astrovl_status status;
-    if (!png) return avl__fail(in->err, ASTROVL_ERROR_MEMORY, "PNG: out of memory");
-    png->in = *in;
-    png->orientation = 1;
-    status = avl__png_chunks(png);
-    if (!status && png->color == 3 && !png->has_palette)
-        status = avl__fail(in->err, ASTROVL_ERROR_FORMAT, "PNG: an image of color type 3 lacks its palette (PLTE)");
-    if (!status) status = avl__png_pixels(png);
-    astrovl_free(png->idat);
-    astrovl_free(png->rows);
-    astrovl_free(png);
+static astrovl_status avl__png_decode(avl__image_file *in) {
+    avl__png png;
+    memset(&png, 0, sizeof png);
+    png.in = in;
+    in->format = "PNG";
+    astrovl_status status = avl__png_chunks(&png);
+    if (!status) status = avl__png_pixels(&png);
+    astrovl_free(png.idat.data);
+    astrovl_free(png.rows);
     return status;
 }
 
@@ -4419,40 +4320,36 @@ static astrovl_status avl__png_decode(const avl__image_file *in) {
 
 static int avl__is_space(int c) { return c == ' ' || (c >= 9 && c <= 13); }
 
-static astrovl_status avl__pnm_decode(const avl__image_file *in) {
+static astrovl_status avl__pnm_decode(avl__image_file *in) {
     const uint8_t *p = in->data;
-    size_t n_channels = p[1] == '6' ? 3 : 1, at = 2, n, i;
+    size_t n_channels = p[1] == '6' ? 3 : 1;
     uint32_t header[3] = {0, 0, 0};   // width, height, maxval
-    astrovl_status status;
-    for (i = 0; i < 3; i++) {
-        while (at < in->size && (avl__is_space(p[at]) || p[at] == '#'))   // a comment runs from # to its line's end
-            if (p[at++] == '#')
-                while (at < in->size && p[at] != '\n' && p[at] != '\r') at++;
-        for (; at < in->size && p[at] >= '0' && p[at] <= '9' && header[i] < 100000000; at++)
-            header[i] = header[i] * 10 + (uint32_t)(p[at] - '0');
-        if (at == in->size || (!avl__is_space(p[at]) && (p[at] != '#' || i == 2)))
-            return avl__fail(in->err, ASTROVL_ERROR_FORMAT,
-                             "PNM: at byte %lld: not a number of the header (width, height, maxval)", (long long)at);
+    in->format = "PNM";
+    in->at = 2;
+    for (int i = 0; i < 3; i++) {
+        while (in->at < in->size && (avl__is_space(p[in->at]) || p[in->at] == '#'))
+            if (p[in->at++] == '#')   // a comment, to the end of its line
+                while (in->at < in->size && p[in->at] != '\n' && p[in->at] != '\r') in->at++;
+        for (; in->at < in->size && p[in->at] >= '0' && p[in->at] <= '9' && header[i] < 100000000; in->at++)
+            header[i] = header[i] * 10 + (uint32_t)(p[in->at] - '0');
+        if (in->at == in->size || (!avl__is_space(p[in->at]) && (p[in->at] != '#' || i == 2)))
+            return AVL__BROKEN(in, "not a number of the header (width, height, maxval)");
     }
-    at++;
+    in->at++;
     if (header[2] != 255)
-        return avl__fail(in->err, ASTROVL_ERROR_UNSUPPORTED, "PNM: maxval %d is not supported, only 255",
-                         (int)header[2]);
-    status = avl__image_check_size(in, "PNM", header[0], header[1]);
+        return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "maxval %d is not supported, only 255", (int)header[2]);
+    astrovl_status status = avl__image_check_size(in, header[0], header[1]);
     if (status) return status;
-    if ((uint64_t)header[0] * header[1] > (in->size - at) / n_channels)
-        return avl__fail(in->err, ASTROVL_ERROR_FORMAT, "PNM: %lld bytes after the header cannot hold %d x %d pixels",
-                         (long long)(in->size - at), (int)header[0], (int)header[1]);
+    size_t n = (in->size - in->at) / n_channels;
+    if ((uint64_t)header[0] * header[1] > n)
+        return AVL__BROKEN(in, "the rest of the file cannot hold %d x %d pixels", (int)header[0], (int)header[1]);
     status = avl__image_new(in->image, (int)header[0], (int)header[1], in->err);
-    if (status) return status;
-    n = (size_t)header[0] * header[1];
-    if (n_channels == 3) memcpy(in->image->rgb, p + at, 3 * n);
-    else
-        for (i = 0; i < n; i++) memset(in->image->rgb + 3 * i, p[at + i], 3);
-    return ASTROVL_OK;
+    for (n = 0; n < 3 * (size_t)header[0] * header[1] && !status; n++)
+        in->image->rgb[n] = p[in->at + (n_channels == 3 ? n : n / 3)];
+    return status;
 }
 
-// ---- JPEG: bits ---------------------------------------------------------------------------------------------------
+// ---- JPEG: the coded data -----------------------------------------------------------------------------------------
 // Huffman-coded baseline, extended and progressive files of 8 bits, in the integer arithmetic of libjpeg's default
 // decoder: inverse DCT "islow", triangle ("fancy") upsampling, YCbCr to RGB in 16-bit fixed point. Damaged or missing
 // scan data is an error (libjpeg fills in gray); junk between segments is skipped.
@@ -4462,26 +4359,23 @@ typedef struct avl__jpeg_component {
     int      table;                       // number of its quantization table
     uint16_t quant[64];                   // that table as of the component's first scan; quant[0] is 0 until then
     int      width, height;               // samples
-    int      blocks_x, blocks_y;          // blocks that hold samples
-    size_t   stride;                      // blocks in a stored row: whole MCUs
-    uint8_t *samples;                     // [8 * rows of blocks][8 * stride]
-    int16_t *coefficients;                // progressive: [rows of blocks][stride][64], natural order
+    int      stride, n_blocks;            // blocks that are stored, of whole MCUs: in a row, in all
+    uint8_t *samples;                     // [8 * n_blocks / stride][8 * stride]
+    int16_t *coefficients;                // progressive: [n_blocks / stride][stride][64], natural order
     const avl__huffman *dc, *ac;          // of the current scan
     int      predicted;                   // DC value of the block before
 } avl__jpeg_component;
 
 typedef struct avl__jpeg {
-    avl__image_file in;
-    uint64_t       bits;                  // the highest bit is next
-    int            n_bits, n_invented;    // valid bits; how many were added as zeros because the data ended
+    avl__image_file *in;
+    uint8_t       *packed;                // [in->size]: what `bits` reads
+    avl__bits      bits;                  // a scan's data up to the next marker
+    uint8_t       *rows;                  // scratch of avl__jpeg_pixels, [4][width + 8]; a row has up to width + 3
     int            width, height, n_components, is_progressive, max_h, max_v, mcus_x, mcus_y;
     avl__jpeg_component component[4];
-    avl__jpeg_component *scan[4];         // the current scan's components
-    int            n_scan, first, last, high, low;   // and its coefficients and bit positions (Ss, Se, Ah, Al)
+    int            first, last, high, low;   // coefficients and bit positions of the current scan (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
-    int            restart_interval, n_scans;
-    int            orientation, has_jfif, adobe_transform;   // -1: no Adobe marker
-    uint8_t       *rows;                  // scratch of avl__jpeg_pixels, [4][width + 8]; a row has up to width + 3
+    int            restart_interval, n_scans, has_jfif, adobe_transform;   // -1: no Adobe marker
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
@@ -4491,68 +4385,21 @@ static const uint8_t avl__zigzag[64] = {   // natural index of the k-th coeffici
     28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54,
     47, 55, 62, 63};
 
-static astrovl_status avl__jpeg_fail(const avl__jpeg *j, astrovl_status status, const char *what) {
-    return avl__fail(j->in.err, status, "JPEG: at byte %lld: %s", (long long)j->in.at, what);
-}
-
-// Afterwards at least 32 bits are there. FF 00 in the data stands for FF; FF and anything else is a marker, which
-// ends it: from there on zeros are invented, and counted.
-static void avl__jpeg_refill(avl__jpeg *j) {
-    const uint8_t *data = j->in.data;
-    while (j->n_bits <= 32 && j->in.size - j->in.at >= 4) {
-        uint32_t x = avl__load_u32be(data + j->in.at);
-        if ((x & ~(x + 0x01010101u)) & 0x80808080u)
-            break;   // perhaps an FF: a byte with its high bit set that loses it by + 1
-        j->bits |= (uint64_t)x << (32 - j->n_bits);
-        j->n_bits += 32;
-        j->in.at += 4;
-    }
-    while (j->n_bits <= 56) {
-        size_t at = j->in.at;
-        uint64_t byte = 0;
-        if (at < j->in.size && (data[at] != 0xFF || (j->in.size - at > 1 && data[at + 1] == 0))) {
-            byte = data[at];
-            j->in.at += byte == 0xFF ? 2 : 1;
-        } else j->n_invented += 8;
-        j->bits |= byte << (56 - j->n_bits);
-        j->n_bits += 8;
-    }
-}
-
-static unsigned avl__jpeg_bits(avl__jpeg *j, int n) {   // the next n <= 16 bits, which refill made ready
-    unsigned value = (unsigned)(j->bits >> 32 >> (32 - n));
-    j->bits <<= n;
-    j->n_bits -= n;
-    return value;
-}
-
-// The next symbol, or -1 for a bit pattern that is no code.
-static int avl__jpeg_symbol(avl__jpeg *j, const avl__huffman *h) {
-    unsigned entry = h->fast[j->bits >> (64 - AVL__HUFFMAN_FAST)];
-    if (!entry) entry = avl__huffman_search(h, (uint32_t)(j->bits >> 48));
-    if (!entry) return -1;
-    j->bits <<= entry & 31;
-    j->n_bits -= (int)(entry & 31);
-    return (int)(entry >> 5);
-}
-
 // A signed number of n bits (T.81, F.2.2.1): those that begin with 0 stand for the negative ones.
 static int avl__jpeg_signed(avl__jpeg *j, int n) {
-    int value = (int)avl__jpeg_bits(j, n);
+    int value = (int)avl__bits_take(&j->bits, n);
     return n == 0 || value >> (n - 1) ? value : value - (1 << n) + 1;
 }
 
-// ---- JPEG: blocks of coefficients ---------------------------------------------------------------------------------
 // A scan holds, for each block, the coefficients first to last in zigzag order, without their lowest `low` bits. A
 // sequential file has all 64 and all bits of a component in one scan; a progressive one sends bands, and later scans
 // that add one bit each (high = low + 1).
 
 // Reads a block's part of a band's first scan (T.81, F.2.2 and G.1.2). Returns 0 if the data makes no sense.
 static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
-    int k = j->first, symbol, size, run;
+    int k = j->first;
     if (k == 0) {   // DC: the difference from the block before
-        if (j->n_bits < 32) avl__jpeg_refill(j);
-        size = avl__jpeg_symbol(j, c->dc);
+        int size = avl__bits_symbol(&j->bits, c->dc);
         if (size < 0 || size > 15) return 0;
         c->predicted = (int16_t)(uint16_t)(c->predicted + avl__jpeg_signed(j, size));
         block[0] = (int16_t)(uint16_t)((unsigned)c->predicted << j->low);
@@ -4563,13 +4410,10 @@ static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *b
         return 1;
     }
     for (; k <= j->last; k++) {   // AC: `run` zeros, then a number of `size` bits
-        if (j->n_bits < 32) avl__jpeg_refill(j);
-        symbol = avl__jpeg_symbol(j, c->ac);
+        int symbol = avl__bits_symbol(&j->bits, c->ac), size = symbol & 15, run = symbol >> 4;
         if (symbol < 0) return 0;
-        size = symbol & 15;
-        run = symbol >> 4;
         if (size == 0 && run < 15) {   // the band ends here, and so it does in the next 2^run - 1 + (`run` bits) blocks
-            j->end_of_band = (1 << run) - 1 + (int)avl__jpeg_bits(j, run);
+            j->end_of_band = (1 << run) - 1 + (int)avl__bits_take(&j->bits, run);
             break;
         }
         k += run;
@@ -4583,23 +4427,20 @@ static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *b
 // Reads a block's part of a later scan. Coefficients that are known to be non-zero get one more bit; among them, in AC
 // bands, stand the new ones, which are +1 or -1 at this bit (T.81, G.1.2.3). Returns 0 if the data makes no sense.
 static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
-    int k = j->first, bit = 1 << j->low, symbol, n_zeros, value;
-    if (j->n_bits < 32) avl__jpeg_refill(j);
+    int k = j->first, bit = 1 << j->low;
     if (k == 0) {
-        if (avl__jpeg_bits(j, 1)) block[0] = (int16_t)(block[0] | bit);
+        if (avl__bits_take(&j->bits, 1)) block[0] = (int16_t)(block[0] | bit);
         return 1;
     }
     while (k <= j->last) {
-        n_zeros = 64;   // to pass before `value`; 64: no new coefficient in this block
-        value = 0;
+        int n_zeros = 64, value = 0;   // zeros to pass before `value`; 64: no new coefficient in this block
         if (j->end_of_band == 0) {
-            if (j->n_bits < 32) avl__jpeg_refill(j);
-            symbol = avl__jpeg_symbol(j, c->ac);
+            int symbol = avl__bits_symbol(&j->bits, c->ac);
             if (symbol < 0 || (symbol & 15) > 1) return 0;
             n_zeros = symbol >> 4;
-            if (symbol & 15) value = avl__jpeg_bits(j, 1) ? bit : -bit;
+            if (symbol & 15) value = avl__bits_take(&j->bits, 1) ? bit : -bit;
             else if (n_zeros < 15) {
-                j->end_of_band = (1 << n_zeros) + (int)avl__jpeg_bits(j, n_zeros);
+                j->end_of_band = (1 << n_zeros) + (int)avl__bits_take(&j->bits, n_zeros);
                 n_zeros = 64;
             }
         }
@@ -4607,10 +4448,7 @@ static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16
             int16_t *known = &block[avl__zigzag[k]];
             if (*known == 0) {
                 if (n_zeros-- == 0) *known = (int16_t)value;
-                continue;
-            }
-            if (j->n_bits < 32) avl__jpeg_refill(j);
-            if (avl__jpeg_bits(j, 1) && !((*known < 0 ? -*known : *known) & bit))   // moves away from zero
+            } else if (avl__bits_take(&j->bits, 1) && !(abs(*known) & bit))   // moves away from zero
                 *known = (int16_t)(*known < 0 ? *known - bit : *known + bit);
         }
     }
@@ -4626,28 +4464,26 @@ static int avl__jpeg_read_refinement(avl__jpeg *j, avl__jpeg_component *c, int16
 static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
     uint32_t x0 = (uint32_t)in[0], x1 = (uint32_t)in[8], x2 = (uint32_t)in[16], x3 = (uint32_t)in[24];
     uint32_t x4 = (uint32_t)in[32], x5 = (uint32_t)in[40], x6 = (uint32_t)in[48], x7 = (uint32_t)in[56];
-    uint32_t half = 1u << (n_bits - 1);
     // even half: a rotation by 3 pi / 8 of (x2, x6), and butterflies
     uint32_t r = (x2 + x6) * 4433u;                  // 0.541196100
     uint32_t s2 = r - x6 * 15137u;                   // 1.847759065
     uint32_t s3 = r + x2 * 6270u;                    // 0.765366865
-    uint32_t s0 = ((x0 + x4) << 13) + half, s1 = ((x0 - x4) << 13) + half;
-    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
+    uint32_t half = 1u << (n_bits - 1), s0 = ((x0 + x4) << 13) + half, s1 = ((x0 - x4) << 13) + half;
+    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // very common, and faster than the sums
+        for (int i = 0; i < 8; i++) out[i] = (int32_t)s0 >> n_bits;
+        return;
+    }
     // odd half
     uint32_t t = (x7 + x3 + x5 + x1) * 9633u;        // 1.175875602
     uint32_t a = t - (x7 + x3) * 16069u;             // 1.961570560
     uint32_t b = t - (x5 + x1) * 3196u;              // 0.390180644
     uint32_t c = (x7 + x1) * 7373u;                  // 0.899976223
     uint32_t d = (x5 + x3) * 20995u;                 // 2.562915447
+    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
     uint32_t o0 = x1 * 12299u + b - c;               // 1.501321110
     uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
     uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
     uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
-    int i;
-    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // very common, and faster than the sums
-        for (i = 0; i < 8; i++) out[i] = (int32_t)s0 >> n_bits;
-        return;
-    }
     out[0] = (int32_t)(e0 + o0) >> n_bits;
     out[7] = (int32_t)(e0 - o0) >> n_bits;
     out[1] = (int32_t)(e1 + o1) >> n_bits;
@@ -4662,46 +4498,35 @@ static uint8_t avl__clip8(int32_t x) { return (uint8_t)((uint32_t)x <= 255 ? x :
 
 // Block (x, y) of a component: coefficients, [8][8] in natural order, to samples.
 static void avl__jpeg_transform(avl__jpeg_component *c, int x, int y, const int16_t block[64]) {
-    uint8_t *out = c->samples + ((size_t)y * c->stride * 8 + (size_t)x) * 8;
+    uint8_t *out = c->samples + ((size_t)y * (size_t)c->stride * 8 + (size_t)x) * 8;
     int32_t values[64], columns[64], row[8];   // columns: after the first pass, transposed
-    int i, k;
-    for (i = 0; i < 64; i++) values[i] = block[i] * c->quant[i];
-    for (k = 0; k < 8; k++) avl__idct_8(values + k, 13 - 2, columns + 8 * k);
-    for (k = 0; k < 8; k++, out += c->stride * 8) {
+    for (int i = 0; i < 64; i++) values[i] = block[i] * c->quant[i];
+    for (int k = 0; k < 8; k++) avl__idct_8(values + k, 13 - 2, columns + 8 * k);
+    for (int k = 0; k < 8; k++, out += (size_t)c->stride * 8) {
         avl__idct_8(columns + k, 13 + 2 + 3, row);
-        for (i = 0; i < 8; i++) out[i] = avl__clip8(row[i] + 128);
+        for (int i = 0; i < 8; i++) out[i] = avl__clip8(row[i] + 128);
     }
 }
 
 // ---- JPEG: segments and scans -------------------------------------------------------------------------------------
 // p, size: a segment's contents, after its marker and length
 
-static astrovl_status avl__jpeg_quantization(avl__jpeg *j, const uint8_t *p, size_t size) {   // DQT
-    size_t n_bytes;
-    int i;
-    for (; size > 0; p += n_bytes, size -= n_bytes) {
-        int is_wide = p[0] >> 4, number = p[0] & 15;
-        n_bytes = is_wide ? 129 : 65;
-        if (is_wide > 1 || number > 3 || size < n_bytes)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken quantization table (DQT)");
-        for (i = 0; i < 64; i++)
-            j->table[number][avl__zigzag[i]] = is_wide ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
-    }
-    return ASTROVL_OK;
-}
-
-static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t size) {   // DHT
-    size_t n, i;
-    for (; size > 0; p += 17 + n, size -= 17 + n) {
-        avl__huffman *h = &j->code[p[0] >> 4 & 1][p[0] & 3];
-        for (n = 0, i = 1; i <= 16 && size >= 17; i++) {
-            h->count[i] = p[i];
-            n += p[i];
-        }
-        if (size < 17 + n || n > 256 || p[0] >> 4 > 1 || (p[0] & 15) > 3)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)");
-        for (i = 0; i < n; i++) h->symbol[i] = p[17 + i];
-        if (!avl__huffman_build(h, 0)) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "broken Huffman table (DHT)");
+// Quantization tables (DQT, marker DB) or Huffman codes (DHT, C4).
+static astrovl_status avl__jpeg_tables(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
+    for (size_t n; size > 0; p += n, size -= n) {
+        int kind = p[0] >> 4, number = p[0] & 15;   // kind: 1 for values of 16 bits (DQT), for AC codes (DHT)
+        n = marker == 0xC4 ? 17 : kind ? 129 : 65;
+        for (int i = 1; i <= 16 && marker == 0xC4 && size >= 17; i++) n += p[i];
+        if (kind > 1 || number > 3 || size < n || n > 17 + 256)
+            return AVL__BROKEN(j->in, "a broken table (%s)", marker == 0xC4 ? "DHT" : "DQT");
+        avl__huffman *h = &j->code[kind][number];
+        if (marker == 0xC4) {
+            for (int i = 1; i <= 16; i++) h->count[i] = p[i];
+            for (size_t i = 17; i < n; i++) h->symbol[i - 17] = p[i];
+            if (!avl__huffman_build(h)) return AVL__BROKEN(j->in, "a Huffman table (DHT) with too many codes");
+        } else
+            for (int i = 0; i < 64; i++)
+                j->table[number][avl__zigzag[i]] = kind ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
     }
     return ASTROVL_OK;
 }
@@ -4709,194 +4534,177 @@ static astrovl_status avl__jpeg_huffman(avl__jpeg *j, const uint8_t *p, size_t s
 // SOF: the image's size and components. Allocates the components' memory; a block takes at least one bit of a scan, so
 // a small file that claims to be a huge image is refused first.
 static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
-    avl__jpeg_component *c, *end;
-    astrovl_status status;
-    if (marker >= 0xC9)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "arithmetic coding is not supported, only Huffman");
+    avl__image_file *in = j->in;
     if (marker > 0xC2)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "lossless and hierarchical coding are not supported");
-    if (j->n_components) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a second frame (SOF)");
-    if (size < 6 || size != 6 + 3 * (size_t)p[5])
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) of wrong length");
-    if (p[0] != 8)
-        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d bits per sample are not supported", p[0]);
-    if (p[5] != 1 && p[5] != 3 && p[5] != 4)
-        return avl__fail(j->in.err, ASTROVL_ERROR_UNSUPPORTED, "JPEG: %d components are not supported", p[5]);
+        return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "SOF%d: arithmetic, lossless and hierarchical coding are "
+                               "not supported", marker - 0xC0);
+    if (j->n_components || size < 6 || size != 6 + 3 * (size_t)p[5])
+        return AVL__BROKEN(in, "a second frame (SOF), or one of wrong length");
+    if (p[0] != 8 || (p[5] != 1 && p[5] != 3 && p[5] != 4))
+        return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "%d components of %d bits are not supported", p[5], p[0]);
     j->height = avl__load_u16be(p + 1);
     j->width = avl__load_u16be(p + 3);
     if (j->height == 0 && j->width > 0)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "a height that a DNL marker gives is not supported");
-    status = avl__image_check_size(&j->in, "JPEG", (uint32_t)j->width, (uint32_t)j->height);
+        return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "a height that a DNL marker gives is not supported");
+    astrovl_status status = avl__image_check_size(in, (uint32_t)j->width, (uint32_t)j->height);
     if (status) return status;
     j->is_progressive = marker == 0xC2;
     j->n_components = p[5];
-    j->max_h = j->max_v = 1;
-    end = j->component + j->n_components;
+    avl__jpeg_component *c, *end = j->component + j->n_components;
     for (c = j->component, p += 6; c < end; c++, p += 3) {
         c->id = p[0];
         c->h = p[1] >> 4;
         c->v = p[1] & 15;
         c->table = p[2];
         if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4 || c->table > 3)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a frame (SOF) with a broken component");
+            return AVL__BROKEN(in, "a frame (SOF) with a broken component");
         if (c->h > j->max_h) j->max_h = c->h;
         if (c->v > j->max_v) j->max_v = c->v;
     }
+    j->packed = (uint8_t *)avl__alloc_raw(in->size, 1);
+    j->rows = (uint8_t *)avl__alloc_raw(4, (size_t)j->width + 8);
     j->mcus_x = (j->width - 1) / (8 * j->max_h) + 1;
     j->mcus_y = (j->height - 1) / (8 * j->max_v) + 1;
     for (c = j->component; c < end; c++) {
-        uint64_t n_stored = (uint64_t)(j->mcus_x * c->h) * (uint64_t)(j->mcus_y * c->v);
         if (j->max_h % c->h || j->max_v % c->v)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_UNSUPPORTED, "sampling factors are not whole multiples");
+            return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "sampling factors are not whole multiples");
         c->width = (j->width * c->h + j->max_h - 1) / j->max_h;
         c->height = (j->height * c->v + j->max_v - 1) / j->max_v;
-        c->blocks_x = (c->width + 7) / 8;
-        c->blocks_y = (c->height + 7) / 8;
-        c->stride = (size_t)(j->mcus_x * c->h);
-        if ((uint64_t)c->blocks_x * (uint64_t)c->blocks_y > 8 * (uint64_t)j->in.size)
-            return avl__fail(j->in.err, ASTROVL_ERROR_FORMAT, "JPEG: %lld bytes cannot hold %d x %d pixels",
-                             (long long)j->in.size, j->width, j->height);
-        c->samples = (uint8_t *)avl__alloc_raw(n_stored, 64);
-        if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc(n_stored, 64 * sizeof(int16_t));
-        if (!c->samples || (j->is_progressive && !c->coefficients))
-            return avl__jpeg_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
+        c->stride = j->mcus_x * c->h;
+        c->n_blocks = c->stride * j->mcus_y * c->v;
+        if ((uint64_t)((c->width + 7) / 8 * ((c->height + 7) / 8)) > 8 * (uint64_t)in->size)
+            return AVL__BROKEN(in, "%lld bytes cannot hold %d x %d pixels", (long long)in->size, j->width, j->height);
+        c->samples = (uint8_t *)avl__alloc_raw((uint64_t)c->n_blocks, 64);
+        if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc((uint64_t)c->n_blocks, 64 * sizeof(int16_t));
+        if (!j->packed || !j->rows || !c->samples || (j->is_progressive && !c->coefficients))
+            return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
     }
-    j->rows = (uint8_t *)avl__alloc_raw(4, (size_t)j->width + 8);
-    return j->rows ? ASTROVL_OK : avl__jpeg_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
+    return ASTROVL_OK;
 }
 
-// SOS: which components and coefficients come next, with which codes.
-static astrovl_status avl__jpeg_scan_header(avl__jpeg *j, const uint8_t *p, size_t size) {
-    int i, k, n = size ? p[0] : 0, n_blocks = 0;
-    if (j->n_components == 0) return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) before the frame (SOF)");
-    if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) of wrong length");
+// Moves to the next marker, FF and a byte that is neither 00 nor FF, and returns that byte; 0: there is none.
+static int avl__jpeg_find_marker(avl__image_file *in) {
+    for (; in->size - in->at >= 2; in->at++) {
+        int byte = in->data[in->at + 1];
+        if (in->data[in->at] == 0xFF && byte != 0 && byte != 0xFF) return byte;
+    }
+    in->at = in->size;
+    return 0;
+}
+
+// Makes `bits` read the data from in->at to the next marker. FF 00 stands for FF; FF and anything else ends the data.
+static void avl__jpeg_unpack(avl__jpeg *j) {
+    avl__image_file *in = j->in;
+    memset(&j->bits, 0, sizeof j->bits);
+    j->bits.data = j->packed;
+    while (in->at < in->size) {
+        int is_stuffed = in->size - in->at >= 2 && in->data[in->at] == 0xFF && in->data[in->at + 1] == 0;
+        if (in->data[in->at] == 0xFF && !is_stuffed) return;
+        j->packed[j->bits.size++] = in->data[in->at];
+        in->at += is_stuffed ? 2 : 1;
+    }
+}
+
+// SOS: which components and coefficients come next, with which codes. Then the scan's data: MCU after MCU, each of
+// h x v blocks of each component, or of a single block if the scan has a single component.
+static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size) {
+    avl__image_file *in = j->in;
+    avl__jpeg_component *scan[4];
+    int n = size ? p[0] : 0, n_blocks = 0;
+    if (j->n_components == 0) return AVL__BROKEN(in, "a scan (SOS) before the frame (SOF)");
+    if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n) return AVL__BROKEN(in, "a scan (SOS) of wrong length");
     if (++j->n_scans > 256)   // files have about ten, and each scan visits the whole image
-        return avl__jpeg_fail(j, ASTROVL_ERROR_LIMIT, "too many scans");
-    j->n_scan = n;
+        return avl__image_fail(in, ASTROVL_ERROR_LIMIT, "too many scans");
     j->first = j->is_progressive ? p[1 + 2 * n] : 0;
     j->last = j->is_progressive ? p[2 + 2 * n] : 63;
     j->high = j->is_progressive ? p[3 + 2 * n] >> 4 : 0;
     j->low = j->is_progressive ? p[3 + 2 * n] & 15 : 0;
     if (j->is_progressive && (j->last > 63 || j->low > 13 || (j->high && j->high != j->low + 1) ||
                               (j->first == 0 ? j->last != 0 : j->last < j->first || n != 1)))
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with impossible progression parameters");
-    for (i = 0; i < n; i++) {
+        return AVL__BROKEN(in, "a scan (SOS) with impossible progression parameters");
+    for (int i = 0; i < n; i++) {
         avl__jpeg_component *c = NULL;
         int dc = p[2 + 2 * i] >> 4, ac = p[2 + 2 * i] & 15;
-        for (k = 0; k < j->n_components && !c; k++)
+        for (int k = 0; k < j->n_components && !c; k++)
             if (j->component[k].id == p[1 + 2 * i]) c = &j->component[k];
-        for (k = 0; k < i; k++)
-            if (j->scan[k] == c) c = NULL;
-        if (!c || dc > 3 || ac > 3)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with an unknown component or table");
+        for (int k = 0; k < i; k++)
+            if (scan[k] == c) c = NULL;
+        if (!c || dc > 3 || ac > 3) return AVL__BROKEN(in, "a scan (SOS) with an unknown component or table");
         c->dc = &j->code[0][dc];
         c->ac = &j->code[1][ac];
         if ((j->first == 0 && j->high == 0 && !c->dc->limit[16]) || (j->last > 0 && !c->ac->limit[16]))
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose Huffman table is missing");
+            return AVL__BROKEN(in, "a scan (SOS) whose Huffman table is missing");
         if (!c->quant[0]) memcpy(c->quant, j->table[c->table], sizeof c->quant);
-        if (!c->quant[0])
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) whose quantization table is missing");
-        j->scan[i] = c;
+        if (!c->quant[0]) return AVL__BROKEN(in, "a scan (SOS) whose quantization table is missing");
+        scan[i] = c;
         n_blocks += c->h * c->v;
     }
-    if (n > 1 && n_blocks > 10)
-        return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a scan (SOS) with more than 10 blocks per MCU");
-    return ASTROVL_OK;
-}
-
-// Moves to the next marker, FF and a byte that is neither 00 nor FF, and returns that byte; 0: there is none.
-static int avl__jpeg_find_marker(avl__jpeg *j) {
-    const uint8_t *data = j->in.data;
-    for (; j->in.size - j->in.at >= 2; j->in.at++)
-        if (data[j->in.at] == 0xFF && data[j->in.at + 1] != 0 && data[j->in.at + 1] != 0xFF)
-            return data[j->in.at + 1];
-    j->in.at = j->in.size;
-    return 0;
-}
-
-// Reads block (x, y) of a component, of a sequential file to samples. Returns 0 if the data makes no sense.
-static int avl__jpeg_block(avl__jpeg *j, avl__jpeg_component *c, int x, int y) {
-    int16_t local[64], *block = local;
-    if (j->is_progressive) block = c->coefficients + ((size_t)y * c->stride + (size_t)x) * 64;
-    else memset(local, 0, sizeof local);
-    if (!(j->high ? avl__jpeg_read_refinement(j, c, block) : avl__jpeg_read_first(j, c, block))) return 0;
-    if (!j->is_progressive) avl__jpeg_transform(c, x, y, block);
-    return 1;
-}
-
-// The data of a scan: MCU after MCU, each of h x v blocks of each component, or of a single block if the scan has a
-// single component. Predictions and runs start anew at the beginning and after each restart marker.
-static astrovl_status avl__jpeg_scan(avl__jpeg *j) {
-    int is_single = j->n_scan == 1, interval = j->restart_interval ? j->restart_interval : INT_MAX;
-    int n_x = is_single ? j->scan[0]->blocks_x : j->mcus_x, n_y = is_single ? j->scan[0]->blocks_y : j->mcus_y;
-    int x, y, i, bx, by, n = 0;   // n: MCUs so far
-    for (y = 0; y < n_y; y++)
-        for (x = 0; x < n_x; x++, n++) {
-            if (n % interval == 0) {
-                if (n > 0 && avl__jpeg_find_marker(j) != 0xD0 + (n / interval - 1) % 8)
-                    return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "not the restart marker (RST) that is due");
-                if (n > 0) j->in.at += 2;
-                j->bits = 0;
-                j->n_bits = j->n_invented = 0;
-                j->end_of_band = 0;
-                for (i = 0; i < j->n_scan; i++) j->scan[i]->predicted = 0;
-            }
-            for (i = 0; i < j->n_scan; i++) {
-                avl__jpeg_component *c = j->scan[i];
-                int h = is_single ? 1 : c->h, v = is_single ? 1 : c->v;
-                for (by = 0; by < v; by++)
-                    for (bx = 0; bx < h; bx++)
-                        if (!avl__jpeg_block(j, c, x * h + bx, y * v + by))
-                            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT,
-                                                  "the scan's data is damaged: no such code");
-            }
-            if (j->n_bits < j->n_invented)   // invented bits were used
-                return avl__fail(j->in.err, ASTROVL_ERROR_FORMAT,
-                                 "JPEG: the scan's data ends at byte %lld, in row %d of %d of its blocks: "
-                                 "the file is cut off or damaged", (long long)j->in.at, y, n_y);
+    if (n > 1 && n_blocks > 10) return AVL__BROKEN(in, "a scan (SOS) with more than 10 blocks per MCU");
+    in->at += 4 + size;
+    int n_x = n == 1 ? (scan[0]->width + 7) / 8 : j->mcus_x, n_y = n == 1 ? (scan[0]->height + 7) / 8 : j->mcus_y;
+    for (int mcu = 0; mcu < n_x * n_y; mcu++) {
+        if (mcu == 0 || (j->restart_interval && mcu % j->restart_interval == 0)) {   // predictions and runs start anew
+            if (mcu > 0 && avl__jpeg_find_marker(in) != 0xD0 + (mcu / j->restart_interval - 1) % 8)
+                return AVL__BROKEN(in, "not the restart marker (RST) that is due");
+            if (mcu > 0) in->at += 2;
+            avl__jpeg_unpack(j);
+            j->end_of_band = 0;
+            for (int i = 0; i < n; i++) scan[i]->predicted = 0;
         }
+        for (int i = 0; i < n; i++) {
+            avl__jpeg_component *c = scan[i];
+            int h = n == 1 ? 1 : c->h, v = n == 1 ? 1 : c->v;
+            for (int b = 0; b < h * v; b++) {
+                int x = mcu % n_x * h + b % h, y = mcu / n_x * v + b / h;
+                int16_t local[64], *block = local;
+                if (j->is_progressive) block = c->coefficients + ((size_t)y * (size_t)c->stride + (size_t)x) * 64;
+                else memset(local, 0, sizeof local);
+                if (!(j->high ? avl__jpeg_read_refinement(j, c, block) : avl__jpeg_read_first(j, c, block)))
+                    return AVL__BROKEN(in, "the scan's data before it is damaged: no such code");
+                if (!j->is_progressive) avl__jpeg_transform(c, x, y, block);
+            }
+        }
+        if (j->bits.n < 0)
+            return AVL__BROKEN(in, "the scan's data ends in row %d of %d of its blocks: the file is cut off or damaged",
+                               mcu / n_x, n_y);
+    }
     return ASTROVL_OK;
 }
 
 // Reads segment after segment: to the end (EOI) of a progressive file, which may improve any pixel until then; of
 // others until each component has been in a scan.
 static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
+    avl__image_file *in = j->in;
     astrovl_status status = ASTROVL_OK;
-    for (j->in.at = 2; !status;) {
-        int marker = avl__jpeg_find_marker(j), i, is_complete = j->n_components > 0;
-        const uint8_t *p = j->in.data + j->in.at;
-        size_t left = j->in.size - j->in.at, size = left < 4 ? 0 : avl__load_u16be(p + 2);
-        for (i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].quant[0];
+    for (in->at = 2; !status;) {
+        int marker = avl__jpeg_find_marker(in);
+        const uint8_t *p = in->data + in->at + 4;
+        size_t left = in->size - in->at, size = left < 4 ? 0 : avl__load_u16be(p - 2);
+        int is_complete = j->n_components > 0;
+        for (int i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].quant[0];
         if (is_complete && (!j->is_progressive || marker == 0xD9)) return ASTROVL_OK;
         if (marker == 0 || marker == 0xD9)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the end of the file (EOI) comes before that of its image");
+            return AVL__BROKEN(in, "the end of the file (EOI) comes before that of its image");
         if (marker == 0x01 || (marker >= 0xD0 && marker <= 0xD8)) {   // a marker without contents
-            j->in.at += 2;
+            in->at += 2;
             continue;
         }
-        if (size < 2 || size > left - 2)
-            return avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "the file ends inside a segment");
-        p += 4;
+        if (size < (marker == 0xDD ? 4 : 2) || size > left - 2)
+            return AVL__BROKEN(in, "a segment of wrong length, or the file ends inside it");
         size -= 2;
-        if (marker == 0xDB) status = avl__jpeg_quantization(j, p, size);
-        else if (marker == 0xC4) status = avl__jpeg_huffman(j, p, size);
-        else if (marker == 0xDD && size < 2)
-            status = avl__jpeg_fail(j, ASTROVL_ERROR_FORMAT, "a restart interval (DRI) of wrong length");
-        else if (marker == 0xDD) j->restart_interval = avl__load_u16be(p);
+        if (marker == 0xDA) {
+            status = avl__jpeg_scan(j, p, size);
+            continue;
+        }
+        if (marker == 0xDB || marker == 0xC4) status = avl__jpeg_tables(j, marker, p, size);
         else if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC8 && marker != 0xCC)
             status = avl__jpeg_frame(j, marker, p, size);
+        else if (marker == 0xDD) j->restart_interval = avl__load_u16be(p);
         else if (marker == 0xE0 && size >= 14 && memcmp(p, "JFIF", 5) == 0) j->has_jfif = 1;
-        else if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && j->orientation == 0)
-            j->orientation = avl__exif_orientation(p + 6, size - 6);
+        else if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && in->orientation == 0)
+            in->orientation = avl__exif_orientation(p + 6, size - 6);
         else if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe_transform = p[11];
-        else if (marker == 0xDA) {
-            status = avl__jpeg_scan_header(j, p, size);
-            j->in.at += 4 + size;
-            if (!status) status = avl__jpeg_scan(j);
-            continue;
-        }
-        j->in.at += 4 + size;
+        in->at += 4 + size;
     }
     return status;
 }
@@ -4907,27 +4715,27 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
 //   down:     v[i] = 3 own[i] + beside[i]       own, beside: the sample rows nearest to the pixel row
 //   across:   out[2i] = 3 v[i] + v[i-1],  out[2i+1] = 3 v[i] + v[i+1]       in sixteenths
 static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_component *c, int y, uint8_t *out) {
-    int ratio_x = j->max_h / c->h, ratio_y = j->max_v / c->v, n = c->width, row = y / ratio_y, x, i;
+    int ratio_x = j->max_h / c->h, ratio_y = j->max_v / c->v, n = c->width, row = y / ratio_y;
     int other = ratio_y != 2 ? row : y % 2 ? row + 1 : row - 1;
-    const uint8_t *own = c->samples + (size_t)row * c->stride * 8, *beside;
     if (other < 0 || other >= c->height) other = row;
-    beside = c->samples + (size_t)other * c->stride * 8;
+    const uint8_t *own = c->samples + (size_t)row * (size_t)c->stride * 8;
+    const uint8_t *beside = c->samples + (size_t)other * (size_t)c->stride * 8;
     if (ratio_x == 1 && ratio_y == 2)
-        for (x = 0; x < n; x++) out[x] = (uint8_t)((3 * own[x] + beside[x] + 1 + y % 2) >> 2);
+        for (int x = 0; x < n; x++) out[x] = (uint8_t)((3 * own[x] + beside[x] + 1 + y % 2) >> 2);
     else if (ratio_x == 1) return own;
     else if (ratio_x == 2 && ratio_y <= 2 && n > 2) {
         int odd = ratio_y == 1 ? 8 : 7, even = 15 - odd;   // what is added before rounding down
-        int v = 3 * own[0] + beside[0], next;
+        int v = 3 * own[0] + beside[0];
         out[0] = (uint8_t)((4 * v + even) >> 4);
-        for (i = 0; i < n - 1; i++, v = next) {
-            next = 3 * own[i + 1] + beside[i + 1];
+        for (int i = 0; i < n - 1; i++) {
+            int next = 3 * own[i + 1] + beside[i + 1];
             out[2 * i + 1] = (uint8_t)((3 * v + next + odd) >> 4);
             out[2 * i + 2] = (uint8_t)((3 * next + v + even) >> 4);
+            v = next;
         }
         out[2 * n - 1] = (uint8_t)((4 * v + odd) >> 4);
     } else
-        for (x = 0; x < n; x++)
-            for (i = 0; i < ratio_x; i++) out[x * ratio_x + i] = own[x];
+        for (int x = 0; x < n * ratio_x; x++) out[x] = own[x / ratio_x];
     return out;
 }
 
@@ -4935,62 +4743,55 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
 // YCbCr: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
 // CMYK:  R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink), whether a
 // marker says so or not.
-static void avl__jpeg_pixels(const avl__jpeg *j) {
+static astrovl_status avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
-    int n = j->width, i, x, y, is_ycc;
     // libjpeg's rules for what the components mean: without a marker, three are YCbCr unless they are called R, G and B
-    if (j->n_components == 4) is_ycc = j->adobe_transform > 0;
-    else if (j->has_jfif) is_ycc = 1;
-    else if (j->adobe_transform >= 0) is_ycc = j->adobe_transform != 0;
-    else is_ycc = !(c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B');
-    for (y = 0; y < j->height; y++) {
-        uint8_t *rgb = avl__image_pixel(j->in.image, 0, y);
+    int is_rgb = j->has_jfif ? 0 : j->adobe_transform >= 0 ? j->adobe_transform == 0 :
+                 c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B';
+    int is_ycc = j->n_components == 4 ? j->adobe_transform > 0 : j->n_components == 3 && !is_rgb;
+    astrovl_status status = avl__image_new(j->in->image, j->width, j->height, j->in->err);
+    for (int y = 0; y < j->height && !status; y++) {
+        uint8_t *rgb = avl__image_pixel(j->in->image, 0, y);
         const uint8_t *row[4];
-        for (i = 0; i < j->n_components; i++)
-            row[i] = avl__jpeg_row(j, &c[i], y, j->rows + (size_t)i * ((size_t)n + 8));
+        for (int i = 0; i < j->n_components; i++)
+            row[i] = avl__jpeg_row(j, &c[i], y, j->rows + (size_t)i * ((size_t)j->width + 8));
         if (j->n_components == 1) row[1] = row[2] = row[0];
-        for (x = 0; x < n; x++, rgb += 3) {
+        for (int x = 0; x < j->width; x++, rgb += 3) {
             int luma = row[0][x], cb = row[1][x] - 128, cr = row[2][x] - 128;
-            if (j->n_components == 1 || !is_ycc) {
-                for (i = 0; i < 3; i++) rgb[i] = row[i][x];
-            } else {
+            if (is_ycc) {
                 rgb[0] = avl__clip8(luma + ((91881 * cr + 32768) >> 16));
                 rgb[1] = avl__clip8(luma + ((-22554 * cb - 46802 * cr + 32768) >> 16));
                 rgb[2] = avl__clip8(luma + ((116130 * cb + 32768) >> 16));
-            }
-            for (i = 0; i < 3 && j->n_components == 4; i++) {
+            } else
+                for (int i = 0; i < 3; i++) rgb[i] = row[i][x];
+            for (int i = 0; i < 3 && j->n_components == 4; i++) {
                 int k = row[3][x], product = (is_ycc ? rgb[i] : 255 - rgb[i]) * k + 128;
                 rgb[i] = avl__clip8(k - (((product >> 8) + product) >> 8));
             }
         }
     }
+    return status;
 }
 
-static astrovl_status avl__jpeg_decode(const avl__image_file *in) {
-    avl__jpeg *j = (avl__jpeg *)avl__alloc(1, sizeof *j);
-    astrovl_status status;
-    int i, x, y;
-    if (!j) return avl__fail(in->err, ASTROVL_ERROR_MEMORY, "JPEG: out of memory");
-    j->in = *in;
-    j->adobe_transform = -1;
-    status = avl__jpeg_segments(j);
-    if (!status) status = avl__image_new(in->image, j->width, j->height, in->err);
-    for (i = 0; i < j->n_components && j->is_progressive && !status; i++) {
-        avl__jpeg_component *c = &j->component[i];
-        for (y = 0; y < c->blocks_y; y++)
-            for (x = 0; x < c->blocks_x; x++)
-                avl__jpeg_transform(c, x, y, c->coefficients + ((size_t)y * c->stride + (size_t)x) * 64);
+static astrovl_status avl__jpeg_decode(avl__image_file *in) {
+    avl__jpeg j;
+    memset(&j, 0, sizeof j);
+    j.in = in;
+    in->format = "JPEG";
+    j.adobe_transform = -1;
+    astrovl_status status = avl__jpeg_segments(&j);
+    for (int i = 0; i < j.n_components && j.is_progressive && !status; i++) {
+        avl__jpeg_component *c = &j.component[i];
+        for (int k = 0; k < c->n_blocks; k++)
+            avl__jpeg_transform(c, k % c->stride, k / c->stride, c->coefficients + (size_t)k * 64);
     }
-    if (!status) {
-        avl__jpeg_pixels(j);
-        in->image->orientation = j->orientation ? j->orientation : 1;
+    if (!status) status = avl__jpeg_pixels(&j);
+    for (int i = 0; i < 4; i++) {
+        astrovl_free(j.component[i].coefficients);
+        astrovl_free(j.component[i].samples);
     }
-    for (i = 0; i < 4; i++) {
-        astrovl_free(j->component[i].coefficients);
-        astrovl_free(j->component[i].samples);
-    }
-    astrovl_free(j->rows);
-    astrovl_free(j);
+    astrovl_free(j.packed);
+    astrovl_free(j.rows);
     return status;
 }
 
@@ -4999,23 +4800,18 @@ static astrovl_status avl__jpeg_decode(const avl__image_file *in) {
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
                                                 astrovl_image *image, astrovl_error *err) {
     const uint8_t *p = (const uint8_t *)data;
-    avl__image_file in;
+    if (image) memset(image, 0, sizeof *image);
+    if (!image || !data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data to decode, or no image for the result");
+    uint64_t max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
+    avl__image_file in = {NULL, p, size, 0, max_pixels, 0, image, err};
     astrovl_status status;
-    if (!image) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no image was given to decode into");
-    memset(image, 0, sizeof *image);
-    if (!data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data was given to decode");
-    memset(&in, 0, sizeof in);
-    in.data = p;
-    in.size = size;
-    in.max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
-    in.image = image;
-    in.err = err;
     if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
     else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
     else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
     else
         status = avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6): its %lld bytes "
                            "start with none of their signatures", (long long)size);
+    if (!status && in.orientation) image->orientation = in.orientation;
     if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
     if (status) astrovl_image_free(image);
     return status;
@@ -5025,9 +4821,8 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_im
                                               astrovl_image *image, astrovl_error *err) {
     astrovl_error inner;
     avl__file file;
-    astrovl_status status;
     if (image) memset(image, 0, sizeof *image);
-    status = avl__file_open(path, 0, (size_t)1 << 28, &file, err);   // at most 256 MB if it cannot be mapped
+    astrovl_status status = avl__file_open(path, 0, (size_t)1 << 28, &file, err);   // at most 256 MB if not mapped
     if (status) return status;
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
     else status = astrovl_image_decode(file.data, file.size, options, image, &inner);
@@ -5041,20 +4836,18 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_im
 // (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted from the far end.
 ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_error *err) {
     astrovl_image out = {0, 0, NULL, 0};
-    astrovl_status status = avl__image_check(image, &out, err);
-    int o, swap, x, y;
+    astrovl_status status = avl__image_check(image, 1, 1, &out, err);
     if (status) return status;
-    o = image->orientation;
+    int o = image->orientation, swap = o >= 5;
     if (o < 0 || o > 8) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "orientation %d: EXIF has 1 to 8", o);
     if (o <= 1) {
         image->orientation = 1;
         return ASTROVL_OK;
     }
-    swap = o >= 5;
     status = avl__image_new(&out, swap ? image->height : image->width, swap ? image->width : image->height, err);
     if (status) return status;
-    for (y = 0; y < out.height; y++)
-        for (x = 0; x < out.width; x++) {
+    for (int y = 0; y < out.height; y++)
+        for (int x = 0; x < out.width; x++) {
             int from_x = swap ? y : x, from_y = swap ? x : y;
             if (o == 2 || o == 3 || o == 7 || o == 8) from_x = image->width - 1 - from_x;
             if (o == 3 || o == 4 || o == 6 || o == 7) from_y = image->height - 1 - from_y;
@@ -5065,43 +4858,34 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
     return ASTROVL_OK;
 }
 
-// out(x, y) = image(x + left, y + top), `color` outside (NULL: black); left and top may be negative.
-static astrovl_status avl__image_window(const astrovl_image *image, int left, int top, int width, int height,
+// The image in the middle of `color` (NULL: black), or the middle of it, as wide and high as asked. Where it cannot be
+// quite in the middle, round_up decides whether its first column is (width difference) / 2 rounded up or down.
+static astrovl_status avl__image_center(const astrovl_image *image, int width, int height, int round_up,
                                         const unsigned char color[3], astrovl_image *out, astrovl_error *err) {
     static const unsigned char black[3] = {0, 0, 0};
-    int x, y, begin = left < 0 ? -left : 0, end = image->width - left < width ? image->width - left : width;
-    astrovl_status status = avl__image_new(out, width, height, err);
-    for (y = 0; y < height && !status; y++) {
-        int is_inside = y + top >= 0 && y + top < image->height;
-        for (x = 0; x < width; x++)
-            if (!is_inside || x < begin || x >= end) memcpy(avl__image_pixel(out, x, y), color ? color : black, 3);
-        if (is_inside && end > begin)
-            memcpy(avl__image_pixel(out, begin, y), avl__image_pixel(image, begin + left, y + top),
-                   3 * (size_t)(end - begin));
-    }
-    return status;
+    astrovl_status status = avl__image_check(image, width, height, out, err);
+    if (!status) status = avl__image_new(out, width, height, err);
+    if (status) return status;
+    int left = (image->width - width + round_up) >> 1, top = (image->height - height + round_up) >> 1;
+    for (int y = 0; y < height; y++)
+        for (int x = 0; x < width; x++) {
+            int from_x = x + left, from_y = y + top;
+            int is_inside = from_x >= 0 && from_x < image->width && from_y >= 0 && from_y < image->height;
+            memcpy(avl__image_pixel(out, x, y), is_inside ? avl__image_pixel(image, from_x, from_y) : color ? color
+                   : black, 3);
+        }
+    return ASTROVL_OK;
 }
 
 ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
                                                     astrovl_image *out, astrovl_error *err) {
-    int side;
-    astrovl_status status = avl__image_check(image, out, err);
-    if (status) return status;
-    side = image->width > image->height ? image->width : image->height;
-    return avl__image_window(image, -((side - image->width) / 2), -((side - image->height) / 2), side, side, color,
-                             out, err);
+    int side = !image ? 0 : image->width > image->height ? image->width : image->height;
+    return avl__image_center(image, side, side, 1, color, out, err);
 }
 
 ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
                                                      astrovl_image *out, astrovl_error *err) {
-    int dx, dy;
-    astrovl_status status = avl__image_check(image, out, err);
-    if (status) return status;
-    if (width < 1 || height < 1)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a crop of %d x %d pixels", width, height);
-    dx = image->width - width;
-    dy = image->height - height;
-    return avl__image_window(image, (dx - (dx < 0)) / 2, (dy - (dy < 0)) / 2, width, height, NULL, out, err);   // floor
+    return avl__image_center(image, width, height, 0, NULL, out, err);
 }
 
 // ---- resizing -----------------------------------------------------------------------------------------------------
@@ -5126,30 +4910,29 @@ static astrovl_status avl__resize_pass(const astrovl_image *image, int n_out, as
     double support = 2.0 * stretch, step = 1.0 / stretch;
     size_t stride = 2 + (size_t)support * 2 + 3;
     int32_t *taps = (int32_t *)avl__alloc_raw((uint64_t)n_out * stride, sizeof(int32_t));
-    int i, k, y;
     astrovl_status status = avl__image_new(out, image->height, n_out, err);
     if (!taps && !status) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d", n_out);
-    for (i = 0; i < n_out && !status; i++) {   // taps of output i: first input pixel, how many, their weights
+    for (int i = 0; i < n_out && !status; i++) {   // taps of output i: first input pixel, how many, their weights
         double center = ((double)i + 0.5) * scale, low = center - support + 0.5, high = center + support + 0.5;
         int first = low < 0.0 ? 0 : (int)low, n = (high > (double)image->width ? image->width : (int)high) - first;
         int32_t *tap = taps + (size_t)i * stride;
         double sum = 0.0;
-        for (k = 0; k < n; k++) sum += avl__bicubic(((double)(k + first) - center + 0.5) * step);
+        for (int k = 0; k < n; k++) sum += avl__bicubic(((double)(k + first) - center + 0.5) * step);
         tap[0] = first;
         tap[1] = n;
-        for (k = 0; k < n; k++) {
+        for (int k = 0; k < n; k++) {
             double w = avl__bicubic(((double)(k + first) - center + 0.5) * step);
             w = (sum != 0.0 ? w / sum : w) * (double)(1 << AVL__RESIZE_BITS);
             tap[2 + k] = (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
         }
     }
-    for (y = 0; y < image->height && !status; y++)
-        for (i = 0; i < n_out; i++) {
+    for (int y = 0; y < image->height && !status; y++)
+        for (int i = 0; i < n_out; i++) {
             const int32_t *tap = taps + (size_t)i * stride;
             const unsigned char *from = avl__image_pixel(image, tap[0], y);
             unsigned char *to = avl__image_pixel(out, y, i);
             int32_t r = 1 << (AVL__RESIZE_BITS - 1), g = r, b = r;
-            for (k = 0; k < tap[1]; k++, from += 3) {
+            for (int k = 0; k < tap[1]; k++, from += 3) {
                 r += tap[2 + k] * from[0];
                 g += tap[2 + k] * from[1];
                 b += tap[2 + k] * from[2];
@@ -5165,20 +4948,14 @@ static astrovl_status avl__resize_pass(const astrovl_image *image, int n_out, as
 
 ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int width, int height, astrovl_image *out,
                                                 astrovl_error *err) {
-    astrovl_image now, next;   // before and after a pass
-    int sizes[4], i;
-    astrovl_status status = avl__image_check(image, out, err);
+    astrovl_status status = avl__image_check(image, width, height, out, err);
     if (status) return status;
     memset(out, 0, sizeof *out);
-    if (width < 1 || height < 1)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a size of %d x %d pixels", width, height);
     // Rows first, as Pillow up to 12, which prepared the training data; but it made images over 100 times as high as
     // wide lower first: transpose, columns, rows, transpose. (Pillow 13 takes the order that is faster.)
-    sizes[0] = image->width;
-    sizes[1] = sizes[3] = height;
-    sizes[2] = width;
-    now = *image;
-    for (i = image->height > 100 * (int64_t)image->width && height < image->height ? 0 : 2; i < 4 && !status; i++) {
+    int sizes[4] = {image->width, height, width, height};
+    astrovl_image now = *image, next;   // before and after a pass
+    for (int i = image->height > 100 * (int64_t)image->width && height < image->height ? 0 : 2; i < 4 && !status; i++) {
         status = avl__resize_pass(&now, sizes[i], &next, err);
         if (now.rgb != image->rgb) astrovl_image_free(&now);
         now = next;
@@ -5186,7 +4963,6 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
     if (!status) *out = now;
     return status;
 }
-
 
 // ====================================================================================================================
 // [8] CLIP
