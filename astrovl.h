@@ -1679,6 +1679,8 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 // ---- how a pass is run ---------------------------------------------------------------------------------------------
 
 // Execution context: kernels, threads, memory, callbacks. A session and its forks share one.
+enum { AVL__MAX_TAKEN = 24 };              // buffers of a pass; an image takes 17
+
 typedef struct avl__run {
     const avl__kernels *kernels;
     avl__pool          *pool;
@@ -1687,7 +1689,8 @@ typedef struct avl__run {
     void               *tap_user;
     astrovl_progress    progress;          // NULL: none
     void               *progress_user;
-    void              **taken;             // avl__take's blocks of this pass, the newest: each holds the one before
+    struct { float *data; uint64_t size; } taken[AVL__MAX_TAKEN];   // avl__take's buffers, kept from pass to pass
+    int                 n_taken;           // by this pass
     float              *work;              // [n_threads][thread_floats]: an expanded weight row, a pack, or scores;
     size_t              work_capacity;     //   behind them, the rounded activations of the product under way
     size_t              thread_floats;
@@ -1695,25 +1698,23 @@ typedef struct avl__run {
     int                 failed;            // 1: memory has run out in this pass; no product is computed any more
 } avl__run;
 
-// Begins a pass: what the one before has taken is freed.
+// Begins a pass: what the one before has taken is free again.
 static void avl__run_begin(avl__run *run, int always_panels) {
-    while (run->taken) {
-        void **block = run->taken;
-        run->taken = (void **)*block;
-        ASTROVL_FREE(block);
-    }
+    run->n_taken = 0;
     run->always_panels = always_panels;
     run->failed = 0;
 }
 
 // n floats, aligned to a cache line, until the next pass begins. NULL when memory has run out in this pass.
 static float *avl__take(avl__run *run, uint64_t n) {
-    void **block = run->failed ? NULL : (void **)avl__alloc_raw(n + AVL__LINE, sizeof(float));
-    run->failed = !block;
-    if (!block) return NULL;
-    *block = run->taken;
-    run->taken = block;
-    return (float *)avl__align(block + 1);
+    const int i = run->n_taken++;
+    if (!run->failed && run->taken[i].size < n) {
+        astrovl_free(run->taken[i].data);
+        run->taken[i].data = avl__alloc_floats(n + AVL__LINE);
+        run->taken[i].size = run->taken[i].data ? n : 0;
+        run->failed = !run->taken[i].data;
+    }
+    return run->failed ? NULL : (float *)avl__align(run->taken[i].data);
 }
 
 // Room for n_floats of each thread, and for n_shared behind them. 0, and run->failed, when memory is out.
@@ -1731,7 +1732,7 @@ static float *avl__thread_memory(const avl__run *run, int thread) {   // thread 
 
 static void avl__run_free(avl__run *run) {
     if (run->pool) avl__pool_free(run->pool);
-    avl__run_begin(run, 0);
+    for (int i = 0; i < AVL__MAX_TAKEN; i++) astrovl_free(run->taken[i].data);
     astrovl_free(run->work);
 }
 
@@ -6065,7 +6066,7 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
             run->tap_user = o.tap_user;
             run->progress = o.progress;
             run->progress_user = o.progress_user;
-            run->pool = avl__pool_new(o.n_threads ? o.n_threads : avl__n_processors());
+            run->pool = avl__pool_new(o.n_threads);
         }
         run->n_sessions++;
         s->model = model;
