@@ -4922,7 +4922,7 @@ static void test_guide_many_masks(void) {
     astrovl_model *m = guide_model(GUIDE_SMOLLM);
     astrovl_info info;
     float *logits;
-    char pattern[1601] = "([ab]{3}[01]{2}){500}";
+    char pattern[1601] = "([ab]{3}[01]{2}){0,500}!";
     uint64_t seed = 1;
     int which, round, t;
     astrovl_get_info(m, &info);
@@ -4939,16 +4939,16 @@ static void test_guide_many_masks(void) {
         for (round = 0; g && round < 2; round++) {
             int state = 0;
             for (n_states = 0; state >= 0 && astrovl_guide_min_tokens(g, state) > 0; n_states++) {
-                char byte = which ? pattern[n_states] : n_states % 5 < 3 ? 'a' : '1';
+                char byte = which ? pattern[n_states] : n_states == 2500 ? '!' : n_states % 5 < 3 ? 'a' : '1';
                 for (t = 0; t < info.n_vocab; t++) logits[t] = 1.0f;
                 bad += astrovl_guide_mask(g, state, 100000, logits, &err) != ASTROVL_OK;
                 for (t = 0; t < info.n_vocab; t++) bad += (logits[t] == 1.0f) != (astrovl_guide_next(g, state, t) >= 0);
                 state = guide_walk(g, state, &byte, 1);
             }
-            CHECK(n_states == (which ? 1600 : 2500), "%d states", n_states);
+            CHECK(n_states == (which ? 1600 : 2501), "%d states", n_states);
         }
         CHECK(bad == 0, "%d are wrong", bad);
-        CHECK(which ? g_live - live > 1000 && g_live - live < 1100 : g_live - live < 100, "%ld masks", g_live - live);
+        CHECK(which ? g_live - live > 250 && g_live - live < 350 : g_live - live < 100, "%ld masks", g_live - live);
         astrovl_guide_free(g);
     }
     free(logits);
