@@ -7005,7 +7005,6 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 #define AVL__GUIDE_TEXT   (1 << 18)    // bytes of a pattern or schema
 #define AVL__GUIDE_DEPTH  64           // groups in groups, values in values
 #define AVL__GUIDE_TOKEN  32           // bytes; longer tokens (mostly runs of dashes) never follow
-#define AVL__GUIDE_MASKS  256          // masks that are kept
 #define AVL__GUIDE_HEADS  (1 << 16)    // of the hash table of nodes
 
 enum {
@@ -7024,17 +7023,16 @@ typedef struct avl__re {
     int32_t  least;               // bytes of the shortest text that matches and that one-byte tokens can spell: so many
                                   // tokens are enough to end the answer (0: it may end here)
     int32_t  next;                // the derivatives' place in guide.next; -1: none is known yet
-    int32_t  blurred, mask;       // the node whose mask this one has, too; that mask's place, if mask_owner agrees
 } avl__re;
 
-typedef struct avl__trie {        // of all tokens' bytes, in sorted order: a node's children stand behind it, up to `end`
+typedef struct avl__trie {        // of the tokens' bytes: a node's children stand behind it, up to `end`
     int32_t token, end;           // token: that ends here, or -1
     uint8_t byte, depth;
 } avl__trie;
 
 struct astrovl_guide {
     const astrovl_model *model;
-    const char   *name, *advice;                  // for messages
+    const char   *name;                           // for messages
     astrovl_error failure;                        // the first one
     uint64_t      work;                           // of the call under way
     int           start;                          // the whole expression; callers name it state 0
@@ -7047,17 +7045,16 @@ struct astrovl_guide {
     int           n_classes;
     avl__trie    *trie;
     size_t        n_trie, trie_capacity;
-    int           n_vocab, longest;               // longest: bytes of the longest token
     uint8_t       is_token[256];                  // 1: this byte is a token by itself
-    int32_t      *masks[AVL__GUIDE_MASKS];        // [n_vocab] `least` after each token; NEVER: it may not follow
-    int           mask_owner[AVL__GUIDE_MASKS];   // a blurred node; 0: the start; -1: free
-    int           oldest;                         // mask
+    int           n_vocab;
+    uint8_t      *mask;                           // [n_vocab] 1: this token may follow
 };
 
 static int avl__guide_fail(astrovl_guide *g, astrovl_status status) {   // MEMORY or LIMIT; returns NONE
     if (g->failure.status) return AVL__NONE;
     if (status == ASTROVL_ERROR_MEMORY) avl__fail(&g->failure, status, "%s: out of memory", g->name);
-    else avl__fail(&g->failure, status, "%s: needs too many states or steps; %s", g->name, g->advice);
+    else avl__fail(&g->failure, status, "%s: needs too many states or steps; lower the counts (in a pattern those in "
+                   "{ }; maxItems, maxLength)", g->name);
     return AVL__NONE;
 }
 
@@ -7075,48 +7072,30 @@ static int avl__re_bytes(int n, int a, int b) {
     return sum < AVL__GUIDE_FAR ? (int)sum : AVL__GUIDE_FAR;
 }
 
-static int avl__re_cat(astrovl_guide *g, int a, int b);
-static int avl__re_or(astrovl_guide *g, int a, int b);
-static int avl__re_repeat(astrovl_guide *g, int a, int min, int max);
-
-// The node of that kind with these parts, a new one if there is none yet. With a new one comes its blurred node: a mask
-// asks what one token can do, so limits above the longest token's bytes make no difference there, and are dropped
-// (which leaves `least` as it is). So all states far from the end of a long string share a mask.
+// The node of that kind with these parts, a new one if there is none yet.
 static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int max) {
     const int32_t key[5] = {kind, a, b, min, max};
-    if (g->failure.status) return AVL__NONE;
-    uint32_t hash = AVL__HASH_START;
-    for (int i = 0; i < 5; i++) hash = (hash ^ (uint32_t)key[i]) * 16777619u;
+    const uint32_t hash = avl__hash(AVL__HASH_START, (const char *)key, sizeof key);
     int32_t *head = &g->heads[(hash ^ hash >> 15) % AVL__GUIDE_HEADS];
-    for (int i = *head; i != 0; i = g->nodes[i].chain, g->work++)
-        if (memcmp(&g->nodes[i], key, sizeof key) == 0) return i;
+    if (g->failure.status) return AVL__NONE;
+    for (int x = *head; x != 0; x = g->nodes[x].chain, g->work++)
+        if (memcmp(&g->nodes[x], key, sizeof key) == 0) return x;
     if (g->n_nodes == AVL__GUIDE_NODES || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
     if (!avl__grow(&g->nodes, &g->node_capacity, g->n_nodes + 1, sizeof *g->nodes))
         return avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-    int x = (int)g->n_nodes++, blurred = x;
-    avl__re *node = &g->nodes[x];
+    const int least_a = kind > AVL__RANGE ? g->nodes[a].least : 0, least_b = kind > AVL__RANGE ? g->nodes[b].least : 0;
+    avl__re *node = &g->nodes[g->n_nodes];
     memset(node, 0, sizeof *node);
     memcpy(node, key, sizeof key);
     node->chain = *head;
     node->next = -1;
-    *head = x;
-    const avl__re *of_a = &g->nodes[kind > AVL__RANGE ? a : 0], *of_b = &g->nodes[kind > AVL__RANGE ? b : 0];
-    const int is_same = of_a->blurred == a && of_b->blurred == b, a_blurred = of_a->blurred, b_blurred = of_b->blurred;
-    node->least = kind == AVL__EMPTY ? 0 : AVL__GUIDE_NEVER;
-    if (kind == AVL__RANGE) {
-        for (int byte = a; byte <= b; byte++) if (g->is_token[byte]) node->least = 1;
-    } else if (kind == AVL__CAT) {
-        node->least = avl__re_bytes(1, of_a->least, of_b->least);
-        if (!is_same) blurred = avl__re_cat(g, a_blurred, b_blurred);
-    } else if (kind == AVL__ALT) {
-        node->least = of_a->least < of_b->least ? of_a->least : of_b->least;
-        if (!is_same) blurred = avl__re_or(g, a_blurred, b_blurred);
-    } else if (kind == AVL__REPEAT) {
-        node->least = avl__re_bytes(min, of_a->least, 0);
-        if (!is_same || max > g->longest) blurred = avl__re_repeat(g, a_blurred, min, max > g->longest ? -1 : max);
-    }
-    g->nodes[x].blurred = blurred;
-    return x;
+    node->least = AVL__GUIDE_NEVER;
+    if (kind == AVL__EMPTY) node->least = 0;
+    else if (kind == AVL__RANGE) for (int byte = a; byte <= b; byte++) if (g->is_token[byte]) node->least = 1;
+    if (kind == AVL__CAT) node->least = avl__re_bytes(1, least_a, least_b);
+    if (kind == AVL__ALT) node->least = least_a < least_b ? least_a : least_b;
+    if (kind == AVL__REPEAT) node->least = avl__re_bytes(min, least_a, 0);
+    return *head = (int32_t)g->n_nodes++;
 }
 
 static int avl__re_cat(astrovl_guide *g, int a, int b) {
@@ -7203,13 +7182,7 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 // d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
 // pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
 
-static int avl__re_derive(astrovl_guide *g, int x, int c);
-
-// The derivative of node x by the bytes of class c.
-static int avl__re_step(astrovl_guide *g, int x, int c) {
-    int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
-    return known >= 0 ? known : avl__re_derive(g, x, c);
-}
+static int avl__re_step(astrovl_guide *g, int x, int c);
 
 // Pushes d(a) b for each member of d(a).
 static void avl__push_products(astrovl_guide *g, int a, int c, int b) {
@@ -7218,12 +7191,14 @@ static void avl__push_products(astrovl_guide *g, int a, int c, int b) {
     avl__push(g, avl__re_cat(g, d, b));
 }
 
-// The derivative where it is not known yet.
-static int avl__re_derive(astrovl_guide *g, int x, int c) {
+// The derivative of node x by the bytes of class c, computed where it is not known yet.
+static int avl__re_step(astrovl_guide *g, int x, int c) {
+    const int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
+    if (known >= 0) return known;
+    if (g->failure.status) return AVL__NONE;
     const avl__re e = g->nodes[x];
     const size_t base = g->stack.size;
     int i = x;
-    if (g->failure.status) return AVL__NONE;
     switch (e.kind) {
     case AVL__RANGE: return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
     case AVL__CAT:
@@ -7233,7 +7208,7 @@ static int avl__re_derive(astrovl_guide *g, int x, int c) {
             if (b->next >= 0 && g->next.data[b->next + c] >= 0) break;
             avl__push(g, g->nodes[i].b);
         }
-        while (g->stack.size > base) avl__re_derive(g, g->stack.data[--g->stack.size], c);
+        while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
         avl__push_products(g, e.a, c, e.b);
         if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
         break;
@@ -7249,10 +7224,10 @@ static int avl__re_derive(astrovl_guide *g, int x, int c) {
     }
     const int y = avl__re_alt(g, base);
     if (g->nodes[x].next < 0) {
-        size_t row = g->next.size;
+        const int32_t new_row = (int32_t)g->next.size;
         for (i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
         if (g->failure.status) return AVL__NONE;
-        g->nodes[x].next = (int32_t)row;
+        g->nodes[x].next = new_row;
     }
     g->next.data[g->nodes[x].next + c] = y;
     return y;
@@ -7276,12 +7251,12 @@ static void avl__guide_read_tokens(astrovl_guide *g) {
     const int n_vocab = g->n_vocab = g->model->info.n_vocab;
     int *order = (int *)avl__alloc_raw((uint64_t)n_vocab, sizeof *order), n_tokens = 0;
     char *texts = (char *)avl__alloc((uint64_t)n_vocab, AVL__GUIDE_TOKEN), *last = texts;
-    if (!order || !texts) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)n_vocab, 1);
+    if (!order || !texts || !g->mask) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
     for (int i = 0; i < n_vocab && !g->failure.status; i++) {   // ids beyond the vocabulary have no bytes
         char *text = texts + (size_t)i * AVL__GUIDE_TOKEN;
         int n = avl__guide_token_bytes(g, i, text);
         if (n > 0) order[n_tokens++] = i;
-        if (n > g->longest) g->longest = n;
         if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
     }
     avl__sort(order, n_tokens, avl__guide_token_order, texts);
@@ -7318,55 +7293,35 @@ static size_t avl__guide_skip(astrovl_guide *g, int state, const char *bytes, si
     return avl__re_step(g, g->start, g->classes[(uint8_t)bytes[0]]) == AVL__NONE;
 }
 
-// mask[n_vocab]: `least` after each token, where node x is before it; -1 for end tokens
-static void avl__mask_fill(astrovl_guide *g, int x, int skip, int32_t *mask) {
-    const avl__vocab *vocab = &g->model->vocab;
-    int at[AVL__GUIDE_TOKEN + 1] = {x};   // nodes after the bytes of one token
-    for (int i = 0; i < g->n_vocab; i++)
-        mask[i] = g->nodes[x].least == 0 && i < vocab->n_tokens && vocab->ends[i] ? -1 : AVL__GUIDE_NEVER;
-    for (size_t i = 0; i < g->n_trie && !g->failure.status;) {
-        const avl__trie *t = &g->trie[i];
-        const int is_skipped = skip && t->depth == 0 && t->byte == ' ';
-        const int y = is_skipped ? x : avl__re_step(g, at[t->depth], g->classes[t->byte]);
-        at[t->depth + 1] = y;
-        if (t->token >= 0 && !is_skipped) mask[t->token] = g->nodes[y].least;
-        i = y == AVL__NONE ? (size_t)t->end : i + 1;
-    }
-}
-
 ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
                                               astrovl_error *err) {
     astrovl_guide *g = guide;
-    const float never = avl__float_from_bits(0xFF800000u);   // -infinity
-    const int x = avl__guide_node(g, state);
+    int at[AVL__GUIDE_TOKEN + 1] = {avl__guide_node(g, state)};   // nodes after the bytes of one token
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
-    const int least = g->nodes[x].least;
+    const avl__vocab *vocab = &g->model->vocab;
+    const int least = g->nodes[at[0]].least, limit = n_left < AVL__GUIDE_FAR ? n_left : AVL__GUIDE_FAR;
     if (least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
     if (n_left < least && !g->failure.status)
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer may need %d more tokens; it "
                          "has %d", least, n_left);
     g->work = 0;
-    const int skip = (int)avl__guide_skip(g, state, " ", 1), owner = state ? g->nodes[x].blurred : 0;
-    int slot = g->nodes[owner].mask;
-    if (g->mask_owner[slot] != owner) {
-        slot = g->oldest;
-        g->oldest = (slot + 1) % AVL__GUIDE_MASKS;
-        g->mask_owner[slot] = -1;
-        if (!g->masks[slot]) g->masks[slot] = (int32_t *)avl__alloc_raw((uint64_t)g->n_vocab, sizeof(int32_t));
-        if (g->masks[slot]) avl__mask_fill(g, g->nodes[x].blurred, skip, g->masks[slot]);
-        else avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-        if (!g->failure.status) g->mask_owner[slot] = owner;
-        g->nodes[owner].mask = slot;
-    }
-    if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
-    const int32_t *mask = g->masks[slot], limit = n_left < AVL__GUIDE_FAR ? n_left : AVL__GUIDE_FAR;
+    const int skip = (int)avl__guide_skip(g, state, " ", 1);
     int any = 0;
     for (int i = 0; i < g->n_vocab; i++) {
-        const int may_follow = mask[i] < limit;
-        logits[i] = may_follow ? logits[i] : never;
-        any |= may_follow;
+        g->mask[i] = least == 0 && i < vocab->n_tokens && vocab->ends[i];
+        any |= g->mask[i];
     }
+    for (size_t i = 0; i < g->n_trie && !g->failure.status;) {
+        const avl__trie *t = &g->trie[i];
+        const int is_skipped = skip && t->depth == 0 && t->byte == ' ';
+        const int x = is_skipped ? at[0] : avl__re_step(g, at[t->depth], g->classes[t->byte]);
+        at[t->depth + 1] = x;
+        if (t->token >= 0 && g->nodes[x].least < limit && !is_skipped) any = g->mask[t->token] = 1;
+        i = x == AVL__NONE ? (size_t)t->end : i + 1;
+    }
+    if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
+    for (int i = 0; i < g->n_vocab; i++) if (!g->mask[i]) logits[i] = avl__float_from_bits(0xFF800000u);   // -infinity
     return any ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
 }
 
@@ -7392,7 +7347,7 @@ ASTROVL_API int astrovl_guide_min_tokens(const astrovl_guide *guide, int state) 
 
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
     if (!guide) return;
-    for (int i = 0; i < AVL__GUIDE_MASKS; i++) astrovl_free(guide->masks[i]);
+    astrovl_free(guide->mask);
     astrovl_free(guide->nodes);
     astrovl_free(guide->next.data);
     astrovl_free(guide->stack.data);
@@ -7435,41 +7390,41 @@ static int32_t avl__hex(const char *p, int n) {
     return value;
 }
 
-// The code point after \u, written XXXX or as two units of UTF-16, XXXX\uXXXX, and in *size its bytes. Half a surrogate
-// pair is returned as it stands; -1: these are no four digits.
-static int32_t avl__unicode_escape(const char *p, size_t *size) {
-    int32_t unit = avl__hex(p, 4);
-    *size = 4;
-    if (unit < 0xD800 || unit >= 0xDC00 || p[4] != '\\' || p[5] != 'u') return unit;
-    int32_t low = avl__hex(p + 6, 4);
+// A character of a zero-terminated text, as it stands there or after a backslash: one of `letters`, which means the one
+// of `meanings` in its place, or u and XXXX or two units of UTF-16, XXXX\uXXXX. Its bytes in *size. AVL__UTF8_BAD or
+// AVL__UTF8_CUT; AVL__ESCAPE_BAD: no such escape; half a surrogate pair is returned as it stands.
+#define AVL__ESCAPE_BAD (-3)
+static int32_t avl__char_read(const char *p, const char *letters, const char *meanings, size_t *size) {
+    if (*p != '\\') return avl__utf8_read(p, 4, size);   // 4: it stops at the final zero
+    const char *letter = p[1] ? strchr(letters, p[1]) : NULL;
+    *size = letter ? 2 : 6;
+    if (letter) return meanings[letter - letters];
+    const int32_t unit = p[1] == 'u' ? avl__hex(p + 2, 4) : -1;
+    if (unit < 0) return AVL__ESCAPE_BAD;
+    const int32_t low = unit >= 0xD800 && unit < 0xDC00 && p[6] == '\\' && p[7] == 'u' ? avl__hex(p + 8, 4) : -1;
     if (low < 0xDC00 || low > 0xDFFF) return unit;
-    *size = 10;
+    *size = 12;
     return 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// A character that stands for itself, or after a backslash.
 static int avl__regex_char(avl__regex *r) {
-    static const char letters[] = "ntrfv", meanings[] = "\n\t\r\f\v";
     const char *start = r->p;
-    size_t length;
-    int32_t c = *start ? avl__utf8_read(start, 4, &length) : AVL__UTF8_BAD;   // 4: it stops at the final zero
-    if (c < 0) return avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
-    r->p += length;
-    if (c != '\\') return c;
-    c = (uint8_t)*r->p;
-    if (c == 'x' || c == 'u') {
-        length = 2;
-        c = c == 'x' ? avl__hex(r->p + 1, 2) : avl__unicode_escape(r->p + 1, &length);
+    size_t size;
+    int32_t c = *start ? avl__char_read(start, "ntrfv", "\n\t\r\f\v", &size) : AVL__UTF8_BAD;
+    if (c == AVL__UTF8_BAD || c == AVL__UTF8_CUT)
+        return avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
+    if (c >= 0xD800 && c <= 0xDFFF) return avl__regex_wrong(r, start, "half a surrogate pair is no character");
+    if (c == AVL__ESCAPE_BAD) {
+        const int letter = (uint8_t)start[1];
+        size = letter == 'x' ? 4 : 2;
+        c = letter == 'x' ? avl__hex(start + 2, 2) : letter == 'u' ? -1 : letter;
         if (c < 0) return avl__regex_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
-        r->p += 1 + length;
-        return c < 0xD800 || c > 0xDFFF ? c : avl__regex_wrong(r, start, "half a surrogate pair is no character");
+        if (letter != 'x' && (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')))
+            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: "
+                                   "\\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
     }
-    const char *letter = c ? strchr(letters, c) : NULL;
-    if (!letter && (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')))
-        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: "
-                               "\\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
-    r->p++;
-    return letter ? meanings[letter - letters] : c;
+    r->p += size;
+    return c;
 }
 
 // A set of characters is collected on the stack, as numbers that sort: 2 low, and 2 (high + 1) + 1 where a range has
@@ -7477,23 +7432,6 @@ static int avl__regex_char(avl__regex *r) {
 static void avl__set_add(avl__regex *r, int low, int high) {
     avl__push(r->g, 2 * low);
     avl__push(r->g, 2 * high + 3);
-}
-
-// The set from stack[base] on, or all characters but those, as an expression; NONE if it is empty.
-static int avl__set_finish(avl__regex *r, size_t base, int negate) {
-    astrovl_guide *g = r->g;
-    const size_t end = g->stack.size;
-    int n_open = 0, from = 0;
-    avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
-    for (size_t i = base; i < end && !g->failure.status; i++) {
-        int point = g->stack.data[i] >> 1, was_open = n_open > 0;
-        n_open += g->stack.data[i] & 1 ? -1 : 1;
-        if ((n_open > 0) == was_open) continue;
-        if (was_open != negate && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
-        from = point;
-    }
-    if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
-    return avl__re_alt(g, end);
 }
 
 // Adds \d, \w, \s or one of their complements to a set (ASCII, as in JSON schema's patterns). 0: something else is here
@@ -7515,8 +7453,9 @@ static int avl__regex_class(avl__regex *r) {
 static int avl__regex_alternatives(avl__regex *r);
 
 static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be left on the stack
+    astrovl_guide *g = r->g;
     const char *start = r->p;
-    const size_t base = r->g->stack.size;
+    const size_t base = g->stack.size;
     if (*start && strchr("*+?{", *start))
         return avl__regex_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
     if (*start == '^' || *start == '$')
@@ -7531,20 +7470,16 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
         r->depth--;
         return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, start, "this ( is not closed");
     }
-    if (!avl__regex_take(r, '[')) {
-        int is_dot = avl__regex_take(r, '.');
-        if (is_dot || !avl__regex_class(r)) {
-            int c = is_dot ? '\n' : avl__regex_char(r);
-            avl__set_add(r, c, c);
-        }
-        return avl__set_finish(r, base, is_dot);
-    }
-    const int negate = avl__regex_take(r, '^');
-    if (*r->p == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
-    while (*r->p && *r->p != ']') {
+    // a set of characters: one character or class, or those in brackets, or all but those
+    const int is_list = avl__regex_take(r, '['), is_dot = !is_list && avl__regex_take(r, '.');
+    const int negate = is_dot || (is_list && avl__regex_take(r, '^'));
+    if (is_list && *r->p == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
+    if (is_dot) avl__set_add(r, '\n', '\n');
+    else do {
         const char *at = r->p;
-        int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r), high = low;
-        if (r->p[0] == '-' && r->p[1] != ']') {
+        const int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r);
+        int high = low;
+        if (is_list && r->p[0] == '-' && r->p[1] != ']') {
             r->p++;
             if (is_class || avl__regex_class(r))
                 return avl__regex_wrong(r, at, "a range goes from a character to another");
@@ -7552,9 +7487,20 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
         }
         if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
         if (!is_class) avl__set_add(r, low, high);
+    } while (is_list && *r->p && *r->p != ']');
+    if (is_list && !avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
+    const size_t end = g->stack.size;
+    int n_open = 0, from = 0;
+    avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
+    for (size_t i = base; i < end && !g->failure.status; i++) {
+        const int point = g->stack.data[i] >> 1, was_open = n_open > 0;
+        n_open += g->stack.data[i] & 1 ? -1 : 1;
+        if ((n_open > 0) == was_open) continue;
+        if (was_open != negate && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
+        from = point;
     }
-    if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
-    int x = avl__set_finish(r, base, negate);
+    if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
+    const int x = avl__re_alt(g, end);
     return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
 }
 
@@ -7603,8 +7549,6 @@ static int avl__regex_alternatives(avl__regex *r) {
 // A whole pattern as an expression. It matches all of an answer, so ^ and $ at its ends say nothing.
 static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
     avl__regex r = {g, pattern, pattern, 0};
-    if (strlen(pattern) > AVL__GUIDE_TEXT)
-        return avl__regex_fail(&r, pattern + AVL__GUIDE_TEXT, ASTROVL_ERROR_LIMIT, "it is too long");
     avl__regex_take(&r, '^');
     const int x = avl__regex_alternatives(&r);
     avl__regex_take(&r, '$');
@@ -7642,26 +7586,19 @@ static void avl__json_space(avl__json *j) { j->p += strspn(j->p, " \t\n\r"); }
 // Decodes the string at j->p. Its characters take no more bytes decoded than escaped, and the final zero stands where
 // the last quote stood or before.
 static void avl__json_string(avl__json *j, avl__json_value *value) {
-    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     char *to = ++j->p;
     value->text = to;
     while (*j->p != '"') {
-        const char *p = j->p, *wrong = NULL, *letter = *p == '\\' && p[1] ? strchr(letters, p[1]) : NULL;
-        size_t length = 0;
-        int32_t c = 0;
-        if (p == j->limit) wrong = "the text ends within a string";
-        else if ((uint8_t)*p < 32) wrong = "a control character must be escaped";
-        else if (letter) c = meanings[letter - letters];
-        else if (*p != '\\') c = avl__utf8_read(p, (size_t)(j->limit - p), &length);
-        else c = p[1] == 'u' ? avl__unicode_escape(p + 2, &length) : -1;
-        if (c < 0 && *p != '\\') wrong = "these bytes are not UTF-8";
-        else if (c < 0) wrong = "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX";
-        else if (c >= 0xD800 && c <= 0xDFFF) wrong = "half a surrogate pair is no character";
-        if (wrong) {
-            avl__json_fail(j, ASTROVL_ERROR_FORMAT, wrong);
-            return;
-        }
-        j->p += length + (*p == '\\' ? 2 : 0);
+        size_t size;
+        const int32_t c = avl__char_read(j->p, "\"\\/bfnrt", "\"\\/\b\f\n\r\t", &size);
+        const char *wrong = j->p == j->limit ? "the text ends within a string" :
+                            (uint8_t)*j->p < 32 ? "a control character must be escaped" :
+                            c == AVL__ESCAPE_BAD ? "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX" :
+                            c < 0 ? "these bytes are not UTF-8" :
+                            c >= 0xD800 && c <= 0xDFFF ? "half a surrogate pair is no character" : NULL;
+        if (wrong) avl__json_fail(j, ASTROVL_ERROR_FORMAT, wrong);
+        if (wrong) return;
+        j->p += size;
         to += avl__utf8_write((uint32_t)c, to);
     }
     j->p++;
@@ -7692,9 +7629,8 @@ static void avl__json_read(avl__json *j, int is_member) {
             avl__json_space(j);
             more = *j->p == ',';
         }
-        if (*j->p != close)
-            avl__json_fail(j, ASTROVL_ERROR_FORMAT, kind == '{' ? "a comma or } is expected" : "a comma or ] is expected");
-        else j->p++;
+        if (*j->p == close) j->p++;
+        else avl__json_fail(j, ASTROVL_ERROR_FORMAT, kind == '{' ? "a comma or } is expected" : "a comma or ] is expected");
         j->depth--;
     } else {
         const char *word = kind == 't' ? "true" : kind == 'f' ? "false" : "null";
@@ -7789,26 +7725,29 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     for (int i = 1; !failure.status && i < j.values->end; i = j.values[i].end)
         if (avl__json_is(&j.values[i], key)) found = i + 1;   // of several members the last, as in Python
     const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
-    size_t n_bytes = (size_t)(end - first) * sizeof *list + 1;
-    for (int i = first; i < end && !failure.status; i++) {
-        const avl__json_value *v = &j.values[i];
-        n_bytes += v->size + 1;
-        if (v->kind != '"' || memchr(v->text, 0, v->size))
-            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", v->at, key, v->kind == '"' ?
-                      "has a zero character" : "is neither a string nor an array of strings");
-    }
-    if (!failure.status && !(list = (char **)avl__alloc_raw(n_bytes, 1)))
+    // with their quotes the strings were longer in the JSON text
+    if (!failure.status && !(list = (char **)avl__alloc_raw((size_t)(end - first) * sizeof *list + size, 1)))
         avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
     char *text = list ? (char *)(list + (end - first)) : NULL;
     for (int i = first; list && i < end; i++) {
+        const avl__json_value *v = &j.values[i];
+        if (v->kind != '"' || memchr(v->text, 0, v->size)) {
+            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", v->at, key, v->kind == '"' ?
+                      "has a zero character" : "is neither a string nor an array of strings");
+            break;
+        }
         list[i - first] = text;
-        memcpy(text, j.values[i].text, j.values[i].size + 1);
-        text += j.values[i].size + 1;
+        memcpy(text, v->text, v->size + 1);
+        text += v->size + 1;
     }
     avl__json_close(&j);
-    if (failure.status) avl__fail(err, failure.status, "%s", failure.message);
-    else *n = end - first;
-    return list;
+    if (!failure.status) {
+        *n = end - first;
+        return list;
+    }
+    astrovl_free(list);
+    avl__fail(err, failure.status, "%s", failure.message);
+    return NULL;
 }
 
 // ---- schemas -------------------------------------------------------------------------------------------------------
@@ -7833,7 +7772,6 @@ static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules
 typedef struct avl__schema {
     astrovl_guide *g;
     avl__json      json;     // values are named by their places in its list
-    int            kinds[AVL__N_KINDS], comma, colon;   // expressions that many values share
 } avl__schema;
 
 // Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
@@ -7865,34 +7803,23 @@ static int avl__schema_unknown(avl__schema *s, int place, const char *what) {
     return avl__schema_fail(s, place, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
-// The kinds of values that a type allows, one bit each.
-static int avl__schema_kinds(avl__schema *s, int type) {
-    const avl__json_value *values = s->json.values;
-    int kinds = 0;
-    for (int item = type + (values[type].kind == '['); item < values[type].end; item = values[item].end) {
-        int kind = 0;
-        while (kind < AVL__N_KINDS && !avl__json_is(&values[item], avl__kinds[kind])) kind++;
-        kinds |= 1 << kind;
-    }
-    if (kinds > 0 && kinds < 1 << AVL__N_KINDS) return kinds;
-    return avl__schema_wrong(s, type, "a type is object, array, string, integer, number, boolean, null or a list");
-}
-
-static int avl__schema_count(avl__schema *s, int place, int absent) {   // a limit, such as minItems
-    const avl__json_value *value = &s->json.values[place];
-    int n = 0;
-    if (!place) return absent;
-    if (value->kind != '0' || strspn(value->text, "0123456789") < value->size)
-        return avl__schema_wrong(s, place, "a whole number, not negative, is expected");
-    for (size_t i = 0; i < value->size && n <= AVL__GUIDE_FAR; i++) n = n * 10 + (value->text[i] - '0');
-    return n > AVL__GUIDE_FAR ? avl__guide_fail(s->g, ASTROVL_ERROR_LIMIT) : n;
-}
-
-// Items with `between` between them, in brackets or quotes; their number lies between two limits.
+// Items with `between` between them, in brackets or quotes; their number lies between two limits, where these are.
 static int avl__schema_list(avl__schema *s, const int limits[2], int item, int between, const char *ends) {
     astrovl_guide *g = s->g;
-    const int min = avl__schema_count(s, limits[0], 0), max = avl__schema_count(s, limits[1], -1);
-    if (max >= 0 && min > max) avl__schema_wrong(s, limits[0], "the least (minItems, minLength) is more than the most");
+    int counts[2] = {0, -1};
+    for (int i = 0; i < 2; i++) {
+        const avl__json_value *limit = &s->json.values[limits[i]];
+        if (!limits[i]) continue;
+        if (limit->kind != '0' || strspn(limit->text, "0123456789") < limit->size)
+            return avl__schema_wrong(s, limits[i], "a whole number, not negative, is expected");
+        counts[i] = 0;
+        for (size_t k = 0; k < limit->size && counts[i] <= AVL__GUIDE_FAR; k++)
+            counts[i] = counts[i] * 10 + (limit->text[k] - '0');
+        if (counts[i] > AVL__GUIDE_FAR) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
+    }
+    const int min = counts[0], max = counts[1];
+    if (max >= 0 && min > max)
+        return avl__schema_wrong(s, limits[0], "the least (minItems, minLength) is more than the most");
     const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY), one_more = avl__re_cat(g, between, item);
     const int more = avl__re_repeat(g, one_more, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
     const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
@@ -7941,11 +7868,12 @@ static int avl__schema_object(avl__schema *s, const int *rules) {
         if (g->nodes[name].mark < known) return avl__schema_unknown(s, p, "properties says nothing about this one");
         g->nodes[name].mark = known + 1;
     }
+    const int comma = avl__re_pattern(g, ", ?"), colon = avl__re_pattern(g, ": ?");
     int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first;
     for (at = g->stack.size; at > base; at -= 2) {   // no name is a member of these alternatives, which would mark it
         const int name = g->stack.data[at - 1], is_required = g->nodes[name].mark == known + 1;
-        const int member = avl__re_cat(g, name, avl__re_cat(g, s->colon, g->stack.data[at - 2]));
-        const int alone = avl__re_cat(g, member, later), after = avl__re_cat(g, s->comma, alone);
+        const int member = avl__re_cat(g, name, avl__re_cat(g, colon, g->stack.data[at - 2]));
+        const int alone = avl__re_cat(g, member, later), after = avl__re_cat(g, comma, alone);
         first = is_required ? alone : avl__re_or(g, alone, first);
         later = is_required ? after : avl__re_or(g, after, later);
     }
@@ -7989,7 +7917,14 @@ static int avl__schema_expr(avl__schema *s, int schema) {
     }
     const int type = rules[AVL__KEY_TYPE], any_of = rules[AVL__KEY_ANY_OF], items = rules[AVL__KEY_ITEMS];
     const int choices = rules[AVL__KEY_ENUM], choice = choices ? choices : rules[AVL__KEY_CONST];
-    int kinds = type ? avl__schema_kinds(s, type) : (1 << AVL__N_KINDS) - 1;
+    int kinds = type ? 0 : (1 << AVL__N_KINDS) - 1;   // one bit each
+    for (int p = type + (values[type].kind == '['); type && p < values[type].end; p = values[p].end) {
+        int kind = 0;
+        while (kind < AVL__N_KINDS && !avl__json_is(&values[p], avl__kinds[kind])) kind++;
+        kinds |= 1 << kind;
+    }
+    if (kinds == 0 || kinds >= 1 << AVL__N_KINDS)
+        return avl__schema_wrong(s, type, "a type is object, array, string, integer, number, boolean, null or a list");
     if (choice) {
         if (n_rules > 1 + (type != 0))
             return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
@@ -8016,12 +7951,11 @@ static int avl__schema_expr(avl__schema *s, int schema) {
         return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (int kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
-        int x = s->kinds[kind];
-        if (kind == AVL__OBJECT) x = avl__schema_object(s, rules);
+        int x = kind == AVL__OBJECT ? avl__schema_object(s, rules) : avl__re_pattern(g, avl__kind_patterns[kind]);
         if (kind == AVL__ARRAY && !items)
             return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
         if (kind == AVL__ARRAY)
-            x = avl__schema_list(s, rules + AVL__KEY_MIN_ITEMS, avl__schema_expr(s, items), s->comma, "[]");
+            x = avl__schema_list(s, rules + AVL__KEY_MIN_ITEMS, avl__schema_expr(s, items), avl__re_pattern(g, ", ?"), "[]");
         if (kind == AVL__STRING) x = avl__schema_list(s, rules + AVL__KEY_MIN_LENGTH, x, AVL__EMPTY, "\"\"");
         avl__push(g, x);
     }
@@ -8031,16 +7965,9 @@ static int avl__schema_expr(avl__schema *s, int schema) {
 // The whole schema as an expression.
 static int avl__re_schema(astrovl_guide *g, const char *json, size_t size) {
     avl__schema s;
-    int x = AVL__NONE;
-    if (size > AVL__GUIDE_TEXT)
-        avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "schema: it has more than 262,144 bytes");
-    if (g->failure.status) return AVL__NONE;
     s.g = g;
     avl__json_open(&s.json, "schema", json, size, &g->failure);
-    for (int i = 0; i < AVL__N_KINDS; i++) s.kinds[i] = avl__re_pattern(g, avl__kind_patterns[i]);
-    s.comma = avl__re_pattern(g, ", ?");
-    s.colon = avl__re_pattern(g, ": ?");
-    if (!g->failure.status) x = avl__schema_expr(&s, 0);
+    const int x = g->failure.status ? AVL__NONE : avl__schema_expr(&s, 0);
     avl__json_close(&s.json);
     return x;
 }
@@ -8056,11 +7983,11 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
     if (!g) return NULL;
     g->model = model;
     g->name = is_schema ? "schema" : "pattern";
-    g->advice = is_schema ? "lower maxItems and maxLength, or leave them out" : "lower the counts in { }";
-    memset(g->mask_owner, 0xFF, sizeof g->mask_owner);
     avl__guide_read_tokens(g);
     avl__re_make(g, AVL__NONE, 0, 0, 0, 0);
     avl__re_make(g, AVL__EMPTY, 0, 0, 0, 0);
+    if (size > AVL__GUIDE_TEXT)
+        avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "%s: it has more than 262,144 bytes", g->name);
     if (!g->failure.status) g->start = is_schema ? avl__re_schema(g, text, size) : avl__re_pattern(g, text);
     uint8_t begins[257] = {1};
     for (size_t i = 0; i < g->n_nodes; i++) {
@@ -8083,7 +8010,7 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
 }
 
 ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err) {
-    return avl__guide_build(model, pattern, 0, 0, err);
+    return avl__guide_build(model, pattern, pattern ? strlen(pattern) : 0, 0, err);
 }
 
 ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
