@@ -7000,9 +7000,8 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 #define AVL__GUIDE_NODES  (1 << 20)    // expressions
 #define AVL__GUIDE_TABLE  (1 << 25)    // known derivatives
 #define AVL__GUIDE_WORK   (1 << 26)    // steps of one call: a second or two
-#define AVL__GUIDE_FAR    (1 << 18)    // bytes of the shortest answer; counts in patterns and schemas
-#define AVL__GUIDE_NEVER  INT32_MAX    // the vocabulary cannot spell an end
-#define AVL__GUIDE_TEXT   (1 << 18)    // bytes of a pattern or schema
+#define AVL__GUIDE_FAR    (1 << 18)    // bytes of a pattern or schema, and of the shortest answer; counts in them
+#define AVL__GUIDE_NEVER  (1LL << 40)  // bytes: the vocabulary cannot spell an end
 #define AVL__GUIDE_DEPTH  64           // groups in groups, values in values
 #define AVL__GUIDE_TOKEN  32           // bytes; longer tokens (mostly runs of dashes) never follow
 #define AVL__GUIDE_HEADS  (1 << 16)    // of the hash table of nodes
@@ -7020,8 +7019,8 @@ typedef struct avl__re {
     int32_t  kind, a, b, min, max;
     int32_t  chain;               // the next node of the same place in `heads`; 0: none
     uint32_t mark;                // the last alternative it was put in
-    int32_t  least;               // bytes of the shortest text that matches and that one-byte tokens can spell: so many
-                                  // tokens are enough to end the answer (0: it may end here)
+    int64_t  least;               // bytes of the shortest text that matches and that one-byte tokens can spell: so many
+                                  // tokens are enough to end the answer (0: it may end here); FAR: or more
     int32_t  next;                // the derivatives' place in guide.next; -1: none is known yet
 } avl__re;
 
@@ -7065,13 +7064,6 @@ static void avl__guide_put(astrovl_guide *g, avl__tokens *list, int x) {
 
 static void avl__push(astrovl_guide *g, int x) { avl__guide_put(g, &g->stack, x); }
 
-// n times a bytes and b more
-static int avl__re_bytes(int n, int a, int b) {
-    int64_t sum = (int64_t)n * a + b;
-    if (b == AVL__GUIDE_NEVER || (n > 0 && a == AVL__GUIDE_NEVER)) return AVL__GUIDE_NEVER;
-    return sum < AVL__GUIDE_FAR ? (int)sum : AVL__GUIDE_FAR;
-}
-
 // The node of that kind with these parts, a new one if there is none yet.
 static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int max) {
     const int32_t key[5] = {kind, a, b, min, max};
@@ -7083,7 +7075,8 @@ static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int m
     if (g->n_nodes == AVL__GUIDE_NODES || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
     if (!avl__grow(&g->nodes, &g->node_capacity, g->n_nodes + 1, sizeof *g->nodes))
         return avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-    const int least_a = kind > AVL__RANGE ? g->nodes[a].least : 0, least_b = kind > AVL__RANGE ? g->nodes[b].least : 0;
+    const int has_parts = kind > AVL__RANGE;
+    const int64_t least_a = has_parts ? g->nodes[a].least : 0, least_b = has_parts ? g->nodes[b].least : 0;
     avl__re *node = &g->nodes[g->n_nodes];
     memset(node, 0, sizeof *node);
     memcpy(node, key, sizeof key);
@@ -7092,9 +7085,10 @@ static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int m
     node->least = AVL__GUIDE_NEVER;
     if (kind == AVL__EMPTY) node->least = 0;
     else if (kind == AVL__RANGE) for (int byte = a; byte <= b; byte++) if (g->is_token[byte]) node->least = 1;
-    if (kind == AVL__CAT) node->least = avl__re_bytes(1, least_a, least_b);
+    if (kind == AVL__CAT) node->least = least_a + least_b;
     if (kind == AVL__ALT) node->least = least_a < least_b ? least_a : least_b;
-    if (kind == AVL__REPEAT) node->least = avl__re_bytes(min, least_a, 0);
+    if (kind == AVL__REPEAT) node->least = min * least_a;
+    if (node->least > AVL__GUIDE_FAR) node->least = node->least < AVL__GUIDE_NEVER ? AVL__GUIDE_FAR : AVL__GUIDE_NEVER;
     return *head = (int32_t)g->n_nodes++;
 }
 
@@ -7199,9 +7193,9 @@ static int avl__re_step(astrovl_guide *g, int x, int c) {
     const avl__re e = g->nodes[x];
     const size_t base = g->stack.size;
     int i = x;
-    switch (e.kind) {
-    case AVL__RANGE: return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
-    case AVL__CAT:
+    if (e.kind == AVL__RANGE) return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
+    if (e.kind < AVL__RANGE) return AVL__NONE;
+    if (e.kind == AVL__CAT) {
         // In a row of parts that may all be empty, the last one's derivative comes first: no recursion along the row.
         for (; g->nodes[i].kind == AVL__CAT && g->nodes[g->nodes[i].a].least == 0; i = g->nodes[i].b) {
             const avl__re *b = &g->nodes[g->nodes[i].b];
@@ -7211,16 +7205,12 @@ static int avl__re_step(astrovl_guide *g, int x, int c) {
         while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
         avl__push_products(g, e.a, c, e.b);
         if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
-        break;
-    case AVL__ALT:
+    } else if (e.kind == AVL__ALT) {
         for (; g->nodes[i].kind == AVL__ALT; i = g->nodes[i].b) avl__push(g, avl__re_step(g, g->nodes[i].a, c));
         avl__push(g, avl__re_step(g, i, c));
-        break;
-    case AVL__REPEAT:
+    } else {
         i = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
         avl__push_products(g, e.a, c, i);
-        break;
-    default: return AVL__NONE;
     }
     const int y = avl__re_alt(g, base);
     if (g->nodes[x].next < 0) {
@@ -7242,34 +7232,33 @@ static int avl__guide_token_bytes(const astrovl_guide *g, int32_t token, char te
     return n <= AVL__GUIDE_TOKEN ? n : 0;
 }
 
-static int avl__guide_token_order(const void *texts, int a, int b) {   // texts: [n_vocab][AVL__GUIDE_TOKEN]
-    const char *text = (const char *)texts;
-    return memcmp(text + (size_t)a * AVL__GUIDE_TOKEN, text + (size_t)b * AVL__GUIDE_TOKEN, AVL__GUIDE_TOKEN);
+static int avl__guide_token_order(const void *vocab, int a, int b) {   // by spelling: equal beginnings are neighbors
+    const astrovl_string s = ((const avl__vocab *)vocab)->pieces[a], t = ((const avl__vocab *)vocab)->pieces[b];
+    const int side = memcmp(s.data, t.data, s.size < t.size ? s.size : t.size);
+    return side ? side : (s.size > t.size) - (s.size < t.size);
 }
 
 static void avl__guide_read_tokens(astrovl_guide *g) {
-    const int n_vocab = g->n_vocab = g->model->info.n_vocab;
-    int *order = (int *)avl__alloc_raw((uint64_t)n_vocab, sizeof *order), n_tokens = 0;
-    char *texts = (char *)avl__alloc((uint64_t)n_vocab, AVL__GUIDE_TOKEN), *last = texts;
-    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)n_vocab, 1);
-    if (!order || !texts || !g->mask) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-    for (int i = 0; i < n_vocab && !g->failure.status; i++) {   // ids beyond the vocabulary have no bytes
-        char *text = texts + (size_t)i * AVL__GUIDE_TOKEN;
-        int n = avl__guide_token_bytes(g, i, text);
-        if (n > 0) order[n_tokens++] = i;
-        if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
-    }
-    avl__sort(order, n_tokens, avl__guide_token_order, texts);
-    int open[AVL__GUIDE_TOKEN], n_open = 0;   // nodes of the token before
+    const avl__vocab *v = &g->model->vocab;
+    g->n_vocab = g->model->info.n_vocab;
+    const int n_tokens = v->n_tokens < g->n_vocab ? v->n_tokens : g->n_vocab;
+    int *order = (int *)avl__alloc_raw((uint64_t)n_tokens, sizeof *order);
+    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)g->n_vocab, 1);
+    if (!order || !g->mask) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    for (int i = 0; order && i < n_tokens; i++) order[i] = i;
+    if (order) avl__sort(order, n_tokens, avl__guide_token_order, v);
+    char text[AVL__GUIDE_TOKEN], last[AVL__GUIDE_TOKEN] = {0};
+    int open[AVL__GUIDE_TOKEN], n_open = 0;   // nodes of the last token
     for (int i = 0; i < n_tokens && !g->failure.status; i++) {
-        char *text = texts + (size_t)order[i] * AVL__GUIDE_TOKEN;
         const int n = avl__guide_token_bytes(g, order[i], text);
         int shared = 0;
+        if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
         while (shared < n_open && shared < n - 1 && text[shared] == last[shared]) shared++;
         while (n_open > shared) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
-        for (last = text; n_open < n && !g->failure.status; n_open++) {
+        for (; n_open < n && !g->failure.status; n_open++) {
             avl__trie node = {n_open == n - 1 ? order[i] : -1, 0, (uint8_t)text[n_open], (uint8_t)n_open};
             open[n_open] = (int)g->n_trie;
+            last[n_open] = text[n_open];
             if (!avl__grow(&g->trie, &g->trie_capacity, g->n_trie + 1, sizeof node))
                 avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
             else g->trie[g->n_trie++] = node;
@@ -7277,7 +7266,6 @@ static void avl__guide_read_tokens(astrovl_guide *g) {
     }
     while (n_open > 0 && !g->failure.status) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
     astrovl_free(order);
-    astrovl_free(texts);
 }
 
 // The node of a state that a caller names; NONE: there is no such state.
@@ -7299,29 +7287,29 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
     int at[AVL__GUIDE_TOKEN + 1] = {avl__guide_node(g, state)};   // nodes after the bytes of one token
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
     const avl__vocab *vocab = &g->model->vocab;
-    const int least = g->nodes[at[0]].least, limit = n_left < AVL__GUIDE_FAR ? n_left : AVL__GUIDE_FAR;
+    const int64_t least = g->nodes[at[0]].least, limit = n_left < AVL__GUIDE_FAR ? n_left : AVL__GUIDE_FAR;
     if (least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
     if (n_left < least && !g->failure.status)
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer may need %d more tokens; it "
-                         "has %d", least, n_left);
+                         "has %d", (int)least, n_left);
     g->work = 0;
     const int skip = (int)avl__guide_skip(g, state, " ", 1);
     int any = 0;
-    for (int i = 0; i < g->n_vocab; i++) {
-        g->mask[i] = least == 0 && i < vocab->n_tokens && vocab->ends[i];
-        any |= g->mask[i];
-    }
+    for (int i = 0; i < g->n_vocab; i++) g->mask[i] = least == 0 && i < vocab->n_tokens && vocab->ends[i];
     for (size_t i = 0; i < g->n_trie && !g->failure.status;) {
         const avl__trie *t = &g->trie[i];
         const int is_skipped = skip && t->depth == 0 && t->byte == ' ';
         const int x = is_skipped ? at[0] : avl__re_step(g, at[t->depth], g->classes[t->byte]);
         at[t->depth + 1] = x;
-        if (t->token >= 0 && g->nodes[x].least < limit && !is_skipped) any = g->mask[t->token] = 1;
+        if (t->token >= 0 && g->nodes[x].least < limit && !is_skipped) g->mask[t->token] = 1;
         i = x == AVL__NONE ? (size_t)t->end : i + 1;
     }
     if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
-    for (int i = 0; i < g->n_vocab; i++) if (!g->mask[i]) logits[i] = avl__float_from_bits(0xFF800000u);   // -infinity
+    for (int i = 0; i < g->n_vocab; i++) {
+        any |= g->mask[i];
+        if (!g->mask[i]) logits[i] = avl__float_from_bits(0xFF800000u);   // -infinity
+    }
     return any ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
 }
 
@@ -7342,7 +7330,7 @@ ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state
 
 ASTROVL_API int astrovl_guide_min_tokens(const astrovl_guide *guide, int state) {
     const int x = avl__guide_node(guide, state);
-    return x == AVL__NONE || guide->nodes[x].least == AVL__GUIDE_NEVER ? -1 : guide->nodes[x].least;
+    return x == AVL__NONE || guide->nodes[x].least == AVL__GUIDE_NEVER ? -1 : (int)guide->nodes[x].least;
 }
 
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
@@ -7420,8 +7408,8 @@ static int avl__regex_char(avl__regex *r) {
         c = letter == 'x' ? avl__hex(start + 2, 2) : letter == 'u' ? -1 : letter;
         if (c < 0) return avl__regex_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
         if (letter != 'x' && (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')))
-            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: "
-                                   "\\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
+            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that "
+                                   "are: \\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
     }
     r->p += size;
     return c;
@@ -7459,8 +7447,7 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
     if (*start && strchr("*+?{", *start))
         return avl__regex_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
     if (*start == '^' || *start == '$')
-        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED,
-                               "^ and $ may stand only at the ends of the pattern");
+        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the pattern's ends");
     if (avl__regex_take(r, '(')) {
         if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
             return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
@@ -7481,8 +7468,7 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
         int high = low;
         if (is_list && r->p[0] == '-' && r->p[1] != ']') {
             r->p++;
-            if (is_class || avl__regex_class(r))
-                return avl__regex_wrong(r, at, "a range goes from a character to another");
+            if (is_class || avl__regex_class(r)) return avl__regex_wrong(r, at, "a range has a class at its end");
             high = avl__regex_char(r);
         }
         if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
@@ -7504,14 +7490,11 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
     return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
 }
 
-static int avl__regex_count(avl__regex *r) {   // -1: no number is here
-    const char *start = r->p;
-    int n = 0;
-    for (; *r->p >= '0' && *r->p <= '9'; r->p++) {
-        n = n * 10 + (*r->p - '0');
-        if (n > AVL__GUIDE_FAR) return avl__regex_fail(r, start, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
-    }
-    return r->p > start ? n : -1;
+// Reads a decimal number, of which all above AVL__GUIDE_FAR are as good as one another. -1: none is here
+static int avl__count_read(const char **p) {
+    int n = -1;
+    for (; **p >= '0' && **p <= '9'; ++*p) if (n <= AVL__GUIDE_FAR) n = (n < 0 ? 0 : n) * 10 + (**p - '0');
+    return n;
 }
 
 static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier, if it has one
@@ -7523,10 +7506,12 @@ static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier
     if (!*start || !strchr("*+?{", *start)) return atom;
     r->p++;
     if (*start == '{') {
-        min = avl__regex_count(r);
-        max = avl__regex_take(r, ',') ? avl__regex_count(r) : min;
+        min = avl__count_read(&r->p);
+        max = avl__regex_take(r, ',') ? avl__count_read(&r->p) : min;
+        if (min > AVL__GUIDE_FAR || max > AVL__GUIDE_FAR)
+            return avl__regex_fail(r, start + 1, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
         if (min < 0 || (max >= 0 && max < min) || !avl__regex_take(r, '}'))
-            return avl__regex_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is written \\{)");
+            return avl__regex_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
     }
     avl__regex_take(r, '?');   // as few as possible or as many: the same language
     if (*r->p && strchr("*+?{", *r->p)) return avl__regex_wrong(r, r->p, "a quantifier after a quantifier");
@@ -7560,9 +7545,12 @@ static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
 // ends at the place in the list of what follows it and all it contains; a name where its member ends. So the items of
 // an array, and the names of an object, are v + 1, then the `end` of the one before, up to the `end` of v.
 
+enum { AVL__JSON_NAME = -2, AVL__JSON_VALUE = -1 };   // of a member
+
 typedef struct avl__json_value {
     char        kind;    // its first byte: { [ " t f n, and 0 for numbers
     int         at, end; // its first byte in the text, and its end in the list
+    int         item;    // its number in its array, or one of these
     const char *text;    // a string's characters, zero-terminated; all else as it stands in the text
     size_t      size;    // bytes of text
 } avl__json_value;
@@ -7574,6 +7562,7 @@ typedef struct avl__json {
     size_t           n_values, capacity;
     int              depth;
     astrovl_error   *err;                   // the first failure sticks; p is then at the end
+    astrovl_guide   *g;                     // that a schema becomes
 } avl__json;
 
 static void avl__json_fail(avl__json *j, astrovl_status status, const char *what) {
@@ -7607,13 +7596,13 @@ static void avl__json_string(avl__json *j, avl__json_value *value) {
 }
 
 // Reads a value, or a member's name and value.
-static void avl__json_read(avl__json *j, int is_member) {
+static void avl__json_read(avl__json *j, int item) {
     avl__json_space(j);
     const int i = (int)j->n_values;
     char *p = j->p;
     const char kind = *p, close = kind == '{' ? '}' : ']';
-    avl__json_value value = {kind, (int)(p - j->text), 0, p, 0};
-    if (is_member && kind != '"') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a member's name is expected");
+    avl__json_value value = {kind, (int)(p - j->text), 0, item, p, 0};
+    if (item == AVL__JSON_NAME && kind != '"') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a member's name is expected");
     else if (!avl__grow(&j->values, &j->capacity, j->n_values + 1, sizeof value))
         avl__json_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
     if (j->err->status) return;
@@ -7624,13 +7613,13 @@ static void avl__json_read(avl__json *j, int is_member) {
         if (++j->depth > AVL__GUIDE_DEPTH) avl__json_fail(j, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
         else j->p++;
         avl__json_space(j);
-        for (int more = *j->p != close; more && !j->err->status; j->p += more) {
-            avl__json_read(j, kind == '{');
+        for (int more = *j->p != close, k = 0; more && !j->err->status; j->p += more, k++) {
+            avl__json_read(j, kind == '{' ? (int)AVL__JSON_NAME : k);
             avl__json_space(j);
             more = *j->p == ',';
         }
         if (*j->p == close) j->p++;
-        else avl__json_fail(j, ASTROVL_ERROR_FORMAT, kind == '{' ? "a comma or } is expected" : "a comma or ] is expected");
+        else avl__json_fail(j, ASTROVL_ERROR_FORMAT, kind == '{' ? "comma or } expected" : "comma or ] expected");
         j->depth--;
     } else {
         const char *word = kind == 't' ? "true" : kind == 'f' ? "false" : "null";
@@ -7652,11 +7641,11 @@ static void avl__json_read(avl__json *j, int is_member) {
         value.size = (size_t)(j->p - value.text);
         if (n == 0) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a value is expected");
     }
-    if (is_member) {
+    if (item == AVL__JSON_NAME) {
         avl__json_space(j);
         if (*j->p != ':') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a colon is expected");
         else j->p++;
-        avl__json_read(j, 0);
+        avl__json_read(j, AVL__JSON_VALUE);
     }
     value.end = (int)j->n_values;
     if (!j->err->status) j->values[i] = value;
@@ -7672,7 +7661,7 @@ static void avl__json_open(avl__json *j, const char *name, const char *text, siz
     if (!j->text) return;
     j->p = j->text;
     j->limit = j->text + size;
-    avl__json_read(j, 0);
+    avl__json_read(j, AVL__JSON_VALUE);
     avl__json_space(j);
     if (j->p < j->limit) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "nothing may follow the value");
 }
@@ -7714,7 +7703,7 @@ static void avl__json_write(const avl__json *j, int v, avl__bytes *out) {
 
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
     astrovl_error failure = {ASTROVL_OK, ""};
-    avl__json j = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, NULL};
+    avl__json j = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, NULL, NULL};
     char **list = NULL;
     int found = 0;
     if (n) *n = 0;
@@ -7769,103 +7758,94 @@ static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules
     "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength",
     "enum", "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
 
-typedef struct avl__schema {
-    astrovl_guide *g;
-    avl__json      json;     // values are named by their places in its list
-} avl__schema;
-
 // Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
-static int avl__schema_fail(avl__schema *s, int place, astrovl_status status, const char *what) {
-    const avl__json_value *values = s->json.values;
+static int avl__schema_fail(avl__json *j, int place, astrovl_status status, const char *what) {
     avl__bytes path = {NULL, 0, 0, 0};
-    for (int v = 0; v != place;) {   // down to the item or member that it is or lies in
-        const int is_object = values[v].kind == '{';
-        int i = 0;
-        for (v++; values[v].end <= place; i++) v = values[v].end;
+    for (int v = 1; v <= place; v++) {
+        const avl__json_value *value = &j->values[v];
+        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // the place is not in it, or in its name
         char step[24];
-        avl__format(step, sizeof step, is_object ? "/" : "/%d", i);
+        avl__format(step, sizeof step, value->item < 0 ? "/" : "/%d", value->item);
         avl__bytes_put_text(&path, step);
-        for (const char *c = values[v].text; is_object && *c; c++)
+        for (const char *c = value->text; value->item < 0 && *c; c++)
             avl__bytes_put(&path, *c == '~' ? "~0" : *c == '/' ? "~1" : c, *c == '~' || *c == '/' ? 2 : 1);
-        v += is_object && v != place;
     }
-    if (!s->g->failure.status)
-        avl__fail(&s->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
+    if (!j->g->failure.status)
+        avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
     astrovl_free(path.data);
     return AVL__NONE;
 }
 
-static int avl__schema_wrong(avl__schema *s, int place, const char *what) {
-    return avl__schema_fail(s, place, ASTROVL_ERROR_FORMAT, what);
+static int avl__schema_wrong(avl__json *j, int place, const char *what) {
+    return avl__schema_fail(j, place, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__schema_unknown(avl__schema *s, int place, const char *what) {
-    return avl__schema_fail(s, place, ASTROVL_ERROR_UNSUPPORTED, what);
+static int avl__schema_unknown(avl__json *j, int place, const char *what) {
+    return avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
-// Items with `between` between them, in brackets or quotes; their number lies between two limits, where these are.
-static int avl__schema_list(avl__schema *s, const int limits[2], int item, int between, const char *ends) {
-    astrovl_guide *g = s->g;
+// Items with a pattern between them, in brackets or quotes; their number lies between two limits, where these are.
+static int avl__schema_list(avl__json *j, const int limits[2], int item, const char *between, const char *ends) {
+    astrovl_guide *g = j->g;
     int counts[2] = {0, -1};
     for (int i = 0; i < 2; i++) {
-        const avl__json_value *limit = &s->json.values[limits[i]];
+        const avl__json_value *limit = &j->values[limits[i]];
+        const char *p = limit->text;
         if (!limits[i]) continue;
-        if (limit->kind != '0' || strspn(limit->text, "0123456789") < limit->size)
-            return avl__schema_wrong(s, limits[i], "a whole number, not negative, is expected");
-        counts[i] = 0;
-        for (size_t k = 0; k < limit->size && counts[i] <= AVL__GUIDE_FAR; k++)
-            counts[i] = counts[i] * 10 + (limit->text[k] - '0');
+        counts[i] = limit->kind == '0' ? avl__count_read(&p) : -1;
+        if (counts[i] < 0 || p < limit->text + limit->size)
+            return avl__schema_wrong(j, limits[i], "a whole number, not negative, is expected");
         if (counts[i] > AVL__GUIDE_FAR) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
     }
     const int min = counts[0], max = counts[1];
     if (max >= 0 && min > max)
-        return avl__schema_wrong(s, limits[0], "the least (minItems, minLength) is more than the most");
-    const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY), one_more = avl__re_cat(g, between, item);
-    const int more = avl__re_repeat(g, one_more, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
+        return avl__schema_wrong(j, limits[0], "the least (minItems, minLength) is more than the most");
+    const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY), pair = avl__re_cat(g, avl__re_pattern(g, between), item);
+    const int more = avl__re_repeat(g, pair, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
     const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
     return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
 }
 
-static int avl__schema_literal(avl__schema *s, int place) {   // a value as an answer spells it
+static int avl__schema_literal(avl__json *j, int place) {   // a value as an answer spells it
     avl__bytes text = {NULL, 0, 0, 0};
-    avl__json_write(&s->json, place, &text);
-    const int x = text.failed ? avl__guide_fail(s->g, ASTROVL_ERROR_MEMORY) :
-                  avl__re_text(s->g, text.data, text.size, AVL__EMPTY);
+    avl__json_write(j, place, &text);
+    const int x = text.failed ? avl__guide_fail(j->g, ASTROVL_ERROR_MEMORY) :
+                  avl__re_text(j->g, text.data, text.size, AVL__EMPTY);
     astrovl_free(text.data);
     return x;
 }
 
-static int avl__schema_expr(avl__schema *s, int schema);
+static int avl__schema_expr(avl__json *j, int schema);
 
 // Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
 // follows where nothing is written yet, and what follows a member.
-static int avl__schema_object(avl__schema *s, const int *rules) {
-    astrovl_guide *g = s->g;
-    const avl__json_value *values = s->json.values;
+static int avl__schema_object(avl__json *j, const int *rules) {
+    astrovl_guide *g = j->g;
+    const avl__json_value *values = j->values;
     const int properties = rules[AVL__KEY_PROPERTIES], required = rules[AVL__KEY_REQUIRED];
     const int additional = rules[AVL__KEY_ADDITIONAL];
     const size_t base = g->stack.size;
-    if (properties && values[properties].kind != '{') return avl__schema_wrong(s, properties, "properties is an object");
-    if (required && values[required].kind != '[') return avl__schema_wrong(s, required, "required is an array of names");
+    if (properties && values[properties].kind != '{') return avl__schema_wrong(j, properties, "an object is expected");
+    if (required && values[required].kind != '[') return avl__schema_wrong(j, required, "an array is expected");
     if (additional && values[additional].kind != 't' && values[additional].kind != 'f')
-        return avl__schema_unknown(s, additional, "only true and false are understood (none is ever written)");
+        return avl__schema_unknown(j, additional, "only true and false are understood (none is ever written)");
     for (int p = properties + 1; properties && p < values[properties].end; p = values[p].end) {
-        avl__push(g, avl__schema_expr(s, p + 1));
-        avl__push(g, avl__schema_literal(s, p));
+        avl__push(g, avl__schema_expr(j, p + 1));
+        avl__push(g, avl__schema_literal(j, p));
     }
     if (g->failure.status) return AVL__NONE;
     const uint32_t known = ++g->mark;   // the mark of properties' names (equal texts are one node); + 1: required, too
     size_t at = base + 1;
     for (int p = properties + 1; at < g->stack.size; p = values[p].end, at += 2) {
         avl__re *name = &g->nodes[g->stack.data[at]];
-        if (name->mark == known) return avl__schema_wrong(s, p, "a second member of the same name");
+        if (name->mark == known) return avl__schema_wrong(j, p, "a second member of the same name");
         name->mark = known;
     }
     g->mark++;
     for (int p = required + 1; required && p < values[required].end; p = values[p].end) {
-        if (values[p].kind != '"') return avl__schema_wrong(s, p, "required is an array of names");
-        const int name = avl__schema_literal(s, p);
-        if (g->nodes[name].mark < known) return avl__schema_unknown(s, p, "properties says nothing about this one");
+        if (values[p].kind != '"') return avl__schema_wrong(j, p, "required is an array of names");
+        const int name = avl__schema_literal(j, p);
+        if (g->nodes[name].mark < known) return avl__schema_unknown(j, p, "properties says nothing about this one");
         g->nodes[name].mark = known + 1;
     }
     const int comma = avl__re_pattern(g, ", ?"), colon = avl__re_pattern(g, ": ?");
@@ -7881,37 +7861,36 @@ static int avl__schema_object(avl__schema *s, const int *rules) {
     return avl__re_text(g, "{", 1, first);
 }
 
-// Whether a number is whole, in any spelling: 3, 3.0, 30e-1.
+// Whether a number is whole, in any spelling: 3, 3.0, 30e-1. It is if the point, moved by the exponent, stands behind
+// the last digit that is not 0.
 static int avl__json_is_whole(const avl__json_value *number) {
     const char *p = number->text, *end = p + number->size;
-    int zeros = 0, fraction = 0, exponent = 0, after_point = 0, nonzero = 0;   // zeros: at the end of the digits
-    for (p += *p == '-'; p < end && *p != 'e' && *p != 'E'; p++) {
-        after_point |= *p == '.';
-        if (*p == '.') continue;
-        fraction += after_point;
-        zeros = *p == '0' ? zeros + 1 : 0;
-        nonzero |= *p != '0';
+    int n_digits = 0, last = 0, point = -1;   // digits up to the last one that is not 0, and up to the point
+    for (; p < end && *p != 'e' && *p != 'E'; p++) {
+        if (*p == '.') point = n_digits;
+        n_digits += *p >= '0' && *p <= '9';
+        if (*p > '0' && *p <= '9') last = n_digits;
     }
-    const int sign = p < end && p[1] == '-' ? -1 : 1;
-    for (p += p < end; p < end && exponent < AVL__GUIDE_TEXT; p++)
-        if (*p >= '0' && *p <= '9') exponent = exponent * 10 + (*p - '0');
-    return !nonzero || sign * exponent - fraction + zeros >= 0;
+    const int is_negative = p < end && p[1] == '-';
+    p += p == end ? 0 : p[1] == '-' || p[1] == '+' ? 2 : 1;
+    const int exponent = p < end ? avl__count_read(&p) : 0;
+    return last == 0 || (point < 0 ? n_digits : point) + (is_negative ? -exponent : exponent) >= last;
 }
 
-static int avl__schema_expr(avl__schema *s, int schema) {
-    astrovl_guide *g = s->g;
-    const avl__json_value *values = s->json.values;
+static int avl__schema_expr(avl__json *j, int schema) {
+    astrovl_guide *g = j->g;
+    const avl__json_value *values = j->values;
     const size_t base = g->stack.size;
     int rules[AVL__N_KEYWORDS] = {0}, n_rules = 0;   // 0: absent
-    if (values[schema].kind != '{') return avl__schema_unknown(s, schema, "a schema is an object here");
+    if (values[schema].kind != '{') return avl__schema_unknown(j, schema, "a schema is an object here");
     for (int p = schema + 1; p < values[schema].end; p = values[p].end) {
         int key = 0;
         while (key < AVL__N_KEYWORDS && !avl__json_is(&values[p], avl__keywords[key])) key++;
         if (key == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
-            return avl__schema_unknown(s, p, "this keyword is not understood; those that are: type, properties, "
+            return avl__schema_unknown(j, p, "this keyword is not understood; those that are: type, properties, "
                                        "required, additionalProperties (true, false), items, minItems, maxItems, "
                                        "minLength, maxLength, enum, const, anyOf");
-        if (rules[key]) return avl__schema_wrong(s, p, "a second member of the same name");
+        if (rules[key]) return avl__schema_wrong(j, p, "a second member of the same name");
         rules[key] = p + 1;
         n_rules += key < AVL__N_RULES;
     }
@@ -7924,52 +7903,42 @@ static int avl__schema_expr(avl__schema *s, int schema) {
         kinds |= 1 << kind;
     }
     if (kinds == 0 || kinds >= 1 << AVL__N_KINDS)
-        return avl__schema_wrong(s, type, "a type is object, array, string, integer, number, boolean, null or a list");
+        return avl__schema_wrong(j, type, "a type is object, array, string, integer, number, boolean, null or a list");
     if (choice) {
         if (n_rules > 1 + (type != 0))
-            return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
-        if (choices && values[choices].kind != '[') return avl__schema_wrong(s, choices, "enum is an array of values");
+            return avl__schema_unknown(j, schema, "beside enum or const only type is understood");
+        if (choices && values[choices].kind != '[') return avl__schema_wrong(j, choices, "enum is an array of values");
         for (int p = choice + (choices != 0); p < values[choice].end; p = values[p].end) {
             static const char begins[] = "{[\"i0tn";   // as `kind` in values; booleans as true
             const char first = values[p].kind == 'f' ? 't' : values[p].kind;
             int kind = 1 << (strchr(begins, first) - begins);
             if (first == '0' && avl__json_is_whole(&values[p])) kind |= 1 << AVL__INTEGER;
-            if (kinds & kind) avl__push(g, avl__schema_literal(s, p));
+            if (kinds & kind) avl__push(g, avl__schema_literal(j, p));
         }
         const int x = avl__re_alt(g, base);
-        return x ? x : avl__schema_wrong(s, schema, "no value is left to choose from");
+        return x ? x : avl__schema_wrong(j, schema, "no value is left to choose from");
     }
     if (any_of) {
-        if (n_rules > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
+        if (n_rules > 1) return avl__schema_unknown(j, schema, "beside anyOf no other keyword is understood");
         if (values[any_of].kind != '[' || values[any_of].end == any_of + 1)
-            return avl__schema_wrong(s, any_of, "an array of schemas is expected");
-        for (int p = any_of + 1; p < values[any_of].end; p = values[p].end) avl__push(g, avl__schema_expr(s, p));
+            return avl__schema_wrong(j, any_of, "an array of schemas is expected");
+        for (int p = any_of + 1; p < values[any_of].end; p = values[p].end) avl__push(g, avl__schema_expr(j, p));
         return avl__re_alt(g, base);
     }
     if (!type) kinds = rules[AVL__KEY_PROPERTIES] ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
     if (!kinds)
-        return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
+        return avl__schema_unknown(j, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (int kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
-        int x = kind == AVL__OBJECT ? avl__schema_object(s, rules) : avl__re_pattern(g, avl__kind_patterns[kind]);
+        int x = kind == AVL__OBJECT ? avl__schema_object(j, rules) : avl__re_pattern(g, avl__kind_patterns[kind]);
         if (kind == AVL__ARRAY && !items)
-            return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
-        if (kind == AVL__ARRAY)
-            x = avl__schema_list(s, rules + AVL__KEY_MIN_ITEMS, avl__schema_expr(s, items), avl__re_pattern(g, ", ?"), "[]");
-        if (kind == AVL__STRING) x = avl__schema_list(s, rules + AVL__KEY_MIN_LENGTH, x, AVL__EMPTY, "\"\"");
+            return avl__schema_unknown(j, schema, "an array needs items: any at all are not understood");
+        if (kind == AVL__ARRAY) x = avl__schema_expr(j, items);
+        if (kind == AVL__ARRAY) x = avl__schema_list(j, rules + AVL__KEY_MIN_ITEMS, x, ", ?", "[]");
+        if (kind == AVL__STRING) x = avl__schema_list(j, rules + AVL__KEY_MIN_LENGTH, x, "", "\"\"");
         avl__push(g, x);
     }
     return avl__re_alt(g, base);
-}
-
-// The whole schema as an expression.
-static int avl__re_schema(astrovl_guide *g, const char *json, size_t size) {
-    avl__schema s;
-    s.g = g;
-    avl__json_open(&s.json, "schema", json, size, &g->failure);
-    const int x = g->failure.status ? AVL__NONE : avl__schema_expr(&s, 0);
-    avl__json_close(&s.json);
-    return x;
 }
 
 // ---- from a pattern or a schema to a guide -------------------------------------------------------------------------
@@ -7986,9 +7955,16 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
     avl__guide_read_tokens(g);
     avl__re_make(g, AVL__NONE, 0, 0, 0, 0);
     avl__re_make(g, AVL__EMPTY, 0, 0, 0, 0);
-    if (size > AVL__GUIDE_TEXT)
+    if (size > AVL__GUIDE_FAR)
         avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "%s: it has more than 262,144 bytes", g->name);
-    if (!g->failure.status) g->start = is_schema ? avl__re_schema(g, text, size) : avl__re_pattern(g, text);
+    if (!g->failure.status && !is_schema) g->start = avl__re_pattern(g, text);
+    if (!g->failure.status && is_schema) {
+        avl__json schema;
+        avl__json_open(&schema, g->name, text, size, &g->failure);
+        schema.g = g;
+        if (!g->failure.status) g->start = avl__schema_expr(&schema, 0);
+        avl__json_close(&schema);
+    }
     uint8_t begins[257] = {1};
     for (size_t i = 0; i < g->n_nodes; i++) {
         if (g->nodes[i].kind != AVL__RANGE) continue;
@@ -7999,7 +7975,7 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
         if (begins[byte]) g->byte_of[g->n_classes++] = (uint8_t)byte;
         g->classes[byte] = (uint8_t)(g->n_classes - 1);
     }
-    const int least = g->failure.status ? 0 : g->nodes[g->start].least;
+    const int64_t least = g->failure.status ? 0 : g->nodes[g->start].least;
     if (least == AVL__GUIDE_NEVER)
         avl__fail(&g->failure, ASTROVL_ERROR_MODEL, "%s: the model's vocabulary cannot spell any such answer", g->name);
     if (least == AVL__GUIDE_FAR) avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
