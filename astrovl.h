@@ -516,7 +516,7 @@ ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token);
 ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);      // 1: the answer may end here
 // Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state.
-ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state);
+ASTROVL_API int astrovl_guide_min_tokens(const astrovl_guide *guide, int state);
 // Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
 // after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
 // LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met exceed
@@ -6381,12 +6381,10 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 #define AVL__GUIDE_NODES  (1 << 20)    // expressions
 #define AVL__GUIDE_TABLE  (1 << 25)    // known derivatives
 #define AVL__GUIDE_WORK   (1 << 26)    // steps of one call: a second or two
-#define AVL__GUIDE_FAR    (1 << 18)    // bytes of the shortest answer; counts in patterns and schemas
-#define AVL__GUIDE_NEVER  INT32_MAX    // the vocabulary cannot spell an end
-#define AVL__GUIDE_TEXT   (1 << 18)    // bytes of a pattern or schema
+#define AVL__GUIDE_FAR    (1 << 18)    // bytes of a pattern or schema, and of the shortest answer; counts in them
+#define AVL__GUIDE_NEVER  (1LL << 40)  // bytes: the vocabulary cannot spell an end
 #define AVL__GUIDE_DEPTH  64           // groups in groups, values in values
 #define AVL__GUIDE_TOKEN  32           // bytes; longer tokens (mostly runs of dashes) never follow
-#define AVL__GUIDE_MASKS  1024         // masks that are kept
 #define AVL__GUIDE_HEADS  (1 << 16)    // of the hash table of nodes
 
 enum {
@@ -6402,22 +6400,19 @@ typedef struct avl__re {
     int32_t  kind, a, b, min, max;
     int32_t  chain;               // the next node of the same place in `heads`; 0: none
     uint32_t mark;                // the last alternative it was put in
-    int32_t  least, first;        // bytes of the shortest text that matches and that one-byte tokens can spell (0: the
-                                  // answer may end here); its first byte
-    int32_t  worst, min_tokens;   // the most that `least` can be later on; tokens that spell the text, -1: unknown yet
+    int64_t  least;               // bytes of the shortest text that matches and that one-byte tokens can spell: so many
+                                  // tokens are enough to end the answer (0: it may end here); FAR: or more
     int32_t  next;                // the derivatives' place in guide.next; -1: none is known yet
-    int32_t  blurred, mask;       // the node whose mask this one has, too; that mask's place, if mask_owner agrees
 } avl__re;
 
-typedef struct avl__guide_token {
-    int32_t  id;
-    uint32_t start;               // in guide.bytes
-    uint8_t  size, shared;        // shared: how many of its first bytes the token before has, too
-} avl__guide_token;
+typedef struct avl__trie {        // of the tokens' bytes: a node's children stand behind it, up to `end`
+    int32_t token, end;           // token: that ends here, or -1
+    uint8_t byte, depth;
+} avl__trie;
 
 struct astrovl_guide {
     const astrovl_model *model;
-    const char   *name, *advice;                  // for messages
+    const char   *name;                           // for messages
     astrovl_error failure;                        // the first one
     uint64_t      work;                           // of the call under way
     int           start;                          // the whole expression; callers name it state 0
@@ -6428,19 +6423,18 @@ struct astrovl_guide {
     uint32_t      mark;
     uint8_t       classes[256], byte_of[256];     // bytes that no RANGE tells apart are a class; its lowest byte
     int           n_classes;
-    avl__guide_token *tokens;                     // [n_tokens] those with bytes, sorted by them
-    char         *bytes;
-    int           n_vocab, n_tokens, longest;     // longest: bytes of the longest token
+    avl__trie    *trie;
+    size_t        n_trie, trie_capacity;
     uint8_t       is_token[256];                  // 1: this byte is a token by itself
-    int           n_words, n_masks;               // bit t % 32 of a mask's word t / 32 says that token t may follow
-    uint32_t     *masks[AVL__GUIDE_MASKS], *scratch;
-    int           mask_owner[AVL__GUIDE_MASKS];   // a blurred node; -1: free
+    int           n_vocab;
+    uint8_t      *mask;                           // [n_vocab] 1: this token may follow
 };
 
 static int avl__guide_fail(astrovl_guide *g, astrovl_status status) {   // MEMORY or LIMIT; returns NONE
     if (g->failure.status) return AVL__NONE;
     if (status == ASTROVL_ERROR_MEMORY) avl__fail(&g->failure, status, "%s: out of memory", g->name);
-    else avl__fail(&g->failure, status, "%s: needs too many states or steps; %s", g->name, g->advice);
+    else avl__fail(&g->failure, status, "%s: needs too many states or steps; lower the counts (in a pattern those in "
+                   "{ }; maxItems, maxLength)", g->name);
     return AVL__NONE;
 }
 
@@ -6451,75 +6445,32 @@ static void avl__guide_put(astrovl_guide *g, avl__tokens *list, int x) {
 
 static void avl__push(astrovl_guide *g, int x) { avl__guide_put(g, &g->stack, x); }
 
-// n times a bytes and b more
-static int avl__re_bytes(int n, int a, int b) {
-    int64_t sum = (int64_t)n * a + b;
-    if (b == AVL__GUIDE_NEVER || (n > 0 && a == AVL__GUIDE_NEVER)) return AVL__GUIDE_NEVER;
-    return sum < AVL__GUIDE_FAR ? (int)sum : AVL__GUIDE_FAR;
-}
-
-static int avl__re_cat(astrovl_guide *g, int a, int b);
-static int avl__re_or(astrovl_guide *g, int a, int b);
-static int avl__re_repeat(astrovl_guide *g, int a, int min, int max);
-
-// What a new node says about the texts it matches, from what its parts say about theirs; and its blurred node. A mask
-// asks what one token can do, so counts above the longest token's bytes make no difference: they become longest + 1 at
-// least and no limit at most. So all states far from the end of a long string share a mask.
-static void avl__re_finish(astrovl_guide *g, int node) {
-    avl__re x = g->nodes[node];
-    const avl__re a = g->nodes[x.kind > AVL__RANGE ? x.a : 0], b = g->nodes[x.kind > AVL__RANGE ? x.b : 0];
-    int most = g->longest, min = x.min > most ? most + 1 : x.min, max = x.max > most ? -1 : x.max;
-    int same = a.blurred == x.a && b.blurred == x.b;
-    x.blurred = node;
-    x.least = x.kind == AVL__EMPTY ? 0 : AVL__GUIDE_NEVER;
-    if (x.kind == AVL__RANGE) {
-        for (x.first = x.a; x.first < x.b && !g->is_token[x.first];) x.first++;
-        x.worst = g->is_token[x.first];
-        if (x.worst) x.least = 1;
-    } else if (x.kind == AVL__CAT) {
-        x.first = a.least == 0 ? b.first : a.first;
-        x.least = avl__re_bytes(1, a.least, b.least);
-        x.worst = b.least == AVL__GUIDE_NEVER ? 0 : avl__re_bytes(1, a.worst, b.least);
-        if (b.worst > x.worst) x.worst = b.worst;
-        if (!same) x.blurred = avl__re_cat(g, a.blurred, b.blurred);
-    } else if (x.kind == AVL__ALT) {
-        x.first = a.least < b.least ? a.first : b.first;
-        x.least = a.least < b.least ? a.least : b.least;
-        x.worst = a.worst > b.worst ? a.worst : b.worst;
-        if (!same) x.blurred = avl__re_or(g, a.blurred, b.blurred);
-    } else if (x.kind == AVL__REPEAT) {
-        x.first = a.first;
-        x.least = avl__re_bytes(x.min, a.least, 0);
-        x.worst = avl__re_bytes(x.min > 1 && a.least != AVL__GUIDE_NEVER ? x.min - 1 : 0, a.least, a.worst);
-        if (!same || min != x.min || max != x.max) x.blurred = avl__re_repeat(g, a.blurred, min, max);
-    }
-    x.min_tokens = x.least == 0 ? 0 : -1;
-    g->nodes[node] = x;
-}
-
 // The node of that kind with these parts, a new one if there is none yet.
 static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int max) {
     const int32_t key[5] = {kind, a, b, min, max};
-    uint32_t hash = AVL__HASH_START;
-    int32_t *head;
-    int i;
-    avl__re x;
-    memset(&x, 0, sizeof x);
-    memcpy(&x, key, sizeof key);
-    x.next = -1;
+    const uint32_t hash = avl__hash(AVL__HASH_START, (const char *)key, sizeof key);
+    int32_t *head = &g->heads[(hash ^ hash >> 15) % AVL__GUIDE_HEADS];
     if (g->failure.status) return AVL__NONE;
-    for (i = 0; i < 5; i++) hash = (hash ^ (uint32_t)key[i]) * 16777619u;
-    head = &g->heads[(hash ^ hash >> 15) % AVL__GUIDE_HEADS];
-    for (i = *head; i != 0; i = g->nodes[i].chain, g->work++) if (memcmp(&g->nodes[i], key, sizeof key) == 0) return i;
+    for (int x = *head; x != 0; x = g->nodes[x].chain, g->work++)
+        if (memcmp(&g->nodes[x], key, sizeof key) == 0) return x;
     if (g->n_nodes == AVL__GUIDE_NODES || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
-    if (!avl__grow(&g->nodes, &g->node_capacity, g->n_nodes + 1, sizeof x))
+    if (!avl__grow(&g->nodes, &g->node_capacity, g->n_nodes + 1, sizeof *g->nodes))
         return avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-    i = (int)g->n_nodes++;
-    x.chain = *head;
-    *head = i;
-    g->nodes[i] = x;
-    avl__re_finish(g, i);
-    return i;
+    const int has_parts = kind > AVL__RANGE;
+    const int64_t least_a = has_parts ? g->nodes[a].least : 0, least_b = has_parts ? g->nodes[b].least : 0;
+    avl__re *node = &g->nodes[g->n_nodes];
+    memset(node, 0, sizeof *node);
+    memcpy(node, key, sizeof key);
+    node->chain = *head;
+    node->next = -1;
+    node->least = AVL__GUIDE_NEVER;
+    if (kind == AVL__EMPTY) node->least = 0;
+    else if (kind == AVL__RANGE) for (int byte = a; byte <= b; byte++) if (g->is_token[byte]) node->least = 1;
+    if (kind == AVL__CAT) node->least = least_a + least_b;
+    if (kind == AVL__ALT) node->least = least_a < least_b ? least_a : least_b;
+    if (kind == AVL__REPEAT) node->least = min * least_a;
+    if (node->least > AVL__GUIDE_FAR) node->least = node->least < AVL__GUIDE_NEVER ? AVL__GUIDE_FAR : AVL__GUIDE_NEVER;
+    return *head = (int32_t)g->n_nodes++;
 }
 
 static int avl__re_cat(astrovl_guide *g, int a, int b) {
@@ -6535,6 +6486,8 @@ static int avl__re_repeat(astrovl_guide *g, int a, int min, int max) {
     return avl__re_make(g, AVL__REPEAT, a, 0, min, max);
 }
 
+static int avl__re_range(astrovl_guide *g, int low, int high) { return avl__re_make(g, AVL__RANGE, low, high, 0, 0); }
+
 static int avl__int_order(const void *context, int a, int b) {
     (void)context;
     return (a > b) - (a < b);
@@ -6542,10 +6495,10 @@ static int avl__int_order(const void *context, int a, int b) {
 
 // One of the nodes from stack[base] on, which are taken off.
 static int avl__re_alt(astrovl_guide *g, size_t base) {
-    size_t end = g->stack.size, i;
-    int x;
+    const size_t end = g->stack.size;
+    int x = AVL__NONE;
     g->mark++;
-    for (i = base; i < end; i++)
+    for (size_t i = base; i < end; i++)
         for (x = g->stack.data[i]; x != AVL__NONE; x = g->nodes[x].kind == AVL__ALT ? g->nodes[x].b : AVL__NONE) {
             int member = g->nodes[x].kind == AVL__ALT ? g->nodes[x].a : x;
             g->work++;
@@ -6553,7 +6506,7 @@ static int avl__re_alt(astrovl_guide *g, size_t base) {
             g->nodes[member].mark = g->mark;
         }
     if (g->stack.size > end + 1) avl__sort(g->stack.data + end, (int)(g->stack.size - end), avl__int_order, NULL);
-    for (i = end, x = AVL__NONE; i < g->stack.size; i++)
+    for (size_t i = end; i < g->stack.size; i++)
         x = i > end ? avl__re_make(g, AVL__ALT, g->stack.data[i], x, 0, 0) : g->stack.data[i];
     g->stack.size = base;
     return x;
@@ -6568,40 +6521,33 @@ static int avl__re_or(astrovl_guide *g, int a, int b) {
 
 // These bytes, then another expression.
 static int avl__re_text(astrovl_guide *g, const char *data, size_t size, int then) {
-    for (; size > 0; size--) {
-        int byte = (uint8_t)data[size - 1];
-        then = avl__re_cat(g, avl__re_make(g, AVL__RANGE, byte, byte, 0, 0), then);
-    }
+    for (; size > 0; size--)
+        then = avl__re_cat(g, avl__re_range(g, (uint8_t)data[size - 1], (uint8_t)data[size - 1]), then);
     return then;
 }
 
-// Pushes the characters from low to high (surrogates are none) as sequences of byte ranges: in each piece, the bytes
-// before the one that varies are fixed, and those after it take all their 64 values.
+// The last n bytes of the characters from low to high, six bits in each but the first, which has `lead` above its bits.
+// Either the first bytes are equal, or all values may follow each of them; else there are two parts.
+static int avl__re_utf8(astrovl_guide *g, uint32_t lead, uint32_t low, uint32_t high, int n) {
+    if (n == 0) return AVL__EMPTY;
+    const int shift = 6 * (n - 1);
+    const uint32_t rest = ((uint32_t)1 << shift) - 1, a = low >> shift, b = high >> shift;
+    if (a == b || ((low & rest) == 0 && (high & rest) == rest)) {
+        int range = avl__re_range(g, (int)(lead | a), (int)(lead | b));
+        return avl__re_cat(g, range, avl__re_utf8(g, 0x80, low & rest, high & rest, n - 1));
+    }
+    const uint32_t middle = low & rest ? low | rest : (high & ~rest) - 1;
+    return avl__re_or(g, avl__re_utf8(g, lead, low, middle, n), avl__re_utf8(g, lead, middle + 1, high, n));
+}
+
+// Pushes the characters from low to high; surrogates are none.
 static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) {
-    static const uint32_t tops[] = {0x7F, 0x7FF, 0xD7FF, 0xFFFF, 0x10FFFF};   // encodings get longer, or a gap begins
-    while (low <= high && !g->failure.status) {
-        char from[4], to[4];
-        size_t n, i = 0;
-        uint32_t last;   // of the piece
-        int piece = AVL__EMPTY;
-        if (low >= 0xD800 && low < 0xE000) low = 0xE000;
-        while (tops[i] < low) i++;
-        last = tops[i] < high ? tops[i] : high;
-        if (low > last) return;
-        n = avl__utf8_write(low, from);
-        for (i = 1; i < n; i++) {
-            uint32_t m = ((uint32_t)1 << 6 * i) - 1;   // the last i bytes
-            if ((low & ~m) == (last & ~m)) break;
-            if (low & m) last = low | m;
-            else if ((last & m) != m) last = (last & ~m) - 1;
-        }
-        avl__utf8_write(last, to);
-        for (i = n; i-- > 0;) {
-            int range = avl__re_make(g, AVL__RANGE, (uint8_t)from[i], (uint8_t)to[i], 0, 0);
-            piece = avl__re_cat(g, range, piece);
-        }
-        avl__push(g, piece);
-        low = last + 1;
+    static const struct { uint32_t low, high, lead; int n; } forms[] = {
+        {0, 0x7F, 0, 1}, {0x80, 0x7FF, 0xC0, 2}, {0x800, 0xD7FF, 0xE0, 3}, {0xE000, 0xFFFF, 0xE0, 3},
+        {0x10000, 0x10FFFF, 0xF0, 4}};
+    for (int i = 0; i < 5; i++) {
+        uint32_t from = low > forms[i].low ? low : forms[i].low, to = high < forms[i].high ? high : forms[i].high;
+        if (from <= to) avl__push(g, avl__re_utf8(g, forms[i].lead, from, to, forms[i].n));
     }
 }
 
@@ -6611,13 +6557,7 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 // d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
 // pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
 
-static int avl__re_derive(astrovl_guide *g, int x, int c);
-
-// The derivative of node x by the bytes of class c.
-static int avl__re_step(astrovl_guide *g, int x, int c) {
-    int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
-    return known >= 0 ? known : avl__re_derive(g, x, c);
-}
+static int avl__re_step(astrovl_guide *g, int x, int c);
 
 // Pushes d(a) b for each member of d(a).
 static void avl__push_products(astrovl_guide *g, int a, int c, int b) {
@@ -6626,41 +6566,39 @@ static void avl__push_products(astrovl_guide *g, int a, int c, int b) {
     avl__push(g, avl__re_cat(g, d, b));
 }
 
-// The derivative where it is not known yet.
-static int avl__re_derive(astrovl_guide *g, int x, int c) {
-    const avl__re e = g->nodes[x];
-    size_t base = g->stack.size;
-    int i, y;
+// The derivative of node x by the bytes of class c, computed where it is not known yet.
+static int avl__re_step(astrovl_guide *g, int x, int c) {
+    const int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
+    if (known >= 0) return known;
     if (g->failure.status) return AVL__NONE;
-    switch (e.kind) {
-    case AVL__RANGE: return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
-    case AVL__CAT:
+    const avl__re e = g->nodes[x];
+    const size_t base = g->stack.size;
+    int i = x;
+    if (e.kind == AVL__RANGE) return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
+    if (e.kind < AVL__RANGE) return AVL__NONE;
+    if (e.kind == AVL__CAT) {
         // In a row of parts that may all be empty, the last one's derivative comes first: no recursion along the row.
-        for (i = x; g->nodes[i].kind == AVL__CAT && g->nodes[g->nodes[i].a].least == 0; i = g->nodes[i].b) {
+        for (; g->nodes[i].kind == AVL__CAT && g->nodes[g->nodes[i].a].least == 0; i = g->nodes[i].b) {
             const avl__re *b = &g->nodes[g->nodes[i].b];
             if (b->next >= 0 && g->next.data[b->next + c] >= 0) break;
             avl__push(g, g->nodes[i].b);
         }
-        while (g->stack.size > base) avl__re_derive(g, g->stack.data[--g->stack.size], c);
+        while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
         avl__push_products(g, e.a, c, e.b);
         if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
-        break;
-    case AVL__ALT:
-        for (i = x; g->nodes[i].kind == AVL__ALT; i = g->nodes[i].b) avl__push(g, avl__re_step(g, g->nodes[i].a, c));
+    } else if (e.kind == AVL__ALT) {
+        for (; g->nodes[i].kind == AVL__ALT; i = g->nodes[i].b) avl__push(g, avl__re_step(g, g->nodes[i].a, c));
         avl__push(g, avl__re_step(g, i, c));
-        break;
-    case AVL__REPEAT:
-        y = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
-        avl__push_products(g, e.a, c, y);
-        break;
-    default: return AVL__NONE;
+    } else {
+        i = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
+        avl__push_products(g, e.a, c, i);
     }
-    y = avl__re_alt(g, base);
+    const int y = avl__re_alt(g, base);
     if (g->nodes[x].next < 0) {
-        size_t row = g->next.size;
+        const int32_t new_row = (int32_t)g->next.size;
         for (i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
         if (g->failure.status) return AVL__NONE;
-        g->nodes[x].next = (int32_t)row;
+        g->nodes[x].next = new_row;
     }
     g->next.data[g->nodes[x].next + c] = y;
     return y;
@@ -6675,82 +6613,40 @@ static int avl__guide_token_bytes(const astrovl_guide *g, int32_t token, char te
     return n <= AVL__GUIDE_TOKEN ? n : 0;
 }
 
-static int avl__guide_token_order(const void *context, int a, int b) {   // by bytes; what ends first comes first
-    const astrovl_guide *g = (const astrovl_guide *)context;
-    const avl__guide_token *s = &g->tokens[a], *t = &g->tokens[b];
-    int side = memcmp(g->bytes + s->start, g->bytes + t->start, s->size < t->size ? s->size : t->size);
-    return side ? side : s->size != t->size ? s->size - t->size : a - b;
+static int avl__guide_token_order(const void *vocab, int a, int b) {   // by spelling: equal beginnings are neighbors
+    const astrovl_string s = ((const avl__vocab *)vocab)->pieces[a], t = ((const avl__vocab *)vocab)->pieces[b];
+    const int side = memcmp(s.data, t.data, s.size < t.size ? s.size : t.size);
+    return side ? side : (s.size > t.size) - (s.size < t.size);
 }
 
 static void avl__guide_read_tokens(astrovl_guide *g) {
-    const int n_vocab = g->n_vocab = g->model->info.n_vocab;
-    avl__bytes bytes = {NULL, 0, 0, 0};
-    avl__guide_token *t, *sorted = (avl__guide_token *)avl__alloc((uint64_t)n_vocab, sizeof *sorted);
-    int *order = (int *)avl__alloc_raw((uint64_t)n_vocab, sizeof *order), i, n;
-    char text[AVL__GUIDE_TOKEN];
-    g->n_words = n_vocab / 32 + 1;
-    g->tokens = (avl__guide_token *)avl__alloc((uint64_t)n_vocab, sizeof *g->tokens);
-    g->scratch = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *g->scratch);
-    for (i = 0; sorted && order && g->tokens && i < n_vocab; i++) {   // ids beyond the vocabulary have no bytes
-        n = avl__guide_token_bytes(g, i, text);
-        if (n == 0) continue;
-        t = &g->tokens[g->n_tokens];
-        t->id = i;
-        t->start = (uint32_t)bytes.size;
-        t->size = (uint8_t)n;
-        order[g->n_tokens] = g->n_tokens;
-        g->n_tokens++;
-        if (n > g->longest) g->longest = n;
+    const avl__vocab *v = &g->model->vocab;
+    g->n_vocab = g->model->info.n_vocab;
+    const int n_tokens = v->n_tokens < g->n_vocab ? v->n_tokens : g->n_vocab;
+    int *order = (int *)avl__alloc_raw((uint64_t)n_tokens, sizeof *order);
+    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)g->n_vocab, 1);
+    if (!order || !g->mask) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+    for (int i = 0; order && i < n_tokens; i++) order[i] = i;
+    if (order) avl__sort(order, n_tokens, avl__guide_token_order, v);
+    char text[AVL__GUIDE_TOKEN], last[AVL__GUIDE_TOKEN] = {0};
+    int open[AVL__GUIDE_TOKEN], n_open = 0;   // nodes of the last token
+    for (int i = 0; i < n_tokens && !g->failure.status; i++) {
+        const int n = avl__guide_token_bytes(g, order[i], text);
+        int shared = 0;
         if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
-        avl__bytes_put(&bytes, text, (size_t)n);
-    }
-    g->bytes = bytes.data;
-    if (!sorted || !order || !g->tokens || !g->scratch || bytes.failed) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-    else avl__sort(order, g->n_tokens, avl__guide_token_order, g);
-    for (i = 0; i < g->n_tokens && !g->failure.status; i++) {
-        t = &sorted[i];
-        *t = g->tokens[order[i]];
-        while (i > 0 && t->shared < t->size && t->shared < t[-1].size &&
-               g->bytes[t->start + t->shared] == g->bytes[t[-1].start + t->shared]) t->shared++;
-    }
-    astrovl_free(order);
-    astrovl_free(g->tokens);
-    g->tokens = sorted;
-}
-
-// The first token whose byte `depth` is at least `byte`, of those from low to high, which have the same bytes before.
-static int avl__guide_narrow(const astrovl_guide *g, int low, int high, int depth, int byte) {
-    while (low < high) {
-        int middle = low + (high - low) / 2;
-        const avl__guide_token *t = &g->tokens[middle];
-        if (t->size > depth && (uint8_t)g->bytes[t->start + (uint32_t)depth] >= byte) high = middle;
-        else low = middle + 1;
-    }
-    return low;
-}
-
-// The fewest tokens that spell the shortest text from node x to an end, or NEVER. If they are k > 0, some token leads
-// to a node where they are at most k - 1; so an answer that allows a token only where enough are left can always end.
-static int avl__min_tokens(astrovl_guide *g, int x) {
-    size_t base = g->stack.size;
-    if (g->nodes[x].least == AVL__GUIDE_NEVER) return AVL__GUIDE_NEVER;
-    for (; g->nodes[x].min_tokens < 0 && !g->failure.status; x = avl__re_step(g, x, g->classes[g->nodes[x].first]))
-        avl__push(g, x);
-    while (g->stack.size > base && !g->failure.status) {   // from the end: a token, and those after it
-        int depth, low = 0, high = g->n_tokens, best = AVL__GUIDE_NEVER, y = g->stack.data[--g->stack.size], n;
-        x = y;
-        for (depth = 0; depth < g->longest && g->nodes[y].least > 0; depth++) {
-            int byte = g->nodes[y].first;
-            low = avl__guide_narrow(g, low, high, depth, byte);
-            high = avl__guide_narrow(g, low, high, depth, byte + 1);
-            if (low == high) break;
-            y = avl__re_step(g, y, g->classes[byte]);
-            n = g->nodes[y].min_tokens + 1;
-            if (g->tokens[low].size == depth + 1 && n < best) best = n;
+        while (shared < n_open && shared < n - 1 && text[shared] == last[shared]) shared++;
+        while (n_open > shared) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
+        for (; n_open < n && !g->failure.status; n_open++) {
+            avl__trie node = {n_open == n - 1 ? order[i] : -1, 0, (uint8_t)text[n_open], (uint8_t)n_open};
+            open[n_open] = (int)g->n_trie;
+            last[n_open] = text[n_open];
+            if (!avl__grow(&g->trie, &g->trie_capacity, g->n_trie + 1, sizeof node))
+                avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
+            else g->trie[g->n_trie++] = node;
         }
-        g->nodes[x].min_tokens = best;
     }
-    return g->failure.status ? AVL__GUIDE_NEVER : g->nodes[x].min_tokens;
+    while (n_open > 0 && !g->failure.status) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
+    astrovl_free(order);
 }
 
 // The node of a state that a caller names; NONE: there is no such state.
@@ -6766,112 +6662,65 @@ static size_t avl__guide_skip(astrovl_guide *g, int state, const char *bytes, si
     return avl__re_step(g, g->start, g->classes[(uint8_t)bytes[0]]) == AVL__NONE;
 }
 
-// Bits of the tokens that may follow node x, if `limit` more tokens are to suffice after them. A token's walk begins
-// where that of the token before it passed their last shared byte; if that one was refused earlier, so is this one.
-static void avl__mask_fill(astrovl_guide *g, int x, int skip, int limit, uint32_t *mask) {
-    const avl__vocab *vocab = &g->model->vocab;
-    int at[AVL__GUIDE_TOKEN + 1], i, n, reached = 0;
-    memset(mask, 0, (size_t)g->n_words * sizeof *mask);
-    at[0] = x;
-    for (i = 0; i < g->n_tokens && !g->failure.status; i++) {
-        const avl__guide_token *t = &g->tokens[i];
-        const char *bytes = g->bytes + t->start;
-        if (t->shared > reached) continue;
-        n = t->shared;
-        if (n == 0 && skip && bytes[0] == ' ') at[++n] = x;
-        for (; n < t->size; n++) {
-            at[n + 1] = avl__re_step(g, at[n], g->classes[(uint8_t)bytes[n]]);
-            if (at[n + 1] == AVL__NONE) break;
-        }
-        reached = n;
-        if (n < t->size || (skip && n == 1 && bytes[0] == ' ')) continue;
-        if (g->nodes[at[n]].least > limit && avl__min_tokens(g, at[n]) > limit) continue;
-        mask[t->id / 32] |= (uint32_t)1 << t->id % 32;
-    }
-    for (i = 0; g->nodes[x].least == 0 && i < g->n_vocab && i < vocab->n_tokens; i++)
-        if (vocab->ends[i]) mask[i / 32] |= (uint32_t)1 << i % 32;
-}
-
 ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
                                               astrovl_error *err) {
     astrovl_guide *g = guide;
-    const float never = avl__float_from_bits(0xFF800000u);   // -infinity
-    int x = avl__guide_node(g, state), skip, owner, slot, i, j;
-    uint32_t *mask, bit[32], any = 0;
+    int at[AVL__GUIDE_TOKEN + 1] = {avl__guide_node(g, state)};   // nodes after the bytes of one token
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
-    if (g->nodes[x].least == AVL__GUIDE_NEVER)
+    const avl__vocab *vocab = &g->model->vocab;
+    const int64_t least = g->nodes[at[0]].least, limit = n_left < AVL__GUIDE_FAR ? n_left : AVL__GUIDE_FAR;
+    if (least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
+    if (n_left < least && !g->failure.status)
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer may need %d more tokens; it "
+                         "has %d", (int)least, n_left);
     g->work = 0;
-    if (n_left < g->nodes[x].least && n_left < avl__min_tokens(g, x) && !g->failure.status)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer needs at least %d more "
-                         "tokens; it has %d", g->nodes[x].min_tokens, n_left);
-    skip = (int)avl__guide_skip(g, state, " ", 1);
-    mask = g->scratch;
-    owner = state ? g->nodes[x].blurred : 0;   // whose mask it is; 0: the start's
-    slot = g->nodes[owner].mask;
-    if (n_left <= g->nodes[x].worst) {
-        avl__mask_fill(g, x, skip, n_left - 1, mask);
-    } else if (g->mask_owner[slot] == owner) {
-        mask = g->masks[slot];
-    } else {
-        slot = g->n_masks % AVL__GUIDE_MASKS;
-        if (!g->masks[slot]) g->masks[slot] = (uint32_t *)avl__alloc_raw((uint64_t)g->n_words, sizeof *mask);
-        mask = g->masks[slot];
-        g->mask_owner[slot] = -1;
-        if (mask) avl__mask_fill(g, g->nodes[x].blurred, skip, AVL__GUIDE_NEVER - 1, mask);
-        else avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
-        if (!g->failure.status) {
-            g->nodes[owner].mask = slot;
-            g->mask_owner[slot] = owner;
-            g->n_masks++;
-        }
+    const int skip = (int)avl__guide_skip(g, state, " ", 1);
+    int any = 0;
+    for (int i = 0; i < g->n_vocab; i++) g->mask[i] = least == 0 && i < vocab->n_tokens && vocab->ends[i];
+    for (size_t i = 0; i < g->n_trie && !g->failure.status;) {
+        const avl__trie *t = &g->trie[i];
+        const int is_skipped = skip && t->depth == 0 && t->byte == ' ';
+        const int x = is_skipped ? at[0] : avl__re_step(g, at[t->depth], g->classes[t->byte]);
+        at[t->depth + 1] = x;
+        if (t->token >= 0 && g->nodes[x].least < limit && !is_skipped) g->mask[t->token] = 1;
+        i = x == AVL__NONE ? (size_t)t->end : i + 1;
     }
     if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
-    for (i = 0; i < 32; i++) bit[i] = (uint32_t)1 << i;
-    for (i = 0; i < g->n_words; i++) {   // compilers make a few vector instructions of 32 choices
-        const uint32_t bits = mask[i];
-        float *of_word = logits + 32 * (size_t)i;
-        any |= bits;
-        if (i + 1 < g->n_words) for (j = 0; j < 32; j++) of_word[j] = bits & bit[j] ? of_word[j] : never;
-        else for (j = 0; j < g->n_vocab % 32; j++) if (!(bits & bit[j])) of_word[j] = never;
+    for (int i = 0; i < g->n_vocab; i++) {
+        any |= g->mask[i];
+        if (!g->mask[i]) logits[i] = avl__float_from_bits(0xFF800000u);   // -infinity
     }
     return any ? ASTROVL_OK : avl__fail(err, ASTROVL_ERROR_LIMIT, "nothing may follow: the answer is complete");
 }
 
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token) {
-    int x = avl__guide_node(guide, state), i, n, skip;
+    int x = avl__guide_node(guide, state);
     char text[AVL__GUIDE_TOKEN];
     if (x == AVL__NONE || token >= guide->n_vocab) return -1;
-    n = avl__guide_token_bytes(guide, token, text);
+    const int n = avl__guide_token_bytes(guide, token, text);
     guide->work = 0;
-    skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
-    for (i = skip; i < n; i++) x = avl__re_step(guide, x, guide->classes[(uint8_t)text[i]]);
+    const int skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
+    for (int i = skip; i < n; i++) x = avl__re_step(guide, x, guide->classes[(uint8_t)text[i]]);
     return n == skip || guide->nodes[x].least == AVL__GUIDE_NEVER ? -1 : x;
 }
 
 ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state) {
-    int x = avl__guide_node(guide, state);
-    return x != AVL__NONE && guide->nodes[x].least == 0;
+    return astrovl_guide_min_tokens(guide, state) == 0;
 }
 
-ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state) {
-    int x = avl__guide_node(guide, state), n;
-    if (x == AVL__NONE) return -1;
-    guide->work = 0;
-    n = avl__min_tokens(guide, x);
-    return n == AVL__GUIDE_NEVER ? -1 : n;
+ASTROVL_API int astrovl_guide_min_tokens(const astrovl_guide *guide, int state) {
+    const int x = avl__guide_node(guide, state);
+    return x == AVL__NONE || guide->nodes[x].least == AVL__GUIDE_NEVER ? -1 : (int)guide->nodes[x].least;
 }
 
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
-    int i;
     if (!guide) return;
-    for (i = 0; i < AVL__GUIDE_MASKS; i++) astrovl_free(guide->masks[i]);
+    astrovl_free(guide->mask);
     astrovl_free(guide->nodes);
     astrovl_free(guide->next.data);
     astrovl_free(guide->stack.data);
-    astrovl_free(guide->tokens);
-    astrovl_free(guide->bytes);
-    astrovl_free(guide->scratch);
+    astrovl_free(guide->trie);
     astrovl_free(guide);
 }
 
@@ -6879,27 +6728,23 @@ ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
 
 typedef struct avl__regex {
     astrovl_guide *g;
-    const char    *text;      // zero-terminated, but at most `size` bytes are read
-    size_t         size, at;
+    const char    *text, *p;   // zero-terminated; what comes next: after a failure the final zero
     int            depth;
 } avl__regex;
 
-static int avl__regex_fail(avl__regex *r, size_t at, astrovl_status status, const char *what) {   // returns NONE
-    if (!r->g->failure.status) avl__fail(&r->g->failure, status, "pattern, byte %d: %s", (int)at, what);
+static int avl__regex_fail(avl__regex *r, const char *at, astrovl_status status, const char *what) {   // returns NONE
+    if (!r->g->failure.status) avl__fail(&r->g->failure, status, "pattern, byte %d: %s", (int)(at - r->text), what);
+    r->p += strlen(r->p);
     return AVL__NONE;
 }
 
-static int avl__regex_wrong(avl__regex *r, size_t at, const char *what) {
+static int avl__regex_wrong(avl__regex *r, const char *at, const char *what) {
     return avl__regex_fail(r, at, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__regex_peek(const avl__regex *r) {   // -1: the end, or something has failed
-    return r->at < r->size && !r->g->failure.status ? (uint8_t)r->text[r->at] : -1;
-}
-
-static int avl__regex_take(avl__regex *r, int c) {
-    int is_here = avl__regex_peek(r) == c;
-    r->at += (size_t)is_here;
+static int avl__regex_take(avl__regex *r, char c) {
+    int is_here = *r->p == c;
+    r->p += is_here;
     return is_here;
 }
 
@@ -6914,39 +6759,40 @@ static int32_t avl__hex(const char *p, int n) {
     return value;
 }
 
-// The code point after \u, written XXXX or as two units of UTF-16, XXXX\uXXXX, and in *size its bytes. Half a surrogate
-// pair is returned as it stands; -1: these are no four digits.
-static int32_t avl__unicode_escape(const char *p, size_t *size) {
-    int32_t unit = avl__hex(p, 4), low;
-    *size = 4;
-    if (unit < 0xD800 || unit >= 0xDC00 || p[4] != '\\' || p[5] != 'u') return unit;
-    low = avl__hex(p + 6, 4);
+// A character of a zero-terminated text, as it stands there or after a backslash: one of `letters`, which means the one
+// of `meanings` in its place, or u and XXXX or two units of UTF-16, XXXX\uXXXX. Its bytes in *size. AVL__UTF8_BAD or
+// AVL__UTF8_CUT; AVL__ESCAPE_BAD: no such escape; half a surrogate pair is returned as it stands.
+#define AVL__ESCAPE_BAD (-3)
+static int32_t avl__char_read(const char *p, const char *letters, const char *meanings, size_t *size) {
+    if (*p != '\\') return avl__utf8_read(p, 4, size);   // 4: it stops at the final zero
+    const char *letter = p[1] ? strchr(letters, p[1]) : NULL;
+    *size = letter ? 2 : 6;
+    if (letter) return meanings[letter - letters];
+    const int32_t unit = p[1] == 'u' ? avl__hex(p + 2, 4) : -1;
+    if (unit < 0) return AVL__ESCAPE_BAD;
+    const int32_t low = unit >= 0xD800 && unit < 0xDC00 && p[6] == '\\' && p[7] == 'u' ? avl__hex(p + 8, 4) : -1;
     if (low < 0xDC00 || low > 0xDFFF) return unit;
-    *size = 10;
+    *size = 12;
     return 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// A character that stands for itself, or after a backslash.
 static int avl__regex_char(avl__regex *r) {
-    static const char letters[] = "ntrfv", meanings[] = "\n\t\r\f\v";
-    size_t start = r->at, length = 2;
-    int32_t c = avl__regex_peek(r) < 0 ? AVL__UTF8_BAD : avl__utf8_read(r->text + start, r->size - start, &length);
-    if (c < 0) return avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
-    r->at += length;
-    if (c != '\\') return c;
-    c = avl__regex_peek(r);
-    r->at++;
-    if (c > 0 && strchr(letters, c)) return meanings[strchr(letters, c) - letters];
-    if (c == 'x' || c == 'u') {
-        length = 2;
-        c = c == 'x' ? avl__hex(r->text + r->at, 2) : avl__unicode_escape(r->text + r->at, &length);
-        r->at += length;
+    const char *start = r->p;
+    size_t size;
+    int32_t c = *start ? avl__char_read(start, "ntrfv", "\n\t\r\f\v", &size) : AVL__UTF8_BAD;
+    if (c == AVL__UTF8_BAD || c == AVL__UTF8_CUT)
+        return avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
+    if (c >= 0xD800 && c <= 0xDFFF) return avl__regex_wrong(r, start, "half a surrogate pair is no character");
+    if (c == AVL__ESCAPE_BAD) {
+        const int letter = (uint8_t)start[1];
+        size = letter == 'x' ? 4 : 2;
+        c = letter == 'x' ? avl__hex(start + 2, 2) : letter == 'u' ? -1 : letter;
         if (c < 0) return avl__regex_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
-        return c < 0xD800 || c > 0xDFFF ? c : avl__regex_wrong(r, start, "half a surrogate pair is no character");
+        if (letter != 'x' && (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')))
+            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that "
+                                   "are: \\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
     }
-    if (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z'))
-        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: "
-                               "\\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH and \\ before punctuation");
+    r->p += size;
     return c;
 }
 
@@ -6957,36 +6803,17 @@ static void avl__set_add(avl__regex *r, int low, int high) {
     avl__push(r->g, 2 * high + 3);
 }
 
-// The set from stack[base] on, or all characters but those, as an expression; NONE if it is empty.
-static int avl__set_finish(avl__regex *r, size_t base, int negate) {
-    astrovl_guide *g = r->g;
-    size_t end = g->stack.size, i;
-    int n_open = 0, from = 0, x;
-    if (g->failure.status) return AVL__NONE;
-    avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
-    for (i = base; i < end && !g->failure.status; i++) {
-        int point = g->stack.data[i] >> 1, was_open = n_open > 0;
-        n_open += g->stack.data[i] & 1 ? -1 : 1;
-        if ((n_open > 0) == was_open) continue;
-        if (was_open != negate && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
-        from = point;
-    }
-    if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
-    x = avl__re_alt(g, end);
-    if (g->stack.size > base) g->stack.size = base;
-    return x;
-}
-
 // Adds \d, \w, \s or one of their complements to a set (ASCII, as in JSON schema's patterns). 0: something else is here
 static int avl__regex_class(avl__regex *r) {
-    static const char *const bounds[] = {"09", "09AZ__az", "\t\r  "};
-    int c = avl__regex_peek(r) == '\\' && r->at + 1 < r->size ? r->text[r->at + 1] : 0, kind = c | 32, low = 0;
-    const char *p = kind == 'd' ? bounds[0] : kind == 'w' ? bounds[1] : kind == 's' ? bounds[2] : NULL;
-    if (!p) return 0;
-    r->at += 2;
-    for (; *p; low = p[1] + 1, p += 2) {
-        if (c == kind) avl__set_add(r, p[0], p[1]);
-        else avl__set_add(r, low, p[0] - 1);
+    const char c = *r->p == '\\' ? r->p[1] : (char)0, kind = (char)(c | 32);
+    const char *bounds = kind == 'd' ? "09" : kind == 'w' ? "09AZ__az" : kind == 's' ? "\t\r  " : NULL;
+    if (!bounds) return 0;
+    r->p += 2;
+    int low = 0;
+    for (; *bounds; bounds += 2) {
+        if (c == kind) avl__set_add(r, bounds[0], bounds[1]);
+        else avl__set_add(r, low, bounds[0] - 1);
+        low = bounds[1] + 1;
     }
     if (c != kind) avl__set_add(r, low, 0x10FFFF);
     return 1;
@@ -6994,85 +6821,91 @@ static int avl__regex_class(avl__regex *r) {
 
 static int avl__regex_alternatives(avl__regex *r);
 
-static int avl__regex_atom(avl__regex *r) {
-    size_t start = r->at, base = r->g->stack.size;
-    int c = avl__regex_peek(r), is_dot, negate, x;
-    if (c > 0 && strchr("*+?{", c))
+static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be left on the stack
+    astrovl_guide *g = r->g;
+    const char *start = r->p;
+    const size_t base = g->stack.size;
+    if (*start && strchr("*+?{", *start))
         return avl__regex_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
-    if (c == '^' || c == '$')
-        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED,
-                               "^ and $ may stand only at the ends of the pattern");
+    if (*start == '^' || *start == '$')
+        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the pattern's ends");
     if (avl__regex_take(r, '(')) {
         if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
             return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
         if (++r->depth > AVL__GUIDE_DEPTH)
             return avl__regex_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
-        x = avl__regex_alternatives(r);
+        int x = avl__regex_alternatives(r);
         r->depth--;
         return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, start, "this ( is not closed");
     }
-    if (!avl__regex_take(r, '[')) {
-        is_dot = avl__regex_take(r, '.');
-        if (is_dot || !avl__regex_class(r)) {
-            c = is_dot ? '\n' : avl__regex_char(r);
-            avl__set_add(r, c, c);
-        }
-        return avl__set_finish(r, base, is_dot);
-    }
-    negate = avl__regex_take(r, '^');
-    if (avl__regex_peek(r) == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
-    while (avl__regex_peek(r) >= 0 && avl__regex_peek(r) != ']') {
-        size_t at = r->at;
-        int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r), high = low;
-        if (r->at + 2 <= r->size && r->text[r->at] == '-' && r->text[r->at + 1] != ']') {
-            r->at++;
-            if (is_class || avl__regex_class(r))
-                return avl__regex_wrong(r, at, "a range goes from a character to another");
+    // a set of characters: one character or class, or those in brackets, or all but those
+    const int is_list = avl__regex_take(r, '['), is_dot = !is_list && avl__regex_take(r, '.');
+    const int negate = is_dot || (is_list && avl__regex_take(r, '^'));
+    if (is_list && *r->p == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
+    if (is_dot) avl__set_add(r, '\n', '\n');
+    else do {
+        const char *at = r->p;
+        const int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r);
+        int high = low;
+        if (is_list && r->p[0] == '-' && r->p[1] != ']') {
+            r->p++;
+            if (is_class || avl__regex_class(r)) return avl__regex_wrong(r, at, "a range has a class at its end");
             high = avl__regex_char(r);
         }
         if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
         if (!is_class) avl__set_add(r, low, high);
+    } while (is_list && *r->p && *r->p != ']');
+    if (is_list && !avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
+    const size_t end = g->stack.size;
+    int n_open = 0, from = 0;
+    avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
+    for (size_t i = base; i < end && !g->failure.status; i++) {
+        const int point = g->stack.data[i] >> 1, was_open = n_open > 0;
+        n_open += g->stack.data[i] & 1 ? -1 : 1;
+        if ((n_open > 0) == was_open) continue;
+        if (was_open != negate && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
+        from = point;
     }
-    if (!avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
-    x = avl__set_finish(r, base, negate);
+    if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
+    const int x = avl__re_alt(g, end);
     return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
 }
 
-static int avl__regex_count(avl__regex *r) {   // -1: no number is here
-    size_t at = r->at;
-    int n = 0;
-    for (; avl__regex_peek(r) >= '0' && avl__regex_peek(r) <= '9'; r->at++) {
-        n = n * 10 + (avl__regex_peek(r) - '0');
-        if (n > AVL__GUIDE_FAR) return avl__regex_fail(r, at, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
-    }
-    return r->at > at ? n : -1;
+// Reads a decimal number, of which all above AVL__GUIDE_FAR are as good as one another. -1: none is here
+static int avl__count_read(const char **p) {
+    int n = -1;
+    for (; **p >= '0' && **p <= '9'; ++*p) if (n <= AVL__GUIDE_FAR) n = (n < 0 ? 0 : n) * 10 + (**p - '0');
+    return n;
 }
 
 static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier, if it has one
-    int atom = avl__regex_atom(r), c = avl__regex_peek(r), min = c == '+', max = c == '?' ? 1 : -1;
-    size_t at = r->at;
-    if (c < 1 || !strchr("*+?{", c)) return atom;
-    r->at++;
-    if (c == '{') {
-        min = avl__regex_count(r);
-        max = avl__regex_take(r, ',') ? avl__regex_count(r) : min;
+    const size_t base = r->g->stack.size;
+    const int atom = avl__regex_atom(r);
+    const char *start = r->p;
+    int min = *start == '+', max = *start == '?' ? 1 : -1;
+    r->g->stack.size = base;
+    if (!*start || !strchr("*+?{", *start)) return atom;
+    r->p++;
+    if (*start == '{') {
+        min = avl__count_read(&r->p);
+        max = avl__regex_take(r, ',') ? avl__count_read(&r->p) : min;
+        if (min > AVL__GUIDE_FAR || max > AVL__GUIDE_FAR)
+            return avl__regex_fail(r, start + 1, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
         if (min < 0 || (max >= 0 && max < min) || !avl__regex_take(r, '}'))
-            return avl__regex_wrong(r, at, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is written \\{)");
+            return avl__regex_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
     }
     avl__regex_take(r, '?');   // as few as possible or as many: the same language
-    c = avl__regex_peek(r);
-    return c > 0 && strchr("*+?{", c) ? avl__regex_wrong(r, r->at, "a quantifier after a quantifier")
-                                      : avl__re_repeat(r->g, atom, min, max);
+    if (*r->p && strchr("*+?{", *r->p)) return avl__regex_wrong(r, r->p, "a quantifier after a quantifier");
+    return avl__re_repeat(r->g, atom, min, max);
 }
 
 static int avl__regex_alternatives(avl__regex *r) {
     astrovl_guide *g = r->g;
-    size_t base = g->stack.size;
+    const size_t base = g->stack.size;
     do {
-        size_t first = g->stack.size;
-        int x = AVL__EMPTY, c;
-        while ((c = avl__regex_peek(r)) >= 0 && c != '|' && c != ')' && !(c == '$' && r->at + 1 == r->size))
-            avl__push(g, avl__regex_repeated(r));
+        const size_t first = g->stack.size;
+        while (*r->p && *r->p != '|' && *r->p != ')' && strcmp(r->p, "$") != 0) avl__push(g, avl__regex_repeated(r));
+        int x = AVL__EMPTY;
         while (g->stack.size > first) x = avl__re_cat(g, g->stack.data[--g->stack.size], x);
         avl__push(g, x);
     } while (avl__regex_take(r, '|'));
@@ -7081,129 +6914,99 @@ static int avl__regex_alternatives(avl__regex *r) {
 
 // A whole pattern as an expression. It matches all of an answer, so ^ and $ at its ends say nothing.
 static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
-    avl__regex r = {g, pattern, strlen(pattern), 0, 0};
-    int x;
-    if (r.size > AVL__GUIDE_TEXT) return avl__regex_fail(&r, AVL__GUIDE_TEXT, ASTROVL_ERROR_LIMIT, "it is too long");
+    avl__regex r = {g, pattern, pattern, 0};
     avl__regex_take(&r, '^');
-    x = avl__regex_alternatives(&r);
+    const int x = avl__regex_alternatives(&r);
     avl__regex_take(&r, '$');
-    return r.at < r.size ? avl__regex_wrong(&r, r.at, "this ) closes nothing") : x;
+    return *r.p ? avl__regex_wrong(&r, r.p, "this ) closes nothing") : x;
 }
 
 // ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
-// A text is validated once, in a copy that ends with a zero byte. After that a value is a pointer to its first byte, a
-// member a pointer to its name, and the accessors rely on text that is known to be right.
+// A text becomes a list of its values in the order of their first bytes. A member is its name, then its value. A value
+// ends at the place in the list of what follows it and all it contains; a name where its member ends. So the items of
+// an array, and the names of an object, are v + 1, then the `end` of the one before, up to the `end` of v.
 
-static const char *avl__json_space(const char *p) { return p + strspn(p, " \t\n\r"); }
+enum { AVL__JSON_NAME = -2, AVL__JSON_VALUE = -1 };   // of a member
 
-// Reads one character of a string, plain or escaped, as UTF-8. Returns what follows it; NULL: none is here.
-static const char *avl__json_char(const char *p, char utf8[4], size_t *size) {
-    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    const char *letter = *p == '\\' && p[1] ? strchr(letters, p[1]) : NULL;
-    size_t length = 0;
-    int32_t c;
-    if (*p != '\\') c = (uint8_t)*p < 32 ? -1 : avl__utf8_read(p, 4, &length);   // 4: it stops at the final zero
-    else if (letter) c = meanings[letter - letters];
-    else c = p[1] == 'u' ? avl__unicode_escape(p + 2, &length) : -1;
-    if (c < 0 || (c >= 0xD800 && c <= 0xDFFF)) return NULL;
-    *size = avl__utf8_write((uint32_t)c, utf8);
-    return p + length + (*p == '\\' ? 2 : 0);
-}
-
-static const char *avl__json_after(const char *p) {   // what follows a value
-    int depth = 0;
-    if (!strchr("\"{[", *p)) return p + strcspn(p, ",]} \t\n\r");
-    do {
-        if (*p == '"') for (p++; *p != '"'; p++) p += *p == '\\';
-        depth += (*p == '{' || *p == '[') - (*p == '}' || *p == ']');
-        p++;
-    } while (depth > 0);
-    return p;
-}
-
-static const char *avl__json_first(const char *p) {   // item or member; NULL: there is none
-    p = avl__json_space(p + 1);
-    return *p == ']' || *p == '}' ? NULL : p;
-}
-
-static const char *avl__json_value(const char *member) {
-    return avl__json_space(avl__json_space(avl__json_after(member)) + 1);
-}
-
-static const char *avl__json_next(const char *p) {   // item or member; NULL: that was the last one
-    const char *after = avl__json_space(avl__json_after(p));
-    if (*after == ':') after = avl__json_space(avl__json_after(avl__json_value(p)));
-    return *after == ',' ? avl__json_space(after + 1) : NULL;
-}
-
-static int avl__json_is(const char *p, const char *text) {   // whether p is a string that spells text
-    char utf8[4];
-    size_t n;
-    if (*p++ != '"') return 0;
-    for (; *p != '"'; text += n) {
-        p = avl__json_char(p, utf8, &n);
-        if (!*text || strncmp(text, utf8, n) != 0) return 0;
-    }
-    return !*text;
-}
+typedef struct avl__json_value {
+    char        kind;    // its first byte: { [ " t f n, and 0 for numbers
+    int         at, end; // its first byte in the text, and its end in the list
+    int         item;    // its number in its array, or one of these
+    const char *text;    // a string's characters, zero-terminated; all else as it stands in the text
+    size_t      size;    // bytes of text
+} avl__json_value;
 
 typedef struct avl__json {
-    const char    *name, *text, *end, *p;   // name: for messages
-    int            depth;
-    astrovl_error *err;                     // the first failure sticks; p is then at the end, where a zero byte is
+    const char      *name;                  // for messages
+    char            *text, *limit, *p;      // a copy, in which strings are decoded; its end, a zero byte; what is next
+    avl__json_value *values;
+    size_t           n_values, capacity;
+    int              depth;
+    astrovl_error   *err;                   // the first failure sticks; p is then at the end
+    astrovl_guide   *g;                     // that a schema becomes
 } avl__json;
 
 static void avl__json_fail(avl__json *j, astrovl_status status, const char *what) {
     if (!j->err->status) avl__fail(j->err, status, "%s, byte %d: %s", j->name, (int)(j->p - j->text), what);
-    j->p = j->end;
+    j->p = j->limit;
 }
 
-static void avl__json_expect(avl__json *j, char c, const char *what) {   // white space, then c
-    j->p = avl__json_space(j->p);
-    if (*j->p == c) j->p++;
-    else avl__json_fail(j, ASTROVL_ERROR_FORMAT, what);
+static void avl__json_space(avl__json *j) { j->p += strspn(j->p, " \t\n\r"); }
+
+// Decodes the string at j->p. Its characters take no more bytes decoded than escaped, and the final zero stands where
+// the last quote stood or before.
+static void avl__json_string(avl__json *j, avl__json_value *value) {
+    char *to = ++j->p;
+    value->text = to;
+    while (*j->p != '"') {
+        size_t size;
+        const int32_t c = avl__char_read(j->p, "\"\\/bfnrt", "\"\\/\b\f\n\r\t", &size);
+        const char *wrong = j->p == j->limit ? "the text ends within a string" :
+                            (uint8_t)*j->p < 32 ? "a control character must be escaped" :
+                            c == AVL__ESCAPE_BAD ? "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX" :
+                            c < 0 ? "these bytes are not UTF-8" :
+                            c >= 0xD800 && c <= 0xDFFF ? "half a surrogate pair is no character" : NULL;
+        if (wrong) avl__json_fail(j, ASTROVL_ERROR_FORMAT, wrong);
+        if (wrong) return;
+        j->p += size;
+        to += avl__utf8_write((uint32_t)c, to);
+    }
+    j->p++;
+    value->size = (size_t)(to - value->text);
+    *to = 0;
 }
 
-static void avl__json_check_string(avl__json *j, const char *what) {
-    const char *p;
-    char utf8[4];
-    size_t n;
-    avl__json_expect(j, '"', what);
-    for (p = j->p; p && *p != '"'; p = avl__json_char(p, utf8, &n)) j->p = p;
-    if (p) j->p = p + 1;
-    else avl__json_fail(j, ASTROVL_ERROR_FORMAT, j->p == j->end ? "the text ends within a string" :
-                        (uint8_t)*j->p < 32 ? "a control character must be escaped" :
-                        *j->p != '\\' ? "these bytes are not UTF-8" :
-                        j->p[1] == 'u' && avl__hex(j->p + 2, 4) >= 0 ? "half a surrogate pair is no character" :
-                        "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX");
-}
-
-// Validates a value, and moves j->p behind it.
-static void avl__json_check(avl__json *j) {
-    const char *p = j->p = avl__json_space(j->p), *word = *p == 't' ? "true" : *p == 'f' ? "false" : "null";
-    char open = *p, close = open == '{' ? '}' : ']';
-    size_t n = strlen(word);
-    int more;
-    if (open == '"') {
-        avl__json_check_string(j, "");
-    } else if (open == '{' || open == '[') {
+// Reads a value, or a member's name and value.
+static void avl__json_read(avl__json *j, int item) {
+    avl__json_space(j);
+    const int i = (int)j->n_values;
+    char *p = j->p;
+    const char kind = *p, close = kind == '{' ? '}' : ']';
+    avl__json_value value = {kind, (int)(p - j->text), 0, item, p, 0};
+    if (item == AVL__JSON_NAME && kind != '"') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a member's name is expected");
+    else if (!avl__grow(&j->values, &j->capacity, j->n_values + 1, sizeof value))
+        avl__json_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
+    if (j->err->status) return;
+    j->n_values++;
+    if (kind == '"') {
+        avl__json_string(j, &value);
+    } else if (kind == '{' || kind == '[') {
         if (++j->depth > AVL__GUIDE_DEPTH) avl__json_fail(j, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
-        else j->p = avl__json_space(p + 1);
-        more = !j->err->status && *j->p != close;
-        while (more) {
-            if (open == '{') {
-                avl__json_check_string(j, "a member's name is expected");
-                avl__json_expect(j, ':', "a colon is expected");
-            }
-            avl__json_check(j);
-            j->p = avl__json_space(j->p);
+        else j->p++;
+        avl__json_space(j);
+        for (int more = *j->p != close, k = 0; more && !j->err->status; j->p += more, k++) {
+            avl__json_read(j, kind == '{' ? (int)AVL__JSON_NAME : k);
+            avl__json_space(j);
             more = *j->p == ',';
-            j->p += more;
         }
-        avl__json_expect(j, close, open == '{' ? "a comma or } is expected" : "a comma or ] is expected");
+        if (*j->p == close) j->p++;
+        else avl__json_fail(j, ASTROVL_ERROR_FORMAT, kind == '{' ? "comma or } expected" : "comma or ] expected");
         j->depth--;
     } else {
+        const char *word = kind == 't' ? "true" : kind == 'f' ? "false" : "null";
+        size_t n = strlen(word);
         if (strncmp(p, word, n) != 0) {   // -?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?
+            value.kind = '0';
             p += *p == '-';
             n = *p == '0' ? 1 : strspn(p, "0123456789");
             if (n && p[n] == '.') {
@@ -7216,56 +7019,100 @@ static void avl__json_check(avl__json *j) {
             }
         }
         j->p = p + n;
+        value.size = (size_t)(j->p - value.text);
         if (n == 0) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a value is expected");
     }
+    if (item == AVL__JSON_NAME) {
+        avl__json_space(j);
+        if (*j->p != ':') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a colon is expected");
+        else j->p++;
+        avl__json_read(j, AVL__JSON_VALUE);
+    }
+    value.end = (int)j->n_values;
+    if (!j->err->status) j->values[i] = value;
 }
 
-// Copies and validates a whole text. Returns the copy (astrovl_free), or NULL with *err, which must be zero before.
-static char *avl__json_read(const char *name, const char *text, size_t size, astrovl_error *err) {
-    char *copy = avl__copy_text(text, size);
-    avl__json j = {name, copy, copy ? copy + size : NULL, copy, 0, err};
-    if (!copy) avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
-    if (!copy) return NULL;
-    avl__json_check(&j);
-    j.p = avl__json_space(j.p);
-    if (j.p < j.end) avl__json_fail(&j, ASTROVL_ERROR_FORMAT, "nothing may follow the value");
-    if (!err->status) return copy;
-    astrovl_free(copy);
-    return NULL;
+// Reads a whole text; *err must be zero before.
+static void avl__json_open(avl__json *j, const char *name, const char *text, size_t size, astrovl_error *err) {
+    memset(j, 0, sizeof *j);
+    j->name = name;
+    j->err = err;
+    j->text = avl__copy_text(text, size);
+    if (!j->text) avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
+    if (!j->text) return;
+    j->p = j->text;
+    j->limit = j->text + size;
+    avl__json_read(j, AVL__JSON_VALUE);
+    avl__json_space(j);
+    if (j->p < j->limit) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "nothing may follow the value");
+}
+
+static void avl__json_close(avl__json *j) {
+    astrovl_free(j->text);
+    astrovl_free(j->values);
+}
+
+static int avl__json_is(const avl__json_value *value, const char *text) {   // whether it is a string that spells text
+    return value->kind == '"' && value->size == strlen(text) && memcmp(value->text, text, value->size) == 0;
+}
+
+// Appends a value without white space, its strings with no escapes but those that JSON asks for.
+static void avl__json_write(const avl__json *j, int v, avl__bytes *out) {
+    const avl__json_value *value = &j->values[v];
+    const char kind = value->kind;
+    if (kind == '{' || kind == '[') {
+        avl__bytes_put(out, &kind, 1);
+        for (int i = v + 1; i < value->end; i = j->values[i].end) {
+            if (i > v + 1) avl__bytes_put(out, ",", 1);
+            avl__json_write(j, i, out);
+            if (kind == '{') avl__bytes_put(out, ":", 1);
+            if (kind == '{') avl__json_write(j, i + 1, out);
+        }
+        avl__bytes_put(out, kind == '{' ? "}" : "]", 1);
+        return;
+    }
+    if (kind == '"') avl__bytes_put(out, "\"", 1);
+    for (size_t i = 0; i < value->size; i++) {
+        const uint8_t c = (uint8_t)value->text[i];
+        char spelled[8] = {(char)c, 0};
+        if (c == '"' || c == '\\') avl__format(spelled, sizeof spelled, "\\%c", c);
+        if (c < 32) avl__format(spelled, sizeof spelled, "\\u%04x", c);
+        avl__bytes_put_text(out, spelled);
+    }
+    if (kind == '"') avl__bytes_put(out, "\"", 1);
 }
 
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
     astrovl_error failure = {ASTROVL_OK, ""};
-    const char *object, *found = NULL, *p, *at, *wrong = NULL;
-    char *copy = NULL, **list = NULL, *text, utf8[4];
-    size_t n_strings = 0, capacity = size / 3 + 1, length;   // an array's string takes three bytes of JSON at least
-    int is_array;
+    avl__json j = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, NULL, NULL};
+    char **list = NULL;
+    int found = 0;
     if (n) *n = 0;
     if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
-    else copy = avl__json_read("JSON", json, size, &failure);
-    object = copy ? avl__json_space(copy) : NULL;
-    if (object && *object != '{') avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
-    for (p = object && *object == '{' ? avl__json_first(object) : NULL; p; p = avl__json_next(p))
-        if (avl__json_is(p, key)) found = avl__json_value(p);   // of several members the last, as in Python
-    is_array = found && *found == '[';
-    if (!failure.status && !(list = (char **)avl__alloc_raw(capacity * sizeof *list + size, 1)))
+    else avl__json_open(&j, "JSON", json, size, &failure);
+    if (!failure.status && j.values->kind != '{')
+        avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
+    for (int i = 1; !failure.status && i < j.values->end; i = j.values[i].end)
+        if (avl__json_is(&j.values[i], key)) found = i + 1;   // of several members the last, as in Python
+    const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
+    // with their quotes the strings were longer in the JSON text
+    if (!failure.status && !(list = (char **)avl__alloc_raw((size_t)(end - first) * sizeof *list + size, 1)))
         avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
-    text = list ? (char *)(list + capacity) : NULL;   // with their quotes the strings were longer in the JSON text
-    for (p = is_array ? avl__json_first(found) : found; p && list; p = is_array ? avl__json_next(p) : NULL) {
-        if (*p != '"') wrong = "is neither a string nor an array of strings";
-        list[n_strings++] = text;
-        for (at = p + 1; !wrong && *at != '"'; text += length) {
-            at = avl__json_char(at, utf8, &length);
-            memcpy(text, utf8, length);
-            if (!*utf8) wrong = "has a zero character";
+    char *text = list ? (char *)(list + (end - first)) : NULL;
+    for (int i = first; list && i < end; i++) {
+        const avl__json_value *v = &j.values[i];
+        if (v->kind != '"' || memchr(v->text, 0, v->size)) {
+            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", v->at, key, v->kind == '"' ?
+                      "has a zero character" : "is neither a string nor an array of strings");
+            break;
         }
-        if (wrong) avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", (int)(p - copy), key, wrong);
-        if (wrong) break;
-        *text++ = 0;
+        list[i - first] = text;
+        memcpy(text, v->text, v->size + 1);
+        text += v->size + 1;
     }
-    astrovl_free(copy);
+    avl__json_close(&j);
     if (!failure.status) {
-        *n = (int)n_strings;
+        *n = end - first;
         return list;
     }
     astrovl_free(list);
@@ -7292,275 +7139,227 @@ static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules
     "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength",
     "enum", "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
 
-typedef struct avl__schema {
-    astrovl_guide *g;
-    const char    *text;     // all of it
-    int            kinds[AVL__N_KINDS], comma, colon;   // expressions that many values share
-} avl__schema;
-
-// Fails, naming the place of p, a value or a member, as a JSON pointer (RFC 6901). Returns NONE.
-static int avl__schema_fail(avl__schema *s, const char *p, astrovl_status status, const char *what) {
-    const char *value = s->text, *item = NULL, *next;
+// Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
+static int avl__schema_fail(avl__json *j, int place, astrovl_status status, const char *what) {
     avl__bytes path = {NULL, 0, 0, 0};
-    char text[24];
-    size_t n;
-    while (value != p && item != p) {   // down to the item or member that p is or lies in
-        int is_object = *value == '{', i = 0;
-        for (next = avl__json_first(value); next && next <= p; next = avl__json_next(next), i++) item = next;
-        value = is_object ? avl__json_value(item) : item;
-        avl__format(text, sizeof text, "/%d", i - 1);
-        avl__bytes_put(&path, text, is_object ? 1 : strlen(text));
-        for (next = item + 1; is_object && *next != '"';) {
-            next = avl__json_char(next, text, &n);
-            if (*text == '~' || *text == '/') avl__bytes_put(&path, *text == '~' ? "~0" : "~1", 2);
-            else avl__bytes_put(&path, text, n);
-        }
+    for (int v = 1; v <= place; v++) {
+        const avl__json_value *value = &j->values[v];
+        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // the place is not in it, or in its name
+        char step[24];
+        avl__format(step, sizeof step, value->item < 0 ? "/" : "/%d", value->item);
+        avl__bytes_put_text(&path, step);
+        for (const char *c = value->text; value->item < 0 && *c; c++)
+            avl__bytes_put(&path, *c == '~' ? "~0" : *c == '/' ? "~1" : c, *c == '~' || *c == '/' ? 2 : 1);
     }
-    if (!s->g->failure.status)
-        avl__fail(&s->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
+    if (!j->g->failure.status)
+        avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
     astrovl_free(path.data);
     return AVL__NONE;
 }
 
-static int avl__schema_wrong(avl__schema *s, const char *p, const char *what) {
-    return avl__schema_fail(s, p, ASTROVL_ERROR_FORMAT, what);
+static int avl__schema_wrong(avl__json *j, int place, const char *what) {
+    return avl__schema_fail(j, place, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__schema_unknown(avl__schema *s, const char *p, const char *what) {
-    return avl__schema_fail(s, p, ASTROVL_ERROR_UNSUPPORTED, what);
+static int avl__schema_unknown(avl__json *j, int place, const char *what) {
+    return avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
-// The kinds of values that a type allows, one bit each.
-static int avl__schema_kinds(avl__schema *s, const char *type) {
-    const char *item;
-    int kinds = 0, i;
-    for (item = *type == '[' ? avl__json_first(type) : type; item; item = *type == '[' ? avl__json_next(item) : NULL) {
-        for (i = 0; i < AVL__N_KINDS && !avl__json_is(item, avl__kinds[i]);) i++;
-        kinds |= 1 << i;
+// Items with a pattern between them, in brackets or quotes; their number lies between two limits, where these are.
+static int avl__schema_list(avl__json *j, const int limits[2], int item, const char *between, const char *ends) {
+    astrovl_guide *g = j->g;
+    int counts[2] = {0, -1};
+    for (int i = 0; i < 2; i++) {
+        const avl__json_value *limit = &j->values[limits[i]];
+        const char *p = limit->text;
+        if (!limits[i]) continue;
+        counts[i] = limit->kind == '0' ? avl__count_read(&p) : -1;
+        if (counts[i] < 0 || p < limit->text + limit->size)
+            return avl__schema_wrong(j, limits[i], "a whole number, not negative, is expected");
+        if (counts[i] > AVL__GUIDE_FAR) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
     }
-    if (kinds > 0 && kinds < 1 << AVL__N_KINDS) return kinds;
-    return avl__schema_wrong(s, type, "a type is object, array, string, integer, number, boolean, null or a list");
-}
-
-static int avl__schema_count(avl__schema *s, const char *value, int absent) {   // a limit, such as minItems
-    const char *p = value, *end = value ? avl__json_after(value) : NULL;
-    int n = 0;
-    if (!value) return absent;
-    for (; p < end && *p >= '0' && *p <= '9' && n <= AVL__GUIDE_FAR; p++) n = n * 10 + (*p - '0');
-    if (n > AVL__GUIDE_FAR) return avl__guide_fail(s->g, ASTROVL_ERROR_LIMIT);
-    return p == end ? n : avl__schema_wrong(s, value, "a whole number, not negative, is expected");
-}
-
-// Items with `between` between them, in brackets or quotes; their number lies between two limits.
-static int avl__schema_list(avl__schema *s, const char *const limits[2], int item, int between, const char *ends) {
-    astrovl_guide *g = s->g;
-    int min = avl__schema_count(s, limits[0], 0), max = avl__schema_count(s, limits[1], -1), end, more, x;
-    if (max >= 0 && min > max) avl__schema_wrong(s, limits[0], "the least (minItems, minLength) is more than the most");
-    end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
-    more = avl__re_repeat(g, avl__re_cat(g, between, item), min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
-    x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
+    const int min = counts[0], max = counts[1];
+    if (max >= 0 && min > max)
+        return avl__schema_wrong(j, limits[0], "the least (minItems, minLength) is more than the most");
+    const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY), pair = avl__re_cat(g, avl__re_pattern(g, between), item);
+    const int more = avl__re_repeat(g, pair, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
+    const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
     return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
 }
 
-// A value as it stands in the schema, without white space, and its strings without escapes that need not be.
-static int avl__schema_literal(avl__schema *s, const char *p) {
-    static const char hex[] = "0123456789abcdef";
-    const char *end = avl__json_after(p);
+static int avl__schema_literal(avl__json *j, int place) {   // a value as an answer spells it
     avl__bytes text = {NULL, 0, 0, 0};
-    char c[4], escaped[] = "\\u00xx";
-    int in_string = 0, x;
-    size_t n;
-    while (p < end) {
-        if (in_string && *p != '"') {
-            p = avl__json_char(p, c, &n);
-            escaped[4] = hex[c[0] >> 4 & 15];
-            escaped[5] = hex[c[0] & 15];
-            if (*c == '"' || *c == '\\') avl__bytes_put(&text, "\\", 1);
-            if ((uint8_t)*c < 32) avl__bytes_put(&text, escaped, 6);
-            else avl__bytes_put(&text, c, n);
-            continue;
-        }
-        in_string ^= *p == '"';
-        if (!strchr(" \t\n\r", *p)) avl__bytes_put(&text, p, 1);
-        p++;
-    }
-    if (text.failed) x = avl__guide_fail(s->g, ASTROVL_ERROR_MEMORY);
-    else x = avl__re_text(s->g, text.data, text.size, AVL__EMPTY);
+    avl__json_write(j, place, &text);
+    const int x = text.failed ? avl__guide_fail(j->g, ASTROVL_ERROR_MEMORY) :
+                  avl__re_text(j->g, text.data, text.size, AVL__EMPTY);
     astrovl_free(text.data);
     return x;
 }
 
-static int avl__schema_expr(avl__schema *s, const char *schema);
+static int avl__schema_expr(avl__json *j, int schema);
 
 // Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
 // follows where nothing is written yet, and what follows a member.
-static int avl__schema_object(avl__schema *s, const char *const *rules) {
-    const char *properties = rules[AVL__KEY_PROPERTIES], *required = rules[AVL__KEY_REQUIRED], *p;
-    const char *additional = rules[AVL__KEY_ADDITIONAL];
-    astrovl_guide *g = s->g;
-    size_t base = g->stack.size, n, i;
-    int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first, name;
-    uint32_t known = g->mark + 1;   // the mark of properties' names (equal texts are one node); + 1: required, too
-    g->mark += 2;
-    if (properties && *properties != '{') return avl__schema_wrong(s, properties, "properties is an object");
-    if (required && *required != '[') return avl__schema_wrong(s, required, "required is an array of names");
-    if (additional && *additional != 't' && *additional != 'f')
-        return avl__schema_unknown(s, additional, "only true and false are understood (none is ever written)");
-    for (p = properties ? avl__json_first(properties) : NULL; p; p = avl__json_next(p)) {
-        name = avl__schema_literal(s, p);
-        if (g->nodes[name].mark == known) avl__schema_wrong(s, p, "a second member of the same name");
-        g->nodes[name].mark = known;
-        avl__push(g, name);
+static int avl__schema_object(avl__json *j, const int *rules) {
+    astrovl_guide *g = j->g;
+    const avl__json_value *values = j->values;
+    const int properties = rules[AVL__KEY_PROPERTIES], required = rules[AVL__KEY_REQUIRED];
+    const int additional = rules[AVL__KEY_ADDITIONAL];
+    const size_t base = g->stack.size;
+    if (properties && values[properties].kind != '{') return avl__schema_wrong(j, properties, "an object is expected");
+    if (required && values[required].kind != '[') return avl__schema_wrong(j, required, "an array is expected");
+    if (additional && values[additional].kind != 't' && values[additional].kind != 'f')
+        return avl__schema_unknown(j, additional, "only true and false are understood (none is ever written)");
+    for (int p = properties + 1; properties && p < values[properties].end; p = values[p].end) {
+        avl__push(g, avl__schema_expr(j, p + 1));
+        avl__push(g, avl__schema_literal(j, p));
     }
-    for (p = required ? avl__json_first(required) : NULL; p; p = avl__json_next(p)) {
-        name = *p == '"' ? avl__schema_literal(s, p) : AVL__NONE;
-        if (*p != '"') avl__schema_wrong(s, p, "required is an array of names");
-        if (g->nodes[name].mark < known) avl__schema_unknown(s, p, "properties says nothing about this one");
+    if (g->failure.status) return AVL__NONE;
+    const uint32_t known = ++g->mark;   // the mark of properties' names (equal texts are one node); + 1: required, too
+    size_t at = base + 1;
+    for (int p = properties + 1; at < g->stack.size; p = values[p].end, at += 2) {
+        avl__re *name = &g->nodes[g->stack.data[at]];
+        if (name->mark == known) return avl__schema_wrong(j, p, "a second member of the same name");
+        name->mark = known;
+    }
+    g->mark++;
+    for (int p = required + 1; required && p < values[required].end; p = values[p].end) {
+        if (values[p].kind != '"') return avl__schema_wrong(j, p, "required is an array of names");
+        const int name = avl__schema_literal(j, p);
+        if (g->nodes[name].mark < known) return avl__schema_unknown(j, p, "properties says nothing about this one");
         g->nodes[name].mark = known + 1;
     }
-    n = g->stack.size - base;
-    for (i = 0; i < n && !g->failure.status; i++) avl__push(g, g->nodes[g->stack.data[base + i]].mark > known);
-    for (p = n > 0 ? avl__json_first(properties) : NULL; p && !g->failure.status; p = avl__json_next(p))
-        avl__push(g, avl__schema_expr(s, avl__json_value(p)));
-    for (i = n; i > 0 && !g->failure.status; i--) {   // on the stack: n names, n times whether it is required, n values
-        const int32_t *item = g->stack.data + base + i - 1;
-        int is_required = item[n], member = avl__re_cat(g, item[0], avl__re_cat(g, s->colon, item[2 * n]));
-        int alone = avl__re_cat(g, member, later), after = avl__re_cat(g, s->comma, alone);
+    const int comma = avl__re_pattern(g, ", ?"), colon = avl__re_pattern(g, ": ?");
+    int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first;
+    for (at = g->stack.size; at > base; at -= 2) {   // no name is a member of these alternatives, which would mark it
+        const int name = g->stack.data[at - 1], is_required = g->nodes[name].mark == known + 1;
+        const int member = avl__re_cat(g, name, avl__re_cat(g, colon, g->stack.data[at - 2]));
+        const int alone = avl__re_cat(g, member, later), after = avl__re_cat(g, comma, alone);
         first = is_required ? alone : avl__re_or(g, alone, first);
         later = is_required ? after : avl__re_or(g, after, later);
     }
-    if (g->stack.size > base) g->stack.size = base;
+    g->stack.size = base;
     return avl__re_text(g, "{", 1, first);
 }
 
-// Whether a number is whole, in any spelling: 3, 3.0, 30e-1.
-static int avl__json_is_whole(const char *p) {
-    int zeros = 0, fraction = 0, exponent = 0, after_point = 0, nonzero = 0, sign;
-    for (p += *p == '-'; *p == '.' || (*p >= '0' && *p <= '9'); p++) {
-        after_point |= *p == '.';
-        if (*p == '.') continue;
-        fraction += after_point;
-        zeros = *p == '0' ? zeros + 1 : 0;   // at the end of the digits
-        nonzero |= *p != '0';
+// Whether a number is whole, in any spelling: 3, 3.0, 30e-1. It is if the point, moved by the exponent, stands behind
+// the last digit that is not 0.
+static int avl__json_is_whole(const avl__json_value *number) {
+    const char *p = number->text, *end = p + number->size;
+    int n_digits = 0, last = 0, point = -1;   // digits up to the last one that is not 0, and up to the point
+    for (; p < end && *p != 'e' && *p != 'E'; p++) {
+        if (*p == '.') point = n_digits;
+        n_digits += *p >= '0' && *p <= '9';
+        if (*p > '0' && *p <= '9') last = n_digits;
     }
-    sign = *p && p[1] == '-' ? -1 : 1;
-    if (*p == 'e' || *p == 'E') p += 1 + strspn(p + 1, "+-");
-    for (; *p >= '0' && *p <= '9' && exponent < AVL__GUIDE_TEXT; p++) exponent = exponent * 10 + (*p - '0');
-    return !nonzero || sign * exponent - fraction + zeros >= 0;
+    const int is_negative = p < end && p[1] == '-';
+    p += p == end ? 0 : p[1] == '-' || p[1] == '+' ? 2 : 1;
+    const int exponent = p < end ? avl__count_read(&p) : 0;
+    return last == 0 || (point < 0 ? n_digits : point) + (is_negative ? -exponent : exponent) >= last;
 }
 
-static int avl__schema_expr(avl__schema *s, const char *schema) {
-    astrovl_guide *g = s->g;
-    const char *rules[AVL__N_KEYWORDS] = {NULL}, *p, *type, *values, *constant, *any_of, *items;
-    size_t base = g->stack.size;
-    int n_rules = 0, kinds, kind, i, x;
-    if (*schema != '{') return avl__schema_unknown(s, schema, "a schema is an object here");
-    for (p = avl__json_first(schema); p; p = avl__json_next(p)) {
-        for (i = 0; i < AVL__N_KEYWORDS && !avl__json_is(p, avl__keywords[i]);) i++;
-        if (i == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
-            return avl__schema_unknown(s, p, "this keyword is not understood; those that are: type, properties, "
+static int avl__schema_expr(avl__json *j, int schema) {
+    astrovl_guide *g = j->g;
+    const avl__json_value *values = j->values;
+    const size_t base = g->stack.size;
+    int rules[AVL__N_KEYWORDS] = {0}, n_rules = 0;   // 0: absent
+    if (values[schema].kind != '{') return avl__schema_unknown(j, schema, "a schema is an object here");
+    for (int p = schema + 1; p < values[schema].end; p = values[p].end) {
+        int key = 0;
+        while (key < AVL__N_KEYWORDS && !avl__json_is(&values[p], avl__keywords[key])) key++;
+        if (key == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
+            return avl__schema_unknown(j, p, "this keyword is not understood; those that are: type, properties, "
                                        "required, additionalProperties (true, false), items, minItems, maxItems, "
                                        "minLength, maxLength, enum, const, anyOf");
-        if (rules[i]) return avl__schema_wrong(s, p, "a second member of the same name");
-        rules[i] = avl__json_value(p);
-        n_rules += i < AVL__N_RULES;
+        if (rules[key]) return avl__schema_wrong(j, p, "a second member of the same name");
+        rules[key] = p + 1;
+        n_rules += key < AVL__N_RULES;
     }
-    type = rules[AVL__KEY_TYPE];
-    values = rules[AVL__KEY_ENUM];
-    constant = rules[AVL__KEY_CONST];
-    any_of = rules[AVL__KEY_ANY_OF];
-    items = rules[AVL__KEY_ITEMS];
-    kinds = type ? avl__schema_kinds(s, type) : (1 << AVL__N_KINDS) - 1;
-    if (values || constant) {
-        if (n_rules > 1 + (type != NULL))
-            return avl__schema_unknown(s, schema, "beside enum or const only type is understood");
-        if (values && *values != '[') return avl__schema_wrong(s, values, "enum is an array of values");
-        for (p = values ? avl__json_first(values) : constant; p; p = values ? avl__json_next(p) : NULL) {
-            kind = *p == '{' ? AVL__OBJECT : *p == '[' ? AVL__ARRAY : *p == '"' ? AVL__STRING : *p == 'n' ? AVL__NULL :
-                   *p == 't' || *p == 'f' ? AVL__BOOLEAN : AVL__NUMBER;
-            i = kind == AVL__NUMBER && avl__json_is_whole(p) ? 1 << AVL__INTEGER : 0;
-            if (kinds & (1 << kind | i)) avl__push(g, avl__schema_literal(s, p));
+    const int type = rules[AVL__KEY_TYPE], any_of = rules[AVL__KEY_ANY_OF], items = rules[AVL__KEY_ITEMS];
+    const int choices = rules[AVL__KEY_ENUM], choice = choices ? choices : rules[AVL__KEY_CONST];
+    int kinds = type ? 0 : (1 << AVL__N_KINDS) - 1;   // one bit each
+    for (int p = type + (values[type].kind == '['); type && p < values[type].end; p = values[p].end) {
+        int kind = 0;
+        while (kind < AVL__N_KINDS && !avl__json_is(&values[p], avl__kinds[kind])) kind++;
+        kinds |= 1 << kind;
+    }
+    if (kinds == 0 || kinds >= 1 << AVL__N_KINDS)
+        return avl__schema_wrong(j, type, "a type is object, array, string, integer, number, boolean, null or a list");
+    if (choice) {
+        if (n_rules > 1 + (type != 0))
+            return avl__schema_unknown(j, schema, "beside enum or const only type is understood");
+        if (choices && values[choices].kind != '[') return avl__schema_wrong(j, choices, "enum is an array of values");
+        for (int p = choice + (choices != 0); p < values[choice].end; p = values[p].end) {
+            static const char begins[] = "{[\"i0tn";   // as `kind` in values; booleans as true
+            const char first = values[p].kind == 'f' ? 't' : values[p].kind;
+            int kind = 1 << (strchr(begins, first) - begins);
+            if (first == '0' && avl__json_is_whole(&values[p])) kind |= 1 << AVL__INTEGER;
+            if (kinds & kind) avl__push(g, avl__schema_literal(j, p));
         }
-        x = avl__re_alt(g, base);
-        return x ? x : avl__schema_wrong(s, schema, "no value is left to choose from");
+        const int x = avl__re_alt(g, base);
+        return x ? x : avl__schema_wrong(j, schema, "no value is left to choose from");
     }
     if (any_of) {
-        if (n_rules > 1) return avl__schema_unknown(s, schema, "beside anyOf no other keyword is understood");
-        if (*any_of != '[' || !avl__json_first(any_of))
-            return avl__schema_wrong(s, any_of, "an array of schemas is expected");
-        for (p = avl__json_first(any_of); p && !g->failure.status; p = avl__json_next(p))
-            avl__push(g, avl__schema_expr(s, p));
+        if (n_rules > 1) return avl__schema_unknown(j, schema, "beside anyOf no other keyword is understood");
+        if (values[any_of].kind != '[' || values[any_of].end == any_of + 1)
+            return avl__schema_wrong(j, any_of, "an array of schemas is expected");
+        for (int p = any_of + 1; p < values[any_of].end; p = values[p].end) avl__push(g, avl__schema_expr(j, p));
         return avl__re_alt(g, base);
     }
     if (!type) kinds = rules[AVL__KEY_PROPERTIES] ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
     if (!kinds)
-        return avl__schema_unknown(s, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
-    for (kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
+        return avl__schema_unknown(j, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
+    for (int kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
-        x = s->kinds[kind];
-        if (kind == AVL__OBJECT) x = avl__schema_object(s, rules);
+        int x = kind == AVL__OBJECT ? avl__schema_object(j, rules) : avl__re_pattern(g, avl__kind_patterns[kind]);
         if (kind == AVL__ARRAY && !items)
-            return avl__schema_unknown(s, schema, "an array needs items: any at all are not understood");
-        if (kind == AVL__ARRAY)
-            x = avl__schema_list(s, rules + AVL__KEY_MIN_ITEMS, avl__schema_expr(s, items), s->comma, "[]");
-        if (kind == AVL__STRING) x = avl__schema_list(s, rules + AVL__KEY_MIN_LENGTH, x, AVL__EMPTY, "\"\"");
+            return avl__schema_unknown(j, schema, "an array needs items: any at all are not understood");
+        if (kind == AVL__ARRAY) x = avl__schema_expr(j, items);
+        if (kind == AVL__ARRAY) x = avl__schema_list(j, rules + AVL__KEY_MIN_ITEMS, x, ", ?", "[]");
+        if (kind == AVL__STRING) x = avl__schema_list(j, rules + AVL__KEY_MIN_LENGTH, x, "", "\"\"");
         avl__push(g, x);
     }
     return avl__re_alt(g, base);
-}
-
-// The whole schema as an expression.
-static int avl__re_schema(astrovl_guide *g, const char *json, size_t size) {
-    char *copy = size > AVL__GUIDE_TEXT ? NULL : avl__json_read("schema", json, size, &g->failure);
-    avl__schema s;
-    int x;
-    if (size > AVL__GUIDE_TEXT) avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "schema: it has more than 262,144 bytes");
-    if (!copy) return AVL__NONE;
-    s.g = g;
-    s.text = avl__json_space(copy);
-    for (x = 0; x < AVL__N_KINDS; x++) s.kinds[x] = avl__re_pattern(g, avl__kind_patterns[x]);
-    s.comma = avl__re_pattern(g, ", ?");
-    s.colon = avl__re_pattern(g, ": ?");
-    x = avl__schema_expr(&s, s.text);
-    astrovl_free(copy);
-    return x;
 }
 
 // ---- from a pattern or a schema to a guide -------------------------------------------------------------------------
 
 static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *text, size_t size, int is_schema,
                                        astrovl_error *err) {
-    astrovl_guide *g;
-    uint8_t begins[257] = {0};
-    int byte, least;
-    size_t i;
     if (!model || !text) avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide needs a model, and a pattern or schema");
     if (!model || !text || avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return NULL;
-    g = (astrovl_guide *)avl__alloc(1, sizeof *g);
+    astrovl_guide *g = (astrovl_guide *)avl__alloc(1, sizeof *g);
     if (!g) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a guide");
     if (!g) return NULL;
     g->model = model;
     g->name = is_schema ? "schema" : "pattern";
-    g->advice = is_schema ? "lower maxItems and maxLength, or leave them out" : "lower the counts in { }";
-    memset(g->mask_owner, 0xFF, sizeof g->mask_owner);
     avl__guide_read_tokens(g);
     avl__re_make(g, AVL__NONE, 0, 0, 0, 0);
     avl__re_make(g, AVL__EMPTY, 0, 0, 0, 0);
-    if (!g->failure.status) g->start = is_schema ? avl__re_schema(g, text, size) : avl__re_pattern(g, text);
-    for (i = 0; i < g->n_nodes; i++) {
+    if (size > AVL__GUIDE_FAR)
+        avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "%s: it has more than 262,144 bytes", g->name);
+    if (!g->failure.status && !is_schema) g->start = avl__re_pattern(g, text);
+    if (!g->failure.status && is_schema) {
+        avl__json schema;
+        avl__json_open(&schema, g->name, text, size, &g->failure);
+        schema.g = g;
+        if (!g->failure.status) g->start = avl__schema_expr(&schema, 0);
+        avl__json_close(&schema);
+    }
+    uint8_t begins[257] = {1};
+    for (size_t i = 0; i < g->n_nodes; i++) {
         if (g->nodes[i].kind != AVL__RANGE) continue;
         begins[g->nodes[i].a] = 1;
         begins[g->nodes[i].b + 1] = 1;
     }
-    for (byte = 0; byte < 256; byte++) {
-        if (byte == 0 || begins[byte]) g->byte_of[g->n_classes++] = (uint8_t)byte;
+    for (int byte = 0; byte < 256; byte++) {
+        if (begins[byte]) g->byte_of[g->n_classes++] = (uint8_t)byte;
         g->classes[byte] = (uint8_t)(g->n_classes - 1);
     }
-    least = g->failure.status ? 0 : g->nodes[g->start].least;
+    const int64_t least = g->failure.status ? 0 : g->nodes[g->start].least;
     if (least == AVL__GUIDE_NEVER)
         avl__fail(&g->failure, ASTROVL_ERROR_MODEL, "%s: the model's vocabulary cannot spell any such answer", g->name);
     if (least == AVL__GUIDE_FAR) avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
-    if (!g->failure.status) avl__min_tokens(g, g->start);
     if (!g->failure.status) return g;
     avl__fail(err, g->failure.status, "%s", g->failure.message);
     astrovl_guide_free(g);
@@ -7568,7 +7367,7 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
 }
 
 ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err) {
-    return avl__guide_build(model, pattern, 0, 0, err);
+    return avl__guide_build(model, pattern, pattern ? strlen(pattern) : 0, 0, err);
 }
 
 ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,

@@ -4927,8 +4927,7 @@ static void test_guide_masks(void) {
     }
 }
 
-// A pattern that repeats itself has few masks, however many states; of one that never does, more are asked for than are kept.
-// Each kept one is a block of memory.
+// Thousands of states, of a pattern that repeats itself and of one that never does, each visited twice; memory grows in few blocks.
 static void test_guide_many_masks(void) {
     astrovl_model *m = guide_model(GUIDE_SMOLLM);
     astrovl_info info;
@@ -4959,7 +4958,7 @@ static void test_guide_many_masks(void) {
             CHECK(n_states == (which ? 1600 : 2500), "%d states", n_states);
         }
         CHECK(bad == 0, "%d are wrong", bad);
-        CHECK(which ? g_live - live > 1000 && g_live - live < 1100 : g_live - live < 100, "%ld masks", g_live - live);
+        CHECK(g_live - live < 10, "%ld blocks of memory", g_live - live);
         astrovl_guide_free(g);
     }
     free(logits);
@@ -5639,7 +5638,7 @@ static void tests_guide(void) {
     run("guide: patterns, against a naive matcher", test_guide_patterns);
     run("guide: sets of characters, against every code point", test_guide_characters);
     run("guide: masks, against every token one by one", test_guide_masks);
-    run("guide: masks are shared and forgotten", test_guide_many_masks);
+    run("guide: masks of many states", test_guide_many_masks);
     run("guide: the first token's space", test_guide_first_token);
     run("guide: random answers keep to their schemas, however few tokens they may have", test_guide_answers);
     run("guide: patterns that are refused", test_guide_bad_patterns);
