@@ -8,9 +8,7 @@
 // ====================================================================================================================
 // [0] Manual
 // ====================================================================================================================
-//
 // Contents (search for the number in brackets)
-//   [0] manual       this text
 //   [1] API          every public declaration, documented where it stands
 //   [2] platform     configuration, errors, memory, byte order, files, time, threads
 //   [3] numbers      f16, bf16 and the block formats to float32; exp, tanh, erf, sin, cos that are the same everywhere
@@ -26,16 +24,11 @@
 //   [13] SIMD        the kernels for vector registers: one template, and the choice at run time
 //
 // ---- How to use it -------------------------------------------------------------------------------------------------
-// Copy this file into your project. In exactly one .c or .cpp file write
-//
+// In exactly one .c or .cpp file of your project, write
 //     #define ASTROVL_IMPLEMENTATION
 //     #include "astrovl.h"
-//
 // and include it without the define wherever else you call it. Compile with -O2 or -O3; link with -lm, and with
-// -pthread unless ASTROVL_NO_THREADS is defined.
-//
-// A caption is one call:
-//
+// -pthread unless ASTROVL_NO_THREADS is defined. A caption is one call:
 //     astrovl_error err;
 //     astrovl_model *model = astrovl_open("astrovl-tiny.gguf", NULL, &err);
 //     char *text = model ? astrovl_caption_file(model, "m51.jpg", NULL, &err) : NULL;
@@ -44,12 +37,10 @@
 //     astrovl_close(model);
 //
 // The real AstroLLaVA comes as two files, the language model and the vision half ("mmproj"):
-//
 //     const char *files[] = {"astrollava-q4_0.gguf", "astrollava-mmproj-f16.gguf"};
 //     model = astrovl_open_files(files, 2, NULL, &err);
 //
 // A conversation, streamed to the terminal as it is written (astrovl_chat_batch runs several at once, which is faster):
-//
 //     static int show(void *user, const char *text, size_t size) {
 //         (void)user;
 //         return fwrite(text, 1, size, stdout) != size;       // non-zero stops the answer
@@ -66,30 +57,23 @@
 //     }
 //
 // An answer of a given form: here a regular expression's, with astrovl_guide_schema JSON that keeps to a schema.
-//
 //     how.guide = astrovl_guide_regex(model, "(spiral|elliptical|irregular), [0-9] arms", &err);
 //     text = astrovl_ask_file(model, "m51.jpg", "Which class of galaxy, and how many arms?", &how, &err);
 //     astrovl_guide_free(how.guide);
 //
 // Which words fit an image? And with embeddings kept, which images fit words?
-//
 //     const char *words[] = {"a spiral galaxy", "a globular cluster"};
 //     astrovl_fit fits[2];
 //     astrovl_score(model, &image, words, 2, fits, &err);
-//
 //     astrovl_embed_images(s, images, n, 1, rows, &err);          // [n][n_embd_joint], store them as float16
 //     astrovl_embed_texts(s, words, 1, 1, query, &err);
 //     astrovl_rows index = {rows_f16, n, n_embd_joint};
 //     n_hits = astrovl_search(&index, query, 10, 0, hits, &err);
 //
-// Looking inside: a callback, the tap, gets every intermediate tensor of the transformers.
-//
+// Looking inside: a callback, the tap (`tap` in a session's options), gets every intermediate tensor of a transformer.
 //     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
 //         if (strcmp(name, "model.layers.0.self_attn.attn_weights") == 0) ...  // [n_head][n_new][n_keys]
 //     }
-//     astrovl_session_options o = {0};
-//     o.tap = look;
-//     astrovl_session *s = astrovl_session_new(model, &o, &err);
 //
 // The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order of the calls. I is the
 // layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
@@ -108,20 +92,19 @@
 //             .post_attention_layernorm   .mlp.gate_proj .up_proj .act [rows][n_ff] .down_proj   and its own name
 //             model.norm [n_logits][n_embd]   lm_head [n_logits][n_vocab]
 //
-// ---- Errors ---------------------------------------------------------------------------------------------------------
-// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given. A
-// NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is printed, no
-// signal raised, no process ended. Input files may be hostile: every size in them is checked before it is used.
-//
-// ---- Threads and memory ---------------------------------------------------------------------------------------------
-// A model is read-only once it is open: any number of threads and sessions may share it. A session, together with its
-// forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// ---- Rules ---------------------------------------------------------------------------------------------------------
+// Errors: a call that fails returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was
+// given. A NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is
+// printed, no signal raised, no process ended. Input files may be hostile: every size in them is checked before use.
+// Threads: a model is read-only once it is open: any number of threads and sessions may share it. A session, together
+// with its forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// Memory: what a function returns is released with astrovl_free, handles with their own function; both allow NULL.
 // Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Only vectors
 // (norms, biases) and position tables are expanded. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
 // head_dim * 4 bytes (8 with portable kernels, as in exact mode), of which the system gives only what has been written,
 // and the activations of at most 512 rows.
 //
-// ---- Two modes ------------------------------------------------------------------------------------------------------
+// ---- Two modes -----------------------------------------------------------------------------------------------------
 // ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
 // sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
 // needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
@@ -134,10 +117,9 @@
 //     AArch64   portable, neon, neon_dotprod
 //     others    portable, generic: gcc's and clang's vector types, where the target has vector registers
 //
-// ---- Configuration: define before the implementation ----------------------------------------------------------------
+// ---- Configuration: define before the implementation ---------------------------------------------------------------
 //   ASTROVL_API                   put before every public function; extern by default
-//   ASTROVL_MALLOC(size), ASTROVL_REALLOC(memory, size), ASTROVL_FREE(memory)
-//                                 the allocator, all three or none; a NULL return is handled everywhere
+//   ASTROVL_MALLOC(size), ASTROVL_REALLOC(memory, size), ASTROVL_FREE(memory)   all or none; any may return NULL
 //   ASTROVL_NO_THREADS            no pthreads: one thread does all
 //   ASTROVL_NO_MMAP               files are read, not mapped
 //   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
@@ -150,25 +132,22 @@
 
 // ====================================================================================================================
 // [1] API
-// The public declarations. Conventions for all of them:
-// - a function that can fail takes `astrovl_error *err` last; err may be NULL. On success err is left alone. Failures
-//   are named below without ASTROVL_ERROR_; ARGUMENT and MEMORY, which are possible wherever there is an err, are not.
+// The public declarations. Errors, threads and ownership are the manual's rules; and for all declarations:
+// - err may be NULL; on success it is left alone. Failures are named below without ASTROVL_ERROR_; ARGUMENT and MEMORY,
+//   which are possible wherever there is an err, are not.
 // - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd]. "out" is the caller's memory.
 // - option structs may be all zeros (or the pointer NULL): zero always means the sensible default.
-// - memory that a function returns is released with astrovl_free(), handles with their own function. Both allow NULL.
 // ====================================================================================================================
 
 #ifndef AVL__ISA        // section [13] includes this file again for each instruction set
 #ifndef ASTROVL_H
 #define ASTROVL_H
-
 #include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
 #ifndef ASTROVL_API
 #define ASTROVL_API extern
 #endif
@@ -179,7 +158,6 @@ extern "C" {
 #define ASTROVL_VERSION       "0.2.0"
 
 // ---- status and errors ---------------------------------------------------------------------------------------------
-
 typedef enum astrovl_status {
     ASTROVL_OK = 0,
     ASTROVL_ERROR_ARGUMENT,      // the caller's mistake: a parameter is missing or out of range
@@ -192,29 +170,20 @@ typedef enum astrovl_status {
     ASTROVL_CANCELLED            // a callback asked to stop
 } astrovl_status;
 
-// What went wrong: names the file, tensor, key or byte offset, and where possible what to do about it.
 typedef struct astrovl_error {
     astrovl_status status;
-    char message[480];           // one line of UTF-8
+    char message[480];           // one line of UTF-8: names the file, tensor, key or byte, and what to do about it
 } astrovl_error;
-
 ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...
 ASTROVL_API void astrovl_free(void *memory);
 
-// Long work reports layers, stage is "image" or "prompt". A non-zero return cancels (unless done is total).
-typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
-
 // ---- GGUF files ----------------------------------------------------------------------------------------------------
-// Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian files on any host.
-
-// Types of tensors and of metadata values, with GGUF's numbers.
+// Source: the GGUF specification (ggml-org/ggml, docs/gguf.md): versions 2 and 3, little-endian; types by its numbers.
 typedef enum astrovl_type {
-    ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1,
-    ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6, ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8,
-    ASTROVL_TYPE_Q2_K = 10, ASTROVL_TYPE_Q3_K = 11, ASTROVL_TYPE_Q4_K = 12, ASTROVL_TYPE_Q5_K = 13,
-    ASTROVL_TYPE_Q6_K = 14, ASTROVL_TYPE_BF16 = 30
+    ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1, ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6,
+    ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8, ASTROVL_TYPE_Q2_K = 10, ASTROVL_TYPE_Q3_K = 11,
+    ASTROVL_TYPE_Q4_K = 12, ASTROVL_TYPE_Q5_K = 13, ASTROVL_TYPE_Q6_K = 14, ASTROVL_TYPE_BF16 = 30
 } astrovl_type;
-
 typedef enum astrovl_value_type {
     ASTROVL_VALUE_U8 = 0, ASTROVL_VALUE_I8 = 1, ASTROVL_VALUE_U16 = 2, ASTROVL_VALUE_I16 = 3, ASTROVL_VALUE_U32 = 4,
     ASTROVL_VALUE_I32 = 5, ASTROVL_VALUE_F32 = 6, ASTROVL_VALUE_BOOL = 7, ASTROVL_VALUE_STRING = 8,
@@ -222,25 +191,19 @@ typedef enum astrovl_value_type {
 } astrovl_value_type;
 
 typedef struct astrovl_gguf astrovl_gguf;
-
 typedef struct astrovl_string {  // not zero-terminated
     const char *data;
     size_t      size;
 } astrovl_string;
-
-// One tensor of a file, owned by the file's handle.
-typedef struct astrovl_tensor {
+typedef struct astrovl_tensor {  // of a file, owned by the file's handle, as is astrovl_kv
     const char   *name;
     astrovl_type  type;
     int           n_dims;        // 1 to 4
     int64_t       ne[4];         // GGUF's order, rows' length first: [n_out][n_in] has ne = {n_in, n_out}; unused: 1
-    uint64_t      offset;        // in the file, from its first byte
-    uint64_t      n_bytes;
+    uint64_t      offset, n_bytes;   // offset: from the file's first byte
     const void   *data;          // little-endian blocks on every host; no alignment is promised
 } astrovl_tensor;
-
-// One metadata entry, owned by the file's handle.
-typedef struct astrovl_kv {
+typedef struct astrovl_kv {      // one metadata entry
     const char         *key;
     astrovl_value_type  type;
     astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
@@ -249,27 +212,25 @@ typedef struct astrovl_kv {
     uint64_t            n_bytes;
 } astrovl_kv;
 
-// Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it
-// is checked. NULL and err: FILE, FORMAT, UNSUPPORTED.
+// Opens a file, mapped where the platform can and `no_mmap` is 0, or a block of memory, which must outlive the handle
+// (name: for messages). Every offset, size, type and string is checked. NULL and err: FILE, FORMAT, UNSUPPORTED.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err);
-// The same for a file that lies in memory; the block is not copied and must outlive the handle. name: for messages.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name, astrovl_error *err);
 ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);
 ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file);
 ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file);         // 2 or 3
 ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file);       // bytes
 ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file);
-ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index);
+ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index);             // NULL: absent
 ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *file, const char *name); // NULL: absent
 ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file);
-ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);
+ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);                     // NULL: absent
 ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key);                     // index, or -1
 // Element `i` of entry `index` (i = 0 for a scalar), converted; a boolean is 0 or 1. 0, or an empty string, for an
 // element that does not exist, a number asked of a string or a string asked of a number.
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i);
-
 ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K"; NULL for an unknown type
 // Bytes of a row of n_values; 0 if the type is unknown or n_values is not a multiple of its block.
 ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values);
@@ -282,33 +243,28 @@ ASTROVL_API uint16_t astrovl_f32_to_f16(float value);
 ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
 
 // ---- models --------------------------------------------------------------------------------------------------------
-
 typedef struct astrovl_model   astrovl_model;     // weights, vocabulary, settings: immutable, shared by threads
 typedef struct astrovl_session astrovl_session;   // KV cache, scratch memory, threads: one caller at a time
 typedef struct astrovl_guide   astrovl_guide;     // what an answer may look like: a regular expression or a JSON schema
-
 typedef enum astrovl_template {    // of prompts
     ASTROVL_TEMPLATE_AUTO = 0,     // by tokenizer.chat_template (recognized by its markers, not interpreted)
     ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
     ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same with "human" for "user" (LLaVA's own inference scripts)
     ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
-    ASTROVL_TEMPLATE_LLAMA3,       // <|start_header_id|>user<|end_header_id|>
-    ASTROVL_TEMPLATE_CHATML,       // <|im_start|>user: SmolLM2 and many others
-    ASTROVL_TEMPLATE_PLAIN         // no markers: the model continues the text
+    ASTROVL_TEMPLATE_LLAMA3,       // "llama_3": <|start_header_id|>user<|end_header_id|>
+    ASTROVL_TEMPLATE_CHATML,       // "chatml": <|im_start|>user: SmolLM2 and many others
+    ASTROVL_TEMPLATE_PLAIN         // "plain": no markers, the model continues the text
 } astrovl_template;
 
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
     astrovl_template chat_template;
 } astrovl_open_options;
-
-// A model file that lies in memory.
-typedef struct astrovl_memory {
+typedef struct astrovl_memory {    // a model file that lies in memory
     const void *data;
     size_t      size;
     const char *name;              // for messages; may be NULL
 } astrovl_memory;
-
 // Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across
 // all), or of blocks of memory, which must outlive it. Any part may be absent; astrovl_get_info says what there is.
 // NULL and err, the first problem: FILE, FORMAT, UNSUPPORTED, MODEL.
@@ -323,22 +279,18 @@ typedef struct astrovl_info {
     int has_vocab, has_text, has_vision, has_projector;
     astrovl_template chat_template;
     const char *name;                                   // general.name, or ""; valid until astrovl_close
-    // language model (LLaMA)
-    int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;
+    int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;     // the language model (LLaMA)
     float rope_theta, rms_norm_eps;
     int bos_token, eos_token;                           // -1: none
-    // vision tower (CLIP)
-    int image_size, patch_size, n_patches, vision_n_embd, vision_n_layer, vision_n_head, vision_n_ff;
+    int image_size, patch_size, n_patches, vision_n_embd, vision_n_layer, vision_n_head, vision_n_ff;   // CLIP
     int vision_feature_layer;                           // how many layers run before the features are taken
     int n_image_tokens;                                 // rows that one image takes in the sequence
-    // contrastive (CLIP): both towers, the text tower
-    int has_joint_image, has_joint_text;                // images (texts) can be embedded
+    int has_joint_image, has_joint_text;                // contrastive: images (texts) can be embedded
     int n_embd_joint;                                   // length of an embedding
     float logit_scale;                                  // what cosines are multiplied by before softmax (CLIP: 100)
     int clip_text_n_ctx, clip_text_n_embd, clip_text_n_layer, clip_text_n_head, clip_text_n_ff, clip_text_n_vocab;
     uint64_t n_params, n_weight_bytes;
 } astrovl_info;
-
 ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
@@ -346,15 +298,12 @@ ASTROVL_API const char *astrovl_template_name(astrovl_template t);              
 ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
 
 // ---- one-call API --------------------------------------------------------------------------------------------------
-
 typedef struct astrovl_image {
     int            width, height;
     unsigned char *rgb;            // [height][width][3], sRGB as in the file
     int            orientation;    // EXIF's, 1 to 8; 1: upright, as astrovl_image_load makes it
 } astrovl_image;
-
-// How text is chosen and when it ends.
-typedef struct astrovl_generation {
+typedef struct astrovl_generation {    // how text is chosen and when it ends
     int      max_tokens;           // 0: 256
     float    temperature;          // 0: greedy (then top_k, top_p, min_p and seed are unused)
     int      top_k;                // keep the k likeliest; 0: all
@@ -372,7 +321,6 @@ typedef struct astrovl_generation {
     int    (*on_text)(void *user, const char *text, size_t size);
     void    *user;
 } astrovl_generation;
-
 // Each returns the answer, zero-terminated UTF-8 (astrovl_free), or NULL and err. They open a session of their own (all
 // processors, fast mode); use a session to keep it, to talk on, or to choose threads and mode.
 ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image,
@@ -383,23 +331,17 @@ ASTROVL_API char *astrovl_ask(const astrovl_model *model, const astrovl_image *i
                               const astrovl_generation *options, astrovl_error *err);
 ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image_path, const char *question,
                                    const astrovl_generation *options, astrovl_error *err);
-
 #define ASTROVL_CAPTION_PROMPT "Describe this image."
 
 // ---- sessions ------------------------------------------------------------------------------------------------------
-
-typedef enum astrovl_mode {        // see the manual
-    ASTROVL_FAST = 0,
-    ASTROVL_EXACT
-} astrovl_mode;
-
-// Gets an intermediate tensor the moment it is computed. It must not call back into the session.
-// name    as transformers names the module: "model.layers.0.self_attn.q_proj"; the manual lists all
-// layer   the layer's number, or -1 outside the layers
-// shape   [n_dims], slowest first;   name, shape, data   valid during the call
+typedef enum astrovl_mode { ASTROVL_FAST = 0, ASTROVL_EXACT } astrovl_mode;      // see the manual
+// Gets an intermediate tensor the moment it is computed; must not call back into the session. Valid during the call:
+// name ("model.layers.0.self_attn.q_proj"; the manual lists all), shape ([n_dims], slowest first), data.
+// layer: the layer's number, or -1 outside the layers
 typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
                             const float *data);
-
+// Long work reports layers, stage is "image" or "prompt". A non-zero return cancels (unless done is total).
+typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
 typedef struct astrovl_session_options {
     astrovl_mode     mode;
     int              n_threads;    // 0: one per processor
@@ -410,13 +352,11 @@ typedef struct astrovl_session_options {
     void            *progress_user;
     const char      *isa;          // fast mode uses none better than these (see the manual); NULL: no limit
 } astrovl_session_options;
-
-// A conversation, still empty. The model must outlive its sessions.
+// A conversation, still empty.
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err);
-// Another conversation, still empty, which shares the parent's mode, threads, scratch memory, tap and progress: it
-// costs only its KV cache. One thread at a time may use a parent and its forks; they may be freed in any order.
-// n_ctx  as in the options; 0: the parent's
+// Another one, which shares the parent's mode, threads, scratch memory, tap and progress: it costs only its KV cache.
+// n_ctx: as in the options; 0: the parent's.   A parent and its forks may be freed in any order.
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err);
 ASTROVL_API void astrovl_session_free(astrovl_session *s);
 ASTROVL_API void astrovl_session_reset(astrovl_session *s);             // forgets the conversation
@@ -429,9 +369,7 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 // and err (LIMIT when the context is full, MODEL when a part is missing); the conversation is then what it was before.
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
-
-// A turn of one of several conversations: what astrovl_chat takes and gives.
-typedef struct astrovl_turn {
+typedef struct astrovl_turn {   // of one of several conversations: what astrovl_chat takes and gives
     astrovl_session          *session;
     const astrovl_image      *images;
     int                       n_images;
@@ -440,22 +378,15 @@ typedef struct astrovl_turn {
     char                     *answer;      // out (astrovl_free); NULL if this turn failed
     astrovl_error             err;         // out: why; its status is ASTROVL_OK if there is an answer
 } astrovl_turn;
-
-// Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after
-// another; then all answers are written together, a token of each per step, so that a step reads the weights from
-// memory once (for every 16 conversations) and costs little more than a step of one conversation. The sessions are
-// distinct: one and its forks. Options may differ; turns that end early or fail do not disturb the others.
-// Returns ASTROVL_OK if every turn has its answer, else the first failed turn's status; ARGUMENT, for all turns, if
-// these sessions cannot go together.
+// Turns of conversations of distinct sessions, one and its forks, each with the answer that astrovl_chat would give.
+// The prompts are read one by one; then all answers are written together, a token of each per step, so that a step
+// reads the weights from memory once (for every 16 conversations) and costs little more than one conversation's.
+// Options may differ; turns that end early or fail do not disturb the others. Returns ASTROVL_OK if every turn has its
+// answer, else the first failed turn's status; ARGUMENT, for all turns, if these sessions cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
-
-// What the last turn took. In a batch, a step's time is divided evenly among the turns that it served.
-typedef struct astrovl_stats {
-    double encode_seconds;         // images through the vision tower and projector
-    double prompt_seconds;         // reading the prompt
-    double decode_seconds;         // writing the answer
-    int    n_prompt_tokens;        // image rows included
-    int    n_answer_tokens;
+typedef struct astrovl_stats {     // of the last turn; in a batch, a step's time is divided evenly among its turns
+    double encode_seconds, prompt_seconds, decode_seconds;   // encoding images, reading the prompt, writing the answer
+    int    n_prompt_tokens, n_answer_tokens;                 // of the prompt: image rows included
     int    stopped_by_limit;       // 1: max_tokens or the context ended the answer, not the model
 } astrovl_stats;
 ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stats);
@@ -463,19 +394,17 @@ ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stat
 ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *n_tokens);
 
 // ---- the parts of a session, one by one ----------------------------------------------------------------------------
-
-// Brings an image to the vision tower's input as the model's files say (pad to square or center crop, bicubic resize,
-// 1/255, mean and standard deviation). pixels: out, [3][image_size][image_size].
+// The vision tower's input, made as the model's files say (pad to square or center crop, bicubic resize, 1/255, mean
+// and standard deviation).   image: of any size;   pixels: out, [3][image_size][image_size].   MODEL: no vision tower.
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
-// Encodes one image (of any size: it is preprocessed first) to the rows that the language model reads in its place.
+// Encodes an image (not yet preprocessed) to the rows that the language model reads in its place.
 // features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
-// Appends tokens (or rows of embeddings, [n_rows][n_embd]) to the sequence.
-// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits = 0 to compute none
-// LIMIT when the context would overflow. After any failure the sequence is what it was before.
+// Appends tokens (or embeddings, [n_rows][n_embd]) to the sequence; after a failure it is what it was before.
+// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits 0: none.   LIMIT: n_ctx
 ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits,
                                                int n_logits, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
@@ -490,48 +419,39 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 // ---- guided generation ---------------------------------------------------------------------------------------------
 // Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
 // that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
-// States are found as answers reach them, and remembered: a guide belongs to one thread at a time. Several answers, one
-// after another or in a batch, may share it. The model must outlive it.
-
+// A guide learns while it is used: it belongs to one thread at a time. Several answers, one after another or in a
+// batch, may share it. The model must outlive it.
 // A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
 // groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
-// NULL and err: FORMAT or UNSUPPORTED name the byte of the pattern, LIMIT if it is too large, MODEL if the vocabulary
-// cannot spell any such answer.
+// FORMAT and UNSUPPORTED name the byte of the pattern, LIMIT: it is too large, MODEL: the vocabulary cannot spell it.
 ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err);
 // JSON that validates against a schema (json-schema.org, draft 2020-12), of which this part is understood:
-//   type           object, array, string, integer, number, boolean, null, or a list of these
-//   object         properties (written in their order), required (the others may be left out), additionalProperties
-//                  (none is ever written)
-//   array          items, minItems, maxItems
-//   string         minLength, maxLength (characters)
-//   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
+//   any      type (one or a list), enum, const, anyOf; title, description, default, examples, $schema, $id and $comment
+//            are passed over;   array: items, minItems, maxItems;   string: minLength, maxLength (characters)
+//   object   properties (written in their order), required (others may be left out), additionalProperties (never made)
 // Integers have at most 15 digits and are not -0; other numbers have at most 15 digits before and after the point.
-// Between the parts stands at most one space. NULL and err: FORMAT or UNSUPPORTED name the place in the schema
-// ("/properties/objects/items"), LIMIT and MODEL as above.
+// Between the parts stands at most one space. Failures as above, with the place in the schema: "/properties/objects".
 ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
                                                 astrovl_error *err);
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);
+
 // For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in 0.
 // The state after a token; -1 where the token may not follow, or on a failure, which the next astrovl_guide_mask tells.
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token);
 ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);      // 1: the answer may end here
 // Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state.
 ASTROVL_API int astrovl_guide_min_tokens(astrovl_guide *guide, int state);
-// Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
-// after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
-// LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met exceed
-// 2^20, MEMORY or LIMIT stick: the guide must be freed.
+// Sets the logits [n_vocab] of tokens to -infinity that lead to no match, or after which n_left - 1 more would not
+// suffice to end; end tokens may follow in accepting states. LIMIT if none may follow. If memory is out, or more than
+// 2^20 expressions were met, MEMORY or LIMIT stick: the guide must be freed.
 ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
                                               astrovl_error *err);
 
 // ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) --------------------------------------------------
-
 // Embeds images (or texts: UTF-8, lower-cased and cleaned as by transformers' CLIPTokenizer, cut at the tower's number
-// of positions). Several go through the tower together; the rows are the same as one by one.
+// of positions). Several go through the tower together; the rows are the same as one by one. MODEL: no such tower.
 // normalize: 1: each row divided by its length (cosines are then products);   embeddings: out, [n][n_embd_joint]
-// MODEL if the model lacks the tower; CANCELLED.
-// Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and
-// get_text_features.
+// Source: CLIP (arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and get_text_features.
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
                                                 int normalize, float *embeddings, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
@@ -539,14 +459,11 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
 // Token ids of a text for the text tower, start and end token included, not cut: as astrovl_tokenize.
 ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
                                       int capacity, astrovl_error *err);
-
 typedef struct astrovl_fit {       // of a text to an image
     float cosine;
     float probability;             // softmax(logit_scale * cosine) over all texts
 } astrovl_fit;
-
-// fits: out, [n_texts]. Opens a session of its own, as astrovl_caption does: where speed counts, keep a session and
-// embed the texts once. MODEL if a tower is missing.
+// fits: out, [n_texts]. Opens a session of its own: where speed counts, keep one and embed the texts once. MODEL.
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err);
 
@@ -555,16 +472,13 @@ typedef struct astrovl_rows {      // to be searched
     int64_t     n_rows;
     int         n_dims;
 } astrovl_rows;
-
 typedef struct astrovl_hit {
     int64_t row;
     float   score;
 } astrovl_hit;
-
 // The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are
-// compared: the result is exact. Scores are summed in exact mode's order: the same on every machine.
-// query: [n_dims];   hits: out, [k];   n_threads 0: one per processor.
-// Returns how many there are (fewer than k if there are fewer rows), or -1.
+// compared, and summed in exact mode's order: the result is exact, and the same on every machine.
+// query: [n_dims];   n_threads: 0: one per processor;   hits: out, [k].   Returns how many there are, or -1.
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err);
 
@@ -574,15 +488,11 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err);
 
 // ---- text ----------------------------------------------------------------------------------------------------------
-
 #define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
-
-// Text to token ids, as transformers' tokenizers do it.
-//   text      [size] any bytes; what is not UTF-8 counts as U+FFFD
-//   tokens    out, [capacity]; NULL with capacity 0 to count
-// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: MODEL (no
-// vocabulary), LIMIT (a text above 512 MB).
+// Text to token ids, as transformers' tokenizers do it. Returns how many there are: IF MORE THAN CAPACITY, THE REST WAS
+// NOT WRITTEN. -1 and err: MODEL (no vocabulary), LIMIT (a text above 512 MB).
+// text: [size] any bytes; what is not UTF-8 counts as U+FFFD;   tokens: out, [capacity]; NULL with capacity 0 to count
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
 // A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), owned by the model; empty for an id out of range.
@@ -591,19 +501,16 @@ ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32
 // Writes at most capacity bytes, without a terminating zero; returns how many there are.
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
 // Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front.
-ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
-                                     astrovl_error *err);
+ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n, astrovl_error *err);
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);   // 1: EOS, <|im_end|>, <|eot_id|>...
 
 // ---- images --------------------------------------------------------------------------------------------------------
 // The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images
 // that a function makes are new memory (astrovl_image_free).
-
 typedef struct astrovl_image_options {
     uint64_t max_pixels;           // larger images are a LIMIT error; 0: ASTROVL_MAX_PIXELS
     int      as_stored;            // 1: pixels as the file has them, image->orientation tells how to turn them
 } astrovl_image_options;
-
 // Decodes a PNG, JPEG or PNM file (P5, P6 of 8 bits), told apart by its first bytes, and applies its EXIF orientation.
 // FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty.
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
@@ -625,12 +532,10 @@ ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image,
 
 // ---- layers: each operation on plain arrays, one thread, for teaching and auditing ---------------------------------
 // As memcpy, these check nothing: the arrays have to be as long as is said.
-
 // y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
-ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd,
-                                    float eps);
+ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
 // y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]                   RMSNorm (Zhang & Sennrich 2019), LLaMA's norm
-ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps);
+ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n, float eps);
 // x[i] = exp(x[i] - max) / sum exp(x - max)
 ASTROVL_API void astrovl_softmax(float *x, int n);
 // GELU (Hendrycks & Gimpel 2016): x * Phi(x);  quick-GELU (CLIP): x * sigmoid(1.702 x);  SiLU: x * sigmoid(x)
@@ -647,7 +552,6 @@ ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const 
 ASTROVL_API float astrovl_expf(float x);
 ASTROVL_API float astrovl_tanhf(float x);
 ASTROVL_API float astrovl_erff(float x);
-
 #ifdef __cplusplus
 }
 #endif
