@@ -5341,15 +5341,13 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
 
 // ====================================================================================================================
 // [8] CLIP
-// Two transformers (Radford et al. 2021), made of the same pre-norm layers:
-//     x += attention(layer_norm1(x));   x += fc2(activation(fc1(layer_norm2(x))))
-// The vision tower (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one
-// row of n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before
-// the layers. LLaVA reads the patches' rows after the last layer but one; for CLIP the class row after all layers
-// stands for the image.
-// The text tower: one row per token, positions added, attention to earlier tokens only; the end token's row after all
-// layers stands for the text. Each goes through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a
-// projection to the length that both share.
+// Two transformers (Radford et al. 2021) of the same pre-norm layers.
+// Vision (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one row of
+// n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before the
+// layers. LLaVA reads the patches' rows after the last layer but one; in CLIP the class row after all layers stands for
+// the image. Text: one row per token, positions added, attention to earlier tokens only; the end token's row after all
+// layers stands for the text. Both go through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a
+// projection to the length that they share.
 // Names: v.*, t.*, visual_projection, text_projection; clip.vision.* and clip.text.* of mmproj and clip.cpp's files.
 // ====================================================================================================================
 
@@ -5365,57 +5363,45 @@ typedef struct avl__tower {
     int   use_gelu;                           // 1: GELU, 0: quick-GELU
     float eps;
     avl__tower_layer *layers;                 // [n_layer], owned
-} avl__tower;
-
-// From the row that stands for an image or a text to the space that both share.
-typedef struct avl__joint {
-    const float *norm_weight, *norm_bias;     // [n_embd]
-    avl__linear  dense[2];                    // PAPERCLIP's head: W2 gelu(W1 x + b1) + b2
-    int          has_dense;
+    const float *position_embd;               // [1 + n_patches or n_ctx][n_embd]
+    const float *norm_weight, *norm_bias;     // [n_embd]; from here on zeros where the files have no joint space
+    avl__linear  dense[2];                    // PAPERCLIP's head: W2 gelu(W1 x + b1) + b2; CLIP has none
     avl__linear  projection;                  // [n_embd_joint][n_embd]
-} avl__joint;
+} avl__tower;
 
 typedef struct avl__clip {
     avl__tower tower;
-    avl__joint joint;                         // zeros where the files have none
     int   image_size, patch_size, n_patches;  // S, P, (S / P)^2
     int   n_run;                              // layers run before LLaVA's features are taken
     int   pad_square;                         // 1: pad with the mean color (LLaVA); 0: resize and crop (CLIP)
     float mean[3], std[3];
-    const float *class_embd;                  // [n_embd]
-    const float *position_embd;               // [1 + n_patches][n_embd]
-    const float *pre_norm_weight, *pre_norm_bias;
+    const float *class_embd, *pre_norm_weight, *pre_norm_bias;   // [n_embd]
     avl__linear  patch_embd;                  // [n_embd][3][P][P]
 } avl__clip;
 
 typedef struct avl__clip_text {
     avl__tower   tower;
-    avl__joint   joint;
     int          n_ctx;
     avl__linear  token_embd;                  // [n_vocab][n_embd]
-    const float *position_embd;               // [n_ctx][n_embd]
 } avl__clip_text;
 
 // ---- loading -------------------------------------------------------------------------------------------------------
 
-// p: "v" or "t", of the tensors' names;  keys: "clip.vision" or "clip.text"
-static void avl__tower_load(avl__tower *tower, avl__weights *w, const char *p, const char *keys) {
-    int i, d, n_ff;
-    tower->n_embd = d = avl__load_int(w, 1, 65536, -1, "%s.embedding_length", keys);
-    tower->n_ff = n_ff = avl__load_int(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
+static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
+    const char *p = is_text ? "t" : "v", *keys = is_text ? "clip.text" : "clip.vision";
+    const int d = tower->n_embd = avl__load_int(w, 1, 65536, -1, "%s.embedding_length", keys);
+    const int n_ff = tower->n_ff = avl__load_int(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
     tower->n_layer = avl__load_int(w, 1, 1024, -1, "%s.block_count", keys);
     tower->n_head = avl__load_int(w, 1, 65536, -1, "%s.attention.head_count", keys);
     tower->eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "%s.attention.layer_norm_epsilon", keys);
+    tower->is_text = is_text;
     tower->use_gelu = avl__load_int(w, 0, 255, 0, "clip.use_gelu") != 0;
     if (d % tower->n_head != 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%s.* asks for %d heads over %d values", keys, tower->n_head, d);
     tower->layers = (avl__tower_layer *)avl__alloc((uint64_t)tower->n_layer, sizeof *tower->layers);
     if (!tower->layers) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a CLIP tower");
-    for (i = 0; i < tower->n_layer && !w->status; i++) {
+    for (int i = 0; i < tower->n_layer && !w->status; i++) {
         avl__tower_layer *layer = &tower->layers[i];
-        char name[64];
-        const astrovl_tensor *up;
-        int is_swapped;
         layer->norm1_weight = avl__load_vector(w, d, "%s.blk.%d.ln1.weight", p, i);
         layer->norm1_bias   = avl__load_vector(w, d, "%s.blk.%d.ln1.bias", p, i);
         layer->norm2_weight = avl__load_vector(w, d, "%s.blk.%d.ln2.weight", p, i);
@@ -5425,134 +5411,116 @@ static void avl__tower_load(avl__tower *tower, avl__weights *w, const char *p, c
         layer->v   = avl__load_linear(w, d, d, "%s.blk.%d.attn_v", p, i);
         layer->out = avl__load_linear(w, d, d, "%s.blk.%d.attn_out", p, i);
         // Converters before 2025 called fc1 "ffn_down" and fc2 "ffn_up"; the shape tells, since fc2 reads n_ff values.
+        char name[64];
         avl__format(name, sizeof name, "%s.blk.%d.ffn_up.weight", p, i);
-        up = avl__find_tensor(w, name, NULL);
-        is_swapped = up && up->ne[0] == n_ff && n_ff != d;
+        const astrovl_tensor *up = avl__find_tensor(w, name, NULL);
+        const int is_swapped = up && up->ne[0] == n_ff && n_ff != d;
         layer->fc1 = avl__load_linear(w, d, n_ff, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_down" : "ffn_up");
         layer->fc2 = avl__load_linear(w, n_ff, d, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_up" : "ffn_down");
     }
-}
-
-// p: "v" or "t";   projection: "visual_projection" or "text_projection"
-static void avl__joint_load(avl__joint *joint, avl__weights *w, const char *p, const char *projection, int n_embd) {
-    char name[64];
-    joint->norm_weight = avl__load_vector(w, n_embd, "%s.post_ln.weight", p);
-    joint->norm_bias = avl__load_vector(w, n_embd, "%s.post_ln.bias", p);
-    avl__format(name, sizeof name, "%s.head.0.weight", p);
-    joint->has_dense = avl__find_tensor(w, name, NULL) != NULL;
-    if (joint->has_dense) {
-        joint->dense[0] = avl__load_linear(w, n_embd, 0, "%s.head.0", p);
-        joint->dense[1] = avl__load_linear(w, joint->dense[0].n_out, 0, "%s.head.2", p);
-        n_embd = joint->dense[1].n_out;
+    if (!is_text && !avl__find_tensor(w, "visual_projection.weight", NULL)) return;      // LLaVA's
+    tower->norm_weight = avl__load_vector(w, d, "%s.post_ln.weight", p);
+    tower->norm_bias = avl__load_vector(w, d, "%s.post_ln.bias", p);
+    int n = d;
+    if (avl__find_tensor(w, is_text ? "t.head.0.weight" : "v.head.0.weight", NULL)) {
+        tower->dense[0] = avl__load_linear(w, d, 0, "%s.head.0", p);
+        tower->dense[1] = avl__load_linear(w, tower->dense[0].n_out, 0, "%s.head.2", p);
+        n = tower->dense[1].n_out;
     }
-    joint->projection = avl__load_linear(w, n_embd, 0, "%s", projection);
+    tower->projection = avl__load_linear(w, n, 0, is_text ? "text_projection" : "visual_projection");
 }
 
 // Three numbers of a key, or OpenAI CLIP's own.
 static void avl__clip_load_color(const avl__weights *w, const char *key, const float *fallback, float *color) {
-    int index, c;
-    const astrovl_gguf *file = avl__find_key(w, key, &index);
-    int whole = file && astrovl_gguf_kv(file, index)->count == 3;
-    for (c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
-}
-
-// How many layers run before LLaVA takes its features (transformers: vision_feature_layer -2, all but the last layer).
-// A file may say so; else one with the final norm holds the whole tower, one without had its unused last layer dropped
-// by the converter.
-static int avl__clip_load_depth(avl__weights *w, int n_layer) {
     int index;
-    const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
-    if (!file) return n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && n_layer > 1);
-    if (astrovl_gguf_kv(file, index)->count > 1)
-        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "features joined from several layers "
-                       "(clip.vision.feature_layer): LLaVA takes those of one");
-    return avl__load_int(w, 0, n_layer, -1, "clip.vision.feature_layer");
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
+    const int whole = file && astrovl_gguf_kv(file, index)->count == 3;
+    for (int c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
 }
 
 static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info) {
     static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f};
     static const float clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
-    const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
-    int c, d, p, s;
-    info->image_size = clip->image_size = s = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
-    info->patch_size = clip->patch_size = p = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
+    const int s = info->image_size = clip->image_size = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
+    const int p = info->patch_size = clip->patch_size = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
     info->n_patches = clip->n_patches = (s / p) * (s / p);
     if (clip->n_patches > 65536)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.* asks for %d patches", clip->n_patches);
     avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
     avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
-    for (c = 0; c < 3; c++)
-        if (!(clip->std[c] > 0.0f))
-            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.image_std must be positive");
+    if (!(clip->std[0] > 0.0f && clip->std[1] > 0.0f && clip->std[2] > 0.0f))
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.image_std must be positive");
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
+    const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
-    avl__tower_load(&clip->tower, w, "v", "clip.vision");
-    info->vision_n_embd = d = clip->tower.n_embd;
-    info->vision_n_layer = clip->tower.n_layer;
+    avl__tower_load(&clip->tower, w, 0);
+    const int d = info->vision_n_embd = clip->tower.n_embd;
+    const int n_layer = info->vision_n_layer = clip->tower.n_layer;
     info->vision_n_head = clip->tower.n_head;
     info->vision_n_ff = clip->tower.n_ff;
-    info->vision_feature_layer = clip->n_run = avl__clip_load_depth(w, clip->tower.n_layer);
+    // LLaVA's features come after all layers but the last (transformers: vision_feature_layer -2), unless a file says
+    // otherwise. One with the final norm holds the whole tower; else the converter has dropped the unused last layer.
+    int index;
+    const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
+    if (file && astrovl_gguf_kv(file, index)->count > 1)
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "features joined from several layers "
+                       "(clip.vision.feature_layer): LLaVA takes those of one");
+    const int depth = n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && n_layer > 1);
+    info->vision_feature_layer = clip->n_run = avl__load_int(w, 0, n_layer, depth, "clip.vision.feature_layer");
     clip->class_embd = avl__load_vector(w, d, "v.class_embd");
     clip->patch_embd = avl__load_linear(w, 3 * p * p, d, "v.patch_embd");
-    clip->position_embd = avl__load_vector(w, (int64_t)(1 + clip->n_patches) * d, "v.position_embd.weight");
+    clip->tower.position_embd = avl__load_vector(w, (int64_t)(1 + clip->n_patches) * d, "v.position_embd.weight");
     clip->pre_norm_weight = avl__load_vector(w, d, "v.pre_ln.weight");
     clip->pre_norm_bias = avl__load_vector(w, d, "v.pre_ln.bias");
-    info->has_joint_image = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
-    if (info->has_joint_image) avl__joint_load(&clip->joint, w, "v", "visual_projection", d);
-    info->n_embd_joint = clip->joint.projection.n_out;
+    info->has_joint_image = clip->tower.projection.weight != NULL;
+    info->n_embd_joint = clip->tower.projection.n_out;
 }
 
 static void avl__clip_text_load(avl__clip_text *text, avl__weights *w, astrovl_info *info) {
-    int d;
-    avl__tower_load(&text->tower, w, "t", "clip.text");
-    text->tower.is_text = 1;
-    info->clip_text_n_embd = d = text->tower.n_embd;
+    avl__tower_load(&text->tower, w, 1);
+    const int d = info->clip_text_n_embd = text->tower.n_embd;
     info->clip_text_n_layer = text->tower.n_layer;
     info->clip_text_n_head = text->tower.n_head;
     info->clip_text_n_ff = text->tower.n_ff;
     info->clip_text_n_ctx = text->n_ctx = avl__load_int(w, 2, 65536, -1, "clip.text.context_length");
     text->token_embd = avl__load_linear(w, d, 0, "t.token_embd");
     info->clip_text_n_vocab = text->token_embd.n_out;
-    text->position_embd = avl__load_vector(w, (int64_t)text->n_ctx * d, "t.position_embd.weight");
-    avl__joint_load(&text->joint, w, "t", "text_projection", d);
-    if (info->has_joint_image && text->joint.projection.n_out != info->n_embd_joint)
+    text->tower.position_embd = avl__load_vector(w, (int64_t)text->n_ctx * d, "t.position_embd.weight");
+    const int n_joint = text->tower.projection.n_out;
+    if (info->has_joint_image && n_joint != info->n_embd_joint)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "images are embedded in %d numbers, texts in %d; these towers "
-                       "belong to different models", info->n_embd_joint, text->joint.projection.n_out);
+                       "belong to different models", info->n_embd_joint, n_joint);
     info->has_joint_text = 1;
-    info->n_embd_joint = text->joint.projection.n_out;
+    info->n_embd_joint = n_joint;
 }
-
-// ---- preprocessing -------------------------------------------------------------------------------------------------
 
 // Brings an image to the tower's size: padded to a square with the mean color and resized (LLaVA), or with the short
 // side resized and the middle cut out (CLIP). Then pixels[c][y][x] = (rgb / 255 - mean[c]) / std[c].
 // pixels: out, [3][S][S].   Source: transformers' CLIPImageProcessor, LLaVA's expand2square
 static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_image *image, float *pixels,
                                            astrovl_error *err) {
+    const int size = clip->image_size;
+    const size_t n = (size_t)size * size;
     astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
-    int size = clip->image_size, c;
-    size_t n = (size_t)size * size, i;
     astrovl_status status;
     if (!image || !image->rgb || image->width < 1 || image->height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty");
     if (clip->pad_square) {
         unsigned char color[3];
-        for (c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // as LLaVA's int(): 122 116 104
+        for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
         status = astrovl_image_pad_square(image, color, &shaped, err);
         if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
     } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
-        int w = image->width, h = image->height;
-        int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
+        const int w = image->width, h = image->height;
+        const int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
         if (rw > 65535 || rh > 65535)
-            return avl__fail(err, ASTROVL_ERROR_LIMIT, "an image of %d x %d pixels is too narrow to be cropped to "
-                             "a square", w, h);
+            return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow for a square crop", w, h);
         status = astrovl_image_resize(image, (int)rw, (int)rh, &shaped, err);
         if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
     }
-    for (c = 0; c < 3 && !status; c++)
-        for (i = 0; i < n; i++)
-            pixels[(size_t)c * n + i] =
-                ((float)sized.rgb[3 * i + (size_t)c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
+    for (size_t c = 0; c < 3 && !status; c++)
+        for (size_t i = 0; i < n; i++)
+            pixels[c * n + i] = ((float)sized.rgb[3 * i + c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
     astrovl_image_free(&shaped);
     astrovl_image_free(&sized);
     return status;
@@ -5576,26 +5544,20 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     float *v = avl__take(run, n_wide);
     float *mixed = avl__take(run, n_wide);
     float *hidden = avl__take(run, (uint64_t)n * n_ff);         // [n][n_ff]
-    float *weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n]
-    void (*activation)(float *, int64_t) = tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu;
+    float *const qkv[] = {q, k, v};
     avl__attention a;
-    astrovl_status status;
-    size_t at;
-    int i, j;
     memset(&a, 0, sizeof a);
     a.run = run;
-    a.weights = weights;
-    a.n_head = tower->n_head;
-    a.n_head_kv = tower->n_head;
+    a.weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;        // [n_head][n][n]
+    a.n_head = a.n_head_kv = tower->n_head;
     a.head_dim = d / tower->n_head;
     a.key_stride = (size_t)d;
     a.head_stride = (size_t)a.head_dim;
     a.causal = tower->is_text;
-    for (i = 0; i < n_layers; i++) {
+    for (int i = 0; i < n_layers; i++) {
         const avl__tower_layer *layer = &tower->layers[i];
         const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
-        float *const qkv[] = {q, k, v};
-        status = avl__pass_status(run, what, i, n_reports, err);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
         if (status) return status;
         avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm1", h, n, d);
@@ -5604,7 +5566,8 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
         avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
         a.is_coarse = avl__is_float_type(layer->q.type);
-        for (j = 0, at = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
+        size_t at = 0;
+        for (int j = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
             a.n_rows = lengths ? lengths[j] : n / n_sequences;
             a.q = q + at;
             a.k = k + at;
@@ -5612,7 +5575,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
             a.out = mixed + at;
             avl__attention_run(&a, 1);
         }
-        avl__tap3(run, name, i, "self_attn.attn_weights", weights, tower->n_head, n, n);
+        avl__tap3(run, name, i, "self_attn.attn_weights", a.weights, tower->n_head, n, n);
         avl__tap(run, name, i, "self_attn.context", mixed, n, d);
         avl__apply(run, h, mixed, &layer->out, n);
         avl__tap(run, name, i, "self_attn.out_proj", h, n, d);
@@ -5622,7 +5585,8 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__tap(run, name, i, "layer_norm2", h, n, d);
         avl__apply(run, hidden, h, &layer->fc1, n);
         avl__tap(run, name, i, "mlp.fc1", hidden, n, n_ff);
-        avl__activate(run, hidden, (int64_t)n * n_ff, activation, NULL);
+        avl__activate(run, hidden, (int64_t)n * n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu,
+                      NULL);
         avl__tap(run, name, i, "mlp.activation_fn", hidden, n, n_ff);
         avl__apply(run, h, hidden, &layer->fc2, n);
         avl__tap(run, name, i, "mlp.fc2", h, n, d);
@@ -5632,53 +5596,45 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     return avl__pass_status(run, what, n_layers, n_reports, err);
 }
 
-// GELU as flax has it by default, which PAPERCLIP's heads use: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
-static void avl__gelu_tanh(float *x, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i++)
-        x[i] = 0.5f * x[i] * (1.0f + astrovl_tanhf(0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
-}
-
-// The rows that stand for n images or texts, normed already, to the shared space.
-// rows: [n][n_embd];   embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__joint_run(const avl__joint *joint, avl__run *run, const float *rows, int n, const char *name,
+// Normed rows [n][n_embd] that stand for images or texts to the shared space.  embeddings: out, [n][n_embd_joint]
+static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, const float *rows, int n,
                                      float *embeddings, astrovl_error *err) {
-    if (joint->has_dense) {
-        const int n_hidden = joint->dense[0].n_out, n_out = joint->dense[1].n_out;
+    const char *name = tower->is_text ? "text_projection" : "visual_projection";
+    if (tower->dense[0].weight) {
+        const int n_hidden = tower->dense[0].n_out, n_out = tower->dense[1].n_out;
         float *hidden = avl__take(run, (uint64_t)n * n_hidden);
         float *out = avl__take(run, (uint64_t)n * n_out);
-        if (run->failed) return avl__pass_status(run, "embeddings", 0, 0, err);
-        avl__apply(run, hidden, rows, &joint->dense[0], n);
-        avl__gelu_tanh(hidden, (int64_t)n * n_hidden);
-        avl__apply(run, out, hidden, &joint->dense[1], n);
+        avl__apply(run, hidden, rows, &tower->dense[0], n);
+        for (int64_t i = 0; i < (int64_t)n * n_hidden && !run->failed; i++) {      // GELU as flax, PAPERCLIP's, has it
+            const float x = hidden[i];
+            hidden[i] = 0.5f * x * (1.0f + astrovl_tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
+        }
+        avl__apply(run, out, hidden, &tower->dense[1], n);
         avl__tap(run, name, -1, "head", out, n, n_out);
         rows = out;
     }
-    avl__apply(run, embeddings, rows, &joint->projection, n);
-    avl__tap(run, name, -1, "", embeddings, n, joint->projection.n_out);
+    avl__apply(run, embeddings, rows, &tower->projection, n);
+    avl__tap(run, name, -1, "", embeddings, n, tower->projection.n_out);
     return avl__pass_status(run, "embeddings", 0, 0, err);
 }
-
-// ---- images --------------------------------------------------------------------------------------------------------
 
 // n images through the first n_layers layers.  pixels: [n][3][S][S];   x: out, [n][1 + n_patches][n_embd]
 static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const float *pixels, int n, int n_layers,
                                     float *x, astrovl_error *err) {
     const int d = clip->tower.n_embd, p = clip->patch_size, s = clip->image_size, n_rows = 1 + clip->n_patches;
     float *patches = avl__take(run, (uint64_t)clip->n_patches * 3 * p * p);    // [n_patches][3][P][P]
-    int i, c, px, py, y;
     if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
-    for (i = 0; i < n; i++, pixels += (size_t)3 * s * s) {
+    for (int i = 0; i < n; i++, pixels += (size_t)3 * s * s) {
         float *row = x + (size_t)i * n_rows * d, *to = patches;
-        for (py = 0; py < s / p; py++)         // a convolution with stride P is a product over cut-out patches
-            for (px = 0; px < s / p; px++)
-                for (c = 0; c < 3; c++)
-                    for (y = 0; y < p; y++, to += p)
+        for (int py = 0; py < s / p; py++)     // a convolution with stride P is a product over cut-out patches
+            for (int px = 0; px < s / p; px++)
+                for (int c = 0; c < 3; c++)
+                    for (int y = 0; y < p; y++, to += p)
                         memcpy(to, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
         avl__apply(run, row + d, patches, &clip->patch_embd, clip->n_patches);
         avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", row + d, clip->n_patches, d);
         memcpy(row, clip->class_embd, (size_t)d * sizeof(float));
-        avl__add(row, clip->position_embd, (int64_t)n_rows * d);
+        avl__add(row, clip->tower.position_embd, (int64_t)n_rows * d);
         avl__tap(run, "vision_model.embeddings", -1, "", row, n_rows, d);
         avl__norm_rows(run, row, row, clip->pre_norm_weight, clip->pre_norm_bias, n_rows, d, clip->tower.eps);
         avl__tap(run, "vision_model.pre_layrnorm", -1, "", row, n_rows, d);   // transformers' spelling
@@ -5687,58 +5643,50 @@ static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const 
 }
 
 // The class rows after all layers, in the shared space.  embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__clip_embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n,
-                                             float *embeddings, astrovl_error *err) {
-    const int d = clip->tower.n_embd, n_rows = 1 + clip->n_patches;
-    const avl__joint *joint = &clip->joint;
+static astrovl_status avl__embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n,
+                                        float *embeddings, astrovl_error *err) {
+    const avl__tower *tower = &clip->tower;
+    const int d = tower->n_embd, n_rows = 1 + clip->n_patches;
     float *x = avl__take(run, (uint64_t)n * n_rows * d);
-    float *rows = avl__take(run, (uint64_t)n * d);
-    int i;
-    astrovl_status status = avl__clip_run(clip, run, pixels, n, clip->tower.n_layer, x, err);
+    const astrovl_status status = avl__clip_run(clip, run, pixels, n, tower->n_layer, x, err);
     if (status) return status;
-    for (i = 0; i < n; i++) memcpy(rows + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
-    avl__norm_rows(run, rows, rows, joint->norm_weight, joint->norm_bias, n, d, clip->tower.eps);
-    avl__tap(run, "vision_model.post_layernorm", -1, "", rows, n, d);
-    return avl__joint_run(joint, run, rows, n, "visual_projection", embeddings, err);
+    for (int i = 1; i < n; i++) memcpy(x + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
+    avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n, d, tower->eps);
+    avl__tap(run, "vision_model.post_layernorm", -1, "", x, n, d);
+    return avl__joint_run(tower, run, x, n, embeddings, err);
 }
-
-// ---- texts ---------------------------------------------------------------------------------------------------------
 
 // Rows of an embedding table: x[r] = table[tokens[r]].  x: out, [n][n_in of the table]
 static void avl__embed_tokens(const avl__linear *table, const int32_t *tokens, int n, float *x) {
     const uint8_t *rows = (const uint8_t *)table->weight;
-    int r;
-    for (r = 0; r < n; r++, x += table->n_in)
+    for (int r = 0; r < n; r++, x += table->n_in)
         avl__dequantize_row(table->type, rows + (size_t)tokens[r] * table->row_bytes, x, table->n_in);
 }
 
 // tokens: those of n texts, one after the other;   lengths: [n], each 1 to n_ctx;   end: the end token, whose first row
 // stands for a text (the last row, where there is none);   embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens,
-                                            const int *lengths, int n, int32_t end, float *embeddings,
-                                            astrovl_error *err) {
-    const avl__joint *joint = &text->joint;
-    const int d = text->tower.n_embd;
-    int i, j, at, n_rows = 0;
-    astrovl_status status;
-    float *x, *rows;
-    for (i = 0; i < n; i++) n_rows += lengths[i];
-    x = avl__take(run, (uint64_t)n_rows * d);
-    rows = avl__take(run, (uint64_t)n * d);
+static astrovl_status avl__embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens,
+                                       const int *lengths, int n, int32_t end, float *embeddings, astrovl_error *err) {
+    const avl__tower *tower = &text->tower;
+    const int d = tower->n_embd;
+    int n_rows = 0, at = 0;
+    for (int i = 0; i < n; i++) n_rows += lengths[i];
+    float *x = avl__take(run, (uint64_t)n_rows * d);
     if (run->failed) return avl__pass_status(run, "text", 0, 0, err);
     avl__embed_tokens(&text->token_embd, tokens, n_rows, x);
-    for (i = 0, at = 0; i < n; at += lengths[i++])
-        avl__add(x + (size_t)at * d, text->position_embd, (int64_t)lengths[i] * d);
+    for (int i = 0; i < n; at += lengths[i++])
+        avl__add(x + (size_t)at * d, text->tower.position_embd, (int64_t)lengths[i] * d);
     avl__tap(run, "text_model.embeddings", -1, "", x, n_rows, d);
-    status = avl__tower_run(&text->tower, run, x, n_rows, lengths, n, text->tower.n_layer, err);
+    const astrovl_status status = avl__tower_run(tower, run, x, n_rows, lengths, n, tower->n_layer, err);
     if (status) return status;
-    avl__norm_rows(run, x, x, joint->norm_weight, joint->norm_bias, n_rows, d, text->tower.eps);
+    avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n_rows, d, tower->eps);
     avl__tap(run, "text_model.final_layer_norm", -1, "", x, n_rows, d);
-    for (i = 0, at = 0; i < n; at += lengths[i++]) {
-        for (j = 0; j + 1 < lengths[i] && tokens[at + j] != end; j++) {}
-        memcpy(rows + (size_t)i * d, x + (size_t)(at + j) * d, (size_t)d * sizeof(float));
+    at = 0;
+    for (int i = 0, j; i < n; at += lengths[i++]) {
+        for (j = at; j + 1 < at + lengths[i] && tokens[j] != end; j++) {}
+        memmove(x + (size_t)i * d, x + (size_t)j * d, (size_t)d * sizeof(float));
     }
-    return avl__joint_run(joint, run, rows, n, "text_projection", embeddings, err);
+    return avl__joint_run(tower, run, x, n, embeddings, err);
 }
 
 // ====================================================================================================================
@@ -8462,7 +8410,7 @@ ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrov
             if (status) return status;
         }
         if (n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
-        status = avl__clip_embed_images(clip, s->run, pixels, n, embeddings, err);
+        status = avl__embed_images(clip, s->run, pixels, n, embeddings, err);
         if (status) return status;
         if (normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
         embeddings += (size_t)n * m->info.n_embd_joint;
@@ -8497,7 +8445,7 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
             lengths[n] = (int)(tokens.size - before);
         }
         avl__run_begin(s->run, 1);
-        if (!status) status = avl__clip_embed_texts(tower, s->run, tokens.data, lengths, n, end, embeddings, err);
+        if (!status) status = avl__embed_texts(tower, s->run, tokens.data, lengths, n, end, embeddings, err);
         if (!status && normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
         embeddings += (size_t)n * m->info.n_embd_joint;
     }
