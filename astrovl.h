@@ -792,17 +792,6 @@ static char *avl__copy_text(const char *text, size_t size) {   // zero-terminate
 // The first multiple of AVL__LINE at or after p
 static void *avl__align(void *p) { return (uint8_t *)p + (AVL__LINE - (uintptr_t)p % AVL__LINE) % AVL__LINE; }
 
-// Starts loading n bytes at p into the cache.
-static void avl__prefetch(const void *p, size_t n) {
-#if defined(__GNUC__)
-    const char *at = (const char *)p, *last = at + n - 1;
-    for (; at < last; at += AVL__LINE) __builtin_prefetch(at);
-    __builtin_prefetch(last);
-#else
-    (void)p, (void)n;
-#endif
-}
-
 // ---- byte order ----------------------------------------------------------------------------------------------------
 // Values are put together from single bytes: right on every host, and compilers turn it into one load.
 
@@ -5714,26 +5703,24 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-// RoPE's frequencies. LLaMA-3 stores one divisor for each (rope_freqs.weight); "linear" scaling divides every position
-// by one factor.
+// RoPE's frequencies. LLaMA-3 stores a divisor for each (rope_freqs.weight); "linear" scaling divides all positions.
 static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_info *info) {
     const astrovl_string type = avl__load_string(w, "llama.rope.scaling.type");
     const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;
     const float *factors = has_factors ? avl__load_vector(w, half, "rope_freqs.weight") : NULL;
     float linear_scale = 1.0f;
-    int i;
     if (avl__string_is(type, "linear"))
         linear_scale = avl__load_float(w, 1e-6f, 1e6f, 1.0f, "llama.rope.scaling.factor");
     else if (type.size && !avl__string_is(type, "none") && !has_factors)
         avl__load_fail(w, NULL, ASTROVL_ERROR_UNSUPPORTED, "RoPE scaling of type %.*s (known: none, linear, and "
                        "rope_freqs.weight)", AVL__SHOW(type));
-    for (i = 0; factors && i < half; i++)
+    for (int i = 0; factors && i < half; i++)
         if (!(factors[i] > 0.0f))
             avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "rope_freqs.weight holds a factor that is not positive");
     m->inv_freq = avl__alloc_floats((uint64_t)half);
     if (!m->inv_freq) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, info->rope_theta, factors, linear_scale);
-    for (i = 0; i < half && !w->status; i++)
+    for (int i = 0; i < half && !w->status; i++)
         if (!(m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
             avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary "
                            "embedding reach 2^23", info->n_ctx_train);
@@ -5743,11 +5730,10 @@ static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_i
 static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *file, astrovl_info *info) {
     const int key = astrovl_gguf_find_kv(file, "general.architecture");
     const astrovl_string architecture = astrovl_gguf_string(file, key, 0);
-    int i, d, n_q, n_kv;
     if (!avl__string_is(architecture, "llama"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%.*s\"; this runs "
                        "\"llama\": take a model of that family", AVL__SHOW(architecture));
-    info->n_embd = m->n_embd = d = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
+    const int d = info->n_embd = m->n_embd = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
     info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
     info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
     info->n_ff = m->n_ff = avl__load_int(w, 1, 1 << 22, -1, "llama.feed_forward_length");
@@ -5762,8 +5748,6 @@ static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
                        "them rotated)", m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
     avl__llama_load_rope(m, w, info);
-    n_q = m->n_head * m->head_dim;
-    n_kv = m->n_head_kv * m->head_dim;
     m->token_embd = avl__load_linear(w, d, 0, "token_embd");
     info->n_vocab = m->n_vocab = m->token_embd.n_out;
     m->output_norm = avl__load_vector(w, d, "output_norm.weight");
@@ -5771,7 +5755,8 @@ static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *
     if (avl__find_tensor(w, "output.weight", NULL)) m->output = avl__load_linear(w, d, m->n_vocab, "output");
     m->layers = (avl__llama_layer *)avl__alloc((uint64_t)m->n_layer, sizeof *m->layers);
     if (!m->layers) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
-    for (i = 0; i < m->n_layer && !w->status; i++) {
+    for (int i = 0; i < m->n_layer && !w->status; i++) {
+        const int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
         avl__llama_layer *layer = &m->layers[i];
         layer->q    = avl__load_linear(w, d, n_q, "blk.%d.attn_q", i);
         layer->k    = avl__load_linear(w, d, n_kv, "blk.%d.attn_k", i);
@@ -5795,7 +5780,7 @@ typedef struct avl__kv_cache {
 } avl__kv_cache;
 
 static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx, size_t value_bytes) {
-    uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
+    const uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
     if (n > SIZE_MAX / 16 / row) return 0;
     cache->n_ctx = n_ctx;
     cache->n_past = 0;
@@ -5810,12 +5795,10 @@ static void avl__kv_cache_free(avl__kv_cache *cache) {
     astrovl_free(cache->v);
 }
 
-// Where the key (or value) [head_dim] of a layer, head and position lies; the next position's follows it.
-// k_or_v: cache->k or cache->v
-static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *k_or_v, int layer, int head,
-                        int position) {
+// Where a key (kv: cache->k) or value (cache->v) [head_dim] lies; that of the head's next position follows it.
+static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *kv, int layer, int head, int position) {
     const size_t row = ((size_t)layer * m->n_head_kv + head) * cache->n_ctx + position;
-    return (uint8_t *)avl__align(k_or_v) + row * m->head_dim * cache->value_bytes;
+    return (uint8_t *)avl__align(kv) + row * m->head_dim * cache->value_bytes;
 }
 
 // ---- the forward pass ----------------------------------------------------------------------------------------------
@@ -5826,47 +5809,32 @@ static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *k
 enum { AVL__STEP_ROWS = 16 };   // conversations in a step, at most: up to so many rows, the kernels compute each as if
                                 // it were alone, so an answer does not depend on what is written beside it
 
+// What the parts of a layer need that know of caches and heads
 typedef struct avl__llama_pass {
     const avl__llama *m;
     avl__run         *run;
     avl__kv_cache *const *caches;   // [n_caches]: one for all rows, or one for each row (then at most AVL__STEP_ROWS)
-    int    n_caches, n;
-    int    layer;            // the one under way
-    float *x;                // [n][n_embd]   the residual stream
-    float *h;                // [n][n_embd]   what goes into a product or comes out of it
-    float *q, *mixed;        // [n][n_head][head_dim]
-    float *k, *v;            // [n][n_head_kv][head_dim], on their way into the caches
-    float *gate, *up;        // [n][n_ff]
-    float *cos_sin;          // [n][rope_dim / 2][3]   of each row's angles, in all layers
-    float *shown;            // [n][n_head][head_dim], only for the tap
-    float *weights;          // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
+    int    n_caches, n, n_each;     // rows, and rows of a cache
+    int    layer;                   // the one under way
+    float *q, *mixed;               // [n][n_head][head_dim]
+    float *k, *v;                   // [n][n_head_kv][head_dim], on their way into the caches
+    float *cos_sin;                 // [n][rope_dim / 2][3]   of each row's angles, in all layers
+    float *shown;                   // [n][n_head][head_dim], only for the tap
+    float *weights;                 // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
 } avl__llama_pass;
 
-// The cache of a row of a pass;  *position: out, the row's in it
-static const avl__kv_cache *avl__llama_place(const avl__llama_pass *p, int row, int *position) {
-    const int n_each = p->n / p->n_caches;
-    *position = p->caches[row / n_each]->n_past + row % n_each;
-    return p->caches[row / n_each];
-}
-
-// Rotates a row's query and key, and puts key and value into its cache, where each head's lie elsewhere: all are
-// prefetched first, so that they arrive together.
+// Rotates a row's query and key, and puts key and value into its cache.
 static void avl__llama_row_item(void *context, int row, int thread) {
     const avl__llama_pass *p = (const avl__llama_pass *)context;
     const avl__llama *m = p->m;
-    const int d = m->head_dim;
+    const avl__kv_cache *cache = p->caches[row / p->n_each];
+    const int d = m->head_dim, position = cache->n_past + row % p->n_each;
     const float *cos_sin = p->cos_sin + (size_t)row * (size_t)(m->rope_dim / 2) * 3;
     float *k = p->k + (size_t)row * m->n_head_kv * d, *v = p->v + (size_t)row * m->n_head_kv * d;
-    int head, position;
-    const avl__kv_cache *cache = avl__llama_place(p, row, &position);
     (void)thread;
-    for (head = 0; head < m->n_head_kv; head++) {
-        avl__prefetch(avl__kv_at(cache, m, cache->k, p->layer, head, position), (size_t)d * cache->value_bytes);
-        avl__prefetch(avl__kv_at(cache, m, cache->v, p->layer, head, position), (size_t)d * cache->value_bytes);
-    }
     avl__rope_row(p->q + (size_t)row * m->n_head * d, m->n_head, d, m->rope_dim, cos_sin);
     avl__rope_row(k, m->n_head_kv, d, m->rope_dim, cos_sin);
-    for (head = 0; head < m->n_head_kv; head++, k += d, v += d) {
+    for (int head = 0; head < m->n_head_kv; head++, k += d, v += d) {
         void *k_to = avl__kv_at(cache, m, cache->k, p->layer, head, position);
         void *v_to = avl__kv_at(cache, m, cache->v, p->layer, head, position);
         if (cache->value_bytes == 2) {
@@ -5879,24 +5847,23 @@ static void avl__llama_row_item(void *context, int row, int thread) {
     }
 }
 
-// mixed = softmax(q k^T / sqrt(head_dim)) v over each row's cache, for the rows from `first` on.
-static void avl__llama_attend(const avl__llama_pass *p, int first) {
+// mixed = softmax(q k^T / sqrt(head_dim)) v over each row's cache
+static void avl__llama_attend(const avl__llama_pass *p) {
     const avl__llama *m = p->m;
     const size_t q_row = (size_t)m->n_head * m->head_dim;
     avl__attention attentions[AVL__STEP_ROWS];
-    int c;
     memset(attentions, 0, sizeof attentions);
-    for (c = 0; c < p->n_caches; c++) {
+    for (int c = 0; c < p->n_caches; c++) {
         const avl__kv_cache *cache = p->caches[c];
         avl__attention *a = &attentions[c];
         a->run = p->run;
-        a->q = p->q + (size_t)(c + first) * q_row;
+        a->q = p->q + (size_t)c * q_row;
         a->k = avl__kv_at(cache, m, cache->k, p->layer, 0, 0);
         a->v = avl__kv_at(cache, m, cache->v, p->layer, 0, 0);
-        a->out = p->mixed + (size_t)(c + first) * q_row;
+        a->out = p->mixed + (size_t)c * q_row;
         a->weights = p->weights;
-        a->n_rows = p->n / p->n_caches - first;
-        a->n_past = cache->n_past + first;
+        a->n_rows = p->n_each;
+        a->n_past = cache->n_past;
         a->n_head = m->n_head;
         a->n_head_kv = m->n_head_kv;
         a->head_dim = m->head_dim;
@@ -5911,62 +5878,15 @@ static void avl__llama_attend(const avl__llama_pass *p, int first) {
 // Shows heads [n][n_head][head_dim] with each head's rotated values in transformers' order: GGUF keeps the pair
 // (i, i + half) as neighbors, so that value 2i here is i there and 2i + 1 is i + half.
 static void avl__llama_tap_heads(const avl__llama_pass *p, const char *name, const float *heads, int n_head) {
-    const avl__llama *m = p->m;
-    int row, i, half = m->rope_dim / 2;
+    const int d = p->m->head_dim, half = p->m->rope_dim / 2;
     if (!p->run->tap) return;
-    memcpy(p->shown, heads, (size_t)p->n * n_head * m->head_dim * sizeof(float));
-    for (row = 0; row < p->n * n_head; row++)
-        for (i = 0; i < half; i++) {
-            p->shown[(size_t)row * m->head_dim + i]        = heads[(size_t)row * m->head_dim + 2 * i];
-            p->shown[(size_t)row * m->head_dim + i + half] = heads[(size_t)row * m->head_dim + 2 * i + 1];
+    memcpy(p->shown, heads, (size_t)p->n * n_head * d * sizeof(float));
+    for (size_t at = 0; at < (size_t)p->n * n_head * d; at += d)
+        for (int i = 0; i < half; i++) {
+            p->shown[at + i]        = heads[at + 2 * i];
+            p->shown[at + i + half] = heads[at + 2 * i + 1];
         }
-    avl__tap(p->run, "model.layers", p->layer, name, p->shown, p->n, (int64_t)n_head * m->head_dim);
-}
-
-// One layer. Keys and values of all rows go into the caches; what follows is done for the last n_wanted rows alone: of
-// the last layer, only the rows that give logits are needed.
-static void avl__llama_layer_run(avl__llama_pass *p, int n_wanted) {
-    const avl__llama *m = p->m;
-    const avl__llama_layer *layer = &m->layers[p->layer];
-    const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
-    const avl__linear *const up_weights[] = {&layer->gate, &layer->up};
-    float *const qkv[] = {p->q, p->k, p->v};
-    float *const up[] = {p->gate, p->up};
-    const char *name = "model.layers";
-    const int i = p->layer, d = m->n_embd, n_kv = m->n_head_kv * m->head_dim, n_q = m->n_head * m->head_dim;
-    const int n = n_wanted, first = p->n - n_wanted;
-    avl__run *run = p->run;
-    float *h = p->h, *x = p->x + (size_t)first * d, *mixed = p->mixed + (size_t)first * n_q;
-
-    avl__norm_rows(run, h, p->x, layer->attention_norm, NULL, p->n, d, m->rms_norm_eps);
-    avl__tap(run, name, i, "input_layernorm", h, p->n, d);
-    avl__apply_each(run, qkv, h, qkv_weights, 3, p->n);
-    avl__llama_tap_heads(p, "self_attn.q_proj", p->q, m->n_head);
-    avl__llama_tap_heads(p, "self_attn.k_proj", p->k, m->n_head_kv);
-    avl__tap(run, name, i, "self_attn.v_proj", p->v, p->n, n_kv);
-    if (run->failed) return;                       // nothing that was not computed goes into a cache
-    avl__pool_run(run->pool, avl__llama_row_item, p, p->n);
-    avl__llama_tap_heads(p, "self_attn.q_rope", p->q, m->n_head);
-    avl__llama_tap_heads(p, "self_attn.k_rope", p->k, m->n_head_kv);
-    if (n == 0) return;
-    avl__llama_attend(p, first);
-    avl__tap3(run, name, i, "self_attn.attn_weights", p->weights, m->n_head, n, p->caches[0]->n_past + n);
-    avl__tap(run, name, i, "self_attn.context", mixed, n, n_q);
-    avl__apply(run, h, mixed, &layer->o, n);
-    avl__tap(run, name, i, "self_attn.o_proj", h, n, d);
-    avl__add(x, h, (int64_t)n * d);
-
-    avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
-    avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
-    avl__apply_each(run, up, h, up_weights, 2, n);
-    avl__tap(run, name, i, "mlp.gate_proj", p->gate, n, m->n_ff);
-    avl__tap(run, name, i, "mlp.up_proj", p->up, n, m->n_ff);
-    avl__activate(run, p->gate, (int64_t)n * m->n_ff, NULL, p->up);
-    avl__tap(run, name, i, "mlp.act", p->gate, n, m->n_ff);
-    avl__apply(run, h, p->gate, &layer->down, n);
-    avl__tap(run, name, i, "mlp.down_proj", h, n, d);
-    avl__add(x, h, (int64_t)n * d);
-    avl__tap(run, name, i, "", x, n, d);
+    avl__tap(p->run, "model.layers", p->layer, name, p->shown, p->n, (int64_t)n_head * d);
 }
 
 // Appends n positions to one cache, or one to each of n caches (at most AVL__STEP_ROWS); the caller has checked that
@@ -5976,12 +5896,11 @@ static void avl__llama_layer_run(avl__llama_pass *p, int n_wanted) {
 static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__kv_cache *const *caches, int n_caches,
                                       const int32_t *tokens, const float *embeddings, int n, float *logits,
                                       int n_logits, astrovl_error *err) {
-    const uint64_t rows = (uint64_t)n, n_q = rows * m->n_head * m->head_dim, n_kv = rows * m->n_head_kv * m->head_dim;
     const int d = m->n_embd, half = m->rope_dim / 2, n_reports = n > n_caches ? m->n_layer : 0;
-    const char *what = n > n_caches ? "prompt" : "answer";
+    const int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
+    const uint64_t rows = (uint64_t)n;
+    const char *what = n > n_caches ? "prompt" : "answer", *name = "model.layers";
     avl__llama_pass p;
-    astrovl_status status;
-    int row, i, position;
     avl__run_begin(run, 0);
     memset(&p, 0, sizeof p);
     p.m = m;
@@ -5989,42 +5908,73 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     p.caches = caches;
     p.n_caches = n_caches;
     p.n = n;
-    p.x = avl__take(run, rows * d);
-    p.h = avl__take(run, rows * d);
-    p.q = avl__take(run, n_q);
-    p.mixed = avl__take(run, n_q);
-    p.k = avl__take(run, n_kv);
-    p.v = avl__take(run, n_kv);
-    p.gate = avl__take(run, rows * m->n_ff);
-    p.up = avl__take(run, rows * m->n_ff);
+    p.n_each = n / n_caches;
+    p.q = avl__take(run, rows * n_q);
+    p.mixed = avl__take(run, rows * n_q);
+    p.k = avl__take(run, rows * n_kv);
+    p.v = avl__take(run, rows * n_kv);
     p.cos_sin = avl__take(run, rows * half * 3);
     if (run->tap) {
-        p.shown = avl__take(run, n_q);
+        p.shown = avl__take(run, rows * n_q);
         p.weights = avl__take(run, rows * m->n_head * (caches[0]->n_past + rows));
     }
+    float *x = avl__take(run, rows * d);                // [n][n_embd]   the residual stream
+    float *h = avl__take(run, rows * d);                // [n][n_embd]   what goes into a product or comes out of it
+    float *gate = avl__take(run, rows * m->n_ff);       // [n][n_ff]
+    float *up = avl__take(run, rows * m->n_ff);         // [n][n_ff]
+    float *const qkv[] = {p.q, p.k, p.v}, *const gate_up[] = {gate, up};
     if (run->failed) return avl__pass_status(run, what, 0, 0, err);
-    if (embeddings) memcpy(p.x, embeddings, (size_t)n * d * sizeof(float));
-    else            avl__embed_tokens(&m->token_embd, tokens, n, p.x);
-    avl__tap(run, "model.embed_tokens", -1, "", p.x, n, d);
-    for (row = 0; row < n; row++) {
-        avl__llama_place(&p, row, &position);
-        for (i = 0; i < half; i++)
-            avl__rope_cos_sin(p.cos_sin + ((size_t)row * half + i) * 3, (float)position * m->inv_freq[i]);
+    if (embeddings) memcpy(x, embeddings, (size_t)n * d * sizeof(float));
+    else            avl__embed_tokens(&m->token_embd, tokens, n, x);
+    avl__tap(run, "model.embed_tokens", -1, "", x, n, d);
+    for (int row = 0; row < n; row++) {
+        const float position = (float)(caches[row / p.n_each]->n_past + row % p.n_each);
+        for (int i = 0; i < half; i++)
+            avl__rope_cos_sin(p.cos_sin + ((size_t)row * half + i) * 3, position * m->inv_freq[i]);
     }
-    for (i = 0; i < m->n_layer; i++) {
-        status = avl__pass_status(run, what, i, n_reports, err);
-        if (status) return status;
+    for (int i = 0; i < m->n_layer; i++) {
+        const avl__llama_layer *layer = &m->layers[i];
+        const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
+        const avl__linear *const gate_up_weights[] = {&layer->gate, &layer->up};
         p.layer = i;
-        avl__llama_layer_run(&p, i + 1 < m->n_layer || run->tap ? n : n_logits);
+        avl__norm_rows(run, h, x, layer->attention_norm, NULL, n, d, m->rms_norm_eps);
+        avl__tap(run, name, i, "input_layernorm", h, n, d);
+        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
+        avl__llama_tap_heads(&p, "self_attn.q_proj", p.q, m->n_head);
+        avl__llama_tap_heads(&p, "self_attn.k_proj", p.k, m->n_head_kv);
+        avl__tap(run, name, i, "self_attn.v_proj", p.v, n, n_kv);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
+        if (status) return status;                      // nothing that was not computed goes into a cache
+        avl__pool_run(run->pool, avl__llama_row_item, &p, n);
+        avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
+        avl__llama_tap_heads(&p, "self_attn.k_rope", p.k, m->n_head_kv);
+        avl__llama_attend(&p);
+        avl__tap3(run, name, i, "self_attn.attn_weights", p.weights, m->n_head, n, caches[0]->n_past + n);
+        avl__tap(run, name, i, "self_attn.context", p.mixed, n, n_q);
+        avl__apply(run, h, p.mixed, &layer->o, n);
+        avl__tap(run, name, i, "self_attn.o_proj", h, n, d);
+        avl__add(x, h, (int64_t)n * d);
+
+        avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
+        avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
+        avl__apply_each(run, gate_up, h, gate_up_weights, 2, n);
+        avl__tap(run, name, i, "mlp.gate_proj", gate, n, m->n_ff);
+        avl__tap(run, name, i, "mlp.up_proj", up, n, m->n_ff);
+        avl__activate(run, gate, (int64_t)n * m->n_ff, NULL, up);
+        avl__tap(run, name, i, "mlp.act", gate, n, m->n_ff);
+        avl__apply(run, h, gate, &layer->down, n);
+        avl__tap(run, name, i, "mlp.down_proj", h, n, d);
+        avl__add(x, h, (int64_t)n * d);
+        avl__tap(run, name, i, "", x, n, d);
     }
     if (n_logits > 0) {
-        avl__norm_rows(run, p.h, p.x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
-        avl__tap(run, "model.norm", -1, "", p.h, n_logits, d);
-        avl__apply(run, logits, p.h, &m->output, n_logits);
+        avl__norm_rows(run, h, x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
+        avl__tap(run, "model.norm", -1, "", h, n_logits, d);
+        avl__apply(run, logits, h, &m->output, n_logits);
         avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
     }
-    status = avl__pass_status(run, what, m->n_layer, n_reports, err);
-    for (i = 0; i < n_caches && !status; i++) caches[i]->n_past += n / n_caches;
+    const astrovl_status status = avl__pass_status(run, what, m->n_layer, n_reports, err);
+    for (int i = 0; i < n_caches && !status; i++) caches[i]->n_past += p.n_each;
     return status;
 }
 
@@ -8372,71 +8322,57 @@ ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *i
 //     cosine(a, b) = a . b / (|a| |b|);    p(text j | image i) = softmax_j(logit_scale * cosine(image_i, text_j))
 // ====================================================================================================================
 
-// ---- embeddings ----------------------------------------------------------------------------------------------------
-
 // x[r] /= |x[r]|, in place; x: [n_rows][n_dims]
 static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
-    int r, i;
-    for (r = 0; r < n_rows; r++, x += n_dims) {
-        float length = (float)avl__sqrt((double)avl__dot_portable(x, x, n_dims));
-        for (i = 0; i < n_dims && length > 0.0f; i++) x[i] /= length;
+    for (int r = 0; r < n_rows; r++, x += n_dims) {
+        const float length = (float)avl__sqrt((double)avl__dot_portable(x, x, n_dims));
+        for (int i = 0; i < n_dims && length > 0.0f; i++) x[i] /= length;
     }
 }
 
-// Rows that go through a tower together: enough to keep all threads busy, few enough for the caches
-enum { AVL__JOINT_ROWS = 1024 };
+enum { AVL__JOINT_ROWS = 1024 };   // go through a tower together: enough for all threads, few enough for the caches
+enum { AVL__JOINT_FLAGS = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL };
 
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
                                                 int normalize, float *embeddings, astrovl_error *err) {
-    const astrovl_model *m = s ? s->model : NULL;
-    astrovl_status status = avl__need(m, AVL__PART_JOINT_IMAGE, err);
-    const avl__clip *clip;
-    size_t n_pixels;
-    int done, i, n, n_pass;
+    astrovl_status status = avl__need(s ? s->model : NULL, AVL__PART_JOINT_IMAGE, err);
     if (status) return status;
     if (n_images < 0 || (n_images > 0 && (!images || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no images or no room for their embeddings was given");
-    clip = &m->clip;
-    n_pixels = (size_t)3 * clip->image_size * clip->image_size;
-    n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);   // the tap sees images one by one
-    for (done = 0; done < n_images; done += n) {
-        float *pixels;
-        n = n_images - done < n_pass ? n_images - done : n_pass;
+    const avl__clip *clip = &s->model->clip;
+    const int n_dims = s->model->info.n_embd_joint, size = clip->image_size;
+    const int n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);  // the tap sees images one by one
+    for (int n; n_images > 0 && !status; n_images -= n, images += n, embeddings += (size_t)n * n_dims) {
+        n = n_images < n_pass ? n_images : n_pass;
         avl__run_begin(s->run, 1);
-        pixels = avl__take(s->run, (uint64_t)n * n_pixels);                   // [n][3][S][S]
-        if (!pixels) return avl__pass_status(s->run, "image", 0, 0, err);
-        for (i = 0; i < n; i++) {
-            status = avl__clip_preprocess(clip, &images[done + i], pixels + (size_t)i * n_pixels, err);
-            if (status) return status;
-        }
-        if (n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
-        status = avl__embed_images(clip, s->run, pixels, n, embeddings, err);
-        if (status) return status;
-        if (normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
-        embeddings += (size_t)n * m->info.n_embd_joint;
+        float *pixels = avl__take(s->run, (uint64_t)n * 3 * size * size);                   // [n][3][S][S]
+        status = avl__pass_status(s->run, "image", 0, 0, err);
+        for (int i = 0; i < n && !status; i++)
+            status = avl__clip_preprocess(clip, &images[i], pixels + (size_t)i * 3 * size * size, err);
+        if (!status && n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, size, size);
+        if (!status) status = avl__embed_images(clip, s->run, pixels, n, embeddings, err);
+        if (!status && normalize) avl__normalize_rows(embeddings, n, n_dims);
     }
-    return ASTROVL_OK;
+    return status;
 }
 
 ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
                                                float *embeddings, astrovl_error *err) {
-    const int flags = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL;
     const astrovl_model *m = s ? s->model : NULL;
     astrovl_status status = avl__need(m, AVL__PART_JOINT_TEXT, err);
     avl__tokens tokens = {NULL, 0, 0};
-    int lengths[AVL__JOINT_ROWS], done, n;                       // enough: a text has two tokens at least
+    int lengths[AVL__JOINT_ROWS];                                // enough: a text has two tokens at least
     if (status) return status;
     if (n_texts < 0 || (n_texts > 0 && (!texts || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their embeddings was given");
-    for (done = 0; done < n_texts && !status; done += n) {
-        const avl__clip_text *tower = &m->clip_text;
+    for (int done = 0, n; done < n_texts && !status; done += n, embeddings += (size_t)n * m->info.n_embd_joint) {
         const int n_most = s->run->tap ? 1 : n_texts - done;     // the tap sees texts one by one
         const int32_t end = m->clip_vocab.eos;
         tokens.size = 0;
         for (n = 0; n < n_most && tokens.size < AVL__JOINT_ROWS && !status; n++) {
             const char *text = texts[done + n];
-            const size_t before = tokens.size, most = before + (size_t)tower->n_ctx;
-            status = text ? avl__vocab_encode(&m->clip_vocab, text, strlen(text), flags, &tokens, err)
+            const size_t before = tokens.size, most = before + (size_t)m->clip_text.n_ctx;
+            status = text ? avl__vocab_encode(&m->clip_vocab, text, strlen(text), AVL__JOINT_FLAGS, &tokens, err)
                           : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", done + n);
             if (tokens.size > most) {                            // cut to the tower's positions
                 tokens.size = most;
@@ -8445,9 +8381,8 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
             lengths[n] = (int)(tokens.size - before);
         }
         avl__run_begin(s->run, 1);
-        if (!status) status = avl__embed_texts(tower, s->run, tokens.data, lengths, n, end, embeddings, err);
+        if (!status) status = avl__embed_texts(&m->clip_text, s->run, tokens.data, lengths, n, end, embeddings, err);
         if (!status && normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
-        embeddings += (size_t)n * m->info.n_embd_joint;
     }
     astrovl_free(tokens.data);
     return status;
@@ -8455,33 +8390,30 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
 
 ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
                                       int capacity, astrovl_error *err) {
-    const int flags = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL;
     if (avl__need(model, AVL__PART_JOINT_TEXT, err) != ASTROVL_OK) return -1;
-    return avl__tokenize(&model->clip_vocab, text, size, flags, tokens, capacity, err);
+    return avl__tokenize(&model->clip_vocab, text, size, AVL__JOINT_FLAGS, tokens, capacity, err);
 }
 
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err) {
     astrovl_status status = avl__need(model, AVL__PART_JOINT_IMAGE | AVL__PART_JOINT_TEXT, err);
-    astrovl_session *s;
-    float *rows;                                                 // [1 + n_texts][n_dims], the image's first
-    size_t n_dims;
-    int j;
     if (status) return status;
     if (n_texts < 1 || !fits)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their fits was given");
-    s = astrovl_session_new(model, NULL, err);
+    astrovl_session *s = astrovl_session_new(model, NULL, err);
     if (!s) return ASTROVL_ERROR_MEMORY;
-    n_dims = (size_t)model->info.n_embd_joint;
-    rows = avl__alloc_floats(((uint64_t)n_texts + 1) * n_dims);
+    const size_t n_dims = (size_t)model->info.n_embd_joint;
+    float *rows = avl__alloc_floats(((uint64_t)n_texts + 1) * n_dims);       // [1 + n_texts][n_dims], the image's first
     if (!rows) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
     if (!status) status = astrovl_embed_images(s, image, 1, 1, rows, err);
     if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, rows + n_dims, err);
-    for (j = 0; j < n_texts && !status; j++)
-        fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
-    for (j = 0; j < n_texts && !status; j++) rows[j] = model->info.logit_scale * fits[j].cosine;   // in their place
-    if (!status) astrovl_softmax(rows, n_texts);
-    for (j = 0; j < n_texts && !status; j++) fits[j].probability = rows[j];
+    if (!status) {
+        for (int j = 0; j < n_texts; j++)
+            fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
+        for (int j = 0; j < n_texts; j++) rows[j] = model->info.logit_scale * fits[j].cosine;      // in their place
+        astrovl_softmax(rows, n_texts);
+        for (int j = 0; j < n_texts; j++) fits[j].probability = rows[j];
+    }
     astrovl_session_free(s);
     astrovl_free(rows);
     return status;
@@ -8507,55 +8439,43 @@ typedef struct avl__search {
     const float        *query;
     int                 k, n_slices;
     astrovl_hit        *hits;       // [n_slices][k]
-    int                *n_hits;     // [n_slices]
 } avl__search;
 
 static void avl__search_slice(void *context, int slice, int thread) {
     const avl__search *s = (const avl__search *)context;
     const int64_t end = s->rows.n_rows * (slice + 1) / s->n_slices;
     const int n_dims = s->rows.n_dims;
-    astrovl_hit *hits = s->hits + (size_t)slice * s->k, hit;
+    astrovl_hit hit;
+    int n_hits = 0;
     (void)thread;
     for (hit.row = s->rows.n_rows * slice / s->n_slices; hit.row < end; hit.row++) {
         hit.score = s->kernels->dot_f16((const uint8_t *)s->rows.data + (size_t)hit.row * 2 * n_dims, s->query, n_dims);
         if (!(hit.score >= -FLT_MAX)) hit.score = -FLT_MAX;      // NaN, in a damaged index: comes last
-        avl__hits_insert(hits, &s->n_hits[slice], s->k, hit);
+        avl__hits_insert(s->hits + (size_t)slice * s->k, &n_hits, s->k, hit);
     }
 }
 
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err) {
-    avl__search s;
-    avl__pool *pool;
-    int64_t n_slices;
-    int n = 0, slice, i, good;
     if (!rows || rows->n_rows < 0 || rows->n_dims < 1 || k < 1 || n_threads < 0 || !query || !hits ||
         (rows->n_rows > 0 && !rows->data) || (uint64_t)rows->n_rows > SIZE_MAX / 2 / (uint64_t)rows->n_dims) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a search needs rows, a query and room for k hits");
         return -1;
     }
-    memset(&s, 0, sizeof s);
-    s.kernels = avl__choose_kernels(ASTROVL_FAST, NULL);
-    s.rows = *rows;
-    s.query = query;
-    s.k = k;
-    n_slices = rows->n_rows / (k > 4096 ? k : 4096);
-    s.n_slices = n_slices > 256 ? 256 : n_slices > 1 ? (int)n_slices : 1;
+    const int n_each = k < rows->n_rows ? k : (int)rows->n_rows;             // hits of a slice, which has k rows or all
+    const int64_t n_slices = rows->n_rows / (k > 4096 ? k : 4096);
+    avl__search s = {avl__choose_kernels(ASTROVL_FAST, NULL), *rows, query, k, 1, NULL};
+    if (n_slices > 1) s.n_slices = n_slices > 256 ? 256 : (int)n_slices;
     s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)k, sizeof *s.hits);
-    s.n_hits = (int *)avl__alloc((uint64_t)s.n_slices, sizeof *s.n_hits);
-    pool = avl__pool_new(n_threads ? n_threads : avl__n_processors());
-    good = pool && s.hits && s.n_hits;
-    if (good) {
-        avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
-        for (slice = 0; slice < s.n_slices; slice++)
-            for (i = 0; i < s.n_hits[slice]; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * k + i]);
-    } else {
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
-    }
+    avl__pool *pool = avl__pool_new(n_threads ? n_threads : avl__n_processors());
+    int n = pool && s.hits ? 0 : -1;
+    if (n < 0) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
+    else       avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
+    for (int slice = 0; slice < s.n_slices && n >= 0; slice++)
+        for (int i = 0; i < n_each; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * k + i]);
     avl__pool_free(pool);
     astrovl_free(s.hits);
-    astrovl_free(s.n_hits);
-    return good ? n : -1;
+    return n;
 }
 
 // ====================================================================================================================
