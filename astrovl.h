@@ -340,8 +340,9 @@ typedef enum astrovl_mode { ASTROVL_FAST = 0, ASTROVL_EXACT } astrovl_mode;     
 // layer: the layer's number, or -1 outside the layers
 typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
                             const float *data);
-// Long work reports layers, stage is "image" or "prompt". A non-zero return cancels (unless done is total).
+// Long work reports the layers of stage "image" or "prompt". Non-zero cancels it (CANCELLED), unless done is total.
 typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
+
 typedef struct astrovl_session_options {
     astrovl_mode     mode;
     int              n_threads;    // 0: one per processor
@@ -369,6 +370,7 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 // and err (LIMIT when the context is full, MODEL when a part is missing); the conversation is then what it was before.
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
+
 typedef struct astrovl_turn {   // of one of several conversations: what astrovl_chat takes and gives
     astrovl_session          *session;
     const astrovl_image      *images;
@@ -384,6 +386,7 @@ typedef struct astrovl_turn {   // of one of several conversations: what astrovl
 // Options may differ; turns that end early or fail do not disturb the others. Returns ASTROVL_OK if every turn has its
 // answer, else the first failed turn's status; ARGUMENT, for all turns, if these sessions cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
+
 typedef struct astrovl_stats {     // of the last turn; in a batch, a step's time is divided evenly among its turns
     double encode_seconds, prompt_seconds, decode_seconds;   // encoding images, reading the prompt, writing the answer
     int    n_prompt_tokens, n_answer_tokens;                 // of the prompt: image rows included
@@ -404,7 +407,7 @@ ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const 
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
 // Appends tokens (or embeddings, [n_rows][n_embd]) to the sequence; after a failure it is what it was before.
-// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits 0: none.   LIMIT: n_ctx
+// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits 0: none.   LIMIT: no room
 ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits,
                                                int n_logits, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
@@ -478,7 +481,7 @@ typedef struct astrovl_hit {
 } astrovl_hit;
 // The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are
 // compared, and summed in exact mode's order: the result is exact, and the same on every machine.
-// query: [n_dims];   n_threads: 0: one per processor;   hits: out, [k].   Returns how many there are, or -1.
+// query: [n_dims];   n_threads: 0: one per processor;   hits: out, [k].   Returns how many (at most k), or -1.
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err);
 
