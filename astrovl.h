@@ -8,9 +8,7 @@
 // ====================================================================================================================
 // [0] Manual
 // ====================================================================================================================
-//
 // Contents (search for the number in brackets)
-//   [0] manual       this text
 //   [1] API          every public declaration, documented where it stands
 //   [2] platform     configuration, errors, memory, byte order, files, time, threads
 //   [3] numbers      f16, bf16 and the block formats to float32; exp, tanh, erf, sin, cos that are the same everywhere
@@ -26,16 +24,11 @@
 //   [13] SIMD        the kernels for vector registers: one template, and the choice at run time
 //
 // ---- How to use it -------------------------------------------------------------------------------------------------
-// Copy this file into your project. In exactly one .c or .cpp file write
-//
+// In exactly one .c or .cpp file of your project, write
 //     #define ASTROVL_IMPLEMENTATION
 //     #include "astrovl.h"
-//
 // and include it without the define wherever else you call it. Compile with -O2 or -O3; link with -lm, and with
-// -pthread unless ASTROVL_NO_THREADS is defined.
-//
-// A caption is one call:
-//
+// -pthread unless ASTROVL_NO_THREADS is defined. A caption is one call:
 //     astrovl_error err;
 //     astrovl_model *model = astrovl_open("astrovl-tiny.gguf", NULL, &err);
 //     char *text = model ? astrovl_caption_file(model, "m51.jpg", NULL, &err) : NULL;
@@ -44,12 +37,10 @@
 //     astrovl_close(model);
 //
 // The real AstroLLaVA comes as two files, the language model and the vision half ("mmproj"):
-//
 //     const char *files[] = {"astrollava-q4_0.gguf", "astrollava-mmproj-f16.gguf"};
 //     model = astrovl_open_files(files, 2, NULL, &err);
 //
 // A conversation, streamed to the terminal as it is written (astrovl_chat_batch runs several at once, which is faster):
-//
 //     static int show(void *user, const char *text, size_t size) {
 //         (void)user;
 //         return fwrite(text, 1, size, stdout) != size;       // non-zero stops the answer
@@ -66,30 +57,23 @@
 //     }
 //
 // An answer of a given form: here a regular expression's, with astrovl_guide_schema JSON that keeps to a schema.
-//
 //     how.guide = astrovl_guide_regex(model, "(spiral|elliptical|irregular), [0-9] arms", &err);
 //     text = astrovl_ask_file(model, "m51.jpg", "Which class of galaxy, and how many arms?", &how, &err);
 //     astrovl_guide_free(how.guide);
 //
 // Which words fit an image? And with embeddings kept, which images fit words?
-//
 //     const char *words[] = {"a spiral galaxy", "a globular cluster"};
 //     astrovl_fit fits[2];
 //     astrovl_score(model, &image, words, 2, fits, &err);
-//
 //     astrovl_embed_images(s, images, n, 1, rows, &err);          // [n][n_embd_joint], store them as float16
 //     astrovl_embed_texts(s, words, 1, 1, query, &err);
 //     astrovl_rows index = {rows_f16, n, n_embd_joint};
 //     n_hits = astrovl_search(&index, query, 10, 0, hits, &err);
 //
-// Looking inside: a callback, the tap, gets every intermediate tensor of the transformers.
-//
+// Looking inside: a callback, the tap (`tap` in a session's options), gets every intermediate tensor of a transformer.
 //     static void look(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
 //         if (strcmp(name, "model.layers.0.self_attn.attn_weights") == 0) ...  // [n_head][n_new][n_keys]
 //     }
-//     astrovl_session_options o = {0};
-//     o.tap = look;
-//     astrovl_session *s = astrovl_session_new(model, &o, &err);
 //
 // The tap's names are transformers' (but for context, q_rope, k_rope, act), here in the order of the calls. I is the
 // layer; rows are of this pass. Where no shape is given, it is [rows][n_embd] of the tower or model.
@@ -108,20 +92,19 @@
 //             .post_attention_layernorm   .mlp.gate_proj .up_proj .act [rows][n_ff] .down_proj   and its own name
 //             model.norm [n_logits][n_embd]   lm_head [n_logits][n_vocab]
 //
-// ---- Errors ---------------------------------------------------------------------------------------------------------
-// A failing call returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was given. A
-// NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is printed, no
-// signal raised, no process ended. Input files may be hostile: every size in them is checked before it is used.
-//
-// ---- Threads and memory ---------------------------------------------------------------------------------------------
-// A model is read-only once it is open: any number of threads and sessions may share it. A session, together with its
-// forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// ---- Rules ---------------------------------------------------------------------------------------------------------
+// Errors: a call that fails returns a status other than ASTROVL_OK (or NULL, or -1) and fills the astrovl_error it was
+// given. A NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is
+// printed, no signal raised, no process ended. Input files may be hostile: every size in them is checked before use.
+// Threads: a model is read-only once it is open: any number of threads and sessions may share it. A session, together
+// with its forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// Memory: what a function returns is released with astrovl_free, handles with their own function; both allow NULL.
 // Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Only vectors
 // (norms, biases) and position tables are expanded. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
 // head_dim * 4 bytes (8 with portable kernels, as in exact mode), of which the system gives only what has been written,
 // and the activations of at most 512 rows.
 //
-// ---- Two modes ------------------------------------------------------------------------------------------------------
+// ---- Two modes -----------------------------------------------------------------------------------------------------
 // ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
 // sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
 // needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
@@ -134,10 +117,9 @@
 //     AArch64   portable, neon, neon_dotprod
 //     others    portable, generic: gcc's and clang's vector types, where the target has vector registers
 //
-// ---- Configuration: define before the implementation ----------------------------------------------------------------
+// ---- Configuration: define before the implementation ---------------------------------------------------------------
 //   ASTROVL_API                   put before every public function; extern by default
-//   ASTROVL_MALLOC(size), ASTROVL_REALLOC(memory, size), ASTROVL_FREE(memory)
-//                                 the allocator, all three or none; a NULL return is handled everywhere
+//   ASTROVL_MALLOC(size), ASTROVL_REALLOC(memory, size), ASTROVL_FREE(memory)   all or none; any may return NULL
 //   ASTROVL_NO_THREADS            no pthreads: one thread does all
 //   ASTROVL_NO_MMAP               files are read, not mapped
 //   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
@@ -150,25 +132,22 @@
 
 // ====================================================================================================================
 // [1] API
-// The public declarations. Conventions for all of them:
-// - a function that can fail takes `astrovl_error *err` last; err may be NULL. On success err is left alone. Failures
-//   are named below without ASTROVL_ERROR_; ARGUMENT and MEMORY, which are possible wherever there is an err, are not.
+// The public declarations. Errors, threads and ownership are the manual's rules; and for all declarations:
+// - err may be NULL; on success it is left alone. Failures are named below without ASTROVL_ERROR_; ARGUMENT and MEMORY,
+//   which are possible wherever there is an err, are not.
 // - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd]. "out" is the caller's memory.
 // - option structs may be all zeros (or the pointer NULL): zero always means the sensible default.
-// - memory that a function returns is released with astrovl_free(), handles with their own function. Both allow NULL.
 // ====================================================================================================================
 
 #ifndef AVL__ISA        // section [13] includes this file again for each instruction set
 #ifndef ASTROVL_H
 #define ASTROVL_H
-
 #include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
 #ifndef ASTROVL_API
 #define ASTROVL_API extern
 #endif
@@ -179,7 +158,6 @@ extern "C" {
 #define ASTROVL_VERSION       "0.2.0"
 
 // ---- status and errors ---------------------------------------------------------------------------------------------
-
 typedef enum astrovl_status {
     ASTROVL_OK = 0,
     ASTROVL_ERROR_ARGUMENT,      // the caller's mistake: a parameter is missing or out of range
@@ -192,29 +170,20 @@ typedef enum astrovl_status {
     ASTROVL_CANCELLED            // a callback asked to stop
 } astrovl_status;
 
-// What went wrong: names the file, tensor, key or byte offset, and where possible what to do about it.
 typedef struct astrovl_error {
     astrovl_status status;
-    char message[480];           // one line of UTF-8
+    char message[480];           // one line of UTF-8: names the file, tensor, key or byte, and what to do about it
 } astrovl_error;
-
 ASTROVL_API const char *astrovl_status_name(astrovl_status status);   // "ok", "format", ...
 ASTROVL_API void astrovl_free(void *memory);
 
-// Long work reports layers, stage is "image" or "prompt". A non-zero return cancels (unless done is total).
-typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
-
 // ---- GGUF files ----------------------------------------------------------------------------------------------------
-// Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian files on any host.
-
-// Types of tensors and of metadata values, with GGUF's numbers.
+// Source: the GGUF specification (ggml-org/ggml, docs/gguf.md): versions 2 and 3, little-endian; types by its numbers.
 typedef enum astrovl_type {
-    ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1,
-    ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6, ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8,
-    ASTROVL_TYPE_Q2_K = 10, ASTROVL_TYPE_Q3_K = 11, ASTROVL_TYPE_Q4_K = 12, ASTROVL_TYPE_Q5_K = 13,
-    ASTROVL_TYPE_Q6_K = 14, ASTROVL_TYPE_BF16 = 30
+    ASTROVL_TYPE_F32 = 0, ASTROVL_TYPE_F16 = 1, ASTROVL_TYPE_Q4_0 = 2, ASTROVL_TYPE_Q4_1 = 3, ASTROVL_TYPE_Q5_0 = 6,
+    ASTROVL_TYPE_Q5_1 = 7, ASTROVL_TYPE_Q8_0 = 8, ASTROVL_TYPE_Q2_K = 10, ASTROVL_TYPE_Q3_K = 11,
+    ASTROVL_TYPE_Q4_K = 12, ASTROVL_TYPE_Q5_K = 13, ASTROVL_TYPE_Q6_K = 14, ASTROVL_TYPE_BF16 = 30
 } astrovl_type;
-
 typedef enum astrovl_value_type {
     ASTROVL_VALUE_U8 = 0, ASTROVL_VALUE_I8 = 1, ASTROVL_VALUE_U16 = 2, ASTROVL_VALUE_I16 = 3, ASTROVL_VALUE_U32 = 4,
     ASTROVL_VALUE_I32 = 5, ASTROVL_VALUE_F32 = 6, ASTROVL_VALUE_BOOL = 7, ASTROVL_VALUE_STRING = 8,
@@ -222,25 +191,19 @@ typedef enum astrovl_value_type {
 } astrovl_value_type;
 
 typedef struct astrovl_gguf astrovl_gguf;
-
 typedef struct astrovl_string {  // not zero-terminated
     const char *data;
     size_t      size;
 } astrovl_string;
-
-// One tensor of a file, owned by the file's handle.
-typedef struct astrovl_tensor {
+typedef struct astrovl_tensor {  // of a file, owned by the file's handle, as is astrovl_kv
     const char   *name;
     astrovl_type  type;
     int           n_dims;        // 1 to 4
     int64_t       ne[4];         // GGUF's order, rows' length first: [n_out][n_in] has ne = {n_in, n_out}; unused: 1
-    uint64_t      offset;        // in the file, from its first byte
-    uint64_t      n_bytes;
+    uint64_t      offset, n_bytes;   // offset: from the file's first byte
     const void   *data;          // little-endian blocks on every host; no alignment is promised
 } astrovl_tensor;
-
-// One metadata entry, owned by the file's handle.
-typedef struct astrovl_kv {
+typedef struct astrovl_kv {      // one metadata entry
     const char         *key;
     astrovl_value_type  type;
     astrovl_value_type  item_type;   // of an array's elements; otherwise equal to type
@@ -249,27 +212,25 @@ typedef struct astrovl_kv {
     uint64_t            n_bytes;
 } astrovl_kv;
 
-// Opens a file, mapped into memory where the platform can and `no_mmap` is 0. Every offset, size, type and string in it
-// is checked. NULL and err: FILE, FORMAT, UNSUPPORTED.
+// Opens a file, mapped where the platform can and `no_mmap` is 0, or a block of memory, which must outlive the handle
+// (name: for messages). Every offset, size, type and string is checked. NULL and err: FILE, FORMAT, UNSUPPORTED.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astrovl_error *err);
-// The same for a file that lies in memory; the block is not copied and must outlive the handle. name: for messages.
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name, astrovl_error *err);
 ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file);
 ASTROVL_API const char *astrovl_gguf_name(const astrovl_gguf *file);
 ASTROVL_API int astrovl_gguf_version(const astrovl_gguf *file);         // 2 or 3
 ASTROVL_API uint64_t astrovl_gguf_size(const astrovl_gguf *file);       // bytes
 ASTROVL_API int astrovl_gguf_n_tensors(const astrovl_gguf *file);
-ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index);
+ASTROVL_API const astrovl_tensor *astrovl_gguf_tensor(const astrovl_gguf *file, int index);             // NULL: absent
 ASTROVL_API const astrovl_tensor *astrovl_gguf_find_tensor(const astrovl_gguf *file, const char *name); // NULL: absent
 ASTROVL_API int astrovl_gguf_n_kv(const astrovl_gguf *file);
-ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);
+ASTROVL_API const astrovl_kv *astrovl_gguf_kv(const astrovl_gguf *file, int index);                     // NULL: absent
 ASTROVL_API int astrovl_gguf_find_kv(const astrovl_gguf *file, const char *key);                     // index, or -1
 // Element `i` of entry `index` (i = 0 for a scalar), converted; a boolean is 0 or 1. 0, or an empty string, for an
 // element that does not exist, a number asked of a string or a string asked of a number.
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint64_t i);
 ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i);
-
 ASTROVL_API const char *astrovl_type_name(int type);                    // "Q4_K"; NULL for an unknown type
 // Bytes of a row of n_values; 0 if the type is unknown or n_values is not a multiple of its block.
 ASTROVL_API size_t astrovl_type_row_bytes(int type, int64_t n_values);
@@ -282,33 +243,28 @@ ASTROVL_API uint16_t astrovl_f32_to_f16(float value);
 ASTROVL_API uint16_t astrovl_f32_to_bf16(float value);
 
 // ---- models --------------------------------------------------------------------------------------------------------
-
 typedef struct astrovl_model   astrovl_model;     // weights, vocabulary, settings: immutable, shared by threads
 typedef struct astrovl_session astrovl_session;   // KV cache, scratch memory, threads: one caller at a time
 typedef struct astrovl_guide   astrovl_guide;     // what an answer may look like: a regular expression or a JSON schema
-
 typedef enum astrovl_template {    // of prompts
     ASTROVL_TEMPLATE_AUTO = 0,     // by tokenizer.chat_template (recognized by its markers, not interpreted)
     ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
     ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same with "human" for "user" (LLaVA's own inference scripts)
     ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
-    ASTROVL_TEMPLATE_LLAMA3,       // <|start_header_id|>user<|end_header_id|>
-    ASTROVL_TEMPLATE_CHATML,       // <|im_start|>user: SmolLM2 and many others
-    ASTROVL_TEMPLATE_PLAIN         // no markers: the model continues the text
+    ASTROVL_TEMPLATE_LLAMA3,       // "llama_3": <|start_header_id|>user<|end_header_id|>
+    ASTROVL_TEMPLATE_CHATML,       // "chatml": <|im_start|>user: SmolLM2 and many others
+    ASTROVL_TEMPLATE_PLAIN         // "plain": no markers, the model continues the text
 } astrovl_template;
 
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
     astrovl_template chat_template;
 } astrovl_open_options;
-
-// A model file that lies in memory.
-typedef struct astrovl_memory {
+typedef struct astrovl_memory {    // a model file that lies in memory
     const void *data;
     size_t      size;
     const char *name;              // for messages; may be NULL
 } astrovl_memory;
-
 // Opens a model of one or several GGUF files (text model, mmproj, contrastive towers: tensors are found by name across
 // all), or of blocks of memory, which must outlive it. Any part may be absent; astrovl_get_info says what there is.
 // NULL and err, the first problem: FILE, FORMAT, UNSUPPORTED, MODEL.
@@ -323,22 +279,18 @@ typedef struct astrovl_info {
     int has_vocab, has_text, has_vision, has_projector;
     astrovl_template chat_template;
     const char *name;                                   // general.name, or ""; valid until astrovl_close
-    // language model (LLaMA)
-    int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;
+    int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;     // the language model (LLaMA)
     float rope_theta, rms_norm_eps;
     int bos_token, eos_token;                           // -1: none
-    // vision tower (CLIP)
-    int image_size, patch_size, n_patches, vision_n_embd, vision_n_layer, vision_n_head, vision_n_ff;
+    int image_size, patch_size, n_patches, vision_n_embd, vision_n_layer, vision_n_head, vision_n_ff;   // CLIP
     int vision_feature_layer;                           // how many layers run before the features are taken
     int n_image_tokens;                                 // rows that one image takes in the sequence
-    // contrastive (CLIP): both towers, the text tower
-    int has_joint_image, has_joint_text;                // images (texts) can be embedded
+    int has_joint_image, has_joint_text;                // contrastive: images (texts) can be embedded
     int n_embd_joint;                                   // length of an embedding
     float logit_scale;                                  // what cosines are multiplied by before softmax (CLIP: 100)
     int clip_text_n_ctx, clip_text_n_embd, clip_text_n_layer, clip_text_n_head, clip_text_n_ff, clip_text_n_vocab;
     uint64_t n_params, n_weight_bytes;
 } astrovl_info;
-
 ASTROVL_API void astrovl_get_info(const astrovl_model *model, astrovl_info *info);
 ASTROVL_API int astrovl_n_files(const astrovl_model *model);
 ASTROVL_API const astrovl_gguf *astrovl_file(const astrovl_model *model, int index);   // owned by the model
@@ -346,15 +298,12 @@ ASTROVL_API const char *astrovl_template_name(astrovl_template t);              
 ASTROVL_API int astrovl_template_from_name(const char *name);                           // -1: no such template
 
 // ---- one-call API --------------------------------------------------------------------------------------------------
-
 typedef struct astrovl_image {
     int            width, height;
     unsigned char *rgb;            // [height][width][3], sRGB as in the file
     int            orientation;    // EXIF's, 1 to 8; 1: upright, as astrovl_image_load makes it
 } astrovl_image;
-
-// How text is chosen and when it ends.
-typedef struct astrovl_generation {
+typedef struct astrovl_generation {    // how text is chosen and when it ends
     int      max_tokens;           // 0: 256
     float    temperature;          // 0: greedy (then top_k, top_p, min_p and seed are unused)
     int      top_k;                // keep the k likeliest; 0: all
@@ -372,7 +321,6 @@ typedef struct astrovl_generation {
     int    (*on_text)(void *user, const char *text, size_t size);
     void    *user;
 } astrovl_generation;
-
 // Each returns the answer, zero-terminated UTF-8 (astrovl_free), or NULL and err. They open a session of their own (all
 // processors, fast mode); use a session to keep it, to talk on, or to choose threads and mode.
 ASTROVL_API char *astrovl_caption(const astrovl_model *model, const astrovl_image *image,
@@ -383,22 +331,17 @@ ASTROVL_API char *astrovl_ask(const astrovl_model *model, const astrovl_image *i
                               const astrovl_generation *options, astrovl_error *err);
 ASTROVL_API char *astrovl_ask_file(const astrovl_model *model, const char *image_path, const char *question,
                                    const astrovl_generation *options, astrovl_error *err);
-
 #define ASTROVL_CAPTION_PROMPT "Describe this image."
 
 // ---- sessions ------------------------------------------------------------------------------------------------------
-
-typedef enum astrovl_mode {        // see the manual
-    ASTROVL_FAST = 0,
-    ASTROVL_EXACT
-} astrovl_mode;
-
-// Gets an intermediate tensor the moment it is computed. It must not call back into the session.
-// name    as transformers names the module: "model.layers.0.self_attn.q_proj"; the manual lists all
-// layer   the layer's number, or -1 outside the layers
-// shape   [n_dims], slowest first;   name, shape, data   valid during the call
+typedef enum astrovl_mode { ASTROVL_FAST = 0, ASTROVL_EXACT } astrovl_mode;      // see the manual
+// Gets an intermediate tensor the moment it is computed; must not call back into the session. Valid during the call:
+// name ("model.layers.0.self_attn.q_proj"; the manual lists all), shape ([n_dims], slowest first), data.
+// layer: the layer's number, or -1 outside the layers
 typedef void (*astrovl_tap)(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
                             const float *data);
+// Long work reports the layers of stage "image" or "prompt". Non-zero cancels it (CANCELLED), unless done is total.
+typedef int (*astrovl_progress)(void *user, const char *stage, int done, int total);
 
 typedef struct astrovl_session_options {
     astrovl_mode     mode;
@@ -410,13 +353,11 @@ typedef struct astrovl_session_options {
     void            *progress_user;
     const char      *isa;          // fast mode uses none better than these (see the manual); NULL: no limit
 } astrovl_session_options;
-
-// A conversation, still empty. The model must outlive its sessions.
+// A conversation, still empty.
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err);
-// Another conversation, still empty, which shares the parent's mode, threads, scratch memory, tap and progress: it
-// costs only its KV cache. One thread at a time may use a parent and its forks; they may be freed in any order.
-// n_ctx  as in the options; 0: the parent's
+// Another one, which shares the parent's mode, threads, scratch memory, tap and progress: it costs only its KV cache.
+// n_ctx: as in the options; 0: the parent's.   A parent and its forks may be freed in any order.
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err);
 ASTROVL_API void astrovl_session_free(astrovl_session *s);
 ASTROVL_API void astrovl_session_reset(astrovl_session *s);             // forgets the conversation
@@ -430,8 +371,7 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
 
-// A turn of one of several conversations: what astrovl_chat takes and gives.
-typedef struct astrovl_turn {
+typedef struct astrovl_turn {   // of one of several conversations: what astrovl_chat takes and gives
     astrovl_session          *session;
     const astrovl_image      *images;
     int                       n_images;
@@ -440,22 +380,16 @@ typedef struct astrovl_turn {
     char                     *answer;      // out (astrovl_free); NULL if this turn failed
     astrovl_error             err;         // out: why; its status is ASTROVL_OK if there is an answer
 } astrovl_turn;
-
-// Turns of n_turns conversations, each with the answer that astrovl_chat would give. The prompts are read one after
-// another; then all answers are written together, a token of each per step, so that a step reads the weights from
-// memory once (for every 16 conversations) and costs little more than a step of one conversation. The sessions are
-// distinct: one and its forks. Options may differ; turns that end early or fail do not disturb the others.
-// Returns ASTROVL_OK if every turn has its answer, else the first failed turn's status; ARGUMENT, for all turns, if
-// these sessions cannot go together.
+// Turns of conversations of distinct sessions, one and its forks, each with the answer that astrovl_chat would give.
+// The prompts are read one by one; then all answers are written together, a token of each per step, so that a step
+// reads the weights from memory once (for every 16 conversations) and costs little more than one conversation's.
+// Options may differ; turns that end early or fail do not disturb the others. Returns ASTROVL_OK if every turn has its
+// answer, else the first failed turn's status; ARGUMENT, for all turns, if these sessions cannot go together.
 ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, astrovl_error *err);
 
-// What the last turn took. In a batch, a step's time is divided evenly among the turns that it served.
-typedef struct astrovl_stats {
-    double encode_seconds;         // images through the vision tower and projector
-    double prompt_seconds;         // reading the prompt
-    double decode_seconds;         // writing the answer
-    int    n_prompt_tokens;        // image rows included
-    int    n_answer_tokens;
+typedef struct astrovl_stats {     // of the last turn; in a batch, a step's time is divided evenly among its turns
+    double encode_seconds, prompt_seconds, decode_seconds;   // encoding images, reading the prompt, writing the answer
+    int    n_prompt_tokens, n_answer_tokens;                 // of the prompt: image rows included
     int    stopped_by_limit;       // 1: max_tokens or the context ended the answer, not the model
 } astrovl_stats;
 ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stats);
@@ -463,19 +397,17 @@ ASTROVL_API void astrovl_get_stats(const astrovl_session *s, astrovl_stats *stat
 ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *n_tokens);
 
 // ---- the parts of a session, one by one ----------------------------------------------------------------------------
-
-// Brings an image to the vision tower's input as the model's files say (pad to square or center crop, bicubic resize,
-// 1/255, mean and standard deviation). pixels: out, [3][image_size][image_size].
+// The vision tower's input, made as the model's files say (pad to square or center crop, bicubic resize, 1/255, mean
+// and standard deviation).   image: of any size;   pixels: out, [3][image_size][image_size].   MODEL: no vision tower.
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
-// Encodes one image (of any size: it is preprocessed first) to the rows that the language model reads in its place.
+// Encodes an image (not yet preprocessed) to the rows that the language model reads in its place.
 // features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
-// Appends tokens (or rows of embeddings, [n_rows][n_embd]) to the sequence.
-// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits = 0 to compute none
-// LIMIT when the context would overflow. After any failure the sequence is what it was before.
+// Appends tokens (or embeddings, [n_rows][n_embd]) to the sequence; after a failure it is what it was before.
+// logits: out, [n_logits][n_vocab], of the last n_logits positions; NULL with n_logits 0: none.   LIMIT: no room
 ASTROVL_API astrovl_status astrovl_eval_tokens(astrovl_session *s, const int32_t *tokens, int n_tokens, float *logits,
                                                int n_logits, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const float *rows, int n_rows, float *logits,
@@ -490,48 +422,39 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 // ---- guided generation ---------------------------------------------------------------------------------------------
 // Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
 // that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
-// States are found as answers reach them, and remembered: a guide belongs to one thread at a time. Several answers, one
-// after another or in a batch, may share it. The model must outlive it.
-
+// A guide learns while it is used: it belongs to one thread at a time. Several answers, one after another or in a
+// batch, may share it. The model must outlive it.
 // A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
 // groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
-// NULL and err: FORMAT or UNSUPPORTED name the byte of the pattern, LIMIT if it is too large, MODEL if the vocabulary
-// cannot spell any such answer.
+// FORMAT and UNSUPPORTED name the byte of the pattern, LIMIT: it is too large, MODEL: the vocabulary cannot spell it.
 ASTROVL_API astrovl_guide *astrovl_guide_regex(const astrovl_model *model, const char *pattern, astrovl_error *err);
 // JSON that validates against a schema (json-schema.org, draft 2020-12), of which this part is understood:
-//   type           object, array, string, integer, number, boolean, null, or a list of these
-//   object         properties (written in their order), required (the others may be left out), additionalProperties
-//                  (none is ever written)
-//   array          items, minItems, maxItems
-//   string         minLength, maxLength (characters)
-//   any            enum, const, anyOf; title, description, default, examples, $schema, $id, $comment are passed over
+//   any      type (one or a list), enum, const, anyOf; title, description, default, examples, $schema, $id and $comment
+//            are passed over;   array: items, minItems, maxItems;   string: minLength, maxLength (characters)
+//   object   properties (written in their order), required (others may be left out), additionalProperties (never made)
 // Integers have at most 15 digits and are not -0; other numbers have at most 15 digits before and after the point.
-// Between the parts stands at most one space. NULL and err: FORMAT or UNSUPPORTED name the place in the schema
-// ("/properties/objects/items"), LIMIT and MODEL as above.
+// Between the parts stands at most one space. Failures as above, with the place in the schema: "/properties/objects".
 ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, const char *json, size_t size,
                                                 astrovl_error *err);
 ASTROVL_API void astrovl_guide_free(astrovl_guide *guide);
+
 // For sampling loops of your own (astrovl_generation.guide does all this). States are numbers; an answer starts in 0.
 // The state after a token; -1 where the token may not follow, or on a failure, which the next astrovl_guide_mask tells.
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token);
 ASTROVL_API int astrovl_guide_is_accepting(const astrovl_guide *guide, int state);      // 1: the answer may end here
 // Tokens that suffice to bring the answer to an end from here (0 in an accepting state). -1: no such state.
 ASTROVL_API int astrovl_guide_min_tokens(const astrovl_guide *guide, int state);
-// Sets the logits [n_vocab] of all tokens that may not follow to -infinity: those that lead to no match, and those
-// after which n_left - 1 more tokens would not suffice to end. End tokens may follow in accepting states.
-// LIMIT if nothing may follow, or n_left tokens do not suffice. When memory is out, or the expressions ever met exceed
-// 2^20, MEMORY or LIMIT stick: the guide must be freed.
+// Sets the logits [n_vocab] of tokens to -infinity that lead to no match, or after which n_left - 1 more would not
+// suffice to end; end tokens may follow in accepting states. LIMIT if none may follow. If memory is out, or more than
+// 2^20 expressions were met, MEMORY or LIMIT stick: the guide must be freed.
 ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
                                               astrovl_error *err);
 
 // ---- contrastive: images and texts in one space (CLIP, PAPERCLIP) --------------------------------------------------
-
 // Embeds images (or texts: UTF-8, lower-cased and cleaned as by transformers' CLIPTokenizer, cut at the tower's number
-// of positions). Several go through the tower together; the rows are the same as one by one.
+// of positions). Several go through the tower together; the rows are the same as one by one. MODEL: no such tower.
 // normalize: 1: each row divided by its length (cosines are then products);   embeddings: out, [n][n_embd_joint]
-// MODEL if the model lacks the tower; CANCELLED.
-// Source: CLIP (Radford et al. 2021, arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and
-// get_text_features.
+// Source: CLIP (arXiv 2103.00020) section 2.3; transformers' CLIPModel.get_image_features and get_text_features.
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
                                                 int normalize, float *embeddings, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
@@ -539,14 +462,11 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
 // Token ids of a text for the text tower, start and end token included, not cut: as astrovl_tokenize.
 ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
                                       int capacity, astrovl_error *err);
-
 typedef struct astrovl_fit {       // of a text to an image
     float cosine;
     float probability;             // softmax(logit_scale * cosine) over all texts
 } astrovl_fit;
-
-// fits: out, [n_texts]. Opens a session of its own, as astrovl_caption does: where speed counts, keep a session and
-// embed the texts once. MODEL if a tower is missing.
+// fits: out, [n_texts]. Opens a session of its own: where speed counts, keep one and embed the texts once. MODEL.
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err);
 
@@ -555,16 +475,13 @@ typedef struct astrovl_rows {      // to be searched
     int64_t     n_rows;
     int         n_dims;
 } astrovl_rows;
-
 typedef struct astrovl_hit {
     int64_t row;
     float   score;
 } astrovl_hit;
-
 // The k rows with the largest products with the query, best first, the earlier row first among equals. All rows are
-// compared: the result is exact. Scores are summed in exact mode's order: the same on every machine.
-// query: [n_dims];   hits: out, [k];   n_threads 0: one per processor.
-// Returns how many there are (fewer than k if there are fewer rows), or -1.
+// compared, and summed in exact mode's order: the result is exact, and the same on every machine.
+// query: [n_dims];   n_threads: 0: one per processor;   hits: out, [k].   Returns how many (at most k), or -1.
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err);
 
@@ -574,15 +491,11 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err);
 
 // ---- text ----------------------------------------------------------------------------------------------------------
-
 #define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
-
-// Text to token ids, as transformers' tokenizers do it.
-//   text      [size] any bytes; what is not UTF-8 counts as U+FFFD
-//   tokens    out, [capacity]; NULL with capacity 0 to count
-// Returns how many tokens there are: IF MORE THAN CAPACITY, THE REST WAS NOT WRITTEN. -1 and err: MODEL (no
-// vocabulary), LIMIT (a text above 512 MB).
+// Text to token ids, as transformers' tokenizers do it. Returns how many there are: IF MORE THAN CAPACITY, THE REST WAS
+// NOT WRITTEN. -1 and err: MODEL (no vocabulary), LIMIT (a text above 512 MB).
+// text: [size] any bytes; what is not UTF-8 counts as U+FFFD;   tokens: out, [capacity]; NULL with capacity 0 to count
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
 // A token's spelling in the vocabulary ("▁the", "<0x0A>", "Ġthe"), owned by the model; empty for an id out of range.
@@ -591,19 +504,16 @@ ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32
 // Writes at most capacity bytes, without a terminating zero; returns how many there are.
 ASTROVL_API int astrovl_token_text(const astrovl_model *model, int32_t token, char *text, int capacity);
 // Token ids to text, zero-terminated (astrovl_free), without the space that the tokenizer put in front.
-ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n_tokens,
-                                     astrovl_error *err);
+ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *tokens, int n, astrovl_error *err);
 ASTROVL_API int astrovl_token_is_end(const astrovl_model *model, int32_t token);   // 1: EOS, <|im_end|>, <|eot_id|>...
 
 // ---- images --------------------------------------------------------------------------------------------------------
 // The reference is Pillow's convert("RGB"): PNG is matched exactly, JPEG as libjpeg-turbo's default decodes it. Images
 // that a function makes are new memory (astrovl_image_free).
-
 typedef struct astrovl_image_options {
     uint64_t max_pixels;           // larger images are a LIMIT error; 0: ASTROVL_MAX_PIXELS
     int      as_stored;            // 1: pixels as the file has them, image->orientation tells how to turn them
 } astrovl_image_options;
-
 // Decodes a PNG, JPEG or PNM file (P5, P6 of 8 bits), told apart by its first bytes, and applies its EXIF orientation.
 // FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty.
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
@@ -625,12 +535,10 @@ ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image,
 
 // ---- layers: each operation on plain arrays, one thread, for teaching and auditing ---------------------------------
 // As memcpy, these check nothing: the arrays have to be as long as is said.
-
 // y[i] = (x[i] - mean) / sqrt(var + eps) * weight[i] + bias[i]      LayerNorm (Ba et al. 2016), CLIP's norm
-ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n_embd,
-                                    float eps);
+ASTROVL_API void astrovl_layer_norm(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
 // y[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]                   RMSNorm (Zhang & Sennrich 2019), LLaMA's norm
-ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n_embd, float eps);
+ASTROVL_API void astrovl_rms_norm(float *y, const float *x, const float *weight, int n, float eps);
 // x[i] = exp(x[i] - max) / sum exp(x - max)
 ASTROVL_API void astrovl_softmax(float *x, int n);
 // GELU (Hendrycks & Gimpel 2016): x * Phi(x);  quick-GELU (CLIP): x * sigmoid(1.702 x);  SiLU: x * sigmoid(x)
@@ -647,7 +555,6 @@ ASTROVL_API void astrovl_linear(float *y, const float *x, const float *w, const 
 ASTROVL_API float astrovl_expf(float x);
 ASTROVL_API float astrovl_tanhf(float x);
 ASTROVL_API float astrovl_erff(float x);
-
 #ifdef __cplusplus
 }
 #endif
@@ -883,14 +790,6 @@ static char *avl__copy_text(const char *text, size_t size) {   // zero-terminate
 
 // The first multiple of AVL__LINE at or after p
 static void *avl__align(void *p) { return (uint8_t *)p + (AVL__LINE - (uintptr_t)p % AVL__LINE) % AVL__LINE; }
-
-// Starts loading n bytes at p into the cache.
-static void avl__prefetch(const void *p, size_t n) {
-#if defined(__GNUC__)
-    for (size_t i = 0; i < n; i += AVL__LINE) __builtin_prefetch((const char *)p + i);
-#endif
-    (void)p, (void)n;
-}
 
 // ---- byte order ----------------------------------------------------------------------------------------------------
 // Values are put together from single bytes: right on every host, and compilers turn it into one load.
@@ -4967,15 +4866,13 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
 
 // ====================================================================================================================
 // [8] CLIP
-// Two transformers (Radford et al. 2021), made of the same pre-norm layers:
-//     x += attention(layer_norm1(x));   x += fc2(activation(fc1(layer_norm2(x))))
-// The vision tower (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one
-// row of n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before
-// the layers. LLaVA reads the patches' rows after the last layer but one; for CLIP the class row after all layers
-// stands for the image.
-// The text tower: one row per token, positions added, attention to earlier tokens only; the end token's row after all
-// layers stands for the text. Each goes through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a
-// projection to the length that both share.
+// Two transformers (Radford et al. 2021) of the same pre-norm layers.
+// Vision (Dosovitskiy et al. 2021): an image of S x S pixels is cut into (S / P)^2 patches; each becomes one row of
+// n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before the
+// layers. LLaVA reads the patches' rows after the last layer but one; in CLIP the class row after all layers stands for
+// the image. Text: one row per token, positions added, attention to earlier tokens only; the end token's row after all
+// layers stands for the text. Both go through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a
+// projection to the length that they share.
 // Names: v.*, t.*, visual_projection, text_projection; clip.vision.* and clip.text.* of mmproj and clip.cpp's files.
 // ====================================================================================================================
 
@@ -4991,57 +4888,45 @@ typedef struct avl__tower {
     int   use_gelu;                           // 1: GELU, 0: quick-GELU
     float eps;
     avl__tower_layer *layers;                 // [n_layer], owned
-} avl__tower;
-
-// From the row that stands for an image or a text to the space that both share.
-typedef struct avl__joint {
-    const float *norm_weight, *norm_bias;     // [n_embd]
-    avl__linear  dense[2];                    // PAPERCLIP's head: W2 gelu(W1 x + b1) + b2
-    int          has_dense;
+    const float *position_embd;               // [1 + n_patches or n_ctx][n_embd]
+    const float *norm_weight, *norm_bias;     // [n_embd]; from here on zeros where the files have no joint space
+    avl__linear  dense[2];                    // PAPERCLIP's head: W2 gelu(W1 x + b1) + b2; CLIP has none
     avl__linear  projection;                  // [n_embd_joint][n_embd]
-} avl__joint;
+} avl__tower;
 
 typedef struct avl__clip {
     avl__tower tower;
-    avl__joint joint;                         // zeros where the files have none
     int   image_size, patch_size, n_patches;  // S, P, (S / P)^2
     int   n_run;                              // layers run before LLaVA's features are taken
     int   pad_square;                         // 1: pad with the mean color (LLaVA); 0: resize and crop (CLIP)
     float mean[3], std[3];
-    const float *class_embd;                  // [n_embd]
-    const float *position_embd;               // [1 + n_patches][n_embd]
-    const float *pre_norm_weight, *pre_norm_bias;
+    const float *class_embd, *pre_norm_weight, *pre_norm_bias;   // [n_embd]
     avl__linear  patch_embd;                  // [n_embd][3][P][P]
 } avl__clip;
 
 typedef struct avl__clip_text {
     avl__tower   tower;
-    avl__joint   joint;
     int          n_ctx;
     avl__linear  token_embd;                  // [n_vocab][n_embd]
-    const float *position_embd;               // [n_ctx][n_embd]
 } avl__clip_text;
 
 // ---- loading -------------------------------------------------------------------------------------------------------
 
-// p: "v" or "t", of the tensors' names;  keys: "clip.vision" or "clip.text"
-static void avl__tower_load(avl__tower *tower, avl__weights *w, const char *p, const char *keys) {
-    int i, d, n_ff;
-    tower->n_embd = d = avl__load_int(w, 1, 65536, -1, "%s.embedding_length", keys);
-    tower->n_ff = n_ff = avl__load_int(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
+static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
+    const char *p = is_text ? "t" : "v", *keys = is_text ? "clip.text" : "clip.vision";
+    const int d = tower->n_embd = avl__load_int(w, 1, 65536, -1, "%s.embedding_length", keys);
+    const int n_ff = tower->n_ff = avl__load_int(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
     tower->n_layer = avl__load_int(w, 1, 1024, -1, "%s.block_count", keys);
     tower->n_head = avl__load_int(w, 1, 65536, -1, "%s.attention.head_count", keys);
     tower->eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "%s.attention.layer_norm_epsilon", keys);
+    tower->is_text = is_text;
     tower->use_gelu = avl__load_int(w, 0, 255, 0, "clip.use_gelu") != 0;
     if (d % tower->n_head != 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%s.* asks for %d heads over %d values", keys, tower->n_head, d);
     tower->layers = (avl__tower_layer *)avl__alloc((uint64_t)tower->n_layer, sizeof *tower->layers);
     if (!tower->layers) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a CLIP tower");
-    for (i = 0; i < tower->n_layer && !w->status; i++) {
+    for (int i = 0; i < tower->n_layer && !w->status; i++) {
         avl__tower_layer *layer = &tower->layers[i];
-        char name[64];
-        const astrovl_tensor *up;
-        int is_swapped;
         layer->norm1_weight = avl__load_vector(w, d, "%s.blk.%d.ln1.weight", p, i);
         layer->norm1_bias   = avl__load_vector(w, d, "%s.blk.%d.ln1.bias", p, i);
         layer->norm2_weight = avl__load_vector(w, d, "%s.blk.%d.ln2.weight", p, i);
@@ -5051,134 +4936,116 @@ static void avl__tower_load(avl__tower *tower, avl__weights *w, const char *p, c
         layer->v   = avl__load_linear(w, d, d, "%s.blk.%d.attn_v", p, i);
         layer->out = avl__load_linear(w, d, d, "%s.blk.%d.attn_out", p, i);
         // Converters before 2025 called fc1 "ffn_down" and fc2 "ffn_up"; the shape tells, since fc2 reads n_ff values.
+        char name[64];
         avl__format(name, sizeof name, "%s.blk.%d.ffn_up.weight", p, i);
-        up = avl__find_tensor(w, name, NULL);
-        is_swapped = up && up->ne[0] == n_ff && n_ff != d;
+        const astrovl_tensor *up = avl__find_tensor(w, name, NULL);
+        const int is_swapped = up && up->ne[0] == n_ff && n_ff != d;
         layer->fc1 = avl__load_linear(w, d, n_ff, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_down" : "ffn_up");
         layer->fc2 = avl__load_linear(w, n_ff, d, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_up" : "ffn_down");
     }
-}
-
-// p: "v" or "t";   projection: "visual_projection" or "text_projection"
-static void avl__joint_load(avl__joint *joint, avl__weights *w, const char *p, const char *projection, int n_embd) {
-    char name[64];
-    joint->norm_weight = avl__load_vector(w, n_embd, "%s.post_ln.weight", p);
-    joint->norm_bias = avl__load_vector(w, n_embd, "%s.post_ln.bias", p);
-    avl__format(name, sizeof name, "%s.head.0.weight", p);
-    joint->has_dense = avl__find_tensor(w, name, NULL) != NULL;
-    if (joint->has_dense) {
-        joint->dense[0] = avl__load_linear(w, n_embd, 0, "%s.head.0", p);
-        joint->dense[1] = avl__load_linear(w, joint->dense[0].n_out, 0, "%s.head.2", p);
-        n_embd = joint->dense[1].n_out;
+    if (!is_text && !avl__find_tensor(w, "visual_projection.weight", NULL)) return;      // LLaVA's
+    tower->norm_weight = avl__load_vector(w, d, "%s.post_ln.weight", p);
+    tower->norm_bias = avl__load_vector(w, d, "%s.post_ln.bias", p);
+    int n = d;
+    if (avl__find_tensor(w, is_text ? "t.head.0.weight" : "v.head.0.weight", NULL)) {
+        tower->dense[0] = avl__load_linear(w, d, 0, "%s.head.0", p);
+        tower->dense[1] = avl__load_linear(w, tower->dense[0].n_out, 0, "%s.head.2", p);
+        n = tower->dense[1].n_out;
     }
-    joint->projection = avl__load_linear(w, n_embd, 0, "%s", projection);
+    tower->projection = avl__load_linear(w, n, 0, is_text ? "text_projection" : "visual_projection");
 }
 
 // Three numbers of a key, or OpenAI CLIP's own.
 static void avl__clip_load_color(const avl__weights *w, const char *key, const float *fallback, float *color) {
-    int index, c;
-    const astrovl_gguf *file = avl__find_key(w, key, &index);
-    int whole = file && astrovl_gguf_kv(file, index)->count == 3;
-    for (c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
-}
-
-// How many layers run before LLaVA takes its features (transformers: vision_feature_layer -2, all but the last layer).
-// A file may say so; else one with the final norm holds the whole tower, one without had its unused last layer dropped
-// by the converter.
-static int avl__clip_load_depth(avl__weights *w, int n_layer) {
     int index;
-    const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
-    if (!file) return n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && n_layer > 1);
-    if (astrovl_gguf_kv(file, index)->count > 1)
-        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "features joined from several layers "
-                       "(clip.vision.feature_layer): LLaVA takes those of one");
-    return avl__load_int(w, 0, n_layer, -1, "clip.vision.feature_layer");
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
+    const int whole = file && astrovl_gguf_kv(file, index)->count == 3;
+    for (int c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
 }
 
 static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info) {
     static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f};
     static const float clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
-    const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
-    int c, d, p, s;
-    info->image_size = clip->image_size = s = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
-    info->patch_size = clip->patch_size = p = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
+    const int s = info->image_size = clip->image_size = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
+    const int p = info->patch_size = clip->patch_size = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
     info->n_patches = clip->n_patches = (s / p) * (s / p);
     if (clip->n_patches > 65536)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.* asks for %d patches", clip->n_patches);
     avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
     avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
-    for (c = 0; c < 3; c++)
-        if (!(clip->std[c] > 0.0f))
-            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.image_std must be positive");
+    if (!(clip->std[0] > 0.0f && clip->std[1] > 0.0f && clip->std[2] > 0.0f))
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.image_std must be positive");
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
+    const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
-    avl__tower_load(&clip->tower, w, "v", "clip.vision");
-    info->vision_n_embd = d = clip->tower.n_embd;
-    info->vision_n_layer = clip->tower.n_layer;
+    avl__tower_load(&clip->tower, w, 0);
+    const int d = info->vision_n_embd = clip->tower.n_embd;
+    const int n_layer = info->vision_n_layer = clip->tower.n_layer;
     info->vision_n_head = clip->tower.n_head;
     info->vision_n_ff = clip->tower.n_ff;
-    info->vision_feature_layer = clip->n_run = avl__clip_load_depth(w, clip->tower.n_layer);
+    // LLaVA's features come after all layers but the last (transformers: vision_feature_layer -2), unless a file says
+    // otherwise. One with the final norm holds the whole tower; else the converter has dropped the unused last layer.
+    int index;
+    const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
+    if (file && astrovl_gguf_kv(file, index)->count > 1)
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "features joined from several layers "
+                       "(clip.vision.feature_layer): LLaVA takes those of one");
+    const int depth = n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && n_layer > 1);
+    info->vision_feature_layer = clip->n_run = avl__load_int(w, 0, n_layer, depth, "clip.vision.feature_layer");
     clip->class_embd = avl__load_vector(w, d, "v.class_embd");
     clip->patch_embd = avl__load_linear(w, 3 * p * p, d, "v.patch_embd");
-    clip->position_embd = avl__load_vector(w, (int64_t)(1 + clip->n_patches) * d, "v.position_embd.weight");
+    clip->tower.position_embd = avl__load_vector(w, (int64_t)(1 + clip->n_patches) * d, "v.position_embd.weight");
     clip->pre_norm_weight = avl__load_vector(w, d, "v.pre_ln.weight");
     clip->pre_norm_bias = avl__load_vector(w, d, "v.pre_ln.bias");
-    info->has_joint_image = avl__find_tensor(w, "visual_projection.weight", NULL) != NULL;
-    if (info->has_joint_image) avl__joint_load(&clip->joint, w, "v", "visual_projection", d);
-    info->n_embd_joint = clip->joint.projection.n_out;
+    info->has_joint_image = clip->tower.projection.weight != NULL;
+    info->n_embd_joint = clip->tower.projection.n_out;
 }
 
 static void avl__clip_text_load(avl__clip_text *text, avl__weights *w, astrovl_info *info) {
-    int d;
-    avl__tower_load(&text->tower, w, "t", "clip.text");
-    text->tower.is_text = 1;
-    info->clip_text_n_embd = d = text->tower.n_embd;
+    avl__tower_load(&text->tower, w, 1);
+    const int d = info->clip_text_n_embd = text->tower.n_embd;
     info->clip_text_n_layer = text->tower.n_layer;
     info->clip_text_n_head = text->tower.n_head;
     info->clip_text_n_ff = text->tower.n_ff;
     info->clip_text_n_ctx = text->n_ctx = avl__load_int(w, 2, 65536, -1, "clip.text.context_length");
     text->token_embd = avl__load_linear(w, d, 0, "t.token_embd");
     info->clip_text_n_vocab = text->token_embd.n_out;
-    text->position_embd = avl__load_vector(w, (int64_t)text->n_ctx * d, "t.position_embd.weight");
-    avl__joint_load(&text->joint, w, "t", "text_projection", d);
-    if (info->has_joint_image && text->joint.projection.n_out != info->n_embd_joint)
+    text->tower.position_embd = avl__load_vector(w, (int64_t)text->n_ctx * d, "t.position_embd.weight");
+    const int n_joint = text->tower.projection.n_out;
+    if (info->has_joint_image && n_joint != info->n_embd_joint)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "images are embedded in %d numbers, texts in %d; these towers "
-                       "belong to different models", info->n_embd_joint, text->joint.projection.n_out);
+                       "belong to different models", info->n_embd_joint, n_joint);
     info->has_joint_text = 1;
-    info->n_embd_joint = text->joint.projection.n_out;
+    info->n_embd_joint = n_joint;
 }
-
-// ---- preprocessing -------------------------------------------------------------------------------------------------
 
 // Brings an image to the tower's size: padded to a square with the mean color and resized (LLaVA), or with the short
 // side resized and the middle cut out (CLIP). Then pixels[c][y][x] = (rgb / 255 - mean[c]) / std[c].
 // pixels: out, [3][S][S].   Source: transformers' CLIPImageProcessor, LLaVA's expand2square
 static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_image *image, float *pixels,
                                            astrovl_error *err) {
+    const int size = clip->image_size;
+    const size_t n = (size_t)size * size;
     astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
-    int size = clip->image_size, c;
-    size_t n = (size_t)size * size, i;
     astrovl_status status;
     if (!image || !image->rgb || image->width < 1 || image->height < 1)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty");
     if (clip->pad_square) {
         unsigned char color[3];
-        for (c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // as LLaVA's int(): 122 116 104
+        for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
         status = astrovl_image_pad_square(image, color, &shaped, err);
         if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
     } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
-        int w = image->width, h = image->height;
-        int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
+        const int w = image->width, h = image->height;
+        const int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
         if (rw > 65535 || rh > 65535)
-            return avl__fail(err, ASTROVL_ERROR_LIMIT, "an image of %d x %d pixels is too narrow to be cropped to "
-                             "a square", w, h);
+            return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow for a square crop", w, h);
         status = astrovl_image_resize(image, (int)rw, (int)rh, &shaped, err);
         if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
     }
-    for (c = 0; c < 3 && !status; c++)
-        for (i = 0; i < n; i++)
-            pixels[(size_t)c * n + i] =
-                ((float)sized.rgb[3 * i + (size_t)c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
+    for (size_t c = 0; c < 3 && !status; c++)
+        for (size_t i = 0; i < n; i++)
+            pixels[c * n + i] = ((float)sized.rgb[3 * i + c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
     astrovl_image_free(&shaped);
     astrovl_image_free(&sized);
     return status;
@@ -5202,26 +5069,20 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     float *v = avl__take(run, n_wide);
     float *mixed = avl__take(run, n_wide);
     float *hidden = avl__take(run, (uint64_t)n * n_ff);         // [n][n_ff]
-    float *weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n]
-    void (*activation)(float *, int64_t) = tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu;
+    float *const qkv[] = {q, k, v};
     avl__attention a;
-    astrovl_status status;
-    size_t at;
-    int i, j;
     memset(&a, 0, sizeof a);
     a.run = run;
-    a.weights = weights;
-    a.n_head = tower->n_head;
-    a.n_head_kv = tower->n_head;
+    a.weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;        // [n_head][n][n]
+    a.n_head = a.n_head_kv = tower->n_head;
     a.head_dim = d / tower->n_head;
     a.key_stride = (size_t)d;
     a.head_stride = (size_t)a.head_dim;
     a.causal = tower->is_text;
-    for (i = 0; i < n_layers; i++) {
+    for (int i = 0; i < n_layers; i++) {
         const avl__tower_layer *layer = &tower->layers[i];
         const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
-        float *const qkv[] = {q, k, v};
-        status = avl__pass_status(run, what, i, n_reports, err);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
         if (status) return status;
         avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm1", h, n, d);
@@ -5230,7 +5091,8 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
         avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
         a.is_coarse = avl__is_float_type(layer->q.type);
-        for (j = 0, at = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
+        size_t at = 0;
+        for (int j = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
             a.n_rows = lengths ? lengths[j] : n / n_sequences;
             a.q = q + at;
             a.k = k + at;
@@ -5238,7 +5100,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
             a.out = mixed + at;
             avl__attention_run(&a, 1);
         }
-        avl__tap3(run, name, i, "self_attn.attn_weights", weights, tower->n_head, n, n);
+        avl__tap3(run, name, i, "self_attn.attn_weights", a.weights, tower->n_head, n, n);
         avl__tap(run, name, i, "self_attn.context", mixed, n, d);
         avl__apply(run, h, mixed, &layer->out, n);
         avl__tap(run, name, i, "self_attn.out_proj", h, n, d);
@@ -5248,7 +5110,8 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__tap(run, name, i, "layer_norm2", h, n, d);
         avl__apply(run, hidden, h, &layer->fc1, n);
         avl__tap(run, name, i, "mlp.fc1", hidden, n, n_ff);
-        avl__activate(run, hidden, (int64_t)n * n_ff, activation, NULL);
+        avl__activate(run, hidden, (int64_t)n * n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu,
+                      NULL);
         avl__tap(run, name, i, "mlp.activation_fn", hidden, n, n_ff);
         avl__apply(run, h, hidden, &layer->fc2, n);
         avl__tap(run, name, i, "mlp.fc2", h, n, d);
@@ -5258,53 +5121,45 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     return avl__pass_status(run, what, n_layers, n_reports, err);
 }
 
-// GELU as flax has it by default, which PAPERCLIP's heads use: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
-static void avl__gelu_tanh(float *x, int64_t n) {
-    int64_t i;
-    for (i = 0; i < n; i++)
-        x[i] = 0.5f * x[i] * (1.0f + astrovl_tanhf(0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
-}
-
-// The rows that stand for n images or texts, normed already, to the shared space.
-// rows: [n][n_embd];   embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__joint_run(const avl__joint *joint, avl__run *run, const float *rows, int n, const char *name,
+// Normed rows [n][n_embd] that stand for images or texts to the shared space.  embeddings: out, [n][n_embd_joint]
+static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, const float *rows, int n,
                                      float *embeddings, astrovl_error *err) {
-    if (joint->has_dense) {
-        const int n_hidden = joint->dense[0].n_out, n_out = joint->dense[1].n_out;
+    const char *name = tower->is_text ? "text_projection" : "visual_projection";
+    if (tower->dense[0].weight) {
+        const int n_hidden = tower->dense[0].n_out, n_out = tower->dense[1].n_out;
         float *hidden = avl__take(run, (uint64_t)n * n_hidden);
         float *out = avl__take(run, (uint64_t)n * n_out);
-        if (run->failed) return avl__pass_status(run, "embeddings", 0, 0, err);
-        avl__apply(run, hidden, rows, &joint->dense[0], n);
-        avl__gelu_tanh(hidden, (int64_t)n * n_hidden);
-        avl__apply(run, out, hidden, &joint->dense[1], n);
+        avl__apply(run, hidden, rows, &tower->dense[0], n);
+        for (int64_t i = 0; i < (int64_t)n * n_hidden && !run->failed; i++) {      // GELU as flax, PAPERCLIP's, has it
+            const float x = hidden[i];
+            hidden[i] = 0.5f * x * (1.0f + astrovl_tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
+        }
+        avl__apply(run, out, hidden, &tower->dense[1], n);
         avl__tap(run, name, -1, "head", out, n, n_out);
         rows = out;
     }
-    avl__apply(run, embeddings, rows, &joint->projection, n);
-    avl__tap(run, name, -1, "", embeddings, n, joint->projection.n_out);
+    avl__apply(run, embeddings, rows, &tower->projection, n);
+    avl__tap(run, name, -1, "", embeddings, n, tower->projection.n_out);
     return avl__pass_status(run, "embeddings", 0, 0, err);
 }
-
-// ---- images --------------------------------------------------------------------------------------------------------
 
 // n images through the first n_layers layers.  pixels: [n][3][S][S];   x: out, [n][1 + n_patches][n_embd]
 static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const float *pixels, int n, int n_layers,
                                     float *x, astrovl_error *err) {
     const int d = clip->tower.n_embd, p = clip->patch_size, s = clip->image_size, n_rows = 1 + clip->n_patches;
     float *patches = avl__take(run, (uint64_t)clip->n_patches * 3 * p * p);    // [n_patches][3][P][P]
-    int i, c, px, py, y;
     if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
-    for (i = 0; i < n; i++, pixels += (size_t)3 * s * s) {
+    for (int i = 0; i < n; i++, pixels += (size_t)3 * s * s) {
         float *row = x + (size_t)i * n_rows * d, *to = patches;
-        for (py = 0; py < s / p; py++)         // a convolution with stride P is a product over cut-out patches
-            for (px = 0; px < s / p; px++)
-                for (c = 0; c < 3; c++)
-                    for (y = 0; y < p; y++, to += p)
+        for (int py = 0; py < s / p; py++)     // a convolution with stride P is a product over cut-out patches
+            for (int px = 0; px < s / p; px++)
+                for (int c = 0; c < 3; c++)
+                    for (int y = 0; y < p; y++, to += p)
                         memcpy(to, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
         avl__apply(run, row + d, patches, &clip->patch_embd, clip->n_patches);
         avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", row + d, clip->n_patches, d);
         memcpy(row, clip->class_embd, (size_t)d * sizeof(float));
-        avl__add(row, clip->position_embd, (int64_t)n_rows * d);
+        avl__add(row, clip->tower.position_embd, (int64_t)n_rows * d);
         avl__tap(run, "vision_model.embeddings", -1, "", row, n_rows, d);
         avl__norm_rows(run, row, row, clip->pre_norm_weight, clip->pre_norm_bias, n_rows, d, clip->tower.eps);
         avl__tap(run, "vision_model.pre_layrnorm", -1, "", row, n_rows, d);   // transformers' spelling
@@ -5313,58 +5168,50 @@ static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const 
 }
 
 // The class rows after all layers, in the shared space.  embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__clip_embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n,
-                                             float *embeddings, astrovl_error *err) {
-    const int d = clip->tower.n_embd, n_rows = 1 + clip->n_patches;
-    const avl__joint *joint = &clip->joint;
+static astrovl_status avl__embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n,
+                                        float *embeddings, astrovl_error *err) {
+    const avl__tower *tower = &clip->tower;
+    const int d = tower->n_embd, n_rows = 1 + clip->n_patches;
     float *x = avl__take(run, (uint64_t)n * n_rows * d);
-    float *rows = avl__take(run, (uint64_t)n * d);
-    int i;
-    astrovl_status status = avl__clip_run(clip, run, pixels, n, clip->tower.n_layer, x, err);
+    const astrovl_status status = avl__clip_run(clip, run, pixels, n, tower->n_layer, x, err);
     if (status) return status;
-    for (i = 0; i < n; i++) memcpy(rows + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
-    avl__norm_rows(run, rows, rows, joint->norm_weight, joint->norm_bias, n, d, clip->tower.eps);
-    avl__tap(run, "vision_model.post_layernorm", -1, "", rows, n, d);
-    return avl__joint_run(joint, run, rows, n, "visual_projection", embeddings, err);
+    for (int i = 1; i < n; i++) memcpy(x + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
+    avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n, d, tower->eps);
+    avl__tap(run, "vision_model.post_layernorm", -1, "", x, n, d);
+    return avl__joint_run(tower, run, x, n, embeddings, err);
 }
-
-// ---- texts ---------------------------------------------------------------------------------------------------------
 
 // Rows of an embedding table: x[r] = table[tokens[r]].  x: out, [n][n_in of the table]
 static void avl__embed_tokens(const avl__linear *table, const int32_t *tokens, int n, float *x) {
     const uint8_t *rows = (const uint8_t *)table->weight;
-    int r;
-    for (r = 0; r < n; r++, x += table->n_in)
+    for (int r = 0; r < n; r++, x += table->n_in)
         avl__dequantize_row(table->type, rows + (size_t)tokens[r] * table->row_bytes, x, table->n_in);
 }
 
 // tokens: those of n texts, one after the other;   lengths: [n], each 1 to n_ctx;   end: the end token, whose first row
 // stands for a text (the last row, where there is none);   embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__clip_embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens,
-                                            const int *lengths, int n, int32_t end, float *embeddings,
-                                            astrovl_error *err) {
-    const avl__joint *joint = &text->joint;
-    const int d = text->tower.n_embd;
-    int i, j, at, n_rows = 0;
-    astrovl_status status;
-    float *x, *rows;
-    for (i = 0; i < n; i++) n_rows += lengths[i];
-    x = avl__take(run, (uint64_t)n_rows * d);
-    rows = avl__take(run, (uint64_t)n * d);
+static astrovl_status avl__embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens,
+                                       const int *lengths, int n, int32_t end, float *embeddings, astrovl_error *err) {
+    const avl__tower *tower = &text->tower;
+    const int d = tower->n_embd;
+    int n_rows = 0, at = 0;
+    for (int i = 0; i < n; i++) n_rows += lengths[i];
+    float *x = avl__take(run, (uint64_t)n_rows * d);
     if (run->failed) return avl__pass_status(run, "text", 0, 0, err);
     avl__embed_tokens(&text->token_embd, tokens, n_rows, x);
-    for (i = 0, at = 0; i < n; at += lengths[i++])
-        avl__add(x + (size_t)at * d, text->position_embd, (int64_t)lengths[i] * d);
+    for (int i = 0; i < n; at += lengths[i++])
+        avl__add(x + (size_t)at * d, text->tower.position_embd, (int64_t)lengths[i] * d);
     avl__tap(run, "text_model.embeddings", -1, "", x, n_rows, d);
-    status = avl__tower_run(&text->tower, run, x, n_rows, lengths, n, text->tower.n_layer, err);
+    const astrovl_status status = avl__tower_run(tower, run, x, n_rows, lengths, n, tower->n_layer, err);
     if (status) return status;
-    avl__norm_rows(run, x, x, joint->norm_weight, joint->norm_bias, n_rows, d, text->tower.eps);
+    avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n_rows, d, tower->eps);
     avl__tap(run, "text_model.final_layer_norm", -1, "", x, n_rows, d);
-    for (i = 0, at = 0; i < n; at += lengths[i++]) {
-        for (j = 0; j + 1 < lengths[i] && tokens[at + j] != end; j++) {}
-        memcpy(rows + (size_t)i * d, x + (size_t)(at + j) * d, (size_t)d * sizeof(float));
+    at = 0;
+    for (int i = 0, j; i < n; at += lengths[i++]) {
+        for (j = at; j + 1 < at + lengths[i] && tokens[j] != end; j++) {}
+        memmove(x + (size_t)i * d, x + (size_t)j * d, (size_t)d * sizeof(float));
     }
-    return avl__joint_run(joint, run, rows, n, "text_projection", embeddings, err);
+    return avl__joint_run(tower, run, x, n, embeddings, err);
 }
 
 // ====================================================================================================================
@@ -5392,26 +5239,24 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-// RoPE's frequencies. LLaMA-3 stores one divisor for each (rope_freqs.weight); "linear" scaling divides every position
-// by one factor.
+// RoPE's frequencies. LLaMA-3 stores a divisor for each (rope_freqs.weight); "linear" scaling divides all positions.
 static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_info *info) {
     const astrovl_string type = avl__load_string(w, "llama.rope.scaling.type");
     const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;
     const float *factors = has_factors ? avl__load_vector(w, half, "rope_freqs.weight") : NULL;
     float linear_scale = 1.0f;
-    int i;
     if (avl__string_is(type, "linear"))
         linear_scale = avl__load_float(w, 1e-6f, 1e6f, 1.0f, "llama.rope.scaling.factor");
     else if (type.size && !avl__string_is(type, "none") && !has_factors)
         avl__load_fail(w, NULL, ASTROVL_ERROR_UNSUPPORTED, "RoPE scaling of type %.*s (known: none, linear, and "
                        "rope_freqs.weight)", AVL__SHOW(type));
-    for (i = 0; factors && i < half; i++)
+    for (int i = 0; factors && i < half; i++)
         if (!(factors[i] > 0.0f))
             avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "rope_freqs.weight holds a factor that is not positive");
     m->inv_freq = avl__alloc_floats((uint64_t)half);
     if (!m->inv_freq) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, info->rope_theta, factors, linear_scale);
-    for (i = 0; i < half && !w->status; i++)
+    for (int i = 0; i < half && !w->status; i++)
         if (!(m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
             avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary "
                            "embedding reach 2^23", info->n_ctx_train);
@@ -5421,11 +5266,10 @@ static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_i
 static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *file, astrovl_info *info) {
     const int key = astrovl_gguf_find_kv(file, "general.architecture");
     const astrovl_string architecture = astrovl_gguf_string(file, key, 0);
-    int i, d, n_q, n_kv;
     if (!avl__string_is(architecture, "llama"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%.*s\"; this runs "
                        "\"llama\": take a model of that family", AVL__SHOW(architecture));
-    info->n_embd = m->n_embd = d = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
+    const int d = info->n_embd = m->n_embd = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
     info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
     info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
     info->n_ff = m->n_ff = avl__load_int(w, 1, 1 << 22, -1, "llama.feed_forward_length");
@@ -5440,8 +5284,6 @@ static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
                        "them rotated)", m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
     avl__llama_load_rope(m, w, info);
-    n_q = m->n_head * m->head_dim;
-    n_kv = m->n_head_kv * m->head_dim;
     m->token_embd = avl__load_linear(w, d, 0, "token_embd");
     info->n_vocab = m->n_vocab = m->token_embd.n_out;
     m->output_norm = avl__load_vector(w, d, "output_norm.weight");
@@ -5449,7 +5291,8 @@ static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *
     if (avl__find_tensor(w, "output.weight", NULL)) m->output = avl__load_linear(w, d, m->n_vocab, "output");
     m->layers = (avl__llama_layer *)avl__alloc((uint64_t)m->n_layer, sizeof *m->layers);
     if (!m->layers) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
-    for (i = 0; i < m->n_layer && !w->status; i++) {
+    for (int i = 0; i < m->n_layer && !w->status; i++) {
+        const int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
         avl__llama_layer *layer = &m->layers[i];
         layer->q    = avl__load_linear(w, d, n_q, "blk.%d.attn_q", i);
         layer->k    = avl__load_linear(w, d, n_kv, "blk.%d.attn_k", i);
@@ -5473,7 +5316,7 @@ typedef struct avl__kv_cache {
 } avl__kv_cache;
 
 static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx, size_t value_bytes) {
-    uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
+    const uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
     if (n > SIZE_MAX / 16 / row) return 0;
     cache->n_ctx = n_ctx;
     cache->n_past = 0;
@@ -5488,12 +5331,10 @@ static void avl__kv_cache_free(avl__kv_cache *cache) {
     astrovl_free(cache->v);
 }
 
-// Where the key (or value) [head_dim] of a layer, head and position lies; the next position's follows it.
-// k_or_v: cache->k or cache->v
-static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *k_or_v, int layer, int head,
-                        int position) {
+// Where a key (kv: cache->k) or value (cache->v) [head_dim] lies; that of the head's next position follows it.
+static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *kv, int layer, int head, int position) {
     const size_t row = ((size_t)layer * m->n_head_kv + head) * cache->n_ctx + position;
-    return (uint8_t *)avl__align(k_or_v) + row * m->head_dim * cache->value_bytes;
+    return (uint8_t *)avl__align(kv) + row * m->head_dim * cache->value_bytes;
 }
 
 // ---- the forward pass ----------------------------------------------------------------------------------------------
@@ -5504,47 +5345,32 @@ static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *k
 enum { AVL__STEP_ROWS = 16 };   // conversations in a step, at most: up to so many rows, the kernels compute each as if
                                 // it were alone, so an answer does not depend on what is written beside it
 
+// What the parts of a layer need that know of caches and heads
 typedef struct avl__llama_pass {
     const avl__llama *m;
     avl__run         *run;
     avl__kv_cache *const *caches;   // [n_caches]: one for all rows, or one for each row (then at most AVL__STEP_ROWS)
-    int    n_caches, n;
-    int    layer;            // the one under way
-    float *x;                // [n][n_embd]   the residual stream
-    float *h;                // [n][n_embd]   what goes into a product or comes out of it
-    float *q, *mixed;        // [n][n_head][head_dim]
-    float *k, *v;            // [n][n_head_kv][head_dim], on their way into the caches
-    float *gate, *up;        // [n][n_ff]
-    float *cos_sin;          // [n][rope_dim / 2][3]   of each row's angles, in all layers
-    float *shown;            // [n][n_head][head_dim], only for the tap
-    float *weights;          // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
+    int    n_caches, n, n_each;     // rows, and rows of a cache
+    int    layer;                   // the one under way
+    float *q, *mixed;               // [n][n_head][head_dim]
+    float *k, *v;                   // [n][n_head_kv][head_dim], on their way into the caches
+    float *cos_sin;                 // [n][rope_dim / 2][3]   of each row's angles, in all layers
+    float *shown;                   // [n][n_head][head_dim], only for the tap
+    float *weights;                 // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
 } avl__llama_pass;
 
-// The cache of a row of a pass;  *position: out, the row's in it
-static const avl__kv_cache *avl__llama_place(const avl__llama_pass *p, int row, int *position) {
-    const int n_each = p->n / p->n_caches;
-    *position = p->caches[row / n_each]->n_past + row % n_each;
-    return p->caches[row / n_each];
-}
-
-// Rotates a row's query and key, and puts key and value into its cache, where each head's lie elsewhere: all are
-// prefetched first, so that they arrive together.
+// Rotates a row's query and key, and puts key and value into its cache.
 static void avl__llama_row_item(void *context, int row, int thread) {
     const avl__llama_pass *p = (const avl__llama_pass *)context;
     const avl__llama *m = p->m;
-    const int d = m->head_dim;
+    const avl__kv_cache *cache = p->caches[row / p->n_each];
+    const int d = m->head_dim, position = cache->n_past + row % p->n_each;
     const float *cos_sin = p->cos_sin + (size_t)row * (size_t)(m->rope_dim / 2) * 3;
     float *k = p->k + (size_t)row * m->n_head_kv * d, *v = p->v + (size_t)row * m->n_head_kv * d;
-    int head, position;
-    const avl__kv_cache *cache = avl__llama_place(p, row, &position);
     (void)thread;
-    for (head = 0; head < m->n_head_kv; head++) {
-        avl__prefetch(avl__kv_at(cache, m, cache->k, p->layer, head, position), (size_t)d * cache->value_bytes);
-        avl__prefetch(avl__kv_at(cache, m, cache->v, p->layer, head, position), (size_t)d * cache->value_bytes);
-    }
     avl__rope_row(p->q + (size_t)row * m->n_head * d, m->n_head, d, m->rope_dim, cos_sin);
     avl__rope_row(k, m->n_head_kv, d, m->rope_dim, cos_sin);
-    for (head = 0; head < m->n_head_kv; head++, k += d, v += d) {
+    for (int head = 0; head < m->n_head_kv; head++, k += d, v += d) {
         void *k_to = avl__kv_at(cache, m, cache->k, p->layer, head, position);
         void *v_to = avl__kv_at(cache, m, cache->v, p->layer, head, position);
         if (cache->value_bytes == 2) {
@@ -5557,24 +5383,23 @@ static void avl__llama_row_item(void *context, int row, int thread) {
     }
 }
 
-// mixed = softmax(q k^T / sqrt(head_dim)) v over each row's cache, for the rows from `first` on.
-static void avl__llama_attend(const avl__llama_pass *p, int first) {
+// mixed = softmax(q k^T / sqrt(head_dim)) v over each row's cache
+static void avl__llama_attend(const avl__llama_pass *p) {
     const avl__llama *m = p->m;
     const size_t q_row = (size_t)m->n_head * m->head_dim;
     avl__attention attentions[AVL__STEP_ROWS];
-    int c;
     memset(attentions, 0, sizeof attentions);
-    for (c = 0; c < p->n_caches; c++) {
+    for (int c = 0; c < p->n_caches; c++) {
         const avl__kv_cache *cache = p->caches[c];
         avl__attention *a = &attentions[c];
         a->run = p->run;
-        a->q = p->q + (size_t)(c + first) * q_row;
+        a->q = p->q + (size_t)c * q_row;
         a->k = avl__kv_at(cache, m, cache->k, p->layer, 0, 0);
         a->v = avl__kv_at(cache, m, cache->v, p->layer, 0, 0);
-        a->out = p->mixed + (size_t)(c + first) * q_row;
+        a->out = p->mixed + (size_t)c * q_row;
         a->weights = p->weights;
-        a->n_rows = p->n / p->n_caches - first;
-        a->n_past = cache->n_past + first;
+        a->n_rows = p->n_each;
+        a->n_past = cache->n_past;
         a->n_head = m->n_head;
         a->n_head_kv = m->n_head_kv;
         a->head_dim = m->head_dim;
@@ -5589,62 +5414,15 @@ static void avl__llama_attend(const avl__llama_pass *p, int first) {
 // Shows heads [n][n_head][head_dim] with each head's rotated values in transformers' order: GGUF keeps the pair
 // (i, i + half) as neighbors, so that value 2i here is i there and 2i + 1 is i + half.
 static void avl__llama_tap_heads(const avl__llama_pass *p, const char *name, const float *heads, int n_head) {
-    const avl__llama *m = p->m;
-    int row, i, half = m->rope_dim / 2;
+    const int d = p->m->head_dim, half = p->m->rope_dim / 2;
     if (!p->run->tap) return;
-    memcpy(p->shown, heads, (size_t)p->n * n_head * m->head_dim * sizeof(float));
-    for (row = 0; row < p->n * n_head; row++)
-        for (i = 0; i < half; i++) {
-            p->shown[(size_t)row * m->head_dim + i]        = heads[(size_t)row * m->head_dim + 2 * i];
-            p->shown[(size_t)row * m->head_dim + i + half] = heads[(size_t)row * m->head_dim + 2 * i + 1];
+    memcpy(p->shown, heads, (size_t)p->n * n_head * d * sizeof(float));
+    for (size_t at = 0; at < (size_t)p->n * n_head * d; at += d)
+        for (int i = 0; i < half; i++) {
+            p->shown[at + i]        = heads[at + 2 * i];
+            p->shown[at + i + half] = heads[at + 2 * i + 1];
         }
-    avl__tap(p->run, "model.layers", p->layer, name, p->shown, p->n, (int64_t)n_head * m->head_dim);
-}
-
-// One layer. Keys and values of all rows go into the caches; what follows is done for the last n_wanted rows alone: of
-// the last layer, only the rows that give logits are needed.
-static void avl__llama_layer_run(avl__llama_pass *p, int n_wanted) {
-    const avl__llama *m = p->m;
-    const avl__llama_layer *layer = &m->layers[p->layer];
-    const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
-    const avl__linear *const up_weights[] = {&layer->gate, &layer->up};
-    float *const qkv[] = {p->q, p->k, p->v};
-    float *const up[] = {p->gate, p->up};
-    const char *name = "model.layers";
-    const int i = p->layer, d = m->n_embd, n_kv = m->n_head_kv * m->head_dim, n_q = m->n_head * m->head_dim;
-    const int n = n_wanted, first = p->n - n_wanted;
-    avl__run *run = p->run;
-    float *h = p->h, *x = p->x + (size_t)first * d, *mixed = p->mixed + (size_t)first * n_q;
-
-    avl__norm_rows(run, h, p->x, layer->attention_norm, NULL, p->n, d, m->rms_norm_eps);
-    avl__tap(run, name, i, "input_layernorm", h, p->n, d);
-    avl__apply_each(run, qkv, h, qkv_weights, 3, p->n);
-    avl__llama_tap_heads(p, "self_attn.q_proj", p->q, m->n_head);
-    avl__llama_tap_heads(p, "self_attn.k_proj", p->k, m->n_head_kv);
-    avl__tap(run, name, i, "self_attn.v_proj", p->v, p->n, n_kv);
-    if (run->failed) return;                       // nothing that was not computed goes into a cache
-    avl__pool_run(run->pool, avl__llama_row_item, p, p->n);
-    avl__llama_tap_heads(p, "self_attn.q_rope", p->q, m->n_head);
-    avl__llama_tap_heads(p, "self_attn.k_rope", p->k, m->n_head_kv);
-    if (n == 0) return;
-    avl__llama_attend(p, first);
-    avl__tap3(run, name, i, "self_attn.attn_weights", p->weights, m->n_head, n, p->caches[0]->n_past + n);
-    avl__tap(run, name, i, "self_attn.context", mixed, n, n_q);
-    avl__apply(run, h, mixed, &layer->o, n);
-    avl__tap(run, name, i, "self_attn.o_proj", h, n, d);
-    avl__add(x, h, (int64_t)n * d);
-
-    avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
-    avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
-    avl__apply_each(run, up, h, up_weights, 2, n);
-    avl__tap(run, name, i, "mlp.gate_proj", p->gate, n, m->n_ff);
-    avl__tap(run, name, i, "mlp.up_proj", p->up, n, m->n_ff);
-    avl__activate(run, p->gate, (int64_t)n * m->n_ff, NULL, p->up);
-    avl__tap(run, name, i, "mlp.act", p->gate, n, m->n_ff);
-    avl__apply(run, h, p->gate, &layer->down, n);
-    avl__tap(run, name, i, "mlp.down_proj", h, n, d);
-    avl__add(x, h, (int64_t)n * d);
-    avl__tap(run, name, i, "", x, n, d);
+    avl__tap(p->run, "model.layers", p->layer, name, p->shown, p->n, (int64_t)n_head * d);
 }
 
 // Appends n positions to one cache, or one to each of n caches (at most AVL__STEP_ROWS); the caller has checked that
@@ -5654,12 +5432,11 @@ static void avl__llama_layer_run(avl__llama_pass *p, int n_wanted) {
 static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__kv_cache *const *caches, int n_caches,
                                       const int32_t *tokens, const float *embeddings, int n, float *logits,
                                       int n_logits, astrovl_error *err) {
-    const uint64_t rows = (uint64_t)n, n_q = rows * m->n_head * m->head_dim, n_kv = rows * m->n_head_kv * m->head_dim;
     const int d = m->n_embd, half = m->rope_dim / 2, n_reports = n > n_caches ? m->n_layer : 0;
-    const char *what = n > n_caches ? "prompt" : "answer";
+    const int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
+    const uint64_t rows = (uint64_t)n;
+    const char *what = n > n_caches ? "prompt" : "answer", *name = "model.layers";
     avl__llama_pass p;
-    astrovl_status status;
-    int row, i, position;
     avl__run_begin(run, 0);
     memset(&p, 0, sizeof p);
     p.m = m;
@@ -5667,42 +5444,73 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     p.caches = caches;
     p.n_caches = n_caches;
     p.n = n;
-    p.x = avl__take(run, rows * d);
-    p.h = avl__take(run, rows * d);
-    p.q = avl__take(run, n_q);
-    p.mixed = avl__take(run, n_q);
-    p.k = avl__take(run, n_kv);
-    p.v = avl__take(run, n_kv);
-    p.gate = avl__take(run, rows * m->n_ff);
-    p.up = avl__take(run, rows * m->n_ff);
+    p.n_each = n / n_caches;
+    p.q = avl__take(run, rows * n_q);
+    p.mixed = avl__take(run, rows * n_q);
+    p.k = avl__take(run, rows * n_kv);
+    p.v = avl__take(run, rows * n_kv);
     p.cos_sin = avl__take(run, rows * half * 3);
     if (run->tap) {
-        p.shown = avl__take(run, n_q);
+        p.shown = avl__take(run, rows * n_q);
         p.weights = avl__take(run, rows * m->n_head * (caches[0]->n_past + rows));
     }
+    float *x = avl__take(run, rows * d);                // [n][n_embd]   the residual stream
+    float *h = avl__take(run, rows * d);                // [n][n_embd]   what goes into a product or comes out of it
+    float *gate = avl__take(run, rows * m->n_ff);       // [n][n_ff]
+    float *up = avl__take(run, rows * m->n_ff);         // [n][n_ff]
+    float *const qkv[] = {p.q, p.k, p.v}, *const gate_up[] = {gate, up};
     if (run->failed) return avl__pass_status(run, what, 0, 0, err);
-    if (embeddings) memcpy(p.x, embeddings, (size_t)n * d * sizeof(float));
-    else            avl__embed_tokens(&m->token_embd, tokens, n, p.x);
-    avl__tap(run, "model.embed_tokens", -1, "", p.x, n, d);
-    for (row = 0; row < n; row++) {
-        avl__llama_place(&p, row, &position);
-        for (i = 0; i < half; i++)
-            avl__rope_cos_sin(p.cos_sin + ((size_t)row * half + i) * 3, (float)position * m->inv_freq[i]);
+    if (embeddings) memcpy(x, embeddings, (size_t)n * d * sizeof(float));
+    else            avl__embed_tokens(&m->token_embd, tokens, n, x);
+    avl__tap(run, "model.embed_tokens", -1, "", x, n, d);
+    for (int row = 0; row < n; row++) {
+        const float position = (float)(caches[row / p.n_each]->n_past + row % p.n_each);
+        for (int i = 0; i < half; i++)
+            avl__rope_cos_sin(p.cos_sin + ((size_t)row * half + i) * 3, position * m->inv_freq[i]);
     }
-    for (i = 0; i < m->n_layer; i++) {
-        status = avl__pass_status(run, what, i, n_reports, err);
-        if (status) return status;
+    for (int i = 0; i < m->n_layer; i++) {
+        const avl__llama_layer *layer = &m->layers[i];
+        const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
+        const avl__linear *const gate_up_weights[] = {&layer->gate, &layer->up};
         p.layer = i;
-        avl__llama_layer_run(&p, i + 1 < m->n_layer || run->tap ? n : n_logits);
+        avl__norm_rows(run, h, x, layer->attention_norm, NULL, n, d, m->rms_norm_eps);
+        avl__tap(run, name, i, "input_layernorm", h, n, d);
+        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
+        avl__llama_tap_heads(&p, "self_attn.q_proj", p.q, m->n_head);
+        avl__llama_tap_heads(&p, "self_attn.k_proj", p.k, m->n_head_kv);
+        avl__tap(run, name, i, "self_attn.v_proj", p.v, n, n_kv);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
+        if (status) return status;                      // nothing that was not computed goes into a cache
+        avl__pool_run(run->pool, avl__llama_row_item, &p, n);
+        avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
+        avl__llama_tap_heads(&p, "self_attn.k_rope", p.k, m->n_head_kv);
+        avl__llama_attend(&p);
+        avl__tap3(run, name, i, "self_attn.attn_weights", p.weights, m->n_head, n, caches[0]->n_past + n);
+        avl__tap(run, name, i, "self_attn.context", p.mixed, n, n_q);
+        avl__apply(run, h, p.mixed, &layer->o, n);
+        avl__tap(run, name, i, "self_attn.o_proj", h, n, d);
+        avl__add(x, h, (int64_t)n * d);
+
+        avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
+        avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
+        avl__apply_each(run, gate_up, h, gate_up_weights, 2, n);
+        avl__tap(run, name, i, "mlp.gate_proj", gate, n, m->n_ff);
+        avl__tap(run, name, i, "mlp.up_proj", up, n, m->n_ff);
+        avl__activate(run, gate, (int64_t)n * m->n_ff, NULL, up);
+        avl__tap(run, name, i, "mlp.act", gate, n, m->n_ff);
+        avl__apply(run, h, gate, &layer->down, n);
+        avl__tap(run, name, i, "mlp.down_proj", h, n, d);
+        avl__add(x, h, (int64_t)n * d);
+        avl__tap(run, name, i, "", x, n, d);
     }
     if (n_logits > 0) {
-        avl__norm_rows(run, p.h, p.x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
-        avl__tap(run, "model.norm", -1, "", p.h, n_logits, d);
-        avl__apply(run, logits, p.h, &m->output, n_logits);
+        avl__norm_rows(run, h, x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
+        avl__tap(run, "model.norm", -1, "", h, n_logits, d);
+        avl__apply(run, logits, h, &m->output, n_logits);
         avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
     }
-    status = avl__pass_status(run, what, m->n_layer, n_reports, err);
-    for (i = 0; i < n_caches && !status; i++) caches[i]->n_past += n / n_caches;
+    const astrovl_status status = avl__pass_status(run, what, m->n_layer, n_reports, err);
+    for (int i = 0; i < n_caches && !status; i++) caches[i]->n_past += p.n_each;
     return status;
 }
 
@@ -7636,71 +7444,57 @@ ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *i
 //     cosine(a, b) = a . b / (|a| |b|);    p(text j | image i) = softmax_j(logit_scale * cosine(image_i, text_j))
 // ====================================================================================================================
 
-// ---- embeddings ----------------------------------------------------------------------------------------------------
-
 // x[r] /= |x[r]|, in place; x: [n_rows][n_dims]
 static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
-    int r, i;
-    for (r = 0; r < n_rows; r++, x += n_dims) {
-        float length = (float)avl__sqrt((double)avl__dot_portable(x, x, n_dims));
-        for (i = 0; i < n_dims && length > 0.0f; i++) x[i] /= length;
+    for (int r = 0; r < n_rows; r++, x += n_dims) {
+        const float length = (float)avl__sqrt((double)avl__dot_portable(x, x, n_dims));
+        for (int i = 0; i < n_dims && length > 0.0f; i++) x[i] /= length;
     }
 }
 
-// Rows that go through a tower together: enough to keep all threads busy, few enough for the caches
-enum { AVL__JOINT_ROWS = 1024 };
+enum { AVL__JOINT_ROWS = 1024 };   // go through a tower together: enough for all threads, few enough for the caches
+enum { AVL__JOINT_FLAGS = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL };
 
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
                                                 int normalize, float *embeddings, astrovl_error *err) {
-    const astrovl_model *m = s ? s->model : NULL;
-    astrovl_status status = avl__need(m, AVL__PART_JOINT_IMAGE, err);
-    const avl__clip *clip;
-    size_t n_pixels;
-    int done, i, n, n_pass;
+    astrovl_status status = avl__need(s ? s->model : NULL, AVL__PART_JOINT_IMAGE, err);
     if (status) return status;
     if (n_images < 0 || (n_images > 0 && (!images || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no images or no room for their embeddings was given");
-    clip = &m->clip;
-    n_pixels = (size_t)3 * clip->image_size * clip->image_size;
-    n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);   // the tap sees images one by one
-    for (done = 0; done < n_images; done += n) {
-        float *pixels;
-        n = n_images - done < n_pass ? n_images - done : n_pass;
+    const avl__clip *clip = &s->model->clip;
+    const int n_dims = s->model->info.n_embd_joint, size = clip->image_size;
+    const int n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);  // the tap sees images one by one
+    for (int n; n_images > 0 && !status; n_images -= n, images += n, embeddings += (size_t)n * n_dims) {
+        n = n_images < n_pass ? n_images : n_pass;
         avl__run_begin(s->run, 1);
-        pixels = avl__take(s->run, (uint64_t)n * n_pixels);                   // [n][3][S][S]
-        if (!pixels) return avl__pass_status(s->run, "image", 0, 0, err);
-        for (i = 0; i < n; i++) {
-            status = avl__clip_preprocess(clip, &images[done + i], pixels + (size_t)i * n_pixels, err);
-            if (status) return status;
-        }
-        if (n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, clip->image_size, clip->image_size);
-        status = avl__clip_embed_images(clip, s->run, pixels, n, embeddings, err);
-        if (status) return status;
-        if (normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
-        embeddings += (size_t)n * m->info.n_embd_joint;
+        float *pixels = avl__take(s->run, (uint64_t)n * 3 * size * size);                   // [n][3][S][S]
+        status = avl__pass_status(s->run, "image", 0, 0, err);
+        for (int i = 0; i < n && !status; i++)
+            status = avl__clip_preprocess(clip, &images[i], pixels + (size_t)i * 3 * size * size, err);
+        if (!status && n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, size, size);
+        if (!status) status = avl__embed_images(clip, s->run, pixels, n, embeddings, err);
+        if (!status && normalize) avl__normalize_rows(embeddings, n, n_dims);
     }
-    return ASTROVL_OK;
+    return status;
 }
 
 ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *const *texts, int n_texts, int normalize,
                                                float *embeddings, astrovl_error *err) {
-    const int flags = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL;
     const astrovl_model *m = s ? s->model : NULL;
     astrovl_status status = avl__need(m, AVL__PART_JOINT_TEXT, err);
     avl__tokens tokens = {NULL, 0, 0};
-    int lengths[AVL__JOINT_ROWS], done, n;                       // enough: a text has two tokens at least
+    int lengths[AVL__JOINT_ROWS];                                // enough: a text has two tokens at least
     if (status) return status;
     if (n_texts < 0 || (n_texts > 0 && (!texts || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their embeddings was given");
-    for (done = 0; done < n_texts && !status; done += n) {
-        const avl__clip_text *tower = &m->clip_text;
+    for (int done = 0, n; done < n_texts && !status; done += n, embeddings += (size_t)n * m->info.n_embd_joint) {
         const int n_most = s->run->tap ? 1 : n_texts - done;     // the tap sees texts one by one
         const int32_t end = m->clip_vocab.eos;
         tokens.size = 0;
         for (n = 0; n < n_most && tokens.size < AVL__JOINT_ROWS && !status; n++) {
             const char *text = texts[done + n];
-            const size_t before = tokens.size, most = before + (size_t)tower->n_ctx;
-            status = text ? avl__vocab_encode(&m->clip_vocab, text, strlen(text), flags, &tokens, err)
+            const size_t before = tokens.size, most = before + (size_t)m->clip_text.n_ctx;
+            status = text ? avl__vocab_encode(&m->clip_vocab, text, strlen(text), AVL__JOINT_FLAGS, &tokens, err)
                           : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", done + n);
             if (tokens.size > most) {                            // cut to the tower's positions
                 tokens.size = most;
@@ -7709,9 +7503,8 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
             lengths[n] = (int)(tokens.size - before);
         }
         avl__run_begin(s->run, 1);
-        if (!status) status = avl__clip_embed_texts(tower, s->run, tokens.data, lengths, n, end, embeddings, err);
+        if (!status) status = avl__embed_texts(&m->clip_text, s->run, tokens.data, lengths, n, end, embeddings, err);
         if (!status && normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
-        embeddings += (size_t)n * m->info.n_embd_joint;
     }
     astrovl_free(tokens.data);
     return status;
@@ -7719,33 +7512,30 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
 
 ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
                                       int capacity, astrovl_error *err) {
-    const int flags = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL;
     if (avl__need(model, AVL__PART_JOINT_TEXT, err) != ASTROVL_OK) return -1;
-    return avl__tokenize(&model->clip_vocab, text, size, flags, tokens, capacity, err);
+    return avl__tokenize(&model->clip_vocab, text, size, AVL__JOINT_FLAGS, tokens, capacity, err);
 }
 
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
                                          const char *const *texts, int n_texts, astrovl_fit *fits, astrovl_error *err) {
     astrovl_status status = avl__need(model, AVL__PART_JOINT_IMAGE | AVL__PART_JOINT_TEXT, err);
-    astrovl_session *s;
-    float *rows;                                                 // [1 + n_texts][n_dims], the image's first
-    size_t n_dims;
-    int j;
     if (status) return status;
     if (n_texts < 1 || !fits)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their fits was given");
-    s = astrovl_session_new(model, NULL, err);
+    astrovl_session *s = astrovl_session_new(model, NULL, err);
     if (!s) return ASTROVL_ERROR_MEMORY;
-    n_dims = (size_t)model->info.n_embd_joint;
-    rows = avl__alloc_floats(((uint64_t)n_texts + 1) * n_dims);
+    const size_t n_dims = (size_t)model->info.n_embd_joint;
+    float *rows = avl__alloc_floats(((uint64_t)n_texts + 1) * n_dims);       // [1 + n_texts][n_dims], the image's first
     if (!rows) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
     if (!status) status = astrovl_embed_images(s, image, 1, 1, rows, err);
     if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, rows + n_dims, err);
-    for (j = 0; j < n_texts && !status; j++)
-        fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
-    for (j = 0; j < n_texts && !status; j++) rows[j] = model->info.logit_scale * fits[j].cosine;   // in their place
-    if (!status) astrovl_softmax(rows, n_texts);
-    for (j = 0; j < n_texts && !status; j++) fits[j].probability = rows[j];
+    if (!status) {
+        for (int j = 0; j < n_texts; j++)
+            fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
+        for (int j = 0; j < n_texts; j++) rows[j] = model->info.logit_scale * fits[j].cosine;      // in their place
+        astrovl_softmax(rows, n_texts);
+        for (int j = 0; j < n_texts; j++) fits[j].probability = rows[j];
+    }
     astrovl_session_free(s);
     astrovl_free(rows);
     return status;
@@ -7771,55 +7561,43 @@ typedef struct avl__search {
     const float        *query;
     int                 k, n_slices;
     astrovl_hit        *hits;       // [n_slices][k]
-    int                *n_hits;     // [n_slices]
 } avl__search;
 
 static void avl__search_slice(void *context, int slice, int thread) {
     const avl__search *s = (const avl__search *)context;
     const int64_t end = s->rows.n_rows * (slice + 1) / s->n_slices;
     const int n_dims = s->rows.n_dims;
-    astrovl_hit *hits = s->hits + (size_t)slice * s->k, hit;
+    astrovl_hit hit;
+    int n_hits = 0;
     (void)thread;
     for (hit.row = s->rows.n_rows * slice / s->n_slices; hit.row < end; hit.row++) {
         hit.score = s->kernels->dot_f16((const uint8_t *)s->rows.data + (size_t)hit.row * 2 * n_dims, s->query, n_dims);
         if (!(hit.score >= -FLT_MAX)) hit.score = -FLT_MAX;      // NaN, in a damaged index: comes last
-        avl__hits_insert(hits, &s->n_hits[slice], s->k, hit);
+        avl__hits_insert(s->hits + (size_t)slice * s->k, &n_hits, s->k, hit);
     }
 }
 
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err) {
-    avl__search s;
-    avl__pool *pool;
-    int64_t n_slices;
-    int n = 0, slice, i, good;
     if (!rows || rows->n_rows < 0 || rows->n_dims < 1 || k < 1 || n_threads < 0 || !query || !hits ||
         (rows->n_rows > 0 && !rows->data) || (uint64_t)rows->n_rows > SIZE_MAX / 2 / (uint64_t)rows->n_dims) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a search needs rows, a query and room for k hits");
         return -1;
     }
-    memset(&s, 0, sizeof s);
-    s.kernels = avl__choose_kernels(ASTROVL_FAST, NULL);
-    s.rows = *rows;
-    s.query = query;
-    s.k = k;
-    n_slices = rows->n_rows / (k > 4096 ? k : 4096);
-    s.n_slices = n_slices > 256 ? 256 : n_slices > 1 ? (int)n_slices : 1;
+    const int n_each = k < rows->n_rows ? k : (int)rows->n_rows;             // hits of a slice, which has k rows or all
+    const int64_t n_slices = rows->n_rows / (k > 4096 ? k : 4096);
+    avl__search s = {avl__choose_kernels(ASTROVL_FAST, NULL), *rows, query, k, 1, NULL};
+    if (n_slices > 1) s.n_slices = n_slices > 256 ? 256 : (int)n_slices;
     s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)k, sizeof *s.hits);
-    s.n_hits = (int *)avl__alloc((uint64_t)s.n_slices, sizeof *s.n_hits);
-    pool = avl__pool_new(n_threads);
-    good = pool && s.hits && s.n_hits;
-    if (good) {
-        avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
-        for (slice = 0; slice < s.n_slices; slice++)
-            for (i = 0; i < s.n_hits[slice]; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * k + i]);
-    } else {
-        avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
-    }
+    avl__pool *pool = avl__pool_new(n_threads);
+    int n = pool && s.hits ? 0 : -1;
+    if (n < 0) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
+    else       avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
+    for (int slice = 0; slice < s.n_slices && n >= 0; slice++)
+        for (int i = 0; i < n_each; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * k + i]);
     avl__pool_free(pool);
     astrovl_free(s.hits);
-    astrovl_free(s.n_hits);
-    return good ? n : -1;
+    return n;
 }
 
 // ====================================================================================================================
