@@ -3088,110 +3088,94 @@ static void avl__utf8_gate_flush(avl__utf8_gate *gate, avl__bytes *out) {
 
 // ---- Unicode -------------------------------------------------------------------------------------------------------
 // Properties of Unicode 16.0, as the engine in `tokenizers` 0.23 has them: test/make_golden.py (tokens_unicode_tables)
-// asked it about every code point and wrote these strings. They hold numbers in base 26: a capital letter is a digit
-// with more to follow, a small letter the last one ("Cn" is 2 * 26 + 13 = 65). A signed number is stored as 0, -1, 1,
-// -2, 2 ... for 0, 1, 2, 3, 4 ...
+// asked it about every code point and wrote these strings. They hold numbers: a character from ']' to '~' is a digit in
+// base 34 with more to follow, one from '#' to 'Z' the last digit, in base 56 ("_&" is 2 * 56 + 3 = 115). A signed
+// number is stored as 0, 1, 2, 3, 4 ... for 0, -1, 1, -2, 2 ...
 //
-// Three tables are runs of characters, `stride` apart, with one value: the gap to the run before, 2 * (count - 1) +
-// (stride - 1), the value (signed). What is in no run has the value 0.
+// Three tables are runs of characters with one value: the gap to the run before, and 4 * (count - 1) + the class; or
+// the gap, 4 * (count - 1) + (stride - 1), and the value (signed). What is in no run has the value 0.
 
 #define AVL__CLASS_RUNS 831     // value: an avl__class
 #define AVL__LOWER_RUNS 185     // value: the lower-case letter less the capital
 #define AVL__MARK_RUNS  334     // value: a mark's canonical combining class
 
 static const char avl__class_table[] =
-    "jigsagpsehBycgByckagBaagjachcebacdaeaacbeebBscbCicbBJecewcoichacbacEzicbcccgcbacgacbecbacbBmcbGicbKqciMscbCwccac"
-    "gDccCtCacegcBtDgcvseeccbHocbacpcchccaseaeccacqacbCgcBdGuclacoseaCmcjcceacfBqceacjacdacxBwchucfBucbkcrDecCgEccdac"
-    "sachscesebBeceocccccBqcbmcbacdgcdacqacnccbeceseaccckecacikcecccBqcbmcbccbccbccBfgcbachsececqqcbecbBqcbmcbccbicda"
-    "csacpccesejaclocccccBqcbmcbccbicdacBeccbecesebacakelacbkcdecbgcdccbacbccdccdecdwcwacvyesocbecbBscbBecdacBaeccacc"
-    "cceseimebaceocbecbBscbscbicdacBfccbccesebccrqcbecbDcccacqacfecbmeaeceBkebkcfBicdBucbqcbaccmcBfserDqcbccmmcjseBnc"
-    "cbacbicbBucbacbscbccjaccicbacjsecgcBgacBfBmemocbCscBbicElDgcuacasegkcegcdacdccheceycmacbsegCwcbacfaccDgcbZocbgcc"
-    "mcbacbgccDccbgccCmcbgccmcbacbgccBccbEicbgccFccoBmedBecqGocckcdBVqccBgcaagaBycfFscdeeaochBicnBkcoBicoycbecpDycBja"
-    "ceacdsegsewsegGuchiccCocbacfFickCicBnseaCgcciclDiceBycgueBlBscjEacBrsegsenacDpDocrocdseBpCgcnccaseaDicBaCscBcsed"
-    "ecaseaCsccucfDgccecBpgcbkcbccdacfOscCmVicckccCwcckccocbacbacbacbCiccEacbmcbacdecbmcdgcckceycfecbmcdugBdcgfagBvag"
-    "qaeaacckefacasegycDxaceaccscbacdicgacbacbacbgcbuccgcficeacbDweaccaieBByEoeDaBqeYgCgeBRoRocggcdccjaecCwcbacfaccEg"
-    "chacqBscjmcbmcbmcbmcbmcbmcbmcbmcDcacRwageccaaezqehicceeacceGocgecbGwcbgcfDgcbHecdgekCkcBwBecBgseBeoebBceBgseBnBc"
-    "eMiTNacCmCNOicCpDmccUqcdBecaseaccuDocqCiccFicaseBnqccHwccFcccccbacbocvBecbecbgcbBscnkekDycoDucBcseykcdacbccbseaC"
-    "cckBsczCechDocBcacasegicbscaseaicbDccxecbocesegBscdacdDucbacdccciccacbacyeccuchecmkcckcckcjmcbmcbDgcbBacgIucnseg"
-    "BHBicmBsceDscMNcBCcccIccBmmcmicfacbscbycbicbacbccbccbIgcBhBBwcsEwccEccBowcEmicbKictsehBycgByclGucdkcckcckccecBjw"
-    "cbBycbBkcbccbBcccBacBiJkcmDkemEierceJkCecdDscqCaeeCkcagejBmcaaeaocaaefCwckCgccCsceocbieBqMcccsegCsceCsceDaciDycm"
-    "ucbBccbmcbccbucbBccbmcbccdDycmXwcjBqckocykcbDecbqcCrkccacbDicbccdaccBsccoeaBsccmeaCiciqeBwBkcbccfieaBqcakeeBycCs"
-    "EgceceaccaBeecDmeaacpgcbecbCeckqexCecacebCecaeeBgocbCccgieqEcckBqccoeaBkcfoeaBicxmeDcFocCdDwcnDwchkeaCscmsegseaC"
-    "ccjBscIkCiebDecgccqecChCecaseaaciBqclgeBbBicBuBocameuBscmEacBaCgebcccacnDkcBgBwchsejCscpseeaccaciCqcdacmDqcogcls"
-    "eaacbaceBmelBicbBwctccClmcbacbgcbBccbschDocrselocccccBqcbmcbccbicdacsacmicBescbaccacbCwcbaczacbacBsEacsgcfsefecB"
-    "eDqcuccbaciseGkDocBpgcBkDqcuaclseBmDgcnachsegBmeBcCacvweemcHdDicEmEwcaBkemoccaccocbccbBucpacbacoseCsoccCycqacbac"
-    "BcackDachacvaclDmctacsFocHrCmcpsegqcbCucracpCeefCgcEimcbccbCwcvacjsegkcbccbCkcoachseLyBkcpacbycbCocBcseDiacpBoeB"
-    "rCSwcDyImerPacDXkHkcpDEkcrkczLVgcfBSucKDdCgcsseCOsBRschCicbsegGacbsegCgcsDqcqgcmsebmebBocfBkcQqDkcdseHqEwcaBseEb"
-    "FscfacCoycCmccbacBcSDyciDRecBpscNFrgcbmcbccbWicpacBdeccacogciBEkcDKuIecfycdqchscGEwseCEwBmemBmeEeBweFfGmcbFkcbcc"
-    "cacccccgcbwcbacbmcbEycbgccocbmcbCccbgcbicbacdmcbBAcccBwcbBwcbCicbBwcbCicbBwcbCicbBwcbCicbBwcboccDueCQyCicgkcKbEs"
-    "cFqDkckmccseeacMjCgcsDiceseScCcceseIgCgccacaseSrmcbgcbccbBccbPcccqeBwFechaceseBElEmebeebgeCyDkebBceHmgcbCacbccba"
-    "ccacbscbgcbacbacgaceacbacbacbecbccbaccacbacbacbacbacbccbaccgcbmcbgcbgcbacbscbBgcfecbicbBgcWiyeEDfseBNqEWKccBgMHm"
-    "cgRaccRBecoWCucpBVucDQwBPqcCFyOPwcfMKkc";
+    ",65&2I*^P)^P-&=&,$*)$$&%#$$-$^D$_,$}H'P14*$$$_44$(%0$$)$$,$$$^8$bT$fT+hP$_H%$)_T^2^T'0P`$8I'($d$$$2(*(#I#,%$3$$_(@"
+    "c4.$1I#_4,('$(^@'$,$&$:^L*L(^H$84_X^%`P&$5$*H'I$^('@%(%^@$<$$&0&$3$0($,'I#(%9%$+8'(%^@$<$($($(B0$$*I%,3D$,$^@$<$($"
+    "4&$5$2('I,$.@%(%^@$<$($4&$A($,'I$$#9.$$8&,$0&($$$(&(&,&P9$8U5@$,$^D$^(&$=,%$%('I+=$$'@$,$^D$H$4&$B($('I$(4D$,$_T%$"
+    "3$(,$=#,'^5$8(^0&^H$D$$%<BI4`8$(/<,IJ($$$4$^H$$$H$(,$%4$$,I%0C$B^9/@$_@>4_&`$7$#I)8'0&$&(*,'T/$$I)_H$$($%`$$tL$0%<"
+    "$$$0%_T$0%_4$0%<$$$0%^$$a$$0%aL1^9&^(3c(%8&^g0%^,#&#^P(b4&-#@*^00^41^01T$,2`HF$'$&I)I9I)c4*4%_8$$(aX-_,JI#_(%4.`('"
+    "^P)MH^D,`LNI)I0$^H`44@&IL_(0(#I#`(=_@?I&,#I#_@%L(`$%,L0$8$(&$(jH^+pP%8%_H%8%@$$$$$$$_,%`L$<$$&,$<&0%8'T(,$<&N@*(&R"
+    "&3%#$%9($#I)T^P$'$%H$$&4)$$$$$$0$L%0(4'$$`E#(#5iYa1^9^Ah1_)q/m4)0&(,%%_H$$($%`X*$3^D,<$<$<$<$<$<$<$<^;$e3&'(#%<E*4"
+    "%-#('c(),$c8$0(`$$cH&1-_0S^(CIAA$^%CIJ^%bKjyP^+^ioD^.`0%p,&^(#I#(7`43_,%aX#IJD%d4%aL%($$$@8^($,$0$^D09-`H1`@?I;8&$"
+    "$($I#^X-^D<_$*`4?$#I)4$H#I#4$_T:,$@'I)^D&$&`@$$&(%4%$$$;,%L*,/8%8%8,<$<$`$$X)e,0I)tlX/^D'`<akWw(%d@I</4($$H$T$4$$$"
+    "($($dHDvT5a@%`PKP_'4$fD6I*^P)^P.c4&8%8%8%,FP$^P$^4$($^$%XEeL/`-/a%4)a7_$&`<3^U'_0#1,^8#%#@#%(_H-_(%_@'@$5Mh0%I)_@'"
+    "_@'_P+`H/L$^$$<$($L$^$$<$(&`H/s,,^@-@;8$_X$D^08%$$`($(&$%^D%A#^D%=#_,+ES^4$((5#^@#9'^P^1`X')#(#^)%`1#$20$,$_$-E:_$"
+    "#)$_$#-C@$^X)53`P-^@%A#^4(A#^0:=^;b,Z`D0`D*9#_@/I)I#^X,^D`U_-$_X)(3,^&_$#I#$+^@.1>^0Q^<#=7^D/`L=_)$(%$0`,C^L*I,_@2"
+    "I'$%$+_<&$/`810.I#$$$'^9.^0$^L6(^*<$$$0$^$$H*`44I.@%(%^@$<$($4&$5$/4AH$$%$$_H$$<$$$O`L50(I(,A`87($$+I_Y`4L0G`87$.I"
+    "I`$0$*I)^9?^T8Q'<`4`(_'a@#^5/@%$%@$($^H2$$$1I^1@%_L3$$$?$-_P*$8$.`06$5b,`B_42I)D$_D4$2_%(_(_#<$($_H8$,I)8$($_01$*I"
+    "bA^42$$T$_8?I^A$2^=N^|P^QdU4jX^j'cT2_e@48<ej4(^dD`q,_(5I{Y^cD*_,$I)bD$I)_(5`830/I$=$^<(^4dK`,&I`Aa@#^E^Tb4($^-T^+("
+    "$$?i{0+_q8LHatB0$<$($qL2$@,%$10+y0^d/dD(T&D*H_cIIw9^9/^9^W^M_:c$$b$$(%$%(%0$P$$$<$aD$0%@$<$^X$0$4$$&<$u0%^L$^L$_,$"
+    "^L$_,$^L$_,$^L$_,$^L$@%`A}#_,)8aHa8_E`,-<%I'$bL_(5`('Ie9^X'I`Q_(%$#IeH<$0$($^$$k$%ESaP*$'Ik*a-$-$1^7`-$^%`=0$^T$($"
+    "$%$$H$0$$$$)$'$$$$$$,$($$%$$$$$$$$$$($$%0$<$0$0$$$H$^,(,$4$^,g7U^lNIo9_rv8CeuH)lP%i`@1ltL2^g8^g%^aHwUgiL(ex8";
 
 static const char avl__lower_table[] =
-    "CnByCmDxBsCmbmCmBhBvcdfccpccBtcbaJhafcdaQeadcbaPwaacbcPuaaccaGcaaPoaaPqaacbaPuaaPybaQgaaQcaacdaQgaaQkbaQmafcbaQu"
-    "aacbaQucacbaQuaacbcQsadcbaQwaacdachaeaacbaeaacbaearccrccaeadcbaHlaaEhaBncbaJzbrchaBFYkaacbaMnaaBFYecacbaOzaaFiaa"
-    "FmajcLddcdaciaIygaCybeCwbaEybcEwbBgCmbqCmBjaqixcfaEpcacbanaacceJzaBeGeaCkCmBwBhcjCbcbaBeanccDrccCwDsEHdCwVMubaVM"
-    "ufaVMuBBuGcEKZoakqDGlacgDgIXjceIXjMiFtcjaWNtbDrcjopikpkopiopikplhpiopyopiopiopicpacFraarlgGpaarlcpacHrmcpacIpaan"
-    "lcJvacJraarLlaWGfdaYUvaaYLngaCeBtBeBgtacBFmByCaCSuDqDsBwacbaBFUjaaLHjaaBFTdcfcbaBFXfaaBFUvaaBFXlaaBFXjbaccacicBF"
-    "ZxaDvcidceacBTYjBtctBbcFfncdCjckdcbaEANvajceacbaEVChcdcdtcbaEVElaaEVFhaaEVEzaaEVEfaaEVElbaEVApaaEVClaaEVAvaaCTka"
-    "pcbaDraaEVEjaaEARvadcbaEVHdapcbaEVXxyacBHAhByCmBUzDaDcFgCsDcGauDabBcDabmDabcDaCQcDwEyGbBqCmEGoCkCmBGJwCkCmCmBwCc"
-    "BUHzCoCq";
+    "^,^O^+^P^C^+$;^+D^H%&,%%@%%^D%$#a4#,%&#d?#(%$#d7##%$'d5##%%#_Q##d/##d1##%$#d5##d9$#dA##d=##%&#dA##dE$#dG#,%$#dO##%"
+    "$#dO%#%$#dO##%$'dM#(%$#dQ##%&#%*#'##%$#'##%$#'#D%%D%%#'#(%$#`<##^Z#^8%$#aF$D%*#hhA##%$#bP##hh;%#%$#cX##_=##_A#4%b,"
+    "(%&#%+#a+)#^7$+^5$#_3$'_1$^+^+$C^+F#3+P%(#_*%#%$#0##%%+aF#^'_S#_/^+S^,%,^T%$#A#<%%`8%%_G^K^nD_Gdr;$#dr;(#dr;iUbG^c"
+    "y##73^b.#%)`#`b:%+`b:bKb4%,#d~X$`8%,?2+72-?2+?2+72.02+?2;?2+?2+?2+'2#'_F##4./`&##4.'2#'`B/'2#'`Z##0.'aB#'a>##4b4#d"
+    "{<&#ex8##et&)#^#P^'C6#%kE^OW}S`7^KS#%$#hfH##a].##hf(%,%$#hgZ##hfT##hh(##hh&$#%%#%+'hi0#`@%+(%'#%mg@^D%6X%_:<%&_,%-"
+    "(%$#^``R#4%'#%$#^gjZ%(%&H%$#^gkZ##^gl8##^gl0##^gkT##^gkZ$#^gj.##^gk&##^gj4##~+#@%$#^J##^gkX##^`bJ#(%$#^gm0#@%$#^gu"
+    "$;#%hu>^O^+rP_O^;_;_?^;_OK^9$^#^9$;^9$'^9|E`C_3_P^?^+^n5_/^+hmS_/^+^+^KYmkZ_7^/";
 
 static const char avl__mark_table[] =
-    "BDoBoRsaaRwagQyaaRwaaQqaiQyacPoagQyacPoauQyaicagQyaeRscaRscaSmaaRsaeQyaeRsacQybeRsagQyaaRsaaRwacQyaaRsaaRyacSaaa"
-    "RyacSaaaRyayRsKpiRsKfaQyagRsaaQyaeRsaaRcaaQyakRsakQyacRsaaQyacRsaaRcaaRoaaRsaauaawaayaaBaaaBcaaBeaaBgaaBiaaBkacB"
-    "maaBoaaBqaaBsbaBubaBwaaBybaRsaaQybaBkCuoRsaaCiaaCkaaCmBwaCcaaCeaaCgaaCiaaCkaaCmaaCoaaCqacRsacQyaiRsaaQyacRsaaQyq"
-    "aCsDxmRscgRsaaQyaaRsccRsbaQyacRsaaQyBjaCuBeaRsaaQyacRsaaQyacRsaeQyaaRsacQyaaRsaaQyaeRsaaQyaaRsaaQyaaRsaaQyaaRsaa"
-    "QyacRsGemRsaaQyaaRsBigRsbqRsbeRsbiRsBreQyEqBaRsbaQyacRsaaQyacRsaaQyaeRsaeQyaaCcaaCeaaCgaeRsaaQyacRsacQyaiRsCiaoq"
-    "asdaRsaaQyacRsDzaoqasEgaoqasEgaoqasEgaoqasExasExashaGmaaHaDxaoqasExasEuasEfcHyaasngIgEecJcogJkCycQyBbaQybaQybaQq"
-    "CdaJyaaKabaKefgKacaKabcRsaasbcRsCkaQyEiaobcsDeaQyBBreRsBKmasBfasGbaskaRsHvaRoFnaRcaaRsaaQyIlaRsaaQyCtasuoRscaQyB"
-    "wiRsakQyacRsaaQyEoaopasBmaRsaaQyamRsCccsCgaolcsCpaoFweRsbacaiQyacRsagQyaaRsbmceaQygaRsdcRsHqcRsaaQyamRsaaQyacRsa"
-    "aSaaaQmaaQyaaPoaCuRsfaRsaaRyaaQyaaRsaaQyBBscRsaccagRsaecacRseaRsdccaaRsaaQyaaRsaccagQyaaRsEOceRsFlasDsCkRsViaQua"
-    "aRoaaRwaaRcacRgEbcqBSQeaRsesRsBgcRsDccRsKqasHhasBbBiRsCfeQyBlasDraomasJfaRsbcRsaaQyccRsfcRsbaRsCaasJmasBDZsaCaBD"
-    "pmRsamQyacRsBLlaQyIsaQyFtiRsCMsaQybaRsBoaRsaacaaQyeasGjaRsaaQyCAxasCeasCfasaaoCreRsBwcsCkaoCyasjaoEcasaaoGwaoaas"
-    "DdaoqasymRsdiRsHxasdaoEtasaaoJrasaaoEwasEoasaaoElasBXzasBDUuicChmRsBEVnacHWocQqaecdaRkaiQqioQyciRsacQyBegRsFseRs"
-    "FFfmRsbBgRscmRsbcRsbiRsDHdmQyEfkRsaao";
+    "jK^;e/##e3#/dS##e3##dK#3dS#'d/#/dS#'d/#KdS#3%#/dS#+e/%#e/%#eC##e/#+dS#+e/#'dS$+e/#/dS##e/##e3#'dS##e/##e5#'e7##e5#"
+    "'e7##e5#Se/aV3e/aL#dS#/e/##dS#+e/##dW##dS#7e/#7dS#'e/##dS#'e/##dW##e+##e/##7##9##;##=##?##A##C##E##G#'I##K##M##O$#"
+    "Q$#S##U$#e/##dS$#G^3?e/##^'##^)##^+S#Y##^###^%##^'##^)##^+##^-##^/#'e/#'dS#3e/##dS#'e/##dS3#^1^P;e/%/e/##dS##e/%'e"
+    "/$#dS#'e/##dSF#^3A#e/##dS#'e/##dS#'e/#+dS##e/#'dS##e/##dS#+e/##dS##e/##dS##e/##dS##e/##dS#'e/_S;e/##dS##e/E/e/$Ce/"
+    "$+e/$3e/N+dS_+We/$#dS#'e/##dS#'e/##dS#+e/#+dS##Y##^###^%#+e/##dS#'e/#'dS#3e/^'#13#5&#e/##dS#'e/^R#13#5^Y#13#5^Y#13"
+    "#5^Y#13#5_2#5_2#5*#`###`1^P#13#5_2#5_/#5^X'`I##50/`Q^W'a/1/a7^7'dS>#dS$#dS$#dKZ#aE##aG$#aK(/aG%#aG$'e/##5$'e/^)#dS"
+    "_##1$'5^=#dSiR+e/mW#5B#5_P#5-#e/`F#e+_B#dW##e/##dS`V#e/##dS^2#57?e/%#dSS3e/#7dS#'e/##dS_)#12#5I#e/##dS#;e/Y'5^%#1."
+    "'5^.#1_K+e/$#%#3dS#'e/#/dS##e/$;%'#dS)#e/&'e/`A'e/##dS#;e/##dS#'e/##e7##dG##dS##d/#_Ce/(#e/##e5##dS##e/##dSiS'e/#'"
+    "%#/e/#+%#'e/'#e/&'%##e/##dS##e/#'%#/dS##e/^qQ+e/_@#5^K_/e/fU#dO##e+##e3##dW#'e#^T'3lyG#e/'Ge/C'e/^;'e/aW#5`8#5>^/e"
+    "/^$+dSH#5^J#1/#5a2#e/$'e/##dS%'e/('e/$#e/W#5a9#5gs##WjL;e/#;dS#'e/n8#dSa%#dS_H3e/{%#dS$#e/K#e/##%##dS'#5_X#e/##dSu"
+    "B#5^##5^$#5##1^0+e/S'5^)#1^7#5,#1^U#5##1`-#1##5^<#13#5;;e/&3e/`H#5&#1_.#5##1a>#5##1_1#5_)#5##1_&#5t.#5gpK3%^&;e/g}"
+    "*#%_wY'dK#+%&#e'#3dK+?dS%3e/#'dSA/e/_G+e/^yN;e/$^+e/%;e/$'e/$3e/^b@;dS^X7e/##1";
 
 // What composes (Unicode Standard Annex 15, form C), grouped by the second character: its distance from the group
 // before, 2 * the size of the group + (1 if its pairs compose, 0 if they are only taken apart); for each pair how far
 // the whole lies beyond the one before, and the first character (signed). A second character 0 stands for none. Hangul
 // is done by arithmetic; the 1,002 CJK compatibility ideographs are left out, and stay as they are.
-
-#define AVL__PAIRS 1058
-
 static const char avl__pair_table[] =
-    "aCoBGaCHcbccBkBxGxkBXbjJoKOwCGgcccccccCgccccCkFndDylDtccioiliCyiCpdrbCJxkCKmcgcCEfdXSmbcLhVMheCOhbJkTqBJUsbcBDoG"
-    "nHkFaiieigmhmhyiieigmhmIsHybCmBcNjbCmTzCTyngCpCgngJTfCJzbcChEkbcBvSxbCmBlFubCmjCmbcpEjbCmrBrbCmjNgbcnBcbchBAjbCm"
-    "pXDebchobchobchobchobchobchobchobchobchobchobciqhobchobcfUZvcicececmcmciCkEhoicedVImfVEniDtdVNefVJhiCxdCGvlCGkcu"
-    "bcBGeCHsaJbHlFaiieigmhmdieqiieigmhmdijEdbCmByBtbCmjChbCmqCdbCmfCjbCmBeBxbCmDpHobCmBcNxbCmfHgbCmbCjbCmbBbbCmPaGdb"
-    "CFicibebecmcmbibCoBcBxbibebebBkBcxbmbifsBwFajoCtByjoJSuCPxbCmnDibcxFfbCmbMpbCmnChbCmnIabCmfGsbcbTlbCmBjTcbcjVbbC"
-    "mBhFubCmjCmbcpEjbCmrBrbCmjNgbcnBcbcBbWFgbchobchobchobchobchobchobchobchobchobchobciqhobchobcDtGqqEwbCnHmFaiieigm"
-    "hmhyiieigmhmnDvbCmtCdbCmhCjbCmpChbCmBnBtbCmxCdbCmbChbCmLAnCjbCmBbWVsbczBubcrBmbcbCfHnFaoBaecoBkoBaecBzCxbCmClBnb"
-    "CmLAhCjbCmBtFwbCmjCmbchOpbCmhHubCmrBrbCmjNgbcnBcbcjBAjbCmbDlJwFabCmrCdbCmxCdbCmBhBzbCmBdBzbCmEcHybCmiEhbCmbYubcb"
-    "BBdbCmjUabcCjVhbCmbCnbCmdYcbcbBKdbCmBAlCTibCmlBpbCmJObDAlbCmxWPabcBjCsbcNcUFbiClyDciCliDkiClcCnJyFabCmrCdbCmjChb"
-    "CmnChbCmBhBzbCmBdBzbCmZxCUmlvBgCmBlwDvDlbCmoCxbCmfCbbCmJOvBOjbcFxVOobcJpUKliClyDciCliDkiClbDpKgFebCmlChbCmjChbCm"
-    "pChCxBibCmGoEjbCmhBjbCmKNzDlbCmhChbCmtChbCmdChbCmBdCbbCmdCjbCmrChbCmbChbCmhCjbCmdRubcbkbcbVZebcbWTxbCmBbCfbCmdCj"
-    "bCmdCjbCmmUebEfHoFahieihmgmiyhieihmgmdiErClVqCMabyBfBobyjBaBtFegBdCwDqgCoEtFjbCmhMybcbOzbCmbCjbCmfCjbCmbBzbCmdNc"
-    "bcbOlbCmdDfbCmdCdbCmdCdbCmJNxDAzbCmBnIkbCmBrJabcjVfbCmhCjbCmkhbBxLPqFabCmfHmbCmjCmbchOpbCmhHubCmfMjbCmfBzbCmfHub"
-    "CmjNgbchZnbCmfYebcjBAjbCmbnHpFaBgCmFhxbCmLBdebebnMyGcbCmBfBzbCmBInCUmbCmbCxKiFebCmbCjbCmlCjbCmBiBxbCmjChbCmqCdbC"
-    "mhCjbCmdCjbCmyBzbCmDbEjbCmbBvbCmbBzbCmbBzbCmfHybCmmNxbCmbCdbCmfZobQwbBQlBuCpbCmdBdTsFabCmdCdbCmdCdbCmdBzbCmdCfbC"
-    "mdCfbCmXlDAsbcczTuFabCmdCdbCmdCdbCmdBzbCmdCfbCmdCfbCmcBdLTgCUsiCliCuiCliCqiCliCqiCliCyiCliCyqiiClEuBwbBhLThCUsiC"
-    "liCuiCliCqiCliCqiCliCyiCliCyiCliCuiClEuBwhClhjQaGcbCmoBzbCmiDhLJoFcbCmhChbCmxCdbCmnCfbCmdCjbCmlCjbCmdCjbCmtCdbCm"
-    "hCjbCmjCjbCmrChbCmjCjbCmjCfbCmnEjbCmxCdbCmrCdbCmbBzbCmvXmbcbZnbCmlYebcdBAjbCmbfLNuGobCmbfLJkFabCmbjUqGkbCmbCjbCm"
-    "bBtHrFeBgCmChCdbCmtCdbCmeCjbCmjChbCmqCdbCmhCjbCmdCjbCmHpDpbCmKOtCnbCmxCdbCmbvKaFabCmtCdbCmvCdbCmCpBnbCmEpCxbCmfz"
-    "LKcFgbCmfCjbCmBjBxbCmnChbCmBlBzbCmfCjbCmbfLLaFobCmcnLKkFibCmrCdbCmCtBnbCmbBjLJqFcbCmhChbCmBlBxbCmfCjbCmnChbCmvCd"
-    "bCmpChbCmBlBzbCmbBjhcQGaBGMcaDlMSwZKybeteBfEqbibdCbDufkdgyBwceBbBudodecgxZUjcZWilBnbZUvbebZWmbcdBabcdgbchgbcdobc"
-    "dgbcBjCcbmbcbeBxDpbcbBobchCmbcbcbckChLTmXMmbchobcxBubchobchobchobcxBubciqhobchobcCtUZvlCHtfCIgjVGahVFvbBiiVJkhVJ"
-    "tbmpddExLYeXMmbcbcbcbcbcbcbcbcbcbcbcbcbcbcbcbBibcbcbcbcbcbcbcbcbcbcbcbcbcbcbcbDubcbcbcbcbcbcbcbcbcbcbcbcbcbcbcdc"
-    "bVAjbjdVGefVIfgVDebVAfbrdVHgfVIzBmVDibUZlbkdVImfVLhXzcDRCnELedeDRCpENcpCpbcDRDfEKmbcDREhEKwdBsDRDgEKmbcbcbcbcbcb"
-    "ccebcbcbcbccecebccebccebcbcbcbcdgDREiEKobubsceDRDaEMkcHDWabeDRDbEMkcHDWaFpdCIkERebnCIlERebCoceFyKscBnrBibdCInERe"
-    "BCpqDOaGWwbcbcbkbkbcbsbiahDMfGYiiqdgEygDTcHHqbccBacdDSlHKozdDSmHKoDxmDWlHSudmBjCpbcbkdBeJweEHwILebccdEHfIOcydEHc"
-    "IOcbdEHgIOcDzfEMcIXwbczfEKaITwCeEaExdEQyJHsEedEVyJRothEVoJRahoeibdEVwJRoEafFAwKBkbczdFAyKBkElfFGkKMsdgfdFGmKMsqd"
-    "FGoKMsPncFWdLScccFWfLScmgFWgLXcccjFbCbeFVtLOiDcGecuFUhLOmkufkfkfkCdEgkufkfkfkEpdGDaMFyEEpxKGcUMccecececeeiBpDece"
-    "debccgICqDtSHoBKPacececececececececececedgcecehodgdgdgdgyEbkGsoBccececececececececececedgcecehodgdgdgdgyEbdFqbcb"
-    "cbcewbvSIzBKRudgdgdgdgDgGmdgdgdgdgDGWuhDZGcHYMccepuEffDZLuHYXubcUpdEAGpIAMwzdEAGqIAMwNhdEAUuIBPikdEAUtIBPiddEAUw"
-    "IBPiJifEBEoICIybcCTCgiGUGcNOLqbcDoHmbcjgGUGeNOMgDpHcbcbgGUGfNOMgDqHcbcbcGUGgNOMgbcGUGhNOMgbcGUGiNOMg";
+    "#^-kSx;$%%GT`.-sN,a;`vEx%%%%%%%%^%%%%%^)_B&^Q.^L%%+1+.+^7+^.&4$yL-z#%)%w(&ek/$%b0dr.'{N$a7f)iu)$%jK`$`;_5++'+)/*/*"
+    ";++'+)/*/a%`I$^+?c.$^+f2~90)^.^%0)`lByN$%^&_%$%ReN$^+H_I$^+,^+$%2_$$^+4N$^+,c+$%0?$%*i0$^+2ed)$%*1$%*1$%*1$%*1$%*1"
+    "$%*1$%*1$%*1$%*1$%*1$%+3*1$%*1$%(dl:%+%'%'%/%/%+^)^Z1+%'&dp;(dnD+^L&drE(dpP+^6&x4.x)%7$%kWxK#a.`<_5++'+)/*/&+'3++'"
+    "+)/*/&+,^V$^+UP$^+,^&$^+3Z$^+(^($^+AT$^+^H`?$^+?c<$^+(`7$^+$^($^+$>$^+cY_R$wE%+$'$'%/%/$+$^-?T$+$'$'$G?:$/$+(5S_5,"
+    "1^2U,1`l7|@$^+0^A$%:_:$^+$bR$^+0^&$^+0`K$^+(`)$%$f$$^+FeS$%,fN$^+D_I$^+,^+$%2_$$^+4N$^+,c+$%0?$%>d{#$%*1$%*1$%*1$%"
+    "*1$%*1$%*1$%*1$%*1$%*1$%*1$%+3*1$%*1$%^L`'3_1$^,`=_5++'+)/*/*;++'+)/*/0^N$^+6Z$^+*^($^+2^&$^+JP$^+:Z$^+$^&$^+`|$^("
+    "$^+>e`G$%<Q$%4I$%$^$`>_51='%1G1='%V^6$^+^*J$^+`{V^($^+P_K$^+,^+$%*cN$^+*`E$^+4N$^+,c+$%0?$%,i0$^+$^DaC_5$^+4Z$^+:Z"
+    "$^+DV$^+@V$^+^U`I$^++^Z$^+$h?$%$iD$^+,f3$%^(fT$^+$^,$^+&h-$%$mN$^+i2~)$^+.L$^+`j,^_:$^+:e]A$%F^1$%c'dbN+^*;^;+^*+^"
+    "C+^*%^,aE_5$^+4Z$^+,^&$^+0^&$^+DV$^+@V$^+i$~G.8C^+H9^N^D$^+1^6$^+(X$^+`j@oL$%_Lds1$%a<de2+^*;^;+^*+^C+^*$^HaM_9$^+"
+    ".^&$^+,^&$^+2^&^6E$^+`%_$$^+*F$^+`v.^D$^+*^&$^+6^&$^+&^&$^+@X$^+&^($^+4^&$^+$^&$^+*^($^+&e1$%$-$%$dx-$%$e_P$^+>^$$"
+    "^+&^($^+&^($^+/f7$^X`?_5*+'+*/)/+;*+'+*/)/&+_,^*g%zK$;BK$;,=P_9)@^5^I)^-_._>$^+*c#$%$cX$^+$^($^+(^($^+$V$^+&c'$%$c"
+    "J$^+&^>$^+&Z$^+&Z$^+`j(^_H$^+J`U$^+Na-$%,fR$^+*^($^+-*$Taa%_5$^+(`=$^+,^+$%*cN$^+*`E$^+(bL$^+(V$^+(`E$^+,c+$%*hR$^"
+    "+(h/$%,i0$^+$0`@_5C^+_<:$^+`|4'$'$0c#_Q$^+BV$^+m$~G$^+$^6aO_9$^+$^($^+.^($^+ET$^+,^&$^+3Z$^+*^($^+&^($^+;V$^+^:_$$"
+    "^+$R$^+$V$^+$V$^+(`I$^+/c<$^+$Z$^+(hS$dQ$pJQ^.$^+&@f+_5$^+&Z$^+&Z$^+&V$^+&^$$^+&^$$^+gT^_A$%%<f-_5$^+&Z$^+&Z$^+&V$"
+    "^+&^$$^+&^$$^+%@abK~M+^*+^3+^*+^/+^*+^/+^*+^7+^*+^73++^*_/S$DabL~M+^*+^3+^*+^/+^*+^/+^*+^7+^*+^7+^*+^3+^*_/S*^**,d"
+    ";_Q$^+1V$^++^@a^/_7$^+*^&$^+:Z$^+0^$$^+&^($^+.^($^+&^($^+6Z$^+*^($^+,^($^+4^&$^+,^($^+,^$$^+0_$$^+:Z$^+4Z$^+$V$^+8"
+    "gU$%$hR$^+.h/$%&i0$^+$(a`-`%$^+$(a^+_5$^+$,fC_Y$^+$^($^+$P`B_9C^+^&Z$^+6Z$^+'^($^+,^&$^+3Z$^+*^($^+&^($^+`@^H$^+`v"
+    "B^,$^+:Z$^+$8aG_5$^+6Z$^+8Z$^+^.J$^+_*^6$^+(<a^=_;$^+(^($^+FT$^+0^&$^+HV$^+(^($^+$(a^U_C$^+%0a^E_=$^+4Z$^+^2J$^+$F"
+    "a^1_7$^+*^&$^+HT$^+(^($^+0^&$^+8Z$^+2^&$^+HV$^+$F*%bvWhnU#^DanEf]S$'6'B_+$+$&X^M(-&);S%'>Q&1&'%):fb0%fc+.J$fb<$'$f"
+    "c/$%&=$%&)$%*)$%&1$%&)$%FY$/$%$'T^H$%$K$%*^+$%$%$%-^&abQeh;$%*1$%:Q$%*1$%*1$%*1$%:Q$%+3*1$%*1$%^2dl:.xL(xY,do3*do."
+    "$E+dpS*dq$$/2&&_2ae#eh;$%$%$%$%$%$%$%$%$%$%$%$%$%$%$%$E$%$%$%$%$%$%$%$%$%$%$%$%$%$%$%$^M$%$%$%$%$%$%$%$%$%$%$%$%$%"
+    "$%$%&%$dlH$,&do7(dp4)dmY$dlD$4&doS(dpHIdn%$dl0$-&dp;(dqLh*%~vX^p=&'~vZ^q72^.$%~w2^p+$%~wN^p5&O~w3^p+$%$%$%$%$%$%%'"
+    "$%$%$%$%%'%'$%%'$%%'$%$%$%$%&)~wO^p-$7$5%'~w-^q%%^|~;$'~w.^q%%^|~;_D&y%^s1$0y&^s1$^-%'_MaY%J4E$&y(^s1j23^eK_l%$%$%"
+    "$-$-$%$5$+#*^dT_lK+3&)_3)^h'_q%$%%=%&^gN_r9<&^gO_r9^P/^iF_v/&/F^.$%$-&AaC'^nW_~M$%%&^nF`^);&^nC`^)$&^nG`^)^R(^pU`b"
+    "G$%<(^oW``O^#^S_2&^s+`g/^W&^u=`kO6*^u3`kA*1'+$&^u;`kO^S(^wM`p7$%<&^wO`p7_&(^z5`uE&)(&^z7`uE3&^z9`uEd.%__Fab-%%__Ha"
+    "b-/)__Iad?%%,_6X'__<a`;^;_S%7_^Na`?-7(-(-(-Z^Y-7(-(-(-_*&_bQahE^m::`rAdf%%'%'%'%''+L^=%'&'$%%)_zO^LcmOi~A%'%'%'%'%"
+    "'%'%'%'%'%'%'&)%'%'*1&)&)&)&);^T-`)1?%'%'%'%'%'%'%'%'%'%'%'&)%'%'*1&)&)&)&);^T&_E$%$%$%'9$8cn<j]Q&)&)&)&)^?`#&)&)&"
+    ")&){aC*^_s-_bg5%'27^X(^_uQ_blM$%fB&^`]>_c]Q<&^`]?_c]Qc,&^`d'_ck%-&^`d&_ck%&&^`d)_ck%a5(^`hE_ct+$%ve)+^yp9`taA$%^G`"
+    "=$%,)^yp;`taQ^H`3$%$)^yp<`taQ^I`3$%$%^yp=`taQ$%^yp>`taQ$%^yp?`taQ";
 
 typedef enum avl__class {
     AVL__CLASS_OTHER, AVL__CLASS_LETTER, AVL__CLASS_NUMBER, AVL__CLASS_SPACE, AVL__CLASS_END   // \p{L}, \p{N}, \s
@@ -3202,19 +3186,19 @@ typedef struct avl__char_run {
     int32_t  value;
 } avl__char_run;
 
-typedef struct avl__pair { uint32_t first, second, whole; } avl__pair;
+// What two characters compose to, {first, second, whole, 0}, or how one is taken apart, {whole, 0, first, second}
+typedef struct avl__pair { uint32_t a, b, x, y; } avl__pair;
 
 typedef struct avl__unicode {
     avl__char_run classes[AVL__CLASS_RUNS], lower[AVL__LOWER_RUNS], marks[AVL__MARK_RUNS];
     uint8_t       ascii[128];      // the classes of the most frequent characters, without a search
-    avl__pair     parts[2048];     // hash table by whole: how a character is taken apart. whole 0: empty
-    avl__pair     wholes[2048];    // hash table by first and second: how two are put together
+    avl__pair     pairs[4096];     // hash table by a and b; x 0: empty
 } avl__unicode;
 
 static uint32_t avl__table_number(const char **at) {   // *at moves behind the number
     uint32_t number = 0;
-    while (**at >= 'A' && **at <= 'Z') number = number * 26 + (uint32_t)(*(*at)++ - 'A');
-    return number * 26 + (uint32_t)(*(*at)++ - 'a');
+    while (**at >= ']') number = number * 34 + (uint32_t)(*(*at)++ - ']');
+    return number * 56 + (uint32_t)(*(*at)++ - '#');
 }
 
 static int32_t avl__table_signed(const char **at) {
@@ -3222,15 +3206,14 @@ static int32_t avl__table_signed(const char **at) {
     return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
 }
 
-static void avl__table_runs(const char *at, avl__char_run *runs, int n) {
-    uint32_t code, end = 0;
-    int i;
-    for (i = 0; i < n; i++) {
+static void avl__table_runs(const char *at, avl__char_run *runs, int n, int classes) {
+    uint32_t end = 0;
+    for (int i = 0; i < n; i++) {
         runs[i].first = end + avl__table_number(&at);
-        code = avl__table_number(&at);
-        runs[i].count = code / 2 + 1;
-        runs[i].stride = code % 2 + 1;
-        runs[i].value = avl__table_signed(&at);
+        uint32_t code = avl__table_number(&at);
+        runs[i].count = code / 4 + 1;
+        runs[i].stride = classes ? 1 : code % 4 + 1;
+        runs[i].value = classes ? (int32_t)(code % 4) : avl__table_signed(&at);
         end = runs[i].first + (runs[i].count - 1) * runs[i].stride + 1;
     }
 }
@@ -3248,37 +3231,28 @@ static int32_t avl__run_value(const avl__char_run *runs, int n, uint32_t c) {
     return c % runs[low - 1].stride == 0 && c / runs[low - 1].stride < runs[low - 1].count ? runs[low - 1].value : 0;
 }
 
-// The slot of a whole character in u->parts, or of a pair in u->wholes; an empty one if it is not there.
-static uint32_t avl__parts_slot(const avl__unicode *u, uint32_t whole) {
-    uint32_t at = whole * 0x9E3779B1u >> 21;
-    while (u->parts[at].whole && u->parts[at].whole != whole) at = (at + 1) % 2048;
-    return at;
-}
-
-static uint32_t avl__whole_slot(const avl__unicode *u, uint32_t first, uint32_t second) {
-    uint32_t at = (first * 0x9E3779B1u ^ second * 0x85EBCA6Bu) >> 21;
-    while (u->wholes[at].whole && (u->wholes[at].first != first || u->wholes[at].second != second))
-        at = (at + 1) % 2048;
-    return at;
+static avl__pair *avl__find_pair(avl__unicode *u, uint32_t a, uint32_t b) {   // or the empty slot where it would go
+    uint32_t at = (a * 0x9E3779B1u ^ b * 0x85EBCA6Bu) >> 20;
+    while (u->pairs[at].x && (u->pairs[at].a != a || u->pairs[at].b != b)) at = (at + 1) % 4096;
+    return &u->pairs[at];
 }
 
 static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
     const char *at = avl__pair_table;
-    uint32_t code, n;
-    avl__pair pair = {0, 0, 0};
-    avl__table_runs(avl__class_table, u->classes, AVL__CLASS_RUNS);
-    for (n = 0; n < 128; n++) u->ascii[n] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, n);
-    avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS);
-    avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS);
-    for (n = 0; n < AVL__PAIRS; ) {
-        pair.second += avl__table_number(&at);
-        code = avl__table_number(&at);
-        pair.first = pair.whole = 0;
-        for (n += code / 2; code > 1; code -= 2) {
-            pair.whole += avl__table_number(&at);
-            pair.first += (uint32_t)avl__table_signed(&at);
-            u->parts[avl__parts_slot(u, pair.whole)] = pair;
-            if (code & 1) u->wholes[avl__whole_slot(u, pair.first, pair.second)] = pair;
+    uint32_t second = 0;
+    avl__table_runs(avl__class_table, u->classes, AVL__CLASS_RUNS, 1);
+    for (uint32_t c = 0; c < 128; c++) u->ascii[c] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, c);
+    avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS, 0);
+    avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS, 0);
+    while (*at) {
+        second += avl__table_number(&at);
+        uint32_t first = 0, whole = 0;
+        for (uint32_t code = avl__table_number(&at); code > 1; code -= 2) {
+            whole += avl__table_number(&at);
+            first += (uint32_t)avl__table_signed(&at);
+            avl__pair apart = {whole, 0, first, second}, together = {first, second, whole, 0};
+            *avl__find_pair(u, whole, 0) = apart;
+            if (code & 1) *avl__find_pair(u, first, second) = together;
         }
     }
 }
@@ -3319,8 +3293,8 @@ enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
 
 // Appends a character taken apart as far as it goes; 0: memory is out. Each mark goes before those of a higher class,
 // but at most 30 places: Unicode's Stream-Safe Text Format has no more on one letter.
-static int avl__decompose(avl__tokens *points, const avl__unicode *u, uint32_t c) {
-    const avl__pair *pair = &u->parts[avl__parts_slot(u, c)];
+static int avl__decompose(avl__tokens *points, avl__unicode *u, uint32_t c) {
+    const avl__pair *pair = avl__find_pair(u, c, 0);
     uint32_t s = c - AVL__HANGUL;
     int32_t rank, point;
     size_t at = points->size;
@@ -3329,9 +3303,8 @@ static int avl__decompose(avl__tokens *points, const avl__unicode *u, uint32_t c
                avl__tokens_put(points, (int32_t)(AVL__VOWEL + s / AVL__N_TAILS % AVL__N_VOWELS)) &&
                (s % AVL__N_TAILS == 0 || avl__tokens_put(points, (int32_t)(AVL__TAIL + s % AVL__N_TAILS)));
     }
-    if (pair->whole) {
-        return avl__decompose(points, u, pair->first) && (!pair->second || avl__decompose(points, u, pair->second));
-    }
+    if (pair->x)
+        return avl__decompose(points, u, pair->x) && (!pair->y || avl__decompose(points, u, pair->y));
     rank = avl__run_value(u->marks, AVL__MARK_RUNS, c);
     point = (int32_t)c | rank << AVL__POINT_BITS;
     if (!avl__tokens_put(points, point)) return 0;
@@ -3342,16 +3315,16 @@ static int avl__decompose(avl__tokens *points, const avl__unicode *u, uint32_t c
 }
 
 // What two characters compose to, or 0.
-static uint32_t avl__composed(const avl__unicode *u, uint32_t first, uint32_t second) {
+static uint32_t avl__composed(avl__unicode *u, uint32_t first, uint32_t second) {
     if (first - AVL__LEAD < AVL__N_LEADS && second - AVL__VOWEL < AVL__N_VOWELS)
         return AVL__HANGUL + ((first - AVL__LEAD) * AVL__N_VOWELS + (second - AVL__VOWEL)) * AVL__N_TAILS;
     if (first - AVL__HANGUL < AVL__N_SYLLABLES && (first - AVL__HANGUL) % AVL__N_TAILS == 0 && second > AVL__TAIL &&
         second - AVL__TAIL < AVL__N_TAILS) return first + (second - AVL__TAIL);
-    return u->wholes[avl__whole_slot(u, first, second)].whole;
+    return avl__find_pair(u, first, second)->x;
 }
 
 // Appends text (valid UTF-8), composed and in lower case; 0: memory is out.
-static int avl__clean(const avl__unicode *u, const char *text, size_t size, avl__bytes *out) {
+static int avl__clean(avl__unicode *u, const char *text, size_t size, avl__bytes *out) {
     avl__tokens points = {NULL, 0, 0};
     size_t at, length, starter = (size_t)-1, n = 0;   // the first n points are composed; starter: the last of class 0
     int32_t last = 0;                                 // the class of point n - 1
@@ -3982,7 +3955,7 @@ static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
 
 static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
-    const avl__unicode *u = v->unicode;
+    avl__unicode *u = v->unicode;
     avl__utf8_gate gate = {{0}, 0};
     int clip = v->kind == AVL__VOCAB_CLIP;
     size_t at, part = 0, end, length;   // part: how far the word rule may look
