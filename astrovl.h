@@ -2422,8 +2422,7 @@ static int avl__names_find(const avl__names *names, const char *name) {   // -1:
 }
 
 static void avl__names_free(avl__names *names) {
-    int i;
-    for (i = 0; names->name && i < names->count; i++) astrovl_free(names->name[i]);
+    for (int i = 0; names->name && i < names->count; i++) astrovl_free(names->name[i]);
     astrovl_free(names->name);
     astrovl_free(names->order);
 }
@@ -2495,7 +2494,6 @@ static int avl__value_bytes(uint64_t type) {   // 0: of no fixed size; -1: no su
 static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
     avl__gguf_entry *e = &r->f->entries[index];
     unsigned long long type = avl__gguf_uint(r, 4), item_type = type;
-    uint64_t i, start;
     e->kv.key = r->name;
     if (type == ASTROVL_VALUE_ARRAY) item_type = avl__gguf_uint(r, 4);
     if (avl__value_bytes(item_type) < 0)
@@ -2506,7 +2504,7 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
     if (r->status) return;
     e->kv.type = (astrovl_value_type)type;
     e->kv.item_type = (astrovl_value_type)item_type;
-    start = r->at;
+    uint64_t start = r->at;
     e->kv.data = r->f->file.data + start;
     if (item_type != ASTROVL_VALUE_STRING) {
         avl__gguf_take(r, e->kv.count, (unsigned)avl__value_bytes(item_type));
@@ -2514,7 +2512,7 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
         r->at = start;
         e->strings = (const uint8_t **)avl__alloc_raw(e->kv.count, sizeof *e->strings);
         if (!e->strings) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-        for (i = 0; i < e->kv.count && !r->status; i++) {
+        for (uint64_t i = 0; i < e->kv.count && !r->status; i++) {
             e->strings[i] = r->f->file.data + r->at;
             avl__gguf_take(r, avl__gguf_uint(r, 8), 1);
         }
@@ -2530,17 +2528,15 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
 static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     astrovl_tensor *t = &r->f->tensors[index];
     unsigned long long ne[4] = {1, 1, 1, 1}, n_dims, type, n, size = r->f->file.size;
-    const avl__type_info *info;
-    int i;
     t->name = r->name;
     n_dims = avl__gguf_uint(r, 4);
     if (n_dims > 4) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it has %llu dimensions; 4 are allowed", n_dims);
-    for (i = 0; i < (int)n_dims && !r->status; i++) {
+    for (int i = 0; i < (int)n_dims && !r->status; i++) {
         ne[i] = avl__gguf_uint(r, 8);
         if (ne[i] == 0) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is 0", i);
     }
     type = avl__gguf_uint(r, 4);
-    info = type > INT_MAX ? NULL : avl__find_type((int)type);
+    const avl__type_info *info = type > INT_MAX ? NULL : avl__find_type((int)type);
     if (!info)
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %llu, which is not supported: convert it to "
                        "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", type);
@@ -2551,7 +2547,7 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     t->type = (astrovl_type)type;
     t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
     t->n_bytes = (unsigned)info->block_bytes;
-    for (i = 0; i < 4; i++) {                    // no product of dimensions overflows that this lets pass
+    for (int i = 0; i < 4; i++) {                    // no product of dimensions overflows that this lets pass
         n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
         if (n > size / t->n_bytes) {
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %llu x %llu x %llu x %llu in %s needs more than the "
@@ -2614,7 +2610,6 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
     astrovl_gguf *f = (astrovl_gguf *)avl__alloc(1, sizeof *f);
     avl__gguf_reader reader = {f, 4, 32, 0, "header", "", ASTROVL_OK, err}, *r = &reader;
     unsigned long long version, start = 0;
-    int i;
     if (f) f->name = avl__copy_text(name, strlen(name));
     if (!f || !f->name) {
         avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
@@ -2640,7 +2635,7 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
     if (!f->entries || !f->tensors) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
     avl__gguf_read_list(r, &f->keys, "key", AVL__GGUF_MAX_KEY, avl__gguf_read_entry);
     avl__gguf_read_list(r, &f->tensor_names, "tensor", AVL__GGUF_MAX_NAME, avl__gguf_read_tensor);
-    for (i = 0; i < f->tensor_names.count && !r->status; i++) {   // the data, one tensor's after the other
+    for (int i = 0; i < f->tensor_names.count && !r->status; i++) {   // the data, one tensor's after the other
         astrovl_tensor *t = &f->tensors[i];
         r->name = t->name;
         r->at = (r->at + r->alignment - 1) / r->alignment * r->alignment;
@@ -2674,9 +2669,8 @@ ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size
 }
 
 ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file) {
-    int i;
     if (!file) return;
-    for (i = 0; file->entries && i < file->keys.count; i++) astrovl_free((void *)file->entries[i].strings);
+    for (int i = 0; file->entries && i < file->keys.count; i++) astrovl_free((void *)file->entries[i].strings);
     avl__names_free(&file->keys);
     avl__names_free(&file->tensor_names);
     astrovl_free(file->entries);
@@ -2777,15 +2771,12 @@ static void avl__key_fail(avl__keys *k, astrovl_status status, const char *name,
 static int avl__key(avl__keys *k, const char *name, avl__key_kind kind, int64_t count) {
     static const char *const kinds[] = {"integer", "float", "string"};
     char key[128];
-    const astrovl_kv *kv;
-    avl__key_kind found;
-    int index;
     if (k->status) return -1;
     avl__format(key, sizeof key, "%s%s", k->prefix, name);
-    index = astrovl_gguf_find_kv(k->file, key);
+    int index = astrovl_gguf_find_kv(k->file, key);
     if (index < 0) return -1;
-    kv = astrovl_gguf_kv(k->file, index);
-    found = kv->item_type == ASTROVL_VALUE_STRING ? AVL__KEY_STRING :
+    const astrovl_kv *kv = astrovl_gguf_kv(k->file, index);
+    avl__key_kind found = kv->item_type == ASTROVL_VALUE_STRING ? AVL__KEY_STRING :
             kv->item_type == ASTROVL_VALUE_F32 || kv->item_type == ASTROVL_VALUE_F64 ? AVL__KEY_FLOAT : AVL__KEY_INT;
     if (found != kind || (kv->type == ASTROVL_VALUE_ARRAY) != (count != 0)) {
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, count ? " is no array of %ss" : " is no %s", kinds[kind]);
@@ -2829,11 +2820,9 @@ typedef struct avl__weights {
 #define AVL__ASK_FOR_FILE "is the file that holds it among those given?"
 
 static void avl__weights_free(avl__weights *w) {
-    size_t i;
-    int f;
-    for (i = 0; i < w->n_vectors; i++) astrovl_free(w->vectors[i]);
+    for (size_t i = 0; i < w->n_vectors; i++) astrovl_free(w->vectors[i]);
     astrovl_free(w->vectors);
-    for (f = 0; f < w->n_files; f++) astrovl_gguf_close(w->files[f]);
+    for (int f = 0; f < w->n_files; f++) astrovl_gguf_close(w->files[f]);
     astrovl_free(w->files);
     memset(w, 0, sizeof *w);
 }
@@ -2848,8 +2837,7 @@ static void avl__load_fail(avl__weights *w, const astrovl_gguf *file, astrovl_st
 
 // file: out, where the tensor is; may be NULL.  NULL: absent
 static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char *name, const astrovl_gguf **file) {
-    int f;
-    for (f = 0; f < w->n_files; f++) {
+    for (int f = 0; f < w->n_files; f++) {
         const astrovl_tensor *t = astrovl_gguf_find_tensor(w->files[f], name);
         if (t && file) *file = w->files[f];
         if (t) return t;
@@ -2859,17 +2847,15 @@ static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char 
 
 // The file that has tensors whose names begin so; NULL: none has.
 static const astrovl_gguf *avl__find_part(const avl__weights *w, const char *start) {
-    int f, i;
-    for (f = 0; f < w->n_files; f++)
-        for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++)
+    for (int f = 0; f < w->n_files; f++)
+        for (int i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++)
             if (avl__begins(astrovl_gguf_tensor(w->files[f], i)->name, start)) return w->files[f];
     return NULL;
 }
 
 // The file that has a key, with its index there; NULL: none has.
 static const astrovl_gguf *avl__find_key(const avl__weights *w, const char *key, int *index) {
-    int f;
-    for (f = 0; f < w->n_files; f++)
+    for (int f = 0; f < w->n_files; f++)
         if ((*index = astrovl_gguf_find_kv(w->files[f], key)) >= 0) return w->files[f];
     return NULL;
 }
@@ -2888,9 +2874,8 @@ static int avl__load_int(avl__weights *w, int min, int max, int fallback, const 
     char key[96];
     int index;
     int64_t value = fallback;
-    const astrovl_gguf *file;
     AVL__FORMAT_PARAMETERS(key, format);
-    file = avl__find_key(w, key, &index);
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
     if (file) value = astrovl_gguf_int(file, index, 0);
     if (!file && fallback < 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the key %s is missing; " AVL__ASK_FOR_FILE, key);
@@ -2905,9 +2890,8 @@ static float avl__load_float(avl__weights *w, float min, float max, float fallba
     char key[96];
     int index;
     float value = fallback;
-    const astrovl_gguf *file;
     AVL__FORMAT_PARAMETERS(key, format);
-    file = avl__find_key(w, key, &index);
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
     if (file) value = (float)astrovl_gguf_float(file, index, 0);
     if (!(value >= min && value <= max)) avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is out of range", key);
     return w->status ? fallback : value;
@@ -2936,19 +2920,16 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
 static const float *avl__load_vector(avl__weights *w, int64_t count, const char *format, ...) {
     char name[128];
     const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t;
     int64_t total = 1;
-    float *values;
-    int d;
     AVL__FORMAT_PARAMETERS(name, format);
-    t = avl__load_tensor(w, name, &file);
+    const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return NULL;
-    for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
+    for (int d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
     if (total != count) {
         avl__load_misfit(w, file, t, "the model's keys ask for %lld values", (long long)count);
         return NULL;
     }
-    values = avl__alloc_floats((uint64_t)count);
+    float *values = avl__alloc_floats((uint64_t)count);
     if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
         astrovl_free(values);
         avl__load_fail(w, file, ASTROVL_ERROR_MEMORY, "out of memory for tensor %s", name);
@@ -2964,17 +2945,15 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
 static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const char *format, ...) {
     char prefix[112], name[128];
     const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t;
     avl__linear linear;
     int64_t row = 1, n_rows;
-    int d;
     AVL__FORMAT_PARAMETERS(prefix, format);
     memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
-    t = avl__load_tensor(w, name, &file);
+    const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return linear;
     n_rows = t->ne[t->n_dims - 1];
-    for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
+    for (int d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
     if (t->n_dims < 2 || row != n_in || (n_out ? n_rows != n_out : n_rows > 1 << 20)) {
         if (n_out) avl__load_misfit(w, file, t, "the model's keys ask for [%d, %d]", n_out, n_in);
         else       avl__load_misfit(w, file, t, "it must be a matrix with rows of %d values", n_in);
@@ -3022,17 +3001,16 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
 static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
     const uint8_t *s = (const uint8_t *)text;
     uint32_t c = s[0], low = 0x80, high = 0xBF;   // the second byte's range is narrower after four of the first bytes
-    size_t n, i;
     *length = 1;
     if (c < 0x80) return (int32_t)c;
     if (c < 0xC2 || c > 0xF4) return AVL__UTF8_BAD;
-    n = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+    size_t n = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
     if (c == 0xE0) low = 0xA0;
     if (c == 0xED) high = 0x9F;
     if (c == 0xF0) low = 0x90;
     if (c == 0xF4) high = 0x8F;
     c &= 0x7Fu >> n;
-    for (i = 1; i < n; i++) {
+    for (size_t i = 1; i < n; i++) {
         *length = i;
         if (i == size) return AVL__UTF8_CUT;
         if (s[i] < low || s[i] > high) return AVL__UTF8_BAD;
@@ -3259,10 +3237,9 @@ static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
 
 // The class of the character at text[at..end), and its length. Valid UTF-8 is expected.
 static avl__class avl__class_at(const avl__unicode *u, const char *text, size_t at, size_t end, size_t *length) {
-    uint32_t c;
     *length = 0;
     if (at >= end) return AVL__CLASS_END;
-    c = (uint32_t)avl__utf8_read(text + at, end - at, length);
+    uint32_t c = (uint32_t)avl__utf8_read(text + at, end - at, length);
     return (avl__class)(c < 128 ? u->ascii[c] : avl__run_value(u->classes, AVL__CLASS_RUNS, c));
 }
 
@@ -3296,7 +3273,6 @@ enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
 static int avl__decompose(avl__tokens *points, avl__unicode *u, uint32_t c) {
     const avl__pair *pair = avl__find_pair(u, c, 0);
     uint32_t s = c - AVL__HANGUL;
-    int32_t rank, point;
     size_t at = points->size;
     if (s < AVL__N_SYLLABLES) {
         return avl__tokens_put(points, (int32_t)(AVL__LEAD + s / (AVL__N_VOWELS * AVL__N_TAILS))) &&
@@ -3305,8 +3281,8 @@ static int avl__decompose(avl__tokens *points, avl__unicode *u, uint32_t c) {
     }
     if (pair->x)
         return avl__decompose(points, u, pair->x) && (!pair->y || avl__decompose(points, u, pair->y));
-    rank = avl__run_value(u->marks, AVL__MARK_RUNS, c);
-    point = (int32_t)c | rank << AVL__POINT_BITS;
+    int32_t rank = avl__run_value(u->marks, AVL__MARK_RUNS, c);
+    int32_t point = (int32_t)c | rank << AVL__POINT_BITS;
     if (!avl__tokens_put(points, point)) return 0;
     for (; rank && at > 0 && points->size - at <= 30 && points->data[at - 1] >> AVL__POINT_BITS > rank; at--)
         points->data[at] = points->data[at - 1];
@@ -3426,8 +3402,7 @@ static int avl__string_is(astrovl_string s, const char *text) {
 // FNV-1a; a hash goes on where that of the bytes before it ended.
 #define AVL__HASH_START 2166136261u
 static uint32_t avl__hash(uint32_t hash, const char *data, size_t size) {
-    size_t i;
-    for (i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
+    for (size_t i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
     return hash;
 }
 
@@ -3463,9 +3438,8 @@ static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 &
 static int32_t avl__find_marker(const avl__vocab *v, int types, const char *text, size_t size) {
     uint32_t hash = AVL__HASH_START;
     int32_t best = -1, id;
-    size_t n;
     if (size == 0 || !(v->marker_types[(uint8_t)text[0]] & types)) return -1;
-    for (n = 1; n <= v->longest_marker && n <= size; n++) {
+    for (size_t n = 1; n <= v->longest_marker && n <= size; n++) {
         hash = avl__hash(hash, text + n - 1, 1);
         id = avl__vocab_slot(v, hash, text, n)->id;
         if (id >= 0 && types >> v->types[id] & 1) best = id;
@@ -3522,10 +3496,9 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     for (i = 0; i < v->n_tokens; i++) {
         astrovl_string s = astrovl_gguf_string(k->file, index, (uint64_t)i);
         uint32_t hash = avl__hash(AVL__HASH_START, s.data, s.size);
-        avl__piece_slot *slot;
         v->pieces[i] = avl__string(s.data, s.size);
         if (s.size > v->longest) v->longest = s.size;
-        slot = avl__vocab_slot(v, hash, v->pieces[i].data, s.size);
+        avl__piece_slot *slot = avl__vocab_slot(v, hash, v->pieces[i].data, s.size);
         if (slot->id >= 0) continue;
         slot->hash = hash;
         slot->id = i;
@@ -3535,10 +3508,9 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
 // "<0x4F>" -> 0x4F; other spellings -> -1
 static int avl__byte_piece(astrovl_string piece) {
     static const char digits[] = "0123456789ABCDEF";
-    const char *high, *low;
     if (piece.size != 6 || memcmp(piece.data, "<0x", 3) != 0 || piece.data[5] != '>') return -1;
-    high = (const char *)memchr(digits, piece.data[3], 16);
-    low = (const char *)memchr(digits, piece.data[4], 16);
+    const char *high = (const char *)memchr(digits, piece.data[3], 16);
+    const char *low = (const char *)memchr(digits, piece.data[4], 16);
     return high && low ? (int)(high - digits) * 16 + (int)(low - digits) : -1;
 }
 
@@ -3548,7 +3520,6 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
     static const char *const marks[] = {"</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
                                         "<|endoftext|>", "<|end|>", "<end_of_turn>", "<EOT>"};
     int spm = v->kind == AVL__VOCAB_SPM, clip = v->kind == AVL__VOCAB_CLIP, last = v->n_tokens - 1, index, id, byte;
-    size_t i;
     if (k->status) return;
     v->bos = spm ? avl__vocab_find(v, "<s>", 3) : clip ? avl__vocab_find(v, "<|startoftext|>", 15) : -1;
     v->eos = spm ? avl__vocab_find(v, "</s>", 4) : clip ? avl__vocab_find(v, "<|endoftext|>", 13) : -1;
@@ -3582,7 +3553,7 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
     }
     v->has_bytes = 1;
     for (byte = 0; byte < 256; byte++) v->has_bytes &= v->byte_ids[byte] >= 0;
-    for (i = 0; i < sizeof marks / sizeof *marks; i++) {
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
         id = avl__vocab_find(v, marks[i], strlen(marks[i]));
         if (id >= 0 && (v->types[id] == AVL__TOKEN_CONTROL || v->types[id] == AVL__TOKEN_USER_DEFINED)) v->ends[id] = 1;
     }
@@ -3645,7 +3616,6 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         astrovl_string line = astrovl_gguf_string(k->file, index, (uint64_t)i);
         const char *space = line.size > 1 ? (const char *)memchr(line.data + 1, ' ', line.size - 1) : NULL;
         size_t size = space ? (size_t)(space - line.data) : 0;
-        int32_t left, right, id;
         if (!space) {
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
             break;
@@ -3657,9 +3627,9 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
             avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
             break;
         }
-        left = avl__vocab_find(v, line.data, size);
-        right = avl__vocab_find(v, space + 1, line.size - size - 1);
-        id = avl__vocab_find(v, joined.data, joined.size);
+        int32_t left = avl__vocab_find(v, line.data, size);
+        int32_t right = avl__vocab_find(v, space + 1, line.size - size - 1);
+        int32_t id = avl__vocab_find(v, joined.data, joined.size);
         if (left < 0 || right < 0 || id < 0) {
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] \"%.*s\" names a piece that is no token", i,
                           AVL__SHOW(line));
@@ -3792,9 +3762,8 @@ static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not emp
 // once for a run of such symbols.
 static void avl__merge(avl__encoder *e) {
     const avl__vocab *v = e->v;
-    int32_t index, i;
     int was_unknown = 0;
-    for (index = 0; index < (int32_t)e->n_symbols; index++) avl__offer_pair(e, index);
+    for (int32_t index = 0; index < (int32_t)e->n_symbols; index++) avl__offer_pair(e, index);
     while (e->n_heap) {
         avl__candidate c = avl__take_pair(e);
         avl__symbol *left = &e->symbols[c.left], *right;
@@ -3809,12 +3778,12 @@ static void avl__merge(avl__encoder *e) {
         avl__offer_pair(e, left->prev);
         avl__offer_pair(e, c.left);
     }
-    for (index = e->n_symbols ? 0 : -1; index >= 0; index = e->symbols[index].next) {
+    for (int32_t index = e->n_symbols ? 0 : -1; index >= 0; index = e->symbols[index].next) {
         const avl__symbol *s = &e->symbols[index];
         if (s->id >= 0) {
             avl__put_id(e, s->id);
         } else if (v->has_bytes) {
-            for (i = 0; i < s->size; i++) avl__put_id(e, v->byte_ids[(uint8_t)e->spelling.data[s->start + i]]);
+            for (int32_t i = 0; i < s->size; i++) avl__put_id(e, v->byte_ids[(uint8_t)e->spelling.data[s->start + i]]);
         } else if (v->unk >= 0 && !was_unknown) {
             avl__put_id(e, v->unk);
         }
@@ -3829,9 +3798,9 @@ static void avl__merge(avl__encoder *e) {
 static void avl__encode_spm(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
     avl__bytes *spelling = &e->spelling;
-    size_t at, length;
+    size_t length;
     if (v->add_space_prefix) avl__bytes_put_text(spelling, AVL__SPACE_MARK);
-    for (at = 0; at < size; at += length) {
+    for (size_t at = 0; at < size; at += length) {
         int32_t c = avl__utf8_read(text + at, size - at, &length);
         if (c == ' ') avl__bytes_put_text(spelling, AVL__SPACE_MARK);
         else if (c >= 0) avl__bytes_put(spelling, text + at, length);
@@ -3841,7 +3810,7 @@ static void avl__encode_spm(avl__encoder *e, const char *text, size_t size) {
         }
     }
     e->failed |= spelling->failed;
-    for (at = 0; at < spelling->size && !e->failed; at += length) {
+    for (size_t at = 0; at < spelling->size && !e->failed; at += length) {
         int32_t id = avl__find_marker(v, 1 << AVL__TOKEN_USER_DEFINED, spelling->data + at, spelling->size - at);
         int frozen = id >= 0;   // a user-defined token is found in any text and stays as it is
         if (frozen) length = v->pieces[id].size;
@@ -3926,15 +3895,13 @@ static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, si
 static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     const avl__vocab *v = e->v;
     int clip = v->kind == AVL__VOCAB_CLIP, ends_word, whole;
-    size_t i;
     int32_t id;
     e->failed |= !avl__grow(&e->spelling.data, &e->spelling.capacity, 2 * size + 8, 1) ||
                  !avl__grow(&e->symbols, &e->symbol_capacity, size, sizeof *e->symbols);
-    for (i = 0; i < size && !e->failed; i++) {
+    for (size_t i = 0; i < size && !e->failed; i++) {
         char *spelling = e->spelling.data + e->spelling.size;
-        size_t n;
         ends_word = clip && i + 1 == size;
-        n = avl__spell_byte((uint8_t)word[i], ends_word, spelling);
+        size_t n = avl__spell_byte((uint8_t)word[i], ends_word, spelling);
         id = ends_word ? avl__vocab_find(v, spelling, n) : v->byte_ids[(uint8_t)word[i]];
         if (id < 0 && (!clip || v->unk < 0)) continue;
         avl__put_symbol(e, n, id < 0 ? v->unk : id, id < 0);
@@ -4026,11 +3993,11 @@ static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, i
     astrovl_string piece = avl__vocab_piece(v, id);
     int type = piece.size ? v->types[id] : (int)AVL__TOKEN_CONTROL, n = 0, c;
     int literal = type == AVL__TOKEN_USER_DEFINED && v->kind != AVL__VOCAB_SPM;
-    size_t i, length;
+    size_t length;
     if (type == AVL__TOKEN_CONTROL || type == AVL__TOKEN_UNKNOWN || piece.size > INT32_MAX) return 0;
-    for (i = 0; i < piece.size && !literal && v->kind != AVL__VOCAB_SPM; i += length)
+    for (size_t i = 0; i < piece.size && !literal && v->kind != AVL__VOCAB_SPM; i += length)
         literal = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length)) < 0;
-    for (i = 0; i < piece.size; i += length) {
+    for (size_t i = 0; i < piece.size; i += length) {
         length = 1;
         c = (uint8_t)piece.data[i];
         if (type == AVL__TOKEN_BYTE) {
