@@ -2396,6 +2396,13 @@ static void avl__sort(int *order, int n, avl__order compare, const void *context
     }
 }
 
+static astrovl_string avl__string(const char *data, size_t size) {
+    astrovl_string s = {size ? data : "", size};   // memcmp takes no NULL
+    return s;
+}
+static int avl__string_is(astrovl_string s, const char *text) {
+    return s.size == strlen(text) && memcmp(s.data, text, s.size) == 0;
+}
 static int avl__begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
 // The keys, or the names of the tensors
@@ -2562,17 +2569,20 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
 
 // ---- the whole file ------------------------------------------------------------------------------------------------
 
-// Reads how many names follow, each with at least n bytes, and makes room for them.
-static void avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const char *things, unsigned long long n) {
+// Reads how many names follow, each with at least n bytes, and makes room for them and for an item of each.
+static void *avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const char *things, unsigned long long n,
+                                  size_t item) {
     unsigned long long count = avl__gguf_uint(r, 8), size = r->f->file.size;
     if (!r->status && (count > (size - r->at) / n || count > INT_MAX))
         avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it announces %llu %s, too many for a file of %llu bytes", count,
                        things, size);
-    if (r->status) return;
+    if (r->status) return NULL;
     names->count = (int)count;
     names->name = (char **)avl__alloc(count, sizeof *names->name);
     names->order = (int *)avl__alloc(count, sizeof *names->order);
-    if (!names->name || !names->order) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    void *items = avl__alloc(count, item);
+    if (!names->name || !names->order || !items) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    return items;
 }
 
 // A list of named things: names of 1 to max_name bytes, none of them zero; `read` reads what follows name i.
@@ -2628,11 +2638,8 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "GGUF version %llu; 2 and 3 are supported%s", version,
                        version == 1 ? " (convert the model again, with a new converter)" : "");
     f->version = (int)version;
-    avl__gguf_read_count(r, &f->tensor_names, "tensors", 25);     // 25, 14: the least that one takes
-    avl__gguf_read_count(r, &f->keys, "metadata entries", 14);
-    f->entries = (avl__gguf_entry *)avl__alloc((uint64_t)f->keys.count, sizeof *f->entries);
-    f->tensors = (astrovl_tensor *)avl__alloc((uint64_t)f->tensor_names.count, sizeof *f->tensors);
-    if (!f->entries || !f->tensors) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    f->tensors = (astrovl_tensor *)avl__gguf_read_count(r, &f->tensor_names, "tensors", 25, sizeof *f->tensors);
+    f->entries = (avl__gguf_entry *)avl__gguf_read_count(r, &f->keys, "metadata entries", 14, sizeof *f->entries);
     avl__gguf_read_list(r, &f->keys, "key", AVL__GGUF_MAX_KEY, avl__gguf_read_entry);
     avl__gguf_read_list(r, &f->tensor_names, "tensor", AVL__GGUF_MAX_NAME, avl__gguf_read_tensor);
     for (int i = 0; i < f->tensor_names.count && !r->status; i++) {   // the data, one tensor's after the other
@@ -2660,11 +2667,10 @@ ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astro
 
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name,
                                                    astrovl_error *err) {
-    avl__file file = {NULL, 0, AVL__FILE_BORROWED};
-    file.data = (uint8_t *)data;
-    file.size = size;
-    if (data) return avl__gguf_read(&file, name ? name : "(memory)", err);
-    avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no memory block was given", name ? name : "(memory)");
+    avl__file file = {(uint8_t *)data, size, AVL__FILE_BORROWED};
+    if (!name) name = "(memory)";
+    if (data) return avl__gguf_read(&file, name, err);
+    avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no memory block was given", name);
     return NULL;
 }
 
@@ -2707,22 +2713,21 @@ static const uint8_t *avl__gguf_element(const astrovl_gguf *f, int index, uint64
     return (const uint8_t *)kv->data + i * (uint64_t)avl__value_bytes(*type);
 }
 
-static int64_t avl__double_to_int(double x) {   // towards zero; what does not fit becomes the nearest that does
-    if (x != x) return 0;
-    return x >= 9223372036854775808.0 ? INT64_MAX : x < -9223372036854775808.0 ? INT64_MIN : (int64_t)x;
-}
-
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i) {
     astrovl_value_type type = ASTROVL_VALUE_STRING;
     const uint8_t *p = avl__gguf_element(file, index, i, &type);
     uint64_t value = avl__load_number(p, avl__value_bytes(type));   // 0 for a string: no bytes are read
+    double x;
     switch (type) {
     case ASTROVL_VALUE_BOOL: return value != 0;
     case ASTROVL_VALUE_I8:  return (int8_t)value;
     case ASTROVL_VALUE_I16: return (int16_t)value;
     case ASTROVL_VALUE_I32: return (int32_t)value;
     case ASTROVL_VALUE_I64: return (int64_t)value;
-    case ASTROVL_VALUE_F32: case ASTROVL_VALUE_F64: return avl__double_to_int(astrovl_gguf_float(file, index, i));
+    case ASTROVL_VALUE_F32: case ASTROVL_VALUE_F64:   // towards zero; what does not fit becomes the nearest that does
+        x = astrovl_gguf_float(file, index, i);
+        if (x >= -9223372036854775808.0) return x < 9223372036854775808.0 ? (int64_t)x : INT64_MAX;
+        return x < 0 ? INT64_MIN : 0;
     default: return value > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)value;
     }
 }
@@ -2737,13 +2742,10 @@ ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint6
 }
 
 ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i) {
-    astrovl_string s = {"", 0};
     astrovl_value_type type = ASTROVL_VALUE_STRING;
     const uint8_t *p = avl__gguf_element(file, index, i, &type);
-    if (!p || type != ASTROVL_VALUE_STRING) return s;
-    s.data = (const char *)p + 8;
-    s.size = (size_t)avl__load_u64(p);
-    return s;
+    if (!p || type != ASTROVL_VALUE_STRING) return avl__string(NULL, 0);
+    return avl__string((const char *)p + 8, (size_t)avl__load_u64(p));
 }
 
 // ---- metadata keys by kind -----------------------------------------------------------------------------------------
@@ -2789,8 +2791,7 @@ static int avl__key(avl__keys *k, const char *name, avl__key_kind kind, int64_t 
 
 static astrovl_string avl__key_text(avl__keys *k, const char *name) {   // empty if the entry is absent
     int index = avl__key(k, name, AVL__KEY_STRING, 0);
-    astrovl_string none = {"", 0};
-    return index < 0 ? none : astrovl_gguf_string(k->file, index, 0);
+    return astrovl_gguf_string(k->file, index, 0);
 }
 
 // An integer or boolean within low..high; missing: what stands for an absent entry.
@@ -2862,39 +2863,35 @@ static const astrovl_gguf *avl__find_key(const avl__weights *w, const char *key,
 
 // A text; empty if the key is absent or no text.
 static astrovl_string avl__load_string(const avl__weights *w, const char *key) {
-    const astrovl_string none = {"", 0};
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    if (!file || astrovl_gguf_kv(file, index)->type != ASTROVL_VALUE_STRING) return none;
-    return astrovl_gguf_string(file, index, 0);
+    int is_text = file && astrovl_gguf_kv(file, index)->type == ASTROVL_VALUE_STRING;
+    return is_text ? astrovl_gguf_string(file, index, 0) : avl__string(NULL, 0);
 }
 
-// An integer in min..max.  fallback: for an absent key; -1: the key must be there;  format: of the key
-static int avl__load_int(avl__weights *w, int min, int max, int fallback, const char *format, ...) {
-    char key[96];
+// A number in min..max; what is not a number is out of range. fallback: for an absent key; -1: the key must be there
+static double avl__load_value(avl__weights *w, double min, double max, double fallback, const char *key) {
     int index;
-    int64_t value = fallback;
-    AVL__FORMAT_PARAMETERS(key, format);
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    if (file) value = astrovl_gguf_int(file, index, 0);
+    double value = file ? astrovl_gguf_float(file, index, 0) : fallback;
     if (!file && fallback < 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the key %s is missing; " AVL__ASK_FOR_FILE, key);
-    if (value < min || value > max)
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %lld; it must lie between %d and %d", key, (long long)value,
-                       min, max);
-    return w->status ? min : (int)value;
+    if (!(value >= min && value <= max))
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; it must lie between %.9g and %.9g", key, value, min,
+                       max);
+    return w->status ? min : value;
 }
 
-// The same for a float; what is not a number is out of range.
+// format: of the key
+static int avl__load_int(avl__weights *w, int min, int max, int fallback, const char *format, ...) {
+    char key[96];
+    AVL__FORMAT_PARAMETERS(key, format);
+    return (int)avl__load_value(w, min, max, fallback, key);
+}
 static float avl__load_float(avl__weights *w, float min, float max, float fallback, const char *format, ...) {
     char key[96];
-    int index;
-    float value = fallback;
     AVL__FORMAT_PARAMETERS(key, format);
-    const astrovl_gguf *file = avl__find_key(w, key, &index);
-    if (file) value = (float)astrovl_gguf_float(file, index, 0);
-    if (!(value >= min && value <= max)) avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is out of range", key);
-    return w->status ? fallback : value;
+    return (float)avl__load_value(w, (double)min, (double)max, (double)fallback, key);
 }
 
 // Fails with "FILE: tensor NAME is [4096, 32]; what the format says", the shape slowest first.
@@ -2920,12 +2917,10 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
 static const float *avl__load_vector(avl__weights *w, int64_t count, const char *format, ...) {
     char name[128];
     const astrovl_gguf *file = NULL;
-    int64_t total = 1;
     AVL__FORMAT_PARAMETERS(name, format);
     const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return NULL;
-    for (int d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
-    if (total != count) {
+    if (t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3] != count) {   // the reader has checked that this does not overflow
         avl__load_misfit(w, file, t, "the model's keys ask for %lld values", (long long)count);
         return NULL;
     }
@@ -2946,14 +2941,12 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
     char prefix[112], name[128];
     const astrovl_gguf *file = NULL;
     avl__linear linear;
-    int64_t row = 1, n_rows;
     AVL__FORMAT_PARAMETERS(prefix, format);
     memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
     const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return linear;
-    n_rows = t->ne[t->n_dims - 1];
-    for (int d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
+    int64_t n_rows = t->ne[t->n_dims - 1], row = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3] / n_rows;
     if (t->n_dims < 2 || row != n_in || (n_out ? n_rows != n_out : n_rows > 1 << 20)) {
         if (n_out) avl__load_misfit(w, file, t, "the model's keys ask for [%d, %d]", n_out, n_in);
         else       avl__load_misfit(w, file, t, "it must be a matrix with rows of %d values", n_in);
@@ -3000,15 +2993,12 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
 // one U+FFFD (the Unicode Standard 3.9, "maximal subpart"; Python's errors="replace").
 static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
     const uint8_t *s = (const uint8_t *)text;
-    uint32_t c = s[0], low = 0x80, high = 0xBF;   // the second byte's range is narrower after four of the first bytes
+    uint32_t c = s[0];   // the second byte's range is narrower after four of the first bytes:
+    uint32_t low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80, high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
     *length = 1;
     if (c < 0x80) return (int32_t)c;
     if (c < 0xC2 || c > 0xF4) return AVL__UTF8_BAD;
     size_t n = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
-    if (c == 0xE0) low = 0xA0;
-    if (c == 0xED) high = 0x9F;
-    if (c == 0xF0) low = 0x90;
-    if (c == 0xF4) high = 0x8F;
     c &= 0x7Fu >> n;
     for (size_t i = 1; i < n; i++) {
         *length = i;
@@ -3388,29 +3378,11 @@ static void avl__vocab_free(avl__vocab *v) {
     memset(v, 0, sizeof *v);
 }
 
-static astrovl_string avl__string(const char *data, size_t size) {
-    astrovl_string s;
-    s.data = size ? data : "";   // memcmp takes no NULL
-    s.size = size;
-    return s;
-}
-
-static int avl__string_is(astrovl_string s, const char *text) {
-    return s.size == strlen(text) && memcmp(s.data, text, s.size) == 0;
-}
-
 // FNV-1a; a hash goes on where that of the bytes before it ended.
 #define AVL__HASH_START 2166136261u
 static uint32_t avl__hash(uint32_t hash, const char *data, size_t size) {
     for (size_t i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
     return hash;
-}
-
-// Slots of a hash table for n entries: a power of two, at most half full.
-static uint32_t avl__table_slots(uint32_t n) {
-    uint32_t slots = 16;
-    while (slots < 2 * n) slots *= 2;
-    return slots;
 }
 
 // The slot of a piece, or the empty one where it would go.
@@ -3480,7 +3452,7 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, "tokens", " is empty, or has more than 2^26 elements");
     if (k->status) return;
     v->n_tokens = (int)count;
-    v->mask = avl__table_slots((uint32_t)count) - 1;
+    for (v->mask = 15; v->mask + 1 < 2 * count; ) v->mask = 2 * v->mask + 1;
     v->pieces = (astrovl_string *)avl__alloc_raw(count, sizeof *v->pieces);
     v->types = (uint8_t *)avl__alloc(count, 1);
     v->ends = (uint8_t *)avl__alloc(count, 1);
@@ -3496,7 +3468,7 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     for (i = 0; i < v->n_tokens; i++) {
         astrovl_string s = astrovl_gguf_string(k->file, index, (uint64_t)i);
         uint32_t hash = avl__hash(AVL__HASH_START, s.data, s.size);
-        v->pieces[i] = avl__string(s.data, s.size);
+        v->pieces[i] = s;
         if (s.size > v->longest) v->longest = s.size;
         avl__piece_slot *slot = avl__vocab_slot(v, hash, v->pieces[i].data, s.size);
         if (slot->id >= 0) continue;
@@ -3650,11 +3622,7 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
 // The file must outlive the vocabulary, which points into it.
 static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, int clip,
                                       astrovl_error *err) {
-    avl__keys k;
-    k.file = file;
-    k.prefix = prefix;
-    k.err = err;
-    k.status = ASTROVL_OK;
+    avl__keys k = {file, prefix, err, ASTROVL_OK};
     memset(v, 0, sizeof *v);
     if (clip) {
         v->kind = AVL__VOCAB_CLIP;
@@ -3839,15 +3807,11 @@ static size_t avl__run_end(const avl__unicode *u, const char *text, size_t at, s
 // 's|'t|'re|'ve|'m|'ll|'d: the length of one, or 0. fold: in capitals as well (the long s, U+017F, folds to s too).
 static size_t avl__contraction(const char *text, size_t size, int fold) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\xC5\xBF"};
-    int i, n = fold ? 8 : 7;
-    if (size < 2 || text[0] != '\'') return 0;
-    for (i = 0; i < n; i++) {
-        const char *ending = endings[i], *at = text + 1;
-        while (*ending && at < text + size && (*at == *ending || (fold && *at == *ending - 32))) {
-            at++;
-            ending++;
-        }
-        if (!*ending) return (size_t)(at - text);
+    for (int i = 0; i < (fold ? 8 : 7) && size > 0 && *text == '\''; i++) {
+        const char *ending = endings[i];
+        size_t at = 1;
+        for (; *ending && at < size && (text[at] == *ending || (fold && text[at] == *ending - 32)); at++) ending++;
+        if (!*ending) return at;
     }
     return 0;
 }
@@ -3956,9 +3920,8 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     int types = AVL__MARKERS & ~(v->kind == AVL__VOCAB_SPM ? 1 << AVL__TOKEN_USER_DEFINED : 0);
     size_t before = out->size, at, end;
     avl__encoder e;
-    if (size > INT32_MAX / 4) {
+    if (size > INT32_MAX / 4)
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %lld bytes is too long", (long long)size);
-    }
     memset(&e, 0, sizeof e);
     e.v = v;
     e.out = out;
@@ -3980,8 +3943,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     astrovl_free(e.spelling.data);
     if (!e.failed) return ASTROVL_OK;
     out->size = before;
-    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %lld bytes",
-                         (long long)size);
+    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a text of %lld bytes", (long long)size);
 }
 
 // ---- tokens to text ------------------------------------------------------------------------------------------------
