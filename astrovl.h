@@ -2049,6 +2049,13 @@ static void avl__sort(int *order, int n, avl__order compare, const void *context
     }
 }
 
+static astrovl_string avl__string(const char *data, size_t size) {
+    astrovl_string s = {size ? data : "", size};   // memcmp takes no NULL
+    return s;
+}
+static int avl__string_is(astrovl_string s, const char *text) {
+    return s.size == strlen(text) && memcmp(s.data, text, s.size) == 0;
+}
 static int avl__begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
 // The keys, or the names of the tensors
@@ -2075,8 +2082,7 @@ static int avl__names_find(const avl__names *names, const char *name) {   // -1:
 }
 
 static void avl__names_free(avl__names *names) {
-    int i;
-    for (i = 0; names->name && i < names->count; i++) astrovl_free(names->name[i]);
+    for (int i = 0; names->name && i < names->count; i++) astrovl_free(names->name[i]);
     astrovl_free(names->name);
     astrovl_free(names->order);
 }
@@ -2148,7 +2154,6 @@ static int avl__value_bytes(uint64_t type) {   // 0: of no fixed size; -1: no su
 static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
     avl__gguf_entry *e = &r->f->entries[index];
     unsigned long long type = avl__gguf_uint(r, 4), item_type = type;
-    uint64_t i, start;
     e->kv.key = r->name;
     if (type == ASTROVL_VALUE_ARRAY) item_type = avl__gguf_uint(r, 4);
     if (avl__value_bytes(item_type) < 0)
@@ -2159,7 +2164,7 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
     if (r->status) return;
     e->kv.type = (astrovl_value_type)type;
     e->kv.item_type = (astrovl_value_type)item_type;
-    start = r->at;
+    uint64_t start = r->at;
     e->kv.data = r->f->file.data + start;
     if (item_type != ASTROVL_VALUE_STRING) {
         avl__gguf_take(r, e->kv.count, (unsigned)avl__value_bytes(item_type));
@@ -2167,7 +2172,7 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
         r->at = start;
         e->strings = (const uint8_t **)avl__alloc_raw(e->kv.count, sizeof *e->strings);
         if (!e->strings) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
-        for (i = 0; i < e->kv.count && !r->status; i++) {
+        for (uint64_t i = 0; i < e->kv.count && !r->status; i++) {
             e->strings[i] = r->f->file.data + r->at;
             avl__gguf_take(r, avl__gguf_uint(r, 8), 1);
         }
@@ -2183,17 +2188,15 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
 static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     astrovl_tensor *t = &r->f->tensors[index];
     unsigned long long ne[4] = {1, 1, 1, 1}, n_dims, type, n, size = r->f->file.size;
-    const avl__type_info *info;
-    int i;
     t->name = r->name;
     n_dims = avl__gguf_uint(r, 4);
     if (n_dims > 4) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it has %llu dimensions; 4 are allowed", n_dims);
-    for (i = 0; i < (int)n_dims && !r->status; i++) {
+    for (int i = 0; i < (int)n_dims && !r->status; i++) {
         ne[i] = avl__gguf_uint(r, 8);
         if (ne[i] == 0) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is 0", i);
     }
     type = avl__gguf_uint(r, 4);
-    info = type > INT_MAX ? NULL : avl__find_type((int)type);
+    const avl__type_info *info = type > INT_MAX ? NULL : avl__find_type((int)type);
     if (!info)
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %llu, which is not supported: convert it to "
                        "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", type);
@@ -2204,7 +2207,7 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     t->type = (astrovl_type)type;
     t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
     t->n_bytes = (unsigned)info->block_bytes;
-    for (i = 0; i < 4; i++) {                    // no product of dimensions overflows that this lets pass
+    for (int i = 0; i < 4; i++) {                    // no product of dimensions overflows that this lets pass
         n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
         if (n > size / t->n_bytes) {
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %llu x %llu x %llu x %llu in %s needs more than the "
@@ -2219,17 +2222,20 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
 
 // ---- the whole file ------------------------------------------------------------------------------------------------
 
-// Reads how many names follow, each with at least n bytes, and makes room for them.
-static void avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const char *things, unsigned long long n) {
+// Reads how many names follow, each with at least n bytes, and makes room for them and for an item of each.
+static void *avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const char *things, unsigned long long n,
+                                  size_t item) {
     unsigned long long count = avl__gguf_uint(r, 8), size = r->f->file.size;
     if (!r->status && (count > (size - r->at) / n || count > INT_MAX))
         avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it announces %llu %s, too many for a file of %llu bytes", count,
                        things, size);
-    if (r->status) return;
+    if (r->status) return NULL;
     names->count = (int)count;
     names->name = (char **)avl__alloc(count, sizeof *names->name);
     names->order = (int *)avl__alloc(count, sizeof *names->order);
-    if (!names->name || !names->order) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    void *items = avl__alloc(count, item);
+    if (!names->name || !names->order || !items) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    return items;
 }
 
 // A list of named things: names of 1 to max_name bytes, none of them zero; `read` reads what follows name i.
@@ -2267,7 +2273,6 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
     astrovl_gguf *f = (astrovl_gguf *)avl__alloc(1, sizeof *f);
     avl__gguf_reader reader = {f, 4, 32, 0, "header", "", ASTROVL_OK, err}, *r = &reader;
     unsigned long long version, start = 0;
-    int i;
     if (f) f->name = avl__copy_text(name, strlen(name));
     if (!f || !f->name) {
         avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
@@ -2286,14 +2291,11 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "GGUF version %llu; 2 and 3 are supported%s", version,
                        version == 1 ? " (convert the model again, with a new converter)" : "");
     f->version = (int)version;
-    avl__gguf_read_count(r, &f->tensor_names, "tensors", 25);     // 25, 14: the least that one takes
-    avl__gguf_read_count(r, &f->keys, "metadata entries", 14);
-    f->entries = (avl__gguf_entry *)avl__alloc((uint64_t)f->keys.count, sizeof *f->entries);
-    f->tensors = (astrovl_tensor *)avl__alloc((uint64_t)f->tensor_names.count, sizeof *f->tensors);
-    if (!f->entries || !f->tensors) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
+    f->tensors = (astrovl_tensor *)avl__gguf_read_count(r, &f->tensor_names, "tensors", 25, sizeof *f->tensors);
+    f->entries = (avl__gguf_entry *)avl__gguf_read_count(r, &f->keys, "metadata entries", 14, sizeof *f->entries);
     avl__gguf_read_list(r, &f->keys, "key", AVL__GGUF_MAX_KEY, avl__gguf_read_entry);
     avl__gguf_read_list(r, &f->tensor_names, "tensor", AVL__GGUF_MAX_NAME, avl__gguf_read_tensor);
-    for (i = 0; i < f->tensor_names.count && !r->status; i++) {   // the data, one tensor's after the other
+    for (int i = 0; i < f->tensor_names.count && !r->status; i++) {   // the data, one tensor's after the other
         astrovl_tensor *t = &f->tensors[i];
         r->name = t->name;
         r->at = (r->at + r->alignment - 1) / r->alignment * r->alignment;
@@ -2318,18 +2320,16 @@ ASTROVL_API astrovl_gguf *astrovl_gguf_open(const char *path, int no_mmap, astro
 
 ASTROVL_API astrovl_gguf *astrovl_gguf_open_memory(const void *data, size_t size, const char *name,
                                                    astrovl_error *err) {
-    avl__file file = {NULL, 0, AVL__FILE_BORROWED};
-    file.data = (uint8_t *)data;
-    file.size = size;
-    if (data) return avl__gguf_read(&file, name ? name : "(memory)", err);
-    avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no memory block was given", name ? name : "(memory)");
+    avl__file file = {(uint8_t *)data, size, AVL__FILE_BORROWED};
+    if (!name) name = "(memory)";
+    if (data) return avl__gguf_read(&file, name, err);
+    avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%s: no memory block was given", name);
     return NULL;
 }
 
 ASTROVL_API void astrovl_gguf_close(astrovl_gguf *file) {
-    int i;
     if (!file) return;
-    for (i = 0; file->entries && i < file->keys.count; i++) astrovl_free((void *)file->entries[i].strings);
+    for (int i = 0; file->entries && i < file->keys.count; i++) astrovl_free((void *)file->entries[i].strings);
     avl__names_free(&file->keys);
     avl__names_free(&file->tensor_names);
     astrovl_free(file->entries);
@@ -2366,22 +2366,21 @@ static const uint8_t *avl__gguf_element(const astrovl_gguf *f, int index, uint64
     return (const uint8_t *)kv->data + i * (uint64_t)avl__value_bytes(*type);
 }
 
-static int64_t avl__double_to_int(double x) {   // towards zero; what does not fit becomes the nearest that does
-    if (x != x) return 0;
-    return x >= 9223372036854775808.0 ? INT64_MAX : x < -9223372036854775808.0 ? INT64_MIN : (int64_t)x;
-}
-
 ASTROVL_API int64_t astrovl_gguf_int(const astrovl_gguf *file, int index, uint64_t i) {
     astrovl_value_type type = ASTROVL_VALUE_STRING;
     const uint8_t *p = avl__gguf_element(file, index, i, &type);
     uint64_t value = avl__load_number(p, avl__value_bytes(type));   // 0 for a string: no bytes are read
+    double x;
     switch (type) {
     case ASTROVL_VALUE_BOOL: return value != 0;
     case ASTROVL_VALUE_I8:  return (int8_t)value;
     case ASTROVL_VALUE_I16: return (int16_t)value;
     case ASTROVL_VALUE_I32: return (int32_t)value;
     case ASTROVL_VALUE_I64: return (int64_t)value;
-    case ASTROVL_VALUE_F32: case ASTROVL_VALUE_F64: return avl__double_to_int(astrovl_gguf_float(file, index, i));
+    case ASTROVL_VALUE_F32: case ASTROVL_VALUE_F64:   // towards zero; what does not fit becomes the nearest that does
+        x = astrovl_gguf_float(file, index, i);
+        if (x >= -9223372036854775808.0) return x < 9223372036854775808.0 ? (int64_t)x : INT64_MAX;
+        return x < 0 ? INT64_MIN : 0;
     default: return value > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)value;
     }
 }
@@ -2396,13 +2395,10 @@ ASTROVL_API double astrovl_gguf_float(const astrovl_gguf *file, int index, uint6
 }
 
 ASTROVL_API astrovl_string astrovl_gguf_string(const astrovl_gguf *file, int index, uint64_t i) {
-    astrovl_string s = {"", 0};
     astrovl_value_type type = ASTROVL_VALUE_STRING;
     const uint8_t *p = avl__gguf_element(file, index, i, &type);
-    if (!p || type != ASTROVL_VALUE_STRING) return s;
-    s.data = (const char *)p + 8;
-    s.size = (size_t)avl__load_u64(p);
-    return s;
+    if (!p || type != ASTROVL_VALUE_STRING) return avl__string(NULL, 0);
+    return avl__string((const char *)p + 8, (size_t)avl__load_u64(p));
 }
 
 // ---- metadata keys by kind -----------------------------------------------------------------------------------------
@@ -2430,15 +2426,12 @@ static void avl__key_fail(avl__keys *k, astrovl_status status, const char *name,
 static int avl__key(avl__keys *k, const char *name, avl__key_kind kind, int64_t count) {
     static const char *const kinds[] = {"integer", "float", "string"};
     char key[128];
-    const astrovl_kv *kv;
-    avl__key_kind found;
-    int index;
     if (k->status) return -1;
     avl__format(key, sizeof key, "%s%s", k->prefix, name);
-    index = astrovl_gguf_find_kv(k->file, key);
+    int index = astrovl_gguf_find_kv(k->file, key);
     if (index < 0) return -1;
-    kv = astrovl_gguf_kv(k->file, index);
-    found = kv->item_type == ASTROVL_VALUE_STRING ? AVL__KEY_STRING :
+    const astrovl_kv *kv = astrovl_gguf_kv(k->file, index);
+    avl__key_kind found = kv->item_type == ASTROVL_VALUE_STRING ? AVL__KEY_STRING :
             kv->item_type == ASTROVL_VALUE_F32 || kv->item_type == ASTROVL_VALUE_F64 ? AVL__KEY_FLOAT : AVL__KEY_INT;
     if (found != kind || (kv->type == ASTROVL_VALUE_ARRAY) != (count != 0)) {
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, name, count ? " is no array of %ss" : " is no %s", kinds[kind]);
@@ -2451,8 +2444,7 @@ static int avl__key(avl__keys *k, const char *name, avl__key_kind kind, int64_t 
 
 static astrovl_string avl__key_text(avl__keys *k, const char *name) {   // empty if the entry is absent
     int index = avl__key(k, name, AVL__KEY_STRING, 0);
-    astrovl_string none = {"", 0};
-    return index < 0 ? none : astrovl_gguf_string(k->file, index, 0);
+    return astrovl_gguf_string(k->file, index, 0);
 }
 
 // An integer or boolean within low..high; missing: what stands for an absent entry.
@@ -2482,11 +2474,9 @@ typedef struct avl__weights {
 #define AVL__ASK_FOR_FILE "is the file that holds it among those given?"
 
 static void avl__weights_free(avl__weights *w) {
-    size_t i;
-    int f;
-    for (i = 0; i < w->n_vectors; i++) astrovl_free(w->vectors[i]);
+    for (size_t i = 0; i < w->n_vectors; i++) astrovl_free(w->vectors[i]);
     astrovl_free(w->vectors);
-    for (f = 0; f < w->n_files; f++) astrovl_gguf_close(w->files[f]);
+    for (int f = 0; f < w->n_files; f++) astrovl_gguf_close(w->files[f]);
     astrovl_free(w->files);
     memset(w, 0, sizeof *w);
 }
@@ -2501,8 +2491,7 @@ static void avl__load_fail(avl__weights *w, const astrovl_gguf *file, astrovl_st
 
 // file: out, where the tensor is; may be NULL.  NULL: absent
 static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char *name, const astrovl_gguf **file) {
-    int f;
-    for (f = 0; f < w->n_files; f++) {
+    for (int f = 0; f < w->n_files; f++) {
         const astrovl_tensor *t = astrovl_gguf_find_tensor(w->files[f], name);
         if (t && file) *file = w->files[f];
         if (t) return t;
@@ -2512,58 +2501,50 @@ static const astrovl_tensor *avl__find_tensor(const avl__weights *w, const char 
 
 // The file that has tensors whose names begin so; NULL: none has.
 static const astrovl_gguf *avl__find_part(const avl__weights *w, const char *start) {
-    int f, i;
-    for (f = 0; f < w->n_files; f++)
-        for (i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++)
+    for (int f = 0; f < w->n_files; f++)
+        for (int i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++)
             if (avl__begins(astrovl_gguf_tensor(w->files[f], i)->name, start)) return w->files[f];
     return NULL;
 }
 
 // The file that has a key, with its index there; NULL: none has.
 static const astrovl_gguf *avl__find_key(const avl__weights *w, const char *key, int *index) {
-    int f;
-    for (f = 0; f < w->n_files; f++)
+    for (int f = 0; f < w->n_files; f++)
         if ((*index = astrovl_gguf_find_kv(w->files[f], key)) >= 0) return w->files[f];
     return NULL;
 }
 
 // A text; empty if the key is absent or no text.
 static astrovl_string avl__load_string(const avl__weights *w, const char *key) {
-    const astrovl_string none = {"", 0};
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    if (!file || astrovl_gguf_kv(file, index)->type != ASTROVL_VALUE_STRING) return none;
-    return astrovl_gguf_string(file, index, 0);
+    int is_text = file && astrovl_gguf_kv(file, index)->type == ASTROVL_VALUE_STRING;
+    return is_text ? astrovl_gguf_string(file, index, 0) : avl__string(NULL, 0);
 }
 
-// An integer in min..max.  fallback: for an absent key; -1: the key must be there;  format: of the key
-static int avl__load_int(avl__weights *w, int min, int max, int fallback, const char *format, ...) {
-    char key[96];
+// A number in min..max; what is not a number is out of range. fallback: for an absent key; -1: the key must be there
+static double avl__load_value(avl__weights *w, double min, double max, double fallback, const char *key) {
     int index;
-    int64_t value = fallback;
-    const astrovl_gguf *file;
-    AVL__FORMAT_PARAMETERS(key, format);
-    file = avl__find_key(w, key, &index);
-    if (file) value = astrovl_gguf_int(file, index, 0);
+    const astrovl_gguf *file = avl__find_key(w, key, &index);
+    double value = file ? astrovl_gguf_float(file, index, 0) : fallback;
     if (!file && fallback < 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the key %s is missing; " AVL__ASK_FOR_FILE, key);
-    if (value < min || value > max)
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %lld; it must lie between %d and %d", key, (long long)value,
-                       min, max);
-    return w->status ? min : (int)value;
+    if (!(value >= min && value <= max))
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; it must lie between %.9g and %.9g", key, value, min,
+                       max);
+    return w->status ? min : value;
 }
 
-// The same for a float; what is not a number is out of range.
+// format: of the key
+static int avl__load_int(avl__weights *w, int min, int max, int fallback, const char *format, ...) {
+    char key[96];
+    AVL__FORMAT_PARAMETERS(key, format);
+    return (int)avl__load_value(w, min, max, fallback, key);
+}
 static float avl__load_float(avl__weights *w, float min, float max, float fallback, const char *format, ...) {
     char key[96];
-    int index;
-    float value = fallback;
-    const astrovl_gguf *file;
     AVL__FORMAT_PARAMETERS(key, format);
-    file = avl__find_key(w, key, &index);
-    if (file) value = (float)astrovl_gguf_float(file, index, 0);
-    if (!(value >= min && value <= max)) avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is out of range", key);
-    return w->status ? fallback : value;
+    return (float)avl__load_value(w, (double)min, (double)max, (double)fallback, key);
 }
 
 // Fails with "FILE: tensor NAME is [4096, 32]; what the format says", the shape slowest first.
@@ -2589,19 +2570,14 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
 static const float *avl__load_vector(avl__weights *w, int64_t count, const char *format, ...) {
     char name[128];
     const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t;
-    int64_t total = 1;
-    float *values;
-    int d;
     AVL__FORMAT_PARAMETERS(name, format);
-    t = avl__load_tensor(w, name, &file);
+    const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return NULL;
-    for (d = 0; d < t->n_dims; d++) total *= t->ne[d];   // the reader has checked that this does not overflow
-    if (total != count) {
+    if (t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3] != count) {   // the reader has checked that this does not overflow
         avl__load_misfit(w, file, t, "the model's keys ask for %lld values", (long long)count);
         return NULL;
     }
-    values = avl__alloc_floats((uint64_t)count);
+    float *values = avl__alloc_floats((uint64_t)count);
     if (!values || !avl__grow(&w->vectors, &w->vectors_capacity, w->n_vectors + 1, sizeof *w->vectors)) {
         astrovl_free(values);
         avl__load_fail(w, file, ASTROVL_ERROR_MEMORY, "out of memory for tensor %s", name);
@@ -2617,17 +2593,13 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
 static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const char *format, ...) {
     char prefix[112], name[128];
     const astrovl_gguf *file = NULL;
-    const astrovl_tensor *t;
     avl__linear linear;
-    int64_t row = 1, n_rows;
-    int d;
     AVL__FORMAT_PARAMETERS(prefix, format);
     memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
-    t = avl__load_tensor(w, name, &file);
+    const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return linear;
-    n_rows = t->ne[t->n_dims - 1];
-    for (d = 0; d < t->n_dims - 1; d++) row *= t->ne[d];
+    int64_t n_rows = t->ne[t->n_dims - 1], row = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3] / n_rows;
     if (t->n_dims < 2 || row != n_in || (n_out ? n_rows != n_out : n_rows > 1 << 20)) {
         if (n_out) avl__load_misfit(w, file, t, "the model's keys ask for [%d, %d]", n_out, n_in);
         else       avl__load_misfit(w, file, t, "it must be a matrix with rows of %d values", n_in);
@@ -2674,18 +2646,14 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
 // one U+FFFD (the Unicode Standard 3.9, "maximal subpart"; Python's errors="replace").
 static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
     const uint8_t *s = (const uint8_t *)text;
-    uint32_t c = s[0], low = 0x80, high = 0xBF;   // the second byte's range is narrower after four of the first bytes
-    size_t n, i;
+    uint32_t c = s[0];   // the second byte's range is narrower after four of the first bytes:
+    uint32_t low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80, high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
     *length = 1;
     if (c < 0x80) return (int32_t)c;
     if (c < 0xC2 || c > 0xF4) return AVL__UTF8_BAD;
-    n = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
-    if (c == 0xE0) low = 0xA0;
-    if (c == 0xED) high = 0x9F;
-    if (c == 0xF0) low = 0x90;
-    if (c == 0xF4) high = 0x8F;
+    size_t n = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
     c &= 0x7Fu >> n;
-    for (i = 1; i < n; i++) {
+    for (size_t i = 1; i < n; i++) {
         *length = i;
         if (i == size) return AVL__UTF8_CUT;
         if (s[i] < low || s[i] > high) return AVL__UTF8_BAD;
@@ -2741,110 +2709,94 @@ static void avl__utf8_gate_flush(avl__utf8_gate *gate, avl__bytes *out) {
 
 // ---- Unicode -------------------------------------------------------------------------------------------------------
 // Properties of Unicode 16.0, as the engine in `tokenizers` 0.23 has them: test/make_golden.py (tokens_unicode_tables)
-// asked it about every code point and wrote these strings. They hold numbers in base 26: a capital letter is a digit
-// with more to follow, a small letter the last one ("Cn" is 2 * 26 + 13 = 65). A signed number is stored as 0, -1, 1,
-// -2, 2 ... for 0, 1, 2, 3, 4 ...
+// asked it about every code point and wrote these strings. They hold numbers: a character from ']' to '~' is a digit in
+// base 34 with more to follow, one from '#' to 'Z' the last digit, in base 56 ("_&" is 2 * 56 + 3 = 115). A signed
+// number is stored as 0, 1, 2, 3, 4 ... for 0, -1, 1, -2, 2 ...
 //
-// Three tables are runs of characters, `stride` apart, with one value: the gap to the run before, 2 * (count - 1) +
-// (stride - 1), the value (signed). What is in no run has the value 0.
+// Three tables are runs of characters with one value: the gap to the run before, and 4 * (count - 1) + the class; or
+// the gap, 4 * (count - 1) + (stride - 1), and the value (signed). What is in no run has the value 0.
 
 #define AVL__CLASS_RUNS 831     // value: an avl__class
 #define AVL__LOWER_RUNS 185     // value: the lower-case letter less the capital
 #define AVL__MARK_RUNS  334     // value: a mark's canonical combining class
 
 static const char avl__class_table[] =
-    "jigsagpsehBycgByckagBaagjachcebacdaeaacbeebBscbCicbBJecewcoichacbacEzicbcccgcbacgacbecbacbBmcbGicbKqciMscbCwccac"
-    "gDccCtCacegcBtDgcvseeccbHocbacpcchccaseaeccacqacbCgcBdGuclacoseaCmcjcceacfBqceacjacdacxBwchucfBucbkcrDecCgEccdac"
-    "sachscesebBeceocccccBqcbmcbacdgcdacqacnccbeceseaccckecacikcecccBqcbmcbccbccbccBfgcbachsececqqcbecbBqcbmcbccbicda"
-    "csacpccesejaclocccccBqcbmcbccbicdacBeccbecesebacakelacbkcdecbgcdccbacbccdccdecdwcwacvyesocbecbBscbBecdacBaeccacc"
-    "cceseimebaceocbecbBscbscbicdacBfccbccesebccrqcbecbDcccacqacfecbmeaeceBkebkcfBicdBucbqcbaccmcBfserDqcbccmmcjseBnc"
-    "cbacbicbBucbacbscbccjaccicbacjsecgcBgacBfBmemocbCscBbicElDgcuacasegkcegcdacdccheceycmacbsegCwcbacfaccDgcbZocbgcc"
-    "mcbacbgccDccbgccCmcbgccmcbacbgccBccbEicbgccFccoBmedBecqGocckcdBVqccBgcaagaBycfFscdeeaochBicnBkcoBicoycbecpDycBja"
-    "ceacdsegsewsegGuchiccCocbacfFickCicBnseaCgcciclDiceBycgueBlBscjEacBrsegsenacDpDocrocdseBpCgcnccaseaDicBaCscBcsed"
-    "ecaseaCsccucfDgccecBpgcbkcbccdacfOscCmVicckccCwcckccocbacbacbacbCiccEacbmcbacdecbmcdgcckceycfecbmcdugBdcgfagBvag"
-    "qaeaacckefacasegycDxaceaccscbacdicgacbacbacbgcbuccgcficeacbDweaccaieBByEoeDaBqeYgCgeBRoRocggcdccjaecCwcbacfaccEg"
-    "chacqBscjmcbmcbmcbmcbmcbmcbmcbmcDcacRwageccaaezqehicceeacceGocgecbGwcbgcfDgcbHecdgekCkcBwBecBgseBeoebBceBgseBnBc"
-    "eMiTNacCmCNOicCpDmccUqcdBecaseaccuDocqCiccFicaseBnqccHwccFcccccbacbocvBecbecbgcbBscnkekDycoDucBcseykcdacbccbseaC"
-    "cckBsczCechDocBcacasegicbscaseaicbDccxecbocesegBscdacdDucbacdccciccacbacyeccuchecmkcckcckcjmcbmcbDgcbBacgIucnseg"
-    "BHBicmBsceDscMNcBCcccIccBmmcmicfacbscbycbicbacbccbccbIgcBhBBwcsEwccEccBowcEmicbKictsehBycgByclGucdkcckcckccecBjw"
-    "cbBycbBkcbccbBcccBacBiJkcmDkemEierceJkCecdDscqCaeeCkcagejBmcaaeaocaaefCwckCgccCsceocbieBqMcccsegCsceCsceDaciDycm"
-    "ucbBccbmcbccbucbBccbmcbccdDycmXwcjBqckocykcbDecbqcCrkccacbDicbccdaccBsccoeaBsccmeaCiciqeBwBkcbccfieaBqcakeeBycCs"
-    "EgceceaccaBeecDmeaacpgcbecbCeckqexCecacebCecaeeBgocbCccgieqEcckBqccoeaBkcfoeaBicxmeDcFocCdDwcnDwchkeaCscmsegseaC"
-    "ccjBscIkCiebDecgccqecChCecaseaaciBqclgeBbBicBuBocameuBscmEacBaCgebcccacnDkcBgBwchsejCscpseeaccaciCqcdacmDqcogcls"
-    "eaacbaceBmelBicbBwctccClmcbacbgcbBccbschDocrselocccccBqcbmcbccbicdacsacmicBescbaccacbCwcbaczacbacBsEacsgcfsefecB"
-    "eDqcuccbaciseGkDocBpgcBkDqcuaclseBmDgcnachsegBmeBcCacvweemcHdDicEmEwcaBkemoccaccocbccbBucpacbacoseCsoccCycqacbac"
-    "BcackDachacvaclDmctacsFocHrCmcpsegqcbCucracpCeefCgcEimcbccbCwcvacjsegkcbccbCkcoachseLyBkcpacbycbCocBcseDiacpBoeB"
-    "rCSwcDyImerPacDXkHkcpDEkcrkczLVgcfBSucKDdCgcsseCOsBRschCicbsegGacbsegCgcsDqcqgcmsebmebBocfBkcQqDkcdseHqEwcaBseEb"
-    "FscfacCoycCmccbacBcSDyciDRecBpscNFrgcbmcbccbWicpacBdeccacogciBEkcDKuIecfycdqchscGEwseCEwBmemBmeEeBweFfGmcbFkcbcc"
-    "cacccccgcbwcbacbmcbEycbgccocbmcbCccbgcbicbacdmcbBAcccBwcbBwcbCicbBwcbCicbBwcbCicbBwcbCicbBwcboccDueCQyCicgkcKbEs"
-    "cFqDkckmccseeacMjCgcsDiceseScCcceseIgCgccacaseSrmcbgcbccbBccbPcccqeBwFechaceseBElEmebeebgeCyDkebBceHmgcbCacbccba"
-    "ccacbscbgcbacbacgaceacbacbacbecbccbaccacbacbacbacbacbccbaccgcbmcbgcbgcbacbscbBgcfecbicbBgcWiyeEDfseBNqEWKccBgMHm"
-    "cgRaccRBecoWCucpBVucDQwBPqcCFyOPwcfMKkc";
+    ",65&2I*^P)^P-&=&,$*)$$&%#$$-$^D$_,$}H'P14*$$$_44$(%0$$)$$,$$$^8$bT$fT+hP$_H%$)_T^2^T'0P`$8I'($d$$$2(*(#I#,%$3$$_(@"
+    "c4.$1I#_4,('$(^@'$,$&$:^L*L(^H$84_X^%`P&$5$*H'I$^('@%(%^@$<$$&0&$3$0($,'I#(%9%$+8'(%^@$<$($($(B0$$*I%,3D$,$^@$<$($"
+    "4&$5$2('I,$.@%(%^@$<$($4&$A($,'I$$#9.$$8&,$0&($$$(&(&,&P9$8U5@$,$^D$^(&$=,%$%('I+=$$'@$,$^D$H$4&$B($('I$(4D$,$_T%$"
+    "3$(,$=#,'^5$8(^0&^H$D$$%<BI4`8$(/<,IJ($$$4$^H$$$H$(,$%4$$,I%0C$B^9/@$_@>4_&`$7$#I)8'0&$&(*,'T/$$I)_H$$($%`$$tL$0%<"
+    "$$$0%_T$0%_4$0%<$$$0%^$$a$$0%aL1^9&^(3c(%8&^g0%^,#&#^P(b4&-#@*^00^41^01T$,2`HF$'$&I)I9I)c4*4%_8$$(aX-_,JI#_(%4.`('"
+    "^P)MH^D,`LNI)I0$^H`44@&IL_(0(#I#`(=_@?I&,#I#_@%L(`$%,L0$8$(&$(jH^+pP%8%_H%8%@$$$$$$$_,%`L$<$$&,$<&0%8'T(,$<&N@*(&R"
+    "&3%#$%9($#I)T^P$'$%H$$&4)$$$$$$0$L%0(4'$$`E#(#5iYa1^9^Ah1_)q/m4)0&(,%%_H$$($%`X*$3^D,<$<$<$<$<$<$<$<^;$e3&'(#%<E*4"
+    "%-#('c(),$c8$0(`$$cH&1-_0S^(CIAA$^%CIJ^%bKjyP^+^ioD^.`0%p,&^(#I#(7`43_,%aX#IJD%d4%aL%($$$@8^($,$0$^D09-`H1`@?I;8&$"
+    "$($I#^X-^D<_$*`4?$#I)4$H#I#4$_T:,$@'I)^D&$&`@$$&(%4%$$$;,%L*,/8%8%8,<$<$`$$X)e,0I)tlX/^D'`<akWw(%d@I</4($$H$T$4$$$"
+    "($($dHDvT5a@%`PKP_'4$fD6I*^P)^P.c4&8%8%8%,FP$^P$^4$($^$%XEeL/`-/a%4)a7_$&`<3^U'_0#1,^8#%#@#%(_H-_(%_@'@$5Mh0%I)_@'"
+    "_@'_P+`H/L$^$$<$($L$^$$<$(&`H/s,,^@-@;8$_X$D^08%$$`($(&$%^D%A#^D%=#_,+ES^4$((5#^@#9'^P^1`X')#(#^)%`1#$20$,$_$-E:_$"
+    "#)$_$#-C@$^X)53`P-^@%A#^4(A#^0:=^;b,Z`D0`D*9#_@/I)I#^X,^D`U_-$_X)(3,^&_$#I#$+^@.1>^0Q^<#=7^D/`L=_)$(%$0`,C^L*I,_@2"
+    "I'$%$+_<&$/`810.I#$$$'^9.^0$^L6(^*<$$$0$^$$H*`44I.@%(%^@$<$($4&$5$/4AH$$%$$_H$$<$$$O`L50(I(,A`87($$+I_Y`4L0G`87$.I"
+    "I`$0$*I)^9?^T8Q'<`4`(_'a@#^5/@%$%@$($^H2$$$1I^1@%_L3$$$?$-_P*$8$.`06$5b,`B_42I)D$_D4$2_%(_(_#<$($_H8$,I)8$($_01$*I"
+    "bA^42$$T$_8?I^A$2^=N^|P^QdU4jX^j'cT2_e@48<ej4(^dD`q,_(5I{Y^cD*_,$I)bD$I)_(5`830/I$=$^<(^4dK`,&I`Aa@#^E^Tb4($^-T^+("
+    "$$?i{0+_q8LHatB0$<$($qL2$@,%$10+y0^d/dD(T&D*H_cIIw9^9/^9^W^M_:c$$b$$(%$%(%0$P$$$<$aD$0%@$<$^X$0$4$$&<$u0%^L$^L$_,$"
+    "^L$_,$^L$_,$^L$_,$^L$@%`A}#_,)8aHa8_E`,-<%I'$bL_(5`('Ie9^X'I`Q_(%$#IeH<$0$($^$$k$%ESaP*$'Ik*a-$-$1^7`-$^%`=0$^T$($"
+    "$%$$H$0$$$$)$'$$$$$$,$($$%$$$$$$$$$$($$%0$<$0$0$$$H$^,(,$4$^,g7U^lNIo9_rv8CeuH)lP%i`@1ltL2^g8^g%^aHwUgiL(ex8";
 
 static const char avl__lower_table[] =
-    "CnByCmDxBsCmbmCmBhBvcdfccpccBtcbaJhafcdaQeadcbaPwaacbcPuaaccaGcaaPoaaPqaacbaPuaaPybaQgaaQcaacdaQgaaQkbaQmafcbaQu"
-    "aacbaQucacbaQuaacbcQsadcbaQwaacdachaeaacbaeaacbaearccrccaeadcbaHlaaEhaBncbaJzbrchaBFYkaacbaMnaaBFYecacbaOzaaFiaa"
-    "FmajcLddcdaciaIygaCybeCwbaEybcEwbBgCmbqCmBjaqixcfaEpcacbanaacceJzaBeGeaCkCmBwBhcjCbcbaBeanccDrccCwDsEHdCwVMubaVM"
-    "ufaVMuBBuGcEKZoakqDGlacgDgIXjceIXjMiFtcjaWNtbDrcjopikpkopiopikplhpiopyopiopiopicpacFraarlgGpaarlcpacHrmcpacIpaan"
-    "lcJvacJraarLlaWGfdaYUvaaYLngaCeBtBeBgtacBFmByCaCSuDqDsBwacbaBFUjaaLHjaaBFTdcfcbaBFXfaaBFUvaaBFXlaaBFXjbaccacicBF"
-    "ZxaDvcidceacBTYjBtctBbcFfncdCjckdcbaEANvajceacbaEVChcdcdtcbaEVElaaEVFhaaEVEzaaEVEfaaEVElbaEVApaaEVClaaEVAvaaCTka"
-    "pcbaDraaEVEjaaEARvadcbaEVHdapcbaEVXxyacBHAhByCmBUzDaDcFgCsDcGauDabBcDabmDabcDaCQcDwEyGbBqCmEGoCkCmBGJwCkCmCmBwCc"
-    "BUHzCoCq";
+    "^,^O^+^P^C^+$;^+D^H%&,%%@%%^D%$#a4#,%&#d?#(%$#d7##%$'d5##%%#_Q##d/##d1##%$#d5##d9$#dA##d=##%&#dA##dE$#dG#,%$#dO##%"
+    "$#dO%#%$#dO##%$'dM#(%$#dQ##%&#%*#'##%$#'##%$#'#D%%D%%#'#(%$#`<##^Z#^8%$#aF$D%*#hhA##%$#bP##hh;%#%$#cX##_=##_A#4%b,"
+    "(%&#%+#a+)#^7$+^5$#_3$'_1$^+^+$C^+F#3+P%(#_*%#%$#0##%%+aF#^'_S#_/^+S^,%,^T%$#A#<%%`8%%_G^K^nD_Gdr;$#dr;(#dr;iUbG^c"
+    "y##73^b.#%)`#`b:%+`b:bKb4%,#d~X$`8%,?2+72-?2+?2+72.02+?2;?2+?2+?2+'2#'_F##4./`&##4.'2#'`B/'2#'`Z##0.'aB#'a>##4b4#d"
+    "{<&#ex8##et&)#^#P^'C6#%kE^OW}S`7^KS#%$#hfH##a].##hf(%,%$#hgZ##hfT##hh(##hh&$#%%#%+'hi0#`@%+(%'#%mg@^D%6X%_:<%&_,%-"
+    "(%$#^``R#4%'#%$#^gjZ%(%&H%$#^gkZ##^gl8##^gl0##^gkT##^gkZ$#^gj.##^gk&##^gj4##~+#@%$#^J##^gkX##^`bJ#(%$#^gm0#@%$#^gu"
+    "$;#%hu>^O^+rP_O^;_;_?^;_OK^9$^#^9$;^9$'^9|E`C_3_P^?^+^n5_/^+hmS_/^+^+^KYmkZ_7^/";
 
 static const char avl__mark_table[] =
-    "BDoBoRsaaRwagQyaaRwaaQqaiQyacPoagQyacPoauQyaicagQyaeRscaRscaSmaaRsaeQyaeRsacQybeRsagQyaaRsaaRwacQyaaRsaaRyacSaaa"
-    "RyacSaaaRyayRsKpiRsKfaQyagRsaaQyaeRsaaRcaaQyakRsakQyacRsaaQyacRsaaRcaaRoaaRsaauaawaayaaBaaaBcaaBeaaBgaaBiaaBkacB"
-    "maaBoaaBqaaBsbaBubaBwaaBybaRsaaQybaBkCuoRsaaCiaaCkaaCmBwaCcaaCeaaCgaaCiaaCkaaCmaaCoaaCqacRsacQyaiRsaaQyacRsaaQyq"
-    "aCsDxmRscgRsaaQyaaRsccRsbaQyacRsaaQyBjaCuBeaRsaaQyacRsaaQyacRsaeQyaaRsacQyaaRsaaQyaeRsaaQyaaRsaaQyaaRsaaQyaaRsaa"
-    "QyacRsGemRsaaQyaaRsBigRsbqRsbeRsbiRsBreQyEqBaRsbaQyacRsaaQyacRsaaQyaeRsaeQyaaCcaaCeaaCgaeRsaaQyacRsacQyaiRsCiaoq"
-    "asdaRsaaQyacRsDzaoqasEgaoqasEgaoqasEgaoqasExasExashaGmaaHaDxaoqasExasEuasEfcHyaasngIgEecJcogJkCycQyBbaQybaQybaQq"
-    "CdaJyaaKabaKefgKacaKabcRsaasbcRsCkaQyEiaobcsDeaQyBBreRsBKmasBfasGbaskaRsHvaRoFnaRcaaRsaaQyIlaRsaaQyCtasuoRscaQyB"
-    "wiRsakQyacRsaaQyEoaopasBmaRsaaQyamRsCccsCgaolcsCpaoFweRsbacaiQyacRsagQyaaRsbmceaQygaRsdcRsHqcRsaaQyamRsaaQyacRsa"
-    "aSaaaQmaaQyaaPoaCuRsfaRsaaRyaaQyaaRsaaQyBBscRsaccagRsaecacRseaRsdccaaRsaaQyaaRsaccagQyaaRsEOceRsFlasDsCkRsViaQua"
-    "aRoaaRwaaRcacRgEbcqBSQeaRsesRsBgcRsDccRsKqasHhasBbBiRsCfeQyBlasDraomasJfaRsbcRsaaQyccRsfcRsbaRsCaasJmasBDZsaCaBD"
-    "pmRsamQyacRsBLlaQyIsaQyFtiRsCMsaQybaRsBoaRsaacaaQyeasGjaRsaaQyCAxasCeasCfasaaoCreRsBwcsCkaoCyasjaoEcasaaoGwaoaas"
-    "DdaoqasymRsdiRsHxasdaoEtasaaoJrasaaoEwasEoasaaoElasBXzasBDUuicChmRsBEVnacHWocQqaecdaRkaiQqioQyciRsacQyBegRsFseRs"
-    "FFfmRsbBgRscmRsbcRsbiRsDHdmQyEfkRsaao";
+    "jK^;e/##e3#/dS##e3##dK#3dS#'d/#/dS#'d/#KdS#3%#/dS#+e/%#e/%#eC##e/#+dS#+e/#'dS$+e/#/dS##e/##e3#'dS##e/##e5#'e7##e5#"
+    "'e7##e5#Se/aV3e/aL#dS#/e/##dS#+e/##dW##dS#7e/#7dS#'e/##dS#'e/##dW##e+##e/##7##9##;##=##?##A##C##E##G#'I##K##M##O$#"
+    "Q$#S##U$#e/##dS$#G^3?e/##^'##^)##^+S#Y##^###^%##^'##^)##^+##^-##^/#'e/#'dS#3e/##dS#'e/##dS3#^1^P;e/%/e/##dS##e/%'e"
+    "/$#dS#'e/##dSF#^3A#e/##dS#'e/##dS#'e/#+dS##e/#'dS##e/##dS#+e/##dS##e/##dS##e/##dS##e/##dS#'e/_S;e/##dS##e/E/e/$Ce/"
+    "$+e/$3e/N+dS_+We/$#dS#'e/##dS#'e/##dS#+e/#+dS##Y##^###^%#+e/##dS#'e/#'dS#3e/^'#13#5&#e/##dS#'e/^R#13#5^Y#13#5^Y#13"
+    "#5^Y#13#5_2#5_2#5*#`###`1^P#13#5_2#5_/#5^X'`I##50/`Q^W'a/1/a7^7'dS>#dS$#dS$#dKZ#aE##aG$#aK(/aG%#aG$'e/##5$'e/^)#dS"
+    "_##1$'5^=#dSiR+e/mW#5B#5_P#5-#e/`F#e+_B#dW##e/##dS`V#e/##dS^2#57?e/%#dSS3e/#7dS#'e/##dS_)#12#5I#e/##dS#;e/Y'5^%#1."
+    "'5^.#1_K+e/$#%#3dS#'e/#/dS##e/$;%'#dS)#e/&'e/`A'e/##dS#;e/##dS#'e/##e7##dG##dS##d/#_Ce/(#e/##e5##dS##e/##dSiS'e/#'"
+    "%#/e/#+%#'e/'#e/&'%##e/##dS##e/#'%#/dS##e/^qQ+e/_@#5^K_/e/fU#dO##e+##e3##dW#'e#^T'3lyG#e/'Ge/C'e/^;'e/aW#5`8#5>^/e"
+    "/^$+dSH#5^J#1/#5a2#e/$'e/##dS%'e/('e/$#e/W#5a9#5gs##WjL;e/#;dS#'e/n8#dSa%#dS_H3e/{%#dS$#e/K#e/##%##dS'#5_X#e/##dSu"
+    "B#5^##5^$#5##1^0+e/S'5^)#1^7#5,#1^U#5##1`-#1##5^<#13#5;;e/&3e/`H#5&#1_.#5##1a>#5##1_1#5_)#5##1_&#5t.#5gpK3%^&;e/g}"
+    "*#%_wY'dK#+%&#e'#3dK+?dS%3e/#'dSA/e/_G+e/^yN;e/$^+e/%;e/$'e/$3e/^b@;dS^X7e/##1";
 
 // What composes (Unicode Standard Annex 15, form C), grouped by the second character: its distance from the group
 // before, 2 * the size of the group + (1 if its pairs compose, 0 if they are only taken apart); for each pair how far
 // the whole lies beyond the one before, and the first character (signed). A second character 0 stands for none. Hangul
 // is done by arithmetic; the 1,002 CJK compatibility ideographs are left out, and stay as they are.
-
-#define AVL__PAIRS 1058
-
 static const char avl__pair_table[] =
-    "aCoBGaCHcbccBkBxGxkBXbjJoKOwCGgcccccccCgccccCkFndDylDtccioiliCyiCpdrbCJxkCKmcgcCEfdXSmbcLhVMheCOhbJkTqBJUsbcBDoG"
-    "nHkFaiieigmhmhyiieigmhmIsHybCmBcNjbCmTzCTyngCpCgngJTfCJzbcChEkbcBvSxbCmBlFubCmjCmbcpEjbCmrBrbCmjNgbcnBcbchBAjbCm"
-    "pXDebchobchobchobchobchobchobchobchobchobchobciqhobchobcfUZvcicececmcmciCkEhoicedVImfVEniDtdVNefVJhiCxdCGvlCGkcu"
-    "bcBGeCHsaJbHlFaiieigmhmdieqiieigmhmdijEdbCmByBtbCmjChbCmqCdbCmfCjbCmBeBxbCmDpHobCmBcNxbCmfHgbCmbCjbCmbBbbCmPaGdb"
-    "CFicibebecmcmbibCoBcBxbibebebBkBcxbmbifsBwFajoCtByjoJSuCPxbCmnDibcxFfbCmbMpbCmnChbCmnIabCmfGsbcbTlbCmBjTcbcjVbbC"
-    "mBhFubCmjCmbcpEjbCmrBrbCmjNgbcnBcbcBbWFgbchobchobchobchobchobchobchobchobchobchobciqhobchobcDtGqqEwbCnHmFaiieigm"
-    "hmhyiieigmhmnDvbCmtCdbCmhCjbCmpChbCmBnBtbCmxCdbCmbChbCmLAnCjbCmBbWVsbczBubcrBmbcbCfHnFaoBaecoBkoBaecBzCxbCmClBnb"
-    "CmLAhCjbCmBtFwbCmjCmbchOpbCmhHubCmrBrbCmjNgbcnBcbcjBAjbCmbDlJwFabCmrCdbCmxCdbCmBhBzbCmBdBzbCmEcHybCmiEhbCmbYubcb"
-    "BBdbCmjUabcCjVhbCmbCnbCmdYcbcbBKdbCmBAlCTibCmlBpbCmJObDAlbCmxWPabcBjCsbcNcUFbiClyDciCliDkiClcCnJyFabCmrCdbCmjChb"
-    "CmnChbCmBhBzbCmBdBzbCmZxCUmlvBgCmBlwDvDlbCmoCxbCmfCbbCmJOvBOjbcFxVOobcJpUKliClyDciCliDkiClbDpKgFebCmlChbCmjChbCm"
-    "pChCxBibCmGoEjbCmhBjbCmKNzDlbCmhChbCmtChbCmdChbCmBdCbbCmdCjbCmrChbCmbChbCmhCjbCmdRubcbkbcbVZebcbWTxbCmBbCfbCmdCj"
-    "bCmdCjbCmmUebEfHoFahieihmgmiyhieihmgmdiErClVqCMabyBfBobyjBaBtFegBdCwDqgCoEtFjbCmhMybcbOzbCmbCjbCmfCjbCmbBzbCmdNc"
-    "bcbOlbCmdDfbCmdCdbCmdCdbCmJNxDAzbCmBnIkbCmBrJabcjVfbCmhCjbCmkhbBxLPqFabCmfHmbCmjCmbchOpbCmhHubCmfMjbCmfBzbCmfHub"
-    "CmjNgbchZnbCmfYebcjBAjbCmbnHpFaBgCmFhxbCmLBdebebnMyGcbCmBfBzbCmBInCUmbCmbCxKiFebCmbCjbCmlCjbCmBiBxbCmjChbCmqCdbC"
-    "mhCjbCmdCjbCmyBzbCmDbEjbCmbBvbCmbBzbCmbBzbCmfHybCmmNxbCmbCdbCmfZobQwbBQlBuCpbCmdBdTsFabCmdCdbCmdCdbCmdBzbCmdCfbC"
-    "mdCfbCmXlDAsbcczTuFabCmdCdbCmdCdbCmdBzbCmdCfbCmdCfbCmcBdLTgCUsiCliCuiCliCqiCliCqiCliCyiCliCyqiiClEuBwbBhLThCUsiC"
-    "liCuiCliCqiCliCqiCliCyiCliCyiCliCuiClEuBwhClhjQaGcbCmoBzbCmiDhLJoFcbCmhChbCmxCdbCmnCfbCmdCjbCmlCjbCmdCjbCmtCdbCm"
-    "hCjbCmjCjbCmrChbCmjCjbCmjCfbCmnEjbCmxCdbCmrCdbCmbBzbCmvXmbcbZnbCmlYebcdBAjbCmbfLNuGobCmbfLJkFabCmbjUqGkbCmbCjbCm"
-    "bBtHrFeBgCmChCdbCmtCdbCmeCjbCmjChbCmqCdbCmhCjbCmdCjbCmHpDpbCmKOtCnbCmxCdbCmbvKaFabCmtCdbCmvCdbCmCpBnbCmEpCxbCmfz"
-    "LKcFgbCmfCjbCmBjBxbCmnChbCmBlBzbCmfCjbCmbfLLaFobCmcnLKkFibCmrCdbCmCtBnbCmbBjLJqFcbCmhChbCmBlBxbCmfCjbCmnChbCmvCd"
-    "bCmpChbCmBlBzbCmbBjhcQGaBGMcaDlMSwZKybeteBfEqbibdCbDufkdgyBwceBbBudodecgxZUjcZWilBnbZUvbebZWmbcdBabcdgbchgbcdobc"
-    "dgbcBjCcbmbcbeBxDpbcbBobchCmbcbcbckChLTmXMmbchobcxBubchobchobchobcxBubciqhobchobcCtUZvlCHtfCIgjVGahVFvbBiiVJkhVJ"
-    "tbmpddExLYeXMmbcbcbcbcbcbcbcbcbcbcbcbcbcbcbcbBibcbcbcbcbcbcbcbcbcbcbcbcbcbcbcbDubcbcbcbcbcbcbcbcbcbcbcbcbcbcbcdc"
-    "bVAjbjdVGefVIfgVDebVAfbrdVHgfVIzBmVDibUZlbkdVImfVLhXzcDRCnELedeDRCpENcpCpbcDRDfEKmbcDREhEKwdBsDRDgEKmbcbcbcbcbcb"
-    "ccebcbcbcbccecebccebccebcbcbcbcdgDREiEKobubsceDRDaEMkcHDWabeDRDbEMkcHDWaFpdCIkERebnCIlERebCoceFyKscBnrBibdCInERe"
-    "BCpqDOaGWwbcbcbkbkbcbsbiahDMfGYiiqdgEygDTcHHqbccBacdDSlHKozdDSmHKoDxmDWlHSudmBjCpbcbkdBeJweEHwILebccdEHfIOcydEHc"
-    "IOcbdEHgIOcDzfEMcIXwbczfEKaITwCeEaExdEQyJHsEedEVyJRothEVoJRahoeibdEVwJRoEafFAwKBkbczdFAyKBkElfFGkKMsdgfdFGmKMsqd"
-    "FGoKMsPncFWdLScccFWfLScmgFWgLXcccjFbCbeFVtLOiDcGecuFUhLOmkufkfkfkCdEgkufkfkfkEpdGDaMFyEEpxKGcUMccecececeeiBpDece"
-    "debccgICqDtSHoBKPacececececececececececedgcecehodgdgdgdgyEbkGsoBccececececececececececedgcecehodgdgdgdgyEbdFqbcb"
-    "cbcewbvSIzBKRudgdgdgdgDgGmdgdgdgdgDGWuhDZGcHYMccepuEffDZLuHYXubcUpdEAGpIAMwzdEAGqIAMwNhdEAUuIBPikdEAUtIBPiddEAUw"
-    "IBPiJifEBEoICIybcCTCgiGUGcNOLqbcDoHmbcjgGUGeNOMgDpHcbcbgGUGfNOMgDqHcbcbcGUGgNOMgbcGUGhNOMgbcGUGiNOMg";
+    "#^-kSx;$%%GT`.-sN,a;`vEx%%%%%%%%^%%%%%^)_B&^Q.^L%%+1+.+^7+^.&4$yL-z#%)%w(&ek/$%b0dr.'{N$a7f)iu)$%jK`$`;_5++'+)/*/*"
+    ";++'+)/*/a%`I$^+?c.$^+f2~90)^.^%0)`lByN$%^&_%$%ReN$^+H_I$^+,^+$%2_$$^+4N$^+,c+$%0?$%*i0$^+2ed)$%*1$%*1$%*1$%*1$%*1"
+    "$%*1$%*1$%*1$%*1$%*1$%+3*1$%*1$%(dl:%+%'%'%/%/%+^)^Z1+%'&dp;(dnD+^L&drE(dpP+^6&x4.x)%7$%kWxK#a.`<_5++'+)/*/&+'3++'"
+    "+)/*/&+,^V$^+UP$^+,^&$^+3Z$^+(^($^+AT$^+^H`?$^+?c<$^+(`7$^+$^($^+$>$^+cY_R$wE%+$'$'%/%/$+$^-?T$+$'$'$G?:$/$+(5S_5,"
+    "1^2U,1`l7|@$^+0^A$%:_:$^+$bR$^+0^&$^+0`K$^+(`)$%$f$$^+FeS$%,fN$^+D_I$^+,^+$%2_$$^+4N$^+,c+$%0?$%>d{#$%*1$%*1$%*1$%"
+    "*1$%*1$%*1$%*1$%*1$%*1$%*1$%+3*1$%*1$%^L`'3_1$^,`=_5++'+)/*/*;++'+)/*/0^N$^+6Z$^+*^($^+2^&$^+JP$^+:Z$^+$^&$^+`|$^("
+    "$^+>e`G$%<Q$%4I$%$^$`>_51='%1G1='%V^6$^+^*J$^+`{V^($^+P_K$^+,^+$%*cN$^+*`E$^+4N$^+,c+$%0?$%,i0$^+$^DaC_5$^+4Z$^+:Z"
+    "$^+DV$^+@V$^+^U`I$^++^Z$^+$h?$%$iD$^+,f3$%^(fT$^+$^,$^+&h-$%$mN$^+i2~)$^+.L$^+`j,^_:$^+:e]A$%F^1$%c'dbN+^*;^;+^*+^"
+    "C+^*%^,aE_5$^+4Z$^+,^&$^+0^&$^+DV$^+@V$^+i$~G.8C^+H9^N^D$^+1^6$^+(X$^+`j@oL$%_Lds1$%a<de2+^*;^;+^*+^C+^*$^HaM_9$^+"
+    ".^&$^+,^&$^+2^&^6E$^+`%_$$^+*F$^+`v.^D$^+*^&$^+6^&$^+&^&$^+@X$^+&^($^+4^&$^+$^&$^+*^($^+&e1$%$-$%$dx-$%$e_P$^+>^$$"
+    "^+&^($^+&^($^+/f7$^X`?_5*+'+*/)/+;*+'+*/)/&+_,^*g%zK$;BK$;,=P_9)@^5^I)^-_._>$^+*c#$%$cX$^+$^($^+(^($^+$V$^+&c'$%$c"
+    "J$^+&^>$^+&Z$^+&Z$^+`j(^_H$^+J`U$^+Na-$%,fR$^+*^($^+-*$Taa%_5$^+(`=$^+,^+$%*cN$^+*`E$^+(bL$^+(V$^+(`E$^+,c+$%*hR$^"
+    "+(h/$%,i0$^+$0`@_5C^+_<:$^+`|4'$'$0c#_Q$^+BV$^+m$~G$^+$^6aO_9$^+$^($^+.^($^+ET$^+,^&$^+3Z$^+*^($^+&^($^+;V$^+^:_$$"
+    "^+$R$^+$V$^+$V$^+(`I$^+/c<$^+$Z$^+(hS$dQ$pJQ^.$^+&@f+_5$^+&Z$^+&Z$^+&V$^+&^$$^+&^$$^+gT^_A$%%<f-_5$^+&Z$^+&Z$^+&V$"
+    "^+&^$$^+&^$$^+%@abK~M+^*+^3+^*+^/+^*+^/+^*+^7+^*+^73++^*_/S$DabL~M+^*+^3+^*+^/+^*+^/+^*+^7+^*+^7+^*+^3+^*_/S*^**,d"
+    ";_Q$^+1V$^++^@a^/_7$^+*^&$^+:Z$^+0^$$^+&^($^+.^($^+&^($^+6Z$^+*^($^+,^($^+4^&$^+,^($^+,^$$^+0_$$^+:Z$^+4Z$^+$V$^+8"
+    "gU$%$hR$^+.h/$%&i0$^+$(a`-`%$^+$(a^+_5$^+$,fC_Y$^+$^($^+$P`B_9C^+^&Z$^+6Z$^+'^($^+,^&$^+3Z$^+*^($^+&^($^+`@^H$^+`v"
+    "B^,$^+:Z$^+$8aG_5$^+6Z$^+8Z$^+^.J$^+_*^6$^+(<a^=_;$^+(^($^+FT$^+0^&$^+HV$^+(^($^+$(a^U_C$^+%0a^E_=$^+4Z$^+^2J$^+$F"
+    "a^1_7$^+*^&$^+HT$^+(^($^+0^&$^+8Z$^+2^&$^+HV$^+$F*%bvWhnU#^DanEf]S$'6'B_+$+$&X^M(-&);S%'>Q&1&'%):fb0%fc+.J$fb<$'$f"
+    "c/$%&=$%&)$%*)$%&1$%&)$%FY$/$%$'T^H$%$K$%*^+$%$%$%-^&abQeh;$%*1$%:Q$%*1$%*1$%*1$%:Q$%+3*1$%*1$%^2dl:.xL(xY,do3*do."
+    "$E+dpS*dq$$/2&&_2ae#eh;$%$%$%$%$%$%$%$%$%$%$%$%$%$%$%$E$%$%$%$%$%$%$%$%$%$%$%$%$%$%$%$^M$%$%$%$%$%$%$%$%$%$%$%$%$%"
+    "$%$%&%$dlH$,&do7(dp4)dmY$dlD$4&doS(dpHIdn%$dl0$-&dp;(dqLh*%~vX^p=&'~vZ^q72^.$%~w2^p+$%~wN^p5&O~w3^p+$%$%$%$%$%$%%'"
+    "$%$%$%$%%'%'$%%'$%%'$%$%$%$%&)~wO^p-$7$5%'~w-^q%%^|~;$'~w.^q%%^|~;_D&y%^s1$0y&^s1$^-%'_MaY%J4E$&y(^s1j23^eK_l%$%$%"
+    "$-$-$%$5$+#*^dT_lK+3&)_3)^h'_q%$%%=%&^gN_r9<&^gO_r9^P/^iF_v/&/F^.$%$-&AaC'^nW_~M$%%&^nF`^);&^nC`^)$&^nG`^)^R(^pU`b"
+    "G$%<(^oW``O^#^S_2&^s+`g/^W&^u=`kO6*^u3`kA*1'+$&^u;`kO^S(^wM`p7$%<&^wO`p7_&(^z5`uE&)(&^z7`uE3&^z9`uEd.%__Fab-%%__Ha"
+    "b-/)__Iad?%%,_6X'__<a`;^;_S%7_^Na`?-7(-(-(-Z^Y-7(-(-(-_*&_bQahE^m::`rAdf%%'%'%'%''+L^=%'&'$%%)_zO^LcmOi~A%'%'%'%'%"
+    "'%'%'%'%'%'%'&)%'%'*1&)&)&)&);^T-`)1?%'%'%'%'%'%'%'%'%'%'%'&)%'%'*1&)&)&)&);^T&_E$%$%$%'9$8cn<j]Q&)&)&)&)^?`#&)&)&"
+    ")&){aC*^_s-_bg5%'27^X(^_uQ_blM$%fB&^`]>_c]Q<&^`]?_c]Qc,&^`d'_ck%-&^`d&_ck%&&^`d)_ck%a5(^`hE_ct+$%ve)+^yp9`taA$%^G`"
+    "=$%,)^yp;`taQ^H`3$%$)^yp<`taQ^I`3$%$%^yp=`taQ$%^yp>`taQ$%^yp?`taQ";
 
 typedef enum avl__class {
     AVL__CLASS_OTHER, AVL__CLASS_LETTER, AVL__CLASS_NUMBER, AVL__CLASS_SPACE, AVL__CLASS_END   // \p{L}, \p{N}, \s
@@ -2855,19 +2807,19 @@ typedef struct avl__char_run {
     int32_t  value;
 } avl__char_run;
 
-typedef struct avl__pair { uint32_t first, second, whole; } avl__pair;
+// What two characters compose to, {first, second, whole, 0}, or how one is taken apart, {whole, 0, first, second}
+typedef struct avl__pair { uint32_t a, b, x, y; } avl__pair;
 
 typedef struct avl__unicode {
     avl__char_run classes[AVL__CLASS_RUNS], lower[AVL__LOWER_RUNS], marks[AVL__MARK_RUNS];
     uint8_t       ascii[128];      // the classes of the most frequent characters, without a search
-    avl__pair     parts[2048];     // hash table by whole: how a character is taken apart. whole 0: empty
-    avl__pair     wholes[2048];    // hash table by first and second: how two are put together
+    avl__pair     pairs[4096];     // hash table by a and b; x 0: empty
 } avl__unicode;
 
 static uint32_t avl__table_number(const char **at) {   // *at moves behind the number
     uint32_t number = 0;
-    while (**at >= 'A' && **at <= 'Z') number = number * 26 + (uint32_t)(*(*at)++ - 'A');
-    return number * 26 + (uint32_t)(*(*at)++ - 'a');
+    while (**at >= ']') number = number * 34 + (uint32_t)(*(*at)++ - ']');
+    return number * 56 + (uint32_t)(*(*at)++ - '#');
 }
 
 static int32_t avl__table_signed(const char **at) {
@@ -2875,15 +2827,14 @@ static int32_t avl__table_signed(const char **at) {
     return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
 }
 
-static void avl__table_runs(const char *at, avl__char_run *runs, int n) {
-    uint32_t code, end = 0;
-    int i;
-    for (i = 0; i < n; i++) {
+static void avl__table_runs(const char *at, avl__char_run *runs, int n, int classes) {
+    uint32_t end = 0;
+    for (int i = 0; i < n; i++) {
         runs[i].first = end + avl__table_number(&at);
-        code = avl__table_number(&at);
-        runs[i].count = code / 2 + 1;
-        runs[i].stride = code % 2 + 1;
-        runs[i].value = avl__table_signed(&at);
+        uint32_t code = avl__table_number(&at);
+        runs[i].count = code / 4 + 1;
+        runs[i].stride = classes ? 1 : code % 4 + 1;
+        runs[i].value = classes ? (int32_t)(code % 4) : avl__table_signed(&at);
         end = runs[i].first + (runs[i].count - 1) * runs[i].stride + 1;
     }
 }
@@ -2901,47 +2852,37 @@ static int32_t avl__run_value(const avl__char_run *runs, int n, uint32_t c) {
     return c % runs[low - 1].stride == 0 && c / runs[low - 1].stride < runs[low - 1].count ? runs[low - 1].value : 0;
 }
 
-// The slot of a whole character in u->parts, or of a pair in u->wholes; an empty one if it is not there.
-static uint32_t avl__parts_slot(const avl__unicode *u, uint32_t whole) {
-    uint32_t at = whole * 0x9E3779B1u >> 21;
-    while (u->parts[at].whole && u->parts[at].whole != whole) at = (at + 1) % 2048;
-    return at;
-}
-
-static uint32_t avl__whole_slot(const avl__unicode *u, uint32_t first, uint32_t second) {
-    uint32_t at = (first * 0x9E3779B1u ^ second * 0x85EBCA6Bu) >> 21;
-    while (u->wholes[at].whole && (u->wholes[at].first != first || u->wholes[at].second != second))
-        at = (at + 1) % 2048;
-    return at;
+static avl__pair *avl__find_pair(avl__unicode *u, uint32_t a, uint32_t b) {   // or the empty slot where it would go
+    uint32_t at = (a * 0x9E3779B1u ^ b * 0x85EBCA6Bu) >> 20;
+    while (u->pairs[at].x && (u->pairs[at].a != a || u->pairs[at].b != b)) at = (at + 1) % 4096;
+    return &u->pairs[at];
 }
 
 static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
     const char *at = avl__pair_table;
-    uint32_t code, n;
-    avl__pair pair = {0, 0, 0};
-    avl__table_runs(avl__class_table, u->classes, AVL__CLASS_RUNS);
-    for (n = 0; n < 128; n++) u->ascii[n] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, n);
-    avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS);
-    avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS);
-    for (n = 0; n < AVL__PAIRS; ) {
-        pair.second += avl__table_number(&at);
-        code = avl__table_number(&at);
-        pair.first = pair.whole = 0;
-        for (n += code / 2; code > 1; code -= 2) {
-            pair.whole += avl__table_number(&at);
-            pair.first += (uint32_t)avl__table_signed(&at);
-            u->parts[avl__parts_slot(u, pair.whole)] = pair;
-            if (code & 1) u->wholes[avl__whole_slot(u, pair.first, pair.second)] = pair;
+    uint32_t second = 0;
+    avl__table_runs(avl__class_table, u->classes, AVL__CLASS_RUNS, 1);
+    for (uint32_t c = 0; c < 128; c++) u->ascii[c] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, c);
+    avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS, 0);
+    avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS, 0);
+    while (*at) {
+        second += avl__table_number(&at);
+        uint32_t first = 0, whole = 0;
+        for (uint32_t code = avl__table_number(&at); code > 1; code -= 2) {
+            whole += avl__table_number(&at);
+            first += (uint32_t)avl__table_signed(&at);
+            avl__pair apart = {whole, 0, first, second}, together = {first, second, whole, 0};
+            *avl__find_pair(u, whole, 0) = apart;
+            if (code & 1) *avl__find_pair(u, first, second) = together;
         }
     }
 }
 
 // The class of the character at text[at..end), and its length. Valid UTF-8 is expected.
 static avl__class avl__class_at(const avl__unicode *u, const char *text, size_t at, size_t end, size_t *length) {
-    uint32_t c;
     *length = 0;
     if (at >= end) return AVL__CLASS_END;
-    c = (uint32_t)avl__utf8_read(text + at, end - at, length);
+    uint32_t c = (uint32_t)avl__utf8_read(text + at, end - at, length);
     return (avl__class)(c < 128 ? u->ascii[c] : avl__run_value(u->classes, AVL__CLASS_RUNS, c));
 }
 
@@ -2972,21 +2913,19 @@ enum { AVL__POINT_BITS = 21, AVL__POINT_MASK = (1 << AVL__POINT_BITS) - 1 };
 
 // Appends a character taken apart as far as it goes; 0: memory is out. Each mark goes before those of a higher class,
 // but at most 30 places: Unicode's Stream-Safe Text Format has no more on one letter.
-static int avl__decompose(avl__tokens *points, const avl__unicode *u, uint32_t c) {
-    const avl__pair *pair = &u->parts[avl__parts_slot(u, c)];
+static int avl__decompose(avl__tokens *points, avl__unicode *u, uint32_t c) {
+    const avl__pair *pair = avl__find_pair(u, c, 0);
     uint32_t s = c - AVL__HANGUL;
-    int32_t rank, point;
     size_t at = points->size;
     if (s < AVL__N_SYLLABLES) {
         return avl__tokens_put(points, (int32_t)(AVL__LEAD + s / (AVL__N_VOWELS * AVL__N_TAILS))) &&
                avl__tokens_put(points, (int32_t)(AVL__VOWEL + s / AVL__N_TAILS % AVL__N_VOWELS)) &&
                (s % AVL__N_TAILS == 0 || avl__tokens_put(points, (int32_t)(AVL__TAIL + s % AVL__N_TAILS)));
     }
-    if (pair->whole) {
-        return avl__decompose(points, u, pair->first) && (!pair->second || avl__decompose(points, u, pair->second));
-    }
-    rank = avl__run_value(u->marks, AVL__MARK_RUNS, c);
-    point = (int32_t)c | rank << AVL__POINT_BITS;
+    if (pair->x)
+        return avl__decompose(points, u, pair->x) && (!pair->y || avl__decompose(points, u, pair->y));
+    int32_t rank = avl__run_value(u->marks, AVL__MARK_RUNS, c);
+    int32_t point = (int32_t)c | rank << AVL__POINT_BITS;
     if (!avl__tokens_put(points, point)) return 0;
     for (; rank && at > 0 && points->size - at <= 30 && points->data[at - 1] >> AVL__POINT_BITS > rank; at--)
         points->data[at] = points->data[at - 1];
@@ -2995,16 +2934,16 @@ static int avl__decompose(avl__tokens *points, const avl__unicode *u, uint32_t c
 }
 
 // What two characters compose to, or 0.
-static uint32_t avl__composed(const avl__unicode *u, uint32_t first, uint32_t second) {
+static uint32_t avl__composed(avl__unicode *u, uint32_t first, uint32_t second) {
     if (first - AVL__LEAD < AVL__N_LEADS && second - AVL__VOWEL < AVL__N_VOWELS)
         return AVL__HANGUL + ((first - AVL__LEAD) * AVL__N_VOWELS + (second - AVL__VOWEL)) * AVL__N_TAILS;
     if (first - AVL__HANGUL < AVL__N_SYLLABLES && (first - AVL__HANGUL) % AVL__N_TAILS == 0 && second > AVL__TAIL &&
         second - AVL__TAIL < AVL__N_TAILS) return first + (second - AVL__TAIL);
-    return u->wholes[avl__whole_slot(u, first, second)].whole;
+    return avl__find_pair(u, first, second)->x;
 }
 
 // Appends text (valid UTF-8), composed and in lower case; 0: memory is out.
-static int avl__clean(const avl__unicode *u, const char *text, size_t size, avl__bytes *out) {
+static int avl__clean(avl__unicode *u, const char *text, size_t size, avl__bytes *out) {
     avl__tokens points = {NULL, 0, 0};
     size_t at, length, starter = (size_t)-1, n = 0;   // the first n points are composed; starter: the last of class 0
     int32_t last = 0;                                 // the class of point n - 1
@@ -3092,30 +3031,11 @@ static void avl__vocab_free(avl__vocab *v) {
     memset(v, 0, sizeof *v);
 }
 
-static astrovl_string avl__string(const char *data, size_t size) {
-    astrovl_string s;
-    s.data = size ? data : "";   // memcmp takes no NULL
-    s.size = size;
-    return s;
-}
-
-static int avl__string_is(astrovl_string s, const char *text) {
-    return s.size == strlen(text) && memcmp(s.data, text, s.size) == 0;
-}
-
 // FNV-1a; a hash goes on where that of the bytes before it ended.
 #define AVL__HASH_START 2166136261u
 static uint32_t avl__hash(uint32_t hash, const char *data, size_t size) {
-    size_t i;
-    for (i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
+    for (size_t i = 0; i < size; i++) hash = (hash ^ (uint8_t)data[i]) * 16777619u;
     return hash;
-}
-
-// Slots of a hash table for n entries: a power of two, at most half full.
-static uint32_t avl__table_slots(uint32_t n) {
-    uint32_t slots = 16;
-    while (slots < 2 * n) slots *= 2;
-    return slots;
 }
 
 // The slot of a piece, or the empty one where it would go.
@@ -3143,9 +3063,8 @@ static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 &
 static int32_t avl__find_marker(const avl__vocab *v, int types, const char *text, size_t size) {
     uint32_t hash = AVL__HASH_START;
     int32_t best = -1, id;
-    size_t n;
     if (size == 0 || !(v->marker_types[(uint8_t)text[0]] & types)) return -1;
-    for (n = 1; n <= v->longest_marker && n <= size; n++) {
+    for (size_t n = 1; n <= v->longest_marker && n <= size; n++) {
         hash = avl__hash(hash, text + n - 1, 1);
         id = avl__vocab_slot(v, hash, text, n)->id;
         if (id >= 0 && types >> v->types[id] & 1) best = id;
@@ -3186,7 +3105,7 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, "tokens", " is empty, or has more than 2^26 elements");
     if (k->status) return;
     v->n_tokens = (int)count;
-    v->mask = avl__table_slots((uint32_t)count) - 1;
+    for (v->mask = 15; v->mask + 1 < 2 * count; ) v->mask = 2 * v->mask + 1;
     v->pieces = (astrovl_string *)avl__alloc_raw(count, sizeof *v->pieces);
     v->types = (uint8_t *)avl__alloc(count, 1);
     v->ends = (uint8_t *)avl__alloc(count, 1);
@@ -3202,10 +3121,9 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     for (i = 0; i < v->n_tokens; i++) {
         astrovl_string s = astrovl_gguf_string(k->file, index, (uint64_t)i);
         uint32_t hash = avl__hash(AVL__HASH_START, s.data, s.size);
-        avl__piece_slot *slot;
-        v->pieces[i] = avl__string(s.data, s.size);
+        v->pieces[i] = s;
         if (s.size > v->longest) v->longest = s.size;
-        slot = avl__vocab_slot(v, hash, v->pieces[i].data, s.size);
+        avl__piece_slot *slot = avl__vocab_slot(v, hash, v->pieces[i].data, s.size);
         if (slot->id >= 0) continue;
         slot->hash = hash;
         slot->id = i;
@@ -3215,10 +3133,9 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
 // "<0x4F>" -> 0x4F; other spellings -> -1
 static int avl__byte_piece(astrovl_string piece) {
     static const char digits[] = "0123456789ABCDEF";
-    const char *high, *low;
     if (piece.size != 6 || memcmp(piece.data, "<0x", 3) != 0 || piece.data[5] != '>') return -1;
-    high = (const char *)memchr(digits, piece.data[3], 16);
-    low = (const char *)memchr(digits, piece.data[4], 16);
+    const char *high = (const char *)memchr(digits, piece.data[3], 16);
+    const char *low = (const char *)memchr(digits, piece.data[4], 16);
     return high && low ? (int)(high - digits) * 16 + (int)(low - digits) : -1;
 }
 
@@ -3228,7 +3145,6 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
     static const char *const marks[] = {"</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
                                         "<|endoftext|>", "<|end|>", "<end_of_turn>", "<EOT>"};
     int spm = v->kind == AVL__VOCAB_SPM, clip = v->kind == AVL__VOCAB_CLIP, last = v->n_tokens - 1, index, id, byte;
-    size_t i;
     if (k->status) return;
     v->bos = spm ? avl__vocab_find(v, "<s>", 3) : clip ? avl__vocab_find(v, "<|startoftext|>", 15) : -1;
     v->eos = spm ? avl__vocab_find(v, "</s>", 4) : clip ? avl__vocab_find(v, "<|endoftext|>", 13) : -1;
@@ -3262,7 +3178,7 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
     }
     v->has_bytes = 1;
     for (byte = 0; byte < 256; byte++) v->has_bytes &= v->byte_ids[byte] >= 0;
-    for (i = 0; i < sizeof marks / sizeof *marks; i++) {
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
         id = avl__vocab_find(v, marks[i], strlen(marks[i]));
         if (id >= 0 && (v->types[id] == AVL__TOKEN_CONTROL || v->types[id] == AVL__TOKEN_USER_DEFINED)) v->ends[id] = 1;
     }
@@ -3325,7 +3241,6 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         astrovl_string line = astrovl_gguf_string(k->file, index, (uint64_t)i);
         const char *space = line.size > 1 ? (const char *)memchr(line.data + 1, ' ', line.size - 1) : NULL;
         size_t size = space ? (size_t)(space - line.data) : 0;
-        int32_t left, right, id;
         if (!space) {
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
             break;
@@ -3337,9 +3252,9 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
             avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
             break;
         }
-        left = avl__vocab_find(v, line.data, size);
-        right = avl__vocab_find(v, space + 1, line.size - size - 1);
-        id = avl__vocab_find(v, joined.data, joined.size);
+        int32_t left = avl__vocab_find(v, line.data, size);
+        int32_t right = avl__vocab_find(v, space + 1, line.size - size - 1);
+        int32_t id = avl__vocab_find(v, joined.data, joined.size);
         if (left < 0 || right < 0 || id < 0) {
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] \"%.*s\" names a piece that is no token", i,
                           AVL__SHOW(line));
@@ -3360,11 +3275,7 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
 // The file must outlive the vocabulary, which points into it.
 static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, const char *prefix, int clip,
                                       astrovl_error *err) {
-    avl__keys k;
-    k.file = file;
-    k.prefix = prefix;
-    k.err = err;
-    k.status = ASTROVL_OK;
+    avl__keys k = {file, prefix, err, ASTROVL_OK};
     memset(v, 0, sizeof *v);
     if (clip) {
         v->kind = AVL__VOCAB_CLIP;
@@ -3472,9 +3383,8 @@ static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not emp
 // once for a run of such symbols.
 static void avl__merge(avl__encoder *e) {
     const avl__vocab *v = e->v;
-    int32_t index, i;
     int was_unknown = 0;
-    for (index = 0; index < (int32_t)e->n_symbols; index++) avl__offer_pair(e, index);
+    for (int32_t index = 0; index < (int32_t)e->n_symbols; index++) avl__offer_pair(e, index);
     while (e->n_heap) {
         avl__candidate c = avl__take_pair(e);
         avl__symbol *left = &e->symbols[c.left], *right;
@@ -3489,12 +3399,12 @@ static void avl__merge(avl__encoder *e) {
         avl__offer_pair(e, left->prev);
         avl__offer_pair(e, c.left);
     }
-    for (index = e->n_symbols ? 0 : -1; index >= 0; index = e->symbols[index].next) {
+    for (int32_t index = e->n_symbols ? 0 : -1; index >= 0; index = e->symbols[index].next) {
         const avl__symbol *s = &e->symbols[index];
         if (s->id >= 0) {
             avl__put_id(e, s->id);
         } else if (v->has_bytes) {
-            for (i = 0; i < s->size; i++) avl__put_id(e, v->byte_ids[(uint8_t)e->spelling.data[s->start + i]]);
+            for (int32_t i = 0; i < s->size; i++) avl__put_id(e, v->byte_ids[(uint8_t)e->spelling.data[s->start + i]]);
         } else if (v->unk >= 0 && !was_unknown) {
             avl__put_id(e, v->unk);
         }
@@ -3509,9 +3419,9 @@ static void avl__merge(avl__encoder *e) {
 static void avl__encode_spm(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
     avl__bytes *spelling = &e->spelling;
-    size_t at, length;
+    size_t length;
     if (v->add_space_prefix) avl__bytes_put_text(spelling, AVL__SPACE_MARK);
-    for (at = 0; at < size; at += length) {
+    for (size_t at = 0; at < size; at += length) {
         int32_t c = avl__utf8_read(text + at, size - at, &length);
         if (c == ' ') avl__bytes_put_text(spelling, AVL__SPACE_MARK);
         else if (c >= 0) avl__bytes_put(spelling, text + at, length);
@@ -3521,7 +3431,7 @@ static void avl__encode_spm(avl__encoder *e, const char *text, size_t size) {
         }
     }
     e->failed |= spelling->failed;
-    for (at = 0; at < spelling->size && !e->failed; at += length) {
+    for (size_t at = 0; at < spelling->size && !e->failed; at += length) {
         int32_t id = avl__find_marker(v, 1 << AVL__TOKEN_USER_DEFINED, spelling->data + at, spelling->size - at);
         int frozen = id >= 0;   // a user-defined token is found in any text and stays as it is
         if (frozen) length = v->pieces[id].size;
@@ -3550,15 +3460,11 @@ static size_t avl__run_end(const avl__unicode *u, const char *text, size_t at, s
 // 's|'t|'re|'ve|'m|'ll|'d: the length of one, or 0. fold: in capitals as well (the long s, U+017F, folds to s too).
 static size_t avl__contraction(const char *text, size_t size, int fold) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d", "\xC5\xBF"};
-    int i, n = fold ? 8 : 7;
-    if (size < 2 || text[0] != '\'') return 0;
-    for (i = 0; i < n; i++) {
-        const char *ending = endings[i], *at = text + 1;
-        while (*ending && at < text + size && (*at == *ending || (fold && *at == *ending - 32))) {
-            at++;
-            ending++;
-        }
-        if (!*ending) return (size_t)(at - text);
+    for (int i = 0; i < (fold ? 8 : 7) && size > 0 && *text == '\''; i++) {
+        const char *ending = endings[i];
+        size_t at = 1;
+        for (; *ending && at < size && (text[at] == *ending || (fold && text[at] == *ending - 32)); at++) ending++;
+        if (!*ending) return at;
     }
     return 0;
 }
@@ -3606,15 +3512,13 @@ static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, si
 static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     const avl__vocab *v = e->v;
     int clip = v->kind == AVL__VOCAB_CLIP, ends_word, whole;
-    size_t i;
     int32_t id;
     e->failed |= !avl__grow(&e->spelling.data, &e->spelling.capacity, 2 * size + 8, 1) ||
                  !avl__grow(&e->symbols, &e->symbol_capacity, size, sizeof *e->symbols);
-    for (i = 0; i < size && !e->failed; i++) {
+    for (size_t i = 0; i < size && !e->failed; i++) {
         char *spelling = e->spelling.data + e->spelling.size;
-        size_t n;
         ends_word = clip && i + 1 == size;
-        n = avl__spell_byte((uint8_t)word[i], ends_word, spelling);
+        size_t n = avl__spell_byte((uint8_t)word[i], ends_word, spelling);
         id = ends_word ? avl__vocab_find(v, spelling, n) : v->byte_ids[(uint8_t)word[i]];
         if (id < 0 && (!clip || v->unk < 0)) continue;
         avl__put_symbol(e, n, id < 0 ? v->unk : id, id < 0);
@@ -3635,7 +3539,7 @@ static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
 
 static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
-    const avl__unicode *u = v->unicode;
+    avl__unicode *u = v->unicode;
     avl__utf8_gate gate = {{0}, 0};
     int clip = v->kind == AVL__VOCAB_CLIP;
     size_t at, part = 0, end, length;   // part: how far the word rule may look
@@ -3669,9 +3573,8 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     int types = AVL__MARKERS & ~(v->kind == AVL__VOCAB_SPM ? 1 << AVL__TOKEN_USER_DEFINED : 0);
     size_t before = out->size, at, end;
     avl__encoder e;
-    if (size > INT32_MAX / 4) {
+    if (size > INT32_MAX / 4)
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %lld bytes is too long", (long long)size);
-    }
     memset(&e, 0, sizeof e);
     e.v = v;
     e.out = out;
@@ -3693,8 +3596,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     astrovl_free(e.spelling.data);
     if (!e.failed) return ASTROVL_OK;
     out->size = before;
-    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the tokens of a text of %lld bytes",
-                         (long long)size);
+    return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a text of %lld bytes", (long long)size);
 }
 
 // ---- tokens to text ------------------------------------------------------------------------------------------------
@@ -3706,11 +3608,11 @@ static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, i
     astrovl_string piece = avl__vocab_piece(v, id);
     int type = piece.size ? v->types[id] : (int)AVL__TOKEN_CONTROL, n = 0, c;
     int literal = type == AVL__TOKEN_USER_DEFINED && v->kind != AVL__VOCAB_SPM;
-    size_t i, length;
+    size_t length;
     if (type == AVL__TOKEN_CONTROL || type == AVL__TOKEN_UNKNOWN || piece.size > INT32_MAX) return 0;
-    for (i = 0; i < piece.size && !literal && v->kind != AVL__VOCAB_SPM; i += length)
+    for (size_t i = 0; i < piece.size && !literal && v->kind != AVL__VOCAB_SPM; i += length)
         literal = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length)) < 0;
-    for (i = 0; i < piece.size; i += length) {
+    for (size_t i = 0; i < piece.size; i += length) {
         length = 1;
         c = (uint8_t)piece.data[i];
         if (type == AVL__TOKEN_BYTE) {

@@ -1334,11 +1334,12 @@ def tokens_make_utf8(folder):
 
 
 def tokens_number(n):
-    """A number of section 7's tables: base 26, a capital letter for each digit with more to follow, a small one for the last."""
-    digits = chr(ord("a") + n % 26)
-    while n >= 26:
-        n //= 26
-        digits = chr(ord("A") + n % 26) + digits
+    """A number of section 6's tables: the last digit in base 56 from "#" to "Z", those before it in base 34 from "]" to "~"."""
+    digits = chr(ord("#") + n % 56)
+    n //= 56
+    while n:
+        digits = chr(ord("]") + n % 34) + digits
+        n //= 34
     return digits
 
 
@@ -1348,22 +1349,28 @@ def tokens_signed(n):
 
 def tokens_print_table(comment, text):
     print("// " + comment)
-    for i in range(0, len(text), 112):
-        print('    "%s"' % text[i:i + 112])
+    assert "??" not in text                                          # a trigraph?
+    for i in range(0, len(text), 114):
+        print('    "%s"' % text[i:i + 114])
 
 
 def tokens_print_runs(title, values, strides=(1,)):
-    """Prints {code point: value} as runs: gap to the run before, 2 * (count - 1) + (stride - 1), value."""
+    """Prints {code point: value} as runs: the gap to the run before, 4 * (count - 1) + (stride - 1), the value; without strides
+    the gap and 4 * (count - 1) + the value."""
     runs, text, end = [], "", 0                                      # runs: first, count, stride, value
     for c, value in sorted(values.items()):
         last = runs[-1] if runs else [0, 0, 0, 0]
         step = c - last[0] - (last[1] - 1) * last[2]
-        if last[3] == value and step in strides and (last[1] == 1 or step == last[2]):
+        if last[3] == value and step in (strides or (1,)) and (last[1] == 1 or step == last[2]):
             last[1:3] = last[1] + 1, step
         else:
             runs.append([c, 1, 1, value])
     for first, count, stride, value in runs:
-        text += tokens_number(first - end) + tokens_number(2 * (count - 1) + stride - 1) + tokens_signed(value)
+        text += tokens_number(first - end)
+        if strides:
+            text += tokens_number(4 * (count - 1) + stride - 1) + tokens_signed(value)
+        else:
+            text += tokens_number(4 * (count - 1) + value)
         end = first + (count - 1) * stride + 1
     tokens_print_table("%s: %d runs" % (title, len(runs)), text)
 
@@ -1376,7 +1383,7 @@ def tokens_unicode_tables():
     for value, pattern in ((1, r"\p{L}"), (2, r"\p{N}"), (3, r"\s")):
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
         classes.update((c, value) for c in points if not split.pre_tokenize_str(chr(c)))
-    tokens_print_runs("classes", classes)
+    tokens_print_runs("classes", classes, ())
 
     small = {c: lower.normalize_str(chr(c)) for c in points}         # U+0130 becomes two characters: written out in the code
     tokens_print_runs("lower case", {c: ord(s) - c for c, s in small.items() if s != chr(c) and len(s) == 1}, (1, 2))
