@@ -1,9 +1,10 @@
 #!/bin/bash
 # The kernels' four-lane instance on processors that have no instance of their own, and what is left where compilers have no
 # vectors. Each target: the fast tests that take seconds under an emulator, then the shipped model's caption in exact mode, whose
-# hash is the same everywhere. Needs cross compilers, qemu-user and node; a target whose compiler is missing is skipped.
+# hash is the same everywhere. A target is skipped when its compiler or emulator is missing; on Debian 12 all are in: clang-19 lld-19
+# libclang-rt-19-dev-wasm32 wasi-libc nodejs qemu-user gcc-{powerpc64le,riscv64,aarch64}-linux-gnu libc6-dev-{ppc64el,riscv64,arm64}-cross
 #     test/targets.sh [TARGET...]      sse2 ppc64le riscv64 riscv64-v wasm32 loongarch64
-#     CLANG=clang-19                   the clang for riscv64-v (16 or later) and wasm32 (with lld beside it)
+#     CLANG=clang-19                   the clang for riscv64-v (16 or later) and wasm32 (with lld of the same version)
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 clang=${CLANG:-}
@@ -31,7 +32,22 @@ target() {
     fi
 }
 
-# clang with gcc's cross libraries
+# compiled NAME COMPILER: for want of a C library (Debian 12 has none, and its qemu no LSX) an object file must do
+compiled() {
+    local start=$SECONDS
+    if ! command -v ${2%% *} >/dev/null; then echo "skipped $1: no ${2%% *}"; return; fi
+    if $2 -O1 -w -c test/test.c -o "$tmp/test.o" >"$tmp/log" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok      $1: compiled, not run ($((SECONDS - start)) s)"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $1 ($((SECONDS - start)) s)"
+        tail -n 20 "$tmp/log" | cut -c 1-300 | sed 's/^/        /'
+    fi
+}
+
+# clang with gcc's cross libraries; for LoongArch with AArch64's headers, which fit
+lsx="$clang --target=loongarch64-linux-gnu -mlsx -I/usr/aarch64-linux-gnu/include"
 riscv="$clang --target=riscv64-linux-gnu -march=rv64gcv -static -fuse-ld=lld -I/usr/riscv64-linux-gnu/include"
 for folder in /usr/lib/gcc-cross/riscv64-linux-gnu/*; do riscv="$riscv -B$folder -L$folder"; done
 riscv="$riscv -L/usr/riscv64-linux-gnu/lib"
@@ -46,9 +62,9 @@ for name in "${@:-sse2 ppc64le riscv64 riscv64-v wasm32 loongarch64}"; do for on
     riscv64-v) target $one "qemu-riscv64 -cpu rv64,v=true,vlen=128,vext_spec=v1.0" $riscv ;;
     wasm32) libraries="-lwasi-emulated-signal -lwasi-emulated-process-clocks -lm"
             target $one "node --no-warnings test/wasi.mjs" $wasm ;;
-    loongarch64) target $one qemu-loongarch64 loongarch64-linux-gnu-gcc -static ;;
+    loongarch64) compiled $one "$lsx" ;;
     *) echo "unknown target $one"; exit 2 ;;
     esac
 done; done
 echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+[ $failed = 0 ] && [ $passed -gt 0 ]
