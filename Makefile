@@ -4,6 +4,7 @@
 # make install      to PREFIX (default /usr/local), under DESTDIR if given
 # make lint         warnings as errors with the compilers found here, and the checkers found here
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
+# make test-targets    the kernels' four-lane instance on other processors, emulated (test/targets.sh says what it needs)
 # make test-real VOCABULARIES=DIR [GGML_LIBRARY=FILE.so]   the tests on real models (test/real_*.py say what they need, and where
 #                   to get it)
 # make bench        how fast search, the shipped model and guided decoding are here, against the machine's own limits; for other
@@ -20,7 +21,7 @@ PREFIX  = /usr/local
 DATA    = $(PREFIX)/share/astrovl
 
 WARNINGS = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror
-SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 all: astrovl
 
@@ -64,14 +65,21 @@ test: astrovl test/test test/bench
 	            printf "%d passed, %d failed\n", passed, failed; exit failed > 0 }' test/test.log
 
 test/test: test/test.c astrovl.h
-	$(CC) -O1 -g -o $@ test/test.c $(LDLIBS)
+	$(CC) -O1 -g1 -o $@ test/test.c $(LDLIBS)
 
-test-sanitize:
+test-sanitize: test-sanitize-c test-sanitize-program
+
+test-sanitize-c:
 	$(CC) $(SANITIZE) -o test/test-sanitize test/test.c $(LDLIBS)
+	./test/test-sanitize
+
+test-sanitize-program:
 	$(CC) $(SANITIZE) -o astrovl-sanitize demo.c $(LDLIBS)
 	$(CC) $(SANITIZE) -o test/bench-sanitize test/bench.c $(LDLIBS)
-	./test/test-sanitize
 	ASTROVL=./astrovl-sanitize BENCH=test/bench-sanitize $(PYTHON) test/test_convert.py
+
+test-targets:
+	test/targets.sh
 
 test-real: astrovl
 	$(PYTHON) test/real_models.py
@@ -93,13 +101,20 @@ test/bench: test/bench.c astrovl.h
 golden:
 	$(PYTHON) test/make_golden.py
 
-lint:
-	@for cc in gcc clang; do command -v $$cc >/dev/null || continue; for file in demo.c test/test.c test/bench.c; do \
+# -O1: optimising finds more to warn of
+lint: lint-gcc lint-clang lint-cppcheck lint-tidy
+
+lint-gcc lint-clang:
+	@cc=$(@:lint-%=%); command -v $$cc >/dev/null || exit 0; for file in demo.c test/test.c test/bench.c; do \
 	    echo "$$cc $$file: C99, C++11"; \
 	    $$cc -x c -std=c99 $(WARNINGS) -O1 -c $$file -o /dev/null || exit 1; \
-	    $$cc -x c++ -std=c++11 $(WARNINGS) -fsyntax-only $$file || exit 1; done; done
+	    $$cc -x c++ -std=c++11 $(WARNINGS) -fsyntax-only $$file || exit 1; done
+
+lint-cppcheck:
 	@if command -v cppcheck >/dev/null; then echo cppcheck; \
 	    cppcheck --quiet --std=c99 --enable=warning,portability --inline-suppr --error-exitcode=1 $(CPPCHECK) demo.c; fi
+
+lint-tidy:
 	@if command -v clang-tidy >/dev/null; then echo clang-tidy; \
 	    clang-tidy --quiet --warnings-as-errors='*' --header-filter=astrovl.h --checks='$(TIDY)' demo.c -- -std=c99; fi
 
@@ -117,4 +132,5 @@ install: astrovl
 clean:
 	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/test.log
 
-.PHONY: all run test test-sanitize test-real bench golden lint install clean
+.PHONY: all run test test-sanitize test-sanitize-c test-sanitize-program test-targets test-real bench golden install clean \
+    lint lint-gcc lint-clang lint-cppcheck lint-tidy

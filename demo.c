@@ -53,7 +53,11 @@
 #define make_folder(path)     mkdir(path, 0777)
 #define is_terminal(fd)       isatty(fd)
 #define open_to_append(path)  fopen(path, "ab+")
+#ifdef __wasi__
+#define lock_file(f)          0         // WASI has no locks
+#else
 #define lock_file(f)          flock(fileno(f), LOCK_EX | LOCK_NB)
+#endif
 #define write_file(f, p, n)   write(fileno(f), p, n)
 #define cut_file(f, size)     ftruncate(fileno(f), (off_t)(size))
 #define sync_file(f)          fsync(fileno(f))
