@@ -3722,7 +3722,7 @@ static astrovl_status avl__image_check_size(const avl__image_file *in, uint32_t 
 // The orientation in EXIF data (a small TIFF file): tag 0x0112 of its first directory; 1, upright, if absent or broken.
 static int avl__exif_orientation(const uint8_t *tiff, size_t size) {
     if (size < 8 || (memcmp(tiff, "II*\0", 4) != 0 && memcmp(tiff, "MM\0*", 4) != 0)) return 1;
-    uint16_t (*number)(const void *) = tiff[0] == 'M' ? avl__load_u16be : avl__load_u16;
+    uint16_t (*number)(const uint8_t *) = tiff[0] == 'M' ? avl__load_u16be : avl__load_u16;
     size_t at = tiff[0] == 'M' ? avl__load_u32be(tiff + 4) : avl__load_u32(tiff + 4);
     if (at > size - 2) return 1;
     const uint8_t *entry = tiff + at + 2;   // tag (2 bytes), type (2), count (4), value (4)
