@@ -1996,10 +1996,12 @@ static void avl__attention_item(void *context, int item, int thread) {
 
 // a: [n], of as many rows and heads each
 static void avl__attention_run(avl__attention *a, int n) {
-    for (int i = 0; i < n; i++) {      // scores, or what avl__attend_tile copies and the kernels' scratch memory
-        const uint64_t n_keys = (uint64_t)a[i].n_past + (uint64_t)a[i].n_rows, dim = (uint64_t)a->head_dim + 32;
-        if (!avl__run_reserve(a->run, a->run->kernels->attend ? (2 * n_keys + 32) * dim : n_keys, 0)) return;
-    }
+    uint64_t n_keys = 0, dim = (uint64_t)a->head_dim + 32;
+    for (int i = 0; i < n; i++)
+        if (n_keys < (uint64_t)a[i].n_past + (uint64_t)a[i].n_rows)
+            n_keys = (uint64_t)a[i].n_past + (uint64_t)a[i].n_rows;
+    // Each thread needs room for scores, or for what avl__attend_tile copies and the kernels' scratch memory.
+    if (!avl__run_reserve(a->run, a->run->kernels->attend ? (2 * n_keys + 32) * dim : n_keys, 0)) return;
     avl__pool_run(a->run->pool, avl__attention_item, a, n * avl__attention_items(a));
 }
 
@@ -5387,6 +5389,12 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
         avl__llama_tap_heads(&p, "self_attn.k_rope", p.k, m->n_head_kv);
         avl__llama_attend(&p);
+        if (i == m->n_layer - 1 && !run->tap) {         // only the rows that logits are made of go on
+            memmove(x, x + (size_t)(n - n_logits) * d, (size_t)n_logits * d * sizeof(float));
+            memmove(p.mixed, p.mixed + (size_t)(n - n_logits) * n_q, (size_t)n_logits * n_q * sizeof(float));
+            n = n_logits;
+            if (n == 0) break;
+        }
         avl__tap3(run, name, i, "self_attn.attn_weights", p.weights, m->n_head, n, caches[0]->n_past + n);
         avl__tap(run, name, i, "self_attn.context", p.mixed, n, n_q);
         avl__apply(run, h, p.mixed, &layer->o, n);
@@ -8859,11 +8867,11 @@ AVL__INLINE void AVL_(attend_as)(int kind, const avl__tile *t, const float *keys
     for (int first = 0; first < t->n; first += 32) {
         const int n_queries = t->n - first < 32 ? t->n - first : 32;
         float *out = t->out + (size_t)first * t->q_stride;
-        for (int d = 0; d < n_padded; d++)
-            for (int i = 0; i < 32; i++) {
-                const size_t at = (size_t)(first + i) * t->q_stride + (size_t)d;
-                queries[32 * d + i] = d < t->head_dim && i < n_queries ? t->q[at] * scale : 0.0f;
-            }
+        memset(queries, 0, 32 * (size_t)n_padded * sizeof *queries);
+        for (int i = 0; i < n_queries; i++) {
+            const float *q = t->q + (size_t)(first + i) * t->q_stride;
+            for (int d = 0; d < t->head_dim; d++) queries[32 * d + i] = q[d] * scale;
+        }
         if (is_bf16) AVL_(pair_rows)(queries, queries, 32, n_padded, 32, 32);
         AVL_(multiply_floats)(kind, t->n_keys, 32, n_words, keys, key_stride, 1, queries, 32, scores, 32);
         for (int j = t->n_visible + first; j < t->n_keys; j++)       // causal: key n_visible + i from query i + 1 on
