@@ -164,10 +164,8 @@ static double float32_arithmetic(int64_t n) {
         volatile int keep = 0x01010101; \
         const vector x = as(set(keep)); \
         vector a[12]; \
-        int64_t r; \
-        int i; \
         AVL__EACH(i, 12) a[i] = as(set(keep + i)); \
-        for (r = 0; r < n; r++) { \
+        for (int64_t r = 0; r < n; r++) { \
             AVL__EACH(i, 12) step; \
         } \
         AVL__EACH(i, 12) __asm__ volatile("" : : "v"(a[i])); \
