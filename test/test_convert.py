@@ -2330,6 +2330,68 @@ class Convert(ConvertCase):
         self.assertRegex(result.err, r"note: .*\[PAD\]")
         self.assertEqual(read_bytes(self.path("beyond.gguf")), read_bytes(self.converted("smollm")[0]))
 
+    def test_faces_of_one_checkpoint(self):
+        """What people's folders look like gives the same file as the tidy folder; or the one difference that is named."""
+        def stale(folder):                     # as AstroLLaVA's training leaves it
+            rewrite(os.path.join(folder, "config.json"),
+                    lambda config: config.update(text_config={"hidden_size": 4096, "rms_norm_eps": 1e-6, "vocab_size": 32064}))
+
+        def layer_list(folder):
+            rewrite(os.path.join(folder, "config.json"), lambda config: config.update(vision_feature_layer=[-2]))
+
+        def tiktoken(folder):
+            with open(os.path.join(folder, "tokenizer.model"), "w") as f:
+                f.write("IQ== 0\nIg== 1\n")
+
+        def bare(folder):
+            os.rename(os.path.join(folder, "flax_model.msgpack"), os.path.join(folder, "step_1000"))
+
+        def added_in_json(folder):             # tokens that only tokenizer.json has, beside tokenizer.model
+            added = read_json(folder, "added_tokens.json")
+            os.remove(os.path.join(folder, "added_tokens.json"))
+            rewrite(os.path.join(folder, "tokenizer_config.json"), lambda config: config.pop("added_tokens_decoder", None))
+            write_json({"added_tokens": [{"id": i, "content": text, "special": True} for text, i in added.items()]}, folder, "tokenizer.json")
+
+        vision = ["--vision", self.checkpoint("vision", "clip")]
+        base = ["--base", self.path("vision")]
+        for layout, change, arguments in (("liuhaotian", stale, vision), ("llava_v5", layer_list, []), ("smollm", tiktoken, []),
+                                          ("clip_flax", bare, base), ("llava_old", added_in_json, [])):
+            with self.subTest(change.__name__):
+                made = [read_bytes(path) for path in self.converted(layout)]
+                folder = self.checkpoint("face", *(LAYOUTS.get(layout) or CLIP_LAYOUTS[layout])[0])
+                change(folder)
+                name = read_gguf(self.converted(layout)[0])[1]["general.name"].decode()
+                result = run_convert("-o", "face.gguf", "--name", name, folder, *arguments, folder=self.folder)
+                self.assertEqual(result.code, 0, result)
+                self.assertEqual(read_bytes(self.path("face.gguf")), made[0])
+
+    def test_sliding_window(self):
+        folder = self.checkpoint("mistral", "spm", "llama2")
+        rewrite(os.path.join(folder, "config.json"), lambda config: config.update(model_type="mistral", sliding_window=99))
+        result = run_convert("-o", "mistral.gguf", folder, folder=self.folder)
+        self.assertEqual(result.code, 0, result)
+        self.assertRegex(result.err, r"note: .*99 positions")
+        self.assertEqual(read_gguf(self.path("mistral.gguf"))[1]["llama.context_length"], 99)
+
+    def test_names_of_towers(self):
+        convert = load_convert()
+
+        class Weights:
+            tensors = {"v.blk.%d.ln1.weight" % i: 0 for i in range(24)}
+
+            def shape(self, name):
+                return {"v.patch_embd.weight": (1024, 3, 14, 14), "v.position_embd.weight": (577, 1024)}[name]
+
+        class Options:
+            vision = None
+
+        for tower in ("openai/clip-vit-large-patch14-336", "/data/clip-vit-large-patch14-336/",
+                      "/root/.cache/huggingface/hub/models--openai--clip-vit-large-patch14-336/snapshots/ce19dc912ca5cd21c8a653c79e251e808ccabcd1"):
+            config = convert.vision_config(convert.Config({"mm_vision_tower": tower}, "config.json"), Weights(), Options(), None)
+            self.assertEqual([config.get(key) for key in ("hidden_size", "num_hidden_layers", "patch_size", "image_size")], [1024, 24, 14, 336])
+        with self.assertRaises(convert.Problem):
+            convert.vision_config(convert.Config({"mm_vision_tower": "google/siglip-so400m-patch14-384"}, "config.json"), Weights(), Options(), None)
+
     def test_the_checkpoint_itself_is_not_overwritten(self):
         folder = self.checkpoint("own", "smollm")
         weights = os.path.join(folder, "model.safetensors")
@@ -2921,6 +2983,55 @@ class ConvertHostile(ConvertCase):
                 self.assertEqual(result.code, 1, result)
                 self.assertRegex(result.err, r"^convert\.py: error: .*\n$")
                 self.assertEqual(os.listdir(self.out), [])
+
+    def test_layouts_of_others(self):
+        """Folders that hold something else than weights of transformers are called by their name."""
+        empty = b""
+        for says, files in (("index.json", {"model-00001-of-00002.safetensors": empty, "model-00002-of-00002.safetensors": empty, "config.json": b"{}"}),
+                            ("Meta's own", {"consolidated.00.pth": empty, "params.json": b"{}"}),
+                            ("DeepSpeed", {"mp_rank_00_model_states.pt": empty}), ("DeepSpeed", {"zero_to_fp32.py": empty, "latest": b"global_step100"}),
+                            ("orbax", {"_CHECKPOINT_METADATA": b"{}"}), ("orbax", {"default/manifest.ocdbt": empty}),
+                            ("orbax", {"ckpts/step_1000/default/_METADATA": b"{}"})):
+            folder = self.path("layout")
+            shutil.rmtree(folder, ignore_errors=True)
+            for name, data in files.items():
+                os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                with open(os.path.join(folder, name), "wb") as f:
+                    f.write(data)
+            self.refuses(folder, says, why=str(list(files)))
+        folder = self.llama()
+        tensors = dict(self.tensors)
+        tensors["model.layers.0.self_attn.q_proj.qweight"] = ["I32", [1], bytes(4)]
+        write_safetensors(tensors, folder, "model.safetensors")
+        self.refuses(folder, "GPTQ")
+        folder = self.llama()
+        write_json({"bits": 4}, folder, "quantize_config.json")
+        self.refuses(folder, "quantize_config.json")
+        folder = self.llama((), ("spm", "llama2"))
+        with open(os.path.join(folder, "tokenizer.model"), "w") as f:
+            f.write("IQ== 0\nIg== 1\n")
+        self.refuses(folder, "tiktoken")
+
+    def test_models_that_are_something_else(self):
+        """A configuration with which the model would give other results than its authors' code is refused by the key's name."""
+        folder = self.llama((), ("llava_v5",))
+        for key, value in (("image_aspect_ratio", "anyres_max_9"), ("image_aspect_ratio", "anyres"), ("image_aspect_ratio", "highres"),
+                           ("mm_patch_merge_type", "spatial_unpad"), ("mm_use_im_start_end", True), ("mm_resampler_type", "spatial_pool"),
+                           ("s2", True), ("s2_scales", "336,672"), ("mm_projector_type", "mlp2x_res_syn"), ("mm_projector_type", "linear")):
+            self.refuse_changes(folder, "config.json", [([key], value)], key)
+        for section in ("text_config", "vision_config"):
+            self.refuse_changes(folder, "config.json", [([section, "quantization_config"], {"bits": 4})], "quantized")
+        self.refuse_changes(folder, "processor_config.json", [(["image_processor", key], value) for key, value in (
+            ("resample", 2), ("do_center_crop", False), ("do_resize", False), ("do_normalize", False), ("size", {"height": 28, "width": 28}),
+            ("size", {"shortest_edge": 32}), ("crop_size", 20), ("crop_size", {"height": 28, "width": 20}))])
+        folder = self.llama((), ("clip", "clip_open"))
+        os.remove(os.path.join(folder, "model.safetensors"))
+        self.accepted(folder)
+        self.refuse_changes(folder, "open_clip_config.json", [(keys.split("."), value) for keys, value in (
+            ("preprocess_cfg.resize_mode", "squash"), ("preprocess_cfg.interpolation", "bilinear"), ("preprocess_cfg.size", 99),
+            ("model_cfg.text_cfg.no_causal_mask", True), ("model_cfg.text_cfg.pool_type", "last"), ("model_cfg.vision_cfg.pool_type", "avg"),
+            ("model_cfg.vision_cfg.attentional_pool", True), ("model_cfg.text_cfg.act_kwargs", {"approximate": "tanh"}),
+            ("model_cfg.init_logit_bias", -10), ("model_cfg.text_cfg.hf_tokenizer_name", "x"))])
 
     def test_missing_parts(self):
         llava = self.checkpoint("liuhaotian", "spm", "liuhaotian")
