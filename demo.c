@@ -600,6 +600,48 @@ static void list_add(program *p, list *l, const char *text, size_t size) {
 static int cannot_open(const char *path) { return fail("%s: cannot be opened: %s", path, strerror(errno)); }
 static int write_error(const char *path) { return fail("%s: cannot be written: %s", path, strerror(errno)); }
 
+// A file is written under the name PATH.part and gets its name when it is complete: a full disk costs no earlier file.
+// What is no regular file (/dev/stdout) is written to as it is.
+static char part_path[4200];
+
+static FILE *begin_file(const char *path) {
+    int is_regular = 1;
+#if !defined(_WIN32)
+    struct stat s;
+    is_regular = stat(path, &s) != 0 || S_ISREG(s.st_mode);
+#endif
+    const int size = snprintf(part_path, sizeof part_path, is_regular ? "%s.part" : "%s", path);
+    if (size >= (int)sizeof part_path) exit(fail("%s: the name is too long", path));
+    FILE *f = fopen(part_path, is_regular ? CREATE_MODE : "wb");
+    if (!f && errno == EEXIST)
+        exit(fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path));
+    if (!f) exit(fail("%s: cannot be created: %s", part_path, strerror(errno)));
+    return f;
+}
+
+// Gives the file its name; with `keep` 0, or if it could not be written, removes it. An exit status.
+static int end_file(FILE *f, const char *path, int keep) {
+    int good = fflush(f) == 0 && !ferror(f);
+    const int is_part = strcmp(part_path, path) != 0;
+    good = fclose(f) == 0 && good;
+    if (keep && !good) fail("%s: cannot be written (is the disk full?)", path);
+    if (good && keep) {
+        if (!is_part) return EXIT_OK;
+#if defined(_WIN32)
+        remove(path);                                      // there, rename does not replace a file
+#endif
+        if (rename(part_path, path) == 0) return EXIT_OK;
+        fail("%s: cannot be given this name (is it a folder, or in use?)", path);
+    }
+    if (is_part) remove(part_path);
+    return EXIT_FAILED;
+}
+
+static int is_file(const char *path) {
+    FILE *f = fopen(path, "rb");
+    return f && fclose(f) == 0;
+}
+
 // Reads a whole file, or standard input for "-".
 static char *read_text(program *p, const char *path, size_t *size) {
     const size_t limit = (size_t)256 << 20;                // more is a mistake: nobody writes so much by hand
@@ -699,11 +741,10 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
     int used = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%s%s), }",
                         shape_text(shape, n_dims, ", "), n_dims == 1 ? "," : "");
     int size = (10 + used + 1 + 63) / 64 * 64 - 10;
-    FILE *f = fopen(path, "wb");
-    if (!f) exit(write_error(path));
+    FILE *f = begin_file(path);
     fprintf(f, "\x93NUMPY%c%c%c%c%-*s\n", 1, 0, size & 0xFF, size >> 8, size - 1, text);
     uint64_t hash = put_values(f, values, count_values(shape, n_dims));
-    if (ferror(f) || fclose(f) != 0) exit(write_error(path));
+    if (end_file(f, path, 1) != EXIT_OK) exit(EXIT_FAILED);
     return hash;
 }
 
@@ -775,18 +816,26 @@ typedef struct chat_state {
 } chat_state;
 
 static const char chat_help[] =
-    "  /image FILE  look at another image, from the next question on; /image alone: none\n"
+    "  /image FILE  begin a new conversation, about this image; /image alone: about none\n"
+    "  /add FILE    show another image with the next question (LLaVA-1.5 was trained with one a conversation)\n"
     "  /reset       forget the conversation; the image is shown again with the next question\n"
     "  /help        this list\n  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
-static void chat_image(program *p, chat_state *c, const char *path) {
+static void chat_image(program *p, chat_state *c, const char *path, int anew) {
     astrovl_image image;
     memset(&image, 0, sizeof image);
+    if (*path && (!p->info.has_vision || !p->info.has_projector)) {
+        c->n_failed++;
+        fail("%s: this model cannot see: it has no vision tower with a projector", path);
+        return;
+    }
     if (*path && astrovl_image_load(path, NULL, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
-    if (c->interactive && *path) fprintf(stderr, "(%d x %d pixels)\n", image.width, image.height);
+    if (anew) astrovl_session_reset(p->session);
+    if (c->interactive && *path) fprintf(stderr, "(%d x %d pixels", image.width, image.height);
+    if (c->interactive) fputs(*path ? anew ? "; a new conversation)\n" : ")\n" : "(a new conversation)\n", stderr);
 }
 
 static void chat_turn(program *p, chat_state *c, const char *text) {
@@ -809,7 +858,9 @@ static int chat_command(program *p, chat_state *c, const char *line) {
         astrovl_session_reset(p->session);
         c->pending = c->image.rgb != NULL;
     } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
-        chat_image(p, c, line + 6 + strspn(line + 6, " "));
+        chat_image(p, c, line + 6 + strspn(line + 6, " "), 1);
+    } else if (strncmp(line, "/add ", 5) == 0 && line[5 + strspn(line + 5, " ")]) {
+        chat_image(p, c, line + 5 + strspn(line + 5, " "), 0);
     } else {
         int known = strcmp(line, "/help") == 0;
         if (!known) fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
@@ -824,7 +875,7 @@ static int run_chat(program *p) {
     int go_on = !p->o.prompt;
     memset(&c, 0, sizeof c);
     open_model_and_session(p);
-    if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0]);
+    if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0], 1);
     if (c.n_failed) return EXIT_FAILED;                    // no image: do not talk about nothing
     c.interactive = go_on && is_terminal(0);
     if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
@@ -1618,8 +1669,7 @@ static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, con
 // Nothing is left behind of a file that could not be completed.
 static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
     unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
-    char *part_path = (char *)new_memory(p, strlen(path) + 6, 1);
-    int i, good, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
+    int i, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
     gguf_out out = {NULL, 0};
 #if !defined(_WIN32)
     struct stat s;
@@ -1628,11 +1678,7 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
         n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
     if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return fail("%s: is a folder or a device; name a file", path);
 #endif
-    sprintf(part_path, "%s.part", path);
-    out.file = fopen(part_path, CREATE_MODE);
-    if (!out.file && errno == EEXIST)
-        return fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path);
-    if (!out.file) return fail("%s: cannot be created: %s", part_path, strerror(errno));
+    out.file = begin_file(path);
     put_header(&out, in, file_type, types);
     for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
@@ -1648,17 +1694,9 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
         pad_to_32(&out);
     }
     clear_bar(p);
-    good = fflush(out.file) == 0 && !ferror(out.file) && (sync_file(out.file) == 0 || errno == EINVAL);
-    good = fclose(out.file) == 0 && good;
-#if defined(_WIN32)
-    if (good && !g_interrupted) remove(path);              // there, rename does not replace a file
-#endif
     if (g_interrupted) fail("%s: quantizing was cancelled", path);
-    else if (!good) fail("%s: cannot be written (is the disk full?)", path);
-    else if (rename(part_path, path) != 0) fail("%s: cannot be given this name (is it a folder, or in use?)", path);
-    else return EXIT_OK;
-    remove(part_path);
-    return EXIT_FAILED;
+    else if (fflush(out.file) == 0) sync_file(out.file);
+    return end_file(out.file, path, !g_interrupted);
 }
 
 static int run_quantize(program *p) {
@@ -1768,6 +1806,8 @@ static int run_trace(program *p) {
     t->folder = p->o.out;
     t->total = FNV_START;
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
+    if (n_images == 0 && is_file(p->o.words.items[0]))
+        return usage_error(p->cmd, "%s is a file; the prompt is missing", p->o.words.items[0]);
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
     p->session = new_session(p, ASTROVL_EXACT, on_tensor, t);
@@ -2122,6 +2162,11 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
 
 // Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
+#if !defined(_WIN32)
+    struct stat s;
+    if (stat(ix->path, &s) == 0 && !S_ISREG(s.st_mode))
+        exit(fail("%s: is a folder, a pipe or a device; name a file", ix->path));
+#endif
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
     if (lock_file(ix->file) != 0)
@@ -2137,49 +2182,73 @@ static void open_index(program *p, image_index *ix) {
 
 static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
+// One spelling for each path: without "." and empty parts.
+static void tidy_path(char *path) {
+    char *to = path;
+    for (const char *from = path; *from; from++) {
+        const int at_start = to == path || to[-1] == '/';
+        if (to > path && at_start && *from == '/') continue;
+        if (at_start && from[0] == '.' && from[1] == '/') { from++; continue; }
+        *to++ = *from;
+    }
+    *to = 0;
+}
+
 // A file as it is named, or the images (by their endings) in a folder and below it. is_found: it was met in a folder;
-// links to folders are then not followed, since they could lead in circles. (On Windows folders are not walked; give
+// links to folders are then not followed, since they could lead in circles. *n_others counts images of formats that
+// are not read. (On Windows folders are not walked; give
 // their files with -.)
-static int add_images(program *p, const char *path, int is_found, list *names) {
+static int add_images(program *p, const char *path, int is_found, list *names, int *n_others) {
 #if !defined(_WIN32)
-    static const char *const endings[] = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm"};
+    static const char *const endings[] = {
+        ".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm",
+        ".fits", ".fit", ".fts", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".avif", ".heic"};
+    enum { N_READ = 6, N_ENDINGS = (int)(sizeof endings / sizeof *endings) };
     const char *dot = strrchr(path, '.');
     struct dirent *entry;
     struct stat s, target;
     DIR *folder;
     int i = 0, status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
+    if (!found && is_found) return cannot_open(path);      // a path that is too long, ...
     if (found && S_ISDIR(s.st_mode)) {
         folder = opendir(path);
         if (!folder) return cannot_open(path);
         while ((entry = readdir(folder)) != NULL)
             if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
-                status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names);
+                status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names, n_others);
         closedir(folder);
         return status;
     }
-    while (dot && i < 6 && strcasecmp(dot, endings[i]) != 0) i++;
-    if (is_found && (!dot || i == 6 || stat(path, &target) != 0 || !S_ISREG(target.st_mode))) return EXIT_OK;
+    while (dot && i < N_ENDINGS && strcasecmp(dot, endings[i]) != 0) i++;
+    if (is_found && (!dot || i == N_ENDINGS)) return EXIT_OK;
+    if (is_found && stat(path, &target) != 0) return cannot_open(path);
+    if (is_found && !S_ISREG(target.st_mode)) return EXIT_OK;
+    if (is_found && i >= N_READ) return ++*n_others, EXIT_OK;
 #else
-    (void)is_found;
+    (void)is_found, (void)n_others;
 #endif
     list_add(p, names, path, strlen(path));
+    tidy_path((char *)names->items[names->n - 1]);
     return EXIT_OK;
 }
 
 // What the arguments name ("-": the lines of standard input), sorted, without what the index holds, which is counted.
 static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
     list all = {NULL, 0, 0};
-    int i, status = EXIT_OK;
+    int i, status = EXIT_OK, n_others = 0;
     for (i = 0; i < p->o.words.n; i++) {
+        const char *word = p->o.words.items[i];
         size_t size = 0;
         char *text = NULL;
-        if (strcmp(p->o.words.items[i], "-") != 0) { status |= add_images(p, p->o.words.items[i], 0, &all); continue; }
+        if (strcmp(word, "-") != 0) { status |= add_images(p, word, 0, &all, &n_others); continue; }
         text = read_text(p, "-", &size);
         for (lines l = lines_of("standard input", text, size); next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
-            if (l.size) status |= add_images(p, l.line, 0, &all);
+            if (l.size) status |= add_images(p, l.line, 0, &all, &n_others);
         }
     }
+    if (n_others && !p->o.quiet)
+        fail("%d images of other formats (.fits, .tif, ...) are passed over; convert them to PNG or JPEG", n_others);
     if (!all.n) exit(fail("there are no images to index (in folders: files .png .jpg .jpeg .ppm .pgm .pnm)"));
     qsort((void *)all.items, (size_t)all.n, sizeof *all.items, by_text);
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
@@ -2434,8 +2503,7 @@ static int save_plot(const char *path, const retrieval *r) {
     panel b = {560, floor(10 * low) / 10, ceil(10 * high + 1e-6) / 10, 0};         // shares of the cosines, in percent
     double bins[2][BINS] = {{0}};
     char text[64];
-    FILE *f = fopen(path, "wb");
-    if (!f) return write_error(path);
+    FILE *f = begin_file(path);
     for (int k = 0; k < 2; k++)
         for (int i = 0; i < r->n; i++) {
             double *bin = &bins[k][(int)fmin((r->cosines[k][i] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
@@ -2462,7 +2530,7 @@ static int save_plot(const char *path, const retrieval *r) {
         svg_legend(f, 570, 84 + 20 * k, style[k], text);
     }
     fputs("</svg>\n", f);
-    return ferror(f) || fclose(f) != 0 ? write_error(path) : EXIT_OK;
+    return end_file(f, path, 1);
 }
 
 // PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). Wrong pairs, one of each image and each text, are
@@ -2712,8 +2780,8 @@ static const command commands[] = {
     {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]",
      "talk about an image",
      "A dialogue: the model remembers what was said. Lines that begin with a slash are commands: /image FILE,\n"
-     "/reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line; standard output\n"
-     "then has the answers alone. It works with a language model alone, too.",
+     "/add FILE, /reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line;\n"
+     "standard output then has the answers alone. It works with a language model alone, too.",
      "  astrovl chat galaxy.png\n  printf 'What is this?\\nIs there a bar?\\n' | astrovl chat --quiet galaxy.png\n"
      "  astrovl chat -m smollm2.gguf --prompt \"Why is the sky dark at night?\"\n"},
     {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "tokens [OPTIONS] [\"TEXT\" | -]",

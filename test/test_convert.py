@@ -1062,6 +1062,9 @@ def fnv1a64(data):
 
 
 class Trace(Case):
+    def test_a_file_is_no_prompt(self):
+        self.assertIn("the prompt is missing", self.fails(2, "trace", self.images[0], "--hash").err)
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -1173,6 +1176,20 @@ class Chat(Case):
         self.assertIn("nowhere.png", result.err)
         self.assertEqual(len(result.out.splitlines()), 1)                         # the talk goes on
         self.assertEqual(self.chat("What?\n", self.path("nowhere.png"), code=1).out, "")
+
+    def test_another_image(self):
+        first, second = self.images[:2]
+        alone = self.chat("What is this?\n", second).out
+        self.assertEqual(self.chat("What is this?\n/image %s\nWhat is this?\n" % second, first).out.splitlines()[1:], alone.splitlines())
+        n_prompt = {}
+        for command in ("/add", "/image"):     # /image begins with the system text again, /add goes on
+            lines = self.chat("What is this?\n%s %s\nWhat is this?\n" % (command, second), "--json", first).out.splitlines()
+            n_prompt[command] = json.loads(lines[1])["tokens"]["prompt"]
+        self.assertLess(n_prompt["/add"], n_prompt["/image"])
+
+    def test_an_image_for_a_model_that_cannot_see(self):
+        script = "/image %s\n" % self.images[0]
+        self.assertIn("cannot see", self.chat(script, "-m", golden("models_a_text.gguf"), code=1).err)
 
     def test_without_an_image(self):
         self.assertEqual(len(self.chat("What is a galaxy?\n").out.splitlines()), 1)
@@ -1377,12 +1394,23 @@ class Contrastive(Case):
             self.assertEqual(shape, (2, len(rows[0]["embedding"])))
             self.assertEqual(data, b"".join(struct.pack("<%df" % shape[1], *row["embedding"]) for row in rows))
 
+    def test_a_full_disk_costs_no_earlier_file(self):
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        path = self.write("earlier.npy", b"earlier")
+        result = astrovl("embed", self.images[0], "-o", path, preexec_fn=limit)
+        self.assertEqual(result.code, 1, result)
+        self.assertIn("cannot be written", result.err)
+        self.assertEqual(read_bytes(path), b"earlier")
+        self.assertFalse(os.path.exists(path + ".part"))
+
     def test_embed_failures(self):
         result = self.fails(1, "embed", self.images[0], self.path("nowhere.png"))
         self.assertEqual(len(result.out.splitlines()), 1)
         self.fails(1, "embed", self.images[0], self.path("nowhere.png"), "-o", self.path("half.npy"))
         self.assertFalse(os.path.exists(self.path("half.npy")))
-        self.assertIn("cannot be written", self.fails(1, "embed", self.images[0], "-o", self.path("missing/rows.npy")).err)
+        self.assertIn("cannot be created", self.fails(1, "embed", self.images[0], "-o", self.path("missing/rows.npy")).err)
 
     def test_models_without_the_towers(self):
         vocabulary = self.path("vocabulary.gguf")
@@ -1479,6 +1507,23 @@ class Index(Case):
         self.assertEqual([os.path.basename(name) for name in self.names("mixed.avl")],
                          [".k.png", "B.PNG", "a.png", "c.JpG", "d.jpeg", "e.pnm", "f.pgm", "link.png"])
 
+    def test_what_is_passed_over_is_said(self):
+        folder = self.path("kinds")
+        os.mkdir(folder)
+        for name in ("a.png", "b.fits", "c.TIF", "d.txt"):
+            with open(os.path.join(folder, name), "wb") as f:
+                f.write(star_field(0))
+        self.assertIn("2 images of other formats", self.index("kinds.avl", folder).err)
+        os.symlink("nowhere.png", os.path.join(folder, "gone.png"))
+        self.assertIn("gone.png", self.index("kinds.avl", folder, code=1).err)
+
+    def test_one_file_by_several_spellings(self):
+        name = self.three[0]
+        head, tail = os.path.split(name)
+        result = self.index("spelled.avl", name, head + "/./" + tail, head + "//" + tail)
+        self.assertIn("1 images added", result.out)
+        self.assertEqual(self.names("spelled.avl"), [name])
+
     def test_names_from_standard_input(self):
         names = ("\r\n".join(self.three) + "\n\n" + self.three[0]).encode()
         self.index("stdin.avl", "-", stdin=names)
@@ -1511,8 +1556,10 @@ class Index(Case):
         self.assertIn("no images", self.index("nothing.avl", "-", stdin=b"\n", code=1).err)
 
     def test_places_that_cannot_be_written(self):
-        for place in ("missing/x.avl", "."):
-            self.assertIn("cannot be written", self.index(place, self.three[0], code=1).err)
+        self.assertIn("cannot be written", self.index("missing/x.avl", self.three[0], code=1).err)
+        os.mkfifo(self.path("pipe"))
+        for place in (".", "pipe", "/dev/null"):
+            self.assertIn("name a file", self.index(place, self.three[0], code=1).err)
         self.assertIn("no index", self.fails(1, "search", "-m", self.micro, MODEL, "--image", self.three[0]).err)
         self.assertIn("no index", self.index("../" + os.path.basename(self.folder) + "/micro.gguf", self.three[0], code=1).err)
         self.fails(1, "search", "-m", self.micro, self.path("nowhere.avl"), "--image", self.three[0])
@@ -1779,7 +1826,7 @@ class Evaluate(Case):
             self.assertIn(self.path("nowhere.png"), result.err)     # as seen from the set's folder
             self.assertEqual(result.out, "")
         path = self.write("images.jsonl", (lines[0] + "\n" + lines[0]).encode())
-        self.assertIn("cannot be written", self.fails(1, "evaluate", "retrieval", path, "--svg", self.path("no/x.svg")).err)
+        self.assertIn("cannot be created", self.fails(1, "evaluate", "retrieval", path, "--svg", self.path("no/x.svg")).err)
 
 
 class Summarize(Case):
