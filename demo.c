@@ -264,7 +264,7 @@ static const option_spec option_table[] = {
     WHOLE("ctx", 'c', ctx, 1, 16777216, GENERATE, "tokens a conversation may hold (default: the model's, to 4096)"),
     WHOLE("threads", 'j', threads, 1, ASTROVL_MAX_THREADS, FAST, "processors to use (default: all)"),
     ON("exact", 0, exact, FAST & ~(TRACE | QUANTIZE), "arithmetic with the same bits on every machine; slower"),
-    ON("json", 0, json, ALL & ~(TRACE | VERSION | EMBED), "print JSON, an object a line for each answer"),
+    ON("json", 0, json, ALL & ~(TRACE | VERSION), "print JSON, an object a line for each answer or failure"),
     ON("quiet", 'q', quiet, FAST, "no timings and no progress on standard error"),
     ON("help", 'h', help, ALL, "this page"),
 };
@@ -390,7 +390,7 @@ struct program {
     union block       *memory;             // what new_memory gave
 };
 
-// Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
+// Set by Ctrl-C while an answer is computed: a signal handler has no other way to say something.
 static volatile sig_atomic_t g_interrupted;
 
 static double seconds(void) {              // wall clock, from any moment
@@ -410,17 +410,44 @@ static void catch_interrupts(int on) {
     if (signal(SIGINT, on ? on_interrupt : SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
 }
 
-static int end_failure(int printed) { return (void)printed, fputc('\n', stderr), EXIT_FAILED; }
-// Says what went wrong, as printf, with a literal for its format. Its value is EXIT_FAILED.
-#define fail(...) end_failure(fprintf(stderr, "astrovl: " __VA_ARGS__))
+static int end_note(int printed) { return (void)printed, fputc('\n', stderr), EXIT_OK; }
+// Says something on standard error, as printf, with a literal for its format.
+#define note(...) end_note(fprintf(stderr, "astrovl: " __VA_ARGS__))
+
+// What went wrong goes to standard error and, with --json, to standard output as an object as well.
+static struct { char message[1024]; int as_json; } g_failure;
+static int end_failure(int printed, const char *file, const char *status) {
+    (void)printed;
+    note("%s", g_failure.message);
+    if (!g_failure.as_json) return EXIT_FAILED;
+    put_json("{error:%s", g_failure.message);
+    if (status) put_json("status:%s", status);
+    if (file) put_json("file:%s", file);
+    put_json("}\n");
+    return EXIT_FAILED;
+}
+#define say_failure(file, status, ...) \
+    end_failure(snprintf(g_failure.message, sizeof g_failure.message, __VA_ARGS__), file, status)
+// As note, for what went wrong. Its value is EXIT_FAILED.
+#define fail(...) say_failure(NULL, NULL, __VA_ARGS__)
 
 static void clear_bar(program *p) {
     if (p->bar_drawn) fputs("\r\033[K", stderr);
     p->bar_drawn = 0;
 }
 
-// The same of what the header says in p->err.
-static int failed(program *p) { return clear_bar(p), fail("%s", p->err.message); }
+// The same of what the header says in p->err. file: which one it was about, or NULL
+static int failed_on(program *p, const char *file) {
+    clear_bar(p);
+    return say_failure(file, astrovl_status_name(p->err.status), "%s", p->err.message);
+}
+static int failed(program *p) { return failed_on(p, NULL); }
+
+// Begins an object of --json: the version, and the model if one is open.
+static void begin_json(const program *p) {
+    put_json("{version:%s", ASTROVL_VERSION);
+    if (p->model) put_json("model:%s", p->info.name);
+}
 
 // Writes out what is buffered. If that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
@@ -545,16 +572,19 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
 
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
-// Prints one answer's end: the JSON object, or the newline and the timings. file, label: may be NULL
-static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
-                          const char *answer) {
+// Prints one answer's end: the JSON object, or the newline and the timings. label: may be NULL
+static void finish_answer(program *p, const astrovl_session *s, const char *const *files, int n_files, const char *label,
+                          const char *prompt, const char *answer) {
     astrovl_stats t;
     int i, n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
     astrovl_get_stats(s, &t);
     if (p->o.json) {
-        put_json("{");
-        if (file) put_json("file:%s", file);
+        begin_json(p);
+        if (n_files == 1) put_json("file:%s", files[0]);
+        if (n_files > 1) put_json("files:[");
+        for (i = 0; i < n_files && n_files > 1; i++) put_json("%s", files[i]);
+        if (n_files > 1) put_json("]");
         put_json("prompt:%s text:%s ", prompt, answer);
         put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
         for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
@@ -569,10 +599,6 @@ static void finish_answer(program *p, const astrovl_session *s, const char *file
             t.n_answer_tokens, t.decode_seconds);
     if (t.decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t.n_answer_tokens / t.decode_seconds);
     fprintf(stderr, "%s\n", t.stopped_by_limit ? ", cut short by the token limit" : "");
-}
-
-static void print_error_json(const char *file, const astrovl_error *err) {
-    put_json("{file:%s error:%s status:%s}\n", file, err->message, astrovl_status_name(err->status));
 }
 
 // Reads a line of any length without its end. NULL at the end of the stream.
@@ -771,16 +797,15 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
         if (loaded && p->counting) print_label(stdout, label);
         if (of[i]->answer) {
             if (p->counting && !p->o.json) print_text(p, of[i]->answer, strlen(of[i]->answer));
-            finish_answer(p, of[i]->session, p->o.together ? NULL : paths[i], label, prompt, of[i]->answer);
+            finish_answer(p, of[i]->session, paths + i * each, each, label, prompt, of[i]->answer);
             astrovl_free(of[i]->answer);
             if (g_interrupted) status = EXIT_FAILED;
             continue;
         }
         if (loaded && label) putchar('\n');
-        if (p->o.json) print_error_json(paths[i * each + (loaded ? 0 : of[i]->n_images)], &of[i]->err);
-        flush_output(p);
         p->err = of[i]->err;
-        status = failed(p);
+        status = failed_on(p, paths[i * each + (loaded ? 0 : of[i]->n_images)]);
+        flush_output(p);
     }
     for (i = 0; i < n * each; i++) astrovl_image_free(&images[i]);
     return status;
@@ -841,12 +866,12 @@ static void chat_image(program *p, chat_state *c, const char *path, int anew) {
 static void chat_turn(program *p, chat_state *c, const char *text) {
     char *answer = say(p, &c->image, c->pending ? 1 : 0, text);
     int stopped = answer ? g_interrupted : p->err.status == ASTROVL_CANCELLED && c->interactive;
-    if (answer) c->pending = 0, finish_answer(p, p->session, NULL, NULL, text, answer);
+    if (answer) c->pending = 0, finish_answer(p, p->session, NULL, 0, NULL, text, answer);
     if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
     if (!answer && !stopped) {
         c->n_failed++;
         failed(p);
-        if (p->err.status == ASTROVL_ERROR_LIMIT) fail("/reset begins a new conversation");
+        if (p->err.status == ASTROVL_ERROR_LIMIT) note("/reset begins a new conversation");
     }
     astrovl_free(answer);
 }
@@ -908,7 +933,7 @@ static int print_tokens(program *p, const char *word, size_t word_size) {
         putchar('\n');
         return EXIT_OK;
     }
-    if (p->o.json) put_json("{tokens:[");
+    if (p->o.json) begin_json(p), put_json("tokens:[");
     for (i = 0; i < n; i++) {
         astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
         char *text = (char *)new_memory(p, (size_t)(size = astrovl_token_text(p->model, tokens[i], NULL, 0)) + 1, 1);
@@ -1076,12 +1101,12 @@ static void print_model(program *p, const list *paths) {
     const int j = p->o.json;
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     if (!p->model) {
-        if (j) put_json("model:{error:%s}", p->err.message);
+        if (j) put_json("parts:{error:%s}", p->err.message);
         else printf("no model that astrovl can run: %s\n", p->err.message);
         return;
     }
     astrovl_get_info(p->model, &p->info);
-    if (j) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+    if (j) put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
                     (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
     else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
                 human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
@@ -1139,7 +1164,7 @@ static int check_model(program *p, const list *paths) {
     const char *problem = p->model ? lacking(m) : p->err.message;
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
-    if (p->o.json) put_json("{runnable:%b commands:[", !problem);
+    if (p->o.json) begin_json(p), put_json("runnable:%b commands:[", !problem);
     else if (problem) printf("these files make up no model that astrovl can run:\n- ");
     else printf("these files can be used with");
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
@@ -1164,7 +1189,7 @@ static int run_inspect(program *p) {
     // All are opened before anything is printed: half a JSON text is none.
     for (int i = 0; i < paths->n; i++)
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
-    if (p->o.json) put_json("{files:[");
+    if (p->o.json) begin_json(p), put_json("files:[");
     for (int i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     if (p->o.json) put_json("]");
     print_model(p, paths);
@@ -1737,7 +1762,8 @@ static int run_quantize(program *p) {
     sums = add_up(out);
     bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
     if (p->o.json) {
-        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
+        begin_json(p);
+        put_json("file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
                  (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
         put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
         for (i = 0; i < N_TYPES; i++)
@@ -1750,9 +1776,9 @@ static int run_quantize(program *p) {
         print_totals(&sums);
     }
     if (n_fallbacks && !p->o.quiet)
-        fail("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
+        note("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
     if (n_requantized && !p->o.quiet)
-        fail("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
+        note("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
     return EXIT_OK;
@@ -1865,8 +1891,7 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
         ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
         good += ok[i];
         if (ok[i]) continue;
-        failed(p);
-        if (p->o.json) print_error_json(paths[i], &p->err);
+        failed_on(p, paths[i]);
     }
     if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
@@ -1876,9 +1901,10 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
     return good;
 }
 
-// {"image": path, "embedding": [...]}; every number reads back as the same float32
+// {..., "file": path, "embedding": [...]}; every number reads back as the same float32
 static void print_embedding(program *p, const char *key, const char *name, const float *row) {
-    put_json("{%k %s embedding:[", key, name);
+    begin_json(p);
+    put_json("%k %s embedding:[", key, name);
     for (int k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
     put_json("]}\n");
 }
@@ -1892,7 +1918,7 @@ static int embed_images(program *p, const char *const *paths, int n, float *rows
         draw_bar(p, "images", i, n, 0);
         if (embed_batch(p, paths + i, some, row_of(p, rows, i), ok) < some) status = EXIT_FAILED;
         for (k = 0; k < some && print; k++)
-            if (ok[k]) clear_bar(p), print_embedding(p, "image", paths[i + k], row_of(p, rows, i + k));
+            if (ok[k]) clear_bar(p), print_embedding(p, "file", paths[i + k], row_of(p, rows, i + k));
         flush_output(p);
     }
     clear_bar(p);
@@ -1975,7 +2001,7 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
         const char *path = p->o.words.items[i];
         char ok;
         if (!embed_batch(p, &path, 1, row, &ok)) { status = EXIT_FAILED; continue; }
-        if (p->o.json) put_json("{file:%s matches:[", path);
+        if (p->o.json) begin_json(p), put_json("file:%s matches:[", path);
         else print_safe(stdout, path), putchar('\n');
         for (k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
         if (p->o.json) put_json("]}\n");
@@ -2175,7 +2201,7 @@ static void open_index(program *p, image_index *ix) {
     size_t size = read_index_header(ix);
     if (size < INDEX_HEADER) ix->end = 0;                  // a new file, or one whose making was cut short
     else read_records(p, ix);
-    if (ix->torn) fail("%s: cutting off an incomplete record at the end (a run was stopped)", ix->path);
+    if (ix->torn) note("%s: cutting off an incomplete record at the end (a run was stopped)", ix->path);
     if ((ix->torn || !ix->end) && size && cut_file(ix->file, ix->end) != 0) exit(write_error(ix->path));
     if (!ix->end) append_to_index(ix, ix->header, INDEX_HEADER);
 }
@@ -2248,7 +2274,7 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
         }
     }
     if (n_others && !p->o.quiet)
-        fail("%d images of other formats (.fits, .tif, ...) are passed over; convert them to PNG or JPEG", n_others);
+        note("%d images of other formats (.fits, .tif, ...) are passed over; convert them to PNG or JPEG", n_others);
     if (!all.n) exit(fail("there are no images to index (in folders: files .png .jpg .jpeg .ppm .pgm .pnm)"));
     qsort((void *)all.items, (size_t)all.n, sizeof *all.items, by_text);
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
@@ -2258,7 +2284,7 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
             bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
         else list_add(p, todo, name, strlen(name));
     }
-    if (*n_known && !p->o.quiet) fail("%s: has %d of these %d images already", ix->path, *n_known, all.n);
+    if (*n_known && !p->o.quiet) note("%s: has %d of these %d images already", ix->path, *n_known, all.n);
     return status;
 }
 
@@ -2296,8 +2322,8 @@ static int run_index(program *p) {
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
-    if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path,
-                            added, n_known, todo.n - added, ix->names.n + added, rate);
+    if (p->o.json) begin_json(p);
+    if (p->o.json) put_json("index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known, todo.n - added, ix->names.n + added, rate);
     else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
                 n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
@@ -2320,7 +2346,7 @@ static int run_search(program *p) {
     read_records(p, ix);
     fclose(ix->file);
     if (ix->torn && !p->o.quiet)
-        fail("%s: skipping an incomplete record at the end; `astrovl index` continues there", ix->path);
+        note("%s: skipping an incomplete record at the end; `astrovl index` continues there", ix->path);
     float *row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
@@ -2331,10 +2357,10 @@ static int run_search(program *p) {
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
     if (k) n = astrovl_search(&rows, row, k, p->o.threads, hits, &p->err);
     if (n < 0) return failed(p);
-    if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
+    if (p->o.json) begin_json(p), put_json("%k %s rows:%d hits:[", p->o.image ? "file" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
         const char *name = ix->names.items[hits[i].row];
-        if (p->o.json) put_json("{score:%f file:%s}", hits[i].score, name);
+        if (p->o.json) put_json("{cosine:%f file:%s}", hits[i].score, name);
         else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
     }
     if (p->o.json) put_json("]}\n");
@@ -2440,7 +2466,7 @@ static int by_value(const void *a, const void *b) {
 
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
-    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
+    if (as_json) begin_json(p), put_json("pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
     else printf("%d pairs, logit scale %.4g\n"
                 "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
                 "how often is the partner among the best k %%?\n"
@@ -2605,12 +2631,14 @@ static int first_named(const char *text, const char *const *words, int n) {
     return best;
 }
 
-static void print_vqa(int as_json, const vqa *t) {
+static void print_vqa(const program *p, const vqa *t) {
+    const int as_json = p->o.json;
     int c, i, m = t->classes.n;
     double right = (double)t->right / t->n, found = (double)t->found / t->features;
     double semantic = t->semantic / t->n_semantic;
     if (as_json) {
-        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
+        begin_json(p);
+        put_json("images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
                  t->none, found, semantic);
     } else {
         printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
@@ -2635,7 +2663,7 @@ static void print_vqa(int as_json, const vqa *t) {
     put_json("] answers:[");
     for (i = 0; i < t->n; i++) {
         const sample *x = &t->samples[i];
-        put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
+        put_json("{file:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
                  x->named >= 0 && x->named < m ? t->classes.items[x->named] : "none", x->n_found, x->semantic, x->text);
     }
     put_json("]}\n");
@@ -2680,7 +2708,7 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         t.n_semantic++;
     }
     clear_bar(p);
-    print_vqa(p->o.json, &t);
+    print_vqa(p, &t);
     while (n > 0) astrovl_free(samples[--n].text);
     return EXIT_OK;
 }
@@ -2728,7 +2756,7 @@ static int summarize_file(program *p, const char *path) {
     astrovl_session_reset(p->session);
     answer = say(p, NULL, 0, request);
     if (!answer) return fail("%s: %s", path, p->err.message);
-    finish_answer(p, p->session, path, p->o.words.n > 1 ? path : NULL, request, answer);
+    finish_answer(p, p->session, &path, 1, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
 }
@@ -2843,7 +2871,7 @@ static const command commands[] = {
      "  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
     {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...",
      "print embeddings for other programs",
-     "Prints {\"image\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
+     "Prints {\"file\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
      "the digits read back as the same float32. With -o the rows go to a .npy file, float32 [n][d], in the order of\n"
      "the arguments; it is written only if all of them could be embedded.",
      "  astrovl embed *.png > rows.jsonl\n  astrovl embed *.png -o rows.npy\n"
@@ -2892,6 +2920,7 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     p->o.how.stop = p->o.stop.items;
     p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
+    g_failure.as_json = p->o.json;
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
     else if (status == EXIT_OK) status = usage_error(c, "%s", c->wanted);

@@ -509,6 +509,45 @@ class Json(Case):
         self.assertEqual(first["status"], "file")
         self.assertIn("text", second)
 
+    def test_every_command(self):
+        """README's table: what each command prints can be read, has a version, and the model where there is one."""
+        image, abstract = self.images[0], self.write("abstract.txt", b"A survey of spiral galaxies.")
+        pairs, vqa = (os.path.join(ROOT, "test", name) for name in ("pairs.jsonl", "vqa.jsonl"))
+        small = self.path("small.gguf")
+        for keys, arguments in (("file prompt text tokens complete seconds", ["caption", image, *SHORT]),
+                                ("file prompt text tokens complete seconds", ["ask", image, "What?", *SHORT]),
+                                ("files prompt text tokens complete seconds", ["ask", "--together", *self.images[:2], "What?", *SHORT]),
+                                ("prompt text tokens complete seconds", ["chat", "--prompt", "What?", *SHORT]),
+                                ("file prompt text tokens complete seconds", ["summarize", "--bool", "--query", "spirals", abstract]),
+                                ("tokens", ["tokens", "M31"]), ("file embedding", ["embed", image]), ("text embedding", ["embed", "--text", "x"]),
+                                ("file matches", ["score", image, "--text", "x"]), ("file matches", ["describe", image]),
+                                ("index added known unreadable rows images_per_second", ["index", image, "-o", self.path("json.avl")]),
+                                ("text rows hits", ["search", self.path("json.avl"), "x"]),
+                                ("file rows hits", ["search", self.path("json.avl"), "--image", image]),
+                                ("pairs logit_scale contrastive_loss accuracy cosines_matched cosines_shuffled", ["evaluate", "retrieval", pairs]),
+                                ("images accuracy none_named features_found semantic_score classes answers", ["evaluate", "vqa", vqa]),
+                                ("files parts", ["inspect", MODEL]), ("runnable commands problems", ["inspect", "--check", MODEL]),
+                                ("file bytes_before bytes bits_per_weight seconds tensors changed fallbacks requantized types",
+                                 ["quantize", MODEL, small, "q4_0"])):
+            with self.subTest(arguments[:2]):
+                result = json.loads(self.succeeds(arguments[0], "--json", *arguments[1:]).out)
+                self.assertEqual(result["version"], self.succeeds("--version").out.split()[1])
+                self.assertEqual("model" in result, arguments[0] not in ("quantize", "inspect") or "--check" in arguments, result)
+                self.assertLessEqual(set(keys.split()), set(result), result)
+                self.assertLessEqual(set(result), set(keys.split()) | {"version", "model"})
+
+    def test_every_failure(self):
+        image, nothing = self.images[0], self.path("nowhere.gguf")
+        text = self.write("text.txt", b"x")
+        for arguments in (["caption", "-m", nothing, image], ["search", nothing, "x"], ["search", MODEL, "x"], ["embed", "-m", nothing, image],
+                          ["index", image, "-o", self.path("no/x.avl")], ["summarize", "--regex", "(", text], ["summarize", nothing],
+                          ["summarize", "--schema", text, text], ["evaluate", "retrieval", text], ["inspect", nothing],
+                          ["quantize", nothing, "x", "q4_0"], ["tokens", "-m", nothing, "x"], ["embed", nothing], ["score", nothing, "--text", "x"]):
+            with self.subTest(arguments[:2]):
+                result = self.fails(1, arguments[0], "--json", *arguments[1:])
+                lines = [json.loads(line) for line in result.out.splitlines()]
+                self.assertTrue(lines and lines[0]["error"] in result.err, result)
+
     def test_odd_file_names(self):
         names = ['quote".png', "back\\slash.png", "new\nline.png", "tab\t.png", "bell\a.png", "Äpfel 星.png", "-d.png"]
         paths = [self.write(name, star_field(0)) for name in names]
@@ -635,7 +674,7 @@ class Inspect(Case):
             self.assertEqual(seen, value, key)
 
     def test_model(self):
-        model = json.loads(self.succeeds("inspect", "--json").out)["model"]
+        model = json.loads(self.succeeds("inspect", "--json").out)["parts"]
         for part in ("vocabulary", "language_model", "vision_tower", "projector", "contrastive", "text_tower"):
             self.assertIsInstance(model[part], dict, part)
         self.assertEqual((model["contrastive"]["images"], model["contrastive"]["texts"]), (1, 1))
@@ -663,8 +702,8 @@ class Inspect(Case):
         vocabulary = self.path("vocabulary.gguf")
         write_vocabulary(vocabulary)
         seen = json.loads(self.succeeds("inspect", "--json", vocabulary).out)
-        self.assertIsNone(seen["model"]["language_model"])
-        self.assertIsInstance(seen["model"]["vocabulary"], dict)
+        self.assertIsNone(seen["parts"]["language_model"])
+        self.assertIsInstance(seen["parts"]["vocabulary"], dict)
         both = self.succeeds("inspect", "--json", MODEL, vocabulary)
         self.assertEqual(len(json.loads(both.out)["files"]), 2)
 
@@ -1375,7 +1414,7 @@ class Contrastive(Case):
 
     def test_embed_numbers(self):
         rows = self.rows(*self.images)
-        self.assertEqual([row["image"] for row in rows], self.images)
+        self.assertEqual([row["file"] for row in rows], self.images)
         for row in rows:
             self.assertAlmostEqual(sum(v * v for v in row["embedding"]), 1, places=5)
         raw = self.rows("--raw", self.images[0])[0]["embedding"]
@@ -1429,17 +1468,17 @@ class Contrastive(Case):
         rows = self.rows(*examples())
         self.succeeds("embed", "--text", "a ringed planet", "-o", self.path("query.npy"))
         _, query, _ = load_npy(self.path("query.npy"))
-        scores = {row["image"]: sum(a * b for a, b in zip(row["embedding"], query)) for row in rows}
+        scores = {row["file"]: sum(a * b for a, b in zip(row["embedding"], query)) for row in rows}
         hits = json.loads(self.succeeds("search", index, "a ringed planet", "--json").out)["hits"]
         self.assertEqual([hit["file"] for hit in hits], sorted(scores, key=lambda name: -scores[name]))
         self.assertEqual(hits[0]["file"], os.path.join(IMAGES, "planet.png"))
         for hit in hits:
-            self.assertAlmostEqual(hit["score"], scores[hit["file"]], places=3)           # the index keeps float16
+            self.assertAlmostEqual(hit["cosine"], scores[hit["file"]], places=3)           # the index keeps float16
         text = self.succeeds("search", index, "a ringed planet", "-k", "2").out.splitlines()
         self.assertEqual([line.split(None, 1)[1] for line in text], [hit["file"] for hit in hits[:2]])
         nearest = json.loads(self.succeeds("search", index, "--image", examples()[1], "--json", "-k1").out)["hits"]
         self.assertEqual(nearest[0]["file"], examples()[1])
-        self.assertAlmostEqual(nearest[0]["score"], 1, places=3)
+        self.assertAlmostEqual(nearest[0]["cosine"], 1, places=3)
 
 
 class Index(Case):
@@ -1484,7 +1523,7 @@ class Index(Case):
         query = json.loads(lines[0])["embedding"]
         for hit in hits:
             row = struct.unpack("<8e", records[self.three.index(hit["file"])][2])
-            self.assertAlmostEqual(hit["score"], sum(a * b for a, b in zip(row, query)), places=6)
+            self.assertAlmostEqual(hit["cosine"], sum(a * b for a, b in zip(row, query)), places=6)
 
     def test_folders(self):
         self.index("tree.avl", self.tree)
@@ -2347,7 +2386,7 @@ class Convert(ConvertCase):
                     self.assertEqual(len(seen), len(wanted[rows]))
                     for a, b in zip(seen, wanted[rows]):
                         self.assertClose(a, b)
-                    model = json.loads(self.succeeds("inspect", "--json", *models[1::2]).out)["model"]
+                    model = json.loads(self.succeeds("inspect", "--json", *models[1::2]).out)["parts"]
                     self.assertAlmostEqual(model["contrastive"]["logit_scale"] / wanted["logit_scale"], 1, places=5)
 
     def test_tokens(self):
