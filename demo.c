@@ -1493,22 +1493,25 @@ typedef struct chunk {
     int64_t               first, n;        // values
     unsigned char        *blocks;          // out
     int                   thread, n_threads;
+    int64_t               n_lost;          // out: values that are no numbers, or too large for the type
 } chunk;
 
 static void *quantize_pieces(void *context) {
-    const chunk *c = (const chunk *)context;
+    chunk *c = (chunk *)context;
+    const float most = c->type == ASTROVL_TYPE_F16 ? 65519.0f : block_values(c->type) > 1 ? QUANTIZE_MAX : FLT_MAX;
     float x[4096];
     int64_t n;
     for (int64_t at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
         const char *from = (const char *)c->t->data + astrovl_type_row_bytes(c->t->type, c->first + at);
         n = c->n - at < 4096 ? c->n - at : 4096;
         astrovl_dequantize(c->t->type, from, x, n);
+        for (int64_t i = 0; i < n; i++) c->n_lost += !(fabsf(x[i]) <= most);
         quantize_row(c->type, x, c->blocks + astrovl_type_row_bytes(c->type, at), n);
     }
     return NULL;
 }
 
-static void quantize_chunk(chunk c) {
+static int64_t quantize_chunk(chunk c) {
     chunk parts[ASTROVL_MAX_THREADS];
     int i, n_started = 1;
     for (i = 0; i < c.n_threads; i++) {
@@ -1525,6 +1528,8 @@ static void quantize_chunk(chunk c) {
 #if defined(HAS_THREADS)
     for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
 #endif
+    for (i = 0; i < c.n_threads; i++) c.n_lost += parts[i].n_lost;
+    return c.n_lost;
 }
 
 // ---- which type each tensor gets: the rules of llama.cpp's llama-quant.cpp, found there by measuring perplexities
@@ -1708,15 +1713,18 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
     for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
         const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
-        chunk c = {t, types[i], 0, 0, blocks, 0, n_threads};
+        chunk c = {t, types[i], 0, 0, blocks, 0, n_threads, 0};
+        int64_t n_lost = 0;
         draw_bar(p, "tensors", i, n, 0);
         if (types[i] == (int)t->type) put_bytes(&out, t->data, (size_t)t->n_bytes);
         else for (; c.first < total && !g_interrupted; c.first += c.n) {
             c.n = total - c.first < CHUNK_VALUES ? total - c.first : CHUNK_VALUES;
-            quantize_chunk(c);
+            n_lost += quantize_chunk(c);
             put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], c.n));
         }
         pad_to_32(&out);
+        if (n_lost) clear_bar(p), note("warning: %s: %lld values are infinite, no numbers or too large for %s", t->name,
+                                       (long long)n_lost, astrovl_type_name(types[i]));
     }
     clear_bar(p);
     if (g_interrupted) fail("%s: quantizing was cancelled", path);

@@ -942,6 +942,13 @@ class Quantize(Case):
                 else:
                     self.assertTrue(back[100] == values[100] and back[101] != 0, name)
 
+    def test_lost_values_are_said(self):
+        for values, recipe, n in (([math.nan, math.inf, 1.0] + [0.5] * 29, "q8_0", 2), ([70000.0] + [0.5] * 31, "f16", 1), ([0.5] * 32, "q4_0", 0)):
+            path = self.path("lost.gguf")
+            write_gguf(path, [], [("x.weight", [1, 32], values)])
+            said = self.succeeds("quantize", path, path, recipe).err
+            self.assertEqual("warning: x.weight: %d values" % n in said, n > 0, said)
+
     def test_mixes(self):
         """What llama.cpp's llama-quantize makes of a model of 18 blocks."""
         mixes = {"q3_k_s": ("3" * 18, "3" * 18, "3" * 18), "q3_k_m": ("55" + "4" * 16, "5" + "4" * 17, "4" * 18),
