@@ -945,7 +945,7 @@ class Quantize(Case):
     def test_lost_values_are_said(self):
         for values, recipe, n in (([math.nan, math.inf, 1.0] + [0.5] * 29, "q8_0", 2), ([70000.0] + [0.5] * 31, "f16", 1), ([0.5] * 32, "q4_0", 0)):
             path = self.path("lost.gguf")
-            write_gguf(path, [], [("x.weight", [1, 32], values)])
+            write_gguf(path, [], [("x.weight", [2, 32], values + [0.25] * 32)])
             said = self.succeeds("quantize", path, path, recipe).err
             self.assertEqual("warning: x.weight: %d values" % n in said, n > 0, said)
 
