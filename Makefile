@@ -28,7 +28,7 @@ astrovl: demo.c astrovl.h
 	$(CC) $(CFLAGS) -DASTROVL_DATA_DIR='"$(DATA)"' -o $@ demo.c $(LDLIBS)
 
 run: astrovl
-	@echo; echo '--- 1. The shipped model (a small LLaVA, 8 MB) describes the example images'
+	@echo; echo '--- 1. The shipped model (a small LLaVA, 6.8 MB) describes the example images'
 	./astrovl caption --quiet test/images/*
 	@echo; echo '--- 2. It answers questions about one of them, and says how long it took'
 	@for question in 'What kind of object is this?' 'Is there a bar?' 'Which colour dominates?'; do \
