@@ -4,6 +4,7 @@
 # make install      to PREFIX (default /usr/local), under DESTDIR if given
 # make lint         warnings as errors with the compilers found here, and the checkers found here
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
+# make fuzz [SECONDS=20]   clang's libFuzzer on files, images, texts, schemas, patterns, JSON lines and index files (test/fuzz.c)
 # make test-real VOCABULARIES=DIR [GGML_LIBRARY=FILE.so]   the tests on real models (test/real_*.py say what they need, and where
 #                   to get it)
 # make bench        how fast search, the shipped model and guided decoding are here, against the machine's own limits; for other
@@ -73,6 +74,10 @@ test-sanitize:
 	./test/test-sanitize
 	ASTROVL=./astrovl-sanitize BENCH=test/bench-sanitize $(PYTHON) test/test_convert.py
 
+fuzz: astrovl
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DASTROVL_NO_SIMD -o test/fuzz test/fuzz.c -lm
+	$(PYTHON) test/fuzz.py $(or $(SECONDS),20)
+
 test-real: astrovl
 	$(PYTHON) test/real_models.py
 	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
@@ -115,6 +120,6 @@ install: astrovl
 	cp test/astrovl-tiny.gguf test/labels.txt $(DESTDIR)$(DATA)/
 
 clean:
-	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/test.log
+	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/fuzz test/test.log
 
-.PHONY: all run test test-sanitize test-real bench golden lint install clean
+.PHONY: all run test test-sanitize fuzz test-real bench golden lint install clean
