@@ -158,7 +158,6 @@ static const char *shape_text(const int64_t *shape, int n_dims, const char *betw
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
     int plain = *f == '~';
-    const char *text;
     size_t size;
     va_list args;
     va_start(args, f);
@@ -175,7 +174,7 @@ static void put_json(const char *f, ...) {
             fputs(plain ? " " : ": ", stdout);
             comma = 0;
         } else if (strchr("ksS", *++f)) {
-            text = va_arg(args, const char *);
+            const char *text = va_arg(args, const char *);
             size = *f == 'S' ? va_arg(args, size_t) : strlen(text);
             print_string(stdout, text, size, 1);
             if (*f == 'k') fputs(": ", stdout), comma = 0;
@@ -296,7 +295,6 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     const char *digits = spec->kind == NUMBER ? "0123456789." : "0123456789";
     void *field = (char *)o + spec->field;
     char *end;
-    uint64_t whole;
     double x;
     switch (spec->kind) {
     case FLAG: *(int *)field = 1; return EXIT_OK;
@@ -310,7 +308,7 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     default: break;
     }
     errno = 0;
-    whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
+    uint64_t whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
     x = strtod(text, &end);                // the program never calls setlocale, so a point is a point in any language
     if (!*text || text[strspn(text, digits)] || *end || errno || !(x >= spec->low) ||
         (x > spec->high && spec->kind != SEED))
@@ -573,8 +571,8 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
 // Prints one answer's end: the JSON object, or the newline and the timings. label: may be NULL
-static void finish_answer(program *p, const astrovl_session *s, const char *const *files, int n_files, const char *label,
-                          const char *prompt, const char *answer) {
+static void finish_answer(program *p, const astrovl_session *s, const char *const *files, int n_files,
+                          const char *label, const char *prompt, const char *answer) {
     astrovl_stats t;
     int i, n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
@@ -2331,7 +2329,8 @@ static int run_index(program *p) {
     }
     clear_bar(p);
     if (p->o.json) begin_json(p);
-    if (p->o.json) put_json("index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known, todo.n - added, ix->names.n + added, rate);
+    if (p->o.json) put_json("index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added,
+                            n_known, todo.n - added, ix->names.n + added, rate);
     else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
                 n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
@@ -2474,7 +2473,8 @@ static int by_value(const void *a, const void *b) {
 
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
-    if (as_json) begin_json(p), put_json("pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
+    if (as_json) begin_json(p);
+    if (as_json) put_json("pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
     else printf("%d pairs, logit scale %.4g\n"
                 "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
                 "how often is the partner among the best k %%?\n"
