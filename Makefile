@@ -5,6 +5,7 @@
 # make lint         warnings as errors with the compilers found here, and the checkers found here
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
 # make test-targets    the kernels' four-lane instance on other processors, emulated (test/targets.sh says what it needs)
+# make fuzz [SECONDS=20]   clang's libFuzzer on files, images, texts, schemas, patterns, JSON lines and index files (test/fuzz.c)
 # make test-real VOCABULARIES=DIR [GGML_LIBRARY=FILE.so]   the tests on real models (test/real_*.py say what they need, and where
 #                   to get it)
 # make bench        how fast search, the shipped model and guided decoding are here, against the machine's own limits; for other
@@ -29,7 +30,7 @@ astrovl: demo.c astrovl.h
 	$(CC) $(CFLAGS) -DASTROVL_DATA_DIR='"$(DATA)"' -o $@ demo.c $(LDLIBS)
 
 run: astrovl
-	@echo; echo '--- 1. The shipped model (a small LLaVA, 8 MB) describes the example images'
+	@echo; echo '--- 1. The shipped model (a small LLaVA, 6.8 MB) describes the example images'
 	./astrovl caption --quiet test/images/*
 	@echo; echo '--- 2. It answers questions about one of them, and says how long it took'
 	@for question in 'What kind of object is this?' 'Is there a bar?' 'Which colour dominates?'; do \
@@ -81,6 +82,10 @@ test-sanitize-program:
 test-targets:
 	test/targets.sh
 
+fuzz: astrovl
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DASTROVL_NO_SIMD -o test/fuzz test/fuzz.c -lm
+	$(PYTHON) test/fuzz.py $(or $(SECONDS),20)
+
 test-real: astrovl
 	$(PYTHON) test/real_models.py
 	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
@@ -130,7 +135,7 @@ install: astrovl
 	cp test/astrovl-tiny.gguf test/labels.txt $(DESTDIR)$(DATA)/
 
 clean:
-	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/test.log
+	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/fuzz test/test.log
 
-.PHONY: all run test test-sanitize test-sanitize-c test-sanitize-program test-targets test-real bench golden install clean \
+.PHONY: all run test test-sanitize test-sanitize-c test-sanitize-program test-targets fuzz test-real bench golden install clean \
     lint lint-gcc lint-clang lint-cppcheck lint-tidy

@@ -40,6 +40,7 @@ examples
   ./astrovl inspect --check AstroLLaVA-q4_k_m.gguf AstroLLaVA-mmproj.gguf
 """
 
+MSGPACK_MAPS = [bytes([byte]) for byte in (*range(0x81, 0x90), 0xDE, 0xDF)]      # first bytes of a dictionary that is not empty
 MAX_VALUES = 1 << 40        # of one tensor
 MAX_JSON = 1 << 28          # bytes of a JSON file or a pickle: the largest tokenizer.json has 2^24
 PIECE = 1 << 23             # bytes moved at once
@@ -173,6 +174,11 @@ def parse_json(data, where):
         raise Problem(where, "no valid JSON: %.200s", e)
     check(isinstance(value, dict), where, "JSON, but no object")
     return value
+
+
+def read_bytes(path, n):
+    with open(path, "rb") as file:
+        return file.read(n)
 
 
 def read_small(path):
@@ -494,20 +500,43 @@ def weight_file(folder):
           "adapter, only the difference to a model. Merge it first (peft: merge_and_unload(), then save_pretrained()) and convert "
           "the result.")
     others = [name for name in names if os.path.splitext(name)[1] in READERS and name != "training_args.bin"]
-    for name in WEIGHT_FILES + others[:len(others) == 1]:
+    for name in WEIGHT_FILES:
         if name in names:
             return name
-    check("manifest.ocdbt" not in names and "_METADATA" not in names, folder,
-          "an orbax checkpoint; restore it in Python and save it with model.save_pretrained()")
+    for name in names:
+        shard = re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(\.safetensors|\.bin)", name)
+        check(not shard, folder, "holds %s, one of several shards, but not their index, %s.index.json; is the download complete?",
+              name, shard and shard.group(1) + shard.group(2))
+        check(not re.fullmatch(r"consolidated\.\d\d\.pth", name), folder, "Meta's own layout (%s); download the model's -hf folder, or "
+              "rewrite it with transformers' convert_llama_weights_to_hf.py", name)
+        check(not name.endswith(("_optim_states.pt", "_model_states.pt")) and name != "zero_to_fp32.py", folder, "a checkpoint of "
+              "DeepSpeed, whose weights lie in parts; run the zero_to_fp32.py beside it and convert what that writes")
+    check(not is_orbax(folder), folder, "an orbax checkpoint; restore it in Python and save it with model.save_pretrained()")
+    bare = [name for name in names if "." not in name and read_bytes(os.path.join(folder, name), 1) in MSGPACK_MAPS]
+    if len(others) + len(bare) == 1:
+        return (others + bare)[0]
     raise Problem(folder, "holds no weights that are recognised%s", ": which of %s? Name the file." % ", ".join(others[:8])
                   if others else " (model.safetensors, pytorch_model.bin, flax_model.msgpack, ...)")
+
+
+def is_orbax(folder, depth=3):
+    """Whether this is an orbax checkpoint, or a folder of such (ckpts/step_1000/default)."""
+    with os.scandir(folder) as entries:
+        entries = list(entries)
+    return any(entry.name in ("manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA") for entry in entries) or depth > 0 and any(
+        is_orbax(entry.path, depth - 1) for entry in entries if re.fullmatch(r"default|ckpts|checkpoints|(step_)?\d+", entry.name)
+        and entry.is_dir(follow_symlinks=False))
 
 
 def read_weights(path):
     """{name: tensor} of one file."""
     reader = READERS.get(os.path.splitext(path)[1])
+    if "." not in os.path.basename(path) and os.path.isfile(path) and read_bytes(path, 1) in MSGPACK_MAPS:
+        reader = read_flax                              # flax's to_bytes(), written under any name
     check(reader, path, "weights are read from .safetensors, .bin, .pt and .msgpack")
     tensors = reader(path)
+    check(not any(name.endswith((".qweight", ".qzeros")) for name in tensors), path, "holds weights of GPTQ or AWQ (qweight); "
+          "convert the original")
     check(not any("lora_A" in name or "lora_B" in name for name in tensors), path,
           "holds LoRA matrices. Merge them into the model first (peft: merge_and_unload()).")
     return tensors
@@ -857,7 +886,10 @@ def read_bpe_pair(vocab_path, merges_path):
 def read_vocabulary(files, clip=False):
     model, fast, vocab, merges = map(files.find, ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"))
     if model and not clip:
-        return read_sentencepiece(model)
+        if not re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", read_bytes(model, 200)):
+            return read_sentencepiece(model)
+        check(fast, model, "a vocabulary of tiktoken, as Meta's LLaMA-3 has it; add tokenizer.json of the model's -hf folder")
+        return read_bpe_json(fast)
     if vocab and merges and (clip or not fast):
         return read_bpe_pair(vocab, merges)
     check(fast, files.folders[0], "no tokenizer (tokenizer.model, tokenizer.json, or vocab.json with merges.txt) beside the "
@@ -875,6 +907,10 @@ def add_tokens(vocabulary, files):
     for i, token in decoder.items() if isinstance(decoder, dict) else ():
         if re.fullmatch("[0-9]{1,9}", i) and int(i) >= known and isinstance(token, dict):
             vocabulary.put(int(i), token.get("content"), CONTROL if token.get("special") else USER_DEFINED)
+    if vocabulary.where.endswith(".model"):             # tokenizer.json may know more than the SentencePiece model
+        for token in files.config("tokenizer.json").items("added_tokens"):
+            if isinstance(token, dict) and is_count(token.get("id"), 1 << 20) and token["id"] >= known:
+                vocabulary.put(token["id"], token.get("content"), CONTROL if token.get("special") else USER_DEFINED)
     for flag in ("add_bos", "add_eos"):
         value = settings.get(flag + "_token")
         if getattr(vocabulary, flag) is None and isinstance(value, bool):
@@ -1053,10 +1089,8 @@ def put_rope(gguf, config, head_dim):
 
 def put_llama(gguf, weights, config, files, name):
     """Hyperparameters (defaults: transformers' LlamaConfig), vocabulary and tensors of the language model."""
-    config.one_of("model_type", ("llama", "llava", "llava_llama", "mistral"), "llama")
+    config.one_of("model_type", ("llama", "llava", "llava_llama", "mistral", "llava_mistral"), "llama")
     config.one_of("hidden_act", ("silu",), "silu")
-    check(config.get("model_type") != "mistral" or not config.get("sliding_window"), config.where,
-          "attention in a sliding window is not supported")
     gguf.put("general.architecture", "llama")
     gguf.put("general.name", name)
 
@@ -1064,7 +1098,11 @@ def put_llama(gguf, weights, config, files, name):
         return gguf.put("llama." + key, config.number(*where))
 
     n_vocab = put("vocab_size", "vocab_size", 32000)
-    put("context_length", "max_position_embeddings", 2048)
+    n_ctx = config.number("max_position_embeddings", 2048)
+    window = config.number("sliding_window") if config.get("sliding_window") and "mistral" in str(config.get("model_type")) else n_ctx
+    if window < n_ctx:
+        note("%s: attention looks back %d positions. The context is limited to as many, where that makes no difference" % (config.where, window))
+    gguf.put("llama.context_length", min(n_ctx, window))
     n_embd = put("embedding_length", "hidden_size", 4096, 1 << 20)
     n_layer = put("block_count", "num_hidden_layers", 32, 1024)
     n_ff = put("feed_forward_length", "intermediate_size", 11008, 1 << 22)
@@ -1135,6 +1173,14 @@ def put_vision(gguf, weights, config, files, is_clip, aspect):
         check(isinstance(color, list) and len(color) == 3 and all(isinstance(c, (int, float)) and least <= c < 1e6 for c in color),
               settings.where, "image_%s is not three numbers from %g on", name, least)
         gguf.put("clip.vision.image_" + name, [float(c) for c in color])
+    settings.one_of("resample", (3, None), None)        # 3: bicubic
+    for key in ("do_resize", "do_rescale", "do_normalize", *["do_center_crop"] * (not aspect)):
+        settings.one_of(key, (True, None), None)
+    for key in () if aspect else ("size", "crop_size"):
+        wanted = settings.get(key, size)
+        wanted = wanted if is_count(wanted) else [v for v in wanted.values() if v is not None] if isinstance(wanted, dict) else None
+        check(wanted in (size, [size]) or key == "crop_size" and wanted == [size, size], settings.where, "%s is %s; supported: the shorter "
+              "edge at the tower's image_size (%d), then a square of it", key, shown(settings.get(key)), size)
     gguf.put("clip.vision.image_aspect_ratio", aspect or ("pad" if settings.get("do_pad") else "crop"))
     weights.move(gguf, "v.class_embd", (n_embd,))
     weights.move(gguf, "v.patch_embd.weight", (n_embd, 3, patch, patch))
@@ -1149,12 +1195,15 @@ def put_vision(gguf, weights, config, files, is_clip, aspect):
 
 def put_projector(gguf, weights, config, n_vision, n_embd, n_layer):
     layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     check(isinstance(layer, int) and not isinstance(layer, bool) and -n_layer - 1 <= layer <= n_layer, config.where, "the vision "
           "tower's layer %s is taken for features; one number from %d to %d is supported", shown(layer), -n_layer - 1, n_layer)
     config.one_of("vision_feature_select_strategy", ("default",), "default")
     config.one_of("mm_vision_select_feature", ("patch",), "patch")
     config.one_of("projector_hidden_act", ("gelu",), "gelu")
-    config.one_of("mm_projector_type", ("linear", "mlp2x_gelu"), "linear")
+    kind = config.one_of("mm_projector_type", ("linear", "mlp2x_gelu", None), None)
+    check(kind is None or (kind == "mlp2x_gelu") == weights.has("mm.2.weight"), config.where,
+          "mm_projector_type is %s, which does not fit the projector's tensors", shown(kind))
     gguf.put("clip.vision.feature_layer", [layer if layer >= 0 else n_layer + 1 + layer])
     gguf.put("clip.projector_type", "mlp" if weights.has("mm.2.weight") else "linear")
     gguf.put("clip.vision.projection_dim", n_embd)
@@ -1181,6 +1230,15 @@ def put_head(gguf, weights, tower, n_embd):
     return n_out
 
 
+# Keys of open_clip that are read, and what the others have in CLIP (else: nothing, 0 or false).
+OPEN_CLIP_READ = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "width", "layers", "heads", "head_width", "mlp_ratio", "patch_size",
+                  "image_size", "context_length", "vocab_size", "mean", "std", "size", "init_logit_scale", "custom_text", "patch_dropout")
+OPEN_CLIP = {}
+OPEN_CLIP_VISION = {"pool_type": "tok", "pos_embed_type": "learnable", "attn_pooler_queries": 256, "attn_pooler_heads": 8}
+OPEN_CLIP_TEXT = {"pool_type": "argmax", "proj_type": "linear"}
+OPEN_CLIP_IMAGES = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
+
+
 def open_clip_config(config):
     """open_clip_config.json's model_cfg as the configuration that transformers would write."""
     model = config.section("model_cfg")
@@ -1188,6 +1246,13 @@ def open_clip_config(config):
     check(not vision.get("timm_model_name") and not text.get("hf_model_name"), config.where,
           "towers of timm or Hugging Face inside open_clip are not supported, only CLIP's own")
 
+    for section, known in ((model, OPEN_CLIP), (vision, OPEN_CLIP_VISION), (text, OPEN_CLIP_TEXT), (config.section("preprocess_cfg"), OPEN_CLIP_IMAGES)):
+        for key, value in section.values.items():
+            check(not value or key not in known and key in OPEN_CLIP_READ or value == known.get(key), section.where,
+                  "%s is %s; CLIP has %s", key, shown(value), shown(known.get(key, "none")))
+    size = config.section("preprocess_cfg").get("size")
+    check(size in (None, vision.get("image_size"), [vision.get("image_size")] * 2), config.where, "preprocess_cfg: size is %s, but "
+          "vision_cfg: image_size is %s", shown(size), shown(vision.get("image_size")))
     n_vision, n_text = vision.number("width", 768, 65536), text.number("width", 512, 65536)
 
     def tower(section, n_embd, n_head, **more):
@@ -1240,7 +1305,8 @@ def vision_config(config, weights, options, files):
         return found.section("vision_config") if found.get("vision_config") else found
     shape, positions = weights.shape("v.patch_embd.weight"), weights.shape("v.position_embd.weight")
     tower = str(config.get("mm_vision_tower", config.get("mm_vision_tower_name", "")))
-    check(re.search(r"clip-vit-(base|large)-patch\d+(-336)?$", tower) and len(shape) == 4 and shape[0] % 64 == 0 and
+    # "openai/clip-vit-large-patch14-336", a folder of that name, or a path into Hugging Face's cache
+    check(re.search(r"clip-vit-(base|large)-patch\d+(-336)?(/|$)", tower) and len(shape) == 4 and shape[0] % 64 == 0 and
           positions and positions[0] > 0, config.where,
           "says nothing about the vision tower; name its folder (such as openai/clip-vit-large-patch14-336) with --vision")
     n_layer = sum(1 for name in weights.tensors if re.fullmatch(r"v\.blk\.\d+\.ln1\.weight", name))
@@ -1252,11 +1318,15 @@ def vision_config(config, weights, options, files):
 def convert_llava(out, weights, files, options, name):
     """llama.cpp's pair of files, or both halves in one."""
     config = files.config("config.json", needed=True)
-    config.one_of("model_type", ("llava", "llava_llama", "llama"), "llava")
-    check(not config.get("image_grid_pinpoints") or config.get("image_aspect_ratio") != "anyres", config.where,
-          "LLaVA-1.6's several tiles per image (anyres) are not supported")
+    config.one_of("model_type", ("llava", "llava_llama", "llama", "llava_mistral", "mistral"), "llava")
+    config.one_of("image_aspect_ratio", ("pad", "square", None), None)      # not "anyres", ...: LLaVA-1.6's several tiles per image
+    config.one_of("mm_patch_merge_type", ("flat", None), None)
+    for key in ("mm_use_im_start_end", "mm_resampler_type", "s2", "s2_scales"):
+        config.one_of(key, (False, None), None)
     vision_files = Files(options.vision, *files.folders)
-    text = config.section("text_config") if config.get("text_config") else config
+    # The authors' code keeps the language model's numbers at the top, and may leave a stale text_config beside them.
+    is_authors = config.get("mm_vision_tower") or config.get("model_type") in ("llava_llama", "llava_mistral")
+    text = config if is_authors or not config.get("text_config") else config.section("text_config")
     if text is not config and text.get("tie_word_embeddings") is None:
         text.values["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
     aspect = options.image_aspect or {"pad": "pad", "square": "crop"}.get(str(config.get("image_aspect_ratio")))
@@ -1297,8 +1367,11 @@ def gather(options):
 
 def convert(options):
     weights, files = gather(options), Files(options.source, options.base)
-    check(not files.config("config.json").get("quantization_config"), files.find("config.json"),
-          "a quantised checkpoint (bitsandbytes, GPTQ, AWQ, ...); convert the original")
+    config = files.config("config.json")
+    check(not any(c.get("quantization_config") for c in (config, config.section("text_config"), config.section("vision_config"))),
+          config.where, "a quantized checkpoint (bitsandbytes, GPTQ, AWQ, ...); convert the original")
+    check(not files.find("quantize_config.json"), files.find("quantize_config.json"), "a checkpoint quantized by GPTQ; convert the "
+          "original")
     folder = os.path.basename(os.path.abspath(files.folders[0])) or "model"
     out = os.path.realpath(options.output) if options.output else folder + ".gguf"
     if weights.has("t.token_embd.weight"):

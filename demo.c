@@ -162,7 +162,6 @@ static const char *shape_text(const int64_t *shape, int n_dims, const char *betw
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
     int plain = *f == '~';
-    const char *text;
     size_t size;
     va_list args;
     va_start(args, f);
@@ -179,7 +178,7 @@ static void put_json(const char *f, ...) {
             fputs(plain ? " " : ": ", stdout);
             comma = 0;
         } else if (strchr("ksS", *++f)) {
-            text = va_arg(args, const char *);
+            const char *text = va_arg(args, const char *);
             size = *f == 'S' ? va_arg(args, size_t) : strlen(text);
             print_string(stdout, text, size, 1);
             if (*f == 'k') fputs(": ", stdout), comma = 0;
@@ -268,7 +267,7 @@ static const option_spec option_table[] = {
     WHOLE("ctx", 'c', ctx, 1, 16777216, GENERATE, "tokens a conversation may hold (default: the model's, to 4096)"),
     WHOLE("threads", 'j', threads, 1, ASTROVL_MAX_THREADS, FAST, "processors to use (default: all)"),
     ON("exact", 0, exact, FAST & ~(TRACE | QUANTIZE), "arithmetic with the same bits on every machine; slower"),
-    ON("json", 0, json, ALL & ~(TRACE | VERSION | EMBED), "print JSON, an object a line for each answer"),
+    ON("json", 0, json, ALL & ~(TRACE | VERSION), "print JSON, an object a line for each answer or failure"),
     ON("quiet", 'q', quiet, FAST, "no timings and no progress on standard error"),
     ON("help", 'h', help, ALL, "this page"),
 };
@@ -300,7 +299,6 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     const char *digits = spec->kind == NUMBER ? "0123456789." : "0123456789";
     void *field = (char *)o + spec->field;
     char *end;
-    uint64_t whole;
     double x;
     switch (spec->kind) {
     case FLAG: *(int *)field = 1; return EXIT_OK;
@@ -314,7 +312,7 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     default: break;
     }
     errno = 0;
-    whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
+    uint64_t whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
     x = strtod(text, &end);                // the program never calls setlocale, so a point is a point in any language
     if (!*text || text[strspn(text, digits)] || *end || errno || !(x >= spec->low) ||
         (x > spec->high && spec->kind != SEED))
@@ -394,7 +392,7 @@ struct program {
     union block       *memory;             // what new_memory gave
 };
 
-// Set by Ctrl-C while an answer is computed. (The one global: a signal handler has no other way to say something.)
+// Set by Ctrl-C while an answer is computed: a signal handler has no other way to say something.
 static volatile sig_atomic_t g_interrupted;
 
 static double seconds(void) {              // wall clock, from any moment
@@ -414,17 +412,44 @@ static void catch_interrupts(int on) {
     if (signal(SIGINT, on ? on_interrupt : SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
 }
 
-static int end_failure(int printed) { return (void)printed, fputc('\n', stderr), EXIT_FAILED; }
-// Says what went wrong, as printf, with a literal for its format. Its value is EXIT_FAILED.
-#define fail(...) end_failure(fprintf(stderr, "astrovl: " __VA_ARGS__))
+static int end_note(int printed) { return (void)printed, fputc('\n', stderr), EXIT_OK; }
+// Says something on standard error, as printf, with a literal for its format.
+#define note(...) end_note(fprintf(stderr, "astrovl: " __VA_ARGS__))
+
+// What went wrong goes to standard error and, with --json, to standard output as an object as well.
+static struct { char message[1024]; int as_json; } g_failure;
+static int end_failure(int printed, const char *file, const char *status) {
+    (void)printed;
+    note("%s", g_failure.message);
+    if (!g_failure.as_json) return EXIT_FAILED;
+    put_json("{error:%s", g_failure.message);
+    if (status) put_json("status:%s", status);
+    if (file) put_json("file:%s", file);
+    put_json("}\n");
+    return EXIT_FAILED;
+}
+#define say_failure(file, status, ...) \
+    end_failure(snprintf(g_failure.message, sizeof g_failure.message, __VA_ARGS__), file, status)
+// As note, for what went wrong. Its value is EXIT_FAILED.
+#define fail(...) say_failure(NULL, NULL, __VA_ARGS__)
 
 static void clear_bar(program *p) {
     if (p->bar_drawn) fputs("\r\033[K", stderr);
     p->bar_drawn = 0;
 }
 
-// The same of what the header says in p->err.
-static int failed(program *p) { return clear_bar(p), fail("%s", p->err.message); }
+// The same of what the header says in p->err. file: which one it was about, or NULL
+static int failed_on(program *p, const char *file) {
+    clear_bar(p);
+    return say_failure(file, astrovl_status_name(p->err.status), "%s", p->err.message);
+}
+static int failed(program *p) { return failed_on(p, NULL); }
+
+// Begins an object of --json: the version, and the model if one is open.
+static void begin_json(const program *p) {
+    put_json("{version:%s", ASTROVL_VERSION);
+    if (p->model) put_json("model:%s", p->info.name);
+}
 
 // Writes out what is buffered. If that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
@@ -549,16 +574,19 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
 
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
-// Prints one answer's end: the JSON object, or the newline and the timings. file, label: may be NULL
-static void finish_answer(program *p, const astrovl_session *s, const char *file, const char *label, const char *prompt,
-                          const char *answer) {
+// Prints one answer's end: the JSON object, or the newline and the timings. label: may be NULL
+static void finish_answer(program *p, const astrovl_session *s, const char *const *files, int n_files,
+                          const char *label, const char *prompt, const char *answer) {
     astrovl_stats t;
     int i, n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
     astrovl_get_stats(s, &t);
     if (p->o.json) {
-        put_json("{");
-        if (file) put_json("file:%s", file);
+        begin_json(p);
+        if (n_files == 1) put_json("file:%s", files[0]);
+        if (n_files > 1) put_json("files:[");
+        for (i = 0; i < n_files && n_files > 1; i++) put_json("%s", files[i]);
+        if (n_files > 1) put_json("]");
         put_json("prompt:%s text:%s ", prompt, answer);
         put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
         for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
@@ -573,10 +601,6 @@ static void finish_answer(program *p, const astrovl_session *s, const char *file
             t.n_answer_tokens, t.decode_seconds);
     if (t.decode_seconds > 0) fprintf(stderr, " (%.1f tokens/s)", t.n_answer_tokens / t.decode_seconds);
     fprintf(stderr, "%s\n", t.stopped_by_limit ? ", cut short by the token limit" : "");
-}
-
-static void print_error_json(const char *file, const astrovl_error *err) {
-    put_json("{file:%s error:%s status:%s}\n", file, err->message, astrovl_status_name(err->status));
 }
 
 // Reads a line of any length without its end. NULL at the end of the stream.
@@ -603,6 +627,48 @@ static void list_add(program *p, list *l, const char *text, size_t size) {
 
 static int cannot_open(const char *path) { return fail("%s: cannot be opened: %s", path, strerror(errno)); }
 static int write_error(const char *path) { return fail("%s: cannot be written: %s", path, strerror(errno)); }
+
+// A file is written under the name PATH.part and gets its name when it is complete: a full disk costs no earlier file.
+// What is no regular file (/dev/stdout) is written to as it is.
+static char part_path[4200];
+
+static FILE *begin_file(const char *path) {
+    int is_regular = 1;
+#if !defined(_WIN32)
+    struct stat s;
+    is_regular = stat(path, &s) != 0 || S_ISREG(s.st_mode);
+#endif
+    const int size = snprintf(part_path, sizeof part_path, is_regular ? "%s.part" : "%s", path);
+    if (size >= (int)sizeof part_path) exit(fail("%s: the name is too long", path));
+    FILE *f = fopen(part_path, is_regular ? CREATE_MODE : "wb");
+    if (!f && errno == EEXIST)
+        exit(fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path));
+    if (!f) exit(fail("%s: cannot be created: %s", part_path, strerror(errno)));
+    return f;
+}
+
+// Gives the file its name; with `keep` 0, or if it could not be written, removes it. An exit status.
+static int end_file(FILE *f, const char *path, int keep) {
+    int good = fflush(f) == 0 && !ferror(f);
+    const int is_part = strcmp(part_path, path) != 0;
+    good = fclose(f) == 0 && good;
+    if (keep && !good) fail("%s: cannot be written (is the disk full?)", path);
+    if (good && keep) {
+        if (!is_part) return EXIT_OK;
+#if defined(_WIN32)
+        remove(path);                                      // there, rename does not replace a file
+#endif
+        if (rename(part_path, path) == 0) return EXIT_OK;
+        fail("%s: cannot be given this name (is it a folder, or in use?)", path);
+    }
+    if (is_part) remove(part_path);
+    return EXIT_FAILED;
+}
+
+static int is_file(const char *path) {
+    FILE *f = fopen(path, "rb");
+    return f && fclose(f) == 0;
+}
 
 // Reads a whole file, or standard input for "-".
 static char *read_text(program *p, const char *path, size_t *size) {
@@ -703,11 +769,10 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
     int used = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%s%s), }",
                         shape_text(shape, n_dims, ", "), n_dims == 1 ? "," : "");
     int size = (10 + used + 1 + 63) / 64 * 64 - 10;
-    FILE *f = fopen(path, "wb");
-    if (!f) exit(write_error(path));
+    FILE *f = begin_file(path);
     fprintf(f, "\x93NUMPY%c%c%c%c%-*s\n", 1, 0, size & 0xFF, size >> 8, size - 1, text);
     uint64_t hash = put_values(f, values, count_values(shape, n_dims));
-    if (ferror(f) || fclose(f) != 0) exit(write_error(path));
+    if (end_file(f, path, 1) != EXIT_OK) exit(EXIT_FAILED);
     return hash;
 }
 
@@ -734,16 +799,15 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
         if (loaded && p->counting) print_label(stdout, label);
         if (of[i]->answer) {
             if (p->counting && !p->o.json) print_text(p, of[i]->answer, strlen(of[i]->answer));
-            finish_answer(p, of[i]->session, p->o.together ? NULL : paths[i], label, prompt, of[i]->answer);
+            finish_answer(p, of[i]->session, paths + i * each, each, label, prompt, of[i]->answer);
             astrovl_free(of[i]->answer);
             if (g_interrupted) status = EXIT_FAILED;
             continue;
         }
         if (loaded && label) putchar('\n');
-        if (p->o.json) print_error_json(paths[i * each + (loaded ? 0 : of[i]->n_images)], &of[i]->err);
-        flush_output(p);
         p->err = of[i]->err;
-        status = failed(p);
+        status = failed_on(p, paths[i * each + (loaded ? 0 : of[i]->n_images)]);
+        flush_output(p);
     }
     for (i = 0; i < n * each; i++) astrovl_image_free(&images[i]);
     return status;
@@ -779,29 +843,37 @@ typedef struct chat_state {
 } chat_state;
 
 static const char chat_help[] =
-    "  /image FILE  look at another image, from the next question on; /image alone: none\n"
+    "  /image FILE  begin a new conversation, about this image; /image alone: about none\n"
+    "  /add FILE    show another image with the next question (LLaVA-1.5 was trained with one a conversation)\n"
     "  /reset       forget the conversation; the image is shown again with the next question\n"
     "  /help        this list\n  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
-static void chat_image(program *p, chat_state *c, const char *path) {
+static void chat_image(program *p, chat_state *c, const char *path, int anew) {
     astrovl_image image;
     memset(&image, 0, sizeof image);
+    if (*path && (!p->info.has_vision || !p->info.has_projector)) {
+        c->n_failed++;
+        fail("%s: this model cannot see: it has no vision tower with a projector", path);
+        return;
+    }
     if (*path && astrovl_image_load(path, NULL, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
-    if (c->interactive && *path) fprintf(stderr, "(%d x %d pixels)\n", image.width, image.height);
+    if (anew) astrovl_session_reset(p->session);
+    if (c->interactive && *path) fprintf(stderr, "(%d x %d pixels", image.width, image.height);
+    if (c->interactive) fputs(*path ? anew ? "; a new conversation)\n" : ")\n" : "(a new conversation)\n", stderr);
 }
 
 static void chat_turn(program *p, chat_state *c, const char *text) {
     char *answer = say(p, &c->image, c->pending ? 1 : 0, text);
     int stopped = answer ? g_interrupted : p->err.status == ASTROVL_CANCELLED && c->interactive;
-    if (answer) c->pending = 0, finish_answer(p, p->session, NULL, NULL, text, answer);
+    if (answer) c->pending = 0, finish_answer(p, p->session, NULL, 0, NULL, text, answer);
     if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
     if (!answer && !stopped) {
         c->n_failed++;
         failed(p);
-        if (p->err.status == ASTROVL_ERROR_LIMIT) fail("/reset begins a new conversation");
+        if (p->err.status == ASTROVL_ERROR_LIMIT) note("/reset begins a new conversation");
     }
     astrovl_free(answer);
 }
@@ -813,7 +885,9 @@ static int chat_command(program *p, chat_state *c, const char *line) {
         astrovl_session_reset(p->session);
         c->pending = c->image.rgb != NULL;
     } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
-        chat_image(p, c, line + 6 + strspn(line + 6, " "));
+        chat_image(p, c, line + 6 + strspn(line + 6, " "), 1);
+    } else if (strncmp(line, "/add ", 5) == 0 && line[5 + strspn(line + 5, " ")]) {
+        chat_image(p, c, line + 5 + strspn(line + 5, " "), 0);
     } else {
         int known = strcmp(line, "/help") == 0;
         if (!known) fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
@@ -828,7 +902,7 @@ static int run_chat(program *p) {
     int go_on = !p->o.prompt;
     memset(&c, 0, sizeof c);
     open_model_and_session(p);
-    if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0]);
+    if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0], 1);
     if (c.n_failed) return EXIT_FAILED;                    // no image: do not talk about nothing
     c.interactive = go_on && is_terminal(0);
     if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
@@ -861,7 +935,7 @@ static int print_tokens(program *p, const char *word, size_t word_size) {
         putchar('\n');
         return EXIT_OK;
     }
-    if (p->o.json) put_json("{tokens:[");
+    if (p->o.json) begin_json(p), put_json("tokens:[");
     for (i = 0; i < n; i++) {
         astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
         char *text = (char *)new_memory(p, (size_t)(size = astrovl_token_text(p->model, tokens[i], NULL, 0)) + 1, 1);
@@ -1029,12 +1103,12 @@ static void print_model(program *p, const list *paths) {
     const int j = p->o.json;
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     if (!p->model) {
-        if (j) put_json("model:{error:%s}", p->err.message);
+        if (j) put_json("parts:{error:%s}", p->err.message);
         else printf("no model that astrovl can run: %s\n", p->err.message);
         return;
     }
     astrovl_get_info(p->model, &p->info);
-    if (j) put_json("model:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+    if (j) put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
                     (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
     else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
                 human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
@@ -1092,7 +1166,7 @@ static int check_model(program *p, const list *paths) {
     const char *problem = p->model ? lacking(m) : p->err.message;
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
-    if (p->o.json) put_json("{runnable:%b commands:[", !problem);
+    if (p->o.json) begin_json(p), put_json("runnable:%b commands:[", !problem);
     else if (problem) printf("these files make up no model that astrovl can run:\n- ");
     else printf("these files can be used with");
     for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
@@ -1117,7 +1191,7 @@ static int run_inspect(program *p) {
     // All are opened before anything is printed: half a JSON text is none.
     for (int i = 0; i < paths->n; i++)
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
-    if (p->o.json) put_json("{files:[");
+    if (p->o.json) begin_json(p), put_json("files:[");
     for (int i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     if (p->o.json) put_json("]");
     print_model(p, paths);
@@ -1421,22 +1495,25 @@ typedef struct chunk {
     int64_t               first, n;        // values
     unsigned char        *blocks;          // out
     int                   thread, n_threads;
+    int64_t               n_lost;          // out: values that are no numbers, or too large for the type
 } chunk;
 
 static void *quantize_pieces(void *context) {
-    const chunk *c = (const chunk *)context;
+    chunk *c = (chunk *)context;
+    const float most = c->type == ASTROVL_TYPE_F16 ? 65519.0f : block_values(c->type) > 1 ? QUANTIZE_MAX : FLT_MAX;
     float x[4096];
     int64_t n;
     for (int64_t at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
         const char *from = (const char *)c->t->data + astrovl_type_row_bytes(c->t->type, c->first + at);
         n = c->n - at < 4096 ? c->n - at : 4096;
         astrovl_dequantize(c->t->type, from, x, n);
+        for (int64_t i = 0; i < n; i++) c->n_lost += !(fabsf(x[i]) <= most);
         quantize_row(c->type, x, c->blocks + astrovl_type_row_bytes(c->type, at), n);
     }
     return NULL;
 }
 
-static void quantize_chunk(chunk c) {
+static int64_t quantize_chunk(chunk c) {
     chunk parts[ASTROVL_MAX_THREADS];
     int i, n_started = 1;
     for (i = 0; i < c.n_threads; i++) {
@@ -1453,6 +1530,8 @@ static void quantize_chunk(chunk c) {
 #if defined(HAS_THREADS)
     for (i = 1; i < n_started; i++) pthread_join(threads[i], NULL);
 #endif
+    for (i = 0; i < c.n_threads; i++) c.n_lost += parts[i].n_lost;
+    return c.n_lost;
 }
 
 // ---- which type each tensor gets: the rules of llama.cpp's llama-quant.cpp, found there by measuring perplexities
@@ -1622,8 +1701,7 @@ static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, con
 // Nothing is left behind of a file that could not be completed.
 static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
     unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
-    char *part_path = (char *)new_memory(p, strlen(path) + 6, 1);
-    int i, good, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
+    int i, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
     gguf_out out = {NULL, 0};
 #if !defined(_WIN32)
     struct stat s;
@@ -1632,37 +1710,28 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
         n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
     if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return fail("%s: is a folder or a device; name a file", path);
 #endif
-    sprintf(part_path, "%s.part", path);
-    out.file = fopen(part_path, CREATE_MODE);
-    if (!out.file && errno == EEXIST)
-        return fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path);
-    if (!out.file) return fail("%s: cannot be created: %s", part_path, strerror(errno));
+    out.file = begin_file(path);
     put_header(&out, in, file_type, types);
     for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
         const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
-        chunk c = {t, types[i], 0, 0, blocks, 0, n_threads};
+        chunk c = {t, types[i], 0, 0, blocks, 0, n_threads, 0};
+        int64_t n_lost = 0;
         draw_bar(p, "tensors", i, n, 0);
         if (types[i] == (int)t->type) put_bytes(&out, t->data, (size_t)t->n_bytes);
         else for (; c.first < total && !g_interrupted; c.first += c.n) {
             c.n = total - c.first < CHUNK_VALUES ? total - c.first : CHUNK_VALUES;
-            quantize_chunk(c);
+            n_lost += quantize_chunk(c);
             put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], c.n));
         }
         pad_to_32(&out);
+        if (n_lost) clear_bar(p), note("warning: %s: %lld values are infinite, no numbers or too large for %s", t->name,
+                                       (long long)n_lost, astrovl_type_name(types[i]));
     }
     clear_bar(p);
-    good = fflush(out.file) == 0 && !ferror(out.file) && (sync_file(out.file) == 0 || errno == EINVAL);
-    good = fclose(out.file) == 0 && good;
-#if defined(_WIN32)
-    if (good && !g_interrupted) remove(path);              // there, rename does not replace a file
-#endif
     if (g_interrupted) fail("%s: quantizing was cancelled", path);
-    else if (!good) fail("%s: cannot be written (is the disk full?)", path);
-    else if (rename(part_path, path) != 0) fail("%s: cannot be given this name (is it a folder, or in use?)", path);
-    else return EXIT_OK;
-    remove(part_path);
-    return EXIT_FAILED;
+    else if (fflush(out.file) == 0) sync_file(out.file);
+    return end_file(out.file, path, !g_interrupted);
 }
 
 static int run_quantize(program *p) {
@@ -1703,7 +1772,8 @@ static int run_quantize(program *p) {
     sums = add_up(out);
     bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
     if (p->o.json) {
-        put_json("{file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
+        begin_json(p);
+        put_json("file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
                  (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
         put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
         for (i = 0; i < N_TYPES; i++)
@@ -1716,9 +1786,9 @@ static int run_quantize(program *p) {
         print_totals(&sums);
     }
     if (n_fallbacks && !p->o.quiet)
-        fail("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
+        note("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
     if (n_requantized && !p->o.quiet)
-        fail("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
+        note("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
     return EXIT_OK;
@@ -1772,6 +1842,8 @@ static int run_trace(program *p) {
     t->folder = p->o.out;
     t->total = FNV_START;
     if (p->o.hash == (t->folder != NULL)) return usage_error(p->cmd, "where to: -o DIR, or --hash?");
+    if (n_images == 0 && is_file(p->o.words.items[0]))
+        return usage_error(p->cmd, "%s is a file; the prompt is missing", p->o.words.items[0]);
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
     p->session = new_session(p, ASTROVL_EXACT, on_tensor, t);
@@ -1829,8 +1901,7 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
         ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
         good += ok[i];
         if (ok[i]) continue;
-        failed(p);
-        if (p->o.json) print_error_json(paths[i], &p->err);
+        failed_on(p, paths[i]);
     }
     if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
@@ -1840,9 +1911,10 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
     return good;
 }
 
-// {"image": path, "embedding": [...]}; every number reads back as the same float32
+// {..., "file": path, "embedding": [...]}; every number reads back as the same float32
 static void print_embedding(program *p, const char *key, const char *name, const float *row) {
-    put_json("{%k %s embedding:[", key, name);
+    begin_json(p);
+    put_json("%k %s embedding:[", key, name);
     for (int k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
     put_json("]}\n");
 }
@@ -1856,7 +1928,7 @@ static int embed_images(program *p, const char *const *paths, int n, float *rows
         draw_bar(p, "images", i, n, 0);
         if (embed_batch(p, paths + i, some, row_of(p, rows, i), ok) < some) status = EXIT_FAILED;
         for (k = 0; k < some && print; k++)
-            if (ok[k]) clear_bar(p), print_embedding(p, "image", paths[i + k], row_of(p, rows, i + k));
+            if (ok[k]) clear_bar(p), print_embedding(p, "file", paths[i + k], row_of(p, rows, i + k));
         flush_output(p);
     }
     clear_bar(p);
@@ -1939,7 +2011,7 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
         const char *path = p->o.words.items[i];
         char ok;
         if (!embed_batch(p, &path, 1, row, &ok)) { status = EXIT_FAILED; continue; }
-        if (p->o.json) put_json("{file:%s matches:[", path);
+        if (p->o.json) begin_json(p), put_json("file:%s matches:[", path);
         else print_safe(stdout, path), putchar('\n');
         for (k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
         if (p->o.json) put_json("]}\n");
@@ -2126,6 +2198,11 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
 
 // Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
+#if !defined(_WIN32)
+    struct stat s;
+    if (stat(ix->path, &s) == 0 && !S_ISREG(s.st_mode))
+        exit(fail("%s: is a folder, a pipe or a device; name a file", ix->path));
+#endif
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
     if (lock_file(ix->file) != 0)
@@ -2134,56 +2211,80 @@ static void open_index(program *p, image_index *ix) {
     size_t size = read_index_header(ix);
     if (size < INDEX_HEADER) ix->end = 0;                  // a new file, or one whose making was cut short
     else read_records(p, ix);
-    if (ix->torn) fail("%s: cutting off an incomplete record at the end (a run was stopped)", ix->path);
+    if (ix->torn) note("%s: cutting off an incomplete record at the end (a run was stopped)", ix->path);
     if ((ix->torn || !ix->end) && size && cut_file(ix->file, ix->end) != 0) exit(write_error(ix->path));
     if (!ix->end) append_to_index(ix, ix->header, INDEX_HEADER);
 }
 
 static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
+// One spelling for each path: without "." and empty parts.
+static void tidy_path(char *path) {
+    char *to = path;
+    for (const char *from = path; *from; from++) {
+        const int at_start = to == path || to[-1] == '/';
+        if (to > path && at_start && *from == '/') continue;
+        if (at_start && from[0] == '.' && from[1] == '/') { from++; continue; }
+        *to++ = *from;
+    }
+    *to = 0;
+}
+
 // A file as it is named, or the images (by their endings) in a folder and below it. is_found: it was met in a folder;
-// links to folders are then not followed, since they could lead in circles. (On Windows folders are not walked; give
+// links to folders are then not followed, since they could lead in circles. *n_others counts images of formats that
+// are not read. (On Windows folders are not walked; give
 // their files with -.)
-static int add_images(program *p, const char *path, int is_found, list *names) {
+static int add_images(program *p, const char *path, int is_found, list *names, int *n_others) {
 #if !defined(_WIN32)
-    static const char *const endings[] = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm"};
+    static const char *const endings[] = {
+        ".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm",
+        ".fits", ".fit", ".fts", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".avif", ".heic"};
+    enum { N_READ = 6, N_ENDINGS = (int)(sizeof endings / sizeof *endings) };
     const char *dot = strrchr(path, '.');
     struct dirent *entry;
     struct stat s, target;
     DIR *folder;
     int i = 0, status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
+    if (!found && is_found) return cannot_open(path);      // a path that is too long, ...
     if (found && S_ISDIR(s.st_mode)) {
         folder = opendir(path);
         if (!folder) return cannot_open(path);
         while ((entry = readdir(folder)) != NULL)
             if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
-                status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names);
+                status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names, n_others);
         closedir(folder);
         return status;
     }
-    while (dot && i < 6 && strcasecmp(dot, endings[i]) != 0) i++;
-    if (is_found && (!dot || i == 6 || stat(path, &target) != 0 || !S_ISREG(target.st_mode))) return EXIT_OK;
+    while (dot && i < N_ENDINGS && strcasecmp(dot, endings[i]) != 0) i++;
+    if (is_found && (!dot || i == N_ENDINGS)) return EXIT_OK;
+    if (is_found && stat(path, &target) != 0) return cannot_open(path);
+    if (is_found && !S_ISREG(target.st_mode)) return EXIT_OK;
+    if (is_found && i >= N_READ) return ++*n_others, EXIT_OK;
 #else
-    (void)is_found;
+    (void)is_found, (void)n_others;
 #endif
     list_add(p, names, path, strlen(path));
+    tidy_path((char *)names->items[names->n - 1]);
     return EXIT_OK;
 }
 
 // What the arguments name ("-": the lines of standard input), sorted, without what the index holds, which is counted.
 static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
     list all = {NULL, 0, 0};
-    int i, status = EXIT_OK;
+    int i, status = EXIT_OK, n_others = 0;
     for (i = 0; i < p->o.words.n; i++) {
+        const char *word = p->o.words.items[i];
         size_t size = 0;
         char *text = NULL;
-        if (strcmp(p->o.words.items[i], "-") != 0) { status |= add_images(p, p->o.words.items[i], 0, &all); continue; }
+        if (strcmp(word, "-") != 0) { status |= add_images(p, word, 0, &all, &n_others); continue; }
         text = read_text(p, "-", &size);
         for (lines l = lines_of("standard input", text, size); next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
-            if (l.size) status |= add_images(p, l.line, 0, &all);
+            if (l.size) status |= add_images(p, l.line, 0, &all, &n_others);
         }
     }
+    if (n_others && !p->o.quiet)
+        note("%d images of other formats (.fits, .tif, ...) are passed over; convert them to PNG or JPEG", n_others);
     if (!all.n) exit(fail("there are no images to index (in folders: files .png .jpg .jpeg .ppm .pgm .pnm)"));
     qsort((void *)all.items, (size_t)all.n, sizeof *all.items, by_text);
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
@@ -2193,7 +2294,7 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
             bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
         else list_add(p, todo, name, strlen(name));
     }
-    if (*n_known && !p->o.quiet) fail("%s: has %d of these %d images already", ix->path, *n_known, all.n);
+    if (*n_known && !p->o.quiet) note("%s: has %d of these %d images already", ix->path, *n_known, all.n);
     return status;
 }
 
@@ -2231,8 +2332,9 @@ static int run_index(program *p) {
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
-    if (p->o.json) put_json("{index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path,
-                            added, n_known, todo.n - added, ix->names.n + added, rate);
+    if (p->o.json) begin_json(p);
+    if (p->o.json) put_json("index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added,
+                            n_known, todo.n - added, ix->names.n + added, rate);
     else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
                 n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
@@ -2255,7 +2357,7 @@ static int run_search(program *p) {
     read_records(p, ix);
     fclose(ix->file);
     if (ix->torn && !p->o.quiet)
-        fail("%s: skipping an incomplete record at the end; `astrovl index` continues there", ix->path);
+        note("%s: skipping an incomplete record at the end; `astrovl index` continues there", ix->path);
     float *row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
@@ -2266,10 +2368,10 @@ static int run_search(program *p) {
     hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
     if (k) n = astrovl_search(&rows, row, k, p->o.threads, hits, &p->err);
     if (n < 0) return failed(p);
-    if (p->o.json) put_json("{%k %s rows:%d hits:[", p->o.image ? "image" : "text", query, ix->names.n);
+    if (p->o.json) begin_json(p), put_json("%k %s rows:%d hits:[", p->o.image ? "file" : "text", query, ix->names.n);
     for (i = 0; i < n; i++) {
         const char *name = ix->names.items[hits[i].row];
-        if (p->o.json) put_json("{score:%f file:%s}", hits[i].score, name);
+        if (p->o.json) put_json("{cosine:%f file:%s}", hits[i].score, name);
         else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
     }
     if (p->o.json) put_json("]}\n");
@@ -2375,7 +2477,8 @@ static int by_value(const void *a, const void *b) {
 
 static void print_retrieval(const program *p, const retrieval *r) {
     int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
-    if (as_json) put_json("{pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
+    if (as_json) begin_json(p);
+    if (as_json) put_json("pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
     else printf("%d pairs, logit scale %.4g\n"
                 "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
                 "how often is the partner among the best k %%?\n"
@@ -2438,8 +2541,7 @@ static int save_plot(const char *path, const retrieval *r) {
     panel b = {560, floor(10 * low) / 10, ceil(10 * high + 1e-6) / 10, 0};         // shares of the cosines, in percent
     double bins[2][BINS] = {{0}};
     char text[64];
-    FILE *f = fopen(path, "wb");
-    if (!f) return write_error(path);
+    FILE *f = begin_file(path);
     for (int k = 0; k < 2; k++)
         for (int i = 0; i < r->n; i++) {
             double *bin = &bins[k][(int)fmin((r->cosines[k][i] - b.x0) / (b.x1 - b.x0) * BINS, BINS - 1)];
@@ -2466,7 +2568,7 @@ static int save_plot(const char *path, const retrieval *r) {
         svg_legend(f, 570, 84 + 20 * k, style[k], text);
     }
     fputs("</svg>\n", f);
-    return ferror(f) || fclose(f) != 0 ? write_error(path) : EXIT_OK;
+    return end_file(f, path, 1);
 }
 
 // PAPERCLIP's measurements (arXiv 2403.08851, sections 3.3 and 4.1). Wrong pairs, one of each image and each text, are
@@ -2541,12 +2643,14 @@ static int first_named(const char *text, const char *const *words, int n) {
     return best;
 }
 
-static void print_vqa(int as_json, const vqa *t) {
+static void print_vqa(const program *p, const vqa *t) {
+    const int as_json = p->o.json;
     int c, i, m = t->classes.n;
     double right = (double)t->right / t->n, found = (double)t->found / t->features;
     double semantic = t->semantic / t->n_semantic;
     if (as_json) {
-        put_json("{images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
+        begin_json(p);
+        put_json("images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
                  t->none, found, semantic);
     } else {
         printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
@@ -2571,7 +2675,7 @@ static void print_vqa(int as_json, const vqa *t) {
     put_json("] answers:[");
     for (i = 0; i < t->n; i++) {
         const sample *x = &t->samples[i];
-        put_json("{image:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
+        put_json("{file:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
                  x->named >= 0 && x->named < m ? t->classes.items[x->named] : "none", x->n_found, x->semantic, x->text);
     }
     put_json("]}\n");
@@ -2616,7 +2720,7 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         t.n_semantic++;
     }
     clear_bar(p);
-    print_vqa(p->o.json, &t);
+    print_vqa(p, &t);
     while (n > 0) astrovl_free(samples[--n].text);
     return EXIT_OK;
 }
@@ -2664,7 +2768,7 @@ static int summarize_file(program *p, const char *path) {
     astrovl_session_reset(p->session);
     answer = say(p, NULL, 0, request);
     if (!answer) return fail("%s: %s", path, p->err.message);
-    finish_answer(p, p->session, path, p->o.words.n > 1 ? path : NULL, request, answer);
+    finish_answer(p, p->session, &path, 1, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
 }
@@ -2716,8 +2820,8 @@ static const command commands[] = {
     {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]",
      "talk about an image",
      "A dialogue: the model remembers what was said. Lines that begin with a slash are commands: /image FILE,\n"
-     "/reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line; standard output\n"
-     "then has the answers alone. It works with a language model alone, too.",
+     "/add FILE, /reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line;\n"
+     "standard output then has the answers alone. It works with a language model alone, too.",
      "  astrovl chat galaxy.png\n  printf 'What is this?\\nIs there a bar?\\n' | astrovl chat --quiet galaxy.png\n"
      "  astrovl chat -m smollm2.gguf --prompt \"Why is the sky dark at night?\"\n"},
     {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "tokens [OPTIONS] [\"TEXT\" | -]",
@@ -2779,7 +2883,7 @@ static const command commands[] = {
      "  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
     {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...",
      "print embeddings for other programs",
-     "Prints {\"image\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
+     "Prints {\"file\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
      "the digits read back as the same float32. With -o the rows go to a .npy file, float32 [n][d], in the order of\n"
      "the arguments; it is written only if all of them could be embedded.",
      "  astrovl embed *.png > rows.jsonl\n  astrovl embed *.png -o rows.npy\n"
@@ -2828,6 +2932,7 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     p->o.how.stop = p->o.stop.items;
     p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
+    g_failure.as_json = p->o.json;
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
     else if (status == EXIT_OK) status = usage_error(c, "%s", c->wanted);

@@ -509,6 +509,45 @@ class Json(Case):
         self.assertEqual(first["status"], "file")
         self.assertIn("text", second)
 
+    def test_every_command(self):
+        """README's table: what each command prints can be read, has a version, and the model where there is one."""
+        image, abstract = self.images[0], self.write("abstract.txt", b"A survey of spiral galaxies.")
+        pairs, vqa = (os.path.join(ROOT, "test", name) for name in ("pairs.jsonl", "vqa.jsonl"))
+        small = self.path("small.gguf")
+        for keys, arguments in (("file prompt text tokens complete seconds", ["caption", image, *SHORT]),
+                                ("file prompt text tokens complete seconds", ["ask", image, "What?", *SHORT]),
+                                ("files prompt text tokens complete seconds", ["ask", "--together", *self.images[:2], "What?", *SHORT]),
+                                ("prompt text tokens complete seconds", ["chat", "--prompt", "What?", *SHORT]),
+                                ("file prompt text tokens complete seconds", ["summarize", "--bool", "--query", "spirals", abstract]),
+                                ("tokens", ["tokens", "M31"]), ("file embedding", ["embed", image]), ("text embedding", ["embed", "--text", "x"]),
+                                ("file matches", ["score", image, "--text", "x"]), ("file matches", ["describe", image]),
+                                ("index added known unreadable rows images_per_second", ["index", image, "-o", self.path("json.avl")]),
+                                ("text rows hits", ["search", self.path("json.avl"), "x"]),
+                                ("file rows hits", ["search", self.path("json.avl"), "--image", image]),
+                                ("pairs logit_scale contrastive_loss accuracy cosines_matched cosines_shuffled", ["evaluate", "retrieval", pairs]),
+                                ("images accuracy none_named features_found semantic_score classes answers", ["evaluate", "vqa", vqa]),
+                                ("files parts", ["inspect", MODEL]), ("runnable commands problems", ["inspect", "--check", MODEL]),
+                                ("file bytes_before bytes bits_per_weight seconds tensors changed fallbacks requantized types",
+                                 ["quantize", MODEL, small, "q4_0"])):
+            with self.subTest(arguments[:2]):
+                result = json.loads(self.succeeds(arguments[0], "--json", *arguments[1:]).out)
+                self.assertEqual(result["version"], self.succeeds("--version").out.split()[1])
+                self.assertEqual("model" in result, arguments[0] not in ("quantize", "inspect") or "--check" in arguments, result)
+                self.assertLessEqual(set(keys.split()), set(result), result)
+                self.assertLessEqual(set(result), set(keys.split()) | {"version", "model"})
+
+    def test_every_failure(self):
+        image, nothing = self.images[0], self.path("nowhere.gguf")
+        text = self.write("text.txt", b"x")
+        for arguments in (["caption", "-m", nothing, image], ["search", nothing, "x"], ["search", MODEL, "x"], ["embed", "-m", nothing, image],
+                          ["index", image, "-o", self.path("no/x.avl")], ["summarize", "--regex", "(", text], ["summarize", nothing],
+                          ["summarize", "--schema", text, text], ["evaluate", "retrieval", text], ["inspect", nothing],
+                          ["quantize", nothing, "x", "q4_0"], ["tokens", "-m", nothing, "x"], ["embed", nothing], ["score", nothing, "--text", "x"]):
+            with self.subTest(arguments[:2]):
+                result = self.fails(1, arguments[0], "--json", *arguments[1:])
+                lines = [json.loads(line) for line in result.out.splitlines()]
+                self.assertTrue(lines and lines[0]["error"] in result.err, result)
+
     def test_odd_file_names(self):
         names = ['quote".png', "back\\slash.png", "new\nline.png", "tab\t.png", "bell\a.png", "Äpfel 星.png", "-d.png"]
         paths = [self.write(name, star_field(0)) for name in names]
@@ -635,7 +674,7 @@ class Inspect(Case):
             self.assertEqual(seen, value, key)
 
     def test_model(self):
-        model = json.loads(self.succeeds("inspect", "--json").out)["model"]
+        model = json.loads(self.succeeds("inspect", "--json").out)["parts"]
         for part in ("vocabulary", "language_model", "vision_tower", "projector", "contrastive", "text_tower"):
             self.assertIsInstance(model[part], dict, part)
         self.assertEqual((model["contrastive"]["images"], model["contrastive"]["texts"]), (1, 1))
@@ -663,8 +702,8 @@ class Inspect(Case):
         vocabulary = self.path("vocabulary.gguf")
         write_vocabulary(vocabulary)
         seen = json.loads(self.succeeds("inspect", "--json", vocabulary).out)
-        self.assertIsNone(seen["model"]["language_model"])
-        self.assertIsInstance(seen["model"]["vocabulary"], dict)
+        self.assertIsNone(seen["parts"]["language_model"])
+        self.assertIsInstance(seen["parts"]["vocabulary"], dict)
         both = self.succeeds("inspect", "--json", MODEL, vocabulary)
         self.assertEqual(len(json.loads(both.out)["files"]), 2)
 
@@ -903,6 +942,13 @@ class Quantize(Case):
                 else:
                     self.assertTrue(back[100] == values[100] and back[101] != 0, name)
 
+    def test_lost_values_are_said(self):
+        for values, recipe, n in (([math.nan, math.inf, 1.0] + [0.5] * 29, "q8_0", 2), ([70000.0] + [0.5] * 31, "f16", 1), ([0.5] * 32, "q4_0", 0)):
+            path = self.path("lost.gguf")
+            write_gguf(path, [], [("x.weight", [2, 32], values + [0.25] * 32)])
+            said = self.succeeds("quantize", path, path, recipe).err
+            self.assertEqual("warning: x.weight: %d values" % n in said, n > 0, said)
+
     def test_mixes(self):
         """What llama.cpp's llama-quantize makes of a model of 18 blocks."""
         mixes = {"q3_k_s": ("3" * 18, "3" * 18, "3" * 18), "q3_k_m": ("55" + "4" * 16, "5" + "4" * 17, "4" * 18),
@@ -1062,6 +1108,9 @@ def fnv1a64(data):
 
 
 class Trace(Case):
+    def test_a_file_is_no_prompt(self):
+        self.assertIn("the prompt is missing", self.fails(2, "trace", self.images[0], "--hash").err)
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -1173,6 +1222,20 @@ class Chat(Case):
         self.assertIn("nowhere.png", result.err)
         self.assertEqual(len(result.out.splitlines()), 1)                         # the talk goes on
         self.assertEqual(self.chat("What?\n", self.path("nowhere.png"), code=1).out, "")
+
+    def test_another_image(self):
+        first, second = self.images[:2]
+        alone = self.chat("What is this?\n", second).out
+        self.assertEqual(self.chat("What is this?\n/image %s\nWhat is this?\n" % second, first).out.splitlines()[1:], alone.splitlines())
+        n_prompt = {}
+        for command in ("/add", "/image"):     # /image begins with the system text again, /add goes on
+            lines = self.chat("What is this?\n%s %s\nWhat is this?\n" % (command, second), "--json", first).out.splitlines()
+            n_prompt[command] = json.loads(lines[1])["tokens"]["prompt"]
+        self.assertLess(n_prompt["/add"], n_prompt["/image"])
+
+    def test_an_image_for_a_model_that_cannot_see(self):
+        script = "/image %s\n" % self.images[0]
+        self.assertIn("cannot see", self.chat(script, "-m", golden("models_a_text.gguf"), code=1).err)
 
     def test_without_an_image(self):
         self.assertEqual(len(self.chat("What is a galaxy?\n").out.splitlines()), 1)
@@ -1358,7 +1421,7 @@ class Contrastive(Case):
 
     def test_embed_numbers(self):
         rows = self.rows(*self.images)
-        self.assertEqual([row["image"] for row in rows], self.images)
+        self.assertEqual([row["file"] for row in rows], self.images)
         for row in rows:
             self.assertAlmostEqual(sum(v * v for v in row["embedding"]), 1, places=5)
         raw = self.rows("--raw", self.images[0])[0]["embedding"]
@@ -1377,12 +1440,23 @@ class Contrastive(Case):
             self.assertEqual(shape, (2, len(rows[0]["embedding"])))
             self.assertEqual(data, b"".join(struct.pack("<%df" % shape[1], *row["embedding"]) for row in rows))
 
+    def test_a_full_disk_costs_no_earlier_file(self):
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        path = self.write("earlier.npy", b"earlier")
+        result = astrovl("embed", self.images[0], "-o", path, preexec_fn=limit)
+        self.assertEqual(result.code, 1, result)
+        self.assertIn("cannot be written", result.err)
+        self.assertEqual(read_bytes(path), b"earlier")
+        self.assertFalse(os.path.exists(path + ".part"))
+
     def test_embed_failures(self):
         result = self.fails(1, "embed", self.images[0], self.path("nowhere.png"))
         self.assertEqual(len(result.out.splitlines()), 1)
         self.fails(1, "embed", self.images[0], self.path("nowhere.png"), "-o", self.path("half.npy"))
         self.assertFalse(os.path.exists(self.path("half.npy")))
-        self.assertIn("cannot be written", self.fails(1, "embed", self.images[0], "-o", self.path("missing/rows.npy")).err)
+        self.assertIn("cannot be created", self.fails(1, "embed", self.images[0], "-o", self.path("missing/rows.npy")).err)
 
     def test_models_without_the_towers(self):
         vocabulary = self.path("vocabulary.gguf")
@@ -1401,17 +1475,17 @@ class Contrastive(Case):
         rows = self.rows(*examples())
         self.succeeds("embed", "--text", "a ringed planet", "-o", self.path("query.npy"))
         _, query, _ = load_npy(self.path("query.npy"))
-        scores = {row["image"]: sum(a * b for a, b in zip(row["embedding"], query)) for row in rows}
+        scores = {row["file"]: sum(a * b for a, b in zip(row["embedding"], query)) for row in rows}
         hits = json.loads(self.succeeds("search", index, "a ringed planet", "--json").out)["hits"]
         self.assertEqual([hit["file"] for hit in hits], sorted(scores, key=lambda name: -scores[name]))
         self.assertEqual(hits[0]["file"], os.path.join(IMAGES, "planet.png"))
         for hit in hits:
-            self.assertAlmostEqual(hit["score"], scores[hit["file"]], places=3)           # the index keeps float16
+            self.assertAlmostEqual(hit["cosine"], scores[hit["file"]], places=3)           # the index keeps float16
         text = self.succeeds("search", index, "a ringed planet", "-k", "2").out.splitlines()
         self.assertEqual([line.split(None, 1)[1] for line in text], [hit["file"] for hit in hits[:2]])
         nearest = json.loads(self.succeeds("search", index, "--image", examples()[1], "--json", "-k1").out)["hits"]
         self.assertEqual(nearest[0]["file"], examples()[1])
-        self.assertAlmostEqual(nearest[0]["score"], 1, places=3)
+        self.assertAlmostEqual(nearest[0]["cosine"], 1, places=3)
 
 
 class Index(Case):
@@ -1456,7 +1530,7 @@ class Index(Case):
         query = json.loads(lines[0])["embedding"]
         for hit in hits:
             row = struct.unpack("<8e", records[self.three.index(hit["file"])][2])
-            self.assertAlmostEqual(hit["score"], sum(a * b for a, b in zip(row, query)), places=6)
+            self.assertAlmostEqual(hit["cosine"], sum(a * b for a, b in zip(row, query)), places=6)
 
     def test_folders(self):
         self.index("tree.avl", self.tree)
@@ -1478,6 +1552,23 @@ class Index(Case):
         self.index("mixed.avl", folder)
         self.assertEqual([os.path.basename(name) for name in self.names("mixed.avl")],
                          [".k.png", "B.PNG", "a.png", "c.JpG", "d.jpeg", "e.pnm", "f.pgm", "link.png"])
+
+    def test_what_is_passed_over_is_said(self):
+        folder = self.path("kinds")
+        os.mkdir(folder)
+        for name in ("a.png", "b.fits", "c.TIF", "d.txt"):
+            with open(os.path.join(folder, name), "wb") as f:
+                f.write(star_field(0))
+        self.assertIn("2 images of other formats", self.index("kinds.avl", folder).err)
+        os.symlink("nowhere.png", os.path.join(folder, "gone.png"))
+        self.assertIn("gone.png", self.index("kinds.avl", folder, code=1).err)
+
+    def test_one_file_by_several_spellings(self):
+        name = self.three[0]
+        head, tail = os.path.split(name)
+        result = self.index("spelled.avl", name, head + "/./" + tail, head + "//" + tail)
+        self.assertIn("1 images added", result.out)
+        self.assertEqual(self.names("spelled.avl"), [name])
 
     def test_names_from_standard_input(self):
         names = ("\r\n".join(self.three) + "\n\n" + self.three[0]).encode()
@@ -1511,8 +1602,10 @@ class Index(Case):
         self.assertIn("no images", self.index("nothing.avl", "-", stdin=b"\n", code=1).err)
 
     def test_places_that_cannot_be_written(self):
-        for place in ("missing/x.avl", "."):
-            self.assertIn("cannot be written", self.index(place, self.three[0], code=1).err)
+        self.assertIn("cannot be written", self.index("missing/x.avl", self.three[0], code=1).err)
+        os.mkfifo(self.path("pipe"))
+        for place in (".", "pipe", "/dev/null"):
+            self.assertIn("name a file", self.index(place, self.three[0], code=1).err)
         self.assertIn("no index", self.fails(1, "search", "-m", self.micro, MODEL, "--image", self.three[0]).err)
         self.assertIn("no index", self.index("../" + os.path.basename(self.folder) + "/micro.gguf", self.three[0], code=1).err)
         self.fails(1, "search", "-m", self.micro, self.path("nowhere.avl"), "--image", self.three[0])
@@ -1779,7 +1872,7 @@ class Evaluate(Case):
             self.assertIn(self.path("nowhere.png"), result.err)     # as seen from the set's folder
             self.assertEqual(result.out, "")
         path = self.write("images.jsonl", (lines[0] + "\n" + lines[0]).encode())
-        self.assertIn("cannot be written", self.fails(1, "evaluate", "retrieval", path, "--svg", self.path("no/x.svg")).err)
+        self.assertIn("cannot be created", self.fails(1, "evaluate", "retrieval", path, "--svg", self.path("no/x.svg")).err)
 
 
 class Summarize(Case):
@@ -2300,7 +2393,7 @@ class Convert(ConvertCase):
                     self.assertEqual(len(seen), len(wanted[rows]))
                     for a, b in zip(seen, wanted[rows]):
                         self.assertClose(a, b)
-                    model = json.loads(self.succeeds("inspect", "--json", *models[1::2]).out)["model"]
+                    model = json.loads(self.succeeds("inspect", "--json", *models[1::2]).out)["parts"]
                     self.assertAlmostEqual(model["contrastive"]["logit_scale"] / wanted["logit_scale"], 1, places=5)
 
     def test_tokens(self):
@@ -2329,6 +2422,68 @@ class Convert(ConvertCase):
         self.assertEqual(result.code, 0, result)
         self.assertRegex(result.err, r"note: .*\[PAD\]")
         self.assertEqual(read_bytes(self.path("beyond.gguf")), read_bytes(self.converted("smollm")[0]))
+
+    def test_faces_of_one_checkpoint(self):
+        """What people's folders look like gives the same file as the tidy folder; or the one difference that is named."""
+        def stale(folder):                     # as AstroLLaVA's training leaves it
+            rewrite(os.path.join(folder, "config.json"),
+                    lambda config: config.update(text_config={"hidden_size": 4096, "rms_norm_eps": 1e-6, "vocab_size": 32064}))
+
+        def layer_list(folder):
+            rewrite(os.path.join(folder, "config.json"), lambda config: config.update(vision_feature_layer=[-2]))
+
+        def tiktoken(folder):
+            with open(os.path.join(folder, "tokenizer.model"), "w") as f:
+                f.write("IQ== 0\nIg== 1\n")
+
+        def bare(folder):
+            os.rename(os.path.join(folder, "flax_model.msgpack"), os.path.join(folder, "step_1000"))
+
+        def added_in_json(folder):             # tokens that only tokenizer.json has, beside tokenizer.model
+            added = read_json(folder, "added_tokens.json")
+            os.remove(os.path.join(folder, "added_tokens.json"))
+            rewrite(os.path.join(folder, "tokenizer_config.json"), lambda config: config.pop("added_tokens_decoder", None))
+            write_json({"added_tokens": [{"id": i, "content": text, "special": True} for text, i in added.items()]}, folder, "tokenizer.json")
+
+        vision = ["--vision", self.checkpoint("vision", "clip")]
+        base = ["--base", self.path("vision")]
+        for layout, change, arguments in (("liuhaotian", stale, vision), ("llava_v5", layer_list, []), ("smollm", tiktoken, []),
+                                          ("clip_flax", bare, base), ("llava_old", added_in_json, [])):
+            with self.subTest(change.__name__):
+                made = [read_bytes(path) for path in self.converted(layout)]
+                folder = self.checkpoint("face", *(LAYOUTS.get(layout) or CLIP_LAYOUTS[layout])[0])
+                change(folder)
+                name = read_gguf(self.converted(layout)[0])[1]["general.name"].decode()
+                result = run_convert("-o", "face.gguf", "--name", name, folder, *arguments, folder=self.folder)
+                self.assertEqual(result.code, 0, result)
+                self.assertEqual(read_bytes(self.path("face.gguf")), made[0])
+
+    def test_sliding_window(self):
+        folder = self.checkpoint("mistral", "spm", "llama2")
+        rewrite(os.path.join(folder, "config.json"), lambda config: config.update(model_type="mistral", sliding_window=99))
+        result = run_convert("-o", "mistral.gguf", folder, folder=self.folder)
+        self.assertEqual(result.code, 0, result)
+        self.assertRegex(result.err, r"note: .*99 positions")
+        self.assertEqual(read_gguf(self.path("mistral.gguf"))[1]["llama.context_length"], 99)
+
+    def test_names_of_towers(self):
+        convert = load_convert()
+
+        class Weights:
+            tensors = {"v.blk.%d.ln1.weight" % i: 0 for i in range(24)}
+
+            def shape(self, name):
+                return {"v.patch_embd.weight": (1024, 3, 14, 14), "v.position_embd.weight": (577, 1024)}[name]
+
+        class Options:
+            vision = None
+
+        for tower in ("openai/clip-vit-large-patch14-336", "/data/clip-vit-large-patch14-336/",
+                      "/root/.cache/huggingface/hub/models--openai--clip-vit-large-patch14-336/snapshots/ce19dc912ca5cd21c8a653c79e251e808ccabcd1"):
+            config = convert.vision_config(convert.Config({"mm_vision_tower": tower}, "config.json"), Weights(), Options(), None)
+            self.assertEqual([config.get(key) for key in ("hidden_size", "num_hidden_layers", "patch_size", "image_size")], [1024, 24, 14, 336])
+        with self.assertRaises(convert.Problem):
+            convert.vision_config(convert.Config({"mm_vision_tower": "google/siglip-so400m-patch14-384"}, "config.json"), Weights(), Options(), None)
 
     def test_the_checkpoint_itself_is_not_overwritten(self):
         folder = self.checkpoint("own", "smollm")
@@ -2921,6 +3076,55 @@ class ConvertHostile(ConvertCase):
                 self.assertEqual(result.code, 1, result)
                 self.assertRegex(result.err, r"^convert\.py: error: .*\n$")
                 self.assertEqual(os.listdir(self.out), [])
+
+    def test_layouts_of_others(self):
+        """Folders that hold something else than weights of transformers are called by their name."""
+        empty = b""
+        for says, files in (("index.json", {"model-00001-of-00002.safetensors": empty, "model-00002-of-00002.safetensors": empty, "config.json": b"{}"}),
+                            ("Meta's own", {"consolidated.00.pth": empty, "params.json": b"{}"}),
+                            ("DeepSpeed", {"mp_rank_00_model_states.pt": empty}), ("DeepSpeed", {"zero_to_fp32.py": empty, "latest": b"global_step100"}),
+                            ("orbax", {"_CHECKPOINT_METADATA": b"{}"}), ("orbax", {"default/manifest.ocdbt": empty}),
+                            ("orbax", {"ckpts/step_1000/default/_METADATA": b"{}"})):
+            folder = self.path("layout")
+            shutil.rmtree(folder, ignore_errors=True)
+            for name, data in files.items():
+                os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                with open(os.path.join(folder, name), "wb") as f:
+                    f.write(data)
+            self.refuses(folder, says, why=str(list(files)))
+        folder = self.llama()
+        tensors = dict(self.tensors)
+        tensors["model.layers.0.self_attn.q_proj.qweight"] = ["I32", [1], bytes(4)]
+        write_safetensors(tensors, folder, "model.safetensors")
+        self.refuses(folder, "GPTQ")
+        folder = self.llama()
+        write_json({"bits": 4}, folder, "quantize_config.json")
+        self.refuses(folder, "quantize_config.json")
+        folder = self.llama((), ("spm", "llama2"))
+        with open(os.path.join(folder, "tokenizer.model"), "w") as f:
+            f.write("IQ== 0\nIg== 1\n")
+        self.refuses(folder, "tiktoken")
+
+    def test_models_that_are_something_else(self):
+        """A configuration with which the model would give other results than its authors' code is refused by the key's name."""
+        folder = self.llama((), ("llava_v5",))
+        for key, value in (("image_aspect_ratio", "anyres_max_9"), ("image_aspect_ratio", "anyres"), ("image_aspect_ratio", "highres"),
+                           ("mm_patch_merge_type", "spatial_unpad"), ("mm_use_im_start_end", True), ("mm_resampler_type", "spatial_pool"),
+                           ("s2", True), ("s2_scales", "336,672"), ("mm_projector_type", "mlp2x_res_syn"), ("mm_projector_type", "linear")):
+            self.refuse_changes(folder, "config.json", [([key], value)], key)
+        for section in ("text_config", "vision_config"):
+            self.refuse_changes(folder, "config.json", [([section, "quantization_config"], {"bits": 4})], "quantized")
+        self.refuse_changes(folder, "processor_config.json", [(["image_processor", key], value) for key, value in (
+            ("resample", 2), ("do_center_crop", False), ("do_resize", False), ("do_normalize", False), ("size", {"height": 28, "width": 28}),
+            ("size", {"shortest_edge": 32}), ("crop_size", 20), ("crop_size", {"height": 28, "width": 20}))])
+        folder = self.llama((), ("clip", "clip_open"))
+        os.remove(os.path.join(folder, "model.safetensors"))
+        self.accepted(folder)
+        self.refuse_changes(folder, "open_clip_config.json", [(keys.split("."), value) for keys, value in (
+            ("preprocess_cfg.resize_mode", "squash"), ("preprocess_cfg.interpolation", "bilinear"), ("preprocess_cfg.size", 99),
+            ("model_cfg.text_cfg.no_causal_mask", True), ("model_cfg.text_cfg.pool_type", "last"), ("model_cfg.vision_cfg.pool_type", "avg"),
+            ("model_cfg.vision_cfg.attentional_pool", True), ("model_cfg.text_cfg.act_kwargs", {"approximate": "tanh"}),
+            ("model_cfg.init_logit_bias", -10), ("model_cfg.text_cfg.hf_tokenizer_name", "x"))])
 
     def test_missing_parts(self):
         llava = self.checkpoint("liuhaotian", "spm", "liuhaotian")
