@@ -7550,7 +7550,11 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 
 // `type`, `kind` and numbers of rows are constants wherever an AVL__INLINE function is called, so every format and tile
 // is code of its own; AVL__UNROLL keeps arrays of registers in registers.
+#if defined(__OPTIMIZE__)
 #define AVL__INLINE static inline __attribute__((always_inline))
+#else
+#define AVL__INLINE static inline      // without optimization, copies of everything would only cost compile time
+#endif
 #define AVL__APART  static __attribute__((noinline))
 #if defined(__clang__)
 #define AVL__UNROLL _Pragma("clang loop unroll(full)")
