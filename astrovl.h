@@ -8038,7 +8038,8 @@ AVL__INLINE avl__vf AVL_(half)(avl__vu w) {       // without float32 denormals, 
     const avl__vu exponent = w >> 10 & 31, is_normal = (avl__vu)(exponent != 0) & 1;
     const avl__vi mantissa = (avl__vi)((w & 1023) | is_normal << 10);
     const avl__vf power = (avl__vf)((exponent + 103 - is_normal) << 23);                  // 2^(max(exponent, 1) - 25)
-    return (avl__vf)((avl__vu)(__builtin_convertvector(mantissa, avl__vf) * power) | (w & 0x8000) << 16);
+    const avl__vu not_finite = (avl__vu)(exponent == 31) & 0x7F800000;
+    return (avl__vf)((avl__vu)(__builtin_convertvector(mantissa, avl__vf) * power) | not_finite | (w & 0x8000) << 16);
 }
 AVL__INLINE avl__vf AVL_(load_halves)(const void *p) {
     uint16_t h[4];
