@@ -7496,15 +7496,15 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
     }
     const int n_each = k < rows->n_rows ? k : (int)rows->n_rows;             // hits of a slice, which has k rows or all
     const int64_t n_slices = rows->n_rows / (k > 4096 ? k : 4096);
-    avl__search s = {avl__choose_kernels(ASTROVL_FAST, NULL), *rows, query, k, 1, NULL};
+    avl__search s = {avl__choose_kernels(ASTROVL_FAST, NULL), *rows, query, n_each, 1, NULL};
     if (n_slices > 1) s.n_slices = n_slices > 256 ? 256 : (int)n_slices;
-    s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)k, sizeof *s.hits);
+    s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)n_each, sizeof *s.hits);
     avl__pool *pool = avl__pool_new(n_threads);
     int n = pool && s.hits ? 0 : -1;
     if (n < 0) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
     else       avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
     for (int slice = 0; slice < s.n_slices && n >= 0; slice++)
-        for (int i = 0; i < n_each; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * k + i]);
+        for (int i = 0; i < n_each; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * n_each + i]);
     avl__pool_free(pool);
     astrovl_free(s.hits);
     return n;

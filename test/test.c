@@ -6135,6 +6135,7 @@ static void joint_search(void) {
     rows[8] = 0xBC00;   // -1
     CHECK(astrovl_search(&three, query, 3, 1, hits, &err) == 3 && hits[0].row == 0 && hits[1].row == 2 && hits[2].row == 1,
           "%d %d %d", (int)hits[0].row, (int)hits[1].row, (int)hits[2].row);
+    CHECK(astrovl_search(&three, query, INT_MAX, 1, hits, &err) == 3, "all rows, however large k is: %s", err.message);
     EACH_ALLOCATION(at, failed, n = astrovl_search(&three, query, 3, 2, hits, &err))
         if (failed) FAILS(n < 0, MEMORY, "search, allocation %ld", at);
     CHECK(at > 2, "%ld allocations", at);
