@@ -5528,6 +5528,7 @@ static void avl__open_projector(astrovl_model *m) {
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the projector gives rows of %d values, the language model reads "
                        "%d; these files belong to different models", n, m->llama.n_embd);
     m->info.has_projector = 1;
+    m->info.n_embd = n;            // also without a language model: the caller sizes astrovl_encode_image's rows by it
     m->info.n_image_tokens = m->clip.n_patches;
 }
 

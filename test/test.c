@@ -3397,8 +3397,8 @@ static void models_parts(void) {
     m = astrovl_open(models_a_files[1], NULL, &err);
     CHECK(m, "%s", err.message);
     astrovl_get_info(m, &info);
-    CHECK(!info.has_text && !info.has_vocab && info.has_vision && info.has_projector && info.n_image_tokens == 16,
-          "parts of an mmproj file");
+    CHECK(!info.has_text && !info.has_vocab && info.has_vision && info.has_projector && info.n_image_tokens == 16 &&
+          info.n_embd == 24, "parts of an mmproj file");
     s = astrovl_session_new(m, NULL, &err);
     CHECK(s && rows && astrovl_encode_image(s, &a.images[0], rows, &err) == ASTROVL_OK, "%s", err.message);
     FAILS(astrovl_eval_tokens(s, &token, 1, NULL, 0, &err) != ASTROVL_OK, MODEL, "tokens without a model");
