@@ -4859,12 +4859,18 @@ static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
     tower->projection = avl__load_linear(w, n, 0, is_text ? "text_projection" : "visual_projection");
 }
 
-// Three numbers of a key, or OpenAI CLIP's own.
-static void avl__clip_load_color(const avl__weights *w, const char *key, const float *fallback, float *color) {
+// Three numbers of a key, each in min..max, or OpenAI CLIP's own.
+static void avl__clip_load_color(avl__weights *w, const char *key, double min, double max, const float *fallback,
+                                 float *color) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
     const int whole = file && astrovl_gguf_kv(file, index)->count == 3;
-    for (int c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
+    for (int c = 0; c < 3; c++) {
+        color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
+        if (!(color[c] >= min && color[c] <= max))
+            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s holds %.9g; it must lie between %.9g and %.9g", key,
+                           (double)color[c], min, max);
+    }
 }
 
 static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info) {
@@ -4875,10 +4881,8 @@ static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info)
     info->n_patches = clip->n_patches = (s / p) * (s / p);
     if (clip->n_patches > 65536)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.* asks for %d patches", clip->n_patches);
-    avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
-    avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
-    if (!(clip->std[0] > 0.0f && clip->std[1] > 0.0f && clip->std[2] > 0.0f))
-        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.image_std must be positive");
+    avl__clip_load_color(w, "clip.vision.image_mean", 0.0, 1.0, clip_mean, clip->mean);
+    avl__clip_load_color(w, "clip.vision.image_std", 1e-7, 1e6, clip_std, clip->std);
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
     const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;

@@ -3307,6 +3307,8 @@ static void models_wrong_keys(void) {
         {1, "clip.vision.embedding_length", 24}, {1, "clip.vision.feed_forward_length", 65},
         {1, "clip.vision.attention.head_count", 5}, {1, "clip.vision.attention.head_count", 0},
         {1, "clip.vision.block_count", 3}, {1, "clip.vision.block_count", 0x7FFFFFFF},
+        {1, "clip.vision.image_mean", 0xBF800000}, {1, "clip.vision.image_mean", 0x7F800000},        // -1, infinity
+        {1, "clip.vision.image_std", 0}, {1, "clip.vision.image_std", 0x7FC00000},                   // NaN
         {2, "clip.vision.feature_layer", 4}, {2, "clip.vision.feature_layer", 0xFFFFFFFF}};
     size_t c;
     for (c = 0; c < sizeof cases / sizeof *cases; c++) {
@@ -3317,7 +3319,8 @@ static void models_wrong_keys(void) {
         astrovl_model *m;
         CHECK(at, "%s is not in %s", cases[c].key, models_files[cases[c].file]);
         if (at) {
-            int is_array = strcmp(cases[c].key, "clip.vision.feature_layer") == 0;   // of one: type, count, value
+            int is_array = strstr(cases[c].key, "_layer") || strstr(cases[c].key, "image_mean") ||
+                           strstr(cases[c].key, "image_std");   // type, count, values
             models_store(at + (is_array ? 12 : 0), cases[c].value);
             m = models_open_bytes(bytes, size, &err);
             CHECK(!m && err.status == ASTROVL_ERROR_MODEL && strstr(err.message, "block"), "%s = %u: %s (%s)",
