@@ -4935,20 +4935,19 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
     const int size = clip->image_size;
     const size_t n = (size_t)size * size;
     astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
-    astrovl_status status;
-    if (!image || !image->rgb || image->width < 1 || image->height < 1)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty");
+    astrovl_status status = avl__image_check(image, 1, 1, &shaped, err);
+    if (status) return status;
+    const int64_t w = image->width, h = image->height, longer = w > h ? w : h, shorter = w < h ? w : h;
+    if (clip->pad_square ? longer > 16 * shorter && (uint64_t)(longer * longer) > ASTROVL_MAX_PIXELS
+                         : size * longer / shorter > 65535)   // a small file would take gigabytes
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow to be made square", (int)w, (int)h);
     if (clip->pad_square) {
         unsigned char color[3];
         for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
         status = astrovl_image_pad_square(image, color, &shaped, err);
         if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
     } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
-        const int w = image->width, h = image->height;
-        const int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
-        if (rw > 65535 || rh > 65535)
-            return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow for a square crop", w, h);
-        status = astrovl_image_resize(image, (int)rw, (int)rh, &shaped, err);
+        status = astrovl_image_resize(image, (int)(size * w / shorter), (int)(size * h / shorter), &shaped, err);
         if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
     }
     for (size_t c = 0; c < 3 && !status; c++)

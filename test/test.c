@@ -3531,7 +3531,7 @@ static void models_nulls(void) {
     astrovl_memory block = {NULL, 0, NULL};
     const char *path = NULL;
     unsigned char black[3] = {0, 0, 0};
-    float x[8];
+    float x[8], pixels[3 * 32 * 32];
     int n = -1;
     models_kit_open(&kit, 'a');
     s = models_small_session(&kit, 0, NULL, NULL);
@@ -3557,6 +3557,20 @@ static void models_nulls(void) {
     FAILS(!astrovl_ask_file(kit.model, "test/golden/models_1.png", NULL, NULL, &err), ARGUMENT, "ask_file, no question");
     FAILS(astrovl_preprocess(NULL, &kit.images[0], x, &err), ARGUMENT, "preprocess");
     FAILS(astrovl_preprocess(kit.model, NULL, x, &err), ARGUMENT, "preprocess, no image");
+    // padded to a square, an image of a few bytes would take a gigabyte
+    image.rgb = (unsigned char *)calloc(17000, 3);
+    image.width = 17000;
+    image.height = 1;
+    FAILS(astrovl_preprocess(kit.model, &image, pixels, &err), LIMIT, "preprocess, a narrow image");
+    image.width = 5000;
+    CHECK(astrovl_preprocess(kit.model, &image, pixels, &err) == ASTROVL_OK, "%s", err.message);
+    astrovl_model *joint = astrovl_open("test/golden/joint_a.gguf", NULL, &err);   // crops
+    image.width = 4500;
+    FAILS(astrovl_preprocess(joint, &image, pixels, &err), LIMIT, "preprocess, an image too narrow to crop");
+    image.height = 3;
+    CHECK(astrovl_preprocess(joint, &image, pixels, &err) == ASTROVL_OK, "%s", err.message);
+    astrovl_close(joint);
+    free(image.rgb);
     FAILS(astrovl_preprocess(kit.model, &kit.images[0], NULL, &err), ARGUMENT, "preprocess, no pixels");
     FAILS(astrovl_score(NULL, &kit.images[0], &path, 1, &fit, &err), ARGUMENT, "score");
     FAILS(!astrovl_guide_regex(NULL, "a", &err), ARGUMENT, "guide_regex");
