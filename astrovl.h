@@ -4482,8 +4482,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
     astrovl_status status = ASTROVL_OK;
     for (in->at = 2; !status;) {
         int marker = avl__jpeg_find_marker(in);
-        const uint8_t *p = in->data + in->at + 4;
-        size_t left = in->size - in->at, size = left < 4 ? 0 : avl__load_u16be(p - 2);
+        size_t left = in->size - in->at, size = left < 4 ? 0 : avl__load_u16be(in->data + in->at + 2);
         int is_complete = j->n_components > 0;
         for (int i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].quant[0];
         if (is_complete && (!j->is_progressive || marker == 0xD9)) return ASTROVL_OK;
@@ -4495,6 +4494,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
         }
         if (size < (marker == 0xDD ? 4 : 2) || size > left - 2)
             return AVL__BROKEN(in, "a segment of wrong length, or the file ends inside it");
+        const uint8_t *p = in->data + in->at + 4;
         size -= 2;
         if (marker == 0xDA) {
             status = avl__jpeg_scan(j, p, size);
