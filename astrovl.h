@@ -4644,10 +4644,8 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
     if (status) return status;
     int o = image->orientation, swap = o >= 5;
     if (o < 0 || o > 8) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "orientation %d: EXIF has 1 to 8", o);
-    if (o <= 1) {
-        image->orientation = 1;
-        return ASTROVL_OK;
-    }
+    if (o == 0) image->orientation = 1;
+    if (o <= 1) return ASTROVL_OK;
     status = avl__image_new(&out, swap ? image->height : image->width, swap ? image->width : image->height, err);
     if (status) return status;
     for (int y = 0; y < out.height; y++)
@@ -4670,13 +4668,13 @@ static astrovl_status avl__image_center(const astrovl_image *image, int width, i
     astrovl_status status = avl__image_check(image, width, height, out, err);
     if (!status) status = avl__image_new(out, width, height, err);
     if (status) return status;
+    if (!color) color = black;
     int left = (image->width - width + round_up) >> 1, top = (image->height - height + round_up) >> 1;
     for (int y = 0; y < height; y++)
         for (int x = 0; x < width; x++) {
             int from_x = x + left, from_y = y + top;
             int is_inside = from_x >= 0 && from_x < image->width && from_y >= 0 && from_y < image->height;
-            memcpy(avl__image_pixel(out, x, y), is_inside ? avl__image_pixel(image, from_x, from_y) : color ? color
-                   : black, 3);
+            memcpy(avl__image_pixel(out, x, y), is_inside ? avl__image_pixel(image, from_x, from_y) : color, 3);
         }
     return ASTROVL_OK;
 }
@@ -5171,11 +5169,10 @@ static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_i
 
 // file: the one that holds the layers
 static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *file, astrovl_info *info) {
-    const int key = astrovl_gguf_find_kv(file, "general.architecture");
-    const astrovl_string architecture = astrovl_gguf_string(file, key, 0);
-    if (!avl__string_is(architecture, "llama"))
+    const astrovl_string type = astrovl_gguf_string(file, astrovl_gguf_find_kv(file, "general.architecture"), 0);
+    if (!avl__string_is(type, "llama"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%.*s\"; this runs "
-                       "\"llama\": take a model of that family", AVL__SHOW(architecture));
+                       "\"llama\": take a model of that family", AVL__SHOW(type));
     const int d = info->n_embd = m->n_embd = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
     info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
     info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
@@ -7461,10 +7458,9 @@ ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astro
 
 // Puts a hit into a list of *n hits, best first, of which the best k are kept.
 static void avl__hits_insert(astrovl_hit *hits, int *n, int k, astrovl_hit hit) {
-    int at = *n;
-    if (at == k && !(hit.score > hits[k - 1].score)) return;     // rows come in order: of equals, the earlier is there
-    if (at == k) at--;
-    else (*n)++;
+    if (*n == k && !(hit.score > hits[k - 1].score)) return;     // on a tie, the row that came first stays
+    if (*n < k) (*n)++;
+    int at = *n - 1;
     for (; at > 0 && hit.score > hits[at - 1].score; at--) hits[at] = hits[at - 1];
     hits[at] = hit;
 }
