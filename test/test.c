@@ -6133,7 +6133,7 @@ static void joint_search(void) {
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_hit hits[4];
     float query[4] = {1, 0, 0, 0};
-    uint16_t rows[12] = {0};
+    uint8_t rows[24] = {0};   // three rows of four float16, little-endian
     astrovl_rows none = {NULL, 0, 4}, flat = {NULL, 3, 0}, lost = {NULL, 3, 4}, vast = {NULL, INT64_MAX, 4}, three = {NULL, 3, 4};
     int threads, failed, n;
     long at;
@@ -6148,8 +6148,8 @@ static void joint_search(void) {
     FAILS(astrovl_search(&three, query, 0, 1, hits, &err) < 0, ARGUMENT, "k 0");
     FAILS(astrovl_search(&lost, query, 1, 1, hits, &err) < 0, ARGUMENT, "no rows' address");
     FAILS(astrovl_search(&vast, query, 1, 1, hits, &err) < 0, ARGUMENT, "more rows than there is memory");
-    rows[4] = 0x7E00;   // NaN: the last
-    rows[8] = 0xBC00;   // -1
+    rows[9] = 0x7E;    // row 1: NaN: the last
+    rows[17] = 0xBC;   // row 2: -1
     CHECK(astrovl_search(&three, query, 3, 1, hits, &err) == 3 && hits[0].row == 0 && hits[1].row == 2 && hits[2].row == 1,
           "%d %d %d", (int)hits[0].row, (int)hits[1].row, (int)hits[2].row);
     CHECK(astrovl_search(&three, query, INT_MAX, 1, hits, &err) == 3, "all rows, however large k is: %s", err.message);
