@@ -4936,8 +4936,8 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
     astrovl_status status = avl__image_check(image, 1, 1, &shaped, err);
     if (status) return status;
     const int64_t w = image->width, h = image->height, longer = w > h ? w : h, shorter = w < h ? w : h;
-    if (clip->pad_square ? longer > 16 * shorter && (uint64_t)(longer * longer) > ASTROVL_MAX_PIXELS
-                         : size * longer / shorter > 65535)   // a small file would take gigabytes
+    if (clip->pad_square ? longer / 4 > shorter && (uint64_t)(longer * longer / 4) > ASTROVL_MAX_PIXELS
+                         : size * longer / shorter > 65535)   // gigabytes, from a file of a few bytes
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow to be made square", (int)w, (int)h);
     if (clip->pad_square) {
         unsigned char color[3];

@@ -3557,9 +3557,9 @@ static void models_nulls(void) {
     FAILS(!astrovl_ask_file(kit.model, "test/golden/models_1.png", NULL, NULL, &err), ARGUMENT, "ask_file, no question");
     FAILS(astrovl_preprocess(NULL, &kit.images[0], x, &err), ARGUMENT, "preprocess");
     FAILS(astrovl_preprocess(kit.model, NULL, x, &err), ARGUMENT, "preprocess, no image");
-    // padded to a square, an image of a few bytes would take a gigabyte
-    image.rgb = (unsigned char *)calloc(17000, 3);
-    image.width = 17000;
+    // padded to a square, an image of a few bytes would take 4.8 GB
+    image.rgb = (unsigned char *)calloc(40000, 3);
+    image.width = 40000;
     image.height = 1;
     FAILS(astrovl_preprocess(kit.model, &image, pixels, &err), LIMIT, "preprocess, a narrow image");
     image.width = 5000;
