@@ -398,11 +398,11 @@ ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *
 
 // ---- the parts of a session, one by one ----------------------------------------------------------------------------
 // The vision tower's input, made as the model's files say (pad to square or center crop, bicubic resize, 1/255, mean
-// and standard deviation).   image: of any size;   pixels: out, [3][image_size][image_size].   MODEL: no vision tower.
+// and standard deviation).   pixels: out, [3][image_size][image_size].   MODEL: no vision tower; LIMIT: too narrow.
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
 // Encodes an image (not yet preprocessed) to the rows that the language model reads in its place.
-// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
+// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector; LIMIT: the image is too narrow.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
