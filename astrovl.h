@@ -398,11 +398,11 @@ ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *
 
 // ---- the parts of a session, one by one ----------------------------------------------------------------------------
 // The vision tower's input, made as the model's files say (pad to square or center crop, bicubic resize, 1/255, mean
-// and standard deviation).   image: of any size;   pixels: out, [3][image_size][image_size].   MODEL: no vision tower.
+// and standard deviation).   pixels: out, [3][image_size][image_size].   MODEL: no vision tower; LIMIT: too narrow.
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
 // Encodes an image (not yet preprocessed) to the rows that the language model reads in its place.
-// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
+// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector; LIMIT: the image is too narrow.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
@@ -3810,10 +3810,10 @@ static int avl__bits_symbol(avl__bits *b, const avl__huffman *h) {
 }
 
 // ---- inflate: zlib data (RFC 1950) of known unpacked size ---------------------------------------------------------
-// Deflate is a sequence of Huffman-coded literals and of (length, distance) copies from what was already written. Its
-// codes start with their first bit but its numbers with their lowest, and bytes fill from the lowest bit: the input
-// has the bits of every byte reversed, and numbers are turned back.
-// Functions that can fail return NULL or, in words, what the compressed data does wrong.
+// Deflate is a sequence of Huffman-coded literals and of (length, distance) copies from what was already written. It
+// fills bytes from their lowest bit on, codes with their first bit first, numbers with their lowest bit first. The bits
+// of every input byte are reversed beforehand, so that codes can be looked up; numbers are reversed back when read.
+// Functions that can fail return NULL or the fault: the rest of a sentence that begins with "the compressed data".
 
 typedef struct avl__inflate {
     avl__bits    bits;
@@ -3833,8 +3833,8 @@ static unsigned avl__inflate_number(avl__inflate *s, int n) {   // of n <= 16 bi
     return avl__reverse16(avl__bits_take(&s->bits, n)) >> (16 - n);
 }
 
-// Lengths and distances are written as floats are: their symbol has an exponent and n bits below the leading one,
-// the remaining bits follow (RFC 1951, 3.2.5).
+// Lengths and distances are stored like floats: the symbol holds an exponent and the n bits below the leading 1, the
+// remaining bits follow it (RFC 1951, 3.2.5).
 static unsigned avl__inflate_float(avl__inflate *s, unsigned symbol, int n) {
     int exponent = (int)(symbol >> n) - 1;
     if (exponent <= 0) return symbol;
@@ -4036,8 +4036,8 @@ static int avl__paeth(int left, int up, int up_left) {
 // Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1 (258 bytes from 2
 // bits), so a small file that claims to be a huge image is refused before memory is allocated.
 static astrovl_status avl__png_pixels(avl__png *png) {
-    // {x, y, dx, dy}: passes 0 to 6 (Adam7) of an interlaced image, or the only one of another (7), are every dx-th
-    // pixel of every dy-th row from (x, y) on, stored as an image of its own
+    // A pass {x, y, dx, dy}: every dx-th pixel of every dy-th row from (x, y) on, stored as an image of its own. An
+    // interlaced image has passes 0 to 6 (Adam7), any other only pass 7.
     static const uint8_t passes[8][4] = {{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4},
                                          {1, 0, 2, 2}, {0, 1, 1, 2}, {0, 0, 1, 1}};
     const avl__image_file *in = png->in;
@@ -4074,7 +4074,7 @@ static astrovl_status avl__png_pixels(avl__png *png) {
                            (long long)inflate->bits.at, (long long)png->idat.size);
     astrovl_status status = avl__image_new(in->image, (int)png->width, (int)png->height, in->err);
     int bytes = depth == 16 ? 2 : 1, pixel = bytes * n_channels, mask = (1 << depth) - 1;
-    int next = n_channels >= 3 ? bytes : 0;                 // from a color to the next; 0: all are the gray
+    int next = n_channels >= 3 ? bytes : 0;                 // from a channel to the next; 0: gray, three times
     size_t before = (size_t)(depth * n_channels + 7) / 8;   // from a byte of the pixel on the left to this one's
     for (int i = first; i < end && !status; i++) {
         const uint8_t *pass = passes[i], *up = png->rows;
@@ -4082,7 +4082,7 @@ static astrovl_status avl__png_pixels(avl__png *png) {
             int filter = *row++;
             if (filter > 4)
                 return AVL__BROKEN(in, "row %lld has filter %d, which does not exist", (long long)y, filter);
-            for (size_t k = 0; k < row_bytes[i] - 1 && filter; k++) {   // bytes minus a prediction from others
+            for (size_t k = 0; k < row_bytes[i] - 1 && filter; k++) {   // a byte is stored minus its prediction
                 int left = k < before ? 0 : row[k - before], up_left = k < before ? 0 : up[k - before];
                 row[k] = (uint8_t)(row[k] + (filter == 1 ? left : filter == 2 ? up[k] : filter == 3 ?
                                              (left + up[k]) / 2 : avl__paeth(left, up[k], up_left)));
@@ -4273,7 +4273,7 @@ static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
     uint32_t s2 = r - x6 * 15137u;                   // 1.847759065
     uint32_t s3 = r + x2 * 6270u;                    // 0.765366865
     uint32_t half = 1u << (n_bits - 1), s0 = ((x0 + x4) << 13) + half, s1 = ((x0 - x4) << 13) + half;
-    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // very common, and faster than the sums
+    if (!(x1 | x2 | x3 | x4 | x5 | x6 | x7)) {   // common, and the general sums would give the same
         for (int i = 0; i < 8; i++) out[i] = (int32_t)s0 >> n_bits;
         return;
     }
@@ -4482,8 +4482,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
     astrovl_status status = ASTROVL_OK;
     for (in->at = 2; !status;) {
         int marker = avl__jpeg_find_marker(in);
-        const uint8_t *p = in->data + in->at + 4;
-        size_t left = in->size - in->at, size = left < 4 ? 0 : avl__load_u16be(p - 2);
+        size_t left = in->size - in->at, size = left < 4 ? 0 : avl__load_u16be(in->data + in->at + 2);
         int is_complete = j->n_components > 0;
         for (int i = 0; i < j->n_components; i++) is_complete = is_complete && j->component[i].quant[0];
         if (is_complete && (!j->is_progressive || marker == 0xD9)) return ASTROVL_OK;
@@ -4495,6 +4494,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
         }
         if (size < (marker == 0xDD ? 4 : 2) || size > left - 2)
             return AVL__BROKEN(in, "a segment of wrong length, or the file ends inside it");
+        const uint8_t *p = in->data + in->at + 4;
         size -= 2;
         if (marker == 0xDA) {
             status = avl__jpeg_scan(j, p, size);
@@ -4513,7 +4513,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
     return status;
 }
 
-// Row y of a component at the image's full size: where it lies, if nothing had to be done, or in `out`.
+// Returns row y of a component at the image's full width: in place if it needs no upsampling, else written to `out`.
 // A chroma sample that stands for two pixels lies between them: each pixel takes 3/4 of its own sample and 1/4 of the
 // neighbor on its side, where there is one. Rounding goes alternately down and up. Other ratios than 2 are repetition.
 //   down:     v[i] = 3 own[i] + beside[i]       own, beside: the sample rows nearest to the pixel row
@@ -4644,10 +4644,8 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
     if (status) return status;
     int o = image->orientation, swap = o >= 5;
     if (o < 0 || o > 8) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "orientation %d: EXIF has 1 to 8", o);
-    if (o <= 1) {
-        image->orientation = 1;
-        return ASTROVL_OK;
-    }
+    if (o == 0) image->orientation = 1;
+    if (o <= 1) return ASTROVL_OK;
     status = avl__image_new(&out, swap ? image->height : image->width, swap ? image->width : image->height, err);
     if (status) return status;
     for (int y = 0; y < out.height; y++)
@@ -4670,13 +4668,13 @@ static astrovl_status avl__image_center(const astrovl_image *image, int width, i
     astrovl_status status = avl__image_check(image, width, height, out, err);
     if (!status) status = avl__image_new(out, width, height, err);
     if (status) return status;
+    if (!color) color = black;
     int left = (image->width - width + round_up) >> 1, top = (image->height - height + round_up) >> 1;
     for (int y = 0; y < height; y++)
         for (int x = 0; x < width; x++) {
             int from_x = x + left, from_y = y + top;
             int is_inside = from_x >= 0 && from_x < image->width && from_y >= 0 && from_y < image->height;
-            memcpy(avl__image_pixel(out, x, y), is_inside ? avl__image_pixel(image, from_x, from_y) : color ? color
-                   : black, 3);
+            memcpy(avl__image_pixel(out, x, y), is_inside ? avl__image_pixel(image, from_x, from_y) : color, 3);
         }
     return ASTROVL_OK;
 }
@@ -4755,8 +4753,8 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
     astrovl_status status = avl__image_check(image, width, height, out, err);
     if (status) return status;
     memset(out, 0, sizeof *out);
-    // Rows first, as Pillow up to 12, which prepared the training data; but it made images over 100 times as high as
-    // wide lower first: transpose, columns, rows, transpose. (Pillow 13 takes the order that is faster.)
+    // Rows first, as in Pillow up to 12, which prepared the training data. Images over 100 times as high as wide are an
+    // exception when they are made lower: transpose, columns, rows, transpose. (Pillow 13 takes the faster order.)
     int sizes[4] = {image->width, height, width, height};
     astrovl_image now = *image, next;   // before and after a pass
     for (int i = image->height > 100 * (int64_t)image->width && height < image->height ? 0 : 2; i < 4 && !status; i++) {
@@ -4775,8 +4773,8 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
 // n_embd numbers, a learned class row stands before them, learned positions are added, and a norm comes before the
 // layers. LLaVA reads the patches' rows after the last layer but one; in CLIP the class row after all layers stands for
 // the image. Text: one row per token, positions added, attention to earlier tokens only; the end token's row after all
-// layers stands for the text. Both go through a norm, perhaps two dense layers (PAPERCLIP's frozen backbones), and a
-// projection to the length that they share.
+// layers stands for the text. Both go through a norm, two dense layers (only in PAPERCLIP's models with frozen
+// backbones), and a projection to the length that they share.
 // Names: v.*, t.*, visual_projection, text_projection; clip.vision.* and clip.text.* of mmproj and clip.cpp's files.
 // ====================================================================================================================
 
@@ -4859,12 +4857,18 @@ static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
     tower->projection = avl__load_linear(w, n, 0, is_text ? "text_projection" : "visual_projection");
 }
 
-// Three numbers of a key, or OpenAI CLIP's own.
-static void avl__clip_load_color(const avl__weights *w, const char *key, const float *fallback, float *color) {
+// Three numbers of a key, each in min..max, or OpenAI CLIP's own.
+static void avl__clip_load_color(avl__weights *w, const char *key, double min, double max, const float *fallback,
+                                 float *color) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
     const int whole = file && astrovl_gguf_kv(file, index)->count == 3;
-    for (int c = 0; c < 3; c++) color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
+    for (int c = 0; c < 3; c++) {
+        color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
+        if (!(color[c] >= min && color[c] <= max))
+            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s holds %.9g; it must lie between %.9g and %.9g", key,
+                           (double)color[c], min, max);
+    }
 }
 
 static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info) {
@@ -4875,10 +4879,8 @@ static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info)
     info->n_patches = clip->n_patches = (s / p) * (s / p);
     if (clip->n_patches > 65536)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.* asks for %d patches", clip->n_patches);
-    avl__clip_load_color(w, "clip.vision.image_mean", clip_mean, clip->mean);
-    avl__clip_load_color(w, "clip.vision.image_std", clip_std, clip->std);
-    if (!(clip->std[0] > 0.0f && clip->std[1] > 0.0f && clip->std[2] > 0.0f))
-        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.image_std must be positive");
+    avl__clip_load_color(w, "clip.vision.image_mean", 0.0, 1.0, clip_mean, clip->mean);
+    avl__clip_load_color(w, "clip.vision.image_std", 1e-7, 1e6, clip_std, clip->std);
     // LLaVA-1.5 pads, and its mmproj files do not say so; a tower without a projector is CLIP's own, which crops.
     const astrovl_string aspect = avl__load_string(w, "clip.vision.image_aspect_ratio");
     clip->pad_square = aspect.size ? avl__string_is(aspect, "pad") : avl__find_tensor(w, "mm.0.weight", NULL) != NULL;
@@ -4888,7 +4890,7 @@ static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info)
     info->vision_n_head = clip->tower.n_head;
     info->vision_n_ff = clip->tower.n_ff;
     // LLaVA's features come after all layers but the last (transformers: vision_feature_layer -2), unless a file says
-    // otherwise. One with the final norm holds the whole tower; else the converter has dropped the unused last layer.
+    // otherwise. A file without the final norm lacks the last layer too: its converter has dropped what is not used.
     int index;
     const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
     if (file && astrovl_gguf_kv(file, index)->count > 1)
@@ -4931,20 +4933,19 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
     const int size = clip->image_size;
     const size_t n = (size_t)size * size;
     astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
-    astrovl_status status;
-    if (!image || !image->rgb || image->width < 1 || image->height < 1)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the image is empty");
+    astrovl_status status = avl__image_check(image, 1, 1, &shaped, err);
+    if (status) return status;
+    const int64_t w = image->width, h = image->height, longer = w > h ? w : h, shorter = w < h ? w : h;
+    if (clip->pad_square ? longer / 4 > shorter && (uint64_t)(longer * longer / 4) > ASTROVL_MAX_PIXELS
+                         : size * longer / shorter > 65535)   // gigabytes, from a file of a few bytes
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow to be made square", (int)w, (int)h);
     if (clip->pad_square) {
         unsigned char color[3];
         for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
         status = astrovl_image_pad_square(image, color, &shaped, err);
         if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
     } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
-        const int w = image->width, h = image->height;
-        const int64_t rw = w <= h ? size : (int64_t)size * w / h, rh = w <= h ? (int64_t)size * h / w : size;
-        if (rw > 65535 || rh > 65535)
-            return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow for a square crop", w, h);
-        status = astrovl_image_resize(image, (int)rw, (int)rh, &shaped, err);
+        status = astrovl_image_resize(image, (int)(size * w / shorter), (int)(size * h / shorter), &shaped, err);
         if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
     }
     for (size_t c = 0; c < 3 && !status; c++)
@@ -5168,11 +5169,10 @@ static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_i
 
 // file: the one that holds the layers
 static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *file, astrovl_info *info) {
-    const int key = astrovl_gguf_find_kv(file, "general.architecture");
-    const astrovl_string architecture = astrovl_gguf_string(file, key, 0);
-    if (!avl__string_is(architecture, "llama"))
+    const astrovl_string type = astrovl_gguf_string(file, astrovl_gguf_find_kv(file, "general.architecture"), 0);
+    if (!avl__string_is(type, "llama"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%.*s\"; this runs "
-                       "\"llama\": take a model of that family", AVL__SHOW(architecture));
+                       "\"llama\": take a model of that family", AVL__SHOW(type));
     const int d = info->n_embd = m->n_embd = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
     info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
     info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
@@ -5249,15 +5249,15 @@ static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *k
 enum { AVL__STEP_ROWS = 16 };   // conversations in a step, at most: up to so many rows, the kernels compute each as if
                                 // it were alone, so an answer does not depend on what is written beside it
 
-// What the parts of a layer need that know of caches and heads
+// What the steps of a layer need that depend on caches and heads
 typedef struct avl__llama_pass {
     const avl__llama *m;
     avl__run         *run;
     avl__kv_cache *const *caches;   // [n_caches]: one for all rows, or one for each row (then at most AVL__STEP_ROWS)
     int    n_caches, n, n_each;     // rows, and rows of a cache
-    int    layer;                   // the one under way
+    int    layer;                   // the current one
     float *q, *mixed;               // [n][n_head][head_dim]
-    float *k, *v;                   // [n][n_head_kv][head_dim], on their way into the caches
+    float *k, *v;                   // [n][n_head_kv][head_dim], then copied to the caches
     float *cos_sin;                 // [n][rope_dim / 2][3]   of each row's angles, in all layers
     float *shown;                   // [n][n_head][head_dim], only for the tap
     float *weights;                 // [n_head][n][n_past + n], only for the tap, which sees one cache at a time
@@ -5384,12 +5384,12 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         avl__llama_tap_heads(&p, "self_attn.k_proj", p.k, m->n_head_kv);
         avl__tap(run, name, i, "self_attn.v_proj", p.v, n, n_kv);
         const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
-        if (status) return status;                      // nothing that was not computed goes into a cache
+        if (status) return status;                      // a failed product does not reach the caches
         avl__pool_run(run->pool, avl__llama_row_item, &p, n);
         avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
         avl__llama_tap_heads(&p, "self_attn.k_rope", p.k, m->n_head_kv);
         avl__llama_attend(&p);
-        if (i == m->n_layer - 1 && !run->tap) {         // only the rows that logits are made of go on
+        if (i == m->n_layer - 1 && !run->tap) {         // the rest is needed only for the rows with logits
             memmove(x, x + (size_t)(n - n_logits) * d, (size_t)n_logits * d * sizeof(float));
             memmove(p.mixed, p.mixed + (size_t)(n - n_logits) * n_q, (size_t)n_logits * n_q * sizeof(float));
             n = n_logits;
@@ -5426,9 +5426,9 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
 
 // ====================================================================================================================
 // [10] VLM
-// The whole: a model out of files, a session that runs it, and LLaVA (Liu et al. 2023) itself, which is three short
-// steps. The vision tower turns an image into one row per patch; a projector brings each row to the language model's
-// width; the rows stand in the sequence where the prompt says <image>. From there on they are read as words are.
+// Opening a model's files, sessions that run it, and LLaVA (Liu et al. 2023) itself, which is three short steps. The
+// vision tower turns an image into one row per patch; a projector brings each row to the language model's width; the
+// rows stand in the sequence where the prompt says <image>, and are read as the rows of tokens are.
 // ====================================================================================================================
 
 struct astrovl_model {
@@ -5528,6 +5528,7 @@ static void avl__open_projector(astrovl_model *m) {
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the projector gives rows of %d values, the language model reads "
                        "%d; these files belong to different models", n, m->llama.n_embd);
     m->info.has_projector = 1;
+    m->info.n_embd = n;            // also without a language model: the caller sizes astrovl_encode_image's rows by it
     m->info.n_image_tokens = m->clip.n_patches;
 }
 
@@ -5891,8 +5892,8 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
 
 // ---- rows through the language model -------------------------------------------------------------------------------
 
-// A long prompt is read in blocks of 512 positions, so that memory for activations stays small; the numbers are the
-// same.   tokens, rows: one of them is NULL
+// A long prompt is read in blocks of 512 positions, so that memory for activations stays small; in exact mode, the
+// logits are the same.   tokens, rows: one of them is NULL
 static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const float *rows, int n, float *logits,
                                 int n_logits, astrovl_error *err) {
     astrovl_status status = avl__need(s ? s->model : NULL, AVL__PART_TEXT, err);
@@ -5933,7 +5934,7 @@ ASTROVL_API astrovl_status astrovl_eval_embeddings(astrovl_session *s, const flo
 // ---- prompts -------------------------------------------------------------------------------------------------------
 // A turn is laid out as the template says, into tokens where -1 - i stands for image i. Text between images and special
 // tokens is tokenized as one part, as LLaVA's tokenizer_image_token does; the template's own special tokens are put in
-// as such, so a user who types "<|im_end|>" has typed ten characters.
+// as such, so that "<|im_end|>" in a user's text remains ten characters.
 
 typedef struct avl__prompt {
     astrovl_turn *turn;       // whose err keeps the first failure
@@ -7362,7 +7363,7 @@ static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
     }
 }
 
-enum { AVL__JOINT_ROWS = 1024 };   // go through a tower together: enough for all threads, few enough for the caches
+enum { AVL__JOINT_ROWS = 1024 };   // of a pass through a tower: enough for all threads, few enough for the CPU's caches
 enum { AVL__JOINT_FLAGS = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL };
 
 ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrovl_image *images, int n_images,
@@ -7442,7 +7443,7 @@ ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astro
     if (!status) {
         for (int j = 0; j < n_texts; j++)
             fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
-        for (int j = 0; j < n_texts; j++) rows[j] = model->info.logit_scale * fits[j].cosine;      // in their place
+        for (int j = 0; j < n_texts; j++) rows[j] = model->info.logit_scale * fits[j].cosine;   // in the rows' place
         astrovl_softmax(rows, n_texts);
         for (int j = 0; j < n_texts; j++) fits[j].probability = rows[j];
     }
@@ -7457,10 +7458,9 @@ ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astro
 
 // Puts a hit into a list of *n hits, best first, of which the best k are kept.
 static void avl__hits_insert(astrovl_hit *hits, int *n, int k, astrovl_hit hit) {
-    int at = *n;
-    if (at == k && !(hit.score > hits[k - 1].score)) return;     // rows come in order: of equals, the earlier is there
-    if (at == k) at--;
-    else (*n)++;
+    if (*n == k && !(hit.score > hits[k - 1].score)) return;     // on a tie, the row that came first stays
+    if (*n < k) (*n)++;
+    int at = *n - 1;
     for (; at > 0 && hit.score > hits[at - 1].score; at--) hits[at] = hits[at - 1];
     hits[at] = hit;
 }
@@ -7494,17 +7494,17 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a search needs rows, a query and room for k hits");
         return -1;
     }
-    const int n_each = k < rows->n_rows ? k : (int)rows->n_rows;             // hits of a slice, which has k rows or all
+    const int n_each = k < rows->n_rows ? k : (int)rows->n_rows;   // hits of a slice, which has at least as many rows
     const int64_t n_slices = rows->n_rows / (k > 4096 ? k : 4096);
-    avl__search s = {avl__choose_kernels(ASTROVL_FAST, NULL), *rows, query, k, 1, NULL};
+    avl__search s = {avl__choose_kernels(ASTROVL_FAST, NULL), *rows, query, n_each, 1, NULL};
     if (n_slices > 1) s.n_slices = n_slices > 256 ? 256 : (int)n_slices;
-    s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)k, sizeof *s.hits);
+    s.hits = (astrovl_hit *)avl__alloc_raw((uint64_t)s.n_slices * (uint64_t)n_each, sizeof *s.hits);
     avl__pool *pool = avl__pool_new(n_threads);
     int n = pool && s.hits ? 0 : -1;
     if (n < 0) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a search");
     else       avl__pool_run(pool, avl__search_slice, &s, s.n_slices);
     for (int slice = 0; slice < s.n_slices && n >= 0; slice++)
-        for (int i = 0; i < n_each; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * k + i]);
+        for (int i = 0; i < n_each; i++) avl__hits_insert(hits, &n, k, s.hits[(size_t)slice * n_each + i]);
     avl__pool_free(pool);
     astrovl_free(s.hits);
     return n;

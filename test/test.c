@@ -3307,6 +3307,8 @@ static void models_wrong_keys(void) {
         {1, "clip.vision.embedding_length", 24}, {1, "clip.vision.feed_forward_length", 65},
         {1, "clip.vision.attention.head_count", 5}, {1, "clip.vision.attention.head_count", 0},
         {1, "clip.vision.block_count", 3}, {1, "clip.vision.block_count", 0x7FFFFFFF},
+        {1, "clip.vision.image_mean", 0xBF800000}, {1, "clip.vision.image_mean", 0x7F800000},        // -1, infinity
+        {1, "clip.vision.image_std", 0}, {1, "clip.vision.image_std", 0x7FC00000},                   // NaN
         {2, "clip.vision.feature_layer", 4}, {2, "clip.vision.feature_layer", 0xFFFFFFFF}};
     size_t c;
     for (c = 0; c < sizeof cases / sizeof *cases; c++) {
@@ -3317,7 +3319,8 @@ static void models_wrong_keys(void) {
         astrovl_model *m;
         CHECK(at, "%s is not in %s", cases[c].key, models_files[cases[c].file]);
         if (at) {
-            int is_array = strcmp(cases[c].key, "clip.vision.feature_layer") == 0;   // of one: type, count, value
+            int is_array = strstr(cases[c].key, "_layer") || strstr(cases[c].key, "image_mean") ||
+                           strstr(cases[c].key, "image_std");   // type, count, values
             models_store(at + (is_array ? 12 : 0), cases[c].value);
             m = models_open_bytes(bytes, size, &err);
             CHECK(!m && err.status == ASTROVL_ERROR_MODEL && strstr(err.message, "block"), "%s = %u: %s (%s)",
@@ -3397,8 +3400,8 @@ static void models_parts(void) {
     m = astrovl_open(models_a_files[1], NULL, &err);
     CHECK(m, "%s", err.message);
     astrovl_get_info(m, &info);
-    CHECK(!info.has_text && !info.has_vocab && info.has_vision && info.has_projector && info.n_image_tokens == 16,
-          "parts of an mmproj file");
+    CHECK(!info.has_text && !info.has_vocab && info.has_vision && info.has_projector && info.n_image_tokens == 16 &&
+          info.n_embd == 24, "parts of an mmproj file");
     s = astrovl_session_new(m, NULL, &err);
     CHECK(s && rows && astrovl_encode_image(s, &a.images[0], rows, &err) == ASTROVL_OK, "%s", err.message);
     FAILS(astrovl_eval_tokens(s, &token, 1, NULL, 0, &err) != ASTROVL_OK, MODEL, "tokens without a model");
@@ -3528,7 +3531,7 @@ static void models_nulls(void) {
     astrovl_memory block = {NULL, 0, NULL};
     const char *path = NULL;
     unsigned char black[3] = {0, 0, 0};
-    float x[8];
+    float x[8], pixels[3 * 32 * 32];
     int n = -1;
     models_kit_open(&kit, 'a');
     s = models_small_session(&kit, 0, NULL, NULL);
@@ -3554,6 +3557,20 @@ static void models_nulls(void) {
     FAILS(!astrovl_ask_file(kit.model, "test/golden/models_1.png", NULL, NULL, &err), ARGUMENT, "ask_file, no question");
     FAILS(astrovl_preprocess(NULL, &kit.images[0], x, &err), ARGUMENT, "preprocess");
     FAILS(astrovl_preprocess(kit.model, NULL, x, &err), ARGUMENT, "preprocess, no image");
+    // padded to a square, an image of a few bytes would take 4.8 GB
+    image.rgb = (unsigned char *)calloc(40000, 3);
+    image.width = 40000;
+    image.height = 1;
+    FAILS(astrovl_preprocess(kit.model, &image, pixels, &err), LIMIT, "preprocess, a narrow image");
+    image.width = 5000;
+    CHECK(astrovl_preprocess(kit.model, &image, pixels, &err) == ASTROVL_OK, "%s", err.message);
+    astrovl_model *joint = astrovl_open("test/golden/joint_a.gguf", NULL, &err);   // crops
+    image.width = 4500;
+    FAILS(astrovl_preprocess(joint, &image, pixels, &err), LIMIT, "preprocess, an image too narrow to crop");
+    image.height = 3;
+    CHECK(astrovl_preprocess(joint, &image, pixels, &err) == ASTROVL_OK, "%s", err.message);
+    astrovl_close(joint);
+    free(image.rgb);
     FAILS(astrovl_preprocess(kit.model, &kit.images[0], NULL, &err), ARGUMENT, "preprocess, no pixels");
     FAILS(astrovl_score(NULL, &kit.images[0], &path, 1, &fit, &err), ARGUMENT, "score");
     FAILS(!astrovl_guide_regex(NULL, "a", &err), ARGUMENT, "guide_regex");
@@ -6116,7 +6133,7 @@ static void joint_search(void) {
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_hit hits[4];
     float query[4] = {1, 0, 0, 0};
-    uint16_t rows[12] = {0};
+    uint8_t rows[24] = {0};   // three rows of four float16, little-endian
     astrovl_rows none = {NULL, 0, 4}, flat = {NULL, 3, 0}, lost = {NULL, 3, 4}, vast = {NULL, INT64_MAX, 4}, three = {NULL, 3, 4};
     int threads, failed, n;
     long at;
@@ -6131,10 +6148,11 @@ static void joint_search(void) {
     FAILS(astrovl_search(&three, query, 0, 1, hits, &err) < 0, ARGUMENT, "k 0");
     FAILS(astrovl_search(&lost, query, 1, 1, hits, &err) < 0, ARGUMENT, "no rows' address");
     FAILS(astrovl_search(&vast, query, 1, 1, hits, &err) < 0, ARGUMENT, "more rows than there is memory");
-    rows[4] = 0x7E00;   // NaN: the last
-    rows[8] = 0xBC00;   // -1
+    rows[9] = 0x7E;    // row 1: NaN: the last
+    rows[17] = 0xBC;   // row 2: -1
     CHECK(astrovl_search(&three, query, 3, 1, hits, &err) == 3 && hits[0].row == 0 && hits[1].row == 2 && hits[2].row == 1,
           "%d %d %d", (int)hits[0].row, (int)hits[1].row, (int)hits[2].row);
+    CHECK(astrovl_search(&three, query, INT_MAX, 1, hits, &err) == 3, "all rows, however large k is: %s", err.message);
     EACH_ALLOCATION(at, failed, n = astrovl_search(&three, query, 3, 2, hits, &err))
         if (failed) FAILS(n < 0, MEMORY, "search, allocation %ld", at);
     CHECK(at > 2, "%ld allocations", at);
