@@ -8634,14 +8634,14 @@ AVL__INLINE avl__vf AVL_(load_numbers)(int type, const void *p, int n) {
     return (avl__vf)(__builtin_convertvector(some, avl__vu) << 16);
 }
 
-// Adds the products of n columns (at most AVL__W), from column i on, of n_rows rows and m weight rows.
+// Adds the products of n columns (at most AVL__W) of n_rows rows, x, and m weight rows, both from the first column on.
 AVL__INLINE void AVL_(add_columns)(int type, int n_rows, int m, const avl__linear *w, const uint8_t *row,
-                                   const float *x, int i, int n, avl__vf (*acc)[2]) {
-    const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
+                                   const float *x, int n, avl__vf (*acc)[2]) {
+    const size_t stride = (size_t)w->n_in, row_bytes = w->row_bytes;
     avl__vf v[2];
-    AVL__EACH(o, m) v[o] = AVL_(load_numbers)(type, row + (size_t)o * w->row_bytes + size * (size_t)i, n);
+    AVL__EACH(o, m) v[o] = AVL_(load_numbers)(type, row + (size_t)o * row_bytes, n);
     AVL__EACH(r, n_rows) {
-        const avl__vf a = AVL_(load_some)(x + (size_t)r * w->n_in + i, n);
+        const avl__vf a = AVL_(load_some)(x + (size_t)r * stride, n);
         AVL__EACH(o, m) acc[r][o] = AVL_(fma)(v[o], a, acc[r][o]);
     }
 }
@@ -8653,17 +8653,22 @@ AVL__INLINE void AVL_(linear_rows)(int type, int n, int m, const avl__product *p
     const uint8_t *row = (const uint8_t *)w->weight + (size_t)out * w->row_bytes;
     const float *x = p->x + (size_t)r0 * w->n_in;
     const size_t size = type == ASTROVL_TYPE_F32 ? 4 : 2;
+    const int each = AVL__W == 4 && n > 1 ? 8 : 32;      // columns of code without a loop: what registers allow
     avl__vf even[4][2] = {{{0}}}, odd[4][2] = {{{0}}};
-    int i;
-    for (i = 0; i + 32 <= w->n_in; i += 32) {
+    int left = w->n_in;
+    for (; left >= 32; left -= 32) {
         for (int o = 0; next && o < m; o++) {
-            avl__prefetch_lines(next + size * (size_t)i + (size_t)o * w->row_bytes, 32 * size);
-            avl__prefetch_page(next + size * (size_t)i + (size_t)o * w->row_bytes, 32 * size);
+            avl__prefetch_lines(next + (size_t)o * w->row_bytes, 32 * size);
+            avl__prefetch_page(next + (size_t)o * w->row_bytes, 32 * size);
         }
-        AVL__EACH(k, 32 / AVL__W)
-            AVL_(add_columns)(type, n, m, w, row, x, i + AVL__W * k, AVL__W, k % 2 ? odd : even);
+        if (next) next += 32 * size;
+        for (int i = 0; i < 32; i += each, x += each, row += (size_t)each * size)
+            AVL__EACH(k, each / AVL__W)
+                AVL_(add_columns)(type, n, m, w, row + AVL__W * size * (size_t)k, x + AVL__W * k, AVL__W,
+                                  k % 2 ? odd : even);
     }
-    for (; i < w->n_in; i += AVL__W) AVL_(add_columns)(type, n, m, w, row, x, i, w->n_in - i, even);
+    for (; left > 0; left -= AVL__W, x += AVL__W, row += AVL__W * size)
+        AVL_(add_columns)(type, n, m, w, row, x, left, even);
     AVL__EACH(r, n)
         AVL__EACH(o, m)
             p->y[(size_t)(r0 + r) * w->n_out + out + o] =
