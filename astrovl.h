@@ -2941,7 +2941,7 @@ static uint32_t avl__composed(avl__unicode *u, uint32_t first, uint32_t second) 
         return AVL__HANGUL + ((first - AVL__LEAD) * AVL__N_VOWELS + (second - AVL__VOWEL)) * AVL__N_TAILS;
     if (first - AVL__HANGUL < AVL__N_SYLLABLES && (first - AVL__HANGUL) % AVL__N_TAILS == 0 && second > AVL__TAIL &&
         second - AVL__TAIL < AVL__N_TAILS) return first + (second - AVL__TAIL);
-    return avl__find_pair(u, first, second)->x;
+    return second ? avl__find_pair(u, first, second)->x : 0;   // (first, 0) is how first is taken apart
 }
 
 // Appends text (valid UTF-8), composed and in lower case; 0: memory is out.

@@ -5787,6 +5787,23 @@ static void joint_long_texts(void) {
     joint_kit_close(&kit);
 }
 
+// A zero byte is a word of its own, behind a composed letter too.
+static void joint_zero_byte(void) {
+    static const char *const texts[] = {"\xC3\xA9", "\0", "z", "\xC3\xA9\0z"};
+    static const size_t sizes[] = {2, 1, 1, 4};
+    int32_t parts[32], ids[32];
+    int n_parts = 0, n = 0, i;
+    joint_kit kit;
+    joint_kit_open(&kit, 'a');
+    for (i = 0; i < 4; i++) {
+        n = astrovl_clip_tokenize(kit.model, texts[i], sizes[i], ids, 32, NULL);   // start and end token included
+        if (i < 3) memcpy(parts + n_parts, ids + 1, (size_t)(n - 2) * sizeof *ids);
+        if (i < 3) n_parts += n - 2;
+    }
+    CHECK(n == n_parts + 2 && memcmp(ids + 1, parts, (size_t)n_parts * sizeof *ids) == 0, "%d tokens, not %d", n - 2, n_parts);
+    joint_kit_close(&kit);
+}
+
 // ---- layer by layer, and what comes out
 
 static void joint_on_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
@@ -6145,6 +6162,7 @@ static void tests_joint(void) {
     run("joint: A's tokens as CLIPTokenizer, merges recovered", joint_tokens_a);
     run("joint: B's tokens as CLIPTokenizer", joint_tokens_b);
     run("joint: long texts", joint_long_texts);
+    run("joint: a zero byte", joint_zero_byte);
     run("joint: A layer by layer as CLIPModel", joint_layers_a);
     run("joint: B layer by layer as CLIPModel", joint_layers_b);
     run("joint: A's embeddings, scores, order, loss", joint_scores_a);
