@@ -851,11 +851,12 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
     size_t capacity = 0, n = 1;
 #if AVL__POSIX
     struct stat st;
-    if (stat(path, &st) == 0 && S_ISCHR(st.st_mode))
+    const int is_there = stat(path, &st) == 0;
+    if (is_there && S_ISCHR(st.st_mode))
         return avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a device, not a file", path);
 #endif
-#if AVL__MMAP                                     // a pipe and an empty file cannot be mapped
-    const int fd = no_mmap ? -1 : open(path, O_RDONLY);
+#if AVL__MMAP   // a pipe and an empty file cannot be mapped, and a pipe that is opened twice loses bytes
+    const int fd = no_mmap || !is_there || !S_ISREG(st.st_mode) ? -1 : open(path, O_RDONLY);
     void *data = MAP_FAILED;
     if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0 && (uint64_t)st.st_size <= SIZE_MAX)
         data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
