@@ -494,7 +494,7 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
 #define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
 // Text to token ids, as transformers' tokenizers do it. Returns how many there are: IF MORE THAN CAPACITY, THE REST WAS
-// NOT WRITTEN. -1 and err: MODEL (no vocabulary), LIMIT (a text above 512 MB).
+// NOT WRITTEN. -1 and err: MODEL (no vocabulary), LIMIT (a text above 256 MB).
 // text: [size] any bytes; what is not UTF-8 counts as U+FFFD;   tokens: out, [capacity]; NULL with capacity 0 to count
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
@@ -3576,7 +3576,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     int types = AVL__MARKERS & ~(v->kind == AVL__VOCAB_SPM ? 1 << AVL__TOKEN_USER_DEFINED : 0);
     size_t before = out->size, at, end;
     avl__encoder e;
-    if (size > INT32_MAX / 4)
+    if (size > INT32_MAX / 8)   // 3 bytes for one that is not UTF-8, spelled as 6: a spelling's size fits an int32_t
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %lld bytes is too long", (long long)size);
     memset(&e, 0, sizeof e);
     e.v = v;

@@ -3592,6 +3592,7 @@ static void models_nulls(void) {
     FAILS(astrovl_tokenize(NULL, "a", 1, 0, NULL, 0, &err) < 0, ARGUMENT, "tokenize");
     FAILS(astrovl_tokenize(kit.model, NULL, 1, 0, NULL, 0, &err) < 0, ARGUMENT, "tokenize, no text");
     FAILS(astrovl_tokenize(kit.model, "a", 1, 0, NULL, 9, &err) < 0, ARGUMENT, "tokenize, no room");
+    FAILS(astrovl_tokenize(kit.model, "a", (size_t)INT32_MAX / 8 + 1, 0, NULL, 0, &err) < 0, LIMIT, "tokenize, a long text");   // (not read)
     FAILS(astrovl_clip_tokenize(NULL, "a", 1, NULL, 0, &err) < 0, ARGUMENT, "clip_tokenize");
     FAILS(!astrovl_detokenize(NULL, &n, 1, &err), ARGUMENT, "detokenize");
     FAILS(!astrovl_detokenize(kit.model, NULL, 1, &err), ARGUMENT, "detokenize, no tokens");
