@@ -3280,12 +3280,11 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
                                       astrovl_error *err) {
     avl__keys k = {file, prefix, err, ASTROVL_OK};
     memset(v, 0, sizeof *v);
-    if (clip) {
-        v->kind = AVL__VOCAB_CLIP;
-        v->add_bos = v->add_eos = 1;
-    } else avl__load_kind(v, &k);
+    if (clip) v->kind = AVL__VOCAB_CLIP;
+    else avl__load_kind(v, &k);
     avl__load_pieces(v, &k);
     avl__load_types(v, &k);
+    if (clip) v->add_bos = v->add_eos = 1;   // whatever the keys say: the tower needs one token at least
     if (v->kind == AVL__VOCAB_SPM) avl__load_scores(v, &k);
     else avl__load_merges(v, &k);
     if (clip && v->bos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|>");

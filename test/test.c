@@ -5805,6 +5805,34 @@ static void joint_zero_byte(void) {
     joint_kit_close(&kit);
 }
 
+// The start and the end token, one of which stands for a text, are there whatever a file's keys say.
+static void joint_no_ends(void) {
+    static const char *const keys[] = {"tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "x"};
+    static const char *texts[1500];
+    size_t size, at = 24, i;
+    unsigned char *file = read_file("test/golden/joint_a.gguf", &size), *bytes = (unsigned char *)calloc(size + 96, 1);
+    float *rows = (float *)malloc(sizeof(float) * 1500 * JOINT_DIMS);
+    astrovl_error err = {ASTROVL_OK, ""};
+    memcpy(bytes, file, 24);
+    bytes[16] = (unsigned char)(bytes[16] + 3);           // entries; these take 96 bytes: the tensors stay aligned
+    for (i = 0; i < 3; at += strlen(keys[i]) + 13, i++) {
+        bytes[at] = (unsigned char)strlen(keys[i]);
+        memcpy(bytes + at + 8, keys[i], strlen(keys[i]));
+        bytes[at + 8 + strlen(keys[i])] = ASTROVL_VALUE_BOOL;
+    }
+    memcpy(bytes + at, file + 24, size - 24);
+    for (i = 0; i < 1500; i++) texts[i] = "";
+    astrovl_model *m = models_open_bytes(bytes, size + 96, &err);
+    CHECK(at == 120 && astrovl_clip_tokenize(m, "", 0, NULL, 0, &err) == 2, "%s", err.message);
+    astrovl_session *s = astrovl_session_new(m, NULL, &err);
+    CHECK(astrovl_embed_texts(s, texts, 1500, 1, rows, &err) == ASTROVL_OK, "%s", err.message);
+    astrovl_session_free(s);
+    astrovl_close(m);
+    free(rows);
+    free(bytes);
+    free(file);
+}
+
 // ---- layer by layer, and what comes out
 
 static void joint_on_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
@@ -6164,6 +6192,7 @@ static void tests_joint(void) {
     run("joint: B's tokens as CLIPTokenizer", joint_tokens_b);
     run("joint: long texts", joint_long_texts);
     run("joint: a zero byte", joint_zero_byte);
+    run("joint: no start and end token", joint_no_ends);
     run("joint: A layer by layer as CLIPModel", joint_layers_a);
     run("joint: B layer by layer as CLIPModel", joint_layers_b);
     run("joint: A's embeddings, scores, order, loss", joint_scores_a);
