@@ -1,4 +1,4 @@
-// astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT licence
+// astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT license
 //
 // Runs AstroLLaVA (arXiv 2504.08583) and other models built like LLaVA-1.5 (a CLIP vision tower, a projector, a
 // LLaMA-family language model) from the GGUF files that llama.cpp uses, and PAPERCLIP (arXiv 2403.08851) and other
@@ -1031,7 +1031,7 @@ static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_it
 //   one correct result, so the functions give the same bits on every machine, which no libm promises.
 // ====================================================================================================================
 
-#include <math.h>   // only sqrt, whose result IEEE 754 fixes to the last bit
+#include <math.h>   // only HUGE_VAL, and sqrt, whose result IEEE 754 fixes to the last bit
 
 static double avl__sqrt(double x) { return sqrt(x); }
 
@@ -1579,7 +1579,7 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 // ---- how a pass is run ---------------------------------------------------------------------------------------------
 
 // Execution context: kernels, threads, memory, callbacks. A session and its forks share one.
-enum { AVL__MAX_TAKEN = 24 };              // buffers of a pass; an image takes 17
+enum { AVL__MAX_TAKEN = 16 };              // buffers of a pass; embedding an image takes 12, the most
 
 typedef struct avl__run {
     const avl__kernels *kernels;
@@ -2525,7 +2525,7 @@ static astrovl_string avl__load_string(const avl__weights *w, const char *key) {
     return is_text ? astrovl_gguf_string(file, index, 0) : avl__string(NULL, 0);
 }
 
-// A number in min..max; what is not a number is out of range. fallback: for an absent key; -1: the key must be there
+// A number in min..max (no NaN; a text counts as 0). fallback: for an absent key; -1: the key must be there
 static double avl__load_value(avl__weights *w, double min, double max, double fallback, const char *key) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
