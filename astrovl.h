@@ -684,13 +684,14 @@ static size_t avl__utf8_whole(const char *text, size_t size) {
 // An astrovl_string, which has no zero at its end and may be long, as the arguments of %.*s
 #define AVL__SHOW(s) (int)avl__utf8_whole((s).data, (s).size < 96 ? (s).size : 96), (s).data
 
-// As snprintf, but a text that does not fit is cut between characters, and control characters become '?', so that names
-// from hostile files cannot drive a terminal. Returns the length of what text[capacity] holds then.
+// As snprintf, but a text that does not fit is cut between characters, and control characters (in UTF-8 0 to 1F, 7F and
+// C2 80 to C2 9F) become '?' or U+00BF, so that names from hostile files cannot drive a terminal. Returns the length.
 AVL__PRINTF(3, 0) static size_t avl__format_v(char *text, size_t capacity, const char *format, va_list args) {
     int n = vsnprintf(text, capacity, format, args);
     const size_t size = n < 0 ? 0 : (size_t)n < capacity ? (size_t)n : avl__utf8_whole(text, capacity - 1);
     for (size_t i = 0; i < size; i++)
         if ((unsigned char)text[i] < 32 || text[i] == 127) text[i] = '?';
+        else if (i > 0 && text[i - 1] == '\xC2' && (text[i] & 0xE0) == 0x80) text[i] = '\xBF';
     text[size] = 0;
     return size;
 }
@@ -2246,8 +2247,7 @@ static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const ch
                                 void (*read)(avl__gguf_reader *r, int i)) {
     unsigned long long size;
     const char *text;
-    int i;
-    for (i = 0; i < names->count && !r->status; i++) {
+    for (int i = 0; i < names->count && !r->status; i++) {
         r->kind = kind;
         r->name = "";
         size = avl__gguf_uint(r, 8);
@@ -2264,7 +2264,7 @@ static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const ch
     if (r->status) return;
     r->field = r->at;
     avl__sort(names->order, names->count, avl__names_order, names);
-    for (i = 1; i < names->count; i++) {
+    for (int i = 1; i < names->count; i++) {
         r->name = names->name[names->order[i]];
         if (strcmp(r->name, names->name[names->order[i - 1]]) == 0)
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the same name appears twice in the list that ends here");

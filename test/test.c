@@ -438,6 +438,8 @@ static void test_messages(void) {
     CHECK(strcmp(text, "abc\xE2\x98\x86") == 0, "%s", text);
     avl__format(text, sizeof text, "%s", "a\033[2Jb");
     CHECK(strcmp(text, "a?[2Jb") == 0, "control characters must not reach a terminal: %s", text);
+    avl__format(text, sizeof text, "%s", "\xC2\x9B\xC2\xA0");            // U+009B begins a command as well, U+00A0 does not
+    CHECK(strcmp(text, "\xC2\xBF\xC2\xA0") == 0, "control characters must not reach a terminal: %s", text);
     CHECK(avl__format(text, 3, "%s", "\xF0\x9F\x98\x80") == 0 && !*text, "%s", text);
 }
 
