@@ -109,8 +109,8 @@
 // sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
 // needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
 // ASTROVL_FAST (default) uses vector instructions, rounds activations to 8-bit integers in blocks of 32, and keeps the
-// KV cache in float16. Weights of a float type meet activations of bfloat16 (AVX-512 BF16), of 14-bit integers (other
-// x86-64 processors) or of float32 (all others). In neither mode do results depend on the number of threads.
+// KV cache in float16. Weights of a float type are multiplied with activations of bfloat16 (AVX-512 BF16), of 14-bit
+// integers (other x86-64 processors) or of float32 (all others). Neither mode's results depend on the number of threads.
 // The best kernels for the processor are chosen at run time; `isa` in a session's options (for the astrovl program, the
 // environment variable ASTROVL_ISA) sets an upper limit. From the simplest to the best:
 //     x86-64    portable, avx2, avx_vnni, avx512 (with VNNI), avx512_bf16
@@ -366,7 +366,7 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 
 // One turn of a conversation: the user says `text` about `images` (n_images may be 0), the model answers. Where `text`
 // has the marker <image> n_images times, the images stand there; where it has none, they stand before the text, each
-// followed by a newline (LLaVA's habit). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL
+// followed by a newline (as in LLaVA). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL
 // and err (LIMIT when the context is full, MODEL when a part is missing); the conversation is then what it was before.
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
@@ -422,7 +422,7 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 // ---- guided generation ---------------------------------------------------------------------------------------------
 // Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
 // that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
-// A guide learns while it is used: it belongs to one thread at a time. Several answers, one after another or in a
+// A guide is extended while it is used: it belongs to one thread at a time. Several answers, one after another or in a
 // batch, may share it. The model must outlive it.
 // A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
 // groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
@@ -911,8 +911,8 @@ static double avl__seconds(void) {   // wall clock, for measuring spans
 
 typedef void (*avl__job)(void *context, int item, int thread);
 
-// A job is handed over by counting `generation` up; n_busy counts the workers that are not through with it. The next
-// job of a pass follows within microseconds, sooner than the system wakes a thread, so whoever waits spins before it
+// A job is handed over by counting `generation` up; n_busy counts the workers that have not finished it. The next
+// job of a pass follows within microseconds, sooner than the system wakes a thread, so a waiting thread spins before it
 // sleeps.
 typedef struct avl__pool {
     int             n_threads;      // the caller, thread 0, included
@@ -1452,9 +1452,9 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
-// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [13]), x = e q for 32 values. Weights
-// meet `group` rows at a time, whose words lie side by side: rows that lay a power of two apart would evict each other
-// from the L1 cache.
+// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [13]), x = e q for 32 values. `group`
+// rows are multiplied at a time, and their words lie side by side: rows that lay a power of two apart would evict each
+// other from the L1 cache.
 typedef struct avl__quants {
     int8_t  *q;                // [n_groups][n_blocks][8, 16 or 32 words][group][4]
     float   *scale;            // [n_groups][n_blocks][group]                e
@@ -1542,7 +1542,7 @@ static float avl__dot_f16_portable(const void *half, const float *x, int n) {
     return avl__fold_lanes(lane);
 }
 
-// Each weight row is expanded once and then meets every row of x while it is in the cache.
+// Each weight row is expanded once and then multiplied with every row of x while it is in the cache.
 static void avl__linear_portable(const avl__product *p, int first, int last, float *scratch) {
     const avl__linear *w = p->w;
     for (int out = first; out < last; out++) {
@@ -1648,8 +1648,8 @@ static astrovl_status avl__pass_status(const avl__run *run, const char *what, in
 
 // ---- the audit tap -------------------------------------------------------------------------------------------------
 
-// Shows data [d0][d1][d2] (sizes of 0 at the end are no dimensions) under the name prefix.layer.name, as transformers
-// names modules; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
+// Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
+// transformers are; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
 static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
                       int64_t d0, int64_t d1, int64_t d2) {
     const int64_t shape[3] = {d0, d1, d2};
@@ -2016,7 +2016,7 @@ static void avl__attention_run(avl__attention *a, int n) {
 //     n_tensors times   string name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset
 //     zeros up to a multiple of general.alignment (32); the tensors' data, one after the other, each aligned likewise
 //
-// A string is u64 length and bytes; an array is u32 item type, u64 count and the items. A file comes from anywhere, so
+// A string is u64 length and bytes; an array is u32 item type, u64 count and the items. Files may be hostile, so
 // each number is checked against the bytes that remain before it is used to read, multiply or allocate; the memory
 // taken is bounded by a small multiple of the file's size. Later sections rely on what is checked here: names are
 // without zero bytes, tensors lie within the file, their rows are whole blocks. Tensors are used where they lie, at any
@@ -2211,7 +2211,7 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     t->type = (astrovl_type)type;
     t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
     t->n_bytes = (unsigned)info->block_bytes;
-    for (int i = 0; i < 4; i++) {                    // no product of dimensions overflows that this lets pass
+    for (int i = 0; i < 4; i++) {                    // n_bytes stays within the file: no product overflows
         n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
         if (n > size / t->n_bytes) {
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %llu x %llu x %llu x %llu in %s needs more than the "
@@ -2271,7 +2271,7 @@ static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const ch
     }
 }
 
-// Takes the file over: it is closed on failure too.
+// Takes ownership of the file: it is closed on failure too.
 static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_error *err) {
     astrovl_gguf *f = (astrovl_gguf *)avl__alloc(1, sizeof *f);
     avl__gguf_reader reader = {f, 4, 32, 0, "header", "", ASTROVL_OK, err}, *r = &reader;
@@ -2622,7 +2622,7 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
 // [6] Text
 // Text to token ids and back, by the vocabulary that a GGUF file carries in its tokenizer.ggml.* keys.
 //   llama  SentencePiece's BPE (Kudo & Richardson 2018): a text is spelled with U+2581 for a space, and characters are
-//          merged to pieces. What no piece spells goes as bytes.
+//          merged to pieces. What no piece spells becomes bytes.
 //   gpt2   byte-level BPE (Radford et al. 2019): a regular expression cuts the text into words, and in each word bytes,
 //          spelled as printable characters, are merged to tokens. Nothing is unknown.
 //   CLIP   byte-level BPE of its own kind: the text is composed and lower-cased first, white space is dropped, and the
@@ -3295,8 +3295,8 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
 
 // ---- merging -------------------------------------------------------------------------------------------------------
 // The symbols of a spelling are a linked list; a heap holds every pair of neighbors that could be merged, the best on
-// top. Merging a pair lets the left symbol grow over the right one and offers the two new pairs. Pairs that a merge has
-// overtaken stay in the heap, and are known, when they come up, by their size.
+// top. Merging a pair lets the left symbol grow over the right one and offers the two new pairs. A pair of which
+// a merge has changed a symbol stays in the heap; when it is taken out, its size is not the symbols' any more.
 
 typedef struct avl__symbol {
     int32_t start, size;    // bytes of the spelling; size 0: swallowed by the symbol on its left
@@ -3381,7 +3381,7 @@ static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not emp
     return top;
 }
 
-// Merges the symbols and appends their tokens. A symbol that is no token goes as its bytes, or as the unknown token,
+// Merges the symbols and appends their tokens. A symbol that is no token becomes its bytes, or the unknown token,
 // once for a run of such symbols.
 static void avl__merge(avl__encoder *e) {
     const avl__vocab *v = e->v;
