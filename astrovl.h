@@ -110,7 +110,7 @@
 // needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
 // ASTROVL_FAST (default) uses vector instructions, rounds activations to 8-bit integers in blocks of 32, and keeps the
 // KV cache in float16. Weights of a float type are multiplied with activations of bfloat16 (AVX-512 BF16), of 14-bit
-// integers (other x86-64 processors) or of float32 (all others). Neither mode's results depend on the number of threads.
+// integers (other x86-64 processors) or of float32 (all others). Results never depend on the number of threads.
 // The best kernels for the processor are chosen at run time; `isa` in a session's options (for the astrovl program, the
 // environment variable ASTROVL_ISA) sets an upper limit. From the simplest to the best:
 //     x86-64    portable, avx2, avx_vnni, avx512 (with VNNI), avx512_bf16
@@ -2191,15 +2191,15 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
 
 static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     astrovl_tensor *t = &r->f->tensors[index];
-    unsigned long long ne[4] = {1, 1, 1, 1}, n_dims, type, n, size = r->f->file.size;
+    unsigned long long ne[4] = {1, 1, 1, 1}, size = r->f->file.size;
     t->name = r->name;
-    n_dims = avl__gguf_uint(r, 4);
+    const unsigned long long n_dims = avl__gguf_uint(r, 4);
     if (n_dims > 4) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it has %llu dimensions; 4 are allowed", n_dims);
     for (int i = 0; i < (int)n_dims && !r->status; i++) {
         ne[i] = avl__gguf_uint(r, 8);
         if (ne[i] == 0) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is 0", i);
     }
-    type = avl__gguf_uint(r, 4);
+    const unsigned long long type = avl__gguf_uint(r, 4);
     const avl__type_info *info = type > INT_MAX ? NULL : avl__find_type((int)type);
     if (!info)
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %llu, which is not supported: convert it to "
@@ -2212,7 +2212,7 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
     t->n_bytes = (unsigned)info->block_bytes;
     for (int i = 0; i < 4; i++) {                    // n_bytes stays within the file: no product overflows
-        n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
+        const unsigned long long n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
         if (n > size / t->n_bytes) {
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %llu x %llu x %llu x %llu in %s needs more than the "
                            "file's %llu bytes", ne[0], ne[1], ne[2], ne[3], info->name, size);
@@ -2245,15 +2245,13 @@ static void *avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const 
 // A list of named things: names of 1 to max_name bytes, none of them zero; `read` reads what follows name i.
 static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const char *kind, unsigned long long max_name,
                                 void (*read)(avl__gguf_reader *r, int i)) {
-    unsigned long long size;
-    const char *text;
     for (int i = 0; i < names->count && !r->status; i++) {
         r->kind = kind;
         r->name = "";
-        size = avl__gguf_uint(r, 8);
+        const unsigned long long size = avl__gguf_uint(r, 8);
         if (size < 1 || size > max_name)
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, max_name);
-        text = (const char *)avl__gguf_take(r, size, 1);
+        const char *text = (const char *)avl__gguf_take(r, size, 1);
         if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
         if (!r->status) names->name[i] = avl__copy_text(text, (size_t)size);
         if (!names->name[i]) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
@@ -2555,9 +2553,8 @@ static void avl__load_misfit(avl__weights *w, const astrovl_gguf *file, const as
                              ...) {
     char wanted[128], shape[96];
     size_t at = 0;
-    int d;
     AVL__FORMAT_PARAMETERS(wanted, format);
-    for (d = t->n_dims - 1; d >= 0; d--)
+    for (int d = t->n_dims - 1; d >= 0; d--)
         at += avl__format(shape + at, 96 - at, "%s%lld%s", at ? ", " : "[", (long long)t->ne[d], d ? "" : "]");
     avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; %s", t->name, shape, wanted);
 }
