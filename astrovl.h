@@ -1879,7 +1879,7 @@ static void avl__apply_each(avl__run *run, float *const *y, const float *x, cons
         n_items += job.n_items[i];
     }
     if (is_rounded) {                  // few rows make few groups; long ones are rounded in parts
-        job.n_parts = q.n_groups < n_threads && q.n_blocks * n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
+        job.n_parts = q.n_groups < n_threads && (int64_t)q.n_blocks * n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
         avl__pool_run(run->pool, avl__quantize_item, &job, q.n_groups * job.n_parts);
     }
     avl__pool_run(run->pool, avl__linear_item, &job, n_items);
