@@ -1,4 +1,4 @@
-// astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT licence
+// astrovl.h 0.2.0: astronomy's vision-language models in one C header.                                  MIT license
 //
 // Runs AstroLLaVA (arXiv 2504.08583) and other models built like LLaVA-1.5 (a CLIP vision tower, a projector, a
 // LLaMA-family language model) from the GGUF files that llama.cpp uses, and PAPERCLIP (arXiv 2403.08851) and other
@@ -109,8 +109,8 @@
 // sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
 // needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
 // ASTROVL_FAST (default) uses vector instructions, rounds activations to 8-bit integers in blocks of 32, and keeps the
-// KV cache in float16. Weights of a float type meet activations of bfloat16 (AVX-512 BF16), of 14-bit integers (other
-// x86-64 processors) or of float32 (all others). In neither mode do results depend on the number of threads.
+// KV cache in float16. Weights of a float type are multiplied with activations of bfloat16 (AVX-512 BF16), of 14-bit
+// integers (other x86-64 processors) or of float32 (all others). Results never depend on the number of threads.
 // The best kernels for the processor are chosen at run time; `isa` in a session's options (for the astrovl program, the
 // environment variable ASTROVL_ISA) sets an upper limit. From the simplest to the best:
 //     x86-64    portable, avx2, avx_vnni, avx512 (with VNNI), avx512_bf16
@@ -366,7 +366,7 @@ ASTROVL_API int astrovl_session_n_ctx(const astrovl_session *s);
 
 // One turn of a conversation: the user says `text` about `images` (n_images may be 0), the model answers. Where `text`
 // has the marker <image> n_images times, the images stand there; where it has none, they stand before the text, each
-// followed by a newline (LLaVA's habit). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL
+// followed by a newline (as in LLaVA). Earlier turns stay in the KV cache. Returns the answer (astrovl_free), or NULL
 // and err (LIMIT when the context is full, MODEL when a part is missing); the conversation is then what it was before.
 ASTROVL_API char *astrovl_chat(astrovl_session *s, const astrovl_image *images, int n_images, const char *text,
                                const astrovl_generation *options, astrovl_error *err);
@@ -422,7 +422,7 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 // ---- guided generation ---------------------------------------------------------------------------------------------
 // Keeps an answer inside a regular language: after each token, only those may follow whose bytes continue to a text
 // that matches a pattern or a JSON schema (Willard & Louf 2023, arXiv 2307.09702; PAPERCLIP's summaries are made so).
-// A guide learns while it is used: it belongs to one thread at a time. Several answers, one after another or in a
+// A guide is extended while it is used: it belongs to one thread at a time. Several answers, one after another or in a
 // batch, may share it. The model must outlive it.
 // A pattern that the whole answer matches. Understood: literals, . [a-z] [^a-z] \d \w \s \D \W \S \n \t \r \xHH \uHHHH,
 // groups ( ) and (?: ), |, * + ? {m} {m,} {m,n}; ^ and $ at the ends. UTF-8; . is any character but a line feed.
@@ -494,7 +494,7 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
 #define ASTROVL_ADD_SPECIAL   1    // BOS and EOS as the vocabulary asks
 #define ASTROVL_PARSE_SPECIAL 2    // "<s>" in the text becomes the token (trusted text only)
 // Text to token ids, as transformers' tokenizers do it. Returns how many there are: IF MORE THAN CAPACITY, THE REST WAS
-// NOT WRITTEN. -1 and err: MODEL (no vocabulary), LIMIT (a text above 512 MB).
+// NOT WRITTEN. -1 and err: MODEL (no vocabulary), LIMIT (a text above 256 MB).
 // text: [size] any bytes; what is not UTF-8 counts as U+FFFD;   tokens: out, [capacity]; NULL with capacity 0 to count
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err);
@@ -684,13 +684,14 @@ static size_t avl__utf8_whole(const char *text, size_t size) {
 // An astrovl_string, which has no zero at its end and may be long, as the arguments of %.*s
 #define AVL__SHOW(s) (int)avl__utf8_whole((s).data, (s).size < 96 ? (s).size : 96), (s).data
 
-// As snprintf, but a text that does not fit is cut between characters, and control characters become '?', so that names
-// from hostile files cannot drive a terminal. Returns the length of what text[capacity] holds then.
+// As snprintf, but a text that does not fit is cut between characters, and control characters (in UTF-8 0 to 1F, 7F and
+// C2 80 to C2 9F) become '?' or U+00BF, so that names from hostile files cannot drive a terminal. Returns the length.
 AVL__PRINTF(3, 0) static size_t avl__format_v(char *text, size_t capacity, const char *format, va_list args) {
     int n = vsnprintf(text, capacity, format, args);
     const size_t size = n < 0 ? 0 : (size_t)n < capacity ? (size_t)n : avl__utf8_whole(text, capacity - 1);
     for (size_t i = 0; i < size; i++)
         if ((unsigned char)text[i] < 32 || text[i] == 127) text[i] = '?';
+        else if (i > 0 && text[i - 1] == '\xC2' && (text[i] & 0xE0) == 0x80) text[i] = '\xBF';
     text[size] = 0;
     return size;
 }
@@ -851,11 +852,12 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
     size_t capacity = 0, n = 1;
 #if AVL__POSIX
     struct stat st;
-    if (stat(path, &st) == 0 && S_ISCHR(st.st_mode))
+    const int is_there = stat(path, &st) == 0;
+    if (is_there && S_ISCHR(st.st_mode))
         return avl__fail(err, ASTROVL_ERROR_FILE, "%s: is a device, not a file", path);
 #endif
-#if AVL__MMAP                                     // a pipe and an empty file cannot be mapped
-    const int fd = no_mmap ? -1 : open(path, O_RDONLY);
+#if AVL__MMAP   // a pipe and an empty file cannot be mapped, and a pipe that is opened twice loses bytes
+    const int fd = no_mmap || !is_there || !S_ISREG(st.st_mode) ? -1 : open(path, O_RDONLY);
     void *data = MAP_FAILED;
     if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0 && (uint64_t)st.st_size <= SIZE_MAX)
         data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -909,8 +911,8 @@ static double avl__seconds(void) {   // wall clock, for measuring spans
 
 typedef void (*avl__job)(void *context, int item, int thread);
 
-// A job is handed over by counting `generation` up; n_busy counts the workers that are not through with it. The next
-// job of a pass follows within microseconds, sooner than the system wakes a thread, so whoever waits spins before it
+// A job is handed over by counting `generation` up; n_busy counts the workers that have not finished it. The next
+// job of a pass follows within microseconds, sooner than the system wakes a thread, so a waiting thread spins before it
 // sleeps.
 typedef struct avl__pool {
     int             n_threads;      // the caller, thread 0, included
@@ -1030,7 +1032,7 @@ static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_it
 //   one correct result, so the functions give the same bits on every machine, which no libm promises.
 // ====================================================================================================================
 
-#include <math.h>   // only sqrt, whose result IEEE 754 fixes to the last bit
+#include <math.h>   // only HUGE_VAL, and sqrt, whose result IEEE 754 fixes to the last bit
 
 static double avl__sqrt(double x) { return sqrt(x); }
 
@@ -1450,9 +1452,9 @@ typedef struct avl__linear {
     size_t       row_bytes;
 } avl__linear;
 
-// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [13]), x = e q for 32 values. Weights
-// meet `group` rows at a time, whose words lie side by side: rows that lay a power of two apart would evict each other
-// from the L1 cache.
+// Rows of activations as integers of 8 or 16 bits, bfloat16 or float32 (section [13]), x = e q for 32 values. `group`
+// rows are multiplied at a time, and their words lie side by side: rows that lay a power of two apart would evict each
+// other from the L1 cache.
 typedef struct avl__quants {
     int8_t  *q;                // [n_groups][n_blocks][8, 16 or 32 words][group][4]
     float   *scale;            // [n_groups][n_blocks][group]                e
@@ -1540,7 +1542,7 @@ static float avl__dot_f16_portable(const void *half, const float *x, int n) {
     return avl__fold_lanes(lane);
 }
 
-// Each weight row is expanded once and then meets every row of x while it is in the cache.
+// Each weight row is expanded once and then multiplied with every row of x while it is in the cache.
 static void avl__linear_portable(const avl__product *p, int first, int last, float *scratch) {
     const avl__linear *w = p->w;
     for (int out = first; out < last; out++) {
@@ -1578,7 +1580,7 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 // ---- how a pass is run ---------------------------------------------------------------------------------------------
 
 // Execution context: kernels, threads, memory, callbacks. A session and its forks share one.
-enum { AVL__MAX_TAKEN = 24 };              // buffers of a pass; an image takes 17
+enum { AVL__MAX_TAKEN = 16 };              // buffers of a pass; embedding an image takes 12, the most
 
 typedef struct avl__run {
     const avl__kernels *kernels;
@@ -1646,8 +1648,8 @@ static astrovl_status avl__pass_status(const avl__run *run, const char *what, in
 
 // ---- the audit tap -------------------------------------------------------------------------------------------------
 
-// Shows data [d0][d1][d2] (sizes of 0 at the end are no dimensions) under the name prefix.layer.name, as transformers
-// names modules; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
+// Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
+// transformers are; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
 static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
                       int64_t d0, int64_t d1, int64_t d2) {
     const int64_t shape[3] = {d0, d1, d2};
@@ -1877,7 +1879,7 @@ static void avl__apply_each(avl__run *run, float *const *y, const float *x, cons
         n_items += job.n_items[i];
     }
     if (is_rounded) {                  // few rows make few groups; long ones are rounded in parts
-        job.n_parts = q.n_groups < n_threads && q.n_blocks * n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
+        job.n_parts = q.n_groups < n_threads && (int64_t)q.n_blocks * n_rows >= AVL__QUANTIZE_BLOCKS ? n_threads : 1;
         avl__pool_run(run->pool, avl__quantize_item, &job, q.n_groups * job.n_parts);
     }
     avl__pool_run(run->pool, avl__linear_item, &job, n_items);
@@ -2014,7 +2016,7 @@ static void avl__attention_run(avl__attention *a, int n) {
 //     n_tensors times   string name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset
 //     zeros up to a multiple of general.alignment (32); the tensors' data, one after the other, each aligned likewise
 //
-// A string is u64 length and bytes; an array is u32 item type, u64 count and the items. A file comes from anywhere, so
+// A string is u64 length and bytes; an array is u32 item type, u64 count and the items. Files may be hostile, so
 // each number is checked against the bytes that remain before it is used to read, multiply or allocate; the memory
 // taken is bounded by a small multiple of the file's size. Later sections rely on what is checked here: names are
 // without zero bytes, tensors lie within the file, their rows are whole blocks. Tensors are used where they lie, at any
@@ -2189,15 +2191,15 @@ static void avl__gguf_read_entry(avl__gguf_reader *r, int index) {
 
 static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     astrovl_tensor *t = &r->f->tensors[index];
-    unsigned long long ne[4] = {1, 1, 1, 1}, n_dims, type, n, size = r->f->file.size;
+    unsigned long long ne[4] = {1, 1, 1, 1}, size = r->f->file.size;
     t->name = r->name;
-    n_dims = avl__gguf_uint(r, 4);
+    const unsigned long long n_dims = avl__gguf_uint(r, 4);
     if (n_dims > 4) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "it has %llu dimensions; 4 are allowed", n_dims);
     for (int i = 0; i < (int)n_dims && !r->status; i++) {
         ne[i] = avl__gguf_uint(r, 8);
         if (ne[i] == 0) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is 0", i);
     }
-    type = avl__gguf_uint(r, 4);
+    const unsigned long long type = avl__gguf_uint(r, 4);
     const avl__type_info *info = type > INT_MAX ? NULL : avl__find_type((int)type);
     if (!info)
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %llu, which is not supported: convert it to "
@@ -2209,8 +2211,8 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     t->type = (astrovl_type)type;
     t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
     t->n_bytes = (unsigned)info->block_bytes;
-    for (int i = 0; i < 4; i++) {                    // no product of dimensions overflows that this lets pass
-        n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
+    for (int i = 0; i < 4; i++) {                    // n_bytes stays within the file: no product overflows
+        const unsigned long long n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
         if (n > size / t->n_bytes) {
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %llu x %llu x %llu x %llu in %s needs more than the "
                            "file's %llu bytes", ne[0], ne[1], ne[2], ne[3], info->name, size);
@@ -2243,16 +2245,13 @@ static void *avl__gguf_read_count(avl__gguf_reader *r, avl__names *names, const 
 // A list of named things: names of 1 to max_name bytes, none of them zero; `read` reads what follows name i.
 static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const char *kind, unsigned long long max_name,
                                 void (*read)(avl__gguf_reader *r, int i)) {
-    unsigned long long size;
-    const char *text;
-    int i;
-    for (i = 0; i < names->count && !r->status; i++) {
+    for (int i = 0; i < names->count && !r->status; i++) {
         r->kind = kind;
         r->name = "";
-        size = avl__gguf_uint(r, 8);
+        const unsigned long long size = avl__gguf_uint(r, 8);
         if (size < 1 || size > max_name)
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has %llu bytes; 1 to %llu are allowed", size, max_name);
-        text = (const char *)avl__gguf_take(r, size, 1);
+        const char *text = (const char *)avl__gguf_take(r, size, 1);
         if (text && memchr(text, 0, (size_t)size)) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "its name has a zero byte");
         if (!r->status) names->name[i] = avl__copy_text(text, (size_t)size);
         if (!names->name[i]) avl__gguf_fail(r, ASTROVL_ERROR_MEMORY, "out of memory");
@@ -2263,14 +2262,14 @@ static void avl__gguf_read_list(avl__gguf_reader *r, avl__names *names, const ch
     if (r->status) return;
     r->field = r->at;
     avl__sort(names->order, names->count, avl__names_order, names);
-    for (i = 1; i < names->count; i++) {
+    for (int i = 1; i < names->count; i++) {
         r->name = names->name[names->order[i]];
         if (strcmp(r->name, names->name[names->order[i - 1]]) == 0)
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "the same name appears twice in the list that ends here");
     }
 }
 
-// Takes the file over: it is closed on failure too.
+// Takes ownership of the file: it is closed on failure too.
 static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_error *err) {
     astrovl_gguf *f = (astrovl_gguf *)avl__alloc(1, sizeof *f);
     avl__gguf_reader reader = {f, 4, 32, 0, "header", "", ASTROVL_OK, err}, *r = &reader;
@@ -2524,7 +2523,7 @@ static astrovl_string avl__load_string(const avl__weights *w, const char *key) {
     return is_text ? astrovl_gguf_string(file, index, 0) : avl__string(NULL, 0);
 }
 
-// A number in min..max; what is not a number is out of range. fallback: for an absent key; -1: the key must be there
+// A number in min..max (no NaN; a text counts as 0). fallback: for an absent key; -1: the key must be there
 static double avl__load_value(avl__weights *w, double min, double max, double fallback, const char *key) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
@@ -2554,9 +2553,8 @@ static void avl__load_misfit(avl__weights *w, const astrovl_gguf *file, const as
                              ...) {
     char wanted[128], shape[96];
     size_t at = 0;
-    int d;
     AVL__FORMAT_PARAMETERS(wanted, format);
-    for (d = t->n_dims - 1; d >= 0; d--)
+    for (int d = t->n_dims - 1; d >= 0; d--)
         at += avl__format(shape + at, 96 - at, "%s%lld%s", at ? ", " : "[", (long long)t->ne[d], d ? "" : "]");
     avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s is %s; %s", t->name, shape, wanted);
 }
@@ -2621,7 +2619,7 @@ static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const 
 // [6] Text
 // Text to token ids and back, by the vocabulary that a GGUF file carries in its tokenizer.ggml.* keys.
 //   llama  SentencePiece's BPE (Kudo & Richardson 2018): a text is spelled with U+2581 for a space, and characters are
-//          merged to pieces. What no piece spells goes as bytes.
+//          merged to pieces. What no piece spells becomes bytes.
 //   gpt2   byte-level BPE (Radford et al. 2019): a regular expression cuts the text into words, and in each word bytes,
 //          spelled as printable characters, are merged to tokens. Nothing is unknown.
 //   CLIP   byte-level BPE of its own kind: the text is composed and lower-cased first, white space is dropped, and the
@@ -2941,7 +2939,7 @@ static uint32_t avl__composed(avl__unicode *u, uint32_t first, uint32_t second) 
         return AVL__HANGUL + ((first - AVL__LEAD) * AVL__N_VOWELS + (second - AVL__VOWEL)) * AVL__N_TAILS;
     if (first - AVL__HANGUL < AVL__N_SYLLABLES && (first - AVL__HANGUL) % AVL__N_TAILS == 0 && second > AVL__TAIL &&
         second - AVL__TAIL < AVL__N_TAILS) return first + (second - AVL__TAIL);
-    return avl__find_pair(u, first, second)->x;
+    return second ? avl__find_pair(u, first, second)->x : 0;   // (first, 0) is how first is taken apart
 }
 
 // Appends text (valid UTF-8), composed and in lower case; 0: memory is out.
@@ -3279,12 +3277,11 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
                                       astrovl_error *err) {
     avl__keys k = {file, prefix, err, ASTROVL_OK};
     memset(v, 0, sizeof *v);
-    if (clip) {
-        v->kind = AVL__VOCAB_CLIP;
-        v->add_bos = v->add_eos = 1;
-    } else avl__load_kind(v, &k);
+    if (clip) v->kind = AVL__VOCAB_CLIP;
+    else avl__load_kind(v, &k);
     avl__load_pieces(v, &k);
     avl__load_types(v, &k);
+    if (clip) v->add_bos = v->add_eos = 1;   // whatever the keys say: the tower needs one token at least
     if (v->kind == AVL__VOCAB_SPM) avl__load_scores(v, &k);
     else avl__load_merges(v, &k);
     if (clip && v->bos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|>");
@@ -3295,8 +3292,8 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
 
 // ---- merging -------------------------------------------------------------------------------------------------------
 // The symbols of a spelling are a linked list; a heap holds every pair of neighbors that could be merged, the best on
-// top. Merging a pair lets the left symbol grow over the right one and offers the two new pairs. Pairs that a merge has
-// overtaken stay in the heap, and are known, when they come up, by their size.
+// top. Merging a pair lets the left symbol grow over the right one and offers the two new pairs. A pair of which
+// a merge has changed a symbol stays in the heap; when it is taken out, its size is not the symbols' any more.
 
 typedef struct avl__symbol {
     int32_t start, size;    // bytes of the spelling; size 0: swallowed by the symbol on its left
@@ -3381,7 +3378,7 @@ static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not emp
     return top;
 }
 
-// Merges the symbols and appends their tokens. A symbol that is no token goes as its bytes, or as the unknown token,
+// Merges the symbols and appends their tokens. A symbol that is no token becomes its bytes, or the unknown token,
 // once for a run of such symbols.
 static void avl__merge(avl__encoder *e) {
     const avl__vocab *v = e->v;
@@ -3575,7 +3572,7 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     int types = AVL__MARKERS & ~(v->kind == AVL__VOCAB_SPM ? 1 << AVL__TOKEN_USER_DEFINED : 0);
     size_t before = out->size, at, end;
     avl__encoder e;
-    if (size > INT32_MAX / 4)
+    if (size > INT32_MAX / 8)   // 3 bytes for one that is not UTF-8, spelled as 6: a spelling's size fits an int32_t
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "a text of %lld bytes is too long", (long long)size);
     memset(&e, 0, sizeof e);
     e.v = v;

@@ -438,6 +438,8 @@ static void test_messages(void) {
     CHECK(strcmp(text, "abc\xE2\x98\x86") == 0, "%s", text);
     avl__format(text, sizeof text, "%s", "a\033[2Jb");
     CHECK(strcmp(text, "a?[2Jb") == 0, "control characters must not reach a terminal: %s", text);
+    avl__format(text, sizeof text, "%s", "\xC2\x9B\xC2\xA0");            // U+009B begins a command as well, U+00A0 does not
+    CHECK(strcmp(text, "\xC2\xBF\xC2\xA0") == 0, "control characters must not reach a terminal: %s", text);
     CHECK(avl__format(text, 3, "%s", "\xF0\x9F\x98\x80") == 0 && !*text, "%s", text);
 }
 
@@ -3609,6 +3611,7 @@ static void models_nulls(void) {
     FAILS(astrovl_tokenize(NULL, "a", 1, 0, NULL, 0, &err) < 0, ARGUMENT, "tokenize");
     FAILS(astrovl_tokenize(kit.model, NULL, 1, 0, NULL, 0, &err) < 0, ARGUMENT, "tokenize, no text");
     FAILS(astrovl_tokenize(kit.model, "a", 1, 0, NULL, 9, &err) < 0, ARGUMENT, "tokenize, no room");
+    FAILS(astrovl_tokenize(kit.model, "a", (size_t)INT32_MAX / 8 + 1, 0, NULL, 0, &err) < 0, LIMIT, "tokenize, a long text");   // (not read)
     FAILS(astrovl_clip_tokenize(NULL, "a", 1, NULL, 0, &err) < 0, ARGUMENT, "clip_tokenize");
     FAILS(!astrovl_detokenize(NULL, &n, 1, &err), ARGUMENT, "detokenize");
     FAILS(!astrovl_detokenize(kit.model, NULL, 1, &err), ARGUMENT, "detokenize, no tokens");
@@ -5804,6 +5807,51 @@ static void joint_long_texts(void) {
     joint_kit_close(&kit);
 }
 
+// A zero byte is a word of its own, behind a composed letter too.
+static void joint_zero_byte(void) {
+    static const char *const texts[] = {"\xC3\xA9", "\0", "z", "\xC3\xA9\0z"};
+    static const size_t sizes[] = {2, 1, 1, 4};
+    int32_t parts[32], ids[32];
+    int n_parts = 0, n = 0, i;
+    joint_kit kit;
+    joint_kit_open(&kit, 'a');
+    for (i = 0; i < 4; i++) {
+        n = astrovl_clip_tokenize(kit.model, texts[i], sizes[i], ids, 32, NULL);   // start and end token included
+        if (i < 3) memcpy(parts + n_parts, ids + 1, (size_t)(n - 2) * sizeof *ids);
+        if (i < 3) n_parts += n - 2;
+    }
+    CHECK(n == n_parts + 2 && memcmp(ids + 1, parts, (size_t)n_parts * sizeof *ids) == 0, "%d tokens, not %d", n - 2, n_parts);
+    joint_kit_close(&kit);
+}
+
+// The start and the end token, one of which stands for a text, are there whatever a file's keys say.
+static void joint_no_ends(void) {
+    static const char *const keys[] = {"tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "x"};
+    static const char *texts[1500];
+    size_t size, at = 24, i;
+    unsigned char *file = read_file("test/golden/joint_a.gguf", &size), *bytes = (unsigned char *)calloc(size + 96, 1);
+    float *rows = (float *)malloc(sizeof(float) * 1500 * JOINT_DIMS);
+    astrovl_error err = {ASTROVL_OK, ""};
+    memcpy(bytes, file, 24);
+    bytes[16] = (unsigned char)(bytes[16] + 3);           // entries; these take 96 bytes: the tensors stay aligned
+    for (i = 0; i < 3; at += strlen(keys[i]) + 13, i++) {
+        bytes[at] = (unsigned char)strlen(keys[i]);
+        memcpy(bytes + at + 8, keys[i], strlen(keys[i]));
+        bytes[at + 8 + strlen(keys[i])] = ASTROVL_VALUE_BOOL;
+    }
+    memcpy(bytes + at, file + 24, size - 24);
+    for (i = 0; i < 1500; i++) texts[i] = "";
+    astrovl_model *m = models_open_bytes(bytes, size + 96, &err);
+    CHECK(at == 120 && astrovl_clip_tokenize(m, "", 0, NULL, 0, &err) == 2, "%s", err.message);
+    astrovl_session *s = astrovl_session_new(m, NULL, &err);
+    CHECK(astrovl_embed_texts(s, texts, 1500, 1, rows, &err) == ASTROVL_OK, "%s", err.message);
+    astrovl_session_free(s);
+    astrovl_close(m);
+    free(rows);
+    free(bytes);
+    free(file);
+}
+
 // ---- layer by layer, and what comes out
 
 static void joint_on_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
@@ -6163,6 +6211,8 @@ static void tests_joint(void) {
     run("joint: A's tokens as CLIPTokenizer, merges recovered", joint_tokens_a);
     run("joint: B's tokens as CLIPTokenizer", joint_tokens_b);
     run("joint: long texts", joint_long_texts);
+    run("joint: a zero byte", joint_zero_byte);
+    run("joint: no start and end token", joint_no_ends);
     run("joint: A layer by layer as CLIPModel", joint_layers_a);
     run("joint: B layer by layer as CLIPModel", joint_layers_b);
     run("joint: A's embeddings, scores, order, loss", joint_scores_a);

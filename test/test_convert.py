@@ -728,6 +728,14 @@ class Inspect(Case):
         self.assertEqual(file["tensors"][0]["bytes"], 24)
         self.assertNotIn("\x1b", self.succeeds("inspect", path).out)
 
+    def test_named_pipe(self):                 # a reader that opens it twice loses what was written in between
+        pipe = self.path("pipe")
+        os.mkfifo(pipe)
+        for _ in range(10):
+            writer = subprocess.Popen(["dd", "if=" + MODEL, "of=" + pipe, "bs=4096"], stderr=subprocess.DEVNULL)
+            self.succeeds("tokens", "-m", pipe, "x")
+            writer.wait()
+
 
 def golden(name):
     return os.path.join(ROOT, "test", "golden", name)
