@@ -2210,7 +2210,7 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
     if (r->status) return;
     t->type = (astrovl_type)type;
     t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
-    t->n_bytes = (unsigned)info->block_bytes;
+    t->n_bytes = (unsigned)info->block_bytes;   // NOLINT: an unknown type set r->status
     for (int i = 0; i < 4; i++) {                    // n_bytes stays within the file: no product overflows
         const unsigned long long n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
         if (n > size / t->n_bytes) {
@@ -4558,7 +4558,7 @@ static astrovl_status avl__jpeg_pixels(const avl__jpeg *j) {
             row[i] = avl__jpeg_row(j, &c[i], y, j->rows + (size_t)i * ((size_t)j->width + 8));
         if (j->n_components == 1) row[1] = row[2] = row[0];
         for (int x = 0; x < j->width; x++, rgb += 3) {
-            int luma = row[0][x], cb = row[1][x] - 128, cr = row[2][x] - 128;
+            int luma = row[0][x], cb = row[1][x] - 128, cr = row[2][x] - 128;   // NOLINT: all three are set above
             if (is_ycc) {
                 rgb[0] = avl__clip8(luma + ((91881 * cr + 32768) >> 16));
                 rgb[1] = avl__clip8(luma + ((-22554 * cb - 46802 * cr + 32768) >> 16));
@@ -5110,7 +5110,7 @@ static astrovl_status avl__embed_texts(const avl__clip_text *text, avl__run *run
     avl__tap(run, "text_model.final_layer_norm", -1, "", x, n_rows, d);
     at = 0;
     for (int i = 0, j; i < n; at += lengths[i++]) {
-        for (j = at; j + 1 < at + lengths[i] && tokens[j] != end; j++) {}
+        for (j = at; j + 1 < at + lengths[i] && tokens[j] != end; j++) {}   // NOLINT: rows come from tokens
         memmove(x + (size_t)i * d, x + (size_t)j * d, (size_t)d * sizeof(float));
     }
     return avl__joint_run(tower, run, x, n, embeddings, err);
@@ -6347,7 +6347,7 @@ static void avl__guide_read_tokens(astrovl_guide *g) {
     char text[AVL__GUIDE_TOKEN], last[AVL__GUIDE_TOKEN] = {0};
     int open[AVL__GUIDE_TOKEN], n_open = 0;   // nodes of the last token
     for (int i = 0; i < n_tokens && !g->failure.status; i++) {
-        const int n = avl__guide_token_bytes(g, order[i], text);
+        const int n = avl__guide_token_bytes(g, order[i], text);   // NOLINT: without order, g has failed
         int shared = 0;
         if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
         while (shared < n_open && shared < n - 1 && text[shared] == last[shared]) shared++;
@@ -7285,7 +7285,7 @@ ASTROVL_API astrovl_status astrovl_chat_batch(astrovl_turn *turns, int n_turns, 
             avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "turn %d has no session, an earlier turn's, or one that shares "
                       "nothing with turn 0's (astrovl_session_fork)", i);
     }
-    const int n_vocab = failure.status ? 0 : turns->session->model->llama.n_vocab;
+    const int n_vocab = failure.status ? 0 : turns->session->model->llama.n_vocab;   // NOLINT: checked above
     avl__turn *room = (avl__turn *)avl__alloc((uint64_t)n_turns, sizeof *room);
     float *logits = avl__alloc_floats((uint64_t)n_turns * n_vocab);
     if (!failure.status && (!room || !logits)) avl__fail(&failure, ASTROVL_ERROR_MEMORY, "out of memory for a batch");
@@ -7369,7 +7369,7 @@ ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrov
     if (status) return status;
     if (n_images < 0 || (n_images > 0 && (!images || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no images or no room for their embeddings was given");
-    const avl__clip *clip = &s->model->clip;
+    const avl__clip *clip = &s->model->clip;   // NOLINT: avl__need refuses NULL
     const int n_dims = s->model->info.n_embd_joint, size = clip->image_size;
     const int n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);  // the tap sees images one by one
     for (int n; n_images > 0 && !status; n_images -= n, images += n, embeddings += (size_t)n * n_dims) {
@@ -7396,7 +7396,7 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
     if (n_texts < 0 || (n_texts > 0 && (!texts || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their embeddings was given");
     for (int done = 0, n; done < n_texts && !status; done += n, embeddings += (size_t)n * m->info.n_embd_joint) {
-        const int n_most = s->run->tap ? 1 : n_texts - done;     // the tap sees texts one by one
+        const int n_most = s->run->tap ? 1 : n_texts - done;   // the tap: one by one; NOLINT: avl__need refuses NULL
         const int32_t end = m->clip_vocab.eos;
         tokens.size = 0;
         for (n = 0; n < n_most && tokens.size < AVL__JOINT_ROWS && !status; n++) {
@@ -7406,7 +7406,7 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
                           : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", done + n);
             if (tokens.size > most) {                            // cut to the tower's positions
                 tokens.size = most;
-                tokens.data[most - 1] = end;
+                tokens.data[most - 1] = end;   // NOLINT: size is not 0
             }
             lengths[n] = (int)(tokens.size - before);
         }
