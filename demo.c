@@ -76,19 +76,19 @@
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 // ==== Printing =======================================================================================================
-// Reads one character of UTF-8. Returns its bytes (at least 1; so must size be); *valid is 0 when they are none.
-static size_t utf8_next(const char *text, size_t size, unsigned *code, int *valid) {
+#define NO_UTF8 0x110000u        // what utf8_next calls a byte that begins no character
+
+// Reads one character of UTF-8 from at least one byte. Returns its length, 1 for NO_UTF8.
+static size_t utf8_next(const char *text, size_t size, unsigned *code) {
     static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000};   // longer spellings than needed are not UTF-8
     const unsigned char *s = (const unsigned char *)text;
-    size_t n = s[0] < 0x80 ? 1 : s[0] >= 0xF0 && s[0] < 0xF5 ? 4 : s[0] >= 0xE0 ? 3 : 2, i;
-    *valid = s[0] < 0x80 || (s[0] >= 0xC2 && s[0] < 0xF5);
-    *code = n == 1 ? s[0] : n == 2 ? s[0] & 0x1Fu : n == 3 ? s[0] & 0x0Fu : s[0] & 0x07u;
-    for (i = 1; i < n && *valid; i++) {
-        if (i >= size || (s[i] & 0xC0) != 0x80) *valid = 0;
-        else *code = *code << 6 | (s[i] & 0x3Fu);
-    }
-    if (*valid && (*code < smallest[n] || (*code >= 0xD800 && *code < 0xE000) || *code > 0x10FFFF)) *valid = 0;
-    return *valid ? n : 1;
+    const size_t n = s[0] < 0x80 ? 1 : s[0] < 0xC0 ? 0 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : s[0] < 0xF8 ? 4 : 0;
+    size_t i = 1;
+    for (*code = n > 1 ? s[0] & 0x7Fu >> n : s[0]; i < n && i < size && (s[i] & 0xC0) == 0x80; i++)
+        *code = *code << 6 | (s[i] & 0x3Fu);
+    if (i == n && *code >= smallest[n] && (*code < 0xD800 || *code >= 0xE000) && *code < NO_UTF8) return n;
+    *code = NO_UTF8;
+    return 1;
 }
 
 static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && code < 0xA0); }
@@ -97,12 +97,10 @@ static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && co
 // dropped, except newline and tab.
 static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     unsigned code;
-    int valid;
-    size_t n;
     if (quoted) fputc('"', out);
-    for (; size; text += n, size -= n) {
-        n = utf8_next(text, size, &code, &valid);
-        if (!valid) fputs("\xEF\xBF\xBD", out);         // U+FFFD, for bytes that are no UTF-8
+    for (size_t n; size; text += n, size -= n) {
+        n = utf8_next(text, size, &code);
+        if (code == NO_UTF8) fputs("\xEF\xBF\xBD", out);               // U+FFFD
         else if (quoted && (code == '"' || code == '\\')) fprintf(out, "\\%c", (char)code);
         else if (quoted && (code == '\n' || code == '\t')) fputs(code == '\n' ? "\\n" : "\\t", out);
         else if (quoted && is_control(code)) fprintf(out, "\\u%04x", code);
@@ -115,11 +113,12 @@ static void print_safe(FILE *out, const char *text) { print_string(out, text, st
 // Text, with blanks up to a width (wide characters counted as one).
 static void print_padded(const char *text, size_t size, int width) {
     unsigned code;
-    int valid;
     print_string(stdout, text, size, 0);
-    for (size_t at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code, &valid);
+    for (size_t at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code);
     printf("%*s", width > 0 ? width : 0, "");
 }
+
+static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
 // 7340032 -> "7.3 MB"
 static const char *human_bytes(uint64_t bytes) {
@@ -149,9 +148,9 @@ static void print_number(FILE *out, double value, int is_float32) {
 // "577 x 1024", slowest dimension first
 static const char *shape_text(const int64_t *shape, int n_dims, const char *between) {
     static char text[128];
-    int i, at = 0;
+    int at = 0;
     text[0] = 0;
-    for (i = 0; i < n_dims && at < 100; i++)
+    for (int i = 0; i < n_dims && at < 100; i++)
         at += snprintf(text + at, 128 - (size_t)at, "%s%lld", i ? between : "", (long long)shape[i]);
     return text;
 }
@@ -161,8 +160,7 @@ static const char *shape_text(const int64_t *shape, int n_dims, const char *betw
 // are put in: put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ it is plain text: name x, ...
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
-    int plain = *f == '~';
-    size_t size;
+    const int plain = *f == '~';
     va_list args;
     va_start(args, f);
     for (f += plain; *f; f++) {
@@ -172,15 +170,14 @@ static void put_json(const char *f, ...) {
         if (strchr("{[}]\n", *f)) {
             putchar(*f);
         } else if (*f != '%') {
-            size = strcspn(f, ":");
+            const size_t size = strcspn(f, ":");
             print_string(stdout, f, size, !plain);
             f += size;
             fputs(plain ? " " : ": ", stdout);
             comma = 0;
         } else if (strchr("ksS", *++f)) {
             const char *text = va_arg(args, const char *);
-            size = *f == 'S' ? va_arg(args, size_t) : strlen(text);
-            print_string(stdout, text, size, 1);
+            print_string(stdout, text, *f == 'S' ? va_arg(args, size_t) : strlen(text), 1);
             if (*f == 'k') fputs(": ", stdout), comma = 0;
         } else if (*f == 'd') printf("%d", va_arg(args, int));
         else if (*f == 'l') printf("%lld", va_arg(args, long long));
@@ -214,7 +211,7 @@ typedef struct option_spec {
     option_kind kind;
     size_t      field;                                   // where in `options`
     double      low, high;
-    unsigned    commands;
+    unsigned    commands;                                // that have it
     const char *value, *help;
 } option_spec;
 
@@ -298,8 +295,6 @@ static void print_templates(FILE *out) {
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
     const char *digits = spec->kind == NUMBER ? "0123456789." : "0123456789";
     void *field = (char *)o + spec->field;
-    char *end;
-    double x;
     switch (spec->kind) {
     case FLAG: *(int *)field = 1; return EXIT_OK;
     case TEXT: *(const char **)field = text; return EXIT_OK;
@@ -312,13 +307,14 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     default: break;
     }
     errno = 0;
-    uint64_t whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
-    x = strtod(text, &end);                // the program never calls setlocale, so a point is a point in any language
-    if (!*text || text[strspn(text, digits)] || *end || errno || !(x >= spec->low) ||
-        (x > spec->high && spec->kind != SEED))
-        return spec->kind == SEED ?
-               usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
-               usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
+    const uint64_t whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
+    char *end;
+    const double x = strtod(text, &end);   // the program never calls setlocale, so a point is a point in any language
+    const int is_number = *text && !text[strspn(text, digits)] && !*end && !errno;
+    if (!is_number && spec->kind == SEED)
+        return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
+    if (!is_number || !(x >= spec->low) || (x > spec->high && spec->kind != SEED))
+        return usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
                            spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
     if (spec->kind == SEED) *(uint64_t *)field = whole;
     else if (spec->kind == INTEGER) *(int *)field = (int)whole;
@@ -343,13 +339,12 @@ static const option_spec *find_option(const command *c, const char *argument, co
 
 // Sorts the arguments behind the command's name into options and words. "--" ends the options, "-" is a word.
 static int parse_options(const command *c, options *o, int argc, char **argv) {
-    int i, only_words = 0, status = EXIT_OK;
-    for (i = 0; i < argc && status == EXIT_OK; i++) {
-        const option_spec *spec;
+    int only_words = 0, status = EXIT_OK;
+    for (int i = 0; i < argc && status == EXIT_OK; i++) {
         const char *value;
         if (only_words || argv[i][0] != '-' || !argv[i][1]) { o->words.items[o->words.n++] = argv[i]; continue; }
         if ((only_words = strcmp(argv[i], "--") == 0) != 0) continue;
-        spec = find_option(c, argv[i], &value);
+        const option_spec *spec = find_option(c, argv[i], &value);
         if (!spec) return usage_error(c, "there is no option %s", argv[i]);
         if (spec->kind == FLAG && value) return usage_error(c, "--%s takes no value", spec->name);
         if (spec->kind != FLAG && !value && !(value = argv[++i]))        // behind the last argument stands NULL
@@ -365,9 +360,8 @@ static void print_command_help(const command *c) {
         const option_spec *spec = &option_table[i];
         char left[64];
         if (!(spec->commands & c->bit)) continue;
-        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ',
-                 spec->name, spec->value ? spec->value : "");
-        printf("  %-27s %s\n", left, spec->help);
+        snprintf(left, sizeof left, "%s --%s %s", spec->letter ? "," : " ", spec->name, spec->value ? spec->value : "");
+        printf("  %c%c%-25s %s\n", spec->letter ? '-' : ' ', spec->letter ? spec->letter : ' ', left, spec->help);
         if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
     printf("\nExamples:\n%s", c->examples);
@@ -473,26 +467,27 @@ static void *new_memory(program *p, size_t n, size_t size) {
     return b + 1;
 }
 
-// The shipped files lie beside the program in the source tree, or in the data folder once installed. path: out, [4096],
-// empty if the file is in neither.
+static int is_file(const char *path) {
+    FILE *f = fopen(path, "rb");
+    return f && fclose(f) == 0;
+}
+
+// The shipped files lie in test/ beside the program in the source tree, in ../share/astrovl or in the data folder once
+// installed. path: out, [4096], empty if the file is in none of them.
 static void find_shipped(const char *argv0, const char *name, char *path) {
     static const char *const places[] = {"test", "../share/astrovl", ASTROVL_DATA_DIR};
     char folder[2048];
-    size_t n = 0;
-    int i;
-    FILE *f = NULL;
+    long n = 0;
 #if defined(__linux__)
-    long size = (long)readlink("/proc/self/exe", folder, sizeof folder - 1);     // follows links and $PATH
-    n = size < 0 ? 0 : (size_t)size;
+    n = (long)readlink("/proc/self/exe", folder, sizeof folder - 1);             // follows links and $PATH
 #endif
-    if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
-    while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
-    for (i = 0; i < 3 && !f; i++) {
+    if (n <= 0) n = snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
+    while (n && (n >= (long)sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
+    for (int i = 0; i < 3; i++) {
         snprintf(path, 4096, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], name);
-        f = i == 1 && !n ? NULL : fopen(path, "rb");
+        if ((i != 1 || n) && is_file(path)) return;
     }
-    if (f) fclose(f);
-    else path[0] = 0;
+    path[0] = 0;
 }
 
 // Opens the files of -m, or the shipped model. Like other functions below it ends the program where nothing can go on.
@@ -509,11 +504,10 @@ static void open_model(program *p) {
 
 // Draws "image [########------------] 9/23" once the work has taken more than a second. per_second 0: do not say
 static void draw_bar(program *p, const char *stage, int done, int total, double per_second) {
-    int i, filled = total > 0 ? (int)((int64_t)done * 30 / total) : 0;
+    static const char full[] = "##############################", empty[] = "------------------------------";
+    const int filled = total > 0 ? (int)((int64_t)done * 30 / total) : 0;
     if (!p->show_progress || time(NULL) - p->started < 2) return;
-    fprintf(stderr, "\r%-6s [", stage);
-    for (i = 0; i < 30; i++) fputc(i < filled ? '#' : '-', stderr);
-    fprintf(stderr, "] %d/%d", done, total);
+    fprintf(stderr, "\r%-6s [%.*s%.*s] %d/%d", stage, filled, full, 30 - filled, empty, done, total);
     if (per_second > 0) fprintf(stderr, ", %.1f/s", per_second);
     fputs("\033[K", stderr);
     fflush(stderr);
@@ -578,18 +572,15 @@ static void print_label(FILE *out, const char *label) { if (label) print_safe(ou
 static void finish_answer(program *p, const astrovl_session *s, const char *const *files, int n_files,
                           const char *label, const char *prompt, const char *answer) {
     astrovl_stats t;
-    int i, n = 0;
+    int n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
     astrovl_get_stats(s, &t);
     if (p->o.json) {
         begin_json(p);
-        if (n_files == 1) put_json("file:%s", files[0]);
-        if (n_files > 1) put_json("files:[");
-        for (i = 0; i < n_files && n_files > 1; i++) put_json("%s", files[i]);
-        if (n_files > 1) put_json("]");
-        put_json("prompt:%s text:%s ", prompt, answer);
+        for (int i = 0; i < n_files; i++) put_json(n_files == 1 ? "file:%s" : i ? "%s" : "files:[%s", files[i]);
+        put_json(n_files > 1 ? "] prompt:%s text:%s" : "prompt:%s text:%s", prompt, answer);
         put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
-        for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
+        for (int i = 0; i < n; i++) put_json("%d", (int)ids[i]);
         put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
                  t.prompt_seconds, t.decode_seconds);
     } else putchar('\n');
@@ -628,19 +619,25 @@ static void list_add(program *p, list *l, const char *text, size_t size) {
 static int cannot_open(const char *path) { return fail("%s: cannot be opened: %s", path, strerror(errno)); }
 static int write_error(const char *path) { return fail("%s: cannot be written: %s", path, strerror(errno)); }
 
+// Is there something of this name that is no regular file: a folder, a pipe, /dev/stdout?
+static int is_special(const char *path) {
+#if defined(_WIN32)
+    return (void)path, 0;
+#else
+    struct stat s;
+    return stat(path, &s) == 0 && !S_ISREG(s.st_mode);
+#endif
+}
+
 // A file is written under the name PATH.part and gets its name when it is complete: a full disk costs no earlier file.
-// What is no regular file (/dev/stdout) is written to as it is.
+// Special files are written to as they are.
 static char part_path[4200];
 
 static FILE *begin_file(const char *path) {
-    int is_regular = 1;
-#if !defined(_WIN32)
-    struct stat s;
-    is_regular = stat(path, &s) != 0 || S_ISREG(s.st_mode);
-#endif
-    const int size = snprintf(part_path, sizeof part_path, is_regular ? "%s.part" : "%s", path);
+    const int special = is_special(path);
+    const int size = snprintf(part_path, sizeof part_path, special ? "%s" : "%s.part", path);
     if (size >= (int)sizeof part_path) exit(fail("%s: the name is too long", path));
-    FILE *f = fopen(part_path, is_regular ? CREATE_MODE : "wb");
+    FILE *f = fopen(part_path, special ? "wb" : CREATE_MODE);
     if (!f && errno == EEXIST)
         exit(fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path));
     if (!f) exit(fail("%s: cannot be created: %s", part_path, strerror(errno)));
@@ -654,20 +651,14 @@ static int end_file(FILE *f, const char *path, int keep) {
     good = fclose(f) == 0 && good;
     if (keep && !good) fail("%s: cannot be written (is the disk full?)", path);
     if (good && keep) {
-        if (!is_part) return EXIT_OK;
 #if defined(_WIN32)
         remove(path);                                      // there, rename does not replace a file
 #endif
-        if (rename(part_path, path) == 0) return EXIT_OK;
+        if (!is_part || rename(part_path, path) == 0) return EXIT_OK;
         fail("%s: cannot be given this name (is it a folder, or in use?)", path);
     }
     if (is_part) remove(part_path);
     return EXIT_FAILED;
-}
-
-static int is_file(const char *path) {
-    FILE *f = fopen(path, "rb");
-    return f && fclose(f) == 0;
 }
 
 // Reads a whole file, or standard input for "-".
@@ -694,9 +685,11 @@ typedef struct lines {
     int         number;                    // from 1
 } lines;
 
-static lines lines_of(const char *path, char *text, size_t size) {
+static lines read_lines(program *p, const char *path) {
+    size_t size = 0;
+    char *text = read_text(p, path, &size);
     lines l = {path, text, text + size, text, 0, 0};
-    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) l.at += 3;     // a byte order mark
+    if (begins(text, "\xEF\xBB\xBF")) l.at += 3;           // a byte order mark
     return l;
 }
 
@@ -717,9 +710,9 @@ static void line_error(const lines *l, const char *what) { exit(fail("%s:%d: %s"
 
 // "folder/name"; size: of the folder's name
 static char *join_path(program *p, const char *folder, size_t size, const char *name) {
-    char *path = (char *)new_memory(p, size + strlen(name) + 2, 1);
-    memcpy(path, folder, size);
-    strcpy(path + size + (size && path[size - 1] != '/' ? (path[size] = '/', 1) : 0), name);
+    const size_t room = size + strlen(name) + 2;
+    char *path = (char *)new_memory(p, room, 1);
+    snprintf(path, room, "%.*s%s%s", (int)size, folder, size && folder[size - 1] != '/' ? "/" : "", name);
     return path;
 }
 
@@ -781,11 +774,11 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
 static int answer_images(program *p, const char *const *paths, int n, int each, int with_labels, const char *prompt) {
     astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n * (size_t)each, sizeof *images);
     astrovl_turn turns[MAX_TURNS], *of[MAX_TURNS];     // of[i] is about paths[i * each]; those without image come last
-    int i, k, good = 0, status = EXIT_OK;
+    int i, good = 0, status = EXIT_OK;
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each; k++, t.n_images++)
+        for (int k = i * each; t.n_images < each; k++, t.n_images++)
             if (astrovl_image_load(paths[k], NULL, &images[k], &t.err) != ASTROVL_OK) break;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
@@ -884,9 +877,9 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     if (strcmp(line, "/reset") == 0) {
         astrovl_session_reset(p->session);
         c->pending = c->image.rgb != NULL;
-    } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
+    } else if (begins(line, "/image") && (!line[6] || line[6] == ' ')) {
         chat_image(p, c, line + 6 + strspn(line + 6, " "), 1);
-    } else if (strncmp(line, "/add ", 5) == 0 && line[5 + strspn(line + 5, " ")]) {
+    } else if (begins(line, "/add ") && line[5 + strspn(line + 5, " ")]) {
         chat_image(p, c, line + 5 + strspn(line + 5, " "), 0);
     } else {
         int known = strcmp(line, "/help") == 0;
@@ -1567,14 +1560,8 @@ static const recipe recipes[] = {
 enum { N_RECIPES = (int)(sizeof recipes / sizeof *recipes) };
 
 static int block_is_among(int blocks, int i, int n) {
-    switch (blocks) {
-    case FIRST_2:    return i < 2;
-    case FIRST_4:    return i < 4;
-    case FIRST_16TH: return i < n / 16;
-    case FIRST_8TH:  return i < n / 8;
-    case ENDS_AND_THIRDS: return i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
-    default: return 0;
-    }
+    const int first[] = {0, 2, 4, n / 16, n / 8, n / 8};
+    return i < first[blocks] || (blocks == ENDS_AND_THIRDS && (i >= 7 * n / 8 || (i - n / 8) % 3 == 2));
 }
 
 // "v.blk.12.attn_v.weight": block 12 of tower 1, *rest "attn_v.weight"; -1 for a tensor outside the blocks. Towers: 0
@@ -1599,8 +1586,6 @@ static int is_quantizable(const astrovl_tensor *t) {
            !strstr(t->name, "_norm.") && !strstr(t->name, "position_embd") && !strstr(t->name, "patch_embd") &&
            !strstr(t->name, "ffn_gate_inp");
 }
-
-static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
 // What a recipe asks for. n_blocks: [3], of each tower
 static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blocks, const astrovl_tensor *t) {
@@ -1704,12 +1689,11 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
     int i, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
     gguf_out out = {NULL, 0};
 #if !defined(_WIN32)
-    struct stat s;
-    long n_processors = sysconf(_SC_NPROCESSORS_ONLN);
+    const long n_processors = sysconf(_SC_NPROCESSORS_ONLN);
     if (!p->o.threads && n_processors > 1)
         n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
-    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return fail("%s: is a folder or a device; name a file", path);
 #endif
+    if (is_special(path)) return fail("%s: is a folder or a device; name a file", path);
     out.file = begin_file(path);
     put_header(&out, in, file_type, types);
     for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
@@ -1743,10 +1727,9 @@ static int run_quantize(program *p) {
     totals sums;
     while (r < recipes + N_RECIPES && strcasecmp(words[2], r->name) != 0) r++;
     if (r == recipes + N_RECIPES) {
-        print_around("astrovl", p->cmd, ": ");
-        fprintf(stderr, "no quantization is called \"%s\"; there are:", words[2]);
-        for (i = 0; i < N_RECIPES; i++) fprintf(stderr, " %s", recipes[i].name);
-        return print_around("\nTry: astrovl", p->cmd, " --help\n");
+        char names[256] = "";
+        for (i = 0; i < N_RECIPES; i++) strcat(strcat(names, " "), recipes[i].name);
+        return usage_error(p->cmd, "no quantization is called \"%s\"; there are:%s", words[2], names);
     }
     if (!(in = astrovl_gguf_open(words[0], 0, &p->err))) return failed(p);
     n = astrovl_gguf_n_tensors(in);
@@ -2028,19 +2011,17 @@ static int run_score(program *p) {
 
 // Texts, one a line. Blank lines and those that begin with '#' are skipped; [TITLE] begins a group. Returns the groups.
 static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
-    size_t size = 0, at, n_labels = 0;
-    char *text = read_text(p, path, &size);
-    lines l = lines_of(path, text, size);
+    lines l = read_lines(p, path);
+    size_t n_labels = 0;
     int n = 1;
     unsigned code;
-    int valid;
     while (next_line(&l)) {
         for (; *l.line == ' ' || *l.line == '\t'; l.size--) l.line++;
         while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.line[--l.size] = 0;
         if (!l.size || *l.line == '#') continue;
-        for (at = 0; at < l.size;) {
-            at += utf8_next(l.line + at, l.size - at, &code, &valid);
-            if (!valid || (is_control(code) && code != '\t'))
+        for (size_t at = 0; at < l.size;) {
+            at += utf8_next(l.line + at, l.size - at, &code);
+            if (code == NO_UTF8 || (is_control(code) && code != '\t'))
                 line_error(&l, "this is not UTF-8 text, or holds control characters");
         }
         if (l.size > 1000) line_error(&l, "a label of more than 1000 bytes");
@@ -2101,7 +2082,7 @@ static uint64_t model_fingerprint(const astrovl_model *model) {
         for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
             const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
             uint64_t pieces = t->n_bytes <= 65536 ? 1 : 16, piece = pieces == 1 ? t->n_bytes : 4096;
-            for (o = 0; o < 6 && strncmp(t->name, others[o], strlen(others[o])) != 0; o++) {}
+            for (o = 0; o < 6 && !begins(t->name, others[o]); o++) {}
             if (o < 6) continue;
             h = fnv1a64(FNV_START, t->name, strlen(t->name));
             snprintf(text, sizeof text, "%d %lld %lld %lld %lld", (int)t->type, (long long)t->ne[0],
@@ -2198,11 +2179,7 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
 
 // Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
-#if !defined(_WIN32)
-    struct stat s;
-    if (stat(ix->path, &s) == 0 && !S_ISREG(s.st_mode))
-        exit(fail("%s: is a folder, a pipe or a device; name a file", ix->path));
-#endif
+    if (is_special(ix->path)) exit(fail("%s: is a folder, a pipe or a device; name a file", ix->path));
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
     if (lock_file(ix->file) != 0)
@@ -2274,11 +2251,9 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
     int i, status = EXIT_OK, n_others = 0;
     for (i = 0; i < p->o.words.n; i++) {
         const char *word = p->o.words.items[i];
-        size_t size = 0;
-        char *text = NULL;
         if (strcmp(word, "-") != 0) { status |= add_images(p, word, 0, &all, &n_others); continue; }
-        text = read_text(p, "-", &size);
-        for (lines l = lines_of("standard input", text, size); next_line(&l);) {
+        lines l = read_lines(p, word);
+        for (l.path = "standard input"; next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
             if (l.size) status |= add_images(p, l.line, 0, &all, &n_others);
         }
@@ -2407,22 +2382,20 @@ static list read_member(program *p, const lines *l, const char *key, int least, 
 // Reads a whole set before the long work begins, so that a broken line is said at once.
 static sample *read_samples(program *p, const char *path, int vqa, int *n) {
     const char *slash = strrchr(path, '/');
-    size_t size = 0, i, n_lines = 1, folder = slash ? (size_t)(slash - path) + 1 : 0;
-    char *text = read_text(p, path, &size);
-    lines l = lines_of(path, text, size);
-    sample *samples, *x;
-    for (i = 0; i < size; i++) n_lines += text[i] == '\n';
-    samples = (sample *)new_memory(p, n_lines, sizeof *samples);
+    const size_t folder = slash ? (size_t)(slash - path) + 1 : 0;
+    lines l = read_lines(p, path);
+    size_t n_lines = 1;
+    for (const char *c = l.at; c < l.end; c++) n_lines += *c == '\n';
+    sample *samples = (sample *)new_memory(p, n_lines, sizeof *samples);
     for (*n = 0; next_line(&l);) {
-        list reference;
         if (strspn(l.line, " \t") == l.size) continue;
-        x = &samples[(*n)++];
+        sample *x = &samples[(*n)++];
         x->image = read_member(p, &l, "image", 1, 1).items[0];
         x->label = read_member(p, &l, vqa ? "class" : "caption", 1, 1).items[0];
         if (!*x->image || !*x->label) line_error(&l, "an empty name or text");
         x->path = join_path(p, path, *x->image == '/' ? 0 : folder, x->image);
         if (!vqa) continue;
-        reference = read_member(p, &l, "description", 0, 1);
+        const list reference = read_member(p, &l, "description", 0, 1);
         if (reference.n) x->reference = reference.items[0];
         x->features = read_member(p, &l, "features", 0, 1000000);
     }
