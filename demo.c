@@ -110,13 +110,20 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
 }
 static void print_safe(FILE *out, const char *text) { print_string(out, text, strlen(text), 0); }
 
-// Text, with blanks up to a width (wide characters counted as one).
-static void print_padded(const char *text, size_t size, int width) {
+// Standard output gets either JSON or plain text. What is called put_... prints one of them and skips the other, so
+// that commands say both, one after the other, without asking.
+static int g_json;
+#define put_plain(...) (g_json ? (void)0 : (void)printf(__VA_ARGS__))
+
+// Plain text, with blanks up to a width (wide characters counted as one).
+static void put_padded(const char *text, size_t size, int width) {
     unsigned code;
+    if (g_json) return;
     print_string(stdout, text, size, 0);
     for (size_t at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code);
     printf("%*s", width > 0 ? width : 0, "");
 }
+static void put_safe(const char *text) { put_padded(text, strlen(text), 0); }
 
 static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
@@ -155,13 +162,14 @@ static const char *shape_text(const int64_t *shape, int n_dims, const char *betw
     return text;
 }
 
-// JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an
-// int, %l a long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes
-// are put in: put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ it is plain text: name x, ...
+// JSON: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a long long,
+// %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
+// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      What begins with ~ is plain text instead: name "x", sizes ...
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
     const int plain = *f == '~';
     va_list args;
+    if (plain == g_json) return;
     va_start(args, f);
     for (f += plain; *f; f++) {
         if (*f == ' ') continue;
@@ -439,11 +447,12 @@ static int failed_on(program *p, const char *file) {
 }
 static int failed(program *p) { return failed_on(p, NULL); }
 
-// Begins an object of --json: the version, and the model if one is open.
-static void begin_json(const program *p) {
+// Begins an object of --json: the version, the model if one is open, and what put_json makes of the rest.
+static void json_head(const program *p) {
     put_json("{version:%s", ASTROVL_VERSION);
     if (p->model) put_json("model:%s", p->info.name);
 }
+#define begin_json(p, ...) (json_head(p), put_json(__VA_ARGS__))
 
 // Writes out what is buffered. If that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
@@ -575,15 +584,14 @@ static void finish_answer(program *p, const astrovl_session *s, const char *cons
     int n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
     astrovl_get_stats(s, &t);
-    if (p->o.json) {
-        begin_json(p);
-        for (int i = 0; i < n_files; i++) put_json(n_files == 1 ? "file:%s" : i ? "%s" : "files:[%s", files[i]);
-        put_json(n_files > 1 ? "] prompt:%s text:%s" : "prompt:%s text:%s", prompt, answer);
-        put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
-        for (int i = 0; i < n; i++) put_json("%d", (int)ids[i]);
-        put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
-                 t.prompt_seconds, t.decode_seconds);
-    } else putchar('\n');
+    begin_json(p, n_files > 1 ? "files:[" : n_files ? "file:" : "");
+    for (int i = 0; i < n_files; i++) put_json("%s", files[i]);
+    put_json(n_files > 1 ? "] prompt:%s text:%s" : "prompt:%s text:%s", prompt, answer);
+    put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
+    for (int i = 0; i < n; i++) put_json("%d", (int)ids[i]);
+    put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
+             t.prompt_seconds, t.decode_seconds);
+    put_plain("\n");
     flush_output(p);
     if (p->o.json || p->o.quiet) return;
     print_label(stderr, label);
@@ -915,7 +923,7 @@ static int run_chat(program *p) {
 // ==== tokens =========================================================================================================
 static int print_tokens(program *p, const char *word, size_t word_size) {
     const int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0;
-    int i, n, size, room = 0;
+    int n, room = 0;
     int32_t *tokens;
     do {
         tokens = (int32_t *)new_memory(p, (size_t)room, sizeof *tokens);
@@ -924,24 +932,22 @@ static int print_tokens(program *p, const char *word, size_t word_size) {
         if (n < 0) return failed(p);
     } while (n > room && (room = n));
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
-        for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
+        for (int i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
         return EXIT_OK;
     }
-    if (p->o.json) begin_json(p), put_json("tokens:[");
-    for (i = 0; i < n; i++) {
-        astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
-        char *text = (char *)new_memory(p, (size_t)(size = astrovl_token_text(p->model, tokens[i], NULL, 0)) + 1, 1);
+    begin_json(p, "tokens:[");
+    for (int i = 0; i < n; i++) {
+        const astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
+        const int size = astrovl_token_text(p->model, tokens[i], NULL, 0);
+        char *text = (char *)new_memory(p, (size_t)size + 1, 1);
         astrovl_token_text(p->model, tokens[i], text, size);
-        if (p->o.json) put_json("{id:%d piece:%S text:%S}", (int)tokens[i], piece.data, piece.size, text, (size_t)size);
-        else {
-            printf("%8ld  ", (long)tokens[i]);
-            print_padded(piece.data, piece.size, 16);
-            print_string(stdout, text, (size_t)size, 1);
-            putchar('\n');
-        }
+        put_json("{id:%d piece:%S text:%S}", (int)tokens[i], piece.data, piece.size, text, (size_t)size);
+        put_plain("%8ld  ", (long)tokens[i]);
+        put_padded(piece.data, piece.size, 16);
+        put_json("~%S\n", text, (size_t)size);
     }
-    if (p->o.json) put_json("]}\n");
+    put_json("]}\n");
     return EXIT_OK;
 }
 
@@ -1002,26 +1008,24 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
 // {"type": ..., "count": ..., "first": [values]}
 static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     const astrovl_kv *kv = astrovl_gguf_kv(file, index);
-    int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
-    uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
+    const char *item = value_types[kv->item_type];
+    const int is_array = kv->type == ASTROVL_VALUE_ARRAY;
+    const uint64_t most = g_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
     char type[64];
-    snprintf(type, sizeof type, is_array ? "%s[%lld]" : "%s", value_types[kv->item_type], (long long)kv->count);
-    if (as_json) {
-        put_json("%k", kv->key);
-        if (shown < kv->count) put_json("{type:%s count:%l first:", value_types[kv->item_type], (long long)kv->count);
-        if (is_array) put_json("[");
-    } else {
-        printf("  ");
-        print_padded(kv->key, strlen(kv->key), 40);
-        printf("  %-14s ", type);
+    snprintf(type, sizeof type, is_array ? "%s[%lld]" : "%s", item, (long long)kv->count);
+    put_json("%k", kv->key);
+    if (shown < kv->count) put_json("{type:%s count:%l first:", item, (long long)kv->count);
+    if (is_array) put_json("[");
+    put_plain("  ");
+    put_padded(kv->key, strlen(kv->key), 40);
+    put_plain("  %-14s ", type);
+    for (uint64_t i = 0; i < shown; i++) {
+        put_json("%-");
+        if (i) put_plain(", ");
+        print_value(file, index, i, g_json || p->o.full);
     }
-    for (i = 0; i < shown; i++) {
-        if (as_json) put_json("%-");
-        else if (i) printf(", ");
-        print_value(file, index, i, as_json || p->o.full);
-    }
-    if (as_json && is_array) put_json(shown < kv->count ? "]}" : "]");
-    else if (!as_json) printf("%s\n", shown < kv->count ? ", ..." : "");
+    if (is_array) put_json(shown < kv->count ? "]}" : "]");
+    put_plain("%s\n", shown < kv->count ? ", ..." : "");
 }
 
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
@@ -1041,88 +1045,85 @@ static totals add_up(const astrovl_gguf *file) {
 static void print_totals(const totals *sums) {
     for (int k = 0; k <= N_TYPES; k++)
         if (sums->of[k][0])
-            printf("  %-5s %6d tensors %14lld values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                   (int)sums->of[k][0], (long long)sums->of[k][1], human_bytes(sums->of[k][2]));
+            put_plain("  %-5s %6d tensors %14lld values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
+                      (int)sums->of[k][0], (long long)sums->of[k][1], human_bytes(sums->of[k][2]));
 }
 
 static void print_file(const program *p, const astrovl_gguf *file) {
-    int i, k, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
-    int64_t shape[4];
-    totals sums = add_up(file);
-    if (as_json) {
-        put_json("{file:%s version:%d bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
-                 (long long)astrovl_gguf_size(file));
-    } else {
-        print_safe(stdout, astrovl_gguf_name(file));
-        printf(": GGUF version %d, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
-               human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
-    }
-    for (i = 0; i < n_kv; i++) print_kv(p, file, i);
-    if (as_json) put_json("} tensors:[");
-    else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
-    for (i = 0; i < n_tensors; i++) {
+    const int n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
+    const totals sums = add_up(file);
+    put_json("{file:%s version:%d bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
+             (long long)astrovl_gguf_size(file));
+    put_safe(astrovl_gguf_name(file));
+    put_plain(": GGUF version %d, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
+              human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
+    for (int i = 0; i < n_kv; i++) print_kv(p, file, i);
+    put_json("} tensors:[");
+    if (n_tensors) put_plain("\ntensors: name, type, shape (slowest dimension first), bytes\n");
+    for (int i = 0; i < n_tensors; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
         const char *type = astrovl_type_name(t->type);
-        for (k = 0; k < t->n_dims; k++) shape[k] = t->ne[t->n_dims - 1 - k];
-        if (as_json) {
-            put_json("{name:%s type:%s shape:[", t->name, type);
-            for (k = 0; k < t->n_dims; k++) put_json("%l", (long long)shape[k]);
-            put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
-        } else {
-            printf("  ");
-            print_padded(t->name, strlen(t->name), 28);
-            printf("  %-5s %-18s %12lld\n", type, shape_text(shape, t->n_dims, " x "), (long long)t->n_bytes);
+        int64_t shape[4];
+        put_json("{name:%s type:%s shape:[", t->name, type);
+        for (int k = 0; k < t->n_dims; k++) {
+            shape[k] = t->ne[t->n_dims - 1 - k];
+            put_json("%l", (long long)shape[k]);
         }
+        put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
+        put_plain("  ");
+        put_padded(t->name, strlen(t->name), 28);
+        put_plain("  %-5s %-18s %12lld\n", type, shape_text(shape, t->n_dims, " x "), (long long)t->n_bytes);
     }
-    if (as_json) put_json("]}");
-    else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
+    put_json("]}");
+    if (n_tensors) put_plain("\ntotals\n");
+    print_totals(&sums);
+    put_plain("\n");
 }
 
 // Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns `present`.
-static int begin_part(int as_json, const char *part, int present) {
-    if (as_json) put_json(present ? "%k {" : "%k %-", part);
-    else printf("  %-16s", part);
-    if (!present) fputs(as_json ? "null" : "none\n", stdout);
+static int begin_part(const char *part, int present) {
+    put_json(present ? "%k {" : "%k %-", part);
+    put_plain("  %-16s", part);
+    if (!present) fputs(g_json ? "null" : "none\n", stdout);
     return present;
 }
 
 // Ends it with its sizes, format as of put_json; the text is "layers 2, width 32".
-#define end_part(as_json, format, ...) \
-    ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
+#define end_part(format, ...) (put_json(format "}", __VA_ARGS__), put_json("~" format "\n", __VA_ARGS__))
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
 static void print_model(program *p, const list *paths) {
     const astrovl_info *m = &p->info;
-    const int j = p->o.json;
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     if (!p->model) {
-        if (j) put_json("parts:{error:%s}", p->err.message);
-        else printf("no model that astrovl can run: %s\n", p->err.message);
+        put_json("parts:{error:%s}", p->err.message);
+        put_plain("no model that astrovl can run: %s\n", p->err.message);
         return;
     }
     astrovl_get_info(p->model, &p->info);
-    if (j) put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
-                    (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
-    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
-                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
-    if (begin_part(j, "vocabulary", m->has_vocab))
-        end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
-    if (begin_part(j, "language_model", m->has_text))
-        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer,
+    put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+             (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
+    put_plain("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
+              human_bytes(m->n_weight_bytes));
+    put_json("~%s\n", m->name);
+    if (begin_part("vocabulary", m->has_vocab))
+        end_part("tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
+    if (begin_part("language_model", m->has_text))
+        end_part("layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer,
                  m->n_embd, m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
-    if (begin_part(j, "vision_tower", m->has_vision))
-        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d "
-                 "patches:%d", m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head,
-                 m->vision_n_ff, m->image_size, m->patch_size, m->n_patches);
-    if (begin_part(j, "projector", m->has_projector)) end_part(j, "image_tokens:%d", m->n_image_tokens);
-    if (begin_part(j, "text_tower", m->clip_text_n_layer > 0))
-        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer,
+    if (begin_part("vision_tower", m->has_vision))
+        end_part("layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d patches:%d",
+                 m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff,
+                 m->image_size, m->patch_size, m->n_patches);
+    if (begin_part("projector", m->has_projector)) end_part("image_tokens:%d", m->n_image_tokens);
+    if (begin_part("text_tower", m->clip_text_n_layer > 0))
+        end_part("layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer,
                  m->clip_text_n_embd, m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
-    if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
-        end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
+    if (begin_part("contrastive", m->has_joint_image || m->has_joint_text))
+        end_part("images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
                  m->logit_scale);
-    if (j) put_json("}");
-    else printf("  template        %s\n", astrovl_template_name(m->chat_template));
+    put_json("}");
+    put_plain("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
 // What whole files lack to be of use together; NULL: nothing.
@@ -1153,42 +1154,38 @@ static int check_model(program *p, const list *paths) {
         {"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1}, {"summarize", 1}, {"score", 2}, {"describe", 2},
         {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     const astrovl_info *m = &p->info;
-    int i, uses[5];
+    int uses[5];
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     astrovl_get_info(p->model, &p->info);
     const char *problem = p->model ? lacking(m) : p->err.message;
     uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
     uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
-    if (p->o.json) begin_json(p), put_json("runnable:%b commands:[", !problem);
-    else if (problem) printf("these files make up no model that astrovl can run:\n- ");
-    else printf("these files can be used with");
-    for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
-        if (!problem && uses[rows[i].use])
-            p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
-    if (p->o.json) put_json("] problems:[");
-    if (p->o.json && problem) put_json("%s", problem);
-    if (p->o.json) put_json("]}\n");
-    else if (problem) print_safe(stdout, problem), putchar('\n');
-    else puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
+    begin_json(p, "runnable:%b commands:[", !problem);
+    put_plain(problem ? "these files make up no model that astrovl can run:\n- " : "these files can be used with");
+    for (int i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
+        if (!problem && uses[rows[i].use]) put_json("%s", rows[i].command), put_plain(" %s", rows[i].command);
+    put_json("] problems:[");
+    if (problem) put_json("%s", problem), put_safe(problem);
+    put_json("]}\n");
+    put_plain(!problem && uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE\n" : "\n");
     return problem ? EXIT_FAILED : EXIT_OK;
 }
 
 static int run_inspect(program *p) {
     list *paths = p->o.words.n ? &p->o.words : &p->o.models;
-    astrovl_gguf **files;
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
     if (paths->n == 0) return usage_error(p->cmd, "which file? (the shipped model was not found)");
     if (p->o.check) return check_model(p, paths);
-    files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     // All are opened before anything is printed: half a JSON text is none.
+    astrovl_gguf **files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (int i = 0; i < paths->n; i++)
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
-    if (p->o.json) begin_json(p), put_json("files:[");
+    begin_json(p, "files:[");
     for (int i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
-    if (p->o.json) put_json("]");
+    put_json("]");
     print_model(p, paths);
-    if (p->o.json) put_json("}\n");
+    put_json("}\n");
     return EXIT_OK;
 }
 
@@ -1754,24 +1751,21 @@ static int run_quantize(program *p) {
     if (!(out = astrovl_gguf_open(words[1], 0, &p->err))) return failed(p);
     sums = add_up(out);
     bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
-    if (p->o.json) {
-        begin_json(p);
-        put_json("file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
-                 (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
-        put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
-        for (i = 0; i < N_TYPES; i++)
-            if (sums.of[i][0]) put_json("%k %d", astrovl_type_name(i), (int)sums.of[i][0]);
-        put_json("}}\n");
-    } else if (!p->o.quiet) {
-        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n",
-               human_bytes(astrovl_gguf_size(in)), human_bytes(astrovl_gguf_size(out)), bits, n_changed, n,
-               seconds() - start);
+    begin_json(p, "file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
+               (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
+    put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
+    for (i = 0; i < N_TYPES; i++)
+        if (sums.of[i][0]) put_json("%k %d", astrovl_type_name(i), (int)sums.of[i][0]);
+    put_json("}}\n");
+    if (!p->o.quiet) {
+        put_plain("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n",
+                  human_bytes(astrovl_gguf_size(in)), human_bytes(astrovl_gguf_size(out)), bits, n_changed, n,
+                  seconds() - start);
         print_totals(&sums);
+        if (n_fallbacks) note("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
+        if (n_requantized)
+            note("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     }
-    if (n_fallbacks && !p->o.quiet)
-        note("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
-    if (n_requantized && !p->o.quiet)
-        note("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
     return EXIT_OK;
@@ -1896,8 +1890,7 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
 
 // {..., "file": path, "embedding": [...]}; every number reads back as the same float32
 static void print_embedding(program *p, const char *key, const char *name, const float *row) {
-    begin_json(p);
-    put_json("%k %s embedding:[", key, name);
+    begin_json(p, "%k %s embedding:[", key, name);
     for (int k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
     put_json("]}\n");
 }
@@ -1930,17 +1923,17 @@ static void embed_texts(program *p, const char *const *texts, int n, float *rows
 
 static int run_embed(program *p) {
     list *images = &p->o.words, *texts = &p->o.texts;
-    int i, n = images->n + texts->n, status = EXIT_OK;
-    int64_t shape[2];
+    int n = images->n + texts->n, status = EXIT_OK;
     if ((images->n == 0) == (texts->n == 0)) return usage_error(p->cmd, "images are wanted, or --text TEXT (not both)");
+    g_json = 1;                            // with or without --json
     open_towers(p, images->n ? IMAGE_TOWER : TEXT_TOWER);
     float *rows = new_rows(p, n);
     if (images->n) status = embed_images(p, images->items, n, rows, !p->o.out);
     else embed_texts(p, texts->items, n, rows);
-    shape[0] = n, shape[1] = p->info.n_embd_joint;
+    const int64_t shape[2] = {n, p->info.n_embd_joint};
     if (p->o.out && status != EXIT_OK) return fail("%s: not written, since rows are missing", p->o.out);
     if (p->o.out) return save_npy(p->o.out, shape, 2, rows), EXIT_OK;
-    for (i = 0; i < texts->n; i++) print_embedding(p, "text", texts->items[i], row_of(p, rows, i));
+    for (int i = 0; i < texts->n; i++) print_embedding(p, "text", texts->items[i], row_of(p, rows, i));
     return status;
 }
 
@@ -1964,23 +1957,20 @@ static void print_fits(program *p, const group *g, const float *image, int best)
     for (i = 0; i < n; i++) g->fits[i].row = i, g->fits[i].score = g->odds[i], g->odds[i] *= p->info.logit_scale;
     astrovl_softmax(g->odds, n);
     if (best) qsort(g->fits, (size_t)n, sizeof *g->fits, by_score);
-    if (!p->o.json && g->title) printf("  %s\n", g->title);
+    if (g->title) put_plain("  %s\n", g->title);
     for (i = 0; i < (best && best < n ? best : n); i++) {
         const char *text = g->texts.items[g->fits[i].row];
-        float cosine = g->fits[i].score, probability = g->odds[g->fits[i].row];
-        if (p->o.json) {
-            put_json("{text:%s cosine:%f probability:%f", text, cosine, probability);
-            put_json(g->title ? "group:%s}" : "}", g->title);
-        } else {
-            printf("  %7.4f  %5.1f %%  ", cosine, probability * 100);
-            print_safe(stdout, text);
-            putchar('\n');
-        }
+        const float cosine = g->fits[i].score, probability = g->odds[g->fits[i].row];
+        put_json("{text:%s cosine:%f probability:%f", text, cosine, probability);
+        put_json(g->title ? "group:%s}" : "}", g->title);
+        put_plain("  %7.4f  %5.1f %%  ", cosine, probability * 100);
+        put_safe(text);
+        put_plain("\n");
     }
 }
 
 static int match_images(program *p, group *groups, int n_groups, int best) {
-    int i, k, status = EXIT_OK;
+    int i, status = EXIT_OK;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
     float *row = new_rows(p, 1);
     for (i = 0; i < n_groups; i++) {
@@ -1994,10 +1984,11 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
         const char *path = p->o.words.items[i];
         char ok;
         if (!embed_batch(p, &path, 1, row, &ok)) { status = EXIT_FAILED; continue; }
-        if (p->o.json) begin_json(p), put_json("file:%s matches:[", path);
-        else print_safe(stdout, path), putchar('\n');
-        for (k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
-        if (p->o.json) put_json("]}\n");
+        begin_json(p, "file:%s matches:[", path);
+        put_safe(path);
+        put_plain("\n");
+        for (int k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
+        put_json("]}\n");
         flush_output(p);
     }
     return status;
@@ -2307,20 +2298,17 @@ static int run_index(program *p) {
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
-    if (p->o.json) begin_json(p);
-    if (p->o.json) put_json("index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added,
-                            n_known, todo.n - added, ix->names.n + added, rate);
-    else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
-                n_known, todo.n - added, ix->names.n + added);
+    begin_json(p, "index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
+               todo.n - added, ix->names.n + added, rate);
+    put_plain("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
+              n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
     return added < todo.n ? EXIT_FAILED : status;
 }
 
 static int run_search(program *p) {
     const char *query = p->o.image ? p->o.image : p->o.words.items[1];
-    int i, k = p->o.best ? p->o.best : 10, n = 0;
-    astrovl_rows rows;
-    astrovl_hit *hits;
+    int k = p->o.best ? p->o.best : 10, n = 0;
     char ok;
     if ((p->o.words.n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
     open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
@@ -2336,20 +2324,20 @@ static int run_search(program *p) {
     float *row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
-    rows.data = ix->rows;
-    rows.n_rows = ix->names.n;
-    rows.n_dims = ix->n_dims;
+    const astrovl_rows rows = {ix->rows, ix->names.n, ix->n_dims};
     if (k > ix->names.n) k = ix->names.n;
-    hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
+    astrovl_hit *hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
     if (k) n = astrovl_search(&rows, row, k, p->o.threads, hits, &p->err);
     if (n < 0) return failed(p);
-    if (p->o.json) begin_json(p), put_json("%k %s rows:%d hits:[", p->o.image ? "file" : "text", query, ix->names.n);
-    for (i = 0; i < n; i++) {
+    begin_json(p, "%k %s rows:%d hits:[", p->o.image ? "file" : "text", query, ix->names.n);
+    for (int i = 0; i < n; i++) {
         const char *name = ix->names.items[hits[i].row];
-        if (p->o.json) put_json("{cosine:%f file:%s}", hits[i].score, name);
-        else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
+        put_json("{cosine:%f file:%s}", hits[i].score, name);
+        put_plain("%7.4f  ", hits[i].score);
+        put_safe(name);
+        put_plain("\n");
     }
-    if (p->o.json) put_json("]}\n");
+    put_json("]}\n");
     free(ix->rows);
     return EXIT_OK;
 }
@@ -2449,33 +2437,31 @@ static int by_value(const void *a, const void *b) {
 }
 
 static void print_retrieval(const program *p, const retrieval *r) {
-    int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
-    if (as_json) begin_json(p);
-    if (as_json) put_json("pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
-    else printf("%d pairs, logit scale %.4g\n"
-                "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
-                "how often is the partner among the best k %%?\n"
-                "    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n",
-                n, p->info.logit_scale, r->loss, n, log(n), n);
-    for (k = 1; k <= 100; k++) {
-        double there = r->share[0][k], back = r->share[1][k];
-        best = (int)((int64_t)k * n / 100);
-        if (as_json) put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
-        else if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
-            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100,
-                   100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
+    const int n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n);
+    begin_json(p, "pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
+    put_plain("%d pairs, logit scale %.4g\n"
+              "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
+              "how often is the partner among the best k %%?\n"
+              "    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n",
+              n, p->info.logit_scale, r->loss, n, log(n), n);
+    for (int k = 1; k <= 100; k++) {
+        const int best = (int)((int64_t)k * n / 100);
+        const double there = r->share[0][k], back = r->share[1][k];
+        put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
+        if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
+            put_plain("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100,
+                      100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
     }
-    if (as_json) put_json("]");
-    else printf("\ncosines          mean   median\n");
-    for (i = 0; i < 2; i++) {
-        double mean = r->mean[i], median = r->median[i];
-        if (as_json) put_json(i ? "cosines_shuffled:" : "cosines_matched:");
-        if (as_json) put_json("{mean:%f median:%f sorted:[", mean, median);
-        else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
-        for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
-        if (as_json) put_json("]}");
+    put_json("]");
+    put_plain("\ncosines          mean   median\n");
+    for (int i = 0; i < 2; i++) {
+        const double mean = r->mean[i], median = r->median[i];
+        put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", mean, median);
+        for (int k = 0; k < n; k++) put_json("%f", r->cosines[i][k]);
+        put_json("]}");
+        put_plain("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
     }
-    if (as_json) put_json("}\n");
+    put_json("}\n");
 }
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
@@ -2617,36 +2603,32 @@ static int first_named(const char *text, const char *const *words, int n) {
 }
 
 static void print_vqa(const program *p, const vqa *t) {
-    const int as_json = p->o.json;
-    int c, i, m = t->classes.n;
-    double right = (double)t->right / t->n, found = (double)t->found / t->features;
-    double semantic = t->semantic / t->n_semantic;
-    if (as_json) {
-        begin_json(p);
-        put_json("images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
-                 t->none, found, semantic);
-    } else {
-        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
-               100 * right, t->right, t->n, t->none);
-        if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
-        if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
-        printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
-        for (c = 0; c < m; c++) printf("%5d", c + 1);
-        puts(" none");
-    }
-    for (c = 0; c < m; c++) {
+    const int m = t->classes.n;
+    const double right = (double)t->right / t->n, found = (double)t->found / t->features;
+    const double semantic = t->semantic / t->n_semantic;
+    begin_json(p, "images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
+               t->none, found, semantic);
+    put_plain("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
+              100 * right, t->right, t->n, t->none);
+    if (t->features) put_plain("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
+    if (t->n_semantic) put_plain("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
+    put_plain("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
+    for (int c = 0; c < m; c++) put_plain("%5d", c + 1);
+    put_plain(" none\n");
+    for (int c = 0; c < m; c++) {
         const int *named = t->confusion + c * (m + 2);
         const char *name = t->classes.items[c];
-        double share = (double)named[c] / named[m + 1];
-        if (as_json) put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
-        else printf("%3d  ", c + 1), print_padded(name, strlen(name), 24), printf("  %5.1f%%", 100 * share);
-        for (i = 0; i <= m; i++)
-            as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
-        as_json ? put_json("]}") : (void)putchar('\n');
+        const double share = (double)named[c] / named[m + 1];
+        put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
+        put_plain("%3d  ", c + 1);
+        put_padded(name, strlen(name), 24);
+        put_plain("  %5.1f%%", 100 * share);
+        for (int i = 0; i <= m; i++) put_json("%d", named[i]), put_plain(named[i] ? "%5d" : "    .", named[i]);
+        put_json("]}");
+        put_plain("\n");
     }
-    if (!as_json) return;
     put_json("] answers:[");
-    for (i = 0; i < t->n; i++) {
+    for (int i = 0; i < t->n; i++) {
         const sample *x = &t->samples[i];
         put_json("{file:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
                  x->named >= 0 && x->named < m ? t->classes.items[x->named] : "none", x->n_found, x->semantic, x->text);
@@ -2906,6 +2888,7 @@ static int run_command(program *p, const command *c, int argc, char **argv) {
     p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
     g_failure.as_json = p->o.json;
+    g_json = p->o.json;
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
     else if (status == EXIT_OK) status = usage_error(c, "%s", c->wanted);
