@@ -850,8 +850,7 @@ static const char chat_help[] =
     "  /help        this list\n  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
 static void chat_image(program *p, chat_state *c, const char *path, int anew) {
-    astrovl_image image;
-    memset(&image, 0, sizeof image);
+    astrovl_image image = {0, 0, NULL, 0};
     if (*path && (!p->info.has_vision || !p->info.has_projector)) {
         c->n_failed++;
         fail("%s: this model cannot see: it has no vision tower with a projector", path);
@@ -898,10 +897,8 @@ static int chat_command(program *p, chat_state *c, const char *line) {
 }
 
 static int run_chat(program *p) {
-    chat_state c;
-    char *line;
+    chat_state c = {{0, 0, NULL, 0}, 0, 0, 0};
     int go_on = !p->o.prompt;
-    memset(&c, 0, sizeof c);
     open_model_and_session(p);
     if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0], 1);
     if (c.n_failed) return EXIT_FAILED;                    // no image: do not talk about nothing
@@ -910,7 +907,7 @@ static int run_chat(program *p) {
     if (c.interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
     while (go_on && !p->stop) {
         if (c.interactive) fputs("> ", stderr), fflush(stderr);
-        line = read_line(p, stdin);
+        const char *line = read_line(p, stdin);
         if (!line && c.interactive) fputc('\n', stderr);
         if (!line) break;
         if (line[0] == '/') go_on = chat_command(p, &c, line);
@@ -988,11 +985,10 @@ static const char *const value_types[] = {               // by astrovl_value_typ
 
 // One value of a metadata entry, as JSON. long_strings: 0 cuts strings for the screen.
 static void print_value(const astrovl_gguf *file, int index, uint64_t i, int long_strings) {
-    astrovl_string s;
-    int64_t integer = astrovl_gguf_int(file, index, i);
+    const astrovl_string s = astrovl_gguf_string(file, index, i);
+    const int64_t integer = astrovl_gguf_int(file, index, i);
     switch (astrovl_gguf_kv(file, index)->item_type) {
     case ASTROVL_VALUE_STRING:
-        s = astrovl_gguf_string(file, index, i);
         print_string(stdout, s.data, long_strings || s.size <= 100 ? s.size : 96, 1);
         if (!long_strings && s.size > 100) printf(" ... (%llu bytes)", (unsigned long long)s.size);
         break;
@@ -1028,6 +1024,8 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     put_plain("%s\n", shown < kv->count ? ", ..." : "");
 }
 
+static int64_t values_in(const astrovl_tensor *t) { return t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]; }
+
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
 // Tensors, values and bytes of each type, and at the end of all.
 typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
@@ -1037,7 +1035,7 @@ static totals add_up(const astrovl_gguf *file) {
     for (int i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i / 2);
         uint64_t *sum = sums.of[i % 2 ? N_TYPES : (int)t->type];
-        sum[0]++, sum[1] += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]), sum[2] += t->n_bytes;
+        sum[0]++, sum[1] += (uint64_t)values_in(t), sum[2] += t->n_bytes;
     }
     return sums;
 }
@@ -1340,21 +1338,21 @@ static float fit_minimum(const float *x, int n, int high) {
     }
     for (int guess = -GUESSES; guess <= GUESSES; guess++) {
         float inverse = ((float)high + GUESS_STEP * (float)guess) / (top - low), sum_q = 0, sum_qq = 0, sum_uq = 0;
-        double determinant, d, r, error;   // error: E less sum u^2, which all tries share
         for (int i = 0; i < n; i++) {
             float q = round_between(u[i] * inverse, 0, (float)high);
             sum_q += q;
             sum_qq += q * q;
             sum_uq += u[i] * q;
         }
-        determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;   // 0: all q, so all x, are equal, and m is 0
-        d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
-        r = (d * (double)sum_q - (double)sum_u) / n;
+        const double determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;
+        double d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
+        double r = (d * (double)sum_q - (double)sum_u) / n;  // determinant 0: all q, so all x, are equal, and m is 0
         if (r < (double)low) {
             r = (double)low;
             d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
         }
-        error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));
+        const double error =               // E less sum u^2, which all tries share
+            d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));
         if (error < least) {
             least = error;
             minimum = (float)(r - (double)low);
@@ -1492,10 +1490,9 @@ static void *quantize_pieces(void *context) {
     chunk *c = (chunk *)context;
     const float most = c->type == ASTROVL_TYPE_F16 ? 65519.0f : block_values(c->type) > 1 ? QUANTIZE_MAX : FLT_MAX;
     float x[4096];
-    int64_t n;
     for (int64_t at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
         const char *from = (const char *)c->t->data + astrovl_type_row_bytes(c->t->type, c->first + at);
-        n = c->n - at < 4096 ? c->n - at : 4096;
+        const int64_t n = c->n - at < 4096 ? c->n - at : 4096;
         astrovl_dequantize(c->t->type, from, x, n);
         for (int64_t i = 0; i < n; i++) c->n_lost += !(fabsf(x[i]) <= most);
         quantize_row(c->type, x, c->blocks + astrovl_type_row_bytes(c->type, at), n);
@@ -1564,16 +1561,13 @@ static int block_is_among(int blocks, int i, int n) {
 // "v.blk.12.attn_v.weight": block 12 of tower 1, *rest "attn_v.weight"; -1 for a tensor outside the blocks. Towers: 0
 // language model, 1 vision, 2 text.
 static int block_of(const char *name, int *tower, const char **rest) {
-    static const char *const prefixes[] = {"blk.", "v.blk.", "t.blk."};
     int number = 0;
-    for (*tower = 0; *tower < 3; ++*tower) {
-        size_t n = strlen(prefixes[*tower]);
-        if (strncmp(name, prefixes[*tower], n) != 0) continue;
-        for (name += n; *name >= '0' && *name <= '9' && number < 100000; name++) number = number * 10 + (*name - '0');
-        *rest = name + 1;
-        return *name == '.' ? number : -1;
-    }
-    return -1;
+    *tower = begins(name, "v.") ? 1 : begins(name, "t.") ? 2 : 0;
+    if (*tower) name += 2;
+    if (!begins(name, "blk.")) return -1;
+    for (name += 4; *name >= '0' && *name <= '9' && number < 100000; name++) number = number * 10 + (*name - '0');
+    *rest = name + 1;
+    return *name == '.' ? number : -1;
 }
 
 // Is it a weight matrix, which may be stored with fewer bits?
@@ -1614,68 +1608,57 @@ static int type_for_rows(int type, int64_t n) {
 // ---- the file: GGUF version 3, little-endian, alignment 32. It is called PATH.part until it is complete; PATH stays
 // as it is until then, even if it is the file that is read.
 
-typedef struct gguf_out {
-    FILE    *file;                         // remembers errors: ferror
-    uint64_t size;                         // written so far
-} gguf_out;
-
-static void put_bytes(gguf_out *out, const void *bytes, size_t n) {
-    if (n) fwrite(bytes, 1, n, out->file);
-    out->size += n;
-}
-
-static void put_number(gguf_out *out, uint64_t value, int n) {
+static void put_number(FILE *out, uint64_t value, int n) {
     unsigned char bytes[8];
     put_le(bytes, value, n);
-    put_bytes(out, bytes, (size_t)n);
+    fwrite(bytes, 1, (size_t)n, out);
 }
 
-static void put_string(gguf_out *out, const char *text, size_t size) {
-    put_number(out, size, 8);
-    put_bytes(out, text, size);
+static void put_string(FILE *out, const char *text) {
+    put_number(out, strlen(text), 8);
+    fputs(text, out);
 }
 
-static void pad_to_32(gguf_out *out) {
-    static const char zeros[32] = {0};
-    put_bytes(out, zeros, (size_t)(0 - out->size) % 32);
+static void pad_to_32(FILE *out, uint64_t size) {
+    for (; size % 32; size++) fputc(0, out);
 }
 
 // All that stands before the tensors' data. types: [n_tensors]
-static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, const int *types) {
+static void put_header(FILE *out, const astrovl_gguf *in, int file_type, const int *types) {
     static const char *const ours[] = {"general.alignment", "general.file_type", "general.quantization_version"};
     int i, k, n = astrovl_gguf_n_tensors(in), n_kv = astrovl_gguf_n_kv(in), n_old = n_kv;
     uint64_t offset = 0;
     for (k = 0; k < 3; k++) n_old -= astrovl_gguf_find_kv(in, ours[k]) >= 0;
-    put_bytes(out, "GGUF\3\0\0", 8);
+    fwrite("GGUF\3\0\0", 1, 8, out);
     put_number(out, (uint64_t)n, 8);
     put_number(out, (uint64_t)n_old + 2, 8);
     for (i = 0; i < n_kv; i++) {
         const astrovl_kv *kv = astrovl_gguf_kv(in, i);
         for (k = 0; k < 3 && strcmp(kv->key, ours[k]) != 0; k++) {}
         if (k < 3) continue;
-        put_string(out, kv->key, strlen(kv->key));
+        put_string(out, kv->key);
         put_number(out, kv->type, 4);
         if (kv->type == ASTROVL_VALUE_ARRAY) {
             put_number(out, kv->item_type, 4);
             put_number(out, kv->count, 8);
         }
-        put_bytes(out, kv->data, (size_t)kv->n_bytes);
+        if (kv->n_bytes) fwrite(kv->data, 1, (size_t)kv->n_bytes, out);
     }
     for (k = 1; k < 3; k++) {
-        put_string(out, ours[k], strlen(ours[k]));
+        put_string(out, ours[k]);
         put_number(out, ASTROVL_VALUE_U32, 4);
         put_number(out, k == 1 ? (uint64_t)file_type : 2, 4);
     }
     for (i = 0; i < n; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
-        put_string(out, t->name, strlen(t->name));
+        put_string(out, t->name);
         put_number(out, (uint64_t)t->n_dims, 4);
         for (k = 0; k < t->n_dims; k++) put_number(out, (uint64_t)t->ne[k], 8);
         put_number(out, (uint64_t)types[i], 4);
         put_number(out, offset, 8);
-        offset += (astrovl_type_row_bytes(types[i], t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]) + 31) / 32 * 32;
+        offset += (astrovl_type_row_bytes(types[i], values_in(t)) + 31) / 32 * 32;
     }
-    pad_to_32(out);
+    pad_to_32(out, (uint64_t)ftell(out));
 }
 
 #define CHUNK_VALUES (1 << 22)
@@ -1683,74 +1666,72 @@ static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, con
 // Nothing is left behind of a file that could not be completed.
 static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
     unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
-    int i, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
-    gguf_out out = {NULL, 0};
+    int n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
 #if !defined(_WIN32)
     const long n_processors = sysconf(_SC_NPROCESSORS_ONLN);
     if (!p->o.threads && n_processors > 1)
         n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
 #endif
     if (is_special(path)) return fail("%s: is a folder or a device; name a file", path);
-    out.file = begin_file(path);
-    put_header(&out, in, file_type, types);
-    for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
+    FILE *out = begin_file(path);
+    put_header(out, in, file_type, types);
+    for (int i = 0; i < n && !g_interrupted && !ferror(out); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
-        const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+        const int64_t total = values_in(t);
         chunk c = {t, types[i], 0, 0, blocks, 0, n_threads, 0};
         int64_t n_lost = 0;
         draw_bar(p, "tensors", i, n, 0);
-        if (types[i] == (int)t->type) put_bytes(&out, t->data, (size_t)t->n_bytes);
+        if (types[i] == (int)t->type) fwrite(t->data, 1, (size_t)t->n_bytes, out);
         else for (; c.first < total && !g_interrupted; c.first += c.n) {
             c.n = total - c.first < CHUNK_VALUES ? total - c.first : CHUNK_VALUES;
             n_lost += quantize_chunk(c);
-            put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], c.n));
+            fwrite(blocks, 1, astrovl_type_row_bytes(types[i], c.n), out);
         }
-        pad_to_32(&out);
+        pad_to_32(out, astrovl_type_row_bytes(types[i], total));
         if (n_lost) clear_bar(p), note("warning: %s: %lld values are infinite, no numbers or too large for %s", t->name,
                                        (long long)n_lost, astrovl_type_name(types[i]));
     }
     clear_bar(p);
     if (g_interrupted) fail("%s: quantizing was cancelled", path);
-    else if (fflush(out.file) == 0) sync_file(out.file);
-    return end_file(out.file, path, !g_interrupted);
+    else if (fflush(out) == 0) sync_file(out);
+    return end_file(out, path, !g_interrupted);
 }
 
 static int run_quantize(program *p) {
     const char *const *words = p->o.words.items, *rest;
-    int n_changed = 0, n_fallbacks = 0, n_requantized = 0, n_blocks[3] = {0, 0, 0}, i, n, tower, status, *types;
-    double start = seconds(), bits;
+    int n_changed = 0, n_fallbacks = 0, n_requantized = 0, n_blocks[3] = {0, 0, 0}, i, tower;
+    const double start = seconds();
     const recipe *r = recipes;
-    astrovl_gguf *in, *out;
-    totals sums;
     while (r < recipes + N_RECIPES && strcasecmp(words[2], r->name) != 0) r++;
     if (r == recipes + N_RECIPES) {
         char names[256] = "";
         for (i = 0; i < N_RECIPES; i++) strcat(strcat(names, " "), recipes[i].name);
         return usage_error(p->cmd, "no quantization is called \"%s\"; there are:%s", words[2], names);
     }
-    if (!(in = astrovl_gguf_open(words[0], 0, &p->err))) return failed(p);
-    n = astrovl_gguf_n_tensors(in);
-    types = (int *)new_memory(p, (size_t)n, sizeof *types);
+    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &p->err);
+    if (!in) return failed(p);
+    const int n = astrovl_gguf_n_tensors(in);
+    int *types = (int *)new_memory(p, (size_t)n, sizeof *types);
     for (i = 0; i < n; i++) {
         int number = block_of(astrovl_gguf_tensor(in, i)->name, &tower, &rest);
         if (number >= 0 && n_blocks[tower] <= number) n_blocks[tower] = number + 1;
     }
     for (i = 0; i < n; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
-        int wanted = is_quantizable(t) ? recipe_type(r, in, n_blocks, t) : (int)t->type, changed;
+        const int wanted = is_quantizable(t) ? recipe_type(r, in, n_blocks, t) : (int)t->type;
         types[i] = type_for_rows(wanted, t->ne[0]);
-        changed = types[i] != (int)t->type;
+        const int changed = types[i] != (int)t->type;
         n_changed += changed;
         n_fallbacks += types[i] != wanted;
         n_requantized += changed && block_values(t->type) > 1 && block_values(types[i]) > 1;
     }
     p->started = time(NULL);
     catch_interrupts(1);                   // from here on Ctrl-C leaves no unfinished file
-    status = write_quantized(p, in, words[1], r->file_type, types);
-    if (status != EXIT_OK) return status;
-    if (!(out = astrovl_gguf_open(words[1], 0, &p->err))) return failed(p);
-    sums = add_up(out);
-    bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
+    if (write_quantized(p, in, words[1], r->file_type, types) != EXIT_OK) return EXIT_FAILED;
+    astrovl_gguf *out = astrovl_gguf_open(words[1], 0, &p->err);
+    if (!out) return failed(p);
+    const totals sums = add_up(out);
+    const double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
     begin_json(p, "file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
                (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
     put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
@@ -1786,15 +1767,15 @@ typedef struct trace_state {
 // A tensor becomes a file ("model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy") or a line.
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
-    uint64_t n = count_values(shape, n_dims);
-    char line[512], file[256], path[4096], *c;
-    int i = 0, call;
+    const uint64_t n = count_values(shape, n_dims);
+    char line[512], file[256], path[4096];
+    int i = 0;
     if (t->folder) {
         while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
         if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
-        call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
+        const int call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
         snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
-        for (c = file; *c; c++)
+        for (char *c = file; *c; c++)
             if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
         snprintf(path, sizeof path, "%s/%s", t->folder, file);
         fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t", file, name, layer, call, shape_text(shape, n_dims, "x"));
@@ -1814,7 +1795,7 @@ static int run_trace(program *p) {
     trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
     astrovl_image image = {0, 0, NULL, 0};
-    char *answer, *path = NULL;
+    char *path = NULL;
     t->p = p;
     t->folder = p->o.out;
     t->total = FNV_START;
@@ -1831,7 +1812,7 @@ static int run_trace(program *p) {
         fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
     }
     if (n_images && astrovl_image_load(p->o.words.items[0], NULL, &image, &p->err) != ASTROVL_OK) return failed(p);
-    answer = say(p, &image, n_images, p->o.words.items[n_images]);
+    char *answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
     if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error(path);
@@ -1876,9 +1857,8 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
         ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
-        good += ok[i];
-        if (ok[i]) continue;
-        failed_on(p, paths[i]);
+        if (ok[i]) good++;
+        else failed_on(p, paths[i]);
     }
     if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
@@ -1898,12 +1878,12 @@ static void print_embedding(program *p, const char *key, const char *name, const
 // Embeds any number of images, pass by pass. print: the rows as JSON lines. EXIT_FAILED if one cannot be read.
 static int embed_images(program *p, const char *const *paths, int n, float *rows, int print) {
     char ok[MAX_BATCH];
-    int i, k, some, status = EXIT_OK;
-    for (i = 0; i < n && !p->stop; i += some) {
+    int some, status = EXIT_OK;
+    for (int i = 0; i < n && !p->stop; i += some) {
         some = n - i < p->o.batch ? n - i : p->o.batch;
         draw_bar(p, "images", i, n, 0);
         if (embed_batch(p, paths + i, some, row_of(p, rows, i), ok) < some) status = EXIT_FAILED;
-        for (k = 0; k < some && print; k++)
+        for (int k = 0; k < some && print; k++)
             if (ok[k]) clear_bar(p), print_embedding(p, "file", paths[i + k], row_of(p, rows, i + k));
         flush_output(p);
     }
@@ -2030,9 +2010,8 @@ static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
 }
 
 static int run_describe(program *p) {
-    group groups[MAX_GROUPS];
+    group *groups = (group *)new_memory(p, MAX_GROUPS, sizeof *groups);
     const char *path = p->o.labels ? p->o.labels : p->labels;
-    memset(groups, 0, sizeof groups);
     if (!*path)
         exit(fail("the list of labels, " LABELS ", is neither beside the program nor in " ASTROVL_DATA_DIR
                   "; name one with --labels"));
@@ -2200,8 +2179,7 @@ static void tidy_path(char *path) {
 
 // A file as it is named, or the images (by their endings) in a folder and below it. is_found: it was met in a folder;
 // links to folders are then not followed, since they could lead in circles. *n_others counts images of formats that
-// are not read. (On Windows folders are not walked; give
-// their files with -.)
+// are not read. (On Windows folders are not walked; give their files with -.)
 static int add_images(program *p, const char *path, int is_found, list *names, int *n_others) {
 #if !defined(_WIN32)
     static const char *const endings[] = {
@@ -2209,15 +2187,13 @@ static int add_images(program *p, const char *path, int is_found, list *names, i
         ".fits", ".fit", ".fts", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".avif", ".heic"};
     enum { N_READ = 6, N_ENDINGS = (int)(sizeof endings / sizeof *endings) };
     const char *dot = strrchr(path, '.');
-    struct dirent *entry;
     struct stat s, target;
-    DIR *folder;
     int i = 0, status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
     if (!found && is_found) return cannot_open(path);      // a path that is too long, ...
     if (found && S_ISDIR(s.st_mode)) {
-        folder = opendir(path);
+        DIR *folder = opendir(path);
         if (!folder) return cannot_open(path);
-        while ((entry = readdir(folder)) != NULL)
+        for (const struct dirent *entry; (entry = readdir(folder)) != NULL;)
             if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
                 status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names, n_others);
         closedir(folder);
@@ -2266,30 +2242,30 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
 
 static int run_index(program *p) {
     list todo = {NULL, 0, 0};
-    int i, k, d, some, status, n_known = 0, added = 0, batch;
-    double start, rate = 0;
+    int some, n_known = 0, added = 0;
+    double rate = 0;
     char ok[MAX_BATCH];
-    unsigned char *r;
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
-    batch = p->o.batch;
+    const int batch = p->o.batch;
     image_index *ix = new_index(p, p->o.out);
     open_index(p, ix);
-    status = collect_images(p, ix, &todo, &n_known);
+    const int status = collect_images(p, ix, &todo, &n_known);
     unsigned char *records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, batch);
-    start = seconds();
-    for (i = 0; i < todo.n && !p->stop; i += some) {
+    const double start = seconds();
+    for (int i = 0; i < todo.n && !p->stop; i += some) {
+        unsigned char *r = records;
         some = todo.n - i < batch ? todo.n - i : batch;
         draw_bar(p, "images", i, todo.n, rate);
         added += embed_batch(p, todo.items + i, some, rows, ok);
-        for (k = 0, r = records; k < some; k++) {
+        for (int k = 0; k < some; k++) {
             const char *name = todo.items[i + k];
             const size_t n = strlen(name), n_before = 8 + 2 * (size_t)ix->n_dims + n;      // the checksum
             if (!ok[k]) continue;
             put_le(r, n, 4);
             put_le(r + 4, ~(uint64_t)n, 4);
-            for (d = 0; d < ix->n_dims; d++) put_le(r + 8 + 2 * d, astrovl_f32_to_f16(row_of(p, rows, k)[d]), 2);
+            for (int d = 0; d < ix->n_dims; d++) put_le(r + 8 + 2 * d, astrovl_f32_to_f16(row_of(p, rows, k)[d]), 2);
             memcpy(r + n_before - n, name, n);
             put_le(r + n_before, fnv1a64(FNV_START, r, n_before), 8);
             r += n_before + 8;
@@ -2639,9 +2615,7 @@ static void print_vqa(const program *p, const vqa *t) {
 static int evaluate_vqa(program *p, sample *samples, int n) {
     vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
-    const char *texts[2];
     float cosine;
-    int *named;
     open_towers(p, 0);
     float *rows = new_rows(p, 2);
     for (sample *x = samples; x < samples + n; x++) {
@@ -2662,13 +2636,12 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         t.none += x->named < 0;
         t.found += x->n_found;
         t.features += x->features.n;
-        named = t.confusion + x->truth * (t.classes.n + 2);
+        int *named = t.confusion + x->truth * (t.classes.n + 2);
         named[x->named < 0 ? t.classes.n : x->named]++;
         named[t.classes.n + 1]++;
         x->semantic = strtod("nan", NULL);
         if (!x->reference || !p->info.has_joint_text) continue;
-        texts[0] = x->text;
-        texts[1] = x->reference;
+        const char *const texts[] = {x->text, x->reference};
         embed_texts(p, texts, 2, rows);
         astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
         t.semantic += x->semantic = cosine;
@@ -2682,10 +2655,9 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
 
 static int run_evaluate(program *p) {
     int n, is_vqa = strcmp(p->o.words.items[0], "vqa") == 0;
-    sample *samples;
     if (!is_vqa && strcmp(p->o.words.items[0], "retrieval") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
     if (is_vqa && p->o.svg) return usage_error(p->cmd, "--svg belongs to retrieval");
-    samples = read_samples(p, p->o.words.items[1], is_vqa, &n);
+    sample *samples = read_samples(p, p->o.words.items[1], is_vqa, &n);
     return (is_vqa ? evaluate_vqa : evaluate_retrieval)(p, samples, n);
 }
 
@@ -2712,16 +2684,16 @@ static int summarize_file(program *p, const char *path) {
     const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt :
                          p->o.schema || p->o.regex ? plain_prompt : summary_prompt;
     const char *query = p->o.query ? p->o.query : "";
-    size_t size = 0, room;
-    char *abstract = read_text(p, path, &size), *request, *answer;
+    size_t size = 0;
+    char *abstract = read_text(p, path, &size);
     if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
     while (size && isspace((unsigned char)abstract[size - 1])) abstract[--size] = 0;
     if (!size) return fail("%s: is empty; an abstract is wanted", path);
-    room = strlen(prompt) + size + strlen(query) + 64;
-    request = (char *)new_memory(p, room, 1);
+    const size_t room = strlen(prompt) + size + strlen(query) + 64;
+    char *request = (char *)new_memory(p, room, 1);
     snprintf(request, room, "%s\n\nAbstract: %s%s%s", prompt, abstract, *query ? "\n\nQuery: " : "", query);
     astrovl_session_reset(p->session);
-    answer = say(p, NULL, 0, request);
+    char *answer = say(p, NULL, 0, request);
     if (!answer) return fail("%s: %s", path, p->err.message);
     finish_answer(p, p->session, &path, 1, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
@@ -2731,8 +2703,7 @@ static int summarize_file(program *p, const char *path) {
 static int run_summarize(program *p) {
     const char *path = p->o.schema, *schema = p->o.boolean ? "{\"type\": \"boolean\"}" : summary_schema;
     size_t size = strlen(schema);
-    int i, status = EXIT_OK;
-    astrovl_guide *guide;
+    int status = EXIT_OK;
     if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1)
         return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
@@ -2740,11 +2711,12 @@ static int run_summarize(program *p) {
     if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;     // small models repeat items of a list
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
-    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) :
-            astrovl_guide_schema(p->model, schema, size, &p->err);
+    astrovl_guide *guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) :
+                           astrovl_guide_schema(p->model, schema, size, &p->err);
     if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
     p->o.how.guide = guide;
-    for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
+    for (int i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++)
+        status = summarize_file(p, p->o.words.items[i]);
     astrovl_guide_free(guide);
     return status;
 }
