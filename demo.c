@@ -47,7 +47,6 @@
 #include <strings.h>
 #include <sys/file.h>
 #include <sys/stat.h>
-#include <sys/types.h>
 #include <unistd.h>
 #define SLASHES               "/"
 #define make_folder(path)     mkdir(path, 0777)
@@ -123,7 +122,7 @@ static void put_padded(const char *text, size_t size, int width) {
     for (size_t at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code);
     printf("%*s", width > 0 ? width : 0, "");
 }
-static void put_safe(const char *text) { put_padded(text, strlen(text), 0); }
+static void put_line(const char *text) { put_padded(text, strlen(text), 0), put_plain("\n"); }
 
 static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
@@ -363,7 +362,7 @@ static int parse_options(const command *c, options *o, int argc, char **argv) {
 }
 
 static void print_command_help(const command *c) {
-    printf("Usage: astrovl %s\n\n%s\n\nOptions:\n", c->usage, c->about);
+    printf("Usage: astrovl %s%s%s\n\n%s\n\nOptions:\n", c->name, *c->usage ? " [OPTIONS] " : "", c->usage, c->about);
     for (int i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
         char left[64];
@@ -391,7 +390,7 @@ struct program {
     int                counting;           // the bar counts images, not the layers of each; answers are not printed
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
-    union block       *memory;             // what new_memory gave
+    union block       *memory;             // a chain of what new_memory gave
 };
 
 // Set by Ctrl-C while an answer is computed: a signal handler has no other way to say something.
@@ -419,20 +418,19 @@ static int end_note(int printed) { return (void)printed, fputc('\n', stderr), EX
 #define note(...) end_note(fprintf(stderr, "astrovl: " __VA_ARGS__))
 
 // What went wrong goes to standard error and, with --json, to standard output as an object as well.
-static struct { char message[1024]; int as_json; } g_failure;
+static char g_failure[1024];
 static int end_failure(int printed, const char *file, const char *status) {
     (void)printed;
-    note("%s", g_failure.message);
-    if (!g_failure.as_json) return EXIT_FAILED;
-    put_json("{error:%s", g_failure.message);
+    note("%s", g_failure);
+    put_json("{error:%s", g_failure);
     if (status) put_json("status:%s", status);
     if (file) put_json("file:%s", file);
     put_json("}\n");
     return EXIT_FAILED;
 }
 #define say_failure(file, status, ...) \
-    end_failure(snprintf(g_failure.message, sizeof g_failure.message, __VA_ARGS__), file, status)
-// As note, for what went wrong. Its value is EXIT_FAILED.
+    end_failure(snprintf(g_failure, sizeof g_failure, __VA_ARGS__), file, status)
+// Says what went wrong, as note. Its value is EXIT_FAILED.
 #define fail(...) say_failure(NULL, NULL, __VA_ARGS__)
 
 static void clear_bar(program *p) {
@@ -440,7 +438,7 @@ static void clear_bar(program *p) {
     p->bar_drawn = 0;
 }
 
-// The same of what the header says in p->err. file: which one it was about, or NULL
+// Says the error in p->err. file: the one it is about, or NULL
 static int failed_on(program *p, const char *file) {
     clear_bar(p);
     return say_failure(file, astrovl_status_name(p->err.status), "%s", p->err.message);
@@ -467,7 +465,7 @@ typedef union block {                      // what stands before each piece of m
     uint64_t     integer;
 } block;
 
-// Memory of zeros that stays until the program ends. There is always some: the program ends if there is none.
+// n items of zeros, never freed. Ends the program if there is no memory for them.
 static void *new_memory(program *p, size_t n, size_t size) {
     block *b = n < SIZE_MAX / 2 / (size + 1) ? (block *)calloc(1, sizeof *b + n * size) : NULL;
     if (!b) exit(fail("out of memory"));
@@ -546,8 +544,7 @@ static int on_text(void *user, const char *text, size_t size) {
 
 // tap: may be NULL
 static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *user) {
-    const char *isa = getenv("ASTROVL_ISA");
-    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, isa};
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, getenv("ASTROVL_ISA")};
     astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
     if (!session) exit(failed(p));
     return session;
@@ -889,8 +886,8 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     } else if (begins(line, "/add ") && line[5 + strspn(line + 5, " ")]) {
         chat_image(p, c, line + 5 + strspn(line + 5, " "), 0);
     } else {
-        int known = strcmp(line, "/help") == 0;
-        if (!known) fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
+        if (strcmp(line, "/help") != 0)
+            fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
         fputs(chat_help, stderr);
     }
     return 1;
@@ -1052,7 +1049,7 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     const totals sums = add_up(file);
     put_json("{file:%s version:%d bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
              (long long)astrovl_gguf_size(file));
-    put_safe(astrovl_gguf_name(file));
+    put_padded(astrovl_gguf_name(file), strlen(astrovl_gguf_name(file)), 0);
     put_plain(": GGUF version %d, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
               human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
     for (int i = 0; i < n_kv; i++) print_kv(p, file, i);
@@ -1148,24 +1145,23 @@ static const char *lacking(const astrovl_info *m) {
 
 // --check: which commands the files can be used with, or the first problem.
 static int check_model(program *p, const list *paths) {
-    static const struct { const char *command; int use; } rows[] = {
-        {"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1}, {"summarize", 1}, {"score", 2}, {"describe", 2},
-        {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     const astrovl_info *m = &p->info;
-    int uses[5];
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     astrovl_get_info(p->model, &p->info);
     const char *problem = p->model ? lacking(m) : p->err.message;
-    uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
-    uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
+    const int chats = m->has_text && m->has_vocab, sees = chats && m->has_vision && m->has_projector;
+    const int embeds = m->has_joint_image, compares = embeds && m->has_joint_text;
+    const struct { const char *command; int usable; } rows[] = {
+        {"caption", sees}, {"ask", sees}, {"chat", chats}, {"trace", chats}, {"summarize", chats}, {"score", compares},
+        {"describe", compares}, {"search", compares}, {"index", embeds}, {"embed", embeds}, {"tokens", m->has_vocab}};
     begin_json(p, "runnable:%b commands:[", !problem);
     put_plain(problem ? "these files make up no model that astrovl can run:\n- " : "these files can be used with");
     for (int i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
-        if (!problem && uses[rows[i].use]) put_json("%s", rows[i].command), put_plain(" %s", rows[i].command);
+        if (!problem && rows[i].usable) put_json("%s", rows[i].command), put_plain(" %s", rows[i].command);
     put_json("] problems:[");
-    if (problem) put_json("%s", problem), put_safe(problem);
+    if (problem) put_json("%s", problem), put_line(problem);
+    else put_plain(chats && !sees ? "; for images, give the mmproj file as well: -m FILE\n" : "\n");
     put_json("]}\n");
-    put_plain(!problem && uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE\n" : "\n");
     return problem ? EXIT_FAILED : EXIT_OK;
 }
 
@@ -1224,8 +1220,7 @@ static float extreme_of(const float *x, int n) {
 }
 
 static void find_range(const float *x, int n, float *least, float *largest) {
-    *least = x[0];
-    *largest = x[0];
+    *least = *largest = x[0];
     for (int i = 1; i < n; i++) {
         if (x[i] < *least) *least = x[i];
         if (x[i] > *largest) *largest = x[i];
@@ -1269,16 +1264,10 @@ static void quantize_simple(const float *x, unsigned char *b, int bits, int has_
     inverse = reciprocal(d);
     for (j = 0; j < 32; j++) codes[j] = (unsigned char)clamp((x[j] - m) * inverse + offset, 0, (float)top);
     put_half(b, d);
-    b += 2;
-    if (has_minimum) {
-        put_half(b, m);
-        b += 2;
-    }
-    if (bits == 5) {
-        pack(b, codes, 32, 4, 1, 1);
-        b += 4;
-    }
-    pack(b, codes, 32, 0, 4, 16);
+    if (has_minimum) put_half(b + 2, m);
+    b += has_minimum ? 4 : 2;
+    if (bits == 5) pack(b, codes, 32, 4, 1, 1);
+    pack(bits == 5 ? b + 4 : b, codes, 32, 0, 4, 16);
 }
 // Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
 static void quantize_q8_0(const float *x, unsigned char *b) {
@@ -1605,8 +1594,7 @@ static int type_for_rows(int type, int64_t n) {
            type == ASTROVL_TYPE_Q6_K ? ASTROVL_TYPE_Q8_0 : ASTROVL_TYPE_Q4_0;
 }
 
-// ---- the file: GGUF version 3, little-endian, alignment 32. It is called PATH.part until it is complete; PATH stays
-// as it is until then, even if it is the file that is read.
+// ---- the file: GGUF version 3, little-endian, alignment 32. It may replace the one that is read: see begin_file.
 
 static void put_number(FILE *out, uint64_t value, int n) {
     unsigned char bytes[8];
@@ -1868,11 +1856,13 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
     return good;
 }
 
-// {..., "file": path, "embedding": [...]}; every number reads back as the same float32
-static void print_embedding(program *p, const char *key, const char *name, const float *row) {
+// {..., "file": path, "embedding": [...]}, with and without --json; every number reads back as the same float32
+static void print_embedding(const program *p, const char *key, const char *name, const float *row) {
+    g_json = 1;
     begin_json(p, "%k %s embedding:[", key, name);
     for (int k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
     put_json("]}\n");
+    g_json = p->o.json;
 }
 
 // Embeds any number of images, pass by pass. print: the rows as JSON lines. EXIT_FAILED if one cannot be read.
@@ -1905,7 +1895,6 @@ static int run_embed(program *p) {
     list *images = &p->o.words, *texts = &p->o.texts;
     int n = images->n + texts->n, status = EXIT_OK;
     if ((images->n == 0) == (texts->n == 0)) return usage_error(p->cmd, "images are wanted, or --text TEXT (not both)");
-    g_json = 1;                            // with or without --json
     open_towers(p, images->n ? IMAGE_TOWER : TEXT_TOWER);
     float *rows = new_rows(p, n);
     if (images->n) status = embed_images(p, images->items, n, rows, !p->o.out);
@@ -1944,8 +1933,7 @@ static void print_fits(program *p, const group *g, const float *image, int best)
         put_json("{text:%s cosine:%f probability:%f", text, cosine, probability);
         put_json(g->title ? "group:%s}" : "}", g->title);
         put_plain("  %7.4f  %5.1f %%  ", cosine, probability * 100);
-        put_safe(text);
-        put_plain("\n");
+        put_line(text);
     }
 }
 
@@ -1965,8 +1953,7 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
         char ok;
         if (!embed_batch(p, &path, 1, row, &ok)) { status = EXIT_FAILED; continue; }
         begin_json(p, "file:%s matches:[", path);
-        put_safe(path);
-        put_plain("\n");
+        put_line(path);
         for (int k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
         put_json("]}\n");
         flush_output(p);
@@ -2134,11 +2121,8 @@ static void read_records(program *p, image_index *ix) {
 // Appends bytes and has them on the disk; on failure takes back what was written.
 static void append_to_index(image_index *ix, const unsigned char *bytes, size_t size) {
     size_t done = 0;
-    long long n = 0;
-    for (; done < size; done += n > 0 ? (size_t)n : 0) {
+    for (long long n = 1; done < size && (n > 0 || (n < 0 && errno == EINTR)); done += n > 0 ? (size_t)n : 0)
         n = (long long)write_file(ix->file, bytes + done, size - done);
-        if (n == 0 || (n < 0 && errno != EINTR)) break;
-    }
     if (done < size || (sync_file(ix->file) != 0 && errno != EINVAL)) {      // EINVAL: a file that needs no syncing
         write_error(ix->path);
         if (cut_file(ix->file, ix->end) != 0) write_error(ix->path);
@@ -2310,8 +2294,7 @@ static int run_search(program *p) {
         const char *name = ix->names.items[hits[i].row];
         put_json("{cosine:%f file:%s}", hits[i].score, name);
         put_plain("%7.4f  ", hits[i].score);
-        put_safe(name);
-        put_plain("\n");
+        put_line(name);
     }
     put_json("]}\n");
     free(ix->rows);
@@ -2734,38 +2717,36 @@ static int run_version(program *p) {
 }
 
 static const command commands[] = {
-    {"caption", CAPTION, run_caption, 1, MANY, "which image?", "caption [OPTIONS] IMAGE...", "describe images",
+    {"caption", CAPTION, run_caption, 1, MANY, "which image?", "IMAGE...", "describe images",
      "Describes each image (PNG, JPEG or PNM) in a sentence or two. With several, each line begins with the file's\n"
      "name. --batch N reads the weights once for N images: the same answers, sooner where a model is large.",
      "  astrovl caption galaxy.png\n  astrovl caption --json *.jpg > captions.jsonl\n"
      "  astrovl caption -m llava-q4_0.gguf -m mmproj.gguf --temperature 0.7 --seed 3 nebula.jpg\n"},
-    {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "ask [OPTIONS] IMAGE... \"QUESTION\"",
+    {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "IMAGE... \"QUESTION\"",
      "ask a question about an image",
      "Answers a question about each image in turn, or about all of them at once with --together.",
      "  astrovl ask galaxy.png \"Is there a bar?\"\n  astrovl ask *.png \"What kind of object is this?\"\n"
      "  astrovl ask --together before.png after.png \"What has changed?\"\n"},
-    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]",
-     "talk about an image",
+    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "[IMAGE]", "talk about an image",
      "A dialogue: the model remembers what was said. Lines that begin with a slash are commands: /image FILE,\n"
      "/add FILE, /reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line;\n"
      "standard output then has the answers alone. It works with a language model alone, too.",
      "  astrovl chat galaxy.png\n  printf 'What is this?\\nIs there a bar?\\n' | astrovl chat --quiet galaxy.png\n"
      "  astrovl chat -m smollm2.gguf --prompt \"Why is the sky dark at night?\"\n"},
-    {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "tokens [OPTIONS] [\"TEXT\" | -]",
+    {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "[\"TEXT\" | -]",
      "show how a text is cut into tokens",
      "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a\n"
      "text (or with -) it is read from standard input. A file with a vocabulary and no weights is enough.",
      "  astrovl tokens \"a barred spiral galaxy\"\n  printf 'M31' | astrovl tokens --ids -m llama-2.gguf\n"
      "  astrovl tokens --ids \"M31\" | astrovl tokens --decode\n"},
-    {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
+    {"inspect", INSPECT, run_inspect, 0, MANY, "", "[MODEL...]", "show what is in model files",
      "Lists the metadata and the tensors of GGUF files with their types, shapes (slowest dimension first) and sizes,\n"
      "and the model that the files make up together. Without a file: the shipped model. --check says instead which\n"
      "commands can be used with the files together, or what they lack (exit status 1).",
      "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"
      "  astrovl inspect --check model.gguf mmproj.gguf\n"},
-    {"quantize", QUANTIZE, run_quantize, 3, 3,
-     "wanted: a GGUF file, the one to be written, and a type such as q4_k_m", "quantize [OPTIONS] IN OUT TYPE",
-     "make a model file smaller",
+    {"quantize", QUANTIZE, run_quantize, 3, 3, "wanted: a GGUF file, the one to be written, and a type such as q4_k_m",
+     "IN OUT TYPE", "make a model file smaller",
      "Writes a copy of a GGUF file (language model, mmproj or CLIP) with its weight matrices in another type:\n"
      "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k  all matrices alike, 32 to 2.6 bits a weight\n"
      "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                llama.cpp's mixes: more bits where it pays\n"
@@ -2776,7 +2757,7 @@ static const command commands[] = {
      "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n"
      "  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
     {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
-     "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
+     "[IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
      "Runs one question in exact arithmetic and saves every intermediate tensor as a .npy file, named as\n"
      "transformers names the module; the next time (once a token) as NAME.call2.npy and so on. DIR/index.tsv lists\n"
      "the files in the order of computation. With --hash nothing is saved: each line has a tensor's FNV-1a hash,\n"
@@ -2784,19 +2765,19 @@ static const command commands[] = {
      "  astrovl trace galaxy.png \"Is there a bar?\" -o /tmp/trace\n"
      "  python3 -c 'import numpy; print(numpy.load(\"/tmp/trace/model.norm.npy\").shape)'\n"
      "  astrovl trace galaxy.png \"Is there a bar?\" --hash --max-tokens 8 | tail -2\n"},
-    {"score", SCORE, run_score, 1, MANY, "which image?", "score [OPTIONS] IMAGE... --text T [--text T...]",
+    {"score", SCORE, run_score, 1, MANY, "which image?", "IMAGE... --text T [--text T...]",
      "say how well texts fit images",
      "Embeds images and texts with the model's two towers (CLIP, PAPERCLIP). Prints the cosine of each pair, and for\n"
      "each image the probability of each text among those given: softmax(logit_scale * cosine).",
      "  astrovl score galaxy.png --text \"a spiral galaxy\" --text \"a globular cluster\"\n"
      "  astrovl score --json *.png --text \"a comet\" --text \"no comet\" > scores.jsonl\n"},
-    {"describe", DESCRIBE, run_describe, 1, MANY, "which image?", "describe [OPTIONS] IMAGE...",
+    {"describe", DESCRIBE, run_describe, 1, MANY, "which image?", "IMAGE...",
      "find the texts of a list that fit an image best",
      "Prints the texts of a list that come closest to each image, with cosine and probability. The shipped list has\n"
      "three groups, each ranked by itself: classes of objects, phenomena, and uses in science.",
      "  astrovl describe galaxy.png\n  astrovl describe --labels classes.txt -k 1 *.png\n"},
     {"index", INDEX, run_index, 1, MANY, "which images? folders, files, or - for names on standard input",
-     "index [OPTIONS] DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
+     "DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
      "Embeds images and writes their rows to an index file. In folders and below, files that end in .png .jpg .jpeg\n"
      ".ppm .pgm .pnm are taken; links to folders are not followed. With - file names are read from standard input,\n"
      "one a line. Names that are in the index already are skipped, so a run that was stopped can be continued.\n"
@@ -2804,19 +2785,18 @@ static const command commands[] = {
      "  astrovl index previews/ -o previews.avl\n"
      "  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
     {"search", SEARCH, run_search, 1, 2, "an index and a query are wanted: a text in quotes, or --image FILE",
-     "search [OPTIONS] INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
+     "INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
      "Prints the images of an index that fit a text best, or resemble an image most: cosine and name.",
      "  astrovl search previews.avl \"strong lensing arcs\"\n"
      "  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
-    {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...",
-     "print embeddings for other programs",
+    {"embed", EMBED, run_embed, 0, MANY, "", "IMAGE... | --text T...", "print embeddings for other programs",
      "Prints {\"file\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
      "the digits read back as the same float32. With -o the rows go to a .npy file, float32 [n][d], in the order of\n"
      "the arguments; it is written only if all of them could be embedded.",
      "  astrovl embed *.png > rows.jsonl\n  astrovl embed *.png -o rows.npy\n"
      "  astrovl embed --text \"a planetary nebula\" -o query.npy\n"},
     {"evaluate", EVALUATE, run_evaluate, 2, 2, "wanted: retrieval PAIRS.jsonl, or vqa SET.jsonl",
-     "evaluate [OPTIONS] retrieval PAIRS.jsonl | vqa SET.jsonl", "measure a model on data of yours",
+     "retrieval PAIRS.jsonl | vqa SET.jsonl", "measure a model on data of yours",
      "retrieval: each line is {\"image\": FILE, \"caption\": TEXT}. Prints contrastive loss, how often an image's\n"
      "caption (a caption's image) is among the best k percent, and the cosines of pairs and wrong pairs, as\n"
      "PAPERCLIP defines them.\n"
@@ -2826,7 +2806,7 @@ static const command commands[] = {
      "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
      "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
-     "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
+     "FILE|-...", "turn an abstract into JSON",
      "A language model reads a text; its answer is always of a given form: by default the schema that PAPERCLIP\n"
      "uses, {\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes\n"
      "another JSON schema, --regex a pattern; --bool asks whether the observations would show what --query names.\n"
@@ -2834,7 +2814,7 @@ static const command commands[] = {
      "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
      "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
+    {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
 enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
@@ -2850,16 +2830,14 @@ static void print_overview(FILE *out) {
 // Runs a command with room for every argument in each list.
 static int run_command(program *p, const command *c, int argc, char **argv) {
     list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
-    int status;
     p->cmd = c;
     p->o.how.on_text = on_text;
     p->o.how.user = p;
     for (int i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
-    status = parse_options(c, &p->o, argc, argv);
+    int status = parse_options(c, &p->o, argc, argv);
     p->o.how.stop = p->o.stop.items;
     p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
-    g_failure.as_json = p->o.json;
     g_json = p->o.json;
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
