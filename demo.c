@@ -99,7 +99,7 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     if (quoted) fputc('"', out);
     for (size_t n; size; text += n, size -= n) {
         n = utf8_next(text, size, &code);
-        if (code == NO_UTF8) fputs("\xEF\xBF\xBD", out);               // U+FFFD
+        if (code == NO_UTF8) fputs("\xEF\xBF\xBD", out);               // U+FFFD, the replacement character
         else if (quoted && (code == '"' || code == '\\')) fprintf(out, "\\%c", (char)code);
         else if (quoted && (code == '\n' || code == '\t')) fputs(code == '\n' ? "\\n" : "\\t", out);
         else if (quoted && is_control(code)) fprintf(out, "\\u%04x", code);
@@ -109,8 +109,8 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
 }
 static void print_safe(FILE *out, const char *text) { print_string(out, text, strlen(text), 0); }
 
-// Standard output gets either JSON or plain text. What is called put_... prints one of them and skips the other, so
-// that commands say both, one after the other, without asking.
+// Standard output gets either JSON or plain text. Commands write both: put_json prints nothing where plain text is
+// wanted, and put_plain, put_padded and put_line print nothing where JSON is.
 static int g_json;
 #define put_plain(...) (g_json ? (void)0 : (void)printf(__VA_ARGS__))
 
@@ -163,7 +163,7 @@ static const char *shape_text(const int64_t *shape, int n_dims, const char *betw
 
 // JSON: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a long long,
 // %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
-// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      What begins with ~ is plain text instead: name "x", sizes ...
+// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      With ~ in front it is plain text: name "x", sizes [1, 2]
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
     const int plain = *f == '~';
@@ -223,10 +223,9 @@ typedef struct option_spec {
 } option_spec;
 
 // Options of each kind: name, letter, field, (least and largest value,) commands, (name of the value,) help
-#define ON(name, letter, field, commands, help) \
-    {name, letter, FLAG, offsetof(options, field), 0, 0, commands, NULL, help}
 #define STRING(name, letter, kind, field, commands, value, help) \
     {name, letter, kind, offsetof(options, field), 0, 0, commands, value, help}
+#define ON(name, letter, field, commands, help) STRING(name, letter, FLAG, field, commands, NULL, help)
 #define WHOLE(name, letter, field, low, high, commands, help) \
     {name, letter, INTEGER, offsetof(options, field), low, high, commands, "N", help}
 #define REAL(name, letter, field, high, help) \
@@ -365,10 +364,10 @@ static void print_command_help(const command *c) {
     printf("Usage: astrovl %s%s%s\n\n%s\n\nOptions:\n", c->name, *c->usage ? " [OPTIONS] " : "", c->usage, c->about);
     for (int i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
-        char left[64];
+        const char letter[] = {'-', spec->letter, ',', 0};
         if (!(spec->commands & c->bit)) continue;
-        snprintf(left, sizeof left, "%s --%s %s", spec->letter ? "," : " ", spec->name, spec->value ? spec->value : "");
-        printf("  %c%c%-25s %s\n", spec->letter ? '-' : ' ', spec->letter ? spec->letter : ' ', left, spec->help);
+        printf("  %-3s --%s %-*s %s\n", spec->letter ? letter : "", spec->name, 20 - (int)strlen(spec->name),
+               spec->value ? spec->value : "", spec->help);
         if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
     printf("\nExamples:\n%s", c->examples);
@@ -849,8 +848,7 @@ static const char chat_help[] =
 static void chat_image(program *p, chat_state *c, const char *path, int anew) {
     astrovl_image image = {0, 0, NULL, 0};
     if (*path && (!p->info.has_vision || !p->info.has_projector)) {
-        c->n_failed++;
-        fail("%s: this model cannot see: it has no vision tower with a projector", path);
+        c->n_failed += fail("%s: this model cannot see: it has no vision tower with a projector", path);
         return;
     }
     if (*path && astrovl_image_load(path, NULL, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
@@ -868,8 +866,7 @@ static void chat_turn(program *p, chat_state *c, const char *text) {
     if (answer) c->pending = 0, finish_answer(p, p->session, NULL, 0, NULL, text, answer);
     if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
     if (!answer && !stopped) {
-        c->n_failed++;
-        failed(p);
+        c->n_failed += failed(p);
         if (p->err.status == ASTROVL_ERROR_LIMIT) note("/reset begins a new conversation");
     }
     astrovl_free(answer);
@@ -1021,18 +1018,16 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     put_plain("%s\n", shown < kv->count ? ", ..." : "");
 }
 
-static int64_t values_in(const astrovl_tensor *t) { return t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]; }
-
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
 // Tensors, values and bytes of each type, and at the end of all.
 typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
 
 static totals add_up(const astrovl_gguf *file) {
     totals sums = {{{0}}};
-    for (int i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
-        const astrovl_tensor *t = astrovl_gguf_tensor(file, i / 2);
-        uint64_t *sum = sums.of[i % 2 ? N_TYPES : (int)t->type];
-        sum[0]++, sum[1] += (uint64_t)values_in(t), sum[2] += t->n_bytes;
+    for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+        const uint64_t more[3] = {1, count_values(t->ne, 4), t->n_bytes};
+        for (int k = 0; k < 3; k++) sums.of[t->type][k] += more[k], sums.of[N_TYPES][k] += more[k];
     }
     return sums;
 }
@@ -1333,9 +1328,9 @@ static float fit_minimum(const float *x, int n, int high) {
             sum_qq += q * q;
             sum_uq += u[i] * q;
         }
-        const double determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;
+        const double determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;   // 0: all x are equal, m is 0
         double d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
-        double r = (d * (double)sum_q - (double)sum_u) / n;  // determinant 0: all q, so all x, are equal, and m is 0
+        double r = (d * (double)sum_q - (double)sum_u) / n;
         if (r < (double)low) {
             r = (double)low;
             d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
@@ -1644,7 +1639,7 @@ static void put_header(FILE *out, const astrovl_gguf *in, int file_type, const i
         for (k = 0; k < t->n_dims; k++) put_number(out, (uint64_t)t->ne[k], 8);
         put_number(out, (uint64_t)types[i], 4);
         put_number(out, offset, 8);
-        offset += (astrovl_type_row_bytes(types[i], values_in(t)) + 31) / 32 * 32;
+        offset += (astrovl_type_row_bytes(types[i], count_values(t->ne, 4)) + 31) / 32 * 32;
     }
     pad_to_32(out, (uint64_t)ftell(out));
 }
@@ -1665,7 +1660,7 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
     put_header(out, in, file_type, types);
     for (int i = 0; i < n && !g_interrupted && !ferror(out); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
-        const int64_t total = values_in(t);
+        const int64_t total = count_values(t->ne, 4);
         chunk c = {t, types[i], 0, 0, blocks, 0, n_threads, 0};
         int64_t n_lost = 0;
         draw_bar(p, "tensors", i, n, 0);
@@ -1838,10 +1833,9 @@ static float *new_rows(program *p, int n) {
 static float *row_of(const program *p, float *rows, int i) { return rows + (size_t)i * (size_t)p->info.n_embd_joint; }
 
 // Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. An image that cannot be read is reported;
-// its ok and row are zeros. Returns how many could be read.
+// its ok is 0 and its row unspecified. Returns how many could be read.
 static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
     astrovl_image images[MAX_BATCH];
-    size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
         ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
@@ -1851,8 +1845,7 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
     if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
     for (i = n - 1, next = good; i >= 0; i--)              // from the rows of the good ones to those of all
-        if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), row_size);
-        else memset(row_of(p, rows, i), 0, row_size);
+        if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), (size_t)p->info.n_embd_joint * sizeof(float));
     return good;
 }
 
@@ -1882,8 +1875,7 @@ static int embed_images(program *p, const char *const *paths, int n, float *rows
 }
 
 static void embed_texts(program *p, const char *const *texts, int n, float *rows) {
-    int some;
-    for (int i = 0; i < n; i += some) {
+    for (int i = 0, some; i < n; i += some) {
         some = n - i < 32 ? n - i : 32;
         draw_bar(p, "texts", i, n, 0);
         if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err)) exit(failed(p));
