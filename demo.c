@@ -47,7 +47,6 @@
 #include <strings.h>
 #include <sys/file.h>
 #include <sys/stat.h>
-#include <sys/types.h>
 #include <unistd.h>
 #define SLASHES               "/"
 #define make_folder(path)     mkdir(path, 0777)
@@ -76,19 +75,19 @@
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 // ==== Printing =======================================================================================================
-// Reads one character of UTF-8. Returns its bytes (at least 1; so must size be); *valid is 0 when they are none.
-static size_t utf8_next(const char *text, size_t size, unsigned *code, int *valid) {
+#define NO_UTF8 0x110000u        // what utf8_next calls a byte that begins no character
+
+// Reads one character of UTF-8 from at least one byte. Returns its length, 1 for NO_UTF8.
+static size_t utf8_next(const char *text, size_t size, unsigned *code) {
     static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000};   // longer spellings than needed are not UTF-8
     const unsigned char *s = (const unsigned char *)text;
-    size_t n = s[0] < 0x80 ? 1 : s[0] >= 0xF0 && s[0] < 0xF5 ? 4 : s[0] >= 0xE0 ? 3 : 2, i;
-    *valid = s[0] < 0x80 || (s[0] >= 0xC2 && s[0] < 0xF5);
-    *code = n == 1 ? s[0] : n == 2 ? s[0] & 0x1Fu : n == 3 ? s[0] & 0x0Fu : s[0] & 0x07u;
-    for (i = 1; i < n && *valid; i++) {
-        if (i >= size || (s[i] & 0xC0) != 0x80) *valid = 0;
-        else *code = *code << 6 | (s[i] & 0x3Fu);
-    }
-    if (*valid && (*code < smallest[n] || (*code >= 0xD800 && *code < 0xE000) || *code > 0x10FFFF)) *valid = 0;
-    return *valid ? n : 1;
+    const size_t n = s[0] < 0x80 ? 1 : s[0] < 0xC0 ? 0 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : s[0] < 0xF8 ? 4 : 0;
+    size_t i = 1;
+    for (*code = n > 1 ? s[0] & 0x7Fu >> n : s[0]; i < n && i < size && (s[i] & 0xC0) == 0x80; i++)
+        *code = *code << 6 | (s[i] & 0x3Fu);
+    if (i == n && *code >= smallest[n] && (*code < 0xD800 || *code >= 0xE000) && *code < NO_UTF8) return n;
+    *code = NO_UTF8;
+    return 1;
 }
 
 static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && code < 0xA0); }
@@ -97,12 +96,10 @@ static int is_control(unsigned code) { return code < 0x20 || (code >= 0x7F && co
 // dropped, except newline and tab.
 static void print_string(FILE *out, const char *text, size_t size, int quoted) {
     unsigned code;
-    int valid;
-    size_t n;
     if (quoted) fputc('"', out);
-    for (; size; text += n, size -= n) {
-        n = utf8_next(text, size, &code, &valid);
-        if (!valid) fputs("\xEF\xBF\xBD", out);         // U+FFFD, for bytes that are no UTF-8
+    for (size_t n; size; text += n, size -= n) {
+        n = utf8_next(text, size, &code);
+        if (code == NO_UTF8) fputs("\xEF\xBF\xBD", out);               // U+FFFD, the replacement character
         else if (quoted && (code == '"' || code == '\\')) fprintf(out, "\\%c", (char)code);
         else if (quoted && (code == '\n' || code == '\t')) fputs(code == '\n' ? "\\n" : "\\t", out);
         else if (quoted && is_control(code)) fprintf(out, "\\u%04x", code);
@@ -112,14 +109,22 @@ static void print_string(FILE *out, const char *text, size_t size, int quoted) {
 }
 static void print_safe(FILE *out, const char *text) { print_string(out, text, strlen(text), 0); }
 
-// Text, with blanks up to a width (wide characters counted as one).
-static void print_padded(const char *text, size_t size, int width) {
+// Standard output gets either JSON or plain text. Commands write both: put_json prints nothing where plain text is
+// wanted, and put_plain, put_padded and put_line print nothing where JSON is.
+static int g_json;
+#define put_plain(...) (g_json ? (void)0 : (void)printf(__VA_ARGS__))
+
+// Plain text, with blanks up to a width (wide characters counted as one).
+static void put_padded(const char *text, size_t size, int width) {
     unsigned code;
-    int valid;
+    if (g_json) return;
     print_string(stdout, text, size, 0);
-    for (size_t at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code, &valid);
+    for (size_t at = 0; at < size; width--) at += utf8_next(text + at, size - at, &code);
     printf("%*s", width > 0 ? width : 0, "");
 }
+static void put_line(const char *text) { put_padded(text, strlen(text), 0), put_plain("\n"); }
+
+static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
 // 7340032 -> "7.3 MB"
 static const char *human_bytes(uint64_t bytes) {
@@ -149,21 +154,21 @@ static void print_number(FILE *out, double value, int is_float32) {
 // "577 x 1024", slowest dimension first
 static const char *shape_text(const int64_t *shape, int n_dims, const char *between) {
     static char text[128];
-    int i, at = 0;
+    int at = 0;
     text[0] = 0;
-    for (i = 0; i < n_dims && at < 100; i++)
+    for (int i = 0; i < n_dims && at < 100; i++)
         at += snprintf(text + at, 128 - (size_t)at, "%s%lld", i ? between : "", (long long)shape[i]);
     return text;
 }
 
-// JSON on standard output: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an
-// int, %l a long long, %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes
-// are put in: put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      After ~ it is plain text: name x, ...
+// JSON: brackets as they stand, "word:" a key, %k a key, %s a text, %S a text and its size, %d an int, %l a long long,
+// %f a number in float32's digits, %b a flag, %- what the caller prints next. Commas and quotes are put in:
+// put_json("{name:%s sizes:[%d %d]}\n", "x", 1, 2)      With ~ in front it is plain text: name "x", sizes [1, 2]
 static void put_json(const char *f, ...) {
     static int comma;          // the next entry has one before it
-    int plain = *f == '~';
-    size_t size;
+    const int plain = *f == '~';
     va_list args;
+    if (plain == g_json) return;
     va_start(args, f);
     for (f += plain; *f; f++) {
         if (*f == ' ') continue;
@@ -172,15 +177,14 @@ static void put_json(const char *f, ...) {
         if (strchr("{[}]\n", *f)) {
             putchar(*f);
         } else if (*f != '%') {
-            size = strcspn(f, ":");
+            const size_t size = strcspn(f, ":");
             print_string(stdout, f, size, !plain);
             f += size;
             fputs(plain ? " " : ": ", stdout);
             comma = 0;
         } else if (strchr("ksS", *++f)) {
             const char *text = va_arg(args, const char *);
-            size = *f == 'S' ? va_arg(args, size_t) : strlen(text);
-            print_string(stdout, text, size, 1);
+            print_string(stdout, text, *f == 'S' ? va_arg(args, size_t) : strlen(text), 1);
             if (*f == 'k') fputs(": ", stdout), comma = 0;
         } else if (*f == 'd') printf("%d", va_arg(args, int));
         else if (*f == 'l') printf("%lld", va_arg(args, long long));
@@ -214,15 +218,14 @@ typedef struct option_spec {
     option_kind kind;
     size_t      field;                                   // where in `options`
     double      low, high;
-    unsigned    commands;
+    unsigned    commands;                                // that have it
     const char *value, *help;
 } option_spec;
 
 // Options of each kind: name, letter, field, (least and largest value,) commands, (name of the value,) help
-#define ON(name, letter, field, commands, help) \
-    {name, letter, FLAG, offsetof(options, field), 0, 0, commands, NULL, help}
 #define STRING(name, letter, kind, field, commands, value, help) \
     {name, letter, kind, offsetof(options, field), 0, 0, commands, value, help}
+#define ON(name, letter, field, commands, help) STRING(name, letter, FLAG, field, commands, NULL, help)
 #define WHOLE(name, letter, field, low, high, commands, help) \
     {name, letter, INTEGER, offsetof(options, field), low, high, commands, "N", help}
 #define REAL(name, letter, field, high, help) \
@@ -298,8 +301,6 @@ static void print_templates(FILE *out) {
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
     const char *digits = spec->kind == NUMBER ? "0123456789." : "0123456789";
     void *field = (char *)o + spec->field;
-    char *end;
-    double x;
     switch (spec->kind) {
     case FLAG: *(int *)field = 1; return EXIT_OK;
     case TEXT: *(const char **)field = text; return EXIT_OK;
@@ -312,13 +313,14 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     default: break;
     }
     errno = 0;
-    uint64_t whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
-    x = strtod(text, &end);                // the program never calls setlocale, so a point is a point in any language
-    if (!*text || text[strspn(text, digits)] || *end || errno || !(x >= spec->low) ||
-        (x > spec->high && spec->kind != SEED))
-        return spec->kind == SEED ?
-               usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text) :
-               usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
+    const uint64_t whole = spec->kind == NUMBER ? 0 : strtoull(text, NULL, 10);
+    char *end;
+    const double x = strtod(text, &end);   // the program never calls setlocale, so a point is a point in any language
+    const int is_number = *text && !text[strspn(text, digits)] && !*end && !errno;
+    if (!is_number && spec->kind == SEED)
+        return usage_error(c, "--%s wants a whole number below 2^64, not \"%s\"", spec->name, text);
+    if (!is_number || !(x >= spec->low) || (x > spec->high && spec->kind != SEED))
+        return usage_error(c, "--%s wants a %s from %.10g to %.10g, not \"%s\"", spec->name,
                            spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
     if (spec->kind == SEED) *(uint64_t *)field = whole;
     else if (spec->kind == INTEGER) *(int *)field = (int)whole;
@@ -343,13 +345,12 @@ static const option_spec *find_option(const command *c, const char *argument, co
 
 // Sorts the arguments behind the command's name into options and words. "--" ends the options, "-" is a word.
 static int parse_options(const command *c, options *o, int argc, char **argv) {
-    int i, only_words = 0, status = EXIT_OK;
-    for (i = 0; i < argc && status == EXIT_OK; i++) {
-        const option_spec *spec;
+    int only_words = 0, status = EXIT_OK;
+    for (int i = 0; i < argc && status == EXIT_OK; i++) {
         const char *value;
         if (only_words || argv[i][0] != '-' || !argv[i][1]) { o->words.items[o->words.n++] = argv[i]; continue; }
         if ((only_words = strcmp(argv[i], "--") == 0) != 0) continue;
-        spec = find_option(c, argv[i], &value);
+        const option_spec *spec = find_option(c, argv[i], &value);
         if (!spec) return usage_error(c, "there is no option %s", argv[i]);
         if (spec->kind == FLAG && value) return usage_error(c, "--%s takes no value", spec->name);
         if (spec->kind != FLAG && !value && !(value = argv[++i]))        // behind the last argument stands NULL
@@ -360,14 +361,13 @@ static int parse_options(const command *c, options *o, int argc, char **argv) {
 }
 
 static void print_command_help(const command *c) {
-    printf("Usage: astrovl %s\n\n%s\n\nOptions:\n", c->usage, c->about);
+    printf("Usage: astrovl %s%s%s\n\n%s\n\nOptions:\n", c->name, *c->usage ? " [OPTIONS] " : "", c->usage, c->about);
     for (int i = 0; i < N_OPTIONS; i++) {
         const option_spec *spec = &option_table[i];
-        char left[64];
+        const char letter[] = {'-', spec->letter, ',', 0};
         if (!(spec->commands & c->bit)) continue;
-        snprintf(left, sizeof left, spec->letter ? "-%c, --%s %s" : "%-3c --%s %s", spec->letter ? spec->letter : ' ',
-                 spec->name, spec->value ? spec->value : "");
-        printf("  %-27s %s\n", left, spec->help);
+        printf("  %-3s --%s %-*s %s\n", spec->letter ? letter : "", spec->name, 20 - (int)strlen(spec->name),
+               spec->value ? spec->value : "", spec->help);
         if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
     }
     printf("\nExamples:\n%s", c->examples);
@@ -389,7 +389,7 @@ struct program {
     int                counting;           // the bar counts images, not the layers of each; answers are not printed
     int                stop;               // output cannot be written: end the work
     time_t             started;            // the turn in progress
-    union block       *memory;             // what new_memory gave
+    union block       *memory;             // a chain of what new_memory gave
 };
 
 // Set by Ctrl-C while an answer is computed: a signal handler has no other way to say something.
@@ -417,20 +417,19 @@ static int end_note(int printed) { return (void)printed, fputc('\n', stderr), EX
 #define note(...) end_note(fprintf(stderr, "astrovl: " __VA_ARGS__))
 
 // What went wrong goes to standard error and, with --json, to standard output as an object as well.
-static struct { char message[1024]; int as_json; } g_failure;
+static char g_failure[1024];
 static int end_failure(int printed, const char *file, const char *status) {
     (void)printed;
-    note("%s", g_failure.message);
-    if (!g_failure.as_json) return EXIT_FAILED;
-    put_json("{error:%s", g_failure.message);
+    note("%s", g_failure);
+    put_json("{error:%s", g_failure);
     if (status) put_json("status:%s", status);
     if (file) put_json("file:%s", file);
     put_json("}\n");
     return EXIT_FAILED;
 }
 #define say_failure(file, status, ...) \
-    end_failure(snprintf(g_failure.message, sizeof g_failure.message, __VA_ARGS__), file, status)
-// As note, for what went wrong. Its value is EXIT_FAILED.
+    end_failure(snprintf(g_failure, sizeof g_failure, __VA_ARGS__), file, status)
+// Says what went wrong, as note. Its value is EXIT_FAILED.
 #define fail(...) say_failure(NULL, NULL, __VA_ARGS__)
 
 static void clear_bar(program *p) {
@@ -438,18 +437,19 @@ static void clear_bar(program *p) {
     p->bar_drawn = 0;
 }
 
-// The same of what the header says in p->err. file: which one it was about, or NULL
+// Says the error in p->err. file: the one it is about, or NULL
 static int failed_on(program *p, const char *file) {
     clear_bar(p);
     return say_failure(file, astrovl_status_name(p->err.status), "%s", p->err.message);
 }
 static int failed(program *p) { return failed_on(p, NULL); }
 
-// Begins an object of --json: the version, and the model if one is open.
-static void begin_json(const program *p) {
+// Begins an object of --json: the version, the model if one is open, and what put_json makes of the rest.
+static void json_head(const program *p) {
     put_json("{version:%s", ASTROVL_VERSION);
     if (p->model) put_json("model:%s", p->info.name);
 }
+#define begin_json(p, ...) (json_head(p), put_json(__VA_ARGS__))
 
 // Writes out what is buffered. If that fails, says so (but not of a reader that left: `astrovl ... | head`) and stops.
 static void flush_output(program *p) {
@@ -464,7 +464,7 @@ typedef union block {                      // what stands before each piece of m
     uint64_t     integer;
 } block;
 
-// Memory of zeros that stays until the program ends. There is always some: the program ends if there is none.
+// n items of zeros, never freed. Ends the program if there is no memory for them.
 static void *new_memory(program *p, size_t n, size_t size) {
     block *b = n < SIZE_MAX / 2 / (size + 1) ? (block *)calloc(1, sizeof *b + n * size) : NULL;
     if (!b) exit(fail("out of memory"));
@@ -473,26 +473,27 @@ static void *new_memory(program *p, size_t n, size_t size) {
     return b + 1;
 }
 
-// The shipped files lie beside the program in the source tree, or in the data folder once installed. path: out, [4096],
-// empty if the file is in neither.
+static int is_file(const char *path) {
+    FILE *f = fopen(path, "rb");
+    return f && fclose(f) == 0;
+}
+
+// The shipped files lie in test/ beside the program in the source tree, in ../share/astrovl or in the data folder once
+// installed. path: out, [4096], empty if the file is in none of them.
 static void find_shipped(const char *argv0, const char *name, char *path) {
     static const char *const places[] = {"test", "../share/astrovl", ASTROVL_DATA_DIR};
     char folder[2048];
-    size_t n = 0;
-    int i;
-    FILE *f = NULL;
+    long n = 0;
 #if defined(__linux__)
-    long size = (long)readlink("/proc/self/exe", folder, sizeof folder - 1);     // follows links and $PATH
-    n = size < 0 ? 0 : (size_t)size;
+    n = (long)readlink("/proc/self/exe", folder, sizeof folder - 1);             // follows links and $PATH
 #endif
-    if (!n) n = (size_t)snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
-    while (n && (n >= sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
-    for (i = 0; i < 3 && !f; i++) {
+    if (n <= 0) n = snprintf(folder, sizeof folder, "%s", argv0 ? argv0 : "");
+    while (n && (n >= (long)sizeof folder || !strchr(SLASHES, folder[n - 1]))) n--;
+    for (int i = 0; i < 3; i++) {
         snprintf(path, 4096, "%.*s%s/%s", i < 2 ? (int)n : 0, folder, places[i], name);
-        f = i == 1 && !n ? NULL : fopen(path, "rb");
+        if ((i != 1 || n) && is_file(path)) return;
     }
-    if (f) fclose(f);
-    else path[0] = 0;
+    path[0] = 0;
 }
 
 // Opens the files of -m, or the shipped model. Like other functions below it ends the program where nothing can go on.
@@ -509,11 +510,10 @@ static void open_model(program *p) {
 
 // Draws "image [########------------] 9/23" once the work has taken more than a second. per_second 0: do not say
 static void draw_bar(program *p, const char *stage, int done, int total, double per_second) {
-    int i, filled = total > 0 ? (int)((int64_t)done * 30 / total) : 0;
+    static const char full[] = "##############################", empty[] = "------------------------------";
+    const int filled = total > 0 ? (int)((int64_t)done * 30 / total) : 0;
     if (!p->show_progress || time(NULL) - p->started < 2) return;
-    fprintf(stderr, "\r%-6s [", stage);
-    for (i = 0; i < 30; i++) fputc(i < filled ? '#' : '-', stderr);
-    fprintf(stderr, "] %d/%d", done, total);
+    fprintf(stderr, "\r%-6s [%.*s%.*s] %d/%d", stage, filled, full, 30 - filled, empty, done, total);
     if (per_second > 0) fprintf(stderr, ", %.1f/s", per_second);
     fputs("\033[K", stderr);
     fflush(stderr);
@@ -543,8 +543,7 @@ static int on_text(void *user, const char *text, size_t size) {
 
 // tap: may be NULL
 static astrovl_session *new_session(program *p, astrovl_mode mode, astrovl_tap tap, void *user) {
-    const char *isa = getenv("ASTROVL_ISA");
-    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, isa};
+    astrovl_session_options how = {mode, p->o.threads, p->o.ctx, tap, user, on_progress, p, getenv("ASTROVL_ISA")};
     astrovl_session *session = astrovl_session_new(p->model, &how, &p->err);
     if (!session) exit(failed(p));
     return session;
@@ -578,21 +577,17 @@ static void print_label(FILE *out, const char *label) { if (label) print_safe(ou
 static void finish_answer(program *p, const astrovl_session *s, const char *const *files, int n_files,
                           const char *label, const char *prompt, const char *answer) {
     astrovl_stats t;
-    int i, n = 0;
+    int n = 0;
     const int32_t *ids = astrovl_answer_tokens(s, &n);
     astrovl_get_stats(s, &t);
-    if (p->o.json) {
-        begin_json(p);
-        if (n_files == 1) put_json("file:%s", files[0]);
-        if (n_files > 1) put_json("files:[");
-        for (i = 0; i < n_files && n_files > 1; i++) put_json("%s", files[i]);
-        if (n_files > 1) put_json("]");
-        put_json("prompt:%s text:%s ", prompt, answer);
-        put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
-        for (i = 0; i < n; i++) put_json("%d", (int)ids[i]);
-        put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
-                 t.prompt_seconds, t.decode_seconds);
-    } else putchar('\n');
+    begin_json(p, n_files > 1 ? "files:[" : n_files ? "file:" : "");
+    for (int i = 0; i < n_files; i++) put_json("%s", files[i]);
+    put_json(n_files > 1 ? "] prompt:%s text:%s" : "prompt:%s text:%s", prompt, answer);
+    put_json("tokens:{prompt:%d answer:%d ids:[", t.n_prompt_tokens, t.n_answer_tokens);
+    for (int i = 0; i < n; i++) put_json("%d", (int)ids[i]);
+    put_json("]} complete:%b seconds:{image:%f prompt:%f answer:%f}}\n", !t.stopped_by_limit, t.encode_seconds,
+             t.prompt_seconds, t.decode_seconds);
+    put_plain("\n");
     flush_output(p);
     if (p->o.json || p->o.quiet) return;
     print_label(stderr, label);
@@ -628,19 +623,25 @@ static void list_add(program *p, list *l, const char *text, size_t size) {
 static int cannot_open(const char *path) { return fail("%s: cannot be opened: %s", path, strerror(errno)); }
 static int write_error(const char *path) { return fail("%s: cannot be written: %s", path, strerror(errno)); }
 
+// Is there something of this name that is no regular file: a folder, a pipe, /dev/stdout?
+static int is_special(const char *path) {
+#if defined(_WIN32)
+    return (void)path, 0;
+#else
+    struct stat s;
+    return stat(path, &s) == 0 && !S_ISREG(s.st_mode);
+#endif
+}
+
 // A file is written under the name PATH.part and gets its name when it is complete: a full disk costs no earlier file.
-// What is no regular file (/dev/stdout) is written to as it is.
+// Special files are written to as they are.
 static char part_path[4200];
 
 static FILE *begin_file(const char *path) {
-    int is_regular = 1;
-#if !defined(_WIN32)
-    struct stat s;
-    is_regular = stat(path, &s) != 0 || S_ISREG(s.st_mode);
-#endif
-    const int size = snprintf(part_path, sizeof part_path, is_regular ? "%s.part" : "%s", path);
+    const int special = is_special(path);
+    const int size = snprintf(part_path, sizeof part_path, special ? "%s" : "%s.part", path);
     if (size >= (int)sizeof part_path) exit(fail("%s: the name is too long", path));
-    FILE *f = fopen(part_path, is_regular ? CREATE_MODE : "wb");
+    FILE *f = fopen(part_path, special ? "wb" : CREATE_MODE);
     if (!f && errno == EEXIST)
         exit(fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path));
     if (!f) exit(fail("%s: cannot be created: %s", part_path, strerror(errno)));
@@ -654,20 +655,14 @@ static int end_file(FILE *f, const char *path, int keep) {
     good = fclose(f) == 0 && good;
     if (keep && !good) fail("%s: cannot be written (is the disk full?)", path);
     if (good && keep) {
-        if (!is_part) return EXIT_OK;
 #if defined(_WIN32)
         remove(path);                                      // there, rename does not replace a file
 #endif
-        if (rename(part_path, path) == 0) return EXIT_OK;
+        if (!is_part || rename(part_path, path) == 0) return EXIT_OK;
         fail("%s: cannot be given this name (is it a folder, or in use?)", path);
     }
     if (is_part) remove(part_path);
     return EXIT_FAILED;
-}
-
-static int is_file(const char *path) {
-    FILE *f = fopen(path, "rb");
-    return f && fclose(f) == 0;
 }
 
 // Reads a whole file, or standard input for "-".
@@ -694,9 +689,11 @@ typedef struct lines {
     int         number;                    // from 1
 } lines;
 
-static lines lines_of(const char *path, char *text, size_t size) {
+static lines read_lines(program *p, const char *path) {
+    size_t size = 0;
+    char *text = read_text(p, path, &size);
     lines l = {path, text, text + size, text, 0, 0};
-    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) l.at += 3;     // a byte order mark
+    if (begins(text, "\xEF\xBB\xBF")) l.at += 3;           // a byte order mark
     return l;
 }
 
@@ -717,9 +714,9 @@ static void line_error(const lines *l, const char *what) { exit(fail("%s:%d: %s"
 
 // "folder/name"; size: of the folder's name
 static char *join_path(program *p, const char *folder, size_t size, const char *name) {
-    char *path = (char *)new_memory(p, size + strlen(name) + 2, 1);
-    memcpy(path, folder, size);
-    strcpy(path + size + (size && path[size - 1] != '/' ? (path[size] = '/', 1) : 0), name);
+    const size_t room = size + strlen(name) + 2;
+    char *path = (char *)new_memory(p, room, 1);
+    snprintf(path, room, "%.*s%s%s", (int)size, folder, size && folder[size - 1] != '/' ? "/" : "", name);
     return path;
 }
 
@@ -781,11 +778,11 @@ static uint64_t save_npy(const char *path, const int64_t *shape, int n_dims, con
 static int answer_images(program *p, const char *const *paths, int n, int each, int with_labels, const char *prompt) {
     astrovl_image *images = (astrovl_image *)new_memory(p, (size_t)n * (size_t)each, sizeof *images);
     astrovl_turn turns[MAX_TURNS], *of[MAX_TURNS];     // of[i] is about paths[i * each]; those without image come last
-    int i, k, good = 0, status = EXIT_OK;
+    int i, good = 0, status = EXIT_OK;
     for (i = 0; i < n; i++) {
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
-        for (k = i * each; t.n_images < each; k++, t.n_images++)
+        for (int k = i * each; t.n_images < each; k++, t.n_images++)
             if (astrovl_image_load(paths[k], NULL, &images[k], &t.err) != ASTROVL_OK) break;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
@@ -849,11 +846,9 @@ static const char chat_help[] =
     "  /help        this list\n  /quit        leave (so does the end of input); Ctrl-C stops an answer\n";
 
 static void chat_image(program *p, chat_state *c, const char *path, int anew) {
-    astrovl_image image;
-    memset(&image, 0, sizeof image);
+    astrovl_image image = {0, 0, NULL, 0};
     if (*path && (!p->info.has_vision || !p->info.has_projector)) {
-        c->n_failed++;
-        fail("%s: this model cannot see: it has no vision tower with a projector", path);
+        c->n_failed += fail("%s: this model cannot see: it has no vision tower with a projector", path);
         return;
     }
     if (*path && astrovl_image_load(path, NULL, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
@@ -871,8 +866,7 @@ static void chat_turn(program *p, chat_state *c, const char *text) {
     if (answer) c->pending = 0, finish_answer(p, p->session, NULL, 0, NULL, text, answer);
     if (stopped && c->interactive) fprintf(stderr, "(stopped)\n");
     if (!answer && !stopped) {
-        c->n_failed++;
-        failed(p);
+        c->n_failed += failed(p);
         if (p->err.status == ASTROVL_ERROR_LIMIT) note("/reset begins a new conversation");
     }
     astrovl_free(answer);
@@ -884,23 +878,21 @@ static int chat_command(program *p, chat_state *c, const char *line) {
     if (strcmp(line, "/reset") == 0) {
         astrovl_session_reset(p->session);
         c->pending = c->image.rgb != NULL;
-    } else if (strncmp(line, "/image", 6) == 0 && (!line[6] || line[6] == ' ')) {
+    } else if (begins(line, "/image") && (!line[6] || line[6] == ' ')) {
         chat_image(p, c, line + 6 + strspn(line + 6, " "), 1);
-    } else if (strncmp(line, "/add ", 5) == 0 && line[5 + strspn(line + 5, " ")]) {
+    } else if (begins(line, "/add ") && line[5 + strspn(line + 5, " ")]) {
         chat_image(p, c, line + 5 + strspn(line + 5, " "), 0);
     } else {
-        int known = strcmp(line, "/help") == 0;
-        if (!known) fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
+        if (strcmp(line, "/help") != 0)
+            fprintf(stderr, "astrovl: there is no command %s; there are:\n", line), c->n_failed++;
         fputs(chat_help, stderr);
     }
     return 1;
 }
 
 static int run_chat(program *p) {
-    chat_state c;
-    char *line;
+    chat_state c = {{0, 0, NULL, 0}, 0, 0, 0};
     int go_on = !p->o.prompt;
-    memset(&c, 0, sizeof c);
     open_model_and_session(p);
     if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0], 1);
     if (c.n_failed) return EXIT_FAILED;                    // no image: do not talk about nothing
@@ -909,7 +901,7 @@ static int run_chat(program *p) {
     if (c.interactive) fprintf(stderr, "Ask something, or:\n%s", chat_help);
     while (go_on && !p->stop) {
         if (c.interactive) fputs("> ", stderr), fflush(stderr);
-        line = read_line(p, stdin);
+        const char *line = read_line(p, stdin);
         if (!line && c.interactive) fputc('\n', stderr);
         if (!line) break;
         if (line[0] == '/') go_on = chat_command(p, &c, line);
@@ -922,7 +914,7 @@ static int run_chat(program *p) {
 // ==== tokens =========================================================================================================
 static int print_tokens(program *p, const char *word, size_t word_size) {
     const int flags = p->o.special ? ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL : 0;
-    int i, n, size, room = 0;
+    int n, room = 0;
     int32_t *tokens;
     do {
         tokens = (int32_t *)new_memory(p, (size_t)room, sizeof *tokens);
@@ -931,24 +923,22 @@ static int print_tokens(program *p, const char *word, size_t word_size) {
         if (n < 0) return failed(p);
     } while (n > room && (room = n));
     if (p->o.ids || p->o.clip) {   // the pieces are those of the language model's vocabulary
-        for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
+        for (int i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)tokens[i]);
         putchar('\n');
         return EXIT_OK;
     }
-    if (p->o.json) begin_json(p), put_json("tokens:[");
-    for (i = 0; i < n; i++) {
-        astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
-        char *text = (char *)new_memory(p, (size_t)(size = astrovl_token_text(p->model, tokens[i], NULL, 0)) + 1, 1);
+    begin_json(p, "tokens:[");
+    for (int i = 0; i < n; i++) {
+        const astrovl_string piece = astrovl_token_piece(p->model, tokens[i]);
+        const int size = astrovl_token_text(p->model, tokens[i], NULL, 0);
+        char *text = (char *)new_memory(p, (size_t)size + 1, 1);
         astrovl_token_text(p->model, tokens[i], text, size);
-        if (p->o.json) put_json("{id:%d piece:%S text:%S}", (int)tokens[i], piece.data, piece.size, text, (size_t)size);
-        else {
-            printf("%8ld  ", (long)tokens[i]);
-            print_padded(piece.data, piece.size, 16);
-            print_string(stdout, text, (size_t)size, 1);
-            putchar('\n');
-        }
+        put_json("{id:%d piece:%S text:%S}", (int)tokens[i], piece.data, piece.size, text, (size_t)size);
+        put_plain("%8ld  ", (long)tokens[i]);
+        put_padded(piece.data, piece.size, 16);
+        put_json("~%S\n", text, (size_t)size);
     }
-    if (p->o.json) put_json("]}\n");
+    put_json("]}\n");
     return EXIT_OK;
 }
 
@@ -989,11 +979,10 @@ static const char *const value_types[] = {               // by astrovl_value_typ
 
 // One value of a metadata entry, as JSON. long_strings: 0 cuts strings for the screen.
 static void print_value(const astrovl_gguf *file, int index, uint64_t i, int long_strings) {
-    astrovl_string s;
-    int64_t integer = astrovl_gguf_int(file, index, i);
+    const astrovl_string s = astrovl_gguf_string(file, index, i);
+    const int64_t integer = astrovl_gguf_int(file, index, i);
     switch (astrovl_gguf_kv(file, index)->item_type) {
     case ASTROVL_VALUE_STRING:
-        s = astrovl_gguf_string(file, index, i);
         print_string(stdout, s.data, long_strings || s.size <= 100 ? s.size : 96, 1);
         if (!long_strings && s.size > 100) printf(" ... (%llu bytes)", (unsigned long long)s.size);
         break;
@@ -1009,26 +998,24 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
 // {"type": ..., "count": ..., "first": [values]}
 static void print_kv(const program *p, const astrovl_gguf *file, int index) {
     const astrovl_kv *kv = astrovl_gguf_kv(file, index);
-    int is_array = kv->type == ASTROVL_VALUE_ARRAY, as_json = p->o.json;
-    uint64_t i, most = as_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
+    const char *item = value_types[kv->item_type];
+    const int is_array = kv->type == ASTROVL_VALUE_ARRAY;
+    const uint64_t most = g_json ? 16 : 5, shown = p->o.full || kv->count <= most ? kv->count : most;
     char type[64];
-    snprintf(type, sizeof type, is_array ? "%s[%lld]" : "%s", value_types[kv->item_type], (long long)kv->count);
-    if (as_json) {
-        put_json("%k", kv->key);
-        if (shown < kv->count) put_json("{type:%s count:%l first:", value_types[kv->item_type], (long long)kv->count);
-        if (is_array) put_json("[");
-    } else {
-        printf("  ");
-        print_padded(kv->key, strlen(kv->key), 40);
-        printf("  %-14s ", type);
+    snprintf(type, sizeof type, is_array ? "%s[%lld]" : "%s", item, (long long)kv->count);
+    put_json("%k", kv->key);
+    if (shown < kv->count) put_json("{type:%s count:%l first:", item, (long long)kv->count);
+    if (is_array) put_json("[");
+    put_plain("  ");
+    put_padded(kv->key, strlen(kv->key), 40);
+    put_plain("  %-14s ", type);
+    for (uint64_t i = 0; i < shown; i++) {
+        put_json("%-");
+        if (i) put_plain(", ");
+        print_value(file, index, i, g_json || p->o.full);
     }
-    for (i = 0; i < shown; i++) {
-        if (as_json) put_json("%-");
-        else if (i) printf(", ");
-        print_value(file, index, i, as_json || p->o.full);
-    }
-    if (as_json && is_array) put_json(shown < kv->count ? "]}" : "]");
-    else if (!as_json) printf("%s\n", shown < kv->count ? ", ..." : "");
+    if (is_array) put_json(shown < kv->count ? "]}" : "]");
+    put_plain("%s\n", shown < kv->count ? ", ..." : "");
 }
 
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
@@ -1037,10 +1024,10 @@ typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
 
 static totals add_up(const astrovl_gguf *file) {
     totals sums = {{{0}}};
-    for (int i = 0; i < 2 * astrovl_gguf_n_tensors(file); i++) {
-        const astrovl_tensor *t = astrovl_gguf_tensor(file, i / 2);
-        uint64_t *sum = sums.of[i % 2 ? N_TYPES : (int)t->type];
-        sum[0]++, sum[1] += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]), sum[2] += t->n_bytes;
+    for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+        const uint64_t more[3] = {1, count_values(t->ne, 4), t->n_bytes};
+        for (int k = 0; k < 3; k++) sums.of[t->type][k] += more[k], sums.of[N_TYPES][k] += more[k];
     }
     return sums;
 }
@@ -1048,88 +1035,85 @@ static totals add_up(const astrovl_gguf *file) {
 static void print_totals(const totals *sums) {
     for (int k = 0; k <= N_TYPES; k++)
         if (sums->of[k][0])
-            printf("  %-5s %6d tensors %14lld values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
-                   (int)sums->of[k][0], (long long)sums->of[k][1], human_bytes(sums->of[k][2]));
+            put_plain("  %-5s %6d tensors %14lld values  %s\n", k < N_TYPES ? astrovl_type_name(k) : "all",
+                      (int)sums->of[k][0], (long long)sums->of[k][1], human_bytes(sums->of[k][2]));
 }
 
 static void print_file(const program *p, const astrovl_gguf *file) {
-    int i, k, n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file), as_json = p->o.json;
-    int64_t shape[4];
-    totals sums = add_up(file);
-    if (as_json) {
-        put_json("{file:%s version:%d bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
-                 (long long)astrovl_gguf_size(file));
-    } else {
-        print_safe(stdout, astrovl_gguf_name(file));
-        printf(": GGUF version %d, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
-               human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
-    }
-    for (i = 0; i < n_kv; i++) print_kv(p, file, i);
-    if (as_json) put_json("} tensors:[");
-    else if (n_tensors) printf("\ntensors: name, type, shape (slowest dimension first), bytes\n");
-    for (i = 0; i < n_tensors; i++) {
+    const int n_kv = astrovl_gguf_n_kv(file), n_tensors = astrovl_gguf_n_tensors(file);
+    const totals sums = add_up(file);
+    put_json("{file:%s version:%d bytes:%l metadata:{", astrovl_gguf_name(file), astrovl_gguf_version(file),
+             (long long)astrovl_gguf_size(file));
+    put_padded(astrovl_gguf_name(file), strlen(astrovl_gguf_name(file)), 0);
+    put_plain(": GGUF version %d, %s, %d metadata entries, %d tensors\n%s", astrovl_gguf_version(file),
+              human_bytes(astrovl_gguf_size(file)), n_kv, n_tensors, n_kv ? "\nmetadata\n" : "");
+    for (int i = 0; i < n_kv; i++) print_kv(p, file, i);
+    put_json("} tensors:[");
+    if (n_tensors) put_plain("\ntensors: name, type, shape (slowest dimension first), bytes\n");
+    for (int i = 0; i < n_tensors; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
         const char *type = astrovl_type_name(t->type);
-        for (k = 0; k < t->n_dims; k++) shape[k] = t->ne[t->n_dims - 1 - k];
-        if (as_json) {
-            put_json("{name:%s type:%s shape:[", t->name, type);
-            for (k = 0; k < t->n_dims; k++) put_json("%l", (long long)shape[k]);
-            put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
-        } else {
-            printf("  ");
-            print_padded(t->name, strlen(t->name), 28);
-            printf("  %-5s %-18s %12lld\n", type, shape_text(shape, t->n_dims, " x "), (long long)t->n_bytes);
+        int64_t shape[4];
+        put_json("{name:%s type:%s shape:[", t->name, type);
+        for (int k = 0; k < t->n_dims; k++) {
+            shape[k] = t->ne[t->n_dims - 1 - k];
+            put_json("%l", (long long)shape[k]);
         }
+        put_json("] offset:%l bytes:%l}", (long long)t->offset, (long long)t->n_bytes);
+        put_plain("  ");
+        put_padded(t->name, strlen(t->name), 28);
+        put_plain("  %-5s %-18s %12lld\n", type, shape_text(shape, t->n_dims, " x "), (long long)t->n_bytes);
     }
-    if (as_json) put_json("]}");
-    else printf("%s", n_tensors ? "\ntotals\n" : ""), print_totals(&sums), putchar('\n');
+    put_json("]}");
+    if (n_tensors) put_plain("\ntotals\n");
+    print_totals(&sums);
+    put_plain("\n");
 }
 
 // Begins a part of the model: "name {", or null (text: "name", none) if the files lack it. Returns `present`.
-static int begin_part(int as_json, const char *part, int present) {
-    if (as_json) put_json(present ? "%k {" : "%k %-", part);
-    else printf("  %-16s", part);
-    if (!present) fputs(as_json ? "null" : "none\n", stdout);
+static int begin_part(const char *part, int present) {
+    put_json(present ? "%k {" : "%k %-", part);
+    put_plain("  %-16s", part);
+    if (!present) fputs(g_json ? "null" : "none\n", stdout);
     return present;
 }
 
 // Ends it with its sizes, format as of put_json; the text is "layers 2, width 32".
-#define end_part(as_json, format, ...) \
-    ((as_json) ? put_json(format "}", __VA_ARGS__) : put_json("~" format "\n", __VA_ARGS__))
+#define end_part(format, ...) (put_json(format "}", __VA_ARGS__), put_json("~" format "\n", __VA_ARGS__))
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
 static void print_model(program *p, const list *paths) {
     const astrovl_info *m = &p->info;
-    const int j = p->o.json;
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     if (!p->model) {
-        if (j) put_json("parts:{error:%s}", p->err.message);
-        else printf("no model that astrovl can run: %s\n", p->err.message);
+        put_json("parts:{error:%s}", p->err.message);
+        put_plain("no model that astrovl can run: %s\n", p->err.message);
         return;
     }
     astrovl_get_info(p->model, &p->info);
-    if (j) put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
-                    (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
-    else printf("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
-                human_bytes(m->n_weight_bytes)), print_string(stdout, m->name, strlen(m->name), 1), putchar('\n');
-    if (begin_part(j, "vocabulary", m->has_vocab))
-        end_part(j, "tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
-    if (begin_part(j, "language_model", m->has_text))
-        end_part(j, "layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer,
+    put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
+             (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
+    put_plain("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
+              human_bytes(m->n_weight_bytes));
+    put_json("~%s\n", m->name);
+    if (begin_part("vocabulary", m->has_vocab))
+        end_part("tokens:%d bos:%d eos:%d", m->n_vocab, m->bos_token, m->eos_token);
+    if (begin_part("language_model", m->has_text))
+        end_part("layers:%d width:%d heads:%d kv_heads:%d head_dim:%d feed_forward:%d context:%d", m->n_layer,
                  m->n_embd, m->n_head, m->n_head_kv, m->head_dim, m->n_ff, m->n_ctx_train);
-    if (begin_part(j, "vision_tower", m->has_vision))
-        end_part(j, "layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d "
-                 "patches:%d", m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head,
-                 m->vision_n_ff, m->image_size, m->patch_size, m->n_patches);
-    if (begin_part(j, "projector", m->has_projector)) end_part(j, "image_tokens:%d", m->n_image_tokens);
-    if (begin_part(j, "text_tower", m->clip_text_n_layer > 0))
-        end_part(j, "layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer,
+    if (begin_part("vision_tower", m->has_vision))
+        end_part("layers:%d feature_layer:%d width:%d heads:%d feed_forward:%d image_size:%d patch_size:%d patches:%d",
+                 m->vision_n_layer, m->vision_feature_layer, m->vision_n_embd, m->vision_n_head, m->vision_n_ff,
+                 m->image_size, m->patch_size, m->n_patches);
+    if (begin_part("projector", m->has_projector)) end_part("image_tokens:%d", m->n_image_tokens);
+    if (begin_part("text_tower", m->clip_text_n_layer > 0))
+        end_part("layers:%d width:%d heads:%d feed_forward:%d context:%d tokens:%d", m->clip_text_n_layer,
                  m->clip_text_n_embd, m->clip_text_n_head, m->clip_text_n_ff, m->clip_text_n_ctx, m->clip_text_n_vocab);
-    if (begin_part(j, "contrastive", m->has_joint_image || m->has_joint_text))
-        end_part(j, "images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
+    if (begin_part("contrastive", m->has_joint_image || m->has_joint_text))
+        end_part("images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
                  m->logit_scale);
-    if (j) put_json("}");
-    else printf("  template        %s\n", astrovl_template_name(m->chat_template));
+    put_json("}");
+    put_plain("  template        %s\n", astrovl_template_name(m->chat_template));
 }
 
 // What whole files lack to be of use together; NULL: nothing.
@@ -1156,46 +1140,41 @@ static const char *lacking(const astrovl_info *m) {
 
 // --check: which commands the files can be used with, or the first problem.
 static int check_model(program *p, const list *paths) {
-    static const struct { const char *command; int use; } rows[] = {
-        {"caption", 0}, {"ask", 0}, {"chat", 1}, {"trace", 1}, {"summarize", 1}, {"score", 2}, {"describe", 2},
-        {"search", 2}, {"index", 3}, {"embed", 3}, {"tokens", 4}};
     const astrovl_info *m = &p->info;
-    int i, uses[5];
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     astrovl_get_info(p->model, &p->info);
     const char *problem = p->model ? lacking(m) : p->err.message;
-    uses[4] = m->has_vocab, uses[3] = m->has_joint_image, uses[2] = m->has_joint_image && m->has_joint_text;
-    uses[1] = m->has_text && m->has_vocab, uses[0] = uses[1] && m->has_vision && m->has_projector;
-    if (p->o.json) begin_json(p), put_json("runnable:%b commands:[", !problem);
-    else if (problem) printf("these files make up no model that astrovl can run:\n- ");
-    else printf("these files can be used with");
-    for (i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
-        if (!problem && uses[rows[i].use])
-            p->o.json ? put_json("%s", rows[i].command) : (void)printf(" %s", rows[i].command);
-    if (p->o.json) put_json("] problems:[");
-    if (p->o.json && problem) put_json("%s", problem);
-    if (p->o.json) put_json("]}\n");
-    else if (problem) print_safe(stdout, problem), putchar('\n');
-    else puts(uses[1] && !uses[0] ? "; for images, give the mmproj file as well: -m FILE" : "");
+    const int chats = m->has_text && m->has_vocab, sees = chats && m->has_vision && m->has_projector;
+    const int embeds = m->has_joint_image, compares = embeds && m->has_joint_text;
+    const struct { const char *command; int usable; } rows[] = {
+        {"caption", sees}, {"ask", sees}, {"chat", chats}, {"trace", chats}, {"summarize", chats}, {"score", compares},
+        {"describe", compares}, {"search", compares}, {"index", embeds}, {"embed", embeds}, {"tokens", m->has_vocab}};
+    begin_json(p, "runnable:%b commands:[", !problem);
+    put_plain(problem ? "these files make up no model that astrovl can run:\n- " : "these files can be used with");
+    for (int i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
+        if (!problem && rows[i].usable) put_json("%s", rows[i].command), put_plain(" %s", rows[i].command);
+    put_json("] problems:[");
+    if (problem) put_json("%s", problem), put_line(problem);
+    else put_plain(chats && !sees ? "; for images, give the mmproj file as well: -m FILE\n" : "\n");
+    put_json("]}\n");
     return problem ? EXIT_FAILED : EXIT_OK;
 }
 
 static int run_inspect(program *p) {
     list *paths = p->o.words.n ? &p->o.words : &p->o.models;
-    astrovl_gguf **files;
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
     if (paths->n == 0) return usage_error(p->cmd, "which file? (the shipped model was not found)");
     if (p->o.check) return check_model(p, paths);
-    files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     // All are opened before anything is printed: half a JSON text is none.
+    astrovl_gguf **files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (int i = 0; i < paths->n; i++)
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
-    if (p->o.json) begin_json(p), put_json("files:[");
+    begin_json(p, "files:[");
     for (int i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
-    if (p->o.json) put_json("]");
+    put_json("]");
     print_model(p, paths);
-    if (p->o.json) put_json("}\n");
+    put_json("}\n");
     return EXIT_OK;
 }
 
@@ -1236,8 +1215,7 @@ static float extreme_of(const float *x, int n) {
 }
 
 static void find_range(const float *x, int n, float *least, float *largest) {
-    *least = x[0];
-    *largest = x[0];
+    *least = *largest = x[0];
     for (int i = 1; i < n; i++) {
         if (x[i] < *least) *least = x[i];
         if (x[i] > *largest) *largest = x[i];
@@ -1281,16 +1259,10 @@ static void quantize_simple(const float *x, unsigned char *b, int bits, int has_
     inverse = reciprocal(d);
     for (j = 0; j < 32; j++) codes[j] = (unsigned char)clamp((x[j] - m) * inverse + offset, 0, (float)top);
     put_half(b, d);
-    b += 2;
-    if (has_minimum) {
-        put_half(b, m);
-        b += 2;
-    }
-    if (bits == 5) {
-        pack(b, codes, 32, 4, 1, 1);
-        b += 4;
-    }
-    pack(b, codes, 32, 0, 4, 16);
+    if (has_minimum) put_half(b + 2, m);
+    b += has_minimum ? 4 : 2;
+    if (bits == 5) pack(b, codes, 32, 4, 1, 1);
+    pack(bits == 5 ? b + 4 : b, codes, 32, 0, 4, 16);
 }
 // Q8_0:   d = largest magnitude / 127     q = x / d, rounded to nearest, ties away from zero
 static void quantize_q8_0(const float *x, unsigned char *b) {
@@ -1350,21 +1322,21 @@ static float fit_minimum(const float *x, int n, int high) {
     }
     for (int guess = -GUESSES; guess <= GUESSES; guess++) {
         float inverse = ((float)high + GUESS_STEP * (float)guess) / (top - low), sum_q = 0, sum_qq = 0, sum_uq = 0;
-        double determinant, d, r, error;   // error: E less sum u^2, which all tries share
         for (int i = 0; i < n; i++) {
             float q = round_between(u[i] * inverse, 0, (float)high);
             sum_q += q;
             sum_qq += q * q;
             sum_uq += u[i] * q;
         }
-        determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;   // 0: all q, so all x, are equal, and m is 0
-        d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
-        r = (d * (double)sum_q - (double)sum_u) / n;
+        const double determinant = n * (double)sum_qq - (double)sum_q * (double)sum_q;   // 0: all x are equal, m is 0
+        double d = determinant > 0 ? (n * (double)sum_uq - (double)sum_u * (double)sum_q) / determinant : 0;
+        double r = (d * (double)sum_q - (double)sum_u) / n;
         if (r < (double)low) {
             r = (double)low;
             d = ((double)sum_uq + r * (double)sum_q) / (double)sum_qq;
         }
-        error = d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));
+        const double error =               // E less sum u^2, which all tries share
+            d * (d * (double)sum_qq - 2 * (double)sum_uq) + r * (n * r + 2 * ((double)sum_u - d * (double)sum_q));
         if (error < least) {
             least = error;
             minimum = (float)(r - (double)low);
@@ -1502,10 +1474,9 @@ static void *quantize_pieces(void *context) {
     chunk *c = (chunk *)context;
     const float most = c->type == ASTROVL_TYPE_F16 ? 65519.0f : block_values(c->type) > 1 ? QUANTIZE_MAX : FLT_MAX;
     float x[4096];
-    int64_t n;
     for (int64_t at = c->thread * 4096; at < c->n; at += c->n_threads * 4096) {
         const char *from = (const char *)c->t->data + astrovl_type_row_bytes(c->t->type, c->first + at);
-        n = c->n - at < 4096 ? c->n - at : 4096;
+        const int64_t n = c->n - at < 4096 ? c->n - at : 4096;
         astrovl_dequantize(c->t->type, from, x, n);
         for (int64_t i = 0; i < n; i++) c->n_lost += !(fabsf(x[i]) <= most);
         quantize_row(c->type, x, c->blocks + astrovl_type_row_bytes(c->type, at), n);
@@ -1567,29 +1538,20 @@ static const recipe recipes[] = {
 enum { N_RECIPES = (int)(sizeof recipes / sizeof *recipes) };
 
 static int block_is_among(int blocks, int i, int n) {
-    switch (blocks) {
-    case FIRST_2:    return i < 2;
-    case FIRST_4:    return i < 4;
-    case FIRST_16TH: return i < n / 16;
-    case FIRST_8TH:  return i < n / 8;
-    case ENDS_AND_THIRDS: return i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
-    default: return 0;
-    }
+    const int first[] = {0, 2, 4, n / 16, n / 8, n / 8};
+    return i < first[blocks] || (blocks == ENDS_AND_THIRDS && (i >= 7 * n / 8 || (i - n / 8) % 3 == 2));
 }
 
 // "v.blk.12.attn_v.weight": block 12 of tower 1, *rest "attn_v.weight"; -1 for a tensor outside the blocks. Towers: 0
 // language model, 1 vision, 2 text.
 static int block_of(const char *name, int *tower, const char **rest) {
-    static const char *const prefixes[] = {"blk.", "v.blk.", "t.blk."};
     int number = 0;
-    for (*tower = 0; *tower < 3; ++*tower) {
-        size_t n = strlen(prefixes[*tower]);
-        if (strncmp(name, prefixes[*tower], n) != 0) continue;
-        for (name += n; *name >= '0' && *name <= '9' && number < 100000; name++) number = number * 10 + (*name - '0');
-        *rest = name + 1;
-        return *name == '.' ? number : -1;
-    }
-    return -1;
+    *tower = begins(name, "v.") ? 1 : begins(name, "t.") ? 2 : 0;
+    if (*tower) name += 2;
+    if (!begins(name, "blk.")) return -1;
+    for (name += 4; *name >= '0' && *name <= '9' && number < 100000; name++) number = number * 10 + (*name - '0');
+    *rest = name + 1;
+    return *name == '.' ? number : -1;
 }
 
 // Is it a weight matrix, which may be stored with fewer bits?
@@ -1599,8 +1561,6 @@ static int is_quantizable(const astrovl_tensor *t) {
            !strstr(t->name, "_norm.") && !strstr(t->name, "position_embd") && !strstr(t->name, "patch_embd") &&
            !strstr(t->name, "ffn_gate_inp");
 }
-
-static int begins(const char *text, const char *start) { return strncmp(text, start, strlen(start)) == 0; }
 
 // What a recipe asks for. n_blocks: [3], of each tower
 static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blocks, const astrovl_tensor *t) {
@@ -1629,71 +1589,59 @@ static int type_for_rows(int type, int64_t n) {
            type == ASTROVL_TYPE_Q6_K ? ASTROVL_TYPE_Q8_0 : ASTROVL_TYPE_Q4_0;
 }
 
-// ---- the file: GGUF version 3, little-endian, alignment 32. It is called PATH.part until it is complete; PATH stays
-// as it is until then, even if it is the file that is read.
+// ---- the file: GGUF version 3, little-endian, alignment 32. It may replace the one that is read: see begin_file.
 
-typedef struct gguf_out {
-    FILE    *file;                         // remembers errors: ferror
-    uint64_t size;                         // written so far
-} gguf_out;
-
-static void put_bytes(gguf_out *out, const void *bytes, size_t n) {
-    if (n) fwrite(bytes, 1, n, out->file);
-    out->size += n;
-}
-
-static void put_number(gguf_out *out, uint64_t value, int n) {
+static void put_number(FILE *out, uint64_t value, int n) {
     unsigned char bytes[8];
     put_le(bytes, value, n);
-    put_bytes(out, bytes, (size_t)n);
+    fwrite(bytes, 1, (size_t)n, out);
 }
 
-static void put_string(gguf_out *out, const char *text, size_t size) {
-    put_number(out, size, 8);
-    put_bytes(out, text, size);
+static void put_string(FILE *out, const char *text) {
+    put_number(out, strlen(text), 8);
+    fputs(text, out);
 }
 
-static void pad_to_32(gguf_out *out) {
-    static const char zeros[32] = {0};
-    put_bytes(out, zeros, (size_t)(0 - out->size) % 32);
+static void pad_to_32(FILE *out, uint64_t size) {
+    for (; size % 32; size++) fputc(0, out);
 }
 
 // All that stands before the tensors' data. types: [n_tensors]
-static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, const int *types) {
+static void put_header(FILE *out, const astrovl_gguf *in, int file_type, const int *types) {
     static const char *const ours[] = {"general.alignment", "general.file_type", "general.quantization_version"};
     int i, k, n = astrovl_gguf_n_tensors(in), n_kv = astrovl_gguf_n_kv(in), n_old = n_kv;
     uint64_t offset = 0;
     for (k = 0; k < 3; k++) n_old -= astrovl_gguf_find_kv(in, ours[k]) >= 0;
-    put_bytes(out, "GGUF\3\0\0", 8);
+    fwrite("GGUF\3\0\0", 1, 8, out);
     put_number(out, (uint64_t)n, 8);
     put_number(out, (uint64_t)n_old + 2, 8);
     for (i = 0; i < n_kv; i++) {
         const astrovl_kv *kv = astrovl_gguf_kv(in, i);
         for (k = 0; k < 3 && strcmp(kv->key, ours[k]) != 0; k++) {}
         if (k < 3) continue;
-        put_string(out, kv->key, strlen(kv->key));
+        put_string(out, kv->key);
         put_number(out, kv->type, 4);
         if (kv->type == ASTROVL_VALUE_ARRAY) {
             put_number(out, kv->item_type, 4);
             put_number(out, kv->count, 8);
         }
-        put_bytes(out, kv->data, (size_t)kv->n_bytes);
+        if (kv->n_bytes) fwrite(kv->data, 1, (size_t)kv->n_bytes, out);
     }
     for (k = 1; k < 3; k++) {
-        put_string(out, ours[k], strlen(ours[k]));
+        put_string(out, ours[k]);
         put_number(out, ASTROVL_VALUE_U32, 4);
         put_number(out, k == 1 ? (uint64_t)file_type : 2, 4);
     }
     for (i = 0; i < n; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
-        put_string(out, t->name, strlen(t->name));
+        put_string(out, t->name);
         put_number(out, (uint64_t)t->n_dims, 4);
         for (k = 0; k < t->n_dims; k++) put_number(out, (uint64_t)t->ne[k], 8);
         put_number(out, (uint64_t)types[i], 4);
         put_number(out, offset, 8);
-        offset += (astrovl_type_row_bytes(types[i], t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]) + 31) / 32 * 32;
+        offset += (astrovl_type_row_bytes(types[i], count_values(t->ne, 4)) + 31) / 32 * 32;
     }
-    pad_to_32(out);
+    pad_to_32(out, (uint64_t)ftell(out));
 }
 
 #define CHUNK_VALUES (1 << 22)
@@ -1701,94 +1649,87 @@ static void put_header(gguf_out *out, const astrovl_gguf *in, int file_type, con
 // Nothing is left behind of a file that could not be completed.
 static int write_quantized(program *p, const astrovl_gguf *in, const char *path, int file_type, const int *types) {
     unsigned char *blocks = (unsigned char *)new_memory(p, CHUNK_VALUES, sizeof(float));
-    int i, n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
-    gguf_out out = {NULL, 0};
+    int n = astrovl_gguf_n_tensors(in), n_threads = p->o.threads ? p->o.threads : 1;
 #if !defined(_WIN32)
-    struct stat s;
-    long n_processors = sysconf(_SC_NPROCESSORS_ONLN);
+    const long n_processors = sysconf(_SC_NPROCESSORS_ONLN);
     if (!p->o.threads && n_processors > 1)
         n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
-    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return fail("%s: is a folder or a device; name a file", path);
 #endif
-    out.file = begin_file(path);
-    put_header(&out, in, file_type, types);
-    for (i = 0; i < n && !g_interrupted && !ferror(out.file); i++) {
+    if (is_special(path)) return fail("%s: is a folder or a device; name a file", path);
+    FILE *out = begin_file(path);
+    put_header(out, in, file_type, types);
+    for (int i = 0; i < n && !g_interrupted && !ferror(out); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
-        const int64_t total = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+        const int64_t total = count_values(t->ne, 4);
         chunk c = {t, types[i], 0, 0, blocks, 0, n_threads, 0};
         int64_t n_lost = 0;
         draw_bar(p, "tensors", i, n, 0);
-        if (types[i] == (int)t->type) put_bytes(&out, t->data, (size_t)t->n_bytes);
+        if (types[i] == (int)t->type) fwrite(t->data, 1, (size_t)t->n_bytes, out);
         else for (; c.first < total && !g_interrupted; c.first += c.n) {
             c.n = total - c.first < CHUNK_VALUES ? total - c.first : CHUNK_VALUES;
             n_lost += quantize_chunk(c);
-            put_bytes(&out, blocks, astrovl_type_row_bytes(types[i], c.n));
+            fwrite(blocks, 1, astrovl_type_row_bytes(types[i], c.n), out);
         }
-        pad_to_32(&out);
+        pad_to_32(out, astrovl_type_row_bytes(types[i], total));
         if (n_lost) clear_bar(p), note("warning: %s: %lld values are infinite, no numbers or too large for %s", t->name,
                                        (long long)n_lost, astrovl_type_name(types[i]));
     }
     clear_bar(p);
     if (g_interrupted) fail("%s: quantizing was cancelled", path);
-    else if (fflush(out.file) == 0) sync_file(out.file);
-    return end_file(out.file, path, !g_interrupted);
+    else if (fflush(out) == 0) sync_file(out);
+    return end_file(out, path, !g_interrupted);
 }
 
 static int run_quantize(program *p) {
     const char *const *words = p->o.words.items, *rest;
-    int n_changed = 0, n_fallbacks = 0, n_requantized = 0, n_blocks[3] = {0, 0, 0}, i, n, tower, status, *types;
-    double start = seconds(), bits;
+    int n_changed = 0, n_fallbacks = 0, n_requantized = 0, n_blocks[3] = {0, 0, 0}, i, tower;
+    const double start = seconds();
     const recipe *r = recipes;
-    astrovl_gguf *in, *out;
-    totals sums;
     while (r < recipes + N_RECIPES && strcasecmp(words[2], r->name) != 0) r++;
     if (r == recipes + N_RECIPES) {
-        print_around("astrovl", p->cmd, ": ");
-        fprintf(stderr, "no quantization is called \"%s\"; there are:", words[2]);
-        for (i = 0; i < N_RECIPES; i++) fprintf(stderr, " %s", recipes[i].name);
-        return print_around("\nTry: astrovl", p->cmd, " --help\n");
+        char names[256] = "";
+        for (i = 0; i < N_RECIPES; i++) strcat(strcat(names, " "), recipes[i].name);
+        return usage_error(p->cmd, "no quantization is called \"%s\"; there are:%s", words[2], names);
     }
-    if (!(in = astrovl_gguf_open(words[0], 0, &p->err))) return failed(p);
-    n = astrovl_gguf_n_tensors(in);
-    types = (int *)new_memory(p, (size_t)n, sizeof *types);
+    astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &p->err);
+    if (!in) return failed(p);
+    const int n = astrovl_gguf_n_tensors(in);
+    int *types = (int *)new_memory(p, (size_t)n, sizeof *types);
     for (i = 0; i < n; i++) {
         int number = block_of(astrovl_gguf_tensor(in, i)->name, &tower, &rest);
         if (number >= 0 && n_blocks[tower] <= number) n_blocks[tower] = number + 1;
     }
     for (i = 0; i < n; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
-        int wanted = is_quantizable(t) ? recipe_type(r, in, n_blocks, t) : (int)t->type, changed;
+        const int wanted = is_quantizable(t) ? recipe_type(r, in, n_blocks, t) : (int)t->type;
         types[i] = type_for_rows(wanted, t->ne[0]);
-        changed = types[i] != (int)t->type;
+        const int changed = types[i] != (int)t->type;
         n_changed += changed;
         n_fallbacks += types[i] != wanted;
         n_requantized += changed && block_values(t->type) > 1 && block_values(types[i]) > 1;
     }
     p->started = time(NULL);
     catch_interrupts(1);                   // from here on Ctrl-C leaves no unfinished file
-    status = write_quantized(p, in, words[1], r->file_type, types);
-    if (status != EXIT_OK) return status;
-    if (!(out = astrovl_gguf_open(words[1], 0, &p->err))) return failed(p);
-    sums = add_up(out);
-    bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
-    if (p->o.json) {
-        begin_json(p);
-        put_json("file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
-                 (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
-        put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
-        for (i = 0; i < N_TYPES; i++)
-            if (sums.of[i][0]) put_json("%k %d", astrovl_type_name(i), (int)sums.of[i][0]);
-        put_json("}}\n");
-    } else if (!p->o.quiet) {
-        printf("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n",
-               human_bytes(astrovl_gguf_size(in)), human_bytes(astrovl_gguf_size(out)), bits, n_changed, n,
-               seconds() - start);
+    if (write_quantized(p, in, words[1], r->file_type, types) != EXIT_OK) return EXIT_FAILED;
+    astrovl_gguf *out = astrovl_gguf_open(words[1], 0, &p->err);
+    if (!out) return failed(p);
+    const totals sums = add_up(out);
+    const double bits = (double)sums.of[N_TYPES][2] * 8 / (double)sums.of[N_TYPES][1];
+    begin_json(p, "file:%s bytes_before:%l bytes:%l bits_per_weight:%f seconds:%f ", astrovl_gguf_name(out),
+               (long long)astrovl_gguf_size(in), (long long)astrovl_gguf_size(out), bits, seconds() - start);
+    put_json("tensors:%d changed:%d fallbacks:%d requantized:%d types:{", n, n_changed, n_fallbacks, n_requantized);
+    for (i = 0; i < N_TYPES; i++)
+        if (sums.of[i][0]) put_json("%k %d", astrovl_type_name(i), (int)sums.of[i][0]);
+    put_json("}}\n");
+    if (!p->o.quiet) {
+        put_plain("%s, now %s, %.2f bits a weight; %d of %d tensors changed in %.1f s\n",
+                  human_bytes(astrovl_gguf_size(in)), human_bytes(astrovl_gguf_size(out)), bits, n_changed, n,
+                  seconds() - start);
         print_totals(&sums);
+        if (n_fallbacks) note("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
+        if (n_requantized)
+            note("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     }
-    if (n_fallbacks && !p->o.quiet)
-        note("note: %d tensors got another type, since their rows do not fit its blocks", n_fallbacks);
-    if (n_requantized && !p->o.quiet)
-        note("warning: %d tensors were quantized before and lose again; F16 is better", n_requantized);
     astrovl_gguf_close(in);
     astrovl_gguf_close(out);
     return EXIT_OK;
@@ -1809,15 +1750,15 @@ typedef struct trace_state {
 // A tensor becomes a file ("model.norm" -> "model.norm.npy", the third time "model.norm.call3.npy") or a line.
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
-    uint64_t n = count_values(shape, n_dims);
-    char line[512], file[256], path[4096], *c;
-    int i = 0, call;
+    const uint64_t n = count_values(shape, n_dims);
+    char line[512], file[256], path[4096];
+    int i = 0;
     if (t->folder) {
         while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
         if (i == t->names.n) list_add(t->p, &t->names, name, strlen(name));
-        call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
+        const int call = ++t->calls[i < MAX_TRACED ? i : MAX_TRACED - 1];
         snprintf(file, sizeof file, call == 1 ? "%.180s.npy" : "%.180s.call%d.npy", name, call);
-        for (c = file; *c; c++)
+        for (char *c = file; *c; c++)
             if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
         snprintf(path, sizeof path, "%s/%s", t->folder, file);
         fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t", file, name, layer, call, shape_text(shape, n_dims, "x"));
@@ -1837,7 +1778,7 @@ static int run_trace(program *p) {
     trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
     astrovl_image image = {0, 0, NULL, 0};
-    char *answer, *path = NULL;
+    char *path = NULL;
     t->p = p;
     t->folder = p->o.out;
     t->total = FNV_START;
@@ -1854,7 +1795,7 @@ static int run_trace(program *p) {
         fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
     }
     if (n_images && astrovl_image_load(p->o.words.items[0], NULL, &image, &p->err) != ASTROVL_OK) return failed(p);
-    answer = say(p, &image, n_images, p->o.words.items[n_images]);
+    char *answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
     if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error(path);
@@ -1892,42 +1833,40 @@ static float *new_rows(program *p, int n) {
 static float *row_of(const program *p, float *rows, int i) { return rows + (size_t)i * (size_t)p->info.n_embd_joint; }
 
 // Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. An image that cannot be read is reported;
-// its ok and row are zeros. Returns how many could be read.
+// its ok is 0 and its row unspecified. Returns how many could be read.
 static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
     astrovl_image images[MAX_BATCH];
-    size_t row_size = (size_t)p->info.n_embd_joint * sizeof(float);
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
         ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
-        good += ok[i];
-        if (ok[i]) continue;
-        failed_on(p, paths[i]);
+        if (ok[i]) good++;
+        else failed_on(p, paths[i]);
     }
     if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
     for (i = n - 1, next = good; i >= 0; i--)              // from the rows of the good ones to those of all
-        if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), row_size);
-        else memset(row_of(p, rows, i), 0, row_size);
+        if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), (size_t)p->info.n_embd_joint * sizeof(float));
     return good;
 }
 
-// {..., "file": path, "embedding": [...]}; every number reads back as the same float32
-static void print_embedding(program *p, const char *key, const char *name, const float *row) {
-    begin_json(p);
-    put_json("%k %s embedding:[", key, name);
+// {..., "file": path, "embedding": [...]}, with and without --json; every number reads back as the same float32
+static void print_embedding(const program *p, const char *key, const char *name, const float *row) {
+    g_json = 1;
+    begin_json(p, "%k %s embedding:[", key, name);
     for (int k = 0; k < p->info.n_embd_joint; k++) put_json("%f", row[k]);
     put_json("]}\n");
+    g_json = p->o.json;
 }
 
 // Embeds any number of images, pass by pass. print: the rows as JSON lines. EXIT_FAILED if one cannot be read.
 static int embed_images(program *p, const char *const *paths, int n, float *rows, int print) {
     char ok[MAX_BATCH];
-    int i, k, some, status = EXIT_OK;
-    for (i = 0; i < n && !p->stop; i += some) {
+    int some, status = EXIT_OK;
+    for (int i = 0; i < n && !p->stop; i += some) {
         some = n - i < p->o.batch ? n - i : p->o.batch;
         draw_bar(p, "images", i, n, 0);
         if (embed_batch(p, paths + i, some, row_of(p, rows, i), ok) < some) status = EXIT_FAILED;
-        for (k = 0; k < some && print; k++)
+        for (int k = 0; k < some && print; k++)
             if (ok[k]) clear_bar(p), print_embedding(p, "file", paths[i + k], row_of(p, rows, i + k));
         flush_output(p);
     }
@@ -1936,8 +1875,7 @@ static int embed_images(program *p, const char *const *paths, int n, float *rows
 }
 
 static void embed_texts(program *p, const char *const *texts, int n, float *rows) {
-    int some;
-    for (int i = 0; i < n; i += some) {
+    for (int i = 0, some; i < n; i += some) {
         some = n - i < 32 ? n - i : 32;
         draw_bar(p, "texts", i, n, 0);
         if (astrovl_embed_texts(p->session, texts + i, some, !p->o.raw, row_of(p, rows, i), &p->err)) exit(failed(p));
@@ -1947,17 +1885,16 @@ static void embed_texts(program *p, const char *const *texts, int n, float *rows
 
 static int run_embed(program *p) {
     list *images = &p->o.words, *texts = &p->o.texts;
-    int i, n = images->n + texts->n, status = EXIT_OK;
-    int64_t shape[2];
+    int n = images->n + texts->n, status = EXIT_OK;
     if ((images->n == 0) == (texts->n == 0)) return usage_error(p->cmd, "images are wanted, or --text TEXT (not both)");
     open_towers(p, images->n ? IMAGE_TOWER : TEXT_TOWER);
     float *rows = new_rows(p, n);
     if (images->n) status = embed_images(p, images->items, n, rows, !p->o.out);
     else embed_texts(p, texts->items, n, rows);
-    shape[0] = n, shape[1] = p->info.n_embd_joint;
+    const int64_t shape[2] = {n, p->info.n_embd_joint};
     if (p->o.out && status != EXIT_OK) return fail("%s: not written, since rows are missing", p->o.out);
     if (p->o.out) return save_npy(p->o.out, shape, 2, rows), EXIT_OK;
-    for (i = 0; i < texts->n; i++) print_embedding(p, "text", texts->items[i], row_of(p, rows, i));
+    for (int i = 0; i < texts->n; i++) print_embedding(p, "text", texts->items[i], row_of(p, rows, i));
     return status;
 }
 
@@ -1981,23 +1918,19 @@ static void print_fits(program *p, const group *g, const float *image, int best)
     for (i = 0; i < n; i++) g->fits[i].row = i, g->fits[i].score = g->odds[i], g->odds[i] *= p->info.logit_scale;
     astrovl_softmax(g->odds, n);
     if (best) qsort(g->fits, (size_t)n, sizeof *g->fits, by_score);
-    if (!p->o.json && g->title) printf("  %s\n", g->title);
+    if (g->title) put_plain("  %s\n", g->title);
     for (i = 0; i < (best && best < n ? best : n); i++) {
         const char *text = g->texts.items[g->fits[i].row];
-        float cosine = g->fits[i].score, probability = g->odds[g->fits[i].row];
-        if (p->o.json) {
-            put_json("{text:%s cosine:%f probability:%f", text, cosine, probability);
-            put_json(g->title ? "group:%s}" : "}", g->title);
-        } else {
-            printf("  %7.4f  %5.1f %%  ", cosine, probability * 100);
-            print_safe(stdout, text);
-            putchar('\n');
-        }
+        const float cosine = g->fits[i].score, probability = g->odds[g->fits[i].row];
+        put_json("{text:%s cosine:%f probability:%f", text, cosine, probability);
+        put_json(g->title ? "group:%s}" : "}", g->title);
+        put_plain("  %7.4f  %5.1f %%  ", cosine, probability * 100);
+        put_line(text);
     }
 }
 
 static int match_images(program *p, group *groups, int n_groups, int best) {
-    int i, k, status = EXIT_OK;
+    int i, status = EXIT_OK;
     open_towers(p, IMAGE_TOWER | TEXT_TOWER);
     float *row = new_rows(p, 1);
     for (i = 0; i < n_groups; i++) {
@@ -2011,10 +1944,10 @@ static int match_images(program *p, group *groups, int n_groups, int best) {
         const char *path = p->o.words.items[i];
         char ok;
         if (!embed_batch(p, &path, 1, row, &ok)) { status = EXIT_FAILED; continue; }
-        if (p->o.json) begin_json(p), put_json("file:%s matches:[", path);
-        else print_safe(stdout, path), putchar('\n');
-        for (k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
-        if (p->o.json) put_json("]}\n");
+        begin_json(p, "file:%s matches:[", path);
+        put_line(path);
+        for (int k = 0; k < n_groups; k++) print_fits(p, &groups[k], row, best);
+        put_json("]}\n");
         flush_output(p);
     }
     return status;
@@ -2028,19 +1961,17 @@ static int run_score(program *p) {
 
 // Texts, one a line. Blank lines and those that begin with '#' are skipped; [TITLE] begins a group. Returns the groups.
 static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
-    size_t size = 0, at, n_labels = 0;
-    char *text = read_text(p, path, &size);
-    lines l = lines_of(path, text, size);
+    lines l = read_lines(p, path);
+    size_t n_labels = 0;
     int n = 1;
     unsigned code;
-    int valid;
     while (next_line(&l)) {
         for (; *l.line == ' ' || *l.line == '\t'; l.size--) l.line++;
         while (l.size && (l.line[l.size - 1] == ' ' || l.line[l.size - 1] == '\t')) l.line[--l.size] = 0;
         if (!l.size || *l.line == '#') continue;
-        for (at = 0; at < l.size;) {
-            at += utf8_next(l.line + at, l.size - at, &code, &valid);
-            if (!valid || (is_control(code) && code != '\t'))
+        for (size_t at = 0; at < l.size;) {
+            at += utf8_next(l.line + at, l.size - at, &code);
+            if (code == NO_UTF8 || (is_control(code) && code != '\t'))
                 line_error(&l, "this is not UTF-8 text, or holds control characters");
         }
         if (l.size > 1000) line_error(&l, "a label of more than 1000 bytes");
@@ -2058,9 +1989,8 @@ static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
 }
 
 static int run_describe(program *p) {
-    group groups[MAX_GROUPS];
+    group *groups = (group *)new_memory(p, MAX_GROUPS, sizeof *groups);
     const char *path = p->o.labels ? p->o.labels : p->labels;
-    memset(groups, 0, sizeof groups);
     if (!*path)
         exit(fail("the list of labels, " LABELS ", is neither beside the program nor in " ASTROVL_DATA_DIR
                   "; name one with --labels"));
@@ -2101,7 +2031,7 @@ static uint64_t model_fingerprint(const astrovl_model *model) {
         for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
             const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
             uint64_t pieces = t->n_bytes <= 65536 ? 1 : 16, piece = pieces == 1 ? t->n_bytes : 4096;
-            for (o = 0; o < 6 && strncmp(t->name, others[o], strlen(others[o])) != 0; o++) {}
+            for (o = 0; o < 6 && !begins(t->name, others[o]); o++) {}
             if (o < 6) continue;
             h = fnv1a64(FNV_START, t->name, strlen(t->name));
             snprintf(text, sizeof text, "%d %lld %lld %lld %lld", (int)t->type, (long long)t->ne[0],
@@ -2183,11 +2113,8 @@ static void read_records(program *p, image_index *ix) {
 // Appends bytes and has them on the disk; on failure takes back what was written.
 static void append_to_index(image_index *ix, const unsigned char *bytes, size_t size) {
     size_t done = 0;
-    long long n = 0;
-    for (; done < size; done += n > 0 ? (size_t)n : 0) {
+    for (long long n = 1; done < size && (n > 0 || (n < 0 && errno == EINTR)); done += n > 0 ? (size_t)n : 0)
         n = (long long)write_file(ix->file, bytes + done, size - done);
-        if (n == 0 || (n < 0 && errno != EINTR)) break;
-    }
     if (done < size || (sync_file(ix->file) != 0 && errno != EINVAL)) {      // EINVAL: a file that needs no syncing
         write_error(ix->path);
         if (cut_file(ix->file, ix->end) != 0) write_error(ix->path);
@@ -2198,11 +2125,7 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
 
 // Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
-#if !defined(_WIN32)
-    struct stat s;
-    if (stat(ix->path, &s) == 0 && !S_ISREG(s.st_mode))
-        exit(fail("%s: is a folder, a pipe or a device; name a file", ix->path));
-#endif
+    if (is_special(ix->path)) exit(fail("%s: is a folder, a pipe or a device; name a file", ix->path));
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
     if (lock_file(ix->file) != 0)
@@ -2232,8 +2155,7 @@ static void tidy_path(char *path) {
 
 // A file as it is named, or the images (by their endings) in a folder and below it. is_found: it was met in a folder;
 // links to folders are then not followed, since they could lead in circles. *n_others counts images of formats that
-// are not read. (On Windows folders are not walked; give
-// their files with -.)
+// are not read. (On Windows folders are not walked; give their files with -.)
 static int add_images(program *p, const char *path, int is_found, list *names, int *n_others) {
 #if !defined(_WIN32)
     static const char *const endings[] = {
@@ -2241,15 +2163,13 @@ static int add_images(program *p, const char *path, int is_found, list *names, i
         ".fits", ".fit", ".fts", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".avif", ".heic"};
     enum { N_READ = 6, N_ENDINGS = (int)(sizeof endings / sizeof *endings) };
     const char *dot = strrchr(path, '.');
-    struct dirent *entry;
     struct stat s, target;
-    DIR *folder;
     int i = 0, status = EXIT_OK, found = (is_found ? lstat(path, &s) : stat(path, &s)) == 0;
     if (!found && is_found) return cannot_open(path);      // a path that is too long, ...
     if (found && S_ISDIR(s.st_mode)) {
-        folder = opendir(path);
+        DIR *folder = opendir(path);
         if (!folder) return cannot_open(path);
-        while ((entry = readdir(folder)) != NULL)
+        for (const struct dirent *entry; (entry = readdir(folder)) != NULL;)
             if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
                 status |= add_images(p, join_path(p, path, strlen(path), entry->d_name), 1, names, n_others);
         closedir(folder);
@@ -2274,11 +2194,9 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
     int i, status = EXIT_OK, n_others = 0;
     for (i = 0; i < p->o.words.n; i++) {
         const char *word = p->o.words.items[i];
-        size_t size = 0;
-        char *text = NULL;
         if (strcmp(word, "-") != 0) { status |= add_images(p, word, 0, &all, &n_others); continue; }
-        text = read_text(p, "-", &size);
-        for (lines l = lines_of("standard input", text, size); next_line(&l);) {
+        lines l = read_lines(p, word);
+        for (l.path = "standard input"; next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
             if (l.size) status |= add_images(p, l.line, 0, &all, &n_others);
         }
@@ -2300,30 +2218,30 @@ static int collect_images(program *p, image_index *ix, list *todo, int *n_known)
 
 static int run_index(program *p) {
     list todo = {NULL, 0, 0};
-    int i, k, d, some, status, n_known = 0, added = 0, batch;
-    double start, rate = 0;
+    int some, n_known = 0, added = 0;
+    double rate = 0;
     char ok[MAX_BATCH];
-    unsigned char *r;
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
-    batch = p->o.batch;
+    const int batch = p->o.batch;
     image_index *ix = new_index(p, p->o.out);
     open_index(p, ix);
-    status = collect_images(p, ix, &todo, &n_known);
+    const int status = collect_images(p, ix, &todo, &n_known);
     unsigned char *records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, batch);
-    start = seconds();
-    for (i = 0; i < todo.n && !p->stop; i += some) {
+    const double start = seconds();
+    for (int i = 0; i < todo.n && !p->stop; i += some) {
+        unsigned char *r = records;
         some = todo.n - i < batch ? todo.n - i : batch;
         draw_bar(p, "images", i, todo.n, rate);
         added += embed_batch(p, todo.items + i, some, rows, ok);
-        for (k = 0, r = records; k < some; k++) {
+        for (int k = 0; k < some; k++) {
             const char *name = todo.items[i + k];
             const size_t n = strlen(name), n_before = 8 + 2 * (size_t)ix->n_dims + n;      // the checksum
             if (!ok[k]) continue;
             put_le(r, n, 4);
             put_le(r + 4, ~(uint64_t)n, 4);
-            for (d = 0; d < ix->n_dims; d++) put_le(r + 8 + 2 * d, astrovl_f32_to_f16(row_of(p, rows, k)[d]), 2);
+            for (int d = 0; d < ix->n_dims; d++) put_le(r + 8 + 2 * d, astrovl_f32_to_f16(row_of(p, rows, k)[d]), 2);
             memcpy(r + n_before - n, name, n);
             put_le(r + n_before, fnv1a64(FNV_START, r, n_before), 8);
             r += n_before + 8;
@@ -2332,20 +2250,17 @@ static int run_index(program *p) {
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
-    if (p->o.json) begin_json(p);
-    if (p->o.json) put_json("index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added,
-                            n_known, todo.n - added, ix->names.n + added, rate);
-    else printf("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
-                n_known, todo.n - added, ix->names.n + added);
+    begin_json(p, "index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
+               todo.n - added, ix->names.n + added, rate);
+    put_plain("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
+              n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
     return added < todo.n ? EXIT_FAILED : status;
 }
 
 static int run_search(program *p) {
     const char *query = p->o.image ? p->o.image : p->o.words.items[1];
-    int i, k = p->o.best ? p->o.best : 10, n = 0;
-    astrovl_rows rows;
-    astrovl_hit *hits;
+    int k = p->o.best ? p->o.best : 10, n = 0;
     char ok;
     if ((p->o.words.n == 1) != (p->o.image != NULL)) return usage_error(p->cmd, "%s", p->cmd->wanted);
     open_towers(p, p->o.image ? IMAGE_TOWER : TEXT_TOWER);
@@ -2361,20 +2276,19 @@ static int run_search(program *p) {
     float *row = new_rows(p, 1);
     if (!p->o.image) embed_texts(p, &query, 1, row);
     else if (!embed_batch(p, &query, 1, row, &ok)) return EXIT_FAILED;
-    rows.data = ix->rows;
-    rows.n_rows = ix->names.n;
-    rows.n_dims = ix->n_dims;
+    const astrovl_rows rows = {ix->rows, ix->names.n, ix->n_dims};
     if (k > ix->names.n) k = ix->names.n;
-    hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
+    astrovl_hit *hits = (astrovl_hit *)new_memory(p, (size_t)k, sizeof *hits);
     if (k) n = astrovl_search(&rows, row, k, p->o.threads, hits, &p->err);
     if (n < 0) return failed(p);
-    if (p->o.json) begin_json(p), put_json("%k %s rows:%d hits:[", p->o.image ? "file" : "text", query, ix->names.n);
-    for (i = 0; i < n; i++) {
+    begin_json(p, "%k %s rows:%d hits:[", p->o.image ? "file" : "text", query, ix->names.n);
+    for (int i = 0; i < n; i++) {
         const char *name = ix->names.items[hits[i].row];
-        if (p->o.json) put_json("{cosine:%f file:%s}", hits[i].score, name);
-        else printf("%7.4f  ", hits[i].score), print_safe(stdout, name), putchar('\n');
+        put_json("{cosine:%f file:%s}", hits[i].score, name);
+        put_plain("%7.4f  ", hits[i].score);
+        put_line(name);
     }
-    if (p->o.json) put_json("]}\n");
+    put_json("]}\n");
     free(ix->rows);
     return EXIT_OK;
 }
@@ -2407,22 +2321,20 @@ static list read_member(program *p, const lines *l, const char *key, int least, 
 // Reads a whole set before the long work begins, so that a broken line is said at once.
 static sample *read_samples(program *p, const char *path, int vqa, int *n) {
     const char *slash = strrchr(path, '/');
-    size_t size = 0, i, n_lines = 1, folder = slash ? (size_t)(slash - path) + 1 : 0;
-    char *text = read_text(p, path, &size);
-    lines l = lines_of(path, text, size);
-    sample *samples, *x;
-    for (i = 0; i < size; i++) n_lines += text[i] == '\n';
-    samples = (sample *)new_memory(p, n_lines, sizeof *samples);
+    const size_t folder = slash ? (size_t)(slash - path) + 1 : 0;
+    lines l = read_lines(p, path);
+    size_t n_lines = 1;
+    for (const char *c = l.at; c < l.end; c++) n_lines += *c == '\n';
+    sample *samples = (sample *)new_memory(p, n_lines, sizeof *samples);
     for (*n = 0; next_line(&l);) {
-        list reference;
         if (strspn(l.line, " \t") == l.size) continue;
-        x = &samples[(*n)++];
+        sample *x = &samples[(*n)++];
         x->image = read_member(p, &l, "image", 1, 1).items[0];
         x->label = read_member(p, &l, vqa ? "class" : "caption", 1, 1).items[0];
         if (!*x->image || !*x->label) line_error(&l, "an empty name or text");
         x->path = join_path(p, path, *x->image == '/' ? 0 : folder, x->image);
         if (!vqa) continue;
-        reference = read_member(p, &l, "description", 0, 1);
+        const list reference = read_member(p, &l, "description", 0, 1);
         if (reference.n) x->reference = reference.items[0];
         x->features = read_member(p, &l, "features", 0, 1000000);
     }
@@ -2476,33 +2388,31 @@ static int by_value(const void *a, const void *b) {
 }
 
 static void print_retrieval(const program *p, const retrieval *r) {
-    int i, k, best, n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n), as_json = p->o.json;
-    if (as_json) begin_json(p);
-    if (as_json) put_json("pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
-    else printf("%d pairs, logit scale %.4g\n"
-                "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
-                "how often is the partner among the best k %%?\n"
-                "    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n",
-                n, p->info.logit_scale, r->loss, n, log(n), n);
-    for (k = 1; k <= 100; k++) {
-        double there = r->share[0][k], back = r->share[1][k];
-        best = (int)((int64_t)k * n / 100);
-        if (as_json) put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
-        else if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
-            printf("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100,
-                   100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
+    const int n = r->n, width = snprintf(NULL, 0, "floor(k/100 * %d)", n);
+    begin_json(p, "pairs:%d logit_scale:%f contrastive_loss:%f accuracy:[", n, p->info.logit_scale, r->loss);
+    put_plain("%d pairs, logit scale %.4g\n"
+              "contrastive loss %.4f (the set as one batch; knowing nothing: ln %d = %.4f)\n\n"
+              "how often is the partner among the best k %%?\n"
+              "    k  floor(k/100 * %d)  image -> text  text -> image  by chance\n",
+              n, p->info.logit_scale, r->loss, n, log(n), n);
+    for (int k = 1; k <= 100; k++) {
+        const int best = (int)((int64_t)k * n / 100);
+        const double there = r->share[0][k], back = r->share[1][k];
+        put_json("{k_percent:%d best:%d image_to_text:%f text_to_image:%f}", k, best, there, back);
+        if (k == 1 || k == 5 || k == 10 || k == 20 || k == 50)
+            put_plain("%3d %%  %*d  %11.1f %%  %11.1f %%  %7.1f %%%s\n", k, width, best, there * 100, back * 100,
+                      100.0 * best / n, best ? "" : "  (no rank counts: too few pairs)");
     }
-    if (as_json) put_json("]");
-    else printf("\ncosines          mean   median\n");
-    for (i = 0; i < 2; i++) {
-        double mean = r->mean[i], median = r->median[i];
-        if (as_json) put_json(i ? "cosines_shuffled:" : "cosines_matched:");
-        if (as_json) put_json("{mean:%f median:%f sorted:[", mean, median);
-        else printf("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
-        for (k = 0; k < n && as_json; k++) put_json("%f", r->cosines[i][k]);
-        if (as_json) put_json("]}");
+    put_json("]");
+    put_plain("\ncosines          mean   median\n");
+    for (int i = 0; i < 2; i++) {
+        const double mean = r->mean[i], median = r->median[i];
+        put_json("%k {mean:%f median:%f sorted:[", i ? "cosines_shuffled" : "cosines_matched", mean, median);
+        for (int k = 0; k < n; k++) put_json("%f", r->cosines[i][k]);
+        put_json("]}");
+        put_plain("%-13s %7.4f  %7.4f\n", i ? "wrong pairs" : "pairs", mean, median);
     }
-    if (as_json) put_json("}\n");
+    put_json("}\n");
 }
 
 // ---- its plot: two panels of 360 x 270 points (SVG counts y downwards)
@@ -2644,36 +2554,32 @@ static int first_named(const char *text, const char *const *words, int n) {
 }
 
 static void print_vqa(const program *p, const vqa *t) {
-    const int as_json = p->o.json;
-    int c, i, m = t->classes.n;
-    double right = (double)t->right / t->n, found = (double)t->found / t->features;
-    double semantic = t->semantic / t->n_semantic;
-    if (as_json) {
-        begin_json(p);
-        put_json("images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
-                 t->none, found, semantic);
-    } else {
-        printf("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
-               100 * right, t->right, t->n, t->none);
-        if (t->features) printf("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
-        if (t->n_semantic) printf("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
-        printf("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
-        for (c = 0; c < m; c++) printf("%5d", c + 1);
-        puts(" none");
-    }
-    for (c = 0; c < m; c++) {
+    const int m = t->classes.n;
+    const double right = (double)t->right / t->n, found = (double)t->found / t->features;
+    const double semantic = t->semantic / t->n_semantic;
+    begin_json(p, "images:%d accuracy:%f none_named:%d features_found:%f semantic_score:%f classes:[", t->n, right,
+               t->none, found, semantic);
+    put_plain("%d images of %d classes\nclass named right   %5.1f %% (%d of %d; %d named none)\n", t->n, m,
+              100 * right, t->right, t->n, t->none);
+    if (t->features) put_plain("feature words found %5.1f %% (%d of %d)\n", 100 * found, t->found, t->features);
+    if (t->n_semantic) put_plain("semantic score      %6.3f (mean of %d)\n", semantic, t->n_semantic);
+    put_plain("\nrow: what it is; column: what the model named, by number\n%29s   right", "");
+    for (int c = 0; c < m; c++) put_plain("%5d", c + 1);
+    put_plain(" none\n");
+    for (int c = 0; c < m; c++) {
         const int *named = t->confusion + c * (m + 2);
         const char *name = t->classes.items[c];
-        double share = (double)named[c] / named[m + 1];
-        if (as_json) put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
-        else printf("%3d  ", c + 1), print_padded(name, strlen(name), 24), printf("  %5.1f%%", 100 * share);
-        for (i = 0; i <= m; i++)
-            as_json ? put_json("%d", named[i]) : (void)printf(named[i] ? "%5d" : "    .", named[i]);
-        as_json ? put_json("]}") : (void)putchar('\n');
+        const double share = (double)named[c] / named[m + 1];
+        put_json("{class:%s images:%d accuracy:%f named:[", name, named[m + 1], share);
+        put_plain("%3d  ", c + 1);
+        put_padded(name, strlen(name), 24);
+        put_plain("  %5.1f%%", 100 * share);
+        for (int i = 0; i <= m; i++) put_json("%d", named[i]), put_plain(named[i] ? "%5d" : "    .", named[i]);
+        put_json("]}");
+        put_plain("\n");
     }
-    if (!as_json) return;
     put_json("] answers:[");
-    for (i = 0; i < t->n; i++) {
+    for (int i = 0; i < t->n; i++) {
         const sample *x = &t->samples[i];
         put_json("{file:%s class:%s named:%s features_found:%d semantic_score:%f text:%s}", x->image, x->label,
                  x->named >= 0 && x->named < m ? t->classes.items[x->named] : "none", x->n_found, x->semantic, x->text);
@@ -2684,9 +2590,7 @@ static void print_vqa(const program *p, const vqa *t) {
 static int evaluate_vqa(program *p, sample *samples, int n) {
     vqa t = {{NULL, 0, 0}, samples, n, 0, 0, 0, 0, 0, NULL, 0};
     astrovl_image image;
-    const char *texts[2];
     float cosine;
-    int *named;
     open_towers(p, 0);
     float *rows = new_rows(p, 2);
     for (sample *x = samples; x < samples + n; x++) {
@@ -2707,13 +2611,12 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
         t.none += x->named < 0;
         t.found += x->n_found;
         t.features += x->features.n;
-        named = t.confusion + x->truth * (t.classes.n + 2);
+        int *named = t.confusion + x->truth * (t.classes.n + 2);
         named[x->named < 0 ? t.classes.n : x->named]++;
         named[t.classes.n + 1]++;
         x->semantic = strtod("nan", NULL);
         if (!x->reference || !p->info.has_joint_text) continue;
-        texts[0] = x->text;
-        texts[1] = x->reference;
+        const char *const texts[] = {x->text, x->reference};
         embed_texts(p, texts, 2, rows);
         astrovl_linear(&cosine, rows, row_of(p, rows, 1), NULL, 1, p->info.n_embd_joint, 1);
         t.semantic += x->semantic = cosine;
@@ -2727,10 +2630,9 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
 
 static int run_evaluate(program *p) {
     int n, is_vqa = strcmp(p->o.words.items[0], "vqa") == 0;
-    sample *samples;
     if (!is_vqa && strcmp(p->o.words.items[0], "retrieval") != 0) return usage_error(p->cmd, "%s", p->cmd->wanted);
     if (is_vqa && p->o.svg) return usage_error(p->cmd, "--svg belongs to retrieval");
-    samples = read_samples(p, p->o.words.items[1], is_vqa, &n);
+    sample *samples = read_samples(p, p->o.words.items[1], is_vqa, &n);
     return (is_vqa ? evaluate_vqa : evaluate_retrieval)(p, samples, n);
 }
 
@@ -2757,16 +2659,16 @@ static int summarize_file(program *p, const char *path) {
     const char *prompt = p->o.prompt ? p->o.prompt : p->o.boolean ? relevance_prompt :
                          p->o.schema || p->o.regex ? plain_prompt : summary_prompt;
     const char *query = p->o.query ? p->o.query : "";
-    size_t size = 0, room;
-    char *abstract = read_text(p, path, &size), *request, *answer;
+    size_t size = 0;
+    char *abstract = read_text(p, path, &size);
     if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
     while (size && isspace((unsigned char)abstract[size - 1])) abstract[--size] = 0;
     if (!size) return fail("%s: is empty; an abstract is wanted", path);
-    room = strlen(prompt) + size + strlen(query) + 64;
-    request = (char *)new_memory(p, room, 1);
+    const size_t room = strlen(prompt) + size + strlen(query) + 64;
+    char *request = (char *)new_memory(p, room, 1);
     snprintf(request, room, "%s\n\nAbstract: %s%s%s", prompt, abstract, *query ? "\n\nQuery: " : "", query);
     astrovl_session_reset(p->session);
-    answer = say(p, NULL, 0, request);
+    char *answer = say(p, NULL, 0, request);
     if (!answer) return fail("%s: %s", path, p->err.message);
     finish_answer(p, p->session, &path, 1, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
@@ -2776,8 +2678,7 @@ static int summarize_file(program *p, const char *path) {
 static int run_summarize(program *p) {
     const char *path = p->o.schema, *schema = p->o.boolean ? "{\"type\": \"boolean\"}" : summary_schema;
     size_t size = strlen(schema);
-    int i, status = EXIT_OK;
-    astrovl_guide *guide;
+    int status = EXIT_OK;
     if ((path != NULL) + (p->o.regex != NULL) + p->o.boolean > 1)
         return usage_error(p->cmd, "one of --schema, --regex, --bool");
     if (p->o.boolean && !p->o.query && !p->o.prompt) return usage_error(p->cmd, "relevant to what? --query TEXT");
@@ -2785,11 +2686,12 @@ static int run_summarize(program *p) {
     if (p->o.how.repetition_penalty <= 0) p->o.how.repetition_penalty = 1.1f;     // small models repeat items of a list
     open_model_and_session(p);
     if (path) schema = read_text(p, path, &size);
-    guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) :
-            astrovl_guide_schema(p->model, schema, size, &p->err);
+    astrovl_guide *guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) :
+                           astrovl_guide_schema(p->model, schema, size, &p->err);
     if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
     p->o.how.guide = guide;
-    for (i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++) status = summarize_file(p, p->o.words.items[i]);
+    for (int i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++)
+        status = summarize_file(p, p->o.words.items[i]);
     astrovl_guide_free(guide);
     return status;
 }
@@ -2807,38 +2709,36 @@ static int run_version(program *p) {
 }
 
 static const command commands[] = {
-    {"caption", CAPTION, run_caption, 1, MANY, "which image?", "caption [OPTIONS] IMAGE...", "describe images",
+    {"caption", CAPTION, run_caption, 1, MANY, "which image?", "IMAGE...", "describe images",
      "Describes each image (PNG, JPEG or PNM) in a sentence or two. With several, each line begins with the file's\n"
      "name. --batch N reads the weights once for N images: the same answers, sooner where a model is large.",
      "  astrovl caption galaxy.png\n  astrovl caption --json *.jpg > captions.jsonl\n"
      "  astrovl caption -m llava-q4_0.gguf -m mmproj.gguf --temperature 0.7 --seed 3 nebula.jpg\n"},
-    {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "ask [OPTIONS] IMAGE... \"QUESTION\"",
+    {"ask", ASK, run_ask, 2, MANY, "an image and a question are wanted", "IMAGE... \"QUESTION\"",
      "ask a question about an image",
      "Answers a question about each image in turn, or about all of them at once with --together.",
      "  astrovl ask galaxy.png \"Is there a bar?\"\n  astrovl ask *.png \"What kind of object is this?\"\n"
      "  astrovl ask --together before.png after.png \"What has changed?\"\n"},
-    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "chat [OPTIONS] [IMAGE]",
-     "talk about an image",
+    {"chat", CHAT, run_chat, 0, 1, "one image at most; /image shows others later", "[IMAGE]", "talk about an image",
      "A dialogue: the model remembers what was said. Lines that begin with a slash are commands: /image FILE,\n"
      "/add FILE, /reset, /help, /quit. Ctrl-C stops an answer. Questions may also come from a pipe, one a line;\n"
      "standard output then has the answers alone. It works with a language model alone, too.",
      "  astrovl chat galaxy.png\n  printf 'What is this?\\nIs there a bar?\\n' | astrovl chat --quiet galaxy.png\n"
      "  astrovl chat -m smollm2.gguf --prompt \"Why is the sky dark at night?\"\n"},
-    {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "tokens [OPTIONS] [\"TEXT\" | -]",
+    {"tokens", TOKENS, run_tokens, 0, 1, "one text is wanted; put it in quotes", "[\"TEXT\" | -]",
      "show how a text is cut into tokens",
      "Shows the tokens of a text: id, the piece as the vocabulary spells it, and the bytes it stands for. Without a\n"
      "text (or with -) it is read from standard input. A file with a vocabulary and no weights is enough.",
      "  astrovl tokens \"a barred spiral galaxy\"\n  printf 'M31' | astrovl tokens --ids -m llama-2.gguf\n"
      "  astrovl tokens --ids \"M31\" | astrovl tokens --decode\n"},
-    {"inspect", INSPECT, run_inspect, 0, MANY, "", "inspect [OPTIONS] [MODEL...]", "show what is in model files",
+    {"inspect", INSPECT, run_inspect, 0, MANY, "", "[MODEL...]", "show what is in model files",
      "Lists the metadata and the tensors of GGUF files with their types, shapes (slowest dimension first) and sizes,\n"
      "and the model that the files make up together. Without a file: the shipped model. --check says instead which\n"
      "commands can be used with the files together, or what they lack (exit status 1).",
      "  astrovl inspect model.gguf mmproj.gguf\n  astrovl inspect --json model.gguf | python3 -m json.tool\n"
      "  astrovl inspect --check model.gguf mmproj.gguf\n"},
-    {"quantize", QUANTIZE, run_quantize, 3, 3,
-     "wanted: a GGUF file, the one to be written, and a type such as q4_k_m", "quantize [OPTIONS] IN OUT TYPE",
-     "make a model file smaller",
+    {"quantize", QUANTIZE, run_quantize, 3, 3, "wanted: a GGUF file, the one to be written, and a type such as q4_k_m",
+     "IN OUT TYPE", "make a model file smaller",
      "Writes a copy of a GGUF file (language model, mmproj or CLIP) with its weight matrices in another type:\n"
      "  f32 f16 bf16 q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 q3_k q2_k  all matrices alike, 32 to 2.6 bits a weight\n"
      "  q5_k_m q5_k_s q4_k_m q4_k_s q3_k_l q3_k_m q3_k_s                llama.cpp's mixes: more bits where it pays\n"
@@ -2849,7 +2749,7 @@ static const command commands[] = {
      "  astrovl quantize llava-f16.gguf llava-q4_k_m.gguf q4_k_m\n"
      "  astrovl quantize mmproj-f16.gguf mmproj-q8_0.gguf q8_0\n"},
     {"trace", TRACE, run_trace, 1, 2, "an image and a prompt are wanted (or a prompt alone)",
-     "trace [OPTIONS] [IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
+     "[IMAGE] \"PROMPT\" -o DIR | --hash", "save all that is computed for an answer",
      "Runs one question in exact arithmetic and saves every intermediate tensor as a .npy file, named as\n"
      "transformers names the module; the next time (once a token) as NAME.call2.npy and so on. DIR/index.tsv lists\n"
      "the files in the order of computation. With --hash nothing is saved: each line has a tensor's FNV-1a hash,\n"
@@ -2857,19 +2757,19 @@ static const command commands[] = {
      "  astrovl trace galaxy.png \"Is there a bar?\" -o /tmp/trace\n"
      "  python3 -c 'import numpy; print(numpy.load(\"/tmp/trace/model.norm.npy\").shape)'\n"
      "  astrovl trace galaxy.png \"Is there a bar?\" --hash --max-tokens 8 | tail -2\n"},
-    {"score", SCORE, run_score, 1, MANY, "which image?", "score [OPTIONS] IMAGE... --text T [--text T...]",
+    {"score", SCORE, run_score, 1, MANY, "which image?", "IMAGE... --text T [--text T...]",
      "say how well texts fit images",
      "Embeds images and texts with the model's two towers (CLIP, PAPERCLIP). Prints the cosine of each pair, and for\n"
      "each image the probability of each text among those given: softmax(logit_scale * cosine).",
      "  astrovl score galaxy.png --text \"a spiral galaxy\" --text \"a globular cluster\"\n"
      "  astrovl score --json *.png --text \"a comet\" --text \"no comet\" > scores.jsonl\n"},
-    {"describe", DESCRIBE, run_describe, 1, MANY, "which image?", "describe [OPTIONS] IMAGE...",
+    {"describe", DESCRIBE, run_describe, 1, MANY, "which image?", "IMAGE...",
      "find the texts of a list that fit an image best",
      "Prints the texts of a list that come closest to each image, with cosine and probability. The shipped list has\n"
      "three groups, each ranked by itself: classes of objects, phenomena, and uses in science.",
      "  astrovl describe galaxy.png\n  astrovl describe --labels classes.txt -k 1 *.png\n"},
     {"index", INDEX, run_index, 1, MANY, "which images? folders, files, or - for names on standard input",
-     "index [OPTIONS] DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
+     "DIR|FILE|-... -o INDEX", "embed folders of images, to search them",
      "Embeds images and writes their rows to an index file. In folders and below, files that end in .png .jpg .jpeg\n"
      ".ppm .pgm .pnm are taken; links to folders are not followed. With - file names are read from standard input,\n"
      "one a line. Names that are in the index already are skipped, so a run that was stopped can be continued.\n"
@@ -2877,19 +2777,18 @@ static const command commands[] = {
      "  astrovl index previews/ -o previews.avl\n"
      "  find /data -name '*_drz.jpg' | astrovl index - -o previews.avl --batch 8\n"},
     {"search", SEARCH, run_search, 1, 2, "an index and a query are wanted: a text in quotes, or --image FILE",
-     "search [OPTIONS] INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
+     "INDEX \"QUERY\" | --image FILE", "find the images that fit a text",
      "Prints the images of an index that fit a text best, or resemble an image most: cosine and name.",
      "  astrovl search previews.avl \"strong lensing arcs\"\n"
      "  astrovl search previews.avl --image m51.jpg -k 20 --json\n"},
-    {"embed", EMBED, run_embed, 0, MANY, "", "embed [OPTIONS] IMAGE... | --text T...",
-     "print embeddings for other programs",
+    {"embed", EMBED, run_embed, 0, MANY, "", "IMAGE... | --text T...", "print embeddings for other programs",
      "Prints {\"file\": ..., \"embedding\": [...]} (or \"text\"), a line each, divided by its length (see --raw);\n"
      "the digits read back as the same float32. With -o the rows go to a .npy file, float32 [n][d], in the order of\n"
      "the arguments; it is written only if all of them could be embedded.",
      "  astrovl embed *.png > rows.jsonl\n  astrovl embed *.png -o rows.npy\n"
      "  astrovl embed --text \"a planetary nebula\" -o query.npy\n"},
     {"evaluate", EVALUATE, run_evaluate, 2, 2, "wanted: retrieval PAIRS.jsonl, or vqa SET.jsonl",
-     "evaluate [OPTIONS] retrieval PAIRS.jsonl | vqa SET.jsonl", "measure a model on data of yours",
+     "retrieval PAIRS.jsonl | vqa SET.jsonl", "measure a model on data of yours",
      "retrieval: each line is {\"image\": FILE, \"caption\": TEXT}. Prints contrastive loss, how often an image's\n"
      "caption (a caption's image) is among the best k percent, and the cosines of pairs and wrong pairs, as\n"
      "PAPERCLIP defines them.\n"
@@ -2899,7 +2798,7 @@ static const command commands[] = {
      "  astrovl evaluate retrieval pairs.jsonl --svg retrieval.svg\n"
      "  astrovl evaluate vqa galaxies.jsonl --json > result.json\n"},
     {"summarize", SUMMARIZE, run_summarize, 1, MANY, "which abstract? a text file, or - for standard input",
-     "summarize [OPTIONS] FILE|-...", "turn an abstract into JSON",
+     "FILE|-...", "turn an abstract into JSON",
      "A language model reads a text; its answer is always of a given form: by default the schema that PAPERCLIP\n"
      "uses, {\"objects_and_phenomena\": [1 to 5 texts], \"science_use_cases\": [1 to 5 texts]}. --schema takes\n"
      "another JSON schema, --regex a pattern; --bool asks whether the observations would show what --query names.\n"
@@ -2907,7 +2806,7 @@ static const command commands[] = {
      "  astrovl summarize -m instruct-model.gguf abstract.txt\n"
      "  astrovl summarize --bool --query \"strong lensing\" abstract.txt\n"
      "  astrovl summarize --regex '(galaxy|star|planet)' --prompt \"What is it about?\" - < abstract.txt\n"},
-    {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "version", "print the version",
+    {"version", VERSION, run_version, 0, 0, "no arguments are wanted", "", "print the version",
      "Prints the version, the compiler it was built with, and where the shipped model lies.", "  astrovl version\n"},
 };
 enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
@@ -2923,16 +2822,15 @@ static void print_overview(FILE *out) {
 // Runs a command with room for every argument in each list.
 static int run_command(program *p, const command *c, int argc, char **argv) {
     list *lists[4] = {&p->o.models, &p->o.stop, &p->o.words, &p->o.texts};
-    int status;
     p->cmd = c;
     p->o.how.on_text = on_text;
     p->o.how.user = p;
     for (int i = 0; i < 4; i++) lists[i]->items = (const char **)new_memory(p, (size_t)argc + 1, sizeof(const char *));
-    status = parse_options(c, &p->o, argc, argv);
+    int status = parse_options(c, &p->o, argc, argv);
     p->o.how.stop = p->o.stop.items;
     p->o.how.n_stop = p->o.stop.n;
     p->show_progress = !p->o.quiet && is_terminal(2);
-    g_failure.as_json = p->o.json;
+    g_json = p->o.json;
     if (status == EXIT_OK && p->o.help) print_command_help(c);
     else if (status == EXIT_OK && p->o.words.n >= c->least && p->o.words.n <= c->most) status = c->run(p);
     else if (status == EXIT_OK) status = usage_error(c, "%s", c->wanted);
