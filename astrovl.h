@@ -7619,11 +7619,12 @@ AVL__INLINE avl__block_form avl__block_form_of(int type) {
 
 AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K; }
 
-// How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before.
+// How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before,
+// or begin before the row does (below 0) if it has fewer blocks.
 AVL__INLINE int avl__group_of(int type) { return avl__is_k_quant(type) ? 8 : avl__is_float_type(type) ? 1 : 4; }
 AVL__INLINE int avl__group_begin(int type, int b, int n_blocks) {
     const int n = avl__group_of(type);
-    return b + n <= n_blocks || n_blocks < n ? b : n_blocks - n;
+    return b + n <= n_blocks ? b : n_blocks - n;
 }
 
 AVL__INLINE void avl__prefetch_lines(const void *p, size_t n) {
@@ -8373,13 +8374,15 @@ AVL__INLINE void AVL_(unpack_floats)(int type, AVL_(rows) rows, AVL_(blocks) to)
 // Nothing beyond the end of a row or of the matrix is read: a group that is shorter, or has fewer rows, is copied, with
 // zeros in place of what is not there.
 AVL__INLINE void AVL_(unpack)(int n, int type, AVL_(rows) rows, int b, int first, int n_in, AVL_(blocks) to) {
-    const int group = avl__group_of(type), is_whole = n_in - 32 * b >= 32 * group;
-    const size_t size = avl__block_form_of(type).bytes, n_columns = (size_t)(is_whole ? 32 * group : n_in - 32 * b);
+    const int group = avl__group_of(type), from = b < 0 ? 0 : b, is_whole = b >= 0 && n_in - 32 * b >= 32 * group;
+    const size_t size = avl__block_form_of(type).bytes, n_columns = (size_t)(is_whole ? 32 * group : n_in - 32 * from);
+    const size_t place = size * (size_t)(from - b) / 8;       // of block `from` in a copy
     uint8_t copy[AVL__W][8 * 34];
-    rows.at += size * (size_t)b / 8;
+    rows.at += size * (size_t)from / 8;
     if (rows.n < AVL__W || !is_whole) {
         memset(copy, 0, sizeof copy);
-        for (int r = 0; r < rows.n; r++) memcpy(copy[r], rows.at + (size_t)r * rows.stride, size * n_columns / 256);
+        for (int r = 0; r < rows.n; r++)
+            memcpy(copy[r] + place, rows.at + (size_t)r * rows.stride, size * n_columns / 256);
         rows.at = copy[0];
         rows.stride = sizeof copy[0];
     }
@@ -8738,12 +8741,11 @@ static void AVL_(gelu)(float *x, int64_t n) {
 
 static void AVL_(rms_norm)(float *y, const float *x, const float *weight, int n, float eps) {
     avl__vf squares = AVL_(splat)(0.0f);
-    float scale;
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf v = AVL_(load_some)(x + i, n - i);
         squares = AVL_(fma)(v, v, squares);
     }
-    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
+    const float scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
     for (int i = 0; i < n; i += AVL__W)
         AVL_(store_some)(y + i, n - i, AVL_(load_some)(x + i, n - i) * scale * AVL_(load_some)(weight + i, n - i));
 }
@@ -8757,14 +8759,13 @@ AVL__INLINE avl__vf AVL_(fill)(avl__vf v, int n, float x) {
 
 static void AVL_(layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
     avl__vf sum = AVL_(splat)(0.0f), squares = sum;
-    float mean, scale;
     for (int i = 0; i < n; i += AVL__W) sum += AVL_(load_some)(x + i, n - i);
-    mean = AVL_(add_lanes)(sum) / (float)n;
+    const float mean = AVL_(add_lanes)(sum) / (float)n;
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf d = AVL_(fill)(AVL_(load_some)(x + i, n - i) - mean, n - i, 0.0f);
         squares = AVL_(fma)(d, d, squares);
     }
-    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
+    const float scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf d = (AVL_(load_some)(x + i, n - i) - mean) * scale;
         const avl__vf v = AVL_(fma)(d, AVL_(load_some)(weight + i, n - i), AVL_(load_some)(bias + i, n - i));
@@ -8775,16 +8776,15 @@ static void AVL_(layer_norm)(float *y, const float *x, const float *weight, cons
 // x = softmax(scale x)
 static void AVL_(softmax)(float *x, int n, float scale) {
     avl__vf sum = AVL_(splat)(0.0f), max = AVL_(splat)(-FLT_MAX);
-    float top, inverse;
     for (int i = 0; i < n; i += AVL__W)
         max = AVL_(max)(max, AVL_(fill)(AVL_(load_some)(x + i, n - i), n - i, -FLT_MAX));
-    top = AVL_(max_lanes)(max);
+    const float top = AVL_(max_lanes)(max);
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf p = AVL_(exp)((AVL_(load_some)(x + i, n - i) - top) * scale);
         AVL_(store_some)(x + i, n - i, p);
         sum += AVL_(fill)(p, n - i, 0.0f);
     }
-    inverse = 1.0f / AVL_(add_lanes)(sum);
+    const float inverse = 1.0f / AVL_(add_lanes)(sum);
     for (int i = 0; i < n; i += AVL__W) AVL_(store_some)(x + i, n - i, AVL_(load_some)(x + i, n - i) * inverse);
 }
 

@@ -786,6 +786,8 @@ static void test_fast_products(void) {
                 test_fast_case(kernels, types[t], odd[i], 34, 1, 0);
                 test_fast_case(kernels, types[t], odd[i], 34, 7, 0);
             }
+            for (i = 0; values == 32 && i < 12; i++)      // fewer blocks than are unpacked together: 1 to 3
+                test_fast_case(kernels, types[t], 32 * (1 + (int)i % 3), 34, 1 + 4 * ((int)i / 3), 0);
         }
 }
 
