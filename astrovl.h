@@ -6860,17 +6860,17 @@ static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules
 // Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
 static int avl__schema_fail(avl__json *j, int place, astrovl_status status, const char *what) {
     avl__bytes path = {NULL, 0, 0, 0};
+    if (j->g->failure.status) return AVL__NONE;
     for (int v = 1; v <= place; v++) {
         const avl__json_value *value = &j->values[v];
-        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // the place is not in it, or in its name
+        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // not around the place; or named before
         char step[24];
         avl__format(step, sizeof step, value->item < 0 ? "/" : "/%d", value->item);
         avl__bytes_put_text(&path, step);
         for (const char *c = value->text; value->item < 0 && *c; c++)
             avl__bytes_put(&path, *c == '~' ? "~0" : *c == '/' ? "~1" : c, *c == '~' || *c == '/' ? 2 : 1);
     }
-    if (!j->g->failure.status)
-        avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
+    avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
     astrovl_free(path.data);
     return AVL__NONE;
 }

@@ -5367,6 +5367,16 @@ static void test_guide_bad_schemas(void) {
     }
     FAILS(!astrovl_guide_schema(m, NULL, 0, &err), ARGUMENT, "NULL");
     FAILS(!astrovl_guide_schema(NULL, "{}", 2, &err), ARGUMENT, "NULL");
+    {   // 100,000 faults take no longer than a text of that length does
+        char *many = (char *)malloc(250000);
+        double start = avl__seconds();
+        strcpy(many, "{\"anyOf\": [1");
+        for (i = 0; i < 100000; i++) memcpy(many + 12 + 2 * i, ",1", 3);
+        memcpy(many + 12 + 200000, "]}", 3);
+        FAILS(!guide_schema(m, many, &err), UNSUPPORTED, "100,000 faults");
+        CHECK(avl__seconds() - start < 1, "100,000 faults take %.1f seconds", avl__seconds() - start);
+        free(many);
+    }
     free(deep);
     astrovl_close(m);
 }
