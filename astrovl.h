@@ -6576,7 +6576,7 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
     if (is_list && !avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
     const size_t end = g->stack.size;
     int n_open = 0, from = 0;
-    avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
+    if (end > base) avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
     for (size_t i = base; i < end && !g->failure.status; i++) {
         const int point = g->stack.data[i] >> 1, was_open = n_open > 0;
         n_open += g->stack.data[i] & 1 ? -1 : 1;
