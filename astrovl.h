@@ -7531,8 +7531,9 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 // From there on a register holds the same word of AVL__W rows. Unpacking a format is shifts and masks on words, the
 // same for every instruction set, and the sums of AVL__W rows lie side by side: no additions across a register.
 //
-// Three ways to multiply, which all add blocks by the same function (add_block) in the same order, so that a row's bits
-// do not depend on how many rows are multiplied with it:
+// Three ways to multiply. Block formats are added up by one function (add_block) in one order, so that a row's bits do
+// not depend on how many rows are multiplied with it. (Weights of a float type have packs for many rows only; a few
+// rows are multiplied with them in float32, as they lie in memory: see linear.)
 //   many rows (image, prompt)   32 weight rows are packed, then meet the activations in tiles of up to 6 rows (bf16:
 //                               12) whose accumulators stay in registers. The dot-product instruction is the limit.
 //   2 to 8 rows (batches)       AVX-512: eight rows meet a block while it is in registers, so that the next block is
