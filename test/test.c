@@ -788,6 +788,8 @@ static void test_fast_products(void) {
                 test_fast_case(kernels, types[t], odd[i], 34, 1, 0);
                 test_fast_case(kernels, types[t], odd[i], 34, 7, 0);
             }
+            for (i = 0; values == 32 && i < 12; i++)      // fewer blocks than are unpacked together: 1 to 3
+                test_fast_case(kernels, types[t], 32 * (1 + (int)i % 3), 34, 1 + 4 * ((int)i / 3), 0);
         }
 }
 
@@ -5385,6 +5387,16 @@ static void test_guide_bad_schemas(void) {
     }
     FAILS(!astrovl_guide_schema(m, NULL, 0, &err), ARGUMENT, "NULL");
     FAILS(!astrovl_guide_schema(NULL, "{}", 2, &err), ARGUMENT, "NULL");
+    {   // 100,000 faults take no longer than a text of that length does
+        char *many = (char *)malloc(250000);
+        double start = avl__seconds();
+        strcpy(many, "{\"anyOf\": [1");
+        for (i = 0; i < 100000; i++) memcpy(many + 12 + 2 * i, ",1", 3);
+        memcpy(many + 12 + 200000, "]}", 3);
+        FAILS(!guide_schema(m, many, &err), UNSUPPORTED, "100,000 faults");
+        CHECK(avl__seconds() - start < 1, "100,000 faults take %.1f seconds", avl__seconds() - start);
+        free(many);
+    }
     free(deep);
     astrovl_close(m);
 }
