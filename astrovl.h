@@ -1243,7 +1243,7 @@ ASTROVL_API astrovl_status astrovl_dequantize(int type, const void *blocks, floa
     const avl__type_info *info = avl__find_type(type);
     if (!info || n_values < 0 || n_values % info->block_values != 0) return ASTROVL_ERROR_ARGUMENT;
     if (n_values > 0 && (!blocks || !values)) return ASTROVL_ERROR_ARGUMENT;
-    avl__dequantize_row(type, blocks, values, n_values);
+    if (n_values > 0) avl__dequantize_row(type, blocks, values, n_values);
     return ASTROVL_OK;
 }
 
