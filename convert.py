@@ -1168,10 +1168,11 @@ def put_vision(gguf, weights, config, files, is_clip, aspect):
     settings = settings if settings.values else files.config("processor_config.json")
     settings = settings.section("image_processor") if settings.get("image_processor") else settings
     open_clip = files.config("open_clip_config.json").section("preprocess_cfg")
-    for name, usual, least in (("mean", [0.48145466, 0.4578275, 0.40821073], 0), ("std", [0.26862954, 0.26130258, 0.27577711], 1e-6)):
+    for name, usual, least, most in (("mean", [0.48145466, 0.4578275, 0.40821073], 0, 1),
+                                     ("std", [0.26862954, 0.26130258, 0.27577711], 1e-6, 1e6)):
         color = settings.get("image_" + name, open_clip.get(name, usual))
-        check(isinstance(color, list) and len(color) == 3 and all(isinstance(c, (int, float)) and least <= c < 1e6 for c in color),
-              settings.where, "image_%s is not three numbers from %g on", name, least)
+        check(isinstance(color, list) and len(color) == 3 and all(isinstance(c, (int, float)) and least <= c <= most for c in color),
+              settings.where, "image_%s is not three numbers from %g to %g", name, least, most)
         gguf.put("clip.vision.image_" + name, [float(c) for c in color])
     settings.one_of("resample", (3, None), None)        # 3: bicubic
     for key in ("do_resize", "do_rescale", "do_normalize", *["do_center_crop"] * (not aspect)):

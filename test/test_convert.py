@@ -2990,7 +2990,7 @@ class ConvertHostile(ConvertCase):
         self.refuse_changes(folder, "config.json", cases, "")
         self.refuse_changes(folder, "processor_config.json", [(["image_processor", key], value) for key, value in (
             ("image_mean", [0.5]), ("image_mean", "x"), ("image_mean", ["a", "b", "c"]), ("image_std", [0, 0, 0]), ("image_std", [1, 1, None]),
-            ("image_mean", [1e999, 0, 0]))])
+            ("image_mean", [1e999, 0, 0]), ("image_mean", [0.5, 1.5, 0.5]))])
         folder = self.llama((), ("spm", "liuhaotian"))
         vision = self.checkpoint("vision", "clip")
         for keys, value in ((["mm_projector_type"], "mlp3x_gelu"), (["mm_projector_type"], "ldpnet"), (["mm_vision_select_layer"], 7), (["mm_vision_select_feature"], "cls_patch")):
