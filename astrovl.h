@@ -6806,9 +6806,9 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     if (n) *n = 0;
     if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
     else avl__json_open(&j, "JSON", json, size, &failure);
-    if (!failure.status && j.values->kind != '{')
+    if (!failure.status && j.values && j.values->kind != '{')
         avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
-    for (int i = 1; !failure.status && i < j.values->end; i = j.values[i].end)
+    for (int i = 1; !failure.status && j.values && i < j.values->end; i = j.values[i].end)
         if (avl__json_is(&j.values[i], key)) found = i + 1;   // of several members the last, as in Python
     const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
     // with their quotes the strings were longer in the JSON text
@@ -7059,7 +7059,7 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
         avl__json schema;
         avl__json_open(&schema, g->name, text, size, &g->failure);
         schema.g = g;
-        if (!g->failure.status) g->start = avl__schema_expr(&schema, 0);
+        if (!g->failure.status && schema.values) g->start = avl__schema_expr(&schema, 0);
         avl__json_close(&schema);
     }
     uint8_t begins[257] = {1};
@@ -7558,7 +7558,7 @@ ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int
 #else
 #define AVL__UNROLL _Pragma("GCC unroll 24")
 #endif
-#define AVL__EACH(i, n) AVL__UNROLL for (int i = 0; i < (n); i++)
+#define AVL__EACH(i, n) AVL__UNROLL for (int i = 0; i < (n); i++)   // NOLINT: i is a name
 
 // How the 32-bit words of weights and activations are multiplied
 enum {
@@ -7657,7 +7657,7 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
     AVL__INLINE void AVL_(name) parameters { __VA_ARGS__; }
 #define AVL__DEFINE_DOT(name, assembly, r) \
     AVL__INLINE avl__vi AVL_(name)(avl__vi acc, avl__vu w, avl__vu a) { \
-        __asm__(assembly : "+" r(acc) : r(w), r(a)); \
+        __asm__(assembly : "+" r(acc) : r(w), r(a)); /* NOLINT: strings */ \
         return acc; \
     }
 #define AVL__STRING_2(text)    #text
@@ -8490,7 +8490,7 @@ AVL__INLINE void AVL_(tile_of)(int type, int n, AVL_(blocks) pack, int n_blocks,
 #define AVL__TILE_FUNCTION(n) \
     AVL__APART void AVL_(tile_##n)(int type, const AVL_(blocks) *pack, int n_blocks, size_t at, const char *next, \
                                    size_t ahead, avl__vf *sum) { \
-        enum { N = n }; \
+        enum { N = (n) }; \
         const avl__block_form f = avl__block_form_of(type); \
         const int kind = pack->kind, is_wide = AVL__WIDE || f.run != 4; \
         avl__vf acc[2 * N]; \
