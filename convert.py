@@ -493,13 +493,19 @@ WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors", "pytorch_mo
                 "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "flax_model.msgpack", "mm_projector.bin"]
 
 
+def reader_of(path):
+    """What reads a file of weights: by its ending; without one it may be what flax's to_bytes() gave. None: nothing does."""
+    if "." not in os.path.basename(path) and os.path.isfile(path) and read_bytes(path, 1) in MSGPACK_MAPS:
+        return read_flax
+    return READERS.get(os.path.splitext(path)[1])
+
+
 def weight_file(folder):
     """The name of the file that has a folder's weights, or says in which files they are."""
     names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
     check(not {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}.intersection(names), folder, "a LoRA "
           "adapter, only the difference to a model. Merge it first (peft: merge_and_unload(), then save_pretrained()) and convert "
           "the result.")
-    others = [name for name in names if os.path.splitext(name)[1] in READERS and name != "training_args.bin"]
     for name in WEIGHT_FILES:
         if name in names:
             return name
@@ -512,9 +518,9 @@ def weight_file(folder):
         check(not name.endswith(("_optim_states.pt", "_model_states.pt")) and name != "zero_to_fp32.py", folder, "a checkpoint of "
               "DeepSpeed, whose weights lie in parts; run the zero_to_fp32.py beside it and convert what that writes")
     check(not is_orbax(folder), folder, "an orbax checkpoint; restore it in Python and save it with model.save_pretrained()")
-    bare = [name for name in names if "." not in name and read_bytes(os.path.join(folder, name), 1) in MSGPACK_MAPS]
-    if len(others) + len(bare) == 1:
-        return (others + bare)[0]
+    others = [name for name in names if reader_of(os.path.join(folder, name)) and name != "training_args.bin"]
+    if len(others) == 1:
+        return others[0]
     raise Problem(folder, "holds no weights that are recognised%s", ": which of %s? Name the file." % ", ".join(others[:8])
                   if others else " (model.safetensors, pytorch_model.bin, flax_model.msgpack, ...)")
 
@@ -530,9 +536,7 @@ def is_orbax(folder, depth=3):
 
 def read_weights(path):
     """{name: tensor} of one file."""
-    reader = READERS.get(os.path.splitext(path)[1])
-    if "." not in os.path.basename(path) and os.path.isfile(path) and read_bytes(path, 1) in MSGPACK_MAPS:
-        reader = read_flax                              # flax's to_bytes(), written under any name
+    reader = reader_of(path)
     check(reader, path, "weights are read from .safetensors, .bin, .pt and .msgpack")
     tensors = reader(path)
     check(not any(name.endswith((".qweight", ".qzeros")) for name in tensors), path, "holds weights of GPTQ or AWQ (qweight); "
@@ -904,13 +908,13 @@ def add_tokens(vocabulary, files):
         if not is_count(i) or i >= known:
             vocabulary.put(i, token, USER_DEFINED)
     decoder = settings.get("added_tokens_decoder")
-    for i, token in decoder.items() if isinstance(decoder, dict) else ():
-        if re.fullmatch("[0-9]{1,9}", i) and int(i) >= known and isinstance(token, dict):
-            vocabulary.put(int(i), token.get("content"), CONTROL if token.get("special") else USER_DEFINED)
+    later = [(int(i), token) for i, token in (decoder.items() if isinstance(decoder, dict) else ()) if re.fullmatch("[0-9]{1,9}", i)]
     if vocabulary.where.endswith(".model"):             # tokenizer.json may know more than the SentencePiece model
-        for token in files.config("tokenizer.json").items("added_tokens"):
-            if isinstance(token, dict) and is_count(token.get("id"), 1 << 20) and token["id"] >= known:
-                vocabulary.put(token["id"], token.get("content"), CONTROL if token.get("special") else USER_DEFINED)
+        tokens = files.config("tokenizer.json").items("added_tokens")
+        later += [(token["id"], token) for token in tokens if isinstance(token, dict) and is_count(token.get("id"), 1 << 20)]
+    for i, token in later:
+        if i >= known and isinstance(token, dict):
+            vocabulary.put(i, token.get("content"), CONTROL if token.get("special") else USER_DEFINED)
     for flag in ("add_bos", "add_eos"):
         value = settings.get(flag + "_token")
         if getattr(vocabulary, flag) is None and isinstance(value, bool):

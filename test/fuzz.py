@@ -41,11 +41,11 @@ def main():
                 with open(os.path.join(corpus, "seed%d" % i), "wb") as f:
                     f.write(data)
             # json: where a line is wrong, the program ends without freeing what it holds
-            done = subprocess.run([os.path.join(ROOT, "test", "fuzz"), "-detect_leaks=%d" % (target != "json"),
-                                   "-max_total_time=%d" % seconds, "-timeout=20", "-rss_limit_mb=4096",
+            done = subprocess.run([os.path.join(ROOT, "test", "fuzz"), "-max_total_time=%d" % seconds, "-timeout=20", "-rss_limit_mb=4096",
                                    "-max_len=%d" % max(4096, *map(len, inputs)), "-close_fd_mask=3", "-print_final_stats=1",
                                    "-artifact_prefix=" + os.path.join(ROOT, "test", "crash-%s-" % target), corpus],
-                                  cwd=ROOT, env={**os.environ, "FUZZ": target, "ASAN_OPTIONS": "detect_leaks=%d" % (target != "json"), "FUZZ_FILE": os.path.join(folder, "lines.jsonl")},
+                                  cwd=ROOT, env={**os.environ, "FUZZ": target, "FUZZ_FILE": os.path.join(folder, "lines.jsonl"),
+                                                 "ASAN_OPTIONS": "detect_leaks=%d" % (target != "json")},
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
             runs = re.search(r"number_of_executed_units:\s*(\d+)", done.stdout)
             good = done.returncode == 0 and runs is not None

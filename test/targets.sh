@@ -14,6 +14,17 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 passed=0 failed=0
 
+# Both count, and use $start of the function that calls them.
+succeeded() {
+    passed=$((passed + 1))
+    echo "ok      $1 ($((SECONDS - start)) s)"
+}
+did_fail() {
+    failed=$((failed + 1))
+    echo "FAILED  $1 ($((SECONDS - start)) s)"
+    tail -n 20 "$tmp/log" | cut -c 1-300 | sed 's/^/        /'
+}
+
 # target NAME EMULATOR COMPILER... : builds the tests and the program, and runs them; $libraries are linked
 target() {
     local name=$1 emulator=$2 start=$SECONDS
@@ -23,12 +34,9 @@ target() {
         ! grep -q '^0 passed' "$tmp/log" && "$@" -O1 -w -DASTROVL_NO_SIMD demo.c -o "$tmp/astrovl" $libraries >>"$tmp/log" 2>&1 &&
         $emulator "$tmp/astrovl" trace -m test/astrovl-tiny.gguf test/images/spiral.png "What is this?" --hash --max-tokens 4 2>&1 |
             tee -a "$tmp/log" | grep -q 0720b38d2dc84cf1; then
-        passed=$((passed + 1))
-        echo "ok      $name: $(grep ' passed, ' "$tmp/log"), and exact mode's hash ($((SECONDS - start)) s)"
+        succeeded "$name: $(grep ' passed, ' "$tmp/log"), and exact mode's hash"
     else
-        failed=$((failed + 1))
-        echo "FAILED  $name ($((SECONDS - start)) s)"
-        tail -n 20 "$tmp/log" | cut -c 1-300 | sed 's/^/        /'
+        did_fail "$name"
     fi
 }
 
@@ -37,12 +45,9 @@ compiled() {
     local start=$SECONDS
     if ! command -v ${2%% *} >/dev/null; then echo "skipped $1: no ${2%% *}"; return; fi
     if $2 -O1 -w -c test/test.c -o "$tmp/test.o" >"$tmp/log" 2>&1; then
-        passed=$((passed + 1))
-        echo "ok      $1: compiled, not run ($((SECONDS - start)) s)"
+        succeeded "$1: compiled, not run"
     else
-        failed=$((failed + 1))
-        echo "FAILED  $1 ($((SECONDS - start)) s)"
-        tail -n 20 "$tmp/log" | cut -c 1-300 | sed 's/^/        /'
+        did_fail "$1"
     fi
 }
 
