@@ -7729,9 +7729,10 @@ AVL__END
 #elif AVL__NEON
 
 // sdot by its encoding: assemblers refuse its name unless the whole file is compiled for it. .Lavl_v7 is 7.
-#define AVL__SDOT ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t" \
+#define AVL__SDOT(code) \
+                  ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t" \
                   ".equ .Lavl_v\\i,\\i\n\t.endr\n\t" \
-                  ".inst 0x4E809400 + (.Lavl_%2 << 16) + (.Lavl_%1 << 5) + .Lavl_%0"
+                  ".inst " #code " + (.Lavl_%2 << 16) + (.Lavl_%1 << 5) + .Lavl_%0"
 
 #define AVL__ISA  neon
 #define AVL__W    4
@@ -7846,6 +7847,8 @@ AVL__DEFINE(avl__vf, to_float, (avl__vi v), __builtin_convertvector(v, avl__vf))
 // dot_bytes(acc, w, a)      acc + w a of four columns of bytes, w unsigned; if not AVL__WIDE acc is two int16, which
 //                           widen(acc) adds up to an int32
 // dot_signed, dot_pairs     the same of signed bytes, of two int16; acc always has 32 bits
+// dot_lane(acc, w, a, i)    the same of signed bytes and of word i of a alone
+// dot_two                   dot_bytes of two words, whose products add up before those of neighboring columns do
 // dot_bf16(acc, w, a)       of two bfloat16; acc is a float
 // load_16(p, stride)        16 bytes at p, p + 4 stride, p + 8 stride ...
 // zip_low32, zip_high32 ... words of a and b in turn, from the lower or the upper half of each 128 bits
@@ -7861,6 +7864,7 @@ AVL__DEFINE(avl__vf, to_float, (avl__vi v), __builtin_convertvector(v, avl__vf))
 #define AVL__INT      __m512i
 #define AVL__TILE     6               // rows of activations whose integer and float accumulators fit in registers
 #define AVL__TILE_SIZES(F) F(4) F(6) F(12)
+#define AVL__STEP     1               // words of a block that are multiplied together
 
 AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
             _mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a))
@@ -7910,6 +7914,7 @@ AVL__INLINE avl__vu AVL_(load_16)(const uint8_t *p, size_t stride) {
 #define AVL__INT      __m256i
 #define AVL__TILE     4
 #define AVL__TILE_SIZES(F) F(4)
+#define AVL__STEP     1
 
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), _mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)))
 #if AVL__WIDE
@@ -7972,14 +7977,30 @@ AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride),
 
 #define AVL__TILE 6
 #define AVL__TILE_SIZES(F) F(4) F(6)
+#define AVL__STEP    (AVL__NEON && !AVL__WIDE ? 2 : 1)
 
 #if AVL__WIDE
-AVL__DEFINE_DOT(dot_bytes, AVL__SDOT, "w")
-AVL__DEFINE(avl__vi, dot_signed, (avl__vi acc, avl__vu w, avl__vu a), AVL_(dot_bytes)(acc, w, a))
+AVL__DEFINE_DOT(dot_lane0, AVL__SDOT(0x4F80E000), "w")
+AVL__DEFINE_DOT(dot_lane1, AVL__SDOT(0x4FA0E000), "w")
+AVL__DEFINE_DOT(dot_lane2, AVL__SDOT(0x4F80E800), "w")
+AVL__DEFINE_DOT(dot_lane3, AVL__SDOT(0x4FA0E800), "w")
+AVL__INLINE avl__vi AVL_(dot_lane)(avl__vi acc, avl__vu w, avl__vu a, int lane) {
+    switch (lane) {
+    case 0:  return AVL_(dot_lane0)(acc, w, a);
+    case 1:  return AVL_(dot_lane1)(acc, w, a);
+    case 2:  return AVL_(dot_lane2)(acc, w, a);
+    default: return AVL_(dot_lane3)(acc, w, a);
+    }
+}
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
 #elif AVL__NEON       // products of eight bytes are eight int16; neighbors are added up
 AVL__DEFINE(avl__vs, products, (int8x16_t w, int8x16_t a),
             vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a)))
+AVL__INLINE avl__vi AVL_(dot_two)(avl__vi acc, avl__vu w0, avl__vu a0, avl__vu w1, avl__vu a1) {
+    const int8x16_t w = (int8x16_t)w0, a = (int8x16_t)a0, v = (int8x16_t)w1, b = (int8x16_t)a1;
+    const int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vget_low_s8(v), vget_low_s8(b));
+    return (avl__vi)((avl__vs)acc + (avl__vs)vpaddq_s16(low, vmlal_high_s8(vmull_high_s8(w, a), v, b)));
+}
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), vpaddlq_s16((int16x8_t)acc))
 AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
             (avl__vs)acc + AVL_(products)((int8x16_t)w, (int8x16_t)a))
@@ -8016,7 +8037,6 @@ AVL__INLINE float AVL_(max_lanes)(avl__vf v) {
     return low > high ? low : high;
 }
 AVL__DEFINE(avl__vf, round, (avl__vf x), (x + 12582912.0f) - 12582912.0f)                 // floats of 2^23 are integers
-AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b), a >> 16 | b << 16)
 AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride), AVL_(load)(p + 0 * stride))
 AVL__DEFINE(avl__vu, add_bits, (avl__vu u, avl__vu bits, int i),
             u | ((bits >> 4 * i & 15) * 0x02040810u & 0x10101010u))
@@ -8027,11 +8047,13 @@ AVL__DEFINE(avl__vu, zip_high64, (avl__vu a, avl__vu b), __extension__(avl__vu){
 
 #if AVL__NEON
 AVL__DEFINE(avl__vf, fma, (avl__vf a, avl__vf b, avl__vf c), vfmaq_f32(c, a, b))
+AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b), vsliq_n_u32(vshrq_n_u32(a, 16), b, 16))
 AVL__DEFINE(avl__vf, half, (avl__vu w), vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(w))))
 AVL__DEFINE(avl__vf, load_halves, (const void *p), vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p))))
 AVL__DEFINE_VOID(store_halves, (void *p, avl__vf v), vst1_u16((uint16_t *)p, vreinterpret_u16_f16(vcvt_f16_f32(v))))
 #else
 AVL__DEFINE(avl__vf, fma, (avl__vf a, avl__vf b, avl__vf c), a * b + c)
+AVL__DEFINE(avl__vu, middle, (avl__vu a, avl__vu b), a >> 16 | b << 16)
 AVL__INLINE avl__vf AVL_(half)(avl__vu w) {       // without float32 denormals, which are slow on some processors
     const avl__vu exponent = w >> 10 & 31, is_normal = (avl__vu)(exponent != 0) & 1;
     const avl__vi mantissa = (avl__vi)((w & 1023) | is_normal << 10);
@@ -8079,7 +8101,18 @@ AVL__DEFINE(avl__vu, pair_bf16, (avl__vf low, avl__vf high),
 AVL__DEFINE(avl__vi, to_int, (avl__vf v), __builtin_convertvector(AVL_(round)(v), avl__vi))
 AVL__DEFINE(avl__vf, abs, (avl__vf v), (avl__vu)v & 0x7FFFFFFFu)
 
-AVL__INLINE avl__vi AVL_(dot_words)(int kind, avl__vi acc, avl__vu w, avl__vu a) {
+// The words of activations from q on, of rows r to r + 3 if an instruction can choose among them, or of row r alone
+AVL__INLINE avl__vu AVL_(row_words)(const int8_t *q, int r) {
+    if (AVL__W == 4 && AVL__WIDE) return (avl__vu)AVL_(load)(q + r / 4 * 16);
+    return AVL_(splat_word)(q + 4 * r);
+}
+
+AVL__INLINE avl__vi AVL_(dot_words)(int kind, avl__vi acc, avl__vu w, avl__vu a, int r) {
+    (void)kind;
+    (void)r;
+#if AVL__W == 4 && AVL__WIDE
+    return AVL_(dot_lane)(acc, w, a, r % 4);
+#else
 #if AVL__SIGNED_Q8
     if (kind == AVL__AS_SIGNED) return AVL_(dot_signed)(acc, w, a);
 #endif
@@ -8087,6 +8120,7 @@ AVL__INLINE avl__vi AVL_(dot_words)(int kind, avl__vi acc, avl__vu w, avl__vu a)
     if (kind == AVL__AS_PAIRS) return AVL_(dot_pairs)(acc, w, a);
 #endif
     return AVL_(dot_bytes)(acc, w, a);
+#endif
 }
 
 AVL__INLINE avl__vf AVL_(dot_floats)(int kind, avl__vf acc, avl__vu w, avl__vu a) {
@@ -8112,13 +8146,23 @@ AVL__INLINE int AVL_(pack_kind)(const avl__product *p) {
     return AVL__AS_BYTES;
 }
 
-// One word of m registers of weight rows times that of n rows of activations.  acc: [n][m]
-AVL__INLINE void AVL_(add_word)(int kind, int n, int m, const avl__vu *u, const int8_t *q, avl__vi *acc) {
-    avl__vu w[2];
-    AVL__EACH(c, m) w[c] = u[c];                               // or gcc loads them for each row
+// AVL__STEP words of m registers of weight rows times those of n rows of activations.
+//   u: [AVL__STEP][m];  q: [AVL__STEP][n], of which up to 12 bytes more are read;  acc: [n][m]
+AVL__INLINE void AVL_(add_words)(int kind, int n, int m, const avl__vu *u, const int8_t *q, avl__vi *acc) {
+    avl__vu w[2 * AVL__STEP], a[AVL__STEP];
+    AVL__EACH(i, m * AVL__STEP) w[i] = u[i];                   // or gcc loads them for each row
     AVL__EACH(r, n) {
-        const avl__vu a = AVL_(splat_word)(q + 4 * r);
-        AVL__EACH(c, m) acc[m * r + c] = AVL_(dot_words)(kind, acc[m * r + c], w[c], a);
+        AVL__EACH(k, AVL__STEP) a[k] = AVL_(row_words)(q + 4 * n * k, r);
+        AVL__EACH(c, m) {
+            avl__vi *to = acc + m * r + c;
+#if AVL__STEP == 2
+            if (kind == AVL__AS_BYTES) {
+                *to = AVL_(dot_two)(*to, w[c], a[0], w[m + c], a[1]);
+                continue;
+            }
+#endif
+            AVL__EACH(k, AVL__STEP) *to = AVL_(dot_words)(kind, *to, w[m * k + c], a[k], r);
+        }
     }
 }
 
@@ -8141,10 +8185,13 @@ AVL__INLINE void AVL_(add_block)(int type, int n, int m, const avl__vu *u, const
         AVL__UNROLL
         for (int i = 0; i < n_words; i += n_run) {
             AVL__EACH(r, n * m) some[r] = run ? AVL_(splat_int)(0) : sum[r];
-            if (AVL__W > 4 || n * m == 1)
-                AVL__EACH(k, n_run) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, some);
-            else                                          // unrolled, gcc's scheduler for NEON runs out of registers
-                for (int k = 0; k < n_run; k++) AVL_(add_word)(kind, n, m, u + m * k, q + 4 * n * k, some);
+            if (AVL__W > 4 || n * m == 1) {
+                AVL__UNROLL
+                for (int k = 0; k < n_run; k += AVL__STEP)
+                    AVL_(add_words)(kind, n, m, u + m * k, q + 4 * n * k, some);
+            } else                                        // unrolled, gcc's scheduler for NEON runs out of registers
+                for (int k = 0; k < n_run; k += AVL__STEP)
+                    AVL_(add_words)(kind, n, m, u + m * k, q + 4 * n * k, some);
             AVL__EACH(r, n * m) sum[r] = run ? sum[r] + AVL_(widen)(some[r]) : some[r];
             u += m * n_run;
             q += 4 * n * n_run;
@@ -8167,7 +8214,9 @@ AVL__INLINE void AVL_(add_floats)(int kind, int n, int n_words, const void *a, s
         avl__vf w[2];
         AVL__EACH(c, 2) w[c] = AVL_(load_some)(words + AVL__W * c, n_columns - AVL__W * c);
         AVL__EACH(r, n) {
-            const avl__vu x = AVL_(splat_word)(word + a_row * (size_t)r);
+            avl__vu x;                                         // with four lanes, one load for four rows
+            if (AVL__W == 4 && n > 1 && a_row == 1) x = (avl__vu)AVL_(splat)(AVL_(load)(word + r / 4 * 4)[r % 4]);
+            else                                    x = AVL_(splat_word)(word + a_row * (size_t)r);
             AVL__EACH(c, 2) acc[2 * r + c] = AVL_(dot_floats)(kind, acc[2 * r + c], (avl__vu)w[c], x);
         }
     }
@@ -8178,6 +8227,7 @@ AVL__INLINE void AVL_(add_floats)(int kind, int n, int n_words, const void *a, s
 // AVL__W weight rows in memory
 typedef struct AVL_(rows) {
     const uint8_t *at;            // the first one
+    const uint8_t *row[4];        // the first four, where groups of blocks begin
     size_t         stride;        // bytes from one to the next
     int            n;             // how many there are; others are taken for zeros
 } AVL_(rows);
@@ -8197,7 +8247,7 @@ typedef struct AVL_(blocks) {
 // Transposes the 16 bytes from byte `at` on of AVL__W rows: w[i] is word i of every row.
 AVL__INLINE void AVL_(transpose)(AVL_(rows) rows, int at, avl__vu *w) {
     avl__vu v[4], low01, low23, high01, high23;
-    AVL__EACH(i, 4) v[i] = AVL_(load_16)(rows.at + at + rows.stride * (size_t)i, rows.stride);
+    AVL__EACH(i, 4) v[i] = AVL_(load_16)(rows.row[i] + at, rows.stride);
     low01 = AVL_(zip_low32)(v[0], v[1]);
     low23 = AVL_(zip_low32)(v[2], v[3]);
     high01 = AVL_(zip_high32)(v[0], v[1]);
@@ -8387,6 +8437,10 @@ AVL__INLINE void AVL_(unpack)(int n, int type, AVL_(rows) rows, int b, int first
             memcpy(copy[r] + place, rows.at + (size_t)r * rows.stride, size * n_columns / 256);
         rows.at = copy[0];
         rows.stride = sizeof copy[0];
+    }
+    AVL__EACH(i, 4) {
+        rows.row[i] = rows.at + rows.stride * (size_t)i;
+        __asm__("" : "+r"(rows.row[i]));                      // or gcc computes the address of every piece in advance
     }
     if (avl__is_float_type(type))   AVL_(unpack_floats)(type, rows, to);
     else if (avl__is_k_quant(type)) AVL_(unpack_super)(n, type, rows, to);
@@ -8984,6 +9038,7 @@ AVL__TABLE(AVL__ISA, NULL, AVL__W == 8 ? AVL__AS_PAIRS : AVL__AS_F32, AVL__TILE)
 #undef AVL__WHOLE
 #undef AVL__TILE
 #undef AVL__TILE_SIZES
+#undef AVL__STEP
 #undef AVL__SIGNED_Q8
 
 #endif   // AVL__ISA
