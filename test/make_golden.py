@@ -2332,7 +2332,7 @@ def main():
     parts = {"convert": make_convert, "images": make_images, "joint": make_joint, "models": make_models, "quants": make_quants,
              "tokens": make_tokens, "types": make_types}
     wanted = sys.argv[1:] or sorted(parts)
-    missing = [name for name in ("FLAX_PYTHON", "OPEN_CLIP") if "convert" in wanted and name not in os.environ]
+    missing = [name for name in ("FLAX_PYTHON", "OPEN_CLIP") if "convert" in wanted and not os.environ.get(name)]
     if missing:
         sys.exit("%s not set: the head of test/make_golden.py says what the part `convert` needs" % ", ".join(missing))
     with open(os.path.join(os.path.dirname(here), "requirements.txt")) as f:
