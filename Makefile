@@ -6,13 +6,13 @@
 # make test-sanitize   the tests with the address and undefined-behaviour sanitizers
 # make test-targets    the kernels' four-lane instance on other processors, emulated (test/targets.sh says what it needs)
 # make fuzz [SECONDS=20]   clang's libFuzzer on files, images, texts, schemas, patterns, JSON lines and index files (test/fuzz.c)
-# make test-real VOCABULARIES=DIR [GGML_LIBRARY=FILE.so]   the tests on real models (test/real_*.py say what they need, and where
-#                   to get it)
+# make test-real PYTHON=VENV/bin/python [LLAMA_CPP_PYTHON=SOURCE] [LLAMA_CPP=BUILD]   the tests on real models, and against llama.cpp
+#                   (test/real_common.py says what they need, and where to get it); the last line counts them and says what was not run
 # make bench        how fast search, the shipped model and guided decoding are here, against the machine's own limits; for other
 #                   models, and accuracy: test/bench (test/bench.c begins with its options)
 # make bench LLAMA_CPP=DIR [MODEL=llava-1.5-7b] [TYPES="q4_0 q8_0 q4_k f16"] [ROUNDS=3] [IMAGES=9] [ISA=avx2]   against llama.cpp,
 #                   too (DIR: its build folder; with ISA=avx2 one that was built for AVX2 only; test/bench_llama_cpp.py says more)
-# make golden       writes test/golden/ anew (needs PyTorch and transformers; see test/make_golden.py)
+# make golden PYTHON=VENV/bin/python   writes test/golden/ anew (needs PyTorch, transformers and more: test/make_golden.py)
 
 CC      = cc
 CFLAGS ?= -O2
@@ -86,12 +86,15 @@ fuzz: astrovl
 	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DASTROVL_NO_SIMD -o test/fuzz test/fuzz.c -lm
 	$(PYTHON) test/fuzz.py $(or $(SECONDS),20)
 
+# Each of the five programs ends with a line of counts. (make hands LLAMA_CPP and LLAMA_CPP_PYTHON on in the environment.)
 test-real: astrovl
-	$(PYTHON) test/real_models.py
-	$(PYTHON) test/real_tokens.py ./astrovl $(VOCABULARIES)
-	$(PYTHON) test/real_guided.py
-	$(if $(GGML_LIBRARY),$(PYTHON) test/real_quants.py $(GGML_LIBRARY))
-	$(PYTHON) test/real_convert.py
+	@rm -f test/test-real.log
+	@for part in models tokens guided quants convert; do echo "--- test/real_$$part.py"; \
+	    { PYTHONUNBUFFERED=1 $(PYTHON) test/real_$$part.py 2>&1; echo "(real_$$part.py: exit status $$?)"; } | tee -a test/test-real.log; done
+	@awk '/^[0-9]+ passed, [0-9]+ failed/ { passed += $$1; failed += $$3; programs++; \
+	          if (sub(/.*not run: /, "")) skipped = skipped ", " $$0 } \
+	      END { if (programs != 5) { print 5 - programs " of 5 programs did not reach their end"; failed += 5 - programs } \
+	            printf "%d passed, %d failed%s\n", passed, failed, skipped ? "; not run: " substr(skipped, 3) : ""; exit failed > 0 }' test/test-real.log
 
 bench: test/bench
 	./test/bench search
@@ -135,7 +138,7 @@ install: astrovl
 	cp test/astrovl-tiny.gguf test/labels.txt $(DESTDIR)$(DATA)/
 
 clean:
-	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/fuzz test/test.log
+	rm -f astrovl astrovl-sanitize test/test test/test-sanitize test/bench test/bench-sanitize test/fuzz test/test.log test/test-real.log
 
 .PHONY: all run test test-sanitize test-sanitize-c test-sanitize-program test-targets fuzz test-real bench golden install clean \
     lint lint-gcc lint-clang lint-cppcheck lint-tidy

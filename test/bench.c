@@ -1,6 +1,6 @@
 // How fast models run here, beside what this machine allows; and how accurate fast mode is.
 //
-//     make bench          search and the shipped model; with LLAMA_CPP=DIR also beside llama.cpp
+//     make bench          search, the shipped model and guided decoding; with LLAMA_CPP=DIR also beside llama.cpp
 //     cc -O2 -o test/bench test/bench.c -lm -pthread
 //     test/bench [OPTIONS] [search | accuracy TEXTFILE | guided]
 //       (nothing)         a model: encoding one image, reading a prompt, writing after it; then answers together

