@@ -398,11 +398,11 @@ ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *
 
 // ---- the parts of a session, one by one ----------------------------------------------------------------------------
 // The vision tower's input, made as the model's files say (pad to square or center crop, bicubic resize, 1/255, mean
-// and standard deviation).   pixels: out, [3][image_size][image_size].   MODEL: no vision tower; LIMIT: too narrow.
+// and standard deviation).   pixels: out, [3][image_size][image_size].   MODEL: no vision tower.
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
 // Encodes an image (not yet preprocessed) to the rows that the language model reads in its place.
-// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector; LIMIT: the image is too narrow.
+// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
@@ -514,8 +514,9 @@ typedef struct astrovl_image_options {
     uint64_t max_pixels;           // larger images are a LIMIT error; 0: ASTROVL_MAX_PIXELS
     int      as_stored;            // 1: pixels as the file has them, image->orientation tells how to turn them
 } astrovl_image_options;
-// Decodes a PNG, JPEG or PNM file (P5, P6 of 8 bits), told apart by its first bytes, and applies its EXIF orientation.
-// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty.
+// Decodes a PNG, JPEG or PNM file (P5, P6), told apart by its first bytes, and applies its EXIF orientation.
+// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty. After OK err->message is empty, or a warning: a PNG
+// with a wrong CRC of its pixels, which unpack to what their own check sum says.
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
                                               astrovl_image *image, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
@@ -3945,9 +3946,9 @@ static const char *avl__inflate_run(avl__inflate *s) {
 }
 
 // ---- PNG ----------------------------------------------------------------------------------------------------------
-// As Pillow converts to RGB: alpha and tRNS are dropped without blending; 16-bit color keeps the high byte, but
-// 16-bit gray (without alpha) is clipped at 255, so that such files come out nearly white; gray of 1, 2 and 4 bits is
-// scaled to 0..255; a palette index without a color is black. Gamma and color profiles are not applied.
+// As Pillow converts to RGB: alpha and tRNS are dropped without blending; 16-bit color keeps the high byte; gray of 1,
+// 2 and 4 bits is scaled to 0..255; a palette index without a color is black. Gamma and color profiles are not applied.
+// One difference: 16-bit gray (without alpha) is scaled to 0..255. Pillow clips it at 255, so that nearly all is white.
 
 typedef struct avl__png {
     avl__image_file *in;                // in->at: the chunk being read
@@ -3979,7 +3980,7 @@ static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t si
 }
 
 // Walks the chunks (length, name, data, CRC). After the IDAT chunks a broken or cut-off file is accepted: no pixel is
-// missing.
+// missing. In them a wrong CRC is noted, as their data has a check sum of its own.
 static astrovl_status avl__png_chunks(avl__png *png) {
     enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
     avl__image_file *in = png->in;
@@ -3998,7 +3999,10 @@ static astrovl_status avl__png_chunks(avl__png *png) {
         if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
         uint32_t crc = 0xFFFFFFFFu;
         for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
-        if (is_cut || ~crc != avl__load_u32be(p + 8 + size)) {
+        int is_bad = is_cut || ~crc != avl__load_u32be(p + 8 + size);
+        if (is_bad && !is_cut && strcmp(name, "IDAT") == 0)
+            avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
+        else if (is_bad) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
             return AVL__BROKEN(in, "chunk \"%s\": %s", name, is_cut ? "the file ends inside it" : "its CRC is wrong");
         }
@@ -4090,7 +4094,7 @@ static astrovl_status avl__png_pixels(avl__png *png) {
                 size_t bit = x * (size_t)depth;
                 if (n_channels == 1 && depth <= 8)
                     memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
-                else if (n_channels == 1) memset(rgb, p[0] ? 255 : p[1], 3);   // 16-bit gray
+                else if (n_channels == 1) memset(rgb, (avl__load_u16be(p) + 128) / 257, 3);   // 16-bit gray
                 else {
                     rgb[0] = p[0];
                     rgb[1] = p[next];
@@ -4117,7 +4121,8 @@ static astrovl_status avl__png_decode(avl__image_file *in) {
 }
 
 // ---- PNM ----------------------------------------------------------------------------------------------------------
-// P5 (gray) and P6 (RGB), binary, with 8 bits per sample: maxval 255.
+// P5 (gray) and P6 (RGB), binary, samples of 8 bits, or of 16 if maxval is above 255. They are scaled to 0..255, ties to
+// even: as Pillow does, but for 16-bit gray, which it clips.
 
 static int avl__is_space(int c) { return c == ' ' || (c >= 9 && c <= 13); }
 
@@ -4137,16 +4142,20 @@ static astrovl_status avl__pnm_decode(avl__image_file *in) {
             return AVL__BROKEN(in, "not a number of the header (width, height, maxval)");
     }
     in->at++;
-    if (header[2] != 255)
-        return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "maxval %d is not supported, only 255", (int)header[2]);
+    const uint32_t maxval = header[2];
+    if (maxval < 1 || maxval > 65535) return AVL__BROKEN(in, "maxval %d is not 1 to 65535", (int)maxval);
     astrovl_status status = avl__image_check_size(in, header[0], header[1]);
     if (status) return status;
-    size_t n = (in->size - in->at) / n_channels;
+    size_t bytes = maxval > 255 ? 2 : 1, n = (in->size - in->at) / (n_channels * bytes);
     if ((uint64_t)header[0] * header[1] > n)
         return AVL__BROKEN(in, "the rest of the file cannot hold %d x %d pixels", (int)header[0], (int)header[1]);
     status = avl__image_new(in->image, (int)header[0], (int)header[1], in->err);
-    for (n = 0; n < 3 * (size_t)header[0] * header[1] && !status; n++)
-        in->image->rgb[n] = p[in->at + (n_channels == 3 ? n : n / 3)];
+    for (n = 0; n < 3 * (size_t)header[0] * header[1] && !status; n++) {
+        const uint8_t *sample = p + in->at + (n_channels == 3 ? n : n / 3) * bytes;
+        uint32_t twice = (bytes == 2 ? avl__load_u16be(sample) : *sample) * 510u + maxval, value = twice / (2 * maxval);
+        if (twice % (2 * maxval) == 0) value -= value & 1;
+        in->image->rgb[n] = (uint8_t)(value < 255 ? value : 255);
+    }
     return status;
 }
 
@@ -4176,7 +4185,7 @@ typedef struct avl__jpeg {
     avl__jpeg_component component[4];
     int            first, last, high, low;   // coefficients and bit positions of the current scan (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
-    int            restart_interval, n_scans, has_jfif, adobe_transform;   // -1: no Adobe marker
+    int            restart_interval, n_scans, has_codes, has_jfif, adobe_transform;   // -1: no Adobe marker
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
@@ -4314,6 +4323,7 @@ static void avl__jpeg_transform(avl__jpeg_component *c, int x, int y, const int1
 
 // Quantization tables (DQT, marker DB) or Huffman codes (DHT, C4).
 static astrovl_status avl__jpeg_tables(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
+    j->has_codes |= marker == 0xC4;
     for (size_t n; size > 0; p += n, size -= n) {
         int kind = p[0] >> 4, number = p[0] & 15;   // kind: 1 for values of 16 bits (DQT), for AC codes (DHT)
         n = marker == 0xC4 ? 17 : kind ? 129 : 65;
@@ -4330,6 +4340,23 @@ static astrovl_status avl__jpeg_tables(avl__jpeg *j, int marker, const uint8_t *
                 j->table[number][avl__zigzag[i]] = kind ? avl__load_u16be(p + 1 + 2 * i) : p[1 + i];
     }
     return ASTROVL_OK;
+}
+
+// The codes of T.81 annex K.3, for files without any (frames of Motion-JPEG): a DHT segment, in hexadecimal digits.
+static astrovl_status avl__jpeg_standard_codes(avl__jpeg *j) {
+    static const char hex[] =
+        "0000010501010101010100000000000000000102030405060708090A0B0100030101010101010101010000000000000102030405"
+        "060708090A0B100002010303020403050504040000017D01020300041105122131410613516107227114328191A1082342B1C115"
+        "52D1F02433627282090A161718191A25262728292A3435363738393A434445464748494A535455565758595A636465666768696A"
+        "737475767778797A838485868788898A92939495969798999AA2A3A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CA"
+        "D2D3D4D5D6D7D8D9DAE1E2E3E4E5E6E7E8E9EAF1F2F3F4F5F6F7F8F9FA1100020102040403040705040400010277000102031104"
+        "052131061241510761711322328108144291A1B1C109233352F0156272D10A162434E125F11718191A262728292A35363738393A"
+        "434445464748494A535455565758595A636465666768696A737475767778797A82838485868788898A92939495969798999AA2A3"
+        "A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CAD2D3D4D5D6D7D8D9DAE2E3E4E5E6E7E8E9EAF2F3F4F5F6F7F8F9FA";
+    uint8_t segment[416] = {0};
+    for (size_t i = 0; i < 832; i++)
+        segment[i / 2] = (uint8_t)(segment[i / 2] << 4 | (hex[i] - (hex[i] > '9' ? 'A' - 10 : '0')));
+    return avl__jpeg_tables(j, 0xC4, segment, sizeof segment);
 }
 
 // SOF: the image's size and components. Allocates the components' memory; a block takes at least one bit of a scan, so
@@ -4366,6 +4393,7 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
     j->rows = (uint8_t *)avl__alloc_raw(4, (size_t)j->width + 8);
     j->mcus_x = (j->width - 1) / (8 * j->max_h) + 1;
     j->mcus_y = (j->height - 1) / (8 * j->max_v) + 1;
+    uint64_t n_coded = 0;   // blocks of all components
     for (c = j->component; c < end; c++) {
         if (j->max_h % c->h || j->max_v % c->v)
             return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "sampling factors are not whole multiples");
@@ -4373,7 +4401,8 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
         c->height = (j->height * c->v + j->max_v - 1) / j->max_v;
         c->stride = j->mcus_x * c->h;
         c->n_blocks = c->stride * j->mcus_y * c->v;
-        if ((uint64_t)((c->width + 7) / 8 * ((c->height + 7) / 8)) > 8 * (uint64_t)in->size)
+        n_coded += (uint64_t)((c->width + 7) / 8 * ((c->height + 7) / 8));
+        if (n_coded > 8 * (uint64_t)in->size)
             return AVL__BROKEN(in, "%lld bytes cannot hold %d x %d pixels", (long long)in->size, j->width, j->height);
         c->samples = (uint8_t *)avl__alloc_raw((uint64_t)c->n_blocks, 64);
         if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc((uint64_t)c->n_blocks, 64 * sizeof(int16_t));
@@ -4416,6 +4445,7 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size
     if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n) return AVL__BROKEN(in, "a scan (SOS) of wrong length");
     if (++j->n_scans > 256)   // files have about ten, and each scan visits the whole image
         return avl__image_fail(in, ASTROVL_ERROR_LIMIT, "too many scans");
+    if (!j->has_codes && !j->is_progressive) (void)avl__jpeg_standard_codes(j);
     j->first = j->is_progressive ? p[1 + 2 * n] : 0;
     j->last = j->is_progressive ? p[2 + 2 * n] : 63;
     j->high = j->is_progressive ? p[3 + 2 * n] >> 4 : 0;
@@ -4585,6 +4615,8 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
         avl__jpeg_component *c = &j.component[i];
         for (int k = 0; k < c->n_blocks; k++)
             avl__jpeg_transform(c, k % c->stride, k / c->stride, c->coefficients + (size_t)k * 64);
+        astrovl_free(c->coefficients);   // at once: they are the largest part of the memory, 2 bytes for each sample
+        c->coefficients = NULL;
     }
     if (!status) status = avl__jpeg_pixels(&j);
     for (int i = 0; i < 4; i++) {
@@ -4598,20 +4630,39 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
 
 // ---- any format ---------------------------------------------------------------------------------------------------
 
+// Says what a file is that is none of these, by its first bytes ('?': any).
+static astrovl_status avl__image_other(const uint8_t *data, size_t size, astrovl_error *err) {
+    static const char *const others[][2] = {
+        {"GIF8", "GIF"}, {"II*", "TIFF"}, {"II+", "TIFF"}, {"MM", "TIFF"}, {"BM", "BMP"}, {"RIFF????WEBP", "WebP"},
+        {"????jP  ", "JPEG 2000"}, {"\xFF\x4F\xFF", "JPEG 2000"}, {"????JXL ", "JPEG XL"}, {"\xFF\x0A", "JPEG XL"},
+        {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PNM as text"}, {"P2", "PNM as text"},
+        {"P3", "PNM as text"}, {"P4", "PNM of bits"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"}, {"PK", "zip: unpack it"},
+        {"BZh", "bzip2: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
+        {"<", "HTML or XML: get the image itself"}, {"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"}};
+    for (; size && avl__is_space(*data); size--) data++;
+    for (size_t i = 0, n; i < sizeof others / sizeof *others; i++) {
+        const char *bytes = others[i][0], *what = others[i][1];
+        for (n = 0; n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == data[n]); n++) {}
+        if (!bytes[n])
+            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s", what,
+                             strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
+    }
+    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), by its first bytes");
+}
+
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
                                                 astrovl_image *image, astrovl_error *err) {
     const uint8_t *p = (const uint8_t *)data;
     if (image) memset(image, 0, sizeof *image);
     if (!image || !data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data to decode, or no image for the result");
+    avl__fail(err, ASTROVL_OK, "%s", "");
     uint64_t max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
     avl__image_file in = {NULL, p, size, 0, max_pixels, 0, image, err};
     astrovl_status status;
     if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
     else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
     else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
-    else
-        status = avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6): its %lld bytes "
-                           "start with none of their signatures", (long long)size);
+    else status = avl__image_other(p, size, err);
     if (!status && in.orientation) image->orientation = in.orientation;
     if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
     if (status) astrovl_image_free(image);
@@ -4628,10 +4679,10 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_im
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
     else status = astrovl_image_decode(file.data, file.size, options, image, &inner);
     avl__file_close(&file);
-    return status ? avl__fail(err, status, "%s: %s", path, inner.message) : ASTROVL_OK;
+    return avl__fail(err, status, "%s%s%s", *inner.message ? path : "", *inner.message ? ": " : "", inner.message);
 }
 
-// ---- orientation, padding, cropping -------------------------------------------------------------------------------
+// ---- orientation --------------------------------------------------------------------------------------------------
 
 // EXIF's orientations 1 to 8. Pixel (x, y) of the result is pixel (x, y) of the stored image, with the two exchanged
 // (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted from the far end.
@@ -4657,90 +4708,113 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
     return ASTROVL_OK;
 }
 
-// The image in the middle of `color` (NULL: black), or the middle of it, as wide and high as asked. Where it cannot be
-// quite in the middle, round_up decides whether its first column is (width difference) / 2 rounded up or down.
-static astrovl_status avl__image_center(const astrovl_image *image, int width, int height, int round_up,
-                                        const unsigned char color[3], astrovl_image *out, astrovl_error *err) {
-    static const unsigned char black[3] = {0, 0, 0};
-    astrovl_status status = avl__image_check(image, width, height, out, err);
-    if (!status) status = avl__image_new(out, width, height, err);
-    if (status) return status;
-    if (!color) color = black;
-    int left = (image->width - width + round_up) >> 1, top = (image->height - height + round_up) >> 1;
-    for (int y = 0; y < height; y++)
-        for (int x = 0; x < width; x++) {
-            int from_x = x + left, from_y = y + top;
-            int is_inside = from_x >= 0 && from_x < image->width && from_y >= 0 && from_y < image->height;
-            memcpy(avl__image_pixel(out, x, y), is_inside ? avl__image_pixel(image, from_x, from_y) : color, 3);
-        }
-    return ASTROVL_OK;
-}
-
-ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
-                                                    astrovl_image *out, astrovl_error *err) {
-    int side = !image ? 0 : image->width > image->height ? image->width : image->height;
-    return avl__image_center(image, side, side, 1, color, out, err);
-}
-
-ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
-                                                     astrovl_image *out, astrovl_error *err) {
-    return avl__image_center(image, width, height, 0, NULL, out, err);
-}
-
-// ---- resizing -----------------------------------------------------------------------------------------------------
-// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels within `support` of its center, where the
-// kernel is stretched by the reduction (so that it averages when it shrinks): along the rows, then along the columns,
-// with weights of 22 fractional bits and rounding to 8 bits after each.
+// ---- resizing, padding, cropping ----------------------------------------------------------------------------------
+// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels around its center, within 2 or, so that it
+// averages where it shrinks, 2 times the reduction: along one axis, then along the other, with weights of 22 fractional
+// bits and rounding to 8 bits after each. The image may lie in the middle of a larger input of one color, and the result
+// in that of a larger output. Neither is stored: making a long and thin image square takes no memory.
 
 #define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
 
-// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981)
-static double avl__bicubic(double x) {
+typedef struct avl__axis {
+    int64_t n_in, n_image, n_out, n;    // pixels of the input, the image, the output and the result
+} avl__axis;
+
+// What a pixel of the result is made of, along one axis.
+typedef struct avl__taps {
+    int64_t first, end, at;             // pixels first to end - 1 of the image, whose pixel 0 is the input's pixel `at`
+    int32_t all, outside;               // the weights of these and of pixels outside of the image, added up; of the latter
+    double  center, step, sum;
+} avl__taps;
+
+// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981), for pixel k of the image
+static double avl__bicubic(const avl__taps *t, int64_t k) {
+    double x = ((double)(t->at + k) - t->center + 0.5) * t->step;
     if (x < 0.0) x = -x;
     if (x < 1.0) return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0;
     if (x < 2.0) return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
     return 0.0;
 }
 
-// Resizes the rows to n_out pixels and transposes: out is image->height wide and n_out high. Two passes resize both
-// axes. If n_out is the image's width, every weight is 0 or 1 and the pass only transposes.
-static astrovl_status avl__resize_pass(const astrovl_image *image, int n_out, astrovl_image *out, astrovl_error *err) {
-    double scale = (double)image->width / (double)n_out, stretch = scale < 1.0 ? 1.0 : scale;
-    double support = 2.0 * stretch, step = 1.0 / stretch;
-    size_t stride = 2 + (size_t)support * 2 + 3;
-    int32_t *taps = (int32_t *)avl__alloc_raw((uint64_t)n_out * stride, sizeof(int32_t));
-    astrovl_status status = avl__image_new(out, image->height, n_out, err);
-    if (!taps && !status) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d", n_out);
-    for (int i = 0; i < n_out && !status; i++) {   // taps of output i: first input pixel, how many, their weights
-        double center = ((double)i + 0.5) * scale, low = center - support + 0.5, high = center + support + 0.5;
-        int first = low < 0.0 ? 0 : (int)low, n = (high > (double)image->width ? image->width : (int)high) - first;
-        int32_t *tap = taps + (size_t)i * stride;
-        double sum = 0.0;
-        for (int k = 0; k < n; k++) sum += avl__bicubic(((double)(k + first) - center + 0.5) * step);
-        tap[0] = first;
-        tap[1] = n;
-        for (int k = 0; k < n; k++) {
-            double w = avl__bicubic(((double)(k + first) - center + 0.5) * step);
-            w = (sum != 0.0 ? w / sum : w) * (double)(1 << AVL__RESIZE_BITS);
-            tap[2 + k] = (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+static int32_t avl__weight(const avl__taps *t, int64_t k) {
+    double w = avl__bicubic(t, k) / t->sum * (double)(1 << AVL__RESIZE_BITS);
+    return (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+}
+
+static avl__taps avl__taps_of(const avl__axis *axis, int64_t i) {
+    double scale = (double)axis->n_in / (double)axis->n_out, stretch = scale < 1.0 ? 1.0 : scale;
+    double center = ((double)((axis->n_out - axis->n) / 2 + i) + 0.5) * scale;
+    double low = center - 2.0 * stretch + 0.5, high = center + 2.0 * stretch + 0.5;
+    int64_t at = (axis->n_in - axis->n_image) / 2, n = axis->n_image, first = (low < 0.0 ? 0 : (int64_t)low) - at;
+    int64_t end = (high > (double)axis->n_in ? axis->n_in : (int64_t)high) - at;
+    avl__taps t = {first < 0 ? 0 : first > n ? n : first, end < 0 ? 0 : end > n ? n : end, at, 0, 0, center, 1.0 / stretch, 0.0};
+    for (int64_t k = first; k < end; k++) t.sum += avl__bicubic(&t, k);
+    for (int64_t k = first; k < end; k++) {
+        t.all += avl__weight(&t, k);
+        if (k < 0 || k >= n) t.outside += avl__weight(&t, k);
+    }
+    return t;
+}
+
+// axes: across and down;   color: of the input outside of the image; NULL: black
+static astrovl_status avl__resize(const astrovl_image *image, const avl__axis axes[2], const unsigned char color[3],
+                                  astrovl_image *out, astrovl_error *err) {
+    static const unsigned char black[3] = {0, 0, 0};
+    // Along x first, which is across, as in Pillow up to 12, which prepared the training data. Images over 100 times as
+    // high as wide are an exception when they are made lower: x is down. (Pillow 13 takes the faster order.)
+    const int swap = axes[1].n_in > 100 * axes[0].n_in && axes[1].n_out < axes[1].n_in;
+    const avl__axis *x = &axes[swap], *y = &axes[!swap];
+    const int64_t step[2] = {3, 3 * (int64_t)image->width}, n_rows = 64;   // so many rows are resized at a time
+    const int64_t n_x = x->n, n_y = y->n, size = 3 * n_x;
+    const int32_t half = 1 << (AVL__RESIZE_BITS - 1);
+    if (!color) color = black;
+    astrovl_status status = avl__image_new(out, (int)axes[0].n, (int)axes[1].n, err);
+    if (status) return status;
+    avl__taps *taps = (avl__taps *)avl__alloc_raw((uint64_t)(n_x + n_y), sizeof(avl__taps));   // along x, along y
+    int32_t *weights = (int32_t *)avl__alloc_raw(4 * (uint64_t)(x->n_in / x->n_out + 2), sizeof(int32_t));
+    int32_t *sums = (int32_t *)avl__alloc_raw((uint64_t)(n_y * size), sizeof(int32_t));       // [n_y][n_x][3]
+    uint8_t *rows = (uint8_t *)avl__alloc_raw((uint64_t)(n_rows * size), 1);                  // [n_rows][n_x][3]
+    if (!taps || !weights || !sums || !rows)
+        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", out->width, out->height);
+    for (int64_t i = 0; i < n_x + n_y && !status; i++)
+        taps[i] = i < n_x ? avl__taps_of(x, i) : avl__taps_of(y, i - n_x);
+    // Pixels x0 to x1 - 1 along x see something of the image. The others have its color, as do the rows outside of it.
+    int64_t x0 = 0, x1 = status ? 0 : n_x, end = status ? 0 : taps[n_x + n_y - 1].end;
+    while (x0 < x1 && taps[x0].first == taps[x0].end) x0++;
+    while (x0 < x1 && taps[x1 - 1].first == taps[x1 - 1].end) x1--;
+    for (int64_t i = 0; i < n_y * size && !status; i++) {
+        const avl__taps *t = &taps[n_x + i / size];
+        sums[i] = half + (i % size < 3 * x0 || i % size >= 3 * x1 ? t->all : t->outside) * color[i % 3];
+    }
+    for (int64_t row = status ? 0 : taps[n_x].first; row < end; row += n_rows) {
+        const int64_t n = end - row < n_rows ? end - row : n_rows;
+        for (int64_t i = x0; i < x1; i++) {
+            const avl__taps *t = &taps[i];
+            for (int64_t k = t->first; k < t->end; k++) weights[k - t->first] = avl__weight(t, k);
+            for (int64_t r = 0; r < n; r++)
+                for (int c = 0; c < 3; c++) {
+                    const unsigned char *from = image->rgb + (row + r) * step[!swap] + c;
+                    int32_t sum = half + t->outside * color[c];
+                    for (int64_t k = t->first; k < t->end; k++) sum += weights[k - t->first] * from[k * step[swap]];
+                    rows[r * size + 3 * i + c] = avl__clip8(sum >> AVL__RESIZE_BITS);
+                }
+        }
+        for (int64_t i = 0; i < n_y; i++) {
+            const avl__taps *t = &taps[n_x + i];
+            for (int64_t k = t->first < row ? row : t->first; k < t->end && k < row + n; k++) {
+                const int32_t weight = avl__weight(t, k);
+                for (int64_t v = 3 * x0; v < 3 * x1; v++) sums[i * size + v] += weight * rows[(k - row) * size + v];
+            }
         }
     }
-    for (int y = 0; y < image->height && !status; y++)
-        for (int i = 0; i < n_out; i++) {
-            const int32_t *tap = taps + (size_t)i * stride;
-            const unsigned char *from = avl__image_pixel(image, tap[0], y);
-            unsigned char *to = avl__image_pixel(out, y, i);
-            int32_t r = 1 << (AVL__RESIZE_BITS - 1), g = r, b = r;
-            for (int k = 0; k < tap[1]; k++, from += 3) {
-                r += tap[2 + k] * from[0];
-                g += tap[2 + k] * from[1];
-                b += tap[2 + k] * from[2];
-            }
-            to[0] = avl__clip8(r >> AVL__RESIZE_BITS);
-            to[1] = avl__clip8(g >> AVL__RESIZE_BITS);
-            to[2] = avl__clip8(b >> AVL__RESIZE_BITS);
-        }
+    for (int64_t i = 0; i < n_y * size && !status; i++) {
+        const int64_t pixel = swap ? i / 3 % n_x * n_y + i / size : i / 3;
+        out->rgb[3 * pixel + i % 3] = avl__clip8(sums[i] >> AVL__RESIZE_BITS);
+    }
     astrovl_free(taps);
+    astrovl_free(weights);
+    astrovl_free(sums);
+    astrovl_free(rows);
     if (status) astrovl_image_free(out);
     return status;
 }
@@ -4749,18 +4823,28 @@ ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int 
                                                 astrovl_error *err) {
     astrovl_status status = avl__image_check(image, width, height, out, err);
     if (status) return status;
-    memset(out, 0, sizeof *out);
-    // Rows first, as in Pillow up to 12, which prepared the training data. Images over 100 times as high as wide are an
-    // exception when they are made lower: transpose, columns, rows, transpose. (Pillow 13 takes the faster order.)
-    int sizes[4] = {image->width, height, width, height};
-    astrovl_image now = *image, next;   // before and after a pass
-    for (int i = image->height > 100 * (int64_t)image->width && height < image->height ? 0 : 2; i < 4 && !status; i++) {
-        status = avl__resize_pass(&now, sizes[i], &next, err);
-        if (now.rgb != image->rgb) astrovl_image_free(&now);
-        now = next;
-    }
-    if (!status) *out = now;
-    return status;
+    const avl__axis axes[2] = {{image->width, image->width, width, width},
+                               {image->height, image->height, height, height}};
+    return avl__resize(image, axes, NULL, out, err);
+}
+
+ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
+                                                    astrovl_image *out, astrovl_error *err) {
+    astrovl_status status = avl__image_check(image, 1, 1, out, err);
+    if (status) return status;
+    int w = image->width, h = image->height, side = w > h ? w : h;
+    const avl__axis axes[2] = {{side, w, side, side}, {side, h, side, side}};
+    return avl__resize(image, axes, color, out, err);
+}
+
+// The middle of an input that is as wide as the result, or, to be in the image's middle, wider by one.
+ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
+                                                     astrovl_image *out, astrovl_error *err) {
+    astrovl_status status = avl__image_check(image, width, height, out, err);
+    if (status) return status;
+    int64_t w = image->width, h = image->height, in_w = w - 2 * ((w - width) >> 1), in_h = h - 2 * ((h - height) >> 1);
+    const avl__axis axes[2] = {{in_w, w, in_w, width}, {in_h, h, in_h, height}};
+    return avl__resize(image, axes, NULL, out, err);
 }
 
 // ====================================================================================================================
@@ -4929,26 +5013,19 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
                                            astrovl_error *err) {
     const int size = clip->image_size;
     const size_t n = (size_t)size * size;
-    astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
-    astrovl_status status = avl__image_check(image, 1, 1, &shaped, err);
+    astrovl_image sized = {0, 0, NULL, 1};
+    astrovl_status status = avl__image_check(image, 1, 1, &sized, err);
     if (status) return status;
     const int64_t w = image->width, h = image->height, longer = w > h ? w : h, shorter = w < h ? w : h;
-    if (clip->pad_square ? longer / 4 > shorter && (uint64_t)(longer * longer / 4) > ASTROVL_MAX_PIXELS
-                         : size * longer / shorter > 65535)   // gigabytes, from a file of a few bytes
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow to be made square", (int)w, (int)h);
-    if (clip->pad_square) {
-        unsigned char color[3];
-        for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
-        status = astrovl_image_pad_square(image, color, &shaped, err);
-        if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
-    } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
-        status = astrovl_image_resize(image, (int)(size * w / shorter), (int)(size * h / shorter), &shaped, err);
-        if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
-    }
+    const int64_t in_w = clip->pad_square ? longer : w, out_w = clip->pad_square ? size : size * w / shorter;
+    const int64_t in_h = clip->pad_square ? longer : h, out_h = clip->pad_square ? size : size * h / shorter;
+    const avl__axis axes[2] = {{in_w, w, out_w, size}, {in_h, h, out_h, size}};
+    unsigned char color[3];
+    for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
+    status = avl__resize(image, axes, color, &sized, err);
     for (size_t c = 0; c < 3 && !status; c++)
         for (size_t i = 0; i < n; i++)
             pixels[c * n + i] = ((float)sized.rgb[3 * i + c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
-    astrovl_image_free(&shaped);
     astrovl_image_free(&sized);
     return status;
 }
