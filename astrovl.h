@@ -3711,12 +3711,11 @@ AVL__PRINTF(3, 4) static astrovl_status avl__image_fail(const avl__image_file *i
 
 // Checks the size that a file claims, before anything is allocated for it.
 static astrovl_status avl__image_check_size(const avl__image_file *in, uint32_t width, uint32_t height) {
-    int64_t limit = in->max_pixels > INT64_MAX ? INT64_MAX : (int64_t)in->max_pixels;
-    if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= (uint64_t)limit)
+    if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= in->max_pixels)
         return ASTROVL_OK;
     return avl__image_fail(in, width && height ? ASTROVL_ERROR_LIMIT : ASTROVL_ERROR_FORMAT,
-                           "%lld x %lld pixels are not between 1 and the limit of %lld", (long long)width,
-                           (long long)height, (long long)limit);
+                           "%lld x %lld pixels are not between 1 and the limit of %llu", (long long)width,
+                           (long long)height, (unsigned long long)in->max_pixels);
 }
 
 // The orientation in EXIF data (a small TIFF file): tag 0x0112 of its first directory; 1, upright, if absent or broken.
@@ -4062,9 +4061,8 @@ static astrovl_status avl__png_pixels(avl__png *png) {
     png->rows = (uint8_t *)avl__alloc_raw(longest + size + 266, 1);
     if (!png->rows) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
     memset(png->rows, 0, (size_t)longest);
-    uint8_t *row = png->rows + longest, *packed = (uint8_t *)png->idat.data, reversed[256];
-    for (unsigned i = 0; i < 256; i++) reversed[i] = (uint8_t)(avl__reverse16(i) >> 8);
-    for (size_t i = 0; i < png->idat.size; i++) packed[i] = reversed[packed[i]];
+    uint8_t *row = png->rows + longest, *packed = (uint8_t *)png->idat.data;
+    for (size_t i = 0; i < png->idat.size; i++) packed[i] = (uint8_t)(avl__reverse16(packed[i]) >> 8);
     inflate->bits.data = packed;
     inflate->bits.size = png->idat.size;
     inflate->out = row;
@@ -4121,8 +4119,8 @@ static astrovl_status avl__png_decode(avl__image_file *in) {
 }
 
 // ---- PNM ----------------------------------------------------------------------------------------------------------
-// P5 (gray) and P6 (RGB), binary, samples of 8 bits, or of 16 if maxval is above 255. They are scaled to 0..255, ties to
-// even: as Pillow does, but for 16-bit gray, which it clips.
+// P5 (gray) and P6 (RGB), binary, samples of 8 bits, or 16 if maxval is above 255, scaled to 0..255 (ties to even): as
+// by Pillow, except that it clips 16-bit gray.
 
 static int avl__is_space(int c) { return c == ' ' || (c >= 9 && c <= 13); }
 
@@ -4342,23 +4340,6 @@ static astrovl_status avl__jpeg_tables(avl__jpeg *j, int marker, const uint8_t *
     return ASTROVL_OK;
 }
 
-// The codes of T.81 annex K.3, for files without any (frames of Motion-JPEG): a DHT segment, in hexadecimal digits.
-static astrovl_status avl__jpeg_standard_codes(avl__jpeg *j) {
-    static const char hex[] =
-        "0000010501010101010100000000000000000102030405060708090A0B0100030101010101010101010000000000000102030405"
-        "060708090A0B100002010303020403050504040000017D01020300041105122131410613516107227114328191A1082342B1C115"
-        "52D1F02433627282090A161718191A25262728292A3435363738393A434445464748494A535455565758595A636465666768696A"
-        "737475767778797A838485868788898A92939495969798999AA2A3A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CA"
-        "D2D3D4D5D6D7D8D9DAE1E2E3E4E5E6E7E8E9EAF1F2F3F4F5F6F7F8F9FA1100020102040403040705040400010277000102031104"
-        "052131061241510761711322328108144291A1B1C109233352F0156272D10A162434E125F11718191A262728292A35363738393A"
-        "434445464748494A535455565758595A636465666768696A737475767778797A82838485868788898A92939495969798999AA2A3"
-        "A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CAD2D3D4D5D6D7D8D9DAE2E3E4E5E6E7E8E9EAF2F3F4F5F6F7F8F9FA";
-    uint8_t segment[416] = {0};
-    for (size_t i = 0; i < 832; i++)
-        segment[i / 2] = (uint8_t)(segment[i / 2] << 4 | (hex[i] - (hex[i] > '9' ? 'A' - 10 : '0')));
-    return avl__jpeg_tables(j, 0xC4, segment, sizeof segment);
-}
-
 // SOF: the image's size and components. Allocates the components' memory; a block takes at least one bit of a scan, so
 // a small file that claims to be a huge image is refused first.
 static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
@@ -4438,6 +4419,17 @@ static void avl__jpeg_unpack(avl__jpeg *j) {
 // SOS: which components and coefficients come next, with which codes. Then the scan's data: MCU after MCU, each of
 // h x v blocks of each component, or of a single block if the scan has a single component.
 static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size) {
+    // The DHT segment of T.81's annex K.3: the codes of files without any, such as frames of Motion-JPEG
+    static const char hex[] =
+        "0000010501010101010100000000000000000102030405060708090A0B0100030101010101010101010000000000000102030405"
+        "060708090A0B100002010303020403050504040000017D01020300041105122131410613516107227114328191A1082342B1C115"
+        "52D1F02433627282090A161718191A25262728292A3435363738393A434445464748494A535455565758595A636465666768696A"
+        "737475767778797A838485868788898A92939495969798999AA2A3A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CA"
+        "D2D3D4D5D6D7D8D9DAE1E2E3E4E5E6E7E8E9EAF1F2F3F4F5F6F7F8F9FA1100020102040403040705040400010277000102031104"
+        "052131061241510761711322328108144291A1B1C109233352F0156272D10A162434E125F11718191A262728292A35363738393A"
+        "434445464748494A535455565758595A636465666768696A737475767778797A82838485868788898A92939495969798999AA2A3"
+        "A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CAD2D3D4D5D6D7D8D9DAE2E3E4E5E6E7E8E9EAF2F3F4F5F6F7F8F9FA";
+    uint8_t codes[416] = {0};
     avl__image_file *in = j->in;
     avl__jpeg_component *scan[4];
     int n = size ? p[0] : 0, n_blocks = 0;
@@ -4445,7 +4437,9 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size
     if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n) return AVL__BROKEN(in, "a scan (SOS) of wrong length");
     if (++j->n_scans > 256)   // files have about ten, and each scan visits the whole image
         return avl__image_fail(in, ASTROVL_ERROR_LIMIT, "too many scans");
-    if (!j->has_codes && !j->is_progressive) (void)avl__jpeg_standard_codes(j);
+    for (int i = 0; i < 832; i++)
+        codes[i / 2] = (uint8_t)(codes[i / 2] << 4 | (hex[i] - (hex[i] > '9' ? 'A' - 10 : '0')));
+    if (!j->has_codes && !j->is_progressive) (void)avl__jpeg_tables(j, 0xC4, codes, sizeof codes);
     j->first = j->is_progressive ? p[1 + 2 * n] : 0;
     j->last = j->is_progressive ? p[2 + 2 * n] : 63;
     j->high = j->is_progressive ? p[3 + 2 * n] >> 4 : 0;
@@ -4635,17 +4629,17 @@ static astrovl_status avl__image_other(const uint8_t *data, size_t size, astrovl
     static const char *const others[][2] = {
         {"GIF8", "GIF"}, {"II*", "TIFF"}, {"II+", "TIFF"}, {"MM", "TIFF"}, {"BM", "BMP"}, {"RIFF????WEBP", "WebP"},
         {"????jP  ", "JPEG 2000"}, {"\xFF\x4F\xFF", "JPEG 2000"}, {"????JXL ", "JPEG XL"}, {"\xFF\x0A", "JPEG XL"},
-        {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PNM as text"}, {"P2", "PNM as text"},
-        {"P3", "PNM as text"}, {"P4", "PNM of bits"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"}, {"PK", "zip: unpack it"},
-        {"BZh", "bzip2: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
-        {"<", "HTML or XML: get the image itself"}, {"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"}};
+        {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PBM"}, {"P4", "PBM"},
+        {"P2", "PGM as text"}, {"P3", "PPM as text"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"},
+        {"PK", "zip: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
+        {"<", "HTML or XML: get the image itself"}, {"version https://git-lfs", "git-lfs: run `git lfs pull`"}};
     for (; size && avl__is_space(*data); size--) data++;
     for (size_t i = 0, n; i < sizeof others / sizeof *others; i++) {
         const char *bytes = others[i][0], *what = others[i][1];
         for (n = 0; n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == data[n]); n++) {}
         if (!bytes[n])
-            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s", what,
-                             strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
+            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s",
+                             what, strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
     }
     return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), by its first bytes");
 }
@@ -4711,19 +4705,15 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
 // ---- resizing, padding, cropping ----------------------------------------------------------------------------------
 // Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels around its center, within 2 or, so that it
 // averages where it shrinks, 2 times the reduction: along one axis, then along the other, with weights of 22 fractional
-// bits and rounding to 8 bits after each. The image may lie in the middle of a larger input of one color, and the result
-// in that of a larger output. Neither is stored: making a long and thin image square takes no memory.
+// bits and rounding to 8 bits after each. The image may lie in the middle of a larger input of one color, and the
+// result in that of a larger output. Neither is stored: making a long and thin image square takes no memory.
 
 #define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
-
-typedef struct avl__axis {
-    int64_t n_in, n_image, n_out, n;    // pixels of the input, the image, the output and the result
-} avl__axis;
 
 // What a pixel of the result is made of, along one axis.
 typedef struct avl__taps {
     int64_t first, end, at;             // pixels first to end - 1 of the image, whose pixel 0 is the input's pixel `at`
-    int32_t all, outside;               // the weights of these and of pixels outside of the image, added up; of the latter
+    int32_t all, outside;               // sums of weights: of all input pixels, and of those outside of the image
     double  center, step, sum;
 } avl__taps;
 
@@ -4741,100 +4731,97 @@ static int32_t avl__weight(const avl__taps *t, int64_t k) {
     return (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
 }
 
-static avl__taps avl__taps_of(const avl__axis *axis, int64_t i) {
-    double scale = (double)axis->n_in / (double)axis->n_out, stretch = scale < 1.0 ? 1.0 : scale;
-    double center = ((double)((axis->n_out - axis->n) / 2 + i) + 0.5) * scale;
+// For pixel i of n. n_in, n_image, n_out, n: pixels of the input, the image, the output and the result
+static avl__taps avl__taps_of(int64_t n_in, int64_t n_image, int64_t n_out, int64_t n, int64_t i) {
+    double scale = (double)n_in / (double)n_out, stretch = scale < 1.0 ? 1.0 : scale;
+    double center = ((double)((n_out - n) / 2 + i) + 0.5) * scale;
     double low = center - 2.0 * stretch + 0.5, high = center + 2.0 * stretch + 0.5;
-    int64_t at = (axis->n_in - axis->n_image) / 2, n = axis->n_image, first = (low < 0.0 ? 0 : (int64_t)low) - at;
-    int64_t end = (high > (double)axis->n_in ? axis->n_in : (int64_t)high) - at;
-    avl__taps t = {first < 0 ? 0 : first > n ? n : first, end < 0 ? 0 : end > n ? n : end, at, 0, 0, center, 1.0 / stretch, 0.0};
+    int64_t at = (n_in - n_image) / 2, first = (low < 0.0 ? 0 : (int64_t)low) - at;
+    int64_t end = (high > (double)n_in ? n_in : (int64_t)high) - at;
+    avl__taps t = {0, 0, at, 0, 0, center, 1.0 / stretch, 0.0};
+    t.first = first < 0 ? 0 : first > n_image ? n_image : first;
+    t.end = end < 0 ? 0 : end > n_image ? n_image : end;
     for (int64_t k = first; k < end; k++) t.sum += avl__bicubic(&t, k);
-    for (int64_t k = first; k < end; k++) {
-        t.all += avl__weight(&t, k);
-        if (k < 0 || k >= n) t.outside += avl__weight(&t, k);
-    }
+    for (int64_t k = first; k < end; k++) t.all += avl__weight(&t, k);
+    t.outside = t.all;
+    for (int64_t k = t.first; k < t.end; k++) t.outside -= avl__weight(&t, k);
     return t;
 }
 
-// axes: across and down;   color: of the input outside of the image; NULL: black
-static astrovl_status avl__resize(const astrovl_image *image, const avl__axis axes[2], const unsigned char color[3],
-                                  astrovl_image *out, astrovl_error *err) {
-    static const unsigned char black[3] = {0, 0, 0};
+// in, out: size of the input and the output, across and down;   color: of the input outside of the image (NULL: black)
+static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2], const int64_t out[2], int width,
+                                  int height, const unsigned char color[3], astrovl_image *result, astrovl_error *err) {
     // Along x first, which is across, as in Pillow up to 12, which prepared the training data. Images over 100 times as
     // high as wide are an exception when they are made lower: x is down. (Pillow 13 takes the faster order.)
-    const int swap = axes[1].n_in > 100 * axes[0].n_in && axes[1].n_out < axes[1].n_in;
-    const avl__axis *x = &axes[swap], *y = &axes[!swap];
-    const int64_t step[2] = {3, 3 * (int64_t)image->width}, n_rows = 64;   // so many rows are resized at a time
-    const int64_t n_x = x->n, n_y = y->n, size = 3 * n_x;
+    const int x = in[1] > 100 * in[0] && out[1] < in[1], y = !x;
+    const int64_t n[2] = {width, height}, n_image[2] = {image->width, image->height};
+    const int64_t step[2] = {3, 3 * n_image[0]}, n_rows = 64;   // resized at a time
+    const int64_t n_x = n[x], n_y = n[y], size = 3 * n_x, n_weights = 4 * (in[x] / out[x] + 2);
     const int32_t half = 1 << (AVL__RESIZE_BITS - 1);
-    if (!color) color = black;
-    astrovl_status status = avl__image_new(out, (int)axes[0].n, (int)axes[1].n, err);
+    if (!color) color = (const unsigned char *)"\0\0";
+    astrovl_status status = avl__image_new(result, width, height, err);
     if (status) return status;
-    avl__taps *taps = (avl__taps *)avl__alloc_raw((uint64_t)(n_x + n_y), sizeof(avl__taps));   // along x, along y
-    int32_t *weights = (int32_t *)avl__alloc_raw(4 * (uint64_t)(x->n_in / x->n_out + 2), sizeof(int32_t));
-    int32_t *sums = (int32_t *)avl__alloc_raw((uint64_t)(n_y * size), sizeof(int32_t));       // [n_y][n_x][3]
-    uint8_t *rows = (uint8_t *)avl__alloc_raw((uint64_t)(n_rows * size), 1);                  // [n_rows][n_x][3]
-    if (!taps || !weights || !sums || !rows)
-        status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", out->width, out->height);
-    for (int64_t i = 0; i < n_x + n_y && !status; i++)
-        taps[i] = i < n_x ? avl__taps_of(x, i) : avl__taps_of(y, i - n_x);
+    const uint64_t n_taps = (uint64_t)(n_x + n_y), n_numbers = (uint64_t)(n_y * size + n_weights + n_rows * size / 4);
+    avl__taps *taps = (avl__taps *)avl__alloc_raw(n_taps * sizeof(avl__taps) + n_numbers * 4, 1);   // along x, along y
+    if (!taps) {
+        astrovl_image_free(result);
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", width, height);
+    }
+    int32_t *sums = (int32_t *)(taps + n_taps), *weights = sums + n_y * size;   // sums: [n_y][n_x][3]
+    uint8_t *rows = (uint8_t *)(weights + n_weights);                      // [n_rows][n_x][3]
+    for (int64_t i = 0; i < n_x; i++) taps[i] = avl__taps_of(in[x], n_image[x], out[x], n_x, i);
+    for (int64_t i = 0; i < n_y; i++) taps[n_x + i] = avl__taps_of(in[y], n_image[y], out[y], n_y, i);
     // Pixels x0 to x1 - 1 along x see something of the image. The others have its color, as do the rows outside of it.
-    int64_t x0 = 0, x1 = status ? 0 : n_x, end = status ? 0 : taps[n_x + n_y - 1].end;
+    int64_t x0 = 0, x1 = n_x, end = taps[n_x + n_y - 1].end;
     while (x0 < x1 && taps[x0].first == taps[x0].end) x0++;
     while (x0 < x1 && taps[x1 - 1].first == taps[x1 - 1].end) x1--;
-    for (int64_t i = 0; i < n_y * size && !status; i++) {
+    for (int64_t i = 0; i < n_y * size; i++) {
         const avl__taps *t = &taps[n_x + i / size];
         sums[i] = half + (i % size < 3 * x0 || i % size >= 3 * x1 ? t->all : t->outside) * color[i % 3];
     }
-    for (int64_t row = status ? 0 : taps[n_x].first; row < end; row += n_rows) {
-        const int64_t n = end - row < n_rows ? end - row : n_rows;
+    for (int64_t row = taps[n_x].first; row < end; row += n_rows) {
+        const int64_t row_end = end - row < n_rows ? end : row + n_rows;
         for (int64_t i = x0; i < x1; i++) {
             const avl__taps *t = &taps[i];
             for (int64_t k = t->first; k < t->end; k++) weights[k - t->first] = avl__weight(t, k);
-            for (int64_t r = 0; r < n; r++)
-                for (int c = 0; c < 3; c++) {
-                    const unsigned char *from = image->rgb + (row + r) * step[!swap] + c;
-                    int32_t sum = half + t->outside * color[c];
-                    for (int64_t k = t->first; k < t->end; k++) sum += weights[k - t->first] * from[k * step[swap]];
-                    rows[r * size + 3 * i + c] = avl__clip8(sum >> AVL__RESIZE_BITS);
-                }
+            for (int64_t v = 0; v < 3 * (row_end - row); v++) {
+                const unsigned char *from = image->rgb + (row + v / 3) * step[y] + v % 3;
+                int32_t sum = half + t->outside * color[v % 3];
+                for (int64_t k = t->first; k < t->end; k++) sum += weights[k - t->first] * from[k * step[x]];
+                rows[v / 3 * size + 3 * i + v % 3] = avl__clip8(sum >> AVL__RESIZE_BITS);
+            }
         }
         for (int64_t i = 0; i < n_y; i++) {
             const avl__taps *t = &taps[n_x + i];
-            for (int64_t k = t->first < row ? row : t->first; k < t->end && k < row + n; k++) {
+            for (int64_t k = t->first < row ? row : t->first; k < t->end && k < row_end; k++) {
                 const int32_t weight = avl__weight(t, k);
                 for (int64_t v = 3 * x0; v < 3 * x1; v++) sums[i * size + v] += weight * rows[(k - row) * size + v];
             }
         }
     }
-    for (int64_t i = 0; i < n_y * size && !status; i++) {
-        const int64_t pixel = swap ? i / 3 % n_x * n_y + i / size : i / 3;
-        out->rgb[3 * pixel + i % 3] = avl__clip8(sums[i] >> AVL__RESIZE_BITS);
+    for (int64_t i = 0; i < n_y * size; i++) {
+        const int64_t pixel = x == 1 ? i / 3 % n_x * n_y + i / size : i / 3;
+        result->rgb[3 * pixel + i % 3] = avl__clip8(sums[i] >> AVL__RESIZE_BITS);
     }
     astrovl_free(taps);
-    astrovl_free(weights);
-    astrovl_free(sums);
-    astrovl_free(rows);
-    if (status) astrovl_image_free(out);
-    return status;
+    return ASTROVL_OK;
 }
 
 ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int width, int height, astrovl_image *out,
                                                 astrovl_error *err) {
     astrovl_status status = avl__image_check(image, width, height, out, err);
     if (status) return status;
-    const avl__axis axes[2] = {{image->width, image->width, width, width},
-                               {image->height, image->height, height, height}};
-    return avl__resize(image, axes, NULL, out, err);
+    const int64_t in_size[2] = {image->width, image->height}, out_size[2] = {width, height};
+    return avl__resize(image, in_size, out_size, width, height, NULL, out, err);
 }
 
 ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
                                                     astrovl_image *out, astrovl_error *err) {
     astrovl_status status = avl__image_check(image, 1, 1, out, err);
     if (status) return status;
-    int w = image->width, h = image->height, side = w > h ? w : h;
-    const avl__axis axes[2] = {{side, w, side, side}, {side, h, side, side}};
-    return avl__resize(image, axes, color, out, err);
+    int side = image->width > image->height ? image->width : image->height;
+    const int64_t square[2] = {side, side};
+    return avl__resize(image, square, square, side, side, color, out, err);
 }
 
 // The middle of an input that is as wide as the result, or, to be in the image's middle, wider by one.
@@ -4842,9 +4829,9 @@ ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image,
                                                      astrovl_image *out, astrovl_error *err) {
     astrovl_status status = avl__image_check(image, width, height, out, err);
     if (status) return status;
-    int64_t w = image->width, h = image->height, in_w = w - 2 * ((w - width) >> 1), in_h = h - 2 * ((h - height) >> 1);
-    const avl__axis axes[2] = {{in_w, w, in_w, width}, {in_h, h, in_h, height}};
-    return avl__resize(image, axes, NULL, out, err);
+    const int64_t w = image->width, h = image->height;
+    const int64_t input[2] = {w - 2 * ((w - width) >> 1), h - 2 * ((h - height) >> 1)};
+    return avl__resize(image, input, input, width, height, NULL, out, err);
 }
 
 // ====================================================================================================================
@@ -5017,12 +5004,11 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
     astrovl_status status = avl__image_check(image, 1, 1, &sized, err);
     if (status) return status;
     const int64_t w = image->width, h = image->height, longer = w > h ? w : h, shorter = w < h ? w : h;
-    const int64_t in_w = clip->pad_square ? longer : w, out_w = clip->pad_square ? size : size * w / shorter;
-    const int64_t in_h = clip->pad_square ? longer : h, out_h = clip->pad_square ? size : size * h / shorter;
-    const avl__axis axes[2] = {{in_w, w, out_w, size}, {in_h, h, out_h, size}};
+    const int64_t side = clip->pad_square ? longer : shorter, in_h = clip->pad_square ? side : h;
+    const int64_t in[2] = {clip->pad_square ? side : w, in_h}, resized[2] = {size * in[0] / side, size * in[1] / side};
     unsigned char color[3];
     for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
-    status = avl__resize(image, axes, color, &sized, err);
+    status = avl__resize(image, in, resized, size, size, color, &sized, err);
     for (size_t c = 0; c < 3 && !status; c++)
         for (size_t i = 0; i < n; i++)
             pixels[c * n + i] = ((float)sized.rgb[3 * i + c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
