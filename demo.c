@@ -1845,9 +1845,8 @@ static int embed_batch(program *p, const char *const *paths, int n, float *rows,
     astrovl_image images[MAX_BATCH];
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
-        ok[i] = (char)load_image(p, paths[i], &images[good], &p->err);
-        if (ok[i]) good++;
-        else failed_on(p, paths[i]);
+        if (!(ok[i] = (char)load_image(p, paths[i], &images[good], &p->err))) failed_on(p, paths[i]);
+        good += ok[i];
     }
     const int done = !good || astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) == ASTROVL_OK;
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
@@ -2169,7 +2168,8 @@ static int add_images(program *p, const char *path, int is_found, list *names, i
 #if !defined(_WIN32)
     static const char *const endings[] = {
         ".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm",
-        ".fits", ".fit", ".fts", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".avif", ".heic"};
+        ".fits", ".fit", ".fts", ".fz", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".jxl", ".avif",
+        ".heic", ".heif"};
     enum { N_READ = 6, N_ENDINGS = (int)(sizeof endings / sizeof *endings) };
     const char *dot = strrchr(path, '.');
     struct stat s, target;
@@ -2232,16 +2232,15 @@ static int run_index(program *p) {
     char ok[MAX_BATCH];
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
-    const int batch = p->o.batch;
     image_index *ix = new_index(p, p->o.out);
     open_index(p, ix);
     const int status = collect_images(p, ix, &todo, &n_known);
-    unsigned char *records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
-    float *rows = new_rows(p, batch);
+    unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
+    float *rows = new_rows(p, p->o.batch);
     const double start = seconds();
     for (int i = 0; i < todo.n && !p->stop; i += some) {
         unsigned char *r = records;
-        some = todo.n - i < batch ? todo.n - i : batch;
+        some = todo.n - i < p->o.batch ? todo.n - i : p->o.batch;
         draw_bar(p, "images", i, todo.n, rate);
         added += embed_batch(p, todo.items + i, some, rows, ok);
         for (int k = 0; k < some; k++) {

@@ -1594,10 +1594,10 @@ class Index(Case):
     def test_what_is_passed_over_is_said(self):
         folder = self.path("kinds")
         os.mkdir(folder)
-        for name in ("a.png", "b.fits", "c.TIF", "d.txt"):
+        for name in ("a.png", "b.fits", "c.TIF", "d.txt", "e.heif", "f.fits.FZ"):
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(star_field(0))
-        self.assertIn("2 images of other formats", self.index("kinds.avl", folder).err)
+        self.assertIn("4 images of other formats", self.index("kinds.avl", folder).err)
         os.symlink("nowhere.png", os.path.join(folder, "gone.png"))
         self.assertIn("gone.png", self.index("kinds.avl", folder, code=1).err)
 
