@@ -3999,7 +3999,7 @@ static astrovl_status avl__png_chunks(avl__png *png) {
         uint32_t crc = 0xFFFFFFFFu;
         for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
         int is_bad = is_cut || ~crc != avl__load_u32be(p + 8 + size);
-        if (is_bad && !is_cut && strcmp(name, "IDAT") == 0)
+        if (is_bad && !is_cut && state != AFTER_IDAT && strcmp(name, "IDAT") == 0)
             avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
         else if (is_bad) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
@@ -4755,53 +4755,55 @@ static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2
     // high as wide are an exception when they are made lower: x is down. (Pillow 13 takes the faster order.)
     const int x = in[1] > 100 * in[0] && out[1] < in[1], y = !x;
     const int64_t n[2] = {width, height}, n_image[2] = {image->width, image->height};
-    const int64_t step[2] = {3, 3 * n_image[0]}, n_rows = 64;   // resized at a time
+    const int64_t step[2] = {3, 3 * n_image[0]}, n_rows = 64;   // of the image, of the result at a time
     const int64_t n_x = n[x], n_y = n[y], size = 3 * n_x, n_weights = 4 * (in[x] / out[x] + 2);
     const int32_t half = 1 << (AVL__RESIZE_BITS - 1);
     if (!color) color = (const unsigned char *)"\0\0";
     astrovl_status status = avl__image_new(result, width, height, err);
     if (status) return status;
-    const uint64_t n_taps = (uint64_t)(n_x + n_y), n_numbers = (uint64_t)(n_y * size + n_weights + n_rows * size / 4);
-    avl__taps *taps = (avl__taps *)avl__alloc_raw(n_taps * sizeof(avl__taps) + n_numbers * 4, 1);   // along x, along y
+    const uint64_t n_taps = (uint64_t)(n_x + n_y), n_bytes = (uint64_t)(n_rows * size * 5 + n_weights * 4);
+    avl__taps *taps = (avl__taps *)avl__alloc_raw(n_taps * sizeof(avl__taps) + n_bytes, 1);      // along x, along y
     if (!taps) {
         astrovl_image_free(result);
         return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", width, height);
     }
-    int32_t *sums = (int32_t *)(taps + n_taps), *weights = sums + n_y * size;   // sums: [n_y][n_x][3]
-    uint8_t *rows = (uint8_t *)(weights + n_weights);                      // [n_rows][n_x][3]
+    int32_t *sums = (int32_t *)(taps + n_taps), *weights = sums + n_rows * size;                 // [n_rows][n_x][3]
+    uint8_t *rows = (uint8_t *)(weights + n_weights);                                            // the same
     for (int64_t i = 0; i < n_x; i++) taps[i] = avl__taps_of(in[x], n_image[x], out[x], n_x, i);
     for (int64_t i = 0; i < n_y; i++) taps[n_x + i] = avl__taps_of(in[y], n_image[y], out[y], n_y, i);
     // Pixels x0 to x1 - 1 along x see something of the image. The others have its color, as do the rows outside of it.
-    int64_t x0 = 0, x1 = n_x, end = taps[n_x + n_y - 1].end;
+    int64_t x0 = 0, x1 = n_x;
     while (x0 < x1 && taps[x0].first == taps[x0].end) x0++;
     while (x0 < x1 && taps[x1 - 1].first == taps[x1 - 1].end) x1--;
-    for (int64_t i = 0; i < n_y * size; i++) {
-        const avl__taps *t = &taps[n_x + i / size];
-        sums[i] = half + (i % size < 3 * x0 || i % size >= 3 * x1 ? t->all : t->outside) * color[i % 3];
-    }
-    for (int64_t row = taps[n_x].first; row < end; row += n_rows) {
-        const int64_t row_end = end - row < n_rows ? end : row + n_rows;
-        for (int64_t i = x0; i < x1; i++) {
-            const avl__taps *t = &taps[i];
-            for (int64_t k = t->first; k < t->end; k++) weights[k - t->first] = avl__weight(t, k);
-            for (int64_t v = 0; v < 3 * (row_end - row); v++) {
-                const unsigned char *from = image->rgb + (row + v / 3) * step[y] + v % 3;
-                int32_t sum = half + t->outside * color[v % 3];
-                for (int64_t k = t->first; k < t->end; k++) sum += weights[k - t->first] * from[k * step[x]];
-                rows[v / 3 * size + 3 * i + v % 3] = avl__clip8(sum >> AVL__RESIZE_BITS);
+    for (int64_t y0 = 0, y1; y0 < n_y; y0 = y1) {
+        const avl__taps *t = taps + n_x;
+        y1 = n_y - y0 < n_rows ? n_y : y0 + n_rows;
+        for (int64_t i = y0; i < y1; i++)
+            for (int64_t v = 0; v < size; v++)
+                sums[(i - y0) * size + v] = half + (v < 3 * x0 || v >= 3 * x1 ? t[i].all : t[i].outside) * color[v % 3];
+        for (int64_t row = t[y0].first, end; row < t[y1 - 1].end; row = end) {
+            end = t[y1 - 1].end - row < n_rows ? t[y1 - 1].end : row + n_rows;
+            for (int64_t i = x0; i < x1; i++) {
+                const int64_t first = taps[i].first, n_seen = taps[i].end - first;
+                for (int64_t k = 0; k < n_seen; k++) weights[k] = avl__weight(&taps[i], first + k);
+                for (int64_t v = 0; v < 3 * (end - row); v++) {
+                    const unsigned char *from = image->rgb + (row + v / 3) * step[y] + first * step[x] + v % 3;
+                    int32_t sum = half + taps[i].outside * color[v % 3];
+                    for (int64_t k = 0; k < n_seen; k++) sum += weights[k] * from[k * step[x]];
+                    rows[v / 3 * size + 3 * i + v % 3] = avl__clip8(sum >> AVL__RESIZE_BITS);
+                }
             }
+            for (int64_t i = y0; i < y1; i++)
+                for (int64_t k = t[i].first < row ? row : t[i].first; k < t[i].end && k < end; k++) {
+                    const int32_t weight = avl__weight(&t[i], k);
+                    for (int64_t v = 3 * x0; v < 3 * x1; v++)
+                        sums[(i - y0) * size + v] += weight * rows[(k - row) * size + v];
+                }
         }
-        for (int64_t i = 0; i < n_y; i++) {
-            const avl__taps *t = &taps[n_x + i];
-            for (int64_t k = t->first < row ? row : t->first; k < t->end && k < row_end; k++) {
-                const int32_t weight = avl__weight(t, k);
-                for (int64_t v = 3 * x0; v < 3 * x1; v++) sums[i * size + v] += weight * rows[(k - row) * size + v];
-            }
+        for (int64_t i = y0 * size; i < y1 * size; i++) {
+            const int64_t pixel = x == 1 ? i / 3 % n_x * n_y + i / size : i / 3;
+            result->rgb[3 * pixel + i % 3] = avl__clip8(sums[i - y0 * size] >> AVL__RESIZE_BITS);
         }
-    }
-    for (int64_t i = 0; i < n_y * size; i++) {
-        const int64_t pixel = x == 1 ? i / 3 % n_x * n_y + i / size : i / 3;
-        result->rgb[3 * pixel + i % 3] = avl__clip8(sums[i] >> AVL__RESIZE_BITS);
     }
     astrovl_free(taps);
     return ASTROVL_OK;
@@ -4824,7 +4826,7 @@ ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, 
     return avl__resize(image, square, square, side, side, color, out, err);
 }
 
-// The middle of an input that is as wide as the result, or, to be in the image's middle, wider by one.
+// The middle of an input that is as wide as the result, or wider by one so that the image is in its middle.
 ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
                                                      astrovl_image *out, astrovl_error *err) {
     astrovl_status status = avl__image_check(image, width, height, out, err);
