@@ -398,11 +398,11 @@ ASTROVL_API const int32_t *astrovl_answer_tokens(const astrovl_session *s, int *
 
 // ---- the parts of a session, one by one ----------------------------------------------------------------------------
 // The vision tower's input, made as the model's files say (pad to square or center crop, bicubic resize, 1/255, mean
-// and standard deviation).   pixels: out, [3][image_size][image_size].   MODEL: no vision tower; LIMIT: too narrow.
+// and standard deviation).   pixels: out, [3][image_size][image_size].   MODEL: no vision tower.
 ASTROVL_API astrovl_status astrovl_preprocess(const astrovl_model *model, const astrovl_image *image, float *pixels,
                                               astrovl_error *err);
 // Encodes an image (not yet preprocessed) to the rows that the language model reads in its place.
-// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector; LIMIT: the image is too narrow.
+// features: out, [n_image_tokens][n_embd].   MODEL: no vision tower or projector.
 // Source: LLaVA-1.5 (arXiv 2310.03744) section 3; transformers' LlavaModel.get_image_features.
 ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrovl_image *image, float *features,
                                                 astrovl_error *err);
@@ -514,8 +514,9 @@ typedef struct astrovl_image_options {
     uint64_t max_pixels;           // larger images are a LIMIT error; 0: ASTROVL_MAX_PIXELS
     int      as_stored;            // 1: pixels as the file has them, image->orientation tells how to turn them
 } astrovl_image_options;
-// Decodes a PNG, JPEG or PNM file (P5, P6 of 8 bits), told apart by its first bytes, and applies its EXIF orientation.
-// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty.
+// Decodes a PNG, JPEG or PNM file (P5, P6), told apart by its first bytes, and applies its EXIF orientation.
+// FILE, FORMAT (damaged), UNSUPPORTED, LIMIT; image is then empty. After OK err->message is empty, or a warning: a PNG
+// with a wrong CRC of its pixels, which unpack to what their own check sum says.
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
                                               astrovl_image *image, astrovl_error *err);
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
@@ -3710,12 +3711,11 @@ AVL__PRINTF(3, 4) static astrovl_status avl__image_fail(const avl__image_file *i
 
 // Checks the size that a file claims, before anything is allocated for it.
 static astrovl_status avl__image_check_size(const avl__image_file *in, uint32_t width, uint32_t height) {
-    int64_t limit = in->max_pixels > INT64_MAX ? INT64_MAX : (int64_t)in->max_pixels;
-    if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= (uint64_t)limit)
+    if (width && height && width <= INT_MAX && height <= INT_MAX && (uint64_t)width * height <= in->max_pixels)
         return ASTROVL_OK;
     return avl__image_fail(in, width && height ? ASTROVL_ERROR_LIMIT : ASTROVL_ERROR_FORMAT,
-                           "%lld x %lld pixels are not between 1 and the limit of %lld", (long long)width,
-                           (long long)height, (long long)limit);
+                           "%lld x %lld pixels are not between 1 and the limit of %llu", (long long)width,
+                           (long long)height, (unsigned long long)in->max_pixels);
 }
 
 // The orientation in EXIF data (a small TIFF file): tag 0x0112 of its first directory; 1, upright, if absent or broken.
@@ -3945,9 +3945,9 @@ static const char *avl__inflate_run(avl__inflate *s) {
 }
 
 // ---- PNG ----------------------------------------------------------------------------------------------------------
-// As Pillow converts to RGB: alpha and tRNS are dropped without blending; 16-bit color keeps the high byte, but
-// 16-bit gray (without alpha) is clipped at 255, so that such files come out nearly white; gray of 1, 2 and 4 bits is
-// scaled to 0..255; a palette index without a color is black. Gamma and color profiles are not applied.
+// As Pillow converts to RGB: alpha and tRNS are dropped without blending; 16-bit color keeps the high byte; gray of 1,
+// 2 and 4 bits is scaled to 0..255; a palette index without a color is black. Gamma and color profiles are not applied.
+// One difference: 16-bit gray (without alpha) is scaled to 0..255. Pillow clips it at 255, so that nearly all is white.
 
 typedef struct avl__png {
     avl__image_file *in;                // in->at: the chunk being read
@@ -3979,7 +3979,7 @@ static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t si
 }
 
 // Walks the chunks (length, name, data, CRC). After the IDAT chunks a broken or cut-off file is accepted: no pixel is
-// missing.
+// missing. In them a wrong CRC is noted, as their data has a check sum of its own.
 static astrovl_status avl__png_chunks(avl__png *png) {
     enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
     avl__image_file *in = png->in;
@@ -3998,7 +3998,10 @@ static astrovl_status avl__png_chunks(avl__png *png) {
         if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
         uint32_t crc = 0xFFFFFFFFu;
         for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
-        if (is_cut || ~crc != avl__load_u32be(p + 8 + size)) {
+        int is_bad = is_cut || ~crc != avl__load_u32be(p + 8 + size);
+        if (is_bad && !is_cut && state != AFTER_IDAT && strcmp(name, "IDAT") == 0)
+            avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
+        else if (is_bad) {
             if (state == AFTER_IDAT) return ASTROVL_OK;
             return AVL__BROKEN(in, "chunk \"%s\": %s", name, is_cut ? "the file ends inside it" : "its CRC is wrong");
         }
@@ -4058,9 +4061,8 @@ static astrovl_status avl__png_pixels(avl__png *png) {
     png->rows = (uint8_t *)avl__alloc_raw(longest + size + 266, 1);
     if (!png->rows) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
     memset(png->rows, 0, (size_t)longest);
-    uint8_t *row = png->rows + longest, *packed = (uint8_t *)png->idat.data, reversed[256];
-    for (unsigned i = 0; i < 256; i++) reversed[i] = (uint8_t)(avl__reverse16(i) >> 8);
-    for (size_t i = 0; i < png->idat.size; i++) packed[i] = reversed[packed[i]];
+    uint8_t *row = png->rows + longest, *packed = (uint8_t *)png->idat.data;
+    for (size_t i = 0; i < png->idat.size; i++) packed[i] = (uint8_t)(avl__reverse16(packed[i]) >> 8);
     inflate->bits.data = packed;
     inflate->bits.size = png->idat.size;
     inflate->out = row;
@@ -4090,7 +4092,7 @@ static astrovl_status avl__png_pixels(avl__png *png) {
                 size_t bit = x * (size_t)depth;
                 if (n_channels == 1 && depth <= 8)
                     memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
-                else if (n_channels == 1) memset(rgb, p[0] ? 255 : p[1], 3);   // 16-bit gray
+                else if (n_channels == 1) memset(rgb, (avl__load_u16be(p) + 128) / 257, 3);   // 16-bit gray
                 else {
                     rgb[0] = p[0];
                     rgb[1] = p[next];
@@ -4117,7 +4119,8 @@ static astrovl_status avl__png_decode(avl__image_file *in) {
 }
 
 // ---- PNM ----------------------------------------------------------------------------------------------------------
-// P5 (gray) and P6 (RGB), binary, with 8 bits per sample: maxval 255.
+// P5 (gray) and P6 (RGB), binary, samples of 8 bits, or 16 if maxval is above 255, scaled to 0..255 (ties to even): as
+// by Pillow, except that it clips 16-bit gray.
 
 static int avl__is_space(int c) { return c == ' ' || (c >= 9 && c <= 13); }
 
@@ -4137,16 +4140,20 @@ static astrovl_status avl__pnm_decode(avl__image_file *in) {
             return AVL__BROKEN(in, "not a number of the header (width, height, maxval)");
     }
     in->at++;
-    if (header[2] != 255)
-        return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "maxval %d is not supported, only 255", (int)header[2]);
+    const uint32_t maxval = header[2];
+    if (maxval < 1 || maxval > 65535) return AVL__BROKEN(in, "maxval %d is not 1 to 65535", (int)maxval);
     astrovl_status status = avl__image_check_size(in, header[0], header[1]);
     if (status) return status;
-    size_t n = (in->size - in->at) / n_channels;
+    size_t bytes = maxval > 255 ? 2 : 1, n = (in->size - in->at) / (n_channels * bytes);
     if ((uint64_t)header[0] * header[1] > n)
         return AVL__BROKEN(in, "the rest of the file cannot hold %d x %d pixels", (int)header[0], (int)header[1]);
     status = avl__image_new(in->image, (int)header[0], (int)header[1], in->err);
-    for (n = 0; n < 3 * (size_t)header[0] * header[1] && !status; n++)
-        in->image->rgb[n] = p[in->at + (n_channels == 3 ? n : n / 3)];
+    for (n = 0; n < 3 * (size_t)header[0] * header[1] && !status; n++) {
+        const uint8_t *sample = p + in->at + (n_channels == 3 ? n : n / 3) * bytes;
+        uint32_t twice = (bytes == 2 ? avl__load_u16be(sample) : *sample) * 510u + maxval, value = twice / (2 * maxval);
+        if (twice % (2 * maxval) == 0) value -= value & 1;
+        in->image->rgb[n] = (uint8_t)(value < 255 ? value : 255);
+    }
     return status;
 }
 
@@ -4176,7 +4183,7 @@ typedef struct avl__jpeg {
     avl__jpeg_component component[4];
     int            first, last, high, low;   // coefficients and bit positions of the current scan (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
-    int            restart_interval, n_scans, has_jfif, adobe_transform;   // -1: no Adobe marker
+    int            restart_interval, n_scans, has_codes, has_jfif, adobe_transform;   // -1: no Adobe marker
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
@@ -4314,6 +4321,7 @@ static void avl__jpeg_transform(avl__jpeg_component *c, int x, int y, const int1
 
 // Quantization tables (DQT, marker DB) or Huffman codes (DHT, C4).
 static astrovl_status avl__jpeg_tables(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
+    j->has_codes |= marker == 0xC4;
     for (size_t n; size > 0; p += n, size -= n) {
         int kind = p[0] >> 4, number = p[0] & 15;   // kind: 1 for values of 16 bits (DQT), for AC codes (DHT)
         n = marker == 0xC4 ? 17 : kind ? 129 : 65;
@@ -4366,6 +4374,7 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
     j->rows = (uint8_t *)avl__alloc_raw(4, (size_t)j->width + 8);
     j->mcus_x = (j->width - 1) / (8 * j->max_h) + 1;
     j->mcus_y = (j->height - 1) / (8 * j->max_v) + 1;
+    uint64_t n_coded = 0;   // blocks of all components
     for (c = j->component; c < end; c++) {
         if (j->max_h % c->h || j->max_v % c->v)
             return avl__image_fail(in, ASTROVL_ERROR_UNSUPPORTED, "sampling factors are not whole multiples");
@@ -4373,7 +4382,8 @@ static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p
         c->height = (j->height * c->v + j->max_v - 1) / j->max_v;
         c->stride = j->mcus_x * c->h;
         c->n_blocks = c->stride * j->mcus_y * c->v;
-        if ((uint64_t)((c->width + 7) / 8 * ((c->height + 7) / 8)) > 8 * (uint64_t)in->size)
+        n_coded += (uint64_t)((c->width + 7) / 8 * ((c->height + 7) / 8));
+        if (n_coded > 8 * (uint64_t)in->size)
             return AVL__BROKEN(in, "%lld bytes cannot hold %d x %d pixels", (long long)in->size, j->width, j->height);
         c->samples = (uint8_t *)avl__alloc_raw((uint64_t)c->n_blocks, 64);
         if (j->is_progressive) c->coefficients = (int16_t *)avl__alloc((uint64_t)c->n_blocks, 64 * sizeof(int16_t));
@@ -4409,6 +4419,17 @@ static void avl__jpeg_unpack(avl__jpeg *j) {
 // SOS: which components and coefficients come next, with which codes. Then the scan's data: MCU after MCU, each of
 // h x v blocks of each component, or of a single block if the scan has a single component.
 static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size) {
+    // The DHT segment of T.81's annex K.3: the codes of files without any, such as frames of Motion-JPEG
+    static const char hex[] =
+        "0000010501010101010100000000000000000102030405060708090A0B0100030101010101010101010000000000000102030405"
+        "060708090A0B100002010303020403050504040000017D01020300041105122131410613516107227114328191A1082342B1C115"
+        "52D1F02433627282090A161718191A25262728292A3435363738393A434445464748494A535455565758595A636465666768696A"
+        "737475767778797A838485868788898A92939495969798999AA2A3A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CA"
+        "D2D3D4D5D6D7D8D9DAE1E2E3E4E5E6E7E8E9EAF1F2F3F4F5F6F7F8F9FA1100020102040403040705040400010277000102031104"
+        "052131061241510761711322328108144291A1B1C109233352F0156272D10A162434E125F11718191A262728292A35363738393A"
+        "434445464748494A535455565758595A636465666768696A737475767778797A82838485868788898A92939495969798999AA2A3"
+        "A4A5A6A7A8A9AAB2B3B4B5B6B7B8B9BAC2C3C4C5C6C7C8C9CAD2D3D4D5D6D7D8D9DAE2E3E4E5E6E7E8E9EAF2F3F4F5F6F7F8F9FA";
+    uint8_t codes[416] = {0};
     avl__image_file *in = j->in;
     avl__jpeg_component *scan[4];
     int n = size ? p[0] : 0, n_blocks = 0;
@@ -4416,6 +4437,9 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size
     if (n < 1 || n > 4 || size != 4 + 2 * (size_t)n) return AVL__BROKEN(in, "a scan (SOS) of wrong length");
     if (++j->n_scans > 256)   // files have about ten, and each scan visits the whole image
         return avl__image_fail(in, ASTROVL_ERROR_LIMIT, "too many scans");
+    for (int i = 0; i < 832; i++)
+        codes[i / 2] = (uint8_t)(codes[i / 2] << 4 | (hex[i] - (hex[i] > '9' ? 'A' - 10 : '0')));
+    if (!j->has_codes && !j->is_progressive) (void)avl__jpeg_tables(j, 0xC4, codes, sizeof codes);
     j->first = j->is_progressive ? p[1 + 2 * n] : 0;
     j->last = j->is_progressive ? p[2 + 2 * n] : 63;
     j->high = j->is_progressive ? p[3 + 2 * n] >> 4 : 0;
@@ -4585,6 +4609,8 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
         avl__jpeg_component *c = &j.component[i];
         for (int k = 0; k < c->n_blocks; k++)
             avl__jpeg_transform(c, k % c->stride, k / c->stride, c->coefficients + (size_t)k * 64);
+        astrovl_free(c->coefficients);   // at once: they are the largest part of the memory, 2 bytes for each sample
+        c->coefficients = NULL;
     }
     if (!status) status = avl__jpeg_pixels(&j);
     for (int i = 0; i < 4; i++) {
@@ -4598,20 +4624,39 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
 
 // ---- any format ---------------------------------------------------------------------------------------------------
 
+// Says what a file is that is none of these, by its first bytes ('?': any).
+static astrovl_status avl__image_other(const uint8_t *data, size_t size, astrovl_error *err) {
+    static const char *const others[][2] = {
+        {"GIF8", "GIF"}, {"II*", "TIFF"}, {"II+", "TIFF"}, {"MM", "TIFF"}, {"BM", "BMP"}, {"RIFF????WEBP", "WebP"},
+        {"????jP  ", "JPEG 2000"}, {"\xFF\x4F\xFF", "JPEG 2000"}, {"????JXL ", "JPEG XL"}, {"\xFF\x0A", "JPEG XL"},
+        {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PBM"}, {"P4", "PBM"},
+        {"P2", "PGM as text"}, {"P3", "PPM as text"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"},
+        {"PK", "zip: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
+        {"<", "HTML or XML: get the image itself"}, {"version https://git-lfs", "git-lfs: run `git lfs pull`"}};
+    for (; size && avl__is_space(*data); size--) data++;
+    for (size_t i = 0, n; i < sizeof others / sizeof *others; i++) {
+        const char *bytes = others[i][0], *what = others[i][1];
+        for (n = 0; n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == data[n]); n++) {}
+        if (!bytes[n])
+            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s",
+                             what, strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
+    }
+    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), by its first bytes");
+}
+
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
                                                 astrovl_image *image, astrovl_error *err) {
     const uint8_t *p = (const uint8_t *)data;
     if (image) memset(image, 0, sizeof *image);
     if (!image || !data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data to decode, or no image for the result");
+    avl__fail(err, ASTROVL_OK, "%s", "");
     uint64_t max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
     avl__image_file in = {NULL, p, size, 0, max_pixels, 0, image, err};
     astrovl_status status;
     if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
     else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
     else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
-    else
-        status = avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6): its %lld bytes "
-                           "start with none of their signatures", (long long)size);
+    else status = avl__image_other(p, size, err);
     if (!status && in.orientation) image->orientation = in.orientation;
     if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
     if (status) astrovl_image_free(image);
@@ -4628,10 +4673,10 @@ ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_im
     if (file.size == 0) status = avl__fail(&inner, ASTROVL_ERROR_FORMAT, "the file is empty");
     else status = astrovl_image_decode(file.data, file.size, options, image, &inner);
     avl__file_close(&file);
-    return status ? avl__fail(err, status, "%s: %s", path, inner.message) : ASTROVL_OK;
+    return avl__fail(err, status, "%s%s%s", *inner.message ? path : "", *inner.message ? ": " : "", inner.message);
 }
 
-// ---- orientation, padding, cropping -------------------------------------------------------------------------------
+// ---- orientation --------------------------------------------------------------------------------------------------
 
 // EXIF's orientations 1 to 8. Pixel (x, y) of the result is pixel (x, y) of the stored image, with the two exchanged
 // (5 to 8), then x (2, 3, 7, 8) and y (3, 4, 6, 7) counted from the far end.
@@ -4657,110 +4702,138 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
     return ASTROVL_OK;
 }
 
-// The image in the middle of `color` (NULL: black), or the middle of it, as wide and high as asked. Where it cannot be
-// quite in the middle, round_up decides whether its first column is (width difference) / 2 rounded up or down.
-static astrovl_status avl__image_center(const astrovl_image *image, int width, int height, int round_up,
-                                        const unsigned char color[3], astrovl_image *out, astrovl_error *err) {
-    static const unsigned char black[3] = {0, 0, 0};
-    astrovl_status status = avl__image_check(image, width, height, out, err);
-    if (!status) status = avl__image_new(out, width, height, err);
-    if (status) return status;
-    if (!color) color = black;
-    int left = (image->width - width + round_up) >> 1, top = (image->height - height + round_up) >> 1;
-    for (int y = 0; y < height; y++)
-        for (int x = 0; x < width; x++) {
-            int from_x = x + left, from_y = y + top;
-            int is_inside = from_x >= 0 && from_x < image->width && from_y >= 0 && from_y < image->height;
-            memcpy(avl__image_pixel(out, x, y), is_inside ? avl__image_pixel(image, from_x, from_y) : color, 3);
-        }
-    return ASTROVL_OK;
-}
-
-ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
-                                                    astrovl_image *out, astrovl_error *err) {
-    int side = !image ? 0 : image->width > image->height ? image->width : image->height;
-    return avl__image_center(image, side, side, 1, color, out, err);
-}
-
-ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
-                                                     astrovl_image *out, astrovl_error *err) {
-    return avl__image_center(image, width, height, 0, NULL, out, err);
-}
-
-// ---- resizing -----------------------------------------------------------------------------------------------------
-// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels within `support` of its center, where the
-// kernel is stretched by the reduction (so that it averages when it shrinks): along the rows, then along the columns,
-// with weights of 22 fractional bits and rounding to 8 bits after each.
+// ---- resizing, padding, cropping ----------------------------------------------------------------------------------
+// Pillow's BICUBIC. Each output pixel is a weighted mean of the input pixels around its center, within 2 or, so that it
+// averages where it shrinks, 2 times the reduction: along one axis, then along the other, with weights of 22 fractional
+// bits and rounding to 8 bits after each. The image may lie in the middle of a larger input of one color, and the
+// result in that of a larger output. Neither is stored: making a long and thin image square takes no memory.
 
 #define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
 
-// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981)
-static double avl__bicubic(double x) {
+// What a pixel of the result is made of, along one axis.
+typedef struct avl__taps {
+    int64_t first, end, at;             // pixels first to end - 1 of the image, whose pixel 0 is the input's pixel `at`
+    int32_t all, outside;               // sums of weights: of all input pixels, and of those outside of the image
+    double  center, step, sum;
+} avl__taps;
+
+// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981), for pixel k of the image
+static double avl__bicubic(const avl__taps *t, int64_t k) {
+    double x = ((double)(t->at + k) - t->center + 0.5) * t->step;
     if (x < 0.0) x = -x;
     if (x < 1.0) return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0;
     if (x < 2.0) return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
     return 0.0;
 }
 
-// Resizes the rows to n_out pixels and transposes: out is image->height wide and n_out high. Two passes resize both
-// axes. If n_out is the image's width, every weight is 0 or 1 and the pass only transposes.
-static astrovl_status avl__resize_pass(const astrovl_image *image, int n_out, astrovl_image *out, astrovl_error *err) {
-    double scale = (double)image->width / (double)n_out, stretch = scale < 1.0 ? 1.0 : scale;
-    double support = 2.0 * stretch, step = 1.0 / stretch;
-    size_t stride = 2 + (size_t)support * 2 + 3;
-    int32_t *taps = (int32_t *)avl__alloc_raw((uint64_t)n_out * stride, sizeof(int32_t));
-    astrovl_status status = avl__image_new(out, image->height, n_out, err);
-    if (!taps && !status) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d", n_out);
-    for (int i = 0; i < n_out && !status; i++) {   // taps of output i: first input pixel, how many, their weights
-        double center = ((double)i + 0.5) * scale, low = center - support + 0.5, high = center + support + 0.5;
-        int first = low < 0.0 ? 0 : (int)low, n = (high > (double)image->width ? image->width : (int)high) - first;
-        int32_t *tap = taps + (size_t)i * stride;
-        double sum = 0.0;
-        for (int k = 0; k < n; k++) sum += avl__bicubic(((double)(k + first) - center + 0.5) * step);
-        tap[0] = first;
-        tap[1] = n;
-        for (int k = 0; k < n; k++) {
-            double w = avl__bicubic(((double)(k + first) - center + 0.5) * step);
-            w = (sum != 0.0 ? w / sum : w) * (double)(1 << AVL__RESIZE_BITS);
-            tap[2 + k] = (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+static int32_t avl__weight(const avl__taps *t, int64_t k) {
+    double w = avl__bicubic(t, k) / t->sum * (double)(1 << AVL__RESIZE_BITS);
+    return (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+}
+
+// For pixel i of n. n_in, n_image, n_out, n: pixels of the input, the image, the output and the result
+static avl__taps avl__taps_of(int64_t n_in, int64_t n_image, int64_t n_out, int64_t n, int64_t i) {
+    double scale = (double)n_in / (double)n_out, stretch = scale < 1.0 ? 1.0 : scale;
+    double center = ((double)((n_out - n) / 2 + i) + 0.5) * scale;
+    double low = center - 2.0 * stretch + 0.5, high = center + 2.0 * stretch + 0.5;
+    int64_t at = (n_in - n_image) / 2, first = (low < 0.0 ? 0 : (int64_t)low) - at;
+    int64_t end = (high > (double)n_in ? n_in : (int64_t)high) - at;
+    avl__taps t = {0, 0, at, 0, 0, center, 1.0 / stretch, 0.0};
+    t.first = first < 0 ? 0 : first > n_image ? n_image : first;
+    t.end = end < 0 ? 0 : end > n_image ? n_image : end;
+    for (int64_t k = first; k < end; k++) t.sum += avl__bicubic(&t, k);
+    for (int64_t k = first; k < end; k++) t.all += avl__weight(&t, k);
+    t.outside = t.all;
+    for (int64_t k = t.first; k < t.end; k++) t.outside -= avl__weight(&t, k);
+    return t;
+}
+
+// in, out: size of the input and the output, across and down;   color: of the input outside of the image (NULL: black)
+static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2], const int64_t out[2], int width,
+                                  int height, const unsigned char color[3], astrovl_image *result, astrovl_error *err) {
+    // Along x first, which is across, as in Pillow up to 12, which prepared the training data. Images over 100 times as
+    // high as wide are an exception when they are made lower: x is down. (Pillow 13 takes the faster order.)
+    const int x = in[1] > 100 * in[0] && out[1] < in[1], y = !x;
+    const int64_t n[2] = {width, height}, n_image[2] = {image->width, image->height};
+    const int64_t step[2] = {3, 3 * n_image[0]}, n_rows = 64;   // of the image, of the result at a time
+    const int64_t n_x = n[x], n_y = n[y], size = 3 * n_x, n_weights = 4 * (in[x] / out[x] + 2);
+    const int32_t half = 1 << (AVL__RESIZE_BITS - 1);
+    if (!color) color = (const unsigned char *)"\0\0";
+    astrovl_status status = avl__image_new(result, width, height, err);
+    if (status) return status;
+    const uint64_t n_taps = (uint64_t)(n_x + n_y), n_bytes = (uint64_t)(n_rows * size * 5 + n_weights * 4);
+    avl__taps *taps = (avl__taps *)avl__alloc_raw(n_taps * sizeof(avl__taps) + n_bytes, 1);      // along x, along y
+    if (!taps) {
+        astrovl_image_free(result);
+        return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", width, height);
+    }
+    int32_t *sums = (int32_t *)(taps + n_taps), *weights = sums + n_rows * size;                 // [n_rows][n_x][3]
+    uint8_t *rows = (uint8_t *)(weights + n_weights);                                            // the same
+    for (int64_t i = 0; i < n_x; i++) taps[i] = avl__taps_of(in[x], n_image[x], out[x], n_x, i);
+    for (int64_t i = 0; i < n_y; i++) taps[n_x + i] = avl__taps_of(in[y], n_image[y], out[y], n_y, i);
+    // Pixels x0 to x1 - 1 along x see something of the image. The others have its color, as do the rows outside of it.
+    int64_t x0 = 0, x1 = n_x;
+    while (x0 < x1 && taps[x0].first == taps[x0].end) x0++;
+    while (x0 < x1 && taps[x1 - 1].first == taps[x1 - 1].end) x1--;
+    for (int64_t y0 = 0, y1; y0 < n_y; y0 = y1) {
+        const avl__taps *t = taps + n_x;
+        y1 = n_y - y0 < n_rows ? n_y : y0 + n_rows;
+        for (int64_t i = y0; i < y1; i++)
+            for (int64_t v = 0; v < size; v++)
+                sums[(i - y0) * size + v] = half + (v < 3 * x0 || v >= 3 * x1 ? t[i].all : t[i].outside) * color[v % 3];
+        for (int64_t row = t[y0].first, end; row < t[y1 - 1].end; row = end) {
+            end = t[y1 - 1].end - row < n_rows ? t[y1 - 1].end : row + n_rows;
+            for (int64_t i = x0; i < x1; i++) {
+                const int64_t first = taps[i].first, n_seen = taps[i].end - first;
+                for (int64_t k = 0; k < n_seen; k++) weights[k] = avl__weight(&taps[i], first + k);
+                for (int64_t v = 0; v < 3 * (end - row); v++) {
+                    const unsigned char *from = image->rgb + (row + v / 3) * step[y] + first * step[x] + v % 3;
+                    int32_t sum = half + taps[i].outside * color[v % 3];
+                    for (int64_t k = 0; k < n_seen; k++) sum += weights[k] * from[k * step[x]];
+                    rows[v / 3 * size + 3 * i + v % 3] = avl__clip8(sum >> AVL__RESIZE_BITS);
+                }
+            }
+            for (int64_t i = y0; i < y1; i++)
+                for (int64_t k = t[i].first < row ? row : t[i].first; k < t[i].end && k < end; k++) {
+                    const int32_t weight = avl__weight(&t[i], k);
+                    for (int64_t v = 3 * x0; v < 3 * x1; v++)
+                        sums[(i - y0) * size + v] += weight * rows[(k - row) * size + v];
+                }
+        }
+        for (int64_t i = y0 * size; i < y1 * size; i++) {
+            const int64_t pixel = x == 1 ? i / 3 % n_x * n_y + i / size : i / 3;
+            result->rgb[3 * pixel + i % 3] = avl__clip8(sums[i - y0 * size] >> AVL__RESIZE_BITS);
         }
     }
-    for (int y = 0; y < image->height && !status; y++)
-        for (int i = 0; i < n_out; i++) {
-            const int32_t *tap = taps + (size_t)i * stride;
-            const unsigned char *from = avl__image_pixel(image, tap[0], y);
-            unsigned char *to = avl__image_pixel(out, y, i);
-            int32_t r = 1 << (AVL__RESIZE_BITS - 1), g = r, b = r;
-            for (int k = 0; k < tap[1]; k++, from += 3) {
-                r += tap[2 + k] * from[0];
-                g += tap[2 + k] * from[1];
-                b += tap[2 + k] * from[2];
-            }
-            to[0] = avl__clip8(r >> AVL__RESIZE_BITS);
-            to[1] = avl__clip8(g >> AVL__RESIZE_BITS);
-            to[2] = avl__clip8(b >> AVL__RESIZE_BITS);
-        }
     astrovl_free(taps);
-    if (status) astrovl_image_free(out);
-    return status;
+    return ASTROVL_OK;
 }
 
 ASTROVL_API astrovl_status astrovl_image_resize(const astrovl_image *image, int width, int height, astrovl_image *out,
                                                 astrovl_error *err) {
     astrovl_status status = avl__image_check(image, width, height, out, err);
     if (status) return status;
-    memset(out, 0, sizeof *out);
-    // Rows first, as in Pillow up to 12, which prepared the training data. Images over 100 times as high as wide are an
-    // exception when they are made lower: transpose, columns, rows, transpose. (Pillow 13 takes the faster order.)
-    int sizes[4] = {image->width, height, width, height};
-    astrovl_image now = *image, next;   // before and after a pass
-    for (int i = image->height > 100 * (int64_t)image->width && height < image->height ? 0 : 2; i < 4 && !status; i++) {
-        status = avl__resize_pass(&now, sizes[i], &next, err);
-        if (now.rgb != image->rgb) astrovl_image_free(&now);
-        now = next;
-    }
-    if (!status) *out = now;
-    return status;
+    const int64_t in_size[2] = {image->width, image->height}, out_size[2] = {width, height};
+    return avl__resize(image, in_size, out_size, width, height, NULL, out, err);
+}
+
+ASTROVL_API astrovl_status astrovl_image_pad_square(const astrovl_image *image, const unsigned char color[3],
+                                                    astrovl_image *out, astrovl_error *err) {
+    astrovl_status status = avl__image_check(image, 1, 1, out, err);
+    if (status) return status;
+    int side = image->width > image->height ? image->width : image->height;
+    const int64_t square[2] = {side, side};
+    return avl__resize(image, square, square, side, side, color, out, err);
+}
+
+// The middle of an input that is as wide as the result, or wider by one so that the image is in its middle.
+ASTROVL_API astrovl_status astrovl_image_center_crop(const astrovl_image *image, int width, int height,
+                                                     astrovl_image *out, astrovl_error *err) {
+    astrovl_status status = avl__image_check(image, width, height, out, err);
+    if (status) return status;
+    const int64_t w = image->width, h = image->height;
+    const int64_t input[2] = {w - 2 * ((w - width) >> 1), h - 2 * ((h - height) >> 1)};
+    return avl__resize(image, input, input, width, height, NULL, out, err);
 }
 
 // ====================================================================================================================
@@ -4929,26 +5002,18 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
                                            astrovl_error *err) {
     const int size = clip->image_size;
     const size_t n = (size_t)size * size;
-    astrovl_image shaped = {0, 0, NULL, 1}, sized = {0, 0, NULL, 1};
-    astrovl_status status = avl__image_check(image, 1, 1, &shaped, err);
+    astrovl_image sized = {0, 0, NULL, 1};
+    astrovl_status status = avl__image_check(image, 1, 1, &sized, err);
     if (status) return status;
     const int64_t w = image->width, h = image->height, longer = w > h ? w : h, shorter = w < h ? w : h;
-    if (clip->pad_square ? longer / 4 > shorter && (uint64_t)(longer * longer / 4) > ASTROVL_MAX_PIXELS
-                         : size * longer / shorter > 65535)   // gigabytes, from a file of a few bytes
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "%d x %d pixels are too narrow to be made square", (int)w, (int)h);
-    if (clip->pad_square) {
-        unsigned char color[3];
-        for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
-        status = astrovl_image_pad_square(image, color, &shaped, err);
-        if (!status) status = astrovl_image_resize(&shaped, size, size, &sized, err);
-    } else {   // the long side as transformers' get_resize_output_image_size: int(size * long / short)
-        status = astrovl_image_resize(image, (int)(size * w / shorter), (int)(size * h / shorter), &shaped, err);
-        if (!status) status = astrovl_image_center_crop(&shaped, size, size, &sized, err);
-    }
+    const int64_t side = clip->pad_square ? longer : shorter, in_h = clip->pad_square ? side : h;
+    const int64_t in[2] = {clip->pad_square ? side : w, in_h}, resized[2] = {size * in[0] / side, size * in[1] / side};
+    unsigned char color[3];
+    for (int c = 0; c < 3; c++) color[c] = (unsigned char)(clip->mean[c] * 255.0f);   // LLaVA's int(): 122 116 104
+    status = avl__resize(image, in, resized, size, size, color, &sized, err);
     for (size_t c = 0; c < 3 && !status; c++)
         for (size_t i = 0; i < n; i++)
             pixels[c * n + i] = ((float)sized.rgb[3 * i + c] * (float)(1.0 / 255.0) - clip->mean[c]) / clip->std[c];
-    astrovl_image_free(&shaped);
     astrovl_image_free(&sized);
     return status;
 }

@@ -571,6 +571,13 @@ static char *say(program *p, const astrovl_image *images, int n_images, const ch
     return turn.answer;
 }
 
+// Says, too, what is to be said of an image that could be read.
+static int load_image(program *p, const char *path, astrovl_image *image, astrovl_error *err) {
+    const int good = astrovl_image_load(path, NULL, image, err) == ASTROVL_OK;
+    if (good && *err->message) clear_bar(p), note("warning: %s", err->message);
+    return good;
+}
+
 static void print_label(FILE *out, const char *label) { if (label) print_safe(out, label), fputs(": ", out); }
 
 // Prints one answer's end: the JSON object, or the newline and the timings. label: may be NULL
@@ -783,7 +790,7 @@ static int answer_images(program *p, const char *const *paths, int n, int each, 
         astrovl_turn t = {i ? p->more[i] : p->session, images + i * each, 0, prompt, &p->o.how, NULL, {ASTROVL_OK, ""}};
         astrovl_session_reset(t.session);
         for (int k = i * each; t.n_images < each; k++, t.n_images++)
-            if (astrovl_image_load(paths[k], NULL, &images[k], &t.err) != ASTROVL_OK) break;
+            if (!load_image(p, paths[k], &images[k], &t.err)) break;
         of[i] = t.n_images == each ? &turns[good++] : &turns[n - 1 - (i - good)];
         *of[i] = t;
     }
@@ -851,7 +858,7 @@ static void chat_image(program *p, chat_state *c, const char *path, int anew) {
         c->n_failed += fail("%s: this model cannot see: it has no vision tower with a projector", path);
         return;
     }
-    if (*path && astrovl_image_load(path, NULL, &image, &p->err) != ASTROVL_OK) { c->n_failed += failed(p); return; }
+    if (*path && !load_image(p, path, &image, &p->err)) { c->n_failed += failed(p); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
@@ -1794,7 +1801,7 @@ static int run_trace(program *p) {
         if (!(t->index = fopen(path, "w"))) exit(write_error(path));
         fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
     }
-    if (n_images && astrovl_image_load(p->o.words.items[0], NULL, &image, &p->err) != ASTROVL_OK) return failed(p);
+    if (n_images && !load_image(p, p->o.words.items[0], &image, &p->err)) return failed(p);
     char *answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
@@ -1832,20 +1839,21 @@ static float *new_rows(program *p, int n) {
 }
 static float *row_of(const program *p, float *rows, int i) { return rows + (size_t)i * (size_t)p->info.n_embd_joint; }
 
-// Embeds up to MAX_BATCH images in one pass. rows: out, [n][n_embd_joint]. An image that cannot be read is reported;
-// its ok is 0 and its row unspecified. Returns how many could be read.
+// Embeds up to MAX_BATCH images in one pass, or each alone if that fails. rows: out, [n][n_embd_joint]. An image that
+// cannot be read or embedded is reported; its ok is 0 and its row unspecified. Returns how many are good.
 static int embed_batch(program *p, const char *const *paths, int n, float *rows, char *ok) {
     astrovl_image images[MAX_BATCH];
     int i, good = 0, next;
     for (i = 0; i < n; i++) {
-        ok[i] = astrovl_image_load(paths[i], NULL, &images[good], &p->err) == ASTROVL_OK;
-        if (ok[i]) good++;
-        else failed_on(p, paths[i]);
+        if (!(ok[i] = (char)load_image(p, paths[i], &images[good], &p->err))) failed_on(p, paths[i]);
+        good += ok[i];
     }
-    if (good && astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) != ASTROVL_OK) exit(failed(p));
+    const int done = !good || astrovl_embed_images(p->session, images, good, !p->o.raw, rows, &p->err) == ASTROVL_OK;
     for (i = 0; i < good; i++) astrovl_image_free(&images[i]);
+    if (!done && n == 1) return *ok = 0, failed_on(p, *paths), 0;
     for (i = n - 1, next = good; i >= 0; i--)              // from the rows of the good ones to those of all
-        if (ok[i]) memmove(row_of(p, rows, i), row_of(p, rows, --next), (size_t)p->info.n_embd_joint * sizeof(float));
+        if (ok[i] && done) memmove(row_of(p, rows, i), row_of(p, rows, --next), (size_t)p->info.n_embd_joint * 4);
+        else if (ok[i]) good += embed_batch(p, paths + i, 1, row_of(p, rows, i), ok + i) - 1;
     return good;
 }
 
@@ -2160,7 +2168,8 @@ static int add_images(program *p, const char *path, int is_found, list *names, i
 #if !defined(_WIN32)
     static const char *const endings[] = {
         ".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm",
-        ".fits", ".fit", ".fts", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".avif", ".heic"};
+        ".fits", ".fit", ".fts", ".fz", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".jxl", ".avif",
+        ".heic", ".heif"};
     enum { N_READ = 6, N_ENDINGS = (int)(sizeof endings / sizeof *endings) };
     const char *dot = strrchr(path, '.');
     struct stat s, target;
@@ -2223,16 +2232,15 @@ static int run_index(program *p) {
     char ok[MAX_BATCH];
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
-    const int batch = p->o.batch;
     image_index *ix = new_index(p, p->o.out);
     open_index(p, ix);
     const int status = collect_images(p, ix, &todo, &n_known);
-    unsigned char *records = (unsigned char *)new_memory(p, (size_t)batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
-    float *rows = new_rows(p, batch);
+    unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
+    float *rows = new_rows(p, p->o.batch);
     const double start = seconds();
     for (int i = 0; i < todo.n && !p->stop; i += some) {
         unsigned char *r = records;
-        some = todo.n - i < batch ? todo.n - i : batch;
+        some = todo.n - i < p->o.batch ? todo.n - i : p->o.batch;
         draw_bar(p, "images", i, todo.n, rate);
         added += embed_batch(p, todo.items + i, some, rows, ok);
         for (int k = 0; k < some; k++) {
@@ -2601,7 +2609,7 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
     for (sample *x = samples; x < samples + n; x++) {
         draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
-        if (astrovl_image_load(x->path, NULL, &image, &p->err) != ASTROVL_OK) exit(failed(p));
+        if (!load_image(p, x->path, &image, &p->err)) exit(failed(p));
         x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT);
         astrovl_image_free(&image);
         if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));

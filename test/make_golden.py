@@ -303,6 +303,13 @@ def images_operations():
         yield "crop 0 %d %d %d %d %s" % (w, h, out_w, out_h, images_crc(crop))
 
 
+def images_rgb(image):
+    """Pillow's convert("RGB"), except that gray of 16 bits, which Pillow clips at 255, is scaled to 8 bits."""
+    if not image.mode.startswith("I"):
+        return np.array(image.convert("RGB"))
+    return np.repeat(((np.array(image).astype(int) + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+
+
 def make_images(folder):
     print("images: Pillow", PIL.__version__, "libjpeg-turbo", PIL.features.version("libjpeg_turbo"), "numpy", np.__version__,
           subprocess.run(["cjpeg", "-version"], capture_output=True, text=True).stderr.strip())
@@ -311,10 +318,10 @@ def make_images(folder):
             for name, data in maker():
                 image = Image.open(io.BytesIO(data))
                 orientation = image.getexif().get(0x0112, 1)
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-                pixels = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+                upright = images_rgb(ImageOps.exif_transpose(image))
+                pixels = images_rgb(Image.open(io.BytesIO(data)))
                 out.write(b"%s %d %d %d %s %s %d\n" % (name.encode(), image.width, image.height, orientation,
-                                                         images_crc(pixels).encode(), images_crc(np.array(upright)).encode(), len(data)))
+                                                         images_crc(pixels).encode(), images_crc(upright).encode(), len(data)))
                 out.write(data)
     with open(os.path.join(folder, "images_ops.txt"), "w") as out:
         out.write("\n".join(images_operations()) + "\n")

@@ -358,6 +358,36 @@ class Failures(Case):
             self.assertTrue(line.startswith(image + ": ") and len(line) > len(image) + 4, result)
         self.assertEqual(result.err.count("nowhere.png"), 1)
 
+    def test_strips_and_bad_pictures_end_no_run(self):
+        """Long strips, and pictures of which some are damaged or no pictures: each is reported by its name, the others are done."""
+        good, bad = [self.images[0]], []
+        for name, width, height in (("wide.png", 30000, 1), ("high.png", 1, 65500)):
+            good.append(self.write(name, png(width, height, lambda x, y: (x % 256, y % 256, 9))))
+        for name, data in (("page.png", b"<!DOCTYPE html>"), ("empty.jpg", b""), ("cut.png", star_field(0)[:100]), ("m31.tif", b"II*\0"),
+                           ("huge.png", png(1, 1, lambda x, y: (0, 0, 0)).replace(b"\0\0\0\1" * 2, b"\0\1\0\0" * 2))):
+            bad.append(self.write(name, data))
+        files = [name for pair in zip(bad, good) for name in pair] + bad[3:]
+        for command in (["caption", *SHORT], ["caption", "--batch", "5", *SHORT], ["score", "--text", "a comet"], ["describe", "-k", "1"],
+                        ["embed", "--batch", "8"], ["index", "-o", self.path("strips.avl")]):
+            result = self.fails(1, *command, *files)
+            for name in bad:
+                self.assertEqual(result.err.count(name + ": "), 1, (command, result.err))
+            if command[0] != "index":
+                self.assertTrue(all(name in result.out for name in good), (command, result.out))
+        self.assertIn("3 images added", result.out)
+        self.assertIn("TIFF: convert it", result.err)
+        self.assertIn("the file is empty", result.err)
+
+    def test_wrong_crc_of_pixels_is_a_warning(self):
+        data = bytearray(star_field(0))
+        size = struct.unpack_from(">I", data, 33)[0]
+        data[33 + 8 + size] ^= 1
+        name = self.write("crc.png", bytes(data))
+        for command in (["caption", *SHORT], ["score", "--text", "a comet"], ["embed"]):
+            self.assertRegex(self.succeeds(*command, name).err, r"warning: .*crc\.png: PNG: .*CRC")
+        self.assertEqual(self.succeeds("embed", name).out.split("embedding")[1],
+                         self.succeeds("embed", self.write("right.png", star_field(0))).out.split("embedding")[1])
+
     def test_model_without_vision(self):
         vocabulary = self.path("vocabulary.gguf")
         write_vocabulary(vocabulary)
@@ -1564,10 +1594,10 @@ class Index(Case):
     def test_what_is_passed_over_is_said(self):
         folder = self.path("kinds")
         os.mkdir(folder)
-        for name in ("a.png", "b.fits", "c.TIF", "d.txt"):
+        for name in ("a.png", "b.fits", "c.TIF", "d.txt", "e.heif", "f.fits.FZ"):
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(star_field(0))
-        self.assertIn("2 images of other formats", self.index("kinds.avl", folder).err)
+        self.assertIn("4 images of other formats", self.index("kinds.avl", folder).err)
         os.symlink("nowhere.png", os.path.join(folder, "gone.png"))
         self.assertIn("gone.png", self.index("kinds.avl", folder, code=1).err)
 
