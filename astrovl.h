@@ -6273,46 +6273,30 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 // d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
 // pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
 
-static int avl__re_step(astrovl_guide *g, int x, int c);
-
-// Pushes d(a) b for each member of d(a).
-static void avl__push_products(astrovl_guide *g, int a, int c, int b) {
-    int d = avl__re_step(g, a, c);
-    for (; g->nodes[d].kind == AVL__ALT; d = g->nodes[d].b) avl__push(g, avl__re_cat(g, g->nodes[d].a, b));
-    avl__push(g, avl__re_cat(g, d, b));
-}
-
-// The derivative of node x by the bytes of class c, computed where it is not known yet.
+// The derivative of node x by the bytes of class c, computed where it is not known yet. Only its parts a take recursion,
+// no deeper than the pattern is nested: a row of parts that may all be empty is a loop.
 static int avl__re_step(astrovl_guide *g, int x, int c) {
     const int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
     if (known >= 0) return known;
-    if (g->failure.status) return AVL__NONE;
-    const avl__re e = g->nodes[x];
+    if (g->failure.status || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
     const size_t base = g->stack.size;
-    int i = x;
-    if (e.kind == AVL__RANGE) return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
-    if (e.kind < AVL__RANGE) return AVL__NONE;
-    if (e.kind == AVL__CAT) {
-        // In a row of parts that may all be empty, the last one's derivative comes first: no recursion along the row.
-        for (; g->nodes[i].kind == AVL__CAT && g->nodes[g->nodes[i].a].least == 0; i = g->nodes[i].b) {
-            const avl__re *b = &g->nodes[g->nodes[i].b];
-            if (b->next >= 0 && g->next.data[b->next + c] >= 0) break;
-            avl__push(g, g->nodes[i].b);
-        }
-        while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
-        avl__push_products(g, e.a, c, e.b);
-        if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
-    } else if (e.kind == AVL__ALT) {
-        for (; g->nodes[i].kind == AVL__ALT; i = g->nodes[i].b) avl__push(g, avl__re_step(g, g->nodes[i].a, c));
-        avl__push(g, avl__re_step(g, i, c));
-    } else {
-        i = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
-        avl__push_products(g, e.a, c, i);
+    for (int more = 1, i = x; more; g->work++) {
+        const avl__re e = g->nodes[i];
+        int d = AVL__NONE, then = AVL__EMPTY;
+        if (e.kind == AVL__RANGE) d = e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
+        if (e.kind == AVL__CAT) then = e.b;
+        if (e.kind == AVL__REPEAT)
+            then = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
+        if (e.kind > AVL__RANGE) d = avl__re_step(g, e.a, c);
+        for (; g->nodes[d].kind == AVL__ALT; d = g->nodes[d].b) avl__push(g, avl__re_cat(g, g->nodes[d].a, then));
+        avl__push(g, avl__re_cat(g, d, then));
+        more = e.kind == AVL__ALT || (e.kind == AVL__CAT && g->nodes[e.a].least == 0);
+        i = e.b;
     }
     const int y = avl__re_alt(g, base);
     if (g->nodes[x].next < 0) {
         const int32_t new_row = (int32_t)g->next.size;
-        for (i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
+        for (int i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
         if (g->failure.status) return AVL__NONE;
         g->nodes[x].next = new_row;
     }
