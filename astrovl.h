@@ -6426,24 +6426,33 @@ ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
 
 // ---- patterns ------------------------------------------------------------------------------------------------------
 
-typedef struct avl__regex {
-    astrovl_guide *g;
-    const char    *text, *p;   // zero-terminated; what comes next: after a failure the final zero
-    int            depth;
-} avl__regex;
+typedef struct avl__json_value {   // see below
+    char           kind;    // its first byte: { [ " t f n; of any number '0'
+    int            end;     // in the list of values
+    astrovl_string text;    // a string's characters, zero-terminated; all else as it stands in the text
+} avl__json_value;
 
-static int avl__regex_fail(avl__regex *r, const char *at, astrovl_status status, const char *what) {   // returns NONE
-    if (!r->g->failure.status) avl__fail(&r->g->failure, status, "pattern, byte %d: %s", (int)(at - r->text), what);
-    r->p += strlen(r->p);
+typedef struct avl__reader {                  // of a pattern, or of JSON
+    const char      *name, *text, *limit, *p; // for messages; from text to its limit, a zero byte; what comes next
+    int              depth;
+    astrovl_error   *err;                     // the first failure sticks; p is then the limit
+    astrovl_guide   *g;                       // what a pattern or a schema becomes
+    avl__json_value *values;                  // of JSON
+    size_t           n_values, capacity;
+} avl__reader;
+
+static int avl__read_fail(avl__reader *r, const char *at, astrovl_status status, const char *what) {   // returns NONE
+    if (!r->err->status) avl__fail(r->err, status, "%s, byte %d: %s", r->name, (int)(at - r->text), what);
+    r->p = r->limit;
     return AVL__NONE;
 }
 
-static int avl__regex_wrong(avl__regex *r, const char *at, const char *what) {
-    return avl__regex_fail(r, at, ASTROVL_ERROR_FORMAT, what);
+static int avl__read_wrong(avl__reader *r, const char *at, const char *what) {
+    return avl__read_fail(r, at, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__regex_take(avl__regex *r, char c) {
-    int is_here = *r->p == c;
+static int avl__accept(avl__reader *r, char c) {
+    const int is_here = *r->p == c;
     r->p += is_here;
     return is_here;
 }
@@ -6476,20 +6485,20 @@ static int32_t avl__char_read(const char *p, const char *letters, const char *me
     return 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
 }
 
-static int avl__regex_char(avl__regex *r) {
+static int avl__regex_char(avl__reader *r) {
     const char *start = r->p;
     size_t size;
     int32_t c = *start ? avl__char_read(start, "ntrfv", "\n\t\r\f\v", &size) : AVL__UTF8_BAD;
     if (c == AVL__UTF8_BAD || c == AVL__UTF8_CUT)
-        return avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
-    if (c >= 0xD800 && c <= 0xDFFF) return avl__regex_wrong(r, start, "half a surrogate pair is no character");
+        return avl__read_wrong(r, start, "the pattern ends too early, or is not UTF-8");
+    if (c >= 0xD800 && c <= 0xDFFF) return avl__read_wrong(r, start, "half a surrogate pair is no character");
     if (c == AVL__ESCAPE_BAD) {
         const int letter = (uint8_t)start[1];
         size = letter == 'x' ? 4 : 2;
         c = letter == 'x' ? avl__hex(start + 2, 2) : letter == 'u' ? -1 : letter;
-        if (c < 0) return avl__regex_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
+        if (c < 0) return avl__read_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
         if (letter != 'x' && (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')))
-            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that "
+            return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that "
                                    "are: \\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
     }
     r->p += size;
@@ -6498,13 +6507,13 @@ static int avl__regex_char(avl__regex *r) {
 
 // A set of characters is collected on the stack, as numbers that sort: 2 low, and 2 (high + 1) + 1 where a range has
 // ended.
-static void avl__set_add(avl__regex *r, int low, int high) {
+static void avl__set_add(avl__reader *r, int low, int high) {
     avl__push(r->g, 2 * low);
     avl__push(r->g, 2 * high + 3);
 }
 
 // Adds \d, \w, \s or one of their complements to a set (ASCII, as in JSON schema's patterns). 0: something else is here
-static int avl__regex_class(avl__regex *r) {
+static int avl__regex_class(avl__reader *r) {
     const char c = *r->p == '\\' ? r->p[1] : (char)0, kind = (char)(c | 32);
     const char *bounds = kind == 'd' ? "09" : kind == 'w' ? "09AZ__az" : kind == 's' ? "\t\r  " : NULL;
     if (!bounds) return 0;
@@ -6519,29 +6528,29 @@ static int avl__regex_class(avl__regex *r) {
     return 1;
 }
 
-static int avl__regex_alternatives(avl__regex *r);
+static int avl__regex_alternatives(avl__reader *r);
 
-static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be left on the stack
+static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may be left on the stack
     astrovl_guide *g = r->g;
     const char *start = r->p;
     const size_t base = g->stack.size;
     if (*start && strchr("*+?{", *start))
-        return avl__regex_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
+        return avl__read_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
     if (*start == '^' || *start == '$')
-        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the pattern's ends");
-    if (avl__regex_take(r, '(')) {
-        if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
-            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
+        return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the pattern's ends");
+    if (avl__accept(r, '(')) {
+        if (avl__accept(r, '?') && !avl__accept(r, ':'))
+            return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
         if (++r->depth > AVL__GUIDE_DEPTH)
-            return avl__regex_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
+            return avl__read_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
         int x = avl__regex_alternatives(r);
         r->depth--;
-        return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, start, "this ( is not closed");
+        return avl__accept(r, ')') ? x : avl__read_wrong(r, start, "this ( is not closed");
     }
     // a set of characters: one character or class, or those in brackets, or all but those
-    const int is_list = avl__regex_take(r, '['), is_dot = !is_list && avl__regex_take(r, '.');
-    const int negate = is_dot || (is_list && avl__regex_take(r, '^'));
-    if (is_list && *r->p == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
+    const int is_list = avl__accept(r, '['), is_dot = !is_list && avl__accept(r, '.');
+    const int negate = is_dot || (is_list && avl__accept(r, '^'));
+    if (is_list && *r->p == ']') return avl__read_wrong(r, start, "an empty set (a ] in a set is written \\])");
     if (is_dot) avl__set_add(r, '\n', '\n');
     else do {
         const char *at = r->p;
@@ -6549,13 +6558,13 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
         int high = low;
         if (is_list && r->p[0] == '-' && r->p[1] != ']') {
             r->p++;
-            if (is_class || avl__regex_class(r)) return avl__regex_wrong(r, at, "a range has a class at its end");
+            if (is_class || avl__regex_class(r)) return avl__read_wrong(r, at, "a range has a class at its end");
             high = avl__regex_char(r);
         }
-        if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
+        if (high < low) return avl__read_wrong(r, at, "a range that runs backwards");
         if (!is_class) avl__set_add(r, low, high);
     } while (is_list && *r->p && *r->p != ']');
-    if (is_list && !avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
+    if (is_list && !avl__accept(r, ']')) return avl__read_wrong(r, start, "this [ is not closed");
     const size_t end = g->stack.size;
     int n_open = 0, from = 0;
     if (end > base) avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
@@ -6568,7 +6577,7 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
     }
     if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
     const int x = avl__re_alt(g, end);
-    return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
+    return x ? x : avl__read_wrong(r, start, "a set that no character is in");
 }
 
 // Reads a decimal number. Once it is above AVL__GUIDE_FAR, the digits that follow are skipped. -1: none is here
@@ -6578,7 +6587,7 @@ static int avl__count_read(const char **p) {
     return n;
 }
 
-static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier, if it has one
+static int avl__regex_repeated(avl__reader *r) {   // an atom with its quantifier, if it has one
     const size_t base = r->g->stack.size;
     const int atom = avl__regex_atom(r);
     const char *start = r->p;
@@ -6588,18 +6597,18 @@ static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier
     r->p++;
     if (*start == '{') {
         min = avl__count_read(&r->p);
-        max = avl__regex_take(r, ',') ? avl__count_read(&r->p) : min;
+        max = avl__accept(r, ',') ? avl__count_read(&r->p) : min;
         if (min > AVL__GUIDE_FAR || max > AVL__GUIDE_FAR)
-            return avl__regex_fail(r, start + 1, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
-        if (min < 0 || (max >= 0 && max < min) || !avl__regex_take(r, '}'))
-            return avl__regex_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
+            return avl__read_fail(r, start + 1, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
+        if (min < 0 || (max >= 0 && max < min) || !avl__accept(r, '}'))
+            return avl__read_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
     }
-    avl__regex_take(r, '?');   // as few as possible or as many: the same language
-    if (*r->p && strchr("*+?{", *r->p)) return avl__regex_wrong(r, r->p, "a quantifier after a quantifier");
+    avl__accept(r, '?');   // as few as possible or as many: the same language
+    if (*r->p && strchr("*+?{", *r->p)) return avl__read_wrong(r, r->p, "a quantifier after a quantifier");
     return avl__re_repeat(r->g, atom, min, max);
 }
 
-static int avl__regex_alternatives(avl__regex *r) {
+static int avl__regex_alternatives(avl__reader *r) {
     astrovl_guide *g = r->g;
     const size_t base = g->stack.size;
     do {
@@ -6608,17 +6617,17 @@ static int avl__regex_alternatives(avl__regex *r) {
         int x = AVL__EMPTY;
         while (g->stack.size > first) x = avl__re_cat(g, g->stack.data[--g->stack.size], x);
         avl__push(g, x);
-    } while (avl__regex_take(r, '|'));
+    } while (avl__accept(r, '|'));
     return avl__re_alt(g, base);
 }
 
 // A whole pattern as an expression. It matches all of an answer, so ^ and $ at its ends say nothing.
 static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
-    avl__regex r = {g, pattern, pattern, 0};
-    avl__regex_take(&r, '^');
+    avl__reader r = {"pattern", pattern, pattern + strlen(pattern), pattern, 0, &g->failure, g, NULL, 0, 0};
+    avl__accept(&r, '^');
     const int x = avl__regex_alternatives(&r);
-    avl__regex_take(&r, '$');
-    return *r.p ? avl__regex_wrong(&r, r.p, "this ) closes nothing") : x;
+    avl__accept(&r, '$');
+    return *r.p ? avl__read_wrong(&r, r.p, "this ) closes nothing") : x;
 }
 
 // ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
@@ -6626,38 +6635,13 @@ static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
 // ends at the place in the list of what follows it and all it contains; a name where its member ends. So the items of
 // an array, and the names of an object, are v + 1, then the `end` of the one before, up to the `end` of v.
 
-enum { AVL__JSON_NAME = -2, AVL__JSON_VALUE = -1 };   // of a member
+static void avl__json_space(avl__reader *j) { j->p += strspn(j->p, " \t\n\r"); }
 
-typedef struct avl__json_value {
-    char        kind;    // its first byte: { [ " t f n; of any number '0'
-    int         at, end; // its first byte in the text, and its end in the list
-    int         item;    // its index in its array, or AVL__JSON_NAME or _VALUE
-    const char *text;    // a string's characters, zero-terminated; all else as it stands in the text
-    size_t      size;    // bytes of text
-} avl__json_value;
-
-typedef struct avl__json {
-    const char      *name;                  // for messages
-    char            *text, *limit, *p;      // a copy, in which strings are decoded; its end, a zero byte; what is next
-    avl__json_value *values;
-    size_t           n_values, capacity;
-    int              depth;
-    astrovl_error   *err;                   // the first failure sticks; p is then at the end
-    astrovl_guide   *g;                     // that a schema becomes
-} avl__json;
-
-static void avl__json_fail(avl__json *j, astrovl_status status, const char *what) {
-    if (!j->err->status) avl__fail(j->err, status, "%s, byte %d: %s", j->name, (int)(j->p - j->text), what);
-    j->p = j->limit;
-}
-
-static void avl__json_space(avl__json *j) { j->p += strspn(j->p, " \t\n\r"); }
-
-// Decodes the string at j->p. Its characters take no more bytes decoded than escaped, and the final zero stands where
-// the last quote stood or before.
-static void avl__json_string(avl__json *j, avl__json_value *value) {
-    char *to = ++j->p;
-    value->text = to;
+// Decodes the string at j->p in its place: its characters take no more bytes decoded than escaped, and the final zero
+// stands where the last quote stood or before.
+static astrovl_string avl__json_string(avl__reader *j) {
+    char *to = (char *)++j->p;   // in the copy that avl__json_open made
+    astrovl_string string = {to, 0};
     while (*j->p != '"') {
         size_t size;
         const int32_t c = avl__char_read(j->p, "\"\\/bfnrt", "\"\\/\b\f\n\r\t", &size);
@@ -6666,41 +6650,45 @@ static void avl__json_string(avl__json *j, avl__json_value *value) {
                             c == AVL__ESCAPE_BAD ? "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX" :
                             c < 0 ? "these bytes are not UTF-8" :
                             c >= 0xD800 && c <= 0xDFFF ? "half a surrogate pair is no character" : NULL;
-        if (wrong) avl__json_fail(j, ASTROVL_ERROR_FORMAT, wrong);
-        if (wrong) return;
+        if (wrong) avl__read_wrong(j, j->p, wrong);
+        if (wrong) return string;
         j->p += size;
         to += avl__utf8_write((uint32_t)c, to);
     }
     j->p++;
-    value->size = (size_t)(to - value->text);
     *to = 0;
+    string.size = (size_t)(to - string.data);
+    return string;
 }
 
-// Reads a value, or a member's name and value.
-static void avl__json_read(avl__json *j, int item) {
+static void avl__json_read(avl__reader *j) {   // one value, with white space before and behind it
     avl__json_space(j);
-    const int i = (int)j->n_values;
-    char *p = j->p;
-    const char kind = *p, close = kind == '{' ? '}' : ']';
-    avl__json_value value = {kind, (int)(p - j->text), 0, item, p, 0};
-    if (item == AVL__JSON_NAME && kind != '"') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a member's name is expected");
-    else if (!avl__grow(&j->values, &j->capacity, j->n_values + 1, sizeof value))
-        avl__json_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
+    const size_t i = j->n_values;
+    const char *p = j->p, kind = *p, close = kind == '{' ? '}' : ']';
+    avl__json_value value = {kind, 0, {p, 0}};
+    if (!avl__grow(&j->values, &j->capacity, i + 1, sizeof value))
+        avl__read_fail(j, p, ASTROVL_ERROR_MEMORY, "out of memory");
     if (j->err->status) return;
     j->n_values++;
     if (kind == '"') {
-        avl__json_string(j, &value);
+        value.text = avl__json_string(j);
     } else if (kind == '{' || kind == '[') {
-        if (++j->depth > AVL__GUIDE_DEPTH) avl__json_fail(j, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
-        else j->p++;
+        j->p++;
+        if (++j->depth > AVL__GUIDE_DEPTH) avl__read_fail(j, p, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
         avl__json_space(j);
-        for (int more = *j->p != close, k = 0; more && !j->err->status; j->p += more, k++) {
-            avl__json_read(j, kind == '{' ? (int)AVL__JSON_NAME : k);
-            avl__json_space(j);
-            more = *j->p == ',';
+        for (int more = *j->p != close; more && !j->err->status; more = avl__accept(j, ',')) {
+            const size_t name = j->n_values;
+            if (kind == '{') {
+                avl__json_space(j);
+                if (*j->p != '"') avl__read_wrong(j, j->p, "a member's name is expected");
+                avl__json_read(j);
+                if (!avl__accept(j, ':')) avl__read_wrong(j, j->p, "a colon is expected");
+            }
+            avl__json_read(j);
+            if (kind == '{' && !j->err->status) j->values[name].end = (int)j->n_values;
         }
-        if (*j->p == close) j->p++;
-        else avl__json_fail(j, ASTROVL_ERROR_FORMAT, kind == '{' ? "comma or } expected" : "comma or ] expected");
+        if (!avl__accept(j, close))
+            avl__read_wrong(j, j->p, kind == '{' ? "comma or } expected" : "comma or ] expected");
         j->depth--;
     } else {
         const char *word = kind == 't' ? "true" : kind == 'f' ? "false" : "null";
@@ -6719,45 +6707,46 @@ static void avl__json_read(avl__json *j, int item) {
             }
         }
         j->p = p + n;
-        value.size = (size_t)(j->p - value.text);
-        if (n == 0) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a value is expected");
+        value.text.size = (size_t)(j->p - value.text.data);
+        if (n == 0) avl__read_wrong(j, j->p, "a value is expected");
     }
-    if (item == AVL__JSON_NAME) {
-        avl__json_space(j);
-        if (*j->p != ':') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a colon is expected");
-        else j->p++;
-        avl__json_read(j, AVL__JSON_VALUE);
-    }
+    avl__json_space(j);
     value.end = (int)j->n_values;
     if (!j->err->status) j->values[i] = value;
 }
 
 // Reads a whole text; *err must be zero before.
-static void avl__json_open(avl__json *j, const char *name, const char *text, size_t size, astrovl_error *err) {
+static void avl__json_open(avl__reader *j, const char *name, const char *text, size_t size, astrovl_error *err) {
     memset(j, 0, sizeof *j);
     j->name = name;
     j->err = err;
-    j->text = avl__copy_text(text, size);
+    j->text = j->p = avl__copy_text(text, size);
     if (!j->text) avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
     if (!j->text) return;
-    j->p = j->text;
     j->limit = j->text + size;
-    avl__json_read(j, AVL__JSON_VALUE);
-    avl__json_space(j);
-    if (j->p < j->limit) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "nothing may follow the value");
+    avl__json_read(j);
+    if (j->p < j->limit) avl__read_wrong(j, j->p, "nothing may follow the value");
 }
 
-static void avl__json_close(avl__json *j) {
-    astrovl_free(j->text);
+static void avl__json_close(avl__reader *j) {
+    astrovl_free((void *)j->text);
     astrovl_free(j->values);
 }
 
 static int avl__json_is(const avl__json_value *value, const char *text) {   // whether it is a string that spells text
-    return value->kind == '"' && value->size == strlen(text) && memcmp(value->text, text, value->size) == 0;
+    return value->kind == '"' && avl__string_is(value->text, text);
+}
+
+// The value of an object's member, the last of that name, as in Python; 0: there is none
+static int avl__json_find(const avl__reader *j, int object, const char *name) {
+    int found = 0;
+    for (int i = object + 1; i < j->values[object].end; i = j->values[i].end)
+        if (avl__json_is(&j->values[i], name)) found = i + 1;
+    return found;
 }
 
 // Appends a value without white space, its strings with no escapes but those that JSON asks for.
-static void avl__json_write(const avl__json *j, int v, avl__bytes *out) {
+static void avl__json_write(const avl__reader *j, int v, avl__bytes *out) {
     const avl__json_value *value = &j->values[v];
     const char kind = value->kind;
     if (kind == '{' || kind == '[') {
@@ -6772,8 +6761,8 @@ static void avl__json_write(const avl__json *j, int v, avl__bytes *out) {
         return;
     }
     if (kind == '"') avl__bytes_put(out, "\"", 1);
-    for (size_t i = 0; i < value->size; i++) {
-        const uint8_t c = (uint8_t)value->text[i];
+    for (size_t i = 0; i < value->text.size; i++) {
+        const uint8_t c = (uint8_t)value->text.data[i];
         char spelled[8] = {(char)c, 0};
         if (c == '"' || c == '\\') avl__format(spelled, sizeof spelled, "\\%c", c);
         if (c < 32) avl__format(spelled, sizeof spelled, "\\u%04x", c);
@@ -6784,37 +6773,34 @@ static void avl__json_write(const avl__json *j, int v, avl__bytes *out) {
 
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
     astrovl_error failure = {ASTROVL_OK, ""};
-    avl__json j = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, NULL, NULL};
+    avl__reader j;
     char **list = NULL;
-    int found = 0;
     if (n) *n = 0;
-    if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
-    else avl__json_open(&j, "JSON", json, size, &failure);
-    if (!failure.status && j.values && j.values->kind != '{')
-        avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
-    for (int i = 1; !failure.status && j.values && i < j.values->end; i = j.values[i].end)
-        if (avl__json_is(&j.values[i], key)) found = i + 1;   // of several members the last, as in Python
+    if (!json || !n || !key) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
+        return NULL;
+    }
+    avl__json_open(&j, "JSON", json, size, &failure);
+    if (!failure.status && j.values->kind != '{') avl__read_wrong(&j, j.text, "an object is expected");
+    const int found = failure.status ? 0 : avl__json_find(&j, 0, key);
     const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
     // with their quotes the strings were longer in the JSON text
     if (!failure.status && !(list = (char **)avl__alloc_raw((size_t)(end - first) * sizeof *list + size, 1)))
         avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
     char *text = list ? (char *)(list + (end - first)) : NULL;
-    for (int i = first; list && i < end; i++) {
+    for (int i = first; i < end && !failure.status; i++) {
         const avl__json_value *v = &j.values[i];
-        if (v->kind != '"' || memchr(v->text, 0, v->size)) {
-            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", v->at, key, v->kind == '"' ?
-                      "has a zero character" : "is neither a string nor an array of strings");
-            break;
-        }
-        list[i - first] = text;
-        memcpy(text, v->text, v->size + 1);
-        text += v->size + 1;
+        const int is_text = v->kind == '"';
+        if (!is_text || memchr(v->text.data, 0, v->text.size))
+            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", (int)(v->text.data - j.text) - is_text,
+                      key, is_text ? "has a zero character" : "is neither a string nor an array of strings");
+        if (failure.status) break;
+        list[i - first] = (char *)memcpy(text, v->text.data, v->text.size + 1);
+        text += v->text.size + 1;
     }
     avl__json_close(&j);
-    if (!failure.status) {
-        *n = end - first;
-        return list;
-    }
+    if (!failure.status) *n = end - first;
+    if (!failure.status) return list;
     astrovl_free(list);
     avl__fail(err, failure.status, "%s", failure.message);
     return NULL;
@@ -6840,41 +6826,43 @@ static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules
     "enum", "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
 
 // Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
-static int avl__schema_fail(avl__json *j, int place, astrovl_status status, const char *what) {
+static int avl__schema_fail(avl__reader *j, int place, astrovl_status status, const char *what) {
     avl__bytes path = {NULL, 0, 0, 0};
-    if (j->g->failure.status) return AVL__NONE;
-    for (int v = 1; v <= place; v++) {
-        const avl__json_value *value = &j->values[v];
-        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // not around it, or its name was taken
+    if (j->err->status) return AVL__NONE;
+    for (int v = 0; v < place;) {   // down to the item or member that it is in
+        const int is_object = j->values[v].kind == '{';
+        int index = 0;
         char step[24];
-        avl__format(step, sizeof step, value->item < 0 ? "/" : "/%d", value->item);
+        for (v++; j->values[v].end <= place; v = j->values[v].end) index++;
+        avl__format(step, sizeof step, is_object ? "/" : "/%d", index);
         avl__bytes_put_text(&path, step);
-        for (const char *c = value->text; value->item < 0 && *c; c++)
+        for (const char *c = j->values[v].text.data; is_object && *c; c++)
             avl__bytes_put(&path, *c == '~' ? "~0" : *c == '/' ? "~1" : c, *c == '~' || *c == '/' ? 2 : 1);
+        if (is_object && v < place) v++;
     }
-    avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
+    avl__fail(j->err, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
     astrovl_free(path.data);
     return AVL__NONE;
 }
 
-static int avl__schema_wrong(avl__json *j, int place, const char *what) {
+static int avl__schema_wrong(avl__reader *j, int place, const char *what) {
     return avl__schema_fail(j, place, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__schema_unknown(avl__json *j, int place, const char *what) {
+static int avl__schema_unknown(avl__reader *j, int place, const char *what) {
     return avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
 // Items with a pattern between them, in brackets or quotes.  limits: values, least and most items; 0: no limit
-static int avl__schema_list(avl__json *j, const int limits[2], int item, const char *between, const char *ends) {
+static int avl__schema_list(avl__reader *j, const int limits[2], int item, const char *between, const char *ends) {
     astrovl_guide *g = j->g;
     int counts[2] = {0, -1};
     for (int i = 0; i < 2; i++) {
         const avl__json_value *limit = &j->values[limits[i]];
-        const char *p = limit->text;
+        const char *p = limit->text.data;
         if (!limits[i]) continue;
         counts[i] = limit->kind == '0' ? avl__count_read(&p) : -1;
-        if (counts[i] < 0 || p < limit->text + limit->size)
+        if (counts[i] < 0 || p < limit->text.data + limit->text.size)
             return avl__schema_wrong(j, limits[i], "a whole number, not negative, is expected");
         if (counts[i] > AVL__GUIDE_FAR) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
     }
@@ -6887,7 +6875,7 @@ static int avl__schema_list(avl__json *j, const int limits[2], int item, const c
     return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
 }
 
-static int avl__schema_literal(avl__json *j, int place) {   // a value as an answer spells it
+static int avl__schema_literal(avl__reader *j, int place) {   // a value as an answer spells it
     avl__bytes text = {NULL, 0, 0, 0};
     avl__json_write(j, place, &text);
     const int x = text.failed ? avl__guide_fail(j->g, ASTROVL_ERROR_MEMORY) :
@@ -6896,11 +6884,11 @@ static int avl__schema_literal(avl__json *j, int place) {   // a value as an ans
     return x;
 }
 
-static int avl__schema_expr(avl__json *j, int schema);
+static int avl__schema_expr(avl__reader *j, int schema);
 
 // Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
 // follows where nothing is written yet, and what follows a member.
-static int avl__schema_object(avl__json *j, const int *rules) {
+static int avl__schema_object(avl__reader *j, const int *rules) {
     astrovl_guide *g = j->g;
     const avl__json_value *values = j->values;
     const int properties = rules[AVL__KEY_PROPERTIES], required = rules[AVL__KEY_REQUIRED];
@@ -6944,8 +6932,8 @@ static int avl__schema_object(avl__json *j, const int *rules) {
 
 // Whether a number is whole, in any spelling: 3, 3.0, 30e-1. It is if the point, moved by the exponent, stands behind
 // the last digit that is not 0.
-static int avl__json_is_whole(const avl__json_value *number) {
-    const char *p = number->text, *end = p + number->size;
+static int avl__json_is_whole(astrovl_string number) {
+    const char *p = number.data, *end = p + number.size;
     int n_digits = 0, last = 0, point = -1;   // digits up to the last one that is not 0, and up to the point
     for (; p < end && *p != 'e' && *p != 'E'; p++) {
         if (*p == '.') point = n_digits;
@@ -6958,7 +6946,7 @@ static int avl__json_is_whole(const avl__json_value *number) {
     return last == 0 || (point < 0 ? n_digits : point) + (is_negative ? -exponent : exponent) >= last;
 }
 
-static int avl__schema_expr(avl__json *j, int schema) {
+static int avl__schema_expr(avl__reader *j, int schema) {
     astrovl_guide *g = j->g;
     const avl__json_value *values = j->values;
     const size_t base = g->stack.size;
@@ -6993,7 +6981,7 @@ static int avl__schema_expr(avl__json *j, int schema) {
             static const char begins[] = "{[\"i0tn";   // as `kind` in values; booleans as true
             const char first = values[p].kind == 'f' ? 't' : values[p].kind;
             int kind = 1 << (strchr(begins, first) - begins);
-            if (first == '0' && avl__json_is_whole(&values[p])) kind |= 1 << AVL__INTEGER;
+            if (first == '0' && avl__json_is_whole(values[p].text)) kind |= 1 << AVL__INTEGER;
             if (kinds & kind) avl__push(g, avl__schema_literal(j, p));
         }
         const int x = avl__re_alt(g, base);
@@ -7040,10 +7028,10 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
         avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "%s: it has more than 262,144 bytes", g->name);
     if (!g->failure.status && !is_schema) g->start = avl__re_pattern(g, text);
     if (!g->failure.status && is_schema) {
-        avl__json schema;
+        avl__reader schema;
         avl__json_open(&schema, g->name, text, size, &g->failure);
         schema.g = g;
-        if (!g->failure.status && schema.values) g->start = avl__schema_expr(&schema, 0);
+        if (!g->failure.status) g->start = avl__schema_expr(&schema, 0);
         avl__json_close(&schema);
     }
     uint8_t begins[257] = {1};
