@@ -6817,13 +6817,11 @@ static const char *const avl__kind_patterns[AVL__N_KINDS] = {   // string: a cha
     "", "", "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})",
     "0|-?[1-9]\\d{0,14}", "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?", "true|false", "null"};
 
-enum { AVL__KEY_TYPE, AVL__KEY_PROPERTIES, AVL__KEY_REQUIRED, AVL__KEY_ADDITIONAL, AVL__KEY_ITEMS, AVL__KEY_MIN_ITEMS,
-       AVL__KEY_MAX_ITEMS, AVL__KEY_MIN_LENGTH, AVL__KEY_MAX_LENGTH, AVL__KEY_ENUM, AVL__KEY_CONST, AVL__KEY_ANY_OF,
-       AVL__N_RULES, AVL__N_KEYWORDS = AVL__N_RULES + 7 };
-
-static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules, notes: they do not restrict the values
+// The first AVL__N_RULES restrict the values; the others are notes, which are passed over.
+static const char *const avl__keywords[] = {
     "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength",
     "enum", "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
+enum { AVL__N_RULES = 12, AVL__N_KEYWORDS = 19 };
 
 // Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
 static int avl__schema_fail(avl__reader *j, int place, astrovl_status status, const char *what) {
@@ -6853,24 +6851,29 @@ static int avl__schema_unknown(avl__reader *j, int place, const char *what) {
     return avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
-// Items with a pattern between them, in brackets or quotes.  limits: values, least and most items; 0: no limit
-static int avl__schema_list(avl__reader *j, const int limits[2], int item, const char *between, const char *ends) {
+static int avl__schema_count(avl__reader *j, int schema, const char *keyword, int if_absent) {
+    const int place = avl__json_find(j, schema, keyword);
+    const avl__json_value *value = &j->values[place];
+    const char *p = value->text.data;
+    if (!place) return if_absent;
+    const int n = value->kind == '0' ? avl__count_read(&p) : -1;
+    if (n < 0 || p < value->text.data + value->text.size)
+        avl__schema_wrong(j, place, "a whole number, not negative, is expected");
+    if (n > AVL__GUIDE_FAR) avl__guide_fail(j->g, ASTROVL_ERROR_LIMIT);
+    return n;
+}
+
+// Items with commas between them in brackets, or the characters of a string in quotes
+static int avl__schema_list(avl__reader *j, int schema, int item, int is_array) {
     astrovl_guide *g = j->g;
-    int counts[2] = {0, -1};
-    for (int i = 0; i < 2; i++) {
-        const avl__json_value *limit = &j->values[limits[i]];
-        const char *p = limit->text.data;
-        if (!limits[i]) continue;
-        counts[i] = limit->kind == '0' ? avl__count_read(&p) : -1;
-        if (counts[i] < 0 || p < limit->text.data + limit->text.size)
-            return avl__schema_wrong(j, limits[i], "a whole number, not negative, is expected");
-        if (counts[i] > AVL__GUIDE_FAR) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
-    }
-    const int min = counts[0], max = counts[1];
+    const char *ends = is_array ? "[]" : "\"\"";
+    const int min = avl__schema_count(j, schema, is_array ? "minItems" : "minLength", 0);
+    const int max = avl__schema_count(j, schema, is_array ? "maxItems" : "maxLength", -1);
     if (max >= 0 && min > max)
-        return avl__schema_wrong(j, limits[0], "the least (minItems, minLength) is more than the most");
-    const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY), pair = avl__re_cat(g, avl__re_pattern(g, between), item);
-    const int more = avl__re_repeat(g, pair, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
+        return avl__schema_wrong(j, schema, "the least (minItems, minLength) is more than the most");
+    const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
+    const int next = is_array ? avl__re_cat(g, avl__re_pattern(g, ", ?"), item) : item;
+    const int more = avl__re_repeat(g, next, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
     const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
     return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
 }
@@ -6888,40 +6891,37 @@ static int avl__schema_expr(avl__reader *j, int schema);
 
 // Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
 // follows where nothing is written yet, and what follows a member.
-static int avl__schema_object(avl__reader *j, const int *rules) {
+static int avl__schema_object(avl__reader *j, int schema) {
     astrovl_guide *g = j->g;
     const avl__json_value *values = j->values;
-    const int properties = rules[AVL__KEY_PROPERTIES], required = rules[AVL__KEY_REQUIRED];
-    const int additional = rules[AVL__KEY_ADDITIONAL];
-    const size_t base = g->stack.size;
+    const int properties = avl__json_find(j, schema, "properties"), required = avl__json_find(j, schema, "required");
+    const int additional = avl__json_find(j, schema, "additionalProperties");
+    const size_t base = g->stack.size;   // from here on 3 numbers a member: its name, its value, 1 if it is required
+    size_t i;
     if (properties && values[properties].kind != '{') return avl__schema_wrong(j, properties, "an object is expected");
     if (required && values[required].kind != '[') return avl__schema_wrong(j, required, "an array is expected");
     if (additional && values[additional].kind != 't' && values[additional].kind != 'f')
         return avl__schema_unknown(j, additional, "only true and false are understood (none is ever written)");
     for (int p = properties + 1; properties && p < values[properties].end; p = values[p].end) {
+        const int name = avl__schema_literal(j, p);
+        for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
+        if (i < g->stack.size) return avl__schema_wrong(j, p, "a second member of the same name");
+        avl__push(g, name);
         avl__push(g, avl__schema_expr(j, p + 1));
-        avl__push(g, avl__schema_literal(j, p));
+        avl__push(g, 0);
     }
-    if (g->failure.status) return AVL__NONE;
-    const uint32_t known = ++g->mark;   // the mark of properties' names (equal texts are one node); + 1: required, too
-    size_t at = base + 1;
-    for (int p = properties + 1; at < g->stack.size; p = values[p].end, at += 2) {
-        avl__re *name = &g->nodes[g->stack.data[at]];
-        if (name->mark == known) return avl__schema_wrong(j, p, "a second member of the same name");
-        name->mark = known;
-    }
-    g->mark++;
     for (int p = required + 1; required && p < values[required].end; p = values[p].end) {
         if (values[p].kind != '"') return avl__schema_wrong(j, p, "required is an array of names");
         const int name = avl__schema_literal(j, p);
-        if (g->nodes[name].mark < known) return avl__schema_unknown(j, p, "properties says nothing about this one");
-        g->nodes[name].mark = known + 1;
+        for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
+        if (i >= g->stack.size) return avl__schema_unknown(j, p, "properties says nothing about this one");
+        if (!g->failure.status) g->stack.data[i + 2] = 1;
     }
     const int comma = avl__re_pattern(g, ", ?"), colon = avl__re_pattern(g, ": ?");
     int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first;
-    for (at = g->stack.size; at > base; at -= 2) {   // no name is a member of these alternatives, which would mark it
-        const int name = g->stack.data[at - 1], is_required = g->nodes[name].mark == known + 1;
-        const int member = avl__re_cat(g, name, avl__re_cat(g, colon, g->stack.data[at - 2]));
+    for (i = g->stack.size; i > base && !g->failure.status; i -= 3) {
+        const int name = g->stack.data[i - 3], is_required = g->stack.data[i - 1];
+        const int member = avl__re_cat(g, name, avl__re_cat(g, colon, g->stack.data[i - 2]));
         const int alone = avl__re_cat(g, member, later), after = avl__re_cat(g, comma, alone);
         first = is_required ? alone : avl__re_or(g, alone, first);
         later = is_required ? after : avl__re_or(g, after, later);
@@ -6950,7 +6950,7 @@ static int avl__schema_expr(avl__reader *j, int schema) {
     astrovl_guide *g = j->g;
     const avl__json_value *values = j->values;
     const size_t base = g->stack.size;
-    int rules[AVL__N_KEYWORDS] = {0}, n_rules = 0;   // 0: absent
+    int n_rules = 0;
     if (values[schema].kind != '{') return avl__schema_unknown(j, schema, "a schema is an object here");
     for (int p = schema + 1; p < values[schema].end; p = values[p].end) {
         int key = 0;
@@ -6959,12 +6959,13 @@ static int avl__schema_expr(avl__reader *j, int schema) {
             return avl__schema_unknown(j, p, "this keyword is not understood; those that are: type, properties, "
                                        "required, additionalProperties (true, false), items, minItems, maxItems, "
                                        "minLength, maxLength, enum, const, anyOf");
-        if (rules[key]) return avl__schema_wrong(j, p, "a second member of the same name");
-        rules[key] = p + 1;
+        if (avl__json_find(j, schema, avl__keywords[key]) != p + 1)
+            return avl__schema_wrong(j, p, "a second member of the same name");
         n_rules += key < AVL__N_RULES;
     }
-    const int type = rules[AVL__KEY_TYPE], any_of = rules[AVL__KEY_ANY_OF], items = rules[AVL__KEY_ITEMS];
-    const int choices = rules[AVL__KEY_ENUM], choice = choices ? choices : rules[AVL__KEY_CONST];
+    const int type = avl__json_find(j, schema, "type"), any_of = avl__json_find(j, schema, "anyOf");
+    const int items = avl__json_find(j, schema, "items"), choices = avl__json_find(j, schema, "enum");
+    const int choice = choices ? choices : avl__json_find(j, schema, "const");
     int kinds = type ? 0 : (1 << AVL__N_KINDS) - 1;   // one bit each
     for (int p = type + (values[type].kind == '['); type && p < values[type].end; p = values[p].end) {
         int kind = 0;
@@ -6994,17 +6995,16 @@ static int avl__schema_expr(avl__reader *j, int schema) {
         for (int p = any_of + 1; p < values[any_of].end; p = values[p].end) avl__push(g, avl__schema_expr(j, p));
         return avl__re_alt(g, base);
     }
-    if (!type) kinds = rules[AVL__KEY_PROPERTIES] ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
+    if (!type) kinds = avl__json_find(j, schema, "properties") ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
     if (!kinds)
         return avl__schema_unknown(j, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (int kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
-        int x = kind == AVL__OBJECT ? avl__schema_object(j, rules) : avl__re_pattern(g, avl__kind_patterns[kind]);
+        int x = kind == AVL__OBJECT ? avl__schema_object(j, schema) : avl__re_pattern(g, avl__kind_patterns[kind]);
         if (kind == AVL__ARRAY && !items)
             return avl__schema_unknown(j, schema, "an array needs items: any at all are not understood");
         if (kind == AVL__ARRAY) x = avl__schema_expr(j, items);
-        if (kind == AVL__ARRAY) x = avl__schema_list(j, rules + AVL__KEY_MIN_ITEMS, x, ", ?", "[]");
-        if (kind == AVL__STRING) x = avl__schema_list(j, rules + AVL__KEY_MIN_LENGTH, x, "", "\"\"");
+        if (kind == AVL__ARRAY || kind == AVL__STRING) x = avl__schema_list(j, schema, x, kind == AVL__ARRAY);
         avl__push(g, x);
     }
     return avl__re_alt(g, base);
