@@ -574,9 +574,8 @@ ASTROVL_API float astrovl_erff(float x);
 #error "astrovl.h: exact mode promises IEEE arithmetic; compile its implementation without -ffast-math"
 #endif
 
-#if defined(_WIN32) || defined(__wasm__) || defined(ASTROVL_BARE)
-#define AVL__POSIX 0
-#else
+// What the machine has, AVL__POSIX to AVL__SIMD: 1, or not defined, which #if takes as 0
+#if !defined(_WIN32) && !defined(__wasm__) && !defined(ASTROVL_BARE)
 #define AVL__POSIX 1
 #endif
 
@@ -596,27 +595,19 @@ ASTROVL_API float astrovl_erff(float x);
 #if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && defined(__GNUC__)   // gcc and clang: atomic operations
 #define AVL__THREADS 1
 #include <pthread.h>
-#else
-#define AVL__THREADS 0
 #endif
 #if AVL__POSIX && !defined(ASTROVL_NO_FILES) && !defined(ASTROVL_NO_MMAP)
 #define AVL__MMAP 1
 #include <sys/mman.h>
-#else
-#define AVL__MMAP 0
 #endif
 // Which kernels section [13] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
 // other processors one for the vector registers that the compiler may use. They assume little-endian bytes.
-#if defined(ASTROVL_NO_SIMD) || !(defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
-#define AVL__VECTORS 0
-#else
+#if !defined(ASTROVL_NO_SIMD) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
 #define AVL__VECTORS 1
 #endif
 #if AVL__VECTORS && defined(__x86_64__) && !defined(ASTROVL_TEST_GENERIC)
 #define AVL__X86 1
 #include <immintrin.h>
-#else
-#define AVL__X86 0
 #endif
 #if AVL__VECTORS && defined(__aarch64__) && !defined(__AARCH64EB__)
 #define AVL__NEON 1
@@ -624,16 +615,12 @@ ASTROVL_API float astrovl_erff(float x);
 #if AVL__POSIX && defined(__linux__)
 #include <sys/auxv.h>
 #endif
-#else
-#define AVL__NEON 0
 #endif
 #if AVL__X86 || AVL__NEON || \
     (AVL__VECTORS && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && \
      (defined(__SSE2__) || defined(__VSX__) || defined(__loongarch_sx) || defined(__wasm_simd128__) || \
       (defined(__riscv_vector) && (defined(__clang__) || __GNUC__ >= 14))))
 #define AVL__SIMD 1
-#else
-#define AVL__SIMD 0
 #endif
 
 // Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
