@@ -6134,10 +6134,9 @@ struct astrovl_guide {
 };
 
 static int avl__guide_fail(astrovl_guide *g, astrovl_status status) {   // MEMORY or LIMIT; returns NONE
-    if (g->failure.status) return AVL__NONE;
-    if (status == ASTROVL_ERROR_MEMORY) avl__fail(&g->failure, status, "%s: out of memory", g->name);
-    else avl__fail(&g->failure, status, "%s: needs too many states or steps; lower the counts (in a pattern those in "
-                   "{ }; maxItems, maxLength)", g->name);
+    if (!g->failure.status)
+        avl__fail(&g->failure, status, "%s: %s", g->name, status == ASTROVL_ERROR_MEMORY ? "out of memory" : "needs too "
+                  "many states or steps; lower the counts (in a pattern those in { }; maxItems, maxLength)");
     return AVL__NONE;
 }
 
@@ -6315,24 +6314,22 @@ static void avl__guide_read_tokens(astrovl_guide *g) {
     if (!order || !g->mask) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
     for (int i = 0; order && i < n_tokens; i++) order[i] = i;
     if (order) avl__sort(order, n_tokens, avl__guide_token_order, v);
-    char text[AVL__GUIDE_TOKEN], last[AVL__GUIDE_TOKEN] = {0};
+    char text[AVL__GUIDE_TOKEN];
     int open[AVL__GUIDE_TOKEN], n_open = 0;   // nodes of the last token
-    for (int i = 0; i < n_tokens && !g->failure.status; i++) {
-        const int n = avl__guide_token_bytes(g, order[i], text);   // NOLINT: without order, g has failed
+    for (int i = 0; i <= n_tokens && !g->failure.status; i++) {   // behind the last token, all nodes are closed
+        const int n = i < n_tokens ? avl__guide_token_bytes(g, order[i], text) : 0;   // NOLINT: without order, g failed
         int shared = 0;
         if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
-        while (shared < n_open && shared < n - 1 && text[shared] == last[shared]) shared++;
+        while (shared < n_open && shared < n - 1 && (uint8_t)text[shared] == g->trie[open[shared]].byte) shared++;
         while (n_open > shared) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
         for (; n_open < n && !g->failure.status; n_open++) {
             avl__trie node = {n_open == n - 1 ? order[i] : -1, 0, (uint8_t)text[n_open], (uint8_t)n_open};
             open[n_open] = (int)g->n_trie;
-            last[n_open] = text[n_open];
             if (!avl__grow(&g->trie, &g->trie_capacity, g->n_trie + 1, sizeof node))
                 avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
             else g->trie[g->n_trie++] = node;
         }
     }
-    while (n_open > 0 && !g->failure.status) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
     astrovl_free(order);
 }
 
@@ -6473,21 +6470,20 @@ static int32_t avl__char_read(const char *p, const char *letters, const char *me
 }
 
 static int avl__regex_char(avl__reader *r) {
+#define AVL__PUNCTUATION "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"   // a backslash before it makes it literal
     const char *start = r->p;
-    size_t size;
-    int32_t c = *start ? avl__char_read(start, "ntrfv", "\n\t\r\f\v", &size) : AVL__UTF8_BAD;
-    if (c == AVL__UTF8_BAD || c == AVL__UTF8_CUT)
-        return avl__read_wrong(r, start, "the pattern ends too early, or is not UTF-8");
+    const int is_hex = start[0] == '\\' && start[1] == 'x';
+    size_t size = 4;
+    int32_t c = AVL__UTF8_CUT;
+    if (is_hex) c = avl__hex(start + 2, 2);
+    else if (*start) c = avl__char_read(start, "ntrfv" AVL__PUNCTUATION, "\n\t\r\f\v" AVL__PUNCTUATION, &size);
     if (c >= 0xD800 && c <= 0xDFFF) return avl__read_wrong(r, start, "half a surrogate pair is no character");
-    if (c == AVL__ESCAPE_BAD) {
-        const int letter = (uint8_t)start[1];
-        size = letter == 'x' ? 4 : 2;
-        c = letter == 'x' ? avl__hex(start + 2, 2) : letter == 'u' ? -1 : letter;
-        if (c < 0) return avl__read_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
-        if (letter != 'x' && (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')))
-            return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that "
-                                   "are: \\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
-    }
+    if (c < 0 && (is_hex || (c == AVL__ESCAPE_BAD && start[1] == 'u')))
+        return avl__read_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
+    if (c == AVL__ESCAPE_BAD)
+        return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: \\d "
+                              "\\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
+    if (c < 0) return avl__read_wrong(r, start, "the pattern ends too early, or is not UTF-8");
     r->p += size;
     return c;
 }
