@@ -6094,9 +6094,8 @@ enum {
     AVL__NONE,       // matches nothing at all: node 0
     AVL__EMPTY,      // matches the empty text: node 1
     AVL__RANGE,      // one byte from a to b
-    AVL__CAT,        // a, then b
-    AVL__ALT,        // a or b; a is no ALT, and a larger number than those in b: a set has one node
-    AVL__REPEAT      // min to max times a; max -1: no limit
+    AVL__ROW,        // min to max times a, then b; max -1: no limit; min is 0 if a matches the empty text
+    AVL__ALT         // a or b; a is no ALT, and a larger number than those in b: a set has one node
 };
 
 typedef struct avl__re {
@@ -6168,26 +6167,21 @@ static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int m
     node->least = AVL__GUIDE_NEVER;
     if (kind == AVL__EMPTY) node->least = 0;
     else if (kind == AVL__RANGE) for (int byte = a; byte <= b; byte++) if (g->is_token[byte]) node->least = 1;
-    if (kind == AVL__CAT) node->least = least_a + least_b;
+    if (kind == AVL__ROW) node->least = min * least_a + least_b;
     if (kind == AVL__ALT) node->least = least_a < least_b ? least_a : least_b;
-    if (kind == AVL__REPEAT) node->least = min * least_a;
     if (node->least > AVL__GUIDE_FAR) node->least = node->least < AVL__GUIDE_NEVER ? AVL__GUIDE_FAR : AVL__GUIDE_NEVER;
     return *head = (int32_t)g->n_nodes++;
 }
 
-static int avl__re_cat(astrovl_guide *g, int a, int b) {
+static int avl__re_row(astrovl_guide *g, int a, int min, int max, int b) {
     if (a == AVL__NONE || b == AVL__NONE) return AVL__NONE;
-    if (a == AVL__EMPTY || b == AVL__EMPTY) return a == AVL__EMPTY ? b : a;
-    return avl__re_make(g, AVL__CAT, a, b, 0, 0);
-}
-
-static int avl__re_repeat(astrovl_guide *g, int a, int min, int max) {
-    if (a == AVL__NONE || (min == 1 && max == 1)) return a;
-    if (a == AVL__EMPTY || max == 0) return AVL__EMPTY;
+    if (a == AVL__EMPTY || max == 0) return b;
+    if (b == AVL__EMPTY && min == 1 && max == 1) return a;
     if (g->nodes[a].least == 0) min = 0;   // the empty text fills up the count
-    return avl__re_make(g, AVL__REPEAT, a, 0, min, max);
+    return avl__re_make(g, AVL__ROW, a, b, min, max);
 }
 
+static int avl__re_cat(astrovl_guide *g, int a, int b) { return avl__re_row(g, a, 1, 1, b); }
 static int avl__re_range(astrovl_guide *g, int low, int high) { return avl__re_make(g, AVL__RANGE, low, high, 0, 0); }
 
 static int avl__int_order(const void *context, int a, int b) {
@@ -6255,7 +6249,7 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 
 // ---- guided generation: derivatives --------------------------------------------------------------------------------
 //   d(RANGE) = EMPTY if the byte is in it, else NONE        d(ALT) = the alternative of the members' derivatives
-//   d(a b) = d(a) b, or also d(b) if a matches ""           d(a{min,max}) = d(a) a{min-1,max-1}
+//   d(a{min,max} b) = d(a) a{min-1,max-1} b, and also d(b) if min is 0
 // d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
 // pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
 
@@ -6270,13 +6264,12 @@ static int avl__re_step(astrovl_guide *g, int x, int c) {
         const avl__re e = g->nodes[i];
         int d = AVL__NONE, then = AVL__EMPTY;
         if (e.kind == AVL__RANGE) d = e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
-        if (e.kind == AVL__CAT) then = e.b;
-        if (e.kind == AVL__REPEAT)
-            then = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
-        if (e.kind > AVL__RANGE) d = avl__re_step(g, e.a, c);
+        else if (e.kind > AVL__RANGE) d = avl__re_step(g, e.a, c);
+        if (e.kind == AVL__ROW && d != AVL__NONE)
+            then = avl__re_row(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1, e.b);
         for (; g->nodes[d].kind == AVL__ALT; d = g->nodes[d].b) avl__push(g, avl__re_cat(g, g->nodes[d].a, then));
         avl__push(g, avl__re_cat(g, d, then));
-        more = e.kind == AVL__ALT || (e.kind == AVL__CAT && g->nodes[e.a].least == 0);
+        more = e.kind == AVL__ALT || (e.kind == AVL__ROW && e.min == 0);
         i = e.b;
     }
     const int y = avl__re_alt(g, base);
@@ -6588,7 +6581,7 @@ static int avl__regex_repeated(avl__reader *r) {   // an atom with its quantifie
     }
     avl__accept(r, '?');   // as few as possible or as many: the same language
     if (*r->p && strchr("*+?{", *r->p)) return avl__read_wrong(r, r->p, "a quantifier after a quantifier");
-    return avl__re_repeat(r->g, atom, min, max);
+    return avl__re_row(r->g, atom, min, max, AVL__EMPTY);
 }
 
 static int avl__regex_alternatives(avl__reader *r) {
@@ -6856,8 +6849,8 @@ static int avl__schema_list(avl__reader *j, int schema, int item, int is_array) 
         return avl__schema_wrong(j, schema, "the least (minItems, minLength) is more than the most");
     const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
     const int next = is_array ? avl__re_cat(g, avl__re_pattern(g, ", ?"), item) : item;
-    const int more = avl__re_repeat(g, next, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
-    const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
+    const int more = avl__re_row(g, next, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max, end);
+    const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, more);
     return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
 }
 
