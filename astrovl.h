@@ -6481,26 +6481,22 @@ static int avl__regex_char(avl__reader *r) {
     return c;
 }
 
-// A set of characters is collected on the stack, as numbers that sort: 2 low, and 2 (high + 1) + 1 where a range has
-// ended.
-static void avl__set_add(avl__reader *r, int low, int high) {
-    avl__push(r->g, 2 * low);
-    avl__push(r->g, 2 * high + 3);
+// A set of characters is collected on the stack, as numbers that sort: where a range begins 2 low, where it has ended
+// 2 (high + 1) + 1; the other way round for a range that is taken away. A character is in the set if more ranges are
+// open there than taken away.
+static void avl__set_add(avl__reader *r, int low, int high, int take_away) {
+    avl__push(r->g, 2 * low + take_away);
+    avl__push(r->g, 2 * high + 3 - take_away);
 }
 
 // Adds \d, \w, \s or one of their complements to a set (ASCII, as in JSON schema's patterns). 0: something else is here
-static int avl__regex_class(avl__reader *r) {
+static int avl__regex_class(avl__reader *r, int take_away) {
     const char c = *r->p == '\\' ? r->p[1] : (char)0, kind = (char)(c | 32);
     const char *bounds = kind == 'd' ? "09" : kind == 'w' ? "09AZ__az" : kind == 's' ? "\t\r  " : NULL;
     if (!bounds) return 0;
     r->p += 2;
-    int low = 0;
-    for (; *bounds; bounds += 2) {
-        if (c == kind) avl__set_add(r, bounds[0], bounds[1]);
-        else avl__set_add(r, low, bounds[0] - 1);
-        low = bounds[1] + 1;
-    }
-    if (c != kind) avl__set_add(r, low, 0x10FFFF);
+    if (c != kind) avl__set_add(r, 0, 0x10FFFF, take_away);
+    for (; *bounds; bounds += 2) avl__set_add(r, bounds[0], bounds[1], take_away != (c != kind));
     return 1;
 }
 
@@ -6527,18 +6523,19 @@ static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may b
     const int is_list = avl__accept(r, '['), is_dot = !is_list && avl__accept(r, '.');
     const int negate = is_dot || (is_list && avl__accept(r, '^'));
     if (is_list && *r->p == ']') return avl__read_wrong(r, start, "an empty set (a ] in a set is written \\])");
-    if (is_dot) avl__set_add(r, '\n', '\n');
+    if (negate) avl__set_add(r, 0, 0x10FFFF, 0);
+    if (is_dot) avl__set_add(r, '\n', '\n', 1);
     else do {
         const char *at = r->p;
-        const int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r);
+        const int is_class = avl__regex_class(r, negate), low = is_class ? 0 : avl__regex_char(r);
         int high = low;
         if (is_list && r->p[0] == '-' && r->p[1] != ']') {
             r->p++;
-            if (is_class || avl__regex_class(r)) return avl__read_wrong(r, at, "a range has a class at its end");
+            if (is_class || avl__regex_class(r, negate)) return avl__read_wrong(r, at, "a range has a class at its end");
             high = avl__regex_char(r);
         }
         if (high < low) return avl__read_wrong(r, at, "a range that runs backwards");
-        if (!is_class) avl__set_add(r, low, high);
+        if (!is_class) avl__set_add(r, low, high, negate);
     } while (is_list && *r->p && *r->p != ']');
     if (is_list && !avl__accept(r, ']')) return avl__read_wrong(r, start, "this [ is not closed");
     const size_t end = g->stack.size;
@@ -6548,10 +6545,9 @@ static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may b
         const int point = g->stack.data[i] >> 1, was_open = n_open > 0;
         n_open += g->stack.data[i] & 1 ? -1 : 1;
         if ((n_open > 0) == was_open) continue;
-        if (was_open != negate && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
+        if (was_open && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
         from = point;
     }
-    if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
     const int x = avl__re_alt(g, end);
     return x ? x : avl__read_wrong(r, start, "a set that no character is in");
 }
