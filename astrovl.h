@@ -862,14 +862,13 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
     (void)no_mmap;
     file->kind = AVL__FILE_READ;
     while (n > 0 && !status) {
-        if (!avl__grow(&file->data, &capacity, file->size + 65536, 1)) {
+        const int has_room = avl__grow(&file->data, &capacity, file->size + 65536, 1);
+        n = has_room ? fread(file->data + file->size, 1, capacity - file->size, stream) : 0;
+        file->size += n;
+        if (!has_room)
             status = avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory after reading %lld bytes", path,
                                (long long)file->size);
-            break;
-        }
-        n = fread(file->data + file->size, 1, capacity - file->size, stream);
-        file->size += n;
-        if (file->size > limit)
+        else if (file->size > limit)
             status = avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: has more than %lld bytes", path, (long long)limit);
         else if (n == 0 && ferror(stream))
             status = avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be read (is it a folder?)", path);
@@ -6659,8 +6658,7 @@ static void avl__json_read(avl__reader *j) {   // one value, with white space be
             avl__json_read(j);
             if (kind == '{' && !j->err->status) j->values[name].end = (int)j->n_values;
         }
-        if (!avl__accept(j, close))
-            avl__read_wrong(j, j->p, kind == '{' ? "comma or } expected" : "comma or ] expected");
+        if (!avl__accept(j, close)) avl__read_wrong(j, j->p, "a comma or the closing bracket is expected");
         j->depth--;
     } else {
         const char *word = kind == 't' ? "true" : kind == 'f' ? "false" : "null";
@@ -6756,26 +6754,25 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
     if (!failure.status && j.values->kind != '{') avl__read_wrong(&j, j.text, "an object is expected");
     const int found = failure.status ? 0 : avl__json_find(&j, 0, key);
     const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
-    // with their quotes the strings were longer in the JSON text
-    if (!failure.status && !(list = (char **)avl__alloc_raw((size_t)(end - first) * sizeof *list + size, 1)))
-        avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
-    char *text = list ? (char *)(list + (end - first)) : NULL;
     for (int i = first; i < end && !failure.status; i++) {
         const avl__json_value *v = &j.values[i];
         const int is_text = v->kind == '"';
         if (!is_text || memchr(v->text.data, 0, v->text.size))
             avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", (int)(v->text.data - j.text) - is_text,
                       key, is_text ? "has a zero character" : "is neither a string nor an array of strings");
-        if (failure.status) break;
-        list[i - first] = (char *)memcpy(text, v->text.data, v->text.size + 1);
-        text += v->text.size + 1;
+    }
+    // with their quotes the strings were longer in the JSON text
+    if (!failure.status && !(list = (char **)avl__alloc_raw((size_t)(end - first) * sizeof *list + size, 1)))
+        avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
+    char *text = list ? (char *)(list + (end - first)) : NULL;
+    for (int i = first; list && i < end; i++) {
+        list[i - first] = (char *)memcpy(text, j.values[i].text.data, j.values[i].text.size + 1);
+        text += j.values[i].text.size + 1;
     }
     avl__json_close(&j);
-    if (!failure.status) *n = end - first;
-    if (!failure.status) return list;
-    astrovl_free(list);
-    avl__fail(err, failure.status, "%s", failure.message);
-    return NULL;
+    if (list) *n = end - first;
+    else avl__fail(err, failure.status, "%s", failure.message);
+    return list;
 }
 
 // ---- schemas -------------------------------------------------------------------------------------------------------
@@ -6907,13 +6904,13 @@ static int avl__schema_object(avl__reader *j, int schema) {
 static int avl__json_is_whole(astrovl_string number) {
     const char *p = number.data, *end = p + number.size;
     int n_digits = 0, last = 0, point = -1;   // digits up to the last one that is not 0, and up to the point
-    for (; p < end && *p != 'e' && *p != 'E'; p++) {
+    for (; p < end && (*p | 32) != 'e'; p++) {
         if (*p == '.') point = n_digits;
-        n_digits += *p >= '0' && *p <= '9';
-        if (*p > '0' && *p <= '9') last = n_digits;
+        n_digits += *p >= '0';
+        if (*p > '0') last = n_digits;
     }
     const int is_negative = p < end && p[1] == '-';
-    p += p == end ? 0 : p[1] == '-' || p[1] == '+' ? 2 : 1;
+    p += p < end ? 1 + (p[1] == '-' || p[1] == '+') : 0;
     const int exponent = p < end ? avl__count_read(&p) : 0;
     return last == 0 || (point < 0 ? n_digits : point) + (is_negative ? -exponent : exponent) >= last;
 }
