@@ -1014,11 +1014,11 @@ static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_it
 // - half precision (IEEE 754 binary16) and bfloat16, to float32 and back;
 // - the GGUF block formats to float32 (layouts: ggml's ggml-common.h; the results are the `gguf` Python package's, bit
 //   for bit);
-// - exp, tanh, erf, and pow, sin, cos for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
+// - exp, tanh, erf, and log, sin, cos for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
 //   one correct result, so the functions give the same bits on every machine, which no libm promises.
 // ====================================================================================================================
 
-#include <math.h>   // only HUGE_VAL, and sqrt, whose result IEEE 754 fixes to the last bit
+#include <math.h>   // only sqrt, whose result IEEE 754 fixes to the last bit
 
 static double avl__sqrt(double x) { return sqrt(x); }
 
@@ -1262,7 +1262,6 @@ static double avl__round(double x, int *integer) {
     *integer = low < 0x80000000u ? (int)low : -(int)(0xFFFFFFFFu - low) - 1;
     return sum - AVL__ROUNDER;
 }
-static double avl__power_of_2(int n) { return avl__double_from_bits((uint64_t)(1023 + n) << 52); }   // |n| <= 1022
 
 // exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2,  |r| <= 0.347;   exp(r) = 1 + r + r^2/2! + ... + r^9/9!
 // Truncation error < 1e-11. Instead of branches, x is clamped to limits whose exp rounds to 0 or infinity as a float.
@@ -1277,67 +1276,30 @@ ASTROVL_API float astrovl_expf(float x) {
 }
 
 // The same in double: ln 2 in two parts, so that r keeps all its bits, and 13 terms (r^14 / 14! < 5e-18).
-// Relative error below 3e-16 where the result is a normal number.
+// Relative error below 3e-16.  |x| < 708
 static double avl__exp(double x) {
     int n;
-    if (x != x) return x;
-    if (x > 709.79) return HUGE_VAL;
-    if (x < -745.2) return 0;
     const double k = avl__round(x * AVL__LOG2_E, &n), r = (x - k * AVL__LN2_HIGH) - k * AVL__LN2_LOW;
     const double sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
           r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800 +
           r * (1.0 / 479001600 + r * (1.0 / 6227020800.0)))))))))))));
-    return sum * avl__power_of_2(n / 2) * avl__power_of_2(n - n / 2);   // two steps: 2^n may be no normal double
-}
-
-static double avl__upper_half(double x) {   // its upper 26 bits
-    double t = 134217729.0 * x;             // 2^27 + 1
-    return t - (t - x);
-}
-
-// a * b = product + *error, exactly (Dekker 1971): halves of 26 bits, whose products need no rounding
-static double avl__two_product(double a, double b, double *error) {
-    double p = a * b, a1 = avl__upper_half(a), a2 = a - a1, b1 = avl__upper_half(b), b2 = b - b1;
-    *error = ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2;
-    return p;
+    return sum * avl__double_from_bits((uint64_t)(1023u + (uint32_t)n) << 52);
 }
 
 // log(x) = e ln 2 + log(m),  x = 2^e m,  sqrt(1/2) <= m <= sqrt(2)
 // log(m) = 2 (s + s^3/3 + s^5/5 + ... + s^21/21),  s = (m - 1) / (m + 1),  |s| < 0.172: truncation error < 1e-18
-// Returns the result as a sum of two doubles, with some 10 bits more than one holds: avl__pow multiplies the logarithm
-// and its error. x > 0 and finite.
-static double avl__log_parts(double x, double *low) {
-    uint64_t bits = avl__double_bits(x);
-    double e = -1023, p_low, tail = 0;
-    if (bits >> 52 == 0) {   // subnormal
-        bits = avl__double_bits(x * 4503599627370496.0);   // 2^52
-        e -= 52;
-    }
-    e += (double)(int)(bits >> 52);
+// Relative error below 5e-16.  x: a normal number > 0
+static double avl__log(double x) {
+    const uint64_t bits = avl__double_bits(x);
+    double e = (double)((int)(bits >> 52) - 1023), sum = 0;
     double m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
     if (m > 1.4142135623730951) {
         m *= 0.5;
         e += 1;
     }
-    const double f = m - 1, s = f / (2 + f), q = s * s;            // m - 1 is exact
-    double p = avl__two_product(s, 2 + f, &p_low);
-    const double s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // errors of the quotient and of 2 + f
-    for (int k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
-    p = e * AVL__LN2_HIGH;                                         // exact
-    tail = 2 * (s_low + s * tail) + e * AVL__LN2_LOW;
-    const double high = p + 2 * s;
-    tail += 2 * s - (high - p);                        // the sum's rounding error (Dekker): |p| > |2 s| or p = 0
-    *low = tail - ((high + tail) - high);
-    return high + tail;
-}
-
-// x^y = exp(y log x) for x > 0, with y log x as a sum high + low: exp(high + low) = exp(high) (1 + low).
-// Relative error below 5e-16 where the result is a normal number.
-static double avl__pow(double x, double y) {
-    double log_low, log_high = avl__log_parts(x, &log_low);
-    double low, high = avl__two_product(y, log_high, &low), result = avl__exp(high);
-    low += y * log_low;
-    return result > DBL_MAX ? result : result + result * low;
+    const double s = (m - 1) / (m + 1), q = s * s;
+    for (int k = 21; k >= 1; k -= 2) sum = 1.0 / k + q * sum;
+    return e * AVL__LN2_HIGH + (2 * s * sum + e * AVL__LN2_LOW);
 }
 
 // tanh(x) = 1 - 2 / (exp(2x) + 1);  below 1/16, where that would cancel:  x - x^3/3 + 2 x^5/15 - 17 x^7/315
@@ -1748,7 +1710,7 @@ static void avl__add(float *y, const float *x, int64_t n) {
 static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, const float *factors,
                                   float linear_scale) {
     for (int i = 0; i < head_dim / 2; i++) {
-        float f = (float)(1.0 / avl__pow(theta, 2.0 * i / head_dim));
+        float f = (float)avl__exp(-2.0 * i / head_dim * avl__log(theta));
         if (factors) f /= factors[i];
         inv_freq[i] = f / linear_scale;
     }
