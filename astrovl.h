@@ -6089,7 +6089,6 @@ struct astrovl_guide {
     avl__trie    *trie;
     size_t        n_trie, trie_capacity;
     uint8_t       is_token[256];                  // 1: this byte is a token by itself
-    int           n_vocab;
     uint8_t      *mask;                           // [n_vocab] 1: this token may follow
 };
 
@@ -6217,9 +6216,13 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 // The derivative of node x by the bytes of class c, computed where it is not known yet. Only its parts a take recursion,
 // no deeper than the pattern is nested: a row of parts that may all be empty is a loop.
 static int avl__re_step(astrovl_guide *g, int x, int c) {
-    const int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
-    if (known >= 0) return known;
+    if (g->nodes[x].next < 0) {
+        g->nodes[x].next = (int32_t)g->next.size;
+        for (int i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
+    }
     if (g->failure.status || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
+    const size_t place = (size_t)g->nodes[x].next + (size_t)c;
+    if (g->next.data[place] >= 0) return g->next.data[place];
     const size_t base = g->stack.size;
     for (int more = 1, i = x; more; g->work++) {
         const avl__re e = g->nodes[i];
@@ -6234,14 +6237,7 @@ static int avl__re_step(astrovl_guide *g, int x, int c) {
         i = e.b;
     }
     const int y = avl__re_alt(g, base);
-    if (g->nodes[x].next < 0) {
-        const int32_t new_row = (int32_t)g->next.size;
-        for (int i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
-        if (g->failure.status) return AVL__NONE;
-        g->nodes[x].next = new_row;
-    }
-    g->next.data[g->nodes[x].next + c] = y;
-    return y;
+    return g->next.data[place] = y;
 }
 
 // ---- guided generation: tokens -------------------------------------------------------------------------------------
@@ -6261,10 +6257,9 @@ static int avl__guide_token_order(const void *vocab, int a, int b) {   // by spe
 
 static void avl__guide_read_tokens(astrovl_guide *g) {
     const avl__vocab *v = &g->model->vocab;
-    g->n_vocab = g->model->info.n_vocab;
-    const int n_tokens = v->n_tokens < g->n_vocab ? v->n_tokens : g->n_vocab;
+    const int n_vocab = g->model->info.n_vocab, n_tokens = v->n_tokens < n_vocab ? v->n_tokens : n_vocab;
     int *order = (int *)avl__alloc_raw((uint64_t)n_tokens, sizeof *order);
-    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)g->n_vocab, 1);
+    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)n_vocab, 1);
     if (!order || !g->mask) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
     for (int i = 0; order && i < n_tokens; i++) order[i] = i;
     if (order) avl__sort(order, n_tokens, avl__guide_token_order, v);
@@ -6305,7 +6300,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
     astrovl_guide *g = guide;
     int at[AVL__GUIDE_TOKEN + 1] = {avl__guide_node(g, state)};   // nodes after the bytes of one token
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
-    const avl__vocab *vocab = &g->model->vocab;
+    const int n_vocab = g->model->info.n_vocab;
     const int64_t least = g->nodes[at[0]].least, limit = n_left < AVL__GUIDE_FAR ? n_left : AVL__GUIDE_FAR;
     if (least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
@@ -6315,7 +6310,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
     g->work = 0;
     const int skip = (int)avl__guide_skip(g, state, " ", 1);
     int any = 0;
-    for (int i = 0; i < g->n_vocab; i++) g->mask[i] = least == 0 && i < vocab->n_tokens && vocab->ends[i];
+    for (int i = 0; i < n_vocab; i++) g->mask[i] = least == 0 && avl__vocab_is_end(&g->model->vocab, i);
     for (size_t i = 0; i < g->n_trie && !g->failure.status;) {
         const avl__trie *t = &g->trie[i];
         const int is_skipped = skip && t->depth == 0 && t->byte == ' ';
@@ -6325,7 +6320,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
         i = x == AVL__NONE ? (size_t)t->end : i + 1;
     }
     if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
-    for (int i = 0; i < g->n_vocab; i++) {
+    for (int i = 0; i < n_vocab; i++) {
         any |= g->mask[i];
         if (!g->mask[i]) logits[i] = avl__float_from_bits(0xFF800000u);   // -infinity
     }
@@ -6335,7 +6330,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token) {
     int x = avl__guide_node(guide, state);
     char text[AVL__GUIDE_TOKEN];
-    if (x == AVL__NONE || token >= guide->n_vocab) return -1;
+    if (x == AVL__NONE || token >= guide->model->info.n_vocab) return -1;
     const int n = avl__guide_token_bytes(guide, token, text);
     guide->work = 0;
     const int skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
