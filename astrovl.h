@@ -6094,8 +6094,8 @@ struct astrovl_guide {
 
 static int avl__guide_fail(astrovl_guide *g, astrovl_status status) {   // MEMORY or LIMIT; returns NONE
     if (!g->failure.status)
-        avl__fail(&g->failure, status, "%s: %s", g->name, status == ASTROVL_ERROR_MEMORY ? "out of memory" : "needs too "
-                  "many states or steps; lower the counts (in a pattern those in { }; maxItems, maxLength)");
+        avl__fail(&g->failure, status, "%s: %s", g->name, status == ASTROVL_ERROR_MEMORY ? "out of memory" : "needs "
+                  "too many states or steps; lower the counts (in a pattern those in { }; maxItems, maxLength)");
     return AVL__NONE;
 }
 
@@ -6213,8 +6213,8 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 // d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
 // pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
 
-// The derivative of node x by the bytes of class c, computed where it is not known yet. Only its parts a take recursion,
-// no deeper than the pattern is nested: a row of parts that may all be empty is a loop.
+// The derivative of node x by the bytes of class c, computed where it is not known yet. Only the parts a are looked at
+// by recursion, no deeper than the pattern is nested; a row of parts that may all be empty takes a loop.
 static int avl__re_step(astrovl_guide *g, int x, int c) {
     if (g->nodes[x].next < 0) {
         g->nodes[x].next = (int32_t)g->next.size;
@@ -6236,8 +6236,7 @@ static int avl__re_step(astrovl_guide *g, int x, int c) {
         more = e.kind == AVL__ALT || (e.kind == AVL__ROW && e.min == 0);
         i = e.b;
     }
-    const int y = avl__re_alt(g, base);
-    return g->next.data[place] = y;
+    return g->next.data[place] = avl__re_alt(g, base);
 }
 
 // ---- guided generation: tokens -------------------------------------------------------------------------------------
@@ -6487,7 +6486,7 @@ static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may b
         int high = low;
         if (is_list && r->p[0] == '-' && r->p[1] != ']') {
             r->p++;
-            if (is_class || avl__regex_class(r, negate)) return avl__read_wrong(r, at, "a range has a class at its end");
+            if (is_class || avl__regex_class(r, negate)) return avl__read_wrong(r, at, "a class at a range's end");
             high = avl__regex_char(r);
         }
         if (high < low) return avl__read_wrong(r, at, "a range that runs backwards");
@@ -6715,8 +6714,9 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
         const avl__json_value *v = &j.values[i];
         const int is_text = v->kind == '"';
         if (!is_text || memchr(v->text.data, 0, v->text.size))
-            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", (int)(v->text.data - j.text) - is_text,
-                      key, is_text ? "has a zero character" : "is neither a string nor an array of strings");
+            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s",
+                      (int)(v->text.data - j.text) - is_text, key,
+                      is_text ? "has a zero character" : "is neither a string nor an array of strings");
     }
     // with their quotes the strings were longer in the JSON text
     if (!failure.status && !(list = (char **)avl__alloc_raw((size_t)(end - first) * sizeof *list + size, 1)))
