@@ -6671,32 +6671,6 @@ static int avl__json_find(const avl__reader *j, int object, const char *name) {
     return found;
 }
 
-// Appends a value without white space, its strings with no escapes but those that JSON asks for.
-static void avl__json_write(const avl__reader *j, int v, avl__bytes *out) {
-    const avl__json_value *value = &j->values[v];
-    const char kind = value->kind;
-    if (kind == '{' || kind == '[') {
-        avl__bytes_put(out, &kind, 1);
-        for (int i = v + 1; i < value->end; i = j->values[i].end) {
-            if (i > v + 1) avl__bytes_put(out, ",", 1);
-            avl__json_write(j, i, out);
-            if (kind == '{') avl__bytes_put(out, ":", 1);
-            if (kind == '{') avl__json_write(j, i + 1, out);
-        }
-        avl__bytes_put(out, kind == '{' ? "}" : "]", 1);
-        return;
-    }
-    if (kind == '"') avl__bytes_put(out, "\"", 1);
-    for (size_t i = 0; i < value->text.size; i++) {
-        const uint8_t c = (uint8_t)value->text.data[i];
-        char spelled[8] = {(char)c, 0};
-        if (c == '"' || c == '\\') avl__format(spelled, sizeof spelled, "\\%c", c);
-        if (c < 32) avl__format(spelled, sizeof spelled, "\\u%04x", c);
-        avl__bytes_put_text(out, spelled);
-    }
-    if (kind == '"') avl__bytes_put(out, "\"", 1);
-}
-
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
     astrovl_error failure = {ASTROVL_OK, ""};
     avl__reader j;
@@ -6804,13 +6778,33 @@ static int avl__schema_list(avl__reader *j, int schema, int item, int is_array) 
     return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
 }
 
-static int avl__schema_literal(avl__reader *j, int place) {   // a value as an answer spells it
-    avl__bytes text = {NULL, 0, 0, 0};
-    avl__json_write(j, place, &text);
-    const int x = text.failed ? avl__guide_fail(j->g, ASTROVL_ERROR_MEMORY) :
-                  avl__re_text(j->g, text.data, text.size, AVL__EMPTY);
-    astrovl_free(text.data);
-    return x;
+// A value as an answer spells it, without white space, its strings with no escapes but those that JSON asks for; then
+// another expression
+static int avl__schema_literal(avl__reader *j, int v, int then) {
+    astrovl_guide *g = j->g;
+    const avl__json_value *value = &j->values[v];
+    const int is_object = value->kind == '{', is_text = value->kind == '"';
+    const size_t base = g->stack.size;
+    if (is_object || value->kind == '[') {
+        then = avl__re_text(g, is_object ? "}" : "]", 1, then);
+        for (int i = v + 1; i < value->end; i = j->values[i].end) avl__push(g, i);
+        while (g->stack.size > base) {
+            const int i = g->stack.data[--g->stack.size];
+            if (is_object) then = avl__re_text(g, ":", 1, avl__schema_literal(j, i + 1, then));
+            then = avl__schema_literal(j, i, then);
+            if (g->stack.size > base) then = avl__re_text(g, ",", 1, then);
+        }
+        return avl__re_text(g, is_object ? "{" : "[", 1, then);
+    }
+    if (is_text) then = avl__re_text(g, "\"", 1, then);
+    for (size_t i = value->text.size; i > 0; i--) {
+        const uint8_t c = (uint8_t)value->text.data[i - 1];
+        char spelled[8] = {(char)c, 0};
+        if (c == '"' || c == '\\') avl__format(spelled, sizeof spelled, "\\%c", c);
+        if (c < 32) avl__format(spelled, sizeof spelled, "\\u%04x", c);
+        then = avl__re_text(g, spelled, strlen(spelled), then);
+    }
+    return is_text ? avl__re_text(g, "\"", 1, then) : then;
 }
 
 static int avl__schema_expr(avl__reader *j, int schema);
@@ -6829,7 +6823,7 @@ static int avl__schema_object(avl__reader *j, int schema) {
     if (additional && values[additional].kind != 't' && values[additional].kind != 'f')
         return avl__schema_unknown(j, additional, "only true and false are understood (none is ever written)");
     for (int p = properties + 1; properties && p < values[properties].end; p = values[p].end) {
-        const int name = avl__schema_literal(j, p);
+        const int name = avl__schema_literal(j, p, AVL__EMPTY);
         for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
         if (i < g->stack.size) return avl__schema_wrong(j, p, "a second member of the same name");
         avl__push(g, name);
@@ -6838,7 +6832,7 @@ static int avl__schema_object(avl__reader *j, int schema) {
     }
     for (int p = required + 1; required && p < values[required].end; p = values[p].end) {
         if (values[p].kind != '"') return avl__schema_wrong(j, p, "required is an array of names");
-        const int name = avl__schema_literal(j, p);
+        const int name = avl__schema_literal(j, p, AVL__EMPTY);
         for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
         if (i >= g->stack.size) return avl__schema_unknown(j, p, "properties says nothing about this one");
         if (!g->failure.status) g->stack.data[i + 2] = 1;
@@ -6909,7 +6903,7 @@ static int avl__schema_expr(avl__reader *j, int schema) {
             const char first = values[p].kind == 'f' ? 't' : values[p].kind;
             int kind = 1 << (strchr(begins, first) - begins);
             if (first == '0' && avl__json_is_whole(values[p].text)) kind |= 1 << AVL__INTEGER;
-            if (kinds & kind) avl__push(g, avl__schema_literal(j, p));
+            if (kinds & kind) avl__push(g, avl__schema_literal(j, p, AVL__EMPTY));
         }
         const int x = avl__re_alt(g, base);
         return x ? x : avl__schema_wrong(j, schema, "no value is left to choose from");
