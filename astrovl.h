@@ -575,9 +575,8 @@ ASTROVL_API float astrovl_erff(float x);
 #error "astrovl.h: exact mode promises IEEE arithmetic; compile its implementation without -ffast-math"
 #endif
 
-#if defined(_WIN32) || defined(__wasm__) || defined(ASTROVL_BARE)
-#define AVL__POSIX 0
-#else
+// What the machine has, AVL__POSIX to AVL__SIMD: 1, or not defined, which #if takes as 0
+#if !defined(_WIN32) && !defined(__wasm__) && !defined(ASTROVL_BARE)
 #define AVL__POSIX 1
 #endif
 
@@ -597,27 +596,19 @@ ASTROVL_API float astrovl_erff(float x);
 #if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && defined(__GNUC__)   // gcc and clang: atomic operations
 #define AVL__THREADS 1
 #include <pthread.h>
-#else
-#define AVL__THREADS 0
 #endif
 #if AVL__POSIX && !defined(ASTROVL_NO_FILES) && !defined(ASTROVL_NO_MMAP)
 #define AVL__MMAP 1
 #include <sys/mman.h>
-#else
-#define AVL__MMAP 0
 #endif
 // Which kernels section [13] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
 // other processors one for the vector registers that the compiler may use. They assume little-endian bytes.
-#if defined(ASTROVL_NO_SIMD) || !(defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
-#define AVL__VECTORS 0
-#else
+#if !defined(ASTROVL_NO_SIMD) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
 #define AVL__VECTORS 1
 #endif
 #if AVL__VECTORS && defined(__x86_64__) && !defined(ASTROVL_TEST_GENERIC)
 #define AVL__X86 1
 #include <immintrin.h>
-#else
-#define AVL__X86 0
 #endif
 #if AVL__VECTORS && defined(__aarch64__) && !defined(__AARCH64EB__)
 #define AVL__NEON 1
@@ -625,16 +616,12 @@ ASTROVL_API float astrovl_erff(float x);
 #if AVL__POSIX && defined(__linux__)
 #include <sys/auxv.h>
 #endif
-#else
-#define AVL__NEON 0
 #endif
 #if AVL__X86 || AVL__NEON || \
     (AVL__VECTORS && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && \
      (defined(__SSE2__) || defined(__VSX__) || defined(__loongarch_sx) || defined(__wasm_simd128__) || \
       (defined(__riscv_vector) && (defined(__clang__) || __GNUC__ >= 14))))
 #define AVL__SIMD 1
-#else
-#define AVL__SIMD 0
 #endif
 
 // Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
@@ -876,14 +863,13 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
     (void)no_mmap;
     file->kind = AVL__FILE_READ;
     while (n > 0 && !status) {
-        if (!avl__grow(&file->data, &capacity, file->size + 65536, 1)) {
+        const int has_room = avl__grow(&file->data, &capacity, file->size + 65536, 1);
+        n = has_room ? fread(file->data + file->size, 1, capacity - file->size, stream) : 0;
+        file->size += n;
+        if (!has_room)
             status = avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory after reading %lld bytes", path,
                                (long long)file->size);
-            break;
-        }
-        n = fread(file->data + file->size, 1, capacity - file->size, stream);
-        file->size += n;
-        if (file->size > limit)
+        else if (file->size > limit)
             status = avl__fail(err, ASTROVL_ERROR_LIMIT, "%s: has more than %lld bytes", path, (long long)limit);
         else if (n == 0 && ferror(stream))
             status = avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be read (is it a folder?)", path);
@@ -1029,11 +1015,11 @@ static void avl__pool_run(avl__pool *pool, avl__job job, void *context, int n_it
 // - half precision (IEEE 754 binary16) and bfloat16, to float32 and back;
 // - the GGUF block formats to float32 (layouts: ggml's ggml-common.h; the results are the `gguf` Python package's, bit
 //   for bit);
-// - exp, tanh, erf, and pow, sin, cos for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
+// - exp, tanh, erf, and log, sin, cos for rotary embeddings, from IEEE + - * / sqrt alone: each of these operations has
 //   one correct result, so the functions give the same bits on every machine, which no libm promises.
 // ====================================================================================================================
 
-#include <math.h>   // only HUGE_VAL, and sqrt, whose result IEEE 754 fixes to the last bit
+#include <math.h>   // only sqrt, whose result IEEE 754 fixes to the last bit
 
 static double avl__sqrt(double x) { return sqrt(x); }
 
@@ -1277,7 +1263,6 @@ static double avl__round(double x, int *integer) {
     *integer = low < 0x80000000u ? (int)low : -(int)(0xFFFFFFFFu - low) - 1;
     return sum - AVL__ROUNDER;
 }
-static double avl__power_of_2(int n) { return avl__double_from_bits((uint64_t)(1023 + n) << 52); }   // |n| <= 1022
 
 // exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2,  |r| <= 0.347;   exp(r) = 1 + r + r^2/2! + ... + r^9/9!
 // Truncation error < 1e-11. Instead of branches, x is clamped to limits whose exp rounds to 0 or infinity as a float.
@@ -1292,67 +1277,30 @@ ASTROVL_API float astrovl_expf(float x) {
 }
 
 // The same in double: ln 2 in two parts, so that r keeps all its bits, and 13 terms (r^14 / 14! < 5e-18).
-// Relative error below 3e-16 where the result is a normal number.
+// Relative error below 3e-16.  |x| < 708
 static double avl__exp(double x) {
     int n;
-    if (x != x) return x;
-    if (x > 709.79) return HUGE_VAL;
-    if (x < -745.2) return 0;
     const double k = avl__round(x * AVL__LOG2_E, &n), r = (x - k * AVL__LN2_HIGH) - k * AVL__LN2_LOW;
     const double sum = 1.0 + r * (1.0 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
           r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800 +
           r * (1.0 / 479001600 + r * (1.0 / 6227020800.0)))))))))))));
-    return sum * avl__power_of_2(n / 2) * avl__power_of_2(n - n / 2);   // two steps: 2^n may be no normal double
-}
-
-static double avl__upper_half(double x) {   // its upper 26 bits
-    double t = 134217729.0 * x;             // 2^27 + 1
-    return t - (t - x);
-}
-
-// a * b = product + *error, exactly (Dekker 1971): halves of 26 bits, whose products need no rounding
-static double avl__two_product(double a, double b, double *error) {
-    double p = a * b, a1 = avl__upper_half(a), a2 = a - a1, b1 = avl__upper_half(b), b2 = b - b1;
-    *error = ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2;
-    return p;
+    return sum * avl__double_from_bits((uint64_t)(1023u + (uint32_t)n) << 52);
 }
 
 // log(x) = e ln 2 + log(m),  x = 2^e m,  sqrt(1/2) <= m <= sqrt(2)
 // log(m) = 2 (s + s^3/3 + s^5/5 + ... + s^21/21),  s = (m - 1) / (m + 1),  |s| < 0.172: truncation error < 1e-18
-// Returns the result as a sum of two doubles, with some 10 bits more than one holds: avl__pow multiplies the logarithm
-// and its error. x > 0 and finite.
-static double avl__log_parts(double x, double *low) {
-    uint64_t bits = avl__double_bits(x);
-    double e = -1023, p_low, tail = 0;
-    if (bits >> 52 == 0) {   // subnormal
-        bits = avl__double_bits(x * 4503599627370496.0);   // 2^52
-        e -= 52;
-    }
-    e += (double)(int)(bits >> 52);
+// Relative error below 5e-16.  x: a normal number > 0
+static double avl__log(double x) {
+    const uint64_t bits = avl__double_bits(x);
+    double e = (double)((int)(bits >> 52) - 1023), sum = 0;
     double m = avl__double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
     if (m > 1.4142135623730951) {
         m *= 0.5;
         e += 1;
     }
-    const double f = m - 1, s = f / (2 + f), q = s * s;            // m - 1 is exact
-    double p = avl__two_product(s, 2 + f, &p_low);
-    const double s_low = (f - p - p_low - s * (f - ((2 + f) - 2))) / (2 + f);   // errors of the quotient and of 2 + f
-    for (int k = 21; k >= 3; k -= 2) tail = q * (1.0 / k + tail);
-    p = e * AVL__LN2_HIGH;                                         // exact
-    tail = 2 * (s_low + s * tail) + e * AVL__LN2_LOW;
-    const double high = p + 2 * s;
-    tail += 2 * s - (high - p);                        // the sum's rounding error (Dekker): |p| > |2 s| or p = 0
-    *low = tail - ((high + tail) - high);
-    return high + tail;
-}
-
-// x^y = exp(y log x) for x > 0, with y log x as a sum high + low: exp(high + low) = exp(high) (1 + low).
-// Relative error below 5e-16 where the result is a normal number.
-static double avl__pow(double x, double y) {
-    double log_low, log_high = avl__log_parts(x, &log_low);
-    double low, high = avl__two_product(y, log_high, &low), result = avl__exp(high);
-    low += y * log_low;
-    return result > DBL_MAX ? result : result + result * low;
+    const double s = (m - 1) / (m + 1), q = s * s;
+    for (int k = 21; k >= 1; k -= 2) sum = 1.0 / k + q * sum;
+    return e * AVL__LN2_HIGH + (2 * s * sum + e * AVL__LN2_LOW);
 }
 
 // tanh(x) = 1 - 2 / (exp(2x) + 1);  below 1/16, where that would cancel:  x - x^3/3 + 2 x^5/15 - 17 x^7/315
@@ -1763,7 +1711,7 @@ static void avl__add(float *y, const float *x, int64_t n) {
 static void avl__rope_frequencies(float *inv_freq, int head_dim, float theta, const float *factors,
                                   float linear_scale) {
     for (int i = 0; i < head_dim / 2; i++) {
-        float f = (float)(1.0 / avl__pow(theta, 2.0 * i / head_dim));
+        float f = (float)avl__exp(-2.0 * i / head_dim * avl__log(theta));
         if (factors) f /= factors[i];
         inv_freq[i] = f / linear_scale;
     }
@@ -6172,9 +6120,8 @@ enum {
     AVL__NONE,       // matches nothing at all: node 0
     AVL__EMPTY,      // matches the empty text: node 1
     AVL__RANGE,      // one byte from a to b
-    AVL__CAT,        // a, then b
-    AVL__ALT,        // a or b; a is no ALT, and a larger number than those in b: a set has one node
-    AVL__REPEAT      // min to max times a; max -1: no limit
+    AVL__ROW,        // min to max times a, then b; max -1: no limit; min is 0 if a matches the empty text
+    AVL__ALT         // a or b; a is no ALT, and a larger number than those in b: a set has one node
 };
 
 typedef struct avl__re {
@@ -6207,15 +6154,13 @@ struct astrovl_guide {
     avl__trie    *trie;
     size_t        n_trie, trie_capacity;
     uint8_t       is_token[256];                  // 1: this byte is a token by itself
-    int           n_vocab;
     uint8_t      *mask;                           // [n_vocab] 1: this token may follow
 };
 
 static int avl__guide_fail(astrovl_guide *g, astrovl_status status) {   // MEMORY or LIMIT; returns NONE
-    if (g->failure.status) return AVL__NONE;
-    if (status == ASTROVL_ERROR_MEMORY) avl__fail(&g->failure, status, "%s: out of memory", g->name);
-    else avl__fail(&g->failure, status, "%s: needs too many states or steps; lower the counts (in a pattern those in "
-                   "{ }; maxItems, maxLength)", g->name);
+    if (!g->failure.status)
+        avl__fail(&g->failure, status, "%s: %s", g->name, status == ASTROVL_ERROR_MEMORY ? "out of memory" : "needs "
+                  "too many states or steps; lower the counts (in a pattern those in { }; maxItems, maxLength)");
     return AVL__NONE;
 }
 
@@ -6247,26 +6192,21 @@ static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int m
     node->least = AVL__GUIDE_NEVER;
     if (kind == AVL__EMPTY) node->least = 0;
     else if (kind == AVL__RANGE) for (int byte = a; byte <= b; byte++) if (g->is_token[byte]) node->least = 1;
-    if (kind == AVL__CAT) node->least = least_a + least_b;
+    if (kind == AVL__ROW) node->least = min * least_a + least_b;
     if (kind == AVL__ALT) node->least = least_a < least_b ? least_a : least_b;
-    if (kind == AVL__REPEAT) node->least = min * least_a;
     if (node->least > AVL__GUIDE_FAR) node->least = node->least < AVL__GUIDE_NEVER ? AVL__GUIDE_FAR : AVL__GUIDE_NEVER;
     return *head = (int32_t)g->n_nodes++;
 }
 
-static int avl__re_cat(astrovl_guide *g, int a, int b) {
+static int avl__re_row(astrovl_guide *g, int a, int min, int max, int b) {
     if (a == AVL__NONE || b == AVL__NONE) return AVL__NONE;
-    if (a == AVL__EMPTY || b == AVL__EMPTY) return a == AVL__EMPTY ? b : a;
-    return avl__re_make(g, AVL__CAT, a, b, 0, 0);
-}
-
-static int avl__re_repeat(astrovl_guide *g, int a, int min, int max) {
-    if (a == AVL__NONE || (min == 1 && max == 1)) return a;
-    if (a == AVL__EMPTY || max == 0) return AVL__EMPTY;
+    if (a == AVL__EMPTY || max == 0) return b;
+    if (b == AVL__EMPTY && min == 1 && max == 1) return a;
     if (g->nodes[a].least == 0) min = 0;   // the empty text fills up the count
-    return avl__re_make(g, AVL__REPEAT, a, 0, min, max);
+    return avl__re_make(g, AVL__ROW, a, b, min, max);
 }
 
+static int avl__re_cat(astrovl_guide *g, int a, int b) { return avl__re_row(g, a, 1, 1, b); }
 static int avl__re_range(astrovl_guide *g, int low, int high) { return avl__re_make(g, AVL__RANGE, low, high, 0, 0); }
 
 static int avl__int_order(const void *context, int a, int b) {
@@ -6334,55 +6274,34 @@ static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) 
 
 // ---- guided generation: derivatives --------------------------------------------------------------------------------
 //   d(RANGE) = EMPTY if the byte is in it, else NONE        d(ALT) = the alternative of the members' derivatives
-//   d(a b) = d(a) b, or also d(b) if a matches ""           d(a{min,max}) = d(a) a{min-1,max-1}
+//   d(a{min,max} b) = d(a) a{min-1,max-1} b, and also d(b) if min is 0
 // d(a) b is multiplied out, (x|y) b = x b | y b, so that a derivative is a set of at most as many sequences as the
 // pattern has places (Antimirov 1996, doi 10.1016/0304-3975(95)00182-4).
 
-static int avl__re_step(astrovl_guide *g, int x, int c);
-
-// Pushes d(a) b for each member of d(a).
-static void avl__push_products(astrovl_guide *g, int a, int c, int b) {
-    int d = avl__re_step(g, a, c);
-    for (; g->nodes[d].kind == AVL__ALT; d = g->nodes[d].b) avl__push(g, avl__re_cat(g, g->nodes[d].a, b));
-    avl__push(g, avl__re_cat(g, d, b));
-}
-
-// The derivative of node x by the bytes of class c, computed where it is not known yet.
+// The derivative of node x by the bytes of class c, computed where it is not known yet. Only the parts a are looked at
+// by recursion, no deeper than the pattern is nested; a row of parts that may all be empty takes a loop.
 static int avl__re_step(astrovl_guide *g, int x, int c) {
-    const int row = g->nodes[x].next, known = row < 0 ? -1 : g->next.data[row + c];
-    if (known >= 0) return known;
-    if (g->failure.status) return AVL__NONE;
-    const avl__re e = g->nodes[x];
-    const size_t base = g->stack.size;
-    int i = x;
-    if (e.kind == AVL__RANGE) return e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
-    if (e.kind < AVL__RANGE) return AVL__NONE;
-    if (e.kind == AVL__CAT) {
-        // In a row of parts that may all be empty, the last one's derivative comes first: no recursion along the row.
-        for (; g->nodes[i].kind == AVL__CAT && g->nodes[g->nodes[i].a].least == 0; i = g->nodes[i].b) {
-            const avl__re *b = &g->nodes[g->nodes[i].b];
-            if (b->next >= 0 && g->next.data[b->next + c] >= 0) break;
-            avl__push(g, g->nodes[i].b);
-        }
-        while (g->stack.size > base) avl__re_step(g, g->stack.data[--g->stack.size], c);
-        avl__push_products(g, e.a, c, e.b);
-        if (g->nodes[e.a].least == 0) avl__push(g, avl__re_step(g, e.b, c));
-    } else if (e.kind == AVL__ALT) {
-        for (; g->nodes[i].kind == AVL__ALT; i = g->nodes[i].b) avl__push(g, avl__re_step(g, g->nodes[i].a, c));
-        avl__push(g, avl__re_step(g, i, c));
-    } else {
-        i = avl__re_repeat(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1);
-        avl__push_products(g, e.a, c, i);
-    }
-    const int y = avl__re_alt(g, base);
     if (g->nodes[x].next < 0) {
-        const int32_t new_row = (int32_t)g->next.size;
-        for (i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
-        if (g->failure.status) return AVL__NONE;
-        g->nodes[x].next = new_row;
+        g->nodes[x].next = (int32_t)g->next.size;
+        for (int i = 0; i < g->n_classes; i++) avl__guide_put(g, &g->next, -1);
     }
-    g->next.data[g->nodes[x].next + c] = y;
-    return y;
+    if (g->failure.status || g->work > AVL__GUIDE_WORK) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
+    const size_t place = (size_t)g->nodes[x].next + (size_t)c;
+    if (g->next.data[place] >= 0) return g->next.data[place];
+    const size_t base = g->stack.size;
+    for (int more = 1, i = x; more; g->work++) {
+        const avl__re e = g->nodes[i];
+        int d = AVL__NONE, then = AVL__EMPTY;
+        if (e.kind == AVL__RANGE) d = e.a <= g->byte_of[c] && g->byte_of[c] <= e.b ? AVL__EMPTY : AVL__NONE;
+        else if (e.kind > AVL__RANGE) d = avl__re_step(g, e.a, c);
+        if (e.kind == AVL__ROW && d != AVL__NONE)
+            then = avl__re_row(g, e.a, e.min > 0 ? e.min - 1 : 0, e.max < 0 ? -1 : e.max - 1, e.b);
+        for (; g->nodes[d].kind == AVL__ALT; d = g->nodes[d].b) avl__push(g, avl__re_cat(g, g->nodes[d].a, then));
+        avl__push(g, avl__re_cat(g, d, then));
+        more = e.kind == AVL__ALT || (e.kind == AVL__ROW && e.min == 0);
+        i = e.b;
+    }
+    return g->next.data[place] = avl__re_alt(g, base);
 }
 
 // ---- guided generation: tokens -------------------------------------------------------------------------------------
@@ -6402,31 +6321,28 @@ static int avl__guide_token_order(const void *vocab, int a, int b) {   // by spe
 
 static void avl__guide_read_tokens(astrovl_guide *g) {
     const avl__vocab *v = &g->model->vocab;
-    g->n_vocab = g->model->info.n_vocab;
-    const int n_tokens = v->n_tokens < g->n_vocab ? v->n_tokens : g->n_vocab;
+    const int n_vocab = g->model->info.n_vocab, n_tokens = v->n_tokens < n_vocab ? v->n_tokens : n_vocab;
     int *order = (int *)avl__alloc_raw((uint64_t)n_tokens, sizeof *order);
-    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)g->n_vocab, 1);
+    g->mask = (uint8_t *)avl__alloc_raw((uint64_t)n_vocab, 1);
     if (!order || !g->mask) avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
     for (int i = 0; order && i < n_tokens; i++) order[i] = i;
     if (order) avl__sort(order, n_tokens, avl__guide_token_order, v);
-    char text[AVL__GUIDE_TOKEN], last[AVL__GUIDE_TOKEN] = {0};
+    char text[AVL__GUIDE_TOKEN];
     int open[AVL__GUIDE_TOKEN], n_open = 0;   // nodes of the last token
-    for (int i = 0; i < n_tokens && !g->failure.status; i++) {
-        const int n = avl__guide_token_bytes(g, order[i], text);   // NOLINT: without order, g has failed
+    for (int i = 0; i <= n_tokens && !g->failure.status; i++) {   // behind the last token, all nodes are closed
+        const int n = i < n_tokens ? avl__guide_token_bytes(g, order[i], text) : 0;   // NOLINT: without order, g failed
         int shared = 0;
         if (n == 1) g->is_token[(uint8_t)text[0]] = 1;
-        while (shared < n_open && shared < n - 1 && text[shared] == last[shared]) shared++;
+        while (shared < n_open && shared < n - 1 && (uint8_t)text[shared] == g->trie[open[shared]].byte) shared++;
         while (n_open > shared) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
         for (; n_open < n && !g->failure.status; n_open++) {
             avl__trie node = {n_open == n - 1 ? order[i] : -1, 0, (uint8_t)text[n_open], (uint8_t)n_open};
             open[n_open] = (int)g->n_trie;
-            last[n_open] = text[n_open];
             if (!avl__grow(&g->trie, &g->trie_capacity, g->n_trie + 1, sizeof node))
                 avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
             else g->trie[g->n_trie++] = node;
         }
     }
-    while (n_open > 0 && !g->failure.status) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
     astrovl_free(order);
 }
 
@@ -6448,7 +6364,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
     astrovl_guide *g = guide;
     int at[AVL__GUIDE_TOKEN + 1] = {avl__guide_node(g, state)};   // nodes after the bytes of one token
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
-    const avl__vocab *vocab = &g->model->vocab;
+    const int n_vocab = g->model->info.n_vocab;
     const int64_t least = g->nodes[at[0]].least, limit = n_left < AVL__GUIDE_FAR ? n_left : AVL__GUIDE_FAR;
     if (least == AVL__GUIDE_NEVER)
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d is no state that the guide's answer can be in", state);
@@ -6458,7 +6374,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
     g->work = 0;
     const int skip = (int)avl__guide_skip(g, state, " ", 1);
     int any = 0;
-    for (int i = 0; i < g->n_vocab; i++) g->mask[i] = least == 0 && i < vocab->n_tokens && vocab->ends[i];
+    for (int i = 0; i < n_vocab; i++) g->mask[i] = least == 0 && avl__vocab_is_end(&g->model->vocab, i);
     for (size_t i = 0; i < g->n_trie && !g->failure.status;) {
         const avl__trie *t = &g->trie[i];
         const int is_skipped = skip && t->depth == 0 && t->byte == ' ';
@@ -6468,7 +6384,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
         i = x == AVL__NONE ? (size_t)t->end : i + 1;
     }
     if (g->failure.status) return avl__fail(err, g->failure.status, "%s", g->failure.message);
-    for (int i = 0; i < g->n_vocab; i++) {
+    for (int i = 0; i < n_vocab; i++) {
         any |= g->mask[i];
         if (!g->mask[i]) logits[i] = avl__float_from_bits(0xFF800000u);   // -infinity
     }
@@ -6478,7 +6394,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
 ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t token) {
     int x = avl__guide_node(guide, state);
     char text[AVL__GUIDE_TOKEN];
-    if (x == AVL__NONE || token >= guide->n_vocab) return -1;
+    if (x == AVL__NONE || token >= guide->model->info.n_vocab) return -1;
     const int n = avl__guide_token_bytes(guide, token, text);
     guide->work = 0;
     const int skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
@@ -6507,24 +6423,33 @@ ASTROVL_API void astrovl_guide_free(astrovl_guide *guide) {
 
 // ---- patterns ------------------------------------------------------------------------------------------------------
 
-typedef struct avl__regex {
-    astrovl_guide *g;
-    const char    *text, *p;   // zero-terminated; what comes next: after a failure the final zero
-    int            depth;
-} avl__regex;
+typedef struct avl__json_value {   // see below
+    char           kind;    // its first byte: { [ " t f n; of any number '0'
+    int            end;     // in the list of values
+    astrovl_string text;    // a string's characters, zero-terminated; all else as it stands in the text
+} avl__json_value;
 
-static int avl__regex_fail(avl__regex *r, const char *at, astrovl_status status, const char *what) {   // returns NONE
-    if (!r->g->failure.status) avl__fail(&r->g->failure, status, "pattern, byte %d: %s", (int)(at - r->text), what);
-    r->p += strlen(r->p);
+typedef struct avl__reader {                  // of a pattern, or of JSON
+    const char      *name, *text, *limit, *p; // for messages; from text to its limit, a zero byte; what comes next
+    int              depth;
+    astrovl_error   *err;                     // the first failure sticks; p is then the limit
+    astrovl_guide   *g;                       // what a pattern or a schema becomes
+    avl__json_value *values;                  // of JSON
+    size_t           n_values, capacity;
+} avl__reader;
+
+static int avl__read_fail(avl__reader *r, const char *at, astrovl_status status, const char *what) {   // returns NONE
+    if (!r->err->status) avl__fail(r->err, status, "%s, byte %d: %s", r->name, (int)(at - r->text), what);
+    r->p = r->limit;
     return AVL__NONE;
 }
 
-static int avl__regex_wrong(avl__regex *r, const char *at, const char *what) {
-    return avl__regex_fail(r, at, ASTROVL_ERROR_FORMAT, what);
+static int avl__read_wrong(avl__reader *r, const char *at, const char *what) {
+    return avl__read_fail(r, at, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__regex_take(avl__regex *r, char c) {
-    int is_here = *r->p == c;
+static int avl__accept(avl__reader *r, char c) {
+    const int is_here = *r->p == c;
     r->p += is_here;
     return is_here;
 }
@@ -6557,86 +6482,82 @@ static int32_t avl__char_read(const char *p, const char *letters, const char *me
     return 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
 }
 
-static int avl__regex_char(avl__regex *r) {
+static int avl__regex_char(avl__reader *r) {
+#define AVL__PUNCTUATION "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"   // a backslash before it makes it literal
     const char *start = r->p;
-    size_t size;
-    int32_t c = *start ? avl__char_read(start, "ntrfv", "\n\t\r\f\v", &size) : AVL__UTF8_BAD;
-    if (c == AVL__UTF8_BAD || c == AVL__UTF8_CUT)
-        return avl__regex_wrong(r, start, "the pattern ends too early, or is not UTF-8");
-    if (c >= 0xD800 && c <= 0xDFFF) return avl__regex_wrong(r, start, "half a surrogate pair is no character");
-    if (c == AVL__ESCAPE_BAD) {
-        const int letter = (uint8_t)start[1];
-        size = letter == 'x' ? 4 : 2;
-        c = letter == 'x' ? avl__hex(start + 2, 2) : letter == 'u' ? -1 : letter;
-        if (c < 0) return avl__regex_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
-        if (letter != 'x' && (c < 0x21 || c > 0x7E || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')))
-            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that "
-                                   "are: \\d \\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
-    }
+    const int is_hex = start[0] == '\\' && start[1] == 'x';
+    size_t size = 4;
+    int32_t c = AVL__UTF8_CUT;
+    if (is_hex) c = avl__hex(start + 2, 2);
+    else if (*start) c = avl__char_read(start, "ntrfv" AVL__PUNCTUATION, "\n\t\r\f\v" AVL__PUNCTUATION, &size);
+    if (c >= 0xD800 && c <= 0xDFFF) return avl__read_wrong(r, start, "half a surrogate pair is no character");
+    if (c < 0 && (is_hex || (c == AVL__ESCAPE_BAD && start[1] == 'u')))
+        return avl__read_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
+    if (c == AVL__ESCAPE_BAD)
+        return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: \\d "
+                              "\\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
+    if (c < 0) return avl__read_wrong(r, start, "the pattern ends too early, or is not UTF-8");
     r->p += size;
     return c;
 }
 
-// A set of characters is collected on the stack, as numbers that sort: 2 low, and 2 (high + 1) + 1 where a range has
-// ended.
-static void avl__set_add(avl__regex *r, int low, int high) {
-    avl__push(r->g, 2 * low);
-    avl__push(r->g, 2 * high + 3);
+// A set of characters is collected on the stack, as numbers that sort: where a range begins 2 low, where it has ended
+// 2 (high + 1) + 1; the other way round for a range that is taken away. A character is in the set if more ranges are
+// open there than taken away.
+static void avl__set_add(avl__reader *r, int low, int high, int take_away) {
+    avl__push(r->g, 2 * low + take_away);
+    avl__push(r->g, 2 * high + 3 - take_away);
 }
 
 // Adds \d, \w, \s or one of their complements to a set (ASCII, as in JSON schema's patterns). 0: something else is here
-static int avl__regex_class(avl__regex *r) {
+static int avl__regex_class(avl__reader *r, int take_away) {
     const char c = *r->p == '\\' ? r->p[1] : (char)0, kind = (char)(c | 32);
     const char *bounds = kind == 'd' ? "09" : kind == 'w' ? "09AZ__az" : kind == 's' ? "\t\r  " : NULL;
     if (!bounds) return 0;
     r->p += 2;
-    int low = 0;
-    for (; *bounds; bounds += 2) {
-        if (c == kind) avl__set_add(r, bounds[0], bounds[1]);
-        else avl__set_add(r, low, bounds[0] - 1);
-        low = bounds[1] + 1;
-    }
-    if (c != kind) avl__set_add(r, low, 0x10FFFF);
+    if (c != kind) avl__set_add(r, 0, 0x10FFFF, take_away);
+    for (; *bounds; bounds += 2) avl__set_add(r, bounds[0], bounds[1], take_away != (c != kind));
     return 1;
 }
 
-static int avl__regex_alternatives(avl__regex *r);
+static int avl__regex_alternatives(avl__reader *r);
 
-static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be left on the stack
+static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may be left on the stack
     astrovl_guide *g = r->g;
     const char *start = r->p;
     const size_t base = g->stack.size;
     if (*start && strchr("*+?{", *start))
-        return avl__regex_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
+        return avl__read_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
     if (*start == '^' || *start == '$')
-        return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the pattern's ends");
-    if (avl__regex_take(r, '(')) {
-        if (avl__regex_take(r, '?') && !avl__regex_take(r, ':'))
-            return avl__regex_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
+        return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the pattern's ends");
+    if (avl__accept(r, '(')) {
+        if (avl__accept(r, '?') && !avl__accept(r, ':'))
+            return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "a group may begin with (?: but no other (?");
         if (++r->depth > AVL__GUIDE_DEPTH)
-            return avl__regex_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
+            return avl__read_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
         int x = avl__regex_alternatives(r);
         r->depth--;
-        return avl__regex_take(r, ')') ? x : avl__regex_wrong(r, start, "this ( is not closed");
+        return avl__accept(r, ')') ? x : avl__read_wrong(r, start, "this ( is not closed");
     }
     // a set of characters: one character or class, or those in brackets, or all but those
-    const int is_list = avl__regex_take(r, '['), is_dot = !is_list && avl__regex_take(r, '.');
-    const int negate = is_dot || (is_list && avl__regex_take(r, '^'));
-    if (is_list && *r->p == ']') return avl__regex_wrong(r, start, "an empty set (a ] in a set is written \\])");
-    if (is_dot) avl__set_add(r, '\n', '\n');
+    const int is_list = avl__accept(r, '['), is_dot = !is_list && avl__accept(r, '.');
+    const int negate = is_dot || (is_list && avl__accept(r, '^'));
+    if (is_list && *r->p == ']') return avl__read_wrong(r, start, "an empty set (a ] in a set is written \\])");
+    if (negate) avl__set_add(r, 0, 0x10FFFF, 0);
+    if (is_dot) avl__set_add(r, '\n', '\n', 1);
     else do {
         const char *at = r->p;
-        const int is_class = avl__regex_class(r), low = is_class ? 0 : avl__regex_char(r);
+        const int is_class = avl__regex_class(r, negate), low = is_class ? 0 : avl__regex_char(r);
         int high = low;
         if (is_list && r->p[0] == '-' && r->p[1] != ']') {
             r->p++;
-            if (is_class || avl__regex_class(r)) return avl__regex_wrong(r, at, "a range has a class at its end");
+            if (is_class || avl__regex_class(r, negate)) return avl__read_wrong(r, at, "a class at a range's end");
             high = avl__regex_char(r);
         }
-        if (high < low) return avl__regex_wrong(r, at, "a range that runs backwards");
-        if (!is_class) avl__set_add(r, low, high);
+        if (high < low) return avl__read_wrong(r, at, "a range that runs backwards");
+        if (!is_class) avl__set_add(r, low, high, negate);
     } while (is_list && *r->p && *r->p != ']');
-    if (is_list && !avl__regex_take(r, ']')) return avl__regex_wrong(r, start, "this [ is not closed");
+    if (is_list && !avl__accept(r, ']')) return avl__read_wrong(r, start, "this [ is not closed");
     const size_t end = g->stack.size;
     int n_open = 0, from = 0;
     if (end > base) avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
@@ -6644,12 +6565,11 @@ static int avl__regex_atom(avl__regex *r) {   // after a failure, numbers may be
         const int point = g->stack.data[i] >> 1, was_open = n_open > 0;
         n_open += g->stack.data[i] & 1 ? -1 : 1;
         if ((n_open > 0) == was_open) continue;
-        if (was_open != negate && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
+        if (was_open && point > from) avl__push_characters(g, (uint32_t)from, (uint32_t)point - 1);
         from = point;
     }
-    if (negate) avl__push_characters(g, (uint32_t)from, 0x10FFFF);
     const int x = avl__re_alt(g, end);
-    return x ? x : avl__regex_wrong(r, start, "a set that no character is in");
+    return x ? x : avl__read_wrong(r, start, "a set that no character is in");
 }
 
 // Reads a decimal number. Once it is above AVL__GUIDE_FAR, the digits that follow are skipped. -1: none is here
@@ -6659,7 +6579,7 @@ static int avl__count_read(const char **p) {
     return n;
 }
 
-static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier, if it has one
+static int avl__regex_repeated(avl__reader *r) {   // an atom with its quantifier, if it has one
     const size_t base = r->g->stack.size;
     const int atom = avl__regex_atom(r);
     const char *start = r->p;
@@ -6669,18 +6589,18 @@ static int avl__regex_repeated(avl__regex *r) {   // an atom with its quantifier
     r->p++;
     if (*start == '{') {
         min = avl__count_read(&r->p);
-        max = avl__regex_take(r, ',') ? avl__count_read(&r->p) : min;
+        max = avl__accept(r, ',') ? avl__count_read(&r->p) : min;
         if (min > AVL__GUIDE_FAR || max > AVL__GUIDE_FAR)
-            return avl__regex_fail(r, start + 1, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
-        if (min < 0 || (max >= 0 && max < min) || !avl__regex_take(r, '}'))
-            return avl__regex_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
+            return avl__read_fail(r, start + 1, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
+        if (min < 0 || (max >= 0 && max < min) || !avl__accept(r, '}'))
+            return avl__read_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
     }
-    avl__regex_take(r, '?');   // as few as possible or as many: the same language
-    if (*r->p && strchr("*+?{", *r->p)) return avl__regex_wrong(r, r->p, "a quantifier after a quantifier");
-    return avl__re_repeat(r->g, atom, min, max);
+    avl__accept(r, '?');   // as few as possible or as many: the same language
+    if (*r->p && strchr("*+?{", *r->p)) return avl__read_wrong(r, r->p, "a quantifier after a quantifier");
+    return avl__re_row(r->g, atom, min, max, AVL__EMPTY);
 }
 
-static int avl__regex_alternatives(avl__regex *r) {
+static int avl__regex_alternatives(avl__reader *r) {
     astrovl_guide *g = r->g;
     const size_t base = g->stack.size;
     do {
@@ -6689,17 +6609,17 @@ static int avl__regex_alternatives(avl__regex *r) {
         int x = AVL__EMPTY;
         while (g->stack.size > first) x = avl__re_cat(g, g->stack.data[--g->stack.size], x);
         avl__push(g, x);
-    } while (avl__regex_take(r, '|'));
+    } while (avl__accept(r, '|'));
     return avl__re_alt(g, base);
 }
 
 // A whole pattern as an expression. It matches all of an answer, so ^ and $ at its ends say nothing.
 static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
-    avl__regex r = {g, pattern, pattern, 0};
-    avl__regex_take(&r, '^');
+    avl__reader r = {"pattern", pattern, pattern + strlen(pattern), pattern, 0, &g->failure, g, NULL, 0, 0};
+    avl__accept(&r, '^');
     const int x = avl__regex_alternatives(&r);
-    avl__regex_take(&r, '$');
-    return *r.p ? avl__regex_wrong(&r, r.p, "this ) closes nothing") : x;
+    avl__accept(&r, '$');
+    return *r.p ? avl__read_wrong(&r, r.p, "this ) closes nothing") : x;
 }
 
 // ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
@@ -6707,38 +6627,13 @@ static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
 // ends at the place in the list of what follows it and all it contains; a name where its member ends. So the items of
 // an array, and the names of an object, are v + 1, then the `end` of the one before, up to the `end` of v.
 
-enum { AVL__JSON_NAME = -2, AVL__JSON_VALUE = -1 };   // of a member
+static void avl__json_space(avl__reader *j) { j->p += strspn(j->p, " \t\n\r"); }
 
-typedef struct avl__json_value {
-    char        kind;    // its first byte: { [ " t f n; of any number '0'
-    int         at, end; // its first byte in the text, and its end in the list
-    int         item;    // its index in its array, or AVL__JSON_NAME or _VALUE
-    const char *text;    // a string's characters, zero-terminated; all else as it stands in the text
-    size_t      size;    // bytes of text
-} avl__json_value;
-
-typedef struct avl__json {
-    const char      *name;                  // for messages
-    char            *text, *limit, *p;      // a copy, in which strings are decoded; its end, a zero byte; what is next
-    avl__json_value *values;
-    size_t           n_values, capacity;
-    int              depth;
-    astrovl_error   *err;                   // the first failure sticks; p is then at the end
-    astrovl_guide   *g;                     // that a schema becomes
-} avl__json;
-
-static void avl__json_fail(avl__json *j, astrovl_status status, const char *what) {
-    if (!j->err->status) avl__fail(j->err, status, "%s, byte %d: %s", j->name, (int)(j->p - j->text), what);
-    j->p = j->limit;
-}
-
-static void avl__json_space(avl__json *j) { j->p += strspn(j->p, " \t\n\r"); }
-
-// Decodes the string at j->p. Its characters take no more bytes decoded than escaped, and the final zero stands where
-// the last quote stood or before.
-static void avl__json_string(avl__json *j, avl__json_value *value) {
-    char *to = ++j->p;
-    value->text = to;
+// Decodes the string at j->p in its place: its characters take no more bytes decoded than escaped, and the final zero
+// stands where the last quote stood or before.
+static astrovl_string avl__json_string(avl__reader *j) {
+    char *to = (char *)++j->p;   // in the copy that avl__json_open made
+    astrovl_string string = {to, 0};
     while (*j->p != '"') {
         size_t size;
         const int32_t c = avl__char_read(j->p, "\"\\/bfnrt", "\"\\/\b\f\n\r\t", &size);
@@ -6747,41 +6642,44 @@ static void avl__json_string(avl__json *j, avl__json_value *value) {
                             c == AVL__ESCAPE_BAD ? "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX" :
                             c < 0 ? "these bytes are not UTF-8" :
                             c >= 0xD800 && c <= 0xDFFF ? "half a surrogate pair is no character" : NULL;
-        if (wrong) avl__json_fail(j, ASTROVL_ERROR_FORMAT, wrong);
-        if (wrong) return;
+        if (wrong) avl__read_wrong(j, j->p, wrong);
+        if (wrong) return string;
         j->p += size;
         to += avl__utf8_write((uint32_t)c, to);
     }
     j->p++;
-    value->size = (size_t)(to - value->text);
     *to = 0;
+    string.size = (size_t)(to - string.data);
+    return string;
 }
 
-// Reads a value, or a member's name and value.
-static void avl__json_read(avl__json *j, int item) {
+static void avl__json_read(avl__reader *j) {   // one value, with white space before and behind it
     avl__json_space(j);
-    const int i = (int)j->n_values;
-    char *p = j->p;
-    const char kind = *p, close = kind == '{' ? '}' : ']';
-    avl__json_value value = {kind, (int)(p - j->text), 0, item, p, 0};
-    if (item == AVL__JSON_NAME && kind != '"') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a member's name is expected");
-    else if (!avl__grow(&j->values, &j->capacity, j->n_values + 1, sizeof value))
-        avl__json_fail(j, ASTROVL_ERROR_MEMORY, "out of memory");
+    const size_t i = j->n_values;
+    const char *p = j->p, kind = *p, close = kind == '{' ? '}' : ']';
+    avl__json_value value = {kind, 0, {p, 0}};
+    if (!avl__grow(&j->values, &j->capacity, i + 1, sizeof value))
+        avl__read_fail(j, p, ASTROVL_ERROR_MEMORY, "out of memory");
     if (j->err->status) return;
     j->n_values++;
     if (kind == '"') {
-        avl__json_string(j, &value);
+        value.text = avl__json_string(j);
     } else if (kind == '{' || kind == '[') {
-        if (++j->depth > AVL__GUIDE_DEPTH) avl__json_fail(j, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
-        else j->p++;
+        j->p++;
+        if (++j->depth > AVL__GUIDE_DEPTH) avl__read_fail(j, p, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
         avl__json_space(j);
-        for (int more = *j->p != close, k = 0; more && !j->err->status; j->p += more, k++) {
-            avl__json_read(j, kind == '{' ? (int)AVL__JSON_NAME : k);
-            avl__json_space(j);
-            more = *j->p == ',';
+        for (int more = *j->p != close; more && !j->err->status; more = avl__accept(j, ',')) {
+            const size_t name = j->n_values;
+            if (kind == '{') {
+                avl__json_space(j);
+                if (*j->p != '"') avl__read_wrong(j, j->p, "a member's name is expected");
+                avl__json_read(j);
+                if (!avl__accept(j, ':')) avl__read_wrong(j, j->p, "a colon is expected");
+            }
+            avl__json_read(j);
+            if (kind == '{' && !j->err->status) j->values[name].end = (int)j->n_values;
         }
-        if (*j->p == close) j->p++;
-        else avl__json_fail(j, ASTROVL_ERROR_FORMAT, kind == '{' ? "comma or } expected" : "comma or ] expected");
+        if (!avl__accept(j, close)) avl__read_wrong(j, j->p, "a comma or the closing bracket is expected");
         j->depth--;
     } else {
         const char *word = kind == 't' ? "true" : kind == 'f' ? "false" : "null";
@@ -6800,105 +6698,77 @@ static void avl__json_read(avl__json *j, int item) {
             }
         }
         j->p = p + n;
-        value.size = (size_t)(j->p - value.text);
-        if (n == 0) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a value is expected");
+        value.text.size = (size_t)(j->p - value.text.data);
+        if (n == 0) avl__read_wrong(j, j->p, "a value is expected");
     }
-    if (item == AVL__JSON_NAME) {
-        avl__json_space(j);
-        if (*j->p != ':') avl__json_fail(j, ASTROVL_ERROR_FORMAT, "a colon is expected");
-        else j->p++;
-        avl__json_read(j, AVL__JSON_VALUE);
-    }
+    avl__json_space(j);
     value.end = (int)j->n_values;
     if (!j->err->status) j->values[i] = value;
 }
 
 // Reads a whole text; *err must be zero before.
-static void avl__json_open(avl__json *j, const char *name, const char *text, size_t size, astrovl_error *err) {
+static void avl__json_open(avl__reader *j, const char *name, const char *text, size_t size, astrovl_error *err) {
     memset(j, 0, sizeof *j);
     j->name = name;
     j->err = err;
-    j->text = avl__copy_text(text, size);
+    j->text = j->p = avl__copy_text(text, size);
     if (!j->text) avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
     if (!j->text) return;
-    j->p = j->text;
     j->limit = j->text + size;
-    avl__json_read(j, AVL__JSON_VALUE);
-    avl__json_space(j);
-    if (j->p < j->limit) avl__json_fail(j, ASTROVL_ERROR_FORMAT, "nothing may follow the value");
+    avl__json_read(j);
+    if (j->p < j->limit) avl__read_wrong(j, j->p, "nothing may follow the value");
 }
 
-static void avl__json_close(avl__json *j) {
-    astrovl_free(j->text);
+static void avl__json_close(avl__reader *j) {
+    astrovl_free((void *)j->text);
     astrovl_free(j->values);
 }
 
 static int avl__json_is(const avl__json_value *value, const char *text) {   // whether it is a string that spells text
-    return value->kind == '"' && value->size == strlen(text) && memcmp(value->text, text, value->size) == 0;
+    return value->kind == '"' && avl__string_is(value->text, text);
 }
 
-// Appends a value without white space, its strings with no escapes but those that JSON asks for.
-static void avl__json_write(const avl__json *j, int v, avl__bytes *out) {
-    const avl__json_value *value = &j->values[v];
-    const char kind = value->kind;
-    if (kind == '{' || kind == '[') {
-        avl__bytes_put(out, &kind, 1);
-        for (int i = v + 1; i < value->end; i = j->values[i].end) {
-            if (i > v + 1) avl__bytes_put(out, ",", 1);
-            avl__json_write(j, i, out);
-            if (kind == '{') avl__bytes_put(out, ":", 1);
-            if (kind == '{') avl__json_write(j, i + 1, out);
-        }
-        avl__bytes_put(out, kind == '{' ? "}" : "]", 1);
-        return;
-    }
-    if (kind == '"') avl__bytes_put(out, "\"", 1);
-    for (size_t i = 0; i < value->size; i++) {
-        const uint8_t c = (uint8_t)value->text[i];
-        char spelled[8] = {(char)c, 0};
-        if (c == '"' || c == '\\') avl__format(spelled, sizeof spelled, "\\%c", c);
-        if (c < 32) avl__format(spelled, sizeof spelled, "\\u%04x", c);
-        avl__bytes_put_text(out, spelled);
-    }
-    if (kind == '"') avl__bytes_put(out, "\"", 1);
+// The value of an object's member, the last of that name, as in Python; 0: there is none
+static int avl__json_find(const avl__reader *j, int object, const char *name) {
+    int found = 0;
+    for (int i = object + 1; i < j->values[object].end; i = j->values[i].end)
+        if (avl__json_is(&j->values[i], name)) found = i + 1;
+    return found;
 }
 
 ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const char *key, int *n, astrovl_error *err) {
     astrovl_error failure = {ASTROVL_OK, ""};
-    avl__json j = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, NULL, NULL};
+    avl__reader j;
     char **list = NULL;
-    int found = 0;
     if (n) *n = 0;
-    if (!json || !n || !key) avl__fail(&failure, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
-    else avl__json_open(&j, "JSON", json, size, &failure);
-    if (!failure.status && j.values && j.values->kind != '{')
-        avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte 0: an object is expected");
-    for (int i = 1; !failure.status && j.values && i < j.values->end; i = j.values[i].end)
-        if (avl__json_is(&j.values[i], key)) found = i + 1;   // of several members the last, as in Python
+    if (!json || !n || !key) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "JSON: no text, no member's name or no count");
+        return NULL;
+    }
+    avl__json_open(&j, "JSON", json, size, &failure);
+    if (!failure.status && j.values->kind != '{') avl__read_wrong(&j, j.text, "an object is expected");
+    const int found = failure.status ? 0 : avl__json_find(&j, 0, key);
     const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
+    for (int i = first; i < end && !failure.status; i++) {
+        const avl__json_value *v = &j.values[i];
+        const int is_text = v->kind == '"';
+        if (!is_text || memchr(v->text.data, 0, v->text.size))
+            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s",
+                      (int)(v->text.data - j.text) - is_text, key,
+                      is_text ? "has a zero character" : "is neither a string nor an array of strings");
+    }
     // with their quotes the strings were longer in the JSON text
     if (!failure.status && !(list = (char **)avl__alloc_raw((size_t)(end - first) * sizeof *list + size, 1)))
         avl__fail(&failure, ASTROVL_ERROR_MEMORY, "JSON: out of memory");
     char *text = list ? (char *)(list + (end - first)) : NULL;
     for (int i = first; list && i < end; i++) {
-        const avl__json_value *v = &j.values[i];
-        if (v->kind != '"' || memchr(v->text, 0, v->size)) {
-            avl__fail(&failure, ASTROVL_ERROR_FORMAT, "JSON, byte %d: \"%s\" %s", v->at, key, v->kind == '"' ?
-                      "has a zero character" : "is neither a string nor an array of strings");
-            break;
-        }
-        list[i - first] = text;
-        memcpy(text, v->text, v->size + 1);
-        text += v->size + 1;
+        list[i - first] = (char *)memcpy(text, j.values[i].text.data, j.values[i].text.size + 1);
+        text += j.values[i].text.size + 1;
     }
     avl__json_close(&j);
-    if (!failure.status) {
-        *n = end - first;
-        return list;
-    }
-    astrovl_free(list);
-    avl__fail(err, failure.status, "%s", failure.message);
-    return NULL;
+    if (list) *n = end - first;
+    else avl__fail(err, failure.status, "%s", failure.message);
+    return list;
 }
 
 // ---- schemas -------------------------------------------------------------------------------------------------------
@@ -6912,109 +6782,131 @@ static const char *const avl__kind_patterns[AVL__N_KINDS] = {   // string: a cha
     "", "", "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})",
     "0|-?[1-9]\\d{0,14}", "-?(0|[1-9]\\d{0,14})(\\.\\d{1,15})?([eE][+-]?\\d{1,2})?", "true|false", "null"};
 
-enum { AVL__KEY_TYPE, AVL__KEY_PROPERTIES, AVL__KEY_REQUIRED, AVL__KEY_ADDITIONAL, AVL__KEY_ITEMS, AVL__KEY_MIN_ITEMS,
-       AVL__KEY_MAX_ITEMS, AVL__KEY_MIN_LENGTH, AVL__KEY_MAX_LENGTH, AVL__KEY_ENUM, AVL__KEY_CONST, AVL__KEY_ANY_OF,
-       AVL__N_RULES, AVL__N_KEYWORDS = AVL__N_RULES + 7 };
-
-static const char *const avl__keywords[AVL__N_KEYWORDS] = {   // after the rules, notes: they do not restrict the values
+// The first AVL__N_RULES restrict the values; the others are notes, which are passed over.
+static const char *const avl__keywords[] = {
     "type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength",
     "enum", "const", "anyOf", "title", "description", "default", "examples", "$schema", "$id", "$comment"};
+enum { AVL__N_RULES = 12, AVL__N_KEYWORDS = 19 };
 
 // Fails, naming the place of a value or a member as a JSON pointer (RFC 6901). Returns NONE.
-static int avl__schema_fail(avl__json *j, int place, astrovl_status status, const char *what) {
+static int avl__schema_fail(avl__reader *j, int place, astrovl_status status, const char *what) {
     avl__bytes path = {NULL, 0, 0, 0};
-    if (j->g->failure.status) return AVL__NONE;
-    for (int v = 1; v <= place; v++) {
-        const avl__json_value *value = &j->values[v];
-        if (value->end <= place || value->item == AVL__JSON_VALUE) continue;   // not around it, or its name was taken
+    if (j->err->status) return AVL__NONE;
+    for (int v = 0; v < place;) {   // down to the item or member that it is in
+        const int is_object = j->values[v].kind == '{';
+        int index = 0;
         char step[24];
-        avl__format(step, sizeof step, value->item < 0 ? "/" : "/%d", value->item);
+        for (v++; j->values[v].end <= place; v = j->values[v].end) index++;
+        avl__format(step, sizeof step, is_object ? "/" : "/%d", index);
         avl__bytes_put_text(&path, step);
-        for (const char *c = value->text; value->item < 0 && *c; c++)
+        for (const char *c = j->values[v].text.data; is_object && *c; c++)
             avl__bytes_put(&path, *c == '~' ? "~0" : *c == '/' ? "~1" : c, *c == '~' || *c == '/' ? 2 : 1);
+        if (is_object && v < place) v++;
     }
-    avl__fail(&j->g->failure, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
+    avl__fail(j->err, status, "schema, at %s: %s", path.size ? path.data : "its root", what);
     astrovl_free(path.data);
     return AVL__NONE;
 }
 
-static int avl__schema_wrong(avl__json *j, int place, const char *what) {
+static int avl__schema_wrong(avl__reader *j, int place, const char *what) {
     return avl__schema_fail(j, place, ASTROVL_ERROR_FORMAT, what);
 }
 
-static int avl__schema_unknown(avl__json *j, int place, const char *what) {
+static int avl__schema_unknown(avl__reader *j, int place, const char *what) {
     return avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what);
 }
 
-// Items with a pattern between them, in brackets or quotes.  limits: values, least and most items; 0: no limit
-static int avl__schema_list(avl__json *j, const int limits[2], int item, const char *between, const char *ends) {
+static int avl__schema_count(avl__reader *j, int schema, const char *keyword, int if_absent) {
+    const int place = avl__json_find(j, schema, keyword);
+    const avl__json_value *value = &j->values[place];
+    const char *p = value->text.data;
+    if (!place) return if_absent;
+    const int n = value->kind == '0' ? avl__count_read(&p) : -1;
+    if (n < 0 || p < value->text.data + value->text.size)
+        avl__schema_wrong(j, place, "a whole number, not negative, is expected");
+    if (n > AVL__GUIDE_FAR) avl__guide_fail(j->g, ASTROVL_ERROR_LIMIT);
+    return n;
+}
+
+// Items with commas between them in brackets, or the characters of a string in quotes
+static int avl__schema_list(avl__reader *j, int schema, int item, int is_array) {
     astrovl_guide *g = j->g;
-    int counts[2] = {0, -1};
-    for (int i = 0; i < 2; i++) {
-        const avl__json_value *limit = &j->values[limits[i]];
-        const char *p = limit->text;
-        if (!limits[i]) continue;
-        counts[i] = limit->kind == '0' ? avl__count_read(&p) : -1;
-        if (counts[i] < 0 || p < limit->text + limit->size)
-            return avl__schema_wrong(j, limits[i], "a whole number, not negative, is expected");
-        if (counts[i] > AVL__GUIDE_FAR) return avl__guide_fail(g, ASTROVL_ERROR_LIMIT);
-    }
-    const int min = counts[0], max = counts[1];
+    const char *ends = is_array ? "[]" : "\"\"";
+    const int min = avl__schema_count(j, schema, is_array ? "minItems" : "minLength", 0);
+    const int max = avl__schema_count(j, schema, is_array ? "maxItems" : "maxLength", -1);
     if (max >= 0 && min > max)
-        return avl__schema_wrong(j, limits[0], "the least (minItems, minLength) is more than the most");
-    const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY), pair = avl__re_cat(g, avl__re_pattern(g, between), item);
-    const int more = avl__re_repeat(g, pair, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max);
-    const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, avl__re_cat(g, more, end));
+        return avl__schema_wrong(j, schema, "the least (minItems, minLength) is more than the most");
+    const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
+    const int next = is_array ? avl__re_cat(g, avl__re_pattern(g, ", ?"), item) : item;
+    const int more = avl__re_row(g, next, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max, end);
+    const int x = max == 0 ? AVL__NONE : avl__re_cat(g, item, more);
     return avl__re_text(g, ends, 1, min == 0 ? avl__re_or(g, x, end) : x);
 }
 
-static int avl__schema_literal(avl__json *j, int place) {   // a value as an answer spells it
-    avl__bytes text = {NULL, 0, 0, 0};
-    avl__json_write(j, place, &text);
-    const int x = text.failed ? avl__guide_fail(j->g, ASTROVL_ERROR_MEMORY) :
-                  avl__re_text(j->g, text.data, text.size, AVL__EMPTY);
-    astrovl_free(text.data);
-    return x;
+// A value as an answer spells it, without white space, its strings with no escapes but those that JSON asks for; then
+// another expression
+static int avl__schema_literal(avl__reader *j, int v, int then) {
+    astrovl_guide *g = j->g;
+    const avl__json_value *value = &j->values[v];
+    const int is_object = value->kind == '{', is_text = value->kind == '"';
+    const size_t base = g->stack.size;
+    if (is_object || value->kind == '[') {
+        then = avl__re_text(g, is_object ? "}" : "]", 1, then);
+        for (int i = v + 1; i < value->end; i = j->values[i].end) avl__push(g, i);
+        while (g->stack.size > base) {
+            const int i = g->stack.data[--g->stack.size];
+            if (is_object) then = avl__re_text(g, ":", 1, avl__schema_literal(j, i + 1, then));
+            then = avl__schema_literal(j, i, then);
+            if (g->stack.size > base) then = avl__re_text(g, ",", 1, then);
+        }
+        return avl__re_text(g, is_object ? "{" : "[", 1, then);
+    }
+    if (is_text) then = avl__re_text(g, "\"", 1, then);
+    for (size_t i = value->text.size; i > 0; i--) {
+        const uint8_t c = (uint8_t)value->text.data[i - 1];
+        char spelled[8] = {(char)c, 0};
+        if (c == '"' || c == '\\') avl__format(spelled, sizeof spelled, "\\%c", c);
+        if (c < 32) avl__format(spelled, sizeof spelled, "\\u%04x", c);
+        then = avl__re_text(g, spelled, strlen(spelled), then);
+    }
+    return is_text ? avl__re_text(g, "\"", 1, then) : then;
 }
 
-static int avl__schema_expr(avl__json *j, int schema);
+static int avl__schema_expr(avl__reader *j, int schema);
 
 // Members in the order of `properties`. They are put together from the last to the first, as two expressions: what
 // follows where nothing is written yet, and what follows a member.
-static int avl__schema_object(avl__json *j, const int *rules) {
+static int avl__schema_object(avl__reader *j, int schema) {
     astrovl_guide *g = j->g;
     const avl__json_value *values = j->values;
-    const int properties = rules[AVL__KEY_PROPERTIES], required = rules[AVL__KEY_REQUIRED];
-    const int additional = rules[AVL__KEY_ADDITIONAL];
-    const size_t base = g->stack.size;
+    const int properties = avl__json_find(j, schema, "properties"), required = avl__json_find(j, schema, "required");
+    const int additional = avl__json_find(j, schema, "additionalProperties");
+    const size_t base = g->stack.size;   // from here on 3 numbers a member: its name, its value, 1 if it is required
+    size_t i;
     if (properties && values[properties].kind != '{') return avl__schema_wrong(j, properties, "an object is expected");
     if (required && values[required].kind != '[') return avl__schema_wrong(j, required, "an array is expected");
     if (additional && values[additional].kind != 't' && values[additional].kind != 'f')
         return avl__schema_unknown(j, additional, "only true and false are understood (none is ever written)");
     for (int p = properties + 1; properties && p < values[properties].end; p = values[p].end) {
+        const int name = avl__schema_literal(j, p, AVL__EMPTY);
+        for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
+        if (i < g->stack.size) return avl__schema_wrong(j, p, "a second member of the same name");
+        avl__push(g, name);
         avl__push(g, avl__schema_expr(j, p + 1));
-        avl__push(g, avl__schema_literal(j, p));
+        avl__push(g, 0);
     }
-    if (g->failure.status) return AVL__NONE;
-    const uint32_t known = ++g->mark;   // the mark of properties' names (equal texts are one node); + 1: required, too
-    size_t at = base + 1;
-    for (int p = properties + 1; at < g->stack.size; p = values[p].end, at += 2) {
-        avl__re *name = &g->nodes[g->stack.data[at]];
-        if (name->mark == known) return avl__schema_wrong(j, p, "a second member of the same name");
-        name->mark = known;
-    }
-    g->mark++;
     for (int p = required + 1; required && p < values[required].end; p = values[p].end) {
         if (values[p].kind != '"') return avl__schema_wrong(j, p, "required is an array of names");
-        const int name = avl__schema_literal(j, p);
-        if (g->nodes[name].mark < known) return avl__schema_unknown(j, p, "properties says nothing about this one");
-        g->nodes[name].mark = known + 1;
+        const int name = avl__schema_literal(j, p, AVL__EMPTY);
+        for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
+        if (i >= g->stack.size) return avl__schema_unknown(j, p, "properties says nothing about this one");
+        if (!g->failure.status) g->stack.data[i + 2] = 1;
     }
     const int comma = avl__re_pattern(g, ", ?"), colon = avl__re_pattern(g, ": ?");
     int first = avl__re_text(g, "}", 1, AVL__EMPTY), later = first;
-    for (at = g->stack.size; at > base; at -= 2) {   // no name is a member of these alternatives, which would mark it
-        const int name = g->stack.data[at - 1], is_required = g->nodes[name].mark == known + 1;
-        const int member = avl__re_cat(g, name, avl__re_cat(g, colon, g->stack.data[at - 2]));
+    for (i = g->stack.size; i > base && !g->failure.status; i -= 3) {
+        const int name = g->stack.data[i - 3], is_required = g->stack.data[i - 1];
+        const int member = avl__re_cat(g, name, avl__re_cat(g, colon, g->stack.data[i - 2]));
         const int alone = avl__re_cat(g, member, later), after = avl__re_cat(g, comma, alone);
         first = is_required ? alone : avl__re_or(g, alone, first);
         later = is_required ? after : avl__re_or(g, after, later);
@@ -7025,25 +6917,25 @@ static int avl__schema_object(avl__json *j, const int *rules) {
 
 // Whether a number is whole, in any spelling: 3, 3.0, 30e-1. It is if the point, moved by the exponent, stands behind
 // the last digit that is not 0.
-static int avl__json_is_whole(const avl__json_value *number) {
-    const char *p = number->text, *end = p + number->size;
+static int avl__json_is_whole(astrovl_string number) {
+    const char *p = number.data, *end = p + number.size;
     int n_digits = 0, last = 0, point = -1;   // digits up to the last one that is not 0, and up to the point
-    for (; p < end && *p != 'e' && *p != 'E'; p++) {
+    for (; p < end && (*p | 32) != 'e'; p++) {
         if (*p == '.') point = n_digits;
-        n_digits += *p >= '0' && *p <= '9';
-        if (*p > '0' && *p <= '9') last = n_digits;
+        n_digits += *p >= '0';
+        if (*p > '0') last = n_digits;
     }
     const int is_negative = p < end && p[1] == '-';
-    p += p == end ? 0 : p[1] == '-' || p[1] == '+' ? 2 : 1;
+    p += p < end ? 1 + (p[1] == '-' || p[1] == '+') : 0;
     const int exponent = p < end ? avl__count_read(&p) : 0;
     return last == 0 || (point < 0 ? n_digits : point) + (is_negative ? -exponent : exponent) >= last;
 }
 
-static int avl__schema_expr(avl__json *j, int schema) {
+static int avl__schema_expr(avl__reader *j, int schema) {
     astrovl_guide *g = j->g;
     const avl__json_value *values = j->values;
     const size_t base = g->stack.size;
-    int rules[AVL__N_KEYWORDS] = {0}, n_rules = 0;   // 0: absent
+    int n_rules = 0;
     if (values[schema].kind != '{') return avl__schema_unknown(j, schema, "a schema is an object here");
     for (int p = schema + 1; p < values[schema].end; p = values[p].end) {
         int key = 0;
@@ -7052,12 +6944,13 @@ static int avl__schema_expr(avl__json *j, int schema) {
             return avl__schema_unknown(j, p, "this keyword is not understood; those that are: type, properties, "
                                        "required, additionalProperties (true, false), items, minItems, maxItems, "
                                        "minLength, maxLength, enum, const, anyOf");
-        if (rules[key]) return avl__schema_wrong(j, p, "a second member of the same name");
-        rules[key] = p + 1;
+        if (avl__json_find(j, schema, avl__keywords[key]) != p + 1)
+            return avl__schema_wrong(j, p, "a second member of the same name");
         n_rules += key < AVL__N_RULES;
     }
-    const int type = rules[AVL__KEY_TYPE], any_of = rules[AVL__KEY_ANY_OF], items = rules[AVL__KEY_ITEMS];
-    const int choices = rules[AVL__KEY_ENUM], choice = choices ? choices : rules[AVL__KEY_CONST];
+    const int type = avl__json_find(j, schema, "type"), any_of = avl__json_find(j, schema, "anyOf");
+    const int items = avl__json_find(j, schema, "items"), choices = avl__json_find(j, schema, "enum");
+    const int choice = choices ? choices : avl__json_find(j, schema, "const");
     int kinds = type ? 0 : (1 << AVL__N_KINDS) - 1;   // one bit each
     for (int p = type + (values[type].kind == '['); type && p < values[type].end; p = values[p].end) {
         int kind = 0;
@@ -7074,8 +6967,8 @@ static int avl__schema_expr(avl__json *j, int schema) {
             static const char begins[] = "{[\"i0tn";   // as `kind` in values; booleans as true
             const char first = values[p].kind == 'f' ? 't' : values[p].kind;
             int kind = 1 << (strchr(begins, first) - begins);
-            if (first == '0' && avl__json_is_whole(&values[p])) kind |= 1 << AVL__INTEGER;
-            if (kinds & kind) avl__push(g, avl__schema_literal(j, p));
+            if (first == '0' && avl__json_is_whole(values[p].text)) kind |= 1 << AVL__INTEGER;
+            if (kinds & kind) avl__push(g, avl__schema_literal(j, p, AVL__EMPTY));
         }
         const int x = avl__re_alt(g, base);
         return x ? x : avl__schema_wrong(j, schema, "no value is left to choose from");
@@ -7087,17 +6980,16 @@ static int avl__schema_expr(avl__json *j, int schema) {
         for (int p = any_of + 1; p < values[any_of].end; p = values[p].end) avl__push(g, avl__schema_expr(j, p));
         return avl__re_alt(g, base);
     }
-    if (!type) kinds = rules[AVL__KEY_PROPERTIES] ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
+    if (!type) kinds = avl__json_find(j, schema, "properties") ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
     if (!kinds)
         return avl__schema_unknown(j, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (int kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
-        int x = kind == AVL__OBJECT ? avl__schema_object(j, rules) : avl__re_pattern(g, avl__kind_patterns[kind]);
+        int x = kind == AVL__OBJECT ? avl__schema_object(j, schema) : avl__re_pattern(g, avl__kind_patterns[kind]);
         if (kind == AVL__ARRAY && !items)
             return avl__schema_unknown(j, schema, "an array needs items: any at all are not understood");
         if (kind == AVL__ARRAY) x = avl__schema_expr(j, items);
-        if (kind == AVL__ARRAY) x = avl__schema_list(j, rules + AVL__KEY_MIN_ITEMS, x, ", ?", "[]");
-        if (kind == AVL__STRING) x = avl__schema_list(j, rules + AVL__KEY_MIN_LENGTH, x, "", "\"\"");
+        if (kind == AVL__ARRAY || kind == AVL__STRING) x = avl__schema_list(j, schema, x, kind == AVL__ARRAY);
         avl__push(g, x);
     }
     return avl__re_alt(g, base);
@@ -7121,10 +7013,10 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
         avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "%s: it has more than 262,144 bytes", g->name);
     if (!g->failure.status && !is_schema) g->start = avl__re_pattern(g, text);
     if (!g->failure.status && is_schema) {
-        avl__json schema;
+        avl__reader schema;
         avl__json_open(&schema, g->name, text, size, &g->failure);
         schema.g = g;
-        if (!g->failure.status && schema.values) g->start = avl__schema_expr(&schema, 0);
+        if (!g->failure.status) g->start = avl__schema_expr(&schema, 0);
         avl__json_close(&schema);
     }
     uint8_t begins[257] = {1};
