@@ -316,7 +316,6 @@ typedef struct astrovl_generation {    // how text is chosen and when it ends
     float    temperature;          // 0: greedy (then top_k, top_p, min_p and seed are unused)
     int      top_k;                // keep the k likeliest; 0: all
     float    top_p;                // keep the smallest set with this probability (Holtzman et al. 2020); 0 or 1: all
-                                   // (elsewhere 0 keeps the likeliest token: that is top_k 1)
     float    min_p;                // drop what is less likely than min_p * the likeliest; 0: none
     float    repetition_penalty;   // logits of seen tokens / p if > 0, * p otherwise (Keskar et al. 2019); 0 or 1: off
     int      repetition_window;    // over the last n generated tokens; 0: 64
@@ -2676,10 +2675,9 @@ static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
 
 // Writes a code point (below 0x110000, no surrogate) as UTF-8; returns its length.
 static size_t avl__utf8_write(uint32_t c, char *text) {
-    static const uint8_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
     size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, i;
     for (i = n - 1; i > 0; i--, c >>= 6) text[i] = (char)(0x80 | (c & 0x3F));
-    text[0] = (char)(lead[n == 1 ? 0 : n] | c);
+    text[0] = (char)(n == 1 ? c : (0xF00u >> n | c) & 0xFF);   // 110..., 1110..., 11110...
     return n;
 }
 
@@ -2692,13 +2690,8 @@ typedef struct avl__utf8_gate {
 
 // Appends to out what is whole. A gate starts as all zeros.
 static void avl__utf8_gate_put(avl__utf8_gate *gate, const char *bytes, size_t size, avl__bytes *out) {
-    size_t i = 0, length, start;
-    while (i < size) {
-        start = i;
-        while (!gate->n_pending && i < size && avl__utf8_read(bytes + i, size - i, &length) >= 0) i += length;
-        avl__bytes_put(out, bytes + start, i - start);
-        if (i == size) break;
-        gate->pending[gate->n_pending++] = bytes[i++];
+    for (size_t i = 0, length; i < size; i++) {
+        gate->pending[gate->n_pending++] = bytes[i];
         while (gate->n_pending) {
             int32_t c = avl__utf8_read(gate->pending, gate->n_pending, &length);
             if (c == AVL__UTF8_CUT) break;
@@ -2821,7 +2814,6 @@ typedef struct avl__pair { uint32_t a, b, x, y; } avl__pair;
 
 typedef struct avl__unicode {
     avl__char_run classes[AVL__CLASS_RUNS], lower[AVL__LOWER_RUNS], marks[AVL__MARK_RUNS];
-    uint8_t       ascii[128];      // the classes of the most frequent characters, without a search
     avl__pair     pairs[4096];     // hash table by a and b; x 0: empty
 } avl__unicode;
 
@@ -2871,7 +2863,6 @@ static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
     const char *at = avl__pair_table;
     uint32_t second = 0;
     avl__table_runs(avl__class_table, u->classes, AVL__CLASS_RUNS, 1);
-    for (uint32_t c = 0; c < 128; c++) u->ascii[c] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, c);
     avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS, 0);
     avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS, 0);
     while (*at) {
@@ -2892,7 +2883,7 @@ static avl__class avl__class_at(const avl__unicode *u, const char *text, size_t 
     *length = 0;
     if (at >= end) return AVL__CLASS_END;
     uint32_t c = (uint32_t)avl__utf8_read(text + at, end - at, length);
-    return (avl__class)(c < 128 ? u->ascii[c] : avl__run_value(u->classes, AVL__CLASS_RUNS, c));
+    return (avl__class)avl__run_value(u->classes, AVL__CLASS_RUNS, c);
 }
 
 // A growing list of token ids (or code points). All zeros is an empty one; release data with astrovl_free.
@@ -3022,7 +3013,6 @@ typedef struct avl__vocab {
     uint8_t         *types;            // [n_tokens] AVL__TOKEN_*
     uint8_t         *ends;             // [n_tokens] 1: ends an answer
     uint32_t        *rank;             // [n_tokens] which merge goes first, or AVL__NEVER
-    size_t           longest;          // bytes of the longest piece
     avl__piece_slot *slots;            // [mask + 1] finds a piece: open addressing, at most half full
     uint32_t         mask;
     int32_t          byte_ids[256];    // the token of a single byte, or -1
@@ -3062,12 +3052,9 @@ static avl__piece_slot *avl__vocab_slot(const avl__vocab *v, uint32_t hash, cons
 }
 
 // The id of a piece, or -1; of several with one spelling, the first.
-static int32_t avl__vocab_find_hashed(const avl__vocab *v, uint32_t hash, const char *piece, size_t size) {
-    const avl__piece_slot *slot = avl__vocab_slot(v, hash, piece, size);
-    return slot ? slot->id : -1;
-}
 static int32_t avl__vocab_find(const avl__vocab *v, const char *piece, size_t size) {
-    return avl__vocab_find_hashed(v, avl__hash(AVL__HASH_START, piece, size), piece, size);
+    const avl__piece_slot *slot = avl__vocab_slot(v, avl__hash(AVL__HASH_START, piece, size), piece, size);
+    return slot ? slot->id : -1;
 }
 
 static astrovl_string avl__vocab_piece(const avl__vocab *v, int32_t id) {
@@ -3078,19 +3065,18 @@ static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 &
 // The longest token of the given types (bits 1 << type) that text starts with, or -1.
 static int32_t avl__find_marker(const avl__vocab *v, int types, const char *text, size_t size) {
     uint32_t hash = AVL__HASH_START;
-    int32_t best = -1, id;
+    int32_t best = -1;
     if (size == 0 || !(v->marker_types[(uint8_t)text[0]] & types)) return -1;
     for (size_t n = 1; n <= v->longest_marker && n <= size; n++) {
         hash = avl__hash(hash, text + n - 1, 1);
-        id = avl__vocab_find_hashed(v, hash, text, n);
-        if (id >= 0 && types >> v->types[id] & 1) best = id;
+        const avl__piece_slot *slot = avl__vocab_slot(v, hash, text, n);
+        if (slot && slot->id >= 0 && types >> v->types[slot->id] & 1) best = slot->id;
     }
     return best;
 }
 
 // ---- loading -------------------------------------------------------------------------------------------------------
 
-// Which kind of vocabulary, and whether a text begins with BOS or a space unless keys say otherwise.
 static void avl__load_kind(avl__vocab *v, avl__keys *k) {
     static const struct { const char *pre; avl__vocab_kind kind; } rules[] = {
         {"llama-bpe", AVL__VOCAB_LLAMA3}, {"llama3", AVL__VOCAB_LLAMA3}, {"llama-v3", AVL__VOCAB_LLAMA3},
@@ -3098,23 +3084,21 @@ static void avl__load_kind(avl__vocab *v, avl__keys *k) {
     };
     astrovl_string model = avl__key_text(k, "model"), pre = avl__key_text(k, "pre");
     int i = 0;
-    if (model.size == 0) {
-        avl__key_fail(k, ASTROVL_ERROR_MODEL, "model", " is missing: the file has no vocabulary");
-    } else if (avl__string_is(model, "gpt2")) {
-        while (i < 7 && !avl__string_is(pre, rules[i].pre)) i++;
-        if (i < 7) v->kind = rules[i].kind;
-        else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%.*s\", not llama-bpe, smollm or gpt-2",
-                           AVL__SHOW(pre));
-    } else if (!avl__string_is(model, "llama")) {
+    if (avl__string_is(model, "llama")) return;   // kind 0
+    if (!avl__string_is(model, "gpt2"))
         avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "model", " is \"%.*s\", not llama or gpt2", AVL__SHOW(model));
-    }
+    while (i < 7 && !avl__string_is(pre, rules[i].pre)) i++;
+    if (i < 7) v->kind = rules[i].kind;
+    else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%.*s\", not llama-bpe, smollm or gpt-2",
+                       AVL__SHOW(pre));
 }
 
 // The spellings of the tokens and the table that finds them.
 static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     int index = avl__key(k, "tokens", AVL__KEY_STRING, -1), i;
     uint64_t count = index < 0 ? 0 : astrovl_gguf_kv(k->file, index)->count;
-    if (index < 0) avl__key_fail(k, ASTROVL_ERROR_MODEL, "tokens", " is missing: the file has no vocabulary");
+    if (index < 0) avl__key_fail(k, ASTROVL_ERROR_MODEL, "tokens", " is missing: no vocabulary; convert the model again "
+                                 "with its tokenizer");
     else if (count == 0 || count > AVL__MAX_TOKENS)
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, "tokens", " is empty, or has more than 2^26 elements");
     if (k->status) return;
@@ -3136,7 +3120,6 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
         astrovl_string s = astrovl_gguf_string(k->file, index, (uint64_t)i);
         uint32_t hash = avl__hash(AVL__HASH_START, s.data, s.size);
         v->pieces[i] = s;
-        if (s.size > v->longest) v->longest = s.size;
         avl__piece_slot *slot = avl__vocab_slot(v, hash, s.data, s.size);
         if (!slot) avl__key_fail(k, ASTROVL_ERROR_LIMIT, "tokens", " are chosen to collide in a hash table");
         if (!slot || slot->id >= 0) continue;
@@ -3159,20 +3142,19 @@ static int avl__byte_piece(astrovl_string piece) {
 static void avl__load_types(avl__vocab *v, avl__keys *k) {
     static const char *const marks[] = {"</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
                                         "<|endoftext|>", "<|end|>", "<end_of_turn>", "<EOT>"};
-    const struct { const char *key; int *id; } special[] = {
-        {"bos_token_id", &v->bos}, {"eos_token_id", &v->eos}, {"unknown_token_id", &v->unk}, {"eot_token_id", &v->eot}};
-    int spm = v->kind == AVL__VOCAB_SPM, clip = v->kind == AVL__VOCAB_CLIP, index, id, byte;
-    if (k->status) return;
-    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : clip ? avl__vocab_find(v, "<|startoftext|>", 15) : -1;
-    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : clip ? avl__vocab_find(v, "<|endoftext|>", 13) : -1;
-    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : clip ? v->eos : -1;
-    v->eot = -1;
-    for (int i = 0; i < 4; i++) {
+    const struct { const char *key; int *id; const char *usual, *clip; } special[] = {
+        {"bos_token_id", &v->bos, "<s>", "<|startoftext|>"}, {"eos_token_id", &v->eos, "</s>", "<|endoftext|>"},
+        {"unknown_token_id", &v->unk, "<unk>", "<|endoftext|>"}, {"eot_token_id", &v->eot, NULL, NULL}};
+    int spm = v->kind == AVL__VOCAB_SPM, index, id, byte;
+    for (int i = 0; i < 4 && !k->status; i++) {
+        const char *usual = spm ? special[i].usual : v->kind == AVL__VOCAB_CLIP ? special[i].clip : NULL;
         index = avl__key(k, special[i].key, AVL__KEY_INT, 0);
         const int64_t value = index < 0 ? -1 : astrovl_gguf_int(k->file, index, 0);
-        if (value >= 0 && value < v->n_tokens) *special[i].id = (int)value;
-        else if (index >= 0) v->note = "a special token's id is out of range; the usual token is taken";
+        const int is_token = value >= 0 && value < v->n_tokens;
+        if (index >= 0 && !is_token) v->note = "a special token's id is out of range; the usual token is taken";
+        *special[i].id = is_token ? (int)value : usual ? avl__vocab_find(v, usual, strlen(usual)) : -1;
     }
+    if (k->status) return;
     if (v->kind == AVL__VOCAB_GPT2 && avl__key_text(k, "pre").size == 0) {   // files older than this key
         int llama3 = avl__vocab_find(v, "<|begin_of_text|>", 17) >= 0 || (v->n_tokens >= 128256 && v->bos == 128000);
         if (llama3) v->kind = AVL__VOCAB_LLAMA3;
@@ -3183,16 +3165,14 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
     v->add_space_prefix = spm && avl__key_number(k, "add_space_prefix", 0, INT_MAX, 1) != 0;
     for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
         if ((id = avl__vocab_find(v, marks[i], strlen(marks[i]))) >= 0) v->ends[id] = 1;
-    if (v->eos >= 0) v->ends[v->eos] = 1;
-    if (v->eot >= 0) v->ends[v->eot] = 1;
     index = avl__key(k, "token_type", AVL__KEY_INT, v->n_tokens);
     memset(v->byte_ids, 0xFF, sizeof v->byte_ids);   // every id is -1
     for (id = 0; id < v->n_tokens && !k->status; id++) {
         int64_t type = AVL__TOKEN_NORMAL;   // a file without types: told by spelling
         byte = spm ? avl__byte_piece(v->pieces[id]) : -1;
         if (index >= 0) type = astrovl_gguf_int(k->file, index, (uint64_t)id);
-        else if (id == v->bos) type = AVL__TOKEN_CONTROL;
-        else if (id == v->unk && !v->ends[id]) type = AVL__TOKEN_UNKNOWN;
+        else if (id == v->bos || id == v->eos) type = AVL__TOKEN_CONTROL;
+        else if (id == v->unk) type = AVL__TOKEN_UNKNOWN;
         else if (byte >= 0) type = AVL__TOKEN_BYTE;
         if (type < 0 || type > AVL__TOKEN_BYTE)
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "token_type", "[%d] is %lld, outside 0 to 6", id, (long long)type);
@@ -3207,6 +3187,8 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
         if (piece.size > AVL__MAX_MARKER) avl__key_fail(k, ASTROVL_ERROR_LIMIT, "tokens", "[%d] is special, and longer "
                                                         "than %d bytes", id, AVL__MAX_MARKER);
     }
+    if (v->eos >= 0) v->ends[v->eos] = 1;
+    if (v->eot >= 0) v->ends[v->eot] = 1;
 }
 
 // SPM's ranks: the scores as integers that sort the other way round. The bits of a float sort like the float once a
@@ -3264,17 +3246,13 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         astrovl_string line = astrovl_gguf_string(k->file, index, (uint64_t)i);
         const char *space = line.size > 1 ? (const char *)memchr(line.data + 1, ' ', line.size - 1) : NULL;
         size_t size = space ? (size_t)(space - line.data) : 0;
-        if (!space) {
-            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
-            break;
-        }
+        if (!space) avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
+        if (!space) break;
         joined.size = 0;
         avl__bytes_put(&joined, line.data, size);
         avl__bytes_put(&joined, space + 1, line.size - size - 1);
-        if (joined.failed) {
-            avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
-            break;
-        }
+        if (joined.failed) avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
+        if (joined.failed) break;
         int32_t left = avl__vocab_find(v, line.data, size);
         int32_t right = avl__vocab_find(v, space + 1, line.size - size - 1);
         int32_t id = avl__vocab_find(v, joined.data, joined.size);
@@ -3307,8 +3285,8 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
     if (clip) v->add_bos = v->add_eos = 1;   // whatever the keys say: the tower needs one token at least
     if (v->kind == AVL__VOCAB_SPM) avl__load_scores(v, &k);
     else avl__load_merges(v, &k);
-    if (clip && v->bos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|>");
-    if (clip && v->eos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|endoftext|>");
+    if (clip && (v->bos < 0 || v->eos < 0))
+        avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|> or <|endoftext|>");
     if (k.status) avl__vocab_free(v);
     return k.status;
 }
@@ -3343,7 +3321,6 @@ typedef struct avl__encoder {
     size_t            n_symbols, symbol_capacity;
     avl__candidate   *heap;
     size_t            n_heap, heap_capacity;
-    int32_t           known[4096]; // byte-level: [id % 4096] id + 1 of a word that was seen to merge to that one token
     int               failed;
 } avl__encoder;
 
@@ -3375,14 +3352,11 @@ static void avl__offer_pair(avl__encoder *e, int32_t left) {
     if (left < 0 || s->next < 0 || s->frozen || e->symbols[s->next].frozen) return;
     c.left = left;
     c.size = s->size + e->symbols[s->next].size;
-    if ((size_t)c.size > v->longest) return;
     c.id = avl__vocab_find(v, e->spelling.data + s->start, (size_t)c.size);
     if (c.id < 0 || v->rank[c.id] == AVL__NEVER) return;
     c.rank = v->rank[c.id];
-    if (!avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap)) {
-        e->failed = 1;
-        return;
-    }
+    e->failed |= !avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap);
+    if (e->failed) return;
     for (e->n_heap++; at > 0 && avl__before(&c, &e->heap[(at - 1) / 2]); at = (at - 1) / 2)
         e->heap[at] = e->heap[(at - 1) / 2];
     e->heap[at] = c;
@@ -3533,7 +3507,7 @@ static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, si
 // unless there is a token for the unknown (CLIP). LLaMA-3 takes a word that is a token as it stands.
 static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     const avl__vocab *v = e->v;
-    int clip = v->kind == AVL__VOCAB_CLIP, ends_word, whole;
+    int clip = v->kind == AVL__VOCAB_CLIP, ends_word;
     int32_t id;
     e->failed |= !avl__grow(&e->spelling.data, &e->spelling.capacity, 2 * size + 8, 1) ||
                  !avl__grow(&e->symbols, &e->symbol_capacity, size, sizeof *e->symbols);
@@ -3548,15 +3522,13 @@ static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     }
     if (e->failed) return;
     id = e->n_symbols == size ? avl__vocab_find(v, e->spelling.data, e->spelling.size) : -1;
-    whole = v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL;
-    if (whole || (id >= 0 && e->known[id % 4096] == id + 1)) {
+    if (v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL) {
         avl__put_id(e, id);
         e->n_symbols = 0;
         e->spelling.size = 0;
         return;
     }
     avl__merge(e);
-    if (id >= 0 && !e->failed && e->out->data[e->out->size - 1] == id) e->known[id % 4096] = id + 1;
 }
 
 static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
@@ -3655,10 +3627,8 @@ static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, i
 // Appends a token's text, of any length, to b.
 static void avl__put_token(const avl__vocab *v, int32_t id, avl__bytes *b) {
     size_t size = avl__vocab_piece(v, id).size;
-    if (b->failed || !avl__grow(&b->data, &b->capacity, b->size + size + 1, 1)) {
-        b->failed = 1;
-        return;
-    }
+    b->failed |= !avl__grow(&b->data, &b->capacity, b->size + size + 1, 1);
+    if (b->failed) return;
     b->size += (size_t)avl__vocab_token_bytes(v, id, b->data + b->size, (int)size);
     b->data[b->size] = 0;
 }
@@ -5482,8 +5452,8 @@ struct astrovl_session {
 // BOS and EOS (nothing where it has none), "% " its token for one space; {...} is a special token, which the vocabulary
 // must have; (...) one that is written as text where it has none.
 
-#define AVL__CURIOUS_HUMAN "A chat between a curious human and an artificial intelligence assistant. The assistant " \
-                           "gives helpful, detailed, and polite answers to the human's questions."
+#define AVL__CURIOUS(who) "A chat between a curious " who " and an artificial intelligence assistant. The assistant " \
+                          "gives helpful, detailed, and polite answers to the " who "'s questions."
 
 typedef struct avl__template {
     const char *name;
@@ -5493,19 +5463,17 @@ typedef struct avl__template {
 } avl__template;
 
 static const avl__template avl__templates[] = {                     // in the order of astrovl_template
-    {"auto", NULL, NULL, NULL, NULL, NULL},                         // opening chooses one of the others
-    {"vicuna_v1",                                                   // LLaVA's conversation.py: conv_vicuna_v1
-     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the user's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e", ""},
-    {"llava_v1", AVL__CURIOUS_HUMAN, "%s ", "%pUSER: %u ASSISTANT:", "%e", ""},             // conv_llava_v1
-    {"llava_v0", AVL__CURIOUS_HUMAN, "%s", "%p###Human: %u###Assistant:", "", "###"},       // conv_llava_v0
-    {"llava_llama_2",                                               // conv_llava_llama_2
+    {"auto", NULL, NULL, NULL, NULL, NULL},   // opening chooses one of the others; four are LLaVA's conversation.py
+    {"vicuna_v1", AVL__CURIOUS("user"), "%s ", "%pUSER: %u ASSISTANT:", "%e", ""},
+    {"llava_v1", AVL__CURIOUS("human"), "%s ", "%pUSER: %u ASSISTANT:", "%e", ""},
+    {"llava_v0", AVL__CURIOUS("human"), "%s", "%p###Human: %u###Assistant:", "", "###"},
+    {"llava_llama_2",
      "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
      "provides, and assist the user with a variety of tasks using natural language.",
      "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b", ""},
     {"llama_2", NULL, "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b", ""},
-    {"mistral", NULL, "%s\n\n", "[INST] %p%u [/INST]", "%e", ""},   // mistralai/cookbook, tokenization: V1
-    {"mistral_v3", NULL, "%s\n\n", "{[INST]}%p%u{[/INST]}", "%e", ""},                     // V2, V3
+    {"mistral", NULL, "%s\n\n", "[INST] %p%u [/INST]", "%e", ""},   // mistralai/cookbook, tokenization: V1,
+    {"mistral_v3", NULL, "%s\n\n", "{[INST]}%p%u{[/INST]}", "%e", ""},   // V2 and V3
     {"zephyr", NULL, "(<|system|>)\n%s%e\n", "%p(<|user|>)\n%u%e\n(<|assistant|>)\n", "%e\n", ""},
     {"llama_3", NULL, "{<|start_header_id|>}system{<|end_header_id|>}\n\n%s{<|eot_id|>}",
      "%p{<|start_header_id|>}user{<|end_header_id|>}\n\n%u{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}"
@@ -5526,22 +5494,20 @@ ASTROVL_API int astrovl_template_from_name(const char *name) {
 
 // Which template a model's Jinja source is, by the last row of which it has `mark`, and `then` behind it in the same
 // expression.  AUTO: none of these
-static astrovl_template avl__find_template(const char *jinja) {
-    static const struct { const char *mark, *then; astrovl_template found; } rows[] = {
-        {"ASSISTANT:", "", ASTROVL_TEMPLATE_VICUNA}, {"SYSTEM: ", "", ASTROVL_TEMPLATE_AUTO},
-        {"curious human", "", ASTROVL_TEMPLATE_LLAVA}, {"###Human:", "", ASTROVL_TEMPLATE_LLAVA_V0},
-        {"[INST]", "", ASTROVL_TEMPLATE_MISTRAL}, {"<<SYS>>", "", ASTROVL_TEMPLATE_AUTO},
-        {"bos_token", "[INST]", ASTROVL_TEMPLATE_LLAMA2}, {"[AVAILABLE_TOOLS]", "", ASTROVL_TEMPLATE_MISTRAL_V3},
-        {"[SYSTEM_PROMPT]", "", ASTROVL_TEMPLATE_AUTO}, {"<|user|>", "eos_token }}\n", ASTROVL_TEMPLATE_ZEPHYR},
-        {"<|user|>", "eos_token + '\\n", ASTROVL_TEMPLATE_ZEPHYR}, {"<|im_start|>", "", ASTROVL_TEMPLATE_CHATML},
-        {"<|im_sep|>", "", ASTROVL_TEMPLATE_AUTO}, {"<end_of_utterance>", "", ASTROVL_TEMPLATE_AUTO},
-        {"<|start_header_id|>", "", ASTROVL_TEMPLATE_LLAMA3}};
-    astrovl_template found = ASTROVL_TEMPLATE_AUTO;
+static int avl__find_template(const char *jinja) {
+    static const struct { const char *mark, *then, *name; } rows[] = {
+        {"ASSISTANT:", "", "vicuna_v1"}, {"SYSTEM: ", "", "auto"}, {"curious human", "", "llava_v1"},
+        {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"}, {"<<SYS>>", "", "auto"},
+        {"bos_token", "[INST]", "llama_2"}, {"[AVAILABLE_TOOLS]", "", "mistral_v3"}, {"[SYSTEM_PROMPT]", "", "auto"},
+        {"<|user|>", "eos_token }}\n", "zephyr"}, {"<|user|>", "eos_token + '\\n", "zephyr"},
+        {"<|im_start|>", "", "chatml"}, {"<|im_sep|>", "", "auto"}, {"<end_of_utterance>", "", "auto"},
+        {"<|start_header_id|>", "", "llama_3"}};
+    const char *name = "auto";
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         for (const char *at = strstr(jinja, rows[i].mark); at; at = strstr(at, rows[i].mark))
             for (const char *end = at + strcspn(at, "}"); at < end; at++)
-                if (avl__begins(at, rows[i].then)) found = rows[i].found;
-    return found;
+                if (avl__begins(at, rows[i].then)) name = rows[i].name;
+    return astrovl_template_from_name(name);
 }
 
 // The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source: what
@@ -5597,9 +5563,6 @@ static void avl__open_clip_text(astrovl_model *m) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
     const char *keys = file ? "clip.text.tokenizer.ggml." : "tokenizer.ggml.";
-    if (!file && astrovl_gguf_find_kv(part, "tokenizer.ggml.tokens") < 0)
-        avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower has no vocabulary (tokenizer.ggml.tokens); "
-                       "convert the model again with its tokenizer");
     if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file ? file : part, keys, 1, w->err);
     if (m->clip_vocab.n_tokens > m->clip_text.token_embd.n_out)
         avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower's vocabulary has %d tokens, t.token_embd.weight "
@@ -6067,11 +6030,6 @@ static void avl__lay_out_turn(astrovl_turn *turn, const astrovl_generation *o, a
     const astrovl_model *m = s->model;
     const avl__template *t = &avl__templates[m->info.chat_template];
     avl__prompt p = {turn, o, o->system ? o->system : m->system, "", {NULL, 0, 0, 0}, tokens};
-    if (m->info.chat_template == ASTROVL_TEMPLATE_AUTO) {
-        avl__fail(&turn->err, ASTROVL_ERROR_MODEL, "%s: its tokenizer.chat_template is none of the known ones; choose "
-                  "one (--template, chat_template): " ASTROVL_TEMPLATE_NAMES, astrovl_gguf_name(m->weights.files[0]));
-        return;
-    }
     if (s->n_turns == 0 && p.system && *p.system) p.system_part = t->system_part;
     for (size_t i = (size_t)s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - i]);
     if (s->n_turns > 0) avl__prompt_layout(&p, t->between);
@@ -7183,6 +7141,9 @@ static astrovl_status avl__begin_turn(avl__turn *t) {
     double start = avl__seconds();
     memset(&s->stats, 0, sizeof s->stats);
     if (avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB, err) != ASTROVL_OK) return err->status;
+    if (m->info.chat_template == ASTROVL_TEMPLATE_AUTO)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: its tokenizer.chat_template is none of the known ones; choose "
+                         "another: " ASTROVL_TEMPLATE_NAMES, astrovl_gguf_name(m->weights.files[0]));
     if (!asked->text || asked->n_images < 0 || asked->n_images > 4096 || (asked->n_images > 0 && !asked->images))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
     int is_wrong = o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || !(o->temperature >= 0.0f && o->top_p >= 0.0f &&
