@@ -3463,6 +3463,27 @@ static void models_forms_unknown(void) {
     free(long_one);
 }
 
+// A vocabulary with <im_start> wants it around images, which no template writes: refused where there is a projector.
+static void models_form_im_start(void) {
+    static const char *const added[] = {"<im_start>", "<im_patch>"};
+    size_t size;
+    unsigned char *mmproj = read_file("test/golden/models_a_mmproj.gguf", &size);
+    for (int i = 0; i < 2; i++) {
+        gguf_bytes file = text_begin(3, "llama", 2);
+        astrovl_error err = {ASTROVL_OK, ""};
+        text_put(&file, "<s>", 3);
+        text_put(&file, added[i], 10);
+        text_put_array(&file, "tokenizer.ggml.scores", 6, 2, 0, 0, 0);
+        const astrovl_memory blocks[] = {{file.data, file.size, "vocab"}, {mmproj, size, "mmproj"}};
+        astrovl_model *m = astrovl_open_memory(blocks, 2, NULL, &err);
+        CHECK(i ? m != NULL : !m && err.status == ASTROVL_ERROR_UNSUPPORTED && strstr(err.message, "<im_start>"), "%s: %s", added[i],
+              err.message);
+        astrovl_close(m);
+        free(file.data);
+    }
+    free(mmproj);
+}
+
 // llava_v0's answers end before "###", whose tokens leave the conversation again: the next turn begins with it.
 static void models_form_stops(void) {
     models_kit kit;
@@ -5035,6 +5056,7 @@ static void tests_models(void) {
     run("models: prompt templates", models_layouts);
     run("models: every template as published, two turns", models_forms_published);
     run("models: unknown templates are refused", models_forms_unknown);
+    run("models: a vocabulary with <im_start>", models_form_im_start);
     run("models: llava_v0's answers end before ###", models_form_stops);
     run("models: a template for another vocabulary", models_foreign_template);
     run("models: the same bits with 1, 2, 3, 8 threads", models_threads);
