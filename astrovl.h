@@ -3097,8 +3097,8 @@ static void avl__load_kind(avl__vocab *v, avl__keys *k) {
 static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     int index = avl__key(k, "tokens", AVL__KEY_STRING, -1), i;
     uint64_t count = index < 0 ? 0 : astrovl_gguf_kv(k->file, index)->count;
-    if (index < 0) avl__key_fail(k, ASTROVL_ERROR_MODEL, "tokens", " is missing: no vocabulary; convert the model again "
-                                 "with its tokenizer");
+    if (index < 0)
+        avl__key_fail(k, ASTROVL_ERROR_MODEL, "tokens", " is missing: no vocabulary; convert again with its tokenizer");
     else if (count == 0 || count > AVL__MAX_TOKENS)
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, "tokens", " is empty, or has more than 2^26 elements");
     if (k->status) return;
@@ -3304,8 +3304,7 @@ typedef struct avl__symbol {
 } avl__symbol;
 
 typedef struct avl__candidate {
-    uint32_t rank;          // the lowest goes first, of equals the leftmost
-    int32_t  left;          // index of the left symbol
+    uint64_t order;         // rank << 32 | index of the left symbol: the lowest goes first
     int32_t  size;          // bytes of both
     int32_t  id;            // of the token they make
 } avl__candidate;
@@ -3339,10 +3338,6 @@ static void avl__put_symbol(avl__encoder *e, size_t size, int32_t id, int frozen
     if (i) s[-1].next = i;
 }
 
-static int avl__before(const avl__candidate *a, const avl__candidate *b) {
-    return a->rank < b->rank || (a->rank == b->rank && a->left < b->left);
-}
-
 // Puts the pair that starts with symbol `left` on the heap if it makes a token.
 static void avl__offer_pair(avl__encoder *e, int32_t left) {
     const avl__vocab *v = e->v;
@@ -3350,14 +3345,13 @@ static void avl__offer_pair(avl__encoder *e, int32_t left) {
     avl__candidate c;
     size_t at = e->n_heap;
     if (left < 0 || s->next < 0 || s->frozen || e->symbols[s->next].frozen) return;
-    c.left = left;
     c.size = s->size + e->symbols[s->next].size;
     c.id = avl__vocab_find(v, e->spelling.data + s->start, (size_t)c.size);
     if (c.id < 0 || v->rank[c.id] == AVL__NEVER) return;
-    c.rank = v->rank[c.id];
+    c.order = (uint64_t)v->rank[c.id] << 32 | (uint32_t)left;
     e->failed |= !avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap);
     if (e->failed) return;
-    for (e->n_heap++; at > 0 && avl__before(&c, &e->heap[(at - 1) / 2]); at = (at - 1) / 2)
+    for (e->n_heap++; at > 0 && c.order < e->heap[(at - 1) / 2].order; at = (at - 1) / 2)
         e->heap[at] = e->heap[(at - 1) / 2];
     e->heap[at] = c;
 }
@@ -3366,8 +3360,8 @@ static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not emp
     avl__candidate top = e->heap[0], last = e->heap[--e->n_heap];
     size_t at = 0, child;
     while ((child = 2 * at + 1) < e->n_heap) {
-        if (child + 1 < e->n_heap && avl__before(&e->heap[child + 1], &e->heap[child])) child++;
-        if (!avl__before(&e->heap[child], &last)) break;
+        if (child + 1 < e->n_heap && e->heap[child + 1].order < e->heap[child].order) child++;
+        if (last.order < e->heap[child].order) break;
         e->heap[at] = e->heap[child];
         at = child;
     }
@@ -3383,7 +3377,8 @@ static void avl__merge(avl__encoder *e) {
     for (int32_t index = 0; index < (int32_t)e->n_symbols; index++) avl__offer_pair(e, index);
     while (e->n_heap) {
         avl__candidate c = avl__take_pair(e);
-        avl__symbol *left = &e->symbols[c.left], *right;
+        const int32_t index = (int32_t)(uint32_t)c.order;
+        avl__symbol *left = &e->symbols[index], *right;
         if (left->size == 0 || left->next < 0) continue;
         right = &e->symbols[left->next];
         if (left->size + right->size != c.size) continue;
@@ -3391,9 +3386,9 @@ static void avl__merge(avl__encoder *e) {
         left->id = c.id;
         left->next = right->next;
         right->size = 0;
-        if (left->next >= 0) e->symbols[left->next].prev = c.left;
+        if (left->next >= 0) e->symbols[left->next].prev = index;
         avl__offer_pair(e, left->prev);
-        avl__offer_pair(e, c.left);
+        avl__offer_pair(e, index);
     }
     for (int32_t index = e->n_symbols ? 0 : -1; index >= 0; index = e->symbols[index].next) {
         const avl__symbol *s = &e->symbols[index];
@@ -3523,10 +3518,9 @@ static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     if (e->failed) return;
     id = e->n_symbols == size ? avl__vocab_find(v, e->spelling.data, e->spelling.size) : -1;
     if (v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL) {
-        avl__put_id(e, id);
-        e->n_symbols = 0;
-        e->spelling.size = 0;
-        return;
+        e->n_symbols = 1;
+        e->symbols->id = id;
+        e->symbols->next = -1;
     }
     avl__merge(e);
 }
@@ -5433,7 +5427,6 @@ struct astrovl_model {
     int              n_projector;       // 0: none
     char            *jinja;             // tokenizer.chat_template
     const char      *system;            // the system text of a conversation that brings none; NULL: none
-    int              begins_with_bos;   // its template says so
 };
 
 struct astrovl_session {
@@ -5602,7 +5595,6 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     if (chat_template == ASTROVL_TEMPLATE_AUTO && jinja.size && m->jinja) {
         chat_template = avl__find_template(m->jinja);
         if (chat_template == ASTROVL_TEMPLATE_LLAMA2 && m->n_projector) chat_template = ASTROVL_TEMPLATE_LLAVA_LLAMA2;
-        m->begins_with_bos = strstr(m->jinja, "bos_token") != NULL;
     } else if (chat_template == ASTROVL_TEMPLATE_AUTO)             // LLaVA-1.5's files often carry no template
         chat_template = m->n_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;
     info->chat_template = (astrovl_template)chat_template;
@@ -5766,8 +5758,7 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the text of %d tokens", n_tokens);
         return NULL;
     }
-    const astrovl_string piece = avl__vocab_piece(vocab, first);
-    if (text.size && vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0)
+    if (text.size && *text.data == ' ' && vocab->add_space_prefix && vocab->types[first] != AVL__TOKEN_BYTE)
         memmove(text.data, text.data + 1, text.size);  // without the space put before a text (which is not <0x20>)
     return text.data;
 }
@@ -6033,7 +6024,8 @@ static void avl__lay_out_turn(astrovl_turn *turn, const astrovl_generation *o, a
     if (s->n_turns == 0 && p.system && *p.system) p.system_part = t->system_part;
     for (size_t i = (size_t)s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - i]);
     if (s->n_turns > 0) avl__prompt_layout(&p, t->between);
-    else if ((m->vocab.add_bos || m->begins_with_bos) && m->vocab.bos >= 0) avl__prompt_token(&p, m->vocab.bos);
+    else if ((m->vocab.add_bos || strstr(m->jinja, "bos_token")) && m->vocab.bos >= 0)
+        avl__prompt_token(&p, m->vocab.bos);   // where a template names bos_token, it begins with it
     avl__prompt_layout(&p, t->turn);
     avl__prompt_token(&p, INT32_MIN);
     astrovl_free(p.text.data);

@@ -3418,7 +3418,7 @@ static void models_forms_unknown(void) {
         "{{ bos_token }}{{ 'GPT4 Correct ' + message['role'].title() + ': ' + message['content'] }}",                  // OpenChat
         "{{'### Instruction:\n' + message['content'] + '\n\n'}}{{'### Response:\n' + eos_token}}",                     // Alpaca
         "{{ bos_token }}{{ 'User: ' + message['content'] + '\n\n' }}{{ 'Assistant: ' + message['content'] + eos_token }}", // DeepSeek
-        "{{'<\xEF\xBD\x9CUser\xEF\xBD\x9C>' + message['content'] + '<\xEF\xBD\x9C" "Assistant\xEF\xBD\x9C>'}}",       // DeepSeek-R1
+        "{{'<\xEF\xBD\x9CUser\xEF\xBD\x9C>' + message['content'] + '<\xEF\xBD\x9C\x41ssistant\xEF\xBD\x9C>'}}",       // DeepSeek-R1
         "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}",                       // Gemma
         "{{ '<|user|>\n' + message['content'] + '\n' }}{{ '<|assistant|>\n' + message['content'] + eos_token }}",       // Falcon 3
         "{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}{{ '[INST]' + message['content'] + '[/INST]' }}",        // Mistral v7
@@ -3440,7 +3440,8 @@ static void models_forms_unknown(void) {
         free(file.data);
         m = models_form(unknown[i], ASTROVL_TEMPLATE_PLAIN, 0, &file, &err);
         models_form_turn(m, 0, NULL, got, &err);
-        CHECK(!err.status && strcmp(got, " What?") == 0, "chosen: %s %s", got, err.message);
+        CHECK(!err.status && strcmp(got, strstr(unknown[i], "bos_token") ? "{<s>} What?" : " What?") == 0, "chosen: %s %s", got,
+              err.message);
         astrovl_close(m);
         free(file.data);
     }

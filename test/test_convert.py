@@ -812,7 +812,7 @@ class Check(Case):
         self.lacks("no text tower (t.*)", write_micro_model(self.path("micro.gguf")))
         self.lacks("convert it again with tokenizer.model or tokenizer.json next to its weights",
                    self.changed(self.TEXT, (b"tokenizer.ggml.model", b"tokenizer.ggml.mXdel")))
-        self.lacks("tokenizer.ggml.tokens is missing: no vocabulary; convert the model again with its tokenizer",
+        self.lacks("tokenizer.ggml.tokens is missing: no vocabulary; convert again with its tokenizer",
                    self.changed(self.CLIP, (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tXkens")))
         self.lacks("24 values, the language model reads 32; these files belong to different models", self.MMPROJ, self.B)
 
