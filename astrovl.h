@@ -250,11 +250,18 @@ typedef enum astrovl_template {    // of prompts
     ASTROVL_TEMPLATE_AUTO = 0,     // by tokenizer.chat_template (recognized by its markers, not interpreted)
     ASTROVL_TEMPLATE_VICUNA,       // "vicuna_v1": AstroLLaVA, LLaVA-1.5 (its training)
     ASTROVL_TEMPLATE_LLAVA,        // "llava_v1": the same with "human" for "user" (LLaVA's own inference scripts)
-    ASTROVL_TEMPLATE_LLAMA2,       // "llava_llama_2": [INST] <<SYS>>
+    ASTROVL_TEMPLATE_LLAVA_V0,     // "llava_v0": ###Human:
+    ASTROVL_TEMPLATE_LLAVA_LLAMA2, // "llava_llama_2": [INST] <<SYS>>, with LLaVA's system text
+    ASTROVL_TEMPLATE_LLAMA2,       // "llama_2": the same without
+    ASTROVL_TEMPLATE_MISTRAL,      // "mistral": [INST] in spaces, no <<SYS>> (Mistral 7B v0.1 and v0.2)
+    ASTROVL_TEMPLATE_MISTRAL_V3,   // "mistral_v3": [INST] is a token (v0.3)
+    ASTROVL_TEMPLATE_ZEPHYR,       // "zephyr": <|user|>, </s>: TinyLlama too
     ASTROVL_TEMPLATE_LLAMA3,       // "llama_3": <|start_header_id|>user<|end_header_id|>
     ASTROVL_TEMPLATE_CHATML,       // "chatml": <|im_start|>user: SmolLM2 and many others
     ASTROVL_TEMPLATE_PLAIN         // "plain": no markers, the model continues the text
 } astrovl_template;
+#define ASTROVL_TEMPLATE_NAMES \
+    "vicuna_v1, llava_v1, llava_v0, llava_llama_2, llama_2, mistral, mistral_v3, zephyr, llama_3, chatml, plain"
 
 typedef struct astrovl_open_options {
     int              no_mmap;      // 1: read the file into memory instead of mapping it
@@ -277,8 +284,9 @@ ASTROVL_API void astrovl_close(astrovl_model *model);                   // after
 
 typedef struct astrovl_info {
     int has_vocab, has_text, has_vision, has_projector;
-    astrovl_template chat_template;
+    astrovl_template chat_template;                     // AUTO: the files' is not recognized, and one must be chosen
     const char *name;                                   // general.name, or ""; valid until astrovl_close
+    const char *note;                                   // what the vocabulary says and was not followed; NULL: nothing
     int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;     // the language model (LLaMA)
     float rope_theta, rms_norm_eps;
     int bos_token, eos_token;                           // -1: none
@@ -2616,10 +2624,9 @@ static int32_t avl__utf8_read(const char *text, size_t size, size_t *length) {
 
 // Writes a code point (below 0x110000, no surrogate) as UTF-8; returns its length.
 static size_t avl__utf8_write(uint32_t c, char *text) {
-    static const uint8_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
     size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, i;
     for (i = n - 1; i > 0; i--, c >>= 6) text[i] = (char)(0x80 | (c & 0x3F));
-    text[0] = (char)(lead[n == 1 ? 0 : n] | c);
+    text[0] = (char)(n == 1 ? c : (0xF00u >> n | c) & 0xFF);   // 110..., 1110..., 11110...
     return n;
 }
 
@@ -2632,13 +2639,8 @@ typedef struct avl__utf8_gate {
 
 // Appends to out what is whole. A gate starts as all zeros.
 static void avl__utf8_gate_put(avl__utf8_gate *gate, const char *bytes, size_t size, avl__bytes *out) {
-    size_t i = 0, length, start;
-    while (i < size) {
-        start = i;
-        while (!gate->n_pending && i < size && avl__utf8_read(bytes + i, size - i, &length) >= 0) i += length;
-        avl__bytes_put(out, bytes + start, i - start);
-        if (i == size) break;
-        gate->pending[gate->n_pending++] = bytes[i++];
+    for (size_t i = 0, length; i < size; i++) {
+        gate->pending[gate->n_pending++] = bytes[i];
         while (gate->n_pending) {
             int32_t c = avl__utf8_read(gate->pending, gate->n_pending, &length);
             if (c == AVL__UTF8_CUT) break;
@@ -2761,7 +2763,6 @@ typedef struct avl__pair { uint32_t a, b, x, y; } avl__pair;
 
 typedef struct avl__unicode {
     avl__char_run classes[AVL__CLASS_RUNS], lower[AVL__LOWER_RUNS], marks[AVL__MARK_RUNS];
-    uint8_t       ascii[128];      // the classes of the most frequent characters, without a search
     avl__pair     pairs[4096];     // hash table by a and b; x 0: empty
 } avl__unicode;
 
@@ -2811,7 +2812,6 @@ static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
     const char *at = avl__pair_table;
     uint32_t second = 0;
     avl__table_runs(avl__class_table, u->classes, AVL__CLASS_RUNS, 1);
-    for (uint32_t c = 0; c < 128; c++) u->ascii[c] = (uint8_t)avl__run_value(u->classes, AVL__CLASS_RUNS, c);
     avl__table_runs(avl__lower_table, u->lower, AVL__LOWER_RUNS, 0);
     avl__table_runs(avl__mark_table, u->marks, AVL__MARK_RUNS, 0);
     while (*at) {
@@ -2832,7 +2832,7 @@ static avl__class avl__class_at(const avl__unicode *u, const char *text, size_t 
     *length = 0;
     if (at >= end) return AVL__CLASS_END;
     uint32_t c = (uint32_t)avl__utf8_read(text + at, end - at, length);
-    return (avl__class)(c < 128 ? u->ascii[c] : avl__run_value(u->classes, AVL__CLASS_RUNS, c));
+    return (avl__class)avl__run_value(u->classes, AVL__CLASS_RUNS, c);
 }
 
 // A growing list of token ids (or code points). All zeros is an empty one; release data with astrovl_free.
@@ -2939,7 +2939,9 @@ enum {
 
 enum {
     AVL__MARKERS = 1 << AVL__TOKEN_CONTROL | 1 << AVL__TOKEN_UNKNOWN | 1 << AVL__TOKEN_USER_DEFINED,   // found in texts
-    AVL__MAX_TOKENS = 1 << 26          // keeps the size of every table within 32 bits
+    AVL__MAX_TOKENS = 1 << 26,         // keeps the size of every table within 32 bits
+    AVL__MAX_MARKER = 256,             // bytes of a special token, which is looked for at every place of a text
+    AVL__MAX_PROBES = 256              // for a piece; 2^26 random ones need about a hundred
 };
 
 #define AVL__NEVER    UINT32_MAX       // the rank of a token that no merge makes
@@ -2956,18 +2958,17 @@ typedef struct avl__vocab {
     int              bos, eos, unk, eot;       // -1: none
     int              add_bos, add_eos;
     int              add_space_prefix;         // SPM: a space goes before every part of a text
-    int              has_bytes;                // SPM: all of <0x00> to <0xFF> are there
     astrovl_string  *pieces;           // [n_tokens] spellings, pointing into the file
     uint8_t         *types;            // [n_tokens] AVL__TOKEN_*
     uint8_t         *ends;             // [n_tokens] 1: ends an answer
     uint32_t        *rank;             // [n_tokens] which merge goes first, or AVL__NEVER
-    size_t           longest;          // bytes of the longest piece
     avl__piece_slot *slots;            // [mask + 1] finds a piece: open addressing, at most half full
     uint32_t         mask;
     int32_t          byte_ids[256];    // the token of a single byte, or -1
     uint8_t          marker_types[256];        // [byte] 1 << type, of the AVL__MARKERS that begin with this byte
     size_t           longest_marker;   // bytes
     avl__unicode    *unicode;          // byte-level kinds
+    const char      *note;             // what a key says and was not followed; NULL: nothing
 } avl__vocab;
 
 static void avl__vocab_free(avl__vocab *v) {
@@ -2987,20 +2988,22 @@ static uint32_t avl__hash(uint32_t hash, const char *data, size_t size) {
     return hash;
 }
 
-// The slot of a piece, or the empty one where it would go.
+// The slot of a piece, or the empty one where it would go; NULL if neither is near (chosen pieces can collide).
 static avl__piece_slot *avl__vocab_slot(const avl__vocab *v, uint32_t hash, const char *piece, size_t size) {
     uint32_t at = (hash ^ hash >> 15) & v->mask;
-    for (;; at = (at + 1) & v->mask) {
+    for (int n = 0; n < AVL__MAX_PROBES; n++, at = (at + 1) & v->mask) {
         avl__piece_slot *slot = &v->slots[at];
         if (slot->id < 0) return slot;
         if (slot->hash != hash || v->pieces[slot->id].size != size) continue;
         if (memcmp(v->pieces[slot->id].data, piece, size) == 0) return slot;
     }
+    return NULL;
 }
 
 // The id of a piece, or -1; of several with one spelling, the first.
 static int32_t avl__vocab_find(const avl__vocab *v, const char *piece, size_t size) {
-    return avl__vocab_slot(v, avl__hash(AVL__HASH_START, piece, size), piece, size)->id;
+    const avl__piece_slot *slot = avl__vocab_slot(v, avl__hash(AVL__HASH_START, piece, size), piece, size);
+    return slot ? slot->id : -1;
 }
 
 static astrovl_string avl__vocab_piece(const avl__vocab *v, int32_t id) {
@@ -3011,19 +3014,18 @@ static int avl__vocab_is_end(const avl__vocab *v, int32_t id) { return id >= 0 &
 // The longest token of the given types (bits 1 << type) that text starts with, or -1.
 static int32_t avl__find_marker(const avl__vocab *v, int types, const char *text, size_t size) {
     uint32_t hash = AVL__HASH_START;
-    int32_t best = -1, id;
+    int32_t best = -1;
     if (size == 0 || !(v->marker_types[(uint8_t)text[0]] & types)) return -1;
     for (size_t n = 1; n <= v->longest_marker && n <= size; n++) {
         hash = avl__hash(hash, text + n - 1, 1);
-        id = avl__vocab_slot(v, hash, text, n)->id;
-        if (id >= 0 && types >> v->types[id] & 1) best = id;
+        const avl__piece_slot *slot = avl__vocab_slot(v, hash, text, n);
+        if (slot && slot->id >= 0 && types >> v->types[slot->id] & 1) best = slot->id;
     }
     return best;
 }
 
 // ---- loading -------------------------------------------------------------------------------------------------------
 
-// Which kind of vocabulary, and whether a text begins with BOS or a space unless keys say otherwise.
 static void avl__load_kind(avl__vocab *v, avl__keys *k) {
     static const struct { const char *pre; avl__vocab_kind kind; } rules[] = {
         {"llama-bpe", AVL__VOCAB_LLAMA3}, {"llama3", AVL__VOCAB_LLAMA3}, {"llama-v3", AVL__VOCAB_LLAMA3},
@@ -3031,25 +3033,21 @@ static void avl__load_kind(avl__vocab *v, avl__keys *k) {
     };
     astrovl_string model = avl__key_text(k, "model"), pre = avl__key_text(k, "pre");
     int i = 0;
-    if (model.size == 0) {
-        avl__key_fail(k, ASTROVL_ERROR_MODEL, "model", " is missing: the file has no vocabulary");
-    } else if (avl__string_is(model, "gpt2")) {
-        while (i < 7 && !avl__string_is(pre, rules[i].pre)) i++;
-        if (i < 7) v->kind = rules[i].kind;
-        else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%.*s\", not llama-bpe, smollm or gpt-2",
-                           AVL__SHOW(pre));
-    } else if (!avl__string_is(model, "llama")) {
+    if (avl__string_is(model, "llama")) return;   // kind 0
+    if (!avl__string_is(model, "gpt2"))
         avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "model", " is \"%.*s\", not llama or gpt2", AVL__SHOW(model));
-    }
-    v->add_space_prefix = v->kind == AVL__VOCAB_SPM;
-    v->add_bos = v->kind == AVL__VOCAB_SPM || v->kind == AVL__VOCAB_LLAMA3;
+    while (i < 7 && !avl__string_is(pre, rules[i].pre)) i++;
+    if (i < 7) v->kind = rules[i].kind;
+    else avl__key_fail(k, ASTROVL_ERROR_UNSUPPORTED, "pre", " is \"%.*s\", not llama-bpe, smollm or gpt-2",
+                       AVL__SHOW(pre));
 }
 
 // The spellings of the tokens and the table that finds them.
 static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     int index = avl__key(k, "tokens", AVL__KEY_STRING, -1), i;
     uint64_t count = index < 0 ? 0 : astrovl_gguf_kv(k->file, index)->count;
-    if (index < 0) avl__key_fail(k, ASTROVL_ERROR_MODEL, "tokens", " is missing: the file has no vocabulary");
+    if (index < 0)
+        avl__key_fail(k, ASTROVL_ERROR_MODEL, "tokens", " is missing: no vocabulary; convert again with its tokenizer");
     else if (count == 0 || count > AVL__MAX_TOKENS)
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, "tokens", " is empty, or has more than 2^26 elements");
     if (k->status) return;
@@ -3067,13 +3065,13 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     if (v->unicode) avl__unicode_fill(v->unicode);
     memset(v->rank, 0xFF, (size_t)count * sizeof *v->rank);             // every rank is AVL__NEVER
     memset(v->slots, 0xFF, ((size_t)v->mask + 1) * sizeof *v->slots);   // every id is -1
-    for (i = 0; i < v->n_tokens; i++) {
+    for (i = 0; i < v->n_tokens && !k->status; i++) {
         astrovl_string s = astrovl_gguf_string(k->file, index, (uint64_t)i);
         uint32_t hash = avl__hash(AVL__HASH_START, s.data, s.size);
         v->pieces[i] = s;
-        if (s.size > v->longest) v->longest = s.size;
-        avl__piece_slot *slot = avl__vocab_slot(v, hash, v->pieces[i].data, s.size);
-        if (slot->id >= 0) continue;
+        avl__piece_slot *slot = avl__vocab_slot(v, hash, s.data, s.size);
+        if (!slot) avl__key_fail(k, ASTROVL_ERROR_LIMIT, "tokens", " are chosen to collide in a hash table");
+        if (!slot || slot->id >= 0) continue;
         slot->hash = hash;
         slot->id = i;
     }
@@ -3089,22 +3087,33 @@ static int avl__byte_piece(astrovl_string piece) {
 }
 
 // The special tokens, by key or else by their usual spelling; the types of all tokens; and which end an answer: EOS,
-// EOT, and the usual end marks among the special tokens (a model may end its turn with another than its EOS).
+// EOT, and the usual end marks (a model may end its turn with another than its EOS), special even if typed normal.
 static void avl__load_types(avl__vocab *v, avl__keys *k) {
     static const char *const marks[] = {"</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
                                         "<|endoftext|>", "<|end|>", "<end_of_turn>", "<EOT>"};
-    int spm = v->kind == AVL__VOCAB_SPM, clip = v->kind == AVL__VOCAB_CLIP, last = v->n_tokens - 1, index, id, byte;
+    const struct { const char *key; int *id; const char *usual, *clip; } special[] = {
+        {"bos_token_id", &v->bos, "<s>", "<|startoftext|>"}, {"eos_token_id", &v->eos, "</s>", "<|endoftext|>"},
+        {"unknown_token_id", &v->unk, "<unk>", "<|endoftext|>"}, {"eot_token_id", &v->eot, NULL, NULL}};
+    int spm = v->kind == AVL__VOCAB_SPM, index, id, byte;
+    for (int i = 0; i < 4 && !k->status; i++) {
+        const char *usual = spm ? special[i].usual : v->kind == AVL__VOCAB_CLIP ? special[i].clip : NULL;
+        index = avl__key(k, special[i].key, AVL__KEY_INT, 0);
+        const int64_t value = index < 0 ? -1 : astrovl_gguf_int(k->file, index, 0);
+        const int is_token = value >= 0 && value < v->n_tokens;
+        if (index >= 0 && !is_token) v->note = "a special token's id is out of range; the usual token is taken";
+        *special[i].id = is_token ? (int)value : usual ? avl__vocab_find(v, usual, strlen(usual)) : -1;
+    }
     if (k->status) return;
-    v->bos = spm ? avl__vocab_find(v, "<s>", 3) : clip ? avl__vocab_find(v, "<|startoftext|>", 15) : -1;
-    v->eos = spm ? avl__vocab_find(v, "</s>", 4) : clip ? avl__vocab_find(v, "<|endoftext|>", 13) : -1;
-    v->bos = avl__key_number(k, "bos_token_id", 0, last, v->bos);
-    v->eos = avl__key_number(k, "eos_token_id", 0, last, v->eos);
-    v->unk = spm ? avl__vocab_find(v, "<unk>", 5) : clip ? v->eos : -1;
-    v->unk = avl__key_number(k, "unknown_token_id", 0, last, v->unk);
-    v->eot = avl__key_number(k, "eot_token_id", 0, last, -1);
-    v->add_bos = avl__key_number(k, "add_bos_token", 0, INT_MAX, v->add_bos) != 0;
-    v->add_eos = avl__key_number(k, "add_eos_token", 0, INT_MAX, v->add_eos) != 0;
-    if (spm) v->add_space_prefix = avl__key_number(k, "add_space_prefix", 0, INT_MAX, v->add_space_prefix) != 0;
+    if (v->kind == AVL__VOCAB_GPT2 && avl__key_text(k, "pre").size == 0) {   // files older than this key
+        int llama3 = avl__vocab_find(v, "<|begin_of_text|>", 17) >= 0 || (v->n_tokens >= 128256 && v->bos == 128000);
+        if (llama3) v->kind = AVL__VOCAB_LLAMA3;
+        else v->note = "tokenizer.ggml.pre is missing; text is cut into words as for GPT-2";
+    }
+    v->add_bos = avl__key_number(k, "add_bos_token", 0, INT_MAX, spm || v->kind == AVL__VOCAB_LLAMA3) != 0;
+    v->add_eos = avl__key_number(k, "add_eos_token", 0, INT_MAX, 0) != 0;
+    v->add_space_prefix = spm && avl__key_number(k, "add_space_prefix", 0, INT_MAX, 1) != 0;
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        if ((id = avl__vocab_find(v, marks[i], strlen(marks[i]))) >= 0) v->ends[id] = 1;
     index = avl__key(k, "token_type", AVL__KEY_INT, v->n_tokens);
     memset(v->byte_ids, 0xFF, sizeof v->byte_ids);   // every id is -1
     for (id = 0; id < v->n_tokens && !k->status; id++) {
@@ -3114,22 +3123,18 @@ static void avl__load_types(avl__vocab *v, avl__keys *k) {
         else if (id == v->bos || id == v->eos) type = AVL__TOKEN_CONTROL;
         else if (id == v->unk) type = AVL__TOKEN_UNKNOWN;
         else if (byte >= 0) type = AVL__TOKEN_BYTE;
-        if (type < 0 || type > AVL__TOKEN_BYTE) {
+        if (type < 0 || type > AVL__TOKEN_BYTE)
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "token_type", "[%d] is %lld, outside 0 to 6", id, (long long)type);
-            return;
-        }
-        v->types[id] = type == 0 ? (uint8_t)AVL__TOKEN_NORMAL : (uint8_t)type;   // 0: undefined
+        if (type == 0) type = AVL__TOKEN_NORMAL;    // 0: undefined
+        if (v->ends[id] && (type == AVL__TOKEN_NORMAL || type == AVL__TOKEN_UNUSED)) type = AVL__TOKEN_CONTROL;
+        v->types[id] = (uint8_t)type;
         if (type == AVL__TOKEN_BYTE && byte >= 0 && v->byte_ids[byte] < 0) v->byte_ids[byte] = id;
-        if (v->pieces[id].size && AVL__MARKERS >> v->types[id] & 1) {
-            v->marker_types[(uint8_t)v->pieces[id].data[0]] |= (uint8_t)(1 << v->types[id]);
-            if (v->pieces[id].size > v->longest_marker) v->longest_marker = v->pieces[id].size;
-        }
-    }
-    v->has_bytes = 1;
-    for (byte = 0; byte < 256; byte++) v->has_bytes &= v->byte_ids[byte] >= 0;
-    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
-        id = avl__vocab_find(v, marks[i], strlen(marks[i]));
-        if (id >= 0 && (v->types[id] == AVL__TOKEN_CONTROL || v->types[id] == AVL__TOKEN_USER_DEFINED)) v->ends[id] = 1;
+        const astrovl_string piece = v->pieces[id];
+        if (k->status || !piece.size || !(AVL__MARKERS >> type & 1)) continue;
+        v->marker_types[(uint8_t)piece.data[0]] |= (uint8_t)(1 << type);
+        if (piece.size > v->longest_marker) v->longest_marker = piece.size;
+        if (piece.size > AVL__MAX_MARKER) avl__key_fail(k, ASTROVL_ERROR_LIMIT, "tokens", "[%d] is special, and longer "
+                                                        "than %d bytes", id, AVL__MAX_MARKER);
     }
     if (v->eos >= 0) v->ends[v->eos] = 1;
     if (v->eot >= 0) v->ends[v->eot] = 1;
@@ -3190,17 +3195,13 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         astrovl_string line = astrovl_gguf_string(k->file, index, (uint64_t)i);
         const char *space = line.size > 1 ? (const char *)memchr(line.data + 1, ' ', line.size - 1) : NULL;
         size_t size = space ? (size_t)(space - line.data) : 0;
-        if (!space) {
-            avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
-            break;
-        }
+        if (!space) avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
+        if (!space) break;
         joined.size = 0;
         avl__bytes_put(&joined, line.data, size);
         avl__bytes_put(&joined, space + 1, line.size - size - 1);
-        if (joined.failed) {
-            avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
-            break;
-        }
+        if (joined.failed) avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
+        if (joined.failed) break;
         int32_t left = avl__vocab_find(v, line.data, size);
         int32_t right = avl__vocab_find(v, space + 1, line.size - size - 1);
         int32_t id = avl__vocab_find(v, joined.data, joined.size);
@@ -3233,8 +3234,8 @@ static astrovl_status avl__vocab_load(avl__vocab *v, const astrovl_gguf *file, c
     if (clip) v->add_bos = v->add_eos = 1;   // whatever the keys say: the tower needs one token at least
     if (v->kind == AVL__VOCAB_SPM) avl__load_scores(v, &k);
     else avl__load_merges(v, &k);
-    if (clip && v->bos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|>");
-    if (clip && v->eos < 0) avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|endoftext|>");
+    if (clip && (v->bos < 0 || v->eos < 0))
+        avl__key_fail(&k, ASTROVL_ERROR_MODEL, "tokens", " lacks <|startoftext|> or <|endoftext|>");
     if (k.status) avl__vocab_free(v);
     return k.status;
 }
@@ -3252,8 +3253,7 @@ typedef struct avl__symbol {
 } avl__symbol;
 
 typedef struct avl__candidate {
-    uint32_t rank;          // the lowest goes first, of equals the leftmost
-    int32_t  left;          // index of the left symbol
+    uint64_t order;         // rank << 32 | index of the left symbol: the lowest goes first
     int32_t  size;          // bytes of both
     int32_t  id;            // of the token they make
 } avl__candidate;
@@ -3269,7 +3269,6 @@ typedef struct avl__encoder {
     size_t            n_symbols, symbol_capacity;
     avl__candidate   *heap;
     size_t            n_heap, heap_capacity;
-    int32_t           known[4096]; // byte-level: [id % 4096] id + 1 of a word that was seen to merge to that one token
     int               failed;
 } avl__encoder;
 
@@ -3288,10 +3287,6 @@ static void avl__put_symbol(avl__encoder *e, size_t size, int32_t id, int frozen
     if (i) s[-1].next = i;
 }
 
-static int avl__before(const avl__candidate *a, const avl__candidate *b) {
-    return a->rank < b->rank || (a->rank == b->rank && a->left < b->left);
-}
-
 // Puts the pair that starts with symbol `left` on the heap if it makes a token.
 static void avl__offer_pair(avl__encoder *e, int32_t left) {
     const avl__vocab *v = e->v;
@@ -3299,17 +3294,13 @@ static void avl__offer_pair(avl__encoder *e, int32_t left) {
     avl__candidate c;
     size_t at = e->n_heap;
     if (left < 0 || s->next < 0 || s->frozen || e->symbols[s->next].frozen) return;
-    c.left = left;
     c.size = s->size + e->symbols[s->next].size;
-    if ((size_t)c.size > v->longest) return;
     c.id = avl__vocab_find(v, e->spelling.data + s->start, (size_t)c.size);
     if (c.id < 0 || v->rank[c.id] == AVL__NEVER) return;
-    c.rank = v->rank[c.id];
-    if (!avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap)) {
-        e->failed = 1;
-        return;
-    }
-    for (e->n_heap++; at > 0 && avl__before(&c, &e->heap[(at - 1) / 2]); at = (at - 1) / 2)
+    c.order = (uint64_t)v->rank[c.id] << 32 | (uint32_t)left;
+    e->failed |= !avl__grow(&e->heap, &e->heap_capacity, e->n_heap + 1, sizeof *e->heap);
+    if (e->failed) return;
+    for (e->n_heap++; at > 0 && c.order < e->heap[(at - 1) / 2].order; at = (at - 1) / 2)
         e->heap[at] = e->heap[(at - 1) / 2];
     e->heap[at] = c;
 }
@@ -3318,8 +3309,8 @@ static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not emp
     avl__candidate top = e->heap[0], last = e->heap[--e->n_heap];
     size_t at = 0, child;
     while ((child = 2 * at + 1) < e->n_heap) {
-        if (child + 1 < e->n_heap && avl__before(&e->heap[child + 1], &e->heap[child])) child++;
-        if (!avl__before(&e->heap[child], &last)) break;
+        if (child + 1 < e->n_heap && e->heap[child + 1].order < e->heap[child].order) child++;
+        if (last.order < e->heap[child].order) break;
         e->heap[at] = e->heap[child];
         at = child;
     }
@@ -3327,15 +3318,16 @@ static avl__candidate avl__take_pair(avl__encoder *e) {   // the heap is not emp
     return top;
 }
 
-// Merges the symbols and appends their tokens. A symbol that is no token becomes its bytes, or the unknown token,
-// once for a run of such symbols.
+// Merges the symbols and appends their tokens. A symbol that is no token becomes its bytes, where these are tokens, or
+// the unknown token, once for a run of such bytes.
 static void avl__merge(avl__encoder *e) {
     const avl__vocab *v = e->v;
     int was_unknown = 0;
     for (int32_t index = 0; index < (int32_t)e->n_symbols; index++) avl__offer_pair(e, index);
     while (e->n_heap) {
         avl__candidate c = avl__take_pair(e);
-        avl__symbol *left = &e->symbols[c.left], *right;
+        const int32_t index = (int32_t)(uint32_t)c.order;
+        avl__symbol *left = &e->symbols[index], *right;
         if (left->size == 0 || left->next < 0) continue;
         right = &e->symbols[left->next];
         if (left->size + right->size != c.size) continue;
@@ -3343,20 +3335,20 @@ static void avl__merge(avl__encoder *e) {
         left->id = c.id;
         left->next = right->next;
         right->size = 0;
-        if (left->next >= 0) e->symbols[left->next].prev = c.left;
+        if (left->next >= 0) e->symbols[left->next].prev = index;
         avl__offer_pair(e, left->prev);
-        avl__offer_pair(e, c.left);
+        avl__offer_pair(e, index);
     }
     for (int32_t index = e->n_symbols ? 0 : -1; index >= 0; index = e->symbols[index].next) {
         const avl__symbol *s = &e->symbols[index];
-        if (s->id >= 0) {
-            avl__put_id(e, s->id);
-        } else if (v->has_bytes) {
-            for (int32_t i = 0; i < s->size; i++) avl__put_id(e, v->byte_ids[(uint8_t)e->spelling.data[s->start + i]]);
-        } else if (v->unk >= 0 && !was_unknown) {
-            avl__put_id(e, v->unk);
+        if (s->id >= 0) avl__put_id(e, s->id);
+        was_unknown &= s->id < 0;
+        for (int32_t i = 0; s->id < 0 && i < s->size; i++) {
+            const int32_t byte = v->byte_ids[(uint8_t)e->spelling.data[s->start + i]];
+            if (byte >= 0) avl__put_id(e, byte);
+            else if (v->unk >= 0 && !was_unknown) avl__put_id(e, v->unk);
+            was_unknown = byte < 0;
         }
-        was_unknown = s->id < 0;
     }
     e->n_symbols = 0;
     e->spelling.size = 0;
@@ -3459,7 +3451,7 @@ static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, si
 // unless there is a token for the unknown (CLIP). LLaMA-3 takes a word that is a token as it stands.
 static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     const avl__vocab *v = e->v;
-    int clip = v->kind == AVL__VOCAB_CLIP, ends_word, whole;
+    int clip = v->kind == AVL__VOCAB_CLIP, ends_word;
     int32_t id;
     e->failed |= !avl__grow(&e->spelling.data, &e->spelling.capacity, 2 * size + 8, 1) ||
                  !avl__grow(&e->symbols, &e->symbol_capacity, size, sizeof *e->symbols);
@@ -3474,15 +3466,12 @@ static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     }
     if (e->failed) return;
     id = e->n_symbols == size ? avl__vocab_find(v, e->spelling.data, e->spelling.size) : -1;
-    whole = v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL;
-    if (whole || (id >= 0 && e->known[id % 4096] == id + 1)) {
-        avl__put_id(e, id);
-        e->n_symbols = 0;
-        e->spelling.size = 0;
-        return;
+    if (v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL) {
+        e->n_symbols = 1;
+        e->symbols->id = id;
+        e->symbols->next = -1;
     }
     avl__merge(e);
-    if (id >= 0 && !e->failed && e->out->data[e->out->size - 1] == id) e->known[id % 4096] = id + 1;
 }
 
 static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
@@ -3581,10 +3570,8 @@ static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, i
 // Appends a token's text, of any length, to b.
 static void avl__put_token(const avl__vocab *v, int32_t id, avl__bytes *b) {
     size_t size = avl__vocab_piece(v, id).size;
-    if (b->failed || !avl__grow(&b->data, &b->capacity, b->size + size + 1, 1)) {
-        b->failed = 1;
-        return;
-    }
+    b->failed |= !avl__grow(&b->data, &b->capacity, b->size + size + 1, 1);
+    if (b->failed) return;
     b->size += (size_t)avl__vocab_token_bytes(v, id, b->data + b->size, (int)size);
     b->data[b->size] = 0;
 }
@@ -5468,33 +5455,38 @@ struct astrovl_session {
 // ---- templates -----------------------------------------------------------------------------------------------------
 // A turn is laid out as `turn`; before those after the first stands `between`. %p is `system_part` in a first turn with
 // a system text, else nothing; %s the system text, %u the user's text with its images; %b and %e are the vocabulary's
-// BOS and EOS (nothing where it has none), "% " its token for one space; <|...|> are special tokens.
+// BOS and EOS (nothing where it has none), "% " its token for one space; {...} is a special token, which the vocabulary
+// must have; (...) one that is written as text where it has none.
+
+#define AVL__CURIOUS(who) "A chat between a curious " who " and an artificial intelligence assistant. The assistant " \
+                          "gives helpful, detailed, and polite answers to the " who "'s questions."
 
 typedef struct avl__template {
     const char *name;
-    const char *marker;          // AUTO takes the last row whose marker stands in tokenizer.chat_template
     const char *system;          // the template's own system text; NULL: none
     const char *system_part, *turn, *between;
+    const char *stop;            // text that ends an answer; "": tokens do
 } avl__template;
 
 static const avl__template avl__templates[] = {                     // in the order of astrovl_template
-    {"auto", NULL, NULL, NULL, NULL, NULL},                         // opening chooses one of the others
-    {"vicuna_v1", "USER:",                                          // LLaVA's conversation.py: conv_vicuna_v1
-     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the user's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
-    {"llava_v1", "curious human",                                   // conv_llava_v1
-     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the human's questions.", "%s ", "%pUSER: %u ASSISTANT:", "%e"},
-    {"llava_llama_2", "[INST]",                                     // conv_llava_llama_2
+    {"auto", NULL, NULL, NULL, NULL, NULL},   // opening chooses one of the others; four are LLaVA's conversation.py
+    {"vicuna_v1", AVL__CURIOUS("user"), "%s ", "%pUSER: %u ASSISTANT:", "%e", ""},
+    {"llava_v1", AVL__CURIOUS("human"), "%s ", "%pUSER: %u ASSISTANT:", "%e", ""},
+    {"llava_v0", AVL__CURIOUS("human"), "%s", "%p###Human: %u###Assistant:", "", "###"},
+    {"llava_llama_2",
      "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
      "provides, and assist the user with a variety of tasks using natural language.",
-     "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b"},
-    {"llama_3", "<|start_header_id|>", NULL, "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>",
-     "%p<|start_header_id|>user<|end_header_id|>\n\n%u<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-     "<|eot_id|>"},
-    {"chatml", "<|im_start|>", NULL, "<|im_start|>system\n%s<|im_end|>\n",
-     "%p<|im_start|>user\n%u<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"},
-    {"plain", NULL, NULL, "", "%u", ""}};
+     "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b", ""},
+    {"llama_2", NULL, "<<SYS>>\n%s\n<</SYS>>\n\n", "[INST] %p%u [/INST]", "% %e%b", ""},
+    {"mistral", NULL, "%s\n\n", "[INST] %p%u [/INST]", "%e", ""},   // mistralai/cookbook, tokenization: V1,
+    {"mistral_v3", NULL, "%s\n\n", "{[INST]}%p%u{[/INST]}", "%e", ""},   // V2 and V3
+    {"zephyr", NULL, "(<|system|>)\n%s%e\n", "%p(<|user|>)\n%u%e\n(<|assistant|>)\n", "%e\n", ""},
+    {"llama_3", NULL, "{<|start_header_id|>}system{<|end_header_id|>}\n\n%s{<|eot_id|>}",
+     "%p{<|start_header_id|>}user{<|end_header_id|>}\n\n%u{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}"
+     "\n\n", "{<|eot_id|>}", ""},
+    {"chatml", NULL, "{<|im_start|>}system\n%s{<|im_end|>}\n",
+     "%p{<|im_start|>}user\n%u{<|im_end|>}\n{<|im_start|>}assistant\n", "{<|im_end|>}\n", ""},
+    {"plain", NULL, "", "%u", "", ""}};
 
 ASTROVL_API const char *astrovl_template_name(astrovl_template t) {
     return (unsigned)t <= ASTROVL_TEMPLATE_PLAIN ? avl__templates[t].name : "unknown";
@@ -5504,6 +5496,24 @@ ASTROVL_API int astrovl_template_from_name(const char *name) {
     for (int t = 0; name && t <= ASTROVL_TEMPLATE_PLAIN; t++)
         if (strcmp(avl__templates[t].name, name) == 0) return t;
     return -1;
+}
+
+// Which template a model's Jinja source is, by the last row of which it has `mark`, and `then` behind it in the same
+// expression.  AUTO: none of these
+static int avl__find_template(const char *jinja) {
+    static const struct { const char *mark, *then, *name; } rows[] = {
+        {"ASSISTANT:", "", "vicuna_v1"}, {"SYSTEM: ", "", "auto"}, {"curious human", "", "llava_v1"},
+        {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"}, {"<<SYS>>", "", "auto"},
+        {"bos_token", "[INST]", "llama_2"}, {"[AVAILABLE_TOOLS]", "", "mistral_v3"}, {"[SYSTEM_PROMPT]", "", "auto"},
+        {"<|user|>", "eos_token }}\n", "zephyr"}, {"<|user|>", "eos_token + '\\n", "zephyr"},
+        {"<|im_start|>", "", "chatml"}, {"<|im_sep|>", "", "auto"}, {"<end_of_utterance>", "", "auto"},
+        {"<|start_header_id|>", "", "llama_3"}};
+    const char *name = "auto";
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        for (const char *at = strstr(jinja, rows[i].mark); at; at = strstr(at, rows[i].mark))
+            for (const char *end = at + strcspn(at, "}"); at < end; at++)
+                if (avl__begins(at, rows[i].then)) name = rows[i].name;
+    return astrovl_template_from_name(name);
 }
 
 // The system text that a chatml template writes when a conversation brings none, in the model's own Jinja source: what
@@ -5529,6 +5539,9 @@ static void avl__open_projector(astrovl_model *m) {
     if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "a projector of type \"%.*s\"; LLaVA's are \"mlp\" and "
                        "\"linear\"", AVL__SHOW(type));
+    if (m->vocab.n_tokens && avl__vocab_find(&m->vocab, "<im_start>", 10) >= 0)
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "this model wants the tokens <im_start> and <im_end> around "
+                       "an image (mm_use_im_start_end), which only early versions of LLaVA did");
     int n = m->clip.tower.n_embd;
     for (; m->n_projector < 2 && avl__find_tensor(w, names[m->n_projector], &file); m->n_projector++) {
         m->projector[m->n_projector] = avl__load_linear(w, n, 0, "mm.%d", 2 * m->n_projector);
@@ -5556,9 +5569,6 @@ static void avl__open_clip_text(astrovl_model *m) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, "clip.text.tokenizer.ggml.tokens", &index);
     const char *keys = file ? "clip.text.tokenizer.ggml." : "tokenizer.ggml.";
-    if (!file && astrovl_gguf_find_kv(part, "tokenizer.ggml.tokens") < 0)
-        avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower has no vocabulary (tokenizer.ggml.tokens); "
-                       "convert the model again with its tokenizer");
     if (!w->status) w->status = avl__vocab_load(&m->clip_vocab, file ? file : part, keys, 1, w->err);
     if (m->clip_vocab.n_tokens > m->clip_text.token_embd.n_out)
         avl__load_fail(w, part, ASTROVL_ERROR_MODEL, "the text tower's vocabulary has %d tokens, t.token_embd.weight "
@@ -5594,9 +5604,11 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     info->name = avl__copy_text(name.data, name.size);
     m->jinja = avl__copy_text(jinja.data, jinja.size);
     if (!info->name || !m->jinja) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for a model");
-    for (int t = ASTROVL_TEMPLATE_PLAIN; t > 0 && m->jinja && chat_template == ASTROVL_TEMPLATE_AUTO; t--)
-        if (avl__templates[t].marker && strstr(m->jinja, avl__templates[t].marker)) chat_template = t;
-    if (chat_template == ASTROVL_TEMPLATE_AUTO)                    // LLaVA-1.5's files often carry no template
+    info->note = m->vocab.note ? m->vocab.note : m->clip_vocab.note;
+    if (chat_template == ASTROVL_TEMPLATE_AUTO && jinja.size && m->jinja) {
+        chat_template = avl__find_template(m->jinja);
+        if (chat_template == ASTROVL_TEMPLATE_LLAMA2 && m->n_projector) chat_template = ASTROVL_TEMPLATE_LLAVA_LLAMA2;
+    } else if (chat_template == ASTROVL_TEMPLATE_AUTO)             // LLaVA-1.5's files often carry no template
         chat_template = m->n_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;
     info->chat_template = (astrovl_template)chat_template;
     m->system = avl__templates[chat_template].system;
@@ -5759,8 +5771,7 @@ ASTROVL_API char *astrovl_detokenize(const astrovl_model *model, const int32_t *
         avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the text of %d tokens", n_tokens);
         return NULL;
     }
-    const astrovl_string piece = avl__vocab_piece(vocab, first);
-    if (text.size && vocab->add_space_prefix && piece.size >= 3 && memcmp(piece.data, AVL__SPACE_MARK, 3) == 0)
+    if (text.size && *text.data == ' ' && vocab->add_space_prefix && vocab->types[first] != AVL__TOKEN_BYTE)
         memmove(text.data, text.data + 1, text.size);  // without the space put before a text (which is not <0x20>)
     return text.data;
 }
@@ -5914,8 +5925,8 @@ static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const
     if ((!tokens && !rows) || n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens or rows, %d rows of logits, or NULL", n, n_logits);
     if (n > cache->n_ctx - n_before)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and %d "
-                         "more are needed", cache->n_ctx, n_before, n);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: of %d positions (-c, n_ctx) %d are taken, and "
+                         "%d more are needed", cache->n_ctx, n_before, n);
     for (int i = 0; tokens && i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= llama->n_vocab)
             return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d; the model has %d", (int)tokens[i], llama->n_vocab);
@@ -5991,14 +6002,15 @@ static void avl__prompt_layout(avl__prompt *p, const char *layout) {
     const astrovl_model *m = p->turn->session->model;
     for (; *layout && !p->turn->err.status; layout++) {
         int32_t token = -1;
-        if (strncmp(layout, "<|", 2) == 0) {
-            const astrovl_string piece = {layout, (size_t)(strstr(layout, "|>") + 2 - layout)};
+        if (*layout == '{' || *layout == '(') {
+            const astrovl_string piece = {layout + 1, strcspn(layout + 1, "})")};
             token = avl__vocab_find(&m->vocab, piece.data, piece.size);
-            if (token < 0)
+            if (token < 0 && *layout == '(') avl__bytes_put(&p->text, piece.data, piece.size);
+            else if (token < 0)
                 avl__fail(&p->turn->err, ASTROVL_ERROR_MODEL, "the %s template needs the token %.*s, which this "
                           "vocabulary lacks; choose another template", astrovl_template_name(m->info.chat_template),
                           AVL__SHOW(piece));
-            layout += piece.size - 1;
+            layout += piece.size + 1;
         } else if (*layout != '%') {
             avl__bytes_put(&p->text, layout, 1);
         } else {
@@ -6025,7 +6037,8 @@ static void avl__lay_out_turn(astrovl_turn *turn, const astrovl_generation *o, a
     if (s->n_turns == 0 && p.system && *p.system) p.system_part = t->system_part;
     for (size_t i = (size_t)s->n_unread; i > 0; i--) avl__prompt_token(&p, s->answer.data[s->answer.size - i]);
     if (s->n_turns > 0) avl__prompt_layout(&p, t->between);
-    else if (m->vocab.add_bos && m->vocab.bos >= 0) avl__prompt_token(&p, m->vocab.bos);
+    else if ((m->vocab.add_bos || strstr(m->jinja, "bos_token")) && m->vocab.bos >= 0)
+        avl__prompt_token(&p, m->vocab.bos);   // where a template names bos_token, it begins with it
     avl__prompt_layout(&p, t->turn);
     avl__prompt_token(&p, INT32_MIN);
     astrovl_free(p.text.data);
@@ -7077,6 +7090,9 @@ static astrovl_status avl__begin_turn(avl__turn *t) {
     double start = avl__seconds();
     memset(&s->stats, 0, sizeof s->stats);
     if (avl__need(m, AVL__PART_TEXT | AVL__PART_VOCAB, err) != ASTROVL_OK) return err->status;
+    if (m->info.chat_template == ASTROVL_TEMPLATE_AUTO)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "%s: its tokenizer.chat_template is none of the known ones; choose "
+                         "another: " ASTROVL_TEMPLATE_NAMES, astrovl_gguf_name(m->weights.files[0]));
     if (!asked->text || asked->n_images < 0 || asked->n_images > 4096 || (asked->n_images > 0 && !asked->images))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a turn needs a text, and as many images as it says");
     int is_wrong = o->max_tokens < 0 || o->top_k < 0 || o->n_stop < 0 || !(o->temperature >= 0.0f && o->top_p >= 0.0f &&
@@ -7095,8 +7111,8 @@ static astrovl_status avl__begin_turn(avl__turn *t) {
     const int n_embd = m->llama.n_embd, n_patches = m->clip.n_patches;
     const int64_t n_rows = (int64_t)tokens.size + (int64_t)asked->n_images * (n_patches - 1);
     if (!err->status && n_rows >= s->cache.n_ctx - s->cache.n_past)
-        avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and this turn "
-                  "needs %lld and room for an answer", s->cache.n_ctx, s->cache.n_past, (long long)n_rows);
+        avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: of %d positions (-c, n_ctx) %d are taken, and this "
+                  "turn needs %lld and room for an answer", s->cache.n_ctx, s->cache.n_past, (long long)n_rows);
     float *rows = err->status ? NULL : avl__alloc_floats((uint64_t)n_rows * n_embd), *row = rows;
     avl__bytes_put(&t->text, "", 0);
     if (!err->status && !rows) avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the prompt");
@@ -7154,12 +7170,15 @@ static int avl__write_token(avl__turn *t) {
     if (t->text.failed) return 0;
     size_t n_clear = t->text.size;       // bytes from here on may begin a stop text, and are not shown yet
     for (size_t at = t->n_shown; at < t->text.size; at++)
-        for (int i = 0; i < o->n_stop; i++) {
-            const size_t size = strlen(o->stop[i]), rest = t->text.size - at;
-            if (!size || memcmp(t->text.data + at, o->stop[i], size < rest ? size : rest) != 0) continue;
+        for (int i = guide ? 0 : -1; i < o->n_stop; i++) {       // -1: the template's
+            const char *stop = i < 0 ? avl__templates[s->model->info.chat_template].stop : o->stop[i];
+            const size_t size = strlen(stop), rest = t->text.size - at;
+            if (!size || memcmp(t->text.data + at, stop, size < rest ? size : rest) != 0) continue;
             if (at < n_clear) n_clear = at;
             if (size > rest) continue;
             t->is_cut = 1;               // the answer ends before it
+            for (int n = (int)rest; i < 0 && n > 0 && t->tokens.size; )   // the next turn begins with it
+                n -= avl__vocab_token_bytes(&s->model->vocab, t->tokens.data[--t->tokens.size], NULL, 0);
             t->text.size = n_clear = at;
             t->text.data[at] = 0;
         }
@@ -7186,7 +7205,9 @@ static void avl__end_turn(avl__turn *t) {
     if (err->status) return;
     t->asked->answer = t->text.data;
     s->answer = t->tokens;
-    s->n_unread = t->n_before + s->stats.n_prompt_tokens + (int)t->tokens.size - s->cache.n_past;
+    const int n_past = t->n_before + s->stats.n_prompt_tokens + (int)t->tokens.size;
+    if (s->cache.n_past > n_past) s->cache.n_past = n_past;
+    s->n_unread = n_past - s->cache.n_past;
     s->n_turns++;
     s->stats.n_answer_tokens = (int)t->tokens.size;
 }

@@ -260,7 +260,7 @@ static const option_spec option_table[] = {
     WHOLE("max-tokens", 'n', how.max_tokens, 1, 1000000, GENERATE, "at most N tokens (256; trace 1, summarize 512)"),
     REAL("temperature", 't', how.temperature, 100, "0: the likeliest token (default); 1: by the model's odds"),
     WHOLE("top-k", 0, how.top_k, 0, 1000000000, GENERATE, "draw from the N likeliest tokens (default 0: all)"),
-    REAL("top-p", 0, how.top_p, 1, "draw from the likeliest with probability X together (default 1: all)"),
+    REAL("top-p", 0, how.top_p, 1, "draw from the likeliest with probability X together (default 1: all; 0: one)"),
     REAL("min-p", 0, how.min_p, 1, "drop tokens less likely than X times the likeliest (default 0)"),
     REAL("repetition-penalty", 0, how.repetition_penalty, 100, "above 1: avoid recent tokens (else 1 or 1.1)"),
     STRING("seed", 's', SEED, how.seed, GENERATE, "N", "the draws' seed: the same gives the same text (default 0)"),
@@ -292,11 +292,6 @@ static int print_around(const char *before, const command *c, const char *after)
 #define usage_error(c, ...) \
     (print_around("astrovl", c, ": "), fprintf(stderr, __VA_ARGS__), print_around("\nTry: astrovl", c, " --help\n"))
 
-static void print_templates(FILE *out) {
-    for (int t = ASTROVL_TEMPLATE_AUTO; t <= ASTROVL_TEMPLATE_PLAIN; t++)
-        fprintf(out, "%s%s", t ? ", " : "", astrovl_template_name((astrovl_template)t));
-}
-
 // Stores one option's value; `text` is NULL for a flag.
 static int set_option(const command *c, options *o, const option_spec *spec, const char *text) {
     const char *digits = spec->kind == NUMBER ? "0123456789." : "0123456789";
@@ -308,7 +303,7 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
     case TEMPLATE:
         if ((*(int *)field = astrovl_template_from_name(text)) >= 0) return EXIT_OK;
         usage_error(c, "no template is called \"%s\"", text);
-        fputs("Templates: ", stderr), print_templates(stderr), fputc('\n', stderr);
+        fputs("Templates: auto, " ASTROVL_TEMPLATE_NAMES "\n", stderr);
         return EXIT_USAGE;
     default: break;
     }
@@ -324,7 +319,7 @@ static int set_option(const command *c, options *o, const option_spec *spec, con
                            spec->kind == INTEGER ? "whole number" : "number", spec->low, spec->high, text);
     if (spec->kind == SEED) *(uint64_t *)field = whole;
     else if (spec->kind == INTEGER) *(int *)field = (int)whole;
-    else *(float *)field = (float)x;
+    else *(float *)field = field == &o->how.top_p && x <= 0 ? FLT_MIN : (float)x;   // the header takes 0 for all
     return EXIT_OK;
 }
 
@@ -368,7 +363,7 @@ static void print_command_help(const command *c) {
         if (!(spec->commands & c->bit)) continue;
         printf("  %-3s --%s %-*s %s\n", spec->letter ? letter : "", spec->name, 20 - (int)strlen(spec->name),
                spec->value ? spec->value : "", spec->help);
-        if (spec->kind == TEMPLATE) printf("%30s", ""), print_templates(stdout), putchar('\n');
+        if (spec->kind == TEMPLATE) printf("  auto, %s\n", ASTROVL_TEMPLATE_NAMES);
     }
     printf("\nExamples:\n%s", c->examples);
 }
@@ -496,6 +491,9 @@ static void find_shipped(const char *argv0, const char *name, char *path) {
     path[0] = 0;
 }
 
+#define NO_TEMPLATE "the files' tokenizer.chat_template is none of the known ones; choose one with --template: " \
+                    ASTROVL_TEMPLATE_NAMES
+
 // Opens the files of -m, or the shipped model. Like other functions below it ends the program where nothing can go on.
 static void open_model(program *p) {
     astrovl_open_options how = {0, (astrovl_template)p->o.chat_template};
@@ -506,6 +504,8 @@ static void open_model(program *p) {
     p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
     if (!p->model) exit(failed(p));
     astrovl_get_info(p->model, &p->info);
+    if (p->info.note && !p->o.quiet) fprintf(stderr, "%s: note: %s\n", p->o.models.items[0], p->info.note);
+    if (p->cmd->bit & GENERATE && p->info.has_text && !p->info.chat_template) exit(fail(NO_TEMPLATE));
 }
 
 // Draws "image [########------------] 9/23" once the work has taken more than a second. per_second 0: do not say
@@ -1098,8 +1098,9 @@ static void print_model(program *p, const list *paths) {
         return;
     }
     astrovl_get_info(p->model, &p->info);
+    const char *form = m->chat_template ? astrovl_template_name(m->chat_template) : "not recognized";
     put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
-             (long long)m->n_weight_bytes, astrovl_template_name(m->chat_template));
+             (long long)m->n_weight_bytes, form);
     put_plain("what this makes up: %llu parameters in %s\n  name            ", (unsigned long long)m->n_params,
               human_bytes(m->n_weight_bytes));
     put_json("~%s\n", m->name);
@@ -1120,7 +1121,7 @@ static void print_model(program *p, const list *paths) {
         end_part("images:%d texts:%d dims:%d logit_scale:%f", m->has_joint_image, m->has_joint_text, m->n_embd_joint,
                  m->logit_scale);
     put_json("}");
-    put_plain("  template        %s\n", astrovl_template_name(m->chat_template));
+    put_plain("  template        %s\n", form);
 }
 
 // What whole files lack to be of use together; NULL: nothing.
@@ -1129,6 +1130,7 @@ static const char *lacking(const astrovl_info *m) {
     if (m->has_text && !m->has_vocab)
         return "the language model has no tokenizer (tokenizer.ggml.*): convert it again with tokenizer.model or "
                "tokenizer.json next to its weights";
+    if (m->has_text && !m->chat_template) return NO_TEMPLATE;
     if (m->has_projector && !m->has_text)
         return "there is no language model, which answers are made with: give its file as well (-m FILE)";
     if (m->has_vision && !m->has_projector && !images)
@@ -1151,6 +1153,7 @@ static int check_model(program *p, const list *paths) {
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     astrovl_get_info(p->model, &p->info);
     const char *problem = p->model ? lacking(m) : p->err.message;
+    if (m->note) fprintf(stderr, "%s: note: %s\n", paths->items[0], m->note);
     const int chats = m->has_text && m->has_vocab, sees = chats && m->has_vision && m->has_projector;
     const int embeds = m->has_joint_image, compares = embeds && m->has_joint_text;
     const struct { const char *command; int usable; } rows[] = {

@@ -465,7 +465,7 @@ class Answers(Case):
 
     def test_one_candidate_is_greedy(self):
         greedy = self.succeeds("caption", self.images[0], *SHORT).out
-        for option in (["--top-k", "1"], ["--top-p", "0.000001"], ["--min-p", "1"]):
+        for option in (["--top-k", "1"], ["--top-p", "0.000001"], ["--top-p", "0"], ["--min-p", "1"]):
             other = self.succeeds("caption", self.images[0], "--temperature", "2", *option, *SHORT).out
             self.assertEqual(other, greedy, option)
 
@@ -783,6 +783,31 @@ class Check(Case):
         self.assertEqual((seen["runnable"], seen["commands"], seen["problems"]), (True, commands.split(";")[0].split(), []))
         return result.out
 
+    def test_unknown_template_is_refused_with_the_choices(self):
+        text = self.changed(self.TEXT, (b"%}ASSISTANT: {{", b"%}Assistant: {{"), (b"%}ASSISTANT:", b"%}Assistant:"))
+        files = ["-m", text, "-m", self.MMPROJ]
+        self.lacks("--template: vicuna_v1, llava_v1", text, self.MMPROJ)
+        self.assertIn("not recognized", self.succeeds("inspect", text).out)
+        self.succeeds("tokens", "-m", text, "stars")
+        for words in (["caption", self.images[0]], ["ask", self.images[0], "What?"], ["chat", "--prompt", "Hi"], ["chat"],
+                      ["summarize", "--regex", "a", self.write("abstract.txt", b"Stars.")], ["trace", "--hash", "Hi"]):
+            result = astrovl(words[0], *files, *words[1:])
+            self.assertEqual((result.code, result.out), (1, ""), result)
+            self.assertIn("zephyr", result.err)
+            self.succeeds(words[0], *files, "--template", "plain", "--ctx", "120", "--max-tokens", "2", *words[1:])
+
+    def test_notes_on_a_vocabulary(self):
+        path = self.path("note.gguf")
+        write_gguf(path, [("tokenizer.ggml.model", 8, "llama"), ("tokenizer.ggml.tokens", (9, 8), ["<unk>", "<s>", "</s>", "a"]),
+                          ("tokenizer.ggml.scores", (9, 6), [0.0] * 4), ("tokenizer.ggml.eos_token_id", 4, 4)])
+        for words in (["tokens", "-m", path, "a"], ["inspect", "--check", path]):
+            self.assertIn("note.gguf: note: a special token's id is out of range", astrovl(*words).err)
+
+    def test_full_context_names_the_option(self):
+        result = astrovl("caption", "-m", self.TEXT, "-m", self.MMPROJ, "-c", "12", self.images[0])
+        self.assertEqual(result.code, 1)
+        self.assertIn("(-c, n_ctx)", result.err)
+
     def lacks(self, text, *files):
         """The one problem that is told holds this text."""
         result = astrovl("inspect", "--check", *files)
@@ -817,7 +842,7 @@ class Check(Case):
         self.lacks("no text tower (t.*)", write_micro_model(self.path("micro.gguf")))
         self.lacks("convert it again with tokenizer.model or tokenizer.json next to its weights",
                    self.changed(self.TEXT, (b"tokenizer.ggml.model", b"tokenizer.ggml.mXdel")))
-        self.lacks("text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again with its tokenizer",
+        self.lacks("tokenizer.ggml.tokens is missing: no vocabulary; convert again with its tokenizer",
                    self.changed(self.CLIP, (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tXkens")))
         self.lacks("24 values, the language model reads 32; these files belong to different models", self.MMPROJ, self.B)
 
