@@ -4976,7 +4976,7 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
 // ---- the towers ----------------------------------------------------------------------------------------------------
 
 // Weights that are NaN, infinite or too large make rows that are no numbers, which fast mode's integers would hide from
-// all that follows. So the last row of each product is looked at, and x before each layer; the pass ends there.
+// all that follows. So x is looked at before each layer, and the last row of each product that is not added to x.
 enum { AVL__NO_NUMBERS = 3 };   // run->failed is this plus the layer's number, or -1 outside the layers
 
 static void avl__apply_all(avl__run *run, int layer, float *const *y, const float *x, const avl__linear *const *w,
@@ -5048,7 +5048,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         }
         avl__tap3(run, name, i, "self_attn.attn_weights", a.weights, tower->n_head, n, n);
         avl__tap(run, name, i, "self_attn.context", mixed, n, d);
-        avl__apply_one(run, i, h, mixed, &layer->out, n);
+        avl__apply(run, h, mixed, &layer->out, n);
         avl__tap(run, name, i, "self_attn.out_proj", h, n, d);
         avl__add(x, h, (int64_t)n * d);
 
@@ -5059,7 +5059,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__activate(run, hidden, (int64_t)n * n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu,
                       NULL);
         avl__tap(run, name, i, "mlp.activation_fn", hidden, n, n_ff);
-        avl__apply_one(run, i, h, hidden, &layer->fc2, n);
+        avl__apply(run, h, hidden, &layer->fc2, n);
         avl__tap(run, name, i, "mlp.fc2", h, n, d);
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
@@ -5102,7 +5102,7 @@ static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const 
                 for (int c = 0; c < 3; c++)
                     for (int y = 0; y < p; y++, to += p)
                         memcpy(to, pixels + ((size_t)c * s + py * p + y) * s + px * p, (size_t)p * sizeof(float));
-        avl__apply_one(run, -1, row + d, patches, &clip->patch_embd, clip->n_patches);
+        avl__apply(run, row + d, patches, &clip->patch_embd, clip->n_patches);
         avl__tap(run, "vision_model.embeddings", -1, "patch_embedding", row + d, clip->n_patches, d);
         memcpy(row, clip->class_embd, (size_t)d * sizeof(float));
         avl__add(row, clip->tower.position_embd, (int64_t)n_rows * d);
@@ -5433,7 +5433,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         }
         avl__tap3(run, name, i, "self_attn.attn_weights", p.weights, m->n_head, n, caches[0]->n_past + n);
         avl__tap(run, name, i, "self_attn.context", p.mixed, n, n_q);
-        avl__apply_one(run, i, h, p.mixed, &layer->o, n);
+        avl__apply(run, h, p.mixed, &layer->o, n);
         avl__tap(run, name, i, "self_attn.o_proj", h, n, d);
         avl__add(x, h, (int64_t)n * d);
 
@@ -5444,7 +5444,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         avl__tap(run, name, i, "mlp.up_proj", up, n, m->n_ff);
         avl__activate(run, gate, (int64_t)n * m->n_ff, NULL, up);
         avl__tap(run, name, i, "mlp.act", gate, n, m->n_ff);
-        avl__apply_one(run, i, h, gate, &layer->down, n);
+        avl__apply(run, h, gate, &layer->down, n);
         avl__tap(run, name, i, "mlp.down_proj", h, n, d);
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
