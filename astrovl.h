@@ -5444,7 +5444,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         avl__tap(run, name, i, "mlp.up_proj", up, n, m->n_ff);
         avl__activate(run, gate, (int64_t)n * m->n_ff, NULL, up);
         avl__tap(run, name, i, "mlp.act", gate, n, m->n_ff);
-        avl__apply(run, h, gate, &layer->down, n);
+        avl__apply_one(run, i, h, gate, &layer->down, n);
         avl__tap(run, name, i, "mlp.down_proj", h, n, d);
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);

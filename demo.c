@@ -503,7 +503,7 @@ static const char *unused_tensors(const astrovl_model *model) {
         for (int i = 0; i < astrovl_gguf_n_tensors(astrovl_file(model, f)); i++) {
             const astrovl_tensor *t = astrovl_gguf_tensor(astrovl_file(model, f), i);
             if (!t->is_used && ++n < 10)
-                at += snprintf(text + at, 96, n == 1 ? "unused, so answers may be wrong: %.64s" :
+                at += snprintf(text + at, 128, n == 1 ? "unused, so answers may be wrong: %.64s" :
                                n < 9 ? ", %.64s" : ", ...", t->name);
         }
     return text;
