@@ -97,12 +97,13 @@
 // given. A NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is
 // printed, no signal raised, no process ended. Input files may be hostile: every size in them is checked before use.
 // Threads: a model is read-only once it is open: any number of threads and sessions may share it. A session, together
-// with its forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// with its forks, belongs to one thread at a time; its worker threads sleep between calls, and do not survive a fork()
+// of the process. There is no global state.
 // Memory: what a function returns is released with astrovl_free, handles with their own function; both allow NULL.
-// Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Only vectors
-// (norms, biases) and position tables are expanded. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
-// head_dim * 4 bytes (8 with portable kernels, as in exact mode), of which the system gives only what has been written,
-// and the activations of at most 512 rows.
+// Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy (a file that is cut
+// short meanwhile ends the process by SIGBUS, unless it was opened with no_mmap). Only vectors are expanded. A session
+// holds the KV cache, n_ctx * n_layer * n_head_kv * head_dim * 4 bytes (8 with portable kernels, as in exact mode), of
+// which the system gives only what has been written, and the activations of at most 512 rows.
 //
 // ---- Two modes -----------------------------------------------------------------------------------------------------
 // ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
@@ -2548,8 +2549,7 @@ static double avl__load_value(avl__weights *w, double min, double max, double fa
                            "layers is supported", key, value, other);
     }
     if (!(value >= min && value <= max))
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; it must lie between %.9g and %.9g", key, value, min,
-                       max);
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; %.9g to %.9g is possible", key, value, min, max);
     return w->status ? min : value;
 }
 
@@ -2570,9 +2570,8 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
     if (!t)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the tensor %s is missing; " AVL__ASK_FOR_FILE, name);
     else if (!avl__find_type(t->type))
-        avl__load_fail(w, *file, ASTROVL_ERROR_UNSUPPORTED, "the type of tensor %s is number %d, which is not "
-                       "supported: take a file in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", name,
-                       t->type);
+        avl__load_fail(w, *file, ASTROVL_ERROR_UNSUPPORTED, "tensor %s is of type number %d; take a file in F32, F16, "
+                       "BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", name, t->type);
     else
         t->is_used = 1;
     return w->status ? NULL : t;
@@ -2614,9 +2613,8 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
 static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const char *format, ...) {
     char prefix[112], name[128];
     const astrovl_gguf *file = NULL;
-    avl__linear linear;
+    avl__linear linear = {NULL, NULL, 0, 0, 0, 0};
     AVL__FORMAT_PARAMETERS(prefix, format);
-    memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
     const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return linear;
@@ -5259,17 +5257,6 @@ typedef struct avl__kv_cache {
     int    n_ctx, n_past;
 } avl__kv_cache;
 
-static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx, size_t value_bytes) {
-    const uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
-    if (n > SIZE_MAX / 16 / row) return 0;
-    cache->n_ctx = n_ctx;
-    cache->n_past = 0;
-    cache->value_bytes = value_bytes;
-    cache->k = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
-    cache->v = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
-    return cache->k && cache->v;
-}
-
 // Where a key (kv: cache->k) or value (cache->v) [head_dim] lies; that of the head's next position follows it.
 static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *kv, int layer, int head, int position) {
     const size_t row = ((size_t)layer * m->n_head_kv + head) * cache->n_ctx + position;
@@ -5567,11 +5554,11 @@ static void avl__open_file(astrovl_model *m, const astrovl_gguf *file) {
         const int index = astrovl_gguf_find_kv(file, key);
         const astrovl_kv *kv = astrovl_gguf_kv(file, index);
         const astrovl_string text = astrovl_gguf_string(file, index, 0);
-        const int is_text = kv && kv->item_type == ASTROVL_VALUE_STRING;
         char value[100];
-        if (is_text) avl__format(value, sizeof value, "'%.*s'", AVL__SHOW(text));
-        else         avl__format(value, sizeof value, "'%.9g'", astrovl_gguf_float(file, index, 0));
-        if (kv && kv->count && !(is_text && text.size == 0) && !strstr(known, value))
+        if (!kv || kv->count == 0 || (kv->item_type == ASTROVL_VALUE_STRING && text.size == 0)) continue;
+        if (text.size) avl__format(value, sizeof value, "'%.*s'", AVL__SHOW(text));
+        else           avl__format(value, sizeof value, "'%.9g'", astrovl_gguf_float(file, index, 0));
+        if (!strstr(known, value))
             avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "%s is %s; known: %s; %s", key, value, known,
                            avl__known_values[i].advice);
     }
@@ -5842,6 +5829,7 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
                                          const astrovl_session_options *options, int n_ctx, astrovl_error *err) {
     astrovl_session_options o;
     if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
+    const avl__llama *m = &model->llama;
     const int n_train = model->info.n_ctx_train;
     memset(&o, 0, sizeof o);
     if (options) o = *options;
@@ -5870,7 +5858,13 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
         run->n_sessions++;
         s->model = model;
         if (run->pool && !model->info.has_text) return s;
-        if (run->pool && avl__kv_cache_init(&s->cache, &model->llama, n_ctx, run->kernels->attend ? 2 : 4)) return s;
+        avl__kv_cache *cache = &s->cache;
+        const uint64_t n_values = (uint64_t)m->n_layer * m->n_head_kv * m->head_dim * n_ctx + AVL__LINE;   // below 2^55
+        cache->n_ctx = n_ctx;
+        cache->value_bytes = run->kernels->attend ? 2 : 4;
+        cache->k = avl__alloc_raw(n_values, cache->value_bytes);
+        cache->v = avl__alloc_raw(n_values, cache->value_bytes);
+        if (run->pool && cache->k && cache->v) return s;
     }
     astrovl_session_free(s);
     avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session; ask for less context than %d tokens", n_ctx);

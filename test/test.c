@@ -3514,7 +3514,7 @@ static void models_other_tensors(void) {
     CHECK(file && astrovl_gguf_find_tensor(file, "blk.0.attn_q.weight")->type == 23, "%s", err.message);
     astrovl_gguf_close(file);
     CHECK(!models_open_bytes(bytes, size, &err) && err.status == ASTROVL_ERROR_UNSUPPORTED &&
-          strstr(err.message, "blk.0.attn_q.weight is number 23"), "%s", err.message);
+          strstr(err.message, "blk.0.attn_q.weight is of type number 23"), "%s", err.message);
     free(bytes);
 }
 
@@ -6273,6 +6273,38 @@ static void joint_batches(void) {
     joint_kit_close(&kit);
 }
 
+// A tower whose weights are infinite gives an error, not an embedding, and a query of NaN finds nothing.
+static void joint_no_numbers(void) {
+    static const char *const tensors[] = {"v.blk.0.ffn_up.weight", "v.patch_embd.weight", "visual_projection.weight",
+                                          "t.blk.1.attn_v.weight", "text_projection.weight"};
+    static const uint16_t row[2] = {0x3C00, 0};
+    joint_kit kit;
+    float query[2] = {1.0f, 0.0f};
+    astrovl_rows rows = {row, 1, 2};
+    astrovl_hit hit;
+    joint_kit_open(&kit, 'a');
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file("test/golden/joint_a.gguf", &size);
+        const astrovl_tensor *t = astrovl_gguf_find_tensor(astrovl_file(kit.model, 0), tensors[i]);
+        const int is_f32 = t && t->type == ASTROVL_TYPE_F32, is_half = t && t->type == ASTROVL_TYPE_F16;
+        for (size_t k = 0; t && k < t->n_bytes; k++)
+            bytes[t->offset + k] = (unsigned char)(is_f32 ? (k % 4 == 3 ? 0x7F : k % 4 == 2 ? 0x80 : 0) : is_half ? (k % 2 ? 0x7C : 0) : 0xFF);
+        astrovl_model *m = models_open_bytes(bytes, size, &err);
+        astrovl_fit fits[2];
+        CHECK(t && m, "%s: %s", tensors[i], err.message);
+        FAILS(astrovl_score(m, kit.images, kit.texts, 2, fits, &err) != ASTROVL_OK, MODEL, tensors[i]);
+        CHECK(strstr(err.message, "NaN or infinity in layer"), "%s: %s", tensors[i], err.message);
+        astrovl_close(m);
+        free(bytes);
+    }
+    CHECK(astrovl_search(&rows, query, 1, 1, &hit, NULL) == 1, "a query of numbers");
+    query[1] = avl__float_from_bits(0x7FC00000);
+    CHECK(astrovl_search(&rows, query, 1, 1, &hit, NULL) == -1, "a query of NaN");
+    joint_kit_close(&kit);
+}
+
 static void joint_errors(void) {
     joint_kit kit;
     models_kit llava;
@@ -6495,6 +6527,7 @@ static void tests_joint(void) {
     run("joint: B's embeddings, scores, order, loss", joint_scores_b);
     run("joint: the same bits together and one by one, 1 to 8 threads", joint_batches);
     run("joint: wrong arguments and missing towers", joint_errors);
+    run("joint: NaN and infinity are errors", joint_no_numbers);
     run("joint: every tensor and key missing once", joint_missing);
     run("joint: mutated files", joint_mutated);
     run("joint: A out of memory at every allocation", joint_out_of_memory_a);
