@@ -5257,6 +5257,22 @@ typedef struct avl__kv_cache {
     int    n_ctx, n_past;
 } avl__kv_cache;
 
+static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx, size_t value_bytes) {
+    const uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
+    if (n > SIZE_MAX / 16 / row) return 0;
+    cache->n_ctx = n_ctx;
+    cache->n_past = 0;
+    cache->value_bytes = value_bytes;
+    cache->k = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
+    cache->v = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
+    return cache->k && cache->v;
+}
+
+static void avl__kv_cache_free(avl__kv_cache *cache) {
+    astrovl_free(cache->k);
+    astrovl_free(cache->v);
+}
+
 // Where a key (kv: cache->k) or value (cache->v) [head_dim] lies; that of the head's next position follows it.
 static void *avl__kv_at(const avl__kv_cache *cache, const avl__llama *m, void *kv, int layer, int head, int position) {
     const size_t row = ((size_t)layer * m->n_head_kv + head) * cache->n_ctx + position;
@@ -5829,7 +5845,6 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
                                          const astrovl_session_options *options, int n_ctx, astrovl_error *err) {
     astrovl_session_options o;
     if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
-    const avl__llama *m = &model->llama;
     const int n_train = model->info.n_ctx_train;
     memset(&o, 0, sizeof o);
     if (options) o = *options;
@@ -5858,13 +5873,7 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
         run->n_sessions++;
         s->model = model;
         if (run->pool && !model->info.has_text) return s;
-        avl__kv_cache *cache = &s->cache;
-        const uint64_t n_values = (uint64_t)m->n_layer * m->n_head_kv * m->head_dim * n_ctx + AVL__LINE;   // below 2^55
-        cache->n_ctx = n_ctx;
-        cache->value_bytes = run->kernels->attend ? 2 : 4;
-        cache->k = avl__alloc_raw(n_values, cache->value_bytes);
-        cache->v = avl__alloc_raw(n_values, cache->value_bytes);
-        if (run->pool && cache->k && cache->v) return s;
+        if (run->pool && avl__kv_cache_init(&s->cache, &model->llama, n_ctx, run->kernels->attend ? 2 : 4)) return s;
     }
     astrovl_session_free(s);
     avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for a session; ask for less context than %d tokens", n_ctx);
@@ -5886,8 +5895,7 @@ ASTROVL_API void astrovl_session_free(astrovl_session *s) {
         avl__run_free(s->run);
         astrovl_free(s->run);
     }
-    astrovl_free(s->cache.k);
-    astrovl_free(s->cache.v);
+    avl__kv_cache_free(&s->cache);
     astrovl_free(s->answer.data);
     astrovl_free(s);
 }
