@@ -1185,11 +1185,11 @@ static int run_inspect(program *p) {
     astrovl_gguf **files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (int i = 0; i < paths->n && !p->o.check; i++)
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
+    if (!p->o.check) begin_json(p, "files:[");
+    for (int i = 0; i < paths->n && !p->o.check; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     astrovl_get_info(p->model, &p->info);
     if (p->o.check) return check_model(p);
-    begin_json(p, "files:[");
-    for (int i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     put_json("]");
     print_model(p);
     put_json("}\n");
