@@ -789,8 +789,9 @@ class Check(Case):
                    self.changed(self.TEXT, (b"tokenizer.ggml.model", b"tokenizer.ggml.mXdel")))
         self.lacks("text tower has no vocabulary (tokenizer.ggml.tokens); convert the model again with its tokenizer",
                    self.changed(self.CLIP, (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tXkens")))
-        self.lacks("values, the language model reads 24; these files belong to different models", self.TEXT,
-                   self.changed(self.MMPROJ, (b"mm.2.weight", b"mm.2.weighX")))
+        shape, other = struct.pack("<I2QI", 2, 24, 24, 1), struct.pack("<I2QI", 2, 24, 12, 0)     # as many bytes, F16 and F32
+        self.lacks("12 values, the language model reads 24; these files belong to different models", self.TEXT, self.changed(
+            self.MMPROJ, (b"mm.2.weight" + shape, b"mm.2.weight" + other), (b"mm.2.bias", b"mm.2.biaX")))
         self.lacks("give only one of the two models", self.MMPROJ, self.B)
 
     def test_unused_tensors(self):
