@@ -5663,7 +5663,6 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     if (info->has_vision) avl__clip_load(&m->clip, w, info);
     if (info->has_vision) avl__open_projector(m);
     avl__open_clip_text(m);
-    w->part = NULL;
     if (!info->has_vocab && !info->has_text && !info->has_vision && !info->has_joint_text)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "holds no part of a model that this header knows (no vocabulary, "
                        "no LLaMA, no CLIP tower)");
