@@ -97,12 +97,13 @@
 // given. A NULL handle, or NULL where a pointer is needed, is such a failure (ARGUMENT), or gives zeros. Nothing is
 // printed, no signal raised, no process ended. Input files may be hostile: every size in them is checked before use.
 // Threads: a model is read-only once it is open: any number of threads and sessions may share it. A session, together
-// with its forks, belongs to one thread at a time; its worker threads sleep between calls. There is no global state.
+// with its forks, belongs to one thread at a time; its worker threads sleep between calls, and do not survive a fork()
+// of the process. There is no global state.
 // Memory: what a function returns is released with astrovl_free, handles with their own function; both allow NULL.
-// Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy. Only vectors
-// (norms, biases) and position tables are expanded. A session holds the KV cache, n_ctx * n_layer * n_head_kv *
-// head_dim * 4 bytes (8 with portable kernels, as in exact mode), of which the system gives only what has been written,
-// and the activations of at most 512 rows.
+// Weights are used in place, in the mapped file: a 4 GB model costs 4 GB of page cache and no copy (a file that is cut
+// short meanwhile ends the process by SIGBUS, unless it was opened with no_mmap). Only vectors are expanded. A session
+// holds the KV cache, n_ctx * n_layer * n_head_kv * head_dim * 4 bytes (8 with portable kernels, as in exact mode), of
+// which the system gives only what has been written, and the activations of at most 512 rows.
 //
 // ---- Two modes -----------------------------------------------------------------------------------------------------
 // ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
@@ -197,7 +198,8 @@ typedef struct astrovl_string {  // not zero-terminated
 } astrovl_string;
 typedef struct astrovl_tensor {  // of a file, owned by the file's handle, as is astrovl_kv
     const char   *name;
-    astrovl_type  type;
+    int           type;          // astrovl_type, or the number of a type that cannot be read here
+    int           is_used;       // 1: a model has been opened from the file, and reads it
     int           n_dims;        // 1 to 4
     int64_t       ne[4];         // GGUF's order, rows' length first: [n_out][n_in] has ne = {n_in, n_out}; unused: 1
     uint64_t      offset, n_bytes;   // offset: from the file's first byte
@@ -2157,20 +2159,20 @@ static void avl__gguf_read_tensor(avl__gguf_reader *r, int index) {
         if (ne[i] == 0) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "dimension %d is 0", i);
     }
     const unsigned long long type = avl__gguf_uint(r, 4);
-    const avl__type_info *info = type > INT_MAX ? NULL : avl__find_type((int)type);
-    if (!info)
-        avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "its type is number %llu, which is not supported: convert it to "
-                       "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", type);
-    else if (ne[0] % (unsigned)info->block_values != 0)
+    const avl__type_info other = {0, "a type unknown here", 1, 1, NULL};   // its bytes are told by the next tensor
+    const avl__type_info *info = avl__find_type((int)(type & INT_MAX));
+    if (!info) info = &other;
+    if (type > INT_MAX) avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "there is no tensor type %llu", type);
+    if (ne[0] % (unsigned)info->block_values != 0)
         avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "rows of %llu values cannot be of type %s, which has blocks of %d",
                        ne[0], info->name, info->block_values);
     if (r->status) return;
-    t->type = (astrovl_type)type;
+    t->type = (int)type;
     t->n_dims = n_dims == 0 ? 1 : (int)n_dims;   // none: a single value
-    t->n_bytes = (unsigned)info->block_bytes;   // NOLINT: an unknown type set r->status
+    t->n_bytes = (unsigned)info->block_bytes;
     for (int i = 0; i < 4; i++) {                    // n_bytes stays within the file: no product overflows
         const unsigned long long n = i == 0 ? ne[0] / (unsigned)info->block_values : ne[i];
-        if (n > size / t->n_bytes) {
+        if (n > (info == &other ? 8 * size : size) / t->n_bytes) {   // no type has less than a bit per value
             avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "a shape of %llu x %llu x %llu x %llu in %s needs more than the "
                            "file's %llu bytes", ne[0], ne[1], ne[2], ne[3], info->name, size);
             return;
@@ -2240,7 +2242,9 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
     }
     f->file = *file;
     if (file->size < 4 || memcmp(file->data, "GGUF", 4) != 0)
-        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "this is not a GGUF file: it does not begin with \"GGUF\"");
+        avl__gguf_fail(r, ASTROVL_ERROR_FORMAT, "this is not a GGUF file: it does not begin with \"GGUF\"%s",
+                       file->size > 8 && memcmp(file->data, "version ", 8) == 0 ?
+                       ", but points to one: \"git lfs pull\" gets it" : " (convert.py makes one of a checkpoint)");
     version = avl__gguf_uint(r, 4);
     if (version != 0 && (version & 0xFFFF) == 0)   // a small number in the other byte order
         avl__gguf_fail(r, ASTROVL_ERROR_UNSUPPORTED, "this file is big-endian; only little-endian files are supported "
@@ -2264,6 +2268,8 @@ static astrovl_gguf *avl__gguf_read(avl__file *file, const char *name, astrovl_e
                            "its data is at offset %llu; it must follow the data before, at %llu",
                            (unsigned long long)t->offset, r->at - start);
         t->offset = r->at;
+        if (!avl__find_type(t->type))   // it has what is left before the next tensor
+            t->n_bytes = (i + 1 < f->tensor_names.count ? start + t[1].offset : file->size) - t->offset;
         t->data = avl__gguf_take(r, t->n_bytes, 1);
     }
     if (!r->status) return f;
@@ -2427,9 +2433,10 @@ typedef struct avl__weights {
     size_t         n_vectors, vectors_capacity;
     astrovl_status status;         // of loading
     astrovl_error *err;
+    const astrovl_gguf *part;      // the file of the part that is being loaded, for messages
 } avl__weights;
 
-#define AVL__ASK_FOR_FILE "is the file that holds it among those given?"
+#define AVL__ASK_FOR_FILE "the model is of another kind (SigLIP's tower, ...), or a file was not given"
 
 static void avl__weights_free(avl__weights *w) {
     for (size_t i = 0; i < w->n_vectors; i++) astrovl_free(w->vectors[i]);
@@ -2439,12 +2446,13 @@ static void avl__weights_free(avl__weights *w) {
     memset(w, 0, sizeof *w);
 }
 
-// Fails with "FILE: what the format says".  file: NULL: the first one
+// Fails with "FILE: what the format says".  file: NULL: that of the part that is being loaded, or the first one
 static void avl__load_fail(avl__weights *w, const astrovl_gguf *file, astrovl_status status, const char *format, ...) {
     char what[400];
     if (w->status) return;
     AVL__FORMAT_PARAMETERS(what, format);
-    w->status = avl__fail(w->err, status, "%s: %s", astrovl_gguf_name(file ? file : w->files[0]), what);
+    if (!file) file = w->part ? w->part : w->files[0];
+    w->status = avl__fail(w->err, status, "%s: %s", astrovl_gguf_name(file), what);
 }
 
 // file: out, where the tensor is; may be NULL.  NULL: absent
@@ -2472,37 +2480,34 @@ static const astrovl_gguf *avl__find_key(const avl__weights *w, const char *key,
     return NULL;
 }
 
-// A text; empty if the key is absent or no text.
-static astrovl_string avl__load_string(const avl__weights *w, const char *key) {
+static astrovl_string avl__load_string(const avl__weights *w, const char *key) {   // empty: absent, or no text
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    int is_text = file && astrovl_gguf_kv(file, index)->type == ASTROVL_VALUE_STRING;
-    return is_text ? astrovl_gguf_string(file, index, 0) : avl__string(NULL, 0);
+    return astrovl_gguf_string(file, index, 0);
 }
 
-// A number in min..max (no NaN; a text counts as 0). fallback: for an absent key; -1: the key must be there
-static double avl__load_value(avl__weights *w, double min, double max, double fallback, const char *key) {
+// A number in min..max (which no NaN is), or an array of equal ones, such as one for each layer.
+// fallback: for an absent key; below 0: the key must be there.   format: of the key
+static double avl__load_value(avl__weights *w, double min, double max, double fallback, const char *format, ...) {
+    char key[96];
     int index;
+    AVL__FORMAT_PARAMETERS(key, format);
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    double value = file ? astrovl_gguf_float(file, index, 0) : fallback;
-    if (!file && fallback < 0)
+    const astrovl_kv *kv = astrovl_gguf_kv(file, index);
+    const double value = kv ? astrovl_gguf_float(file, index, 0) : fallback;
+    if (!kv && fallback < 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the key %s is missing; " AVL__ASK_FOR_FILE, key);
+    if (kv && (kv->count == 0 || kv->item_type == ASTROVL_VALUE_STRING))
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is empty or a text, where a number belongs", key);
+    for (uint64_t i = 1; kv && i < kv->count; i++) {
+        const double other = astrovl_gguf_float(file, index, i);
+        if (!(other >= value && other <= value))
+            avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "%s has different values, %.9g and %.9g; one for all "
+                           "layers is supported", key, value, other);
+    }
     if (!(value >= min && value <= max))
-        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; it must lie between %.9g and %.9g", key, value, min,
-                       max);
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; %.9g to %.9g is possible", key, value, min, max);
     return w->status ? min : value;
-}
-
-// format: of the key
-static int avl__load_int(avl__weights *w, int min, int max, int fallback, const char *format, ...) {
-    char key[96];
-    AVL__FORMAT_PARAMETERS(key, format);
-    return (int)avl__load_value(w, min, max, fallback, key);
-}
-static float avl__load_float(avl__weights *w, float min, float max, float fallback, const char *format, ...) {
-    char key[96];
-    AVL__FORMAT_PARAMETERS(key, format);
-    return (float)avl__load_value(w, (double)min, (double)max, (double)fallback, key);
 }
 
 // Fails with "FILE: tensor NAME is [4096, 32]; what the format says", the shape slowest first.
@@ -2518,9 +2523,22 @@ static void avl__load_misfit(avl__weights *w, const astrovl_gguf *file, const as
 
 // A tensor that must be there; NULL after a failure.
 static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name, const astrovl_gguf **file) {
-    const astrovl_tensor *t = avl__find_tensor(w, name, file);
-    if (!t) avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the tensor %s is missing; " AVL__ASK_FOR_FILE, name);
+    astrovl_tensor *t = (astrovl_tensor *)avl__find_tensor(w, name, file);
+    if (!t)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "the tensor %s is missing; " AVL__ASK_FOR_FILE, name);
+    else if (!avl__find_type(t->type))
+        avl__load_fail(w, *file, ASTROVL_ERROR_UNSUPPORTED, "tensor %s is of type number %d; take a file in F32, F16, "
+                       "BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K", name, t->type);
+    else
+        t->is_used = 1;
     return w->status ? NULL : t;
+}
+
+// Whether all of x [n] are numbers: the exponent of a NaN or an infinity is all ones, and adding one to it carries.
+static int avl__are_numbers(const float *x, int64_t n) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < n; i++) bits |= (avl__float_bits(x[i]) & 0x7FFFFFFF) + 0x00800000;
+    return bits >> 31 == 0;
 }
 
 // A tensor of `count` values as float32, owned by w; NULL after a failure.  format: of its name
@@ -2542,6 +2560,8 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
     }
     w->vectors[w->n_vectors++] = values;
     avl__dequantize_row(t->type, t->data, values, count);
+    if (!avl__are_numbers(values, count))
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "tensor %s holds NaN or infinity; convert the model again", name);
     return values;
 }
 
@@ -2550,9 +2570,8 @@ static const float *avl__load_vector(avl__weights *w, int64_t count, const char 
 static avl__linear avl__load_linear(avl__weights *w, int n_in, int n_out, const char *format, ...) {
     char prefix[112], name[128];
     const astrovl_gguf *file = NULL;
-    avl__linear linear;
+    avl__linear linear = {NULL, NULL, 0, 0, 0, 0};
     AVL__FORMAT_PARAMETERS(prefix, format);
-    memset(&linear, 0, sizeof linear);
     avl__format(name, sizeof name, "%s.weight", prefix);
     const astrovl_tensor *t = avl__load_tensor(w, name, &file);
     if (!t) return linear;
@@ -4796,7 +4815,7 @@ typedef struct avl__tower {
     float eps;
     avl__tower_layer *layers;                 // [n_layer], owned
     const float *position_embd;               // [1 + n_patches or n_ctx][n_embd]
-    const float *norm_weight, *norm_bias;     // [n_embd]; from here on zeros where the files have no joint space
+    const float *norm_weight, *norm_bias;     // [n_embd]; from here on unused where the files have no joint space
     avl__linear  dense[2];                    // PAPERCLIP's head: W2 gelu(W1 x + b1) + b2; CLIP has none
     avl__linear  projection;                  // [n_embd_joint][n_embd]
 } avl__tower;
@@ -4821,13 +4840,13 @@ typedef struct avl__clip_text {
 
 static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
     const char *p = is_text ? "t" : "v", *keys = is_text ? "clip.text" : "clip.vision";
-    const int d = tower->n_embd = avl__load_int(w, 1, 65536, -1, "%s.embedding_length", keys);
-    const int n_ff = tower->n_ff = avl__load_int(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
-    tower->n_layer = avl__load_int(w, 1, 1024, -1, "%s.block_count", keys);
-    tower->n_head = avl__load_int(w, 1, 65536, -1, "%s.attention.head_count", keys);
-    tower->eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "%s.attention.layer_norm_epsilon", keys);
+    const int d = tower->n_embd = (int)avl__load_value(w, 1, 65536, -1, "%s.embedding_length", keys);
+    const int n_ff = tower->n_ff = (int)avl__load_value(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
+    tower->n_layer = (int)avl__load_value(w, 1, 1024, -1, "%s.block_count", keys);
+    tower->n_head = (int)avl__load_value(w, 1, 65536, -1, "%s.attention.head_count", keys);
+    tower->eps = (float)avl__load_value(w, 0, 1, 1e-5, "%s.attention.layer_norm_epsilon", keys);
     tower->is_text = is_text;
-    tower->use_gelu = avl__load_int(w, 0, 255, 0, "clip.use_gelu") != 0;
+    tower->use_gelu = (int)avl__load_value(w, 0, 255, 0, "clip.use_gelu") != 0;
     if (d % tower->n_head != 0)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%s.* asks for %d heads over %d values", keys, tower->n_head, d);
     tower->layers = (avl__tower_layer *)avl__alloc((uint64_t)tower->n_layer, sizeof *tower->layers);
@@ -4850,9 +4869,12 @@ static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
         layer->fc1 = avl__load_linear(w, d, n_ff, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_down" : "ffn_up");
         layer->fc2 = avl__load_linear(w, n_ff, d, "%s.blk.%d.%s", p, i, is_swapped ? "ffn_up" : "ffn_down");
     }
-    if (!is_text && !avl__find_tensor(w, "visual_projection.weight", NULL)) return;      // LLaVA's
-    tower->norm_weight = avl__load_vector(w, d, "%s.post_ln.weight", p);
-    tower->norm_bias = avl__load_vector(w, d, "%s.post_ln.bias", p);
+    const int is_joint = is_text || avl__find_tensor(w, "visual_projection.weight", NULL);
+    if (is_joint || avl__find_tensor(w, "v.post_ln.weight", NULL)) {     // LLaVA's files may have it, and do without
+        tower->norm_weight = avl__load_vector(w, d, "%s.post_ln.weight", p);
+        tower->norm_bias = avl__load_vector(w, d, "%s.post_ln.bias", p);
+    }
+    if (!is_joint) return;
     int n = d;
     if (avl__find_tensor(w, is_text ? "t.head.0.weight" : "v.head.0.weight", NULL)) {
         tower->dense[0] = avl__load_linear(w, d, 0, "%s.head.0", p);
@@ -4867,9 +4889,10 @@ static void avl__clip_load_color(avl__weights *w, const char *key, double min, d
                                  float *color) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    const int whole = file && astrovl_gguf_kv(file, index)->count == 3;
+    if (file && astrovl_gguf_kv(file, index)->count != 3)
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s must hold three numbers", key);
     for (int c = 0; c < 3; c++) {
-        color[c] = whole ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
+        color[c] = file ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
         if (!(color[c] >= min && color[c] <= max))
             avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s holds %.9g; it must lie between %.9g and %.9g", key,
                            (double)color[c], min, max);
@@ -4879,8 +4902,8 @@ static void avl__clip_load_color(avl__weights *w, const char *key, double min, d
 static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info) {
     static const float clip_mean[3] = {0.48145466f, 0.4578275f, 0.40821073f};
     static const float clip_std[3] = {0.26862954f, 0.26130258f, 0.27577711f};
-    const int s = info->image_size = clip->image_size = avl__load_int(w, 1, 8192, -1, "clip.vision.image_size");
-    const int p = info->patch_size = clip->patch_size = avl__load_int(w, 1, s, -1, "clip.vision.patch_size");
+    const int s = info->image_size = clip->image_size = (int)avl__load_value(w, 1, 8192, -1, "clip.vision.image_size");
+    const int p = info->patch_size = clip->patch_size = (int)avl__load_value(w, 1, s, -1, "clip.vision.patch_size");
     info->n_patches = clip->n_patches = (s / p) * (s / p);
     if (clip->n_patches > 65536)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "clip.vision.* asks for %d patches", clip->n_patches);
@@ -4896,13 +4919,8 @@ static void avl__clip_load(avl__clip *clip, avl__weights *w, astrovl_info *info)
     info->vision_n_ff = clip->tower.n_ff;
     // LLaVA's features come after all layers but the last (transformers: vision_feature_layer -2), unless a file says
     // otherwise. A file without the final norm lacks the last layer too: its converter has dropped what is not used.
-    int index;
-    const astrovl_gguf *file = avl__find_key(w, "clip.vision.feature_layer", &index);
-    if (file && astrovl_gguf_kv(file, index)->count > 1)
-        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "features joined from several layers "
-                       "(clip.vision.feature_layer): LLaVA takes those of one");
     const int depth = n_layer - (avl__find_tensor(w, "v.post_ln.weight", NULL) && n_layer > 1);
-    info->vision_feature_layer = clip->n_run = avl__load_int(w, 0, n_layer, depth, "clip.vision.feature_layer");
+    info->vision_feature_layer = clip->n_run = (int)avl__load_value(w, 0, n_layer, depth, "clip.vision.feature_layer");
     clip->class_embd = avl__load_vector(w, d, "v.class_embd");
     clip->patch_embd = avl__load_linear(w, 3 * p * p, d, "v.patch_embd");
     clip->tower.position_embd = avl__load_vector(w, (int64_t)(1 + clip->n_patches) * d, "v.position_embd.weight");
@@ -4918,7 +4936,7 @@ static void avl__clip_text_load(avl__clip_text *text, avl__weights *w, astrovl_i
     info->clip_text_n_layer = text->tower.n_layer;
     info->clip_text_n_head = text->tower.n_head;
     info->clip_text_n_ff = text->tower.n_ff;
-    info->clip_text_n_ctx = text->n_ctx = avl__load_int(w, 2, 65536, -1, "clip.text.context_length");
+    info->clip_text_n_ctx = text->n_ctx = (int)avl__load_value(w, 2, 65536, -1, "clip.text.context_length");
     text->token_embd = avl__load_linear(w, d, 0, "t.token_embd");
     info->clip_text_n_vocab = text->token_embd.n_out;
     text->tower.position_embd = avl__load_vector(w, (int64_t)text->n_ctx * d, "t.position_embd.weight");
@@ -4955,6 +4973,30 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
 
 // ---- the towers ----------------------------------------------------------------------------------------------------
 
+// Weights that are NaN, infinite or too large make rows that are no numbers, which fast mode's integers would hide from
+// all that follows. So x is looked at before each layer, and the last row of each product that is not added to x.
+enum { AVL__NO_NUMBERS = 3 };   // run->failed is this plus the layer's number, or -1 outside the layers
+
+static void avl__apply_all(avl__run *run, int layer, float *const *y, const float *x, const avl__linear *const *w,
+                           int n, int n_rows) {
+    avl__apply_each(run, y, x, w, n, n_rows);
+    for (int i = 0; i < n && !run->failed; i++)
+        if (!avl__are_numbers(y[i] + (size_t)(n_rows - 1) * w[i]->n_out, w[i]->n_out))
+            run->failed = AVL__NO_NUMBERS + layer;
+}
+static void avl__apply_one(avl__run *run, int layer, float *y, const float *x, const avl__linear *w, int n_rows) {
+    avl__apply_all(run, layer, &y, x, &w, 1, n_rows);
+}
+
+// avl__pass_status before a layer, or MODEL if there are no numbers any more.   x: [n], what goes into the layer
+static astrovl_status avl__layer_status(avl__run *run, const char *what, int layer, int total, const float *x,
+                                        int64_t n, astrovl_error *err) {
+    if (!run->failed && !avl__are_numbers(x, n)) run->failed = AVL__NO_NUMBERS + layer - 1;
+    if (run->failed < AVL__NO_NUMBERS - 1) return avl__pass_status(run, what, layer, total, err);
+    return avl__fail(err, ASTROVL_ERROR_MODEL, "NaN or infinity in layer %d of the %s (-1: before or after them): the "
+                     "model's weights are damaged or too large", run->failed - AVL__NO_NUMBERS, what);
+}
+
 // Rows of several images or texts, one sequence after the other, through the first n_layers layers, in place:
 //     x += out attention(q h, k h, v h)    with h = layer_norm1(x)
 //     x += fc2 activation(fc1 h)           with h = layer_norm2(x)
@@ -4984,11 +5026,11 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     for (int i = 0; i < n_layers; i++) {
         const avl__tower_layer *layer = &tower->layers[i];
         const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
-        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
+        const astrovl_status status = avl__layer_status(run, what, i, n_reports, x, (int64_t)n * d, err);
         if (status) return status;
         avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm1", h, n, d);
-        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
+        avl__apply_all(run, i, qkv, h, qkv_weights, 3, n);
         avl__tap(run, name, i, "self_attn.q_proj", q, n, d);
         avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
         avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
@@ -5010,7 +5052,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
 
         avl__norm_rows(run, h, x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm2", h, n, d);
-        avl__apply(run, hidden, h, &layer->fc1, n);
+        avl__apply_one(run, i, hidden, h, &layer->fc1, n);
         avl__tap(run, name, i, "mlp.fc1", hidden, n, n_ff);
         avl__activate(run, hidden, (int64_t)n * n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu,
                       NULL);
@@ -5020,7 +5062,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
     }
-    return avl__pass_status(run, what, n_layers, n_reports, err);
+    return avl__layer_status(run, what, n_layers, n_reports, x, (int64_t)n * d, err);
 }
 
 // Normed rows [n][n_embd] that stand for images or texts to the shared space.  embeddings: out, [n][n_embd_joint]
@@ -5031,18 +5073,18 @@ static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, con
         const int n_hidden = tower->dense[0].n_out, n_out = tower->dense[1].n_out;
         float *hidden = avl__take(run, (uint64_t)n * n_hidden);
         float *out = avl__take(run, (uint64_t)n * n_out);
-        avl__apply(run, hidden, rows, &tower->dense[0], n);
+        avl__apply_one(run, -1, hidden, rows, &tower->dense[0], n);
         for (int64_t i = 0; i < (int64_t)n * n_hidden && !run->failed; i++) {      // GELU as flax, PAPERCLIP's, has it
             const float x = hidden[i];
             hidden[i] = 0.5f * x * (1.0f + astrovl_tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
         }
-        avl__apply(run, out, hidden, &tower->dense[1], n);
+        avl__apply_one(run, -1, out, hidden, &tower->dense[1], n);
         avl__tap(run, name, -1, "head", out, n, n_out);
         rows = out;
     }
-    avl__apply(run, embeddings, rows, &tower->projection, n);
+    avl__apply_one(run, -1, embeddings, rows, &tower->projection, n);
     avl__tap(run, name, -1, "", embeddings, n, tower->projection.n_out);
-    return avl__pass_status(run, "embeddings", 0, 0, err);
+    return avl__layer_status(run, "embeddings", 0, 0, rows, 0, err);
 }
 
 // n images through the first n_layers layers.  pixels: [n][3][S][S];   x: out, [n][1 + n_patches][n_embd]
@@ -5141,27 +5183,22 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-// RoPE's frequencies. LLaMA-3 stores a divisor for each (rope_freqs.weight); "linear" scaling divides all positions.
+// RoPE's frequencies. LLaMA-3 stores a divisor for each (rope_freqs.weight); "linear" scaling, which is meant where no
+// type is named, divides all positions (in files of 2023 by rope.scale_linear; 0 stands for 1).
 static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_info *info) {
-    const astrovl_string type = avl__load_string(w, "llama.rope.scaling.type");
     const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;
     const float *factors = has_factors ? avl__load_vector(w, half, "rope_freqs.weight") : NULL;
-    float linear_scale = 1.0f;
-    if (avl__string_is(type, "linear"))
-        linear_scale = avl__load_float(w, 1e-6f, 1e6f, 1.0f, "llama.rope.scaling.factor");
-    else if (type.size && !avl__string_is(type, "none") && !has_factors)
-        avl__load_fail(w, NULL, ASTROVL_ERROR_UNSUPPORTED, "RoPE scaling of type %.*s (known: none, linear, and "
-                       "rope_freqs.weight)", AVL__SHOW(type));
-    for (int i = 0; factors && i < half; i++)
-        if (!(factors[i] > 0.0f))
-            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "rope_freqs.weight holds a factor that is not positive");
+    const double old_scale = avl__load_value(w, 0, 1e6, 0, "llama.rope.scale_linear");
+    float linear_scale = (float)avl__load_value(w, 0, 1e6, old_scale, "llama.rope.scaling.factor");
+    if (!(linear_scale > 0.0f) || avl__string_is(avl__load_string(w, "llama.rope.scaling.type"), "none"))
+        linear_scale = 1.0f;
     m->inv_freq = avl__alloc_floats((uint64_t)half);
     if (!m->inv_freq) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, info->rope_theta, factors, linear_scale);
     for (int i = 0; i < half && !w->status; i++)
-        if (!(m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's and avl__cos's limit
+        if (!(m->inv_freq[i] >= 0.0f && m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's limit
             avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary "
-                           "embedding reach 2^23", info->n_ctx_train);
+                           "embedding (llama.rope.*, rope_freqs.weight) are negative or reach 2^23", info->n_ctx_train);
 }
 
 // file: the one that holds the layers
@@ -5170,16 +5207,20 @@ static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *
     if (!avl__string_is(type, "llama"))
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the language model is of architecture \"%.*s\"; this runs "
                        "\"llama\": take a model of that family", AVL__SHOW(type));
-    const int d = info->n_embd = m->n_embd = avl__load_int(w, 1, 1 << 20, -1, "llama.embedding_length");
-    info->n_layer = m->n_layer = avl__load_int(w, 1, 1024, -1, "llama.block_count");
-    info->n_ctx_train = avl__load_int(w, 1, 1 << 24, -1, "llama.context_length");
-    info->n_ff = m->n_ff = avl__load_int(w, 1, 1 << 22, -1, "llama.feed_forward_length");
-    info->n_head = m->n_head = avl__load_int(w, 1, d, -1, "llama.attention.head_count");
-    info->n_head_kv = m->n_head_kv = avl__load_int(w, 1, m->n_head, m->n_head, "llama.attention.head_count_kv");
-    info->head_dim = m->head_dim = avl__load_int(w, 2, 65536, d / m->n_head, "llama.attention.key_length");
-    m->rope_dim = avl__load_int(w, 2, m->head_dim, m->head_dim, "llama.rope.dimension_count");
-    info->rope_theta = avl__load_float(w, 1e-30f, 1e30f, 10000.0f, "llama.rope.freq_base");
-    m->rms_norm_eps = avl__load_float(w, 0.0f, 1.0f, 1e-5f, "llama.attention.layer_norm_rms_epsilon");
+    const int d = info->n_embd = m->n_embd = (int)avl__load_value(w, 1, 1 << 20, -1, "llama.embedding_length");
+    info->n_layer = m->n_layer = (int)avl__load_value(w, 1, 1024, -1, "llama.block_count");
+    info->n_ctx_train = (int)avl__load_value(w, 1, 1 << 24, -1, "llama.context_length");
+    const double window = avl__load_value(w, 0, 1e18, 0, "llama.attention.sliding_window");
+    if (window >= 1 && window < info->n_ctx_train) info->n_ctx_train = (int)window;   // in it, attention is full
+    info->n_ff = m->n_ff = (int)avl__load_value(w, 1, 1 << 22, -1, "llama.feed_forward_length");
+    info->n_head = m->n_head = (int)avl__load_value(w, 1, d, -1, "llama.attention.head_count");
+    info->n_head_kv = m->n_head_kv = (int)avl__load_value(w, 1, m->n_head, m->n_head, "llama.attention.head_count_kv");
+    info->head_dim = m->head_dim = (int)avl__load_value(w, 2, 65536, d / m->n_head, "llama.attention.key_length");
+    if ((int)avl__load_value(w, 1, 1e9, m->head_dim, "llama.attention.value_length") != m->head_dim)
+        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "llama.attention.value_length is not key_length");
+    m->rope_dim = (int)avl__load_value(w, 2, m->head_dim, m->head_dim, "llama.rope.dimension_count");
+    info->rope_theta = (float)avl__load_value(w, 1e-30, 1e30, 10000, "llama.rope.freq_base");
+    m->rms_norm_eps = (float)avl__load_value(w, 0, 1, 1e-5, "llama.attention.layer_norm_rms_epsilon");
     info->rms_norm_eps = m->rms_norm_eps;
     if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
@@ -5364,6 +5405,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     if (embeddings) memcpy(x, embeddings, (size_t)n * d * sizeof(float));
     else            avl__embed_tokens(&m->token_embd, tokens, n, x);
     avl__tap(run, "model.embed_tokens", -1, "", x, n, d);
+    if (!avl__are_numbers(x, (int64_t)n * d)) run->failed = AVL__NO_NUMBERS - 1;
     for (int row = 0; row < n; row++) {
         const float position = (float)(caches[row / p.n_each]->n_past + row % p.n_each);
         for (int i = 0; i < half; i++)
@@ -5376,11 +5418,11 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         p.layer = i;
         avl__norm_rows(run, h, x, layer->attention_norm, NULL, n, d, m->rms_norm_eps);
         avl__tap(run, name, i, "input_layernorm", h, n, d);
-        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
+        avl__apply_all(run, i, qkv, h, qkv_weights, 3, n);
         avl__llama_tap_heads(&p, "self_attn.q_proj", p.q, m->n_head);
         avl__llama_tap_heads(&p, "self_attn.k_proj", p.k, m->n_head_kv);
         avl__tap(run, name, i, "self_attn.v_proj", p.v, n, n_kv);
-        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
+        const astrovl_status status = avl__layer_status(run, what, i, n_reports, x, (int64_t)n * d, err);
         if (status) return status;                      // a failed product does not reach the caches
         avl__pool_run(run->pool, avl__llama_row_item, &p, n);
         avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
@@ -5400,12 +5442,12 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
 
         avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
         avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
-        avl__apply_each(run, gate_up, h, gate_up_weights, 2, n);
+        avl__apply_all(run, i, gate_up, h, gate_up_weights, 2, n);
         avl__tap(run, name, i, "mlp.gate_proj", gate, n, m->n_ff);
         avl__tap(run, name, i, "mlp.up_proj", up, n, m->n_ff);
         avl__activate(run, gate, (int64_t)n * m->n_ff, NULL, up);
         avl__tap(run, name, i, "mlp.act", gate, n, m->n_ff);
-        avl__apply(run, h, gate, &layer->down, n);
+        avl__apply_one(run, i, h, gate, &layer->down, n);
         avl__tap(run, name, i, "mlp.down_proj", h, n, d);
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
@@ -5413,10 +5455,10 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     if (n_logits > 0) {
         avl__norm_rows(run, h, x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
         avl__tap(run, "model.norm", -1, "", h, n_logits, d);
-        avl__apply(run, logits, h, &m->output, n_logits);
+        avl__apply_one(run, -1, logits, h, &m->output, n_logits);
         avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
     }
-    const astrovl_status status = avl__pass_status(run, what, m->n_layer, n_reports, err);
+    const astrovl_status status = avl__layer_status(run, what, m->n_layer, n_reports, x, (int64_t)n * d, err);
     for (int i = 0; i < n_caches && !status; i++) caches[i]->n_past += p.n_each;
     return status;
 }
@@ -5529,23 +5571,69 @@ static const char *avl__chatml_system(char *jinja) {
 
 // ---- opening a model -----------------------------------------------------------------------------------------------
 
+// Keys whose value, where a file has them, must be one of these, and what to do about another.
+static const struct { const char *key, *known, *advice; } avl__known_values[] = {
+    {"general.type", "'model' 'mmproj'", "merge a LoRA adapter into its model"},
+    {"llama.expert_count", "'0'", "take a model that is no mixture of experts"},
+    {"llama.attention.causal", "'1'", "take a model that writes text, not one for embeddings"},
+    {"llama.rope.scaling.type", "'none' 'linear'", "take the model as it was before its context was extended"},
+    {"llama.rope.scaling.attn_factor", "'1'", "take the model as it was before its context was extended"},
+    {"clip.use_silu", "'0'", "take a CLIP tower, which has GELU or quick-GELU"},
+    {"clip.projector_type", "'mlp' 'linear'", "take a model built like LLaVA-1.5"},
+    {"clip.vision.projector_type", "'mlp' 'linear'", "take a model built like LLaVA-1.5"},
+    {"clip.vision.mm_patch_merge_type", "'flat'", "take LLaVA-1.5; 1.6 cuts images into tiles"},
+    {"clip.vision.image_grid_pinpoints", "no list", "take LLaVA-1.5; 1.6 cuts images into tiles"},
+    {"clip.vision.image_aspect_ratio", "'pad' 'square' 'crop'", "take LLaVA-1.5; 1.6 cuts images into tiles"}};
+
+// Counts what a file holds, and refuses what would otherwise be passed over silently.
+static void avl__open_file(astrovl_model *m, const astrovl_gguf *file) {
+    avl__weights *w = &m->weights;
+    for (size_t i = 0; i < sizeof avl__known_values / sizeof *avl__known_values; i++) {
+        const char *key = avl__known_values[i].key, *known = avl__known_values[i].known;
+        const int index = astrovl_gguf_find_kv(file, key);
+        const astrovl_kv *kv = astrovl_gguf_kv(file, index);
+        const astrovl_string text = astrovl_gguf_string(file, index, 0);
+        char value[100];
+        if (!kv || kv->count == 0 || (kv->item_type == ASTROVL_VALUE_STRING && text.size == 0)) continue;
+        if (text.size) avl__format(value, sizeof value, "'%.*s'", AVL__SHOW(text));
+        else           avl__format(value, sizeof value, "'%.9g'", astrovl_gguf_float(file, index, 0));
+        if (!strstr(known, value))
+            avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "%s is %s; known: %s; %s", key, value, known,
+                           avl__known_values[i].advice);
+    }
+    const int n_parts = (int)astrovl_gguf_int(file, astrovl_gguf_find_kv(file, "split.count"), 0);
+    if (n_parts > w->n_files)
+        avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "this is one of %d files of a model (split.count): give all, or "
+                       "join them (llama-gguf-split --merge FIRST.gguf WHOLE.gguf)", n_parts);
+    for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
+        const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+        const astrovl_gguf *first = file;
+        avl__find_tensor(w, t->name, &first);
+        if (first != file)
+            avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the tensor %s is also in %s: give only one of the two models",
+                           t->name, astrovl_gguf_name(first));
+        if (strstr(t->name, "image_newline") ||
+            (avl__begins(t->name, "mm.") && !avl__begins(t->name, "mm.0.") && !avl__begins(t->name, "mm.2.")))
+            avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "the tensor %s is of another projector than LLaVA-1.5's "
+                           "(Yi-VL's has norms, LLaVA-1.6's tiles): take LLaVA-1.5", t->name);
+        m->info.n_params += (uint64_t)t->ne[0] * (uint64_t)t->ne[1] * (uint64_t)t->ne[2] * (uint64_t)t->ne[3];
+        m->info.n_weight_bytes += t->n_bytes;
+    }
+}
+
 // mm.0 and mm.2 of an mmproj file (1 is the GELU between them, without weights); mm.0 alone is LLaVA-1.0's linear one.
 static void avl__open_projector(astrovl_model *m) {
-    static const char *const names[] = {"mm.0.weight", "mm.2.weight"};
     avl__weights *w = &m->weights;
-    const astrovl_string type = avl__load_string(w, "clip.projector_type");
     const astrovl_gguf *file = NULL;
-    if (!avl__find_tensor(w, names[0], &file)) return;
-    if (type.size && !avl__string_is(type, "mlp") && !avl__string_is(type, "linear"))
-        avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "a projector of type \"%.*s\"; LLaVA's are \"mlp\" and "
-                       "\"linear\"", AVL__SHOW(type));
+    if (!avl__find_tensor(w, "mm.0.weight", &file)) return;
     if (m->vocab.n_tokens && avl__vocab_find(&m->vocab, "<im_start>", 10) >= 0)
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "this model wants the tokens <im_start> and <im_end> around "
                        "an image (mm_use_im_start_end), which only early versions of LLaVA did");
+    m->n_projector = avl__find_tensor(w, "mm.2.weight", NULL) ? 2 : 1;
     int n = m->clip.tower.n_embd;
-    for (; m->n_projector < 2 && avl__find_tensor(w, names[m->n_projector], &file); m->n_projector++) {
-        m->projector[m->n_projector] = avl__load_linear(w, n, 0, "mm.%d", 2 * m->n_projector);
-        n = m->projector[m->n_projector].n_out;
+    for (int i = 0; i < m->n_projector; i++) {
+        m->projector[i] = avl__load_linear(w, n, 0, "mm.%d", 2 * i);
+        n = m->projector[i].n_out;
     }
     if (m->info.has_text && n != m->llama.n_embd)
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "the projector gives rows of %d values, the language model reads "
@@ -5563,7 +5651,7 @@ static void avl__open_clip_text(astrovl_model *m) {
     m->info.logit_scale = scale ? astrovl_expf(scale[0]) : 100.0f;   // CLIP's own; clip.cpp's files leave it out
     if (!(m->info.logit_scale > 0.0f && m->info.logit_scale <= FLT_MAX))
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "logit_scale is out of range");
-    const astrovl_gguf *part = avl__find_part(w, "t.");
+    const astrovl_gguf *part = w->part = avl__find_part(w, "t.");
     if (!part) return;
     avl__clip_text_load(&m->clip_text, w, &m->info);
     int index;
@@ -5588,11 +5676,13 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     info->eos_token = file ? m->vocab.eos : -1;
     const astrovl_gguf *layers = avl__find_part(w, "blk.");
     info->has_text = layers != NULL;
+    w->part = layers;
     if (layers) avl__llama_load(&m->llama, w, layers, info);
     if (layers && m->vocab.n_tokens > m->llama.n_vocab)
         avl__load_fail(w, layers, ASTROVL_ERROR_MODEL, "the vocabulary has %d tokens, token_embd.weight only %d rows",
                        m->vocab.n_tokens, m->llama.n_vocab);
-    info->has_vision = avl__find_part(w, "v.") != NULL;
+    w->part = avl__find_part(w, "v.");
+    info->has_vision = w->part != NULL;
     if (info->has_vision) avl__clip_load(&m->clip, w, info);
     if (info->has_vision) avl__open_projector(m);
     avl__open_clip_text(m);
@@ -5613,12 +5703,6 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     info->chat_template = (astrovl_template)chat_template;
     m->system = avl__templates[chat_template].system;
     if (m->jinja && chat_template == ASTROVL_TEMPLATE_CHATML) m->system = avl__chatml_system(m->jinja);
-    for (int f = 0; f < w->n_files; f++)
-        for (int i = 0; i < astrovl_gguf_n_tensors(w->files[f]); i++) {
-            const astrovl_tensor *t = astrovl_gguf_tensor(w->files[f], i);
-            info->n_params += (uint64_t)t->ne[0] * (uint64_t)t->ne[1] * (uint64_t)t->ne[2] * (uint64_t)t->ne[3];
-            info->n_weight_bytes += t->n_bytes;
-        }
 }
 
 // Opens n files by their paths or, if these are NULL, in memory.
@@ -5644,6 +5728,7 @@ static astrovl_model *avl__open(const char *const *paths, const astrovl_memory *
         if (w->files[i]) w->n_files++;
         else w->status = ASTROVL_ERROR_FILE;                       // or another, which err has
     }
+    for (int i = 0; i < w->n_files && !w->status; i++) avl__open_file(m, w->files[i]);
     if (!w->status) avl__open_parts(m, chat_template);
     w->err = NULL;
     if (!w->status) return m;
@@ -5792,8 +5877,8 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
     if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT) || !kernels || n_ctx < 0 ||
         (model->info.has_text && n_ctx > n_train)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options out of range: mode %d, n_threads %d, n_ctx %d (the "
-                  "model was made for %d), isa \"%s\" (this build has %s)", (int)o.mode, o.n_threads, n_ctx, n_train,
-                  o.isa ? o.isa : "NULL", AVL__KERNEL_NAMES);
+                  "model, or its sliding window, has %d), isa \"%s\" (this build has %s)", (int)o.mode, o.n_threads,
+                  n_ctx, n_train, o.isa ? o.isa : "NULL", AVL__KERNEL_NAMES);
         return NULL;
     }
     astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
@@ -5900,15 +5985,15 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
     if (status) return status;
     x += n_embd;                                                       // without the class row
     avl__tap(run, "image_features", -1, "", x, n, n_embd);
-    avl__apply(run, hidden, x, first, n);
+    avl__apply_one(run, -1, hidden, x, first, n);
     avl__tap(run, name, -1, is_mlp ? "linear_1" : "linear", hidden, n, n_hidden);
     if (is_mlp) {
         avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
         avl__tap(run, name, -1, "act", hidden, n, n_hidden);
-        avl__apply(run, features, hidden, second, n);
+        avl__apply_one(run, -1, features, hidden, second, n);
         avl__tap(run, name, -1, "linear_2", features, n, second->n_out);
     }
-    return avl__pass_status(run, "image", 0, 0, err);
+    return avl__layer_status(run, "image", 0, 0, features, 0, err);
 }
 
 // ---- rows through the language model -------------------------------------------------------------------------------
@@ -5925,8 +6010,9 @@ static astrovl_status avl__eval(astrovl_session *s, const int32_t *tokens, const
     if ((!tokens && !rows) || n < 1 || n_logits < 0 || n_logits > n || (n_logits > 0 && !logits))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "%d tokens or rows, %d rows of logits, or NULL", n, n_logits);
     if (n > cache->n_ctx - n_before)
-        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: of %d positions (-c, n_ctx) %d are taken, and "
-                         "%d more are needed", cache->n_ctx, n_before, n);
+        return avl__fail(err, ASTROVL_ERROR_LIMIT, "the context is full: it holds %d positions, %d are taken, and %d "
+                         "more are needed; n_ctx (-c) can be up to %d for this model", cache->n_ctx, n_before, n,
+                         s->model->info.n_ctx_train);
     for (int i = 0; tokens && i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= llama->n_vocab)
             return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "token %d; the model has %d", (int)tokens[i], llama->n_vocab);
@@ -7464,8 +7550,9 @@ static void avl__search_slice(void *context, int slice, int thread) {
 ASTROVL_API int astrovl_search(const astrovl_rows *rows, const float *query, int k, int n_threads, astrovl_hit *hits,
                                astrovl_error *err) {
     if (!rows || rows->n_rows < 0 || rows->n_dims < 1 || k < 1 || n_threads < 0 || !query || !hits ||
-        (rows->n_rows > 0 && !rows->data) || (uint64_t)rows->n_rows > SIZE_MAX / 2 / (uint64_t)rows->n_dims) {
-        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a search needs rows, a query and room for k hits");
+        (rows->n_rows > 0 && !rows->data) || (uint64_t)rows->n_rows > SIZE_MAX / 2 / (uint64_t)rows->n_dims ||
+        !avl__are_numbers(query, rows->n_dims)) {
+        avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a search needs rows, a query of numbers and room for k hits");
         return -1;
     }
     const int n_each = k < rows->n_rows ? k : (int)rows->n_rows;   // hits of a slice, which has at least as many rows

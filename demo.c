@@ -493,6 +493,18 @@ static void find_shipped(const char *argv0, const char *name, char *path) {
 
 #define NO_TEMPLATE "the files' tokenizer.chat_template is none of the known ones; choose one with --template: " \
                     ASTROVL_TEMPLATE_NAMES
+// The tensors (the first eight) that no part of the model reads, and what that means. "": all are read
+static const char *unused_tensors(const astrovl_model *model) {
+    static char text[800];
+    for (int f = 0, n = 0, at = 0; f < astrovl_n_files(model); f++)
+        for (int i = 0; i < astrovl_gguf_n_tensors(astrovl_file(model, f)); i++) {
+            const astrovl_tensor *t = astrovl_gguf_tensor(astrovl_file(model, f), i);
+            if (!t->is_used && ++n < 10)
+                at += snprintf(text + at, 128, n == 1 ? "unused, so answers may be wrong: %.64s" :
+                               n < 9 ? ", %.64s" : ", ...", t->name);
+        }
+    return text;
+}
 
 // Opens the files of -m, or the shipped model. Like other functions below it ends the program where nothing can go on.
 static void open_model(program *p) {
@@ -503,6 +515,12 @@ static void open_model(program *p) {
     if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
     p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
     if (!p->model) exit(failed(p));
+    const char *unused = unused_tensors(p->model);
+    if (*unused) {
+        fputs("astrovl: ", stderr);
+        print_safe(stderr, unused);
+        fputc('\n', stderr);
+    }
     astrovl_get_info(p->model, &p->info);
     if (p->info.note && !p->o.quiet) fprintf(stderr, "%s: note: %s\n", p->o.models.items[0], p->info.note);
     if (p->cmd->bit & GENERATE && p->info.has_text && !p->info.chat_template) exit(fail(NO_TEMPLATE));
@@ -1031,10 +1049,12 @@ typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
 
 static totals add_up(const astrovl_gguf *file) {
     totals sums = {{{0}}};
+    uint64_t unknown[3] = {0, 0, 0};
     for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
         const uint64_t more[3] = {1, count_values(t->ne, 4), t->n_bytes};
-        for (int k = 0; k < 3; k++) sums.of[t->type][k] += more[k], sums.of[N_TYPES][k] += more[k];
+        uint64_t *sum = astrovl_type_name(t->type) ? sums.of[t->type] : unknown;
+        for (int k = 0; k < 3; k++) sum[k] += more[k], sums.of[N_TYPES][k] += more[k];
     }
     return sums;
 }
@@ -1059,7 +1079,9 @@ static void print_file(const program *p, const astrovl_gguf *file) {
     if (n_tensors) put_plain("\ntensors: name, type, shape (slowest dimension first), bytes\n");
     for (int i = 0; i < n_tensors; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
-        const char *type = astrovl_type_name(t->type);
+        char number[16];
+        snprintf(number, sizeof number, "#%d", t->type);
+        const char *type = astrovl_type_name(t->type) ? astrovl_type_name(t->type) : number;
         int64_t shape[4];
         put_json("{name:%s type:%s shape:[", t->name, type);
         for (int k = 0; k < t->n_dims; k++) {
@@ -1089,15 +1111,13 @@ static int begin_part(const char *part, int present) {
 #define end_part(format, ...) (put_json(format "}", __VA_ARGS__), put_json("~" format "\n", __VA_ARGS__))
 
 // What the files are together; that they are no model this program can run is an answer, not a failure.
-static void print_model(program *p, const list *paths) {
+static void print_model(const program *p) {
     const astrovl_info *m = &p->info;
-    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
     if (!p->model) {
         put_json("parts:{error:%s}", p->err.message);
         put_plain("no model that astrovl can run: %s\n", p->err.message);
         return;
     }
-    astrovl_get_info(p->model, &p->info);
     const char *form = m->chat_template ? astrovl_template_name(m->chat_template) : "not recognized";
     put_json("parts:{name:%s parameters:%l weight_bytes:%l template:%s", m->name, (long long)m->n_params,
              (long long)m->n_weight_bytes, form);
@@ -1148,12 +1168,9 @@ static const char *lacking(const astrovl_info *m) {
 }
 
 // --check: which commands the files can be used with, or the first problem.
-static int check_model(program *p, const list *paths) {
+static int check_model(program *p) {
     const astrovl_info *m = &p->info;
-    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
-    astrovl_get_info(p->model, &p->info);
-    const char *problem = p->model ? lacking(m) : p->err.message;
-    if (m->note) fprintf(stderr, "%s: note: %s\n", paths->items[0], m->note);
+    const char *problem = p->model ? lacking(m) : p->err.message, *unused = unused_tensors(p->model);
     const int chats = m->has_text && m->has_vocab, sees = chats && m->has_vision && m->has_projector;
     const int embeds = m->has_joint_image, compares = embeds && m->has_joint_text;
     const struct { const char *command; int usable; } rows[] = {
@@ -1166,8 +1183,9 @@ static int check_model(program *p, const list *paths) {
     put_json("] problems:[");
     if (problem) put_json("%s", problem), put_line(problem);
     else put_plain(chats && !sees ? "; for images, give the mmproj file as well: -m FILE\n" : "\n");
+    if (*unused) put_json("%s", unused), put_plain("- "), put_line(unused);
     put_json("]}\n");
-    return problem ? EXIT_FAILED : EXIT_OK;
+    return problem || *unused ? EXIT_FAILED : EXIT_OK;
 }
 
 static int run_inspect(program *p) {
@@ -1175,15 +1193,18 @@ static int run_inspect(program *p) {
     if (p->o.words.n && p->o.models.n) return usage_error(p->cmd, "name the files as arguments or with -m, not both");
     if (paths->n == 0 && p->shipped[0]) paths->items[paths->n++] = p->shipped;
     if (paths->n == 0) return usage_error(p->cmd, "which file? (the shipped model was not found)");
-    if (p->o.check) return check_model(p, paths);
     // All are opened before anything is printed: half a JSON text is none.
     astrovl_gguf **files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
-    for (int i = 0; i < paths->n; i++)
+    for (int i = 0; i < paths->n && !p->o.check; i++)
         if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
-    begin_json(p, "files:[");
-    for (int i = 0; i < paths->n; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
+    if (!p->o.check) begin_json(p, "files:[");
+    for (int i = 0; i < paths->n && !p->o.check; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
+    p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
+    astrovl_get_info(p->model, &p->info);
+    if (p->info.note) fprintf(stderr, "%s: note: %s\n", paths->items[0], p->info.note);
+    if (p->o.check) return check_model(p);
     put_json("]");
-    print_model(p, paths);
+    print_model(p);
     put_json("}\n");
     return EXIT_OK;
 }
@@ -1706,7 +1727,10 @@ static int run_quantize(program *p) {
     const int n = astrovl_gguf_n_tensors(in);
     int *types = (int *)new_memory(p, (size_t)n, sizeof *types);
     for (i = 0; i < n; i++) {
-        int number = block_of(astrovl_gguf_tensor(in, i)->name, &tower, &rest);
+        const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
+        int number = block_of(t->name, &tower, &rest);
+        if (!astrovl_type_name(t->type)) return fail("%s: the type of %s is number %d, which cannot be read", words[0],
+                                                     t->name, t->type);
         if (number >= 0 && n_blocks[tower] <= number) n_blocks[tower] = number + 1;
     }
     for (i = 0; i < n; i++) {

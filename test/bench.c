@@ -738,8 +738,8 @@ static void measure_together(astrovl_session *s, const astrovl_info *m, together
     for (int i = 0; i < b->n; i++) {
         if (!avl__kv_cache_init(&caches[i], &s->model->llama, b->n_prompt + b->n_answer, s->cache.value_bytes))
             die("out of memory for the KV caches of %d answers", b->n);
-        memset(caches[i].k, 0x3C, size);                   // middling numbers, as float16 (1.06) and as float (0.01)
-        memset(caches[i].v, 0x3C, size);
+        memset(caches[i].k, 0x3C, size + AVL__LINE * caches[i].value_bytes);   // middling numbers, as float16 (1.06) and as float (0.01)
+        memset(caches[i].v, 0x3C, size + AVL__LINE * caches[i].value_bytes);
     }
     for (int i = 0; i < o.rounds; i++) {
         one[i] = all[i] = 0;

@@ -1210,7 +1210,8 @@ static double gguf_walk(const astrovl_gguf *f) {
         for (k = 0; k < t->n_bytes; k++) sum += ((const unsigned char *)t->data)[k];
         CHECK(astrovl_gguf_find_tensor(f, t->name) == t, "tensor %s is not found", t->name);
         k = astrovl_type_row_bytes(t->type, t->ne[0]) * (uint64_t)(t->ne[1] * t->ne[2] * t->ne[3]);
-        CHECK(t->n_bytes == k, "%s has %d bytes", t->name, (int)t->n_bytes);
+        CHECK(t->n_bytes == k || !astrovl_type_name(t->type), "%s has %d bytes", t->name, (int)t->n_bytes);
+        CHECK(t->n_bytes <= astrovl_gguf_size(f) - t->offset, "%s has %d bytes", t->name, (int)t->n_bytes);
     }
     return sum;
 }
@@ -1363,6 +1364,8 @@ static void test_gguf_good(void) {
         GGUF_ONE "x1024 i1 q1 i0 q0 a32 f1",
         GGUF_ONE "'t i4 q32 q1 q2 q3 i2 q0 a32 z108",                  // six blocks of Q4_0
         GGUF_TWO "'a i1 q9 i0 q0 'b i1 q1 i0 q64 a32 z68",
+        GGUF_TWO "'a i1 q9 i23 q0 'b i1 q1 i0 q64 a32 z68",            // a type that is not known: what is left
+        GGUF_ONE "'t i4 q512 q1 q2 q1 i1000 q0 a32 z300",
         "i3 q1 q1 'general.alignment i4 i1 't i1 q1 i0 q0 f1",         // aligned to 1
         "i3 q1 q1 'general.alignment i10 q4096 't i1 q1 i0 q0 a4096 f1"
     };
@@ -1432,8 +1435,11 @@ static void test_gguf_bad(void) {
         {GGUF_ONE "'abc i2 q1 q0 i0 q0", F, "tensor 'abc' at byte 47: ", "dimension 1 is 0"},
         {GGUF_ONE "'abc i1 q0x8000000000000000 i0 q0", F, "tensor 'abc' at byte 47: ", "a shape of 9223372036854775808 x 1"},
         {GGUF_ONE "'abc i1 q1 h0 h0", F, "tensor 'abc' at byte 51: ", "belong here, but the file ends at byte"},
-        {GGUF_ONE "'abc i1 q1 i4 q0 a32 f1", U, "tensor 'abc' at byte 47: ", "its type is number 4, which is not"},
-        {GGUF_ONE "'abc i1 q1 i-1 q0 a32 f1", U, "tensor 'abc' at byte 47: ", "its type is number 4294967295"},
+        {GGUF_ONE "'abc i1 q1 i-1 q0 a32 f1", F, "tensor 'abc' at byte 47: ", "there is no tensor type 4294967295"},
+        {GGUF_ONE "'abc i1 q4097 i4 q0 a32 f1", F, "tensor 'abc' at byte 47: ", "in a type unknown here needs more than"},
+        {GGUF_TWO "'a i1 q1 i99 q0 'b i1 q1 i0 q16 a32 z64", F, "tensor 'b' at byte 128: ", "at offset 16; it must follow"},
+        {GGUF_TWO "'a i1 q1 i99 q0 'b i1 q1 i0 q-32 a32 z64", F, "tensor 'a' at byte 96: ", "18446744073709551584 x 1 bytes"},
+        {GGUF_TWO "'a i1 q1 i99 q0 'b i1 q1 i0 q96 a32 z64", F, "tensor 'a' at byte 96: ", "96 x 1 bytes belong here"},
         {GGUF_ONE "'abc i1 q33 i2 q0 a32 z36", F, "tensor 'abc' at byte 47: ",
          "rows of 33 values cannot be of type Q4_0, which has blocks of 32"},
         {GGUF_ONE "'abc i1 q128 i14 q0 a32 z210", F, "tensor 'abc' at byte 47: ", "blocks of 256"},
@@ -1470,9 +1476,11 @@ static void test_gguf_other_files(void) {
     astrovl_error err;
     char name[2000] = "/tmp/";
     int i;
-    gguf_bytes b = gguf_make(GGUF_ONE "x1000 i1 q1 i4 q0 a32 f1");
+    gguf_bytes b = gguf_make(GGUF_ONE "x1000 i1 q33 i2 q0 a32 z36");
     CHECK(!gguf_try((const unsigned char *)"", 0, &err) && err.status == ASTROVL_ERROR_FORMAT
           && strstr(err.message, "not a GGUF"), "an empty block: %s", err.message);
+    CHECK(!gguf_try((const unsigned char *)"version https://git-lfs.github.com/spec/v1\noid", 46, &err) &&
+          strstr(err.message, "git lfs pull"), "a pointer: %s", err.message);
     CHECK(!gguf_try((const unsigned char *)"GGML\3\0\0\0", 8, &err) && err.status == ASTROVL_ERROR_FORMAT
           && strstr(err.message, "does not begin with \"GGUF\""), "another magic: %s", err.message);
     CHECK(!astrovl_gguf_open("test/golden/no-such.gguf", 0, &err) && err.status == ASTROVL_ERROR_FILE
@@ -1493,7 +1501,7 @@ static void test_gguf_other_files(void) {
     strcat(name, "/end.gguf");
     CHECK(!astrovl_gguf_open_memory(b.data, b.size, name, &err), "%s", err.message);
     CHECK(strncmp(err.message, "\xE2\x98\x84", 3) == 0 && strstr(err.message, "/end.gguf: tensor 'xxxx")
-          && strstr(err.message, "its type is number 4") && strstr(err.message, "Q2_K to Q6_K"), "%s", err.message);
+          && strstr(err.message, "rows of 33 values cannot be"), "%s", err.message);
     free(b.data);
     astrovl_gguf_close(NULL);
 }
@@ -3954,6 +3962,10 @@ static void models_wrong_keys(void) {
         {1, "clip.vision.block_count", 3}, {1, "clip.vision.block_count", 0x7FFFFFFF},
         {1, "clip.vision.image_mean", 0xBF800000}, {1, "clip.vision.image_mean", 0x7F800000},        // -1, infinity
         {1, "clip.vision.image_std", 0}, {1, "clip.vision.image_std", 0x7FC00000},                   // NaN
+        {0, "llama.attention.layer_norm_rms_epsilon", 0xB727C5AC}, {0, "llama.attention.layer_norm_rms_epsilon", 0x7FC00000},
+        {0, "llama.attention.layer_norm_rms_epsilon", 0x7F800000}, {0, "llama.rope.freq_base", 0xC61C4000},   // -1e-5 above
+        {0, "llama.rope.freq_base", 0x7FC00000}, {1, "clip.vision.attention.layer_norm_epsilon", 0xB727C5AC},
+        {1, "clip.vision.attention.layer_norm_epsilon", 0x7FC00000}, {1, "clip.vision.attention.layer_norm_epsilon", 0x41200000},
         {2, "clip.vision.feature_layer", 4}, {2, "clip.vision.feature_layer", 0xFFFFFFFF}};
     size_t c;
     for (c = 0; c < sizeof cases / sizeof *cases; c++) {
@@ -3975,6 +3987,251 @@ static void models_wrong_keys(void) {
         free(bytes);
     }
 }
+
+// A file with another key, as gguf_make's words, put before the others; what follows stays aligned.
+static unsigned char *models_with_key(const char *path, const char *words, size_t *size) {
+    size_t old_size;
+    unsigned char *old = read_file(path, &old_size);
+    gguf_bytes key = gguf_make(words), b = gguf_make("");
+    const size_t filler = 32 + (32 - (key.size - 4 + 1) % 32) % 32;          // a second key, of a text, fills up to 32
+    gguf_put(&b, old + 4, 20);
+    b.data[16] = (unsigned char)(b.data[16] + 2);
+    gguf_put(&b, key.data + 4, key.size - 4);
+    gguf_put_number(&b, 1, 8);
+    gguf_put(&b, "z", 1);
+    gguf_put_number(&b, ASTROVL_VALUE_STRING, 4);
+    gguf_put_number(&b, filler - 20, 8);
+    gguf_put(&b, NULL, filler - 20);
+    gguf_put(&b, old + 24, old_size - 24);
+    *size = b.size;
+    free(key.data);
+    free(old);
+    return b.data;
+}
+
+// What would change a model's answers without a word is refused, with the key named, its value, and what to do.
+static void models_refused_keys(void) {
+    static const struct { int file; const char *key, *says, *advice; } cases[] = {
+        {0, "'general.type i8 'adapter", "general.type is 'adapter'", "merge a LoRA adapter"},
+        {1, "'general.type i8 'imatrix", "general.type is 'imatrix'", "known: 'model' 'mmproj'"},
+        {0, "'llama.expert_count i4 i8", "llama.expert_count is '8'", "no mixture of experts"},
+        {0, "'llama.attention.causal i7 b0", "llama.attention.causal is '0'", "embeddings"},
+        {0, "'split.count i2 h3", "one of 3 files of a model (split.count)", "llama-gguf-split --merge"},
+        {0, "'llama.attention.value_length i4 i7", "llama.attention.value_length is not key_length", ""},
+        {0, "'llama.attention.value_length i9 i4 q3 i6 i6 i8", "value_length has different values, 6 and 8", "one for all"},
+        {0, "'llama.attention.value_length i9 i4 q0", "value_length is empty", ""},
+        {0, "'llama.attention.value_length i8 '6", "value_length is empty or a text", ""},
+        {0, "'llama.attention.sliding_window i5 i-1", "llama.attention.sliding_window is -1", ""},
+        {0, "'llama.rope.scaling.type i8 'yarn", "llama.rope.scaling.type is 'yarn'", "context was extended"},
+        {0, "'llama.rope.scaling.attn_factor i6 f1.5", "llama.rope.scaling.attn_factor is '1.5'", "extended"},
+        {0, "'llama.rope.scaling.factor i6 f-2", "llama.rope.scaling.factor is -2", ""},
+        {0, "'llama.rope.scaling.factor i6 fnan", "llama.rope.scaling.factor is nan", ""},
+        {0, "'llama.rope.scale_linear i6 fnan", "llama.rope.scale_linear is nan", ""},
+        {1, "'clip.use_silu i7 b1", "clip.use_silu is '1'", "GELU"},
+        {1, "'clip.vision.projector_type i8 'resampler", "clip.vision.projector_type is 'resampler'", "LLaVA-1.5"},
+        {1, "'clip.vision.mm_patch_merge_type i8 'spatial_unpad", "mm_patch_merge_type is 'spatial_unpad'", "tiles"},
+        {1, "'clip.vision.image_grid_pinpoints i9 i5 q2 i336 i672", "image_grid_pinpoints is '336'", "tiles"},
+        {1, "'clip.vision.image_aspect_ratio i8 'anyres", "image_aspect_ratio is 'anyres'", "tiles"},
+        {1, "'clip.vision.image_aspect_ratio i8 'pa", "image_aspect_ratio is 'pa'", "'pad' 'square' 'crop'"},
+        {1, "'clip.vision.feature_layer i9 i5 q0", "clip.vision.feature_layer is empty", ""},
+        {1, "'clip.vision.feature_layer i9 i5 q2 i1 i2", "clip.vision.feature_layer has different values", ""},
+        {1, "'clip.vision.feature_layer i9 i5 q1 i9", "clip.vision.feature_layer is 9", ""},
+        {1, "'clip.vision.feature_layer i9 i5 q1 i-2", "clip.vision.feature_layer is -2", ""}};
+    static const struct { int file; const char *key; } good[] = {
+        {0, "'general.type i8 'model"}, {1, "'general.type i8 'mmproj"}, {0, "'llama.expert_count i4 i0"},
+        {0, "'llama.attention.causal i7 b1"}, {0, "'split.count i2 h1"}, {1, "'clip.use_silu i7 b0"},
+        {0, "'llama.attention.value_length i9 i4 q3 i6 i6 i6"}, {1, "'clip.vision.mm_patch_merge_type i8 'flat"},
+        {1, "'clip.vision.image_aspect_ratio i8 'square"}, {1, "'clip.vision.feature_layer i9 i5 q1 i1"},
+        {1, "'clip.vision.image_grid_pinpoints i9 i5 q0"}, {1, "'clip.vision.mm_patch_merge_type i8 '"}};
+    size_t c, size;
+    for (c = 0; c < sizeof cases / sizeof *cases; c++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        unsigned char *bytes = models_with_key(models_files[cases[c].file], cases[c].key, &size);
+        astrovl_model *m = models_open_bytes(bytes, size, &err);
+        CHECK(!m && (err.status == ASTROVL_ERROR_UNSUPPORTED || err.status == ASTROVL_ERROR_MODEL), "%s was opened", cases[c].key);
+        CHECK(strncmp(err.message, "block: ", 7) == 0 && strstr(err.message, cases[c].says) && strstr(err.message, cases[c].advice),
+              "%s: %s", cases[c].key, err.message);
+        astrovl_close(m);
+        free(bytes);
+    }
+    for (c = 0; c < sizeof good / sizeof *good; c++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        unsigned char *bytes = models_with_key(models_files[good[c].file], good[c].key, &size);
+        astrovl_model *m = models_open_bytes(bytes, size, &err);
+        CHECK(m, "%s: %s", good[c].key, err.message);
+        astrovl_close(m);
+        free(bytes);
+    }
+}
+
+// RoPE's scaling as llama.cpp reads it: linear where no type is named, the old key where there is no new one, 0: none.
+static void models_rope_scaling(void) {
+    static const struct { const char *keys; float scale; } cases[] = {
+        {"'llama.rope.scaling.factor i6 f4", 4}, {"'llama.rope.scale_linear i6 f8", 8}, {"'llama.rope.scaling.factor i6 f0", 1},
+        {"'llama.rope.scale_linear i6 f0", 1}, {"'llama.rope.scaling.factor i4 i2", 2}, {"'llama.rope.scaling.type i8 'linear", 1}};
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_model *plain = astrovl_open(models_files[0], NULL, &err);
+    size_t c, size;
+    for (c = 0; c < sizeof cases / sizeof *cases; c++) {
+        unsigned char *bytes = models_with_key(models_files[0], cases[c].keys, &size);
+        astrovl_model *m = models_open_bytes(bytes, size, &err);
+        CHECK(m, "%s: %s", cases[c].keys, err.message);
+        for (int i = 0; m && i < m->llama.rope_dim / 2; i++)
+            CHECK(m->llama.inv_freq[i] == plain->llama.inv_freq[i] / cases[c].scale, "%s: %g", cases[c].keys, m->llama.inv_freq[i]);
+        astrovl_close(m);
+        free(bytes);
+    }
+    astrovl_close(plain);
+}
+
+// A sliding window (Mistral's) is full attention up to its size: the context ends there.
+static void models_sliding_window(void) {
+    size_t size;
+    unsigned char *bytes = models_with_key(models_files[0], "'llama.attention.sliding_window i4 i8", &size);
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_model *m = models_open_bytes(bytes, size, &err);
+    astrovl_session *s = astrovl_session_new(m, NULL, &err);
+    astrovl_session_options o;
+    int32_t tokens[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
+    CHECK(s && astrovl_session_n_ctx(s) == 8 && m->info.n_ctx_train == 8, "%s", err.message);
+    CHECK(astrovl_eval_tokens(s, tokens, 8, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
+    CHECK(astrovl_eval_tokens(s, tokens, 1, NULL, 0, &err) == ASTROVL_ERROR_LIMIT && strstr(err.message, "-c"), "%s", err.message);
+    memset(&o, 0, sizeof o);
+    o.n_ctx = 9;
+    CHECK(!astrovl_session_new(m, &o, &err) && strstr(err.message, "sliding window"), "%s", err.message);
+    astrovl_session_free(s);
+    astrovl_close(m);
+    free(bytes);
+}
+
+// The bytes of a file with a tensor called otherwise (a name as long).
+static unsigned char *models_renamed(const char *path, const char *old, const char *name, size_t *size) {
+    unsigned char *bytes = read_file(path, size), *after = models_after(bytes, *size, old, 0);
+    CHECK(after && strlen(old) == strlen(name), "%s is not in %s", old, path);
+    if (after) memcpy(after - strlen(old), name, strlen(name));
+    return bytes;
+}
+
+// Tensors of other kinds of models are refused, or shown as unused; an unknown type matters to those alone that need it.
+static void models_other_tensors(void) {
+    static const char *const files[] = {"test/astrovl-tiny.gguf", "test/golden/models_a_text.gguf",
+        "test/golden/models_a_mmproj.gguf", "test/golden/models_b.gguf", "test/golden/joint_a.gguf", "test/golden/joint_b.gguf"};
+    astrovl_error err = {ASTROVL_OK, ""};
+    const char *twice[2];
+    size_t size, f;
+    unsigned char *bytes, *after;
+    astrovl_model *m;
+    astrovl_gguf *file;
+    for (f = 0; f < sizeof files / sizeof *files; f++) {                 // a good file has no unused tensors
+        m = astrovl_open(files[f], NULL, &err);
+        for (int i = 0; m && i < astrovl_gguf_n_tensors(astrovl_file(m, 0)); i++)
+            CHECK(astrovl_gguf_tensor(astrovl_file(m, 0), i)->is_used, "%s of %s", astrovl_gguf_tensor(astrovl_file(m, 0), i)->name, files[f]);
+        astrovl_close(m);
+        twice[0] = twice[1] = files[f];
+        CHECK(!astrovl_open_files(twice, 2, NULL, &err) && err.status == ASTROVL_ERROR_MODEL && strstr(err.message, files[f]) &&
+              strstr(err.message, "give only one"), "%s twice: %s", files[f], err.message);
+    }
+    bytes = models_renamed(models_a_files[1], "mm.2.bias", "mm.1.bias", &size);
+    CHECK(!models_open_bytes(bytes, size, &err) && strstr(err.message, "mm.1.bias") && strstr(err.message, "Yi-VL"), "%s", err.message);
+    free(bytes);
+    bytes = models_renamed(models_a_files[1], "v.blk.0.attn_k.bias", "model.image_newline", &size);
+    CHECK(!models_open_bytes(bytes, size, &err) && strstr(err.message, "image_newline") && strstr(err.message, "1.6"), "%s", err.message);
+    free(bytes);
+    bytes = models_renamed(models_a_files[1], "v.blk.0.attn_k.bias", "v.blk.0.attn_sinks.", &size);
+    m = models_open_bytes(bytes, size, &err);
+    file = m ? m->weights.files[0] : NULL;
+    CHECK(file && !astrovl_gguf_find_tensor(file, "v.blk.0.attn_sinks.")->is_used, "%s", err.message);
+    CHECK(file && astrovl_gguf_find_tensor(file, "v.blk.0.attn_v.bias")->is_used, "%s", err.message);
+    after = models_after(bytes, size, "v.blk.0.attn_sinks.", 0);
+    models_store(after + 4 + 8, 1000);                                   // (its type) unused, it may be of any type
+    astrovl_close(m);
+    m = models_open_bytes(bytes, size, &err);
+    CHECK(m, "%s", err.message);
+    astrovl_close(m);
+    free(bytes);
+    bytes = read_file(models_a_files[0], &size);
+    models_store(models_after(bytes, size, "blk.0.attn_q.weight", 0) + 4 + 16, 23);
+    file = astrovl_gguf_open_memory(bytes, size, NULL, &err);
+    CHECK(file && astrovl_gguf_find_tensor(file, "blk.0.attn_q.weight")->type == 23, "%s", err.message);
+    astrovl_gguf_close(file);
+    CHECK(!models_open_bytes(bytes, size, &err) && err.status == ASTROVL_ERROR_UNSUPPORTED &&
+          strstr(err.message, "blk.0.attn_q.weight is of type number 23"), "%s", err.message);
+    free(bytes);
+}
+
+// What is wrong with the vision half names its file, not the language model's.
+static void models_part_named(void) {
+    astrovl_error err = {ASTROVL_OK, ""};
+    astrovl_memory blocks[2] = {{NULL, 0, "text.gguf"}, {NULL, 0, "vision.gguf"}};
+    unsigned char *text = read_file(models_a_files[0], &blocks[0].size), *vision;
+    vision = models_renamed(models_a_files[1], "v.class_embd", "v.class_emba", &blocks[1].size);
+    blocks[0].data = text;
+    blocks[1].data = vision;
+    CHECK(!astrovl_open_memory(blocks, 2, NULL, &err) && strstr(err.message, "vision.gguf: the tensor v.class_embd is missing") &&
+          strstr(err.message, "SigLIP"), "%s", err.message);
+    free(text);
+    free(vision);
+}
+
+// NaN and infinity in weights: a vector is refused when it is loaded; a matrix ends the pass, which names its layer. Each
+// tensor in turn has its first rows (of a table of tokens, all) overwritten.
+static void models_no_numbers(astrovl_mode mode, const char *isa) {
+    models_kit kit;
+    astrovl_session_options o;
+    int n_vectors = 0, n_matrices = 0;
+    models_kit_open(&kit, 'a');
+    memset(&o, 0, sizeof o);
+    o.mode = mode;
+    o.isa = isa;
+    for (int f = 0; f < 2; f++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        astrovl_memory blocks[2] = {{NULL, 0, "text"}, {NULL, 0, "vision"}};
+        unsigned char *bytes[2];
+        astrovl_gguf *file = astrovl_gguf_open(models_a_files[f], 0, &err);
+        for (int i = 0; i < 2; i++) {
+            bytes[i] = read_file(models_a_files[i], &blocks[i].size);
+            blocks[i].data = bytes[i];
+        }
+        for (int i = 0; file && i < astrovl_gguf_n_tensors(file); i++) {
+            const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
+            const char *number = strstr(t->name, "blk.");
+            unsigned char *at = bytes[f] + t->offset, *kept = (unsigned char *)malloc((size_t)t->n_bytes);
+            astrovl_model *m;
+            char where[64];
+            memcpy(kept, at, (size_t)t->n_bytes);
+            for (size_t k = 0; k < t->n_bytes; k++)                          // infinities, or blocks with a scale that is NaN
+                at[k] = (unsigned char)(t->type == ASTROVL_TYPE_F32 ? (k % 4 == 3 ? 0x7F : k % 4 == 2 ? 0x80 : 0) :
+                                        t->type == ASTROVL_TYPE_F16 ? (k % 2 ? 0x7C : 0) :
+                                        t->type == ASTROVL_TYPE_BF16 ? (k % 2 ? 0x7F : 0x80) : 0xFF);
+            m = astrovl_open_memory(blocks, 2, NULL, &err);
+            if (!m) {
+                CHECK(strstr(err.message, t->name) && strstr(err.message, "NaN"), "%s: %s", t->name, err.message);
+                CHECK(t->n_dims == 1 || strstr(t->name, "position"), "%s is a matrix", t->name);
+                n_vectors++;
+            } else {
+                astrovl_session *s = astrovl_session_new(m, &o, &err);
+                char *answer = astrovl_chat(s, kit.images, 1, "What is this?", NULL, &err);
+                snprintf(where, sizeof where, "NaN or infinity in layer %d of the ", number ? atoi(number + 4) : -1);
+                CHECK(!answer && err.status == ASTROVL_ERROR_MODEL && strstr(err.message, where) &&
+                      strstr(err.message, f ? "image" : "prompt"), "%s: %s", t->name, answer ? answer : err.message);
+                CHECK(astrovl_session_n_past(s) == 0, "%s: positions are left", t->name);
+                astrovl_free(answer);
+                astrovl_session_free(s);
+                n_matrices++;
+            }
+            astrovl_close(m);
+            memcpy(at, kept, (size_t)t->n_bytes);
+            free(kept);
+        }
+        astrovl_gguf_close(file);
+        free(bytes[0]);
+        free(bytes[1]);
+    }
+    CHECK(n_vectors > 30 && n_matrices > 30, "%d vectors, %d matrices", n_vectors, n_matrices);
+    models_kit_close(&kit);
+}
+static void models_no_numbers_exact(void) { models_no_numbers(ASTROVL_EXACT, NULL); }
+static void models_no_numbers_fast(void) { models_no_numbers(ASTROVL_FAST, NULL); }
 
 // Each tensor of each file in turn is given another name: then either the model is refused with that tensor named, or
 // it lacks a part, which the calls that need it say.
@@ -5219,6 +5476,13 @@ static void tests_models(void) {
     run("models: mapped, read, in memory", models_ways_to_open);
     run("models: F16 and BF16 of one value", models_f16_and_bf16);
     run("models: keys that contradict the tensors", models_wrong_keys);
+    run("models: keys of other kinds are refused by name", models_refused_keys);
+    run("models: RoPE scaling without a type, by the old key, of 0", models_rope_scaling);
+    run("models: a sliding window ends the context", models_sliding_window);
+    run("models: tensors of other kinds, unused ones, twice the same", models_other_tensors);
+    run("models: errors name the part's file", models_part_named);
+    run("models: NaN and infinity in each tensor, exact mode", models_no_numbers_exact);
+    run("models: NaN and infinity in each tensor, fast mode", models_no_numbers_fast);
     run("models: every tensor missing once", models_missing_tensors);
     run("models: parts of a model", models_parts);
     run("models: wrong arguments", models_arguments);
@@ -6640,6 +6904,38 @@ static void joint_batches(void) {
     joint_kit_close(&kit);
 }
 
+// A tower whose weights are infinite gives an error, not an embedding, and a query of NaN finds nothing.
+static void joint_no_numbers(void) {
+    static const char *const tensors[] = {"v.blk.0.ffn_up.weight", "v.patch_embd.weight", "visual_projection.weight",
+                                          "t.blk.1.attn_v.weight", "text_projection.weight"};
+    static const uint16_t row[2] = {0x3C00, 0};
+    joint_kit kit;
+    float query[2] = {1.0f, 0.0f};
+    astrovl_rows rows = {row, 1, 2};
+    astrovl_hit hit;
+    joint_kit_open(&kit, 'a');
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        unsigned char *bytes = read_file("test/golden/joint_a.gguf", &size);
+        const astrovl_tensor *t = astrovl_gguf_find_tensor(astrovl_file(kit.model, 0), tensors[i]);
+        const int is_f32 = t && t->type == ASTROVL_TYPE_F32, is_half = t && t->type == ASTROVL_TYPE_F16;
+        for (size_t k = 0; t && k < t->n_bytes; k++)
+            bytes[t->offset + k] = (unsigned char)(is_f32 ? (k % 4 == 3 ? 0x7F : k % 4 == 2 ? 0x80 : 0) : is_half ? (k % 2 ? 0x7C : 0) : 0xFF);
+        astrovl_model *m = models_open_bytes(bytes, size, &err);
+        astrovl_fit fits[2];
+        CHECK(t && m, "%s: %s", tensors[i], err.message);
+        CHECK(astrovl_score(m, kit.images, kit.texts, 2, fits, &err) == ASTROVL_ERROR_MODEL &&
+              strstr(err.message, "NaN or infinity in layer"), "%s: %s", tensors[i], err.message);
+        astrovl_close(m);
+        free(bytes);
+    }
+    CHECK(astrovl_search(&rows, query, 1, 1, &hit, NULL) == 1, "a query of numbers");
+    query[1] = avl__float_from_bits(0x7FC00000);
+    CHECK(astrovl_search(&rows, query, 1, 1, &hit, NULL) == -1, "a query of NaN");
+    joint_kit_close(&kit);
+}
+
 static void joint_errors(void) {
     joint_kit kit;
     models_kit llava;
@@ -6862,6 +7158,7 @@ static void tests_joint(void) {
     run("joint: B's embeddings, scores, order, loss", joint_scores_b);
     run("joint: the same bits together and one by one, 1 to 8 threads", joint_batches);
     run("joint: wrong arguments and missing towers", joint_errors);
+    run("joint: NaN and infinity are errors", joint_no_numbers);
     run("joint: every tensor and key missing once", joint_missing);
     run("joint: mutated files", joint_mutated);
     run("joint: A out of memory at every allocation", joint_out_of_memory_a);

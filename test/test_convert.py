@@ -844,7 +844,32 @@ class Check(Case):
                    self.changed(self.TEXT, (b"tokenizer.ggml.model", b"tokenizer.ggml.mXdel")))
         self.lacks("tokenizer.ggml.tokens is missing: no vocabulary; convert again with its tokenizer",
                    self.changed(self.CLIP, (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tXkens")))
-        self.lacks("24 values, the language model reads 32; these files belong to different models", self.MMPROJ, self.B)
+        shape, other = struct.pack("<I2QI", 2, 24, 24, 1), struct.pack("<I2QI", 2, 24, 12, 0)     # as many bytes, F16 and F32
+        self.lacks("12 values, the language model reads 24; these files belong to different models", self.TEXT, self.changed(
+            self.MMPROJ, (b"mm.2.weight" + shape, b"mm.2.weight" + other), (b"mm.2.bias", b"mm.2.biaX")))
+        self.lacks("give only one of the two models", self.MMPROJ, self.B)
+
+    def test_unused_tensors(self):
+        """Named by --check, and once on standard error, where the model is used all the same."""
+        path = self.changed(self.MMPROJ, (b"v.blk.0.attn_k.bias", b"v.blk.0.attn_sinks."))
+        says = "unused, so answers may be wrong: v.blk.0.attn_sinks."
+        result = astrovl("inspect", "--check", self.TEXT, path)
+        self.assertEqual((result.code, result.out.splitlines()[1:]), (1, ["- " + says]), result)
+        seen = json.loads(astrovl("inspect", "--check", "--json", self.TEXT, path).out)
+        self.assertEqual((seen["runnable"], seen["problems"]), (True, [says]))
+        result = self.succeeds("caption", "-q", "-n", "2", "-m", self.TEXT, "-m", path, self.images[0])
+        self.assertEqual(result.err.splitlines(), ["astrovl: " + says])
+
+    def test_unknown_type(self):
+        """A tensor of a type that is not known is listed; a model that needs it is refused by its name."""
+        with open(self.TEXT, "rb") as f:
+            data = bytearray(f.read())
+        at = data.index(b"blk.0.attn_q.weight") + 19 + 4 + 16
+        data[at] = 23
+        path = self.write("iq4.gguf", bytes(data))
+        self.assertRegex(self.succeeds("inspect", path).out, r"blk\.0\.attn_q\.weight +#23 +24 x 24 ")
+        self.lacks("tensor blk.0.attn_q.weight is of type number 23", path)
+        self.assertIn("is number 23", self.fails(1, "quantize", path, self.path("out.gguf"), "q8_0").err)
 
     def test_every_missing_tensor_and_key(self):
         for name in (b"blk.1.ffn_up.weight", b"blk.0.attn_norm.weight", b"output_norm.weight", b"token_embd.weight",
@@ -863,7 +888,7 @@ class Check(Case):
         architecture = b"general.architecture" + struct.pack("<IQ", 8, 5)
         self.lacks('architecture "qwen2"; this runs "llama": take a model of that family',
                    self.changed(self.TEXT, (architecture + b"llama", architecture + b"qwen2")))
-        self.lacks("its type is number 99, which is not supported: convert it",
+        self.lacks("is of type number 99; take a file in F32, F16, BF16",
                    self.changed(self.TEXT, (tensor(up, 56, 24), tensor(up, 56, 24, 99))))
 
     def test_broken_files(self):
