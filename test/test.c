@@ -107,7 +107,11 @@ static void mutate(unsigned char *bytes, size_t from, size_t to, uint64_t *seed)
 }
 
 // ---- [3] numbers ----------------------------------------------------------------------------------------------------
+#include <fenv.h>
 #include <math.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 // ---- half precision: every value, and every place where rounding changes its mind -----------------------------------
 
@@ -431,6 +435,28 @@ static void test_messages(void) {
     avl__format(text, sizeof text, "%s", "\xC2\x9B\xC2\xA0");            // U+009B begins a command as well, U+00A0 does not
     CHECK(strcmp(text, "\xC2\xBF\xC2\xA0") == 0, "control characters must not reach a terminal: %s", text);
     CHECK(avl__format(text, 3, "%s", "\xF0\x9F\x98\x80") == 0 && !*text, "%s", text);
+}
+
+// A path of any length leaves room for what is wrong with it.
+static void test_long_messages(void) {
+    static char path[4300];
+    astrovl_error err;
+    for (size_t n = 300; n < sizeof path - 1; n += 7) {
+        for (size_t i = 0; i < n; i++) path[i] = "/\xE2\x98\x86"[i % 4];
+        path[n] = 0;
+        CHECK(avl__fail(&err, ASTROVL_ERROR_FILE, "begin %s: the reason", path) == ASTROVL_ERROR_FILE, "status");
+        const size_t size = strlen(err.message);
+        if (n > sizeof path - 200) continue;     // a path that no system allows may lose it
+        CHECK(size > 16 && strcmp(err.message + size - 12, ": the reason") == 0, "%zu bytes: %s", n, err.message);
+        CHECK(memcmp(err.message, "begin /", 7) == 0 && avl__utf8_whole(err.message, size) == size, "%zu bytes: %s", n, err.message);
+        for (size_t i = 6; i < size - 12; i++)
+            if (err.message[i] != path[(i - 6) % 4]) {       // whole characters, then the dots, then whole characters
+                CHECK(memcmp(err.message + i, "...", 3) == 0 && ((unsigned char)err.message[i + 3] & 0xC0) != 0x80, "%s", err.message);
+                break;
+            }
+    }
+    path[4200] = 0;
+    CHECK(!astrovl_gguf_open(path, 0, &err) && strstr(err.message, "cannot be opened"), "%s", err.message);
 }
 
 static void test_growing(void) {
@@ -1089,6 +1115,7 @@ static void test_fast_model(void) {
 
 static void tests_ops(void) {
     run("platform: messages", test_messages);
+    run("platform: long messages keep their end", test_long_messages);
     run("platform: growing arrays", test_growing);
     run("ops: norms", test_norms);
     run("ops: activations", test_activations);
@@ -3373,6 +3400,42 @@ static astrovl_session *models_small_session(const models_kit *kit, int n_ctx, a
     return s;
 }
 
+// Where floats are not IEEE's, exact mode says so, and fast mode works.
+static void models_inexact(void) {
+    models_kit kit;
+    astrovl_session_options o;
+    astrovl_error err;
+    memset(&o, 0, sizeof o);
+    models_kit_open(&kit, 'a');
+    for (int i = 0; i < 6; i++) {
+        const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO, FE_TONEAREST, FE_TONEAREST};
+#if defined(__SSE2__)
+        const unsigned control = _mm_getcsr();
+        if (i >= 4) _mm_setcsr(control | (i == 4 ? 0x8000 : 0x0040));       // results, operands that are denormal become 0
+#else
+        if (i >= 4) break;
+#endif
+        if (fesetround(modes[i]) != 0) continue;                            // this machine has only one
+        o.mode = ASTROVL_EXACT;
+        astrovl_session *exact = astrovl_session_new(kit.model, &o, &err);
+        o.mode = ASTROVL_FAST;
+        astrovl_session *fast = astrovl_session_new(kit.model, &o, NULL);
+        astrovl_session *fork = exact ? astrovl_session_fork(exact, 0, NULL) : NULL;
+        fesetround(FE_TONEAREST);
+#if defined(__SSE2__)
+        _mm_setcsr(control);
+#endif
+        CHECK(fast, "case %d: fast mode", i);
+        CHECK(!exact == (i > 0), "case %d: %s", i, exact ? "was not noticed" : err.message);
+        CHECK(exact || (err.status == ASTROVL_ERROR_UNSUPPORTED && strstr(err.message, i < 4 ? "fesetround" : "-Ofast")), "%s", err.message);
+        CHECK(!exact == !fork, "a fork");
+        astrovl_session_free(fork);
+        astrovl_session_free(exact);
+        astrovl_session_free(fast);
+    }
+    models_kit_close(&kit);
+}
+
 static void models_arguments(void) {
     models_kit kit;
     astrovl_session_options o;
@@ -4440,6 +4503,7 @@ static void tests_models(void) {
     run("models: keys that contradict the tensors", models_wrong_keys);
     run("models: every tensor missing once", models_missing_tensors);
     run("models: parts of a model", models_parts);
+    run("models: exact mode where floats are not exact", models_inexact);
     run("models: wrong arguments", models_arguments);
     run("models: NULL for every argument", models_nulls);
     run("models: a warm session allocates nothing", models_warm);
