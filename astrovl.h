@@ -570,10 +570,9 @@ ASTROVL_API float astrovl_erff(float x);
 #ifndef ASTROVL__IMPLEMENTED
 #define ASTROVL__IMPLEMENTED
 
+// What is not there stays undefined, which #if takes as 0.
 #if defined(__unix__) || defined(__APPLE__) || defined(__wasi__)
 #define AVL__POSIX 1
-#else
-#define AVL__POSIX 0
 #endif
 
 #include <float.h>
@@ -592,27 +591,19 @@ ASTROVL_API float astrovl_erff(float x);
 #if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && !defined(__wasm__) && defined(__GNUC__)   // for atomic operations
 #define AVL__THREADS 1
 #include <pthread.h>
-#else
-#define AVL__THREADS 0
 #endif
 #if AVL__POSIX && !defined(ASTROVL_NO_FILES) && !defined(ASTROVL_NO_MMAP) && !defined(__wasm__)
 #define AVL__MMAP 1
 #include <sys/mman.h>
-#else
-#define AVL__MMAP 0
 #endif
 // Which kernels section [13] compiles: for x86 and AArch64 those of several instruction sets, chosen at run time; for
 // other processors one for the vector registers that the compiler may use. They assume little-endian bytes.
-#if defined(ASTROVL_NO_SIMD) || !(defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
-#define AVL__VECTORS 0
-#else
+#if !defined(ASTROVL_NO_SIMD) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
 #define AVL__VECTORS 1
 #endif
 #if AVL__VECTORS && defined(__x86_64__) && !defined(ASTROVL_TEST_GENERIC)
 #define AVL__X86 1
 #include <immintrin.h>
-#else
-#define AVL__X86 0
 #endif
 #if AVL__VECTORS && defined(__aarch64__) && !defined(__AARCH64EB__)
 #define AVL__NEON 1
@@ -620,25 +611,20 @@ ASTROVL_API float astrovl_erff(float x);
 #if AVL__POSIX && defined(__linux__)
 #include <sys/auxv.h>
 #endif
-#else
-#define AVL__NEON 0
 #endif
 #if AVL__X86 || AVL__NEON || \
     (AVL__VECTORS && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && \
      (defined(__SSE2__) || defined(__VSX__) || defined(__loongarch_sx) || defined(__wasm_simd128__) || \
       (defined(__riscv_vector) && (defined(__clang__) || __GNUC__ >= 14))))
 #define AVL__SIMD 1
-#else
-#define AVL__SIMD 0
 #endif
 
-// Exact mode rounds every product and every sum to the type of its operands. Macros show some of what breaks this,
-// avl__why_inexact finds the rest at run time. FLT_EVAL_METHOD: 2 is x87; 1 is s390x with -std=c99, where gcc can be
-// told otherwise. gcc ignores the standard pragma against fused multiply-adds and has its own.
+// Exact mode rounds every product and every sum. What no macro shows, avl__why_inexact finds at run time.
+// FLT_EVAL_METHOD 2 is x87; 1 is s390x with -std=c99, which gcc can undo. gcc has its own pragma against fused sums.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "astrovl.h: compile its implementation without -Ofast, -ffast-math and -ffinite-math-only"
 #elif !defined(ASTROVL_NO_EXACT) && (defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
-                                     (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 1 && FLT_EVAL_METHOD != 16))
+                                     FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2)
 #error "astrovl.h: exact mode needs -msse2 -mfpmath=sse on 32-bit x86, and no -funsafe-math; or define ASTROVL_NO_EXACT"
 #elif defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
@@ -1430,19 +1416,16 @@ static float avl__cos(float x) { return avl__sin_quadrant(x, 1); }
 // Why numbers are not exact in this build or process, and what to do; NULL: they are. The operands are volatile, which
 // makes the compiler do this at run time, as it does everything else.
 static const char *avl__why_inexact(void) {
-#ifdef ASTROVL_NO_EXACT
-    return "it was compiled with ASTROVL_NO_EXACT";
-#else
     static const volatile float v[] = {1, 1.25f * FLT_EPSILON, 1.75f * FLT_EPSILON, 1 / 4096.0f, 41, -0.0f, FLT_MIN};
     const float one = v[0], x = one + v[3], low = one + v[1] - one, high = one + v[2] - one;
     if (sizeof 1.0 * CHAR_BIT < 64) return "double has fewer than 64 bits; compile without -fsingle-precision-constant";
+    if (FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2) return "x87 rounds too late; compile with -msse2 -mfpmath=sse";
     if (low != FLT_EPSILON || high != 2 * FLT_EPSILON || v[4] / 41 != 1 || 1 / (v[5] + 0.0f) < 0)
         return "sums are reordered or not rounded to nearest; compile without -funsafe-math-optimizations, and do not "
                "use fesetround";
     if (x * x - (one + 2 * v[3]) != 0)
         return "products are not rounded before they are added; compile with -ffp-contract=off";
     return v[6] * 0.5f * 2 == FLT_MIN ? NULL : "tiny numbers become 0; link everything without -Ofast and -ffast-math";
-#endif
 }
 
 // ---- random numbers ------------------------------------------------------------------------------------------------
@@ -5802,11 +5785,6 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
                   o.isa ? o.isa : "NULL", AVL__KERNEL_NAMES);
         return NULL;
     }
-    const char *obstacle = o.mode == ASTROVL_EXACT ? avl__why_inexact() : NULL;
-    if (obstacle) {
-        avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "exact mode is impossible here: %s", obstacle);
-        return NULL;
-    }
     astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
     if (s) s->run = parent ? parent->run : (avl__run *)avl__alloc(1, sizeof *s->run);
     if (s && s->run) {
@@ -5831,7 +5809,9 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
 
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err) {
-    return avl__session_new(model, NULL, options, options ? options->n_ctx : 0, err);
+    const char *obstacle = options && options->mode == ASTROVL_EXACT ? avl__why_inexact() : NULL;
+    if (obstacle) avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "exact mode is impossible here: %s", obstacle);
+    return obstacle ? NULL : avl__session_new(model, NULL, options, options ? options->n_ctx : 0, err);
 }
 
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err) {

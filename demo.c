@@ -1495,10 +1495,7 @@ static void *quantize_pieces(void *context) {
 static int64_t quantize_chunk(chunk c) {
     chunk parts[ASTROVL_MAX_THREADS];
     int i, n_started = 1;
-    for (i = 0; i < c.n_threads; i++) {
-        parts[i] = c;
-        parts[i].thread = i;
-    }
+    for (; c.thread < c.n_threads; c.thread++) parts[c.thread] = c;
 #if defined(HAS_THREADS)
     pthread_t threads[ASTROVL_MAX_THREADS];
     while (n_started < c.n_threads &&

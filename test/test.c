@@ -112,6 +112,11 @@ static void mutate(unsigned char *bytes, size_t from, size_t to, uint64_t *seed)
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
+#if !defined(FE_UPWARD)                                        // WebAssembly rounds to nearest only
+#define FE_UPWARD     FE_TONEAREST
+#define FE_DOWNWARD   FE_TONEAREST
+#define FE_TOWARDZERO FE_TONEAREST
+#endif
 
 // ---- half precision: every value, and every place where rounding changes its mind -----------------------------------
 
@@ -1602,8 +1607,6 @@ static void tests_gguf(void) {
     run("gguf: cut anywhere", test_gguf_truncation);
     run("gguf: random damage", test_gguf_fuzz);
     run("gguf: allocation failures", test_gguf_no_memory);
-#if AVL__POSIX
-#endif
 }
 
 // ---- text -----------------------------------------------------------------------------------------------------------
@@ -3415,7 +3418,7 @@ static void models_inexact(void) {
 #else
         if (i >= 4) break;
 #endif
-        if (fesetround(modes[i]) != 0) continue;                            // this machine has only one
+        if (i > 0 && i < 4 && (modes[i] == FE_TONEAREST || fesetround(modes[i]) != 0)) continue;
         o.mode = ASTROVL_EXACT;
         astrovl_session *exact = astrovl_session_new(kit.model, &o, &err);
         o.mode = ASTROVL_FAST;
