@@ -708,8 +708,8 @@ AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const c
 // Fills err (if given) and returns status, so that a failing function can end with `return avl__fail(...)`. What is too
 // long loses its middle: a file's name comes first, the reason last.
 AVL__PRINTF(3, 4) static astrovl_status avl__fail(astrovl_error *err, astrovl_status status, const char *format, ...) {
-    char whole[4096 + sizeof err->message];            // the longest path, and the reason
     if (!err) return status;
+    char whole[4096 + sizeof err->message];            // the longest path, and the reason
     AVL__FORMAT_PARAMETERS(whole, format);
     const size_t size = strlen(whole), capacity = sizeof err->message;
     const size_t end = size < capacity ? 0 : avl__utf8_whole(whole, size - (capacity - 128));
