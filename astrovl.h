@@ -1418,7 +1418,7 @@ static float avl__cos(float x) { return avl__sin_quadrant(x, 1); }
 static const char *avl__why_inexact(void) {
     static const volatile float v[] = {1, 1.25f * FLT_EPSILON, 1.75f * FLT_EPSILON, 1 / 4096.0f, 41, -0.0f, FLT_MIN};
     const float one = v[0], x = one + v[3], low = one + v[1] - one, high = one + v[2] - one;
-    if (sizeof 1.0 * CHAR_BIT < 64) return "double has fewer than 64 bits; compile without -fsingle-precision-constant";
+    if (0.1 == (double)0.1f) return "double is too short; compile without -fsingle-precision-constant";
     if (FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2) return "x87 rounds too late; compile with -msse2 -mfpmath=sse";
     if (low != FLT_EPSILON || high != 2 * FLT_EPSILON || v[4] / 41 != 1 || 1 / (v[5] + 0.0f) < 0)
         return "sums are reordered or not rounded to nearest; compile without -funsafe-math-optimizations, and do not "
