@@ -107,8 +107,8 @@
 //
 // ---- Two modes -----------------------------------------------------------------------------------------------------
 // ASTROVL_EXACT computes in float32 with one fixed order for every sum, no fused multiply-add, and its own exp, erf,
-// sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic. It
-// needs FLT_EVAL_METHOD == 0 (on 32-bit x86: -msse2 -mfpmath=sse); -ffast-math is refused.
+// sin and cos made of + - * / and sqrt: the same bits with every compiler, on every processor with IEEE arithmetic.
+// Options that break this are refused by the compiler where macros show them, else by the session (UNSUPPORTED).
 // ASTROVL_FAST (default) uses vector instructions, rounds activations to 8-bit integers in blocks of 32, and keeps the
 // KV cache in float16. Weights of a float type are multiplied with activations of bfloat16 (AVX-512 BF16), of 14-bit
 // integers (other x86-64 processors) or of float32 (all others). Results never depend on the number of threads.
@@ -125,7 +125,7 @@
 //   ASTROVL_NO_MMAP               files are read, not mapped
 //   ASTROVL_NO_FILES              no files: models and images come as memory blocks (of stdio, only vsnprintf is used)
 //   ASTROVL_NO_SIMD               portable kernels alone
-//   ASTROVL_BARE                  neither POSIX nor Windows: standard C alone
+//   ASTROVL_NO_EXACT              options that break exact mode are accepted: its sessions are refused instead
 //   ASTROVL_MAX_PIXELS            largest image that is decoded, 2^28 pixels by default
 //   ASTROVL_DEFAULT_CONTEXT       KV cache of a session that names no size: 4096 tokens (or the model's, if less)
 //   ASTROVL_MAX_THREADS           64
@@ -581,12 +581,8 @@ ASTROVL_API float astrovl_erff(float x);
 #ifndef ASTROVL__IMPLEMENTED
 #define ASTROVL__IMPLEMENTED
 
-#if defined(__FAST_MATH__)
-#error "astrovl.h: exact mode promises IEEE arithmetic; compile its implementation without -ffast-math"
-#endif
-
 // What the machine has, AVL__POSIX to AVL__SIMD: 1, or not defined, which #if takes as 0
-#if !defined(_WIN32) && !defined(__wasm__) && !defined(ASTROVL_BARE)
+#if defined(__unix__) || defined(__APPLE__) || defined(__wasi__)
 #define AVL__POSIX 1
 #endif
 
@@ -603,11 +599,11 @@ ASTROVL_API float astrovl_erff(float x);
 #include <sys/time.h>
 #include <unistd.h>
 #endif
-#if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && defined(__GNUC__)   // gcc and clang: atomic operations
+#if AVL__POSIX && !defined(ASTROVL_NO_THREADS) && !defined(__wasm__) && defined(__GNUC__)   // for atomic operations
 #define AVL__THREADS 1
 #include <pthread.h>
 #endif
-#if AVL__POSIX && !defined(ASTROVL_NO_FILES) && !defined(ASTROVL_NO_MMAP)
+#if AVL__POSIX && !defined(ASTROVL_NO_FILES) && !defined(ASTROVL_NO_MMAP) && !defined(__wasm__)
 #define AVL__MMAP 1
 #include <sys/mman.h>
 #endif
@@ -634,12 +630,21 @@ ASTROVL_API float astrovl_erff(float x);
 #define AVL__SIMD 1
 #endif
 
-// Exact mode's sums must not be contracted into fused multiply-adds. gcc ignores the standard pragma and has its own.
-#if defined(__clang__)
+// Exact mode rounds every product and every sum. What no macro shows, avl__why_inexact finds at run time.
+// FLT_EVAL_METHOD 2 is x87; 1 is s390x with -std=c99, which gcc can undo. gcc has its own pragma against fused sums.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "astrovl.h: compile its implementation without -Ofast, -ffast-math and -ffinite-math-only"
+#elif !defined(ASTROVL_NO_EXACT) && (defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+                                     FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2)
+#error "astrovl.h: exact mode needs -msse2 -mfpmath=sse on 32-bit x86, and no -funsafe-math; or define ASTROVL_NO_EXACT"
+#elif defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
+#if FLT_EVAL_METHOD == 1
+#pragma GCC optimize("excess-precision=fast")
+#endif
 #endif
 
 #ifdef __cplusplus
@@ -711,11 +716,17 @@ AVL__PRINTF(3, 4) static size_t avl__format(char *text, size_t capacity, const c
         va_end(args); \
     } while (0)
 
-// Fills err (if given) and returns status, so that a failing function can end with `return avl__fail(...)`.
+// Fills err (if given) and returns status, so that a failing function can end with `return avl__fail(...)`. What is too
+// long loses its middle: a file's name comes first, the reason last.
 AVL__PRINTF(3, 4) static astrovl_status avl__fail(astrovl_error *err, astrovl_status status, const char *format, ...) {
     if (!err) return status;
+    char whole[4096 + sizeof err->message];            // the longest path, and the reason
+    AVL__FORMAT_PARAMETERS(whole, format);
+    const size_t size = strlen(whole), capacity = sizeof err->message;
+    const size_t end = size < capacity ? 0 : avl__utf8_whole(whole, size - (capacity - 128));
     err->status = status;
-    AVL__FORMAT_PARAMETERS(err->message, format);
+    avl__format(err->message, capacity, "%.*s%s%s", end ? (int)avl__utf8_whole(whole, 100) : 0, whole, end ? "..." : "",
+                whole + end);
     return status;
 }
 
@@ -1373,6 +1384,21 @@ static float avl__sin_quadrant(float x, int quadrant) {
 
 static float avl__sin(float x) { return avl__sin_quadrant(x, 0); }
 static float avl__cos(float x) { return avl__sin_quadrant(x, 1); }
+
+// Why numbers are not exact in this build or process, and what to do; NULL: they are. The operands are volatile, which
+// makes the compiler do this at run time, as it does everything else.
+static const char *avl__why_inexact(void) {
+    static const volatile float v[] = {1, 1.25f * FLT_EPSILON, 1.75f * FLT_EPSILON, 1 / 4096.0f, 41, -0.0f, FLT_MIN};
+    const float one = v[0], x = one + v[3], low = one + v[1] - one, high = one + v[2] - one;
+    if (0.1 == (double)0.1f) return "double is too short; compile without -fsingle-precision-constant";
+    if (FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2) return "x87 rounds too late; compile with -msse2 -mfpmath=sse";
+    if (low != FLT_EPSILON || high != 2 * FLT_EPSILON || v[4] / 41 != 1 || 1 / (v[5] + 0.0f) < 0)
+        return "sums are reordered or not rounded to nearest; compile without -funsafe-math-optimizations, and do not "
+               "use fesetround";
+    if (x * x - (one + 2 * v[3]) != 0)
+        return "products are not rounded before they are added; compile with -ffp-contract=off";
+    return v[6] * 0.5f * 2 == FLT_MIN ? NULL : "tiny numbers become 0; link everything without -Ofast and -ffast-math";
+}
 
 // ---- random numbers ------------------------------------------------------------------------------------------------
 
@@ -5905,7 +5931,9 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
 
 ASTROVL_API astrovl_session *astrovl_session_new(const astrovl_model *model, const astrovl_session_options *options,
                                                  astrovl_error *err) {
-    return avl__session_new(model, NULL, options, options ? options->n_ctx : 0, err);
+    const char *obstacle = options && options->mode == ASTROVL_EXACT ? avl__why_inexact() : NULL;
+    if (obstacle) avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "exact mode is impossible here: %s", obstacle);
+    return obstacle ? NULL : avl__session_new(model, NULL, options, options ? options->n_ctx : 0, err);
 }
 
 ASTROVL_API astrovl_session *astrovl_session_fork(const astrovl_session *parent, int n_ctx, astrovl_error *err) {

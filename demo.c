@@ -7,7 +7,7 @@
 //
 // From top to bottom: printing, options, running the model, one function per command, main.
 
-#if defined(__linux__) && !defined(_DEFAULT_SOURCE)
+#if (defined(__linux__) || defined(__wasi__)) && !defined(_DEFAULT_SOURCE)
 #define _DEFAULT_SOURCE 1        // readlink, also when compiled with -std=c99
 #endif
 #define _FILE_OFFSET_BITS 64     // index files above 2 GB, on 32-bit machines too
@@ -17,7 +17,6 @@
 
 #include <ctype.h>
 #include <errno.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <float.h>
 #include <math.h>
@@ -30,6 +29,7 @@
 #include <direct.h>
 #include <io.h>
 #include <share.h>
+#include <signal.h>
 #define SLASHES               "/\\"
 #define make_folder(path)     _mkdir(path)
 #define is_terminal(fd)       _isatty(fd)
@@ -52,16 +52,19 @@
 #define make_folder(path)     mkdir(path, 0777)
 #define is_terminal(fd)       isatty(fd)
 #define open_to_append(path)  fopen(path, "ab+")
-#ifdef __wasi__
-#define lock_file(f)          0         // WASI has no locks
+#ifdef __wasi__                            // has neither locks nor signals
+#define lock_file(f)          0
+#define catch_interrupts(on)  (void)(on)
+typedef int sig_atomic_t;
 #else
+#include <signal.h>
 #define lock_file(f)          flock(fileno(f), LOCK_EX | LOCK_NB)
 #endif
 #define write_file(f, p, n)   write(fileno(f), p, n)
 #define cut_file(f, size)     ftruncate(fileno(f), (off_t)(size))
 #define sync_file(f)          fsync(fileno(f))
 #define CREATE_MODE           "wbx"                        // x: fails if the file exists
-#if !defined(ASTROVL_NO_THREADS)
+#if !defined(ASTROVL_NO_THREADS) && !defined(__wasi__)
 #include <pthread.h>
 #define HAS_THREADS           1
 #endif
@@ -400,19 +403,21 @@ static double seconds(void) {              // wall clock, from any moment
 #endif
 }
 
+#ifndef catch_interrupts
 static void on_interrupt(int signal_number) { g_interrupted = signal_number != 0; }
 
 // From here on Ctrl-C ends the work (on: 1) or the program (0); neither, if it is ignored (in a script's background).
 static void catch_interrupts(int on) {
     if (signal(SIGINT, on ? on_interrupt : SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
 }
+#endif
 
 static int end_note(int printed) { return (void)printed, fputc('\n', stderr), EXIT_OK; }
 // Says something on standard error, as printf, with a literal for its format.
 #define note(...) end_note(fprintf(stderr, "astrovl: " __VA_ARGS__))
 
 // What went wrong goes to standard error and, with --json, to standard output as an object as well.
-static char g_failure[1024];
+static char g_failure[8192];            // holds a path and the reason
 static int end_failure(int printed, const char *file, const char *status) {
     (void)printed;
     note("%s", g_failure);
@@ -1221,6 +1226,9 @@ static int run_inspect(program *p) {
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
+#if FLT_EVAL_METHOD == 1
+#pragma GCC optimize("excess-precision=fast")
+#endif
 #endif
 
 #define QUANTIZE_MAX 1e9f                // more than any block holds (65504 * 128 * 32); its square does not overflow
@@ -1518,10 +1526,7 @@ static void *quantize_pieces(void *context) {
 static int64_t quantize_chunk(chunk c) {
     chunk parts[ASTROVL_MAX_THREADS];
     int i, n_started = 1;
-    for (i = 0; i < c.n_threads; i++) {
-        parts[i] = c;
-        parts[i].thread = i;
-    }
+    for (; c.thread < c.n_threads; c.thread++) parts[c.thread] = c;
 #if defined(HAS_THREADS)
     pthread_t threads[ASTROVL_MAX_THREADS];
     while (n_started < c.n_threads &&

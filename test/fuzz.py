@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Runs each target of test/fuzz.c for some seconds: fuzz.py [SECONDS] [TARGET...]. Starts from files of the tests, prints how many
-inputs were tried, and ends with a line "N passed, N failed". An input that fails stays in test/crash-*, and its report is printed."""
+"""Runs each target of test/fuzz.c for some seconds: fuzz.py [SECONDS] [TARGET...]. As many run at once as there are processors. Starts
+from files of the tests, prints how many inputs were tried, and ends with a line "N passed, N failed". An input that fails stays in
+test/crash-*, and its report is printed."""
 
+import concurrent.futures
 import glob
 import os
 import re
@@ -26,34 +28,38 @@ def seeds(index):
             "blocks": [bytes([kind]) + bytes(range(256)) for kind in (2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 30)]}
 
 
+def fuzz(target, inputs, folder, seconds):
+    """-> number of inputs tried, "?" if it did not reach its end; what it printed, or "" if all is well"""
+    corpus = os.path.join(folder, target)
+    os.mkdir(corpus)
+    for i, data in enumerate(inputs):
+        with open(os.path.join(corpus, "seed%d" % i), "wb") as f:
+            f.write(data)
+    # json: where a line is wrong, the program ends without freeing what it holds
+    done = subprocess.run([os.path.join(ROOT, "test", "fuzz"), "-max_total_time=%d" % seconds, "-timeout=20", "-rss_limit_mb=4096",
+                           "-max_len=%d" % max(4096, *map(len, inputs)), "-close_fd_mask=3", "-print_final_stats=1",
+                           "-artifact_prefix=" + os.path.join(ROOT, "test", "crash-%s-" % target), corpus],
+                          cwd=ROOT, env={**os.environ, "FUZZ": target, "FUZZ_FILE": os.path.join(folder, "lines.jsonl"),
+                                         "ASAN_OPTIONS": "detect_leaks=%d" % (target != "json")},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
+    runs = re.search(r"number_of_executed_units:\s*(\d+)", done.stdout)
+    good = done.returncode == 0 and runs is not None
+    return runs.group(1) if runs else "?", "" if good else done.stdout[-4000:] or "status %d" % done.returncode
+
+
 def main():
     seconds, wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 20, sys.argv[2:]
-    passed = failed = 0
-    with tempfile.TemporaryDirectory() as folder:
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         index = os.path.join(folder, "seed.avl")
         subprocess.run([os.path.join(ROOT, "astrovl"), "index", "-q", "test/images", "-o", index], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        for target, inputs in seeds(open(index, "rb").read()).items():
-            if wanted and target not in wanted:
-                continue
-            corpus = os.path.join(folder, target)
-            os.mkdir(corpus)
-            for i, data in enumerate(inputs):
-                with open(os.path.join(corpus, "seed%d" % i), "wb") as f:
-                    f.write(data)
-            # json: where a line is wrong, the program ends without freeing what it holds
-            done = subprocess.run([os.path.join(ROOT, "test", "fuzz"), "-max_total_time=%d" % seconds, "-timeout=20", "-rss_limit_mb=4096",
-                                   "-max_len=%d" % max(4096, *map(len, inputs)), "-close_fd_mask=3", "-print_final_stats=1",
-                                   "-artifact_prefix=" + os.path.join(ROOT, "test", "crash-%s-" % target), corpus],
-                                  cwd=ROOT, env={**os.environ, "FUZZ": target, "FUZZ_FILE": os.path.join(folder, "lines.jsonl"),
-                                                 "ASAN_OPTIONS": "detect_leaks=%d" % (target != "json")},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
-            runs = re.search(r"number_of_executed_units:\s*(\d+)", done.stdout)
-            good = done.returncode == 0 and runs is not None
-            passed, failed = passed + good, failed + (not good)
-            print("%-7s %9s inputs  %s" % (target, runs.group(1) if runs else "?", "ok" if good else "FAILED"), flush=True)
-            if not good:
-                print(done.stdout[-4000:])
-    print("%d passed, %d failed" % (passed, failed))
+        started = {target: pool.submit(fuzz, target, inputs, folder, seconds)
+                   for target, inputs in seeds(open(index, "rb").read()).items() if not wanted or target in wanted}
+        for target, future in started.items():
+            runs, report = future.result()
+            failed += report != ""
+            print("%-7s %9s inputs  %s" % (target, runs, report and "FAILED\n" + report or "ok"), flush=True)
+    print("%d passed, %d failed" % (len(started) - failed, failed))
     sys.exit(failed > 0)
 
 

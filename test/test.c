@@ -76,10 +76,9 @@ static void run(const char *name, void (*test)(void)) {
 static unsigned char *read_file(const char *path, size_t *size) {
     FILE *f = fopen(path, "rb");
     long n;
-    unsigned char *data;
     if (!f || fseek(f, 0, SEEK_END) != 0 || (n = ftell(f)) < 0) { fprintf(stderr, "%s: cannot be read\n", path); exit(1); }
     rewind(f);
-    data = (unsigned char *)malloc((size_t)n + 1);
+    unsigned char *data = (unsigned char *)malloc((size_t)n + 1);
     if (!data || fread(data, 1, (size_t)n, f) != (size_t)n) { fprintf(stderr, "%s: cannot be read\n", path); exit(1); }
     data[n] = 0;
     fclose(f);
@@ -110,7 +109,16 @@ static void mutate(unsigned char *bytes, size_t from, size_t to, uint64_t *seed)
 }
 
 // ---- [3] numbers ----------------------------------------------------------------------------------------------------
+#include <fenv.h>
 #include <math.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+#if !defined(FE_UPWARD)                                        // WebAssembly rounds to nearest only
+#define FE_UPWARD     FE_TONEAREST
+#define FE_DOWNWARD   FE_TONEAREST
+#define FE_TOWARDZERO FE_TONEAREST
+#endif
 
 // ---- half precision: every value, and every place where rounding changes its mind -----------------------------------
 
@@ -172,8 +180,7 @@ static void test_bf16(void) {
 
 // Equal bits, but any NaN for any NaN.
 static int numbers_same(const float *a, const unsigned char *b, size_t n) {
-    size_t i;
-    for (i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         uint32_t bits = avl__load_u32(b + 4 * i);
         if (avl__float_bits(a[i]) != bits && !(a[i] != a[i] && (bits & 0x7FFFFFFF) > 0x7F800000)) return 0;
     }
@@ -270,8 +277,7 @@ static void test_functions(void) {
         {"sin", avl__sin, sinl, 1, 0.5001, 8388608.0f, 0xf1c92acf7cffe2a5ull},
         {"cos", avl__cos, cosl, 2, 0.5001, 8388608.0f, 0x0370929586fd9ea1ull}
     };
-    int i;
-    for (i = 0; i < 5; i++) {
+    for (int i = 0; i < 5; i++) {
         const numbers_function *t = &functions[i];
         uint64_t b, hash = 14695981039346656037ull;
         double worst = 0;
@@ -279,12 +285,11 @@ static void test_functions(void) {
         int asymmetric = 0;
         for (b = 0; b < 0x100000000ull; b += 20011) {   // all exponents and signs, 214,000 values
             float x = avl__float_from_bits((uint32_t)b), y = t->f(x);
-            double error;
             if (x != x || (fabsf(x) >= t->limit && t->limit < INFINITY)) {
                 CHECK(y != y, "%s(%g) is %g", t->name, x, y);
                 continue;
             }
-            error = numbers_ulp(y, t->truth(x));
+            double error = numbers_ulp(y, t->truth(x));
             if (error > worst) worst = error, worst_x = x;
             if (t->odd) asymmetric += t->f(-x) != (t->odd == 1 ? -y : y);
             hash = (hash ^ avl__float_bits(y)) * 1099511628211ull;
@@ -309,9 +314,8 @@ static void test_function_values(void) {
     };
     // floats very close to a multiple of pi/2, and the largest below 2^23
     static const float hard[] = {252.898209f, 4.71238899f, 8388607.5f, -8388607.5f};
-    size_t i;
     float largest = astrovl_expf(88.722831726074f);
-    for (i = 0; i < sizeof values / sizeof *values; i++) {
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
         float y = values[i].f(values[i].x);
         CHECK(y == values[i].y, "case %d: %.9g instead of %.9g", (int)i, y, values[i].y);
     }
@@ -319,7 +323,7 @@ static void test_function_values(void) {
     CHECK(avl__float_bits(avl__sin(-0.0f)) == 0x80000000 && avl__float_bits(astrovl_tanhf(-0.0f)) == 0x80000000
           && avl__float_bits(astrovl_erff(-0.0f)) == 0x80000000, "the sign of zero is lost");
     CHECK(isnan(avl__sin(INFINITY)) && isnan(avl__cos(-INFINITY)) && isnan(avl__sin(8388608.0f)), "too large an angle");
-    for (i = 0; i < sizeof hard / sizeof *hard; i++) {
+    for (size_t i = 0; i < sizeof hard / sizeof *hard; i++) {
         CHECK(numbers_ulp(avl__sin(hard[i]), sinl((long double)hard[i])) < 0.5001, "sin(%a)", hard[i]);
         CHECK(numbers_ulp(avl__cos(hard[i]), cosl((long double)hard[i])) < 0.5001, "cos(%a)", hard[i]);
     }
@@ -338,21 +342,20 @@ static double numbers_relative(double result, long double truth) {
 static void test_double_functions(void) {
     uint64_t state = 1, hash = 14695981039346656037ull;
     double worst_exp = 0, worst_log = 0, e;
-    int i, n_wrong = 0;
-    for (i = 0; i < 100000; i++) {
+    int n_wrong = 0;
+    for (int i = 0; i < 100000; i++) {
         double x = (numbers_random(&state) - 0.5) * 1410, near_one = 1 + ldexp(x, -20);
         double any = ldexp(1 + numbers_random(&state), i % 2000 - 1000);
         double results[3];
-        int k;
         results[0] = avl__exp(x);
         results[1] = avl__log(any);
         results[2] = avl__log(near_one);
         if ((e = numbers_relative(results[0], expl(x))) > worst_exp) worst_exp = e;
         if ((e = numbers_relative(results[1], logl(any))) > worst_log) worst_log = e;
         if ((e = numbers_relative(results[2], logl(near_one))) > worst_log) worst_log = e;
-        for (k = 0; k < 3; k++) hash = (hash ^ avl__double_bits(results[k])) * 1099511628211ull;
+        for (int k = 0; k < 3; k++) hash = (hash ^ avl__double_bits(results[k])) * 1099511628211ull;
     }
-    for (i = 0; i < 100000; i++) {   // theta^(-2i/d), the nearest float
+    for (int i = 0; i < 100000; i++) {   // theta^(-2i/d), the nearest float
         float theta = i % 5 ? (float)ldexp(1 + numbers_random(&state), i % 24) : i % 2 ? 10000 : 500000, inv_freq[64];
         avl__rope_frequencies(inv_freq, 128, theta, NULL, 1);
         n_wrong += inv_freq[i % 64] != (float)powl(theta, -(i % 64) / 64.0L);
@@ -366,9 +369,8 @@ static void test_double_functions(void) {
 
 // The result is the float whose square, half a unit less and more, encloses x: products of 25 bits are exact in double.
 static void test_sqrt(void) {
-    uint32_t b;
     int bad = 0;
-    for (b = 1; b < 0x7F800000; b += 200003) {
+    for (uint32_t b = 1; b < 0x7F800000; b += 200003) {
         float x = avl__float_from_bits(b), y = (float)avl__sqrt((double)x);
         double low = ((double)y + nextafterf(y, 0)) / 2, high = ((double)y + nextafterf(y, 1e30f)) / 2;
         bad += !(low * low <= x && x <= high * high);
@@ -401,14 +403,12 @@ static float test_value(uint32_t *state) {
 }
 
 static void test_fill(float *x, int n, uint32_t seed) {
-    int i;
-    for (i = 0; i < n; i++) x[i] = test_value(&seed);
+    for (int i = 0; i < n; i++) x[i] = test_value(&seed);
 }
 
 static double test_max_difference(const float *a, const double *b, int n) {
     double worst = 0.0;
-    int i;
-    for (i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         double d = fabs((double)a[i] - b[i]);
         if (!(d <= worst)) worst = d;
     }
@@ -433,6 +433,28 @@ static void test_messages(void) {
     CHECK(avl__format(text, 3, "%s", "\xF0\x9F\x98\x80") == 0 && !*text, "%s", text);
 }
 
+// A path of any length leaves room for what is wrong with it.
+static void test_long_messages(void) {
+    static char path[4300];
+    astrovl_error err;
+    for (size_t n = 300; n < sizeof path - 1; n += 7) {
+        for (size_t i = 0; i < n; i++) path[i] = "/\xE2\x98\x86"[i % 4];
+        path[n] = 0;
+        CHECK(avl__fail(&err, ASTROVL_ERROR_FILE, "begin %s: the reason", path) == ASTROVL_ERROR_FILE, "status");
+        const size_t size = strlen(err.message);
+        if (n > sizeof path - 200) continue;     // a path that no system allows may lose it
+        CHECK(size > 16 && strcmp(err.message + size - 12, ": the reason") == 0, "%zu bytes: %s", n, err.message);
+        CHECK(memcmp(err.message, "begin /", 7) == 0 && avl__utf8_whole(err.message, size) == size, "%zu bytes: %s", n, err.message);
+        for (size_t i = 6; i < size - 12; i++)
+            if (err.message[i] != path[(i - 6) % 4]) {       // whole characters, then the dots, then whole characters
+                CHECK(memcmp(err.message + i, "...", 3) == 0 && ((unsigned char)err.message[i + 3] & 0xC0) != 0x80, "%s", err.message);
+                break;
+            }
+    }
+    path[4200] = 0;
+    CHECK(!astrovl_gguf_open(path, 0, &err) && strstr(err.message, "cannot be opened"), "%s", err.message);
+}
+
 static void test_growing(void) {
     int *list = NULL;
     size_t capacity = 0;
@@ -446,15 +468,14 @@ static void test_norms(void) {
     enum { N = 101 };
     float x[N], w[N], b[N], y[N];
     double e[N], mean = 0.0, var = 0.0, squares = 0.0;
-    int i;
     test_fill(x, N, 1), test_fill(w, N, 2), test_fill(b, N, 3);
-    for (i = 0; i < N; i++) mean += x[i], squares += (double)x[i] * x[i];
+    for (int i = 0; i < N; i++) mean += x[i], squares += (double)x[i] * x[i];
     mean /= (double)N;
-    for (i = 0; i < N; i++) var += (x[i] - mean) * (x[i] - mean);
-    for (i = 0; i < N; i++) e[i] = (x[i] - mean) / sqrt(var / (double)N + 1e-5) * w[i] + b[i];
+    for (int i = 0; i < N; i++) var += (x[i] - mean) * (x[i] - mean);
+    for (int i = 0; i < N; i++) e[i] = (x[i] - mean) / sqrt(var / (double)N + 1e-5) * w[i] + b[i];
     astrovl_layer_norm(y, x, w, b, N, 1e-5f);
     CHECK(test_max_difference(y, e, N) < 1e-6, "layer norm is off by %g", test_max_difference(y, e, N));
-    for (i = 0; i < N; i++) e[i] = x[i] / sqrt(squares / (double)N + 1e-6) * w[i];
+    for (int i = 0; i < N; i++) e[i] = x[i] / sqrt(squares / (double)N + 1e-6) * w[i];
     astrovl_rms_norm(y, x, w, N, 1e-6f);
     CHECK(test_max_difference(y, e, N) < 1e-6, "RMS norm is off by %g", test_max_difference(y, e, N));
     astrovl_rms_norm(x, x, w, N, 1e-6f);
@@ -465,20 +486,19 @@ static void test_activations(void) {
     enum { N = 400 };
     float x[N], y[N];
     double e[N], sum = 0.0;
-    int i;
-    for (i = 0; i < N; i++) x[i] = (float)(i - 200) * 0.1f;
+    for (int i = 0; i < N; i++) x[i] = (float)(i - 200) * 0.1f;
     memcpy(y, x, sizeof x), astrovl_gelu(y, N);
-    for (i = 0; i < N; i++) e[i] = 0.5 * x[i] * (1.0 + erf(x[i] / sqrt(2.0)));
+    for (int i = 0; i < N; i++) e[i] = 0.5 * x[i] * (1.0 + erf(x[i] / sqrt(2.0)));
     CHECK(test_max_difference(y, e, N) < 2e-6, "GELU is off by %g", test_max_difference(y, e, N));
     memcpy(y, x, sizeof x), astrovl_quick_gelu(y, N);
-    for (i = 0; i < N; i++) e[i] = x[i] / (1.0 + exp(-1.702 * x[i]));
+    for (int i = 0; i < N; i++) e[i] = x[i] / (1.0 + exp(-1.702 * x[i]));
     CHECK(test_max_difference(y, e, N) < 2e-6, "quick-GELU is off by %g", test_max_difference(y, e, N));
     memcpy(y, x, sizeof x), astrovl_silu(y, N);
-    for (i = 0; i < N; i++) e[i] = x[i] / (1.0 + exp(-x[i]));
+    for (int i = 0; i < N; i++) e[i] = x[i] / (1.0 + exp(-x[i]));
     CHECK(test_max_difference(y, e, N) < 2e-6, "SiLU is off by %g", test_max_difference(y, e, N));
     memcpy(y, x, sizeof x), astrovl_softmax(y, N);
-    for (i = 0; i < N; i++) sum += e[i] = exp(x[i] - (double)x[N - 1]);
-    for (i = 0; i < N; i++) e[i] /= sum;
+    for (int i = 0; i < N; i++) sum += e[i] = exp(x[i] - (double)x[N - 1]);
+    for (int i = 0; i < N; i++) e[i] /= sum;
     CHECK(test_max_difference(y, e, N) < 1e-7, "softmax is off by %g", test_max_difference(y, e, N));
     x[0] = 1000.0f, astrovl_softmax(x, 2);
     CHECK(x[0] == 1.0f && x[1] == 0.0f, "softmax must not overflow: %g %g", x[0], x[1]);
@@ -488,14 +508,13 @@ static void test_activations(void) {
 static void test_rope(void) {
     float inv_freq[4], a[8], b[8], a2[8], b2[8];
     double e[8], near = 0.0, far = 0.0;
-    int i;
     avl__rope_frequencies(inv_freq, 8, 10000.0f, NULL, 1.0f);
-    for (i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++) {
         double f = pow(10000.0, -2.0 * i / 8);
         CHECK(fabs(inv_freq[i] - f) <= 1e-7 * f, "inv_freq[%d] = %g", i, inv_freq[i]);
     }
     test_fill(a, 8, 4), test_fill(b, 8, 5);
-    for (i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++) {
         double t = 7.0 * inv_freq[i];
         e[2 * i] = a[2 * i] * cos(t) - a[2 * i + 1] * sin(t);
         e[2 * i + 1] = a[2 * i] * sin(t) + a[2 * i + 1] * cos(t);
@@ -504,7 +523,7 @@ static void test_rope(void) {
     astrovl_rope(a, 8, 7, inv_freq);
     CHECK(test_max_difference(a, e, 8) < 1e-6, "rotation is off by %g", test_max_difference(a, e, 8));
     astrovl_rope(b, 8, 3, inv_freq), astrovl_rope(a2, 8, 1007, inv_freq), astrovl_rope(b2, 8, 1003, inv_freq);
-    for (i = 0; i < 8; i++) near += (double)a[i] * b[i], far += (double)a2[i] * b2[i];
+    for (int i = 0; i < 8; i++) near += (double)a[i] * b[i], far += (double)a2[i] * b2[i];
     CHECK(fabs(near - far) < 1e-4, "q.k at distance 4: %g near the start, %g far from it", near, far);
 }
 
@@ -513,13 +532,12 @@ static void test_dot_order(void) {
     enum { N = 16 * 5 + 7 };
     float a[N], b[N], lane[16] = {0};
     volatile float product;
-    int i, half;
     test_fill(a, N, 6), test_fill(b, N, 7);
-    for (i = 0; i < N; i++) {
+    for (int i = 0; i < N; i++) {
         product = a[i] * b[i];
         lane[i % 16] += product;
     }
-    for (half = 8; half; half /= 2) for (i = 0; i < half; i++) lane[i] += lane[i + half];
+    for (int half = 8; half; half /= 2) for (int i = 0; i < half; i++) lane[i] += lane[i + half];
     CHECK(avl__dot_portable(a, b, N) == lane[0], "%.9g is not %.9g", avl__dot_portable(a, b, N), lane[0]);
 }
 
@@ -536,15 +554,13 @@ static void test_products(void) {
     static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
     enum { N_IN = 512, N_OUT = 70, N_ROWS = 5 };
     static float x[N_ROWS * N_IN], y[N_ROWS * N_OUT], y1[N_ROWS * N_OUT], expanded[N_OUT * N_IN], bias[N_OUT], direct[N_ROWS * N_OUT];
-    size_t t;
     test_fill(x, N_ROWS * N_IN, 8), test_fill(bias, N_OUT, 9);
-    for (t = 0; t < sizeof types / sizeof *types; t++) {
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
         size_t row = astrovl_type_row_bytes(types[t], N_IN), i;
         uint8_t *blocks = (uint8_t *)malloc(row * N_OUT);
         avl__run run;
         avl__linear w;
         uint32_t seed = (uint32_t)(100 + t);
-        int threads;
         for (i = 0; i < row * N_OUT; i++) {
             seed = seed * 1664525u + 1013904223u;
             blocks[i] = (uint8_t)((seed >> 24) & 0x3B);   // no float16, bfloat16 or float32 made of such bytes is huge or NaN
@@ -553,7 +569,7 @@ static void test_products(void) {
         astrovl_linear(direct, x, expanded, bias, N_ROWS, N_IN, N_OUT);
         memset(&w, 0, sizeof w);
         w.weight = blocks, w.bias = bias, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row;
-        for (threads = 1; threads <= 8; threads++) {
+        for (int threads = 1; threads <= 8; threads++) {
             test_run_start(&run, avl__choose_kernels(ASTROVL_EXACT, NULL), threads);
             memset(y, 0xFF, sizeof y);   // NaN: every value must be written
             avl__apply(&run, y, x, &w, N_ROWS);
@@ -573,17 +589,16 @@ static void test_attention_of_halves(const avl__attention *floats, int n_keys) {
     uint16_t *halves = (uint16_t *)malloc((size_t)(2 * n_keys * n_kv * d) * 2);
     float *out = (float *)malloc((size_t)n * 4);
     avl__attention a = *floats;
-    int h, j, i;
-    for (h = 0; h < n_kv; h++)
-        for (j = 0; j < n_keys; j++)
-            for (i = 0; i < d; i++) {
+    for (int h = 0; h < n_kv; h++)
+        for (int j = 0; j < n_keys; j++)
+            for (int i = 0; i < d; i++) {
                 halves[(h * n_keys + j) * d + i] = astrovl_f32_to_f16(k[(j * n_kv + h) * d + i]);
                 halves[((n_kv + h) * n_keys + j) * d + i] = astrovl_f32_to_f16(v[(j * n_kv + h) * d + i]);
             }
     a.k = halves, a.v = halves + n_kv * n_keys * d, a.out = out, a.is_half = 1;
     a.key_stride = (size_t)d, a.head_stride = (size_t)(n_keys * d);
     avl__attention_run(&a, 1);
-    for (i = 0; i < n; i++)
+    for (int i = 0; i < n; i++)
         CHECK(fabs(out[i] - floats->out[i]) < 1e-6, "%s: %d rows, float16: [%d] is %g, not %g", a.run->kernels->name, a.n_rows, i, out[i],
               floats->out[i]);
     free(halves), free(out);
@@ -646,8 +661,7 @@ static void test_attention_by(const avl__kernels *kernels, int n_rows, int n_pas
 }
 
 static void test_attention_case(int n_rows, int n_past, int n_head, int n_head_kv, int d, int causal) {
-    int i;
-    for (i = 0; i < AVL__N_KERNELS; i++)
+    for (int i = 0; i < AVL__N_KERNELS; i++)
         if (avl__kernels_run(i)) test_attention_by(avl__all_kernels[i], n_rows, n_past, n_head, n_head_kv, d, causal);
 }
 
@@ -677,9 +691,8 @@ static void test_fast_blocks(int type, uint8_t *blocks, size_t n_bytes, int scal
         {0, 0}, {0, 1}, {0, 1}, {0, 2}, {0, 0}, {0, 0}, {0, 1}, {0, 2}, {0, 1}, {0, 0}, {80, 2}, {108, 1}, {0, 2}, {0, 2}, {208, 1}};
     const avl__type_info *info = avl__find_type(type);
     int h, first = type == ASTROVL_TYPE_BF16 ? 0 : halves[type][0], n_halves = type == ASTROVL_TYPE_BF16 ? 1 : halves[type][1];
-    size_t i;
-    for (i = 0; i < n_bytes; i++) seed = seed * 1664525u + 1013904223u, blocks[i] = (uint8_t)(seed >> 24);
-    for (i = 0; i < n_bytes; i += (size_t)info->block_bytes)
+    for (size_t i = 0; i < n_bytes; i++) seed = seed * 1664525u + 1013904223u, blocks[i] = (uint8_t)(seed >> 24);
+    for (size_t i = 0; i < n_bytes; i += (size_t)info->block_bytes)
         for (h = 0; h < n_halves || (h == 0 && info->block_values == 1); h++) {
             uint8_t *at = blocks + i + first + 2 * h;
             uint16_t half;
@@ -694,8 +707,7 @@ static void test_fast_blocks(int type, uint8_t *blocks, size_t n_bytes, int scal
 // The largest |x| of a block, which its scale is made of
 static double test_block_top(const float *x, int begin, int n) {
     double top = 0.0;
-    int i;
-    for (i = begin; i < n && i < begin + 32; i++)
+    for (int i = begin; i < n && i < begin + 32; i++)
         if (fabs(x[i]) > top) top = fabs(x[i]);
     return top;
 }
@@ -724,15 +736,14 @@ static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, 
     uint8_t *blocks = (uint8_t *)malloc(row * (size_t)n_out);
     avl__linear w;
     avl__run run;
-    int r, o, i, threads;
     test_fill(x, n_rows * n_in, (uint32_t)(n_in + n_rows)), test_fill(bias, n_out, 9);
-    for (i = 0; i < n_rows * n_in; i += 37) x[i] *= i % 2 ? 50.0f : 0.0f;      // activations have outliers
+    for (int i = 0; i < n_rows * n_in; i += 37) x[i] *= i % 2 ? 50.0f : 0.0f;      // activations have outliers
     if (scales == 1) memset(x, 0, (size_t)n_in * sizeof *x);
     test_fast_blocks(type, blocks, row * (size_t)n_out, scales, (uint32_t)(100 * type + n_in));
     CHECK(astrovl_dequantize(type, blocks, expanded, (int64_t)n_in * n_out) == ASTROVL_OK, "type %d", type);
     memset(&w, 0, sizeof w);
     w.weight = blocks, w.bias = bias, w.type = type, w.n_in = n_in, w.n_out = n_out, w.row_bytes = row;
-    for (threads = 1; threads <= 3; threads += 2) {
+    for (int threads = 1; threads <= 3; threads += 2) {
         test_run_start(&run, kernels, threads);
         memset(y, 0xFF, sizeof y);
         avl__apply(&run, y, x, &w, n_rows);
@@ -740,12 +751,12 @@ static void test_fast_shape(const avl__kernels *kernels, int type, int is_fine, 
         CHECK(memcmp(again, y, sizeof y) == 0, "%s, %s: %d threads give other bits", kernels->name, astrovl_type_name(type), threads);
         avl__run_free(&run);
     }
-    for (r = 0; r < n_rows; r++)
-        for (o = 0; o < n_out; o++) {
+    for (int r = 0; r < n_rows; r++)
+        for (int o = 0; o < n_out; o++) {
             const float *xr = x + (size_t)r * (size_t)n_in, *wo = expanded + (size_t)o * (size_t)n_in;
             double sum = bias[o], error;
             double bound = test_fast_bound(avl__is_float_type(type), is_fine, 0, wo, xr, n_in);
-            for (i = 0; i < n_in; i++) sum += (double)xr[i] * wo[i];
+            for (int i = 0; i < n_in; i++) sum += (double)xr[i] * wo[i];
             error = fabs(sum - y[r * n_out + o]);
             CHECK(error <= bound + 1e-6 * fabs(sum), "%s, %s [%d, %d], %d rows, scales %d: y[%d][%d] is %g, not %g (bound %g)", kernels->name,
                   astrovl_type_name(type), n_out, n_in, n_rows, scales, r, o, y[r * n_out + o], sum, bound);
@@ -761,24 +772,22 @@ static void test_fast_case(const avl__kernels *kernels, int type, int n_in, int 
 static void test_fast_products(void) {
     static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
     static const int rows[] = {1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 31, 67}, outs[] = {1, 4, 31, 32, 33, 70}, odd[] = {1, 17, 33, 47, 588};
-    size_t t, i;
-    int k;
-    for (k = 0; k < AVL__N_KERNELS; k++)
-        for (t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
+    for (int k = 0; k < AVL__N_KERNELS; k++)
+        for (size_t t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
             const avl__kernels *kernels = avl__all_kernels[k];
             int values = avl__find_type(types[t])->block_values, scales;
-            for (i = 0; i < sizeof rows / sizeof *rows; i++)
+            for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
                 test_fast_case(kernels, types[t], values == 256 ? 512 : 160, outs[i % (sizeof outs / sizeof *outs)], rows[i], 0);
             for (scales = 1; scales < 3; scales++) {
                 test_fast_case(kernels, types[t], 256, 34, 1, scales);
                 test_fast_case(kernels, types[t], 256, 34, 9, scales);
             }
             test_fast_case(kernels, types[t], FAST_IN, 33, 7, 0);
-            for (i = 0; values == 1 && i < sizeof odd / sizeof *odd; i++) {
+            for (size_t i = 0; values == 1 && i < sizeof odd / sizeof *odd; i++) {
                 test_fast_case(kernels, types[t], odd[i], 34, 1, 0);
                 test_fast_case(kernels, types[t], odd[i], 34, 7, 0);
             }
-            for (i = 0; values == 32 && i < 12; i++)      // fewer blocks than are unpacked together: 1 to 3
+            for (size_t i = 0; values == 32 && i < 12; i++)      // fewer blocks than are unpacked together: 1 to 3
                 test_fast_case(kernels, types[t], 32 * (1 + (int)i % 3), 34, 1 + 4 * ((int)i / 3), 0);
         }
 }
@@ -792,17 +801,16 @@ static void test_fast_rows_by(const avl__kernels *kernels, int type, int n_in) {
     const int is_float = avl__is_float_type(type);
     size_t row = astrovl_type_row_bytes(type, n_in), i;
     uint8_t *blocks = (uint8_t *)malloc(row * N_OUT);
-    int r;
     avl__linear w;
     avl__run run;
     test_fill(x, N_ROWS * n_in, 31);
-    for (r = 0; r < N_ROWS * n_in; r += 211) x[r] *= 50.0f;      // blocks that deserve second pieces, others in each row
+    for (int r = 0; r < N_ROWS * n_in; r += 211) x[r] *= 50.0f;      // blocks that deserve second pieces, others in each row
     test_fast_blocks(type, blocks, row * N_OUT, 0, (uint32_t)type);
     memset(&w, 0, sizeof w);
     w.weight = blocks, w.type = type, w.n_in = n_in, w.n_out = N_OUT, w.row_bytes = row;
     test_run_start(&run, kernels, 1);
     for (i = 0; i < sizeof rows / sizeof *rows; i++)
-        for (r = 0; r + rows[i] <= N_ROWS; r += rows[i]) {
+        for (int r = 0; r + rows[i] <= N_ROWS; r += rows[i]) {
             float *to = i ? y : all + r * N_OUT;             // first each row alone
             avl__product p;
             memset(&p, 0, sizeof p);
@@ -824,7 +832,7 @@ static void test_fast_vnni(void) {
     static float x[16 * N_IN], y[2][16 * N_OUT];
     static uint8_t blocks[N_OUT * N_IN * 4];
     const avl__kernels *tables[2] = {&avl__kernels_avx2, &avl__kernels_avx_vnni};
-    size_t t, i, k;
+    size_t t, i;
     CHECK(avl__all_kernels[2] == tables[1] && (!avl__kernels_run(2) || avl__kernels_run(1)), "the table's place");
     test_fill(x, 16 * N_IN, 8);
     for (t = 0; avl__kernels_run(2) && t < sizeof types / sizeof *types; t++)
@@ -833,7 +841,7 @@ static void test_fast_vnni(void) {
             memset(&w, 0, sizeof w);
             w.weight = blocks, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = astrovl_type_row_bytes(types[t], N_IN);
             test_fast_blocks(types[t], blocks, w.row_bytes * N_OUT, 0, (uint32_t)t);
-            for (k = 0; k < 2; k++) {
+            for (size_t k = 0; k < 2; k++) {
                 avl__run run;
                 test_run_start(&run, tables[k], 1);
                 avl__apply(&run, y[k], x, &w, rows[i]);
@@ -846,10 +854,8 @@ static void test_fast_vnni(void) {
 
 static void test_fast_rows(void) {
     static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
-    size_t t;
-    int k;
-    for (k = 0; k < AVL__N_KERNELS; k++)
-        for (t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
+    for (int k = 0; k < AVL__N_KERNELS; k++)
+        for (size_t t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
             int values = avl__find_type(types[t])->block_values;
             test_fast_rows_by(avl__all_kernels[k], types[t], values == 256 ? 1536 : 1568);
             if (values == 1) test_fast_rows_by(avl__all_kernels[k], types[t], 47);
@@ -861,20 +867,18 @@ static void test_fast_threads(void) {
     enum { N_IN = 8288, N_OUT = 34, N_ROWS = 20 };      // 259 blocks
     static const int types[] = {ASTROVL_TYPE_F16, ASTROVL_TYPE_Q4_0, ASTROVL_TYPE_Q8_0}, rows[] = {1, 2, 8, N_ROWS}, threads[] = {1, 2, 3, 8};
     static float x[N_ROWS * N_IN], first[N_ROWS * N_OUT], y[N_ROWS * N_OUT];
-    size_t t, i, n;
-    int k, r;
     test_fill(x, N_ROWS * N_IN, 17);
-    for (r = 0; r < N_ROWS * N_IN; r += 307) x[r] *= 40.0f;      // second pieces
-    for (k = 1; k < AVL__N_KERNELS; k++)
-        for (t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
+    for (int r = 0; r < N_ROWS * N_IN; r += 307) x[r] *= 40.0f;      // second pieces
+    for (int k = 1; k < AVL__N_KERNELS; k++)
+        for (size_t t = 0; avl__kernels_run(k) && t < sizeof types / sizeof *types; t++) {
             const size_t row = astrovl_type_row_bytes(types[t], N_IN);
             uint8_t *blocks = (uint8_t *)malloc(row * N_OUT);
             avl__linear w;
             memset(&w, 0, sizeof w);
             w.weight = blocks, w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT, w.row_bytes = row;
             test_fast_blocks(types[t], blocks, row * N_OUT, 0, 5);
-            for (i = 0; i < sizeof rows / sizeof *rows; i++)
-                for (n = 0; n < sizeof threads / sizeof *threads; n++) {
+            for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+                for (size_t n = 0; n < sizeof threads / sizeof *threads; n++) {
                     avl__run run;
                     test_run_start(&run, avl__all_kernels[k], threads[n]);
                     avl__apply(&run, n ? y : first, x, &w, rows[i]);
@@ -892,10 +896,8 @@ static void test_fast_neon(void) {
     enum { N_IN = 512, N_OUT = 37, N_ROWS = 9 };
     static const int types[] = {2, 3, 6, 7, 8, 10, 11, 12, 13, 14};
     static float x[N_ROWS * N_IN], y[N_ROWS * N_OUT], first[N_ROWS * N_OUT];
-    size_t t;
-    int k;
     test_fill(x, N_ROWS * N_IN, 41);
-    for (t = 0; t < sizeof types / sizeof *types; t++) {
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
         avl__linear w;
         uint8_t *blocks;
         memset(&w, 0, sizeof w);
@@ -903,7 +905,7 @@ static void test_fast_neon(void) {
         w.weight = blocks = (uint8_t *)malloc(w.row_bytes * N_OUT);
         w.type = types[t], w.n_in = N_IN, w.n_out = N_OUT;
         test_fast_blocks(types[t], blocks, w.row_bytes * N_OUT, 0, 42);
-        for (k = 1; k < AVL__N_KERNELS && avl__kernels_run(k); k++) {
+        for (int k = 1; k < AVL__N_KERNELS && avl__kernels_run(k); k++) {
             avl__run run;
             test_run_start(&run, avl__all_kernels[k], 1);
             avl__apply(&run, k == 1 ? first : y, x, &w, N_ROWS);
@@ -918,16 +920,15 @@ static void test_fast_neon(void) {
 static void test_fast_ops(void) {
     enum { N = 1003 };
     static float x[N], up[N], weight[N], bias[N], y[N], z[N];
-    int k, i, n, op;
-    for (k = 1; k < AVL__N_KERNELS; k++)
-        for (n = 1; avl__kernels_run(k) && n <= N; n = n < 40 ? n + 1 : n + 481)
-            for (op = 0; op < 5; op++) {
+    for (int k = 1; k < AVL__N_KERNELS; k++)
+        for (int n = 1; avl__kernels_run(k) && n <= N; n = n < 40 ? n + 1 : n + 481)
+            for (int op = 0; op < 5; op++) {
                 const avl__kernels *table[2];
                 double worst = 0.0, top = 1e-3;
                 table[0] = avl__all_kernels[0], table[1] = avl__all_kernels[k];
                 test_fill(x, n, 3), test_fill(up, n, 4), test_fill(weight, n, 5), test_fill(bias, n, 6);
-                for (i = 0; i < n; i++) x[i] *= i % 5 ? 3.0f : 40.0f;
-                for (i = 0; i < 2; i++) {
+                for (int i = 0; i < n; i++) x[i] *= i % 5 ? 3.0f : 40.0f;
+                for (int i = 0; i < 2; i++) {
                     float *to = i ? y : z;
                     memcpy(to, x, sizeof x);
                     if (op == 0) table[i]->rms_norm(to, x, weight, n, 1e-5f);
@@ -936,7 +937,7 @@ static void test_fast_ops(void) {
                     if (op == 3) table[i]->quick_gelu(to, n);
                     if (op == 4) table[i]->silu_product(to, up, n);
                 }
-                for (i = 0; i < n; i++) {
+                for (int i = 0; i < n; i++) {
                     if (fabs((double)y[i] - z[i]) > worst) worst = fabs((double)y[i] - z[i]);
                     if (fabs((double)z[i]) > top) top = fabs((double)z[i]);
                 }
@@ -949,15 +950,14 @@ static void test_fast_halves(void) {
     enum { N = 75 };
     static float x[N], back[N];
     static uint16_t halves[N];
-    int k, i, n;
-    for (k = 0; k < AVL__N_KERNELS; k++)
-        for (n = 1; avl__kernels_run(k) && avl__all_kernels[k]->attend && n <= N; n++) {
+    for (int k = 0; k < AVL__N_KERNELS; k++)
+        for (int n = 1; avl__kernels_run(k) && avl__all_kernels[k]->attend && n <= N; n++) {
             const avl__kernels *kernels = avl__all_kernels[k];
             test_fill(x, n, 5);
             x[n / 2] = n % 2 ? 1e6f : -1e30f;
             kernels->to_halves(halves, x, n);
             kernels->from_halves(back, halves, n);
-            for (i = 0; i < n; i++)
+            for (int i = 0; i < n; i++)
                 CHECK(back[i] == (i == n / 2 ? n % 2 ? 65504.0f : -65504.0f : astrovl_f16_to_f32(astrovl_f32_to_f16(x[i]))), "%s: %d of %d",
                       kernels->name, i, n);
         }
@@ -969,15 +969,15 @@ static void test_fast_attend_one(void) {
     static float q[HEAD], out[HEAD], weights[KEYS], rows[2 * KEYS * STRIDE];
     static uint16_t halves[2 * KEYS * STRIDE], *values = halves + KEYS * STRIDE;
     static const int n_keys[] = {1, 2, 31, 32, 33, KEYS};
-    int k, i, j, c, n;
+    int i, j;
     test_fill(rows, 2 * KEYS * STRIDE, 8);
     for (i = 0; i < 2 * KEYS * STRIDE; i++) halves[i] = astrovl_f32_to_f16(rows[i]), rows[i] = astrovl_f16_to_f32(halves[i]);
-    for (k = 0; k < AVL__N_KERNELS; k++)
-        for (n = 1; avl__kernels_run(k) && avl__all_kernels[k]->attend && n <= HEAD; n++) {
+    for (int k = 0; k < AVL__N_KERNELS; k++)
+        for (int n = 1; avl__kernels_run(k) && avl__all_kernels[k]->attend && n <= HEAD; n++) {
             const avl__kernels *kernels = avl__all_kernels[k];
             test_fill(q, n, n);
             for (i = 0; i < n; i++) q[i] *= 4;
-            for (c = 0; c < (int)(sizeof n_keys / sizeof *n_keys); c++) {
+            for (int c = 0; c < (int)(sizeof n_keys / sizeof *n_keys); c++) {
                 double p[KEYS], total = 0.0, sum;
                 kernels->attend_one(out, q, halves, values, STRIDE, n_keys[c], n, weights);
                 for (j = 0; j < n_keys[c]; j++) {
@@ -1030,41 +1030,38 @@ static void test_fast_vector_ends(const avl__kernels *kernels, int n) {
     uint16_t *halves = (uint16_t *)test_end(2, sizeof(uint16_t) * (size_t)n);
     uint8_t *bytes = (uint8_t *)test_end(3, (size_t)n);
     float dot, portable;
-    int i;
     test_fill(x, n, 1), test_fill(y, n, 2);
     kernels->rms_norm(y, y, x, n, 1e-5f), kernels->layer_norm(y, y, x, x, n, 1e-5f);
     kernels->gelu(y, n), kernels->quick_gelu(y, n), kernels->silu_product(y, x, n);
     if (kernels->attend) {
         kernels->to_halves(halves, x, n), kernels->from_halves(y, halves, n);
         kernels->attend_one(y, x, halves, halves, (size_t)n, 1, n, &dot);
-        for (i = 0; i < n; i++) CHECK(dot == 1.0f && y[i] == astrovl_f16_to_f32(halves[i]), "%s: %d of %d halves", kernels->name, i, n);
+        for (int i = 0; i < n; i++) CHECK(dot == 1.0f && y[i] == astrovl_f16_to_f32(halves[i]), "%s: %d of %d halves", kernels->name, i, n);
     }
-    for (i = 0; i < n; i++) halves[i] = astrovl_f32_to_f16(x[i]);
+    for (int i = 0; i < n; i++) halves[i] = astrovl_f32_to_f16(x[i]);
     dot = kernels->dot_f16(halves, y, n), portable = avl__dot_f16_portable(halves, y, n);
     CHECK(memcmp(&dot, &portable, sizeof dot) == 0, "%s: dot_f16 of %d has other bits", kernels->name, n);
-    for (i = 0; i < n; i++) bytes[i] = 0xFF;
+    for (int i = 0; i < n; i++) bytes[i] = 0xFF;
 }
 
 static void test_fast_ends(void) {
     static const int types[] = {0, 1, 30, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14}, rows[] = {1, 2, 3, 9, 17};
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    size_t t, i;
-    int k, n;
-    for (k = 0; k < END_ARRAYS; k++) {
+    for (int k = 0; k < END_ARRAYS; k++) {
         uint8_t *map = (uint8_t *)mmap(NULL, END_BYTES + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         CHECK(map != MAP_FAILED && mprotect(map + END_BYTES, page, PROT_NONE) == 0, "no page to guard with");
         g_ends[k] = map + END_BYTES;
     }
-    for (k = 0; k < AVL__N_KERNELS; k++) {
+    for (int k = 0; k < AVL__N_KERNELS; k++) {
         if (!avl__kernels_run(k)) continue;
-        for (t = 0; t < sizeof types / sizeof *types; t++)
-            for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+        for (size_t t = 0; t < sizeof types / sizeof *types; t++)
+            for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
                 const int values = avl__find_type(types[t])->block_values;
                 test_fast_ends_by(avl__all_kernels[k], types[t], values == 256 ? 512 : values == 32 ? 288 : 299, rows[i]);
             }
-        for (n = 1; n < 70; n++) test_fast_vector_ends(avl__all_kernels[k], n);
+        for (int n = 1; n < 70; n++) test_fast_vector_ends(avl__all_kernels[k], n);
     }
-    for (k = 0; k < END_ARRAYS; k++) munmap(g_ends[k] - END_BYTES, END_BYTES + page);
+    for (int k = 0; k < END_ARRAYS; k++) munmap(g_ends[k] - END_BYTES, END_BYTES + page);
 }
 #endif
 
@@ -1082,9 +1079,8 @@ static void test_fast_model(void) {
     astrovl_get_info(model, &info);
     for (i = 0; i < 3; i++) logits[i] = (float *)malloc(sizeof(float) * (size_t)n * (size_t)info.n_vocab);
     for (k = -1; k < AVL__N_KERNELS; k++) {
-        int threads;
         if (k >= 0 && !avl__kernels_run(k)) continue;     // would be as the one before it
-        for (threads = 1; threads <= 3; threads += 2) {
+        for (int threads = 1; threads <= 3; threads += 2) {
             float *out = logits[k < 0 ? 0 : 1 + (threads > 1)];
             astrovl_session_options o;
             astrovl_session *s;
@@ -1115,6 +1111,7 @@ static void test_fast_model(void) {
 
 static void tests_ops(void) {
     run("platform: messages", test_messages);
+    run("platform: long messages keep their end", test_long_messages);
     run("platform: growing arrays", test_growing);
     run("ops: norms", test_norms);
     run("ops: activations", test_activations);
@@ -1158,8 +1155,7 @@ static void gguf_put(gguf_bytes *b, const void *data, size_t size) {
 
 static void gguf_put_number(gguf_bytes *b, uint64_t value, int n) {
     unsigned char bytes[8];
-    int i;
-    for (i = 0; i < n; i++) bytes[i] = (unsigned char)(value >> 8 * i);
+    for (int i = 0; i < n; i++) bytes[i] = (unsigned char)(value >> 8 * i);
     gguf_put(b, bytes, (size_t)n);
 }
 
@@ -1195,8 +1191,7 @@ static gguf_bytes gguf_make(const char *words) {
 static double gguf_walk(const astrovl_gguf *f) {
     double sum = 0;
     uint64_t k;
-    int i;
-    for (i = 0; i < astrovl_gguf_n_kv(f); i++) {
+    for (int i = 0; i < astrovl_gguf_n_kv(f); i++) {
         const astrovl_kv *kv = astrovl_gguf_kv(f, i);
         for (k = 0; k < kv->count + 1; k++) {
             astrovl_string s = astrovl_gguf_string(f, i, k);
@@ -1205,7 +1200,7 @@ static double gguf_walk(const astrovl_gguf *f) {
         }
         CHECK(astrovl_gguf_find_kv(f, kv->key) == i, "key %s is not found", kv->key);
     }
-    for (i = 0; i < astrovl_gguf_n_tensors(f); i++) {
+    for (int i = 0; i < astrovl_gguf_n_tensors(f); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(f, i);
         for (k = 0; k < t->n_bytes; k++) sum += ((const unsigned char *)t->data)[k];
         CHECK(astrovl_gguf_find_tensor(f, t->name) == t, "tensor %s is not found", t->name);
@@ -1219,13 +1214,11 @@ static double gguf_walk(const astrovl_gguf *f) {
 // Opens a copy that ends exactly where an allocation ends, so that a sanitizer sees a read past it.
 static int gguf_try(const unsigned char *data, size_t size, astrovl_error *err) {
     unsigned char *copy = (unsigned char *)malloc(size ? size : 1);
-    astrovl_gguf *f;
-    int good;
     if (!copy) exit(1);
     memcpy(copy, data, size);
     memset(err, 0, sizeof *err);
-    f = astrovl_gguf_open_memory(copy, size, "m.gguf", err);
-    good = f != NULL;
+    astrovl_gguf *f = astrovl_gguf_open_memory(copy, size, "m.gguf", err);
+    int good = f != NULL;
     if (f) gguf_walk(f);
     astrovl_gguf_close(f);
     free(copy);
@@ -1253,9 +1246,9 @@ static void gguf_check_metadata(const astrovl_gguf *f) {
     };
     static const char *const strings[] = {"a", "", "\xE2\x96\x81the", "<0x0A>"};
     char key[64];
-    int i, index;
+    int index;
     astrovl_string s;
-    for (i = 0; i < 11; i++) {
+    for (int i = 0; i < 11; i++) {
         const gguf_expected *e = &expected[i];
         sprintf(key, "test.%s", e->name);
         index = astrovl_gguf_find_kv(f, key);
@@ -1280,7 +1273,7 @@ static void gguf_check_metadata(const astrovl_gguf *f) {
     if (index < 0) return;
     CHECK(astrovl_gguf_kv(f, index)->item_type == ASTROVL_VALUE_STRING, "the array of texts");
     CHECK(astrovl_gguf_kv(f, index)->count == 4, "the array of texts");
-    for (i = 0; i < 5; i++) {
+    for (int i = 0; i < 5; i++) {
         s = astrovl_gguf_string(f, index, (uint64_t)i);
         CHECK(s.size == (i < 4 ? strlen(strings[i]) : 0), "text %d", i);
         CHECK(i == 4 || memcmp(s.data, strings[i], s.size) == 0, "text %d", i);
@@ -1296,14 +1289,12 @@ static void gguf_check_tensors(const astrovl_gguf *f) {
     static const int64_t rows[4][3] = {{1, 1, 1}, {4, 1, 1}, {2, 2, 1}, {2, 1, 2}};
     size_t size, at = 0;
     unsigned char *gold = read_file("test/golden/types.gold", &size);
-    int i;
     CHECK(astrovl_gguf_n_tensors(f) == 13, "%d tensors", astrovl_gguf_n_tensors(f));
-    for (i = 0; i < 13 && !g_test_failed; i++) {
+    for (int i = 0; i < 13 && !g_test_failed; i++) {
         int type = (int)avl__load_u32(gold + at), n = (int)avl__load_u32(gold + at + 4), n_dims = i % 4 + 1;
         char name[32];
-        const astrovl_tensor *t;
         sprintf(name, "tensor.%s", astrovl_type_name(type));
-        t = astrovl_gguf_find_tensor(f, name);
+        const astrovl_tensor *t = astrovl_gguf_find_tensor(f, name);
         CHECK(t && t == astrovl_gguf_tensor(f, i), "%s", name);
         if (!t) break;
         CHECK((int)t->type == type && t->n_dims == n_dims && strcmp(t->name, name) == 0, "%s is another", name);
@@ -1319,10 +1310,9 @@ static void test_gguf_golden(void) {
     static const char path[] = "test/golden/types_le.gguf";
     size_t size;
     unsigned char *data = read_file(path, &size), *odd = (unsigned char *)malloc(size + 1);
-    int way;
     if (!odd) exit(1);
     memcpy(odd + 1, data, size);
-    for (way = 0; way < 4; way++) {
+    for (int way = 0; way < 4; way++) {
         astrovl_error err;
         astrovl_gguf *f;
         if (way == 3) odd[1 + 4] = 2;
@@ -1369,8 +1359,7 @@ static void test_gguf_good(void) {
         "i3 q1 q1 'general.alignment i4 i1 't i1 q1 i0 q0 f1",         // aligned to 1
         "i3 q1 q1 'general.alignment i10 q4096 't i1 q1 i0 q0 a4096 f1"
     };
-    size_t i;
-    for (i = 0; i < sizeof files / sizeof *files; i++) {
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
         gguf_bytes b = gguf_make(files[i]);
         astrovl_error err;
         CHECK(gguf_try(b.data, b.size, &err), "%s: %s", files[i], err.message);
@@ -1460,8 +1449,7 @@ static void test_gguf_bad(void) {
         {GGUF_TWO "'a i1 q1 i0 q32 'b i1 q1 i0 q0 a32 z64", F, "tensor 'a' at byte 96: ", "at offset 32; it must follow"},
         {GGUF_TWO "'b i1 q1 i0 q32 'b i1 q1 i0 q0 a32 z64", F, "tensor 'b' at byte ", "the same name appears twice"}
     };
-    size_t i;
-    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         gguf_bytes b = gguf_make(cases[i].file);
         astrovl_error err;
         CHECK(!gguf_try(b.data, b.size, &err), "%s was opened", cases[i].file);
@@ -1592,9 +1580,9 @@ static void test_gguf_fuzz(void) {
 }
 
 static void test_gguf_no_memory(void) {
-    int no_mmap, failed;
+    int failed;
     long at, live = g_live;
-    for (no_mmap = 0; no_mmap < 2; no_mmap++) {
+    for (int no_mmap = 0; no_mmap < 2; no_mmap++) {
         astrovl_error err = {ASTROVL_OK, ""};
         astrovl_gguf *f;
         EACH_ALLOCATION(at, failed, f = astrovl_gguf_open("test/golden/types_le.gguf", no_mmap, &err)) {
@@ -1618,8 +1606,6 @@ static void tests_gguf(void) {
     run("gguf: cut anywhere", test_gguf_truncation);
     run("gguf: random damage", test_gguf_fuzz);
     run("gguf: allocation failures", test_gguf_no_memory);
-#if AVL__POSIX
-#endif
 }
 
 // ---- text -----------------------------------------------------------------------------------------------------------
@@ -1642,10 +1628,9 @@ static text_case *text_read_all(const char *path, int *n) {
     unsigned char *file = read_file(path, &size);
     text_reader r = {file, 0};
     text_case *texts;
-    int i;
     *n = (int)text_u32(&r);
     texts = (text_case *)calloc((size_t)*n, sizeof *texts);
-    for (i = 0; i < *n; i++) {
+    for (int i = 0; i < *n; i++) {
         size_t times = text_u32(&r), length = text_u32(&r), k;
         texts[i].size = times * length;
         texts[i].data = (unsigned char *)calloc(times * length + 1, 1);
@@ -1658,8 +1643,7 @@ static text_case *text_read_all(const char *path, int *n) {
 }
 
 static void text_free_all(text_case *texts, int n) {
-    int i;
-    for (i = 0; i < n; i++) free(texts[i].data);
+    for (int i = 0; i < n; i++) free(texts[i].data);
     free(texts);
 }
 
@@ -1686,9 +1670,8 @@ static int32_t *text_tokens(const astrovl_model *m, const void *text, size_t siz
 // The id of a piece, or -1.
 static int32_t text_find(const astrovl_model *m, const char *piece) {
     astrovl_info info;
-    int32_t id;
     astrovl_get_info(m, &info);
-    for (id = 0; id < info.n_vocab; id++) {
+    for (int32_t id = 0; id < info.n_vocab; id++) {
         astrovl_string s = astrovl_token_piece(m, id);
         if (s.size == strlen(piece) && memcmp(s.data, piece, s.size) == 0) return id;
     }
@@ -1697,16 +1680,14 @@ static int32_t text_find(const astrovl_model *m, const char *piece) {
 
 static uint32_t text_hash(const int32_t *ids, size_t n) {
     uint32_t hash = 2166136261u;
-    size_t i;
-    for (i = 0; i < n; i++) hash = (hash ^ (uint32_t)ids[i]) * 16777619u;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ (uint32_t)ids[i]) * 16777619u;
     return hash;
 }
 
 // What ids read as: through the gate, without the space that the tokenizer put in front. The texts may hold zero bytes.
 static void text_decode(const astrovl_model *m, const int32_t *ids, int n, int space_prefix, avl__bytes *out) {
     avl__utf8_gate gate = {{0}, 0};
-    int i;
-    for (i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         char text[128];
         int size = astrovl_token_text(m, ids[i], text, (int)sizeof text), skip = i == 0 && space_prefix && size > 0 && text[0] == ' ';
         CHECK(size <= (int)sizeof text, "token %d has %d bytes", (int)ids[i], size);
@@ -1716,9 +1697,8 @@ static void text_decode(const astrovl_model *m, const int32_t *ids, int n, int s
 }
 
 static void text_print_ids(const char *what, const int32_t *ids, size_t n) {
-    size_t i;
     fprintf(stderr, "  %s:", what);
-    for (i = 0; i < n && i < 40; i++) fprintf(stderr, " %d", (int)ids[i]);
+    for (size_t i = 0; i < n && i < 40; i++) fprintf(stderr, " %d", (int)ids[i]);
     fputc('\n', stderr);
 }
 
@@ -1745,11 +1725,10 @@ static void text_check_vocab(const char *name) {
     size_t size;
     int n_texts, n_cases, n_skipped = 0, i;
     text_case *texts = text_read_all("test/golden/tokens_texts.bin", &n_texts);
-    astrovl_model *m;
     unsigned char *golden;
     text_reader r = {NULL, 0};
     sprintf(path, "test/golden/vocab_%s.gguf", name);
-    m = text_open(path);
+    astrovl_model *m = text_open(path);
     sprintf(path, "test/golden/tokens_%s.bin", name);
     r.data = golden = read_file(path, &size);
     n_cases = (int)text_u32(&r);
@@ -1805,17 +1784,16 @@ static void test_text_smollm(void) { text_check_vocab("smollm"); }
 
 // Pairs of broken text and what Python's decoder shows, fed whole, byte by byte and in threes: it may not matter.
 static void test_text_gate(void) {
-    int n, i;
-    size_t step, k;
+    int n;
     text_case *texts = text_read_all("test/golden/tokens_utf8.bin", &n);
     CHECK(n > 1000, "%d texts", n);
-    for (i = 0; i + 1 < n; i += 2) {
+    for (int i = 0; i + 1 < n; i += 2) {
         const text_case *text = &texts[i], *want = &texts[i + 1];
-        for (step = 1; step <= 10; step += step == 1 ? 2 : 7) {
+        for (size_t step = 1; step <= 10; step += step == 1 ? 2 : 7) {
             avl__bytes got = {NULL, 0, 0, 0};
             avl__utf8_gate gate;
             memset(&gate, 0, sizeof gate);
-            for (k = 0; k < text->size; k += step) {
+            for (size_t k = 0; k < text->size; k += step) {
                 size_t shown = got.size, length, at;
                 avl__utf8_gate_put(&gate, (char *)text->data + k, text->size - k < step ? text->size - k : step, &got);
                 CHECK(gate.n_pending <= 3, "text %d: %ld bytes are held back", i, (long)gate.n_pending);
@@ -1835,15 +1813,14 @@ static void test_text_gate(void) {
 static void test_text_unicode(void) {
     avl__unicode *u = (avl__unicode *)calloc(1, sizeof *u);
     long classes[5] = {0}, lower = 0, marks = 0, parts = 0, wholes = 0;
-    uint32_t c;
     avl__unicode_fill(u);
-    for (c = 0; c < 0x110000; c++) {
+    for (uint32_t c = 0; c < 0x110000; c++) {
         int value = avl__run_value(u->classes, AVL__CLASS_RUNS, c);
         classes[value < 0 || value > 3 ? 4 : value]++;
         lower += avl__run_value(u->lower, AVL__LOWER_RUNS, c) != 0;
         marks += avl__run_value(u->marks, AVL__MARK_RUNS, c) != 0;
     }
-    for (c = 0; c < 4096; c++) {
+    for (uint32_t c = 0; c < 4096; c++) {
         parts += u->pairs[c].x != 0 && u->pairs[c].b == 0;
         wholes += u->pairs[c].x != 0 && u->pairs[c].b != 0;
     }
@@ -1888,10 +1865,9 @@ static void test_text_pieces(void) {
 // Opens a file of these keys.
 static astrovl_model *text_make(const char *keys, gguf_bytes *file, astrovl_error *err) {
     char words[2048];
-    const char *at;
     int n = 0;
     astrovl_memory block;
-    for (at = keys; (at = strstr(at, "'tokenizer.ggml.")) != NULL; at++) n++;
+    for (const char *at = keys; (at = strstr(at, "'tokenizer.ggml.")) != NULL; at++) n++;
     snprintf(words, sizeof words, "i3 q0 q%d %s a32", n, keys);
     *file = gguf_make(words);
     block.data = file->data;
@@ -1903,10 +1879,10 @@ static astrovl_model *text_make(const char *keys, gguf_bytes *file, astrovl_erro
 
 // Tokenizes text and compares with ids[n].
 static void text_expect(const astrovl_model *m, const char *text, int flags, int n, const int *ids) {
-    int n_got, i;
+    int n_got;
     int32_t *got = text_tokens(m, text, strlen(text), flags, &n_got);
     CHECK(n_got == n, "\"%s\": %d tokens, wanted %d", text, n_got, n);
-    for (i = 0; i < n && i < n_got; i++) CHECK(got[i] == ids[i], "\"%s\"[%d]: %d, wanted %d", text, i, (int)got[i], ids[i]);
+    for (int i = 0; i < n && i < n_got; i++) CHECK(got[i] == ids[i], "\"%s\"[%d]: %d, wanted %d", text, i, (int)got[i], ids[i]);
     if (n_got != n) text_print_ids("got", got, (size_t)n_got);
     free(got);
 }
@@ -2212,8 +2188,7 @@ static const struct { const char *keys; astrovl_status status; const char *word;
 };
 
 static void test_text_damaged(void) {
-    size_t i;
-    for (i = 0; i < sizeof text_damages / sizeof *text_damages; i++) {
+    for (size_t i = 0; i < sizeof text_damages / sizeof *text_damages; i++) {
         gguf_bytes file;
         astrovl_error err = {ASTROVL_OK, ""};
         astrovl_model *m = text_make(text_damages[i].keys, &file, &err);
@@ -2255,15 +2230,14 @@ static void text_check_long(const char *path) {
     enum { SIZE = 200000 };
     astrovl_model *m = text_open(path);
     char *text = (char *)malloc(SIZE + 1), *back;
-    int32_t *ids;
     uint32_t random = 1;
-    int i, n;
-    for (i = 0; i < SIZE; i++) {
+    int n;
+    for (int i = 0; i < SIZE; i++) {
         random = random * 1664525u + 1013904223u;
         text[i] = "aeinorst"[random >> 29];
     }
     text[SIZE] = 0;
-    ids = text_tokens(m, text, SIZE, 0, &n);
+    int32_t *ids = text_tokens(m, text, SIZE, 0, &n);
     back = astrovl_detokenize(m, ids, n, NULL);
     CHECK(back && strcmp(back, text) == 0 && n < SIZE * 9 / 10, "%s: %d tokens", path, n);
     astrovl_free(back);
@@ -2288,14 +2262,13 @@ static void text_mutate(const char *path, int runs) {
         astrovl_error err;
         astrovl_info info;
         astrovl_memory block;
-        astrovl_model *m;
         memcpy(copy, original, size);
         mutate(copy, 0, size, &random);
         block.data = copy;
         block.size = random_below(&random, 16) ? size : random_below(&random, size);
         block.name = "mutant";
         err.message[0] = 0;
-        m = astrovl_open_memory(&block, 1, NULL, &err);
+        astrovl_model *m = astrovl_open_memory(&block, 1, NULL, &err);
         CHECK(m || err.message[0], "run %d: no message", run);
         if (!m) continue;
         astrovl_get_info(m, &info);
@@ -2406,11 +2379,10 @@ static astrovl_status images_decode(const char *name, const unsigned char *data,
                                     astrovl_image *image, astrovl_error *err) {
     astrovl_image_options options = {0, 1};
     unsigned char *copy = (unsigned char *)malloc(size ? size : 1);
-    astrovl_status status;
     if (size) memcpy(copy, data, size);
     options.max_pixels = max_pixels;
     memset(err, 0, sizeof *err);
-    status = astrovl_image_decode(copy, size, &options, image, err);
+    astrovl_status status = astrovl_image_decode(copy, size, &options, image, err);
     free(copy);
     if (!status) return status;
     CHECK(status == ASTROVL_ERROR_FORMAT || status == ASTROVL_ERROR_UNSUPPORTED || status == ASTROVL_ERROR_LIMIT,
@@ -2422,12 +2394,11 @@ static astrovl_status images_decode(const char *name, const unsigned char *data,
 
 static astrovl_image images_pattern(int kind, int width, int height) {   // as images_pattern() in the generator
     astrovl_image image;
-    int x, y, c;
     image.width = width;
     image.height = height;
     image.orientation = 1;
     image.rgb = (unsigned char *)malloc((size_t)width * (size_t)height * 3);
-    for (y = 0; y < height; y++) for (x = 0; x < width; x++) for (c = 0; c < 3; c++) {
+    for (int y = 0; y < height; y++) for (int x = 0; x < width; x++) for (int c = 0; c < 3; c++) {
         uint32_t h = (uint32_t)x * 73856093u ^ (uint32_t)y * 19349663u ^ (uint32_t)c * 83492791u;
         h = (h ^ h >> 15) * 2654435761u >> 24;
         image.rgb[((size_t)y * (size_t)width + (size_t)x) * 3 + (size_t)c] = (unsigned char)
@@ -2474,13 +2445,13 @@ static void test_images_operations(void) {
         static const unsigned char mean[3] = {122, 116, 104};
         int kind, w, h, out_w = 0, out_h = 0;
         unsigned long crc;
-        astrovl_image image, out;
+        astrovl_image out;
         astrovl_error err;
         astrovl_status status = ASTROVL_ERROR_FORMAT;
         if (sscanf(line, "pad %d %d %d %lx", &kind, &w, &h, &crc) != 4 &&
             sscanf(line, "%*s %d %d %d %d %d %lx", &kind, &w, &h, &out_w, &out_h,
                    &crc) != 6) { CHECK(0, "%s", line); continue; }
-        image = images_pattern(kind, w, h);
+        astrovl_image image = images_pattern(kind, w, h);
         memset(&out, 0, sizeof out);
         memset(&err, 0, sizeof err);
         if (line[0] == 'p') status = astrovl_image_pad_square(&image, mean, &out, &err);
@@ -2517,8 +2488,7 @@ static void test_images_truncated(void) {
 static void test_images_half(void) {
     static const char *const names[] = {"420_37x29.jpg", "420_37x29_prog.jpg", "restart.jpg", "gray.jpg", "c2_8.png",
                                         "c3_4_adam7.png", "p5.pgm", "p6.ppm"};
-    size_t i;
-    for (i = 0; i < sizeof names / sizeof *names; i++) {
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         images_file f = images_find(names[i]);
         astrovl_image image;
         astrovl_error err;
@@ -2589,8 +2559,7 @@ static astrovl_status images_patched(const char *name, size_t at, const char *by
 // where these bytes first stand in a file
 static size_t images_offset(const char *name, const char *bytes, size_t n) {
     images_file f = images_find(name);
-    size_t at;
-    for (at = 0; at + n <= f.size; at++) if (memcmp(f.data + at, bytes, n) == 0) return at;
+    for (size_t at = 0; at + n <= f.size; at++) if (memcmp(f.data + at, bytes, n) == 0) return at;
     fprintf(stderr, "%s lacks some bytes\n", name);
     exit(1);
 }
@@ -2600,8 +2569,7 @@ static void test_images_bombs(void) {
     size_t sof0 = images_offset("420_37x29.jpg", "\xFF\xC0", 2), sof2 = images_offset("420_37x29_prog.jpg", "\xFF\xC2",
                                                                                       2);
     astrovl_error err;
-    int pass;
-    for (pass = 0; pass < 2; pass++) {
+    for (int pass = 0; pass < 2; pass++) {
         uint64_t limit = pass ? UINT64_MAX : 0;
         astrovl_status wanted = pass ? ASTROVL_ERROR_FORMAT : ASTROVL_ERROR_LIMIT;
         CHECK(images_patched("c6_16.png", 16, "\x7F\xFF\xFF\xFF\x7F\xFF\xFF\xFF", 8, limit, &err) == wanted, "%s",
@@ -2661,10 +2629,9 @@ static void test_images_errors(void) {
         {"p6.ppm", "\r7", 2, 1, "0", 1, ASTROVL_ERROR_FORMAT, "0 x 6"},
         {"p6.ppm", "7\t6\n255", 7, 0, "2222222", 7, ASTROVL_ERROR_FORMAT, "byte 11"},
         {"p6.ppm", "P6", 2, 0, "P3", 2, ASTROVL_ERROR_UNSUPPORTED, "as text: convert it"}};
-    size_t i;
     astrovl_error err;
     astrovl_image image;
-    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         size_t at = images_offset(cases[i].name, cases[i].find, cases[i].n_find) + cases[i].skip;
         astrovl_status status = images_patched(cases[i].name, at, cases[i].bytes, cases[i].n, 0, &err);
         CHECK(status == cases[i].status && strstr(err.message, cases[i].words), "case %d, %s, wanted \"%s\": %d %s",
@@ -2894,8 +2861,8 @@ static void test_images_out_of_memory(void) {
     static const unsigned char color[3] = {1, 2, 3};
     const int n_names = (int)(sizeof names / sizeof *names);
     long fail;
-    int op, did_fail;
-    for (op = 0; op < n_names + 5; op++)
+    int did_fail;
+    for (int op = 0; op < n_names + 5; op++)
         for (fail = 0, did_fail = 1; did_fail; fail++) {
             images_file f = images_find(names[op < n_names ? op : 0]);
             astrovl_image from = images_pattern(0, 9, 5), image, out;
@@ -2991,11 +2958,10 @@ typedef struct models_gold {
 
 static void models_gold_read(models_gold *g, const char *path) {
     size_t size, at = 8;
-    int i, d;
     g->bytes = read_file(path, &size);
     g->n = (int)avl__load_u32(g->bytes + 4);
     g->values = (models_value *)calloc((size_t)g->n, sizeof *g->values);
-    for (i = 0; g->values && i < g->n; i++) {
+    for (int i = 0; g->values && i < g->n; i++) {
         models_value *v = &g->values[i];
         uint32_t length = avl__load_u32(g->bytes + at);
         memcpy(v->name, g->bytes + at + 4, length);
@@ -3003,7 +2969,7 @@ static void models_gold_read(models_gold *g, const char *path) {
         v->kind = (int)avl__load_u32(g->bytes + at);
         v->n_dims = (int)avl__load_u32(g->bytes + at + 4);
         at += 8;
-        for (d = 0; d < v->n_dims; d++, at += 4) v->dims[d] = avl__load_u32(g->bytes + at);
+        for (int d = 0; d < v->n_dims; d++, at += 4) v->dims[d] = avl__load_u32(g->bytes + at);
         v->largest = avl__float_from_bits(avl__load_u32(g->bytes + at));
         v->step = avl__load_u32(g->bytes + at + 4);
         v->count = avl__load_u32(g->bytes + at + 8);
@@ -3019,17 +2985,15 @@ static void models_gold_free(models_gold *g) {
 }
 
 static models_value *models_find(const models_gold *g, const char *name) {
-    int i;
-    for (i = 0; i < g->n; i++) if (strcmp(g->values[i].name, name) == 0) return &g->values[i];
+    for (int i = 0; i < g->n; i++) if (strcmp(g->values[i].name, name) == 0) return &g->values[i];
     return NULL;
 }
 
 // RUN.FIELD, which make_golden.py always writes.
 static const models_value *models_field(const models_gold *g, const char *run, const char *field) {
     char name[64];
-    const models_value *v;
     snprintf(name, sizeof name, "%s%s%s", run, *run ? "." : "", field);
-    v = models_find(g, name);
+    const models_value *v = models_find(g, name);
     if (!v) { fprintf(stderr, "golden values lack %s\n", name); exit(1); }
     return v;
 }
@@ -3092,13 +3056,12 @@ static astrovl_session *models_session(const models_kit *kit, astrovl_mode mode,
                                        void *user) {
     astrovl_session_options o;
     astrovl_error err = {ASTROVL_OK, ""};
-    astrovl_session *s;
     memset(&o, 0, sizeof o);
     o.mode = mode;
     o.n_threads = n_threads;
     o.tap = tap;
     o.tap_user = user;
-    s = astrovl_session_new(kit->model, &o, &err);
+    astrovl_session *s = astrovl_session_new(kit->model, &o, &err);
     CHECK(s, "%s", err.message);
     if (!s) exit(1);
     return s;
@@ -3141,10 +3104,9 @@ static void models_compare(models_watch *w, const models_value *v, int64_t first
         int64_t i = k * v->step, column = i % all_columns, head = i / all_columns / all_rows;
         int64_t row = i / all_columns % all_rows - first_row;
         float expected = avl__float_from_bits(avl__load_u32(v->data + 4 * k)), got;
-        double difference;
         if (row < 0 || row >= rows) continue;
         got = column < columns ? data[(head * rows + row) * columns + column] : 0.0f;   // no weight on keys yet to come
-        difference = (double)got - expected;
+        double difference = (double)got - expected;
         if (difference < 0) difference = -difference;
         if (!(difference / v->largest <= w->worst)) {
             w->worst = difference / v->largest;
@@ -3185,11 +3147,10 @@ static void models_on_tap(void *user, const char *name, int layer, const int64_t
 }
 
 static void models_watch_start(models_watch *w, models_gold *gold, int64_t total) {
-    int i;
     memset(w, 0, sizeof *w);
     w->gold = gold;
     w->total = total;
-    for (i = 0; i < gold->n; i++) gold->values[i].seen = 0;
+    for (int i = 0; i < gold->n; i++) gold->values[i].seen = 0;
 }
 
 // Every tensor must have come by, with all its rows (the last two may leave out what nobody asked for).
@@ -3219,15 +3180,12 @@ static int64_t models_n_rows(const models_kit *kit, const models_value *prompt) 
 static void models_layers(int which) {
     models_kit kit;
     models_watch watch;
-    astrovl_session *s;
-    astrovl_generation o;
     astrovl_error err = {ASTROVL_OK, ""};
-    char *answer;
     models_kit_open(&kit, which);
     models_watch_start(&watch, &kit.gold, models_n_rows(&kit, models_field(&kit.gold, "one", "prompt")));
-    s = models_session(&kit, ASTROVL_EXACT, 2, models_on_tap, &watch);
-    o = models_options(&kit, 3);
-    answer = models_ask(&kit, s, "one", 1, &o, &err);
+    astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, models_on_tap, &watch);
+    astrovl_generation o = models_options(&kit, 3);
+    char *answer = models_ask(&kit, s, "one", 1, &o, &err);
     CHECK(answer, "%s", err.message);
     models_watch_end(&watch, which == 'a' ? "model A" : "model B");
     astrovl_free(answer);
@@ -3287,19 +3245,17 @@ static size_t models_row_bytes(const models_kit *kit) {
 static void models_greedy(int which) {
     static const char *const runs[] = {"one", "two", "text", "turn1", "turn2"};
     models_kit kit;
-    size_t r;
     models_kit_open(&kit, which);
-    for (r = 0; r < sizeof runs / sizeof *runs; r++) {
+    for (size_t r = 0; r < sizeof runs / sizeof *runs; r++) {
         const models_value *prompt = models_field(&kit.gold, runs[r], "prompt");
         const models_value *expected = models_field(&kit.gold, runs[r], "tokens");
         astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
         float *logits = models_logits(&kit, 1);
         astrovl_info info;
-        int64_t i;
         astrovl_get_info(kit.model, &info);
         models_read_prompt(&kit, s, prompt, 1024, logits);
         CHECK(astrovl_session_n_past(s) == models_n_rows(&kit, prompt), "%d rows read", astrovl_session_n_past(s));
-        for (i = 0; i < expected->count; i++) {
+        for (int64_t i = 0; i < expected->count; i++) {
             int32_t token = astrovl_sample(logits, info.n_vocab, NULL, NULL, 0, NULL);
             CHECK(token == models_int(expected, i), "%s: token %d is %d, transformers says %d", runs[r], (int)i,
                   (int)token, (int)models_int(expected, i));
@@ -3330,17 +3286,13 @@ static void models_check_answer(const models_kit *kit, astrovl_session *s, const
 // The same through templates and astrovl_chat, the two turns of a conversation too.
 static void models_chat(int which) {
     models_kit kit;
-    astrovl_session *s;
-    astrovl_generation o;
     astrovl_stats stats;
     astrovl_error err = {ASTROVL_OK, ""};
     char *answer;
-    size_t r;
-    int n_past;
     models_kit_open(&kit, which);
-    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
-    o = models_options(&kit, 64);
-    for (r = 0; r < sizeof models_runs / sizeof *models_runs; r++) {
+    astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    astrovl_generation o = models_options(&kit, 64);
+    for (size_t r = 0; r < sizeof models_runs / sizeof *models_runs; r++) {
         const models_value *prompt = models_field(&kit.gold, models_runs[r], "prompt");
         int n_images = (int)models_int(models_field(&kit.gold, models_runs[r], "n_images"), 0);
         astrovl_session_reset(s);
@@ -3358,7 +3310,7 @@ static void models_chat(int which) {
     answer = models_ask(&kit, s, "turn1", 1, &o, &err);
     models_check_answer(&kit, s, "turn1", answer);
     astrovl_free(answer);
-    n_past = astrovl_session_n_past(s);
+    int n_past = astrovl_session_n_past(s);
     o.max_tokens = 64;
     answer = models_ask(&kit, s, "turn2", 0, &o, &err);
     models_check_answer(&kit, s, "turn2", answer);
@@ -3393,17 +3345,15 @@ static void models_layouts(void) {
     models_gold_read(&gold, "test/golden/models_layouts.gold");
     for (i = 0; i * 6 < gold.n; i++) {
         char number[16], text[256], file[64], path[96], template_name[32], system[256];
-        const models_value *expected, *options;
+        const models_value *options;
         astrovl_open_options open;
         astrovl_generation o;
         astrovl_error err = {ASTROVL_OK, ""};
-        astrovl_model *m;
-        astrovl_session *s;
         astrovl_turn turn;
         avl__tokens tokens = {NULL, 0, 0};
         size_t t;
         snprintf(number, sizeof number, "%d", i);
-        expected = models_field(&gold, number, "tokens");
+        const models_value *expected = models_field(&gold, number, "tokens");
         options = models_field(&gold, number, "options");   // has a system text, turn, images, parse_special
         models_text(&gold, number, "file", file, sizeof file);
         models_text(&gold, number, "text", text, sizeof text);
@@ -3413,8 +3363,8 @@ static void models_layouts(void) {
         memset(&open, 0, sizeof open);
         if (strcmp(template_name, "chatml") != 0)           // which is to be recognised
             open.chat_template = (astrovl_template)astrovl_template_from_name(template_name);
-        m = astrovl_open(path, &open, &err);
-        s = m ? astrovl_session_new(m, NULL, &err) : NULL;
+        astrovl_model *m = astrovl_open(path, &open, &err);
+        astrovl_session *s = m ? astrovl_session_new(m, NULL, &err) : NULL;
         CHECK(s, "%s", err.message);
         if (!s) exit(1);
         memset(&o, 0, sizeof o);
@@ -3702,14 +3652,13 @@ static void models_form_stops(void) {
 static void models_foreign_template(void) {
     models_kit kit;
     astrovl_open_options open;
-    astrovl_session *s;
     astrovl_error err = {ASTROVL_OK, ""};
     models_kit_open(&kit, 'a');
     astrovl_close(kit.model);
     memset(&open, 0, sizeof open);
     open.chat_template = ASTROVL_TEMPLATE_CHATML;
     kit.model = astrovl_open_files(models_a_files, 2, &open, &err);
-    s = models_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
+    astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
     FAILS(!astrovl_chat(s, NULL, 0, "What?", NULL, &err), MODEL, "chatml with a LLaMA-2 vocabulary");
     CHECK(astrovl_session_n_past(s) == 0, "%d positions", astrovl_session_n_past(s));
     astrovl_session_free(s);
@@ -3720,15 +3669,13 @@ static void models_foreign_template(void) {
 
 static void models_hash_bytes(uint64_t *hash, const void *data, size_t size) {   // FNV-1a
     const unsigned char *p = (const unsigned char *)data;
-    size_t i;
-    for (i = 0; i < size; i++) *hash = (*hash ^ p[i]) * 0x100000001B3u;
+    for (size_t i = 0; i < size; i++) *hash = (*hash ^ p[i]) * 0x100000001B3u;
 }
 
 static void models_hash_tap(void *user, const char *name, int layer, const int64_t *shape, int n_dims,
                             const float *data) {
     size_t n = sizeof(float);
-    int d;
-    for (d = 0; d < n_dims; d++) n *= (size_t)shape[d];
+    for (int d = 0; d < n_dims; d++) n *= (size_t)shape[d];
     models_hash_bytes((uint64_t *)user, name, strlen(name));
     models_hash_bytes((uint64_t *)user, &layer, sizeof layer);
     models_hash_bytes((uint64_t *)user, data, n);
@@ -3736,14 +3683,12 @@ static void models_hash_tap(void *user, const char *name, int layer, const int64
 
 static void models_threads(void) {
     static const int counts[] = {1, 2, 3, 8};
-    int which, mode;
-    size_t c;
-    for (which = 'a'; which <= 'b'; which++) {
+    for (int which = 'a'; which <= 'b'; which++) {
         models_kit kit;
         models_kit_open(&kit, which);
-        for (mode = 0; mode < 2; mode++) {
+        for (int mode = 0; mode < 2; mode++) {
             uint64_t first = 0;
-            for (c = 0; c < sizeof counts / sizeof *counts; c++) {
+            for (size_t c = 0; c < sizeof counts / sizeof *counts; c++) {
                 uint64_t hash = 0xCBF29CE484222325u;
                 astrovl_session *s = models_session(&kit, mode ? ASTROVL_EXACT : ASTROVL_FAST, counts[c],
                                                     models_hash_tap, &hash);
@@ -3762,8 +3707,7 @@ static void models_threads(void) {
 
 // Tokens for a long text: any will do.
 static void models_some_tokens(int32_t *tokens, int n, int n_vocab) {
-    int i;
-    for (i = 0; i < n; i++) tokens[i] = (int32_t)((i * 37 + i * i % 11) % n_vocab);
+    for (int i = 0; i < n; i++) tokens[i] = (int32_t)((i * 37 + i * i % 11) % n_vocab);
 }
 
 // 600 tokens at once (more than one block of the prompt), in pieces, and one by one: the same logits of the last 200.
@@ -3773,22 +3717,18 @@ static void models_pieces(void) {
     models_kit kit;
     astrovl_error err = {ASTROVL_OK, ""};
     int32_t tokens[N];
-    float *expected, *logits;
-    size_t row, p;
     models_kit_open(&kit, 'b');
-    expected = models_logits(&kit, WANTED);
-    row = models_row_bytes(&kit);
+    float *expected = models_logits(&kit, WANTED);
+    size_t row = models_row_bytes(&kit);
     models_some_tokens(tokens, N, (int)(row / sizeof(float)));
-    for (p = 0; p < sizeof pieces / sizeof *pieces; p++) {
+    for (size_t p = 0; p < sizeof pieces / sizeof *pieces; p++) {
         astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
         int at, n;
-        logits = models_logits(&kit, WANTED);
+        float *logits = models_logits(&kit, WANTED);
         for (at = 0; at < N; at += n) {
-            int wanted;
-            float *to;
             n = N - at < pieces[p] ? N - at : pieces[p];
-            wanted = at + n <= N - WANTED ? 0 : at >= N - WANTED ? n : at + n - (N - WANTED);
-            to = wanted ? logits + (size_t)(at + n - wanted - (N - WANTED)) * (row / sizeof(float)) : NULL;
+            int wanted = at + n <= N - WANTED ? 0 : at >= N - WANTED ? n : at + n - (N - WANTED);
+            float *to = wanted ? logits + (size_t)(at + n - wanted - (N - WANTED)) * (row / sizeof(float)) : NULL;
             CHECK(astrovl_eval_tokens(s, tokens + at, n, to, wanted, &err) == ASTROVL_OK, "%s", err.message);
         }
         if (p == 0) memcpy(expected, logits, WANTED * row);
@@ -3804,17 +3744,14 @@ static void models_pieces(void) {
 
 static void models_rewind(void) {
     models_kit kit;
-    astrovl_session *s;
     astrovl_error err = {ASTROVL_OK, ""};
     int32_t tokens[40];
-    float *first, *second;
-    size_t row;
     models_kit_open(&kit, 'a');
-    row = models_row_bytes(&kit);
+    size_t row = models_row_bytes(&kit);
     models_some_tokens(tokens, 40, (int)(row / sizeof(float)));
-    first = models_logits(&kit, 1);
-    second = models_logits(&kit, 1);
-    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    float *first = models_logits(&kit, 1);
+    float *second = models_logits(&kit, 1);
+    astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
     CHECK(astrovl_eval_tokens(s, tokens, 20, first, 1, &err) == ASTROVL_OK, "%s", err.message);
     CHECK(astrovl_eval_tokens(s, tokens + 20, 20, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
     FAILS(astrovl_session_rewind(s, 41, &err), ARGUMENT, "a rewind to the future");
@@ -3864,15 +3801,13 @@ static void models_ways_to_open(void) {
     models_kit kit;
     astrovl_open_options no_mmap;
     astrovl_memory blocks[2];
-    astrovl_model *m;
     astrovl_error err = {ASTROVL_OK, ""};
     const char *swapped[2];
     unsigned char *bytes[2];
-    int i;
     models_kit_open(&kit, 'a');
     memset(&no_mmap, 0, sizeof no_mmap);
     no_mmap.no_mmap = 1;
-    m = astrovl_open_files(models_a_files, 2, &no_mmap, &err);
+    astrovl_model *m = astrovl_open_files(models_a_files, 2, &no_mmap, &err);
     models_check_same(&kit, m, "read, not mapped");
     astrovl_close(m);
     swapped[0] = models_a_files[1];
@@ -3880,7 +3815,7 @@ static void models_ways_to_open(void) {
     m = astrovl_open_files(swapped, 2, NULL, &err);
     models_check_same(&kit, m, "files in the other order");
     astrovl_close(m);
-    for (i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i++) {
         size_t size;
         bytes[i] = read_file(models_a_files[i], &size);
         blocks[i].data = bytes[i];
@@ -3907,26 +3842,22 @@ static unsigned char *models_after(unsigned char *data, size_t size, const char 
 }
 
 static void models_store(unsigned char *at, uint32_t value) {
-    int i;
-    for (i = 0; i < 4; i++) at[i] = (unsigned char)(value >> 8 * i);
+    for (int i = 0; i < 4; i++) at[i] = (unsigned char)(value >> 8 * i);
 }
 
 // Every bfloat16 of model B is a float16 too (make_golden.py sees to it): stored as that, it must compute the same.
 static void models_f16_and_bf16(void) {
     models_kit kit;
-    astrovl_gguf *file;
-    astrovl_model *m;
     astrovl_error err = {ASTROVL_OK, ""};
     size_t size;
     unsigned char *bytes = read_file(models_b_files[0], &size);
     int i, n_changed = 0;
-    uint64_t j;
     models_kit_open(&kit, 'b');
-    file = astrovl_gguf_open(models_b_files[0], 0, &err);
+    astrovl_gguf *file = astrovl_gguf_open(models_b_files[0], 0, &err);
     for (i = 0; file && i < astrovl_gguf_n_tensors(file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
         if (t->type != ASTROVL_TYPE_BF16) continue;
-        for (j = 0; j < t->n_bytes; j += 2) {
+        for (uint64_t j = 0; j < t->n_bytes; j += 2) {
             unsigned char *v = bytes + t->offset + j;
             uint32_t bits = (uint32_t)avl__load_u16(v) << 16, sign = bits >> 16 & 0x8000, exponent = bits >> 23 & 0xFF;
             uint32_t half = bits & 0x7FFFFFFF ? sign | (exponent - 127 + 15) << 10 | (bits >> 13 & 0x3FF) : sign;
@@ -3938,7 +3869,7 @@ static void models_f16_and_bf16(void) {
     }
     CHECK(n_changed > 20, "%d tensors are BF16", n_changed);
     astrovl_gguf_close(file);
-    m = models_open_bytes(bytes, size, &err);
+    astrovl_model *m = models_open_bytes(bytes, size, &err);
     models_check_same(&kit, m, "F16 in place of BF16");
     astrovl_close(m);
     free(bytes);
@@ -3967,19 +3898,17 @@ static void models_wrong_keys(void) {
         {0, "llama.rope.freq_base", 0x7FC00000}, {1, "clip.vision.attention.layer_norm_epsilon", 0xB727C5AC},
         {1, "clip.vision.attention.layer_norm_epsilon", 0x7FC00000}, {1, "clip.vision.attention.layer_norm_epsilon", 0x41200000},
         {2, "clip.vision.feature_layer", 4}, {2, "clip.vision.feature_layer", 0xFFFFFFFF}};
-    size_t c;
-    for (c = 0; c < sizeof cases / sizeof *cases; c++) {
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         astrovl_error err = {ASTROVL_OK, ""};
         size_t size;
         unsigned char *bytes = read_file(models_files[cases[c].file], &size);
         unsigned char *at = models_after(bytes, size, cases[c].key, 1);
-        astrovl_model *m;
         CHECK(at, "%s is not in %s", cases[c].key, models_files[cases[c].file]);
         if (at) {
             int is_array = strstr(cases[c].key, "_layer") || strstr(cases[c].key, "image_mean") ||
                            strstr(cases[c].key, "image_std");   // type, count, values
             models_store(at + (is_array ? 12 : 0), cases[c].value);
-            m = models_open_bytes(bytes, size, &err);
+            astrovl_model *m = models_open_bytes(bytes, size, &err);
             CHECK(!m && err.status == ASTROVL_ERROR_MODEL && strstr(err.message, "block"), "%s = %u: %s (%s)",
                   cases[c].key, (unsigned)cases[c].value, m ? "opened" : err.message, astrovl_status_name(err.status));
             astrovl_close(m);
@@ -4245,9 +4174,8 @@ static void models_missing_tensors(void) {
         for (i = 0; file && i < astrovl_gguf_n_tensors(file); i++) {
             const char *name = astrovl_gguf_tensor(file, i)->name;
             unsigned char *after = models_after(bytes, size, name, 0);
-            astrovl_model *m;
             after[-1] ^= 1;
-            m = models_open_bytes(bytes, size, &err);
+            astrovl_model *m = models_open_bytes(bytes, size, &err);
             if (!m) {
                 int nothing = f == 1 && strcmp(name, "v.patch_embd.weight") == 0;   // is left of an mmproj without that
                 CHECK(err.status == ASTROVL_ERROR_MODEL, "without %s: %s", name, err.message);
@@ -4276,25 +4204,22 @@ static void models_missing_tensors(void) {
 static void models_parts(void) {
     models_kit a, b;
     astrovl_info info;
-    astrovl_model *m;
-    astrovl_session *s;
     astrovl_error err = {ASTROVL_OK, ""};
     const char *mixed[2];
     float *rows;
     int32_t token = 5;
     size_t size;
-    unsigned char *bytes;
     models_kit_open(&a, 'a');
     models_kit_open(&b, 'b');
     rows = (float *)malloc(16 * 24 * sizeof *rows);
     // a language model alone talks, and says what it lacks for an image
-    m = astrovl_open(models_a_files[0], NULL, &err);
+    astrovl_model *m = astrovl_open(models_a_files[0], NULL, &err);
     CHECK(m, "%s", err.message);
     astrovl_get_info(m, &info);
     CHECK(info.has_text && info.has_vocab && !info.has_vision && !info.has_projector && info.n_image_tokens == 0,
           "parts of a text file");
     FAILS(!astrovl_caption(m, &a.images[0], NULL, &err), MODEL, "a caption without a tower");
-    s = astrovl_session_new(m, NULL, &err);
+    astrovl_session *s = astrovl_session_new(m, NULL, &err);
     FAILS(astrovl_encode_image(s, &a.images[0], rows, &err) != ASTROVL_OK, MODEL, "encoding without a tower");
     astrovl_session_free(s);
     astrovl_close(m);
@@ -4314,7 +4239,7 @@ static void models_parts(void) {
     astrovl_session_free(s);
     astrovl_close(m);
     // a vocabulary alone tokenises
-    bytes = read_file(models_a_files[0], &size);
+    unsigned char *bytes = read_file(models_a_files[0], &size);
     memset(bytes + 8, 0, 8);      // no tensors
     m = models_open_bytes(bytes, size, &err);
     CHECK(m, "%s", err.message);
@@ -4365,36 +4290,68 @@ static void models_info(void) {
 static astrovl_session *models_small_session(const models_kit *kit, int n_ctx, astrovl_progress progress, void *user) {
     astrovl_session_options o;
     astrovl_error err = {ASTROVL_OK, ""};
-    astrovl_session *s;
     memset(&o, 0, sizeof o);
     o.mode = ASTROVL_EXACT;
     o.n_threads = 2;
     o.n_ctx = n_ctx;
     o.progress = progress;
     o.progress_user = user;
-    s = astrovl_session_new(kit->model, &o, &err);
+    astrovl_session *s = astrovl_session_new(kit->model, &o, &err);
     CHECK(s, "%s", err.message);
     if (!s) exit(1);
     return s;
 }
 
+// Where floats are not IEEE's, exact mode says so, and fast mode works.
+static void models_inexact(void) {
+    models_kit kit;
+    astrovl_session_options o;
+    astrovl_error err;
+    memset(&o, 0, sizeof o);
+    models_kit_open(&kit, 'a');
+    for (int i = 0; i < 6; i++) {
+        const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO, FE_TONEAREST, FE_TONEAREST};
+#if defined(__SSE2__)
+        const unsigned control = _mm_getcsr();
+        if (i >= 4) _mm_setcsr(control | (i == 4 ? 0x8000 : 0x0040));       // results, operands that are denormal become 0
+#else
+        if (i >= 4) break;
+#endif
+        if (i > 0 && i < 4 && (modes[i] == FE_TONEAREST || fesetround(modes[i]) != 0)) continue;
+        o.mode = ASTROVL_EXACT;
+        astrovl_session *exact = astrovl_session_new(kit.model, &o, &err);
+        o.mode = ASTROVL_FAST;
+        astrovl_session *fast = astrovl_session_new(kit.model, &o, NULL);
+        astrovl_session *fork = exact ? astrovl_session_fork(exact, 0, NULL) : NULL;
+        fesetround(FE_TONEAREST);
+#if defined(__SSE2__)
+        _mm_setcsr(control);
+#endif
+        CHECK(fast, "case %d: fast mode", i);
+        CHECK(!exact == (i > 0), "case %d: %s", i, exact ? "was not noticed" : err.message);
+        CHECK(exact || (err.status == ASTROVL_ERROR_UNSUPPORTED && strstr(err.message, i < 4 ? "fesetround" : "-Ofast")), "%s", err.message);
+        CHECK(!exact == !fork, "a fork");
+        astrovl_session_free(fork);
+        astrovl_session_free(exact);
+        astrovl_session_free(fast);
+    }
+    models_kit_close(&kit);
+}
+
 static void models_arguments(void) {
     models_kit kit;
-    astrovl_session *s;
     astrovl_session_options o;
-    astrovl_generation g;
     astrovl_image empty = {0, 0, NULL, 1};
     astrovl_error err = {ASTROVL_OK, ""};
-    float *logits;
     int32_t tokens[4] = {3, 4, 5, 6}, beyond = 400, negative = -1;
     models_kit_open(&kit, 'b');
-    logits = models_logits(&kit, 4);
+    float *logits = models_logits(&kit, 4);
     memset(&o, 0, sizeof o);
     o.n_ctx = 1025;
     FAILS(!astrovl_session_new(kit.model, &o, &err), ARGUMENT, "a context beyond the model's");
     o.n_ctx = -1;
     FAILS(!astrovl_session_new(kit.model, &o, &err), ARGUMENT, "a negative context");
-    s = models_small_session(&kit, 0, NULL, NULL);
+    astrovl_session *s = models_small_session(&kit, 0, NULL, NULL);
     CHECK(astrovl_session_n_ctx(s) == 1024, "the model's own context: %d", astrovl_session_n_ctx(s));
     FAILS(astrovl_eval_tokens(s, &beyond, 1, NULL, 0, &err) != ASTROVL_OK, ARGUMENT, "token 400 of 400");
     FAILS(astrovl_eval_tokens(s, &negative, 1, NULL, 0, &err) != ASTROVL_OK, ARGUMENT, "token -1");
@@ -4407,7 +4364,7 @@ static void models_arguments(void) {
     FAILS(!astrovl_chat(s, NULL, 1, "What?", NULL, &err), ARGUMENT, "images NULL");
     FAILS(!astrovl_chat(s, &empty, 1, "What?", NULL, &err), ARGUMENT, "an empty image");
     FAILS(!astrovl_chat(s, NULL, 0, NULL, NULL, &err), ARGUMENT, "text NULL");
-    g = models_options(&kit, -1);
+    astrovl_generation g = models_options(&kit, -1);
     FAILS(!astrovl_chat(s, NULL, 0, "What?", &g, &err), ARGUMENT, "max_tokens -1");
     g = models_options(&kit, 1);
     g.temperature = -1;
@@ -4422,7 +4379,6 @@ static void models_arguments(void) {
 // The functions on plain arrays (layers, conversions) are like memcpy: of no elements, NULL is an array.
 static void models_nulls(void) {
     models_kit kit;
-    astrovl_session *s;
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_image image = {0, 0, NULL, 1};
     astrovl_info info;
@@ -4436,7 +4392,7 @@ static void models_nulls(void) {
     float x[8];
     int n = -1;
     models_kit_open(&kit, 'a');
-    s = models_small_session(&kit, 0, NULL, NULL);
+    astrovl_session *s = models_small_session(&kit, 0, NULL, NULL);
     // no model
     FAILS(!astrovl_open(NULL, NULL, &err), ARGUMENT, "open");
     FAILS(!astrovl_open_files(NULL, 1, NULL, &err), ARGUMENT, "open_files");
@@ -4551,16 +4507,13 @@ static void models_nulls(void) {
 // A session that is warm allocates nothing for a pass of a size it has seen.
 static void models_warm(void) {
     models_kit kit;
-    astrovl_session *s;
     astrovl_error err = {ASTROVL_OK, ""};
     int32_t tokens[40];
-    float *logits;
-    int i;
     models_kit_open(&kit, 'a');
-    logits = models_logits(&kit, 1);
+    float *logits = models_logits(&kit, 1);
     models_some_tokens(tokens, 40, 384);
-    s = models_small_session(&kit, 0, NULL, NULL);
-    for (i = 0; i < 4; i++) {
+    astrovl_session *s = models_small_session(&kit, 0, NULL, NULL);
+    for (int i = 0; i < 4; i++) {
         if (i == 2) alloc_fail_at(0);          // from the third time on none may be asked for
         CHECK(astrovl_session_rewind(s, 0, &err) == ASTROVL_OK, "%s", err.message);
         CHECK(astrovl_eval_tokens(s, tokens, 39, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
@@ -4575,19 +4528,15 @@ static void models_warm(void) {
 
 static void models_full_context(void) {
     models_kit kit;
-    astrovl_session *s;
-    astrovl_generation o;
     astrovl_stats stats;
     astrovl_error err = {ASTROVL_OK, ""};
     int32_t tokens[41];
-    float *before, *after;
     char *answer, full[1024];
-    int n_prompt;
     models_kit_open(&kit, 'a');
-    before = models_logits(&kit, 1);
-    after = models_logits(&kit, 1);
+    float *before = models_logits(&kit, 1);
+    float *after = models_logits(&kit, 1);
     models_some_tokens(tokens, 41, 384);
-    s = models_small_session(&kit, 40, NULL, NULL);
+    astrovl_session *s = models_small_session(&kit, 40, NULL, NULL);
     FAILS(astrovl_eval_tokens(s, tokens, 41, NULL, 0, &err) != ASTROVL_OK, LIMIT, "41 tokens in 40 places");
     CHECK(astrovl_session_n_past(s) == 0, "%d positions after a refusal", astrovl_session_n_past(s));
     CHECK(astrovl_eval_tokens(s, tokens, 39, NULL, 0, &err) == ASTROVL_OK, "%s", err.message);
@@ -4603,9 +4552,9 @@ static void models_full_context(void) {
     CHECK(astrovl_session_n_past(s) == 40, "%d positions after a refused turn", astrovl_session_n_past(s));
     astrovl_session_free(s);
     // the context ends an answer, which begins as it would have; then there is no room for another turn
-    n_prompt = (int)models_n_rows(&kit, models_field(&kit.gold, "one", "prompt"));
+    int n_prompt = (int)models_n_rows(&kit, models_field(&kit.gold, "one", "prompt"));
     s = models_small_session(&kit, n_prompt + 10, NULL, NULL);
-    o = models_options(&kit, 64);
+    astrovl_generation o = models_options(&kit, 64);
     answer = models_ask(&kit, s, "one", 1, &o, &err);
     astrovl_get_stats(s, &stats);
     CHECK(answer && stats.stopped_by_limit, "%s", err.message);
@@ -4641,12 +4590,10 @@ static void models_cancelled_turns(int which) {
         astrovl_session *s = models_small_session(&kit, 0, models_stop_progress, &stopper);
         astrovl_generation o = models_options(&kit, (int)models_field(&kit.gold, "turn1", "tokens")->count);
         astrovl_error err = {ASTROVL_OK, ""};
-        char *answer;
-        int n_past;
-        answer = models_ask(&kit, s, "turn1", 1, &o, &err);
+        char *answer = models_ask(&kit, s, "turn1", 1, &o, &err);
         models_check_answer(&kit, s, "turn1", answer);
         astrovl_free(answer);
-        n_past = astrovl_session_n_past(s);
+        int n_past = astrovl_session_n_past(s);
         n_reports = stopper.calls;
         stopper.calls = 0;
         stopper.stop_at = stop_at;
@@ -4675,15 +4622,14 @@ static void models_cancelled_b(void) { models_cancelled_turns('b'); }
 static void models_out_of_memory(int which) {
     models_kit kit;
     astrovl_session *s = NULL;
-    astrovl_generation o;
     astrovl_session_options options;
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_model *m = NULL;
     char question[256], *answer = NULL;
-    long at, live;
-    int failed, n_past;
+    long at;
+    int failed;
     models_kit_open(&kit, which);
-    live = g_live;
+    long live = g_live;
     EACH_ALLOCATION(at, failed, m = models_open(which, NULL, &err)) {
         if (!failed) break;
         FAILS(!m, MEMORY, "open, allocation %ld", at);
@@ -4701,7 +4647,7 @@ static void models_out_of_memory(int which) {
         CHECK(g_live == live, "session_new, allocation %ld: %ld blocks leak", at, g_live - live);
     }
     CHECK(s && at > 4, "%ld allocations in session_new: %s", at, err.message);
-    o = models_options(&kit, (int)models_field(&kit.gold, "turn1", "tokens")->count);
+    astrovl_generation o = models_options(&kit, (int)models_field(&kit.gold, "turn1", "tokens")->count);
     models_text(&kit.gold, "turn1", "question", question, sizeof question);
     EACH_ALLOCATION(at, failed, answer = astrovl_chat(s, kit.images, 1, question, &o, &err)) {
         if (!failed) break;
@@ -4713,7 +4659,7 @@ static void models_out_of_memory(int which) {
     CHECK(at > 20, "%ld allocations in chat", at);
     models_check_answer(&kit, s, "turn1", answer);
     astrovl_free(answer);
-    n_past = astrovl_session_n_past(s);
+    int n_past = astrovl_session_n_past(s);
     o.max_tokens = 64;
     models_text(&kit.gold, "turn2", "question", question, sizeof question);
     EACH_ALLOCATION(at, failed, answer = astrovl_chat(s, NULL, 0, question, &o, &err)) {   // all in one session
@@ -4747,24 +4693,21 @@ static int models_listen(void *user, const char *text, size_t size) {
 
 static void models_streaming(int which) {
     models_kit kit;
-    astrovl_session *s;
     astrovl_generation o;
     astrovl_stats stats;
     models_listener heard;
     astrovl_error err = {ASTROVL_OK, ""};
     char question[256], full[1024], stop[16], *answer;
     const char *stops[2];
-    size_t cut;
     models_kit_open(&kit, which);
-    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
     models_text(&kit.gold, "one", "question", question, sizeof question);
     models_text(&kit.gold, "one", "text", full, sizeof full);
-    for (cut = 1; cut + 5 < strlen(full); cut += 7) {         // a stop text anywhere, mostly across tokens
-        const char *first;
+    for (size_t cut = 1; cut + 5 < strlen(full); cut += 7) {         // a stop text anywhere, mostly across tokens
         while (((unsigned char)full[cut] & 0xC0) == 0x80) cut++;
         memcpy(stop, full + cut, 5);
         stop[5] = 0;
-        first = strstr(full, stop);
+        const char *first = strstr(full, stop);
         stops[0] = "this is nowhere in it";
         stops[1] = stop;
         memset(&heard, 0, sizeof heard);
@@ -4806,28 +4749,24 @@ static void models_streaming_b(void) { models_streaming('b'); }
 // With the end token set to the ninth token of the usual answer, that answer is eight tokens long (B: one file).
 static void models_end_token(void) {
     models_kit kit;
-    const models_value *tokens;
     astrovl_model *m;
-    astrovl_session *s;
-    astrovl_generation o;
     astrovl_stats stats;
     astrovl_error err = {ASTROVL_OK, ""};
-    models_kit twin;
     size_t size;
     unsigned char *bytes = read_file(models_b_files[0], &size);
     unsigned char *at = models_after(bytes, size, "tokenizer.ggml.eos_token_id", 1);
     char full[1024], *answer;
     int n_answer = 0, place;
     models_kit_open(&kit, 'b');
-    tokens = models_field(&kit.gold, "one", "tokens");
+    const models_value *tokens = models_field(&kit.gold, "one", "tokens");
     models_store(at, (uint32_t)models_int(tokens, 8));
     for (place = 0; models_int(tokens, place) != models_int(tokens, 8); place++) {}
     m = models_open_bytes(bytes, size, &err);
     CHECK(m && astrovl_token_is_end(m, models_int(tokens, 8)), "%s", err.message);
-    twin = kit;
+    models_kit twin = kit;
     twin.model = m;
-    s = models_session(&twin, ASTROVL_EXACT, 1, NULL, NULL);
-    o = models_options(&kit, 64);
+    astrovl_session *s = models_session(&twin, ASTROVL_EXACT, 1, NULL, NULL);
+    astrovl_generation o = models_options(&kit, 64);
     answer = models_ask(&kit, s, "one", 1, &o, &err);
     models_text(&kit.gold, "one", "text", full, sizeof full);
     astrovl_get_stats(s, &stats);
@@ -4843,15 +4782,12 @@ static void models_end_token(void) {
 
 static void models_one_call(void) {
     models_kit kit;
-    astrovl_session *s;
-    astrovl_generation o;
     astrovl_error err = {ASTROVL_OK, ""};
-    char *session_answer, *answer;
     models_kit_open(&kit, 'a');
-    o = models_options(&kit, 12);
-    s = models_session(&kit, ASTROVL_FAST, 2, NULL, NULL);
-    session_answer = astrovl_chat(s, kit.images, 1, ASTROVL_CAPTION_PROMPT, &o, &err);
-    answer = astrovl_caption_file(kit.model, "test/golden/models_1.png", &o, &err);
+    astrovl_generation o = models_options(&kit, 12);
+    astrovl_session *s = models_session(&kit, ASTROVL_FAST, 2, NULL, NULL);
+    char *session_answer = astrovl_chat(s, kit.images, 1, ASTROVL_CAPTION_PROMPT, &o, &err);
+    char *answer = astrovl_caption_file(kit.model, "test/golden/models_1.png", &o, &err);
     CHECK(answer && session_answer && strcmp(answer, session_answer) == 0, "caption: %s", err.message);
     astrovl_free(answer);
     answer = astrovl_ask(kit.model, &kit.images[0], ASTROVL_CAPTION_PROMPT, &o, &err);
@@ -4869,39 +4805,37 @@ static void models_one_call(void) {
 // Changes bytes, mostly in the keys before the vocabulary, some in the vocabulary, the list of tensors and the weights
 // (where they make infinities and NaNs), and runs whatever still opens: errors are fine, crashes are not.
 static void models_mutated(void) {
-    size_t size, metadata, keys;
+    size_t size;
     unsigned char *bytes = read_file(models_b_files[0], &size);
     astrovl_image image = {0, 0, NULL, 1};
     astrovl_error err = {ASTROVL_OK, ""};
     uint64_t random = 7;
     int round, n_opened = 0, rounds = getenv("MODELS_ROUNDS") ? atoi(getenv("MODELS_ROUNDS")) : 300;
     astrovl_gguf *file = astrovl_gguf_open(models_b_files[0], 0, &err);
-    metadata = (size_t)astrovl_gguf_tensor(file, 0)->offset;
-    keys = (size_t)(models_after(bytes, size, "tokenizer.ggml.tokens", 1) - bytes);
+    size_t metadata = (size_t)astrovl_gguf_tensor(file, 0)->offset;
+    size_t keys = (size_t)(models_after(bytes, size, "tokenizer.ggml.tokens", 1) - bytes);
     astrovl_gguf_close(file);
     CHECK(astrovl_image_load("test/golden/models_1.png", 0, &image, &err) == ASTROVL_OK, "%s", err.message);
     for (round = 0; round < rounds; round++) {
         unsigned char *copy = (unsigned char *)malloc(size);
-        astrovl_model *m;
         const size_t where = random_below(&random, 20);
         const size_t first = where < 15 ? 0 : where < 17 ? keys : metadata;
         memcpy(copy, bytes, size);
         mutate(copy, first, where < 15 ? keys : where < 17 ? metadata : size, &random);
-        m = models_open_bytes(copy, size, &err);
+        astrovl_model *m = models_open_bytes(copy, size, &err);
         if (m) {
             astrovl_info info;
             astrovl_get_info(m, &info);
             if (info.image_size <= 4096 && (int64_t)info.n_patches <= 4096) {
                 astrovl_generation o;
                 astrovl_session_options so;
-                astrovl_session *s;
                 char *answer = NULL;
                 memset(&o, 0, sizeof o);
                 memset(&so, 0, sizeof so);
                 o.max_tokens = 3;
                 so.n_threads = 1;
                 so.n_ctx = info.n_ctx_train < 256 ? 0 : 256;
-                s = astrovl_session_new(m, &so, &err);
+                astrovl_session *s = astrovl_session_new(m, &so, &err);
                 if (s) answer = astrovl_chat(s, &image, 1, "What is <|eot_id|> this?", &o, &err);
                 n_opened += answer != NULL;
                 astrovl_free(answer);
@@ -4924,12 +4858,10 @@ static void models_mutated(void) {
 static void models_draws(const char *what, const astrovl_generation *o, const int *expected) {
     static const float logits[12] = {1.5f, -0.5f, 2.0f, 0.25f, 1.0f, -3.0f, 1.9f, 0.0f, 2.0f, -1.0f, 0.75f, 1.25f};
     uint64_t state = o->seed;
-    int i;
-    for (i = 0; i < 24; i++) {
+    for (int i = 0; i < 24; i++) {
         float copy[12];
-        int32_t token;
         memcpy(copy, logits, sizeof copy);
-        token = astrovl_sample(copy, 12, o, NULL, 0, &state);
+        int32_t token = astrovl_sample(copy, 12, o, NULL, 0, &state);
         CHECK(token == expected[i], "%s: draw %d is %d, expected %d", what, i, (int)token, expected[i]);
     }
 }
@@ -4993,7 +4925,6 @@ static void models_sampling_edges(void) {
     float penalised[4] = {2.0f, 1.9f, -1.0f, 0.5f};
     float infinite[3];
     int32_t history[5] = {0, 0, 2, 9, -4};
-    int i;
     memcpy(copy, ties, sizeof copy);
     CHECK(astrovl_sample(copy, 6, NULL, NULL, 0, NULL) == 1, "the lowest id wins a tie");
     memset(&o, 0, sizeof o);
@@ -5011,7 +4942,7 @@ static void models_sampling_edges(void) {
     // top-k 1 and a tiny top-p are greedy, ties included
     memset(&o, 0, sizeof o);
     o.temperature = 1.0f;
-    for (i = 0; i < 50; i++) {
+    for (int i = 0; i < 50; i++) {
         o.top_k = i % 2;
         o.top_p = i % 2 ? 0.0f : 1e-6f;
         memcpy(copy, ties, sizeof copy);
@@ -5020,7 +4951,7 @@ static void models_sampling_edges(void) {
     // a token with logit minus infinity never comes
     memset(&o, 0, sizeof o);
     o.temperature = 1.0f;
-    for (i = 0; i < 200; i++) {
+    for (int i = 0; i < 200; i++) {
         infinite[0] = infinite[2] = 0.0f;
         infinite[1] = avl__float_from_bits(0xFF800000u);
         CHECK(astrovl_sample(infinite, 3, &o, NULL, 0, &state) != 1, "an impossible token");
@@ -5030,17 +4961,14 @@ static void models_sampling_edges(void) {
 // The same seed, the same text; another seed, another text.
 static void models_sampling_text(void) {
     models_kit kit;
-    astrovl_session *s;
-    astrovl_generation o;
     char *texts[4];
-    int i;
     models_kit_open(&kit, 'a');
-    s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
-    o = models_options(&kit, 32);
+    astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    astrovl_generation o = models_options(&kit, 32);
     o.temperature = 1.0f;
     o.top_p = 0.9f;
     o.repetition_penalty = 1.2f;
-    for (i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++) {
         o.seed = i == 3 ? 8 : 7;
         astrovl_session_reset(s);
         texts[i] = astrovl_chat(s, kit.images, 1, "What is in this image?", &o, NULL);
@@ -5049,7 +4977,7 @@ static void models_sampling_text(void) {
     CHECK(strcmp(texts[0], texts[1]) == 0 && strcmp(texts[0], texts[2]) == 0, "one seed, two texts: \"%s\", \"%s\"",
           texts[0], texts[1]);
     CHECK(strcmp(texts[0], texts[3]) != 0, "two seeds, one text: \"%s\"", texts[0]);
-    for (i = 0; i < 4; i++) astrovl_free(texts[i]);
+    for (int i = 0; i < 4; i++) astrovl_free(texts[i]);
     astrovl_session_free(s);
     models_kit_close(&kit);
 }
@@ -5077,13 +5005,12 @@ typedef struct batch_kit {
 static astrovl_session *batch_session(const batch_kit *kit, int n_ctx, const astrovl_session *parent) {
     astrovl_session_options o;
     astrovl_error err = {ASTROVL_OK, ""};
-    astrovl_session *s;
     memset(&o, 0, sizeof o);
     o.mode = kit->mode;
     o.isa = kit->isa;
     o.n_threads = 2;
     o.n_ctx = n_ctx;
-    s = parent ? astrovl_session_fork(parent, n_ctx, &err) : astrovl_session_new(kit->model, &o, &err);
+    astrovl_session *s = parent ? astrovl_session_fork(parent, n_ctx, &err) : astrovl_session_new(kit->model, &o, &err);
     CHECK(s, "%s", err.message);
     if (!s) exit(1);
     return s;
@@ -5092,11 +5019,10 @@ static astrovl_session *batch_session(const batch_kit *kit, int n_ctx, const ast
 // Conversation i's turn (0 or 1): prompts of many lengths, every way to choose tokens, and every way to end.
 static void batch_ask(const batch_kit *kit, batch_talk *talk, int i, int turn) {
     static const char *const stops[] = {"no such text", "e"};
-    int word;
     memset(&talk->o, 0, sizeof talk->o);
     memset(&talk->heard, 0, sizeof talk->heard);
     snprintf(talk->text, sizeof talk->text, "Number %d:", i);
-    for (word = 0; word < i % 7; word++) snprintf(talk->text + strlen(talk->text), 32, " what is this?");
+    for (int word = 0; word < i % 7; word++) snprintf(talk->text + strlen(talk->text), 32, " what is this?");
     talk->n_images = i > 8 ? 0 : turn == 0 ? i % 3 : i % 4 == 3;      // encoded one by one: more would show no more
     talk->heard.cancel_at = i % 8 == 7 ? 1 : -1;
     talk->o.system = kit->system;
@@ -5161,10 +5087,9 @@ static void batch_compare(const batch_kit *kit, int n) {
         }
         CHECK(astrovl_chat_batch(turns, n, &err) == ASTROVL_OK, "%s", err.message);
         for (i = 0; i < n; i++) {
-            char *answer;
             int n_answer;
             batch_ask(kit, &alone[i], i, turn);
-            answer = astrovl_chat(alone[i].s, kit->images, alone[i].n_images, alone[i].text, &alone[i].o, &err);
+            char *answer = astrovl_chat(alone[i].s, kit->images, alone[i].n_images, alone[i].text, &alone[i].o, &err);
             batch_check(&turns[i], &together[i], &alone[i], answer, i, turn);
             astrovl_answer_tokens(alone[i].s, &n_answer);
             if (n_answer < 40) n_lengths += lengths[n_answer]++ == 0;
@@ -5202,10 +5127,9 @@ static void models_batch(int which) {
     static const int sizes[] = {1, 2, 5, BATCH_MOST};
     models_kit models;
     batch_kit kit;
-    size_t i;
     models_kit_open(&models, which);
     batch_kit_open(&kit, &models);
-    for (i = 0; i < sizeof sizes / sizeof *sizes; i++) batch_compare(&kit, sizes[i]);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) batch_compare(&kit, sizes[i]);
     astrovl_guide_free(kit.guide);
     models_kit_close(&models);
 }
@@ -5219,7 +5143,6 @@ static void models_batch_fast(void) {
     batch_kit kit;
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_model *tiny = astrovl_open("test/astrovl-tiny.gguf", NULL, &err), *before;
-    int k;
     CHECK(tiny, "%s", err.message);
     if (!tiny) return;
     models_kit_open(&models, 'a');
@@ -5228,7 +5151,7 @@ static void models_batch_fast(void) {
     models.system[0] = 0;
     batch_kit_open(&kit, &models);
     kit.mode = ASTROVL_FAST;
-    for (k = 0; k < AVL__N_KERNELS; k++) {
+    for (int k = 0; k < AVL__N_KERNELS; k++) {
         if (!avl__kernels_run(k) || !avl__all_kernels[k]->multiply) continue;   // as the one before it; as exact mode
         kit.isa = avl__all_kernels[k]->name;
         batch_compare(&kit, 2);
@@ -5250,10 +5173,9 @@ static void models_batch_failures(void) {
     batch_talk together[N], alone[N];
     astrovl_turn turns[N];
     astrovl_error err = {ASTROVL_OK, ""};
-    int i;
     models_kit_open(&models, 'b');
     batch_kit_open(&kit, &models);
-    for (i = 0; i < N; i++) {
+    for (int i = 0; i < N; i++) {
         static const char first[] = "Remember this.";
         together[i].s = batch_session(&kit, i == 1 ? 200 : 0, i ? together[0].s : NULL);
         alone[i].s = batch_session(&kit, i == 1 ? 200 : 0, NULL);
@@ -5268,7 +5190,7 @@ static void models_batch_failures(void) {
         if (i == 4) turns[i].images = NULL, turns[i].n_images = 1;
     }
     CHECK(astrovl_chat_batch(turns, N, &err) == ASTROVL_ERROR_LIMIT && strcmp(err.message, turns[1].err.message) == 0, "%s", err.message);
-    for (i = 0; i < N; i++) {
+    for (int i = 0; i < N; i++) {
         CHECK(turns[i].err.status == expected[i] && (turns[i].err.message[0] != 0) == (expected[i] != ASTROVL_OK) &&
               (turns[i].answer == NULL) == (expected[i] != ASTROVL_OK), "turn %d: %s", i, turns[i].err.message);
         if (turns[i].answer) {
@@ -5278,17 +5200,16 @@ static void models_batch_failures(void) {
             astrovl_free(turns[i].answer);
         }
     }
-    for (i = 0; i < N; i++) {     // those that failed go on as if nothing had been asked
-        char *answer, *other;
+    for (int i = 0; i < N; i++) {     // those that failed go on as if nothing had been asked
         batch_ask(&kit, &together[i], i, 1);
         batch_ask(&kit, &alone[i], i, 1);
-        answer = astrovl_chat(together[i].s, NULL, 0, "And now?", &together[i].o, &err);
-        other = astrovl_chat(alone[i].s, NULL, 0, "And now?", &alone[i].o, &err);
+        char *answer = astrovl_chat(together[i].s, NULL, 0, "And now?", &together[i].o, &err);
+        char *other = astrovl_chat(alone[i].s, NULL, 0, "And now?", &alone[i].o, &err);
         CHECK(answer && other && strcmp(answer, other) == 0, "after the batch: \"%s\", alone \"%s\"", answer ? answer : err.message, other);
         astrovl_free(answer);
         astrovl_free(other);
     }
-    for (i = N - 1; i >= 0; i--) {
+    for (int i = N - 1; i >= 0; i--) {
         astrovl_session_free(together[i].s);
         astrovl_session_free(alone[i].s);
     }
@@ -5303,7 +5224,6 @@ static void models_batch_arguments(void) {
     batch_talk talks[4];
     astrovl_turn turns[4];
     astrovl_error err = {ASTROVL_OK, ""};
-    int i, wrong;
     models_kit_open(&models, 'b');
     models_kit_open(&other, 'a');
     batch_kit_open(&kit, &models);
@@ -5312,15 +5232,15 @@ static void models_batch_arguments(void) {
     talks[1].s = batch_session(&kit, 64, talks[0].s);
     talks[2].s = batch_session(&kit, 64, NULL);          // no fork
     talks[3].s = batch_session(&foreign, 64, NULL);      // another model
-    for (wrong = 0; wrong < 4; wrong++) {
-        for (i = 0; i < 2; i++) {
+    for (int wrong = 0; wrong < 4; wrong++) {
+        for (int i = 0; i < 2; i++) {
             batch_ask(&kit, &talks[i], i, 1);
             turns[i] = batch_turn(&kit, &talks[i]);
             turns[i].answer = talks[i].text;             // whatever stood there
         }
         turns[1].session = wrong == 0 ? talks[0].s : wrong == 1 ? NULL : talks[wrong].s;
         FAILS(astrovl_chat_batch(turns, 2, &err), ARGUMENT, "wrong session %d", wrong);
-        for (i = 0; i < 2; i++) CHECK(!turns[i].answer && turns[i].err.status == ASTROVL_ERROR_ARGUMENT, "turn %d: %s", i, turns[i].err.message);
+        for (int i = 0; i < 2; i++) CHECK(!turns[i].answer && turns[i].err.status == ASTROVL_ERROR_ARGUMENT, "turn %d: %s", i, turns[i].err.message);
         CHECK(astrovl_session_n_past(talks[0].s) == 0, "a turn was begun");
     }
     FAILS(astrovl_chat_batch(turns, 0, &err), ARGUMENT, "no turns");
@@ -5328,7 +5248,7 @@ static void models_batch_arguments(void) {
     FAILS(!astrovl_chat(NULL, NULL, 0, "What?", NULL, &err), ARGUMENT, "no session");
     FAILS(!astrovl_session_fork(talks[0].s, 1 << 20, &err), ARGUMENT, "a fork with a context beyond the model's");
     FAILS(!astrovl_session_fork(talks[0].s, -1, &err), ARGUMENT, "a fork with a negative context");
-    for (i = 0; i < 4; i++) astrovl_session_free(talks[i].s);     // the parent first
+    for (int i = 0; i < 4; i++) astrovl_session_free(talks[i].s);     // the parent first
     astrovl_guide_free(kit.guide);
     astrovl_guide_free(foreign.guide);
     models_kit_close(&models);
@@ -5344,13 +5264,13 @@ static void models_batch_out_of_memory(void) {
     astrovl_turn turns[N];
     astrovl_error err = {ASTROVL_OK, ""};
     char answers[N][512];
-    long at, live;
+    long at;
     int i, done, n_partly = 0;
     models_kit_open(&models, 'a');
     batch_kit_open(&kit, &models);
     for (at = -1, done = 0; !done; at++) {               // -1: as it should be; each in new sessions, which have no scratch memory yet
         int n_answers = 0;
-        live = g_live;
+        long live = g_live;
         for (i = 0; i < N; i++) {
             talks[i].s = batch_session(&kit, 0, i ? talks[0].s : NULL);
             batch_ask(&kit, &talks[i], i, 0);
@@ -5403,19 +5323,16 @@ static void models_batch_watched(void) {
     batch_talk talks[2];
     astrovl_turn turns[2];
     astrovl_error err = {ASTROVL_OK, ""};
-    astrovl_session *s;
     astrovl_stats stats;
     int32_t tokens[N];
-    float *all, *some;
-    size_t row;
     int i, which, wanted, tapped, n_expected = 0, n_answers = 0;
     for (which = 'a'; which <= 'b'; which++) {
         models_kit_open(&kit, which);
-        row = models_row_bytes(&kit);
-        all = models_logits(&kit, N);
-        some = models_logits(&kit, N);
+        size_t row = models_row_bytes(&kit);
+        float *all = models_logits(&kit, N);
+        float *some = models_logits(&kit, N);
         models_some_tokens(tokens, N, (int)(row / sizeof(float)));
-        s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+        astrovl_session *s = models_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
         CHECK(astrovl_eval_tokens(s, tokens, N, all, N, &err) == ASTROVL_OK, "%s", err.message);
         CHECK(astrovl_eval_tokens(s, tokens, 1, all, 1, &err) == ASTROVL_OK, "%s", err.message);   // row 0: what it remembers
         astrovl_session_free(s);
@@ -5485,6 +5402,7 @@ static void tests_models(void) {
     run("models: NaN and infinity in each tensor, fast mode", models_no_numbers_fast);
     run("models: every tensor missing once", models_missing_tensors);
     run("models: parts of a model", models_parts);
+    run("models: exact mode where floats are not exact", models_inexact);
     run("models: wrong arguments", models_arguments);
     run("models: NULL for every argument", models_nulls);
     run("models: a warm session allocates nothing", models_warm);
@@ -5525,11 +5443,10 @@ static int32_t guide_bytes[256];   // tokens of one byte, of the vocabulary open
 
 static void guide_find_bytes(const astrovl_model *m) {
     astrovl_info info;
-    int32_t t;
     char text[8];
     astrovl_get_info(m, &info);
     memset(guide_bytes, 0xFF, sizeof guide_bytes);
-    for (t = info.n_vocab - 1; t >= 0; t--)
+    for (int32_t t = info.n_vocab - 1; t >= 0; t--)
         if (astrovl_token_text(m, t, text, sizeof text) == 1 && !astrovl_token_is_end(m, t)) guide_bytes[(uint8_t)text[0]] = t;
 }
 
@@ -5546,8 +5463,7 @@ static astrovl_guide *guide_schema(const astrovl_model *m, const char *schema, a
 }
 
 static int guide_walk(astrovl_guide *g, int state, const char *text, size_t size) {   // byte by byte; -1: refused
-    size_t i;
-    for (i = 0; i < size && state >= 0; i++) state = astrovl_guide_next(g, state, guide_bytes[(uint8_t)text[i]]);
+    for (size_t i = 0; i < size && state >= 0; i++) state = astrovl_guide_next(g, state, guide_bytes[(uint8_t)text[i]]);
     return state;
 }
 
@@ -5595,14 +5511,14 @@ static int guide_naive_set(const char **p, int c) {   // after [: whether c is i
 static uint64_t guide_naive_atom(guide_naive *m, uint64_t from) {
     const char *start = m->p;
     uint64_t to = 0;
-    int i, in;
+    int in;
     if (*m->p == '(') {
         m->p += m->p[1] == '?' ? 3 : 1;
         to = guide_naive_alternatives(m, from);
         m->p++;
         return to;
     }
-    for (i = 0; i <= m->size; i++) {   // at size only to get past the atom
+    for (int i = 0; i <= m->size; i++) {   // at size only to get past the atom
         int c = i < m->size ? (unsigned char)m->subject[i] : 1;
         m->p = start;
         if (*m->p == '.') in = c != '\n', m->p++;
@@ -5733,18 +5649,17 @@ static void test_guide_characters(void) {
     astrovl_model *m = guide_model(GUIDE_GPT2);
     astrovl_error err = {ASTROVL_OK, ""};
     uint64_t seed = 3;
-    int i, bad;
-    for (i = 0; i < (int)(sizeof sets / sizeof *sets) + 20; i++) {
+    int bad;
+    for (int i = 0; i < (int)(sizeof sets / sizeof *sets) + 20; i++) {
         char pattern[64], text[4];
         uint32_t low = guide_random(&seed, 0xD800), high = low + guide_random(&seed, 0xD800 - low), c;
         int inside = i & 1;
-        astrovl_guide *g;
         snprintf(pattern, sizeof pattern, "[%s\\u%04x-\\u%04x]", inside ? "" : "^", (unsigned)low, (unsigned)high);
         if (i < (int)(sizeof sets / sizeof *sets)) {
             low = sets[i].low, high = sets[i].high, inside = sets[i].inside;
             strcpy(pattern, sets[i].pattern);
         }
-        g = astrovl_guide_regex(m, pattern, &err);
+        astrovl_guide *g = astrovl_guide_regex(m, pattern, &err);
         CHECK(g, "%s: %s", pattern, err.message);
         for (c = 0, bad = 0; g && c < 0x110000; c++)
             if (c < 0xD800 || c > 0xDFFF)
@@ -5752,11 +5667,10 @@ static void test_guide_characters(void) {
         CHECK(bad == 0, "%s: %d characters are wrong", pattern, bad);
         astrovl_guide_free(g);
     }
-    for (i = 0; i < 2; i++) {   // only UTF-8 passes
+    for (int i = 0; i < 2; i++) {   // only UTF-8 passes
         astrovl_guide *g = i ? guide_schema(m, "{\"type\": \"string\"}", &err) : astrovl_guide_regex(m, "\"[^\"\\\\]\"", &err);
-        uint32_t c;
         bad = 0;
-        for (c = 0; g && c < 4000000; c++) {
+        for (uint32_t c = 0; g && c < 4000000; c++) {
             char text[8] = {'"', 0, 0, 0, 0, 0, 0, 0};
             uint64_t seed_c = c;
             size_t n = c < 65536 ? 2 : 3 + c % 2, k, length;
@@ -5828,11 +5742,10 @@ static void test_guide_masks(void) {
     static const char *const patterns[] = {"a(b|c)*d?[0-9]{2,4}", "", "x?", "[^\"]{0,40}", ".*", " ?the (galaxy|star)s?",
         "the [a-z ]{1,20}\\."};
     astrovl_error err = {ASTROVL_OK, ""};
-    int which, i;
-    for (which = 0; which < GUIDE_N; which++) {
+    for (int which = 0; which < GUIDE_N; which++) {
         astrovl_model *m = guide_model(which);
         astrovl_guide *g;
-        for (i = 0; i < (int)(sizeof patterns / sizeof *patterns); i++) {
+        for (int i = 0; i < (int)(sizeof patterns / sizeof *patterns); i++) {
             g = astrovl_guide_regex(m, patterns[i], &err);
             CHECK(g, "%s: %s", patterns[i], err.message);
             if (g) guide_check_masks(m, g, patterns[i]);
@@ -5854,25 +5767,23 @@ static void test_guide_many_masks(void) {
     float *logits;
     char pattern[1601] = "([ab]{3}[01]{2}){500}";
     uint64_t seed = 1;
-    int which, round, t;
     astrovl_get_info(m, &info);
     logits = (float *)malloc((size_t)info.n_vocab * sizeof *logits);
-    for (which = 0; which < 2; which++) {
+    for (int which = 0; which < 2; which++) {
         astrovl_error err = {ASTROVL_OK, ""};
         astrovl_guide *g;
         int bad = 0, n_states = 0;
-        long live;
-        for (t = 0; which && t < 1600; t++) pattern[t] = "abcde"[guide_random(&seed, 5)];
+        for (int t = 0; which && t < 1600; t++) pattern[t] = "abcde"[guide_random(&seed, 5)];
         g = astrovl_guide_regex(m, pattern, &err);
         CHECK(g, "%s", err.message);
-        live = g_live;
-        for (round = 0; g && round < 2; round++) {
+        long live = g_live;
+        for (int round = 0; g && round < 2; round++) {
             int state = 0;
             for (n_states = 0; state >= 0 && astrovl_guide_min_tokens(g, state) > 0; n_states++) {
                 char byte = which ? pattern[n_states] : n_states % 5 < 3 ? 'a' : '1';
-                for (t = 0; t < info.n_vocab; t++) logits[t] = 1.0f;
+                for (int t = 0; t < info.n_vocab; t++) logits[t] = 1.0f;
                 bad += astrovl_guide_mask(g, state, 100000, logits, &err) != ASTROVL_OK;
-                for (t = 0; t < info.n_vocab; t++) bad += (logits[t] == 1.0f) != (astrovl_guide_next(g, state, t) >= 0);
+                for (int t = 0; t < info.n_vocab; t++) bad += (logits[t] == 1.0f) != (astrovl_guide_next(g, state, t) >= 0);
                 state = guide_walk(g, state, &byte, 1);
             }
             CHECK(n_states == (which ? 1600 : 2500), "%d states", n_states);
@@ -5989,9 +5900,9 @@ static void guide_one_of(guide_reader *r, const char *const *choices) {   // the
 }
 
 static void guide_read_paperclip(guide_reader *r) {
-    int key, n;
+    int n;
     guide_expect(r, "{");
-    for (key = 0; key < 2 && !r->bad; key++) {
+    for (int key = 0; key < 2 && !r->bad; key++) {
         if (key && !guide_take(r, ',')) r->bad = 1;
         guide_key(r, key ? "\"science_use_cases\"" : "\"objects_and_phenomena\"");
         guide_expect(r, "[");
@@ -6085,13 +5996,13 @@ static char *guide_answer(const astrovl_model *m, astrovl_guide *g, int n_left, 
         astrovl_error err = {ASTROVL_OK, ""};
         int32_t token;
         char bytes[64];
-        size_t n, skip;
+        size_t n;
         for (i = 0; i < n_vocab; i++) logits[i] = (float)avl__random(seed);
         if (astrovl_guide_mask(g, state, n_left, logits, &err) != ASTROVL_OK) break;   // the answer is complete
         token = astrovl_sample(logits, n_vocab, &o, NULL, 0, seed);
         if (astrovl_token_is_end(m, token)) break;
         n = (size_t)astrovl_token_text(m, token, bytes, 64);
-        skip = state == 0 && bytes[0] == ' ';
+        size_t skip = state == 0 && bytes[0] == ' ';
         avl__bytes_put(&text, bytes + skip, n - skip);
         state = astrovl_guide_next(g, state, token);
         dead = state < 0;
@@ -6168,8 +6079,7 @@ static void test_guide_bad_patterns(void) {
     astrovl_error err = {ASTROVL_OK, ""};
     char deep[300] = "";
     astrovl_guide *g;
-    int i;
-    for (i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
+    for (int i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
         double start = avl__seconds();
         g = astrovl_guide_regex(m, bad[i].pattern, &err);
         CHECK(!g && err.status == bad[i].status && strstr(err.message, bad[i].words), "%s: %s: %s", bad[i].pattern,
@@ -6179,9 +6089,9 @@ static void test_guide_bad_patterns(void) {
     }
     FAILS(!(g = astrovl_guide_regex(m, NULL, &err)), ARGUMENT, "NULL");
     FAILS(!astrovl_guide_regex(NULL, "a", &err), ARGUMENT, "NULL");
-    for (i = 0; i < 64; i++) strcat(deep, "(");
+    for (int i = 0; i < 64; i++) strcat(deep, "(");
     strcat(deep, "a");
-    for (i = 0; i < 64; i++) strcat(deep, ")");
+    for (int i = 0; i < 64; i++) strcat(deep, ")");
     g = astrovl_guide_regex(m, deep, &err);
     CHECK(g && guide_accepts(g, "a", 1), "64 groups: %s", err.message);
     astrovl_guide_free(g);
@@ -6254,27 +6164,26 @@ static void test_guide_bad_schemas(void) {
     astrovl_error err = {ASTROVL_OK, ""};
     char *deep = (char *)malloc(20000);
     astrovl_guide *g;
-    int i, k;
-    for (i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
+    for (int i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
         g = guide_schema(m, bad[i].schema, &err);
         CHECK(!g && err.status == bad[i].status && strstr(err.message, bad[i].words), "%s: %s: %s", bad[i].schema,
               astrovl_status_name(err.status), err.message);
         astrovl_guide_free(g);
     }
-    for (i = 0; i < (int)(sizeof good / sizeof *good); i++) {
+    for (int i = 0; i < (int)(sizeof good / sizeof *good); i++) {
         g = guide_schema(m, good[i].schema, &err);
         CHECK(g, "%s: %s", good[i].schema, err.message);
-        for (k = 0; g && k < 4 && good[i].yes[k]; k++)
+        for (int k = 0; g && k < 4 && good[i].yes[k]; k++)
             CHECK(guide_accepts(g, good[i].yes[k], strlen(good[i].yes[k])), "%s refuses %s", good[i].schema, good[i].yes[k]);
-        for (k = 0; g && k < 4 && good[i].no[k]; k++)
+        for (int k = 0; g && k < 4 && good[i].no[k]; k++)
             CHECK(!guide_accepts(g, good[i].no[k], strlen(good[i].no[k])), "%s accepts %s", good[i].schema, good[i].no[k]);
         astrovl_guide_free(g);
     }
-    for (k = 60; k <= 66; k += 6) {   // k arrays in arrays: 64 levels of values are read
+    for (int k = 60; k <= 66; k += 6) {   // k arrays in arrays: 64 levels of values are read
         deep[0] = 0;
-        for (i = 0; i < k; i++) strcat(deep, "{\"items\": ");
+        for (int i = 0; i < k; i++) strcat(deep, "{\"items\": ");
         strcat(deep, "{\"type\": \"null\"}");
-        for (i = 0; i < k; i++) strcat(deep, "}");
+        for (int i = 0; i < k; i++) strcat(deep, "}");
         g = guide_schema(m, deep, &err);
         if (k == 66) FAILS(!g, LIMIT, "%d levels", k);
         else CHECK(g, "%d levels: %s", k, err.message);
@@ -6286,7 +6195,7 @@ static void test_guide_bad_schemas(void) {
         char *many = (char *)malloc(250000);
         double start = avl__seconds();
         strcpy(many, "{\"anyOf\": [1");
-        for (i = 0; i < 100000; i++) memcpy(many + 12 + 2 * i, ",1", 3);
+        for (int i = 0; i < 100000; i++) memcpy(many + 12 + 2 * i, ",1", 3);
         memcpy(many + 12 + 200000, "]}", 3);
         FAILS(!guide_schema(m, many, &err), UNSUPPORTED, "100,000 faults");
         CHECK(avl__seconds() - start < 1, "100,000 faults take %.1f seconds", avl__seconds() - start);
@@ -6311,7 +6220,6 @@ static void test_guide_mutants(void) {
         size_t n = strlen(from), at;
         char *text = (char *)malloc(n + 16), *exact;   // exact: in memory of its own size
         astrovl_error err = {ASTROVL_OK, ""};
-        astrovl_guide *g;
         memcpy(text, from, n + 1);
         for (k = (int)guide_random(&seed, 4); k >= 0 && n > 2; k--) {
             at = guide_random(&seed, (uint32_t)n - 1);
@@ -6323,7 +6231,7 @@ static void test_guide_mutants(void) {
         }
         exact = (char *)malloc(n + (i % 2));
         memcpy(exact, text, n + (i % 2));
-        g = i % 2 ? astrovl_guide_regex(m, exact, &err) : astrovl_guide_schema(m, exact, n, &err);
+        astrovl_guide *g = i % 2 ? astrovl_guide_regex(m, exact, &err) : astrovl_guide_schema(m, exact, n, &err);
         CHECK(g || (err.status && err.status != ASTROVL_ERROR_MEMORY && err.message[0]), "%s: no message", text);
         if (g) n_made++; else n_refused++;
         astrovl_guide_free(g);
@@ -6340,18 +6248,17 @@ static void test_guide_no_memory(void) {
     astrovl_model *m = guide_model(GUIDE_SMOLLM);
     astrovl_info info;
     float *logits;
-    int kind;
     astrovl_get_info(m, &info);
     logits = (float *)calloc((size_t)info.n_vocab, sizeof *logits);
-    for (kind = 0; kind < 4; kind++) {
-        long at, live;
+    for (int kind = 0; kind < 4; kind++) {
+        long at;
         int done, n;
         for (at = 0, done = 0; !done; at++) {
             astrovl_error err = {ASTROVL_OK, ""};
             astrovl_guide *g = NULL;
             char **list = NULL;
             astrovl_status status = ASTROVL_OK;
-            live = g_live;
+            long live = g_live;
             if (kind == 3) g = guide_schema(m, guide_small_schema, &err);
             alloc_fail_at(at);
             if (kind == 0) g = astrovl_guide_regex(m, "[^a-y]{1,3}(b|c.*){2}|x", &err);
@@ -6404,13 +6311,13 @@ static void test_json_strings(void) {
     astrovl_error err = {ASTROVL_OK, ""};
     char deep[200];
     char **list;
-    int i, k, n;
-    for (i = 0; i < (int)(sizeof good / sizeof *good); i++) {
+    int n;
+    for (int i = 0; i < (int)(sizeof good / sizeof *good); i++) {
         list = astrovl_json_strings(good[i].json, strlen(good[i].json), good[i].key, &n, &err);
         CHECK(list && n == good[i].n, "%s: %d: %s", good[i].json, n, err.message);
-        for (k = 0; list && k < n && k < 4; k++) CHECK(strcmp(list[k], good[i].texts[k]) == 0, "%s: %s", good[i].json, list[k]);
+        for (int k = 0; list && k < n && k < 4; k++) CHECK(strcmp(list[k], good[i].texts[k]) == 0, "%s: %s", good[i].json, list[k]);
         astrovl_free(list);
-        for (k = 0; k < (int)strlen(good[i].json); k++) {   // every beginning, in memory of its own size
+        for (int k = 0; k < (int)strlen(good[i].json); k++) {   // every beginning, in memory of its own size
             char *part = (char *)malloc((size_t)k + (k == 0));
             memcpy(part, good[i].json, (size_t)k);
             list = astrovl_json_strings(part, (size_t)k, good[i].key, &n, &err);
@@ -6419,7 +6326,7 @@ static void test_json_strings(void) {
             free(part);
         }
     }
-    for (i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
+    for (int i = 0; i < (int)(sizeof bad / sizeof *bad); i++) {
         size_t size = strlen(bad[i].json) + 2 * (strcmp(bad[i].words, "byte 8") == 0 &&
             bad[i].json[7] == '"');   // the one with a zero byte
         memset(&err, 0, sizeof err);
@@ -6428,10 +6335,10 @@ static void test_json_strings(void) {
               astrovl_status_name(err.status), err.message);
         astrovl_free(list);
     }
-    for (i = 60; i < 70; i++) {   // i arrays in an object
+    for (int i = 60; i < 70; i++) {   // i arrays in an object
         strcpy(deep, "{\"b\":");
-        for (k = 0; k < i; k++) strcat(deep, "[");
-        for (k = 0; k < i; k++) strcat(deep, "]");
+        for (int k = 0; k < i; k++) strcat(deep, "[");
+        for (int k = 0; k < i; k++) strcat(deep, "]");
         strcat(deep, "}");
         list = astrovl_json_strings(deep, strlen(deep), "a", &n, &err);
         if (i < 64) CHECK(list && n == 0, "%d levels", i);
@@ -6456,27 +6363,24 @@ static int guide_collect(void *user, const char *text, size_t size) {
 static void test_guide_chat(void) {
     static const char *const models[] = {"test/golden/models_b.gguf", "test/astrovl-tiny.gguf"};
     astrovl_error err = {ASTROVL_OK, ""};
-    int which, i, extra;
-    for (which = 0; which < 2; which++) {
+    for (int which = 0; which < 2; which++) {
         astrovl_model *m = astrovl_open(models[which], NULL, &err), *other = guide_model(GUIDE_SPM);
         astrovl_session_options so;
-        astrovl_session *s;
         memset(&so, 0, sizeof so);
         so.n_threads = 1;
-        s = astrovl_session_new(m, &so, &err);
+        astrovl_session *s = astrovl_session_new(m, &so, &err);
         CHECK(m && s, "%s", err.message);
         guide_find_bytes(m);
-        for (i = 0; s && i < GUIDE_N_SCHEMAS; i++) {
+        for (int i = 0; s && i < GUIDE_N_SCHEMAS; i++) {
             astrovl_guide *g = guide_schema(m, guide_schemas[i].schema, &err);
             int n = astrovl_guide_min_tokens(g, 0);
             CHECK(g, "%s", err.message);
-            for (extra = -1; g && extra < 6; extra++) {
+            for (int extra = -1; g && extra < 6; extra++) {
                 static const int more[] = {0, 1, 3, 8, 30, 60};
                 astrovl_generation o;
                 guide_stream stream;
                 astrovl_stats stats;
                 guide_reader r;
-                char *answer;
                 int n_tokens;
                 memset(&o, 0, sizeof o);
                 memset(&stream, 0, sizeof stream);
@@ -6490,7 +6394,7 @@ static void test_guide_chat(void) {
                 o.on_text = guide_collect;
                 o.user = &stream;
                 astrovl_session_reset(s);
-                answer = astrovl_chat(s, NULL, 0, "What is in the image?", &o, &err);
+                char *answer = astrovl_chat(s, NULL, 0, "What is in the image?", &o, &err);
                 if (extra < 0) {
                     FAILS(!answer, LIMIT, "%d tokens", o.max_tokens);
                     continue;
@@ -6517,8 +6421,6 @@ static void test_guide_chat(void) {
                 &err), *empty = astrovl_guide_regex(m, "", &err);
             astrovl_generation o;
             guide_stream stream;
-            char *answer;
-            int n_prompt;
             memset(&o, 0, sizeof o);
             memset(&stream, 0, sizeof stream);
             astrovl_session_reset(s);
@@ -6530,15 +6432,14 @@ static void test_guide_chat(void) {
             FAILS(!astrovl_chat(s, NULL, 0, "x", &o, &err), ARGUMENT, "stop texts");
             o.n_stop = 0;
             o.guide = empty;
-            answer = astrovl_chat(s, NULL, 0, "x", &o, &err);
+            char *answer = astrovl_chat(s, NULL, 0, "x", &o, &err);
             CHECK(answer && !*answer, "an empty answer: %s", answer ? answer : err.message);
             astrovl_free(answer);
-            n_prompt = astrovl_session_n_past(s);
+            int n_prompt = astrovl_session_n_past(s);
             o.guide = g;
-            for (i = 1; i < 12; i++) {
-                astrovl_session *tight;
+            for (int i = 1; i < 12; i++) {
                 so.n_ctx = n_prompt + i;
-                tight = astrovl_session_new(m, &so, &err);
+                astrovl_session *tight = astrovl_session_new(m, &so, &err);
                 answer = astrovl_chat(tight, NULL, 0, "x", &o, &err);
                 if (i + 1 < astrovl_guide_min_tokens(g, 0)) FAILS(!answer, LIMIT, "%d positions", i);
                 else CHECK(answer && guide_accepts(g, answer, strlen(answer)), "%d positions: %s", i,
@@ -6596,14 +6497,13 @@ typedef struct joint_kit {
 static void joint_kit_open(joint_kit *kit, int which) {
     static const char *const images[] = {"test/golden/models_1.png", "test/golden/models_2.png", "test/golden/joint_image.png"};
     astrovl_error err = {ASTROVL_OK, ""};
-    int i;
     memset(kit, 0, sizeof *kit);
     models_gold_read(&kit->gold, which == 'a' ? "test/golden/joint_a.gold" : "test/golden/joint_b.gold");
     kit->model = astrovl_open(which == 'a' ? "test/golden/joint_a.gguf" : "test/golden/joint_b.gguf", NULL, &err);
     CHECK(kit->model, "%s", err.message);
     if (!kit->model) exit(1);
-    for (i = 0; i < JOINT_IMAGES; i++) CHECK(astrovl_image_load(images[i], 0, &kit->images[i], &err) == ASTROVL_OK, "%s", err.message);
-    for (i = 0; i < JOINT_TEXTS; i++) {
+    for (int i = 0; i < JOINT_IMAGES; i++) CHECK(astrovl_image_load(images[i], 0, &kit->images[i], &err) == ASTROVL_OK, "%s", err.message);
+    for (int i = 0; i < JOINT_TEXTS; i++) {
         char field[16];
         sprintf(field, "%d", i);
         kit->texts[i] = models_text(&kit->gold, "text", field, kit->text[i], sizeof kit->text[i]);
@@ -6611,9 +6511,8 @@ static void joint_kit_open(joint_kit *kit, int which) {
 }
 
 static void joint_kit_close(joint_kit *kit) {
-    int i;
     astrovl_close(kit->model);
-    for (i = 0; i < JOINT_IMAGES; i++) astrovl_image_free(&kit->images[i]);
+    for (int i = 0; i < JOINT_IMAGES; i++) astrovl_image_free(&kit->images[i]);
     models_gold_free(&kit->gold);
 }
 
@@ -6779,12 +6678,11 @@ static void joint_layers(int which) {
     joint_kit kit;
     models_watch watch;
     astrovl_error err = {ASTROVL_OK, ""};
-    astrovl_session *s;
     float image[JOINT_DIMS], text[JOINT_DIMS];
     int i, n = 0;
     joint_kit_open(&kit, which);
     models_watch_start(&watch, &kit.gold, 0);
-    s = joint_session(&kit, ASTROVL_EXACT, 2, joint_on_tap, &watch);
+    astrovl_session *s = joint_session(&kit, ASTROVL_EXACT, 2, joint_on_tap, &watch);
     CHECK(astrovl_embed_images(s, kit.images, 1, 0, image, &err) == ASTROVL_OK, "%s", err.message);
     CHECK(astrovl_embed_texts(s, kit.texts, 1, 0, text, &err) == ASTROVL_OK, "%s", err.message);
     for (i = 0; i < kit.gold.n; i++) {
@@ -6805,12 +6703,11 @@ static void joint_layers_b(void) { joint_layers('b'); }
 // CLIP's loss, all pairs as one batch: the mean over both directions of -log softmax(scale * cosines)[i][i]
 static float joint_loss(const float *images, const float *texts, float scale) {
     double loss = 0;
-    int i, j, direction;
-    for (direction = 0; direction < 2; direction++)
-        for (i = 0; i < JOINT_IMAGES; i++) {
+    for (int direction = 0; direction < 2; direction++)
+        for (int i = 0; i < JOINT_IMAGES; i++) {
             const float *query = (direction ? texts : images) + i * JOINT_DIMS, *items = direction ? images : texts;
             double own = (double)avl__dot_portable(query, items + i * JOINT_DIMS, JOINT_DIMS), sum = 0;
-            for (j = 0; j < JOINT_IMAGES; j++)
+            for (int j = 0; j < JOINT_IMAGES; j++)
                 sum += exp(scale * ((double)avl__dot_portable(query, items + j * JOINT_DIMS, JOINT_DIMS) - own));
             loss += log(sum) / (2 * JOINT_IMAGES);
         }
@@ -6820,39 +6717,36 @@ static float joint_loss(const float *images, const float *texts, float scale) {
 static void joint_scores(int which) {
     joint_kit kit;
     astrovl_error err = {ASTROVL_OK, ""};
-    astrovl_session *s;
     float images[JOINT_IMAGES * JOINT_DIMS], texts[JOINT_TEXTS * JOINT_DIMS], cosines[JOINT_IMAGES * JOINT_TEXTS], all[JOINT_IMAGES * JOINT_TEXTS];
     float unit[JOINT_IMAGES * JOINT_DIMS], loss;
     astrovl_info info;
-    const models_value *order;
-    int i, j, k;
     joint_kit_open(&kit, which);
     astrovl_get_info(kit.model, &info);
-    s = joint_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
+    astrovl_session *s = joint_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
     CHECK(astrovl_embed_images(s, kit.images, JOINT_IMAGES, 0, images, &err) == ASTROVL_OK, "%s", err.message);
     CHECK(astrovl_embed_texts(s, kit.texts, JOINT_TEXTS, 0, texts, &err) == ASTROVL_OK, "%s", err.message);
     joint_check(&kit, "images", images, MODELS_TOLERANCE);
     joint_check(&kit, "texts", texts, MODELS_TOLERANCE);
     CHECK(astrovl_embed_images(s, kit.images, JOINT_IMAGES, 1, unit, &err) == ASTROVL_OK, "%s", err.message);
-    for (i = 0; i < JOINT_IMAGES; i++) {
+    for (int i = 0; i < JOINT_IMAGES; i++) {
         double length = 0.0;
-        for (k = 0; k < JOINT_DIMS; k++) length += (double)unit[i * JOINT_DIMS + k] * unit[i * JOINT_DIMS + k];
+        for (int k = 0; k < JOINT_DIMS; k++) length += (double)unit[i * JOINT_DIMS + k] * unit[i * JOINT_DIMS + k];
         CHECK(length > 0.99999 && length < 1.00001, "image %d has length %g", i, length);
     }
     CHECK(astrovl_embed_texts(s, kit.texts, JOINT_TEXTS, 1, texts, &err) == ASTROVL_OK, "%s", err.message);
     astrovl_session_free(s);
-    order = models_field(&kit.gold, "", "order");
-    for (i = 0; i < JOINT_IMAGES; i++) {
+    const models_value *order = models_field(&kit.gold, "", "order");
+    for (int i = 0; i < JOINT_IMAGES; i++) {
         float *row = cosines + i * JOINT_TEXTS, *p = all + i * JOINT_TEXTS, total = 0.0f;
         astrovl_fit fits[JOINT_TEXTS];
-        for (j = 0; j < JOINT_TEXTS; j++) row[j] = avl__dot_portable(unit + i * JOINT_DIMS, texts + j * JOINT_DIMS, JOINT_DIMS);
-        for (j = 1; j < JOINT_TEXTS; j++) {
+        for (int j = 0; j < JOINT_TEXTS; j++) row[j] = avl__dot_portable(unit + i * JOINT_DIMS, texts + j * JOINT_DIMS, JOINT_DIMS);
+        for (int j = 1; j < JOINT_TEXTS; j++) {
             int before = models_int(order, i * JOINT_TEXTS + j - 1), after = models_int(order, i * JOINT_TEXTS + j);
             CHECK(row[before] >= row[after], "image %d: text %d stands before %d", i, before, after);
         }
         // The one-call score is fast mode's: what rounding does to so small and random a model is seen in the second digit.
         CHECK(astrovl_score(kit.model, &kit.images[i], kit.texts, JOINT_TEXTS, fits, &err) == ASTROVL_OK, "%s", err.message);
-        for (j = 0; j < JOINT_TEXTS; j++) {
+        for (int j = 0; j < JOINT_TEXTS; j++) {
             total += fits[j].probability;
             CHECK(fabs((double)fits[j].cosine - row[j]) < 0.02, "image %d, text %d: %g in fast mode, %g", i, j, fits[j].cosine, row[j]);
             p[j] = info.logit_scale * row[j];
@@ -6881,17 +6775,16 @@ static void joint_batches(void) {
     astrovl_image many[N];
     const char *words[N];
     static float together[N * JOINT_DIMS], one[JOINT_DIMS], texts[N * JOINT_DIMS];
-    int i, threads;
     joint_kit_open(&kit, 'b');
-    for (i = 0; i < N; i++) {
+    for (int i = 0; i < N; i++) {
         many[i] = kit.images[i % JOINT_IMAGES];
         words[i] = kit.texts[i * 7 % JOINT_TEXTS];
     }
-    for (threads = 1; threads <= 8; threads++) {
+    for (int threads = 1; threads <= 8; threads++) {
         astrovl_session *s = joint_session(&kit, threads % 2 ? ASTROVL_EXACT : ASTROVL_FAST, threads, NULL, NULL);
         CHECK(astrovl_embed_images(s, many, N, 1, together, &err) == ASTROVL_OK, "%s", err.message);
         CHECK(astrovl_embed_texts(s, words, N, 1, texts, &err) == ASTROVL_OK, "%s", err.message);
-        for (i = 0; i < N; i += 9) {
+        for (int i = 0; i < N; i += 9) {
             CHECK(astrovl_embed_images(s, &many[i], 1, 1, one, &err) == ASTROVL_OK, "%s", err.message);
             CHECK(memcmp(one, together + i * JOINT_DIMS, sizeof one) == 0, "%d threads: image %d", threads, i);
             CHECK(astrovl_embed_texts(s, &words[i], 1, 1, one, &err) == ASTROVL_OK, "%s", err.message);
@@ -6944,9 +6837,8 @@ static void joint_errors(void) {
     const char *nothing[1] = {NULL};
     astrovl_fit fit;
     float out[64];
-    astrovl_session *s;
     joint_kit_open(&kit, 'a');
-    s = joint_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
+    astrovl_session *s = joint_session(&kit, ASTROVL_EXACT, 1, NULL, NULL);
     FAILS(astrovl_embed_images(s, &empty, 1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "an empty image");
     FAILS(astrovl_embed_images(s, NULL, 1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "no image");
     FAILS(astrovl_embed_images(s, kit.images, -1, 1, out, &err) != ASTROVL_OK, ARGUMENT, "-1 images");
@@ -6981,9 +6873,8 @@ static void joint_missing(void) {
         for (i = 0; i < n_tensors + astrovl_gguf_n_kv(file); i++) {
             const char *name = i < n_tensors ? astrovl_gguf_tensor(file, i)->name : astrovl_gguf_kv(file, i - n_tensors)->key;
             unsigned char *after = models_after(bytes, size, name, 0);
-            astrovl_model *m;
             after[-1] ^= 1;
-            m = models_open_bytes(bytes, size, &err);
+            astrovl_model *m = models_open_bytes(bytes, size, &err);
             n_refused += !m;
             if (!m) CHECK(err.message[0] && (strstr(err.message, name) || strstr(err.message, "vocabulary")), "without %s: %s", name, err.message);
             astrovl_close(m);
@@ -6996,29 +6887,27 @@ static void joint_missing(void) {
 }
 
 static void joint_mutated(void) {
-    size_t size, metadata;
+    size_t size;
     unsigned char *bytes = read_file("test/golden/joint_b.gguf", &size);
     astrovl_error err = {ASTROVL_OK, ""};
     uint64_t random = 11;
     int round, n_ran = 0;
     astrovl_gguf *file = astrovl_gguf_open("test/golden/joint_b.gguf", 0, &err);
     joint_kit kit;
-    metadata = (size_t)astrovl_gguf_tensor(file, 0)->offset;
+    size_t metadata = (size_t)astrovl_gguf_tensor(file, 0)->offset;
     astrovl_gguf_close(file);
     joint_kit_open(&kit, 'b');
     for (round = 0; round < 300; round++) {
         unsigned char *copy = (unsigned char *)malloc(size);
-        astrovl_model *m;
-        float *out;
         astrovl_info info;
         memcpy(copy, bytes, size);
         mutate(copy, 0, random_below(&random, 10) ? metadata : size, &random);
-        m = models_open_bytes(copy, size, &err);
+        astrovl_model *m = models_open_bytes(copy, size, &err);
         if (m) {
             astrovl_session *s;
             astrovl_get_info(m, &info);
             s = info.n_patches <= 4096 && info.image_size <= 1024 ? astrovl_session_new(m, NULL, &err) : NULL;
-            out = (float *)malloc(sizeof(float) * JOINT_TEXTS * (size_t)(info.n_embd_joint + 1));
+            float *out = (float *)malloc(sizeof(float) * JOINT_TEXTS * (size_t)(info.n_embd_joint + 1));
             if (s) n_ran += astrovl_embed_images(s, kit.images, 1, 1, out, &err) == ASTROVL_OK;
             if (s) n_ran += astrovl_embed_texts(s, kit.texts, JOINT_TEXTS, 1, out, &err) == ASTROVL_OK;
             astrovl_session_free(s);
@@ -7037,21 +6926,20 @@ static void joint_out_of_memory(int which) {
     joint_kit kit;
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_model *m;
-    astrovl_session *s;
     astrovl_status status;
     float out[8 * JOINT_DIMS];
     astrovl_fit fits[JOINT_TEXTS];
-    long at, live;
+    long at;
     int failed;
     joint_kit_open(&kit, which);
-    live = g_live;
+    long live = g_live;
     EACH_ALLOCATION(at, failed, m = astrovl_open(path, NULL, &err)) {
         if (failed) FAILS(!m, MEMORY, "open, allocation %ld", at);
         astrovl_close(m);
         CHECK(g_live == live, "open, allocation %ld: %ld blocks leak", at, g_live - live);
     }
     CHECK(at > 50, "%ld allocations in open", at);
-    s = joint_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
+    astrovl_session *s = joint_session(&kit, ASTROVL_EXACT, 2, NULL, NULL);
     EACH_ALLOCATION(at, failed, status = astrovl_embed_images(s, kit.images, 2, 1, out, &err),
                     status = status ? status : astrovl_embed_texts(s, kit.texts, 2, 1, out, &err)) {
         if (failed) FAILS(status, MEMORY, "embedding, allocation %ld", at);
@@ -7073,8 +6961,7 @@ static void joint_out_of_memory_b(void) { joint_out_of_memory('b'); }
 // Small multiples of 1/64: many rows are equal, so that the order of equals is tested too.
 static uint16_t *joint_rows(int n, int d, uint64_t seed) {
     uint16_t *rows = (uint16_t *)malloc(sizeof *rows * (size_t)n * (size_t)d + 1);
-    int i;
-    for (i = 0; rows && i < n * d; i++) {
+    for (int i = 0; rows && i < n * d; i++) {
         uint16_t h = astrovl_f32_to_f16((float)((int)(avl__random(&seed) * 5) - 2) / (d > 8 ? 64 : 1));
         unsigned char b[2];
         b[0] = (unsigned char)h;
@@ -7093,19 +6980,19 @@ static void joint_search_case(int n, int d, int k, int n_threads, int odd) {
     astrovl_error err = {ASTROVL_OK, ""};
     astrovl_rows index;
     uint64_t seed = 5;
-    int i, j, h, found;
+    int found;
     index.data = place + odd, index.n_rows = n, index.n_dims = d;
     memcpy(place + odd, rows, (size_t)n * (size_t)d * 2);
-    for (j = 0; j < d; j++) query[j] = (float)avl__random(&seed) - 0.5f;
+    for (int j = 0; j < d; j++) query[j] = (float)avl__random(&seed) - 0.5f;
     found = astrovl_search(&index, query, k, n_threads, hits, &err);
     CHECK(found == (k < n ? k : n), "%d of %d rows, %d dims: %d hits", k, n, d, found);
-    for (h = 0; h < found; h++) {
+    for (int h = 0; h < found; h++) {
         int best = -1;
         float score = 0.0f;
-        for (i = 0; i < n; i++) {
+        for (int i = 0; i < n; i++) {
             float s;
             if (taken[i]) continue;
-            for (j = 0; j < d; j++) x[j] = astrovl_f16_to_f32(avl__load_u16(place + odd + 2 * ((size_t)i * (size_t)d + (size_t)j)));
+            for (int j = 0; j < d; j++) x[j] = astrovl_f16_to_f32(avl__load_u16(place + odd + 2 * ((size_t)i * (size_t)d + (size_t)j)));
             s = avl__dot_portable(x, query, d);
             if (best < 0 || s > score) { best = i; score = s; }
         }
@@ -7122,10 +7009,10 @@ static void joint_search(void) {
     float query[4] = {1, 0, 0, 0};
     uint8_t rows[24] = {0};   // three rows of four float16, little-endian
     astrovl_rows none = {NULL, 0, 4}, flat = {NULL, 3, 0}, lost = {NULL, 3, 4}, vast = {NULL, INT64_MAX, 4}, three = {NULL, 3, 4};
-    int threads, failed, n;
+    int failed, n;
     long at;
     none.data = flat.data = vast.data = three.data = rows;
-    for (threads = 1; threads <= 8; threads++) joint_search_case(9000, 20, 17, threads, threads % 2);
+    for (int threads = 1; threads <= 8; threads++) joint_search_case(9000, 20, 17, threads, threads % 2);
     joint_search_case(1, 1, 3, 1, 0);
     joint_search_case(50, 512, 50, 2, 1);
     joint_search_case(300, 67, 300, 3, 0);

@@ -1532,12 +1532,20 @@ class Contrastive(Case):
         def limit():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        path = self.write("earlier.npy", b"earlier")
-        result = astrovl("embed", self.images[0], "-o", path, preexec_fn=limit)
-        self.assertEqual(result.code, 1, result)
-        self.assertIn("cannot be written", result.err)
-        self.assertEqual(read_bytes(path), b"earlier")
-        self.assertFalse(os.path.exists(path + ".part"))
+        path = self.write("earlier", b"earlier")
+        for arguments in (["embed", self.images[0], "-o"], ["evaluate", "retrieval", os.path.join(ROOT, "test/pairs.jsonl"), "--svg"]):
+            result = astrovl(*arguments, path, preexec_fn=limit)
+            self.assertEqual(result.code, 1, result)
+            self.assertIn("cannot be written", result.err)
+            self.assertEqual(read_bytes(path), b"earlier")
+            self.assertFalse(os.path.exists(path + ".part"))
+
+    def test_long_paths_keep_the_reason(self):
+        for path in ("x" * 3000, self.folder + "/no" * 400 + ".png"):
+            for arguments in (["caption", path], ["index", path, "-o", self.path("a.avl")], ["inspect", path], ["embed", path],
+                              ["ask", path, "What?", "-m", MODEL], ["summarize", path], ["search", path, "x"],
+                              ["embed", self.images[0], "-o", path], ["index", self.images[0], "-o", path]):
+                self.assertRegex(self.fails(1, *arguments).err, "cannot be|too long|no index|no such", arguments)
 
     def test_embed_failures(self):
         result = self.fails(1, "embed", self.images[0], self.path("nowhere.png"))
