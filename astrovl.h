@@ -8489,7 +8489,7 @@ AVL__INLINE void AVL_(unpack_super)(int n, int type, AVL_(rows) rows, AVL_(block
 // 32 columns of a float type, to a pack
 AVL__INLINE void AVL_(unpack_floats)(int type, AVL_(rows) rows, AVL_(blocks) to) {
     avl__vu *u = to.u + 2 * avl__words_of(to.kind) * to.b, w[4];
-    avl__vf x[32], max = {0}, inverse;
+    avl__vf x[32], max = {0}, zero = max, inverse;
     for (int k = 0; k < (type == ASTROVL_TYPE_F32 ? 8 : 4); k++) {
         AVL_(transpose)(rows, 16 * k, w);
         AVL__EACH(i, 4)
@@ -8505,8 +8505,11 @@ AVL__INLINE void AVL_(unpack_floats)(int type, AVL_(rows) rows, AVL_(blocks) to)
     else if (to.kind == AVL__AS_BF16)
         for (int i = 0; i < 16; i++) u[2 * i] = AVL_(pair_bf16)(x[2 * i], x[2 * i + 1]);
     else {
-        for (int i = 0; i < 32; i++) max = AVL_(max)(max, AVL_(abs)(x[i]));
-        to.d[2 * to.b] = max * (1.0f / 8191.0f);
+        for (int i = 0; i < 32; i++) {
+            max = AVL_(max)(max, AVL_(abs)(x[i]));
+            zero = AVL_(fma)(x[i], AVL_(splat)(0.0f), zero);          // NaN if one of x is
+        }
+        to.d[2 * to.b] = max * (1.0f / 8191.0f) + zero;
         inverse = (avl__vf)((avl__vi)(8191.0f / max) & (avl__vi)(max > 1e-30f));
         for (int i = 0; i < 16; i++) {
             const avl__vi low = AVL_(to_int)(x[2 * i] * inverse), high = AVL_(to_int)(x[2 * i + 1] * inverse);
@@ -8578,13 +8581,14 @@ AVL__INLINE void AVL_(quantize_block)(int kind, const avl__product *p, int r, in
         to->scale[block * group + place] = e;
         AVL__EACH(i, N) {
             q[i] = AVL_(to_int)(x[i] * inverse);
-            sums[2 * i / N] += AVL_(to_float)(q[i]);
+            sums[2 * i / N] += AVL_(fma)(x[i], AVL_(splat)(0.0f), AVL_(to_float)(q[i]));      // NaN if x is
         }
         if (f.n_parts == 1) sums[0] += sums[1];
         for (int i = 0; i < f.n_parts; i++) {
             const size_t at = (block * f.n_parts + (size_t)i) * group + place;
             const float sum = AVL_(add_lanes)(sums[i]);
-            to->bias[at] = -f.offset * (int)sum;
+            if (sum != sum) to->scale[block * group + place] = sum;
+            to->bias[at] = sum == sum ? -f.offset * (int)sum : 0;
             to->sum[at] = e * sum;
         }
         memcpy(wide, q, sizeof wide);
@@ -8632,16 +8636,16 @@ AVL__INLINE void AVL_(tile_of)(int type, int n, AVL_(blocks) pack, int n_blocks,
     }
 }
 
-// sum[n][2] += a tile of n rows. Types of the same form share code.
+// sum[n][2] = a tile of n rows, or += if its blocks are not a row's first ones. Types of the same form share code.
 #define AVL__TILE_OF(type) AVL_(tile_of)(type, N, *pack, n_blocks, at, next, ahead, acc)
 #define AVL__TILE_FUNCTION(n) \
     AVL__APART void AVL_(tile_##n)(int type, const AVL_(blocks) *pack, int n_blocks, size_t at, const char *next, \
-                                   size_t ahead, avl__vf *sum) { \
+                                   size_t ahead, int is_first, avl__vf *sum) { \
         enum { N = (n) }; \
         const avl__block_form f = avl__block_form_of(type); \
         const int kind = pack->kind, is_wide = AVL__WIDE || f.run != 4; \
         avl__vf acc[2 * N]; \
-        AVL__EACH(r, 2 * N) acc[r] = sum[r]; \
+        AVL__EACH(r, 2 * N) acc[r] = is_first ? AVL_(splat)(0.0f) : sum[r]; \
         if (N > AVL__TILE || (AVL__W != 8 && kind >= AVL__AS_BF16)) AVL__TILE_OF(ASTROVL_TYPE_F32); \
         else if (AVL__W > 4 && kind == AVL__AS_PAIRS)               AVL__TILE_OF(ASTROVL_TYPE_F16); \
         else if (type == ASTROVL_TYPE_Q8_0 && AVL__SIGNED_Q8)       AVL__TILE_OF(ASTROVL_TYPE_Q8_0); \
@@ -8653,7 +8657,7 @@ AVL__INLINE void AVL_(tile_of)(int type, int n, AVL_(blocks) pack, int n_blocks,
         else                                                        AVL__TILE_OF(ASTROVL_TYPE_Q4_0); \
         AVL__EACH(r, 2 * N) sum[r] = acc[r]; \
     }
-#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(w->type, &pack[c], n_blocks, at, next, ahead, sum); break;
+#define AVL__TILE_CASE(n) case n: AVL_(tile_##n)(w->type, &pack[c], n_blocks, at, next, ahead, b == 0, sum); break;
 AVL__TILE_SIZES(AVL__TILE_FUNCTION)
 
 // AVL__W weight rows from row `out` on, of those before row `last`
@@ -8753,7 +8757,6 @@ static void AVL_(multiply)(const avl__product *p, int first, int last, float *sc
                 for (int r = 0; r < n_rows; r++, y += w->n_out) avl__prefetch_lines(y, 4 * AVL__PACK_ROWS + 1);
                 for (int c = 0; c < N_PAIRS && out + 2 * AVL__W * c < last; c++, next += ahead) {
                     avl__vf *sum = sums[p->few ? g : 0][c];
-                    if (b == 0) memset(sum, 0, 2 * (size_t)x->group * sizeof *sum);
                     switch (x->group) {
                     AVL__TILE_SIZES(AVL__TILE_CASE)
                     default: break;
