@@ -8070,9 +8070,9 @@ AVL__DEFINE(avl__vu, load_16, (const uint8_t *p, size_t stride),
 
 #define AVL__TILE 6
 #define AVL__TILE_SIZES(F) F(4) F(6)
-#define AVL__STEP    (AVL__NEON && !AVL__WIDE ? 2 : 1)
 
 #if AVL__WIDE
+#define AVL__STEP 1
 AVL__DEFINE_DOT(dot_lane0, AVL__SDOT(0x4F80E000), "w")
 AVL__DEFINE_DOT(dot_lane1, AVL__SDOT(0x4FA0E000), "w")
 AVL__DEFINE_DOT(dot_lane2, AVL__SDOT(0x4F80E800), "w")
@@ -8087,6 +8087,7 @@ AVL__INLINE avl__vi AVL_(dot_lane)(avl__vi acc, avl__vu w, avl__vu a, int lane) 
 }
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
 #elif AVL__NEON       // products of eight bytes are eight int16; neighbors are added up
+#define AVL__STEP 2
 AVL__DEFINE(avl__vs, products, (int8x16_t w, int8x16_t a),
             vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a)))
 AVL__INLINE avl__vi AVL_(dot_two)(avl__vi acc, avl__vu w0, avl__vu a0, avl__vu w1, avl__vu a1) {
@@ -8100,6 +8101,7 @@ AVL__DEFINE(avl__vi, dot_bytes, (avl__vi acc, avl__vu w, avl__vu a),
 AVL__DEFINE(avl__vi, dot_signed, (avl__vi acc, avl__vu w, avl__vu a),
             vpadalq_s16((int32x4_t)acc, (int16x8_t)AVL_(products)((int8x16_t)w, (int8x16_t)a)))
 #else
+#define AVL__STEP 1
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), (acc << 16 >> 16) + (acc >> 16))
 AVL__INLINE avl__vi AVL_(dot_bytes)(avl__vi acc, avl__vu w, avl__vu a) {
     const avl__vs even = (avl__vs)(w & 0x00FF00FFu) * ((avl__vs)(a << 8) >> 8);
