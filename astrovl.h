@@ -880,7 +880,7 @@ static astrovl_status avl__file_open(const char *path, int no_mmap, size_t limit
 #endif
     FILE *stream = fopen(path, "rb");
     if (!stream)
-        return avl__fail(err, ASTROVL_ERROR_FILE, "%s: cannot be opened (no such file, or no permission)", path);
+        return avl__fail(err, ASTROVL_ERROR_FILE, "%.4000s: cannot be opened (no such file, or no permission)", path);
     (void)no_mmap;
     file->kind = AVL__FILE_READ;
     while (n > 0 && !status) {
@@ -1393,8 +1393,8 @@ static const char *avl__why_inexact(void) {
     if (0.1 == (double)0.1f) return "double is too short; compile without -fsingle-precision-constant";
     if (FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2) return "x87 rounds too late; compile with -msse2 -mfpmath=sse";
     if (low != FLT_EPSILON || high != 2 * FLT_EPSILON || v[4] / 41 != 1 || 1 / (v[5] + 0.0f) < 0)
-        return "sums are reordered or not rounded to nearest; compile without -funsafe-math-optimizations, and do not "
-               "use fesetround";
+        return "sums are reordered or not rounded to nearest; compile without -funsafe-math-optimizations and "
+               "-fno-signed-zeros, and do not use fesetround";
     if (x * x - (one + 2 * v[3]) != 0)
         return "products are not rounded before they are added; compile with -ffp-contract=off";
     return v[6] * 0.5f * 2 == FLT_MIN ? NULL : "tiny numbers become 0; link everything without -Ofast and -ffast-math";
@@ -3979,12 +3979,11 @@ static astrovl_status avl__png_chunks(avl__png *png) {
         uint32_t crc = 0xFFFFFFFFu;
         for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
         int is_bad = is_cut || ~crc != avl__load_u32be(p + 8 + size);
-        if (is_bad && !is_cut && state != AFTER_IDAT && strcmp(name, "IDAT") == 0)
+        if (is_bad && state == AFTER_IDAT) return ASTROVL_OK;
+        if (is_bad && !is_cut && strcmp(name, "IDAT") == 0)
             avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
-        else if (is_bad) {
-            if (state == AFTER_IDAT) return ASTROVL_OK;
+        else if (is_bad)
             return AVL__BROKEN(in, "chunk \"%s\": %s", name, is_cut ? "the file ends inside it" : "its CRC is wrong");
-        }
         p += 8;
         if (png->width == 0 && strcmp(name, "IHDR") != 0) return AVL__BROKEN(in, "IHDR must come first");
         if (strcmp(name, "IHDR") == 0) status = avl__png_header(png, p, size);
@@ -4163,7 +4162,7 @@ typedef struct avl__jpeg {
     avl__jpeg_component component[4];
     int            first, last, high, low;   // coefficients and bit positions of the current scan (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
-    int            restart_interval, n_scans, has_codes, has_jfif, adobe_transform;   // -1: no Adobe marker
+    int            restart_interval, n_scans, has_jfif, adobe_transform;   // -1: no Adobe marker
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
@@ -4301,7 +4300,6 @@ static void avl__jpeg_transform(avl__jpeg_component *c, int x, int y, const int1
 
 // Quantization tables (DQT, marker DB) or Huffman codes (DHT, C4).
 static astrovl_status avl__jpeg_tables(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
-    j->has_codes |= marker == 0xC4;
     for (size_t n; size > 0; p += n, size -= n) {
         int kind = p[0] >> 4, number = p[0] & 15;   // kind: 1 for values of 16 bits (DQT), for AC codes (DHT)
         n = marker == 0xC4 ? 17 : kind ? 129 : 65;
@@ -4399,7 +4397,7 @@ static void avl__jpeg_unpack(avl__jpeg *j) {
 // SOS: which components and coefficients come next, with which codes. Then the scan's data: MCU after MCU, each of
 // h x v blocks of each component, or of a single block if the scan has a single component.
 static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size) {
-    // The DHT segment of T.81's annex K.3: the codes of files without any, such as frames of Motion-JPEG
+    // The DHT segment of T.81's annex K.3: the codes of files that lack some, as frames of Motion-JPEG do
     static const char hex[] =
         "0000010501010101010100000000000000000102030405060708090A0B0100030101010101010101010000000000000102030405"
         "060708090A0B100002010303020403050504040000017D01020300041105122131410613516107227114328191A1082342B1C115"
@@ -4419,7 +4417,9 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size
         return avl__image_fail(in, ASTROVL_ERROR_LIMIT, "too many scans");
     for (int i = 0; i < 832; i++)
         codes[i / 2] = (uint8_t)(codes[i / 2] << 4 | (hex[i] - (hex[i] > '9' ? 'A' - 10 : '0')));
-    if (!j->has_codes && !j->is_progressive) (void)avl__jpeg_tables(j, 0xC4, codes, sizeof codes);
+    for (int i = 0; i < 4 && !j->is_progressive; i++)
+        if (!j->code[i / 2][i % 2].limit[16])   // as libjpeg does
+            (void)avl__jpeg_tables(j, 0xC4, codes + (i < 2 ? 29 * i : 179 * i - 300), i < 2 ? 29 : 179);
     j->first = j->is_progressive ? p[1 + 2 * n] : 0;
     j->last = j->is_progressive ? p[2 + 2 * n] : 63;
     j->high = j->is_progressive ? p[3 + 2 * n] >> 4 : 0;
@@ -4607,21 +4607,23 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
 // Says what a file is that is none of these, by its first bytes ('?': any).
 static astrovl_status avl__image_other(const uint8_t *data, size_t size, astrovl_error *err) {
     static const char *const others[][2] = {
-        {"GIF8", "GIF"}, {"II*", "TIFF"}, {"II+", "TIFF"}, {"MM", "TIFF"}, {"BM", "BMP"}, {"RIFF????WEBP", "WebP"},
-        {"????jP  ", "JPEG 2000"}, {"\xFF\x4F\xFF", "JPEG 2000"}, {"????JXL ", "JPEG XL"}, {"\xFF\x0A", "JPEG XL"},
-        {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PBM"}, {"P4", "PBM"},
-        {"P2", "PGM as text"}, {"P3", "PPM as text"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"},
-        {"PK", "zip: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
-        {"<", "HTML or XML: get the image itself"}, {"version https://git-lfs", "git-lfs: run `git lfs pull`"}};
+        {"GIF8", "GIF"}, {"II*", "TIFF"}, {"II+", "TIFF"}, {"MM?*", "TIFF"}, {"MM?+", "TIFF"}, {"BM", "BMP"},
+        {"RIFF????WEBP", "WebP"}, {"????jP  ", "JPEG 2000"}, {"\xFF\x4F\xFF", "JPEG 2000"}, {"????JXL ", "JPEG XL"},
+        {"\xFF\x0A", "JPEG XL"}, {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PBM"},
+        {"P4", "PBM"}, {"P2", "PGM as text"}, {"P3", "PPM as text"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"},
+        {"PK\3\4", "zip: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
+        {"<", "HTML or XML: get the image itself"}, {"\xEF\xBB\xBF<", "HTML or XML: get the image itself"},
+        {"{", "JSON: get the image itself"}, {"version https://git-lfs", "git-lfs: run `git lfs pull`"},
+        {"\x89PNG", "PNG with converted line ends: get it again, as binary"}};
+    const char *what = "a format unknown here";
     for (; size && avl__is_space(*data); size--) data++;
     for (size_t i = 0, n; i < sizeof others / sizeof *others; i++) {
-        const char *bytes = others[i][0], *what = others[i][1];
+        const char *bytes = others[i][0];
         for (n = 0; n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == data[n]); n++) {}
-        if (!bytes[n])
-            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s",
-                             what, strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
+        if (!bytes[n]) what = others[i][1];
     }
-    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), by its first bytes");
+    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s", what,
+                     strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
 }
 
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,

@@ -417,7 +417,7 @@ static int end_note(int printed) { return (void)printed, fputc('\n', stderr), EX
 #define note(...) end_note(fprintf(stderr, "astrovl: " __VA_ARGS__))
 
 // What went wrong goes to standard error and, with --json, to standard output as an object as well.
-static char g_failure[8192];            // holds a path and the reason
+static char g_failure[1 << 18];         // holds the longest argument and the reason
 static int end_failure(int printed, const char *file, const char *status) {
     (void)printed;
     note("%s", g_failure);
@@ -431,6 +431,7 @@ static int end_failure(int printed, const char *file, const char *status) {
     end_failure(snprintf(g_failure, sizeof g_failure, __VA_ARGS__), file, status)
 // Says what went wrong, as note. Its value is EXIT_FAILED.
 #define fail(...) say_failure(NULL, NULL, __VA_ARGS__)
+#define fail_on(file, ...) say_failure(file, NULL, __VA_ARGS__)
 
 static void clear_bar(program *p) {
     if (p->bar_drawn) fputs("\r\033[K", stderr);
@@ -519,13 +520,9 @@ static void open_model(program *p) {
                   "; name one with -m"));
     if (p->o.models.n == 0) p->o.models.items[p->o.models.n++] = p->shipped;
     p->model = astrovl_open_files(p->o.models.items, p->o.models.n, &how, &p->err);
-    if (!p->model) exit(failed(p));
+    if (!p->model) exit(failed_on(p, p->o.models.n == 1 ? p->o.models.items[0] : NULL));
     const char *unused = unused_tensors(p->model);
-    if (*unused) {
-        fputs("astrovl: ", stderr);
-        print_safe(stderr, unused);
-        fputc('\n', stderr);
-    }
+    if (*unused) fputs("astrovl: ", stderr), print_safe(stderr, unused), fputc('\n', stderr);
     astrovl_get_info(p->model, &p->info);
     if (p->info.note && !p->o.quiet) fprintf(stderr, "%s: note: %s\n", p->o.models.items[0], p->info.note);
     if (p->cmd->bit & GENERATE && p->info.has_text && !p->info.chat_template) exit(fail(NO_TEMPLATE));
@@ -650,8 +647,8 @@ static void list_add(program *p, list *l, const char *text, size_t size) {
     l->items[l->n++] = (const char *)memcpy(new_memory(p, size + 1, 1), text, size);
 }
 
-static int cannot_open(const char *path) { return fail("%s: cannot be opened: %s", path, strerror(errno)); }
-static int write_error(const char *path) { return fail("%s: cannot be written: %s", path, strerror(errno)); }
+static int cannot_open(const char *path) { return fail_on(path, "%s: cannot be opened: %s", path, strerror(errno)); }
+static int write_error(const char *path) { return fail_on(path, "%s: cannot be written: %s", path, strerror(errno)); }
 
 // Is there something of this name that is no regular file: a folder, a pipe, /dev/stdout?
 static int is_special(const char *path) {
@@ -670,7 +667,7 @@ static char part_path[4200];
 static FILE *begin_file(const char *path) {
     const int special = is_special(path);
     const int size = snprintf(part_path, sizeof part_path, special ? "%s" : "%s.part", path);
-    if (size >= (int)sizeof part_path) exit(fail("%s: the name is too long", path));
+    if (size >= (int)sizeof part_path) exit(fail_on(path, "%s: the name is too long", path));
     FILE *f = fopen(part_path, special ? "wb" : CREATE_MODE);
     if (!f && errno == EEXIST)
         exit(fail("%s: exists: another program is writing it, or was killed (then delete it)", part_path));
@@ -683,13 +680,13 @@ static int end_file(FILE *f, const char *path, int keep) {
     int good = fflush(f) == 0 && !ferror(f);
     const int is_part = strcmp(part_path, path) != 0;
     good = fclose(f) == 0 && good;
-    if (keep && !good) fail("%s: cannot be written (is the disk full?)", path);
+    if (keep && !good) fail_on(path, "%s: cannot be written (is the disk full?)", path);
     if (good && keep) {
 #if defined(_WIN32)
         remove(path);                                      // there, rename does not replace a file
 #endif
         if (!is_part || rename(part_path, path) == 0) return EXIT_OK;
-        fail("%s: cannot be given this name (is it a folder, or in use?)", path);
+        fail_on(path, "%s: cannot be given this name (is it a folder, or in use?)", path);
     }
     if (is_part) remove(part_path);
     return EXIT_FAILED;
@@ -705,8 +702,8 @@ static char *read_text(program *p, const char *path, size_t *size) {
     *size = 0;
     for (; (*size += fread(text + *size, 1, capacity - *size, in)) == capacity && *size <= limit; capacity *= 2)
         text = (char *)memcpy(new_memory(p, capacity * 2 + 1, 1), text, capacity);
-    if (ferror(in)) exit(fail("%s: cannot be read: %s", path, strerror(errno)));
-    if (*size > limit) exit(fail("%s: is larger than 256 MiB; cut it into parts", path));
+    if (ferror(in)) exit(fail_on(path, "%s: cannot be read: %s", path, strerror(errno)));
+    if (*size > limit) exit(fail_on(path, "%s: is larger than 256 MiB; cut it into parts", path));
     if (in != stdin) fclose(in);
     return text;
 }
@@ -740,7 +737,9 @@ static int next_line(lines *l) {
     return 1;
 }
 
-static void line_error(const lines *l, const char *what) { exit(fail("%s:%d: %s", l->path, l->number, what)); }
+static void line_error(const lines *l, const char *what) {
+    exit(fail_on(l->path, "%s:%d: %s", l->path, l->number, what));
+}
 
 // "folder/name"; size: of the folder's name
 static char *join_path(program *p, const char *folder, size_t size, const char *name) {
@@ -878,10 +877,10 @@ static const char chat_help[] =
 static void chat_image(program *p, chat_state *c, const char *path, int anew) {
     astrovl_image image = {0, 0, NULL, 0};
     if (*path && (!p->info.has_vision || !p->info.has_projector)) {
-        c->n_failed += fail("%s: this model cannot see: it has no vision tower with a projector", path);
+        c->n_failed += fail_on(path, "%s: this model cannot see: it has no vision tower with a projector", path);
         return;
     }
-    if (*path && !load_image(p, path, &image, &p->err)) { c->n_failed += failed(p); return; }
+    if (*path && !load_image(p, path, &image, &p->err)) { c->n_failed += failed_on(p, path); return; }
     astrovl_image_free(&c->image);
     c->image = image;
     c->pending = *path != 0;
@@ -924,7 +923,8 @@ static int run_chat(program *p) {
     chat_state c = {{0, 0, NULL, 0}, 0, 0, 0};
     int go_on = !p->o.prompt;
     open_model_and_session(p);
-    if (p->o.words.n == 1) chat_image(p, &c, p->o.words.items[0], 1);
+    if (p->o.words.n == 1 && *p->o.words.items[0]) chat_image(p, &c, p->o.words.items[0], 1);
+    else if (p->o.words.n == 1) c.n_failed += fail("the image's name is empty");
     if (c.n_failed) return EXIT_FAILED;                    // no image: do not talk about nothing
     c.interactive = go_on && is_terminal(0);
     if (p->o.prompt) chat_turn(p, &c, p->o.prompt);
@@ -1201,7 +1201,7 @@ static int run_inspect(program *p) {
     // All are opened before anything is printed: half a JSON text is none.
     astrovl_gguf **files = (astrovl_gguf **)new_memory(p, (size_t)paths->n, sizeof *files);
     for (int i = 0; i < paths->n && !p->o.check; i++)
-        if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed(p));
+        if (!(files[i] = astrovl_gguf_open(paths->items[i], 0, &p->err))) exit(failed_on(p, paths->items[i]));
     if (!p->o.check) begin_json(p, "files:[");
     for (int i = 0; i < paths->n && !p->o.check; i++) print_file(p, files[i]), astrovl_gguf_close(files[i]);
     p->model = astrovl_open_files(paths->items, paths->n, NULL, &p->err);
@@ -1691,7 +1691,7 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
     if (!p->o.threads && n_processors > 1)
         n_threads = n_processors < ASTROVL_MAX_THREADS ? (int)n_processors : ASTROVL_MAX_THREADS;
 #endif
-    if (is_special(path)) return fail("%s: is a folder or a device; name a file", path);
+    if (is_special(path)) return fail_on(path, "%s: is a folder or a device; name a file", path);
     FILE *out = begin_file(path);
     put_header(out, in, file_type, types);
     for (int i = 0; i < n && !g_interrupted && !ferror(out); i++) {
@@ -1711,7 +1711,7 @@ static int write_quantized(program *p, const astrovl_gguf *in, const char *path,
                                        (long long)n_lost, astrovl_type_name(types[i]));
     }
     clear_bar(p);
-    if (g_interrupted) fail("%s: quantizing was cancelled", path);
+    if (g_interrupted) fail_on(path, "%s: quantizing was cancelled", path);
     else if (fflush(out) == 0) sync_file(out);
     return end_file(out, path, !g_interrupted);
 }
@@ -1728,14 +1728,14 @@ static int run_quantize(program *p) {
         return usage_error(p->cmd, "no quantization is called \"%s\"; there are:%s", words[2], names);
     }
     astrovl_gguf *in = astrovl_gguf_open(words[0], 0, &p->err);
-    if (!in) return failed(p);
+    if (!in) return failed_on(p, words[0]);
     const int n = astrovl_gguf_n_tensors(in);
     int *types = (int *)new_memory(p, (size_t)n, sizeof *types);
     for (i = 0; i < n; i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(in, i);
         int number = block_of(t->name, &tower, &rest);
-        if (!astrovl_type_name(t->type)) return fail("%s: the type of %s is number %d, which cannot be read", words[0],
-                                                     t->name, t->type);
+        if (!astrovl_type_name(t->type))
+            return fail_on(*words, "%s: the type of %s is number %d, which cannot be read", *words, t->name, t->type);
         if (number >= 0 && n_blocks[tower] <= number) n_blocks[tower] = number + 1;
     }
     for (i = 0; i < n; i++) {
@@ -1932,7 +1932,7 @@ static int run_embed(program *p) {
     if (images->n) status = embed_images(p, images->items, n, rows, !p->o.out);
     else embed_texts(p, texts->items, n, rows);
     const int64_t shape[2] = {n, p->info.n_embd_joint};
-    if (p->o.out && status != EXIT_OK) return fail("%s: not written, since rows are missing", p->o.out);
+    if (p->o.out && status != EXIT_OK) return fail_on(p->o.out, "%s: not written, since rows are missing", p->o.out);
     if (p->o.out) return save_npy(p->o.out, shape, 2, rows), EXIT_OK;
     for (int i = 0; i < texts->n; i++) print_embedding(p, "text", texts->items[i], row_of(p, rows, i));
     return status;
@@ -2024,7 +2024,7 @@ static int read_labels(program *p, const char *path, group groups[MAX_GROUPS]) {
         if (n_labels++ == 100000) line_error(&l, "more than 100000 labels");
         list_add(p, &groups[n - 1].texts, l.line, l.size);
     }
-    if (!groups[n - 1].texts.n) exit(fail("%s: there is no label in it, or in its last group; write one a line", path));
+    if (!groups[n - 1].texts.n) exit(fail_on(path, "%s: no label is in it, or in its last group: one a line", path));
     return n;
 }
 
@@ -2100,16 +2100,16 @@ static image_index *new_index(program *p, const char *path) {
 static size_t read_index_header(image_index *ix) {
     unsigned char h[INDEX_HEADER];
     size_t size = fread(h, 1, INDEX_HEADER, ix->file);
-    if (ferror(ix->file)) exit(fail("%s: cannot be read: %s", ix->path, strerror(errno)));
-    if (memcmp(h, "AVLINDEX", size < 8 ? size : 8) != 0) exit(fail("%s: is no index made by astrovl", ix->path));
+    if (ferror(ix->file)) exit(fail_on(ix->path, "%s: cannot be read: %s", ix->path, strerror(errno)));
+    if (memcmp(h, "AVLINDEX", size < 8 ? size : 8)) exit(fail_on(ix->path, "%s: is no index of astrovl's", ix->path));
     ix->end = size;
     if (size < INDEX_HEADER || memcmp(h, ix->header, INDEX_HEADER) == 0) return size;
     if (get_le(h + 24, 8) != fnv1a64(FNV_START, h, 24))
-        exit(fail("%s: its header is damaged; make the index anew", ix->path));
-    if (get_le(h + 8, 4) != 1) exit(fail("%s: is of another version of the format", ix->path));
-    exit(fail("%s: was made with another model (%016llx, %u numbers a row; this one is %016llx, %d): name that model "
-              "with -m, or begin another index", ix->path, (unsigned long long)get_le(h + 16, 8),
-              (unsigned)get_le(h + 12, 4), (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
+        exit(fail_on(ix->path, "%s: its header is damaged; make the index anew", ix->path));
+    if (get_le(h + 8, 4) != 1) exit(fail_on(ix->path, "%s: is of another version of the format", ix->path));
+    exit(fail_on(ix->path, "%s: was made with another model (%016llx, %u numbers a row; this one is %016llx, %d): "
+                 "name that model with -m, or begin another index", ix->path, (unsigned long long)get_le(h + 16, 8),
+                 (unsigned)get_le(h + 12, 4), (unsigned long long)get_le(ix->header + 16, 8), ix->n_dims));
 }
 
 // Reads all records behind the header. A torn one at the end sets ix->torn and is no error.
@@ -2137,17 +2137,17 @@ static void read_records(program *p, image_index *ix) {
                 if (used + row_size > ix->capacity) {
                     ix->capacity = used * 2 + 64 * row_size;
                     ix->rows = (unsigned char *)realloc(ix->rows, ix->capacity);
-                    if (!ix->rows || ix->capacity < used) exit(fail("%s: out of memory", ix->path));
+                    if (!ix->rows || ix->capacity < used) exit(fail_on(ix->path, "%s: out of memory", ix->path));
                 }
                 memcpy(ix->rows + used, record + 8, row_size);
             }
             ix->end += size + 8;
         }
     }
-    if (ferror(ix->file)) exit(fail("%s: cannot be read: %s", ix->path, strerror(errno)));
+    if (ferror(ix->file)) exit(fail_on(ix->path, "%s: cannot be read: %s", ix->path, strerror(errno)));
     if (damage)
-        exit(fail("%s: the record at byte %llu is damaged (%s) and is not the last one: make the index anew", ix->path,
-                  (unsigned long long)ix->end, damage));
+        exit(fail_on(ix->path, "%s: the record at byte %llu is damaged (%s) and is not the last: make the index anew",
+                     ix->path, (unsigned long long)ix->end, damage));
 }
 
 // Appends bytes and has them on the disk; on failure takes back what was written.
@@ -2165,11 +2165,11 @@ static void append_to_index(image_index *ix, const unsigned char *bytes, size_t 
 
 // Opens the index to append to: makes it, or reads the one there is and cuts a torn record off. Only one program may.
 static void open_index(program *p, image_index *ix) {
-    if (is_special(ix->path)) exit(fail("%s: is a folder, a pipe or a device; name a file", ix->path));
+    if (is_special(ix->path)) exit(fail_on(ix->path, "%s: is a folder, a pipe or a device; name a file", ix->path));
     ix->file = open_to_append(ix->path);
     if (!ix->file) exit(write_error(ix->path));
     if (lock_file(ix->file) != 0)
-        exit(fail("%s: another astrovl is writing to this index; wait until it is done", ix->path));
+        exit(fail_on(ix->path, "%s: another astrovl is writing to this index; wait until it is done", ix->path));
     rewind(ix->file);
     size_t size = read_index_header(ix);
     if (size < INDEX_HEADER) ix->end = 0;                  // a new file, or one whose making was cut short
@@ -2186,9 +2186,8 @@ static void tidy_path(char *path) {
     char *to = path;
     for (const char *from = path; *from; from++) {
         const int at_start = to == path || to[-1] == '/';
-        if (to > path && at_start && *from == '/') continue;
-        if (at_start && from[0] == '.' && from[1] == '/') { from++; continue; }
-        *to++ = *from;
+        if (at_start && from[0] == '.' && from[1] == '/') from++;
+        if (from == path || !at_start || *from != '/') *to++ = *from;
     }
     *to = 0;
 }
@@ -2201,7 +2200,7 @@ static int add_images(program *p, const char *path, int is_found, list *names, i
     static const char *const endings[] = {
         ".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pnm",
         ".fits", ".fit", ".fts", ".fz", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2", ".jxl", ".avif",
-        ".heic", ".heif"};
+        ".heic", ".heif", ".jfif", ".jpe", ".j2k", ".gz", ".dng", ".psd", ".pbm", ".pam"};
     enum { N_READ = 6, N_ENDINGS = (int)(sizeof endings / sizeof *endings) };
     const char *dot = strrchr(path, '.');
     struct stat s, target;
@@ -2308,7 +2307,7 @@ static int run_search(program *p) {
     ix->keep_rows = 1;
     if (!(ix->file = fopen(ix->path, "rb"))) return cannot_open(ix->path);
     if (read_index_header(ix) < INDEX_HEADER)
-        return fail("%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
+        return fail_on(ix->path, "%s: its header is incomplete; `astrovl index` makes it anew", ix->path);
     read_records(p, ix);
     fclose(ix->file);
     if (ix->torn && !p->o.quiet)
@@ -2378,7 +2377,7 @@ static sample *read_samples(program *p, const char *path, int vqa, int *n) {
         if (reference.n) x->reference = reference.items[0];
         x->features = read_member(p, &l, "features", 0, 1000000);
     }
-    if (*n < 2) exit(fail("%s: two lines at least are wanted", path));
+    if (*n < 2) exit(fail_on(path, "%s: two lines at least are wanted", path));
     return samples;
 }
 
@@ -2641,7 +2640,7 @@ static int evaluate_vqa(program *p, sample *samples, int n) {
     for (sample *x = samples; x < samples + n; x++) {
         draw_bar(p, "images", (int)(x - samples), n, 0);
         astrovl_session_reset(p->session);
-        if (!load_image(p, x->path, &image, &p->err)) exit(failed(p));
+        if (!load_image(p, x->path, &image, &p->err)) exit(failed_on(p, x->path));
         x->text = say(p, &image, 1, ASTROVL_CAPTION_PROMPT);
         astrovl_image_free(&image);
         if (!x->text || g_interrupted) exit(g_interrupted ? EXIT_FAILED : failed(p));
@@ -2701,15 +2700,15 @@ static int summarize_file(program *p, const char *path) {
     const char *query = p->o.query ? p->o.query : "";
     size_t size = 0;
     char *abstract = read_text(p, path, &size);
-    if (strlen(abstract) != size) return fail("%s: is no text: it holds zero bytes", path);
+    if (strlen(abstract) != size) return fail_on(path, "%s: is no text: it holds zero bytes", path);
     while (size && isspace((unsigned char)abstract[size - 1])) abstract[--size] = 0;
-    if (!size) return fail("%s: is empty; an abstract is wanted", path);
+    if (!size) return fail_on(path, "%s: is empty; an abstract is wanted", path);
     const size_t room = strlen(prompt) + size + strlen(query) + 64;
     char *request = (char *)new_memory(p, room, 1);
     snprintf(request, room, "%s\n\nAbstract: %s%s%s", prompt, abstract, *query ? "\n\nQuery: " : "", query);
     astrovl_session_reset(p->session);
     char *answer = say(p, NULL, 0, request);
-    if (!answer) return fail("%s: %s", path, p->err.message);
+    if (!answer) return say_failure(path, astrovl_status_name(p->err.status), "%s: %s", path, p->err.message);
     finish_answer(p, p->session, &path, 1, p->o.words.n > 1 ? path : NULL, request, answer);
     astrovl_free(answer);
     return g_interrupted ? EXIT_FAILED : EXIT_OK;
@@ -2728,7 +2727,8 @@ static int run_summarize(program *p) {
     if (path) schema = read_text(p, path, &size);
     astrovl_guide *guide = p->o.regex ? astrovl_guide_regex(p->model, p->o.regex, &p->err) :
                            astrovl_guide_schema(p->model, schema, size, &p->err);
-    if (!guide) return fail("%s: %s", path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
+    if (!guide) return say_failure(path, astrovl_status_name(p->err.status), "%s: %s",
+                                   path ? path : p->o.regex ? "--regex" : "schema", p->err.message);
     p->o.how.guide = guide;
     for (int i = 0; i < p->o.words.n && status == EXIT_OK && !p->stop; i++)
         status = summarize_file(p, p->o.words.items[i]);

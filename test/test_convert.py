@@ -572,11 +572,12 @@ class Json(Case):
         for arguments in (["caption", "-m", nothing, image], ["search", nothing, "x"], ["search", MODEL, "x"], ["embed", "-m", nothing, image],
                           ["index", image, "-o", self.path("no/x.avl")], ["summarize", "--regex", "(", text], ["summarize", nothing],
                           ["summarize", "--schema", text, text], ["evaluate", "retrieval", text], ["inspect", nothing],
-                          ["quantize", nothing, "x", "q4_0"], ["tokens", "-m", nothing, "x"], ["embed", nothing], ["score", nothing, "--text", "x"]):
+                          ["quantize", nothing, "x", "q4_0"], ["chat", "-p", "x", nothing], ["evaluate", "vqa", nothing], ["tokens", "-m", nothing, "x"], ["embed", nothing], ["score", nothing, "--text", "x"]):
             with self.subTest(arguments[:2]):
                 result = self.fails(1, arguments[0], "--json", *arguments[1:])
                 lines = [json.loads(line) for line in result.out.splitlines()]
                 self.assertTrue(lines and lines[0]["error"] in result.err, result)
+                self.assertEqual("file" in lines[0], "--regex" not in arguments, result)
 
     def test_odd_file_names(self):
         names = ['quote".png', "back\\slash.png", "new\nline.png", "tab\t.png", "bell\a.png", "Äpfel 星.png", "-d.png"]
@@ -1652,19 +1653,21 @@ class Index(Case):
     def test_what_is_passed_over_is_said(self):
         folder = self.path("kinds")
         os.mkdir(folder)
-        for name in ("a.png", "b.fits", "c.TIF", "d.txt", "e.heif", "f.fits.FZ"):
+        for name in ("a.png", "b.fits", "c.TIF", "d.txt", "e.heif", "f.fits.FZ", "g.fits.gz", "h.JPE"):
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(star_field(0))
-        self.assertIn("4 images of other formats", self.index("kinds.avl", folder).err)
+        self.assertIn("6 images of other formats", self.index("kinds.avl", folder).err)
         os.symlink("nowhere.png", os.path.join(folder, "gone.png"))
         self.assertIn("gone.png", self.index("kinds.avl", folder, code=1).err)
 
     def test_one_file_by_several_spellings(self):
         name = self.three[0]
         head, tail = os.path.split(name)
-        result = self.index("spelled.avl", name, head + "/./" + tail, head + "//" + tail)
+        result = self.index("spelled.avl", name, head + "/./" + tail, head + "//" + tail, head + "/.//./" + tail)
         self.assertIn("1 images added", result.out)
         self.assertEqual(self.names("spelled.avl"), [name])
+        for spelled in (".//none.png", "././/none.png", ".///./none.png"):     # never /none.png
+            self.assertIn('"file": "none.png"', self.index("none.avl", spelled, "--json", code=1).out)
 
     def test_names_from_standard_input(self):
         names = ("\r\n".join(self.three) + "\n\n" + self.three[0]).encode()
