@@ -5571,11 +5571,16 @@ ASTROVL_API int astrovl_template_from_name(const char *name) {
 static int avl__find_template(const char *jinja) {
     static const struct { const char *mark, *then, *name; } rows[] = {
         {"ASSISTANT:", "", "vicuna_v1"}, {"SYSTEM: ", "", "auto"}, {"curious human", "", "llava_v1"},
-        {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"}, {"<<SYS>>", "", "auto"},
-        {"bos_token", "[INST]", "llama_2"}, {"[AVAILABLE_TOOLS]", "", "mistral_v3"}, {"[SYSTEM_PROMPT]", "", "auto"},
+        {"USER: ", "\n'", "auto"}, {"USER: ", "\\n'", "auto"}, {"'ASSISTANT: ' }", "", "auto"},
+        {"'ASSISTANT: '}", "", "auto"}, {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"}, {"<<SYS>>", "", "auto"},
+        {"bos_token", "[INST]", "llama_2"}, {"[INST] '", "'[/INST]'", "mistral_v3"},
+        {"[AVAILABLE_TOOLS]", "", "mistral_v3"}, {"[SYSTEM_PROMPT]", "", "auto"},
         {"<|user|>", "eos_token }}\n", "zephyr"}, {"<|user|>", "eos_token + '\\n", "zephyr"},
-        {"<|im_start|>", "", "chatml"}, {"<|im_sep|>", "", "auto"}, {"<end_of_utterance>", "", "auto"},
-        {"<|start_header_id|>", "", "llama_3"}};
+        {"<|im_start|>", "role", "chatml"}, {"<|im_start|>system", "", "chatml"}, {"<|im_sep|>", "", "auto"},
+        {"<end_of_utterance>", "", "auto"}, {"<|start_header_id|>", "", "llama_3"},
+        {"system_message = 'You", "", "auto"}, {"system_message = \"You", "", "auto"}, {"function calling", "", "auto"},
+        {"assistant\\n<think>", "", "auto"}, {"/no_think", "", "auto"}, {"functions", "", "auto"},
+        {"Cutting Knowledge", "", "auto"}};   // LLaMA-3.1's
     const char *name = "auto";
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         for (const char *at = strstr(jinja, rows[i].mark); at; at = strstr(at, rows[i].mark))
@@ -5588,11 +5593,15 @@ static int avl__find_template(const char *jinja) {
 // stands there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
 // It is zero-terminated in place.  NULL: none
 static const char *avl__chatml_system(char *jinja) {
-    char *text = strstr(jinja, "<|im_start|>system"), *end = text ? strstr(text, "<|im_end|>") : NULL;
-    if (!end || text + strcspn(text, "'\"") < end) return NULL;
-    *end = 0;
-    text += strlen("<|im_start|>system");
-    return *text == '\n' ? text + 1 : strncmp(text, "\\n", 2) == 0 ? text + 2 : NULL;
+    static const char start[] = "<|im_start|>system";
+    for (char *text = jinja; (text = strstr(text, start)) != NULL;) {
+        char *end = strstr(text, "<|im_end|>");
+        text += sizeof start - 1;
+        if (!end || text + strcspn(text, "'\"") < end) continue;
+        *end = 0;
+        return *text == '\n' ? text + 1 : strncmp(text, "\\n", 2) == 0 ? text + 2 : NULL;
+    }
+    return NULL;
 }
 
 // ---- opening a model -----------------------------------------------------------------------------------------------

@@ -3549,6 +3549,14 @@ static void models_forms_unknown(void) {
         "{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}{{ '[INST]' + message['content'] + '[/INST]' }}",        // Mistral v7
         "{{ bos_token }}{% set content = '<<SYS>>\\n' %}{{ '[INST] ' + content.strip() + ' [/INST]' }}",               // Vigogne
         "{{-'SYSTEM: ' + message['content'] -}}{{-'USER: ' + message['content'] -}}{{-'ASSISTANT:'-}}",                // Orca
+        "{{-'USER: ' + message['content'] + '\\n'-}}{{-'ASSISTANT: ' + message['content'] + '</s>\\n' -}}{{-'ASSISTANT:'-}}", // Vicuna 1.1
+        "{{ 'USER: ' + message['content'] + ' '}}{{ 'ASSISTANT: ' + message['content'] + ' '}}{{ 'ASSISTANT: '}}",
+        "{{ system_message }}{{ '<|im_start|>user\n' + content + '<|im_end|>\n<|im_start|>assistant\n' }}",            // Yi-1.5
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}{{'<|im_start|>assistant\\n<think>\\n'}}", // QwQ
+        "{% set system_message = 'You are DBRX.' %}{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}",    // DBRX
+        "{{bos_token}}{{'<|im_start|>system\n' + 'You are a function calling AI model.'}}{{'<|im_start|>' + message['role']}}",  // Hermes 2
+        "{{ bos_token }}{{- \"<|start_header_id|>system<|end_header_id|>\n\n\" }}{{- \"Cutting Knowledge Date: December 2023\n\" }}", // 3.1
+        "{{ '<|start_header_id|>system<|end_header_id|>\n\nAvailable functions:' + functions + '<|eot_id|>' }}",        // Functionary
         " ", "<|user|>", "<|user|>eos_token }}"};
     for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) {
         gguf_bytes file;
@@ -3585,6 +3593,11 @@ static void models_forms_unknown(void) {
     long_one[size] = 0;
     const clock_t start = clock();
     CHECK(avl__find_template(long_one) == ASTROVL_TEMPLATE_AUTO, "a long one");
+    CHECK(strcmp(astrovl_template_name((astrovl_template)avl__find_template("{{ bos_token }}{{ '[INST] ' + text + '[/INST]' }}")),
+                 "mistral_v3") == 0, "Mistral 7B Instruct v0.3 without tools");
+    char system[] = "{{'<|im_start|>system\\n' + text + '<|im_end|>\\n'}}{{'<|im_start|>system\\nYou help.<|im_end|>\\n'}}";
+    const char *found = avl__chatml_system(system);
+    CHECK(found && strcmp(found, "You help.") == 0, "the system text that stands behind a given one: %s", found ? found : "none");
     CHECK((double)(clock() - start) / CLOCKS_PER_SEC < 2.0, "slow");
     free(long_one);
 }
