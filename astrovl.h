@@ -2531,7 +2531,7 @@ static double avl__load_value(avl__weights *w, double min, double max, double fa
             avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "%s has different values, %.9g and %.9g; one for all "
                            "layers is supported", key, value, other);
     }
-    if (!(value >= min && value <= max))
+    if (!(value >= min && value <= max) || (min >= 1 && (double)(int64_t)value < value))   // these are whole
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; %.9g to %.9g is possible", key, value, min, max);
     return w->status ? min : value;
 }
@@ -4915,7 +4915,8 @@ static void avl__clip_load_color(avl__weights *w, const char *key, double min, d
                                  float *color) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    if (file && astrovl_gguf_kv(file, index)->count != 3)
+    const astrovl_kv *kv = astrovl_gguf_kv(file, index);
+    if (kv && (kv->count != 3 || kv->item_type == ASTROVL_VALUE_STRING))
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s must hold three numbers", key);
     for (int c = 0; c < 3; c++) {
         color[c] = file ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
@@ -5572,8 +5573,8 @@ static int avl__find_template(const char *jinja) {
     static const struct { const char *mark, *then, *name; } rows[] = {
         {"ASSISTANT:", "", "vicuna_v1"}, {"SYSTEM: ", "", "auto"}, {"curious human", "", "llava_v1"},
         {"USER: ", "\n'", "auto"}, {"USER: ", "\\n'", "auto"}, {"'ASSISTANT: ' }", "", "auto"},
-        {"'ASSISTANT: '}", "", "auto"}, {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"}, {"<<SYS>>", "", "auto"},
-        {"bos_token", "[INST]", "llama_2"}, {"[INST] '", "'[/INST]'", "mistral_v3"},
+        {"'ASSISTANT: '}", "", "auto"}, {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"},
+        {"<<SYS>>", "", "auto"}, {"bos_token", "[INST]", "llama_2"}, {"[INST] '", "'[/INST]'", "mistral_v3"},
         {"[AVAILABLE_TOOLS]", "", "mistral_v3"}, {"[SYSTEM_PROMPT]", "", "auto"},
         {"<|user|>", "eos_token }}\n", "zephyr"}, {"<|user|>", "eos_token + '\\n", "zephyr"},
         {"<|im_start|>", "role", "chatml"}, {"<|im_start|>system", "", "chatml"}, {"<|im_sep|>", "", "auto"},
@@ -5608,7 +5609,7 @@ static const char *avl__chatml_system(char *jinja) {
 
 // Keys whose value, where a file has them, must be one of these, and what to do about another.
 static const struct { const char *key, *known, *advice; } avl__known_values[] = {
-    {"general.type", "'model' 'mmproj'", "merge a LoRA adapter into its model"},
+    {"general.type", "'model' 'mmproj'", "give a model; merge a LoRA adapter into its own"},
     {"llama.expert_count", "'0'", "take a model that is no mixture of experts"},
     {"llama.attention.causal", "'1'", "take a model that writes text, not one for embeddings"},
     {"llama.rope.scaling.type", "'none' 'linear'", "take the model as it was before its context was extended"},

@@ -3961,6 +3961,7 @@ static void models_refused_keys(void) {
         {0, "'split.count i2 h3", "one of 3 files of a model (split.count)", "llama-gguf-split --merge"},
         {0, "'llama.attention.value_length i4 i7", "llama.attention.value_length is not key_length", ""},
         {0, "'llama.attention.value_length i9 i4 q3 i6 i6 i8", "value_length has different values, 6 and 8", "one for all"},
+        {0, "'llama.attention.value_length i6 f6.5", "llama.attention.value_length is 6.5", ""},
         {0, "'llama.attention.value_length i9 i4 q0", "value_length is empty", ""},
         {0, "'llama.attention.value_length i8 '6", "value_length is empty or a text", ""},
         {0, "'llama.attention.sliding_window i5 i-1", "llama.attention.sliding_window is -1", ""},
@@ -3996,6 +3997,14 @@ static void models_refused_keys(void) {
         astrovl_close(m);
         free(bytes);
     }
+    size_t mmproj_size;   // a color in words: the text file is asked first
+    unsigned char *text = models_with_key(models_files[0], "'clip.vision.image_mean i9 i8 q3 'a 'b 'c", &size);
+    unsigned char *mmproj = read_file(models_files[1], &mmproj_size);
+    const astrovl_memory both[] = {{text, size, "text"}, {mmproj, mmproj_size, "mmproj"}};
+    astrovl_error color = {ASTROVL_OK, ""};
+    CHECK(!astrovl_open_memory(both, 2, NULL, &color) && strstr(color.message, "image_mean must hold three numbers"), "%s", color.message);
+    free(text);
+    free(mmproj);
     for (c = 0; c < sizeof good / sizeof *good; c++) {
         astrovl_error err = {ASTROVL_OK, ""};
         unsigned char *bytes = models_with_key(models_files[good[c].file], good[c].key, &size);
