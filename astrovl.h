@@ -2531,7 +2531,7 @@ static double avl__load_value(avl__weights *w, double min, double max, double fa
             avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "%s has different values, %.9g and %.9g; one for all "
                            "layers is supported", key, value, other);
     }
-    if (!(value >= min && value <= max))
+    if (!(value >= min && value <= max) || (min >= 1 && (double)(int64_t)value < value))   // these are whole
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s is %.15g; %.9g to %.9g is possible", key, value, min, max);
     return w->status ? min : value;
 }
@@ -4917,7 +4917,8 @@ static void avl__clip_load_color(avl__weights *w, const char *key, double min, d
                                  float *color) {
     int index;
     const astrovl_gguf *file = avl__find_key(w, key, &index);
-    if (file && astrovl_gguf_kv(file, index)->count != 3)
+    const astrovl_kv *kv = astrovl_gguf_kv(file, index);
+    if (kv && (kv->count != 3 || kv->item_type == ASTROVL_VALUE_STRING))
         avl__load_fail(w, file, ASTROVL_ERROR_MODEL, "%s must hold three numbers", key);
     for (int c = 0; c < 3; c++) {
         color[c] = file ? (float)astrovl_gguf_float(file, index, (uint64_t)c) : fallback[c];
@@ -5573,11 +5574,16 @@ ASTROVL_API int astrovl_template_from_name(const char *name) {
 static int avl__find_template(const char *jinja) {
     static const struct { const char *mark, *then, *name; } rows[] = {
         {"ASSISTANT:", "", "vicuna_v1"}, {"SYSTEM: ", "", "auto"}, {"curious human", "", "llava_v1"},
-        {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"}, {"<<SYS>>", "", "auto"},
-        {"bos_token", "[INST]", "llama_2"}, {"[AVAILABLE_TOOLS]", "", "mistral_v3"}, {"[SYSTEM_PROMPT]", "", "auto"},
+        {"USER: ", "\n'", "auto"}, {"USER: ", "\\n'", "auto"}, {"'ASSISTANT: ' }", "", "auto"},
+        {"'ASSISTANT: '}", "", "auto"}, {"###Human:", "", "llava_v0"}, {"[INST]", "", "mistral"},
+        {"<<SYS>>", "", "auto"}, {"bos_token", "[INST]", "llama_2"}, {"[INST] '", "'[/INST]'", "mistral_v3"},
+        {"[AVAILABLE_TOOLS]", "", "mistral_v3"}, {"[SYSTEM_PROMPT]", "", "auto"},
         {"<|user|>", "eos_token }}\n", "zephyr"}, {"<|user|>", "eos_token + '\\n", "zephyr"},
-        {"<|im_start|>", "", "chatml"}, {"<|im_sep|>", "", "auto"}, {"<end_of_utterance>", "", "auto"},
-        {"<|start_header_id|>", "", "llama_3"}};
+        {"<|im_start|>", "role", "chatml"}, {"<|im_start|>system", "", "chatml"}, {"<|im_sep|>", "", "auto"},
+        {"<end_of_utterance>", "", "auto"}, {"<|start_header_id|>", "", "llama_3"},
+        {"system_message = 'You", "", "auto"}, {"system_message = \"You", "", "auto"}, {"function calling", "", "auto"},
+        {"assistant\\n<think>", "", "auto"}, {"/no_think", "", "auto"}, {"functions", "", "auto"},
+        {"Cutting Knowledge", "", "auto"}};   // LLaMA-3.1's
     const char *name = "auto";
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         for (const char *at = strstr(jinja, rows[i].mark); at; at = strstr(at, rows[i].mark))
@@ -5590,18 +5596,22 @@ static int avl__find_template(const char *jinja) {
 // stands there between <|im_start|>system, a line's end (as such, or written \n) and <|im_end|>, if it is plain text.
 // It is zero-terminated in place.  NULL: none
 static const char *avl__chatml_system(char *jinja) {
-    char *text = strstr(jinja, "<|im_start|>system"), *end = text ? strstr(text, "<|im_end|>") : NULL;
-    if (!end || text + strcspn(text, "'\"") < end) return NULL;
-    *end = 0;
-    text += strlen("<|im_start|>system");
-    return *text == '\n' ? text + 1 : strncmp(text, "\\n", 2) == 0 ? text + 2 : NULL;
+    static const char start[] = "<|im_start|>system";
+    for (char *text = jinja; (text = strstr(text, start)) != NULL;) {
+        char *end = strstr(text, "<|im_end|>");
+        text += sizeof start - 1;
+        if (!end || text + strcspn(text, "'\"") < end) continue;
+        *end = 0;
+        return *text == '\n' ? text + 1 : strncmp(text, "\\n", 2) == 0 ? text + 2 : NULL;
+    }
+    return NULL;
 }
 
 // ---- opening a model -----------------------------------------------------------------------------------------------
 
 // Keys whose value, where a file has them, must be one of these, and what to do about another.
 static const struct { const char *key, *known, *advice; } avl__known_values[] = {
-    {"general.type", "'model' 'mmproj'", "merge a LoRA adapter into its model"},
+    {"general.type", "'model' 'mmproj'", "give a model; merge a LoRA adapter into its own"},
     {"llama.expert_count", "'0'", "take a model that is no mixture of experts"},
     {"llama.attention.causal", "'1'", "take a model that writes text, not one for embeddings"},
     {"llama.rope.scaling.type", "'none' 'linear'", "take the model as it was before its context was extended"},

@@ -3577,6 +3577,14 @@ static void models_forms_unknown(void) {
         "{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}{{ '[INST]' + message['content'] + '[/INST]' }}",        // Mistral v7
         "{{ bos_token }}{% set content = '<<SYS>>\\n' %}{{ '[INST] ' + content.strip() + ' [/INST]' }}",               // Vigogne
         "{{-'SYSTEM: ' + message['content'] -}}{{-'USER: ' + message['content'] -}}{{-'ASSISTANT:'-}}",                // Orca
+        "{{-'USER: ' + message['content'] + '\\n'-}}{{-'ASSISTANT: ' + message['content'] + '</s>\\n' -}}{{-'ASSISTANT:'-}}", // Vicuna 1.1
+        "{{ 'USER: ' + message['content'] + ' '}}{{ 'ASSISTANT: ' + message['content'] + ' '}}{{ 'ASSISTANT: '}}",
+        "{{ system_message }}{{ '<|im_start|>user\n' + content + '<|im_end|>\n<|im_start|>assistant\n' }}",            // Yi-1.5
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}{{'<|im_start|>assistant\\n<think>\\n'}}", // QwQ
+        "{% set system_message = 'You are DBRX.' %}{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}",    // DBRX
+        "{{bos_token}}{{'<|im_start|>system\n' + 'You are a function calling AI model.'}}{{'<|im_start|>' + message['role']}}",  // Hermes 2
+        "{{ bos_token }}{{- \"<|start_header_id|>system<|end_header_id|>\n\n\" }}{{- \"Cutting Knowledge Date: December 2023\n\" }}", // 3.1
+        "{{ '<|start_header_id|>system<|end_header_id|>\n\nAvailable functions:' + functions + '<|eot_id|>' }}",        // Functionary
         " ", "<|user|>", "<|user|>eos_token }}"};
     for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) {
         gguf_bytes file;
@@ -3613,6 +3621,11 @@ static void models_forms_unknown(void) {
     long_one[size] = 0;
     const clock_t start = clock();
     CHECK(avl__find_template(long_one) == ASTROVL_TEMPLATE_AUTO, "a long one");
+    CHECK(strcmp(astrovl_template_name((astrovl_template)avl__find_template("{{ bos_token }}{{ '[INST] ' + text + '[/INST]' }}")),
+                 "mistral_v3") == 0, "Mistral 7B Instruct v0.3 without tools");
+    char system[] = "{{'<|im_start|>system\\n' + text + '<|im_end|>\\n'}}{{'<|im_start|>system\\nYou help.<|im_end|>\\n'}}";
+    const char *found = avl__chatml_system(system);
+    CHECK(found && strcmp(found, "You help.") == 0, "the system text that stands behind a given one: %s", found ? found : "none");
     CHECK((double)(clock() - start) / CLOCKS_PER_SEC < 2.0, "slow");
     free(long_one);
 }
@@ -3976,6 +3989,7 @@ static void models_refused_keys(void) {
         {0, "'split.count i2 h3", "one of 3 files of a model (split.count)", "llama-gguf-split --merge"},
         {0, "'llama.attention.value_length i4 i7", "llama.attention.value_length is not key_length", ""},
         {0, "'llama.attention.value_length i9 i4 q3 i6 i6 i8", "value_length has different values, 6 and 8", "one for all"},
+        {0, "'llama.attention.value_length i6 f6.5", "llama.attention.value_length is 6.5", ""},
         {0, "'llama.attention.value_length i9 i4 q0", "value_length is empty", ""},
         {0, "'llama.attention.value_length i8 '6", "value_length is empty or a text", ""},
         {0, "'llama.attention.sliding_window i5 i-1", "llama.attention.sliding_window is -1", ""},
@@ -4011,6 +4025,14 @@ static void models_refused_keys(void) {
         astrovl_close(m);
         free(bytes);
     }
+    size_t mmproj_size;   // a color in words: the text file is asked first
+    unsigned char *text = models_with_key(models_files[0], "'clip.vision.image_mean i9 i8 q3 'a 'b 'c", &size);
+    unsigned char *mmproj = read_file(models_files[1], &mmproj_size);
+    const astrovl_memory both[] = {{text, size, "text"}, {mmproj, mmproj_size, "mmproj"}};
+    astrovl_error color = {ASTROVL_OK, ""};
+    CHECK(!astrovl_open_memory(both, 2, NULL, &color) && strstr(color.message, "image_mean must hold three numbers"), "%s", color.message);
+    free(text);
+    free(mmproj);
     for (c = 0; c < sizeof good / sizeof *good; c++) {
         astrovl_error err = {ASTROVL_OK, ""};
         unsigned char *bytes = models_with_key(models_files[good[c].file], good[c].key, &size);
