@@ -288,7 +288,7 @@ typedef struct astrovl_info {
     int has_vocab, has_text, has_vision, has_projector;
     astrovl_template chat_template;                     // AUTO: the files' is not recognized, and one must be chosen
     const char *name;                                   // general.name, or ""; valid until astrovl_close
-    const char *note;                                   // what the vocabulary says and was not followed; NULL: nothing
+    const char *note;                                   // what the files ask for and is not followed; NULL: nothing
     int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff;     // the language model (LLaMA)
     float rope_theta, rms_norm_eps;
     int bos_token, eos_token;                           // -1: none
@@ -5582,8 +5582,7 @@ static int avl__find_template(const char *jinja) {
         {"<|im_start|>", "role", "chatml"}, {"<|im_start|>system", "", "chatml"}, {"<|im_sep|>", "", "auto"},
         {"<end_of_utterance>", "", "auto"}, {"<|start_header_id|>", "", "llama_3"},
         {"system_message = 'You", "", "auto"}, {"system_message = \"You", "", "auto"}, {"function calling", "", "auto"},
-        {"assistant\\n<think>", "", "auto"}, {"/no_think", "", "auto"}, {"functions", "", "auto"},
-        {"Cutting Knowledge", "", "auto"}};   // LLaMA-3.1's
+        {"assistant\\n<think>", "", "auto"}, {"/no_think", "", "auto"}, {"functions", "", "auto"}};
     const char *name = "auto";
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         for (const char *at = strstr(jinja, rows[i].mark); at; at = strstr(at, rows[i].mark))
@@ -5736,6 +5735,8 @@ static void avl__open_parts(astrovl_model *m, int chat_template) {
     if (chat_template == ASTROVL_TEMPLATE_AUTO && jinja.size && m->jinja) {
         chat_template = avl__find_template(m->jinja);
         if (chat_template == ASTROVL_TEMPLATE_LLAMA2 && m->n_projector) chat_template = ASTROVL_TEMPLATE_LLAVA_LLAMA2;
+        if (chat_template == ASTROVL_TEMPLATE_LLAMA3 && strstr(m->jinja, "Cutting Knowledge"))
+            info->note = "the dates that LLaMA 3.1's template writes before the system text are left out";
     } else if (chat_template == ASTROVL_TEMPLATE_AUTO)             // LLaVA-1.5's files often carry no template
         chat_template = m->n_projector ? ASTROVL_TEMPLATE_VICUNA : ASTROVL_TEMPLATE_PLAIN;
     info->chat_template = (astrovl_template)chat_template;

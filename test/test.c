@@ -3583,7 +3583,6 @@ static void models_forms_unknown(void) {
         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}{{'<|im_start|>assistant\\n<think>\\n'}}", // QwQ
         "{% set system_message = 'You are DBRX.' %}{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}",    // DBRX
         "{{bos_token}}{{'<|im_start|>system\n' + 'You are a function calling AI model.'}}{{'<|im_start|>' + message['role']}}",  // Hermes 2
-        "{{ bos_token }}{{- \"<|start_header_id|>system<|end_header_id|>\n\n\" }}{{- \"Cutting Knowledge Date: December 2023\n\" }}", // 3.1
         "{{ '<|start_header_id|>system<|end_header_id|>\n\nAvailable functions:' + functions + '<|eot_id|>' }}",        // Functionary
         " ", "<|user|>", "<|user|>eos_token }}"};
     for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) {
@@ -3615,6 +3614,14 @@ static void models_forms_unknown(void) {
           strstr(err.message, "chat_template") && strstr(err.message, ASTROVL_TEMPLATE_NAMES), "\"%s\"", err.message);
     astrovl_session_free(s);
     models_kit_close(&kit);
+    gguf_bytes file;
+    astrovl_info info;
+    astrovl_model *m = models_form("{{ bos_token }}{{- \"<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: \" }}",
+                                   ASTROVL_TEMPLATE_AUTO, 0, &file, &err);
+    astrovl_get_info(m, &info);
+    CHECK(info.chat_template == ASTROVL_TEMPLATE_LLAMA3 && info.note && strstr(info.note, "dates"), "LLaMA 3.1: %s", info.note);
+    astrovl_close(m);
+    free(file.data);
     const size_t size = (size_t)4 << 20;   // recognizing takes linear time
     char *long_one = (char *)malloc(size + 1);
     for (size_t i = 0; i < size; i++) long_one[i] = "<|user|>"[i % 8];
