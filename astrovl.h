@@ -1550,16 +1550,6 @@ static int avl__is_float_type(int type) {
     return type == ASTROVL_TYPE_F32 || type == ASTROVL_TYPE_F16 || type == ASTROVL_TYPE_BF16;
 }
 
-#if !AVL__SIMD
-#define AVL__KERNEL_NAMES "portable"
-#elif AVL__X86
-#define AVL__KERNEL_NAMES "portable, avx2, avx_vnni, avx512, avx512_bf16"
-#elif AVL__NEON
-#define AVL__KERNEL_NAMES "portable, neon, neon_dotprod"
-#else
-#define AVL__KERNEL_NAMES "portable, generic"
-#endif
-
 static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *isa);      // section [13]
 
 // ---- how a pass is run ---------------------------------------------------------------------------------------------
@@ -5916,8 +5906,9 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
     if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT) || !kernels || n_ctx < 0 ||
         (model->info.has_text && n_ctx > n_train)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options out of range: mode %d, n_threads %d, n_ctx %d (the "
-                  "model, or its sliding window, has %d), isa \"%s\" (this build has %s)", (int)o.mode, o.n_threads,
-                  n_ctx, n_train, o.isa ? o.isa : "NULL", AVL__KERNEL_NAMES);
+                  "model, or its sliding window, has %d), isa \"%s\" (portable; x86-64: avx2, avx_vnni, avx512, "
+                  "avx512_bf16; AArch64: neon, neon_dotprod; others: generic)", (int)o.mode, o.n_threads, n_ctx, n_train,
+                  o.isa ? o.isa : "NULL");
         return NULL;
     }
     astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
