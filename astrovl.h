@@ -82,10 +82,10 @@
 //             .layer_norm1   .self_attn.q_proj .k_proj .v_proj .attn_weights [n_head][rows][rows] .context .out_proj
 //             .layer_norm2   .mlp.fc1 .activation_fn [rows][n_ff] .fc2   and the layer's own name: its output
 //     LLaVA   image_features   multi_modal_projector.linear_1 .act [rows][n_hidden] .linear_2   (or .linear alone)
-//     CLIP    vision_model.post_layernorm [1][n_embd]   visual_projection.head (PAPERCLIP's)
+//     CLIP    vision_model.post_layernorm [1][n_embd]   visual_projection.head.act .head (PAPERCLIP's)
 //             visual_projection [1][n_embd_joint]
 //             text_model.embeddings   text_model.encoder.layers.I as above   text_model.final_layer_norm
-//             text_projection.head   text_projection [1][n_embd_joint]
+//             text_projection.head.act .head   text_projection [1][n_embd_joint]
 //     text    model.embed_tokens   and for each layer, with model.layers.I before it,
 //             .input_layernorm   .self_attn.q_proj [rows][n_head head_dim] .k_proj .v_proj [rows][n_head_kv head_dim]
 //             .q_rope .k_rope .attn_weights [n_head][rows][n_past + rows] .context [rows][n_head head_dim] .o_proj
@@ -1581,7 +1581,8 @@ typedef struct avl__run {
     size_t              work_capacity;     //   behind them, the rounded activations of the product under way
     size_t              thread_floats;
     int                 always_panels;     // 1: a row's bits must not depend on how many there are
-    int                 failed;            // 1: memory has run out in this pass; no product is computed any more
+    int                 failed;            // 1: memory has run out in this pass, 2: `tensor` holds NaN or infinity;
+    char                tensor[160];       //   no product is computed any more
 } avl__run;
 
 // Begins a pass: what the one before has taken is free again.
@@ -1622,10 +1623,14 @@ static void avl__run_free(avl__run *run) {
     astrovl_free(run->work);
 }
 
-// Where a pass stands: MEMORY if a product or avl__take has failed, CANCELLED if the caller wants it.
+// Where a pass stands: MEMORY if a product or avl__take has failed, MODEL if a tensor is no numbers, CANCELLED if the
+// caller wants it.
 // what: "image", "prompt" ...;  total: of `done`, as is reported; 0: nothing is reported
 static astrovl_status avl__pass_status(const avl__run *run, const char *what, int done, int total, astrovl_error *err) {
-    if (run->failed) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the %s", what);
+    if (run->failed == 1) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the %s", what);
+    if (run->failed)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "NaN or infinity in %s of the %s: the model's weights are damaged or "
+                         "too large", run->tensor, what);
     if (total && run->progress && run->progress(run->progress_user, what, done, total) && done < total)
         return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the %s", what);
     return ASTROVL_OK;
@@ -1633,19 +1638,32 @@ static astrovl_status avl__pass_status(const avl__run *run, const char *what, in
 
 // ---- the audit tap -------------------------------------------------------------------------------------------------
 
-// Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
-// transformers are; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
-static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
-                      int64_t d0, int64_t d1, int64_t d2) {
-    const int64_t shape[3] = {d0, d1, d2};
-    char full[160], number[16] = "";
-    if (!run->tap || run->failed) return;
-    if (layer >= 0) avl__format(number, sizeof number, ".%d", layer);
-    avl__format(full, sizeof full, "%s%s%s%s", prefix, number, *name ? "." : "", name);
-    run->tap(run->tap_user, full, layer, shape, d2 > 0 ? 3 : d1 > 0 ? 2 : 1, data);
+// Whether all of x [n] are numbers: the exponent of a NaN or an infinity is all ones, and adding one to it carries.
+static int avl__are_numbers(const float *x, int64_t n) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < n; i++) bits |= (avl__float_bits(x[i]) & 0x7FFFFFFF) + 0x00800000;
+    return bits >> 31 == 0;
 }
 
-static void avl__tap(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
+// Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
+// transformers are; empty parts and layer -1 are left out.
+// Also without a tap, it looks for what is no number: weights that are NaN, infinite or too large make such rows, and
+// fast mode's integers would hide them from all that follows. A product's last row tells this of its weights; a whole
+// module's output (no name) is looked through.
+static void avl__tap3(avl__run *run, const char *prefix, int layer, const char *name, const float *data, int64_t d0,
+                      int64_t d1, int64_t d2) {
+    const int64_t shape[3] = {d0, d1, d2}, row = d2 > 0 ? d2 : d1 > 0 ? d1 : d0;
+    const int64_t n = d0 * (d1 > 0 ? d1 : 1) * (d2 > 0 ? d2 : 1), start = *name ? n - row : 0;
+    char number[16] = "";
+    if (run->failed || !data) return;
+    if (!avl__are_numbers(data + start, n - start)) run->failed = 2;
+    if (!run->failed && !run->tap) return;
+    if (layer >= 0) avl__format(number, sizeof number, ".%d", layer);
+    avl__format(run->tensor, sizeof run->tensor, "%s%s%s%s", prefix, number, *name ? "." : "", name);
+    if (!run->failed) run->tap(run->tap_user, run->tensor, layer, shape, d2 > 0 ? 3 : d1 > 0 ? 2 : 1, data);
+}
+
+static void avl__tap(avl__run *run, const char *prefix, int layer, const char *name, const float *data,
                      int64_t n_rows, int64_t n_columns) {
     avl__tap3(run, prefix, layer, name, data, n_rows, n_columns, 0);
 }
@@ -2558,13 +2576,6 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
     else
         t->is_used = 1;
     return w->status ? NULL : t;
-}
-
-// Whether all of x [n] are numbers: the exponent of a NaN or an infinity is all ones, and adding one to it carries.
-static int avl__are_numbers(const float *x, int64_t n) {
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < n; i++) bits |= (avl__float_bits(x[i]) & 0x7FFFFFFF) + 0x00800000;
-    return bits >> 31 == 0;
 }
 
 // A tensor of `count` values as float32, owned by w; NULL after a failure.  format: of its name
@@ -4999,30 +5010,6 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
 
 // ---- the towers ----------------------------------------------------------------------------------------------------
 
-// Weights that are NaN, infinite or too large make rows that are no numbers, which fast mode's integers would hide from
-// all that follows. So x is looked at before each layer, and the last row of each product that is not added to x.
-enum { AVL__NO_NUMBERS = 3 };   // run->failed is this plus the layer's number, or -1 outside the layers
-
-static void avl__apply_all(avl__run *run, int layer, float *const *y, const float *x, const avl__linear *const *w,
-                           int n, int n_rows) {
-    avl__apply_each(run, y, x, w, n, n_rows);
-    for (int i = 0; i < n && !run->failed; i++)
-        if (!avl__are_numbers(y[i] + (size_t)(n_rows - 1) * w[i]->n_out, w[i]->n_out))
-            run->failed = AVL__NO_NUMBERS + layer;
-}
-static void avl__apply_one(avl__run *run, int layer, float *y, const float *x, const avl__linear *w, int n_rows) {
-    avl__apply_all(run, layer, &y, x, &w, 1, n_rows);
-}
-
-// avl__pass_status before a layer, or MODEL if there are no numbers any more.   x: [n], what goes into the layer
-static astrovl_status avl__layer_status(avl__run *run, const char *what, int layer, int total, const float *x,
-                                        int64_t n, astrovl_error *err) {
-    if (!run->failed && !avl__are_numbers(x, n)) run->failed = AVL__NO_NUMBERS + layer - 1;
-    if (run->failed < AVL__NO_NUMBERS - 1) return avl__pass_status(run, what, layer, total, err);
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "NaN or infinity in layer %d of the %s (-1: before or after them): the "
-                     "model's weights are damaged or too large", run->failed - AVL__NO_NUMBERS, what);
-}
-
 // Rows of several images or texts, one sequence after the other, through the first n_layers layers, in place:
 //     x += out attention(q h, k h, v h)    with h = layer_norm1(x)
 //     x += fc2 activation(fc1 h)           with h = layer_norm2(x)
@@ -5052,11 +5039,11 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     for (int i = 0; i < n_layers; i++) {
         const avl__tower_layer *layer = &tower->layers[i];
         const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
-        const astrovl_status status = avl__layer_status(run, what, i, n_reports, x, (int64_t)n * d, err);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
         if (status) return status;
         avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm1", h, n, d);
-        avl__apply_all(run, i, qkv, h, qkv_weights, 3, n);
+        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
         avl__tap(run, name, i, "self_attn.q_proj", q, n, d);
         avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
         avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
@@ -5078,7 +5065,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
 
         avl__norm_rows(run, h, x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm2", h, n, d);
-        avl__apply_one(run, i, hidden, h, &layer->fc1, n);
+        avl__apply(run, hidden, h, &layer->fc1, n);
         avl__tap(run, name, i, "mlp.fc1", hidden, n, n_ff);
         avl__activate(run, hidden, (int64_t)n * n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu,
                       NULL);
@@ -5088,7 +5075,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
     }
-    return avl__layer_status(run, what, n_layers, n_reports, x, (int64_t)n * d, err);
+    return avl__pass_status(run, what, n_layers, n_reports, err);
 }
 
 // Normed rows [n][n_embd] that stand for images or texts to the shared space.  embeddings: out, [n][n_embd_joint]
@@ -5099,18 +5086,19 @@ static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, con
         const int n_hidden = tower->dense[0].n_out, n_out = tower->dense[1].n_out;
         float *hidden = avl__take(run, (uint64_t)n * n_hidden);
         float *out = avl__take(run, (uint64_t)n * n_out);
-        avl__apply_one(run, -1, hidden, rows, &tower->dense[0], n);
+        avl__apply(run, hidden, rows, &tower->dense[0], n);
         for (int64_t i = 0; i < (int64_t)n * n_hidden && !run->failed; i++) {      // GELU as flax, PAPERCLIP's, has it
             const float x = hidden[i];
             hidden[i] = 0.5f * x * (1.0f + astrovl_tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
         }
-        avl__apply_one(run, -1, out, hidden, &tower->dense[1], n);
+        avl__tap(run, name, -1, "head.act", hidden, n, n_hidden);
+        avl__apply(run, out, hidden, &tower->dense[1], n);
         avl__tap(run, name, -1, "head", out, n, n_out);
         rows = out;
     }
-    avl__apply_one(run, -1, embeddings, rows, &tower->projection, n);
+    avl__apply(run, embeddings, rows, &tower->projection, n);
     avl__tap(run, name, -1, "", embeddings, n, tower->projection.n_out);
-    return avl__layer_status(run, "embeddings", 0, 0, rows, 0, err);
+    return avl__pass_status(run, "embeddings", 0, 0, err);
 }
 
 // n images through the first n_layers layers.  pixels: [n][3][S][S];   x: out, [n][1 + n_patches][n_embd]
@@ -5383,14 +5371,14 @@ static void avl__llama_attend(const avl__llama_pass *p) {
 // (i, i + half) as neighbors, so that value 2i here is i there and 2i + 1 is i + half.
 static void avl__llama_tap_heads(const avl__llama_pass *p, const char *name, const float *heads, int n_head) {
     const int d = p->m->head_dim, half = p->m->rope_dim / 2;
-    if (!p->run->tap) return;
-    memcpy(p->shown, heads, (size_t)p->n * n_head * d * sizeof(float));
-    for (size_t at = 0; at < (size_t)p->n * n_head * d; at += d)
+    const size_t n = (size_t)p->n * n_head * d;
+    if (p->shown) memcpy(p->shown, heads, n * sizeof(float));
+    for (size_t at = 0; at < n && p->shown; at += d)
         for (int i = 0; i < half; i++) {
             p->shown[at + i]        = heads[at + 2 * i];
             p->shown[at + i + half] = heads[at + 2 * i + 1];
         }
-    avl__tap(p->run, "model.layers", p->layer, name, p->shown, p->n, (int64_t)n_head * d);
+    avl__tap(p->run, "model.layers", p->layer, name, p->shown ? p->shown : heads, p->n, (int64_t)n_head * d);
 }
 
 // Appends n positions to one cache, or one to each of n caches (at most AVL__STEP_ROWS); the caller has checked that
@@ -5431,7 +5419,6 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     if (embeddings) memcpy(x, embeddings, (size_t)n * d * sizeof(float));
     else            avl__embed_tokens(&m->token_embd, tokens, n, x);
     avl__tap(run, "model.embed_tokens", -1, "", x, n, d);
-    if (!avl__are_numbers(x, (int64_t)n * d)) run->failed = AVL__NO_NUMBERS - 1;
     for (int row = 0; row < n; row++) {
         const float position = (float)(caches[row / p.n_each]->n_past + row % p.n_each);
         for (int i = 0; i < half; i++)
@@ -5444,11 +5431,11 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         p.layer = i;
         avl__norm_rows(run, h, x, layer->attention_norm, NULL, n, d, m->rms_norm_eps);
         avl__tap(run, name, i, "input_layernorm", h, n, d);
-        avl__apply_all(run, i, qkv, h, qkv_weights, 3, n);
+        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
         avl__llama_tap_heads(&p, "self_attn.q_proj", p.q, m->n_head);
         avl__llama_tap_heads(&p, "self_attn.k_proj", p.k, m->n_head_kv);
         avl__tap(run, name, i, "self_attn.v_proj", p.v, n, n_kv);
-        const astrovl_status status = avl__layer_status(run, what, i, n_reports, x, (int64_t)n * d, err);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
         if (status) return status;                      // a failed product does not reach the caches
         avl__pool_run(run->pool, avl__llama_row_item, &p, n);
         avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
@@ -5468,12 +5455,12 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
 
         avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
         avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
-        avl__apply_all(run, i, gate_up, h, gate_up_weights, 2, n);
+        avl__apply_each(run, gate_up, h, gate_up_weights, 2, n);
         avl__tap(run, name, i, "mlp.gate_proj", gate, n, m->n_ff);
         avl__tap(run, name, i, "mlp.up_proj", up, n, m->n_ff);
         avl__activate(run, gate, (int64_t)n * m->n_ff, NULL, up);
         avl__tap(run, name, i, "mlp.act", gate, n, m->n_ff);
-        avl__apply_one(run, i, h, gate, &layer->down, n);
+        avl__apply(run, h, gate, &layer->down, n);
         avl__tap(run, name, i, "mlp.down_proj", h, n, d);
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
@@ -5481,10 +5468,10 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     if (n_logits > 0) {
         avl__norm_rows(run, h, x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
         avl__tap(run, "model.norm", -1, "", h, n_logits, d);
-        avl__apply_one(run, -1, logits, h, &m->output, n_logits);
+        avl__apply(run, logits, h, &m->output, n_logits);
         avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
     }
-    const astrovl_status status = avl__layer_status(run, what, m->n_layer, n_reports, x, (int64_t)n * d, err);
+    const astrovl_status status = avl__pass_status(run, what, m->n_layer, n_reports, err);
     for (int i = 0; i < n_caches && !status; i++) caches[i]->n_past += p.n_each;
     return status;
 }
@@ -6013,15 +6000,15 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
     if (status) return status;
     x += n_embd;                                                       // without the class row
     avl__tap(run, "image_features", -1, "", x, n, n_embd);
-    avl__apply_one(run, -1, hidden, x, first, n);
+    avl__apply(run, hidden, x, first, n);
     avl__tap(run, name, -1, is_mlp ? "linear_1" : "linear", hidden, n, n_hidden);
     if (is_mlp) {
         avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
         avl__tap(run, name, -1, "act", hidden, n, n_hidden);
-        avl__apply_one(run, -1, features, hidden, second, n);
+        avl__apply(run, features, hidden, second, n);
         avl__tap(run, name, -1, "linear_2", features, n, second->n_out);
     }
-    return avl__layer_status(run, "image", 0, 0, features, 0, err);
+    return avl__pass_status(run, "image", 0, 0, err);
 }
 
 // ---- rows through the language model -------------------------------------------------------------------------------
