@@ -4881,7 +4881,7 @@ static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
     const int n_ff = tower->n_ff = (int)avl__load_value(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
     tower->n_layer = (int)avl__load_value(w, 1, 1024, -1, "%s.block_count", keys);
     tower->n_head = (int)avl__load_value(w, 1, 65536, -1, "%s.attention.head_count", keys);
-    tower->eps = (float)avl__load_value(w, 0, 1, 1e-5, "%s.attention.layer_norm_epsilon", keys);
+    tower->eps = (float)avl__load_value(w, 0, 1, -1, "%s.attention.layer_norm_epsilon", keys);
     tower->is_text = is_text;
     tower->use_gelu = (int)avl__load_value(w, 0, 255, 0, "clip.use_gelu") != 0;
     if (d % tower->n_head != 0)
@@ -5234,8 +5234,8 @@ static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "llama.attention.value_length is not key_length");
     m->rope_dim = (int)avl__load_value(w, 2, m->head_dim, m->head_dim, "llama.rope.dimension_count");
     info->rope_theta = (float)avl__load_value(w, 1e-30, 1e30, 10000, "llama.rope.freq_base");
-    m->rms_norm_eps = (float)avl__load_value(w, 0, 1, 1e-5, "llama.attention.layer_norm_rms_epsilon");
-    info->rms_norm_eps = m->rms_norm_eps;
+    info->rms_norm_eps = (float)avl__load_value(w, 0, 1, -1, "llama.attention.layer_norm_rms_epsilon");
+    m->rms_norm_eps = info->rms_norm_eps;
     if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
                        "them rotated)", m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);

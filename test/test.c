@@ -4174,6 +4174,28 @@ static void models_no_numbers(astrovl_mode mode, const char *isa) {
 static void models_no_numbers_exact(void) { models_no_numbers(ASTROVL_EXACT, NULL); }
 static void models_no_numbers_fast(void) { models_no_numbers(ASTROVL_FAST, NULL); }
 
+// Keys without which llama.cpp opens no model either: each in turn is given another name.
+static void models_missing_keys(void) {
+    static const struct { int file; const char *key; } cases[] = {
+        {0, "llama.embedding_length"}, {0, "llama.block_count"}, {0, "llama.context_length"}, {0, "llama.feed_forward_length"},
+        {0, "llama.attention.head_count"}, {0, "llama.attention.layer_norm_rms_epsilon"}, {1, "clip.vision.image_size"},
+        {1, "clip.vision.patch_size"}, {1, "clip.vision.embedding_length"}, {1, "clip.vision.feed_forward_length"},
+        {1, "clip.vision.block_count"}, {1, "clip.vision.attention.head_count"}, {1, "clip.vision.attention.layer_norm_epsilon"}};
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        astrovl_error err = {ASTROVL_OK, ""};
+        size_t size;
+        char name[64], says[128];
+        snprintf(name, sizeof name, "%s", cases[c].key);
+        name[0] = 'x';
+        snprintf(says, sizeof says, "the key %s is missing", cases[c].key);
+        unsigned char *bytes = models_renamed(models_files[cases[c].file], cases[c].key, name, &size);
+        astrovl_model *m = models_open_bytes(bytes, size, &err);
+        CHECK(!m && err.status == ASTROVL_ERROR_MODEL && strstr(err.message, says), "%s: %s", cases[c].key, m ? "opened" : err.message);
+        astrovl_close(m);
+        free(bytes);
+    }
+}
+
 // Each tensor of each file in turn is given another name: then either the model is refused with that tensor named, or
 // it lacks a part, which the calls that need it say.
 static void models_missing_tensors(void) {
@@ -5412,6 +5434,7 @@ static void tests_models(void) {
     run("models: errors name the part's file", models_part_named);
     run("models: NaN and infinity in each tensor, exact mode", models_no_numbers_exact);
     run("models: NaN and infinity in each tensor, fast mode", models_no_numbers_fast);
+    run("models: each required key missing", models_missing_keys);
     run("models: every tensor missing once", models_missing_tensors);
     run("models: parts of a model", models_parts);
     run("models: exact mode where floats are not exact", models_inexact);
