@@ -5230,14 +5230,13 @@ typedef struct avl__kv_cache {
     int    n_ctx, n_past;
 } avl__kv_cache;
 
+// cache: zeros.   0: out of memory
 static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx, size_t value_bytes) {
-    const uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
-    if (n > SIZE_MAX / 16 / row) return 0;
+    const uint64_t n = (uint64_t)m->n_layer * (uint64_t)n_ctx * (uint64_t)(m->n_head_kv * m->head_dim);   // below 2^55
     cache->n_ctx = n_ctx;
-    cache->n_past = 0;
     cache->value_bytes = value_bytes;
-    cache->k = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
-    cache->v = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
+    cache->k = avl__alloc_raw(n + AVL__LINE, value_bytes);
+    cache->v = avl__alloc_raw(n + AVL__LINE, value_bytes);
     return cache->k && cache->v;
 }
 
@@ -7392,14 +7391,14 @@ ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrov
     avl__run *run = s->run;
     const int n_dims = s->model->info.n_embd_joint, d = tower->n_embd;
     const int n_rows = 1 + clip->n_patches;
-    const int n_pass = run->options.tap ? 1 : 1 + AVL__JOINT_ROWS / n_rows;              // the tap sees images one by one
+    const int n_pass = run->options.tap ? 1 : 1 + AVL__JOINT_ROWS / n_rows;          // the tap sees them one by one
     for (int n; n_images > 0 && !status; n_images -= n, images += n, embeddings += (size_t)n * n_dims) {
         n = n_images < n_pass ? n_images : n_pass;
         avl__run_begin(run, 1);
-        float *x = avl__take(run, (uint64_t)n * n_rows * d);                             // [n][n_rows][n_embd]
+        float *x = avl__take(run, (uint64_t)n * n_rows * d);                         // [n][n_rows][n_embd]
         status = avl__clip_run(clip, run, images, n, tower->n_layer, x, err);
         if (status) return status;
-        for (int i = 1; i < n; i++)                                                      // the class rows: [n][n_embd]
+        for (int i = 1; i < n; i++)                                                  // the class rows: [n][n_embd]
             memcpy(x + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
         avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n, d, tower->eps);
         avl__tap(run, "vision_model.post_layernorm", -1, "", x, n, d);
