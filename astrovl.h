@@ -1620,8 +1620,7 @@ static void avl__run_free(avl__run *run) {
     astrovl_free(run->work);
 }
 
-// Where a pass stands: MEMORY if a product or avl__take has failed, MODEL if a tensor is no numbers, CANCELLED if the
-// caller wants it.
+// Where a pass stands: MEMORY if a product or avl__take has failed, MODEL after NaN, CANCELLED if the caller wants it.
 // what: "image", "prompt" ...;  total: of `done`, as is reported; 0: nothing is reported
 static astrovl_status avl__pass_status(const avl__run *run, const char *what, int done, int total, astrovl_error *err) {
     if (run->failed == 1) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the %s", what);
@@ -1644,10 +1643,9 @@ static int avl__are_numbers(const float *x, int64_t n) {
 }
 
 // Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
-// transformers are; empty parts and layer -1 are left out.
-// Also without a tap, it looks for what is no number: weights that are NaN, infinite or too large make such rows, and
-// fast mode's integers would hide them from all that follows. A product's last row tells this of its weights; a whole
-// module's output (no name) is looked through.
+// transformers are; empty parts and layer -1 are left out. With or without a tap, the pass fails if data holds NaN or
+// infinity, which weights that are such or too large make, and which fast mode's integers would hide from all that
+// follows. A product's last row shows this of its weights; what has no `name`, a module's output, is checked in full.
 static void avl__tap3(avl__run *run, const char *prefix, int layer, const char *name, const float *data, int64_t d0,
                       int64_t d1, int64_t d2) {
     const int64_t shape[3] = {d0, d1, d2}, row = d2 > 0 ? d2 : d1 > 0 ? d1 : d0;
@@ -5029,7 +5027,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     avl__attention a;
     memset(&a, 0, sizeof a);
     a.run = run;
-    a.weights = run->options.tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;        // [n_head][n][n]
+    a.weights = run->options.tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n]
     a.n_head = a.n_head_kv = tower->n_head;
     a.head_dim = d / tower->n_head;
     a.key_stride = (size_t)d;
@@ -5388,7 +5386,7 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
         avl__llama_tap_heads(&p, "self_attn.k_rope", p.k, m->n_head_kv);
         avl__llama_attend(&p);
-        if (i == m->n_layer - 1 && !run->options.tap) {         // the rest is needed only for the rows with logits
+        if (i == m->n_layer - 1 && !run->options.tap) {   // the rest is needed only for the rows with logits
             memmove(x, x + (size_t)(n - n_logits) * d, (size_t)n_logits * d * sizeof(float));
             memmove(p.mixed, p.mixed + (size_t)(n - n_logits) * n_q, (size_t)n_logits * n_q * sizeof(float));
             n = n_logits;
@@ -7389,8 +7387,7 @@ ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrov
     const avl__clip *clip = &s->model->clip;   // NOLINT: avl__need refuses NULL
     const avl__tower *tower = &clip->tower;
     avl__run *run = s->run;
-    const int n_dims = s->model->info.n_embd_joint, d = tower->n_embd;
-    const int n_rows = 1 + clip->n_patches;
+    const int n_dims = s->model->info.n_embd_joint, d = tower->n_embd, n_rows = 1 + clip->n_patches;
     const int n_pass = run->options.tap ? 1 : 1 + AVL__JOINT_ROWS / n_rows;          // the tap sees them one by one
     for (int n; n_images > 0 && !status; n_images -= n, images += n, embeddings += (size_t)n * n_dims) {
         n = n_images < n_pass ? n_images : n_pass;
