@@ -82,10 +82,10 @@
 //             .layer_norm1   .self_attn.q_proj .k_proj .v_proj .attn_weights [n_head][rows][rows] .context .out_proj
 //             .layer_norm2   .mlp.fc1 .activation_fn [rows][n_ff] .fc2   and the layer's own name: its output
 //     LLaVA   image_features   multi_modal_projector.linear_1 .act [rows][n_hidden] .linear_2   (or .linear alone)
-//     CLIP    vision_model.post_layernorm [1][n_embd]   visual_projection.head (PAPERCLIP's)
+//     CLIP    vision_model.post_layernorm [1][n_embd]   visual_projection.head.act .head (PAPERCLIP's)
 //             visual_projection [1][n_embd_joint]
 //             text_model.embeddings   text_model.encoder.layers.I as above   text_model.final_layer_norm
-//             text_projection.head   text_projection [1][n_embd_joint]
+//             text_projection.head.act .head   text_projection [1][n_embd_joint]
 //     text    model.embed_tokens   and for each layer, with model.layers.I before it,
 //             .input_layernorm   .self_attn.q_proj [rows][n_head head_dim] .k_proj .v_proj [rows][n_head_kv head_dim]
 //             .q_rope .k_rope .attn_weights [n_head][rows][n_past + rows] .context [rows][n_head head_dim] .o_proj
@@ -1561,17 +1561,15 @@ typedef struct avl__run {
     const avl__kernels *kernels;
     avl__pool          *pool;
     int                 n_sessions;
-    astrovl_tap         tap;               // NULL: none
-    void               *tap_user;
-    astrovl_progress    progress;          // NULL: none
-    void               *progress_user;
+    astrovl_session_options options;       // of the first session: tap and progress
     struct { float *data; uint64_t size; } taken[AVL__MAX_TAKEN];   // avl__take's buffers, kept from pass to pass
     int                 n_taken;           // by this pass
     float              *work;              // [n_threads][thread_floats]: an expanded weight row, a pack, or scores;
     size_t              work_capacity;     //   behind them, the rounded activations of the product under way
     size_t              thread_floats;
     int                 always_panels;     // 1: a row's bits must not depend on how many there are
-    int                 failed;            // 1: memory has run out in this pass; no product is computed any more
+    int                 failed;            // 1: memory has run out in this pass, 2: `tensor` holds NaN or infinity;
+    char                tensor[160];       //   no product is computed any more
 } avl__run;
 
 // Begins a pass: what the one before has taken is free again.
@@ -1612,30 +1610,47 @@ static void avl__run_free(avl__run *run) {
     astrovl_free(run->work);
 }
 
-// Where a pass stands: MEMORY if a product or avl__take has failed, CANCELLED if the caller wants it.
+// Where a pass stands: MEMORY if a product or avl__take has failed, MODEL after NaN, CANCELLED if the caller wants it.
 // what: "image", "prompt" ...;  total: of `done`, as is reported; 0: nothing is reported
 static astrovl_status avl__pass_status(const avl__run *run, const char *what, int done, int total, astrovl_error *err) {
-    if (run->failed) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the %s", what);
-    if (total && run->progress && run->progress(run->progress_user, what, done, total) && done < total)
+    if (run->failed == 1) return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for the %s", what);
+    if (run->failed)
+        return avl__fail(err, ASTROVL_ERROR_MODEL, "NaN or infinity in %s of the %s: the model's weights are damaged "
+                         "or too large", run->tensor, what);
+    const astrovl_session_options *o = &run->options;
+    if (total && o->progress && o->progress(o->progress_user, what, done, total) && done < total)
         return avl__fail(err, ASTROVL_CANCELLED, "cancelled while reading the %s", what);
     return ASTROVL_OK;
 }
 
 // ---- the audit tap -------------------------------------------------------------------------------------------------
 
-// Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
-// transformers are; empty parts and layer -1 are left out. Without a tap, this costs one comparison.
-static void avl__tap3(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
-                      int64_t d0, int64_t d1, int64_t d2) {
-    const int64_t shape[3] = {d0, d1, d2};
-    char full[160], number[16] = "";
-    if (!run->tap || run->failed) return;
-    if (layer >= 0) avl__format(number, sizeof number, ".%d", layer);
-    avl__format(full, sizeof full, "%s%s%s%s", prefix, number, *name ? "." : "", name);
-    run->tap(run->tap_user, full, layer, shape, d2 > 0 ? 3 : d1 > 0 ? 2 : 1, data);
+// Whether all of x [n] are numbers: the exponent of a NaN or an infinity is all ones, and adding one to it carries.
+static int avl__are_numbers(const float *x, int64_t n) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < n; i++) bits |= (avl__float_bits(x[i]) & 0x7FFFFFFF) + 0x00800000;
+    return bits >> 31 == 0;
 }
 
-static void avl__tap(const avl__run *run, const char *prefix, int layer, const char *name, const float *data,
+// Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
+// transformers are; empty parts and layer -1 are left out. With or without a tap, the pass fails if data holds NaN or
+// infinity, which weights that are such or too large make, and which fast mode's integers would hide from all that
+// follows. A product's last row shows this of its weights; what has no `name`, a module's output, is checked in full.
+static void avl__tap3(avl__run *run, const char *prefix, int layer, const char *name, const float *data, int64_t d0,
+                      int64_t d1, int64_t d2) {
+    const int64_t shape[3] = {d0, d1, d2}, row = d2 > 0 ? d2 : d1 > 0 ? d1 : d0;
+    const int64_t n = d0 * (d1 > 0 ? d1 : 1) * (d2 > 0 ? d2 : 1), start = *name ? n - row : 0;
+    char number[16] = "";
+    if (run->failed || !data) return;
+    if (!avl__are_numbers(data + start, n - start)) run->failed = 2;
+    if (!run->failed && !run->options.tap) return;
+    if (layer >= 0) avl__format(number, sizeof number, ".%d", layer);
+    avl__format(run->tensor, sizeof run->tensor, "%s%s%s%s", prefix, number, *name ? "." : "", name);
+    if (run->failed) return;
+    run->options.tap(run->options.tap_user, run->tensor, layer, shape, d2 > 0 ? 3 : d1 > 0 ? 2 : 1, data);
+}
+
+static void avl__tap(avl__run *run, const char *prefix, int layer, const char *name, const float *data,
                      int64_t n_rows, int64_t n_columns) {
     avl__tap3(run, prefix, layer, name, data, n_rows, n_columns, 0);
 }
@@ -2548,13 +2563,6 @@ static const astrovl_tensor *avl__load_tensor(avl__weights *w, const char *name,
     else
         t->is_used = 1;
     return w->status ? NULL : t;
-}
-
-// Whether all of x [n] are numbers: the exponent of a NaN or an infinity is all ones, and adding one to it carries.
-static int avl__are_numbers(const float *x, int64_t n) {
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < n; i++) bits |= (avl__float_bits(x[i]) & 0x7FFFFFFF) + 0x00800000;
-    return bits >> 31 == 0;
 }
 
 // A tensor of `count` values as float32, owned by w; NULL after a failure.  format: of its name
@@ -4862,7 +4870,7 @@ static void avl__tower_load(avl__tower *tower, avl__weights *w, int is_text) {
     const int n_ff = tower->n_ff = (int)avl__load_value(w, 1, 1 << 20, -1, "%s.feed_forward_length", keys);
     tower->n_layer = (int)avl__load_value(w, 1, 1024, -1, "%s.block_count", keys);
     tower->n_head = (int)avl__load_value(w, 1, 65536, -1, "%s.attention.head_count", keys);
-    tower->eps = (float)avl__load_value(w, 0, 1, 1e-5, "%s.attention.layer_norm_epsilon", keys);
+    tower->eps = (float)avl__load_value(w, 0, 1, -1, "%s.attention.layer_norm_epsilon", keys);
     tower->is_text = is_text;
     tower->use_gelu = (int)avl__load_value(w, 0, 255, 0, "clip.use_gelu") != 0;
     if (d % tower->n_head != 0)
@@ -4992,30 +5000,6 @@ static astrovl_status avl__clip_preprocess(const avl__clip *clip, const astrovl_
 
 // ---- the towers ----------------------------------------------------------------------------------------------------
 
-// Weights that are NaN, infinite or too large make rows that are no numbers, which fast mode's integers would hide from
-// all that follows. So x is looked at before each layer, and the last row of each product that is not added to x.
-enum { AVL__NO_NUMBERS = 3 };   // run->failed is this plus the layer's number, or -1 outside the layers
-
-static void avl__apply_all(avl__run *run, int layer, float *const *y, const float *x, const avl__linear *const *w,
-                           int n, int n_rows) {
-    avl__apply_each(run, y, x, w, n, n_rows);
-    for (int i = 0; i < n && !run->failed; i++)
-        if (!avl__are_numbers(y[i] + (size_t)(n_rows - 1) * w[i]->n_out, w[i]->n_out))
-            run->failed = AVL__NO_NUMBERS + layer;
-}
-static void avl__apply_one(avl__run *run, int layer, float *y, const float *x, const avl__linear *w, int n_rows) {
-    avl__apply_all(run, layer, &y, x, &w, 1, n_rows);
-}
-
-// avl__pass_status before a layer, or MODEL if there are no numbers any more.   x: [n], what goes into the layer
-static astrovl_status avl__layer_status(avl__run *run, const char *what, int layer, int total, const float *x,
-                                        int64_t n, astrovl_error *err) {
-    if (!run->failed && !avl__are_numbers(x, n)) run->failed = AVL__NO_NUMBERS + layer - 1;
-    if (run->failed < AVL__NO_NUMBERS - 1) return avl__pass_status(run, what, layer, total, err);
-    return avl__fail(err, ASTROVL_ERROR_MODEL, "NaN or infinity in layer %d of the %s (-1: before or after them): the "
-                     "model's weights are damaged or too large", run->failed - AVL__NO_NUMBERS, what);
-}
-
 // Rows of several images or texts, one sequence after the other, through the first n_layers layers, in place:
 //     x += out attention(q h, k h, v h)    with h = layer_norm1(x)
 //     x += fc2 activation(fc1 h)           with h = layer_norm2(x)
@@ -5036,7 +5020,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     avl__attention a;
     memset(&a, 0, sizeof a);
     a.run = run;
-    a.weights = run->tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;        // [n_head][n][n]
+    a.weights = run->options.tap ? avl__take(run, (uint64_t)tower->n_head * n * n) : NULL;   // [n_head][n][n]
     a.n_head = a.n_head_kv = tower->n_head;
     a.head_dim = d / tower->n_head;
     a.key_stride = (size_t)d;
@@ -5045,11 +5029,11 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     for (int i = 0; i < n_layers; i++) {
         const avl__tower_layer *layer = &tower->layers[i];
         const avl__linear *const qkv_weights[] = {&layer->q, &layer->k, &layer->v};
-        const astrovl_status status = avl__layer_status(run, what, i, n_reports, x, (int64_t)n * d, err);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
         if (status) return status;
         avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm1", h, n, d);
-        avl__apply_all(run, i, qkv, h, qkv_weights, 3, n);
+        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
         avl__tap(run, name, i, "self_attn.q_proj", q, n, d);
         avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
         avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
@@ -5071,7 +5055,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
 
         avl__norm_rows(run, h, x, layer->norm2_weight, layer->norm2_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm2", h, n, d);
-        avl__apply_one(run, i, hidden, h, &layer->fc1, n);
+        avl__apply(run, hidden, h, &layer->fc1, n);
         avl__tap(run, name, i, "mlp.fc1", hidden, n, n_ff);
         avl__activate(run, hidden, (int64_t)n * n_ff, tower->use_gelu ? run->kernels->gelu : run->kernels->quick_gelu,
                       NULL);
@@ -5081,7 +5065,7 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
     }
-    return avl__layer_status(run, what, n_layers, n_reports, x, (int64_t)n * d, err);
+    return avl__pass_status(run, what, n_layers, n_reports, err);
 }
 
 // Normed rows [n][n_embd] that stand for images or texts to the shared space.  embeddings: out, [n][n_embd_joint]
@@ -5092,27 +5076,32 @@ static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, con
         const int n_hidden = tower->dense[0].n_out, n_out = tower->dense[1].n_out;
         float *hidden = avl__take(run, (uint64_t)n * n_hidden);
         float *out = avl__take(run, (uint64_t)n * n_out);
-        avl__apply_one(run, -1, hidden, rows, &tower->dense[0], n);
+        avl__apply(run, hidden, rows, &tower->dense[0], n);
         for (int64_t i = 0; i < (int64_t)n * n_hidden && !run->failed; i++) {      // GELU as flax, PAPERCLIP's, has it
             const float x = hidden[i];
             hidden[i] = 0.5f * x * (1.0f + astrovl_tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
         }
-        avl__apply_one(run, -1, out, hidden, &tower->dense[1], n);
+        avl__tap(run, name, -1, "head.act", hidden, n, n_hidden);
+        avl__apply(run, out, hidden, &tower->dense[1], n);
         avl__tap(run, name, -1, "head", out, n, n_out);
         rows = out;
     }
-    avl__apply_one(run, -1, embeddings, rows, &tower->projection, n);
+    avl__apply(run, embeddings, rows, &tower->projection, n);
     avl__tap(run, name, -1, "", embeddings, n, tower->projection.n_out);
-    return avl__layer_status(run, "embeddings", 0, 0, rows, 0, err);
+    return avl__pass_status(run, "embeddings", 0, 0, err);
 }
 
-// n images through the first n_layers layers.  pixels: [n][3][S][S];   x: out, [n][1 + n_patches][n_embd]
-static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const float *pixels, int n, int n_layers,
-                                    float *x, astrovl_error *err) {
+// n images through the first n_layers layers.  x: out, [n][1 + n_patches][n_embd]
+static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const astrovl_image *images, int n,
+                                    int n_layers, float *x, astrovl_error *err) {
     const int d = clip->tower.n_embd, p = clip->patch_size, s = clip->image_size, n_rows = 1 + clip->n_patches;
+    float *pixels = avl__take(run, (uint64_t)3 * s * s);                       // [3][S][S]
     float *patches = avl__take(run, (uint64_t)clip->n_patches * 3 * p * p);    // [n_patches][3][P][P]
-    if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
-    for (int i = 0; i < n; i++, pixels += (size_t)3 * s * s) {
+    for (int i = 0; i < n; i++) {
+        astrovl_status status = avl__pass_status(run, "image", 0, 0, err);
+        if (!status) status = avl__clip_preprocess(clip, &images[i], pixels, err);
+        if (status) return status;
+        avl__tap3(run, "pixel_values", -1, "", pixels, 3, s, s);
         float *row = x + (size_t)i * n_rows * d, *to = patches;
         for (int py = 0; py < s / p; py++)     // a convolution with stride P is a product over cut-out patches
             for (int px = 0; px < s / p; px++)
@@ -5130,51 +5119,11 @@ static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const 
     return avl__tower_run(&clip->tower, run, x, n * n_rows, NULL, n, n_layers, err);
 }
 
-// The class rows after all layers, in the shared space.  embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__embed_images(const avl__clip *clip, avl__run *run, const float *pixels, int n,
-                                        float *embeddings, astrovl_error *err) {
-    const avl__tower *tower = &clip->tower;
-    const int d = tower->n_embd, n_rows = 1 + clip->n_patches;
-    float *x = avl__take(run, (uint64_t)n * n_rows * d);
-    const astrovl_status status = avl__clip_run(clip, run, pixels, n, tower->n_layer, x, err);
-    if (status) return status;
-    for (int i = 1; i < n; i++) memcpy(x + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
-    avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n, d, tower->eps);
-    avl__tap(run, "vision_model.post_layernorm", -1, "", x, n, d);
-    return avl__joint_run(tower, run, x, n, embeddings, err);
-}
-
 // Rows of an embedding table: x[r] = table[tokens[r]].  x: out, [n][n_in of the table]
 static void avl__embed_tokens(const avl__linear *table, const int32_t *tokens, int n, float *x) {
     const uint8_t *rows = (const uint8_t *)table->weight;
     for (int r = 0; r < n; r++, x += table->n_in)
         avl__dequantize_row(table->type, rows + (size_t)tokens[r] * table->row_bytes, x, table->n_in);
-}
-
-// tokens: those of n texts, one after the other;   lengths: [n], each 1 to n_ctx;   end: the end token, whose first row
-// stands for a text (the last row, where there is none);   embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__embed_texts(const avl__clip_text *text, avl__run *run, const int32_t *tokens,
-                                       const int *lengths, int n, int32_t end, float *embeddings, astrovl_error *err) {
-    const avl__tower *tower = &text->tower;
-    const int d = tower->n_embd;
-    int n_rows = 0, at = 0;
-    for (int i = 0; i < n; i++) n_rows += lengths[i];
-    float *x = avl__take(run, (uint64_t)n_rows * d);
-    if (run->failed) return avl__pass_status(run, "text", 0, 0, err);
-    avl__embed_tokens(&text->token_embd, tokens, n_rows, x);
-    for (int i = 0; i < n; at += lengths[i++])
-        avl__add(x + (size_t)at * d, text->tower.position_embd, (int64_t)lengths[i] * d);
-    avl__tap(run, "text_model.embeddings", -1, "", x, n_rows, d);
-    const astrovl_status status = avl__tower_run(tower, run, x, n_rows, lengths, n, tower->n_layer, err);
-    if (status) return status;
-    avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n_rows, d, tower->eps);
-    avl__tap(run, "text_model.final_layer_norm", -1, "", x, n_rows, d);
-    at = 0;
-    for (int i = 0, j; i < n; at += lengths[i++]) {
-        for (j = at; j + 1 < at + lengths[i] && tokens[j] != end; j++) {}   // NOLINT: rows come from tokens
-        memmove(x + (size_t)i * d, x + (size_t)j * d, (size_t)d * sizeof(float));
-    }
-    return avl__joint_run(tower, run, x, n, embeddings, err);
 }
 
 // ====================================================================================================================
@@ -5202,24 +5151,6 @@ typedef struct avl__llama {
     avl__llama_layer *layers;                 // [n_layer], owned
 } avl__llama;
 
-// RoPE's frequencies. LLaMA-3 stores a divisor for each (rope_freqs.weight); "linear" scaling, which is meant where no
-// type is named, divides all positions (in files of 2023 by rope.scale_linear; 0 stands for 1).
-static void avl__llama_load_rope(avl__llama *m, avl__weights *w, const astrovl_info *info) {
-    const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;
-    const float *factors = has_factors ? avl__load_vector(w, half, "rope_freqs.weight") : NULL;
-    const double old_scale = avl__load_value(w, 0, 1e6, 0, "llama.rope.scale_linear");
-    float linear_scale = (float)avl__load_value(w, 0, 1e6, old_scale, "llama.rope.scaling.factor");
-    if (!(linear_scale > 0.0f) || avl__string_is(avl__load_string(w, "llama.rope.scaling.type"), "none"))
-        linear_scale = 1.0f;
-    m->inv_freq = avl__alloc_floats((uint64_t)half);
-    if (!m->inv_freq) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
-    if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, info->rope_theta, factors, linear_scale);
-    for (int i = 0; i < half && !w->status; i++)
-        if (!(m->inv_freq[i] >= 0.0f && m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's limit
-            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary "
-                           "embedding (llama.rope.*, rope_freqs.weight) are negative or reach 2^23", info->n_ctx_train);
-}
-
 // file: the one that holds the layers
 static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *file, astrovl_info *info) {
     const astrovl_string type = astrovl_gguf_string(file, astrovl_gguf_find_kv(file, "general.architecture"), 0);
@@ -5239,19 +5170,33 @@ static void avl__llama_load(avl__llama *m, avl__weights *w, const astrovl_gguf *
         avl__load_fail(w, file, ASTROVL_ERROR_UNSUPPORTED, "llama.attention.value_length is not key_length");
     m->rope_dim = (int)avl__load_value(w, 2, m->head_dim, m->head_dim, "llama.rope.dimension_count");
     info->rope_theta = (float)avl__load_value(w, 1e-30, 1e30, 10000, "llama.rope.freq_base");
-    m->rms_norm_eps = (float)avl__load_value(w, 0, 1, 1e-5, "llama.attention.layer_norm_rms_epsilon");
-    info->rms_norm_eps = m->rms_norm_eps;
+    info->rms_norm_eps = (float)avl__load_value(w, 0, 1, -1, "llama.attention.layer_norm_rms_epsilon");
+    m->rms_norm_eps = info->rms_norm_eps;
     if (m->n_head % m->n_head_kv != 0 || m->rope_dim % 2 != 0 || (int64_t)m->n_head * m->head_dim > 1 << 20)
         avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "%d query heads cannot share %d key heads of %d values (%d of "
                        "them rotated)", m->n_head, m->n_head_kv, m->head_dim, m->rope_dim);
-    avl__llama_load_rope(m, w, info);
+    // RoPE's frequencies. LLaMA-3 stores a divisor for each (rope_freqs.weight); "linear" scaling, which is meant where
+    // no type is named, divides all positions (in files of 2023 by rope.scale_linear; 0 stands for 1).
+    const int half = m->rope_dim / 2, has_factors = avl__find_tensor(w, "rope_freqs.weight", NULL) != NULL;
+    const float *factors = has_factors ? avl__load_vector(w, half, "rope_freqs.weight") : NULL;
+    const double old_scale = avl__load_value(w, 0, 1e6, 0, "llama.rope.scale_linear");
+    float linear_scale = (float)avl__load_value(w, 0, 1e6, old_scale, "llama.rope.scaling.factor");
+    if (!(linear_scale > 0.0f) || avl__string_is(avl__load_string(w, "llama.rope.scaling.type"), "none"))
+        linear_scale = 1.0f;
+    m->inv_freq = avl__alloc_floats((uint64_t)half);
+    m->layers = (avl__llama_layer *)avl__alloc((uint64_t)m->n_layer, sizeof *m->layers);
+    if (!m->inv_freq || !m->layers)
+        avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
+    if (!w->status) avl__rope_frequencies(m->inv_freq, m->rope_dim, info->rope_theta, factors, linear_scale);
+    for (int i = 0; i < half && !w->status; i++)
+        if (!(m->inv_freq[i] >= 0.0f && m->inv_freq[i] * (float)info->n_ctx_train < 8388608.0f))   // avl__sin's limit
+            avl__load_fail(w, NULL, ASTROVL_ERROR_MODEL, "in a context of %d tokens, the angles of the rotary "
+                           "embedding (llama.rope.*, rope_freqs.weight) are negative or reach 2^23", info->n_ctx_train);
     m->token_embd = avl__load_linear(w, d, 0, "token_embd");
     info->n_vocab = m->n_vocab = m->token_embd.n_out;
     m->output_norm = avl__load_vector(w, d, "output_norm.weight");
     m->output = m->token_embd;
     if (avl__find_tensor(w, "output.weight", NULL)) m->output = avl__load_linear(w, d, m->n_vocab, "output");
-    m->layers = (avl__llama_layer *)avl__alloc((uint64_t)m->n_layer, sizeof *m->layers);
-    if (!m->layers) avl__load_fail(w, NULL, ASTROVL_ERROR_MEMORY, "out of memory for the language model");
     for (int i = 0; i < m->n_layer && !w->status; i++) {
         const int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
         avl__llama_layer *layer = &m->layers[i];
@@ -5276,14 +5221,13 @@ typedef struct avl__kv_cache {
     int    n_ctx, n_past;
 } avl__kv_cache;
 
+// cache: zeros.   0: out of memory
 static int avl__kv_cache_init(avl__kv_cache *cache, const avl__llama *m, int n_ctx, size_t value_bytes) {
-    const uint64_t row = (uint64_t)m->n_head_kv * m->head_dim, n = (uint64_t)m->n_layer * (uint64_t)n_ctx;
-    if (n > SIZE_MAX / 16 / row) return 0;
+    const uint64_t n = (uint64_t)m->n_layer * (uint64_t)n_ctx * (uint64_t)(m->n_head_kv * m->head_dim);   // below 2^55
     cache->n_ctx = n_ctx;
-    cache->n_past = 0;
     cache->value_bytes = value_bytes;
-    cache->k = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
-    cache->v = avl__alloc_raw(n * row + AVL__LINE, value_bytes);
+    cache->k = avl__alloc_raw(n + AVL__LINE, value_bytes);
+    cache->v = avl__alloc_raw(n + AVL__LINE, value_bytes);
     return cache->k && cache->v;
 }
 
@@ -5327,20 +5271,16 @@ static void avl__llama_row_item(void *context, int row, int thread) {
     const avl__kv_cache *cache = p->caches[row / p->n_each];
     const int d = m->head_dim, position = cache->n_past + row % p->n_each;
     const float *cos_sin = p->cos_sin + (size_t)row * (size_t)(m->rope_dim / 2) * 3;
-    float *k = p->k + (size_t)row * m->n_head_kv * d, *v = p->v + (size_t)row * m->n_head_kv * d;
+    float *k = p->k + (size_t)row * m->n_head_kv * d;
+    const float *v = p->v + (size_t)row * m->n_head_kv * d;
     (void)thread;
     avl__rope_row(p->q + (size_t)row * m->n_head * d, m->n_head, d, m->rope_dim, cos_sin);
     avl__rope_row(k, m->n_head_kv, d, m->rope_dim, cos_sin);
-    for (int head = 0; head < m->n_head_kv; head++, k += d, v += d) {
-        void *k_to = avl__kv_at(cache, m, cache->k, p->layer, head, position);
-        void *v_to = avl__kv_at(cache, m, cache->v, p->layer, head, position);
-        if (cache->value_bytes == 2) {
-            p->run->kernels->to_halves((uint16_t *)k_to, k, d);
-            p->run->kernels->to_halves((uint16_t *)v_to, v, d);
-        } else {
-            memcpy(k_to, k, (size_t)d * sizeof(float));
-            memcpy(v_to, v, (size_t)d * sizeof(float));
-        }
+    for (int i = 0; i < 2 * m->n_head_kv; i++) {        // each head's key, then its value
+        const float *from = (i % 2 ? v : k) + (size_t)(i / 2) * d;
+        void *to = avl__kv_at(cache, m, i % 2 ? cache->v : cache->k, p->layer, i / 2, position);
+        if (cache->value_bytes == 2) p->run->kernels->to_halves((uint16_t *)to, from, d);
+        else                         memcpy(to, from, (size_t)d * sizeof(float));
     }
 }
 
@@ -5376,14 +5316,14 @@ static void avl__llama_attend(const avl__llama_pass *p) {
 // (i, i + half) as neighbors, so that value 2i here is i there and 2i + 1 is i + half.
 static void avl__llama_tap_heads(const avl__llama_pass *p, const char *name, const float *heads, int n_head) {
     const int d = p->m->head_dim, half = p->m->rope_dim / 2;
-    if (!p->run->tap) return;
-    memcpy(p->shown, heads, (size_t)p->n * n_head * d * sizeof(float));
-    for (size_t at = 0; at < (size_t)p->n * n_head * d; at += d)
+    const size_t n = (size_t)p->n * n_head * d;
+    if (p->shown) memcpy(p->shown, heads, n * sizeof(float));
+    for (size_t at = 0; at < n && p->shown; at += d)
         for (int i = 0; i < half; i++) {
             p->shown[at + i]        = heads[at + 2 * i];
             p->shown[at + i + half] = heads[at + 2 * i + 1];
         }
-    avl__tap(p->run, "model.layers", p->layer, name, p->shown, p->n, (int64_t)n_head * d);
+    avl__tap(p->run, "model.layers", p->layer, name, p->shown ? p->shown : heads, p->n, (int64_t)n_head * d);
 }
 
 // Appends n positions to one cache, or one to each of n caches (at most AVL__STEP_ROWS); the caller has checked that
@@ -5397,21 +5337,14 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     const int n_q = m->n_head * m->head_dim, n_kv = m->n_head_kv * m->head_dim;
     const uint64_t rows = (uint64_t)n;
     const char *what = n > n_caches ? "prompt" : "answer", *name = "model.layers";
-    avl__llama_pass p;
+    avl__llama_pass p = {m, run, caches, n_caches, n, n / n_caches, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
     avl__run_begin(run, 0);
-    memset(&p, 0, sizeof p);
-    p.m = m;
-    p.run = run;
-    p.caches = caches;
-    p.n_caches = n_caches;
-    p.n = n;
-    p.n_each = n / n_caches;
     p.q = avl__take(run, rows * n_q);
     p.mixed = avl__take(run, rows * n_q);
     p.k = avl__take(run, rows * n_kv);
     p.v = avl__take(run, rows * n_kv);
     p.cos_sin = avl__take(run, rows * half * 3);
-    if (run->tap) {
+    if (run->options.tap) {
         p.shown = avl__take(run, rows * n_q);
         p.weights = avl__take(run, rows * m->n_head * (caches[0]->n_past + rows));
     }
@@ -5424,7 +5357,6 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     if (embeddings) memcpy(x, embeddings, (size_t)n * d * sizeof(float));
     else            avl__embed_tokens(&m->token_embd, tokens, n, x);
     avl__tap(run, "model.embed_tokens", -1, "", x, n, d);
-    if (!avl__are_numbers(x, (int64_t)n * d)) run->failed = AVL__NO_NUMBERS - 1;
     for (int row = 0; row < n; row++) {
         const float position = (float)(caches[row / p.n_each]->n_past + row % p.n_each);
         for (int i = 0; i < half; i++)
@@ -5437,17 +5369,17 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
         p.layer = i;
         avl__norm_rows(run, h, x, layer->attention_norm, NULL, n, d, m->rms_norm_eps);
         avl__tap(run, name, i, "input_layernorm", h, n, d);
-        avl__apply_all(run, i, qkv, h, qkv_weights, 3, n);
+        avl__apply_each(run, qkv, h, qkv_weights, 3, n);
         avl__llama_tap_heads(&p, "self_attn.q_proj", p.q, m->n_head);
         avl__llama_tap_heads(&p, "self_attn.k_proj", p.k, m->n_head_kv);
         avl__tap(run, name, i, "self_attn.v_proj", p.v, n, n_kv);
-        const astrovl_status status = avl__layer_status(run, what, i, n_reports, x, (int64_t)n * d, err);
+        const astrovl_status status = avl__pass_status(run, what, i, n_reports, err);
         if (status) return status;                      // a failed product does not reach the caches
         avl__pool_run(run->pool, avl__llama_row_item, &p, n);
         avl__llama_tap_heads(&p, "self_attn.q_rope", p.q, m->n_head);
         avl__llama_tap_heads(&p, "self_attn.k_rope", p.k, m->n_head_kv);
         avl__llama_attend(&p);
-        if (i == m->n_layer - 1 && !run->tap) {         // the rest is needed only for the rows with logits
+        if (i == m->n_layer - 1 && !run->options.tap) {   // the rest is needed only for the rows with logits
             memmove(x, x + (size_t)(n - n_logits) * d, (size_t)n_logits * d * sizeof(float));
             memmove(p.mixed, p.mixed + (size_t)(n - n_logits) * n_q, (size_t)n_logits * n_q * sizeof(float));
             n = n_logits;
@@ -5461,12 +5393,12 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
 
         avl__norm_rows(run, h, x, layer->ffn_norm, NULL, n, d, m->rms_norm_eps);
         avl__tap(run, name, i, "post_attention_layernorm", h, n, d);
-        avl__apply_all(run, i, gate_up, h, gate_up_weights, 2, n);
+        avl__apply_each(run, gate_up, h, gate_up_weights, 2, n);
         avl__tap(run, name, i, "mlp.gate_proj", gate, n, m->n_ff);
         avl__tap(run, name, i, "mlp.up_proj", up, n, m->n_ff);
         avl__activate(run, gate, (int64_t)n * m->n_ff, NULL, up);
         avl__tap(run, name, i, "mlp.act", gate, n, m->n_ff);
-        avl__apply_one(run, i, h, gate, &layer->down, n);
+        avl__apply(run, h, gate, &layer->down, n);
         avl__tap(run, name, i, "mlp.down_proj", h, n, d);
         avl__add(x, h, (int64_t)n * d);
         avl__tap(run, name, i, "", x, n, d);
@@ -5474,10 +5406,10 @@ static astrovl_status avl__llama_eval(const avl__llama *m, avl__run *run, avl__k
     if (n_logits > 0) {
         avl__norm_rows(run, h, x + (size_t)(n - n_logits) * d, m->output_norm, NULL, n_logits, d, m->rms_norm_eps);
         avl__tap(run, "model.norm", -1, "", h, n_logits, d);
-        avl__apply_one(run, -1, logits, h, &m->output, n_logits);
+        avl__apply(run, logits, h, &m->output, n_logits);
         avl__tap(run, "lm_head", -1, "", logits, n_logits, m->n_vocab);
     }
-    const astrovl_status status = avl__layer_status(run, what, m->n_layer, n_reports, x, (int64_t)n * d, err);
+    const astrovl_status status = avl__pass_status(run, what, m->n_layer, n_reports, err);
     for (int i = 0; i < n_caches && !status; i++) caches[i]->n_past += p.n_each;
     return status;
 }
@@ -5917,10 +5849,7 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
         avl__run *run = s->run;
         if (!parent) {
             run->kernels = kernels;
-            run->tap = o.tap;
-            run->tap_user = o.tap_user;
-            run->progress = o.progress;
-            run->progress_user = o.progress_user;
+            run->options = o;
             run->pool = avl__pool_new(o.n_threads);
         }
         run->n_sessions++;
@@ -6001,31 +5930,26 @@ ASTROVL_API astrovl_status astrovl_encode_image(astrovl_session *s, const astrov
     if (status) return status;
     const avl__clip *clip = &m->clip;
     const avl__linear *first = &m->projector[0], *second = &m->projector[1];
-    const int size = clip->image_size, n = clip->n_patches, n_embd = clip->tower.n_embd, n_hidden = first->n_out;
+    const int n = clip->n_patches, n_embd = clip->tower.n_embd, n_hidden = first->n_out;
     const int is_mlp = m->n_projector == 2;
     const char *name = "multi_modal_projector";
     avl__run *run = s->run;
     avl__run_begin(run, 1);
-    float *pixels = avl__take(run, (uint64_t)3 * size * size);         // [3][size][size]
     float *x = avl__take(run, (uint64_t)(1 + n) * n_embd);             // [1 + n][n_embd]
     float *hidden = is_mlp ? avl__take(run, (uint64_t)n * n_hidden) : features;   // [n][n_hidden]
-    if (run->failed) return avl__pass_status(run, "image", 0, 0, err);
-    status = avl__clip_preprocess(clip, image, pixels, err);
-    if (status) return status;
-    avl__tap3(run, "pixel_values", -1, "", pixels, 3, size, size);
-    status = avl__clip_run(clip, run, pixels, 1, clip->n_run, x, err);
+    status = avl__clip_run(clip, run, image, 1, clip->n_run, x, err);
     if (status) return status;
     x += n_embd;                                                       // without the class row
     avl__tap(run, "image_features", -1, "", x, n, n_embd);
-    avl__apply_one(run, -1, hidden, x, first, n);
+    avl__apply(run, hidden, x, first, n);
     avl__tap(run, name, -1, is_mlp ? "linear_1" : "linear", hidden, n, n_hidden);
     if (is_mlp) {
         avl__activate(run, hidden, (int64_t)n * n_hidden, run->kernels->gelu, NULL);
         avl__tap(run, name, -1, "act", hidden, n, n_hidden);
-        avl__apply_one(run, -1, features, hidden, second, n);
+        avl__apply(run, features, hidden, second, n);
         avl__tap(run, name, -1, "linear_2", features, n, second->n_out);
     }
-    return avl__layer_status(run, "image", 0, 0, features, 0, err);
+    return avl__pass_status(run, "image", 0, 0, err);
 }
 
 // ---- rows through the language model -------------------------------------------------------------------------------
@@ -7335,7 +7259,7 @@ static void avl__end_turn(avl__turn *t) {
 static void avl__write_answers(avl__turn *turns, int n, float *logits) {
     const avl__llama *llama = &turns->asked->session->model->llama;
     avl__run *run = turns->asked->session->run;
-    const int n_most = run->tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
+    const int n_most = run->options.tap ? 1 : AVL__STEP_ROWS;   // the tap sees one conversation at a time
     double start = avl__seconds();
     for (int n_going; n > 0; n = n_going) {
         n_going = 0;
@@ -7465,17 +7389,21 @@ ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrov
     if (n_images < 0 || (n_images > 0 && (!images || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no images or no room for their embeddings was given");
     const avl__clip *clip = &s->model->clip;   // NOLINT: avl__need refuses NULL
-    const int n_dims = s->model->info.n_embd_joint, size = clip->image_size;
-    const int n_pass = s->run->tap ? 1 : 1 + AVL__JOINT_ROWS / (1 + clip->n_patches);  // the tap sees images one by one
+    const avl__tower *tower = &clip->tower;
+    avl__run *run = s->run;
+    const int n_dims = s->model->info.n_embd_joint, d = tower->n_embd, n_rows = 1 + clip->n_patches;
+    const int n_pass = run->options.tap ? 1 : 1 + AVL__JOINT_ROWS / n_rows;          // the tap sees them one by one
     for (int n; n_images > 0 && !status; n_images -= n, images += n, embeddings += (size_t)n * n_dims) {
         n = n_images < n_pass ? n_images : n_pass;
-        avl__run_begin(s->run, 1);
-        float *pixels = avl__take(s->run, (uint64_t)n * 3 * size * size);                   // [n][3][S][S]
-        status = avl__pass_status(s->run, "image", 0, 0, err);
-        for (int i = 0; i < n && !status; i++)
-            status = avl__clip_preprocess(clip, &images[i], pixels + (size_t)i * 3 * size * size, err);
-        if (!status && n == 1) avl__tap3(s->run, "pixel_values", -1, "", pixels, 3, size, size);
-        if (!status) status = avl__embed_images(clip, s->run, pixels, n, embeddings, err);
+        avl__run_begin(run, 1);
+        float *x = avl__take(run, (uint64_t)n * n_rows * d);                         // [n][n_rows][n_embd]
+        status = avl__clip_run(clip, run, images, n, tower->n_layer, x, err);
+        if (status) return status;
+        for (int i = 1; i < n; i++)                                                  // the class rows: [n][n_embd]
+            memcpy(x + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
+        avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n, d, tower->eps);
+        avl__tap(run, "vision_model.post_layernorm", -1, "", x, n, d);
+        status = avl__joint_run(tower, run, x, n, embeddings, err);
         if (!status && normalize) avl__normalize_rows(embeddings, n, n_dims);
     }
     return status;
@@ -7490,13 +7418,17 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
     if (status) return status;
     if (n_texts < 0 || (n_texts > 0 && (!texts || !embeddings)))
         return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no texts or no room for their embeddings was given");
-    for (int done = 0, n; done < n_texts && !status; done += n, embeddings += (size_t)n * m->info.n_embd_joint) {
-        const int n_most = s->run->tap ? 1 : n_texts - done;   // the tap: one by one; NOLINT: avl__need refuses NULL
-        const int32_t end = m->clip_vocab.eos;
+    const avl__clip_text *clip = &m->clip_text;   // NOLINT: avl__need refuses NULL
+    const avl__tower *tower = &clip->tower;
+    const int d = tower->n_embd, n_dims = m->info.n_embd_joint;
+    const int32_t end = m->clip_vocab.eos;
+    avl__run *run = s->run;
+    for (int done = 0, n; done < n_texts && !status; done += n, embeddings += (size_t)n * n_dims) {
+        const int n_most = run->options.tap ? 1 : n_texts - done;   // the tap sees them one by one
         tokens.size = 0;
         for (n = 0; n < n_most && tokens.size < AVL__JOINT_ROWS && !status; n++) {
             const char *text = texts[done + n];
-            const size_t before = tokens.size, most = before + (size_t)m->clip_text.n_ctx;
+            const size_t before = tokens.size, most = before + (size_t)clip->n_ctx;
             status = text ? avl__vocab_encode(&m->clip_vocab, text, strlen(text), AVL__JOINT_FLAGS, &tokens, err)
                           : avl__fail(err, ASTROVL_ERROR_ARGUMENT, "text %d is NULL", done + n);
             if (tokens.size > most) {                            // cut to the tower's positions
@@ -7505,9 +7437,26 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
             }
             lengths[n] = (int)(tokens.size - before);
         }
-        avl__run_begin(s->run, 1);
-        if (!status) status = avl__embed_texts(&m->clip_text, s->run, tokens.data, lengths, n, end, embeddings, err);
-        if (!status && normalize) avl__normalize_rows(embeddings, n, m->info.n_embd_joint);
+        const int n_rows = (int)tokens.size;
+        avl__run_begin(run, 1);
+        float *x = avl__take(run, (uint64_t)n_rows * d);         // [n_rows][n_embd], the texts one after the other
+        if (!status) status = avl__pass_status(run, "text", 0, 0, err);
+        if (status) break;
+        avl__embed_tokens(&clip->token_embd, tokens.data, n_rows, x);
+        for (int i = 0, at = 0; i < n; at += lengths[i++])
+            avl__add(x + (size_t)at * d, tower->position_embd, (int64_t)lengths[i] * d);
+        avl__tap(run, "text_model.embeddings", -1, "", x, n_rows, d);
+        status = avl__tower_run(tower, run, x, n_rows, lengths, n, tower->n_layer, err);
+        if (status) break;
+        avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n_rows, d, tower->eps);
+        avl__tap(run, "text_model.final_layer_norm", -1, "", x, n_rows, d);
+        for (int i = 0, at = 0; i < n; at += lengths[i++]) {     // a text is its first end token's row, or its last
+            int j = at;
+            while (j + 1 < at + lengths[i] && tokens.data[j] != end) j++;   // NOLINT: rows come from tokens
+            memmove(x + (size_t)i * d, x + (size_t)j * d, (size_t)d * sizeof(float));
+        }
+        status = avl__joint_run(tower, run, x, n, embeddings, err);
+        if (!status && normalize) avl__normalize_rows(embeddings, n, n_dims);
     }
     astrovl_free(tokens.data);
     return status;

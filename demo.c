@@ -1011,7 +1011,9 @@ static const char *const value_types[] = {               // by astrovl_value_typ
 static void print_value(const astrovl_gguf *file, int index, uint64_t i, int long_strings) {
     const astrovl_string s = astrovl_gguf_string(file, index, i);
     const int64_t integer = astrovl_gguf_int(file, index, i);
-    switch (astrovl_gguf_kv(file, index)->item_type) {
+    const astrovl_kv *kv = astrovl_gguf_kv(file, index);
+    uint64_t natural = 0;
+    switch (kv->item_type) {
     case ASTROVL_VALUE_STRING:
         print_string(stdout, s.data, long_strings || s.size <= 100 ? s.size : 96, 1);
         if (!long_strings && s.size > 100) printf(" ... (%llu bytes)", (unsigned long long)s.size);
@@ -1019,7 +1021,10 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
     case ASTROVL_VALUE_F32: print_number(stdout, astrovl_gguf_float(file, index, i), 1); break;
     case ASTROVL_VALUE_F64: print_number(stdout, astrovl_gguf_float(file, index, i), 0); break;
     case ASTROVL_VALUE_BOOL: printf("%s", integer ? "true" : "false"); break;
-    case ASTROVL_VALUE_U64: printf("%llu", (unsigned long long)integer); break;
+    case ASTROVL_VALUE_U64:                                      // its little-endian bytes: an int64_t ends at 2^63 - 1
+        for (int k = 7; k >= 0; k--) natural = natural << 8 | ((const unsigned char *)kv->data)[8 * i + (size_t)k];
+        printf("%llu", (unsigned long long)natural);
+        break;
     default: printf("%lld", (long long)integer); break;
     }
 }

@@ -741,7 +741,7 @@ class Inspect(Case):
     def test_values_of_every_type(self):
         values = [(0, 255), (1, -128), (2, 65535), (3, -32768), (4, 2**32 - 1), (5, -2**31), (6, 0.1), (7, True),
                   (7, False), (8, 'a "quoted"\n\x1b[31m text'),
-                  (10, 2**63 - 1), (11, -2**63), (12, 1 / 3), (6, 3e38), (12, 1e-300)]
+                  (10, 2**63 - 1), (10, 2**63), (10, 2**64 - 1), (11, -2**63), (12, 1 / 3), (6, 3e38), (12, 1e-300)]
         path = self.path("values.gguf")
         write_gguf(path, [("general.architecture", 8, "nothing"), ("empty", (9, 4), [])] +
                    [("v%d" % i, kind, v) for i, (kind, v) in enumerate(values)] +
