@@ -1390,7 +1390,8 @@ static float avl__cos(float x) { return avl__sin_quadrant(x, 1); }
 static const char *avl__why_inexact(void) {
     static const volatile float v[] = {1, 1.25f * FLT_EPSILON, 1.75f * FLT_EPSILON, 1 / 4096.0f, 41, -0.0f, FLT_MIN};
     const float one = v[0], x = one + v[3], low = one + v[1] - one, high = one + v[2] - one;
-    if (0.1 == (double)0.1f) return "double is too short; compile without -fsingle-precision-constant";
+    const volatile double tenth = 0.1;
+    if (tenth == (float)tenth) return "double is too short; compile without -fsingle-precision-constant";
     if (FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2) return "x87 rounds too late; compile with -msse2 -mfpmath=sse";
     if (low != FLT_EPSILON || high != 2 * FLT_EPSILON || v[4] / 41 != 1 || 1 / (v[5] + 0.0f) < 0)
         return "sums are reordered or not rounded to nearest; compile without -funsafe-math-optimizations and "
@@ -1627,9 +1628,13 @@ static astrovl_status avl__pass_status(const avl__run *run, const char *what, in
 
 // Whether all of x [n] are numbers: the exponent of a NaN or an infinity is all ones, and adding one to it carries.
 static int avl__are_numbers(const float *x, int64_t n) {
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < n; i++) bits |= (avl__float_bits(x[i]) & 0x7FFFFFFF) + 0x00800000;
-    return bits >> 31 == 0;
+    uint32_t bits[8] = {0};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) bits[j] |= (avl__float_bits(x[i + j]) & 0x7FFFFFFF) + 0x00800000;
+    for (; i < n; i++) bits[0] |= (avl__float_bits(x[i]) & 0x7FFFFFFF) + 0x00800000;
+    for (int j = 1; j < 8; j++) bits[0] |= bits[j];
+    return bits[0] >> 31 == 0;
 }
 
 // Calls the tap with data [d0][d1][d2] (sizes of 0 at the end are no dimensions), named prefix.layer.name as modules of
