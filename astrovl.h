@@ -4690,42 +4690,55 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
 
 #define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
 
-// What a pixel of the result is made of, along one axis.
-typedef struct avl__taps {
-    int64_t first, end, at;             // pixels first to end - 1 of the image, whose pixel 0 is the input's pixel `at`
-    int32_t all, outside;               // sums of weights: of all input pixels, and of those outside of the image
-    double  center, step, sum;
-} avl__taps;
-
-// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981), for pixel k of the image
-static double avl__bicubic(const avl__taps *t, int64_t k) {
-    double x = ((double)(t->at + k) - t->center + 0.5) * t->step;
+// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981)
+static double avl__bicubic(double x) {
     if (x < 0.0) x = -x;
     if (x < 1.0) return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0;
     if (x < 2.0) return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
     return 0.0;
 }
 
-static int32_t avl__weight(const avl__taps *t, int64_t k) {
-    double w = avl__bicubic(t, k) / t->sum * (double)(1 << AVL__RESIZE_BITS);
-    return (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+typedef struct avl__axis {
+    int64_t  n_in, n_image, n_out, n;   // pixels of the input, the image, the output and the result
+    int64_t  first, n_taps;             // a pixel of the result is made of n_taps pixels of the image from `first` on
+    int32_t *weights, outside;          // their weights, and the sum of those of the pixels outside of the image
+} avl__axis;
+
+// Fills first, n_taps, weights and outside for pixel i of the result.
+static void avl__axis_weigh(avl__axis *a, int64_t i) {
+    const double scale = (double)a->n_in / (double)a->n_out, stretch = scale < 1.0 ? 1.0 : scale, step = 1.0 / stretch;
+    const double center = ((double)((a->n_out - a->n) / 2 + i) + 0.5) * scale;
+    const double low = center - 2.0 * stretch + 0.5, high = center + 2.0 * stretch + 0.5;
+    const int64_t begin = low < 0.0 ? 0 : (int64_t)low, end = high > (double)a->n_in ? a->n_in : (int64_t)high;
+    const int64_t at = (a->n_in - a->n_image) / 2;   // of the image in the input
+    double sum = 0.0;
+    a->first = begin < at ? 0 : begin < at + a->n_image ? begin - at : a->n_image;
+    a->n_taps = a->outside = 0;
+    for (int64_t k = begin; k < end; k++) sum += avl__bicubic(((double)k - center + 0.5) * step);
+    for (int64_t k = begin; k < end; k++) {
+        const double w = avl__bicubic(((double)k - center + 0.5) * step) / sum * (double)(1 << AVL__RESIZE_BITS);
+        const int32_t weight = (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+        if (k < at || k >= at + a->n_image) a->outside += weight;
+        else a->weights[a->n_taps++] = weight;
+    }
 }
 
-// For pixel i of n. n_in, n_image, n_out, n: pixels of the input, the image, the output and the result
-static avl__taps avl__taps_of(int64_t n_in, int64_t n_image, int64_t n_out, int64_t n, int64_t i) {
-    double scale = (double)n_in / (double)n_out, stretch = scale < 1.0 ? 1.0 : scale;
-    double center = ((double)((n_out - n) / 2 + i) + 0.5) * scale;
-    double low = center - 2.0 * stretch + 0.5, high = center + 2.0 * stretch + 0.5;
-    int64_t at = (n_in - n_image) / 2, first = (low < 0.0 ? 0 : (int64_t)low) - at;
-    int64_t end = (high > (double)n_in ? n_in : (int64_t)high) - at;
-    avl__taps t = {0, 0, at, 0, 0, center, 1.0 / stretch, 0.0};
-    t.first = first < 0 ? 0 : first > n_image ? n_image : first;
-    t.end = end < 0 ? 0 : end > n_image ? n_image : end;
-    for (int64_t k = first; k < end; k++) t.sum += avl__bicubic(&t, k);
-    for (int64_t k = first; k < end; k++) t.all += avl__weight(&t, k);
-    t.outside = t.all;
-    for (int64_t k = t.first; k < t.end; k++) t.outside -= avl__weight(&t, k);
-    return t;
+// Makes that pixel in n lines.   step, line: bytes to the next pixel along the axis and to the next line
+static void avl__axis_mix(const avl__axis *a, const unsigned char color[3], int64_t n, const uint8_t *from, size_t step,
+                          size_t line, uint8_t *to, size_t to_line) {
+    const int32_t half = 1 << (AVL__RESIZE_BITS - 1), n_taps = (int32_t)a->n_taps, *weights = a->weights;
+    for (from += (size_t)a->first * step; n > 0; n--, from += line, to += to_line) {
+        int32_t r = half + a->outside * color[0], g = half + a->outside * color[1], b = half + a->outside * color[2];
+        const uint8_t *p = from;
+        for (int32_t k = 0; k < n_taps; k++, p += step) {
+            r += weights[k] * p[0];
+            g += weights[k] * p[1];
+            b += weights[k] * p[2];
+        }
+        to[0] = avl__clip8(r >> AVL__RESIZE_BITS);
+        to[1] = avl__clip8(g >> AVL__RESIZE_BITS);
+        to[2] = avl__clip8(b >> AVL__RESIZE_BITS);
+    }
 }
 
 // in, out: size of the input and the output, across and down;   color: of the input outside of the image (NULL: black)
@@ -4734,58 +4747,45 @@ static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2
     // Along x first, which is across, as in Pillow up to 12, which prepared the training data. Images over 100 times as
     // high as wide are an exception when they are made lower: x is down. (Pillow 13 takes the faster order.)
     const int x = in[1] > 100 * in[0] && out[1] < in[1], y = !x;
-    const int64_t n[2] = {width, height}, n_image[2] = {image->width, image->height};
-    const int64_t step[2] = {3, 3 * n_image[0]}, n_rows = 64;   // of the image, of the result at a time
-    const int64_t n_x = n[x], n_y = n[y], size = 3 * n_x, n_weights = 4 * (in[x] / out[x] + 2);
-    const int32_t half = 1 << (AVL__RESIZE_BITS - 1);
+    const size_t step[2] = {3, 3 * (size_t)image->width}, to_step[2] = {3, 3 * (size_t)width};
+    avl__axis axis[3] = {{in[0], image->width, out[0], width, 0, 0, NULL, 0},
+                         {in[1], image->height, out[1], height, 0, 0, NULL, 0}, {1, 0, 1, 1, 0, 0, NULL, 0}};
+    // The result is made in stripes along y, which take 3 bytes for each pixel along x and row of the image.
+    const int64_t wanted = 1 + (1 << 18) / axis[y].n_image, n_stripe = wanted < axis[x].n ? wanted : axis[x].n;
+    const size_t stride = 3 * (size_t)n_stripe;
+    const uint64_t n_weights = 4 * (uint64_t)(in[0] / out[0] + in[1] / out[1] + 4);
     if (!color) color = (const unsigned char *)"\0\0";
     astrovl_status status = avl__image_new(result, width, height, err);
     if (status) return status;
-    const uint64_t n_taps = (uint64_t)(n_x + n_y), n_bytes = (uint64_t)(n_rows * size * 5 + n_weights * 4);
-    avl__taps *taps = (avl__taps *)avl__alloc_raw(n_taps * sizeof(avl__taps) + n_bytes, 1);      // along x, along y
-    if (!taps) {
+    int32_t *weights = (int32_t *)avl__alloc_raw(n_weights * 4 + stride * (uint64_t)axis[y].n_image, 1);
+    if (!weights) {
         astrovl_image_free(result);
         return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", width, height);
     }
-    int32_t *sums = (int32_t *)(taps + n_taps), *weights = sums + n_rows * size;                 // [n_rows][n_x][3]
-    uint8_t *rows = (uint8_t *)(weights + n_weights);                                            // the same
-    for (int64_t i = 0; i < n_x; i++) taps[i] = avl__taps_of(in[x], n_image[x], out[x], n_x, i);
-    for (int64_t i = 0; i < n_y; i++) taps[n_x + i] = avl__taps_of(in[y], n_image[y], out[y], n_y, i);
-    // Pixels x0 to x1 - 1 along x see something of the image. The others have its color, as do the rows outside of it.
-    int64_t x0 = 0, x1 = n_x;
-    while (x0 < x1 && taps[x0].first == taps[x0].end) x0++;
-    while (x0 < x1 && taps[x1 - 1].first == taps[x1 - 1].end) x1--;
-    for (int64_t y0 = 0, y1; y0 < n_y; y0 = y1) {
-        const avl__taps *t = taps + n_x;
-        y1 = n_y - y0 < n_rows ? n_y : y0 + n_rows;
-        for (int64_t i = y0; i < y1; i++)
-            for (int64_t v = 0; v < size; v++)
-                sums[(i - y0) * size + v] = half + (v < 3 * x0 || v >= 3 * x1 ? t[i].all : t[i].outside) * color[v % 3];
-        for (int64_t row = t[y0].first, end; row < t[y1 - 1].end; row = end) {
-            end = t[y1 - 1].end - row < n_rows ? t[y1 - 1].end : row + n_rows;
-            for (int64_t i = x0; i < x1; i++) {
-                const int64_t first = taps[i].first, n_seen = taps[i].end - first;
-                for (int64_t k = 0; k < n_seen; k++) weights[k] = avl__weight(&taps[i], first + k);
-                for (int64_t v = 0; v < 3 * (end - row); v++) {
-                    const unsigned char *from = image->rgb + (row + v / 3) * step[y] + first * step[x] + v % 3;
-                    int32_t sum = half + taps[i].outside * color[v % 3];
-                    for (int64_t k = 0; k < n_seen; k++) sum += weights[k] * from[k * step[x]];
-                    rows[v / 3 * size + 3 * i + v % 3] = avl__clip8(sum >> AVL__RESIZE_BITS);
-                }
+    uint8_t *rows = (uint8_t *)(weights + n_weights);   // [rows of the image][n_stripe][3]
+    for (int i = 0; i < 3; i++) axis[i].weights = weights;
+    avl__axis_weigh(&axis[y], 0);
+    const int64_t first = axis[y].first;
+    avl__axis_weigh(&axis[y], axis[y].n - 1);
+    const int64_t end = axis[y].first + axis[y].n_taps;   // only rows `first` to end - 1 are needed
+    for (int64_t x0 = 0, n; x0 < axis[x].n; x0 += n) {
+        int64_t n_seen = 0;
+        n = axis[x].n - x0 < n_stripe ? axis[x].n - x0 : n_stripe;
+        for (int64_t row = first; row < end; row += 256)   // few enough for the caches
+            for (int64_t i = 0; i < n; i++) {
+                avl__axis_weigh(&axis[x], x0 + i);
+                n_seen += axis[x].n_taps;
+                avl__axis_mix(&axis[x], color, end - row < 256 ? end - row : 256, image->rgb + (size_t)row * step[y],
+                              step[x], step[y], rows + (size_t)row * stride + 3 * i, stride);
             }
-            for (int64_t i = y0; i < y1; i++)
-                for (int64_t k = t[i].first < row ? row : t[i].first; k < t[i].end && k < end; k++) {
-                    const int32_t weight = avl__weight(&t[i], k);
-                    for (int64_t v = 3 * x0; v < 3 * x1; v++)
-                        sums[(i - y0) * size + v] += weight * rows[(k - row) * size + v];
-                }
-        }
-        for (int64_t i = y0 * size; i < y1 * size; i++) {
-            const int64_t pixel = x == 1 ? i / 3 % n_x * n_y + i / size : i / 3;
-            result->rgb[3 * pixel + i % 3] = avl__clip8(sums[i - y0 * size] >> AVL__RESIZE_BITS);
+        avl__axis *along_y = n_seen ? &axis[y] : &axis[2];   // a stripe outside of the image has its color
+        for (int64_t i = 0; i < axis[y].n; i++) {
+            avl__axis_weigh(along_y, n_seen ? i : 0);
+            avl__axis_mix(along_y, color, n, rows, stride, 3,
+                          result->rgb + (size_t)i * to_step[y] + (size_t)x0 * to_step[x], to_step[x]);
         }
     }
-    astrovl_free(taps);
+    astrovl_free(weights);
     return ASTROVL_OK;
 }
 
