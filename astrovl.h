@@ -3961,9 +3961,9 @@ static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t si
 // Walks the chunks (length, name, data, CRC). After the IDAT chunks a broken or cut-off file is accepted: no pixel is
 // missing. In them a wrong CRC is noted, as their data has a check sum of its own.
 static astrovl_status avl__png_chunks(avl__png *png) {
-    enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
     avl__image_file *in = png->in;
     astrovl_status status = ASTROVL_OK;
+    int is_past = 0;   // the IDAT chunks have ended
     uint32_t table[256];
     for (uint32_t i = 0; i < 256; i++) {
         table[i] = i;
@@ -3975,16 +3975,16 @@ static astrovl_status avl__png_chunks(avl__png *png) {
         int is_cut = left < 12 || size > left - 12;
         char name[5] = "";
         if (left >= 8) memcpy(name, p + 4, 4);
-        if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
+        const int is_idat = strcmp(name, "IDAT") == 0;
+        is_past |= png->idat.data && !is_idat;
         uint32_t crc = 0xFFFFFFFFu;
         for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
         int is_bad = is_cut || ~crc != avl__load_u32be(p + 8 + size);
-        if (is_bad && !is_cut && state != AFTER_IDAT && strcmp(name, "IDAT") == 0)
+        if (is_bad && !is_cut && !is_past && is_idat)
             avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
-        else if (is_bad) {
-            if (state == AFTER_IDAT) return ASTROVL_OK;
+        else if (is_bad && is_past) return ASTROVL_OK;
+        else if (is_bad)
             return AVL__BROKEN(in, "chunk \"%s\": %s", name, is_cut ? "the file ends inside it" : "its CRC is wrong");
-        }
         p += 8;
         if (png->width == 0 && strcmp(name, "IHDR") != 0) return AVL__BROKEN(in, "IHDR must come first");
         if (strcmp(name, "IHDR") == 0) status = avl__png_header(png, p, size);
@@ -3994,9 +3994,8 @@ static astrovl_status avl__png_chunks(avl__png *png) {
             if (size == 0 || size % 3 != 0 || size > 768) return AVL__BROKEN(in, "PLTE: not 1 to 256 RGB colors");
             png->has_palette = png->color == 3;   // for true color it is only a suggestion
             if (png->has_palette) memcpy(png->colors, p, size);
-        } else if (strcmp(name, "IDAT") == 0) {
-            if (state == AFTER_IDAT) return AVL__BROKEN(in, "IDAT chunks must follow each other");
-            state = IN_IDAT;
+        } else if (is_idat) {
+            if (is_past) return AVL__BROKEN(in, "IDAT chunks must follow each other");
             avl__bytes_put(&png->idat, (const char *)p, size);
             if (png->idat.failed) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
         } else if (!(name[0] & 32))
@@ -4267,19 +4266,15 @@ static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
     uint32_t b = t - (x5 + x1) * 3196u;              // 0.390180644
     uint32_t c = (x7 + x1) * 7373u;                  // 0.899976223
     uint32_t d = (x5 + x3) * 20995u;                 // 2.562915447
-    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
-    uint32_t o0 = x1 * 12299u + b - c;               // 1.501321110
-    uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
-    uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
-    uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
-    out[0] = (int32_t)(e0 + o0) >> n_bits;
-    out[7] = (int32_t)(e0 - o0) >> n_bits;
-    out[1] = (int32_t)(e1 + o1) >> n_bits;
-    out[6] = (int32_t)(e1 - o1) >> n_bits;
-    out[2] = (int32_t)(e2 + o2) >> n_bits;
-    out[5] = (int32_t)(e2 - o2) >> n_bits;
-    out[3] = (int32_t)(e3 + o3) >> n_bits;
-    out[4] = (int32_t)(e3 - o3) >> n_bits;
+    const uint32_t even[4] = {s0 + s3, s1 + s2, s1 - s2, s0 - s3};
+    const uint32_t odd[4] = {x1 * 12299u + b - c,    // 1.501321110
+                             x3 * 25172u + a - d,    // 3.072711026
+                             x5 * 16819u + b - d,    // 2.053119869
+                             x7 * 2446u + a - c};    // 0.298631336
+    for (int i = 0; i < 4; i++) {
+        out[i] = (int32_t)(even[i] + odd[i]) >> n_bits;
+        out[7 - i] = (int32_t)(even[i] - odd[i]) >> n_bits;
+    }
 }
 
 static uint8_t avl__clip8(int32_t x) { return (uint8_t)((uint32_t)x <= 255 ? x : x < 0 ? 0 : 255); }
@@ -4383,19 +4378,6 @@ static int avl__jpeg_find_marker(avl__image_file *in) {
     return 0;
 }
 
-// Makes `bits` read the data from in->at to the next marker. FF 00 stands for FF; FF and anything else ends the data.
-static void avl__jpeg_unpack(avl__jpeg *j) {
-    avl__image_file *in = j->in;
-    memset(&j->bits, 0, sizeof j->bits);
-    j->bits.data = j->packed;
-    while (in->at < in->size) {
-        int is_stuffed = in->size - in->at >= 2 && in->data[in->at] == 0xFF && in->data[in->at + 1] == 0;
-        if (in->data[in->at] == 0xFF && !is_stuffed) return;
-        j->packed[j->bits.size++] = in->data[in->at];
-        in->at += is_stuffed ? 2 : 1;
-    }
-}
-
 // SOS: which components and coefficients come next, with which codes. Then the scan's data: MCU after MCU, each of
 // h x v blocks of each component, or of a single block if the scan has a single component.
 static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size) {
@@ -4452,7 +4434,12 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size
             if (mcu > 0 && avl__jpeg_find_marker(in) != 0xD0 + (mcu / j->restart_interval - 1) % 8)
                 return AVL__BROKEN(in, "not the restart marker (RST) that is due");
             if (mcu > 0) in->at += 2;
-            avl__jpeg_unpack(j);
+            // The data until the next marker goes to `packed`, where FF 00 becomes FF.
+            memset(&j->bits, 0, sizeof j->bits);
+            j->bits.data = j->packed;
+            size_t k = in->at;
+            avl__jpeg_find_marker(in);
+            for (; k < in->at; k += in->data[k] == 0xFF ? 2 : 1) j->packed[j->bits.size++] = in->data[k];
             j->end_of_band = 0;
             for (int i = 0; i < n; i++) scan[i]->predicted = 0;
         }
@@ -4521,26 +4508,22 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
 //   across:   out[2i] = 3 v[i] + v[i-1],  out[2i+1] = 3 v[i] + v[i+1]       in sixteenths
 static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_component *c, int y, uint8_t *out) {
     int ratio_x = j->max_h / c->h, ratio_y = j->max_v / c->v, n = c->width, row = y / ratio_y;
-    int other = ratio_y != 2 ? row : y % 2 ? row + 1 : row - 1;
+    int is_smooth = ratio_y <= 2 && (ratio_x == 1 || (ratio_x == 2 && n > 2));
+    int other = ratio_y != 2 || !is_smooth ? row : y % 2 ? row + 1 : row - 1;
     if (other < 0 || other >= c->height) other = row;
     const uint8_t *own = c->samples + (size_t)row * (size_t)c->stride * 8;
     const uint8_t *beside = c->samples + (size_t)other * (size_t)c->stride * 8;
-    if (ratio_x == 1 && ratio_y == 2)
-        for (int x = 0; x < n; x++) out[x] = (uint8_t)((3 * own[x] + beside[x] + 1 + y % 2) >> 2);
-    else if (ratio_x == 1) return own;
-    else if (ratio_x == 2 && ratio_y <= 2 && n > 2) {
-        int odd = ratio_y == 1 ? 8 : 7, even = 15 - odd;   // what is added before rounding down
-        int v = 3 * own[0] + beside[0];
-        out[0] = (uint8_t)((4 * v + even) >> 4);
-        for (int i = 0; i < n - 1; i++) {
-            int next = 3 * own[i + 1] + beside[i + 1];
-            out[2 * i + 1] = (uint8_t)((3 * v + next + odd) >> 4);
-            out[2 * i + 2] = (uint8_t)((3 * next + v + even) >> 4);
-            v = next;
-        }
-        out[2 * n - 1] = (uint8_t)((4 * v + odd) >> 4);
-    } else
-        for (int x = 0; x < n * ratio_x; x++) out[x] = own[x / ratio_x];
+    if (ratio_x == 1 && ratio_y == 1) return own;
+    int odd = ratio_x == 1 ? 4 + y % 2 * 4 : ratio_y == 1 ? 8 : 7, even = ratio_x == 1 ? odd : 15 - odd;   // rounding
+    uint8_t *to = out;
+    for (int i = 0, before = 3 * own[0] + beside[0], v = before, next; i < n; i++, before = v, v = next) {
+        next = i + 1 < n ? 3 * own[i + 1] + beside[i + 1] : v;
+        if (ratio_x == 2 && is_smooth) {
+            *to++ = (uint8_t)((3 * v + before + even) >> 4);
+            *to++ = (uint8_t)((3 * v + next + odd) >> 4);
+        } else
+            for (int k = 0; k < ratio_x; k++) *to++ = (uint8_t)((4 * v + even) >> 4);
+    }
     return out;
 }
 
@@ -4750,20 +4733,22 @@ static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2
     const size_t step[2] = {3, 3 * (size_t)image->width}, to_step[2] = {3, 3 * (size_t)width};
     avl__axis axis[3] = {{in[0], image->width, out[0], width, 0, 0, NULL, 0},
                          {in[1], image->height, out[1], height, 0, 0, NULL, 0}, {1, 0, 1, 1, 0, 0, NULL, 0}};
-    // The result is made in stripes along y, which take 3 bytes for each pixel along x and row of the image.
-    const int64_t wanted = 1 + (1 << 18) / axis[y].n_image, n_stripe = wanted < axis[x].n ? wanted : axis[x].n;
-    const size_t stride = 3 * (size_t)n_stripe;
-    const uint64_t n_weights = 4 * (uint64_t)(in[0] / out[0] + in[1] / out[1] + 4);
+    // The result is made in stripes along y, of which the weights along x and the image's rows are kept.
+    const int64_t n_rows = axis[y].n_image, n_weights = 4 * (in[0] / out[0] + in[1] / out[1] + 4);
+    const int64_t wanted = 1 + (1 << 18) / (n_rows + n_weights), n_stripe = wanted < axis[x].n ? wanted : axis[x].n;
     if (!color) color = (const unsigned char *)"\0\0";
     astrovl_status status = avl__image_new(result, width, height, err);
     if (status) return status;
-    int32_t *weights = (int32_t *)avl__alloc_raw(n_weights * 4 + stride * (uint64_t)axis[y].n_image, 1);
-    if (!weights) {
+    const uint64_t column_bytes = sizeof(avl__axis) + (uint64_t)(4 * n_weights + 3 * n_rows);
+    avl__axis *columns = (avl__axis *)avl__alloc_raw((uint64_t)n_stripe * column_bytes + 4 * (uint64_t)n_weights, 1);
+    if (!columns) {
         astrovl_image_free(result);
         return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", width, height);
     }
-    uint8_t *rows = (uint8_t *)(weights + n_weights);   // [rows of the image][n_stripe][3]
-    for (int i = 0; i < 3; i++) axis[i].weights = weights;
+    int32_t *weights = (int32_t *)(columns + n_stripe);                  // [1 + n_stripe][n_weights], the first along y
+    uint8_t *rows = (uint8_t *)(weights + n_weights * (n_stripe + 1));   // [n_rows][n_stripe][3]
+    const size_t stride = 3 * (size_t)n_stripe;
+    axis[y].weights = axis[2].weights = weights;
     avl__axis_weigh(&axis[y], 0);
     const int64_t first = axis[y].first;
     avl__axis_weigh(&axis[y], axis[y].n - 1);
@@ -4771,13 +4756,16 @@ static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2
     for (int64_t x0 = 0, n; x0 < axis[x].n; x0 += n) {
         int64_t n_seen = 0;
         n = axis[x].n - x0 < n_stripe ? axis[x].n - x0 : n_stripe;
-        for (int64_t row = first; row < end; row += 256)   // few enough for the caches
-            for (int64_t i = 0; i < n; i++) {
-                avl__axis_weigh(&axis[x], x0 + i);
-                n_seen += axis[x].n_taps;
-                avl__axis_mix(&axis[x], color, end - row < 256 ? end - row : 256, image->rgb + (size_t)row * step[y],
+        for (int64_t i = 0; i < n; i++) {
+            columns[i] = axis[x];
+            columns[i].weights = weights + n_weights * (i + 1);
+            avl__axis_weigh(&columns[i], x0 + i);
+            n_seen += columns[i].n_taps;
+        }
+        for (int64_t row = first; row < end && n_seen; row += 8)   // so few that memory is read in its order
+            for (int64_t i = 0; i < n; i++)
+                avl__axis_mix(&columns[i], color, end - row < 8 ? end - row : 8, image->rgb + (size_t)row * step[y],
                               step[x], step[y], rows + (size_t)row * stride + 3 * i, stride);
-            }
         avl__axis *along_y = n_seen ? &axis[y] : &axis[2];   // a stripe outside of the image has its color
         for (int64_t i = 0; i < axis[y].n; i++) {
             avl__axis_weigh(along_y, n_seen ? i : 0);
@@ -4785,7 +4773,7 @@ static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2
                           result->rgb + (size_t)i * to_step[y] + (size_t)x0 * to_step[x], to_step[x]);
         }
     }
-    astrovl_free(weights);
+    astrovl_free(columns);
     return ASTROVL_OK;
 }
 
