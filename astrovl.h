@@ -4025,7 +4025,7 @@ static astrovl_status avl__png_pixels(avl__png *png) {
     int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8;
     if (png->color == 3 && !png->has_palette) return AVL__BROKEN(in, "color type 3, but no palette (PLTE)");
     uint32_t width[8], height[8];
-    uint64_t row_bytes[8], longest = 0, size = 0;
+    uint64_t row_bytes[8], size = 0, longest = 1 + ((uint64_t)png->width * (uint64_t)(depth * n_channels) + 7) / 8;
     for (int i = first; i < end; i++) {
         const uint8_t *pass = passes[i];
         width[i] = (png->width + pass[2] - 1 - pass[0]) / pass[2];
@@ -4035,7 +4035,6 @@ static astrovl_status avl__png_pixels(avl__png *png) {
             return AVL__BROKEN(in, "%lld bytes of IDAT data cannot hold %lld x %lld pixels", (long long)png->idat.size,
                                (long long)png->width, (long long)png->height);
         size += height[i] * row_bytes[i];
-        if (row_bytes[i] > longest) longest = row_bytes[i];
     }
     png->rows = (uint8_t *)avl__alloc_raw(longest + size + 266, 1);
     if (!png->rows) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
@@ -4089,7 +4088,6 @@ static astrovl_status avl__png_decode(avl__image_file *in) {
     avl__png png;
     memset(&png, 0, sizeof png);
     png.in = in;
-    in->format = "PNG";
     astrovl_status status = avl__png_chunks(&png);
     if (!status) status = avl__png_pixels(&png);
     astrovl_free(png.idat.data);
@@ -4107,7 +4105,6 @@ static astrovl_status avl__pnm_decode(avl__image_file *in) {
     const uint8_t *p = in->data;
     size_t n_channels = p[1] == '6' ? 3 : 1;
     uint32_t header[3] = {0, 0, 0};   // width, height, maxval
-    in->format = "PNM";
     in->at = 2;
     for (int i = 0; i < 3; i++) {
         while (in->at < in->size && (avl__is_space(p[in->at]) || p[in->at] == '#'))
@@ -4565,7 +4562,6 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
     avl__jpeg j;
     memset(&j, 0, sizeof j);
     j.in = in;
-    in->format = "JPEG";
     j.adobe_transform = -1;
     astrovl_status status = avl__jpeg_segments(&j);
     for (int i = 0; i < j.n_components && j.is_progressive && !status; i++) {
@@ -4587,43 +4583,43 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
 
 // ---- any format ---------------------------------------------------------------------------------------------------
 
-// Says what a file is that is none of these, by its first bytes ('?': any).
-static astrovl_status avl__image_other(const uint8_t *data, size_t size, astrovl_error *err) {
-    static const char *const others[][2] = {
-        {"GIF8", "GIF"}, {"II*", "TIFF"}, {"II+", "TIFF"}, {"MM", "TIFF"}, {"BM", "BMP"}, {"RIFF????WEBP", "WebP"},
-        {"????jP  ", "JPEG 2000"}, {"\xFF\x4F\xFF", "JPEG 2000"}, {"????JXL ", "JPEG XL"}, {"\xFF\x0A", "JPEG XL"},
-        {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PBM"}, {"P4", "PBM"},
-        {"P2", "PGM as text"}, {"P3", "PPM as text"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"},
-        {"PK", "zip: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
-        {"<", "HTML or XML: get the image itself"}, {"version https://git-lfs", "git-lfs: run `git lfs pull`"}};
-    for (; size && avl__is_space(*data); size--) data++;
-    for (size_t i = 0, n; i < sizeof others / sizeof *others; i++) {
-        const char *bytes = others[i][0], *what = others[i][1];
-        for (n = 0; n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == data[n]); n++) {}
-        if (!bytes[n])
-            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s",
-                             what, strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
-    }
-    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), by its first bytes");
-}
-
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
                                                 astrovl_image *image, astrovl_error *err) {
+    // Formats by their first bytes ('?': any). Those that are not decoded may have white space before them.
+    static const struct { const char *bytes, *name; astrovl_status (*decode)(avl__image_file *); } formats[] = {
+        {"\x89PNG\r\n\x1a\n", "PNG", avl__png_decode}, {"\xFF\xD8\xFF", "JPEG", avl__jpeg_decode},
+        {"P5", "PNM", avl__pnm_decode}, {"P6", "PNM", avl__pnm_decode}, {"GIF8", "GIF", NULL}, {"II*", "TIFF", NULL},
+        {"II+", "TIFF", NULL}, {"MM", "TIFF", NULL}, {"BM", "BMP", NULL}, {"RIFF????WEBP", "WebP", NULL},
+        {"????jP  ", "JPEG 2000", NULL}, {"\xFF\x4F\xFF", "JPEG 2000", NULL}, {"????JXL ", "JPEG XL", NULL},
+        {"\xFF\x0A", "JPEG XL", NULL}, {"????ftyp", "AVIF, HEIC or a film", NULL}, {"8BPS", "PSD", NULL},
+        {"%PDF", "PDF", NULL}, {"P1", "PBM", NULL}, {"P4", "PBM", NULL}, {"P2", "PGM as text", NULL},
+        {"P3", "PPM as text", NULL}, {"P7", "PAM", NULL}, {"\x1F\x8B", "gzip: unpack it", NULL},
+        {"PK", "zip: unpack it", NULL}, {"<", "HTML or XML: get the image itself", NULL},
+        {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG", NULL},
+        {"version https://git-lfs", "git-lfs: run `git lfs pull`", NULL}};
     const uint8_t *p = (const uint8_t *)data;
     if (image) memset(image, 0, sizeof *image);
     if (!image || !data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data to decode, or no image for the result");
-    avl__fail(err, ASTROVL_OK, "%s", "");
     uint64_t max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
-    avl__image_file in = {NULL, p, size, 0, max_pixels, 0, image, err};
-    astrovl_status status;
-    if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
-    else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
-    else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
-    else status = avl__image_other(p, size, err);
-    if (!status && in.orientation) image->orientation = in.orientation;
-    if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
-    if (status) astrovl_image_free(image);
-    return status;
+    size_t n_spaces = 0;
+    while (n_spaces < size && avl__is_space(p[n_spaces])) n_spaces++;
+    for (size_t i = 0, n; i < sizeof formats / sizeof *formats; i++) {
+        const char *bytes = formats[i].bytes, *name = formats[i].name;
+        const size_t at = formats[i].decode ? 0 : n_spaces;
+        for (n = 0; at + n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == p[at + n]); n++) {}
+        if (bytes[n]) continue;
+        if (!formats[i].decode)
+            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s",
+                             name, strchr(name, ':') ? "" : ": convert it to PNG or JPEG");
+        avl__image_file in = {name, p, size, 0, max_pixels, 0, image, err};
+        avl__fail(err, ASTROVL_OK, "%s", "");
+        astrovl_status status = formats[i].decode(&in);
+        if (!status && in.orientation) image->orientation = in.orientation;
+        if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
+        if (status) astrovl_image_free(image);
+        return status;
+    }
+    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), by its first bytes");
 }
 
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
