@@ -4159,7 +4159,7 @@ typedef struct avl__jpeg {
     avl__jpeg_component component[4];
     int            first, last, high, low;   // coefficients and bit positions of the current scan (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
-    int            restart_interval, n_scans, has_codes, has_jfif, adobe_transform;   // -1: no Adobe marker
+    int            restart_interval, n_scans, has_codes, has_jfif, adobe;   // Adobe's marker: 1 + its transform; 0: none
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
@@ -4263,15 +4263,19 @@ static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
     uint32_t b = t - (x5 + x1) * 3196u;              // 0.390180644
     uint32_t c = (x7 + x1) * 7373u;                  // 0.899976223
     uint32_t d = (x5 + x3) * 20995u;                 // 2.562915447
-    const uint32_t even[4] = {s0 + s3, s1 + s2, s1 - s2, s0 - s3};
-    const uint32_t odd[4] = {x1 * 12299u + b - c,    // 1.501321110
-                             x3 * 25172u + a - d,    // 3.072711026
-                             x5 * 16819u + b - d,    // 2.053119869
-                             x7 * 2446u + a - c};    // 0.298631336
-    for (int i = 0; i < 4; i++) {
-        out[i] = (int32_t)(even[i] + odd[i]) >> n_bits;
-        out[7 - i] = (int32_t)(even[i] - odd[i]) >> n_bits;
-    }
+    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
+    uint32_t o0 = x1 * 12299u + b - c;               // 1.501321110
+    uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
+    uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
+    uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
+    out[0] = (int32_t)(e0 + o0) >> n_bits;
+    out[7] = (int32_t)(e0 - o0) >> n_bits;
+    out[1] = (int32_t)(e1 + o1) >> n_bits;
+    out[6] = (int32_t)(e1 - o1) >> n_bits;
+    out[2] = (int32_t)(e2 + o2) >> n_bits;
+    out[5] = (int32_t)(e2 - o2) >> n_bits;
+    out[3] = (int32_t)(e3 + o3) >> n_bits;
+    out[4] = (int32_t)(e3 - o3) >> n_bits;
 }
 
 static uint8_t avl__clip8(int32_t x) { return (uint8_t)((uint32_t)x <= 255 ? x : x < 0 ? 0 : 255); }
@@ -4492,7 +4496,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
         else if (marker == 0xE0 && size >= 14 && memcmp(p, "JFIF", 5) == 0) j->has_jfif = 1;
         else if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && in->orientation == 0)
             in->orientation = avl__exif_orientation(p + 6, size - 6);
-        else if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe_transform = p[11];
+        else if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe = 1 + p[11];
         in->at += 4 + size;
     }
     return status;
@@ -4531,9 +4535,9 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
 static astrovl_status avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
     // libjpeg's rules for what the components mean: without a marker, three are YCbCr unless they are called R, G and B
-    int is_rgb = j->has_jfif ? 0 : j->adobe_transform >= 0 ? j->adobe_transform == 0 :
+    int is_rgb = j->has_jfif ? 0 : j->adobe ? j->adobe == 1 :
                  c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B';
-    int is_ycc = j->n_components == 4 ? j->adobe_transform > 0 : j->n_components == 3 && !is_rgb;
+    int is_ycc = j->n_components == 4 ? j->adobe > 1 : j->n_components == 3 && !is_rgb;
     astrovl_status status = avl__image_new(j->in->image, j->width, j->height, j->in->err);
     for (int y = 0; y < j->height && !status; y++) {
         uint8_t *rgb = avl__image_pixel(j->in->image, 0, y);
@@ -4562,7 +4566,6 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
     avl__jpeg j;
     memset(&j, 0, sizeof j);
     j.in = in;
-    j.adobe_transform = -1;
     astrovl_status status = avl__jpeg_segments(&j);
     for (int i = 0; i < j.n_components && j.is_progressive && !status; i++) {
         avl__jpeg_component *c = &j.component[i];
@@ -5018,12 +5021,9 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     const int d = tower->n_embd, n_ff = tower->n_ff, n_reports = tower->is_text ? 0 : n_layers;
     const uint64_t n_wide = (uint64_t)n * d;
     float *h = avl__take(run, n_wide);                          // [n][n_embd]
-    float *q = avl__take(run, n_wide);                          // [n][n_head][head_dim], and so k, v and mixed
-    float *k = avl__take(run, n_wide);
-    float *v = avl__take(run, n_wide);
-    float *mixed = avl__take(run, n_wide);
+    float *mixed = avl__take(run, n_wide);                      // [n][n_head][head_dim], and so q, k and v
+    float *const qkv[] = {avl__take(run, n_wide), avl__take(run, n_wide), avl__take(run, n_wide)};
     float *hidden = avl__take(run, (uint64_t)n * n_ff);         // [n][n_ff]
-    float *const qkv[] = {q, k, v};
     avl__attention a;
     memset(&a, 0, sizeof a);
     a.run = run;
@@ -5041,16 +5041,16 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm1", h, n, d);
         avl__apply_all(run, i, qkv, h, qkv_weights, 3, n);
-        avl__tap(run, name, i, "self_attn.q_proj", q, n, d);
-        avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
-        avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
+        avl__tap(run, name, i, "self_attn.q_proj", qkv[0], n, d);
+        avl__tap(run, name, i, "self_attn.k_proj", qkv[1], n, d);
+        avl__tap(run, name, i, "self_attn.v_proj", qkv[2], n, d);
         a.is_coarse = avl__is_float_type(layer->q.type);
         size_t at = 0;
         for (int j = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
             a.n_rows = lengths ? lengths[j] : n / n_sequences;
-            a.q = q + at;
-            a.k = k + at;
-            a.v = v + at;
+            a.q = qkv[0] + at;
+            a.k = qkv[1] + at;
+            a.v = qkv[2] + at;
             a.out = mixed + at;
             avl__attention_run(&a, 1);
         }
