@@ -4159,7 +4159,7 @@ typedef struct avl__jpeg {
     avl__jpeg_component component[4];
     int            first, last, high, low;   // coefficients and bit positions of the current scan (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
-    int            restart_interval, n_scans, has_codes, has_jfif, adobe;   // Adobe's marker: 1 + its transform; 0: none
+    int            restart_interval, n_scans, has_codes, has_jfif, adobe;   // adobe: 1 + its transform; 0: none
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
