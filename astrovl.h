@@ -3964,9 +3964,9 @@ static astrovl_status avl__png_header(avl__png *png, const uint8_t *p, size_t si
 // Walks the chunks (length, name, data, CRC). After the IDAT chunks a broken or cut-off file is accepted: no pixel is
 // missing. In them a wrong CRC is noted, as their data has a check sum of its own.
 static astrovl_status avl__png_chunks(avl__png *png) {
-    enum { BEFORE_IDAT, IN_IDAT, AFTER_IDAT } state = BEFORE_IDAT;
     avl__image_file *in = png->in;
     astrovl_status status = ASTROVL_OK;
+    int is_past = 0;   // the IDAT chunks have ended
     uint32_t table[256];
     for (uint32_t i = 0; i < 256; i++) {
         table[i] = i;
@@ -3978,13 +3978,14 @@ static astrovl_status avl__png_chunks(avl__png *png) {
         int is_cut = left < 12 || size > left - 12;
         char name[5] = "";
         if (left >= 8) memcpy(name, p + 4, 4);
-        if (state == IN_IDAT && strcmp(name, "IDAT") != 0) state = AFTER_IDAT;
+        const int is_idat = strcmp(name, "IDAT") == 0;
+        is_past |= png->idat.data && !is_idat;
         uint32_t crc = 0xFFFFFFFFu;
         for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
         int is_bad = is_cut || ~crc != avl__load_u32be(p + 8 + size);
-        if (is_bad && state == AFTER_IDAT) return ASTROVL_OK;
-        if (is_bad && !is_cut && strcmp(name, "IDAT") == 0)
+        if (is_bad && !is_cut && !is_past && is_idat)
             avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
+        else if (is_bad && is_past) return ASTROVL_OK;
         else if (is_bad)
             return AVL__BROKEN(in, "chunk \"%s\": %s", name, is_cut ? "the file ends inside it" : "its CRC is wrong");
         p += 8;
@@ -3996,9 +3997,8 @@ static astrovl_status avl__png_chunks(avl__png *png) {
             if (size == 0 || size % 3 != 0 || size > 768) return AVL__BROKEN(in, "PLTE: not 1 to 256 RGB colors");
             png->has_palette = png->color == 3;   // for true color it is only a suggestion
             if (png->has_palette) memcpy(png->colors, p, size);
-        } else if (strcmp(name, "IDAT") == 0) {
-            if (state == AFTER_IDAT) return AVL__BROKEN(in, "IDAT chunks must follow each other");
-            state = IN_IDAT;
+        } else if (is_idat) {
+            if (is_past) return AVL__BROKEN(in, "IDAT chunks must follow each other");
             avl__bytes_put(&png->idat, (const char *)p, size);
             if (png->idat.failed) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
         } else if (!(name[0] & 32))
@@ -4028,7 +4028,7 @@ static astrovl_status avl__png_pixels(avl__png *png) {
     int first = png->interlaced ? 0 : 7, end = png->interlaced ? 7 : 8;
     if (png->color == 3 && !png->has_palette) return AVL__BROKEN(in, "color type 3, but no palette (PLTE)");
     uint32_t width[8], height[8];
-    uint64_t row_bytes[8], longest = 0, size = 0;
+    uint64_t row_bytes[8], size = 0, longest = 1 + ((uint64_t)png->width * (uint64_t)(depth * n_channels) + 7) / 8;
     for (int i = first; i < end; i++) {
         const uint8_t *pass = passes[i];
         width[i] = (png->width + pass[2] - 1 - pass[0]) / pass[2];
@@ -4038,7 +4038,6 @@ static astrovl_status avl__png_pixels(avl__png *png) {
             return AVL__BROKEN(in, "%lld bytes of IDAT data cannot hold %lld x %lld pixels", (long long)png->idat.size,
                                (long long)png->width, (long long)png->height);
         size += height[i] * row_bytes[i];
-        if (row_bytes[i] > longest) longest = row_bytes[i];
     }
     png->rows = (uint8_t *)avl__alloc_raw(longest + size + 266, 1);
     if (!png->rows) return avl__image_fail(in, ASTROVL_ERROR_MEMORY, "out of memory");
@@ -4092,7 +4091,6 @@ static astrovl_status avl__png_decode(avl__image_file *in) {
     avl__png png;
     memset(&png, 0, sizeof png);
     png.in = in;
-    in->format = "PNG";
     astrovl_status status = avl__png_chunks(&png);
     if (!status) status = avl__png_pixels(&png);
     astrovl_free(png.idat.data);
@@ -4110,7 +4108,6 @@ static astrovl_status avl__pnm_decode(avl__image_file *in) {
     const uint8_t *p = in->data;
     size_t n_channels = p[1] == '6' ? 3 : 1;
     uint32_t header[3] = {0, 0, 0};   // width, height, maxval
-    in->format = "PNM";
     in->at = 2;
     for (int i = 0; i < 3; i++) {
         while (in->at < in->size && (avl__is_space(p[in->at]) || p[in->at] == '#'))
@@ -4165,7 +4162,7 @@ typedef struct avl__jpeg {
     avl__jpeg_component component[4];
     int            first, last, high, low;   // coefficients and bit positions of the current scan (Ss, Se, Ah, Al)
     int            end_of_band;           // blocks to come without further coefficients (EOBRUN)
-    int            restart_interval, n_scans, has_jfif, adobe_transform;   // -1: no Adobe marker
+    int            restart_interval, n_scans, has_jfif, adobe;   // adobe: 1 + its transform; 0: none
     uint16_t       table[4][64];          // quantization tables, natural order; table[i][0] is 0 if not defined
     avl__huffman   code[2][4];            // DC, AC
 } avl__jpeg;
@@ -4384,19 +4381,6 @@ static int avl__jpeg_find_marker(avl__image_file *in) {
     return 0;
 }
 
-// Makes `bits` read the data from in->at to the next marker. FF 00 stands for FF; FF and anything else ends the data.
-static void avl__jpeg_unpack(avl__jpeg *j) {
-    avl__image_file *in = j->in;
-    memset(&j->bits, 0, sizeof j->bits);
-    j->bits.data = j->packed;
-    while (in->at < in->size) {
-        int is_stuffed = in->size - in->at >= 2 && in->data[in->at] == 0xFF && in->data[in->at + 1] == 0;
-        if (in->data[in->at] == 0xFF && !is_stuffed) return;
-        j->packed[j->bits.size++] = in->data[in->at];
-        in->at += is_stuffed ? 2 : 1;
-    }
-}
-
 // SOS: which components and coefficients come next, with which codes. Then the scan's data: MCU after MCU, each of
 // h x v blocks of each component, or of a single block if the scan has a single component.
 static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size) {
@@ -4455,7 +4439,12 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size
             if (mcu > 0 && avl__jpeg_find_marker(in) != 0xD0 + (mcu / j->restart_interval - 1) % 8)
                 return AVL__BROKEN(in, "not the restart marker (RST) that is due");
             if (mcu > 0) in->at += 2;
-            avl__jpeg_unpack(j);
+            // The data until the next marker goes to `packed`, where FF 00 becomes FF.
+            memset(&j->bits, 0, sizeof j->bits);
+            j->bits.data = j->packed;
+            size_t k = in->at;
+            avl__jpeg_find_marker(in);
+            for (; k < in->at; k += in->data[k] == 0xFF ? 2 : 1) j->packed[j->bits.size++] = in->data[k];
             j->end_of_band = 0;
             for (int i = 0; i < n; i++) scan[i]->predicted = 0;
         }
@@ -4511,7 +4500,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
         else if (marker == 0xE0 && size >= 14 && memcmp(p, "JFIF", 5) == 0) j->has_jfif = 1;
         else if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && in->orientation == 0)
             in->orientation = avl__exif_orientation(p + 6, size - 6);
-        else if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe_transform = p[11];
+        else if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe = 1 + p[11];
         in->at += 4 + size;
     }
     return status;
@@ -4524,26 +4513,22 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
 //   across:   out[2i] = 3 v[i] + v[i-1],  out[2i+1] = 3 v[i] + v[i+1]       in sixteenths
 static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_component *c, int y, uint8_t *out) {
     int ratio_x = j->max_h / c->h, ratio_y = j->max_v / c->v, n = c->width, row = y / ratio_y;
-    int other = ratio_y != 2 ? row : y % 2 ? row + 1 : row - 1;
+    int is_smooth = ratio_y <= 2 && (ratio_x == 1 || (ratio_x == 2 && n > 2));
+    int other = ratio_y != 2 || !is_smooth ? row : y % 2 ? row + 1 : row - 1;
     if (other < 0 || other >= c->height) other = row;
     const uint8_t *own = c->samples + (size_t)row * (size_t)c->stride * 8;
     const uint8_t *beside = c->samples + (size_t)other * (size_t)c->stride * 8;
-    if (ratio_x == 1 && ratio_y == 2)
-        for (int x = 0; x < n; x++) out[x] = (uint8_t)((3 * own[x] + beside[x] + 1 + y % 2) >> 2);
-    else if (ratio_x == 1) return own;
-    else if (ratio_x == 2 && ratio_y <= 2 && n > 2) {
-        int odd = ratio_y == 1 ? 8 : 7, even = 15 - odd;   // what is added before rounding down
-        int v = 3 * own[0] + beside[0];
-        out[0] = (uint8_t)((4 * v + even) >> 4);
-        for (int i = 0; i < n - 1; i++) {
-            int next = 3 * own[i + 1] + beside[i + 1];
-            out[2 * i + 1] = (uint8_t)((3 * v + next + odd) >> 4);
-            out[2 * i + 2] = (uint8_t)((3 * next + v + even) >> 4);
-            v = next;
-        }
-        out[2 * n - 1] = (uint8_t)((4 * v + odd) >> 4);
-    } else
-        for (int x = 0; x < n * ratio_x; x++) out[x] = own[x / ratio_x];
+    if (ratio_x == 1 && ratio_y == 1) return own;
+    int odd = ratio_x == 1 ? 4 + y % 2 * 4 : ratio_y == 1 ? 8 : 7, even = ratio_x == 1 ? odd : 15 - odd;   // rounding
+    uint8_t *to = out;
+    for (int i = 0, before = 3 * own[0] + beside[0], v = before, next; i < n; i++, before = v, v = next) {
+        next = i + 1 < n ? 3 * own[i + 1] + beside[i + 1] : v;
+        if (ratio_x == 2 && is_smooth) {
+            *to++ = (uint8_t)((3 * v + before + even) >> 4);
+            *to++ = (uint8_t)((3 * v + next + odd) >> 4);
+        } else
+            for (int k = 0; k < ratio_x; k++) *to++ = (uint8_t)((4 * v + even) >> 4);
+    }
     return out;
 }
 
@@ -4554,9 +4539,9 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
 static astrovl_status avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
     // libjpeg's rules for what the components mean: without a marker, three are YCbCr unless they are called R, G and B
-    int is_rgb = j->has_jfif ? 0 : j->adobe_transform >= 0 ? j->adobe_transform == 0 :
+    int is_rgb = j->has_jfif ? 0 : j->adobe ? j->adobe == 1 :
                  c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B';
-    int is_ycc = j->n_components == 4 ? j->adobe_transform > 0 : j->n_components == 3 && !is_rgb;
+    int is_ycc = j->n_components == 4 ? j->adobe > 1 : j->n_components == 3 && !is_rgb;
     astrovl_status status = avl__image_new(j->in->image, j->width, j->height, j->in->err);
     for (int y = 0; y < j->height && !status; y++) {
         uint8_t *rgb = avl__image_pixel(j->in->image, 0, y);
@@ -4585,8 +4570,6 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
     avl__jpeg j;
     memset(&j, 0, sizeof j);
     j.in = in;
-    in->format = "JPEG";
-    j.adobe_transform = -1;
     astrovl_status status = avl__jpeg_segments(&j);
     for (int i = 0; i < j.n_components && j.is_progressive && !status; i++) {
         avl__jpeg_component *c = &j.component[i];
@@ -4607,45 +4590,46 @@ static astrovl_status avl__jpeg_decode(avl__image_file *in) {
 
 // ---- any format ---------------------------------------------------------------------------------------------------
 
-// Says what a file is that is none of these, by its first bytes ('?': any).
-static astrovl_status avl__image_other(const uint8_t *data, size_t size, astrovl_error *err) {
-    static const char *const others[][2] = {
-        {"GIF8", "GIF"}, {"II*", "TIFF"}, {"II+", "TIFF"}, {"MM?*", "TIFF"}, {"MM?+", "TIFF"}, {"BM", "BMP"},
-        {"RIFF????WEBP", "WebP"}, {"????jP  ", "JPEG 2000"}, {"\xFF\x4F\xFF", "JPEG 2000"}, {"????JXL ", "JPEG XL"},
-        {"\xFF\x0A", "JPEG XL"}, {"????ftyp", "AVIF, HEIC or a film"}, {"8BPS", "PSD"}, {"%PDF", "PDF"}, {"P1", "PBM"},
-        {"P4", "PBM"}, {"P2", "PGM as text"}, {"P3", "PPM as text"}, {"P7", "PAM"}, {"\x1F\x8B", "gzip: unpack it"},
-        {"PK\3\4", "zip: unpack it"}, {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG"},
-        {"<", "HTML or XML: get the image itself"}, {"\xEF\xBB\xBF<", "HTML or XML: get the image itself"},
-        {"{", "JSON: get the image itself"}, {"version https://git-lfs", "git-lfs: run `git lfs pull`"},
-        {"\x89PNG", "PNG with converted line ends: get it again, as binary"}};
-    const char *what = "a format unknown here";
-    for (; size && avl__is_space(*data); size--) data++;
-    for (size_t i = 0, n; i < sizeof others / sizeof *others; i++) {
-        const char *bytes = others[i][0];
-        for (n = 0; n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == data[n]); n++) {}
-        if (!bytes[n]) what = others[i][1];
-    }
-    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s", what,
-                     strchr(what, ':') ? "" : ": convert it to PNG or JPEG");
-}
-
 ASTROVL_API astrovl_status astrovl_image_decode(const void *data, size_t size, const astrovl_image_options *options,
                                                 astrovl_image *image, astrovl_error *err) {
+    // Formats by their first bytes ('?': any). Those that are not decoded may have white space before them.
+    static const struct { const char *bytes, *name; astrovl_status (*decode)(avl__image_file *); } formats[] = {
+        {"\x89PNG\r\n\x1a\n", "PNG", avl__png_decode}, {"\xFF\xD8\xFF", "JPEG", avl__jpeg_decode},
+        {"P5", "PNM", avl__pnm_decode}, {"P6", "PNM", avl__pnm_decode}, {"GIF8", "GIF", NULL}, {"II*", "TIFF", NULL},
+        {"II+", "TIFF", NULL}, {"MM?*", "TIFF", NULL}, {"MM?+", "TIFF", NULL}, {"BM", "BMP", NULL},
+        {"RIFF????WEBP", "WebP", NULL}, {"????jP  ", "JPEG 2000", NULL}, {"\xFF\x4F\xFF", "JPEG 2000", NULL},
+        {"????JXL ", "JPEG XL", NULL}, {"\xFF\x0A", "JPEG XL", NULL}, {"????ftyp", "AVIF, HEIC or a film", NULL},
+        {"8BPS", "PSD", NULL}, {"%PDF", "PDF", NULL}, {"P1", "PBM", NULL}, {"P4", "PBM", NULL},
+        {"P2", "PGM as text", NULL}, {"P3", "PPM as text", NULL}, {"P7", "PAM", NULL},
+        {"\x1F\x8B", "gzip: unpack it", NULL}, {"PK\3\4", "zip: unpack it", NULL},
+        {"SIMPLE  =", "FITS: scale its values to 8 or 16 bits and save them as PNG", NULL},
+        {"<", "HTML or XML: get the image itself", NULL}, {"\xEF\xBB\xBF<", "HTML or XML: get the image itself", NULL},
+        {"{", "JSON: get the image itself", NULL}, {"version https://git-lfs", "git-lfs: run `git lfs pull`", NULL},
+        {"\x89PNG", "PNG with converted line ends: get it again, as binary", NULL}};
     const uint8_t *p = (const uint8_t *)data;
     if (image) memset(image, 0, sizeof *image);
     if (!image || !data) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no data to decode, or no image for the result");
-    avl__fail(err, ASTROVL_OK, "%s", "");
     uint64_t max_pixels = options && options->max_pixels ? options->max_pixels : ASTROVL_MAX_PIXELS;
-    avl__image_file in = {NULL, p, size, 0, max_pixels, 0, image, err};
-    astrovl_status status;
-    if (size >= 8 && memcmp(p, "\x89PNG\r\n\x1a\n", 8) == 0) status = avl__png_decode(&in);
-    else if (size >= 3 && memcmp(p, "\xFF\xD8\xFF", 3) == 0) status = avl__jpeg_decode(&in);
-    else if (size >= 3 && p[0] == 'P' && (p[1] == '5' || p[1] == '6')) status = avl__pnm_decode(&in);
-    else status = avl__image_other(p, size, err);
-    if (!status && in.orientation) image->orientation = in.orientation;
-    if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
-    if (status) astrovl_image_free(image);
-    return status;
+    size_t n_spaces = 0;
+    while (n_spaces < size && avl__is_space(p[n_spaces])) n_spaces++;
+    for (size_t i = 0, n; i < sizeof formats / sizeof *formats; i++) {
+        const char *bytes = formats[i].bytes, *name = formats[i].name;
+        const size_t at = formats[i].decode ? 0 : n_spaces;
+        for (n = 0; at + n < size && bytes[n] && (bytes[n] == '?' || (uint8_t)bytes[n] == p[at + n]); n++) {}
+        if (bytes[n]) continue;
+        if (!formats[i].decode)
+            return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but %s%s",
+                             name, strchr(name, ':') ? "" : ": convert it to PNG or JPEG");
+        avl__image_file in = {name, p, size, 0, max_pixels, 0, image, err};
+        avl__fail(err, ASTROVL_OK, "%s", "");
+        astrovl_status status = formats[i].decode(&in);
+        if (!status && in.orientation) image->orientation = in.orientation;
+        if (!status && !(options && options->as_stored)) status = astrovl_image_upright(image, err);
+        if (status) astrovl_image_free(image);
+        return status;
+    }
+    return avl__fail(err, ASTROVL_ERROR_UNSUPPORTED, "neither PNG, JPEG nor binary PNM (P5, P6), but a format unknown "
+                     "here: convert it to PNG or JPEG");
 }
 
 ASTROVL_API astrovl_status astrovl_image_load(const char *path, const astrovl_image_options *options,
@@ -4695,42 +4679,55 @@ ASTROVL_API astrovl_status astrovl_image_upright(astrovl_image *image, astrovl_e
 
 #define AVL__RESIZE_BITS 22   // 32 - 8 bits of the pixel - 2 for sums above 255 and the sign
 
-// What a pixel of the result is made of, along one axis.
-typedef struct avl__taps {
-    int64_t first, end, at;             // pixels first to end - 1 of the image, whose pixel 0 is the input's pixel `at`
-    int32_t all, outside;               // sums of weights: of all input pixels, and of those outside of the image
-    double  center, step, sum;
-} avl__taps;
-
-// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981), for pixel k of the image
-static double avl__bicubic(const avl__taps *t, int64_t k) {
-    double x = ((double)(t->at + k) - t->center + 0.5) * t->step;
+// Keys' cubic convolution kernel with a = -1/2 (IEEE Trans. ASSP 29, 1981)
+static double avl__bicubic(double x) {
     if (x < 0.0) x = -x;
     if (x < 1.0) return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0;
     if (x < 2.0) return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
     return 0.0;
 }
 
-static int32_t avl__weight(const avl__taps *t, int64_t k) {
-    double w = avl__bicubic(t, k) / t->sum * (double)(1 << AVL__RESIZE_BITS);
-    return (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+typedef struct avl__axis {
+    int64_t  n_in, n_image, n_out, n;   // pixels of the input, the image, the output and the result
+    int64_t  first, n_taps;             // a pixel of the result is made of n_taps pixels of the image from `first` on
+    int32_t *weights, outside;          // their weights, and the sum of those of the pixels outside of the image
+} avl__axis;
+
+// Fills first, n_taps, weights and outside for pixel i of the result.
+static void avl__axis_weigh(avl__axis *a, int64_t i) {
+    const double scale = (double)a->n_in / (double)a->n_out, stretch = scale < 1.0 ? 1.0 : scale, step = 1.0 / stretch;
+    const double center = ((double)((a->n_out - a->n) / 2 + i) + 0.5) * scale;
+    const double low = center - 2.0 * stretch + 0.5, high = center + 2.0 * stretch + 0.5;
+    const int64_t begin = low < 0.0 ? 0 : (int64_t)low, end = high > (double)a->n_in ? a->n_in : (int64_t)high;
+    const int64_t at = (a->n_in - a->n_image) / 2;   // of the image in the input
+    double sum = 0.0;
+    a->first = begin < at ? 0 : begin < at + a->n_image ? begin - at : a->n_image;
+    a->n_taps = a->outside = 0;
+    for (int64_t k = begin; k < end; k++) sum += avl__bicubic(((double)k - center + 0.5) * step);
+    for (int64_t k = begin; k < end; k++) {
+        const double w = avl__bicubic(((double)k - center + 0.5) * step) / sum * (double)(1 << AVL__RESIZE_BITS);
+        const int32_t weight = (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+        if (k < at || k >= at + a->n_image) a->outside += weight;
+        else a->weights[a->n_taps++] = weight;
+    }
 }
 
-// For pixel i of n. n_in, n_image, n_out, n: pixels of the input, the image, the output and the result
-static avl__taps avl__taps_of(int64_t n_in, int64_t n_image, int64_t n_out, int64_t n, int64_t i) {
-    double scale = (double)n_in / (double)n_out, stretch = scale < 1.0 ? 1.0 : scale;
-    double center = ((double)((n_out - n) / 2 + i) + 0.5) * scale;
-    double low = center - 2.0 * stretch + 0.5, high = center + 2.0 * stretch + 0.5;
-    int64_t at = (n_in - n_image) / 2, first = (low < 0.0 ? 0 : (int64_t)low) - at;
-    int64_t end = (high > (double)n_in ? n_in : (int64_t)high) - at;
-    avl__taps t = {0, 0, at, 0, 0, center, 1.0 / stretch, 0.0};
-    t.first = first < 0 ? 0 : first > n_image ? n_image : first;
-    t.end = end < 0 ? 0 : end > n_image ? n_image : end;
-    for (int64_t k = first; k < end; k++) t.sum += avl__bicubic(&t, k);
-    for (int64_t k = first; k < end; k++) t.all += avl__weight(&t, k);
-    t.outside = t.all;
-    for (int64_t k = t.first; k < t.end; k++) t.outside -= avl__weight(&t, k);
-    return t;
+// Makes that pixel in n lines.   step, line: bytes to the next pixel along the axis and to the next line
+static void avl__axis_mix(const avl__axis *a, const unsigned char color[3], int64_t n, const uint8_t *from, size_t step,
+                          size_t line, uint8_t *to, size_t to_line) {
+    const int32_t half = 1 << (AVL__RESIZE_BITS - 1), n_taps = (int32_t)a->n_taps, *weights = a->weights;
+    for (from += (size_t)a->first * step; n > 0; n--, from += line, to += to_line) {
+        int32_t r = half + a->outside * color[0], g = half + a->outside * color[1], b = half + a->outside * color[2];
+        const uint8_t *p = from;
+        for (int32_t k = 0; k < n_taps; k++, p += step) {
+            r += weights[k] * p[0];
+            g += weights[k] * p[1];
+            b += weights[k] * p[2];
+        }
+        to[0] = avl__clip8(r >> AVL__RESIZE_BITS);
+        to[1] = avl__clip8(g >> AVL__RESIZE_BITS);
+        to[2] = avl__clip8(b >> AVL__RESIZE_BITS);
+    }
 }
 
 // in, out: size of the input and the output, across and down;   color: of the input outside of the image (NULL: black)
@@ -4739,58 +4736,50 @@ static astrovl_status avl__resize(const astrovl_image *image, const int64_t in[2
     // Along x first, which is across, as in Pillow up to 12, which prepared the training data. Images over 100 times as
     // high as wide are an exception when they are made lower: x is down. (Pillow 13 takes the faster order.)
     const int x = in[1] > 100 * in[0] && out[1] < in[1], y = !x;
-    const int64_t n[2] = {width, height}, n_image[2] = {image->width, image->height};
-    const int64_t step[2] = {3, 3 * n_image[0]}, n_rows = 64;   // of the image, of the result at a time
-    const int64_t n_x = n[x], n_y = n[y], size = 3 * n_x, n_weights = 4 * (in[x] / out[x] + 2);
-    const int32_t half = 1 << (AVL__RESIZE_BITS - 1);
+    const size_t step[2] = {3, 3 * (size_t)image->width}, to_step[2] = {3, 3 * (size_t)width};
+    avl__axis axis[3] = {{in[0], image->width, out[0], width, 0, 0, NULL, 0},
+                         {in[1], image->height, out[1], height, 0, 0, NULL, 0}, {1, 0, 1, 1, 0, 0, NULL, 0}};
+    // The result is made in stripes along y, of which the weights along x and the image's rows are kept.
+    const int64_t n_rows = axis[y].n_image, n_weights = 4 * (in[0] / out[0] + in[1] / out[1] + 4);
+    const int64_t wanted = 1 + (1 << 18) / (n_rows + n_weights), n_stripe = wanted < axis[x].n ? wanted : axis[x].n;
     if (!color) color = (const unsigned char *)"\0\0";
     astrovl_status status = avl__image_new(result, width, height, err);
     if (status) return status;
-    const uint64_t n_taps = (uint64_t)(n_x + n_y), n_bytes = (uint64_t)(n_rows * size * 5 + n_weights * 4);
-    avl__taps *taps = (avl__taps *)avl__alloc_raw(n_taps * sizeof(avl__taps) + n_bytes, 1);      // along x, along y
-    if (!taps) {
+    const uint64_t column_bytes = sizeof(avl__axis) + (uint64_t)(4 * n_weights + 3 * n_rows);
+    avl__axis *columns = (avl__axis *)avl__alloc_raw((uint64_t)n_stripe * column_bytes + 4 * (uint64_t)n_weights, 1);
+    if (!columns) {
         astrovl_image_free(result);
         return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for resizing to %d x %d", width, height);
     }
-    int32_t *sums = (int32_t *)(taps + n_taps), *weights = sums + n_rows * size;                 // [n_rows][n_x][3]
-    uint8_t *rows = (uint8_t *)(weights + n_weights);                                            // the same
-    for (int64_t i = 0; i < n_x; i++) taps[i] = avl__taps_of(in[x], n_image[x], out[x], n_x, i);
-    for (int64_t i = 0; i < n_y; i++) taps[n_x + i] = avl__taps_of(in[y], n_image[y], out[y], n_y, i);
-    // Pixels x0 to x1 - 1 along x see something of the image. The others have its color, as do the rows outside of it.
-    int64_t x0 = 0, x1 = n_x;
-    while (x0 < x1 && taps[x0].first == taps[x0].end) x0++;
-    while (x0 < x1 && taps[x1 - 1].first == taps[x1 - 1].end) x1--;
-    for (int64_t y0 = 0, y1; y0 < n_y; y0 = y1) {
-        const avl__taps *t = taps + n_x;
-        y1 = n_y - y0 < n_rows ? n_y : y0 + n_rows;
-        for (int64_t i = y0; i < y1; i++)
-            for (int64_t v = 0; v < size; v++)
-                sums[(i - y0) * size + v] = half + (v < 3 * x0 || v >= 3 * x1 ? t[i].all : t[i].outside) * color[v % 3];
-        for (int64_t row = t[y0].first, end; row < t[y1 - 1].end; row = end) {
-            end = t[y1 - 1].end - row < n_rows ? t[y1 - 1].end : row + n_rows;
-            for (int64_t i = x0; i < x1; i++) {
-                const int64_t first = taps[i].first, n_seen = taps[i].end - first;
-                for (int64_t k = 0; k < n_seen; k++) weights[k] = avl__weight(&taps[i], first + k);
-                for (int64_t v = 0; v < 3 * (end - row); v++) {
-                    const unsigned char *from = image->rgb + (row + v / 3) * step[y] + first * step[x] + v % 3;
-                    int32_t sum = half + taps[i].outside * color[v % 3];
-                    for (int64_t k = 0; k < n_seen; k++) sum += weights[k] * from[k * step[x]];
-                    rows[v / 3 * size + 3 * i + v % 3] = avl__clip8(sum >> AVL__RESIZE_BITS);
-                }
-            }
-            for (int64_t i = y0; i < y1; i++)
-                for (int64_t k = t[i].first < row ? row : t[i].first; k < t[i].end && k < end; k++) {
-                    const int32_t weight = avl__weight(&t[i], k);
-                    for (int64_t v = 3 * x0; v < 3 * x1; v++)
-                        sums[(i - y0) * size + v] += weight * rows[(k - row) * size + v];
-                }
+    int32_t *weights = (int32_t *)(columns + n_stripe);                  // [1 + n_stripe][n_weights], the first along y
+    uint8_t *rows = (uint8_t *)(weights + n_weights * (n_stripe + 1));   // [n_rows][n_stripe][3]
+    const size_t stride = 3 * (size_t)n_stripe;
+    axis[y].weights = axis[2].weights = weights;
+    avl__axis_weigh(&axis[y], 0);
+    const int64_t first = axis[y].first;
+    avl__axis_weigh(&axis[y], axis[y].n - 1);
+    const int64_t end = axis[y].first + axis[y].n_taps;   // only rows `first` to end - 1 are needed
+    for (int64_t x0 = 0, n; x0 < axis[x].n; x0 += n) {
+        int64_t n_seen = 0;
+        n = axis[x].n - x0 < n_stripe ? axis[x].n - x0 : n_stripe;
+        for (int64_t i = 0; i < n; i++) {
+            columns[i] = axis[x];
+            columns[i].weights = weights + n_weights * (i + 1);
+            avl__axis_weigh(&columns[i], x0 + i);
+            n_seen += columns[i].n_taps;
         }
-        for (int64_t i = y0 * size; i < y1 * size; i++) {
-            const int64_t pixel = x == 1 ? i / 3 % n_x * n_y + i / size : i / 3;
-            result->rgb[3 * pixel + i % 3] = avl__clip8(sums[i - y0 * size] >> AVL__RESIZE_BITS);
+        for (int64_t row = first; row < end && n_seen; row += 8)   // so few that memory is read in its order
+            for (int64_t i = 0; i < n; i++)
+                avl__axis_mix(&columns[i], color, end - row < 8 ? end - row : 8, image->rgb + (size_t)row * step[y],
+                              step[x], step[y], rows + (size_t)row * stride + 3 * i, stride);
+        avl__axis *along_y = n_seen ? &axis[y] : &axis[2];   // a stripe outside of the image has its color
+        for (int64_t i = 0; i < axis[y].n; i++) {
+            avl__axis_weigh(along_y, n_seen ? i : 0);
+            avl__axis_mix(along_y, color, n, rows, stride, 3,
+                          result->rgb + (size_t)i * to_step[y] + (size_t)x0 * to_step[x], to_step[x]);
         }
     }
-    astrovl_free(taps);
+    astrovl_free(columns);
     return ASTROVL_OK;
 }
 
@@ -5016,12 +5005,9 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
     const int d = tower->n_embd, n_ff = tower->n_ff, n_reports = tower->is_text ? 0 : n_layers;
     const uint64_t n_wide = (uint64_t)n * d;
     float *h = avl__take(run, n_wide);                          // [n][n_embd]
-    float *q = avl__take(run, n_wide);                          // [n][n_head][head_dim], and so k, v and mixed
-    float *k = avl__take(run, n_wide);
-    float *v = avl__take(run, n_wide);
-    float *mixed = avl__take(run, n_wide);
+    float *mixed = avl__take(run, n_wide);                      // [n][n_head][head_dim], and so q, k and v
+    float *const qkv[] = {avl__take(run, n_wide), avl__take(run, n_wide), avl__take(run, n_wide)};
     float *hidden = avl__take(run, (uint64_t)n * n_ff);         // [n][n_ff]
-    float *const qkv[] = {q, k, v};
     avl__attention a;
     memset(&a, 0, sizeof a);
     a.run = run;
@@ -5039,16 +5025,16 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
         avl__norm_rows(run, h, x, layer->norm1_weight, layer->norm1_bias, n, d, tower->eps);
         avl__tap(run, name, i, "layer_norm1", h, n, d);
         avl__apply_each(run, qkv, h, qkv_weights, 3, n);
-        avl__tap(run, name, i, "self_attn.q_proj", q, n, d);
-        avl__tap(run, name, i, "self_attn.k_proj", k, n, d);
-        avl__tap(run, name, i, "self_attn.v_proj", v, n, d);
+        avl__tap(run, name, i, "self_attn.q_proj", qkv[0], n, d);
+        avl__tap(run, name, i, "self_attn.k_proj", qkv[1], n, d);
+        avl__tap(run, name, i, "self_attn.v_proj", qkv[2], n, d);
         a.is_coarse = avl__is_float_type(layer->q.type);
         size_t at = 0;
         for (int j = 0; j < n_sequences; j++, at += (size_t)a.n_rows * d) {
             a.n_rows = lengths ? lengths[j] : n / n_sequences;
-            a.q = q + at;
-            a.k = k + at;
-            a.v = v + at;
+            a.q = qkv[0] + at;
+            a.k = qkv[1] + at;
+            a.v = qkv[2] + at;
             a.out = mixed + at;
             avl__attention_run(&a, 1);
         }
