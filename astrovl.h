@@ -6380,9 +6380,8 @@ static int avl__re_utf8(astrovl_guide *g, uint32_t lead, uint32_t low, uint32_t 
 
 // Pushes the characters from low to high; surrogates are none.
 static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) {
-    static const struct { uint32_t low, high, lead; int n; } forms[] = {
-        {0, 0x7F, 0, 1}, {0x80, 0x7FF, 0xC0, 2}, {0x800, 0xD7FF, 0xE0, 3}, {0xE000, 0xFFFF, 0xE0, 3},
-        {0x10000, 0x10FFFF, 0xF0, 4}};
+    static const struct { uint32_t low, high, lead; int n; } forms[] = {{0, 0x7F, 0, 1}, {0x80, 0x7FF, 0xC0, 2},
+        {0x800, 0xD7FF, 0xE0, 3}, {0xE000, 0xFFFF, 0xE0, 3}, {0x10000, 0x10FFFF, 0xF0, 4}};
     for (int i = 0; i < 5; i++) {
         uint32_t from = low > forms[i].low ? low : forms[i].low, to = high < forms[i].high ? high : forms[i].high;
         if (from <= to) avl__push(g, avl__re_utf8(g, forms[i].lead, from, to, forms[i].n));
@@ -6472,12 +6471,11 @@ static int avl__guide_node(const astrovl_guide *g, int state) {
 // SentencePiece vocabularies begin an answer with a token that begins with a space ("_{"): where the answer itself may
 // not, that space is dropped from the first token. Returns the bytes dropped, 0 or 1.
 static int avl__guide_skip(astrovl_guide *g, int state, const char *bytes, size_t size) {
-    return state == 0 && size > 0 && *bytes == ' ' && avl__re_step(g, g->start, g->classes[' ']) == AVL__NONE;
+    return state == 0 && size > 0 && *bytes == ' ' && avl__re_step(g, g->start, g->classes[(uint8_t)' ']) == AVL__NONE;
 }
 
-ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *g, int state, int n_left, float *logits,
                                               astrovl_error *err) {
-    astrovl_guide *g = guide;
     int at[AVL__GUIDE_TOKEN + 1] = {avl__guide_node(g, state)};   // nodes after the bytes of one token
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
     const int n_vocab = g->model->info.n_vocab;
@@ -7106,8 +7104,7 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
     g->model = model;
     g->name = is_schema ? "schema" : "pattern";
     avl__guide_read_tokens(g);
-    avl__re_make(g, AVL__NONE, 0, 0, 0, 0);
-    avl__re_make(g, AVL__EMPTY, 0, 0, 0, 0);
+    for (int kind = AVL__NONE; kind <= AVL__EMPTY; kind++) avl__re_make(g, kind, 0, 0, 0, 0);
     if (size > AVL__GUIDE_FAR)
         avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "%s: it has more than 262,144 bytes", g->name);
     if (!g->failure.status && !is_schema) g->start = avl__re_pattern(g, text);

@@ -1240,9 +1240,8 @@ static float clamp(float x, float low, float high) {   // two steps: compilers m
     return y > high ? high : y;
 }
 
-static float round_between(float x, float low, float high) {   // to the nearest integer of low..high, ties to even
-    return (clamp(x, low, high) + ROUNDER) - ROUNDER;
-}
+// To the nearest integer of low..high, ties to even
+static float round_between(float x, float low, float high) { return (clamp(x, low, high) + ROUNDER) - ROUNDER; }
 
 // The value of largest magnitude (the first of equals), with its sign
 static float extreme_of(const float *x, int n) {
@@ -1288,13 +1287,12 @@ static void pack(unsigned char *out, const unsigned char *codes, int n, int shif
 //   Q4_1, Q5_1   d = (largest - m) / (2^bits - 1), m the least value           q = floor((x - m) / d + 1/2)
 static void quantize_simple(const float *x, unsigned char *b, int bits, int has_minimum) {
     int top = (1 << bits) - 1, middle = 1 << (bits - 1), j;
-    float least, largest, inverse, d, m = 0, offset = has_minimum ? 0.5f : (float)middle + 0.5f;
+    float least, largest, offset = has_minimum ? 0.5f : (float)middle + 0.5f;
     unsigned char codes[32];
     find_range(x, 32, &least, &largest);
-    if (has_minimum) m = clamp(least, -F16_LIMIT, F16_LIMIT);
-    d = has_minimum ? (largest - m) / (float)top : extreme_of(x, 32) / (float)-middle;
-    d = clamp(d, -F16_LIMIT, F16_LIMIT);
-    inverse = reciprocal(d);
+    const float m = has_minimum ? clamp(least, -F16_LIMIT, F16_LIMIT) : 0;
+    const float exact = has_minimum ? (largest - m) / (float)top : extreme_of(x, 32) / (float)-middle;
+    const float d = clamp(exact, -F16_LIMIT, F16_LIMIT), inverse = reciprocal(d);
     for (j = 0; j < 32; j++) codes[j] = (unsigned char)clamp((x[j] - m) * inverse + offset, 0, (float)top);
     put_half(b, d);
     if (has_minimum) put_half(b + 2, m);
@@ -1348,11 +1346,11 @@ static float fit_scale(const float *x, int n, int low, int high) {
 // or, where that would make m negative, for r = low and d = sum (u + low) q / sum q^2.
 // Returns that m; d comes from fit_scale, once the minima have been rounded. n is 16 or 32.
 static float fit_minimum(const float *x, int n, int high) {
-    float low, top, u[32], sum_u = 0, minimum;
+    float low, top, u[32], sum_u = 0;
     double least = 0;
     find_range(x, n, &low, &top);
     if (low > 0) low = 0;
-    minimum = -low;
+    float minimum = -low;
     if (top - low < QUANTIZE_MIN) return minimum;
     for (int i = 0; i < n; i++) {
         u[i] = x[i] - low;
@@ -1600,7 +1598,7 @@ static int is_quantizable(const astrovl_tensor *t) {
 // What a recipe asks for. n_blocks: [3], of each tower
 static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blocks, const astrovl_tensor *t) {
     const char *rest = "";
-    int tower, type, heads, shared, number = block_of(t->name, &tower, &rest), n = number < 0 ? 0 : n_blocks[tower];
+    int tower, number = block_of(t->name, &tower, &rest), n = number < 0 ? 0 : n_blocks[tower];
     if (strcmp(t->name, "output.weight") == 0) return r->output;
     if (strcmp(t->name, "token_embd.weight") == 0)
         return astrovl_gguf_find_tensor(in, "output.weight") ? r->type : r->output;
@@ -1608,10 +1606,10 @@ static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blo
     if (begins(rest, "ffn_down")) return block_is_among(r->down.blocks, number, n) ? r->down.type : r->down.rest;
     if (begins(rest, "attn_out")) return r->attention_output;
     if (!begins(rest, "attn_v.")) return r->type;
-    type = block_is_among(r->v.blocks, number, n) ? r->v.type : r->v.rest;
+    const int type = block_is_among(r->v.blocks, number, n) ? r->v.type : r->v.rest;
     if (r->output == r->type || type == ASTROVL_TYPE_Q6_K || tower != 0 || n != 80) return type;
-    heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");      // a mix, of a model of 80 blocks: 70B
-    shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
+    const int heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");   // a mix, of a model of 80 blocks: 70B
+    const int shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
     if (shared < 0 || astrovl_gguf_int(in, shared, 0) == astrovl_gguf_int(in, heads, 0)) return type;
     return ASTROVL_TYPE_Q5_K;   // heads share keys and values: attn_v is small, and worth it
 }
@@ -1637,9 +1635,7 @@ static void put_string(FILE *out, const char *text) {
     fputs(text, out);
 }
 
-static void pad_to_32(FILE *out, uint64_t size) {
-    for (; size % 32; size++) fputc(0, out);
-}
+static void pad_to_32(FILE *out, uint64_t size) { for (; size % 32; size++) fputc(0, out); }
 
 // All that stands before the tensors' data. types: [n_tensors]
 static void put_header(FILE *out, const astrovl_gguf *in, int file_type, const int *types) {
@@ -2423,8 +2419,8 @@ static double random_number(uint64_t *state) {
 }
 
 static int by_value(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
 }
 
 static void print_retrieval(const program *p, const retrieval *r) {

@@ -1658,7 +1658,7 @@ class Index(Case):
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(star_field(0))
         self.assertIn("4 images of other formats", self.index("kinds.avl", folder).err)
-        self.assertEqual(json.loads(self.succeeds("index", "--json", folder, "-o", self.path("kinds.avl")).out)["passed_over"], 4)
+        self.assertEqual(json.loads(self.index("kinds.avl", "--json", folder).out)["passed_over"], 4)
         os.symlink("nowhere.png", os.path.join(folder, "gone.png"))
         self.assertIn("gone.png", self.index("kinds.avl", folder, code=1).err)
 
