@@ -3259,11 +3259,10 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         } else if (v->rank[id] == AVL__NEVER) v->rank[id] = too_early;
     }
     astrovl_free(joined.data);
-    for (i = 0; i < v->n_tokens; i++) {
+    for (i = 0; i < v->n_tokens; i++)
         if (v->rank[i] == too_early)
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " make \"%.*s\" of pieces not made before",
                           AVL__SHOW(v->pieces[i]));
-    }
 }
 
 //   prefix  before every key: "tokenizer.ggml."
@@ -3322,10 +3321,14 @@ static void avl__put_id(avl__encoder *e, int32_t id) { e->failed |= !avl__tokens
 
 // Appends a symbol of the next `size` bytes of the spelling; there must be room for it.
 static void avl__put_symbol(avl__encoder *e, size_t size, int32_t id, int frozen) {
-    const int32_t i = (int32_t)e->n_symbols++, start = i ? e->symbols[i - 1].start + e->symbols[i - 1].size : 0;
-    const avl__symbol symbol = {start, (int32_t)size, i - 1, -1, id, frozen};
-    e->symbols[i] = symbol;
-    if (i) e->symbols[i - 1].next = i;
+    avl__symbol *s = &e->symbols[e->n_symbols];
+    s->prev = (int32_t)e->n_symbols++ - 1;
+    s->start = s->prev < 0 ? 0 : s[-1].start + s[-1].size;
+    s->size = (int32_t)size;
+    s->next = -1;
+    s->id = id;
+    s->frozen = frozen;
+    if (s->prev >= 0) s[-1].next = s->prev + 1;
 }
 
 // Puts the pair that starts with symbol `left` on the heap if it makes a token.
@@ -3516,26 +3519,25 @@ static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
 
 static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
-    avl__unicode *u = v->unicode;
     avl__utf8_gate gate = {{0}, 0};
     int clip = v->kind == AVL__VOCAB_CLIP;
     size_t at, part = 0, end, length;   // part: how far the word rule may look
     e->text.size = 0;
     avl__utf8_gate_put(&gate, text, size, &e->text);
     avl__utf8_gate_flush(&gate, &e->text);
-    e->failed |= e->text.failed || (clip && !avl__clean(u, &e->text));
+    e->failed |= e->text.failed || (clip && !avl__clean(v->unicode, &e->text));
     text = e->text.data;
     size = e->text.size;
     for (at = 0; at < size && !e->failed; at = end) {
         if (at == part) {
-            part = v->kind == AVL__VOCAB_SMOLLM ? avl__run_end(u, text, at, size, AVL__CLASS_NUMBER, 0) : size;
+            part = v->kind == AVL__VOCAB_SMOLLM ? avl__run_end(v->unicode, text, at, size, AVL__CLASS_NUMBER, 0) : size;
             if (part == at) {   // a number stands alone
                 avl__utf8_read(text + at, size - at, &length);
                 part += length;
             }
         }
         end = avl__word_end(v, text, at, part);
-        if (clip && avl__class_at(u, text, at, end, &length) == AVL__CLASS_SPACE) continue;
+        if (clip && avl__class_at(v->unicode, text, at, end, &length) == AVL__CLASS_SPACE) continue;
         avl__encode_word(e, text + at, end - at);
     }
 }
