@@ -2879,7 +2879,10 @@ static void avl__unicode_fill(avl__unicode *u) {   // u is all zeros
 static avl__class avl__class_at(const avl__unicode *u, const char *text, size_t at, size_t end, size_t *length) {
     *length = 0;
     if (at >= end) return AVL__CLASS_END;
-    uint32_t c = (uint32_t)avl__utf8_read(text + at, end - at, length);
+    uint32_t c = (uint32_t)avl__utf8_read(text + at, end - at, length), lower = c | 32;
+    if (c >= ' ' && c < 128)   // the most frequent, without a search
+        return c == ' ' ? AVL__CLASS_SPACE : lower >= 'a' && lower <= 'z' ? AVL__CLASS_LETTER :
+               c >= '0' && c <= '9' ? AVL__CLASS_NUMBER : AVL__CLASS_OTHER;
     return (avl__class)avl__run_value(u->classes, AVL__CLASS_RUNS, c);
 }
 
@@ -2939,20 +2942,20 @@ static uint32_t avl__composed(avl__unicode *u, uint32_t first, uint32_t second) 
     return second ? avl__find_pair(u, first, second)->x : 0;   // (first, 0) is how first is taken apart
 }
 
-// Appends text (valid UTF-8), composed and in lower case; 0: memory is out.
-static int avl__clean(avl__unicode *u, const char *text, size_t size, avl__bytes *out) {
+// Composes text (valid UTF-8) and makes it lower case; 0: memory is out.
+static int avl__clean(avl__unicode *u, avl__bytes *text) {
     avl__tokens points = {NULL, 0, 0};
     size_t at, length, starter = (size_t)-1, n = 0;   // the first n points are composed; starter: the last of class 0
     int32_t last = 0;                                 // the class of point n - 1
     int ok = 1;
-    for (at = 0; at < size && ok; at += length)
-        ok = avl__decompose(&points, u, (uint32_t)avl__utf8_read(text + at, size - at, &length));
+    for (at = 0; at < text->size && ok; at += length)
+        ok = avl__decompose(&points, u, (uint32_t)avl__utf8_read(text->data + at, text->size - at, &length));
+    text->size = 0;
     for (at = 0; at < points.size; at++) {
         int32_t rank = points.data[at] >> AVL__POINT_BITS;
         uint32_t whole = 0;
-        if (starter != (size_t)-1 && (n == starter + 1 || (last > 0 && last < rank))) {   // nothing stands between
+        if (starter != (size_t)-1 && (n == starter + 1 || (last > 0 && last < rank)))   // nothing stands between
             whole = avl__composed(u, (uint32_t)points.data[starter], (uint32_t)(points.data[at] & AVL__POINT_MASK));
-        }
         if (whole) {
             points.data[starter] = (int32_t)whole;
             continue;
@@ -2965,11 +2968,11 @@ static int avl__clean(avl__unicode *u, const char *text, size_t size, avl__bytes
         char utf8[4];
         uint32_t c = (uint32_t)(points.data[at] & AVL__POINT_MASK);
         uint32_t lower = c == 0x130 ? 'i' : c + (uint32_t)avl__run_value(u->lower, AVL__LOWER_RUNS, c);
-        avl__bytes_put(out, utf8, avl__utf8_write(lower, utf8));
-        if (c == 0x130) avl__bytes_put(out, "\xCC\x87", 2);   // becomes two characters, i and a dot above
+        avl__bytes_put(text, utf8, avl__utf8_write(lower, utf8));
+        if (c == 0x130) avl__bytes_put(text, "\xCC\x87", 2);   // becomes two characters, i and a dot above
     }
     astrovl_free(points.data);
-    return ok && !out->failed;
+    return ok && !text->failed;
 }
 
 // ---- vocabularies --------------------------------------------------------------------------------------------------
@@ -3106,11 +3109,11 @@ static void avl__load_pieces(avl__vocab *v, avl__keys *k) {
     v->ends = (uint8_t *)avl__alloc(count, 1);
     v->rank = (uint32_t *)avl__alloc_raw(count, sizeof *v->rank);
     v->slots = (avl__piece_slot *)avl__alloc_raw((uint64_t)v->mask + 1, sizeof *v->slots);
-    if (v->kind != AVL__VOCAB_SPM) v->unicode = (avl__unicode *)avl__alloc(1, sizeof *v->unicode);
-    if (!v->pieces || !v->types || !v->ends || !v->rank || !v->slots || (v->kind != AVL__VOCAB_SPM && !v->unicode))
+    v->unicode = (avl__unicode *)avl__alloc(v->kind != AVL__VOCAB_SPM, sizeof *v->unicode);
+    if (!v->pieces || !v->types || !v->ends || !v->rank || !v->slots || !v->unicode)
         avl__key_fail(k, ASTROVL_ERROR_MEMORY, "tokens", ": out of memory");
     if (k->status) return;
-    if (v->unicode) avl__unicode_fill(v->unicode);
+    if (v->kind != AVL__VOCAB_SPM) avl__unicode_fill(v->unicode);
     memset(v->rank, 0xFF, (size_t)count * sizeof *v->rank);             // every rank is AVL__NEVER
     memset(v->slots, 0xFF, ((size_t)v->mask + 1) * sizeof *v->slots);   // every id is -1
     for (i = 0; i < v->n_tokens && !k->status; i++) {
@@ -3242,16 +3245,14 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
     for (i = 0; i < count && !k->status; i++) {
         astrovl_string line = astrovl_gguf_string(k->file, index, (uint64_t)i);
         const char *space = line.size > 1 ? (const char *)memchr(line.data + 1, ' ', line.size - 1) : NULL;
-        size_t size = space ? (size_t)(space - line.data) : 0;
+        const size_t size = space ? (size_t)(space - line.data) : line.size, behind = space ? line.size - size - 1 : 0;
         if (!space) avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] has no space between two pieces", i);
-        if (!space) break;
         joined.size = 0;
         avl__bytes_put(&joined, line.data, size);
-        avl__bytes_put(&joined, space + 1, line.size - size - 1);
+        avl__bytes_put(&joined, line.data + (line.size - behind), behind);
         if (joined.failed) avl__key_fail(k, ASTROVL_ERROR_MEMORY, "merges", ": out of memory");
-        if (joined.failed) break;
         int32_t left = avl__vocab_find(v, line.data, size);
-        int32_t right = avl__vocab_find(v, space + 1, line.size - size - 1);
+        int32_t right = avl__vocab_find(v, line.data + (line.size - behind), behind);
         int32_t id = avl__vocab_find(v, joined.data, joined.size);
         if (left < 0 || right < 0 || id < 0) {
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] \"%.*s\" names a piece that is no token", i,
@@ -3261,11 +3262,10 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         } else if (v->rank[id] == AVL__NEVER) v->rank[id] = too_early;
     }
     astrovl_free(joined.data);
-    for (i = 0; i < v->n_tokens; i++) {
+    for (i = 0; i < v->n_tokens; i++)
         if (v->rank[i] == too_early)
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " make \"%.*s\" of pieces not made before",
                           AVL__SHOW(v->pieces[i]));
-    }
 }
 
 //   prefix  before every key: "tokenizer.ggml."
@@ -3310,13 +3310,13 @@ typedef struct avl__candidate {
 typedef struct avl__encoder {
     const avl__vocab *v;
     avl__tokens      *out;
-    avl__bytes        text;        // byte-level: the text in valid UTF-8
-    avl__bytes        cleaned;     // CLIP: the same, composed and in lower case
+    avl__bytes        text;        // byte-level: the text in valid UTF-8; CLIP: composed and in lower case, too
     avl__bytes        spelling;    // what symbols stand for: SPM all of the text, byte-level one word
     avl__symbol      *symbols;
     size_t            n_symbols, symbol_capacity;
     avl__candidate   *heap;
     size_t            n_heap, heap_capacity;
+    int32_t           known[4096]; // byte-level: [id % 4096] id + 1 of a word that was seen to merge to that one token
     int               failed;
 } avl__encoder;
 
@@ -3324,15 +3324,14 @@ static void avl__put_id(avl__encoder *e, int32_t id) { e->failed |= !avl__tokens
 
 // Appends a symbol of the next `size` bytes of the spelling; there must be room for it.
 static void avl__put_symbol(avl__encoder *e, size_t size, int32_t id, int frozen) {
-    int32_t i = (int32_t)e->n_symbols;
-    avl__symbol *s = &e->symbols[e->n_symbols++];
-    s->start = i ? s[-1].start + s[-1].size : 0;
+    avl__symbol *s = &e->symbols[e->n_symbols];
+    s->prev = (int32_t)e->n_symbols++ - 1;
+    s->start = s->prev < 0 ? 0 : s[-1].start + s[-1].size;
     s->size = (int32_t)size;
-    s->prev = i - 1;
     s->next = -1;
     s->id = id;
     s->frozen = frozen;
-    if (i) s[-1].next = i;
+    if (s->prev >= 0) s[-1].next = s->prev + 1;
 }
 
 // Puts the pair that starts with symbol `left` on the heap if it makes a token.
@@ -3470,9 +3469,8 @@ static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, si
     size_t n = avl__contraction(text + at, end - at, llama3);
     avl__class c = avl__class_at(u, text, at, end, &length);
     if (n) return at + n;
-    if (v->kind == AVL__VOCAB_CLIP) {
+    if (v->kind == AVL__VOCAB_CLIP)
         return c == AVL__CLASS_NUMBER ? at + length : avl__run_end(u, text, at + length, end, c, 1);
-    }
     if (llama3 && c == AVL__CLASS_NUMBER) {
         for (i = 0; i < 3 && avl__class_at(u, text, at, end, &length) == AVL__CLASS_NUMBER; i++) at += length;
         return at;
@@ -3499,51 +3497,50 @@ static size_t avl__word_end(const avl__vocab *v, const char *text, size_t at, si
 // unless there is a token for the unknown (CLIP). LLaMA-3 takes a word that is a token as it stands.
 static void avl__encode_word(avl__encoder *e, const char *word, size_t size) {
     const avl__vocab *v = e->v;
-    int clip = v->kind == AVL__VOCAB_CLIP, ends_word;
-    int32_t id;
+    const int clip = v->kind == AVL__VOCAB_CLIP, llama3 = v->kind == AVL__VOCAB_LLAMA3;
     e->failed |= !avl__grow(&e->spelling.data, &e->spelling.capacity, 2 * size + 8, 1) ||
                  !avl__grow(&e->symbols, &e->symbol_capacity, size, sizeof *e->symbols);
     for (size_t i = 0; i < size && !e->failed; i++) {
         char *spelling = e->spelling.data + e->spelling.size;
-        ends_word = clip && i + 1 == size;
+        const int ends_word = clip && i + 1 == size;
         size_t n = avl__spell_byte((uint8_t)word[i], ends_word, spelling);
-        id = ends_word ? avl__vocab_find(v, spelling, n) : v->byte_ids[(uint8_t)word[i]];
+        const int32_t id = ends_word ? avl__vocab_find(v, spelling, n) : v->byte_ids[(uint8_t)word[i]];
         if (id < 0 && (!clip || v->unk < 0)) continue;
         avl__put_symbol(e, n, id < 0 ? v->unk : id, id < 0);
         e->spelling.size += n;
     }
     if (e->failed) return;
-    id = e->n_symbols == size ? avl__vocab_find(v, e->spelling.data, e->spelling.size) : -1;
-    if (v->kind == AVL__VOCAB_LLAMA3 && id >= 0 && v->types[id] == AVL__TOKEN_NORMAL) {
+    const int32_t id = e->n_symbols == size ? avl__vocab_find(v, e->spelling.data, e->spelling.size) : -1;
+    if (id >= 0 && (e->known[id % 4096] == id + 1 || (llama3 && v->types[id] == AVL__TOKEN_NORMAL))) {
         e->n_symbols = 1;
         e->symbols->id = id;
         e->symbols->next = -1;
     }
     avl__merge(e);
+    if (id >= 0 && e->symbols->next < 0) e->known[id % 4096] = id + 1;
 }
 
 static void avl__encode_words(avl__encoder *e, const char *text, size_t size) {
     const avl__vocab *v = e->v;
-    avl__unicode *u = v->unicode;
     avl__utf8_gate gate = {{0}, 0};
     int clip = v->kind == AVL__VOCAB_CLIP;
     size_t at, part = 0, end, length;   // part: how far the word rule may look
-    e->text.size = e->cleaned.size = 0;
+    e->text.size = 0;
     avl__utf8_gate_put(&gate, text, size, &e->text);
     avl__utf8_gate_flush(&gate, &e->text);
-    e->failed |= e->text.failed || (clip && !avl__clean(u, e->text.data, e->text.size, &e->cleaned));
-    text = clip ? e->cleaned.data : e->text.data;
-    size = clip ? e->cleaned.size : e->text.size;
+    e->failed |= e->text.failed || (clip && !avl__clean(v->unicode, &e->text));
+    text = e->text.data;
+    size = e->text.size;
     for (at = 0; at < size && !e->failed; at = end) {
         if (at == part) {
-            part = v->kind == AVL__VOCAB_SMOLLM ? avl__run_end(u, text, at, size, AVL__CLASS_NUMBER, 0) : size;
+            part = v->kind == AVL__VOCAB_SMOLLM ? avl__run_end(v->unicode, text, at, size, AVL__CLASS_NUMBER, 0) : size;
             if (part == at) {   // a number stands alone
                 avl__utf8_read(text + at, size - at, &length);
                 part += length;
             }
         }
         end = avl__word_end(v, text, at, part);
-        if (clip && avl__class_at(u, text, at, end, &length) == AVL__CLASS_SPACE) continue;
+        if (clip && avl__class_at(v->unicode, text, at, end, &length) == AVL__CLASS_SPACE) continue;
         avl__encode_word(e, text + at, end - at);
     }
 }
@@ -3577,7 +3574,6 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
     astrovl_free(e.symbols);
     astrovl_free(e.heap);
     astrovl_free(e.text.data);
-    astrovl_free(e.cleaned.data);
     astrovl_free(e.spelling.data);
     if (!e.failed) return ASTROVL_OK;
     out->size = before;
@@ -3592,10 +3588,10 @@ static astrovl_status avl__vocab_encode(const avl__vocab *v, const char *text, s
 static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, int capacity) {
     astrovl_string piece = avl__vocab_piece(v, id);
     int type = piece.size ? v->types[id] : (int)AVL__TOKEN_CONTROL, n = 0, c;
-    int literal = type == AVL__TOKEN_USER_DEFINED && v->kind != AVL__VOCAB_SPM;
+    int spm = v->kind == AVL__VOCAB_SPM, literal = spm || type == AVL__TOKEN_USER_DEFINED;
     size_t length;
     if (type == AVL__TOKEN_CONTROL || type == AVL__TOKEN_UNKNOWN || piece.size > INT32_MAX) return 0;
-    for (size_t i = 0; i < piece.size && !literal && v->kind != AVL__VOCAB_SPM; i += length)
+    for (size_t i = 0; i < piece.size && !literal; i += length)
         literal = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length)) < 0;
     for (size_t i = 0; i < piece.size; i += length) {
         length = 1;
@@ -3603,9 +3599,9 @@ static int avl__vocab_token_bytes(const avl__vocab *v, int32_t id, char *text, i
         if (type == AVL__TOKEN_BYTE) {
             c = avl__byte_piece(piece);
             length = piece.size;
-        } else if (v->kind != AVL__VOCAB_SPM) {
-            if (!literal) c = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length));
-        } else if (piece.size - i >= 3 && memcmp(piece.data + i, AVL__SPACE_MARK, 3) == 0) {
+        } else if (!literal) {
+            c = avl__char_to_byte(avl__utf8_read(piece.data + i, piece.size - i, &length));
+        } else if (spm && piece.size - i >= 3 && memcmp(piece.data + i, AVL__SPACE_MARK, 3) == 0) {
             c = ' ';
             length = 3;
         }
@@ -6230,17 +6226,13 @@ static int avl__re_make(astrovl_guide *g, int kind, int a, int b, int min, int m
         return avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
     const int has_parts = kind > AVL__RANGE;
     const int64_t least_a = has_parts ? g->nodes[a].least : 0, least_b = has_parts ? g->nodes[b].least : 0;
-    avl__re *node = &g->nodes[g->n_nodes];
-    memset(node, 0, sizeof *node);
-    memcpy(node, key, sizeof key);
-    node->chain = *head;
-    node->next = -1;
-    node->least = AVL__GUIDE_NEVER;
-    if (kind == AVL__EMPTY) node->least = 0;
-    else if (kind == AVL__RANGE) for (int byte = a; byte <= b; byte++) if (g->is_token[byte]) node->least = 1;
-    if (kind == AVL__ROW) node->least = min * least_a + least_b;
-    if (kind == AVL__ALT) node->least = least_a < least_b ? least_a : least_b;
-    if (node->least > AVL__GUIDE_FAR) node->least = node->least < AVL__GUIDE_NEVER ? AVL__GUIDE_FAR : AVL__GUIDE_NEVER;
+    int64_t least = kind == AVL__EMPTY ? 0 : AVL__GUIDE_NEVER;
+    for (int byte = a; kind == AVL__RANGE && byte <= b; byte++) if (g->is_token[byte]) least = 1;
+    if (kind == AVL__ROW) least = min * least_a + least_b;
+    if (kind == AVL__ALT) least = least_a < least_b ? least_a : least_b;
+    if (least > AVL__GUIDE_FAR) least = least < AVL__GUIDE_NEVER ? AVL__GUIDE_FAR : AVL__GUIDE_NEVER;
+    const avl__re node = {kind, a, b, min, max, *head, 0, least, -1};
+    g->nodes[g->n_nodes] = node;
     return *head = (int32_t)g->n_nodes++;
 }
 
@@ -6309,9 +6301,8 @@ static int avl__re_utf8(astrovl_guide *g, uint32_t lead, uint32_t low, uint32_t 
 
 // Pushes the characters from low to high; surrogates are none.
 static void avl__push_characters(astrovl_guide *g, uint32_t low, uint32_t high) {
-    static const struct { uint32_t low, high, lead; int n; } forms[] = {
-        {0, 0x7F, 0, 1}, {0x80, 0x7FF, 0xC0, 2}, {0x800, 0xD7FF, 0xE0, 3}, {0xE000, 0xFFFF, 0xE0, 3},
-        {0x10000, 0x10FFFF, 0xF0, 4}};
+    static const struct { uint32_t low, high, lead; int n; } forms[] = {{0, 0x7F, 0, 1}, {0x80, 0x7FF, 0xC0, 2},
+        {0x800, 0xD7FF, 0xE0, 3}, {0xE000, 0xFFFF, 0xE0, 3}, {0x10000, 0x10FFFF, 0xF0, 4}};
     for (int i = 0; i < 5; i++) {
         uint32_t from = low > forms[i].low ? low : forms[i].low, to = high < forms[i].high ? high : forms[i].high;
         if (from <= to) avl__push(g, avl__re_utf8(g, forms[i].lead, from, to, forms[i].n));
@@ -6382,7 +6373,7 @@ static void avl__guide_read_tokens(astrovl_guide *g) {
         while (shared < n_open && shared < n - 1 && (uint8_t)text[shared] == g->trie[open[shared]].byte) shared++;
         while (n_open > shared) g->trie[open[--n_open]].end = (int32_t)g->n_trie;
         for (; n_open < n && !g->failure.status; n_open++) {
-            avl__trie node = {n_open == n - 1 ? order[i] : -1, 0, (uint8_t)text[n_open], (uint8_t)n_open};
+            const avl__trie node = {n_open == n - 1 ? order[i] : -1, 0, (uint8_t)text[n_open], (uint8_t)n_open};
             open[n_open] = (int)g->n_trie;
             if (!avl__grow(&g->trie, &g->trie_capacity, g->n_trie + 1, sizeof node))
                 avl__guide_fail(g, ASTROVL_ERROR_MEMORY);
@@ -6400,14 +6391,12 @@ static int avl__guide_node(const astrovl_guide *g, int state) {
 
 // SentencePiece vocabularies begin an answer with a token that begins with a space ("_{"): where the answer itself may
 // not, that space is dropped from the first token. Returns the bytes dropped, 0 or 1.
-static size_t avl__guide_skip(astrovl_guide *g, int state, const char *bytes, size_t size) {
-    if (state != 0 || size == 0 || bytes[0] != ' ') return 0;
-    return avl__re_step(g, g->start, g->classes[(uint8_t)bytes[0]]) == AVL__NONE;
+static int avl__guide_skip(astrovl_guide *g, int state, const char *bytes, size_t size) {
+    return state == 0 && size > 0 && *bytes == ' ' && avl__re_step(g, g->start, g->classes[(uint8_t)' ']) == AVL__NONE;
 }
 
-ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, int n_left, float *logits,
+ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *g, int state, int n_left, float *logits,
                                               astrovl_error *err) {
-    astrovl_guide *g = guide;
     int at[AVL__GUIDE_TOKEN + 1] = {avl__guide_node(g, state)};   // nodes after the bytes of one token
     if (!g || !logits) return avl__fail(err, ASTROVL_ERROR_ARGUMENT, "a guide and logits are needed");
     const int n_vocab = g->model->info.n_vocab;
@@ -6418,7 +6407,7 @@ ASTROVL_API astrovl_status astrovl_guide_mask(astrovl_guide *guide, int state, i
         return avl__fail(err, ASTROVL_ERROR_LIMIT, "to end as its guide asks, the answer may need %d more tokens; it "
                          "has %d", (int)least, n_left);
     g->work = 0;
-    const int skip = (int)avl__guide_skip(g, state, " ", 1);
+    const int skip = avl__guide_skip(g, state, " ", 1);
     int any = 0;
     for (int i = 0; i < n_vocab; i++) g->mask[i] = least == 0 && avl__vocab_is_end(&g->model->vocab, i);
     for (size_t i = 0; i < g->n_trie && !g->failure.status;) {
@@ -6443,7 +6432,7 @@ ASTROVL_API int astrovl_guide_next(astrovl_guide *guide, int state, int32_t toke
     if (x == AVL__NONE || token >= guide->model->info.n_vocab) return -1;
     const int n = avl__guide_token_bytes(guide, token, text);
     guide->work = 0;
-    const int skip = (int)avl__guide_skip(guide, state, text, (size_t)n);
+    const int skip = avl__guide_skip(guide, state, text, (size_t)n);
     for (int i = skip; i < n; i++) x = avl__re_step(guide, x, guide->classes[(uint8_t)text[i]]);
     return n == skip || guide->nodes[x].least == AVL__GUIDE_NEVER ? -1 : x;
 }
@@ -6490,9 +6479,7 @@ static int avl__read_fail(avl__reader *r, const char *at, astrovl_status status,
     return AVL__NONE;
 }
 
-static int avl__read_wrong(avl__reader *r, const char *at, const char *what) {
-    return avl__read_fail(r, at, ASTROVL_ERROR_FORMAT, what);
-}
+#define AVL__READ_WRONG(r, at, what) avl__read_fail(r, at, ASTROVL_ERROR_FORMAT, what)
 
 static int avl__accept(avl__reader *r, char c) {
     const int is_here = *r->p == c;
@@ -6536,13 +6523,13 @@ static int avl__regex_char(avl__reader *r) {
     int32_t c = AVL__UTF8_CUT;
     if (is_hex) c = avl__hex(start + 2, 2);
     else if (*start) c = avl__char_read(start, "ntrfv" AVL__PUNCTUATION, "\n\t\r\f\v" AVL__PUNCTUATION, &size);
-    if (c >= 0xD800 && c <= 0xDFFF) return avl__read_wrong(r, start, "half a surrogate pair is no character");
+    if (c >= 0xD800 && c <= 0xDFFF) return AVL__READ_WRONG(r, start, "half a surrogate pair is no character");
     if (c < 0 && (is_hex || (c == AVL__ESCAPE_BAD && start[1] == 'u')))
-        return avl__read_wrong(r, start, "\\x takes two hexadecimal digits, \\u four");
+        return AVL__READ_WRONG(r, start, "\\x takes two hexadecimal digits, \\u four");
     if (c == AVL__ESCAPE_BAD)
         return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "this escape is not understood; those that are: \\d "
                               "\\w \\s \\D \\W \\S \\n \\t \\r \\f \\v \\xHH \\uHHHH, punctuation");
-    if (c < 0) return avl__read_wrong(r, start, "the pattern ends too early, or is not UTF-8");
+    if (c < 0) return AVL__READ_WRONG(r, start, "the pattern ends too early, or is not UTF-8");
     r->p += size;
     return c;
 }
@@ -6573,7 +6560,7 @@ static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may b
     const char *start = r->p;
     const size_t base = g->stack.size;
     if (*start && strchr("*+?{", *start))
-        return avl__read_wrong(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
+        return AVL__READ_WRONG(r, start, "nothing stands here to be repeated (a literal one is written \\*, \\+ ...)");
     if (*start == '^' || *start == '$')
         return avl__read_fail(r, start, ASTROVL_ERROR_UNSUPPORTED, "^ and $ may stand only at the pattern's ends");
     if (avl__accept(r, '(')) {
@@ -6583,12 +6570,12 @@ static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may b
             return avl__read_fail(r, start, ASTROVL_ERROR_LIMIT, "groups are nested more than 64 deep");
         int x = avl__regex_alternatives(r);
         r->depth--;
-        return avl__accept(r, ')') ? x : avl__read_wrong(r, start, "this ( is not closed");
+        return avl__accept(r, ')') ? x : AVL__READ_WRONG(r, start, "this ( is not closed");
     }
     // a set of characters: one character or class, or those in brackets, or all but those
     const int is_list = avl__accept(r, '['), is_dot = !is_list && avl__accept(r, '.');
     const int negate = is_dot || (is_list && avl__accept(r, '^'));
-    if (is_list && *r->p == ']') return avl__read_wrong(r, start, "an empty set (a ] in a set is written \\])");
+    if (is_list && *r->p == ']') return AVL__READ_WRONG(r, start, "an empty set (a ] in a set is written \\])");
     if (negate) avl__set_add(r, 0, 0x10FFFF, 0);
     if (is_dot) avl__set_add(r, '\n', '\n', 1);
     else do {
@@ -6597,13 +6584,13 @@ static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may b
         int high = low;
         if (is_list && r->p[0] == '-' && r->p[1] != ']') {
             r->p++;
-            if (is_class || avl__regex_class(r, negate)) return avl__read_wrong(r, at, "a class at a range's end");
+            if (is_class || avl__regex_class(r, negate)) return AVL__READ_WRONG(r, at, "a class at a range's end");
             high = avl__regex_char(r);
         }
-        if (high < low) return avl__read_wrong(r, at, "a range that runs backwards");
+        if (high < low) return AVL__READ_WRONG(r, at, "a range that runs backwards");
         if (!is_class) avl__set_add(r, low, high, negate);
     } while (is_list && *r->p && *r->p != ']');
-    if (is_list && !avl__accept(r, ']')) return avl__read_wrong(r, start, "this [ is not closed");
+    if (is_list && !avl__accept(r, ']')) return AVL__READ_WRONG(r, start, "this [ is not closed");
     const size_t end = g->stack.size;
     int n_open = 0, from = 0;
     if (end > base) avl__sort(g->stack.data + base, (int)(end - base), avl__int_order, NULL);
@@ -6615,7 +6602,7 @@ static int avl__regex_atom(avl__reader *r) {   // after a failure, numbers may b
         from = point;
     }
     const int x = avl__re_alt(g, end);
-    return x ? x : avl__read_wrong(r, start, "a set that no character is in");
+    return x ? x : AVL__READ_WRONG(r, start, "a set that no character is in");
 }
 
 // Reads a decimal number. Once it is above AVL__GUIDE_FAR, the digits that follow are skipped. -1: none is here
@@ -6639,10 +6626,10 @@ static int avl__regex_repeated(avl__reader *r) {   // an atom with its quantifie
         if (min > AVL__GUIDE_FAR || max > AVL__GUIDE_FAR)
             return avl__read_fail(r, start + 1, ASTROVL_ERROR_LIMIT, "a count of more than 262,144");
         if (min < 0 || (max >= 0 && max < min) || !avl__accept(r, '}'))
-            return avl__read_wrong(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
+            return AVL__READ_WRONG(r, start, "{m}, {m,} or {m,n} with m <= n is expected (a literal { is \\{)");
     }
     avl__accept(r, '?');   // as few as possible or as many: the same language
-    if (*r->p && strchr("*+?{", *r->p)) return avl__read_wrong(r, r->p, "a quantifier after a quantifier");
+    if (*r->p && strchr("*+?{", *r->p)) return AVL__READ_WRONG(r, r->p, "a quantifier after a quantifier");
     return avl__re_row(r->g, atom, min, max, AVL__EMPTY);
 }
 
@@ -6665,7 +6652,7 @@ static int avl__re_pattern(astrovl_guide *g, const char *pattern) {
     avl__accept(&r, '^');
     const int x = avl__regex_alternatives(&r);
     avl__accept(&r, '$');
-    return *r.p ? avl__read_wrong(&r, r.p, "this ) closes nothing") : x;
+    return *r.p ? AVL__READ_WRONG(&r, r.p, "this ) closes nothing") : x;
 }
 
 // ---- JSON (RFC 8259) -----------------------------------------------------------------------------------------------
@@ -6688,7 +6675,7 @@ static astrovl_string avl__json_string(avl__reader *j) {
                             c == AVL__ESCAPE_BAD ? "an escape is one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t \\uXXXX" :
                             c < 0 ? "these bytes are not UTF-8" :
                             c >= 0xD800 && c <= 0xDFFF ? "half a surrogate pair is no character" : NULL;
-        if (wrong) avl__read_wrong(j, j->p, wrong);
+        if (wrong) AVL__READ_WRONG(j, j->p, wrong);
         if (wrong) return string;
         j->p += size;
         to += avl__utf8_write((uint32_t)c, to);
@@ -6708,9 +6695,8 @@ static void avl__json_read(avl__reader *j) {   // one value, with white space be
         avl__read_fail(j, p, ASTROVL_ERROR_MEMORY, "out of memory");
     if (j->err->status) return;
     j->n_values++;
-    if (kind == '"') {
-        value.text = avl__json_string(j);
-    } else if (kind == '{' || kind == '[') {
+    if (kind == '"') value.text = avl__json_string(j);
+    else if (kind == '{' || kind == '[') {
         j->p++;
         if (++j->depth > AVL__GUIDE_DEPTH) avl__read_fail(j, p, ASTROVL_ERROR_LIMIT, "nested more than 64 deep");
         avl__json_space(j);
@@ -6718,14 +6704,14 @@ static void avl__json_read(avl__reader *j) {   // one value, with white space be
             const size_t name = j->n_values;
             if (kind == '{') {
                 avl__json_space(j);
-                if (*j->p != '"') avl__read_wrong(j, j->p, "a member's name is expected");
+                if (*j->p != '"') AVL__READ_WRONG(j, j->p, "a member's name is expected");
                 avl__json_read(j);
-                if (!avl__accept(j, ':')) avl__read_wrong(j, j->p, "a colon is expected");
+                if (!avl__accept(j, ':')) AVL__READ_WRONG(j, j->p, "a colon is expected");
             }
             avl__json_read(j);
             if (kind == '{' && !j->err->status) j->values[name].end = (int)j->n_values;
         }
-        if (!avl__accept(j, close)) avl__read_wrong(j, j->p, "a comma or the closing bracket is expected");
+        if (!avl__accept(j, close)) AVL__READ_WRONG(j, j->p, "a comma or the closing bracket is expected");
         j->depth--;
     } else {
         const char *word = kind == 't' ? "true" : kind == 'f' ? "false" : "null";
@@ -6745,29 +6731,21 @@ static void avl__json_read(avl__reader *j) {   // one value, with white space be
         }
         j->p = p + n;
         value.text.size = (size_t)(j->p - value.text.data);
-        if (n == 0) avl__read_wrong(j, j->p, "a value is expected");
+        if (n == 0) AVL__READ_WRONG(j, j->p, "a value is expected");
     }
     avl__json_space(j);
     value.end = (int)j->n_values;
     if (!j->err->status) j->values[i] = value;
 }
 
-// Reads a whole text; *err must be zero before.
+// Reads a whole text; *err must be zero before. The caller frees j->text and j->values.
 static void avl__json_open(avl__reader *j, const char *name, const char *text, size_t size, astrovl_error *err) {
-    memset(j, 0, sizeof *j);
-    j->name = name;
-    j->err = err;
-    j->text = j->p = avl__copy_text(text, size);
-    if (!j->text) avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
-    if (!j->text) return;
-    j->limit = j->text + size;
-    avl__json_read(j);
-    if (j->p < j->limit) avl__read_wrong(j, j->p, "nothing may follow the value");
-}
-
-static void avl__json_close(avl__reader *j) {
-    astrovl_free((void *)j->text);
-    astrovl_free(j->values);
+    const char *copy = avl__copy_text(text, size), *limit = copy ? copy + size : NULL;
+    const avl__reader reader = {name, copy, limit, copy, 0, err, NULL, NULL, 0, 0};
+    *j = reader;
+    if (copy) avl__json_read(j);
+    else avl__fail(err, ASTROVL_ERROR_MEMORY, "%s: out of memory", name);
+    if (j->p < j->limit) AVL__READ_WRONG(j, j->p, "nothing may follow the value");
 }
 
 static int avl__json_is(const avl__json_value *value, const char *text) {   // whether it is a string that spells text
@@ -6792,7 +6770,7 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
         return NULL;
     }
     avl__json_open(&j, "JSON", json, size, &failure);
-    if (!failure.status && j.values->kind != '{') avl__read_wrong(&j, j.text, "an object is expected");
+    if (!failure.status && j.values->kind != '{') AVL__READ_WRONG(&j, j.text, "an object is expected");
     const int found = failure.status ? 0 : avl__json_find(&j, 0, key);
     const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
     for (int i = first; i < end && !failure.status; i++) {
@@ -6811,7 +6789,8 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
         list[i - first] = (char *)memcpy(text, j.values[i].text.data, j.values[i].text.size + 1);
         text += j.values[i].text.size + 1;
     }
-    avl__json_close(&j);
+    astrovl_free((void *)j.text);
+    astrovl_free(j.values);
     if (list) *n = end - first;
     else avl__fail(err, failure.status, "%s", failure.message);
     return list;
@@ -6821,8 +6800,7 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
 
 enum { AVL__OBJECT, AVL__ARRAY, AVL__STRING, AVL__INTEGER, AVL__NUMBER, AVL__BOOLEAN, AVL__NULL, AVL__N_KINDS };
 
-static const char *const avl__kinds[AVL__N_KINDS] = {
-    "object", "array", "string", "integer", "number", "boolean", "null"};
+static const char *const avl__kinds[] = {"object", "array", "string", "integer", "number", "boolean", "null"};
 
 static const char *const avl__kind_patterns[AVL__N_KINDS] = {   // string: a character
     "", "", "[^\"\\\\\\x00-\\x1F]|\\\\([\"\\\\/bfnrt]|u([\\dA-CEFa-cef][\\dA-Fa-f]|[Dd][0-7])[\\dA-Fa-f]{2})",
@@ -6854,22 +6832,16 @@ static int avl__schema_fail(avl__reader *j, int place, astrovl_status status, co
     return AVL__NONE;
 }
 
-static int avl__schema_wrong(avl__reader *j, int place, const char *what) {
-    return avl__schema_fail(j, place, ASTROVL_ERROR_FORMAT, what);
-}
-
-static int avl__schema_unknown(avl__reader *j, int place, const char *what) {
-    return avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what);
-}
+#define AVL__SCHEMA_WRONG(j, place, what)   avl__schema_fail(j, place, ASTROVL_ERROR_FORMAT, what)
+#define AVL__SCHEMA_UNKNOWN(j, place, what) avl__schema_fail(j, place, ASTROVL_ERROR_UNSUPPORTED, what)
 
 static int avl__schema_count(avl__reader *j, int schema, const char *keyword, int if_absent) {
     const int place = avl__json_find(j, schema, keyword);
-    const avl__json_value *value = &j->values[place];
-    const char *p = value->text.data;
+    const astrovl_string text = j->values[place].text;
+    const char *p = text.data;
     if (!place) return if_absent;
-    const int n = value->kind == '0' ? avl__count_read(&p) : -1;
-    if (n < 0 || p < value->text.data + value->text.size)
-        avl__schema_wrong(j, place, "a whole number, not negative, is expected");
+    const int n = j->values[place].kind == '0' ? avl__count_read(&p) : -1;
+    if (n < 0 || p < text.data + text.size) AVL__SCHEMA_WRONG(j, place, "a whole number, not negative, is expected");
     if (n > AVL__GUIDE_FAR) avl__guide_fail(j->g, ASTROVL_ERROR_LIMIT);
     return n;
 }
@@ -6881,7 +6853,7 @@ static int avl__schema_list(avl__reader *j, int schema, int item, int is_array) 
     const int min = avl__schema_count(j, schema, is_array ? "minItems" : "minLength", 0);
     const int max = avl__schema_count(j, schema, is_array ? "maxItems" : "maxLength", -1);
     if (max >= 0 && min > max)
-        return avl__schema_wrong(j, schema, "the least (minItems, minLength) is more than the most");
+        return AVL__SCHEMA_WRONG(j, schema, "the least (minItems, minLength) is more than the most");
     const int end = avl__re_text(g, ends + 1, 1, AVL__EMPTY);
     const int next = is_array ? avl__re_cat(g, avl__re_pattern(g, ", ?"), item) : item;
     const int more = avl__re_row(g, next, min > 1 ? min - 1 : 0, max > 0 ? max - 1 : max, end);
@@ -6929,23 +6901,23 @@ static int avl__schema_object(avl__reader *j, int schema) {
     const int additional = avl__json_find(j, schema, "additionalProperties");
     const size_t base = g->stack.size;   // from here on 3 numbers a member: its name, its value, 1 if it is required
     size_t i;
-    if (properties && values[properties].kind != '{') return avl__schema_wrong(j, properties, "an object is expected");
-    if (required && values[required].kind != '[') return avl__schema_wrong(j, required, "an array is expected");
+    if (properties && values[properties].kind != '{') return AVL__SCHEMA_WRONG(j, properties, "an object is expected");
+    if (required && values[required].kind != '[') return AVL__SCHEMA_WRONG(j, required, "an array is expected");
     if (additional && values[additional].kind != 't' && values[additional].kind != 'f')
-        return avl__schema_unknown(j, additional, "only true and false are understood (none is ever written)");
+        return AVL__SCHEMA_UNKNOWN(j, additional, "only true and false are understood (none is ever written)");
     for (int p = properties + 1; properties && p < values[properties].end; p = values[p].end) {
         const int name = avl__schema_literal(j, p, AVL__EMPTY);
         for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
-        if (i < g->stack.size) return avl__schema_wrong(j, p, "a second member of the same name");
+        if (i < g->stack.size) return AVL__SCHEMA_WRONG(j, p, "a second member of the same name");
         avl__push(g, name);
         avl__push(g, avl__schema_expr(j, p + 1));
         avl__push(g, 0);
     }
     for (int p = required + 1; required && p < values[required].end; p = values[p].end) {
-        if (values[p].kind != '"') return avl__schema_wrong(j, p, "required is an array of names");
+        if (values[p].kind != '"') return AVL__SCHEMA_WRONG(j, p, "required is an array of names");
         const int name = avl__schema_literal(j, p, AVL__EMPTY);
         for (i = base; i < g->stack.size && g->stack.data[i] != name;) i += 3;
-        if (i >= g->stack.size) return avl__schema_unknown(j, p, "properties says nothing about this one");
+        if (i >= g->stack.size) return AVL__SCHEMA_UNKNOWN(j, p, "properties says nothing about this one");
         if (!g->failure.status) g->stack.data[i + 2] = 1;
     }
     const int comma = avl__re_pattern(g, ", ?"), colon = avl__re_pattern(g, ": ?");
@@ -6982,16 +6954,16 @@ static int avl__schema_expr(avl__reader *j, int schema) {
     const avl__json_value *values = j->values;
     const size_t base = g->stack.size;
     int n_rules = 0;
-    if (values[schema].kind != '{') return avl__schema_unknown(j, schema, "a schema is an object here");
+    if (values[schema].kind != '{') return AVL__SCHEMA_UNKNOWN(j, schema, "a schema is an object here");
     for (int p = schema + 1; p < values[schema].end; p = values[p].end) {
         int key = 0;
         while (key < AVL__N_KEYWORDS && !avl__json_is(&values[p], avl__keywords[key])) key++;
         if (key == AVL__N_KEYWORDS)   // passed over, it would be broken by the answer
-            return avl__schema_unknown(j, p, "this keyword is not understood; those that are: type, properties, "
+            return AVL__SCHEMA_UNKNOWN(j, p, "this keyword is not understood; those that are: type, properties, "
                                        "required, additionalProperties (true, false), items, minItems, maxItems, "
                                        "minLength, maxLength, enum, const, anyOf");
         if (avl__json_find(j, schema, avl__keywords[key]) != p + 1)
-            return avl__schema_wrong(j, p, "a second member of the same name");
+            return AVL__SCHEMA_WRONG(j, p, "a second member of the same name");
         n_rules += key < AVL__N_RULES;
     }
     const int type = avl__json_find(j, schema, "type"), any_of = avl__json_find(j, schema, "anyOf");
@@ -7004,11 +6976,11 @@ static int avl__schema_expr(avl__reader *j, int schema) {
         kinds |= 1 << kind;
     }
     if (kinds == 0 || kinds >= 1 << AVL__N_KINDS)
-        return avl__schema_wrong(j, type, "a type is object, array, string, integer, number, boolean, null or a list");
+        return AVL__SCHEMA_WRONG(j, type, "a type is object, array, string, integer, number, boolean, null or a list");
     if (choice) {
         if (n_rules > 1 + (type != 0))
-            return avl__schema_unknown(j, schema, "beside enum or const only type is understood");
-        if (choices && values[choices].kind != '[') return avl__schema_wrong(j, choices, "enum is an array of values");
+            return AVL__SCHEMA_UNKNOWN(j, schema, "beside enum or const only type is understood");
+        if (choices && values[choices].kind != '[') return AVL__SCHEMA_WRONG(j, choices, "enum is an array of values");
         for (int p = choice + (choices != 0); p < values[choice].end; p = values[p].end) {
             static const char begins[] = "{[\"i0tn";   // as `kind` in values; booleans as true
             const char first = values[p].kind == 'f' ? 't' : values[p].kind;
@@ -7017,23 +6989,23 @@ static int avl__schema_expr(avl__reader *j, int schema) {
             if (kinds & kind) avl__push(g, avl__schema_literal(j, p, AVL__EMPTY));
         }
         const int x = avl__re_alt(g, base);
-        return x ? x : avl__schema_wrong(j, schema, "no value is left to choose from");
+        return x ? x : AVL__SCHEMA_WRONG(j, schema, "no value is left to choose from");
     }
     if (any_of) {
-        if (n_rules > 1) return avl__schema_unknown(j, schema, "beside anyOf no other keyword is understood");
+        if (n_rules > 1) return AVL__SCHEMA_UNKNOWN(j, schema, "beside anyOf no other keyword is understood");
         if (values[any_of].kind != '[' || values[any_of].end == any_of + 1)
-            return avl__schema_wrong(j, any_of, "an array of schemas is expected");
+            return AVL__SCHEMA_WRONG(j, any_of, "an array of schemas is expected");
         for (int p = any_of + 1; p < values[any_of].end; p = values[p].end) avl__push(g, avl__schema_expr(j, p));
         return avl__re_alt(g, base);
     }
     if (!type) kinds = avl__json_find(j, schema, "properties") ? 1 << AVL__OBJECT : items ? 1 << AVL__ARRAY : 0;
     if (!kinds)
-        return avl__schema_unknown(j, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
+        return AVL__SCHEMA_UNKNOWN(j, schema, "a type (or enum, const, anyOf) is needed: any value is not understood");
     for (int kind = 0; kind < AVL__N_KINDS && !g->failure.status; kind++) {
         if (!(kinds >> kind & 1)) continue;
         int x = kind == AVL__OBJECT ? avl__schema_object(j, schema) : avl__re_pattern(g, avl__kind_patterns[kind]);
         if (kind == AVL__ARRAY && !items)
-            return avl__schema_unknown(j, schema, "an array needs items: any at all are not understood");
+            return AVL__SCHEMA_UNKNOWN(j, schema, "an array needs items: any at all are not understood");
         if (kind == AVL__ARRAY) x = avl__schema_expr(j, items);
         if (kind == AVL__ARRAY || kind == AVL__STRING) x = avl__schema_list(j, schema, x, kind == AVL__ARRAY);
         avl__push(g, x);
@@ -7053,8 +7025,7 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
     g->model = model;
     g->name = is_schema ? "schema" : "pattern";
     avl__guide_read_tokens(g);
-    avl__re_make(g, AVL__NONE, 0, 0, 0, 0);
-    avl__re_make(g, AVL__EMPTY, 0, 0, 0, 0);
+    for (int kind = AVL__NONE; kind <= AVL__EMPTY; kind++) avl__re_make(g, kind, 0, 0, 0, 0);
     if (size > AVL__GUIDE_FAR)
         avl__fail(&g->failure, ASTROVL_ERROR_LIMIT, "%s: it has more than 262,144 bytes", g->name);
     if (!g->failure.status && !is_schema) g->start = avl__re_pattern(g, text);
@@ -7063,7 +7034,8 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
         avl__json_open(&schema, g->name, text, size, &g->failure);
         schema.g = g;
         if (!g->failure.status) g->start = avl__schema_expr(&schema, 0);
-        avl__json_close(&schema);
+        astrovl_free((void *)schema.text);
+        astrovl_free(schema.values);
     }
     uint8_t begins[257] = {1};
     for (size_t i = 0; i < g->n_nodes; i++) {
@@ -7197,7 +7169,7 @@ static int avl__write_token(avl__turn *t) {
     t->text.failed |= t->piece.failed || !avl__tokens_put(&t->tokens, token);   // what avl__end_turn looks at
     if (t->text.failed) return 0;
     size_t skip = 0;
-    if (guide) skip = avl__guide_skip(guide, t->state, t->piece.data, t->piece.size);
+    if (guide) skip = (size_t)avl__guide_skip(guide, t->state, t->piece.data, t->piece.size);
     else if (t->text.size + t->gate.n_pending == 0) skip = strspn(t->piece.data, " \n");   // the first white space
     avl__utf8_gate_put(&t->gate, t->piece.data + skip, t->piece.size - skip, &t->text);
     if (t->text.failed) return 0;
@@ -7259,9 +7231,7 @@ static void avl__write_answers(avl__turn *turns, int n, float *logits) {
                 const avl__turn going = turns[i];
                 turns[i] = turns[n_going];
                 turns[n_going++] = going;
-            } else {
-                avl__end_turn(&turns[i]);
-            }
+            } else avl__end_turn(&turns[i]);
         }
         for (int first = 0; first < n_going; first += n_most) {
             const int n_rows = n_going - first < n_most ? n_going - first : n_most;

@@ -1055,15 +1055,14 @@ static void print_kv(const program *p, const astrovl_gguf *file, int index) {
 
 enum { N_TYPES = ASTROVL_TYPE_BF16 + 1 };
 // Tensors, values and bytes of each type, and at the end of all.
-typedef struct totals { uint64_t of[N_TYPES + 1][3]; } totals;
+typedef struct totals { uint64_t of[N_TYPES + 2][3]; } totals;   // behind it those of types that are not known
 
 static totals add_up(const astrovl_gguf *file) {
     totals sums = {{{0}}};
-    uint64_t unknown[3] = {0, 0, 0};
     for (int i = 0; i < astrovl_gguf_n_tensors(file); i++) {
         const astrovl_tensor *t = astrovl_gguf_tensor(file, i);
         const uint64_t more[3] = {1, count_values(t->ne, 4), t->n_bytes};
-        uint64_t *sum = astrovl_type_name(t->type) ? sums.of[t->type] : unknown;
+        uint64_t *sum = sums.of[astrovl_type_name(t->type) ? t->type : N_TYPES + 1];
         for (int k = 0; k < 3; k++) sum[k] += more[k], sums.of[N_TYPES][k] += more[k];
     }
     return sums;
@@ -1246,9 +1245,8 @@ static float clamp(float x, float low, float high) {   // two steps: compilers m
     return y > high ? high : y;
 }
 
-static float round_between(float x, float low, float high) {   // to the nearest integer of low..high, ties to even
-    return (clamp(x, low, high) + ROUNDER) - ROUNDER;
-}
+// To the nearest integer of low..high, ties to even
+static float round_between(float x, float low, float high) { return (clamp(x, low, high) + ROUNDER) - ROUNDER; }
 
 // The value of largest magnitude (the first of equals), with its sign
 static float extreme_of(const float *x, int n) {
@@ -1294,13 +1292,12 @@ static void pack(unsigned char *out, const unsigned char *codes, int n, int shif
 //   Q4_1, Q5_1   d = (largest - m) / (2^bits - 1), m the least value           q = floor((x - m) / d + 1/2)
 static void quantize_simple(const float *x, unsigned char *b, int bits, int has_minimum) {
     int top = (1 << bits) - 1, middle = 1 << (bits - 1), j;
-    float least, largest, inverse, d, m = 0, offset = has_minimum ? 0.5f : (float)middle + 0.5f;
+    float least, largest, offset = has_minimum ? 0.5f : (float)middle + 0.5f;
     unsigned char codes[32];
     find_range(x, 32, &least, &largest);
-    if (has_minimum) m = clamp(least, -F16_LIMIT, F16_LIMIT);
-    d = has_minimum ? (largest - m) / (float)top : extreme_of(x, 32) / (float)-middle;
-    d = clamp(d, -F16_LIMIT, F16_LIMIT);
-    inverse = reciprocal(d);
+    const float m = has_minimum ? clamp(least, -F16_LIMIT, F16_LIMIT) : 0;
+    const float exact = has_minimum ? (largest - m) / (float)top : extreme_of(x, 32) / (float)-middle;
+    const float d = clamp(exact, -F16_LIMIT, F16_LIMIT), inverse = reciprocal(d);
     for (j = 0; j < 32; j++) codes[j] = (unsigned char)clamp((x[j] - m) * inverse + offset, 0, (float)top);
     put_half(b, d);
     if (has_minimum) put_half(b + 2, m);
@@ -1354,11 +1351,11 @@ static float fit_scale(const float *x, int n, int low, int high) {
 // or, where that would make m negative, for r = low and d = sum (u + low) q / sum q^2.
 // Returns that m; d comes from fit_scale, once the minima have been rounded. n is 16 or 32.
 static float fit_minimum(const float *x, int n, int high) {
-    float low, top, u[32], sum_u = 0, minimum;
+    float low, top, u[32], sum_u = 0;
     double least = 0;
     find_range(x, n, &low, &top);
     if (low > 0) low = 0;
-    minimum = -low;
+    float minimum = -low;
     if (top - low < QUANTIZE_MIN) return minimum;
     for (int i = 0; i < n; i++) {
         u[i] = x[i] - low;
@@ -1606,7 +1603,7 @@ static int is_quantizable(const astrovl_tensor *t) {
 // What a recipe asks for. n_blocks: [3], of each tower
 static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blocks, const astrovl_tensor *t) {
     const char *rest = "";
-    int tower, type, heads, shared, number = block_of(t->name, &tower, &rest), n = number < 0 ? 0 : n_blocks[tower];
+    int tower, number = block_of(t->name, &tower, &rest), n = number < 0 ? 0 : n_blocks[tower];
     if (strcmp(t->name, "output.weight") == 0) return r->output;
     if (strcmp(t->name, "token_embd.weight") == 0)
         return astrovl_gguf_find_tensor(in, "output.weight") ? r->type : r->output;
@@ -1614,10 +1611,10 @@ static int recipe_type(const recipe *r, const astrovl_gguf *in, const int *n_blo
     if (begins(rest, "ffn_down")) return block_is_among(r->down.blocks, number, n) ? r->down.type : r->down.rest;
     if (begins(rest, "attn_out")) return r->attention_output;
     if (!begins(rest, "attn_v.")) return r->type;
-    type = block_is_among(r->v.blocks, number, n) ? r->v.type : r->v.rest;
+    const int type = block_is_among(r->v.blocks, number, n) ? r->v.type : r->v.rest;
     if (r->output == r->type || type == ASTROVL_TYPE_Q6_K || tower != 0 || n != 80) return type;
-    heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");      // a mix, of a model of 80 blocks: 70B
-    shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
+    const int heads = astrovl_gguf_find_kv(in, "llama.attention.head_count");   // a mix, of a model of 80 blocks: 70B
+    const int shared = astrovl_gguf_find_kv(in, "llama.attention.head_count_kv");
     if (shared < 0 || astrovl_gguf_int(in, shared, 0) == astrovl_gguf_int(in, heads, 0)) return type;
     return ASTROVL_TYPE_Q5_K;   // heads share keys and values: attn_v is small, and worth it
 }
@@ -1643,9 +1640,7 @@ static void put_string(FILE *out, const char *text) {
     fputs(text, out);
 }
 
-static void pad_to_32(FILE *out, uint64_t size) {
-    for (; size % 32; size++) fputc(0, out);
-}
+static void pad_to_32(FILE *out, uint64_t size) { for (; size % 32; size++) fputc(0, out); }
 
 // All that stands before the tensors' data. types: [n_tensors]
 static void put_header(FILE *out, const astrovl_gguf *in, int file_type, const int *types) {
@@ -1785,8 +1780,7 @@ enum { MAX_TRACED = 65536 };
 typedef struct trace_state {
     program     *p;
     const char  *folder;                   // NULL: hashes only
-    FILE        *index;                    // folder/index.tsv: what came when
-    list         names;
+    list         index, names;             // the lines of folder/index.tsv, what came when
     int          calls[MAX_TRACED];        // how often each name has come
     uint64_t     n_tensors, n_bytes, total;
 } trace_state;
@@ -1795,7 +1789,7 @@ typedef struct trace_state {
 static void on_tensor(void *user, const char *name, int layer, const int64_t *shape, int n_dims, const float *data) {
     trace_state *t = (trace_state *)user;
     const uint64_t n = count_values(shape, n_dims);
-    char line[512], file[256], path[4096];
+    char line[1024], file[256], path[4096];
     int i = 0;
     if (t->folder) {
         while (i < t->names.n && strcmp(t->names.items[i], name) != 0) i++;
@@ -1805,8 +1799,10 @@ static void on_tensor(void *user, const char *name, int layer, const int64_t *sh
         for (char *c = file; *c; c++)
             if (!isalnum((unsigned char)*c) && !strchr("._-", *c)) *c = '_';
         snprintf(path, sizeof path, "%s/%s", t->folder, file);
-        fprintf(t->index, "%s\t%s\t%d\t%d\t%s\t", file, name, layer, call, shape_text(shape, n_dims, "x"));
-        fprintf(t->index, "%016llx\n", (unsigned long long)save_npy(path, shape, n_dims, data));
+        const unsigned long long hash = save_npy(path, shape, n_dims, data);
+        i = snprintf(line, sizeof line, "%s\t%.300s\t%d\t%d\t%s\t%016llx\n", file, name, layer, call,
+                     shape_text(shape, n_dims, "x"), hash);
+        list_add(t->p, &t->index, line, (size_t)i);
     } else {
         i = snprintf(line, sizeof line, "%016llx %.300s %s\n", (unsigned long long)put_values(NULL, data, n), name,
                      shape_text(shape, n_dims, "x"));
@@ -1822,7 +1818,6 @@ static int run_trace(program *p) {
     trace_state *t = (trace_state *)new_memory(p, 1, sizeof *t);
     int n_images = p->o.words.n - 1;
     astrovl_image image = {0, 0, NULL, 0};
-    char *path = NULL;
     t->p = p;
     t->folder = p->o.out;
     t->total = FNV_START;
@@ -1832,24 +1827,24 @@ static int run_trace(program *p) {
     if (p->o.how.max_tokens == 0) p->o.how.max_tokens = 1;
     open_model(p);
     p->session = new_session(p, ASTROVL_EXACT, on_tensor, t);
-    if (t->folder) {                       // before the long work, so that errors are reported at once
-        path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
-        if (make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
-        if (!(t->index = fopen(path, "w"))) exit(write_error(path));
-        fprintf(t->index, "file\tname\tlayer\tcall\tshape\tfnv1a64\n");
-    }
+    if (t->folder && make_folder(t->folder) != 0 && errno != EEXIST) exit(write_error(t->folder));
     if (n_images && !load_image(p, p->o.words.items[0], &image, &p->err)) return failed(p);
     char *answer = say(p, &image, n_images, p->o.words.items[n_images]);
     astrovl_image_free(&image);
     if (p->stop || !answer) exit(p->stop ? EXIT_FAILED : failed(p));
-    if (t->index && (ferror(t->index) || fclose(t->index) != 0)) return write_error(path);
-    if (!t->folder) {
+    if (t->folder) {
+        const char *path = join_path(p, t->folder, strlen(t->folder), "index.tsv");
+        FILE *f = begin_file(path);
+        fputs("file\tname\tlayer\tcall\tshape\tfnv1a64\n", f);
+        for (int i = 0; i < t->index.n; i++) fputs(t->index.items[i], f);
+        if (end_file(f, path, 1) != EXIT_OK) return EXIT_FAILED;
+    } else {
         printf("total %016llx of %lld tensors\nanswer ", (unsigned long long)t->total, (long long)t->n_tensors);
         print_string(stdout, answer, strlen(answer), 1);
-    } else if (!p->o.quiet) {
+    }
+    if (t->folder && !p->o.quiet)
         fprintf(stderr, "%llu tensors, %s, in %s; index.tsv lists them in the order they were computed\n",
                 (unsigned long long)t->n_tensors, human_bytes(t->n_bytes), t->folder);
-    }
     putchar('\n');
     astrovl_free(answer);
     return EXIT_OK;
@@ -2056,7 +2051,7 @@ enum { INDEX_HEADER = 32, MAX_NAME = 65535 };
 typedef struct image_index {
     const char    *path;
     FILE          *file;
-    int            n_dims, keep_rows, torn;
+    int            n_dims, keep_rows, torn, n_known, n_others;   // images: there already, of formats that are not read
     unsigned char  header[INDEX_HEADER];   // what the model in use would write
     list           names;
     unsigned char *rows;                   // [names.n][n_dims] float16, if keep_rows
@@ -2234,43 +2229,44 @@ static int add_images(program *p, const char *path, int is_found, list *names, i
 }
 
 // What the arguments name ("-": the lines of standard input), sorted, without what the index holds, which is counted.
-static int collect_images(program *p, image_index *ix, list *todo, int *n_known) {
+static int collect_images(program *p, image_index *ix, list *todo) {
     list all = {NULL, 0, 0};
-    int i, status = EXIT_OK, n_others = 0;
+    int i, status = EXIT_OK;
     for (i = 0; i < p->o.words.n; i++) {
         const char *word = p->o.words.items[i];
-        if (strcmp(word, "-") != 0) { status |= add_images(p, word, 0, &all, &n_others); continue; }
+        if (strcmp(word, "-") != 0) { status |= add_images(p, word, 0, &all, &ix->n_others); continue; }
         lines l = read_lines(p, word);
         for (l.path = "standard input"; next_line(&l);) {
             if (strlen(l.line) != l.size || l.size > MAX_NAME) line_error(&l, "this is no file name");
-            if (l.size) status |= add_images(p, l.line, 0, &all, &n_others);
+            if (l.size) status |= add_images(p, l.line, 0, &all, &ix->n_others);
         }
     }
-    if (n_others && !p->o.quiet)
-        note("%d images of other formats (.fits, .tif, ...) are passed over; convert them to PNG or JPEG", n_others);
+    if (ix->n_others && !p->o.quiet)
+        note("%d images of other formats (.fits, .tif, ...) are passed over; convert them to PNG or JPEG",
+             ix->n_others);
     if (!all.n) exit(fail("there are no images to index (in folders: files .png .jpg .jpeg .ppm .pgm .pnm)"));
     qsort((void *)all.items, (size_t)all.n, sizeof *all.items, by_text);
     if (ix->names.n) qsort((void *)ix->names.items, (size_t)ix->names.n, sizeof *ix->names.items, by_text);
     for (i = 0; i < all.n; i++) {
         const char *name = all.items[i];
         if ((i && strcmp(name, all.items[i - 1]) == 0) || (ix->names.n &&
-            bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ++*n_known;
+            bsearch(&name, (const void *)ix->names.items, (size_t)ix->names.n, sizeof name, by_text))) ix->n_known++;
         else list_add(p, todo, name, strlen(name));
     }
-    if (*n_known && !p->o.quiet) note("%s: has %d of these %d images already", ix->path, *n_known, all.n);
+    if (ix->n_known && !p->o.quiet) note("%s: has %d of these %d images already", ix->path, ix->n_known, all.n);
     return status;
 }
 
 static int run_index(program *p) {
     list todo = {NULL, 0, 0};
-    int some, n_known = 0, added = 0;
+    int some, added = 0;
     double rate = 0;
     char ok[MAX_BATCH];
     if (!p->o.out) return usage_error(p->cmd, "into which index? -o FILE");
     open_towers(p, IMAGE_TOWER);
     image_index *ix = new_index(p, p->o.out);
     open_index(p, ix);
-    const int status = collect_images(p, ix, &todo, &n_known);
+    const int status = collect_images(p, ix, &todo);
     unsigned char *records = (unsigned char *)new_memory(p, (size_t)p->o.batch, 16 + 2 * (size_t)ix->n_dims + MAX_NAME);
     float *rows = new_rows(p, p->o.batch);
     const double start = seconds();
@@ -2294,10 +2290,10 @@ static int run_index(program *p) {
         rate = added / (seconds() - start + 1e-9);
     }
     clear_bar(p);
-    begin_json(p, "index:%s added:%d known:%d unreadable:%d rows:%d images_per_second:%f}\n", ix->path, added, n_known,
-               todo.n - added, ix->names.n + added, rate);
+    begin_json(p, "index:%s added:%d known:%d unreadable:%d passed_over:%d rows:%d images_per_second:%f}\n", ix->path,
+               added, ix->n_known, todo.n - added, ix->n_others, ix->names.n + added, rate);
     put_plain("%s: %d images added (%.1f/s), %d already there, %d unreadable; %d in all\n", ix->path, added, rate,
-              n_known, todo.n - added, ix->names.n + added);
+              ix->n_known, todo.n - added, ix->names.n + added);
     fclose(ix->file);
     return added < todo.n ? EXIT_FAILED : status;
 }
@@ -2427,8 +2423,8 @@ static double random_number(uint64_t *state) {
 }
 
 static int by_value(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
 }
 
 static void print_retrieval(const program *p, const retrieval *r) {

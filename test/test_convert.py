@@ -551,7 +551,7 @@ class Json(Case):
                                 ("file prompt text tokens complete seconds", ["summarize", "--bool", "--query", "spirals", abstract]),
                                 ("tokens", ["tokens", "M31"]), ("file embedding", ["embed", image]), ("text embedding", ["embed", "--text", "x"]),
                                 ("file matches", ["score", image, "--text", "x"]), ("file matches", ["describe", image]),
-                                ("index added known unreadable rows images_per_second", ["index", image, "-o", self.path("json.avl")]),
+                                ("index added known unreadable passed_over rows images_per_second", ["index", image, "-o", self.path("json.avl")]),
                                 ("text rows hits", ["search", self.path("json.avl"), "x"]),
                                 ("file rows hits", ["search", self.path("json.avl"), "--image", image]),
                                 ("pairs logit_scale contrastive_loss accuracy cosines_matched cosines_shuffled", ["evaluate", "retrieval", pairs]),
@@ -1266,7 +1266,9 @@ class Trace(Case):
         folder = self.path("full")
         os.mkdir(folder)
         os.symlink("/dev/full", os.path.join(folder, self.index()[0]["file"]))
+        index = self.write("full/index.tsv", b"earlier")
         self.assertIn("cannot be written", self.fails(1, "trace", self.images[0], "What?", "-o", folder).err)
+        self.assertEqual(read_bytes(index), b"earlier")
 
 
 class Chat(Case):
@@ -1657,6 +1659,7 @@ class Index(Case):
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(star_field(0))
         self.assertIn("6 images of other formats", self.index("kinds.avl", folder).err)
+        self.assertEqual(json.loads(self.index("kinds.avl", "--json", folder).out)["passed_over"], 6)
         os.symlink("nowhere.png", os.path.join(folder, "gone.png"))
         self.assertIn("gone.png", self.index("kinds.avl", folder, code=1).err)
 
