@@ -5084,9 +5084,9 @@ static astrovl_status avl__clip_run(const avl__clip *clip, avl__run *run, const 
     const int d = clip->tower.n_embd, p = clip->patch_size, s = clip->image_size, n_rows = 1 + clip->n_patches;
     float *pixels = avl__take(run, (uint64_t)3 * s * s);                       // [3][S][S]
     float *patches = avl__take(run, (uint64_t)clip->n_patches * 3 * p * p);    // [n_patches][3][P][P]
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++, images++) {
         astrovl_status status = avl__pass_status(run, "image", 0, 0, err);
-        if (!status) status = avl__clip_preprocess(clip, &images[i], pixels, err);
+        if (!status) status = avl__clip_preprocess(clip, images, pixels, err);
         if (status) return status;
         avl__tap3(run, "pixel_values", -1, "", pixels, 3, s, s);
         float *row = x + (size_t)i * n_rows * d, *to = patches;
