@@ -4062,8 +4062,11 @@ static astrovl_status avl__png_pixels(avl__png *png) {
                 if (n_channels == 1 && depth <= 8)
                     memcpy(rgb, png->colors[row[bit / 8] >> (8 - depth - (int)(bit % 8)) & mask], 3);
                 else if (n_channels == 1) memset(rgb, (avl__load_u16be(p) + 128) / 257, 3);   // 16-bit gray
-                else
-                    for (int k = 0; k < 3; k++) rgb[k] = p[k * next];
+                else {
+                    rgb[0] = p[0];
+                    rgb[1] = p[next];
+                    rgb[2] = p[2 * next];
+                }
             }
             up = row;
             row += row_bytes[i] - 1;
@@ -4166,7 +4169,6 @@ static int avl__jpeg_signed(avl__jpeg *j, int n) {
 // A scan holds, for each block, the coefficients first to last in zigzag order, without their lowest `low` bits. A
 // sequential file has all 64 and all bits of a component in one scan; a progressive one sends bands, and later scans
 // that add one bit each (high = low + 1).
-
 // Reads a block's part of a band's first scan (T.81, F.2.2 and G.1.2). Returns 0 if the data makes no sense.
 static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
     int k = j->first;
@@ -4248,15 +4250,19 @@ static void avl__idct_8(const int32_t *in, int n_bits, int32_t out[8]) {
     uint32_t b = t - (x5 + x1) * 3196u;              // 0.390180644
     uint32_t c = (x7 + x1) * 7373u;                  // 0.899976223
     uint32_t d = (x5 + x3) * 20995u;                 // 2.562915447
-    const uint32_t even[4] = {s0 + s3, s1 + s2, s1 - s2, s0 - s3};
-    const uint32_t odd[4] = {x1 * 12299u + b - c,    // 1.501321110
-                             x3 * 25172u + a - d,    // 3.072711026
-                             x5 * 16819u + b - d,    // 2.053119869
-                             x7 * 2446u + a - c};    // 0.298631336
-    for (int i = 0; i < 4; i++) {
-        out[i] = (int32_t)(even[i] + odd[i]) >> n_bits;
-        out[7 - i] = (int32_t)(even[i] - odd[i]) >> n_bits;
-    }
+    uint32_t e0 = s0 + s3, e3 = s0 - s3, e1 = s1 + s2, e2 = s1 - s2;
+    uint32_t o0 = x1 * 12299u + b - c;               // 1.501321110
+    uint32_t o1 = x3 * 25172u + a - d;               // 3.072711026
+    uint32_t o2 = x5 * 16819u + b - d;               // 2.053119869
+    uint32_t o3 = x7 * 2446u + a - c;                // 0.298631336
+    out[0] = (int32_t)(e0 + o0) >> n_bits;
+    out[7] = (int32_t)(e0 - o0) >> n_bits;
+    out[1] = (int32_t)(e1 + o1) >> n_bits;
+    out[6] = (int32_t)(e1 - o1) >> n_bits;
+    out[2] = (int32_t)(e2 + o2) >> n_bits;
+    out[5] = (int32_t)(e2 - o2) >> n_bits;
+    out[3] = (int32_t)(e3 + o3) >> n_bits;
+    out[4] = (int32_t)(e3 - o3) >> n_bits;
 }
 
 static uint8_t avl__clip8(int32_t x) { return (uint8_t)((uint32_t)x <= 255 ? x : x < 0 ? 0 : 255); }
@@ -4505,7 +4511,7 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
     return out;
 }
 
-// YCbCr to RGB: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
+// YCbCr to RGB: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits  (JFIF)
 // CMYK to RGB: R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink), whether
 // a marker says so or not.
 static astrovl_status avl__jpeg_pixels(const avl__jpeg *j) {
