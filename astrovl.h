@@ -4511,9 +4511,9 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
     return out;
 }
 
-// YCbCr to RGB: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits  (JFIF)
-// CMYK to RGB: R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink), whether
-// a marker says so or not.
+// YCbCr to RGB: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
+// CMYK to RGB: R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink),
+// whether a marker says so or not.
 static astrovl_status avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
     // libjpeg's rules for what the components mean: without a marker, three are YCbCr unless they are called R, G and B
