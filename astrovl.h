@@ -3639,13 +3639,11 @@ ASTROVL_API void astrovl_image_free(astrovl_image *image) {
 
 // Allocates width x height pixels, not initialized.
 static astrovl_status avl__image_new(astrovl_image *image, int width, int height, astrovl_error *err) {
+    const astrovl_image made = {width, height, (uint8_t *)avl__alloc_raw((uint64_t)width * (uint64_t)height, 3), 1};
     memset(image, 0, sizeof *image);
-    image->rgb = (unsigned char *)avl__alloc_raw((uint64_t)width * (uint64_t)height, 3);
-    if (!image->rgb)
+    if (!made.rgb)
         return avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for an image of %d x %d pixels", width, height);
-    image->width = width;
-    image->height = height;
-    image->orientation = 1;
+    *image = made;
     return ASTROVL_OK;
 }
 
@@ -3704,10 +3702,9 @@ static int avl__exif_orientation(const uint8_t *tiff, size_t size) {
     size_t at = tiff[0] == 'M' ? avl__load_u32be(tiff + 4) : avl__load_u32(tiff + 4);
     if (at > size - 2) return 1;
     const uint8_t *entry = tiff + at + 2;   // tag (2 bytes), type (2), count (4), value (4)
-    for (int n = number(tiff + at); n > 0 && tiff + size - entry >= 12; n--, entry += 12) {
-        int value = number(entry + 8);
-        if (number(entry) == 0x0112) return number(entry + 2) == 3 && value >= 1 && value <= 8 ? value : 1;
-    }
+    for (int n = number(tiff + at); n > 0 && tiff + size - entry >= 12; n--, entry += 12)
+        if (number(entry) == 0x0112)
+            return number(entry + 2) == 3 && number(entry + 8) - 1u < 8 ? number(entry + 8) : 1;
     return 1;
 }
 
@@ -3849,10 +3846,9 @@ static const char *avl__inflate_block(avl__inflate *s, unsigned kind) {
         for (int i = 0; i < n_literals + n_distances;) {
             int symbol = avl__bits_symbol(&s->bits, &s->literals);
             if (symbol < 0 || (symbol == 16 && i == 0)) return "has a code length that means nothing";
-            int length = symbol < 16 ? symbol : symbol == 16 ? lengths[i - 1] : 0, repeat = 1;
-            if (symbol == 16) repeat = 3 + (int)avl__inflate_number(s, 2);
-            if (symbol == 17) repeat = 3 + (int)avl__inflate_number(s, 3);
-            if (symbol == 18) repeat = 11 + (int)avl__inflate_number(s, 7);
+            int length = symbol < 16 ? symbol : symbol == 16 ? lengths[i - 1] : 0;
+            int repeat = symbol < 16 ? 1 : symbol < 18 ? 3 : 11;   // and 2, 3 or 7 bits for 16, 17 and 18
+            if (symbol >= 16) repeat += (int)avl__inflate_number(s, symbol < 18 ? symbol - 14 : 7);
             if (s->bits.n < 0) return "ends too early";
             if (repeat > n_literals + n_distances - i) return "repeats a code length too often";
             while (repeat--) lengths[i++] = (uint8_t)length;
@@ -3898,11 +3894,9 @@ static const char *avl__inflate_run(avl__inflate *s) {
         unsigned kind = avl__inflate_number(s, 2);
         if (s->bits.n < 0) return "ends too early";
         if (kind == 3) return "has a block of unknown kind";
-        if (kind > 0) {
-            const char *problem = avl__inflate_block(s, kind);
-            if (problem) return problem;
-            continue;
-        }
+        const char *problem = kind > 0 ? avl__inflate_block(s, kind) : NULL;
+        if (problem) return problem;
+        if (kind > 0) continue;
         avl__bits_take(&s->bits, s->bits.n & 7);   // stored bytes, from the next whole byte on
         int64_t size = avl__inflate_number(s, 16);
         if ((size ^ 0xFFFF) != avl__inflate_number(s, 16)) return "has a broken stored block";
@@ -3979,11 +3973,10 @@ static astrovl_status avl__png_chunks(avl__png *png) {
         uint32_t crc = 0xFFFFFFFFu;
         for (size_t i = 0; i < size + 4 && !is_cut; i++) crc = table[(crc ^ p[4 + i]) & 255] ^ crc >> 8;
         int is_bad = is_cut || ~crc != avl__load_u32be(p + 8 + size);
-        if (is_bad && !is_cut && !is_past && is_idat)
-            avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
-        else if (is_bad && is_past) return ASTROVL_OK;
-        else if (is_bad)
+        if (is_bad && is_past) return ASTROVL_OK;
+        if (is_bad && (is_cut || !is_idat))
             return AVL__BROKEN(in, "chunk \"%s\": %s", name, is_cut ? "the file ends inside it" : "its CRC is wrong");
+        if (is_bad) avl__image_fail(in, ASTROVL_OK, "a wrong CRC in the pixels' data (IDAT), which is taken as it is");
         p += 8;
         if (png->width == 0 && strcmp(name, "IHDR") != 0) return AVL__BROKEN(in, "IHDR must come first");
         if (strcmp(name, "IHDR") == 0) status = avl__png_header(png, p, size);
@@ -4011,8 +4004,7 @@ static int avl__paeth(int left, int up, int up_left) {
     return to_left <= to_up && to_left <= to_up_left ? left : up;
 }
 
-// Unpacks the IDAT data, undoes the filters and converts to RGB. Deflate expands at most 1032 : 1 (258 bytes from 2
-// bits), so a small file that claims to be a huge image is refused before memory is allocated.
+// Unpacks the IDAT data, undoes the filters, converts to RGB. Deflate expands 1032 : 1 at most: 258 bytes from 2 bits.
 static astrovl_status avl__png_pixels(avl__png *png) {
     // A pass {x, y, dx, dy}: every dx-th pixel of every dy-th row from (x, y) on, stored as an image of its own. An
     // interlaced image has passes 0 to 6 (Adam7), any other only pass 7.
@@ -4177,7 +4169,6 @@ static int avl__jpeg_signed(avl__jpeg *j, int n) {
 // A scan holds, for each block, the coefficients first to last in zigzag order, without their lowest `low` bits. A
 // sequential file has all 64 and all bits of a component in one scan; a progressive one sends bands, and later scans
 // that add one bit each (high = low + 1).
-
 // Reads a block's part of a band's first scan (T.81, F.2.2 and G.1.2). Returns 0 if the data makes no sense.
 static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *block) {
     int k = j->first;
@@ -4188,15 +4179,11 @@ static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *b
         block[0] = (int16_t)(uint16_t)((unsigned)c->predicted << j->low);
         k = 1;
     }
-    if (j->end_of_band > 0) {
-        j->end_of_band--;
-        return 1;
-    }
-    for (; k <= j->last; k++) {   // AC: `run` zeros, then a number of `size` bits
+    for (; k <= j->last && j->end_of_band == 0; k++) {   // AC: `run` zeros, then a number of `size` bits
         int symbol = avl__bits_symbol(&j->bits, c->ac), size = symbol & 15, run = symbol >> 4;
         if (symbol < 0) return 0;
         if (size == 0 && run < 15) {   // the band ends here, and so it does in the next 2^run - 1 + (`run` bits) blocks
-            j->end_of_band = (1 << run) - 1 + (int)avl__bits_take(&j->bits, run);
+            j->end_of_band = (1 << run) + (int)avl__bits_take(&j->bits, run);
             break;
         }
         k += run;
@@ -4204,6 +4191,7 @@ static int avl__jpeg_read_first(avl__jpeg *j, avl__jpeg_component *c, int16_t *b
         if (k > j->last) return 0;
         block[avl__zigzag[k]] = (int16_t)(uint16_t)((unsigned)avl__jpeg_signed(j, size) << j->low);
     }
+    if (j->end_of_band > 0) j->end_of_band--;
     return 1;
 }
 
@@ -4314,8 +4302,7 @@ static astrovl_status avl__jpeg_tables(avl__jpeg *j, int marker, const uint8_t *
     return ASTROVL_OK;
 }
 
-// SOF: the image's size and components. Allocates the components' memory; a block takes at least one bit of a scan, so
-// a small file that claims to be a huge image is refused first.
+// SOF: the image's size and components. Allocates their memory, if the file is large enough for one bit a block.
 static astrovl_status avl__jpeg_frame(avl__jpeg *j, int marker, const uint8_t *p, size_t size) {
     avl__image_file *in = j->in;
     if (marker > 0xC2)
@@ -4428,13 +4415,12 @@ static astrovl_status avl__jpeg_scan(avl__jpeg *j, const uint8_t *p, size_t size
         n_blocks += c->h * c->v;
     }
     if (n > 1 && n_blocks > 10) return AVL__BROKEN(in, "a scan (SOS) with more than 10 blocks per MCU");
-    in->at += 4 + size;
     int n_x = n == 1 ? (scan[0]->width + 7) / 8 : j->mcus_x, n_y = n == 1 ? (scan[0]->height + 7) / 8 : j->mcus_y;
     for (int mcu = 0; mcu < n_x * n_y; mcu++) {
         if (mcu == 0 || (j->restart_interval && mcu % j->restart_interval == 0)) {   // predictions and runs start anew
             if (mcu > 0 && avl__jpeg_find_marker(in) != 0xD0 + (mcu / j->restart_interval - 1) % 8)
                 return AVL__BROKEN(in, "not the restart marker (RST) that is due");
-            if (mcu > 0) in->at += 2;
+            in->at += mcu > 0 ? 2 : 4 + size;   // past the restart marker or SOS
             // The data until the next marker goes to `packed`, where FF 00 becomes FF.
             memset(&j->bits, 0, sizeof j->bits);
             j->bits.data = j->packed;
@@ -4485,11 +4471,8 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
             return AVL__BROKEN(in, "a segment of wrong length, or the file ends inside it");
         const uint8_t *p = in->data + in->at + 4;
         size -= 2;
-        if (marker == 0xDA) {
-            status = avl__jpeg_scan(j, p, size);
-            continue;
-        }
-        if (marker == 0xDB || marker == 0xC4) status = avl__jpeg_tables(j, marker, p, size);
+        if (marker == 0xDA) status = avl__jpeg_scan(j, p, size);
+        else if (marker == 0xDB || marker == 0xC4) status = avl__jpeg_tables(j, marker, p, size);
         else if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC8 && marker != 0xCC)
             status = avl__jpeg_frame(j, marker, p, size);
         else if (marker == 0xDD) j->restart_interval = avl__load_u16be(p);
@@ -4497,7 +4480,7 @@ static astrovl_status avl__jpeg_segments(avl__jpeg *j) {
         else if (marker == 0xE1 && size >= 6 && memcmp(p, "Exif\0", 6) == 0 && in->orientation == 0)
             in->orientation = avl__exif_orientation(p + 6, size - 6);
         else if (marker == 0xEE && size >= 12 && memcmp(p, "Adobe", 5) == 0) j->adobe = 1 + p[11];
-        in->at += 4 + size;
+        if (marker != 0xDA) in->at += 4 + size;   // a scan moves to its own end
     }
     return status;
 }
@@ -4528,10 +4511,9 @@ static const uint8_t *avl__jpeg_row(const avl__jpeg *j, const avl__jpeg_componen
     return out;
 }
 
-// Samples to RGB.
-// YCbCr: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
-// CMYK:  R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink), whether a
-// marker says so or not.
+// YCbCr to RGB: R = Y + 1.402 Cr, G = Y - 0.344136 Cb - 0.714136 Cr, B = Y + 1.772 Cb, with 16 fractional bits   (JFIF)
+// CMYK to RGB: R = K (255 - C) / 255. Pillow takes four components for Adobe's inverted ones (255 less the ink),
+// whether a marker says so or not.
 static astrovl_status avl__jpeg_pixels(const avl__jpeg *j) {
     const avl__jpeg_component *c = j->component;
     // libjpeg's rules for what the components mean: without a marker, three are YCbCr unless they are called R, G and B
