@@ -2917,11 +2917,10 @@ static int avl__decompose(avl__tokens *points, avl__unicode *u, uint32_t c) {
     const avl__pair *pair = avl__find_pair(u, c, 0);
     uint32_t s = c - AVL__HANGUL;
     size_t at = points->size;
-    if (s < AVL__N_SYLLABLES) {
+    if (s < AVL__N_SYLLABLES)
         return avl__tokens_put(points, (int32_t)(AVL__LEAD + s / (AVL__N_VOWELS * AVL__N_TAILS))) &&
                avl__tokens_put(points, (int32_t)(AVL__VOWEL + s / AVL__N_TAILS % AVL__N_VOWELS)) &&
                (s % AVL__N_TAILS == 0 || avl__tokens_put(points, (int32_t)(AVL__TAIL + s % AVL__N_TAILS)));
-    }
     if (pair->x)
         return avl__decompose(points, u, pair->x) && (!pair->y || avl__decompose(points, u, pair->y));
     int32_t rank = avl__run_value(u->marks, AVL__MARK_RUNS, c);
@@ -2956,13 +2955,12 @@ static int avl__clean(avl__unicode *u, avl__bytes *text) {
         uint32_t whole = 0;
         if (starter != (size_t)-1 && (n == starter + 1 || (last > 0 && last < rank)))   // nothing stands between
             whole = avl__composed(u, (uint32_t)points.data[starter], (uint32_t)(points.data[at] & AVL__POINT_MASK));
-        if (whole) {
-            points.data[starter] = (int32_t)whole;
-            continue;
+        if (whole) points.data[starter] = (int32_t)whole;
+        else {
+            if (rank == 0) starter = n;
+            last = rank;
+            points.data[n++] = points.data[at];
         }
-        if (rank == 0) starter = n;
-        last = rank;
-        points.data[n++] = points.data[at];
     }
     for (at = 0; at < n; at++) {
         char utf8[4];
@@ -3215,9 +3213,7 @@ static size_t avl__spell_byte(uint32_t byte, int ends_word, char spelling[8]) { 
 }
 
 static int avl__char_to_byte(int32_t c) {   // -1: a character that spells no byte
-    if (c >= 256 && c <= 288) return c - 256;
-    if (c >= 289 && c <= 322) return c - 289 + 127;
-    if (c == 323) return 173;
+    if (c >= 256 && c <= 323) return c <= 288 ? c - 256 : c <= 322 ? c - 289 + 127 : 173;
     return (c > 32 && c < 127) || (c > 160 && c < 256 && c != 173) ? c : -1;
 }
 
@@ -3232,13 +3228,12 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
     if (index >= 0 && astrovl_gguf_kv(k->file, index)->count > AVL__MAX_TOKENS)
         avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", " has more than 2^26 elements");
     if (k->status) return;
-    for (byte = 0; byte < 256; byte++) {
+    for (byte = 0; byte < 256; byte++)
         for (end = 0; end <= clip; end++) {
             int32_t id = avl__vocab_find(v, spelling, avl__spell_byte((uint32_t)byte, end, spelling));
             if (id >= 0) v->rank[id] = 0;
             if (!end) v->byte_ids[byte] = id;
         }
-    }
     for (i = 0; index < 0 && i < v->n_tokens; i++)   // clip.cpp's files list no merges, but ids are in their order
         if (v->types[i] == AVL__TOKEN_NORMAL && v->rank[i]) v->rank[i] = (uint32_t)i + 1;
     count = index < 0 ? 0 : (int)astrovl_gguf_kv(k->file, index)->count;
@@ -3254,10 +3249,10 @@ static void avl__load_merges(avl__vocab *v, avl__keys *k) {
         int32_t left = avl__vocab_find(v, line.data, size);
         int32_t right = avl__vocab_find(v, line.data + (line.size - behind), behind);
         int32_t id = avl__vocab_find(v, joined.data, joined.size);
-        if (left < 0 || right < 0 || id < 0) {
+        if (left < 0 || right < 0 || id < 0)
             avl__key_fail(k, ASTROVL_ERROR_FORMAT, "merges", "[%d] \"%.*s\" names a piece that is no token", i,
                           AVL__SHOW(line));
-        } else if (v->rank[left] < too_early && v->rank[right] < too_early) {
+        else if (v->rank[left] < too_early && v->rank[right] < too_early) {
             if (v->rank[id] >= too_early) v->rank[id] = (uint32_t)i + 1;
         } else if (v->rank[id] == AVL__NEVER) v->rank[id] = too_early;
     }
@@ -7020,11 +7015,8 @@ static astrovl_guide *avl__guide_build(const astrovl_model *model, const char *t
         astrovl_free(schema.values);
     }
     uint8_t begins[257] = {1};
-    for (size_t i = 0; i < g->n_nodes; i++) {
-        if (g->nodes[i].kind != AVL__RANGE) continue;
-        begins[g->nodes[i].a] = 1;
-        begins[g->nodes[i].b + 1] = 1;
-    }
+    for (size_t i = 0; i < g->n_nodes; i++)
+        if (g->nodes[i].kind == AVL__RANGE) begins[g->nodes[i].a] = begins[g->nodes[i].b + 1] = 1;
     for (int byte = 0; byte < 256; byte++) {
         if (begins[byte]) g->byte_of[g->n_classes++] = (uint8_t)byte;
         g->classes[byte] = (uint8_t)(g->n_classes - 1);
@@ -7140,8 +7132,7 @@ static int avl__write_token(avl__turn *t) {
     const int32_t token = astrovl_sample(t->logits, s->model->llama.n_vocab, o, t->tokens.data, (int)t->tokens.size,
                                          &t->random_state);
     const int is_end = avl__vocab_is_end(&s->model->vocab, token);
-    int next = 0;
-    if (guide && !is_end) next = astrovl_guide_next(guide, t->state, token);
+    int next = guide && !is_end ? astrovl_guide_next(guide, t->state, token) : 0;
     if (guide && is_end && !astrovl_guide_is_accepting(guide, t->state)) next = -1;
     if (next < 0) avl__fail(err, ASTROVL_ERROR_MODEL, "no token can be chosen: the model's logits are not numbers");
     if (guide && guide->failure.status) *err = guide->failure;
