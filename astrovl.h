@@ -5803,8 +5803,8 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
         (model->info.has_text && n_ctx > n_train)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "session options out of range: mode %d, n_threads %d, n_ctx %d (the "
                   "model, or its sliding window, has %d), isa \"%s\" (portable; x86-64: avx2, avx_vnni, avx512, "
-                  "avx512_bf16; AArch64: neon, neon_dotprod; others: generic)", (int)o.mode, o.n_threads, n_ctx, n_train,
-                  o.isa ? o.isa : "NULL");
+                  "avx512_bf16; AArch64: neon, neon_dotprod; others: generic)", (int)o.mode, o.n_threads, n_ctx,
+                  n_train, o.isa ? o.isa : "NULL");
         return NULL;
     }
     astrovl_session *s = (astrovl_session *)avl__alloc(1, sizeof *s);
