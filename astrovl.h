@@ -5033,8 +5033,9 @@ static astrovl_status avl__tower_run(const avl__tower *tower, avl__run *run, flo
 }
 
 // Normed rows [n][n_embd] that stand for images or texts to the shared space.  embeddings: out, [n][n_embd_joint]
-static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, const float *rows, int n,
+static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, const float *rows, int n, int normalize,
                                      float *embeddings, astrovl_error *err) {
+    const int n_dims = tower->projection.n_out;
     const char *name = tower->is_text ? "text_projection" : "visual_projection";
     if (tower->dense[0].weight) {
         const int n_hidden = tower->dense[0].n_out, n_out = tower->dense[1].n_out;
@@ -5051,7 +5052,11 @@ static astrovl_status avl__joint_run(const avl__tower *tower, avl__run *run, con
         rows = out;
     }
     avl__apply(run, embeddings, rows, &tower->projection, n);
-    avl__tap(run, name, -1, "", embeddings, n, tower->projection.n_out);
+    avl__tap(run, name, -1, "", embeddings, n, n_dims);
+    for (int r = 0; r < n && normalize && !run->failed; r++, embeddings += n_dims) {
+        const float length = (float)avl__sqrt((double)avl__dot_portable(embeddings, embeddings, n_dims));
+        for (int i = 0; i < n_dims && length > 0.0f; i++) embeddings[i] /= length;
+    }
     return avl__pass_status(run, "embeddings", 0, 0, err);
 }
 
@@ -7305,14 +7310,6 @@ ASTROVL_API char *astrovl_caption_file(const astrovl_model *model, const char *i
 //     cosine(a, b) = a . b / (|a| |b|);    p(text j | image i) = softmax_j(logit_scale * cosine(image_i, text_j))
 // ====================================================================================================================
 
-// x[r] /= |x[r]|, in place; x: [n_rows][n_dims]
-static void avl__normalize_rows(float *x, int n_rows, int n_dims) {
-    for (int r = 0; r < n_rows; r++, x += n_dims) {
-        const float length = (float)avl__sqrt((double)avl__dot_portable(x, x, n_dims));
-        for (int i = 0; i < n_dims && length > 0.0f; i++) x[i] /= length;
-    }
-}
-
 enum { AVL__JOINT_ROWS = 1024 };   // of a pass through a tower: enough for all threads, few enough for the CPU's caches
 enum { AVL__JOINT_FLAGS = ASTROVL_ADD_SPECIAL | ASTROVL_PARSE_SPECIAL };
 
@@ -7337,8 +7334,7 @@ ASTROVL_API astrovl_status astrovl_embed_images(astrovl_session *s, const astrov
             memcpy(x + (size_t)i * d, x + (size_t)i * n_rows * d, (size_t)d * sizeof(float));
         avl__norm_rows(run, x, x, tower->norm_weight, tower->norm_bias, n, d, tower->eps);
         avl__tap(run, "vision_model.post_layernorm", -1, "", x, n, d);
-        status = avl__joint_run(tower, run, x, n, embeddings, err);
-        if (!status && normalize) avl__normalize_rows(embeddings, n, n_dims);
+        status = avl__joint_run(tower, run, x, n, normalize, embeddings, err);
     }
     return status;
 }
@@ -7389,8 +7385,7 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
             while (j + 1 < at + lengths[i] && tokens.data[j] != end) j++;   // NOLINT: rows come from tokens
             memmove(x + (size_t)i * d, x + (size_t)j * d, (size_t)d * sizeof(float));
         }
-        status = avl__joint_run(tower, run, x, n, embeddings, err);
-        if (!status && normalize) avl__normalize_rows(embeddings, n, n_dims);
+        status = avl__joint_run(tower, run, x, n, normalize, embeddings, err);
     }
     astrovl_free(tokens.data);
     return status;
