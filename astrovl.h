@@ -2474,14 +2474,6 @@ typedef struct avl__weights {
 
 #define AVL__ASK_FOR_FILE "the model is of another kind (SigLIP's tower, ...), or a file was not given"
 
-static void avl__weights_free(avl__weights *w) {
-    for (size_t i = 0; i < w->n_vectors; i++) astrovl_free(w->vectors[i]);
-    astrovl_free(w->vectors);
-    for (int f = 0; f < w->n_files; f++) astrovl_gguf_close(w->files[f]);
-    astrovl_free(w->files);
-    memset(w, 0, sizeof *w);
-}
-
 // Fails with "FILE: what the format says".  file: NULL: that of the part that is being loaded, or the first one
 static void avl__load_fail(avl__weights *w, const astrovl_gguf *file, astrovl_status status, const char *format, ...) {
     char what[400];
@@ -5690,7 +5682,10 @@ ASTROVL_API void astrovl_close(astrovl_model *model) {
     astrovl_free(model->clip_text.tower.layers);
     astrovl_free((void *)model->info.name);
     astrovl_free(model->jinja);
-    avl__weights_free(&model->weights);
+    for (size_t i = 0; i < model->weights.n_vectors; i++) astrovl_free(model->weights.vectors[i]);
+    astrovl_free(model->weights.vectors);
+    for (int f = 0; f < model->weights.n_files; f++) astrovl_gguf_close(model->weights.files[f]);
+    astrovl_free(model->weights.files);
     astrovl_free(model);
 }
 
