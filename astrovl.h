@@ -767,9 +767,7 @@ static int avl__grow(void *array, size_t *capacity, size_t needed, size_t size) 
     return 1;
 }
 
-ASTROVL_API void astrovl_free(void *memory) {
-    if (memory) ASTROVL_FREE(memory);
-}
+ASTROVL_API void astrovl_free(void *memory) { if (memory) ASTROVL_FREE(memory); }
 
 // A growing byte string, zero-terminated once something was put. `failed` sticks, so it is checked once, at the end.
 typedef struct avl__bytes {
@@ -5729,13 +5727,15 @@ static astrovl_status avl__need(const astrovl_model *model, int parts, astrovl_e
 
 // ---- text, by the model's vocabulary -------------------------------------------------------------------------------
 
-static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size, int flags, int32_t *tokens,
-                         int capacity, astrovl_error *err) {
+static int avl__tokenize(const astrovl_model *model, int part, const char *text, size_t size, int flags,
+                         int32_t *tokens, int capacity, astrovl_error *err) {
     avl__tokens list = {NULL, 0, 0};
+    if (avl__need(model, part, err) != ASTROVL_OK) return -1;
     if ((!text && size) || (!tokens && capacity > 0)) {
         avl__fail(err, ASTROVL_ERROR_ARGUMENT, "no text or no room for its tokens was given");
         return -1;
     }
+    const avl__vocab *vocab = part == AVL__PART_VOCAB ? &model->vocab : &model->clip_vocab;
     const astrovl_status status = avl__vocab_encode(vocab, text, size, flags, &list, err);
     const int n = (int)list.size;                      // a byte gives at most 3 tokens, and 2^29 bytes are the limit
     if (n && capacity > 0) memcpy(tokens, list.data, (size_t)(n < capacity ? n : capacity) * sizeof *tokens);
@@ -5745,8 +5745,7 @@ static int avl__tokenize(const avl__vocab *vocab, const char *text, size_t size,
 
 ASTROVL_API int astrovl_tokenize(const astrovl_model *model, const char *text, size_t size, int flags, int32_t *tokens,
                                  int capacity, astrovl_error *err) {
-    if (avl__need(model, AVL__PART_VOCAB, err) != ASTROVL_OK) return -1;
-    return avl__tokenize(&model->vocab, text, size, flags, tokens, capacity, err);
+    return avl__tokenize(model, AVL__PART_VOCAB, text, size, flags, tokens, capacity, err);
 }
 
 ASTROVL_API astrovl_string astrovl_token_piece(const astrovl_model *model, int32_t token) {
@@ -5796,8 +5795,8 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
     const int n_train = model->info.n_ctx_train;
     memset(&o, 0, sizeof o);
     if (options) o = *options;
-    if (!n_ctx && parent) n_ctx = parent->cache.n_ctx;
-    else if (!n_ctx) n_ctx = n_train < ASTROVL_DEFAULT_CONTEXT ? n_train : ASTROVL_DEFAULT_CONTEXT;
+    if (!n_ctx)
+        n_ctx = parent ? parent->cache.n_ctx : n_train < ASTROVL_DEFAULT_CONTEXT ? n_train : ASTROVL_DEFAULT_CONTEXT;
     const avl__kernels *kernels = avl__choose_kernels(o.mode, o.isa);
     if (o.n_threads < 0 || (o.mode != ASTROVL_FAST && o.mode != ASTROVL_EXACT) || !kernels || n_ctx < 0 ||
         (model->info.has_text && n_ctx > n_train)) {
@@ -7388,8 +7387,7 @@ ASTROVL_API astrovl_status astrovl_embed_texts(astrovl_session *s, const char *c
 
 ASTROVL_API int astrovl_clip_tokenize(const astrovl_model *model, const char *text, size_t size, int32_t *tokens,
                                       int capacity, astrovl_error *err) {
-    if (avl__need(model, AVL__PART_JOINT_TEXT, err) != ASTROVL_OK) return -1;
-    return avl__tokenize(&model->clip_vocab, text, size, AVL__JOINT_FLAGS, tokens, capacity, err);
+    return avl__tokenize(model, AVL__PART_JOINT_TEXT, text, size, AVL__JOINT_FLAGS, tokens, capacity, err);
 }
 
 ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astrovl_image *image,
@@ -7405,13 +7403,12 @@ ASTROVL_API astrovl_status astrovl_score(const astrovl_model *model, const astro
     if (!rows) status = avl__fail(err, ASTROVL_ERROR_MEMORY, "out of memory for %d embeddings", n_texts);
     if (!status) status = astrovl_embed_images(s, image, 1, 1, rows, err);
     if (!status) status = astrovl_embed_texts(s, texts, n_texts, 1, rows + n_dims, err);
-    if (!status) {
-        for (int j = 0; j < n_texts; j++)
-            fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
-        for (int j = 0; j < n_texts; j++) rows[j] = model->info.logit_scale * fits[j].cosine;   // in the rows' place
-        astrovl_softmax(rows, n_texts);
-        for (int j = 0; j < n_texts; j++) fits[j].probability = rows[j];
-    }
+    const int n = status ? 0 : n_texts;
+    for (int j = 0; j < n; j++)
+        fits[j].cosine = avl__dot_portable(rows, rows + ((size_t)j + 1) * n_dims, (int)n_dims);
+    for (int j = 0; j < n; j++) rows[j] = model->info.logit_scale * fits[j].cosine;   // in the rows' place
+    astrovl_softmax(rows, n);
+    for (int j = 0; j < n; j++) fits[j].probability = rows[j];
     astrovl_session_free(s);
     astrovl_free(rows);
     return status;
@@ -7651,9 +7648,6 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
 #define ASTROVL_HEADER_NAME "astrovl.h"
 #endif
 
-// Every instance says whether its byte product adds up in 32 bits (AVL__WIDE), and may take all but the products from
-// another instance (AVL__BASE).
-
 #if AVL__X86
 
 // The instructions of AVX-VNNI, by assembly: older compilers lack the intrinsics. {vex} tells them from AVX-512's.
@@ -7664,17 +7658,6 @@ AVL__INLINE const char *avl__next_rows(const avl__product *p, int first, int las
 #else
 #define AVL__VNNI(name) ""              // older assemblers: the table is there, but never chosen
 #endif
-
-// Asked of the processor itself: older compilers do not know the name.
-static int avl__has_avx_vnni(void) {
-#if defined(ASTROVL_TEST_EVEX_VNNI)
-    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-#else
-    unsigned a = 7, b, c = 1, d;
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return sizeof AVL__VNNI("") > 1 && (a >> 4 & 1);
-#endif
-}
 
 // Two tables: only avx512_bf16 uses bfloat16 instructions (float_kind).
 AVL__BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
@@ -7744,7 +7727,13 @@ enum { AVL__N_KERNELS = sizeof avl__all_kernels / sizeof *avl__all_kernels };
 static int avl__kernels_run(int i) {
 #if AVL__SIMD && AVL__X86
     if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (i == 2) return avl__kernels_run(1) && avl__has_avx_vnni();
+#if defined(ASTROVL_TEST_EVEX_VNNI)
+    if (i == 2) return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else                      // asked of the processor itself: older compilers do not know the name
+    unsigned a = 7, b, c = 1, d;
+    if (i == 2) __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    if (i == 2) return avl__kernels_run(1) && sizeof AVL__VNNI("") > 1 && (a >> 4 & 1);
+#endif
     if (i == 3)            // which implies avx512f
         return avl__kernels_run(1) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
@@ -7782,7 +7771,8 @@ static const avl__kernels *avl__choose_kernels(astrovl_mode mode, const char *is
 #else   // AVL__ISA
 
 // ====================================================================================================================
-// The template of [13]: included once for each instance (AVL__ISA). AVL__WIDE: the byte product adds up in 32 bits.
+// The template of [13]: included once for each instance (AVL__ISA). AVL__WIDE: its byte product adds up in 32 bits.
+// AVL__BASE: the instance from which it takes all but the products.
 // ====================================================================================================================
 
 #ifndef AVL__BASE
@@ -7954,14 +7944,9 @@ AVL__DEFINE_DOT(dot_lane0, AVL__SDOT(0x4F80E000), "w")
 AVL__DEFINE_DOT(dot_lane1, AVL__SDOT(0x4FA0E000), "w")
 AVL__DEFINE_DOT(dot_lane2, AVL__SDOT(0x4F80E800), "w")
 AVL__DEFINE_DOT(dot_lane3, AVL__SDOT(0x4FA0E800), "w")
-AVL__INLINE avl__vi AVL_(dot_lane)(avl__vi acc, avl__vu w, avl__vu a, int lane) {
-    switch (lane) {
-    case 0:  return AVL_(dot_lane0)(acc, w, a);
-    case 1:  return AVL_(dot_lane1)(acc, w, a);
-    case 2:  return AVL_(dot_lane2)(acc, w, a);
-    default: return AVL_(dot_lane3)(acc, w, a);
-    }
-}
+AVL__DEFINE(avl__vi, dot_lane, (avl__vi acc, avl__vu w, avl__vu a, int i),
+            i == 0 ? AVL_(dot_lane0)(acc, w, a) : i == 1 ? AVL_(dot_lane1)(acc, w, a) :
+            i == 2 ? AVL_(dot_lane2)(acc, w, a) : AVL_(dot_lane3)(acc, w, a))
 AVL__DEFINE(avl__vi, widen, (avl__vi acc), acc)
 #elif AVL__NEON       // products of eight bytes are eight int16; neighbors are added up
 #define AVL__STEP 2
@@ -8073,12 +8058,6 @@ AVL__DEFINE(avl__vu, pair_bf16, (avl__vf low, avl__vf high),
 AVL__DEFINE(avl__vi, to_int, (avl__vf v), __builtin_convertvector(AVL_(round)(v), avl__vi))
 AVL__DEFINE(avl__vf, abs, (avl__vf v), (avl__vu)v & 0x7FFFFFFFu)
 
-// The words of activations from q on, of rows r to r + 3 if an instruction can choose among them, or of row r alone
-AVL__INLINE avl__vu AVL_(row_words)(const int8_t *q, int r) {
-    if (AVL__W == 4 && AVL__WIDE) return (avl__vu)AVL_(load)(q + r / 4 * 16);
-    return AVL_(splat_word)(q + 4 * r);
-}
-
 AVL__INLINE avl__vi AVL_(dot_words)(int kind, avl__vi acc, avl__vu w, avl__vu a, int r) {
     (void)kind;
     (void)r;
@@ -8124,7 +8103,9 @@ AVL__INLINE void AVL_(add_words)(int kind, int n, int m, const avl__vu *u, const
     avl__vu w[2 * AVL__STEP], a[AVL__STEP];
     AVL__EACH(i, m * AVL__STEP) w[i] = u[i];                   // or gcc loads them for each row
     AVL__EACH(r, n) {
-        AVL__EACH(k, AVL__STEP) a[k] = AVL_(row_words)(q + 4 * n * k, r);
+        AVL__EACH(k, AVL__STEP)
+            if (AVL__W == 4 && AVL__WIDE) a[k] = (avl__vu)AVL_(load)(q + r / 4 * 16);     // the words of four rows
+            else                          a[k] = AVL_(splat_word)(q + 4 * (n * k + r));
         AVL__EACH(c, m) {
             avl__vi *to = acc + m * r + c;
 #if AVL__STEP == 2
