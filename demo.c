@@ -421,7 +421,7 @@ static char g_failure[1 << 18];         // holds the longest argument and the re
 static int end_failure(int printed, const char *file, const char *status) {
     (void)printed;
     note("%s", g_failure);
-    put_json("{error:%s", g_failure);
+    put_json("{version:%s error:%s", ASTROVL_VERSION, g_failure);
     if (status) put_json("status:%s", status);
     if (file) put_json("file:%s", file);
     put_json("}\n");
@@ -737,9 +737,7 @@ static int next_line(lines *l) {
     return 1;
 }
 
-static void line_error(const lines *l, const char *what) {
-    exit(fail_on(l->path, "%s:%d: %s", l->path, l->number, what));
-}
+#define line_error(l, what) exit(fail_on((l)->path, "%s:%d: %s", (l)->path, (l)->number, what))
 
 // "folder/name"; size: of the folder's name
 static char *join_path(program *p, const char *folder, size_t size, const char *name) {
@@ -1012,7 +1010,6 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
     const astrovl_string s = astrovl_gguf_string(file, index, i);
     const int64_t integer = astrovl_gguf_int(file, index, i);
     const astrovl_kv *kv = astrovl_gguf_kv(file, index);
-    uint64_t natural = 0;
     switch (kv->item_type) {
     case ASTROVL_VALUE_STRING:
         print_string(stdout, s.data, long_strings || s.size <= 100 ? s.size : 96, 1);
@@ -1021,9 +1018,8 @@ static void print_value(const astrovl_gguf *file, int index, uint64_t i, int lon
     case ASTROVL_VALUE_F32: print_number(stdout, astrovl_gguf_float(file, index, i), 1); break;
     case ASTROVL_VALUE_F64: print_number(stdout, astrovl_gguf_float(file, index, i), 0); break;
     case ASTROVL_VALUE_BOOL: printf("%s", integer ? "true" : "false"); break;
-    case ASTROVL_VALUE_U64:                                      // its little-endian bytes: an int64_t ends at 2^63 - 1
-        for (int k = 7; k >= 0; k--) natural = natural << 8 | ((const unsigned char *)kv->data)[8 * i + (size_t)k];
-        printf("%llu", (unsigned long long)natural);
+    case ASTROVL_VALUE_U64:                                      // an int64_t ends at 2^63 - 1
+        printf("%llu", (unsigned long long)get_le((const unsigned char *)kv->data + 8 * i, 8));
         break;
     default: printf("%lld", (long long)integer); break;
     }
@@ -2414,14 +2410,6 @@ static double rank_partners(program *p, const float *queries, const float *items
     return loss;
 }
 
-// 53 random bits as a number in [0, 1)   (SplitMix64: Steele, Lea & Flood 2014)
-static double random_number(uint64_t *state) {
-    uint64_t z = *state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;
-}
-
 static int by_value(const void *a, const void *b) {
     const float x = *(const float *)a, y = *(const float *)b;
     return (x > y) - (x < y);
@@ -2549,7 +2537,8 @@ static int evaluate_retrieval(program *p, sample *samples, int n) {
         qsort(cosines, (size_t)n, sizeof *cosines, by_value);
         r.median[k] = (cosines[(n - 1) / 2] + cosines[n / 2]) / 2.0;
         for (i = n - 1; i > 0; i--) {
-            int other = (int)(random_number(&state) * i), text = text_of[i];
+            state = state * 6364136223846793005u + 1442695040888963407u;         // Knuth's MMIX
+            int other = (int)((state >> 33) % (uint64_t)i), text = text_of[i];
             text_of[i] = text_of[other];
             text_of[other] = text;
         }

@@ -568,7 +568,7 @@ class Json(Case):
 
     def test_every_failure(self):
         image, nothing = self.images[0], self.path("nowhere.gguf")
-        text = self.write("text.txt", b"x")
+        text, version = self.write("text.txt", b"x"), self.succeeds("--version").out.split()[1]
         for arguments in (["caption", "-m", nothing, image], ["search", nothing, "x"], ["search", MODEL, "x"], ["embed", "-m", nothing, image],
                           ["index", image, "-o", self.path("no/x.avl")], ["summarize", "--regex", "(", text], ["summarize", nothing],
                           ["summarize", "--schema", text, text], ["evaluate", "retrieval", text], ["inspect", nothing],
@@ -577,6 +577,7 @@ class Json(Case):
                 result = self.fails(1, arguments[0], "--json", *arguments[1:])
                 lines = [json.loads(line) for line in result.out.splitlines()]
                 self.assertTrue(lines and lines[0]["error"] in result.err, result)
+                self.assertEqual(lines[0]["version"], version)
                 self.assertEqual("file" in lines[0], "--regex" not in arguments, result)
 
     def test_odd_file_names(self):
