@@ -5792,7 +5792,7 @@ static astrovl_session *avl__session_new(const astrovl_model *model, const astro
                                          const astrovl_session_options *options, int n_ctx, astrovl_error *err) {
     astrovl_session_options o;
     if (avl__need(model, 0, err) != ASTROVL_OK) return NULL;
-    const int n_train = model->info.n_ctx_train;
+    const int n_train = model->info.n_ctx_train;   // NOLINT: avl__need refuses NULL
     memset(&o, 0, sizeof o);
     if (options) o = *options;
     if (!n_ctx)
@@ -6746,7 +6746,7 @@ ASTROVL_API char **astrovl_json_strings(const char *json, size_t size, const cha
         return NULL;
     }
     avl__json_open(&j, "JSON", json, size, &failure);
-    if (!failure.status && j.values->kind != '{') AVL__READ_WRONG(&j, j.text, "an object is expected");
+    if (!failure.status && j.values->kind != '{') AVL__READ_WRONG(&j, j.text, "an object is expected");  // NOLINT: set
     const int found = failure.status ? 0 : avl__json_find(&j, 0, key);
     const int first = found ? found + (j.values[found].kind == '[') : 0, end = found ? j.values[found].end : 0;
     for (int i = first; i < end && !failure.status; i++) {
@@ -6930,7 +6930,7 @@ static int avl__schema_expr(avl__reader *j, int schema) {
     const avl__json_value *values = j->values;
     const size_t base = g->stack.size;
     int n_rules = 0;
-    if (values[schema].kind != '{') return AVL__SCHEMA_UNKNOWN(j, schema, "a schema is an object here");
+    if (values[schema].kind != '{') return AVL__SCHEMA_UNKNOWN(j, schema, "a schema is an object here");  // NOLINT: set
     for (int p = schema + 1; p < values[schema].end; p = values[p].end) {
         int key = 0;
         while (key < AVL__N_KEYWORDS && !avl__json_is(&values[p], avl__keywords[key])) key++;

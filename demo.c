@@ -2097,7 +2097,7 @@ static size_t read_index_header(image_index *ix) {
     unsigned char h[INDEX_HEADER];
     size_t size = fread(h, 1, INDEX_HEADER, ix->file);
     if (ferror(ix->file)) exit(fail_on(ix->path, "%s: cannot be read: %s", ix->path, strerror(errno)));
-    if (memcmp(h, "AVLINDEX", size < 8 ? size : 8)) exit(fail_on(ix->path, "%s: is no index of astrovl's", ix->path));
+    if (memcmp(h, "AVLINDEX", size < 8 ? size : 8) != 0) exit(fail_on(ix->path, "%s: is no index file", ix->path));
     ix->end = size;
     if (size < INDEX_HEADER || memcmp(h, ix->header, INDEX_HEADER) == 0) return size;
     if (get_le(h + 24, 8) != fnv1a64(FNV_START, h, 24))
