@@ -135,7 +135,7 @@
 // [1] API
 // The public declarations. Errors, threads and ownership are the manual's rules; and for all declarations:
 // - err may be NULL; on success it is left alone. Failures are named below without ASTROVL_ERROR_; ARGUMENT and MEMORY,
-//   which are possible wherever there is an err, are not.
+//   which are possible wherever there is an err, are not. (astrovl_image_load may leave a warning when all went well.)
 // - arrays are row-major, the slowest dimension written first: [n_tokens][n_embd]. "out" is the caller's memory.
 // - option structs may be all zeros (or the pointer NULL): zero always means the sensible default.
 // ====================================================================================================================
