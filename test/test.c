@@ -1170,8 +1170,12 @@ typedef struct gguf_bytes {
     size_t size;
 } gguf_bytes;
 
+// Memory for so many bytes: no more than that for small files, so that reading past their end is found
+static size_t gguf_room(size_t size) { return size < 65536 ? size + 1 : (size / 65536 + 1) * 65536; }
+
 static void gguf_put(gguf_bytes *b, const void *data, size_t size) {
-    b->data = (unsigned char *)realloc(b->data, b->size + size + 1);
+    if (!b->data || gguf_room(b->size + size) != gguf_room(b->size))
+        b->data = (unsigned char *)realloc(b->data, gguf_room(b->size + size));
     if (!b->data) exit(1);
     if (data) memcpy(b->data + b->size, data, size);
     else memset(b->data + b->size, 0, size);
